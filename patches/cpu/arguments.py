@@ -1,0 +1,91 @@
+"""Upstream's flags on a machine without CUDA: the same run where that is possible, a refusal by name where it is not."""
+
+import functools
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+# attribute: (the value a CPU can serve, what it stands for). Only how a result is computed changes, never the result.
+CPU_VALUES: dict[str, tuple[Any, str]] = {
+    "distributed_backend": ("gloo", "--distributed-backend gloo"),
+    "transformer_impl": ("local", "--transformer-impl local"),
+    "apply_rope_fusion": (False, "--no-rope-fusion"),
+    "gradient_accumulation_fusion": (False, "--no-gradient-accumulation-fusion"),
+    "masked_softmax_fusion": (False, "--no-masked-softmax-fusion"),
+    "no_persist_layer_norm": (True, "--no-persist-layer-norm"),
+}
+
+# flag: (is it asked for?, why only a GPU can serve it)
+_GPU_ONLY: dict[str, tuple[Callable[[Namespace], bool], str]] = {
+    "--fp8-format": (lambda a: a.fp8 is not None, "FP8 matrix products come from TransformerEngine"),
+    "--fp4-format": (lambda a: a.fp4 is not None, "FP4 matrix products come from TransformerEngine"),
+    "--cuda-graph-impl": (lambda a: a.cuda_graph_impl != "none", "there is no CUDA graph to capture"),
+    "--optimizer-cuda-graph": (lambda a: a.optimizer_cuda_graph, "there is no CUDA graph to capture"),
+    "--tp-comm-overlap": (lambda a: a.tp_comm_overlap, "its user buffers come from TransformerEngine"),
+    "--use-nccl-ub": (lambda a: a.nccl_ub, "its buffers are NCCL's"),
+    "--use-sharp": (lambda a: a.use_sharp, "it offloads NCCL collectives to the switch"),
+    "--use-megatron-fsdp": (lambda a: a.use_megatron_fsdp, "it allocates and streams on CUDA throughout"),
+    "--use-torch-fsdp2": (lambda a: a.use_torch_fsdp2, "upstream binds it to a CUDA mesh"),
+    "--optimizer-cpu-offload": (lambda a: a.optimizer_cpu_offload, "there is no GPU to offload from"),
+    "--cpu-offloading-num-layers": (lambda a: a.cpu_offloading_num_layers > 0, "there is no GPU to offload from"),
+    "--fine-grained-activation-offloading": (
+        lambda a: a.fine_grained_activation_offloading,
+        "there is no GPU to offload from",
+    ),
+    "--use-precision-aware-optimizer": (
+        lambda a: a.use_precision_aware_optimizer,
+        "its Adam is TransformerEngine's fused kernel",
+    ),
+    "--te-rng-tracker": (lambda a: a.te_rng_tracker, "the tracker is TransformerEngine's"),
+    "--moe-grouped-gemm": (lambda a: a.moe_grouped_gemm, "the grouped product is a CUDA kernel"),
+    "--cross-entropy-fusion-impl te": (
+        lambda a: a.cross_entropy_loss_fusion and a.cross_entropy_fusion_impl == "te",
+        "the kernel is TransformerEngine's",
+    ),
+    "--context-parallel-size": (
+        lambda a: a.context_parallel_size > 1,
+        "upstream has context parallelism only inside TransformerEngine's attention",
+    ),
+    "--fp16": (lambda a: a.fp16, "its loss-scaled kernels are upstream's CUDA path; use --bf16 or no flag for fp32"),
+}
+
+
+def gpu_only_flags(args: Namespace) -> list[str]:
+    """Return one line per flag in `args` that only a GPU can serve, with the reason."""
+    return [f"  {flag}: {why}" for flag, (asked, why) in _GPU_ONLY.items() if asked(args)]
+
+
+def set_cpu_values(args: Namespace) -> list[str]:
+    """Give `args` the values a CPU can serve; return the flags that say the same, for the log."""
+    changed = []
+    for name, (value, flag) in CPU_VALUES.items():
+        if getattr(args, name) != value:
+            setattr(args, name, value)
+            changed.append(flag)
+    return changed
+
+
+def for_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `validate_args`: refuse what only a GPU serves, set what a CPU needs, then validate as upstream does.
+
+    Raises:
+        ValueError: lists every flag that cannot be served without CUDA.
+    """
+
+    @functools.wraps(original)
+    def validate_args(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
+        refused = gpu_only_flags(args)
+        if refused:
+            raise ValueError(
+                "No CUDA device is available, and these flags need one:\n" + "\n".join(refused) + "\n"
+                "Leave them out to run on CPU, or run on a GPU machine (docs/cpu.md lists what a CPU can do)."
+            )
+        changed = set_cpu_values(args)
+        if changed and args.rank == 0:
+            print(f"> no CUDA device: running on CPU as if given {' '.join(changed)}", flush=True)
+        # Upstream insists on this variable for overlapping GPU queues; a CPU has one queue by nature.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        return original(args, defaults or {})
+
+    return validate_args

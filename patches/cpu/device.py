@@ -1,0 +1,207 @@
+"""`torch.cuda` answered by PyTorch's own CPU twins, for as long as one context manager is open."""
+
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_KIB = 1024
+
+
+def _names_cuda(device: Any) -> bool:
+    if isinstance(device, bool):
+        return False
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    # A bare index is what torch.cuda.current_device() returns: it means "that GPU".
+    return isinstance(device, int) or (isinstance(device, str) and device.split(":")[0] == "cuda")
+
+
+class CudaMeansCpu(TorchFunctionMode):
+    """Every torch call made under this mode that asks for a CUDA device gets the CPU.
+
+    `device='cuda' | 'cuda:i' | i` becomes `cpu`, `x.cuda()` is `x`, pinned memory is ordinary memory, and `x.type()` names
+    the CUDA twin (`torch.cuda.FloatTensor`), because upstream's optimizers tell parameter types apart by that string.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = dict(kwargs) if kwargs else {}
+        if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
+            args = (args[0], torch.device("cpu"), *args[2:])
+        if _names_cuda(kwargs.get("device")):
+            kwargs["device"] = torch.device("cpu")
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return func(*args, **kwargs)
+
+
+class CpuStream:
+    """One in-order queue: everything asked of it has already happened."""
+
+    def __init__(self, device: Any = None, priority: int = 0, **_: Any) -> None:
+        self.device, self.priority = torch.device("cpu"), priority
+
+    def wait_stream(self, stream: Any) -> None:
+        """Nothing to wait for."""
+
+    def wait_event(self, event: Any) -> None:
+        """Nothing to wait for."""
+
+    def record_event(self, event: "CpuEvent | None" = None) -> "CpuEvent":
+        """Return the event, recorded."""
+        event = event or CpuEvent()
+        event.record(self)
+        return event
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def query(self) -> bool:
+        """All work is done."""
+        return True
+
+
+class CpuEvent:
+    """A point in the one in-order queue, with the wall clock for `elapsed_time`."""
+
+    def __init__(self, enable_timing: bool = False, **_: Any) -> None:
+        self.seconds = 0.0
+
+    def record(self, stream: Any = None) -> None:
+        """Note the time."""
+        import time
+
+        self.seconds = time.perf_counter()
+
+    def wait(self, stream: Any = None) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def query(self) -> bool:
+        """All work is done."""
+        return True
+
+    def elapsed_time(self, end: "CpuEvent") -> float:
+        """Milliseconds from this event to `end`."""
+        return (end.seconds - self.seconds) * 1e3
+
+
+def resident_bytes(device: Any = None) -> int:
+    """Resident size of this process in bytes."""
+    with open("/proc/self/statm", encoding="ascii") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_resident_bytes(device: Any = None) -> int:
+    """Largest resident size of this process so far, in bytes (the kernel keeps it; it is never reset)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB
+
+
+def _memory_stats(device: Any = None) -> dict[str, int]:
+    now, peak = resident_bytes(), peak_resident_bytes()
+    return {
+        "allocated_bytes.all.current": now,
+        "allocated_bytes.all.peak": peak,
+        "reserved_bytes.all.current": now,
+        "reserved_bytes.all.peak": peak,
+        "allocation.all.current": 0,
+        "num_alloc_retries": 0,
+        "num_ooms": 0,
+    }
+
+
+def _properties(device: Any = None) -> SimpleNamespace:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return SimpleNamespace(name="cpu", major=0, minor=0, multi_processor_count=os.cpu_count(), total_memory=memory)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Stand in for an entry point that orders or frees GPU work: the CPU has none."""
+
+
+@contextmanager
+def _on_stream(stream: Any) -> Iterator[None]:
+    yield
+
+
+def _twins(ranks_on_this_host: int) -> dict[str, Any]:
+    """Every `torch.cuda` name that upstream's training path reads, with its CPU twin."""
+    generator = torch.default_generator
+    stream = CpuStream()
+    resident = dict.fromkeys(("memory_allocated", "memory_reserved", "device_memory_used"), resident_bytes)
+    peaks = dict.fromkeys(("max_memory_allocated", "max_memory_reserved"), peak_resident_bytes)
+    nothing = ("set_device", "set_stream", "synchronize", "empty_cache", "reset_peak_memory_stats")
+    return {
+        **resident,
+        **peaks,
+        **dict.fromkeys((*nothing, "reset_max_memory_allocated", "_lazy_init"), _nothing),
+        "current_device": lambda: 0,
+        "device_count": lambda: ranks_on_this_host,
+        "get_device_properties": _properties,
+        "get_device_capability": lambda device=None: (0, 0),
+        "get_device_name": lambda device=None: "cpu",
+        "memory_stats": _memory_stats,
+        "Stream": CpuStream,
+        "Event": CpuEvent,
+        "stream": _on_stream,
+        "current_stream": lambda device=None: stream,
+        "default_stream": lambda device=None: stream,
+        "manual_seed": lambda seed: generator.manual_seed(int(seed)) and None,
+        "manual_seed_all": lambda seed: generator.manual_seed(int(seed)) and None,
+        "get_rng_state": lambda device=None: generator.get_state(),
+        "set_rng_state": lambda state, device=None: generator.set_state(state) and None,
+    }
+
+
+@contextmanager
+def _swapped(owner: Any, names: dict[str, Any]) -> Iterator[None]:
+    missing = [name for name in names if not hasattr(owner, name)]
+    if missing:
+        raise RuntimeError(
+            f"{owner.__name__} of torch {torch.__version__} has no {', '.join(missing)}: the CPU twins in "
+            f"patches/cpu/device.py were written for torch 2.11 to 2.13. Install one of these, or mend the table."
+        )
+    before = {name: vars(owner)[name] for name in names}
+    for name, twin in names.items():
+        setattr(owner, name, twin)
+    try:
+        yield
+    finally:
+        for name, original in before.items():
+            setattr(owner, name, original)
+
+
+@contextmanager
+def cpu_stands_in_for_cuda(ranks_on_this_host: int | None = None) -> Iterator[None]:
+    """Open the twins; everything is as before once it closes.
+
+    Args:
+        ranks_on_this_host: what `torch.cuda.device_count()` answers; the launcher's LOCAL_WORLD_SIZE by default.
+
+    Raises:
+        RuntimeError: a CUDA device is available, or this torch lacks a name of the table.
+    """
+    if torch.cuda.is_available():
+        raise RuntimeError("The cpu patch was asked for where a CUDA device is available; it never acts there.")
+    ranks = ranks_on_this_host or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    twins = _twins(ranks)
+    random = {name: twins[name] for name in ("get_rng_state", "set_rng_state", "manual_seed", "manual_seed_all")}
+    with ExitStack() as stack:
+        # Upstream's @jit_fuser is torch.compile, which would need a C++ compiler at run time on a CPU. Entered first:
+        # importing dynamo indexes torch.cuda's own functions by identity.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_swapped(torch.cuda, twins))
+        stack.enter_context(_swapped(torch.cuda.random, random))
+        stack.enter_context(CudaMeansCpu())
+        yield

@@ -1,0 +1,78 @@
+"""PyTorch's Adam with the contract of the fused ones: the step count lies in the parameter group, not in the state."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+class GroupStepAdam(torch.optim.Adam):
+    """`torch.optim.Adam` (its kernels, its update) whose groups count the steps.
+
+    Upstream's distributed optimizer shards, saves and reshards `exp_avg` and `exp_avg_sq`; a third tensor `step` per
+    parameter breaks its loaders. Here `step` stands in the group between two calls of `step()`, as in apex's FusedAdam.
+
+    Args:
+        params: parameters or groups, as for any torch optimizer.
+        adam_w_mode: decoupled weight decay (AdamW) when true, L2 regularisation (Adam) when false.
+        **kwargs: those of `torch.optim.Adam`.
+    """
+
+    def __init__(self, params: Any, adam_w_mode: bool = True, **kwargs: Any) -> None:
+        super().__init__(params, decoupled_weight_decay=adam_w_mode, **kwargs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a loaded state; torch's own check wants a `step` tensor in every parameter's, for as long as it looks."""
+        without = [entry for entry in state["state"].values() if entry and "step" not in entry]
+        for entry in without:
+            entry["step"] = torch.zeros(())
+        super().__setstate__(state)
+        for entry in without:
+            del entry["step"]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; count one step per group that had one."""
+        for group, states in self._states_with_gradient():
+            for state in states:
+                if state:  # an empty one is torch's to fill, from step 0
+                    done = group.get("step", state.get("step", 0))  # a plain torch checkpoint counts in the state
+                    state["step"] = torch.tensor(float(done), dtype=torch.float32)
+        result = super().step(closure)
+        for group, states in self._states_with_gradient():
+            for state in states:
+                group["step"] = int(state.pop("step"))
+        return result
+
+    def _states_with_gradient(self) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+        for group in self.param_groups:
+            yield group, [self.state[p] for p in group["params"] if p.grad is not None]
+
+
+@contextmanager
+def adam_counts_steps_per_group() -> Iterator[None]:
+    """Let upstream find `GroupStepAdam` where it looks for apex's FusedAdam; bindings are restored on exit."""
+    import megatron.core.optimizer as optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    bindings = (
+        (optimizer, "Adam", GroupStepAdam),
+        (optimizer, "USING_PYTORCH_OPTIMIZER", False),
+        (distrib_optimizer, "HAVE_APEX_OR_TE", True),
+        (distrib_optimizer, "USING_APEX_OPTIMIZER", True),
+    )
+    before = [(module, name, getattr(module, name)) for module, name, _ in bindings]
+    for module, name, value in bindings:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+def without_grad(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a loader of optimizer state so that it may write into parameters in place."""
+    return functools.wraps(original)(torch.no_grad()(original))
