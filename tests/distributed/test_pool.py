@@ -1,0 +1,25 @@
+"""The pool of ranks: results in rank order, and a failure that names its rank."""
+
+import pytest
+
+from tests.distributed import jobs
+from tests.pool import RankFailure, RankPool
+
+
+def test_every_rank_takes_part(ranks: RankPool) -> None:
+    assert ranks.run(3, jobs.all_reduce_of_ranks) == [3.0, 3.0, 3.0]
+
+
+def test_a_raising_rank_is_named_and_the_others_are_not_waited_for(ranks: RankPool) -> None:
+    with pytest.raises(RankFailure, match=r"rank 1 raised[\s\S]*planted on rank 1"):
+        ranks.run(2, jobs.raise_on, 1, timeout=60)
+
+
+def test_a_killed_rank_is_named(ranks: RankPool) -> None:
+    with pytest.raises(RankFailure, match="rank 1 died without a word"):
+        ranks.run(2, jobs.die_on, 1, timeout=60)
+
+
+def test_a_hang_ends_at_the_limit(ranks: RankPool) -> None:
+    with pytest.raises(RankFailure, match=r"ranks \[0, 1\] did not end in time"):
+        ranks.run(2, jobs.sleep, 60, timeout=1.0)
