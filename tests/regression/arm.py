@@ -71,11 +71,13 @@ def run_arm(
 def patched(arm: Arm) -> Iterator[Any]:
     """Open the ledger as the arm has it; yields what was applied."""
     import patches
+    from patches import ledger, session
 
     if arm == "O":
         yield patches.start()
     else:
-        with patches.applied(systems=("cpu", "local")) as applied:
+        floor = [record for record in ledger.of_systems("cpu", "local") if session.wanted(record, None)]
+        with patches.applied(floor) as applied:
             yield applied
 
 
@@ -88,7 +90,7 @@ def train_on_this_rank(
     recorder = Recorder(keep_food)
     sys.argv = ["pretrain_gpt.py", *flags]
     with ExitStack() as stack:
-        applied = stack.enter_context(patched(arm))
+        stack.enter_context(patched(arm))
         if float64:
             from tests.regression.float64 import double_precision
 
@@ -99,8 +101,10 @@ def train_on_this_rank(
         from megatron.training import training
 
         from megatron.longseq.gpt import main
+        from patches.digest import combined
+        from patches.session import SESSION
 
         training.train_step = recorder.wrap(training.train_step)
         main()
-        header = {"torch": torch.__version__, "patches": sorted(applied.ids), "digest": applied.digest}
+        header = {"torch": torch.__version__, "patches": sorted(SESSION.hashes), "digest": combined(SESSION.hashes)}
     return recorder.steps, recorder.food, header

@@ -1,0 +1,160 @@
+"""`python -m patches`: list, verify, show, bump, run, doctor. Only `run` and `doctor` import torch and upstream."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from patches import bump, ledger, lock, verify, wheel
+from patches.errors import PatchError
+from patches.record import Record
+from patches.source import ImportPath, Upstream
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when all is well, 1 when something was found or refused."""
+    options = _parser().parse_args(argv)
+    try:
+        return int(options.command(options))
+    except PatchError as error:
+        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+        print(f"error{rank}: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m patches", description="The patches on upstream Megatron.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("list", help="all patches")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="every field")
+    form.add_argument("--markdown", action="store_true", help="the table of the README")
+    command.set_defaults(command=_list)
+
+    command = commands.add_parser("verify", help="is upstream the one the patches were written against?")
+    command.add_argument("--wheel", type=Path, metavar="DIR_OR_WHL", help="check this one, not the installed one")
+    command.set_defaults(command=_verify)
+
+    command = commands.add_parser("show", help="one patch, with the live diff between upstream's source and ours")
+    command.add_argument("id")
+    command.set_defaults(command=_show)
+
+    command = commands.add_parser("bump", help="what another upstream means for each patch")
+    command.add_argument(
+        "wheel", type=Path, nargs="?", metavar="WHEEL", help="file or folder; default: the installed one"
+    )
+    command.add_argument("--write", action="store_true", help="rewrite upstream.lock for it")
+    command.set_defaults(command=_bump)
+
+    command = commands.add_parser(
+        "run", help="run an unmodified Megatron-LM script under the patches its flags ask for"
+    )
+    command.add_argument(
+        "--megatron",
+        choices=("tree", "wheel"),
+        default="tree",
+        help="whose megatron.core to import when the script's folder holds one (default: tree, the folder's own)",
+    )
+    command.add_argument("script")
+    command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS")
+    command.set_defaults(command=_run)
+
+    command = commands.add_parser("doctor", help="examine this machine; apply the start set for real and undo it")
+    command.set_defaults(command=_doctor)
+    return parser
+
+
+def _list(options: argparse.Namespace) -> int:
+    known = lock.read()
+    if options.json:
+        rows = [
+            {**asdict(r), "fingerprints": {p: known.symbols.get(p) for p in r.upstream_places}} for r in ledger.RECORDS
+        ]
+        print(json.dumps({"upstream": f"{wheel.NAME}=={known.version}", "patches": rows}, indent=2))
+    elif options.markdown:
+        print(markdown(ledger.RECORDS))
+    else:
+        for record in ledger.RECORDS:
+            print(f"{record.id:28} {record.action:8} {record.target}")
+        print(f"{len(ledger.RECORDS)} patches on {wheel.NAME}=={known.version}")
+    return 0
+
+
+def markdown(records: Sequence[Record]) -> str:
+    """The table of patches for the README."""
+    rows = [
+        [str(number), f"`{r.id}`", f"`{r.target}`", r.action, r.why, r.remove_when]
+        for number, r in enumerate(records, start=1)
+    ]
+    head = ["", "patch", "upstream symbol", "action", "why", "can go when"]
+    cells = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    known = lock.read()
+    if options.wheel:
+        distribution = wheel.open_distribution(options.wheel)
+        found = verify.problems(ledger.RECORDS, known, distribution, distribution.tree)
+    else:
+        distribution = wheel.installed()
+        found = verify.problems(ledger.RECORDS, known, distribution, ImportPath())
+        for module in verify.elsewhere(ledger.RECORDS, distribution, Upstream()):
+            print(f"note: not from the installed wheel: {module}")
+    for problem in found:
+        print(f"error: {problem}", file=sys.stderr)
+    kind = f"{wheel.NAME} {distribution.version}, {distribution.tree.label}"
+    if distribution.files is None:
+        print("note: a checkout has no RECORD; only the patched symbols were checked")
+    if found:
+        print(f"verify: {len(found)} differences in {kind}", file=sys.stderr)
+        return 1
+    symbols, files = len(known.symbols), len(distribution.files or {})
+    print(f"verify: {len(ledger.RECORDS)} patches, {symbols} symbols and {files} files are as locked ({kind})")
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    record = ledger.by_id(options.id)
+    upstream = Upstream()
+    for name, value in asdict(record).items():
+        print(f"{name:12} {', '.join(value) if isinstance(value, tuple) else value}")
+    print()
+    ours = upstream.symbol(record.impl)
+    if record.action == "context":
+        print(f"{ours.path}:{ours.line}\n{ours.text}")
+    else:
+        print(bump.diff(upstream.symbol(record.target), ours))
+    return 0
+
+
+def _bump(options: argparse.Namespace) -> int:
+    distribution = wheel.open_distribution(options.wheel) if options.wheel else wheel.installed()
+    known = lock.read()
+    found = bump.verdicts(ledger.RECORDS, known, Upstream(distribution.tree), Upstream())
+    print(
+        "\n".join(
+            [f"{wheel.NAME} {known.version} -> {distribution.version} ({distribution.tree.label})", *bump.lines(found)]
+        )
+    )
+    if options.write:
+        lock.write(lock.make(ledger.RECORDS, distribution))
+        print(f"wrote {lock.PATH}")
+        return 0
+    return 0 if all(verdict.state == "same" for verdict in found) else 1
+
+
+def _run(options: argparse.Namespace) -> int:
+    from patches.run import run
+
+    run(options.script, options.arguments, options.megatron)
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from patches.doctor import examine
+
+    return 0 if examine() else 1

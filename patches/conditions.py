@@ -1,0 +1,18 @@
+"""Predicates that several systems share; a system's own predicates stand in its own folder.
+
+A predicate takes the parsed arguments (None for records of stage `start`) and says whether the patch is wanted.
+"""
+
+from argparse import Namespace
+
+
+def always(args: Namespace | None) -> bool:
+    """Every run."""
+    return True
+
+
+def no_cuda(args: Namespace | None) -> bool:
+    """No CUDA device is there."""
+    import torch
+
+    return not torch.cuda.is_available()

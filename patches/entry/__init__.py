@@ -1,0 +1,44 @@
+"""System `entry`: our flags, the choice of patches, and the checks that all ranks and checkpoints agree on it."""
+
+from patches.record import Record
+
+RECORDS: tuple[Record, ...] = (
+    Record(
+        id="entry.parse-args",
+        system="entry",
+        action="wrap",
+        target="megatron.training.arguments:parse_args",
+        impl="patches.entry.hooks:choose_patches",
+        why="Upstream takes further flags only from the script it runs; unmodified scripts have to know ours, and "
+        "patches are chosen from the parsed flags.",
+        when="patches.conditions:always",
+        test="tests/unit/test_patches_entry.py::test_parse_args_takes_our_flags_and_chooses_patches",
+        remove_when="upstream lets an installed package add argument groups and a hook after parsing",
+        stage="start",
+    ),
+    Record(
+        id="entry.rank-agreement",
+        system="entry",
+        action="wrap",
+        target="megatron.training.initialize:initialize_megatron",
+        aliases=("megatron.training:initialize_megatron", "megatron.training.training:initialize_megatron"),
+        impl="patches.entry.hooks:agree_on_patches",
+        why="Upstream has no hook after torch.distributed is up, where ranks can compare what they run.",
+        when="patches.conditions:always",
+        test="tests/unit/test_patches_entry.py::test_ranks_that_differ_are_refused_on_every_rank",
+        remove_when="upstream calls a hook at the end of initialize_megatron",
+        stage="start",
+    ),
+    Record(
+        id="entry.checkpoint-digest",
+        system="entry",
+        action="wrap",
+        target="megatron.training.checkpointing:check_checkpoint_args",
+        impl="patches.entry.hooks:compare_with_checkpoint",
+        why="Upstream compares a few model arguments with the checkpoint's, not the patches it was written under.",
+        when="patches.conditions:always",
+        test="tests/unit/test_patches_entry.py::test_checkpoint_of_other_patches_is_reported",
+        remove_when="upstream lets a callback compare further arguments with the checkpoint's",
+        stage="start",
+    ),
+)

@@ -1,0 +1,155 @@
+"""The entry hooks: wraps around argument parsing, initialisation and the comparison with a checkpoint's arguments."""
+
+import functools
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from megatron.longseq import arguments
+from patches import digest
+from patches.errors import RankMismatch
+from patches.session import SESSION
+
+Provider = Callable[[ArgumentParser], ArgumentParser]
+
+
+def choose_patches(parse_args: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap upstream's `parse_args`: our flags beside the script's own, then the patches that the flags ask for."""
+
+    told = ""
+
+    @functools.wraps(parse_args)
+    def parse(extra_args_provider: Provider | None = None, ignore_unknown_args: bool = False) -> Any:
+        def provider(parser: ArgumentParser) -> ArgumentParser:
+            parser = extra_args_provider(parser) if extra_args_provider else parser
+            return arguments.add_longseq_arguments(parser)
+
+        args = parse_args(provider, ignore_unknown_args)
+        if getattr(args, "yaml_cfg", None) is not None:
+            _keep_our_flags(args)
+        arguments.validate_longseq_arguments(args)
+        SESSION.select_and_apply(args)
+        _record(args)
+        nonlocal told
+        if args.rank == 0 and told != args.longseq_patch_digest:
+            told = args.longseq_patch_digest
+            print("\n".join(f"> {line}" for line in digest.report(SESSION.records, SESSION.hashes)), flush=True)
+        return args
+
+    return parse
+
+
+def _keep_our_flags(args: Any) -> None:
+    """Upstream's YAML file replaces all parsed flags, ours included: take ours from the command line again."""
+    ours, _ = arguments.add_longseq_arguments(ArgumentParser(add_help=False, allow_abbrev=False)).parse_known_args()
+    for name, value in vars(ours).items():
+        if not hasattr(args, name):
+            setattr(args, name, value)
+
+
+def _record(args: Any) -> None:
+    """Put the applied set into the arguments, which upstream logs and saves in its checkpoints."""
+    hashes = SESSION.hashes
+    args.longseq_patches = list(hashes)
+    args.longseq_patch_hashes = hashes
+    args.longseq_patch_digest = digest.combined(hashes)
+
+
+def agree_on_patches(initialize_megatron: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap upstream's `initialize_megatron`: once the ranks can talk, they compare their patches."""
+
+    @functools.wraps(initialize_megatron)
+    def initialize(*args: Any, **kwargs: Any) -> Any:
+        finish = initialize_megatron(*args, **kwargs)
+        if callable(finish):  # upstream's --lazy-mpu-init: the caller connects the ranks later
+            return _then_compare(finish)
+        compare_ranks(SESSION.hashes)
+        return finish
+
+    return initialize
+
+
+def _then_compare(finish: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(finish)
+    def finish_and_compare(*args: Any, **kwargs: Any) -> Any:
+        result = finish(*args, **kwargs)
+        compare_ranks(SESSION.hashes)
+        return result
+
+    return finish_and_compare
+
+
+def compare_ranks(hashes: Mapping[str, str]) -> None:
+    """Gather every rank's patches over the default group, and refuse to go on if they differ.
+
+    Without an initialised torch.distributed (upstream's `skip_mpu_initialization`) there is no other rank to ask.
+
+    Raises:
+        RankMismatch: on every rank; names the ranks and what they have differently from the largest agreeing set.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        print("> patches: torch.distributed is not initialised, ranks were not compared", file=sys.stderr, flush=True)
+        return
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, dict(hashes))
+    refuse_disagreement(gathered)
+
+
+def refuse_disagreement(gathered: list[dict[str, str]]) -> None:
+    """Compare the patches (id to hash) of all ranks, listed by rank.
+
+    Raises:
+        RankMismatch: not all are the same.
+    """
+    ranks: dict[tuple[tuple[str, str], ...], list[int]] = {}
+    for rank, hashes in enumerate(gathered):
+        ranks.setdefault(tuple(hashes.items()), []).append(rank)
+    if len(ranks) == 1:
+        return
+    most, *others = sorted(ranks, key=lambda key: (-len(ranks[key]), ranks[key]))
+    lines = [f"ranks {_spans(ranks[key])}: {digest.difference(dict(key), dict(most))}" for key in others]
+    raise RankMismatch(
+        "the ranks run under different patches",
+        where="; ".join(lines) + f" (compared with ranks {_spans(ranks[most])}, digest {digest.combined(dict(most))})",
+        why="they would compute different things and hang or diverge later",
+        todo="start all ranks with the same flags, the same installation of this project and the same kind of device",
+    )
+
+
+def _spans(ranks: list[int]) -> str:
+    """Ascending ranks, runs shortened: [0, 1, 2, 5] is `0-2, 5`."""
+    spans: list[list[int]] = []
+    for rank in ranks:
+        if spans and rank == spans[-1][1] + 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def compare_with_checkpoint(check_checkpoint_args: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap upstream's `check_checkpoint_args`: say which patches changed since the checkpoint was written.
+
+    A report and no error: going from CPU to GPU, or switching a system on, changes the set rightly.
+    """
+
+    @functools.wraps(check_checkpoint_args)
+    def check(checkpoint_args: Namespace, *args: Any, **kwargs: Any) -> Any:
+        result = check_checkpoint_args(checkpoint_args, *args, **kwargs)
+        from megatron.training.global_vars import get_args
+
+        theirs = getattr(checkpoint_args, "longseq_patch_hashes", None)
+        if theirs is not None and get_args().rank == 0:
+            change = digest.difference(SESSION.hashes, theirs)
+            if change:
+                print(
+                    f"> WARNING: patches differ from those the checkpoint was written under (its digest "
+                    f"{digest.combined(theirs)}, now {digest.combined(SESSION.hashes)}): {change}",
+                    flush=True,
+                )
+        return result
+
+    return check
