@@ -6,10 +6,12 @@ Starting Python, torch and Megatron costs about ten seconds; a fork server pays 
 global state of upstream (groups, arguments, timers) leaks from one test into the next, and a hung rank can be killed.
 """
 
+import contextlib
 import importlib
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import time
 import traceback
@@ -30,6 +32,7 @@ class RankFailure(RuntimeError):
 
 def _prepare(rank: int, world_size: int, port: int, log: Path) -> None:
     """Make this process look like one that torchrun started; everything it prints goes to `log`."""
+    os.setsid()  # upstream's checkpoint writer spawns helpers: they are killed with their rank, as one group
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -110,8 +113,7 @@ class RankPool:
             return self._collect(name, ranks, time.monotonic() + timeout)
         finally:
             for process, _, _ in ranks:
-                process.kill()
-                process.join()
+                _kill(process)
 
     def _collect(self, name: str, ranks: list[Any], deadline: float) -> list[Any]:
         results: dict[int, Any] = {}
@@ -125,6 +127,14 @@ class RankPool:
                 rank = waiting.pop(connection)
                 results[rank] = _result(name, rank, connection, ranks[rank][2])
         return [results[rank] for rank in range(len(ranks))]
+
+
+def _kill(process: Any) -> None:
+    """End a rank and everything it started, also when the rank itself is gone already."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
 
 
 def _result(name: str, rank: int, connection: Any, log: Path) -> Any:

@@ -27,12 +27,13 @@ class Run:
     """
 
     curve: list[Step]
-    folder: Path
+    folder: Path | None
     food: list[list[dict[str, torch.Tensor]]]
     header: dict[str, Any]
 
     def checkpoint(self, iteration: int) -> Path:
         """Return the folder of the checkpoint after `iteration` steps."""
+        assert self.folder is not None, "this run was told to save nothing"
         return self.folder / f"iter_{iteration:07d}"
 
 
@@ -41,7 +42,7 @@ def run_arm(
     arm: Arm,
     world_size: int,
     flags: list[str],
-    folder: Path,
+    folder: Path | None = None,
     *,
     float64: bool = False,
     mutant: str | None = None,
@@ -55,14 +56,15 @@ def run_arm(
         arm: U runs the wheel with the cpu and local patches alone; O opens the whole ledger.
         world_size: ranks.
         flags: upstream's and (arm O) our command-line flags.
-        folder: checkpoints are written here if the flags say when (`--save-interval`).
+        folder: checkpoints are written here, when the flags say (`--save-interval`) and at the end; None: nowhere.
         float64: run in double precision.
         mutant: `module:function` of a planted error (a context manager), to prove that the comparison sees it.
         keep_food: return the batches too.
         timeout: seconds.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    job = (arm, [*flags, "--save", str(folder)], float64, mutant, keep_food)
+    if folder is not None:
+        flags = [*flags, "--save", str(folder)]
+    job = (arm, flags, float64, mutant, keep_food)
     results = pool.run(world_size, train_on_this_rank, *job, timeout=timeout)
     return Run(merge([steps for steps, _, _ in results]), folder, results[0][1], results[0][2])
 

@@ -61,7 +61,9 @@ class Recorder:
     def wrap(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
         """Return `train_step` with a record made of every call."""
 
-        def recorded(forward_step: Any, data_iterator: Any, model: Any, optimizer: Any, *rest: Any, **named: Any) -> Any:
+        def recorded(
+            forward_step: Any, data_iterator: Any, model: Any, optimizer: Any, *rest: Any, **named: Any
+        ) -> Any:
             tasting = self._taste(data_iterator)
             learning_rate = optimizer.param_groups[0]["lr"] if optimizer.param_groups else None
             with exact_norm(optimizer) as norm:
