@@ -30,7 +30,7 @@ RECORDS = (
         action="replace",
         target="megatron.core.tensor_parallel.random:_get_cuda_rng_state",
         impl="patches.cpu.rng:get_cpu_rng_state",
-        why="The model-parallel RNG tracker reads CUDA's lazily initialised generator; on a CPU it is the default generator.",
+        why="The model-parallel RNG tracker reads CUDA's lazily initialised generator; a CPU has the default generator.",
         when=_NO_CUDA,
         test="tests/unit/test_cpu_device.py::test_rng_tracker_forks_and_restores",
         remove_when="upstream's RNG tracker takes a generator",
@@ -42,7 +42,8 @@ RECORDS = (
         action="replace",
         target="megatron.core.tensor_parallel.random:_set_cuda_rng_state",
         impl="patches.cpu.rng:set_cpu_rng_state",
-        why="Upstream queues this write until CUDA is initialised, which never happens: every fork would draw the same numbers.",
+        why="Upstream queues this write until CUDA is initialised, which never happens: every fork would draw the same "
+        "numbers.",
         when=_NO_CUDA,
         test="tests/unit/test_cpu_device.py::test_rng_tracker_forks_and_restores",
         remove_when="upstream's RNG tracker takes a generator",
@@ -67,8 +68,8 @@ RECORDS = (
         action="wrap",
         target="megatron.training.arguments:validate_args",
         impl="patches.cpu.arguments:for_cpu",
-        why="Flags that only a GPU can serve are given their CPU value where the result is the same (backend, fusions), and "
-        "refused by name where it is not, before any process group exists.",
+        why="Flags that only a GPU can serve are given their CPU value where the result is the same (backend, fusions), "
+        "and refused by name where it is not, before any process group exists.",
         when=_NO_CUDA,
         test="tests/unit/test_cpu_arguments.py::test_gpu_only_flags_are_refused_by_name",
         remove_when="upstream validates its flags against the device",

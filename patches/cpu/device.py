@@ -2,6 +2,7 @@
 
 import os
 import resource
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -25,8 +26,8 @@ def _names_cuda(device: Any) -> bool:
 class CudaMeansCpu(TorchFunctionMode):
     """Every torch call made under this mode that asks for a CUDA device gets the CPU.
 
-    `device='cuda' | 'cuda:i' | i` becomes `cpu`, `x.cuda()` is `x`, pinned memory is ordinary memory, and `x.type()` names
-    the CUDA twin (`torch.cuda.FloatTensor`), because upstream's optimizers tell parameter types apart by that string.
+    `device='cuda' | 'cuda:i' | i` becomes `cpu`, `x.cuda()` is `x`, pinned memory is ordinary memory, and `x.type()`
+    names the CUDA twin (`torch.cuda.FloatTensor`): upstream's optimizers tell parameter types apart by that string.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -78,8 +79,6 @@ class CpuEvent:
 
     def record(self, stream: Any = None) -> None:
         """Note the time."""
-        import time
-
         self.seconds = time.perf_counter()
 
     def wait(self, stream: Any = None) -> None:
