@@ -142,9 +142,11 @@ def _inspect(args: argparse.Namespace) -> None:
     fields["model"] = args.tokenizer_model or fields["model"]
     tokenizer = load(TokenizerSpec(**fields))
     number = args.document % count
-    ids = indexed_dataset().IndexedDataset(args.prefix)[number]
+    # The ids are a view into the data set's map: upstream unmaps it when the data set goes.
+    dataset = indexed_dataset().IndexedDataset(args.prefix)
+    ids = dataset[number].tolist()
     print(f"document {number}: {len(ids):,} tokens")
-    text = tokenizer.decode(ids.tolist())
+    text = tokenizer.decode(ids)
     sys.stdout.flush()
     sys.stdout.buffer.write(text.encode("utf-8", errors="replace"))
     sys.stdout.buffer.flush()

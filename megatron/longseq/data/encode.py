@@ -79,7 +79,7 @@ def encode_shard(shard: Shard, spec: TokenizerSpec, options: Options, folder: Pa
                     elif ids is None or not len(ids):
                         record.empty += 1
                     else:
-                        ids.tofile(stream)
+                        stream.write(ids.data)
                         lengths.append(len(ids))
                 record.lines.append(lines)
         record.documents, record.tokens = len(lengths), sum(lengths)
@@ -113,10 +113,11 @@ def finished(folder: Path, index: int, itemsize: int) -> ShardRecord | None:
 
 
 def _document(text: str, tokenizer: Tokenizer, spec: TokenizerSpec, options: Options) -> Ids:
-    ids = tokenizer.encode(text).astype(shard_dtype(spec.vocab_size))
+    kind = shard_dtype(spec.vocab_size)
+    ids: Ids = tokenizer.encode(text).astype(kind)
     # A tokenizer file may append its own end: never two in a row.
     if options.append_eod and len(ids) and ids[-1] != spec.eod_id:
-        return np.concatenate([ids, np.array([spec.eod_id], dtype=ids.dtype)])
+        ids = np.concatenate([ids, np.array([spec.eod_id], dtype=kind)], dtype=kind)
     return ids
 
 

@@ -34,7 +34,8 @@ def _text_item(content: bytes) -> Item:
 
 
 def _json_item(number: int, line: bytes, key: str) -> Item:
-    if not line.strip():
+    line = line.rstrip()  # the CR of CRLF would turn up in the parser's words
+    if not line:
         return Item(number)
     try:
         record = json.loads(line.decode("utf-8"))
