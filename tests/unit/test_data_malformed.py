@@ -17,7 +17,6 @@ BAD = {
     b'{"text": 3.5}': "key 'text' holds a number, not a string",
     b'{"text": "\xff"}': "invalid UTF-8: byte 0xff at byte 11 of the line",
     b'{"text": "\\ud800"}': "key 'text' holds a lone surrogate at character 0: no UTF-8",
-    b'{"text": ' + b"[" * 200_000: "not JSON: ",
     b'{"text": ' + b"9" * 5000 + b"}": "not JSON: ",
 }
 
@@ -44,7 +43,7 @@ def mixed(tmp_path: Path) -> dict[str, str]:
     return expected
 
 
-@pytest.mark.parametrize("options", [(), ("--shard-mb", "0.00001"), ("--shard-mb", "0.00003", "--workers", "2")])
+@pytest.mark.parametrize("options", [(), ("--shard-mb", "0.00002"), ("--shard-mb", "0.00004", "--workers", "2")])
 def test_every_kind_is_refused_by_file_and_line_and_nothing_is_made(tmp_path, mixed, capsys, options):
     assert run(tmp_path, *options) == 1
     said = [line.strip() for line in capsys.readouterr().err.splitlines()[1:]]
@@ -61,6 +60,13 @@ def test_skipping_counts_and_lists_them(tmp_path, mixed, capsys):
     assert content["malformed"]["count"] == len(mixed)
     assert [entry.split(": ")[0] for entry in content["malformed"]["listed"]] == list(mixed)
     assert f"{len(mixed)} malformed documents left out" in capsys.readouterr().out
+
+
+def test_a_line_nested_too_deep_is_malformed_and_no_crash(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jsonl").write_bytes(GOOD + b'\n{"text": ' + b"[" * 200_000)
+    assert run(tmp_path) == 1
+    assert f"{tmp_path}/in/a.jsonl:2: not JSON: maximum recursion depth exceeded" in capsys.readouterr().err
 
 
 def test_at_most_twenty_are_collected(tmp_path, capsys):
@@ -83,11 +89,12 @@ def test_nothing_but_empty_documents_is_refused(tmp_path, capsys):
 def test_options_that_make_no_sense_are_refused(tmp_path, capsys):
     path = tmp_path / "in.jsonl"
     path.write_text(json.dumps({"text": "x"}))
-    assert main(["prepare", str(path), "--output", str(tmp_path), "--workers", "1"]) == 1
+    assert main(["prepare", str(path), "--output", str(tmp_path)]) == 1
+    assert main(["prepare", str(path), "--output", f"{tmp_path}/new/"]) == 1
     assert main(["prepare", str(path), "--output", str(tmp_path / "o"), "--eod-token", "</s>"]) == 1
     assert main(["prepare", str(path), "--output", str(tmp_path / "o"), "--tokenizer-model", str(path)]) == 1
     said = capsys.readouterr().err
-    assert "a prefix for three files is wanted" in said
+    assert said.count("a prefix for three files is wanted") == 2
     assert "give --tokenizer-model too" in said and "not a Hugging Face tokenizer file" in said
     for bad in ("--workers=0", "--shard-mb=-1", "--shard-mb=nan"):
         with pytest.raises(SystemExit):

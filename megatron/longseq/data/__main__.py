@@ -97,7 +97,9 @@ def _prepare(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
         shard_bytes=None if args.shard_mb is None else max(int(args.shard_mb * 1e6), 1),
     )
-    if not Path(request.prefix).name or Path(request.prefix).is_dir():
+    # Beside PREFIX.bin upstream keeps its own folder, PREFIX/cache: that one may be there.
+    folder = Path(request.prefix)
+    if request.prefix.endswith("/") or not folder.name or (folder.is_dir() and not (folder / "cache").is_dir()):
         raise DataError(f"--output {args.output}: a prefix for three files is wanted, such as {args.output}/corpus")
     try:
         made = prepare(request)
