@@ -7,6 +7,7 @@ import pytest
 
 from megatron.longseq.data import manifest
 from megatron.longseq.data.__main__ import main
+from megatron.longseq.data.encode import encode_shard
 
 GOOD = b'{"text": "fine"}'
 BAD = {
@@ -69,10 +70,16 @@ def test_a_line_nested_too_deep_is_malformed_and_no_crash(tmp_path, capsys):
     assert f"{tmp_path}/in/a.jsonl:2: not JSON: maximum recursion depth exceeded" in capsys.readouterr().err
 
 
-def test_at_most_twenty_are_collected(tmp_path, capsys):
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_first_twenty_are_collected_and_the_rest_is_not_read(tmp_path, capsys, monkeypatch, workers):
+    handed_out = []
+    if workers == "1":
+        counting = lambda *args: handed_out.append(args) or encode_shard(*args)  # noqa: E731
+        monkeypatch.setattr("megatron.longseq.data.pool.encode_shard", counting)
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.jsonl").write_bytes(b"".join(b"bad %d\n" % i for i in range(5000)))
-    assert run(tmp_path, "--shard-mb", "0.0001") == 1
+    assert run(tmp_path, "--shard-mb", "0.0001", "--workers", workers) == 1
+    assert workers == "2" or len(handed_out) == 3
     said = capsys.readouterr().err.splitlines()[1:]
     assert [line.split(": ")[0].rsplit(":", 1)[1] for line in said] == [str(i) for i in range(1, 21)]
     assert made(tmp_path) == []

@@ -98,7 +98,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("step", range(6))
+@pytest.mark.parametrize("step", range(7))
 def test_stopped_at_any_step_of_publishing_no_pair_is_mixed_and_the_next_run_ends_it(
     tmp_path, monkeypatch, overwrite, step
 ):

@@ -134,6 +134,17 @@ def test_a_tokenizer_without_an_end_is_refused_and_a_changed_one_is_noticed(tmp_
     assert "tokenizer.sha256: " in capsys.readouterr().err
 
 
+def test_a_tokenizer_that_ends_documents_itself_gets_no_second_end(tmp_path, tokenizer_file):
+    from tokenizers import Tokenizer, processors
+
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 1)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    out = prepare(tmp_path, "--tokenizer-model", str(tmp_path / "tokenizer.json"), "--eod-token", "<end>")
+    dataset = IndexedDataset(out)
+    assert all(ids.tolist().count(1) == 1 and ids[-1] == 1 for ids in dataset)
+
+
 def test_our_shard_type_holds_every_id():
     for size in (257, 65_499, 65_500, 65_536, 65_537, 200_000):
         assert size - 1 <= torch.iinfo(getattr(torch, shard_dtype(size).__name__)).max

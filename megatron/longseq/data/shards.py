@@ -85,8 +85,6 @@ def owned_lines(stream: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
         # The line under way at `start` belongs to an earlier range, unless the byte before `start` ended it.
         stream.seek(start - 1)
         position = start - 1 + len(stream.readline(stop - start + 1))
-        if position == stop:
-            return
     else:
         stream.seek(0)
     while position < stop:
