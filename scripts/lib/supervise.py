@@ -2,12 +2,13 @@
 
     python supervise.py -- torchrun ARGS...
 
-torchrun's own report is a table of every rank that it saw fail, in which the first by timestamp is often a survivor
-whose peer vanished. This reads the table, picks the rank that was killed if one was, and says so in one line at the end.
+torchrun's own report is a table of every rank that did not end well: those that it stopped itself stand in it, also the
+ones it had to kill, and the first by timestamp (whole seconds) can be a survivor whose peer vanished. This leaves out
+the stopped ones, picks the rank that was killed from outside if one was, and says so in one line.
 
 Signals: TERM, INT and HUP go to torchrun, which stops the ranks (a second one kills everything at once). USR1 means
-"save and stop": the ranks alone get TERM, which upstream's --exit-signal-handler answers with a checkpoint and status 0;
-torchrun would follow a TERM of its own with KILL after 30 seconds, too short for a large checkpoint.
+"save and stop": the ranks alone get TERM, which upstream's --exit-signal-handler answers with a checkpoint and
+status 0; torchrun would follow a TERM of its own with KILL after 30 seconds, too short for a large checkpoint.
 
 Standard library only, Linux only: it starts in milliseconds and lives as long as the training.
 """
@@ -16,6 +17,7 @@ import ctypes
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -34,12 +36,13 @@ GRACE_S = 3.0
 # Signals that come from outside or from a crash; -6 is not among them: NCCL's watchdog aborts the survivors with it.
 SUSPECTS = ((signal.SIGKILL,), (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE))
 HINTS = {
-    signal.SIGKILL: "killed from outside; without anybody's doing, most likely out of memory (dmesg shows it)",
+    signal.SIGKILL: "killed from outside, or by the kernel when the machine's memory was full (dmesg tells)",
     signal.SIGSEGV: "a crash in native code",
     signal.SIGBUS: "often a full /dev/shm (docker: --ipc=host or a larger --shm-size)",
 }
 
-FIELD = re.compile(r"^  (rank|exitcode|host|traceback) *: (.*)$")
+FIELD = re.compile(r"^  (rank|exitcode) *: (.*)$")
+STOPPED = re.compile(r"Sending process (\d+) closing signal")
 RANK_LINE = re.compile(r"^\[rank(\d+)\]:(.*)$")
 
 
@@ -48,10 +51,10 @@ class Failure:
     """One entry of torchrun's table."""
 
     rank: int
-    host: str
     pid: int
     exitcode: int
     root: bool
+    stopped: bool
 
     @property
     def signum(self) -> int:
@@ -60,35 +63,33 @@ class Failure:
 
 
 def parse_failures(lines: Iterable[str]) -> list[Failure]:
-    """The entries of torchrun's last failure table (an empty list: it printed none)."""
+    """The entries of torchrun's failure table (an empty list: it printed none)."""
     found: list[Failure] = []
-    fields: dict[str, str] = {}
+    stopped: set[int] = set()
+    rank = -1
     root = False
     for line in lines:
-        if line.startswith("Failures:"):
-            found, root = [], False
-        elif line.startswith("Root Cause"):
-            root = True
-        match = FIELD.match(line)
-        if not match:
+        root = root or line.startswith("Root Cause")
+        if told := STOPPED.search(line):
+            stopped.add(int(told[1]))
+        if not (match := FIELD.match(line)):
             continue
-        fields[match[1]] = match[2]
-        if match[1] == "traceback" and {"rank", "exitcode", "host"} <= fields.keys():
-            code = re.match(r"(-?\d+)\s+\(pid: (\d+)\)", fields["exitcode"])
-            if code:
-                rank = int(fields["rank"].split()[0])
-                found.append(Failure(rank, fields["host"], int(code[2]), int(code[1]), root))
-            fields = {}
+        if match[1] == "rank":
+            rank = int(match[2].split()[0])
+        elif code := re.match(r"(-?\d+)\s+\(pid: (\d+)\)", match[2]):
+            pid = int(code[2])
+            found.append(Failure(rank, pid, int(code[1]), root, pid in stopped))
     return found
 
 
 def culprit(failures: list[Failure]) -> Failure | None:
-    """The rank to blame: killed before crashed before whatever torchrun saw first."""
+    """The rank to blame: killed before crashed before whatever torchrun saw first, and none that it stopped."""
+    own = [failure for failure in failures if not failure.stopped] or failures
     for signals in SUSPECTS:
-        for failure in failures:
+        for failure in own:
             if failure.signum in signals:
                 return failure
-    return next((failure for failure in failures if failure.root), None)
+    return next((failure for failure in own if failure.root), own[0] if own else None)
 
 
 def verdict(failures: list[Failure], last_words: dict[int, str], status: int) -> str:
@@ -96,15 +97,15 @@ def verdict(failures: list[Failure], last_words: dict[int, str], status: int) ->
     blamed = culprit(failures)
     if blamed is None:
         return f"torchrun ended with status {status} and named no rank: see the lines above"
-    who = f"rank {blamed.rank} (host {blamed.host}, pid {blamed.pid})"
+    who = f"rank {blamed.rank} (host {socket.gethostname()}, pid {blamed.pid})"
     if blamed.signum:
         name = signal.Signals(blamed.signum).name
         hint = HINTS.get(signal.Signals(blamed.signum), "")
         text = f"{who} died of signal {blamed.signum} ({name}){': ' + hint if hint else ''}"
     else:
         text = f"{who} failed with exit code {blamed.exitcode}"
-    others = len(failures) - 1
-    text += f"; {others} other failing rank(s) listed above" if others else ""
+    others = sorted(failure.rank for failure in failures if failure is not blamed and not failure.stopped)
+    text += f"; ranks {others} failed after it or with it" if others else ""
     words = last_words.get(blamed.rank)
     return f"{text}\n  its last words: {words}" if words and not blamed.signum else text
 
@@ -196,12 +197,13 @@ class Supervisor:
         self.lines: deque[str] = deque(maxlen=2000)
         self.last_words: dict[int, str] = {}
         # Its own session: a terminal's Ctrl-C or a scheduler's signal reaches us alone, and we pass it on once.
+        # Should we be killed ourselves, the kernel ends torchrun, and torchrun its ranks. No thread runs yet.
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
+            preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM),  # noqa: PLW1509
         )
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(signum, self.stop)
