@@ -117,9 +117,10 @@ show_progress() {
 
 pip_stage() {
   awk -v all="$(grep -c '==' "$LOCK")" '
+    /^Requirement already/ { n += 1; name = $4 }
     /^Collecting/ { n += 1; name = $2 }
     /^Installing/ { installing = 1 }
-    END { if (installing) print "unpacking " all " packages"; else print "fetching " n "/" all " " name }' "$INSTALL_LOG"
+    END { if (installing) print "unpacking " all " packages"; else print "package " n + 0 " of " all " " name }' "$INSTALL_LOG"
 }
 
 explain_pip() {
