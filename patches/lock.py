@@ -40,7 +40,7 @@ class Lock:
                 f"{symbol.place} is not the source its patch was written against",
                 where=f"{symbol.path}:{symbol.line}",
                 why=f"its fingerprint is {symbol.fingerprint[:12]}, the lock says {known[:12]} ({NAME} {self.version})",
-                todo=f"restore {NAME}=={self.version} (pip install --force-reinstall --no-deps {NAME}=={self.version}); "
+                todo=f"restore the wheel: pip install --force-reinstall --no-deps {NAME}=={self.version}; "
                 "with a Megatron tree of your own: python -m patches run --megatron wheel SCRIPT ...; "
                 "to move to this source: python -m patches bump WHEEL_OR_FOLDER",
             )
