@@ -58,6 +58,22 @@ def _record(args: Any) -> None:
     args.longseq_patch_digest = digest.combined(hashes)
 
 
+def escape_help(add_megatron_arguments: Callable[[ArgumentParser], ArgumentParser]) -> Callable[..., Any]:
+    """Wrap upstream's `add_megatron_arguments`: help texts that argparse cannot format are taken literally."""
+
+    @functools.wraps(add_megatron_arguments)
+    def add(parser: ArgumentParser) -> ArgumentParser:
+        parser = add_megatron_arguments(parser)
+        for action in parser._actions:
+            try:
+                _ = (action.help or "") % {**vars(action), "prog": parser.prog}
+            except (ValueError, KeyError, TypeError):
+                action.help = (action.help or "").replace("%", "%%")
+        return parser
+
+    return add
+
+
 def agree_on_patches(initialize_megatron: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap upstream's `initialize_megatron`: once the ranks can talk, they compare their patches."""
 
