@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from patches import aliases
-from patches.errors import ForeignChange, PatchError, StaleAlias, UnknownTarget
+from patches.errors import Conflict, Drift, ForeignChange, PatchError, StaleAlias, UnknownTarget
 from patches.ledger import refuse_conflicts
 from patches.lock import Lock, read
-from patches.place import ABSENT, Place, bad, implementation, like, resolve, underlying, wrapped
+from patches.place import Place, bad, implementation, like, resolve, underlying, wrapped
 from patches.record import Record
 from patches.source import Upstream
 
@@ -128,7 +128,10 @@ def apply(
     try:
         for record in todo:
             _carry_out(applied, record)
-        hits = aliases.scan(applied.originals, _installed(applied))
+        # A wrap over a replacement has one of our functions as its original, which rightly stays in its own module.
+        ours = [implementation(r) for r in (*active, *todo) if r.action == "replace"]
+        originals = [o for o in applied.originals if not any(o.core is f for f in ours)]
+        hits = aliases.scan(originals, _installed(applied))
         if hits:
             raise _stale(hits, "the original is still in use under another name", "calls through it would go unpatched")
     except BaseException as error:
@@ -148,15 +151,17 @@ def verified(records: Sequence[Record], lock: Lock | None, upstream: Upstream) -
         Drift: a source differs from the lock.
         UnknownTarget: a place is gone.
     """
-    places = [place for record in records for place in record.upstream_places]
-    if not places:
-        return {}
-    lock = lock or read()
     found = {}
-    for place in places:
-        symbol = upstream.symbol(place)
-        lock.check(symbol)
-        found[place] = symbol.fingerprint
+    for record in records:
+        for place in record.upstream_places:
+            lock = lock or read()
+            try:
+                symbol = upstream.symbol(place)
+                lock.check(symbol)
+            except (Drift, UnknownTarget) as error:
+                error.about(record.id)
+                raise
+            found[place] = symbol.fingerprint
     return found
 
 
@@ -172,11 +177,26 @@ def _carry_out(applied: Applied, record: Record) -> None:
     if value is raw:
         raise bad(f"{record.id} replaces its target by itself", record.impl, "the implementation is the original")
     places = [target, *(_alias(label, record, raw, core) for label in record.aliases)]
+    _refuse_second_replacement(applied, record, places)
     if target.own() is raw:  # an inherited object belongs to the base class, which rightly goes on holding it
         applied.originals.append(aliases.Original(record, raw, core))
     for place in places:
         holds_core = place.own() is core and core is not raw
         applied.bind(record, place, underlying(value) if holds_core else value)
+
+
+def _refuse_second_replacement(applied: Applied, record: Record, places: Sequence[Place]) -> None:
+    """Two labels can name one place (a class under two modules), which no comparison of labels finds."""
+    taken = {binding.place.key: binding for binding in applied.bindings}
+    for place in places:
+        if record.action == "replace" and place.key in taken:
+            other = taken[place.key]
+            raise Conflict(
+                f"{other.record.id} and {record.id} cannot both have {place.label}",
+                where=place.file(),
+                why=f"{other.place.label} is the same place, and the replacement would silently drop the earlier patch",
+                todo="make one of them a wrap, or let one record do both jobs",
+            )
 
 
 def _installed(applied: Applied) -> frozenset[int]:

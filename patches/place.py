@@ -77,7 +77,7 @@ def _unknown(label: str, module: str, why: str) -> UnknownTarget:
         f"there is no {label} to patch",
         where=module,
         why=why,
-        todo="correct the record's target or alias; for upstream Megatron, `python -m patches verify` says what drifted",
+        todo="correct the record's target or alias; `python -m patches verify` says what drifted upstream",
     )
 
 
@@ -119,7 +119,7 @@ def load(label: str, role: str) -> Callable[..., Any]:
         raise bad(f"{role} cannot be loaded", label, f"{type(error).__name__}: {error}") from error
     if not callable(found):
         raise bad(f"{role} cannot be called", label, f"it is a {type(found).__name__}")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def bad(what: str, label: str, why: str) -> BadImplementation:

@@ -1,4 +1,4 @@
-"""Upstream as a distribution: a folder (site-packages, an unpacked wheel, a checkout) or a wheel file, and its RECORD."""
+"""Upstream as a distribution: a folder (site-packages, unpacked wheel, checkout) or a wheel file, and its RECORD."""
 
 import base64
 import csv
