@@ -6,7 +6,7 @@ active in the process.
 
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,9 +36,9 @@ class Applied:
     records: tuple[Record, ...]
     fingerprints: dict[str, str]
     bindings: list[Binding] = field(default_factory=list)
-    contexts: list[tuple[Record, AbstractContextManager[Any]]] = field(default_factory=list)
+    contexts: list[Record] = field(default_factory=list)
     originals: list[aliases.Original] = field(default_factory=list)
-    _steps: list[str] = field(default_factory=list)
+    _undo: ExitStack = field(default_factory=ExitStack)
 
     def undo(self) -> None:
         """Restore every place and leave every context, in reverse order.
@@ -70,34 +70,26 @@ class Applied:
 
     def roll_back(self) -> None:
         """Restore without asking; a context that fails to leave is raised after all else is restored."""
-        failure: BaseException | None = None
-        while self._steps:
-            if self._steps.pop() == "bind":
-                binding = self.bindings.pop()
-                binding.place.put(binding.before)
-                continue
-            try:
-                self.contexts.pop()[1].__exit__(None, None, None)
-            except Exception as error:
-                failure = error
-        if failure is not None:
-            raise failure
+        try:
+            self._undo.close()
+        finally:
+            self.bindings.clear()
+            self.contexts.clear()
 
     def bind(self, record: Record, place: Place, value: Any) -> None:
         """Set a place and remember what it held."""
-        binding = Binding(record, place, place.own(), value)
+        before = place.own()
         place.put(value)
-        self.bindings.append(binding)
-        self._steps.append("bind")
+        self._undo.callback(place.put, before)
+        self.bindings.append(Binding(record, place, before, value))
 
     def enter(self, record: Record) -> None:
         """Enter the context manager that a `context` record's implementation returns."""
         manager = implementation(record)()
         if not isinstance(manager, AbstractContextManager):
             raise bad(f"{record.id} makes no context manager", record.impl, f"it returned a {type(manager).__name__}")
-        manager.__enter__()
-        self.contexts.append((record, manager))
-        self._steps.append("enter")
+        self._undo.enter_context(manager)
+        self.contexts.append(record)
 
 
 def apply(
@@ -217,7 +209,7 @@ def _alias(label: str, record: Record, raw: Any, core: Any) -> Place:
 
 
 def _at(applied: Applied, todo: Sequence[Record]) -> str:
-    done = {b.record.id for b in applied.bindings} | {record.id for record, _ in applied.contexts}
+    done = {b.record.id for b in applied.bindings} | {record.id for record in applied.contexts}
     return next((f"{r.id} ({r.impl})" for r in todo if r.id not in done), "the alias scan")
 
 
