@@ -14,8 +14,8 @@ from patches import aliases
 from patches.errors import Conflict, Drift, ForeignChange, PatchError, StaleAlias, UnknownTarget
 from patches.ledger import refuse_conflicts
 from patches.lock import Lock, read
-from patches.place import Place, bad, implementation, like, resolve, underlying, wrapped
-from patches.record import Record
+from patches.place import Place, bad, implementation, like, module, resolve, underlying, wrapped
+from patches.record import Record, is_upstream
 from patches.source import Upstream
 
 
@@ -85,6 +85,8 @@ class Applied:
 
     def enter(self, record: Record) -> None:
         """Enter the context manager that a `context` record's implementation returns."""
+        if not is_upstream(record.target):  # upstream's module is known from its fingerprint, and not imported yet
+            module(record.target)
         manager = implementation(record)()
         if not isinstance(manager, AbstractContextManager):
             raise bad(f"{record.id} makes no context manager", record.impl, f"it returned a {type(manager).__name__}")

@@ -134,8 +134,8 @@ def test_scan_is_quick_with_upstream_loaded():
     original = aliases.Original(record("planted_up:f"), arguments.parse_args, arguments.parse_args)
     seconds = []
     for _ in range(5):
-        began = time.perf_counter()
+        began = time.process_time()
         hits = aliases.scan([original])
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.process_time() - began)
     assert [hit.name for hit in hits] == ["megatron.training.arguments:parse_args"]
     assert megatron.training and min(seconds) < 0.3, seconds

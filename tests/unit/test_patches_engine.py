@@ -251,6 +251,11 @@ def test_bad_implementations(up, impl, action, text):
     assert up.f(1) == 1
 
 
+def test_missing_module_of_a_context(up):
+    with pytest.raises(UnknownTarget, match="there is no planted_nowhere to patch"):
+        engine.apply([record("planted_nowhere", "planted_impl:context", "context")])
+
+
 def test_two_replacements_are_refused(up):
     a, b = record("planted_up:f", id="planted.a"), record("planted_up:f", id="planted.b")
     with pytest.raises(Conflict, match=r"planted\.a and planted\.b cannot both have planted_up:f"):
