@@ -6,7 +6,7 @@ active in the process.
 
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,8 @@ from patches import aliases
 from patches.errors import Conflict, Drift, ForeignChange, PatchError, StaleAlias, UnknownTarget
 from patches.ledger import refuse_conflicts
 from patches.lock import Lock, read
-from patches.place import Place, bad, implementation, like, resolve, underlying, wrapped
-from patches.record import Record
+from patches.place import Place, bad, implementation, like, module, resolve, underlying, wrapped
+from patches.record import Record, is_upstream
 from patches.source import Upstream
 
 
@@ -36,9 +36,9 @@ class Applied:
     records: tuple[Record, ...]
     fingerprints: dict[str, str]
     bindings: list[Binding] = field(default_factory=list)
-    contexts: list[tuple[Record, AbstractContextManager[Any]]] = field(default_factory=list)
+    contexts: list[Record] = field(default_factory=list)
     originals: list[aliases.Original] = field(default_factory=list)
-    _steps: list[str] = field(default_factory=list)
+    _undo: ExitStack = field(default_factory=ExitStack)
 
     def undo(self) -> None:
         """Restore every place and leave every context, in reverse order.
@@ -70,34 +70,28 @@ class Applied:
 
     def roll_back(self) -> None:
         """Restore without asking; a context that fails to leave is raised after all else is restored."""
-        failure: BaseException | None = None
-        while self._steps:
-            if self._steps.pop() == "bind":
-                binding = self.bindings.pop()
-                binding.place.put(binding.before)
-                continue
-            try:
-                self.contexts.pop()[1].__exit__(None, None, None)
-            except Exception as error:
-                failure = error
-        if failure is not None:
-            raise failure
+        try:
+            self._undo.close()
+        finally:
+            self.bindings.clear()
+            self.contexts.clear()
 
     def bind(self, record: Record, place: Place, value: Any) -> None:
         """Set a place and remember what it held."""
-        binding = Binding(record, place, place.own(), value)
+        before = place.own()
         place.put(value)
-        self.bindings.append(binding)
-        self._steps.append("bind")
+        self._undo.callback(place.put, before)
+        self.bindings.append(Binding(record, place, before, value))
 
     def enter(self, record: Record) -> None:
         """Enter the context manager that a `context` record's implementation returns."""
+        if not is_upstream(record.target):  # upstream's module is known from its fingerprint, and not imported yet
+            module(record.target)
         manager = implementation(record)()
         if not isinstance(manager, AbstractContextManager):
             raise bad(f"{record.id} makes no context manager", record.impl, f"it returned a {type(manager).__name__}")
-        manager.__enter__()
-        self.contexts.append((record, manager))
-        self._steps.append("enter")
+        self._undo.enter_context(manager)
+        self.contexts.append(record)
 
 
 def apply(
@@ -217,7 +211,7 @@ def _alias(label: str, record: Record, raw: Any, core: Any) -> Place:
 
 
 def _at(applied: Applied, todo: Sequence[Record]) -> str:
-    done = {b.record.id for b in applied.bindings} | {record.id for record, _ in applied.contexts}
+    done = {b.record.id for b in applied.bindings} | {record.id for record in applied.contexts}
     return next((f"{r.id} ({r.impl})" for r in todo if r.id not in done), "the alias scan")
 
 

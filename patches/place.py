@@ -55,21 +55,30 @@ def resolve(label: str) -> Place:
     Raises:
         UnknownTarget: the module cannot be imported or a name is missing.
     """
-    module, _, qual = label.partition(":")
+    home, _, qual = label.partition(":")
     *outer, name = qual.split(".")
-    try:
-        owner: Any = importlib.import_module(module)
-    except ImportError as error:
-        raise _unknown(label, module, f"importing it failed: {error}") from error
+    owner: Any = module(home)
     for part in outer:
         holder, owner = owner, getattr(owner, part, ABSENT)
         if not isinstance(owner, type | types.ModuleType):
             why = f"`{part}` of {holder.__name__} is " + ("missing" if owner is ABSENT else "neither class nor module")
-            raise _unknown(label, module, why)
+            raise _unknown(label, home, why)
     place = Place(label, owner, name)
     if place.raw() is ABSENT:
-        raise _unknown(label, module, f"{owner.__name__} has no `{name}`")
+        raise _unknown(label, home, f"{owner.__name__} has no `{name}`")
     return place
+
+
+def module(name: str) -> types.ModuleType:
+    """Import a module that is to be patched.
+
+    Raises:
+        UnknownTarget: it cannot be imported.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise _unknown(name, name, f"importing it failed: {error}") from error
 
 
 def _unknown(label: str, module: str, why: str) -> UnknownTarget:

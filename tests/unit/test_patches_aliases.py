@@ -107,7 +107,7 @@ def test_declared_aliases_are_imported_bound_and_restored(bed, up):
 def test_declared_alias_of_a_static_method_stays_callable(bed, up):
     user = bed.load("planted_user", "import planted_up\nh = planted_up.Owner.static")
     applied = engine.apply([record("planted_up:Owner.static", aliases=("planted_user:h",))])
-    assert user.h(1) == up.Owner.static(1) == "ours"
+    assert user.h(1) == up.Owner.static(1) == "ours" and not isinstance(user.h, staticmethod)
     applied.undo()
     assert user.h(1) == 1
 
@@ -121,9 +121,9 @@ def test_a_declared_alias_that_holds_something_else_is_refused(bed, up):
 
 def test_depth_is_not_cut_by_the_order_of_discovery(bed, up):
     """An object first reached through a long way is still looked into through a short one."""
-    source = "import planted_up\nshort = [planted_up.f]\nlong = [[[[[[short]]]]]]\nglobals()['a'] = long\n"
+    source = "import planted_up\nshort = [[planted_up.f]]\nlong = [[[[[short]]]]]\nglobals()['a'] = long\n"
     bed.load("planted_user", source)
-    with pytest.raises(StaleAlias, match=r"planted_user:short\[0\]"):
+    with pytest.raises(StaleAlias, match=r"planted_user:short\[0\]\[0\]"):
         engine.apply([record("planted_up:f")])
 
 
@@ -134,8 +134,8 @@ def test_scan_is_quick_with_upstream_loaded():
     original = aliases.Original(record("planted_up:f"), arguments.parse_args, arguments.parse_args)
     seconds = []
     for _ in range(5):
-        began = time.perf_counter()
+        began = time.process_time()
         hits = aliases.scan([original])
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.process_time() - began)
     assert [hit.name for hit in hits] == ["megatron.training.arguments:parse_args"]
     assert megatron.training and min(seconds) < 0.3, seconds

@@ -185,6 +185,29 @@ def test_context_is_entered_and_left(up, bed):
     assert impl.log == ["in", "out"]
 
 
+def test_contexts_and_bindings_are_undone_in_one_reverse_order(up, bed):
+    source = """
+        import contextlib, planted_up
+
+        seen = []
+
+        @contextlib.contextmanager
+        def look():
+            seen.append(planted_up.f(1))
+            yield
+            seen.append(planted_up.f(1))
+    """
+    looker = bed.load("planted_looker", source)
+    records = [
+        record("planted_up:f", "planted_impl:wrap", "wrap", id="planted.a"),
+        record("planted_up", "planted_looker:look", "context", id="planted.b"),
+        record("planted_up:f", "planted_impl:wrap", "wrap", id="planted.c"),
+        record("planted_up:f", "planted_impl:wrap", "wrap", id="planted.d"),
+    ]
+    engine.apply(records).undo()
+    assert looker.seen == [("wrapped", 1), ("wrapped", 1)] and up.f(1) == 1
+
+
 def test_all_or_nothing(up, bed):
     impl, before = bed.load("planted_impl"), dict(vars(up))
     records = [
@@ -226,6 +249,11 @@ def test_bad_implementations(up, impl, action, text):
     with pytest.raises(BadImplementation, match=text):
         engine.apply([record(target, impl, action)])
     assert up.f(1) == 1
+
+
+def test_missing_module_of_a_context(up):
+    with pytest.raises(UnknownTarget, match="there is no planted_nowhere to patch"):
+        engine.apply([record("planted_nowhere", "planted_impl:context", "context")])
 
 
 def test_two_replacements_are_refused(up):

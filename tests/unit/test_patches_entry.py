@@ -157,6 +157,8 @@ session.SESSION.apply([ledger.by_id(i) for i in (ids[:1] if different and rank e
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 training.initialize_megatron(allow_no_cuda=True, skip_mpu_initialization=True)
 print("agreed", flush=True)
+dist.barrier()
+dist.destroy_process_group()
 """
 
 
