@@ -182,6 +182,23 @@ def _swapped(owner: Any, names: dict[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
+def mode_in_backward(mode: TorchFunctionMode) -> Iterator[None]:
+    """Keep `mode` in force while autograd's engine runs.
+
+    torch leaves a mode while it handles a call, and `torch.autograd.backward` is such a call: the backward of a custom
+    function (recomputation, tensor parallelism) would run without the mode.
+    """
+    run = torch.autograd._engine_run_backward
+
+    def engine(*args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return run(*args, **kwargs)
+
+    with _swapped(torch.autograd, {"_engine_run_backward": engine}):
+        yield
+
+
+@contextmanager
 def cpu_stands_in_for_cuda(ranks_on_this_host: int | None = None) -> Iterator[None]:
     """Open the twins; everything is as before once it closes.
 
@@ -202,5 +219,7 @@ def cpu_stands_in_for_cuda(ranks_on_this_host: int | None = None) -> Iterator[No
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_swapped(torch.cuda, twins))
         stack.enter_context(_swapped(torch.cuda.random, random))
-        stack.enter_context(CudaMeansCpu())
+        mode = CudaMeansCpu()
+        stack.enter_context(mode_in_backward(mode))
+        stack.enter_context(mode)
         yield

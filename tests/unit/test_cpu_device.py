@@ -47,6 +47,37 @@ def test_streams_events_and_memory_answer() -> None:
         assert torch.cuda.memory_stats()["allocated_bytes.all.peak"] > 0
 
 
+class _MakesCudaTensorInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return grad + torch.zeros(1, device="cuda")
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+        ctx.x = x.detach().requires_grad_()  # type: ignore[attr-defined]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        with torch.enable_grad():
+            again = _MakesCudaTensorInBackward.apply(ctx.x)  # type: ignore[attr-defined]
+        torch.autograd.backward(again, grad)
+        return ctx.x.grad  # type: ignore[attr-defined]
+
+
+def test_backward_of_custom_functions_is_covered_at_any_depth() -> None:
+    with patches.applied("cpu.device"):
+        x = torch.ones(1, requires_grad=True)
+        _Recomputed.apply(x).sum().backward()
+        assert x.grad is not None and x.grad.item() == 1
+
+
 def test_undo_is_exact() -> None:
     before, random_before = dict(vars(torch.cuda)), dict(vars(torch.cuda.random))
     with patches.applied("cpu.device"):
