@@ -1,5 +1,6 @@
 """`torch.cuda` answered by PyTorch's own CPU twins, for as long as one context manager is open."""
 
+import logging
 import os
 import resource
 import time
@@ -199,6 +200,21 @@ def mode_in_backward(mode: TorchFunctionMode) -> Iterator[None]:
 
 
 @contextmanager
+def _one_generator() -> Iterator[None]:
+    """Keep upstream's RNG tracker from warning, at every fork, that the CPU's generator moved: here it is the only one."""
+
+    def says_something_else(record: logging.LogRecord) -> bool:
+        return "CPU RNG state changed" not in record.getMessage()
+
+    logger = logging.getLogger("megatron.core.tensor_parallel.random")
+    logger.addFilter(says_something_else)
+    try:
+        yield
+    finally:
+        logger.removeFilter(says_something_else)
+
+
+@contextmanager
 def cpu_stands_in_for_cuda(ranks_on_this_host: int | None = None) -> Iterator[None]:
     """Open the twins; everything is as before once it closes.
 
@@ -219,6 +235,7 @@ def cpu_stands_in_for_cuda(ranks_on_this_host: int | None = None) -> Iterator[No
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_swapped(torch.cuda, twins))
         stack.enter_context(_swapped(torch.cuda.random, random))
+        stack.enter_context(_one_generator())
         mode = CudaMeansCpu()
         stack.enter_context(mode_in_backward(mode))
         stack.enter_context(mode)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -83,6 +83,15 @@ def patched(arm: Arm) -> Iterator[Any]:
             yield applied
 
 
+def _to_the_end(main: Callable[[], None]) -> None:
+    """Call `main`; upstream leaves an `--exit-interval` through `sys.exit(0)`, which is an end like any other."""
+    try:
+        main()
+    except SystemExit as end:
+        if end.code not in (0, None):
+            raise
+
+
 def train_on_this_rank(
     arm: Arm, flags: list[str], float64: bool, mutant: str | None, keep_food: bool
 ) -> tuple[list[Step], list[Any], dict[str, Any]]:
@@ -107,6 +116,6 @@ def train_on_this_rank(
         from patches.session import SESSION
 
         training.train_step = recorder.wrap(training.train_step)
-        main()
+        _to_the_end(main)
         header = {"torch": torch.__version__, "patches": sorted(SESSION.hashes), "digest": combined(SESSION.hashes)}
     return recorder.steps, recorder.food, header
