@@ -34,7 +34,9 @@ TRAINING = """
 STEP = re.compile(r"iteration +(\d+)/ *(\d+) .*?lm loss: ([\d.E+-]+)")
 SPEED = re.compile(r"tokens/s: ([\d.]+)")
 HELD_OUT = re.compile(r"validation loss at iteration (\d+) \|.*?lm loss value: ([\d.E+-]+)")
-STAGES = re.compile(r"\]: *((?:> initializing torch distributed|> building train|loading checkpoint|saving checkpoint).*)")
+STAGES = re.compile(
+    r"\]: *((?:> initializing torch distributed|> building train|loading checkpoint|saving checkpoint).*)"
+)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def _add_record_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _validate_record_arguments(args: argparse.Namespace) -> None:
-    if args.arguments_file is None:
+    if getattr(args, "arguments_file", None) is None:
         return
     folder = Path(args.arguments_file).absolute().parent
     while not folder.exists():

@@ -53,7 +53,9 @@ def with_throughput_line(original: Callable[..., Any]) -> Callable[..., Any]:
 def _seconds_per_step(totals: dict[str, Any]) -> float:
     from megatron.training import get_timers
 
-    steps = totals.get("advanced iterations", 0) + totals.get("skipped iterations", 0) + 1  # this one is not yet counted
+    steps = (
+        totals.get("advanced iterations", 0) + totals.get("skipped iterations", 0) + 1
+    )  # this one is not yet counted
     return float(get_timers()("interval-time").elapsed(reset=False, barrier=False)) / steps
 
 

@@ -112,7 +112,9 @@ def test_layout_stays_within_the_noise(
     reference, base = single(arithmetic, False), start(arithmetic, False)
     floor = _floor(ranks, arithmetic, base, reference)
     difference = worst(run_arm(ranks, "O", world, base + flags(own)), reference, "loss")
-    print(f"{layout}, {arithmetic}: largest relative difference of loss {difference:.1e}, its rounding error {floor:.1e}")
+    print(
+        f"{layout}, {arithmetic}: largest relative difference of loss {difference:.1e}, its rounding error {floor:.1e}"
+    )
     assert floor > 0
     assert difference <= 3 * floor
 

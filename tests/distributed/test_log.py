@@ -13,7 +13,9 @@ def _printed(pool: RankPool) -> str:
 
 
 def test_log_line_tells_tokens_flops_and_memory(ranks: RankPool) -> None:
-    run_arm(ranks, "O", 2, flags(TINY, "--pipeline-model-parallel-size 2 --log-throughput --log-interval 2 --train-iters 4"))
+    run_arm(
+        ranks, "O", 2, flags(TINY, "--pipeline-model-parallel-size 2 --log-throughput --log-interval 2 --train-iters 4")
+    )
     found = re.findall(
         r"iteration +(\d+) \| tokens/s: ([\d.]+) \| tokens/s/rank: ([\d.]+) \| model TFLOP/s/rank: ([\d.e-]+) "
         r"\| peak memory \(MiB\): ([\d.]+)",

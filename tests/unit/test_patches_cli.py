@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def test_one_byte_in_a_patched_function_is_named(copy):
         assert done.returncode == 1
         assert f"entry.parse-args: {PARSE} is not the source its patch was written against" in done.stderr
         assert f"where: {file}:{line}" in done.stderr and "what to do: restore the wheel: pip install" in done.stderr
-        assert f"patched symbols in it: {PARSE} (drifted, see above)" in done.stderr
+        assert re.search(rf"patched symbols in it: .*{PARSE} \(drifted, see above\)", done.stderr)
         assert "verify: 2 differences" in done.stderr
 
 
@@ -99,7 +100,7 @@ def test_one_byte_elsewhere_is_named_too(copy):
     done = cli("verify", "--wheel", copy)
     assert done.returncode == 1 and "is not the source" not in done.stderr
     assert f"megatron/training/arguments.py is changed\n  where: {copy}" in done.stderr
-    assert f"patched symbols in it: {PARSE} (unchanged)" in done.stderr
+    assert re.search(rf"patched symbols in it: .*{PARSE} \(unchanged\)", done.stderr)
     assert "megatron/core/enums.py is missing" in done.stderr and "holds no patched symbol" in done.stderr
 
 
