@@ -50,6 +50,10 @@ RECORDS = (
         action="context",
         target="megatron.core.optimizer",
         impl="patches.local.adam:adam_counts_steps_per_group",
+        reads=(
+            "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.state_dict",
+            "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",
+        ),
         why="With torch.optim.AdamW the distributed optimizer cannot be resumed: a fresh state has no 'step' "
         "(assertion), and loaded ones share a single step tensor, which then counts once per parameter.",
         when="patches.local.conditions:no_fused_adam",
