@@ -1,0 +1,65 @@
+"""The quickstart's own steps, short: text, half a run, resume, picture, last words; a second call does nothing again."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from examples import loss_curve
+from examples.quickstart import show
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 24
+
+
+def quickstart(folder: Path) -> subprocess.CompletedProcess[str]:
+    command = ["bash", "scripts/quickstart.sh", "--run-dir", str(folder), "--steps", str(STEPS)]
+    environment = {**os.environ, "VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+
+
+def test_quickstart_trains_resumes_and_tells(tmp_path: Path) -> None:
+    done = quickstart(tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    for name in ("loss.png", "loss.svg", "log.txt", "arguments.json"):
+        assert (tmp_path / name).stat().st_size > 1000
+    curves = loss_curve.read(tmp_path / "tensorboard")
+    assert [step for step, _ in curves.train] == list(range(1, STEPS + 1))
+    assert len(curves.held_out) == 4
+    assert curves.train[-1][1] < curves.train[0][1] - 1
+    arguments = json.loads((tmp_path / "arguments.json").read_text())
+    assert arguments["pipeline_model_parallel_size"] == 2 and "cpu.device" in arguments["longseq_patches"]
+    log = (tmp_path / "log.txt").read_text()
+    assert f"at iteration {STEPS // 2}" in log and "tokens/s" in log
+    last = done.stdout[done.stdout.index("\nDone") :]
+    assert "held-out" in last and "Where:" in last and "Try next:" in last
+
+    again = quickstart(tmp_path)
+    assert again.returncode == 0
+    assert again.stdout.count("done before, skipped") == 2 and "      step" not in again.stdout
+    assert (tmp_path / "log.txt").read_text() == log
+
+
+def test_a_resumed_curve_takes_the_later_values(tmp_path: Path) -> None:
+    import time
+
+    from torch.utils.tensorboard import SummaryWriter
+
+    for start, offset in ((1, 10.0), (3, 20.0)):
+        with SummaryWriter(tmp_path) as writer:
+            for step in range(start, start + 4):
+                writer.add_scalar("lm loss", offset + step, step)
+        time.sleep(1.1)  # the event files' order is their time
+    assert loss_curve.read(tmp_path).train == [(1, 11.0), (2, 12.0), (3, 23.0), (4, 24.0), (5, 25.0), (6, 26.0)]
+
+
+def test_progress_lines(capsys) -> None:  # type: ignore[no-untyped-def]
+    show("[rank1]: [time] iteration        5/     320 | consumed: 80 | lm loss: 4.112900E+00 | loss scale: 1.0 |")
+    show("[rank1]: validation loss at iteration 80 | lm loss value: 2.629600E+00 | lm loss PPL: 1.3E+01 |")
+    show("[rank1]: validation loss at iteration 80 on validation set | lm loss value: 2.6E+00 | lm loss PPL: 1.3E+01 |")
+    show("[rank0]:anything else")
+    assert capsys.readouterr().out.splitlines() == [
+        "      step    5/320   loss 4.1129",
+        "      step   80       held-out loss 2.6296",
+    ]
