@@ -1,0 +1,77 @@
+"""Progress of a run: a bar on a terminal, a plain line every few seconds elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Any, Self
+
+PLAIN_SECONDS = 5.0
+
+
+class Progress:
+    """Counts work in bytes (or any unit), documents and tokens; a context manager that shows them.
+
+    `total` is the amount of work, `done` what an earlier run did of it (shown, but not counted in the rate).
+    """
+
+    def __init__(self, what: str, total: int, done: int = 0, unit: str = "MB") -> None:
+        self._what, self._total, self._done, self._unit = what, total, done, unit
+        self._began = self._shown = time.monotonic()
+        self._work = self._documents = self._tokens = 0
+        self._shown_work = -1
+        self._bar = _bar(sys.stdout.isatty())
+        self._task: Any = None
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task(self._what, total=max(self._total, 1), completed=self._done, figures="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif kind is None and self._shown_work != self._work:
+            print(self._line(), flush=True)
+
+    def advance(self, work: int, documents: int, tokens: int) -> None:
+        """Add finished work, documents and tokens."""
+        self._work += work
+        self._documents += documents
+        self._tokens += tokens
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done + self._work, figures=self._figures())
+        elif time.monotonic() - self._shown >= PLAIN_SECONDS:
+            self._shown, self._shown_work = time.monotonic(), self._work
+            print(self._line(), flush=True)
+
+    def _line(self) -> str:
+        share = 100 * (self._done + self._work) / self._total if self._total else 100.0
+        return f"{self._what}: {share:3.0f}%  {self._figures()}"
+
+    def _figures(self) -> str:
+        seconds = max(time.monotonic() - self._began, 1e-3)
+        rate = (
+            f"{self._work / seconds / 1e6:.1f} MB/s"
+            if self._unit == "MB"
+            else f"{self._work / seconds:,.0f} {self._unit}/s"
+        )
+        return f"{self._documents:,} documents  {self._tokens:,} tokens  {rate}"
+
+
+def _bar(terminal: bool) -> Any:
+    if not terminal:
+        return None
+    try:
+        from rich import progress
+    except ModuleNotFoundError:  # plain lines do as well
+        return None
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.TaskProgressColumn(),
+        progress.TextColumn("{task.fields[figures]}"),
+        progress.TimeRemainingColumn(),
+    )
