@@ -1,4 +1,4 @@
-"""What every arm eats: paragraphs of this interpreter's standard library, as bytes, through our own data preparation."""
+"""What every arm eats: paragraphs of this interpreter's standard library, as bytes, through our data preparation."""
 
 import hashlib
 import json
