@@ -5,8 +5,9 @@ Every check has a ratio, error over tolerance: it passes at 1 or below. Where no
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 import numpy
 
@@ -18,6 +19,7 @@ NUMBERS = ("loss", "grad_norm")
 EXACT = ("iteration", "learning_rate", "tokens", "samples", "skipped")
 LOSS_TOLERANCE = 1e-9  # relative, float64
 TENSOR_TOLERANCE = 1e-8  # of the tensor's norm, float64
+Kind = Literal["weights", "first_moments"]
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,38 @@ class Evidence:
     snapshots: Mapping[int, Snapshot] = field(default_factory=dict)
 
 
-Numeric = Callable[[str, Sequence[float], Sequence[float]], Check]
-Tensorwise = Callable[[str, Mapping[str, Array], Mapping[str, Array]], Check]
+class Rules(Protocol):
+    """How one class of equality judges."""
+
+    def numbers(self, name: str, theirs: Sequence[float], ours: Sequence[float]) -> list[Check]:
+        """Judge losses or gradient norms, one per step."""
+
+    def tensors(self, kind: Kind, at: int, theirs: Mapping[str, Array], ours: Mapping[str, Array]) -> list[Check]:
+        """Judge weights or first moments of one iteration."""
+
+
+class Bitwise:
+    """Class E0: the same bits."""
+
+    def numbers(self, name: str, theirs: Sequence[float], ours: Sequence[float]) -> list[Check]:
+        """See Rules."""
+        return [bitwise(name, theirs, ours)]
+
+    def tensors(self, kind: Kind, at: int, theirs: Mapping[str, Array], ours: Mapping[str, Array]) -> list[Check]:
+        """See Rules."""
+        return [bitwise_tensors(f"{kind} at {at}", theirs, ours)]
+
+
+class Reassociated:
+    """Class E1 in float64: sums in another order, and nothing else."""
+
+    def numbers(self, name: str, theirs: Sequence[float], ours: Sequence[float]) -> list[Check]:
+        """See Rules."""
+        return [close(name, theirs, ours)]
+
+    def tensors(self, kind: Kind, at: int, theirs: Mapping[str, Array], ours: Mapping[str, Array]) -> list[Check]:
+        """See Rules."""
+        return [close_tensors(f"{kind} at {at}", theirs, ours)]
 
 
 def broken(name: str, detail: str) -> Check:
@@ -51,18 +83,15 @@ def broken(name: str, detail: str) -> Check:
     return Check(name, BROKEN, detail)
 
 
-def compare(
-    reference: Evidence, candidate: Evidence, steps: int, at: Sequence[int], numeric: Numeric, tensorwise: Tensorwise
-) -> list[Check]:
+def compare(reference: Evidence, candidate: Evidence, steps: int, at: Sequence[int], rules: Rules) -> list[Check]:
     """Compare every step and every snapshot.
 
     Args:
         reference: arm U.
         candidate: arm O.
         steps: how many steps both must have made.
-        at: iterations of which both must have snapshots.
-        numeric: judges losses and gradient norms, one class's rule.
-        tensorwise: judges weights and first moments, one class's rule.
+        at: iterations of which both must have snapshots; of the last one the weights are compared too.
+        rules: one class's.
 
     Returns:
         The checks. Where a curve is not whole, only what is wrong with it: nothing else could be trusted.
@@ -72,16 +101,32 @@ def compare(
         return flaws
     checks = [_same(name, reference.curve, candidate.curve) for name in EXACT]
     for name in NUMBERS:
-        checks.append(numeric(name, [s[name] for s in reference.curve], [s[name] for s in candidate.curve]))
+        checks += rules.numbers(name, [s[name] for s in reference.curve], [s[name] for s in candidate.curve])
     for iteration in at:
         ours, theirs = candidate.snapshots[iteration], reference.snapshots[iteration]
         checks.append(_replicas(iteration, ours))
-        checks.append(tensorwise(f"moments at {iteration}", theirs.first_moments, ours.first_moments))
-    last = at[-1]
-    checks.append(
-        tensorwise(f"weights at {last}", reference.snapshots[last].weights, candidate.snapshots[last].weights)
-    )
+        checks += rules.tensors("first_moments", iteration, theirs.first_moments, ours.first_moments)
+        if iteration == at[-1]:
+            checks += rules.tensors("weights", iteration, theirs.weights, ours.weights)
     return checks
+
+
+def agrees_with_oracle(curve: Sequence[Mapping[str, Any]], last: Snapshot, reference: Evidence) -> list[Check]:
+    """Compare arm X's curve and last tensors with arm U's, in float64.
+
+    X computes its own learning rate and counts its own tokens; it has no record of samples, it ate those of U.
+    """
+    steps = len(reference.curve)
+    flaws = whole("U", reference, steps, [steps])
+    if flaws or len(curve) != steps:
+        return flaws or [broken("arm X is whole", f"wanted {steps} steps, found {len(curve)}")]
+    rules, theirs = Reassociated(), reference.snapshots[steps]
+    checks = [_same("tokens", reference.curve, curve)]
+    for name in (*NUMBERS, "learning_rate"):
+        checks += rules.numbers(name, [s[name] for s in reference.curve], [s[name] for s in curve])
+    checks += rules.tensors("first_moments", steps, theirs.first_moments, last.first_moments)
+    checks += rules.tensors("weights", steps, theirs.weights, last.weights)
+    return [Check(f"oracle: {check.name}", check.ratio, check.detail) for check in checks]
 
 
 def whole(arm: str, evidence: Evidence, steps: int, at: Sequence[int]) -> list[Check]:
@@ -117,7 +162,7 @@ def learned(arm: str, curve: Sequence[Step], margin: float) -> Check:
     return Check(f"arm {arm} learns", 0.0 if ratio <= 1 else ratio, f"loss fell by {fell:.3f}, wanted {margin}")
 
 
-def _same(name: str, theirs: Sequence[Step], ours: Sequence[Step]) -> Check:
+def _same(name: str, theirs: Sequence[Step], ours: Sequence[Mapping[str, Any]]) -> Check:
     for u, o in zip(theirs, ours, strict=True):
         if u[name] != o[name]:
             return broken(name, f"step {u['iteration']}: U has {u[name]}, O has {o[name]}")

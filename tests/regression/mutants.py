@@ -3,8 +3,9 @@
 A mutant is a context manager that is applied inside the ranks of arm O. It yields a `Planted` that counts how often it
 acted; one that never acted proves nothing, and the suite calls that an error.
 
-Context parallelism is not here yet. Its own mutant, the zigzag map off by one, belongs to this file when it is: wrap the
-function that says which global positions a rank holds, roll its answer by one chunk, and name it in the CP case's file.
+Context parallelism is not here yet. Its own mutant, the zigzag map off by one, belongs to this file when it is: wrap
+the function that says which global positions a rank holds, roll its answer by one chunk, and name the mutant in the
+file of the CP case.
 """
 
 import functools
@@ -119,7 +120,7 @@ def leaking_mask() -> Iterator[Planted]:
 
 @contextmanager
 def stale_parameter() -> Iterator[Planted]:
-    """After the parameter all-gather of the third step, the last data-parallel rank keeps the first rank's old shard."""
+    """After the parameter all-gather of step 3, the last data-parallel rank keeps the first rank's old shard."""
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as BucketGroup
 
     planted, old = Planted(), {}

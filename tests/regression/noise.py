@@ -12,7 +12,7 @@ from typing import cast
 import numpy
 from numpy.typing import NDArray
 
-from tests.regression.compare import Check, broken, relative, relative_errors
+from tests.regression.compare import Check, Evidence, Kind, broken, relative, relative_errors
 from tests.regression.snapshot import Array
 
 FACTOR = 3.0
@@ -99,6 +99,39 @@ def tensors_within_noise(
     ratios = {key: relative(errors[key], allowed[key]) for key in reference}
     key = max(ratios, key=lambda k: math.inf if math.isnan(ratios[k]) else ratios[k])
     return Check(name, ratios[key], f"{key} differs by {errors[key]:.2e} of its norm, allowed {allowed[key]:.2e}")
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """Class E1 in float32: U's own runs in other orders of summation say what a difference means.
+
+    Args:
+        others: these runs.
+        epsilon: the arithmetic's rounding unit.
+    """
+
+    others: Sequence[Evidence]
+    epsilon: float
+
+    def numbers(self, name: str, theirs: Curve, ours: Curve) -> list[Check]:
+        """See compare.Rules."""
+        steps = len(theirs)
+        floor = Floor(theirs, [[step[name] for step in other.curve[:steps]] for other in self.others], self.epsilon)
+        return [within_noise(name, floor, ours), without_trend(name, floor, ours)]
+
+    def tensors(self, kind: Kind, at: int, theirs: Mapping[str, Array], ours: Mapping[str, Array]) -> list[Check]:
+        """See compare.Rules."""
+        others = [getattr(other.snapshots[at], kind) for other in self.others]
+        return [tensors_within_noise(f"{kind} at {at}", theirs, others, ours, self.epsilon)]
+
+
+@dataclass(frozen=True)
+class Paired(Noisy):
+    """Class E2: like Noisy for tensors; of the curves only what seeds have to say together, see `unbiased`."""
+
+    def numbers(self, name: str, theirs: Curve, ours: Curve) -> list[Check]:
+        """See compare.Rules; nothing is judged by one seed alone."""
+        return []
 
 
 def unbiased(name: str, floors: Sequence[Floor], ours: Sequence[Curve]) -> list[Check]:

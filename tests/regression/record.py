@@ -91,7 +91,7 @@ class Recorder:
                 }
             )
             if self.keep_food:
-                self.food.append([{name: tensor.numpy() for name, tensor in batch.items()} for batch in batches])
+                self.food.append([{name: batch[name].numpy() for name in FOOD[:3]} for batch in batches])
             if iteration in self.snapshots:
                 self.parts[iteration] = parts_of_this_rank(model, optimizer)
             return result
