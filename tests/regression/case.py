@@ -50,7 +50,7 @@ class Case:
     learns: float
     mutants: tuple[str, ...]
     seeds: tuple[int, ...]
-    floor: tuple[tuple[str, ...], ...]
+    floor: tuple[ArmPlan, ...]
     u: ArmPlan
     o: ArmPlan
 
@@ -95,7 +95,7 @@ def read_case(path: Path, models: Mapping[str, Any]) -> Case:
         learns=float(table["learns"]),
         mutants=tuple(table.get("mutants", ())),
         seeds=tuple(table.get("seeds", (1,))),
-        floor=tuple(tuple(shlex.split(flags)) for flags in table.get("floor", ())),
+        floor=tuple(_plan(path, "U", plan) for plan in table.get("floor", ())),
         u=_plan(path, "U", table["U"]),
         o=_plan(path, "O", table["O"]),
     )
@@ -116,7 +116,9 @@ def _check(path: Path, table: Mapping[str, Any], models: Mapping[str, Any]) -> N
         raise CaseError(f"{path}: class {table['class']} is for {', '.join(CLASSES[table['class']])}")
     noisy = table["class"] != "E0" and table["arithmetic"] != "float64"
     if noisy != bool(table.get("floor")):
-        raise CaseError(f"{path}: `floor` (flags of U in another order of summation) goes with E1 float32 and E2 alone")
+        raise CaseError(
+            f"{path}: [[floor]] (U in another order of summation) goes with E1 float32 and E2, and with these alone"
+        )
     if table.get("oracle") and table["arithmetic"] != "float64":
         raise CaseError(f"{path}: the oracle computes in float64; this case is {table['arithmetic']}")
     if not table["learns"] > 0:

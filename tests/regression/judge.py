@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from tests.regression.case import Case
 from tests.regression.compare import NUMBERS, Bitwise, Check, Evidence, Reassociated, Rules, compare
-from tests.regression.noise import EPSILON, Floor, Noisy, Paired, unbiased
+from tests.regression.noise import Floor, Noisy, Paired, unbiased
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def rules_of(case: Case, trial: Trial) -> Rules:
     if case.arithmetic == "float64":
         return Reassociated()
     kind = Paired if case.klass == "E2" else Noisy
-    return kind(trial.floor, EPSILON[case.arithmetic])
+    return kind(trial.floor)
 
 
 def judge(case: Case, trials: Sequence[Trial], steps: int, at: Sequence[int]) -> list[Check]:
@@ -54,7 +54,7 @@ def judge(case: Case, trials: Sequence[Trial], steps: int, at: Sequence[int]) ->
     if case.klass == "E2" and all(check.passed for check in checks if check.ratio > 1e9):
         for name in NUMBERS:
             curves = [[[s[name] for s in run.curve] for run in (t.u, *t.floor)] for t in trials]
-            floors = [Floor(curve[0], curve[1:], EPSILON[case.arithmetic]) for curve in curves]
+            floors = [Floor(curve[0], curve[1:]) for curve in curves]
             checks += unbiased(name, floors, [[s[name] for s in trial.o.curve] for trial in trials])
     return checks
 

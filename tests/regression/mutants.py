@@ -120,7 +120,7 @@ def leaking_mask() -> Iterator[Planted]:
 
 @contextmanager
 def stale_parameter() -> Iterator[Planted]:
-    """After the parameter all-gather of step 3, the last data-parallel rank keeps the first rank's old shard."""
+    """After the second overlapped parameter all-gather the last data-parallel rank keeps the first's old shard."""
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as BucketGroup
 
     planted, old = Planted(), {}
@@ -132,7 +132,7 @@ def stale_parameter() -> Iterator[Planted]:
         if gathering and self.intra_distributed_optimizer_instance_rank == ranks - 1:
             shard = self.buckets[0].param_data[: self.buckets[0].param_data.numel() // ranks]
             old.setdefault(id(self), []).append(shard.detach().clone())
-            if len(old[id(self)]) == 3:
+            if len(old[id(self)]) == 2:
                 planted.times += 1
                 shard.data.copy_(old[id(self)][-2])
         return result

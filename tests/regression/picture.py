@@ -1,9 +1,11 @@
 """The picture of a case: the arms' loss curves above, their difference with what is tolerated below."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.ticker
 
 mpl.use("Agg")
 
@@ -11,7 +13,7 @@ import numpy
 from matplotlib import pyplot
 
 from tests.regression.compare import LOSS_TOLERANCE
-from tests.regression.noise import EPSILON, FACTOR, Floor
+from tests.regression.noise import FACTOR, Floor
 from tests.regression.suite import Outcome
 
 # Okabe and Ito's colours: told apart by every kind of colour vision, and in grey by their markers.
@@ -58,41 +60,47 @@ def _curves(axes: Any, outcome: Outcome) -> None:
 
 
 def _differences(axes: Any, outcome: Outcome) -> None:
-    case, trial = outcome.case, outcome.trials[0]
+    trial = outcome.trials[0]
     u, o = _losses(trial.u.curve), _losses(trial.o.curve)
     steps = numpy.arange(1, min(len(u), len(o)) + 1)
-    u, o = u[: len(steps)], o[: len(steps)]
-    axes.axhline(0, color=GREY, linewidth=0.8)
-    band = numpy.zeros(len(steps))
-    if trial.floor:
-        floor = Floor(
-            u.tolist(), [_losses(run.curve)[: len(steps)].tolist() for run in trial.floor], EPSILON[case.arithmetic]
-        )
-        band = FACTOR * floor.band()
-        for index, difference in enumerate(floor.differences()):
-            axes.plot(
-                steps,
-                difference,
-                color=BLUE,
-                alpha=0.6,
-                linewidth=1,
-                label="U' - U (noise floor)" if not index else None,
-            )
-    elif case.klass == "E1":
-        band = LOSS_TOLERANCE * numpy.abs(u)
-    if band.any():
-        axes.fill_between(steps, -band, band, color=GREY, alpha=0.25, linewidth=0, label="tolerated")
-    axes.plot(steps, o - u, color=ORANGE, marker="o", markersize=3, linewidth=1.2, label="O - U")
-    if not band.any() and not (o - u).any():
-        axes.text(0.5, 0.8, "bit for bit equal in every step", transform=axes.transAxes, ha="center", color=GREY)
-        axes.set_ylim(-1, 1)
-        axes.set_yticks([0])
-    elif band.any() and numpy.abs(o - u).max() < 0.02 * band.max():
-        worst = numpy.abs(o - u).max()
-        axes.text(0.99, 0.06, f"largest |O - U|: {worst:.1e}", transform=axes.transAxes, ha="right", color=ORANGE)
-    axes.set_ylabel("difference")
+    difference, band = numpy.abs(o[: len(steps)] - u[: len(steps)]), _tolerated(outcome)[: len(steps)]
+    noise = [numpy.abs(_losses(run.curve)[: len(steps)] - u[: len(steps)]) for run in trial.floor]
     axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+    if not band.any():
+        axes.plot(steps, difference, color=ORANGE, marker="o", markersize=3, linewidth=1.2)
+        axes.set_ylabel("|O - U|")
+        if not difference.any():
+            axes.set_yticks([0])
+            axes.set_ylim(-1, 1)
+            axes.text(0.5, 0.75, "the same bits in every step", transform=axes.transAxes, ha="center")
+        return
+    lowest = max(1e-17, 0.1 * min([x for x in (*difference, *numpy.ravel(noise)) if x > 0], default=band.min() * 1e-3))
+    axes.set_yscale("log")
+    axes.fill_between(steps, lowest, band, color=GREY, alpha=0.25, linewidth=0, label="tolerated")
+    for index, other in enumerate(noise):
+        label = None if index else "|U' - U|, noise floor"
+        axes.plot(steps, numpy.maximum(other, lowest), color=BLUE, alpha=0.6, linewidth=1.2, label=label)
+    label = "|O - U| (at the bottom: no difference)"
+    shown = numpy.maximum(difference, lowest)
+    axes.plot(steps, shown, color=ORANGE, marker="o", markersize=3, linewidth=1.2, label=label)
+    axes.set_ylim(lowest, 100 * max(band.max(), difference.max()))
+    axes.set_ylabel("difference")
     axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=3)
+
+
+def _tolerated(outcome: Outcome) -> Any:
+    """Return what the loss may differ by, per step; zeros where only equality will do."""
+    case, trial = outcome.case, outcome.trials[0]
+    u = _losses(trial.u.curve)
+    if case.klass == "E0":
+        return numpy.zeros(len(u))
+    if case.arithmetic == "float64":
+        return LOSS_TOLERANCE * numpy.abs(u)
+    floors = [Floor(_losses(t.u.curve), [_losses(run.curve) for run in t.floor]) for t in outcome.trials]
+    if case.klass == "E1":
+        return FACTOR * floors[0].band()
+    return numpy.full(len(u), FACTOR * max(numpy.abs(floor.differences()).max() for floor in floors))
 
 
 def _losses(curve: Any) -> Any:
@@ -100,6 +108,5 @@ def _losses(curve: Any) -> Any:
 
 
 def _layout(world: int, flags: tuple[str, ...]) -> str:
-    words = " ".join(flags)
-    words = words if len(words) <= 60 else words[:57] + "..."
-    return f", {world} rank{'s' if world > 1 else ''} {words}".rstrip()
+    lines = textwrap.wrap(" ".join(flags).replace("--", ""), 48)
+    return "\n".join([f", {world} rank{'s' if world > 1 else ''}", *lines])

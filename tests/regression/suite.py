@@ -103,7 +103,7 @@ class Suite:
 
     def _arms(self, case: Case, seed: int) -> tuple[Run, list[Run], Run]:
         u = self._train(case, case.u, seed)
-        floor = [self._train(case, replace(case.u, flags=(*case.u.flags, *flags)), seed) for flags in case.floor]
+        floor = [self._train(case, plan, seed) for plan in case.floor]
         return u, floor, self._train(case, case.o, seed)
 
     def _oracle(self, case: Case, u: Run, outcome: Outcome) -> list[Check]:
