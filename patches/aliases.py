@@ -1,15 +1,16 @@
 """Find who still holds an object under another name: `from x import f as g`, default arguments, tables, specs.
 
 Scanned is what loaded modules reach without running code: their globals; in these, classes (their dicts and bases),
-functions (defaults, closures, `__wrapped__`), partials, containers and instances of scanned modules' classes. The
-standard library, this package and a patched library's own internals other than Megatron's are left out: they cannot
-hold an upstream object by name, or (torch) look their names up in their modules.
+functions (defaults, closures, `__wrapped__`), partials, containers and instances of scanned modules' classes. Of other
+installed packages only the globals are compared. The standard library, torch and its compiler stack, and this package
+are left out: the first cannot hold an upstream object, and this package's wraps hold their originals by design.
 """
 
 import functools
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,8 @@ _SKIPPED = frozenset({*sys.stdlib_module_names, "patches", "torch", "torchgen", 
 }
 _SCALARS = frozenset({int, float, str, bytes, bool, complex, type(None), types.ModuleType})
 _CACHED = type(functools.lru_cache(lambda: None))
-_Leads = Iterator[tuple[str, Any]]
+_Path = tuple["_Path | None", str, Any]  # how the holder was reached, a format, what goes into it
+_Leads = Iterator[tuple[str, Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -52,79 +54,90 @@ def scan(originals: Sequence[Original], installed: frozenset[int] = frozenset())
     if not originals:
         return []
     needles = {id(thing): original.record for original in originals for thing in (original.raw, original.core)}
-    search = _Search(needles, set(installed))
-    hits = []
-    for name, module in _modules():
-        for key, value in list(vars(module).items()):
-            hits += [Hit(record, name, where) for where, record in search.walk(value, f"{name}:{key}", 0)]
+    modules = _modules()
+    names = {module.__name__ for module in modules}
+    seen, hits = set(installed), []
+    # Breadth first: what is reached in several ways is looked into by the shortest, so the depth limit cuts no corner.
+    queue: deque[tuple[Any, str, _Path, int]] = deque()
+    for module in modules:
+        name, depth = module.__name__, 0 if _is_deep(module) else _DEPTH
+        queue.extend(
+            (v, name, (None, "{}", k), depth) for k, v in list(vars(module).items()) if type(v) not in _SCALARS
+        )
+    while queue:
+        value, name, path, depth = queue.popleft()
+        kind = type(value)
+        record = needles.get(id(value))
+        if record is not None:
+            hits.append(Hit(record, name, f"{name}:{_render(path)}"))
+        elif depth < _DEPTH and id(value) not in seen and not _belongs_elsewhere(value, kind, name, names):
+            seen.add(id(value))
+            leads = _leads(value, kind)
+            queue.extend((v, name, (path, form, key), depth + 1) for form, key, v in leads if type(v) not in _SCALARS)
     return hits
 
 
-def _modules() -> list[tuple[str, types.ModuleType]]:
+def _render(path: _Path) -> str:
+    before, form, key = path
+    return (_render(before) if before else "") + form.format(key)
+
+
+def _modules() -> list[types.ModuleType]:
     """Loaded modules worth a look, each once, by name."""
-    unique = {id(m): (n, m) for n, m in reversed(list(sys.modules.items())) if isinstance(m, types.ModuleType)}
-    return sorted(((n, m) for n, m in unique.values() if n.partition(".")[0] not in _SKIPPED), key=lambda item: item[0])
+    unique = {id(m): m for m in list(sys.modules.values()) if isinstance(m, types.ModuleType)}
+    kept = (m for m in unique.values() if m.__name__.partition(".")[0] not in _SKIPPED)
+    return sorted(kept, key=lambda module: module.__name__)
 
 
-class _Search:
-    """One pass; what was looked into once is not looked into again."""
-
-    def __init__(self, needles: Mapping[int, Record], seen: set[int]) -> None:
-        self.needles, self.seen = needles, seen
-
-    def walk(self, value: Any, where: str, depth: int) -> Iterator[tuple[str, Record]]:
-        """Yield the name and record of every needle that is `value` or is reached through it."""
-        kind = type(value)
-        if kind in _SCALARS:
-            return
-        record = self.needles.get(id(value))
-        if record is not None:
-            yield where, record
-            return
-        if depth == _DEPTH or id(value) in self.seen:
-            return
-        self.seen.add(id(value))
-        for suffix, inner in _leads(value, kind, where):
-            yield from self.walk(inner, where + suffix, depth + 1)
+def _is_deep(module: types.ModuleType) -> bool:
+    """Whether to look into what the module's names hold: Megatron's modules, and any that nobody installed."""
+    file = getattr(module, "__file__", None) or ""
+    return module.__name__.startswith("megatron") or not ("site-packages" in file or "dist-packages" in file)
 
 
-def _leads(value: Any, kind: type, where: str) -> _Leads:
-    """What `value` holds, each with what to append to its name."""
+def _belongs_elsewhere(value: Any, kind: type, module: str, names: Set[str]) -> bool:
+    """A class that another scanned module defines is looked into there, so that it is named by its home."""
+    return issubclass(kind, type) and value.__module__ != module and value.__module__ in names
+
+
+def _leads(value: Any, kind: type) -> _Leads:
+    """What `value` holds, each with how to append it to a name.
+
+    Goes by `type(value)`: an isinstance check would ask `__class__`, which proxies answer with code of their own.
+    """
     if kind is types.FunctionType:
         yield from _function_leads(value)
-    elif isinstance(value, type):
-        if value.__module__ == where.partition(":")[0]:
-            yield from ((".__bases__", base) for base in value.__bases__)
-            yield from ((f".{name}", inner) for name, inner in list(vars(value).items()))
+    elif issubclass(kind, type):
+        yield from ((".__bases__", "", base) for base in value.__bases__)
+        yield from ((".{}", name, inner) for name, inner in list(vars(value).items()))
     elif kind in (staticmethod, classmethod, types.MethodType):
-        yield "", value.__func__
+        yield "", "", value.__func__
     elif kind is property:
-        yield from (("", part) for part in (value.fget, value.fset, value.fdel))
+        yield from (("", "", part) for part in (value.fget, value.fset, value.fdel))
     elif kind in (functools.partial, functools.partialmethod):
-        yield " (partial)", value.func
-        yield from ((f" (partial argument {i})", inner) for i, inner in enumerate(value.args))
-        yield from ((f" (partial argument {k})", inner) for k, inner in value.keywords.items())
+        yield " (partial)", "", value.func
+        yield from ((" (partial argument {})", i, inner) for i, inner in enumerate(value.args))
+        yield from ((" (partial argument {})", k, inner) for k, inner in value.keywords.items())
     elif kind is _CACHED:
-        yield " (cached)", value.__wrapped__
-    elif isinstance(value, dict):
-        yield from ((f"[{key!r}]", inner) for key, inner in list(value.items()))
-    elif isinstance(value, list | tuple | set | frozenset):
-        yield from ((f"[{i}]", inner) for i, inner in enumerate(list(value)))
+        yield " (cached)", "", value.__wrapped__
+    elif issubclass(kind, dict):
+        yield from (("[{!r}]", key, inner) for key, inner in list(dict.items(value)))
+    elif issubclass(kind, list | tuple | set | frozenset):
+        yield from (("[{}]", i, inner) for i, inner in enumerate(list(value)))
     elif kind.__module__.partition(".")[0] not in _SKIPPED:
-        fields = _instance_dict(value)
-        yield from ((f".{name}", inner) for name, inner in fields)
+        yield from ((".{}", name, inner) for name, inner in _instance_dict(value))
 
 
 def _function_leads(function: types.FunctionType) -> _Leads:
-    yield from ((f" (default argument {i})", inner) for i, inner in enumerate(function.__defaults__ or ()))
-    yield from ((f" (default argument {k})", inner) for k, inner in (function.__kwdefaults__ or {}).items())
+    yield from ((" (default argument {})", i, inner) for i, inner in enumerate(function.__defaults__ or ()))
+    yield from ((" (default argument {})", k, inner) for k, inner in (function.__kwdefaults__ or {}).items())
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
-            yield f" (closure variable {name})", cell.cell_contents
+            yield " (closure variable {})", name, cell.cell_contents
         except ValueError:  # a cell that is not filled yet
             continue
     if "__wrapped__" in vars(function):
-        yield " (wrapped function)", vars(function)["__wrapped__"]
+        yield " (wrapped function)", "", vars(function)["__wrapped__"]
 
 
 def _instance_dict(value: Any) -> list[tuple[str, Any]]:

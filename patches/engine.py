@@ -6,16 +6,16 @@ active in the process.
 
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 from patches import aliases
-from patches.errors import ForeignChange, PatchError, StaleAlias, UnknownTarget
+from patches.errors import Conflict, Drift, ForeignChange, PatchError, StaleAlias, UnknownTarget
 from patches.ledger import refuse_conflicts
 from patches.lock import Lock, read
-from patches.place import ABSENT, Place, bad, implementation, like, resolve, underlying, wrapped
-from patches.record import Record
+from patches.place import Place, bad, implementation, like, module, resolve, underlying, wrapped
+from patches.record import Record, is_upstream
 from patches.source import Upstream
 
 
@@ -36,9 +36,9 @@ class Applied:
     records: tuple[Record, ...]
     fingerprints: dict[str, str]
     bindings: list[Binding] = field(default_factory=list)
-    contexts: list[tuple[Record, AbstractContextManager[Any]]] = field(default_factory=list)
+    contexts: list[Record] = field(default_factory=list)
     originals: list[aliases.Original] = field(default_factory=list)
-    _steps: list[str] = field(default_factory=list)
+    _undo: ExitStack = field(default_factory=ExitStack)
 
     def undo(self) -> None:
         """Restore every place and leave every context, in reverse order.
@@ -70,34 +70,28 @@ class Applied:
 
     def roll_back(self) -> None:
         """Restore without asking; a context that fails to leave is raised after all else is restored."""
-        failure: BaseException | None = None
-        while self._steps:
-            if self._steps.pop() == "bind":
-                binding = self.bindings.pop()
-                binding.place.put(binding.before)
-                continue
-            try:
-                self.contexts.pop()[1].__exit__(None, None, None)
-            except Exception as error:
-                failure = error
-        if failure is not None:
-            raise failure
+        try:
+            self._undo.close()
+        finally:
+            self.bindings.clear()
+            self.contexts.clear()
 
     def bind(self, record: Record, place: Place, value: Any) -> None:
         """Set a place and remember what it held."""
-        binding = Binding(record, place, place.own(), value)
+        before = place.own()
         place.put(value)
-        self.bindings.append(binding)
-        self._steps.append("bind")
+        self._undo.callback(place.put, before)
+        self.bindings.append(Binding(record, place, before, value))
 
     def enter(self, record: Record) -> None:
         """Enter the context manager that a `context` record's implementation returns."""
+        if not is_upstream(record.target):  # upstream's module is known from its fingerprint, and not imported yet
+            module(record.target)
         manager = implementation(record)()
         if not isinstance(manager, AbstractContextManager):
             raise bad(f"{record.id} makes no context manager", record.impl, f"it returned a {type(manager).__name__}")
-        manager.__enter__()
-        self.contexts.append((record, manager))
-        self._steps.append("enter")
+        self._undo.enter_context(manager)
+        self.contexts.append(record)
 
 
 def apply(
@@ -128,7 +122,10 @@ def apply(
     try:
         for record in todo:
             _carry_out(applied, record)
-        hits = aliases.scan(applied.originals, _installed(applied))
+        # A wrap over a replacement has one of our functions as its original, which rightly stays in its own module.
+        ours = [implementation(r) for r in (*active, *todo) if r.action == "replace"]
+        originals = [o for o in applied.originals if not any(o.core is f for f in ours)]
+        hits = aliases.scan(originals, _installed(applied))
         if hits:
             raise _stale(hits, "the original is still in use under another name", "calls through it would go unpatched")
     except BaseException as error:
@@ -148,15 +145,17 @@ def verified(records: Sequence[Record], lock: Lock | None, upstream: Upstream) -
         Drift: a source differs from the lock.
         UnknownTarget: a place is gone.
     """
-    places = [place for record in records for place in record.upstream_places]
-    if not places:
-        return {}
-    lock = lock or read()
     found = {}
-    for place in places:
-        symbol = upstream.symbol(place)
-        lock.check(symbol)
-        found[place] = symbol.fingerprint
+    for record in records:
+        for place in record.upstream_places:
+            lock = lock or read()
+            try:
+                symbol = upstream.symbol(place)
+                lock.check(symbol)
+            except (Drift, UnknownTarget) as error:
+                error.about(record.id)
+                raise
+            found[place] = symbol.fingerprint
     return found
 
 
@@ -172,11 +171,26 @@ def _carry_out(applied: Applied, record: Record) -> None:
     if value is raw:
         raise bad(f"{record.id} replaces its target by itself", record.impl, "the implementation is the original")
     places = [target, *(_alias(label, record, raw, core) for label in record.aliases)]
+    _refuse_second_replacement(applied, record, places)
     if target.own() is raw:  # an inherited object belongs to the base class, which rightly goes on holding it
         applied.originals.append(aliases.Original(record, raw, core))
     for place in places:
         holds_core = place.own() is core and core is not raw
         applied.bind(record, place, underlying(value) if holds_core else value)
+
+
+def _refuse_second_replacement(applied: Applied, record: Record, places: Sequence[Place]) -> None:
+    """Two labels can name one place (a class under two modules), which no comparison of labels finds."""
+    taken = {binding.place.key: binding for binding in applied.bindings}
+    for place in places:
+        if record.action == "replace" and place.key in taken:
+            other = taken[place.key]
+            raise Conflict(
+                f"{other.record.id} and {record.id} cannot both have {place.label}",
+                where=place.file(),
+                why=f"{other.place.label} is the same place, and the replacement would silently drop the earlier patch",
+                todo="make one of them a wrap, or let one record do both jobs",
+            )
 
 
 def _installed(applied: Applied) -> frozenset[int]:
@@ -197,7 +211,7 @@ def _alias(label: str, record: Record, raw: Any, core: Any) -> Place:
 
 
 def _at(applied: Applied, todo: Sequence[Record]) -> str:
-    done = {b.record.id for b in applied.bindings} | {record.id for record, _ in applied.contexts}
+    done = {b.record.id for b in applied.bindings} | {record.id for record in applied.contexts}
     return next((f"{r.id} ({r.impl})" for r in todo if r.id not in done), "the alias scan")
 
 

@@ -1,5 +1,7 @@
 """Every way a patch can be refused; each message says what, where, why and what to do."""
 
+from typing import Self
+
 
 class PatchError(RuntimeError):
     """A patch was refused, or found broken, and nothing of it was left in place."""
@@ -7,6 +9,11 @@ class PatchError(RuntimeError):
     def __init__(self, what: str, *, where: str, why: str, todo: str) -> None:
         self.what, self.where, self.why, self.todo = what, where, why, todo
         super().__init__(f"{what}\n  where: {where}\n  why: {why}\n  what to do: {todo}")
+
+    def about(self, patch: str) -> Self:
+        """The same error, its message led by the patch it concerns."""
+        self.args = (f"{patch}: {self}",)
+        return self
 
 
 class LedgerError(PatchError):

@@ -40,7 +40,7 @@ class Lock:
                 f"{symbol.place} is not the source its patch was written against",
                 where=f"{symbol.path}:{symbol.line}",
                 why=f"its fingerprint is {symbol.fingerprint[:12]}, the lock says {known[:12]} ({NAME} {self.version})",
-                todo=f"restore {NAME}=={self.version} (pip install --force-reinstall --no-deps {NAME}=={self.version}); "
+                todo=f"restore the wheel: pip install --force-reinstall --no-deps {NAME}=={self.version}; "
                 "with a Megatron tree of your own: python -m patches run --megatron wheel SCRIPT ...; "
                 "to move to this source: python -m patches bump WHEEL_OR_FOLDER",
             )
@@ -77,12 +77,13 @@ def make(records: Iterable[Record], distribution: Distribution) -> Lock:
     return Lock(distribution.version, distribution.record_sha256, symbols)
 
 
-def read(path: Path = PATH) -> Lock:
-    """Read a lock file.
+def read(path: Path | None = None) -> Lock:
+    """Read a lock file, upstream.lock by default.
 
     Raises:
         PatchError: missing or malformed.
     """
+    path = path or PATH
     try:
         data = json.loads(path.read_text())
         return Lock(data["version"], data["record_sha256"], dict(data["symbols"]))
@@ -95,8 +96,9 @@ def read(path: Path = PATH) -> Lock:
         ) from error
 
 
-def write(lock: Lock, path: Path = PATH) -> None:
+def write(lock: Lock, path: Path | None = None) -> None:
     """Write a lock file, in one step, sorted, so that diffs are small."""
+    path = path or PATH
     scratch = path.with_name(path.name + ".new")
     scratch.write_text(json.dumps({"wheel": NAME, **asdict(lock)}, indent=2, sort_keys=True) + "\n")
     scratch.replace(path)

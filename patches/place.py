@@ -55,21 +55,30 @@ def resolve(label: str) -> Place:
     Raises:
         UnknownTarget: the module cannot be imported or a name is missing.
     """
-    module, _, qual = label.partition(":")
+    home, _, qual = label.partition(":")
     *outer, name = qual.split(".")
-    try:
-        owner: Any = importlib.import_module(module)
-    except ImportError as error:
-        raise _unknown(label, module, f"importing it failed: {error}") from error
+    owner: Any = module(home)
     for part in outer:
         holder, owner = owner, getattr(owner, part, ABSENT)
         if not isinstance(owner, type | types.ModuleType):
             why = f"`{part}` of {holder.__name__} is " + ("missing" if owner is ABSENT else "neither class nor module")
-            raise _unknown(label, module, why)
+            raise _unknown(label, home, why)
     place = Place(label, owner, name)
     if place.raw() is ABSENT:
-        raise _unknown(label, module, f"{owner.__name__} has no `{name}`")
+        raise _unknown(label, home, f"{owner.__name__} has no `{name}`")
     return place
+
+
+def module(name: str) -> types.ModuleType:
+    """Import a module that is to be patched.
+
+    Raises:
+        UnknownTarget: it cannot be imported.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise _unknown(name, name, f"importing it failed: {error}") from error
 
 
 def _unknown(label: str, module: str, why: str) -> UnknownTarget:
@@ -77,7 +86,7 @@ def _unknown(label: str, module: str, why: str) -> UnknownTarget:
         f"there is no {label} to patch",
         where=module,
         why=why,
-        todo="correct the record's target or alias; for upstream Megatron, `python -m patches verify` says what drifted",
+        todo="correct the record's target or alias; `python -m patches verify` says what drifted upstream",
     )
 
 
@@ -119,7 +128,7 @@ def load(label: str, role: str) -> Callable[..., Any]:
         raise bad(f"{role} cannot be loaded", label, f"{type(error).__name__}: {error}") from error
     if not callable(found):
         raise bad(f"{role} cannot be called", label, f"it is a {type(found).__name__}")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def bad(what: str, label: str, why: str) -> BadImplementation:

@@ -91,6 +91,6 @@ def _refuse_regular_package() -> None:
             raise PatchError(
                 "a megatron/__init__.py hides every other part of the `megatron` namespace",
                 where=str(file),
-                why="with it, Python imports all of `megatron` from that one folder, and `megatron.longseq` is not there",
+                why="with it, Python imports all of `megatron` from that one folder, which has no `longseq`",
                 todo="remove that file (if it is empty, nothing is lost), or take that folder off PYTHONPATH",
             )

@@ -69,8 +69,6 @@ class Session:
 
     def _stage(self, stage: Stage, args: Namespace | None) -> engine.Applied:
         done = self._stages.get(stage)
-        if done is not None and stage == "start":
-            return done
         chosen = [r for r in self.ledger if r.stage == stage and wanted(r, args)]
         if done is None:
             done = self._stages[stage] = self.apply(chosen)

@@ -147,11 +147,12 @@ class Upstream:
         return Symbol(place, source.path, _first_line(nodes[0]), text)
 
     def _resolve(self, module: str, tree: ast.Module, parts: list[str], place: str) -> tuple[list[ast.stmt], Source]:
-        body, holder, home = tree.body, module, module
+        scope: ast.Module | ast.ClassDef = tree
+        holder = home = module
         for depth, part in enumerate(parts):
-            nodes = list(_bindings(body, part))
-            if not nodes and depth:
-                nodes, home = self._inherited(home, owner, part)
+            nodes = list(_bindings(scope.body, part))
+            if not nodes and isinstance(scope, ast.ClassDef):
+                nodes, home = self._inherited(home, scope, part)
             if not nodes:
                 raise _unknown(f"{holder} has no `{part}`", place, self.source(home)[0].path)
             if depth == len(parts) - 1:
@@ -159,12 +160,12 @@ class Upstream:
             owner = nodes[-1]
             if not isinstance(owner, ast.ClassDef):
                 raise _unknown(f"`{part}` of {holder} is not a class", place, self.source(home)[0].path)
-            body, holder = owner.body, f"{holder}.{part}"
+            scope, holder = owner, f"{holder}.{part}"
         raise AssertionError("a place has at least one name")
 
-    def _inherited(self, module: str, owner: ast.stmt, name: str) -> tuple[list[ast.stmt], str]:
+    def _inherited(self, module: str, owner: ast.ClassDef, name: str) -> tuple[list[ast.stmt], str]:
         """The bindings of `name` in the bases of a class, as far as bases are plain names; with their module."""
-        for base in owner.bases if isinstance(owner, ast.ClassDef) else []:
+        for base in owner.bases:
             if not isinstance(base, ast.Name):
                 continue
             found = self._class(module, base.id)
@@ -223,7 +224,8 @@ def _bindings(body: list[ast.stmt], name: str) -> Iterator[ast.stmt]:
 
 
 def _first_line(node: ast.stmt) -> int:
-    return min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+    decorators: list[ast.expr] = getattr(node, "decorator_list", [])
+    return min([node.lineno, *(decorator.lineno for decorator in decorators)])
 
 
 def _text(node: ast.stmt, lines: list[str], name: str) -> str:

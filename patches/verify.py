@@ -1,4 +1,4 @@
-"""Hold an upstream (installed, unpacked, a wheel file, a checkout) against the lock. Imports neither torch nor megatron."""
+"""Hold an upstream (installed, unpacked, wheel file, checkout) against the lock, importing neither torch nor it."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -76,8 +76,7 @@ def _symbols(
             lock.check(symbol)
         except (Drift, UnknownTarget) as error:
             drifted.add(place)
-            error.args = (f"{record.id}: {error}",)
-            found.append(error)
+            found.append(error.about(record.id))
     for place in sorted(set(lock.symbols) - set(places)):
         found.append(
             Drift(

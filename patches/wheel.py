@@ -1,4 +1,4 @@
-"""Upstream as a distribution: a folder (site-packages, an unpacked wheel, a checkout) or a wheel file, and its RECORD."""
+"""Upstream as a distribution: a folder (site-packages, unpacked wheel, checkout) or a wheel file, and its RECORD."""
 
 import base64
 import csv
@@ -15,6 +15,7 @@ from patches.errors import PatchError
 from patches.source import Source
 
 NAME = "megatron-core"
+COMPILED = ".so"  # the dataset helper: one build per Python version and machine
 _DIST_INFO = re.compile(r"megatron_core-([^/]+)\.dist-info/RECORD")
 _VERSION = re.compile(r"^(MAJOR|MINOR|PATCH) = (\d+)$", re.MULTILINE)
 
@@ -111,10 +112,11 @@ class Distribution:
 
     @property
     def record_sha256(self) -> str | None:
-        """Hash of the part of RECORD that is the same on every machine: upstream's own files, sorted."""
+        """Hash of the part of RECORD that is the same on every machine and Python: upstream's own sources, sorted."""
         if self.files is None:
             return None
-        return hashlib.sha256("".join(f"{p},{h}\n" for p, h in sorted(self.files.items())).encode()).hexdigest()
+        sources = ((path, digest) for path, digest in sorted(self.files.items()) if not path.endswith(COMPILED))
+        return hashlib.sha256("".join(f"{path},{digest}\n" for path, digest in sources).encode()).hexdigest()
 
     def altered(self) -> Iterator[tuple[str, str]]:
         """(path, `missing` or `changed`) of every file that differs from RECORD."""

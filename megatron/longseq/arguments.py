@@ -1,10 +1,14 @@
-"""Our command-line flags, one argument group per system, handed to upstream's parser through its extra-arguments hook."""
+"""Our command-line flags: one argument group per system, handed to upstream's parser through its own hook."""
 
 import argparse
+import json
+import os
+from pathlib import Path
 
 
 def add_longseq_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add every system's group of flags to upstream's parser and return the parser (upstream's hook wants it back)."""
+    _add_record_arguments(parser)
     return parser
 
 
@@ -14,3 +18,33 @@ def validate_longseq_arguments(args: argparse.Namespace) -> None:
     Raises:
         ValueError: names the flag, the reason and what to do.
     """
+    _validate_record_arguments(args)
+
+
+def write_arguments_file(args: argparse.Namespace) -> None:
+    """Write all arguments to `--arguments-file` as JSON, sorted; what JSON does not know stands there as text."""
+    path = Path(args.arguments_file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(vars(args), indent=1, sort_keys=True, default=str) + "\n")
+
+
+def _add_record_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(title="longseq: record of a run")
+    group.add_argument(
+        "--arguments-file",
+        metavar="FILE",
+        help="write every argument, as upstream resolved it, to this file (JSON) when the run starts",
+    )
+
+
+def _validate_record_arguments(args: argparse.Namespace) -> None:
+    if getattr(args, "arguments_file", None) is None:
+        return
+    folder = Path(args.arguments_file).absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(
+            f"--arguments-file {args.arguments_file}: {folder} is no folder that this process may write to; "
+            "name a file in a writable folder."
+        )

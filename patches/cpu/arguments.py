@@ -1,4 +1,4 @@
-"""Upstream's flags on a machine without CUDA: the same run where that is possible, a refusal by name where it is not."""
+"""Upstream's flags where there is no CUDA: the same run where that is possible, a refusal by name where it is not."""
 
 import functools
 import os

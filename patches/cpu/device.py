@@ -1,7 +1,9 @@
 """`torch.cuda` answered by PyTorch's own CPU twins, for as long as one context manager is open."""
 
+import logging
 import os
 import resource
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -25,8 +27,8 @@ def _names_cuda(device: Any) -> bool:
 class CudaMeansCpu(TorchFunctionMode):
     """Every torch call made under this mode that asks for a CUDA device gets the CPU.
 
-    `device='cuda' | 'cuda:i' | i` becomes `cpu`, `x.cuda()` is `x`, pinned memory is ordinary memory, and `x.type()` names
-    the CUDA twin (`torch.cuda.FloatTensor`), because upstream's optimizers tell parameter types apart by that string.
+    `device='cuda' | 'cuda:i' | i` becomes `cpu`, `x.cuda()` is `x`, pinned memory is ordinary memory, and `x.type()`
+    names the CUDA twin (`torch.cuda.FloatTensor`): upstream's optimizers tell parameter types apart by that string.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -78,8 +80,6 @@ class CpuEvent:
 
     def record(self, stream: Any = None) -> None:
         """Note the time."""
-        import time
-
         self.seconds = time.perf_counter()
 
     def wait(self, stream: Any = None) -> None:
@@ -183,6 +183,38 @@ def _swapped(owner: Any, names: dict[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
+def mode_in_backward(mode: TorchFunctionMode) -> Iterator[None]:
+    """Keep `mode` in force while autograd's engine runs.
+
+    torch leaves a mode while it handles a call, and `torch.autograd.backward` is such a call: the backward of a custom
+    function (recomputation, tensor parallelism) would run without the mode.
+    """
+    run = torch.autograd._engine_run_backward
+
+    def engine(*args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return run(*args, **kwargs)
+
+    with _swapped(torch.autograd, {"_engine_run_backward": engine}):
+        yield
+
+
+@contextmanager
+def _one_generator() -> Iterator[None]:
+    """Keep upstream's RNG tracker from warning, at every fork, that the CPU's generator moved: here it is the only one."""
+
+    def says_something_else(record: logging.LogRecord) -> bool:
+        return "CPU RNG state changed" not in record.getMessage()
+
+    logger = logging.getLogger("megatron.core.tensor_parallel.random")
+    logger.addFilter(says_something_else)
+    try:
+        yield
+    finally:
+        logger.removeFilter(says_something_else)
+
+
+@contextmanager
 def cpu_stands_in_for_cuda(ranks_on_this_host: int | None = None) -> Iterator[None]:
     """Open the twins; everything is as before once it closes.
 
@@ -203,5 +235,8 @@ def cpu_stands_in_for_cuda(ranks_on_this_host: int | None = None) -> Iterator[No
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_swapped(torch.cuda, twins))
         stack.enter_context(_swapped(torch.cuda.random, random))
-        stack.enter_context(CudaMeansCpu())
+        stack.enter_context(_one_generator())
+        mode = CudaMeansCpu()
+        stack.enter_context(mode_in_backward(mode))
+        stack.enter_context(mode)
         yield

@@ -17,6 +17,19 @@ RECORDS: tuple[Record, ...] = (
         stage="start",
     ),
     Record(
+        id="entry.help-text",
+        system="entry",
+        action="wrap",
+        target="megatron.training.arguments:add_megatron_arguments",
+        impl="patches.entry.hooks:escape_help",
+        why="Upstream's `--help` ends in a ValueError, for a bare percent sign in the help of "
+        "--moe-paged-stash-buffer-size-factor-cuda.",
+        when="patches.conditions:always",
+        test="tests/unit/test_patches_entry.py::test_help_shows_upstreams_groups_and_ours",
+        remove_when="`--help` of the upstream script ends with status 0",
+        stage="start",
+    ),
+    Record(
         id="entry.rank-agreement",
         system="entry",
         action="wrap",

@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron.longseq import arguments
-from patches import digest
+from patches import digest, session
 from patches.errors import RankMismatch
-from patches.session import SESSION
 
 Provider = Callable[[ArgumentParser], ArgumentParser]
 
@@ -29,12 +28,15 @@ def choose_patches(parse_args: Callable[..., Any]) -> Callable[..., Any]:
         if getattr(args, "yaml_cfg", None) is not None:
             _keep_our_flags(args)
         arguments.validate_longseq_arguments(args)
-        SESSION.select_and_apply(args)
+        session.SESSION.select_and_apply(args)
         _record(args)
         nonlocal told
         if args.rank == 0 and told != args.longseq_patch_digest:
             told = args.longseq_patch_digest
-            print("\n".join(f"> {line}" for line in digest.report(SESSION.records, SESSION.hashes)), flush=True)
+            print(
+                "\n".join(f"> {line}" for line in digest.report(session.SESSION.records, session.SESSION.hashes)),
+                flush=True,
+            )
         return args
 
     return parse
@@ -50,10 +52,26 @@ def _keep_our_flags(args: Any) -> None:
 
 def _record(args: Any) -> None:
     """Put the applied set into the arguments, which upstream logs and saves in its checkpoints."""
-    hashes = SESSION.hashes
+    hashes = session.SESSION.hashes
     args.longseq_patches = list(hashes)
     args.longseq_patch_hashes = hashes
     args.longseq_patch_digest = digest.combined(hashes)
+
+
+def escape_help(add_megatron_arguments: Callable[[ArgumentParser], ArgumentParser]) -> Callable[..., Any]:
+    """Wrap upstream's `add_megatron_arguments`: help texts that argparse cannot format are taken literally."""
+
+    @functools.wraps(add_megatron_arguments)
+    def add(parser: ArgumentParser) -> ArgumentParser:
+        parser = add_megatron_arguments(parser)
+        for action in parser._actions:
+            try:
+                _ = (action.help or "") % {**vars(action), "prog": parser.prog}
+            except (ValueError, KeyError, TypeError):
+                action.help = (action.help or "").replace("%", "%%")
+        return parser
+
+    return add
 
 
 def agree_on_patches(initialize_megatron: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,17 +82,27 @@ def agree_on_patches(initialize_megatron: Callable[..., Any]) -> Callable[..., A
         finish = initialize_megatron(*args, **kwargs)
         if callable(finish):  # upstream's --lazy-mpu-init: the caller connects the ranks later
             return _then_compare(finish)
-        compare_ranks(SESSION.hashes)
+        compare_ranks(session.SESSION.hashes)
+        _write_arguments()
         return finish
 
     return initialize
+
+
+def _write_arguments() -> None:
+    from megatron.training.global_vars import get_args  # type: ignore[import-untyped]
+
+    args = get_args()
+    if args.rank == 0 and getattr(args, "arguments_file", None) is not None:  # a script may make its own namespace
+        arguments.write_arguments_file(args)
 
 
 def _then_compare(finish: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(finish)
     def finish_and_compare(*args: Any, **kwargs: Any) -> Any:
         result = finish(*args, **kwargs)
-        compare_ranks(SESSION.hashes)
+        compare_ranks(session.SESSION.hashes)
+        _write_arguments()
         return result
 
     return finish_and_compare
@@ -139,15 +167,15 @@ def compare_with_checkpoint(check_checkpoint_args: Callable[..., Any]) -> Callab
     @functools.wraps(check_checkpoint_args)
     def check(checkpoint_args: Namespace, *args: Any, **kwargs: Any) -> Any:
         result = check_checkpoint_args(checkpoint_args, *args, **kwargs)
-        from megatron.training.global_vars import get_args
+        from megatron.training.global_vars import get_args  # type: ignore[import-untyped]
 
         theirs = getattr(checkpoint_args, "longseq_patch_hashes", None)
         if theirs is not None and get_args().rank == 0:
-            change = digest.difference(SESSION.hashes, theirs)
+            change = digest.difference(session.SESSION.hashes, theirs)
             if change:
                 print(
                     f"> WARNING: patches differ from those the checkpoint was written under (its digest "
-                    f"{digest.combined(theirs)}, now {digest.combined(SESSION.hashes)}): {change}",
+                    f"{digest.combined(theirs)}, now {digest.combined(session.SESSION.hashes)}): {change}",
                     flush=True,
                 )
         return result

@@ -40,7 +40,7 @@ RECORDS = (
         why="With torch.optim.AdamW the distributed optimizer cannot be resumed: a fresh state has no 'step' (assertion), "
         "and loaded ones share a single step tensor, which then counts once per parameter.",
         when="patches.local.conditions:no_fused_adam",
-        test="tests/unit/test_local.py::test_distributed_optimizer_resumes_exactly",
+        test="tests/distributed/test_checkpoints.py::test_distributed_optimizer_resumes_exactly",
         remove_when="upstream keeps Adam's step per parameter when it loads a torch optimizer",
         stage="start",
     ),
@@ -50,10 +50,10 @@ RECORDS = (
         action="wrap",
         target="megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_parameter_state_from_dp_reshardable",
         impl="patches.local.adam:without_grad",
-        why="Of upstream's four loaders of optimizer state this one alone copies into fp32 parameters under autograd, which "
-        "refuses the in-place write.",
+        why="Of upstream's four loaders of optimizer state this one alone copies into fp32 parameters under autograd, "
+        "which refuses the in-place write.",
         when="patches.conditions:always",
-        test="tests/unit/test_local.py::test_distributed_optimizer_resumes_exactly",
+        test="tests/distributed/test_checkpoints.py::test_distributed_optimizer_resumes_exactly",
         remove_when="the loader carries the no_grad of its sisters",
         stage="start",
     ),

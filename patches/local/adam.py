@@ -54,7 +54,7 @@ class GroupStepAdam(torch.optim.Adam):
 @contextmanager
 def adam_counts_steps_per_group() -> Iterator[None]:
     """Let upstream find `GroupStepAdam` where it looks for apex's FusedAdam; bindings are restored on exit."""
-    import megatron.core.optimizer as optimizer
+    from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 
     bindings = (

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from patches.cpu.device import mode_in_backward
+
 
 def _widened(value: Any) -> Any:
     return torch.float64 if value is torch.float32 else value
@@ -30,11 +32,28 @@ class FloatMeansDouble(TorchFunctionMode):
 
 
 @contextmanager
+def _files_as_they_are() -> Iterator[None]:
+    """Read stored tensors in their own type (a float32 checkpoint is then copied into float64 weights)."""
+    load = torch.load
+
+    def load_as_stored(*args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return load(*args, **kwargs)
+
+    torch.load = load_as_stored
+    try:
+        yield
+    finally:
+        torch.load = load
+
+
+@contextmanager
 def double_precision() -> Iterator[None]:
     """Run in float64 until the context closes."""
+    mode = FloatMeansDouble()
     torch.set_default_dtype(torch.float64)
     try:
-        with FloatMeansDouble():
+        with _files_as_they_are(), mode_in_backward(mode), mode:
             yield
     finally:
         torch.set_default_dtype(torch.float32)

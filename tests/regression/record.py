@@ -44,7 +44,7 @@ def sample_hashes(batches: list[dict[str, torch.Tensor]]) -> list[str]:
     hashes = []
     for batch in batches:
         for row in range(batch["tokens"].shape[0]):
-            content = b"".join(batch[name][row].contiguous().numpy().tobytes() for name in FOOD[:3])
+            content = b"".join(batch[name][row].to(torch.int64).numpy().tobytes() for name in FOOD[:3])
             hashes.append(hashlib.sha256(content).hexdigest()[:16])
     return hashes
 

@@ -77,11 +77,12 @@ def test_the_first_twenty_are_collected_and_the_rest_is_not_read(tmp_path, capsy
         counting = lambda *args: handed_out.append(args) or encode_shard(*args)  # noqa: E731
         monkeypatch.setattr("megatron.longseq.data.pool.encode_shard", counting)
     (tmp_path / "in").mkdir()
-    (tmp_path / "in/a.jsonl").write_bytes(b"".join(b"bad %d\n" % i for i in range(5000)))
+    (tmp_path / "in/a.jsonl").write_bytes(b"".join(b"bad %d\n" % i if i < 20 else b"[%d]\n" % i for i in range(5000)))
     assert run(tmp_path, "--shard-mb", "0.0001", "--workers", workers) == 1
     assert workers == "2" or len(handed_out) == 2
     said = capsys.readouterr().err.splitlines()[1:]
     assert [line.split(": ")[0].rsplit(":", 1)[1] for line in said] == [str(i) for i in range(1, 21)]
+    assert all("not JSON" in line for line in said)
     assert made(tmp_path) == []
 
 

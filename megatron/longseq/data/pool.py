@@ -44,7 +44,7 @@ def encode_all(
         for shard in shards:
             pending.append(pool.submit(encode_shard, shard, spec, options, folder))
             if len(pending) >= AHEAD * workers:
-                yield pending.pop().result()
+                yield pending.pop(0).result()
         while pending:
             yield pending.pop(0).result()
     except BrokenProcessPool as error:

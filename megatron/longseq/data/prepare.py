@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,8 @@ def _encode(request: Request, shards: Sequence[Shard], done: dict[int, ShardReco
             if refused >= MOST_SHOWN and not request.options.skip_malformed:
                 results.close()
                 break
-    ordered = [records[shard.index] for shard in shards if shard.index in records]
+    # After an early stop there are gaps: what lies behind the first one has no line numbers yet.
+    ordered = [records[shard.index] for shard in takewhile(lambda shard: shard.index in records, shards)]
     if not request.options.skip_malformed:
         _refuse_malformed(request.folder, list(_named(shards, ordered)))
     return ordered

@@ -1,0 +1,65 @@
+"""The picture of a run: training and held-out loss from its TensorBoard files."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+Points = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Training and held-out loss as (step, loss), ascending."""
+
+    train: Points
+    held_out: Points
+
+
+def read(folder: Path) -> Curves:
+    """Read what upstream's writer left in `folder`; where runs overlap (a resume), the later one counts.
+
+    Raises:
+        ValueError: there is no training loss in it.
+    """
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    found: dict[str, dict[int, float]] = {"lm loss": {}, "lm loss validation": {}}
+    for file in sorted(folder.glob("events.*"), key=lambda path: path.stat().st_mtime):
+        for event in EventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                if value.tag in found:
+                    found[value.tag][event.step] = value.tensor.float_val[0]
+    if not found["lm loss"]:
+        raise ValueError(
+            f"no 'lm loss' in the TensorBoard files of {folder}: was the run started with --tensorboard-dir?"
+        )
+    return Curves(sorted(found["lm loss"].items()), sorted(found["lm loss validation"].items()))
+
+
+def draw(curves: Curves, png: Path, resumed_at: int | None = None) -> None:
+    """Draw the curves to `png` and, beside it, as SVG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
+    axes.plot(*zip(*curves.train, strict=True), color="#0072b2", linewidth=1.4, label="training loss")
+    if curves.held_out:
+        axes.plot(*zip(*curves.held_out, strict=True), "o-", color="#d55e00", markersize=5, label="held-out loss")
+        step, loss = curves.held_out[-1]
+        axes.annotate(f"{loss:.2f}", (step, loss), textcoords="offset points", xytext=(-8, 12), color="#d55e00")
+    if resumed_at is not None:
+        axes.axvline(resumed_at, color="0.6", linestyle="--", linewidth=1)
+        top = max(loss for _, loss in curves.train)
+        axes.annotate(
+            "resumed from the checkpoint", (resumed_at, top), textcoords="offset points", xytext=(6, -6), color="0.4"
+        )
+    axes.set(
+        xlabel="step", ylabel="loss (nats per byte)", title="A GPT on the standard library's sources, byte by byte"
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(png, dpi=150)
+    figure.savefig(png.with_suffix(".svg"))
+    pyplot.close(figure)

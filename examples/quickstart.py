@@ -1,0 +1,215 @@
+"""The quickstart's run: real text, a small GPT through upstream's `pretrain`, a checkpoint, a resume, a picture.
+
+    bash scripts/quickstart.sh [--run-dir DIR] [--steps N]
+
+Every step leaves a file, and a step whose file is there is skipped: a second call ends at once.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from examples import loss_curve
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 320
+MODEL = """
+--num-layers 4 --hidden-size 128 --ffn-hidden-size 384 --num-attention-heads 4 --group-query-attention
+--num-query-groups 2 --swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear
+--untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0 --seq-length 256
+--max-position-embeddings 256 --make-vocab-size-divisible-by 64
+"""
+TRAINING = """
+--micro-batch-size 4 --global-batch-size 16 --lr 4e-3 --min-lr 4e-4 --lr-decay-style cosine --lr-warmup-iters 10
+--weight-decay 0.1 --clip-grad 1.0 --bf16 --seed 1 --num-workers 0 --split 95,5,0 --log-interval 5 --log-throughput
+--transformer-impl local --no-rope-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion
+--no-masked-softmax-fusion
+"""
+STEP = re.compile(r"iteration +(\d+)/ *(\d+) .*?lm loss: ([\d.E+-]+)")
+SPEED = re.compile(r"tokens/s: ([\d.]+)")
+HELD_OUT = re.compile(r"validation loss at iteration (\d+) \|.*?lm loss value: ([\d.E+-]+)")
+STAGES = re.compile(
+    r"\]: *((?:> initializing torch distributed|> building train|loading checkpoint|saving checkpoint).*)"
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the run lies and how it is laid out.
+
+    Attributes:
+        folder: the run folder.
+        steps: training steps in all; the first run stops half-way, the second resumes.
+        gpus: GPUs that may be used; 0 means two CPU ranks.
+    """
+
+    folder: Path
+    steps: int
+    gpus: int
+
+    @property
+    def ranks(self) -> int:
+        """Ranks to start: two pipeline stages, or one stage on a single GPU."""
+        return 1 if self.gpus == 1 else 2
+
+    @property
+    def corpus(self) -> Path:
+        """Prefix of the prepared text; shared by all quickstart runs of a checkout."""
+        return ROOT / "runs" / "data" / "stdlib"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Upstream's checkpoint folder."""
+        return self.folder / "checkpoints"
+
+    @property
+    def reached(self) -> int:
+        """The step of the last checkpoint; 0 without one."""
+        tracker = self.checkpoints / "latest_checkpointed_iteration.txt"
+        return int(tracker.read_text()) if tracker.exists() else 0
+
+    def flags(self, data: list[str]) -> list[str]:
+        """Return upstream's flags for the whole run."""
+        own = f"""
+        --pipeline-model-parallel-size {self.ranks} --train-iters {self.steps} --lr-decay-iters {self.steps}
+        --eval-interval {self.steps // 4} --eval-iters 4 --save-interval {self.steps // 2}
+        """
+        folders = [
+            "--save",
+            self.checkpoints,
+            "--load",
+            self.checkpoints,
+            "--tensorboard-dir",
+            self.folder / "tensorboard",
+        ]
+        files = ["--arguments-file", self.folder / "arguments.json"]
+        return [*(MODEL + TRAINING + own).split(), *data, *map(str, [*folders, *files])]
+
+
+def say(text: str) -> None:
+    """Print a line at once."""
+    print(text, flush=True)
+
+
+def prepare_text(plan: Plan) -> list[str]:
+    """Prepare the standard library's sources (skipped when done) and return upstream's flags that read them."""
+    module = [sys.executable, "-m", "megatron.longseq.data"]
+    subprocess.run([*module, "stdlib", "--output", str(plan.corpus)], cwd=ROOT, check=True)
+    printed = subprocess.run([*module, "flags", str(plan.corpus)], cwd=ROOT, check=True, capture_output=True, text=True)
+    return printed.stdout.split()
+
+
+def train(plan: Plan, data: list[str], until: int) -> None:
+    """Train up to step `until` through the launcher, with one line of progress per logged step.
+
+    Raises:
+        SystemExit: the training failed; the last lines and the log's place are printed.
+    """
+    log = plan.folder / "log.txt"
+    stop = [] if until == plan.steps else ["--exit-interval", str(until)]
+    command = ["bash", "scripts/launch.sh", "--local", "--nproc", str(plan.ranks), "--run-dir", str(plan.folder)]
+    command += ["--", "examples/pretrain_gpt.py", *plan.flags(data), *stop]
+    tail: list[str] = []
+    with log.open("a") as kept:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            kept.write(line)
+            tail = [*tail[-30:], line]
+            show(line)
+    if process.wait() != 0:
+        say("".join(tail))
+        raise SystemExit(f"quickstart: the training failed with status {process.returncode}; its whole log: {log}")
+
+
+def show(line: str) -> None:
+    """Print the part of a log line that tells how far the training is."""
+    if match := STEP.search(line):
+        say(f"      step {int(match[1]):4d}/{match[2]}   loss {float(match[3]):.4f}")
+    elif match := HELD_OUT.search(line):
+        say(f"      step {int(match[1]):4d}       held-out loss {float(match[2]):.4f}")
+    elif line.startswith("[rank0]") and (match := STAGES.search(line)):
+        say(f"      {match[1].strip(' >.')}")
+
+
+def count_gpus() -> int:
+    """Return how many GPUs this process may use; the launcher and PyTorch see the same."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def report(plan: Plan, seconds: float) -> None:
+    """Say what was done, where it lies and what to try next.
+
+    Raises:
+        SystemExit: the loss did not fall clearly: something is wrong with this installation.
+    """
+    curves = loss_curve.read(plan.folder / "tensorboard")
+    first, last = curves.train[0][1], sum(value for _, value in curves.train[-10:]) / len(curves.train[-10:])
+    speeds = [float(match) for match in SPEED.findall((plan.folder / "log.txt").read_text())]
+    arguments = json.loads((plan.folder / "arguments.json").read_text())
+    where = os.path.relpath(plan.folder, Path.cwd())
+    device = f"{plan.gpus} GPU(s)" if plan.gpus else "the CPU over gloo"
+    say("")
+    say(
+        f"Done in {seconds:.0f} s: a GPT of 4 layers trained {plan.steps} steps on {device}, {plan.ranks} pipeline stage(s),"
+    )
+    say(
+        f"  through upstream's own pretrain under {len(arguments['longseq_patches'])} patches, resumed at step "
+        f"{plan.steps // 2} from its checkpoint."
+    )
+    say(
+        f"  loss {first:.3f} -> {last:.3f}, held-out {curves.held_out[-1][1]:.3f}; "
+        f"{sorted(speeds)[len(speeds) // 2]:.0f} tokens/s"
+    )
+    say(f"Where:     {where}/   loss.png, loss.svg, log.txt, arguments.json, tensorboard/, checkpoints/, ranks/")
+    say("Try next:  python -m patches list                      what is patched, and why")
+    say("           bash scripts/launch.sh --dry-run --nproc 2 -- examples/pretrain_gpt.py ...")
+    say(f"           tensorboard --logdir {where}/tensorboard")
+    say("           bash scripts/test.sh                        the whole proof")
+    if last > first - 1.0:
+        raise SystemExit(
+            f"quickstart: the loss did not fall clearly ({first:.3f} -> {last:.3f}); see {plan.folder / 'log.txt'}"
+        )
+
+
+def main() -> None:
+    """Run every step that is not done yet."""
+    parser = argparse.ArgumentParser(prog="bash scripts/quickstart.sh", description=__doc__)
+    parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "quickstart", help="default: runs/quickstart")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps in all (default {STEPS})")
+    args = parser.parse_args()
+    if args.steps < 8 or args.steps % 4:
+        parser.error(f"--steps {args.steps}: a multiple of 4, at least 8 (evaluated four times, resumed half-way)")
+    plan = Plan(args.run_dir.resolve(), args.steps, count_gpus())
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+
+    say("[1/4] text: the sources of this Python's standard library")
+    data = prepare_text(plan)
+    for part, until in ((2, plan.steps // 2), (3, plan.steps)):
+        what = "train to half-way, evaluate, save" if part == 2 else "resume from the checkpoint, train to the end"
+        if plan.reached >= until:
+            say(f"[{part}/4] {what}: done before, skipped")
+            continue
+        say(f"[{part}/4] {what} ({plan.ranks} rank(s) start: about 10 s)")
+        train(plan, data, until)
+    picture = plan.folder / "loss.png"
+    say(f"[4/4] picture: {os.path.relpath(picture, Path.cwd())}")
+    if (
+        not picture.exists()
+        or picture.stat().st_mtime < (plan.checkpoints / "latest_checkpointed_iteration.txt").stat().st_mtime
+    ):
+        loss_curve.draw(loss_curve.read(plan.folder / "tensorboard"), picture, resumed_at=plan.steps // 2)
+    report(plan, time.monotonic() - started)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# The checks that need no run. bash scripts/check.sh [NAME...], all by default:
+#   format, lint    ruff
+#   types           mypy --strict on the planning code
+#   shell           shellcheck on every script
+#   patches         the patch ledger against the installed wheel
+set -euo pipefail
+# shellcheck source=scripts/lib/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib/setup.sh"
+
+setup_environment run data test dev
+PATH=$(dirname "$PY"):$PATH
+cd "$ROOT"
+
+# Planning code imports neither torch nor upstream: pure, so it can be typed strictly.
+planning_files() {
+  local folder
+  for folder in megatron/longseq patches scripts/lib examples; do
+    [[ -d $folder ]] || continue
+    grep -rLE --include='*.py' '^\s*(import|from) (torch|megatron\.(core|training))\b' "$folder" || true
+  done
+}
+
+# run_check NAME: its output is shown when it fails.
+run_check() {
+  local files
+  case $1 in
+    format) ruff format --check . ;;
+    lint) ruff check . ;;
+    types)
+      mapfile -t files < <(planning_files)
+      "$PY" -m mypy --follow-imports=silent "${files[@]}"
+      ;;
+    shell)
+      mapfile -t files < <(find scripts -name '*.sh' -o -name '*.sbatch')
+      shellcheck --external-sources .ci/run "${files[@]}"
+      ;;
+    patches) "$PY" -m patches verify ;;
+    *) die "no check is called $1: format, lint, types, shell, patches" 2 ;;
+  esac
+}
+
+(($#)) || set -- format lint types shell patches
+failed=()
+for name in "$@"; do
+  started=$SECONDS
+  # One red check does not hide the next.
+  if output=$(run_check "$name" 2>&1); then
+    say "ok      $name ($((SECONDS - started)) s)"
+  else
+    failed+=("$name")
+    printf '%s\nFAILED  %s\n' "$output" "$name" >&2
+  fi
+done
+((${#failed[@]} == 0)) || die "checks failed: ${failed[*]}"

@@ -1,0 +1,16 @@
+"""Command lines for small models in tests: RMSNorm, RoPE, GQA, SwiGLU, mock data, four layers."""
+
+TINY = """
+--num-layers 4 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2
+--ffn-hidden-size 128 --swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear
+--untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
+--seq-length 64 --max-position-embeddings 64 --micro-batch-size 1 --global-batch-size 8
+--lr 1e-2 --min-lr 1e-3 --lr-decay-iters 20 --weight-decay 0.1 --train-iters 4
+--tokenizer-type NullTokenizer --vocab-size 256 --make-vocab-size-divisible-by 64 --mock-data --split 90,5,5
+--eval-iters 0 --eval-interval 1000 --log-interval 1000 --save-interval 1000 --num-workers 0 --seed 1
+"""
+
+
+def flags(*texts: str) -> list[str]:
+    """Join command-line texts; a later flag overrides an earlier one, as argparse has it."""
+    return [word for text in texts for word in text.split()]

@@ -1,0 +1,86 @@
+"""`kill -9` of one rank in mid-run: the launcher names it, nothing stays, and the resumed run is the undisturbed one."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from examples import loss_curve
+from tests.distributed.flags import TINY, flags
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS, SAVED = 12, 4
+
+
+def launch(folder: Path) -> subprocess.Popen[str]:
+    """Start two pipeline ranks through the launcher; checkpoints every four steps; resumes by itself."""
+    own = flags(f"--pipeline-model-parallel-size 2 --train-iters {STEPS} --save-interval {SAVED} --log-interval 1")
+    folders = ["--save", folder / "checkpoints", "--load", folder / "checkpoints", "--tensorboard-dir", folder / "tb"]
+    command = ["bash", "scripts/launch.sh", "--local", "--nproc", "2", "--run-dir", folder]
+    command += ["--", "examples/pretrain_gpt.py", *flags(TINY), *own, *folders]
+    environment = {**os.environ, "VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        list(map(str, command)),
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def ranks_of(folder: Path) -> list[psutil.Process]:
+    """Return the living processes whose command line names the run's folder."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        words = " ".join(process.info["cmdline"] or [])
+        if str(folder) in words and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    return found
+
+
+def training_rank(folder: Path, rank: int) -> psutil.Process:
+    """Return the process of one rank of the run."""
+    for process in ranks_of(folder):
+        if "patches" in process.cmdline() and process.environ().get("RANK") == str(rank):
+            return process
+    raise AssertionError(f"rank {rank} of {folder} is not running")
+
+
+def test_killed_rank_is_named_and_the_run_resumes(tmp_path: Path) -> None:
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    whole, _ = (process := launch(undisturbed)).communicate(timeout=240)
+    assert process.returncode == 0, whole[-3000:]
+
+    process = launch(disturbed)
+    assert process.stdout is not None
+    said = ""
+    for line in process.stdout:
+        said += line
+        if re.search(rf"iteration +{SAVED + 2}/", line):
+            break
+    victim = training_rank(disturbed, 1)
+    everyone = {p.pid for leader in ranks_of(disturbed) for p in [leader, *leader.children(recursive=True)]}
+    started = time.monotonic()
+    os.kill(victim.pid, signal.SIGKILL)
+    rest, _ = process.communicate(timeout=120)
+    said += rest
+    print(f"the launcher ended {time.monotonic() - started:.1f} s after the kill: {said.splitlines()[-1]}")
+    assert process.returncode != 0
+    assert re.search(rf"rank 1 \(host \S+, pid {victim.pid}\) died of signal 9 \(SIGKILL\)", said), said[-3000:]
+    left = [pid for pid in everyone if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+    assert not left and not ranks_of(disturbed)
+    assert (disturbed / "checkpoints/latest_checkpointed_iteration.txt").read_text() == str(SAVED)
+
+    resumed, _ = (process := launch(disturbed)).communicate(timeout=240)
+    assert process.returncode == 0, resumed[-3000:]
+    assert f"at iteration {SAVED}" in resumed
+    expected, got = loss_curve.read(undisturbed / "tb").train, loss_curve.read(disturbed / "tb").train
+    assert [step for step, _ in got] == list(range(1, STEPS + 1))
+    assert got == expected

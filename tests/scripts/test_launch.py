@@ -1,0 +1,372 @@
+"""The commands that scripts/launch.sh composes, recorded by fakes on PATH; odd arguments; site files; refusals."""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.scripts.fakes import ROOT, RUN_COMMAND, Call, FakePath
+
+ODD = ["a b", "it's", 'say "x"', "$HOME", "*", "", "--nodes", "--", "line\nbreak", "back\\slash", "`id`", "é"]
+PYTHON_BODY = f"""
+if sys.argv[1:3] == ["-m", "patches"]:
+    print('[{{"id": "fake.patch"}}]')
+    sys.exit(0)
+sys.exit(subprocess.call([{sys.executable!r}, *sys.argv[1:]]))
+"""
+GPUS = "print('\\n'.join(f'GPU {i}: NVIDIA H100 (UUID: GPU-{i})' for i in range(4)))"
+
+
+class Launcher:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = FakePath(folder)
+        self.venv = folder / "venv"
+        (self.venv / "bin").mkdir(parents=True)
+        self.path.fake("python", PYTHON_BODY, self.venv / "bin")
+        self.path.fake("torchrun", "", self.venv / "bin")
+        (folder / "train.py").write_text("")
+
+    def env(self, **extra: str) -> dict[str, str]:
+        return {"PATH": str(self.path.bin), "HOME": str(self.folder), "VENV": str(self.venv), **extra}
+
+    def run(self, *words: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", str(ROOT / "scripts/launch.sh"), *words],
+            cwd=self.folder,
+            env=self.env(**(env or {})),
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=60,
+            check=False,
+        )
+
+    def torchrun(self, *words: str, env: dict[str, str] | None = None) -> Call:
+        done = self.run(*words, env=env)
+        assert done.returncode == 0, done.stderr
+        (call,) = self.path.calls("torchrun")
+        return call
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> Launcher:
+    return Launcher(tmp_path)
+
+
+def test_one_machine_without_gpus(launcher: Launcher) -> None:
+    call = launcher.torchrun("--nproc", "2", "--run-dir", "out", "--", "train.py", "--num-layers", "4")
+    script = call.argv.index("-m")
+    assert call.argv[script:] == ["-m", "patches", "run", "train.py", "--num-layers", "4"]
+    assert "--standalone" in call.argv[:script]
+    assert call.after("--nproc-per-node") == "2"
+    assert call.after("--max-restarts") == "0"
+    assert call.env["PYTHONPATH"].split(":")[0] == str(ROOT)
+    assert int(call.env["OMP_NUM_THREADS"]) >= 1
+
+
+def test_odd_arguments_arrive_untouched(launcher: Launcher) -> None:
+    call = launcher.torchrun("--run-dir", "out dir", "--", "train.py", *ODD)
+    assert call.argv[call.argv.index("train.py") + 1 :] == ODD
+    assert call.after("--log-dir") == str(launcher.folder / "out dir/ranks")
+
+
+def test_dry_run_can_be_pasted_and_does_nothing(launcher: Launcher) -> None:
+    dry = launcher.run("--nproc", "2", "--dry-run", "--run-dir", "out", "--", "train.py", *ODD)
+    assert dry.returncode == 0, dry.stderr
+    assert not launcher.path.calls("torchrun")
+    assert not (launcher.folder / "out").exists()
+    pasted = subprocess.run(["bash", "-c", dry.stdout], cwd=launcher.folder, env=launcher.env(), check=False)
+    assert pasted.returncode == 0
+    direct = launcher.run("--nproc", "2", "--run-dir", "out", "--", "train.py", *ODD)
+    assert direct.returncode == 0, direct.stderr
+    first, second = launcher.path.calls("torchrun")
+    assert first.argv == second.argv
+    shell = {"_", "SHLVL", "PWD", "OLDPWD"}
+    assert {k: v for k, v in first.env.items() if k not in shell} == {
+        k: v for k, v in second.env.items() if k not in shell
+    }
+
+
+@pytest.mark.parametrize(
+    ("visible", "ranks"), [(None, "4"), ("0,2", "2"), ("", "1"), ("-1", "1"), ("0,1,2,3,4,5", "4"), ("1,-1,2", "1")]
+)
+def test_gpus_are_counted(launcher: Launcher, visible: str | None, ranks: str) -> None:
+    launcher.path.fake("nvidia-smi", GPUS)
+    call = launcher.torchrun("--", "train.py", env={} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    assert call.after("--nproc-per-node") == ranks
+    assert ("OMP_NUM_THREADS" in call.env) == (visible in ("", "-1")), "threads are set for CPU ranks alone"
+
+
+def test_more_ranks_than_gpus_are_refused(launcher: Launcher) -> None:
+    launcher.path.fake("nvidia-smi", GPUS)
+    done = launcher.run("--nproc", "5", "--", "train.py")
+    assert done.returncode == 2
+    assert "5 ranks were asked for, 4 GPU(s)" in done.stderr
+    assert not launcher.path.calls("torchrun")
+
+
+def test_record_of_the_start(launcher: Launcher) -> None:
+    for _ in range(2):
+        assert launcher.run("--run-dir", "out", "--", "train.py", "a b").returncode == 0
+    out = launcher.folder / "out"
+    assert sorted(p.name for p in out.iterdir()) == ["start-0", "start-1"]
+    for start in out.iterdir():
+        words = shlex.split((start / "command.sh").read_text(), comments=True)
+        assert words[-2:] == ["train.py", "a b"]
+        assert json.loads((start / "patches.json").read_text()) == [{"id": "fake.patch"}]
+        assert "revision: " in (start / "revision.txt").read_text()
+
+
+def test_a_broken_ledger_stops_the_start(launcher: Launcher) -> None:
+    launcher.path.fake("python", "print('patch x has drifted', file=sys.stderr); sys.exit(1)", launcher.venv / "bin")
+    done = launcher.run("--run-dir", "out", "--", "train.py")
+    assert done.returncode == 1
+    assert "patches list --json failed: patch x has drifted" in done.stderr
+    assert not launcher.path.calls("torchrun")
+
+
+def test_the_status_of_the_training_is_the_launchers(launcher: Launcher) -> None:
+    launcher.path.fake("torchrun", "sys.exit(7)", launcher.venv / "bin")
+    assert launcher.run("--", "train.py").returncode == 7
+
+
+# Slurm ---------------------------------------------------------------------------------------------------------------
+
+JOB = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_NODELIST": "node[07-09]"}
+
+
+def test_inside_a_job_srun_starts_one_torchrun_a_node(launcher: Launcher) -> None:
+    launcher.path.fake("srun", RUN_COMMAND)
+    launcher.path.fake("scontrol", "print('node07\\nnode08\\nnode09')")
+    call = launcher.torchrun(
+        "--", "train.py", *ODD, env={**JOB, "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "96"}
+    )
+    (srun,) = launcher.path.calls("srun")
+    assert srun.after("--nodes") == srun.after("--ntasks") == "3"
+    assert srun.after("--cpus-per-task") == "96"
+    assert launcher.path.calls("scontrol")[0].argv == ["show", "hostnames", "node[07-09]"]
+    assert call.after("--nnodes") == "3"
+    assert call.after("--nproc-per-node") == "8"
+    assert call.after("--rdzv-backend") == "c10d"
+    assert call.after("--rdzv-endpoint") == "node07:23456"
+    assert call.after("--rdzv-id") == "123456.0"
+    assert "--standalone" not in call.argv[: call.argv.index("-m")]
+    assert call.argv[call.argv.index("train.py") + 1 :] == ODD
+    assert (launcher.folder / "runs/train-123456/start-0").is_dir()
+
+
+def test_a_requeued_job_has_its_own_rendezvous(launcher: Launcher) -> None:
+    launcher.path.fake("srun", RUN_COMMAND)
+    launcher.path.fake("scontrol", "print('node07')")
+    call = launcher.torchrun("--", "train.py", env={**JOB, "SLURM_RESTART_COUNT": "2"})
+    assert call.after("--rdzv-id") == "123456.2"
+
+
+def test_outside_a_job_sbatch_submits_the_launcher(launcher: Launcher) -> None:
+    launcher.path.fake("sbatch")
+    site = launcher.folder / "site.env"
+    site.write_text("SBATCH_PARTITION=gpu\n")
+    options = ["--slurm", "--nodes", "2", "--gpus-per-node", "8", "--site", "site.env", "--run-dir", "out"]
+    done = launcher.run(*options, "--slurm-arg", "--time=1:00:00", "--", "train.py", *ODD)
+    assert done.returncode == 0, done.stderr
+    (call,) = launcher.path.calls("sbatch")
+    batch = str(ROOT / "scripts/slurm/train.sbatch")
+    inside = ["--nodes", "2", "--gpus-per-node", "8", "--site", str(site), "--run-dir", str(launcher.folder / "out")]
+    before = call.argv[: call.argv.index(batch)]
+    assert before == ["--nodes", "2", "--job-name", "train", "--gpus-per-node", "8", "--time=1:00:00"]
+    assert call.argv[call.argv.index(batch) + 1 :] == [*inside, "--", "train.py", *ODD]
+    assert call.env["SBATCH_PARTITION"] == "gpu"
+    assert call.env["LONGSEQ_ROOT"] == str(ROOT)
+
+
+def test_sbatch_for_cpu_nodes_asks_for_no_gpu(launcher: Launcher) -> None:
+    launcher.path.fake("sbatch")
+    assert launcher.run("--slurm", "--nproc", "2", "--", "train.py").returncode == 0
+    (call,) = launcher.path.calls("sbatch")
+    assert "--gpus-per-node" not in call.argv
+    assert call.after("--nproc") == "2"
+
+
+def run_job(launcher: Launcher, srun: str, restarts: int, send_usr1: bool) -> tuple[int, str]:
+    """train.sbatch as slurm would run it: a copy elsewhere, the launcher inside, USR1 once the step is there."""
+    launcher.path.fake("srun", srun)
+    launcher.path.fake("scontrol", "print('node07')")
+    spool = launcher.folder / "spool-script"
+    spool.write_text((ROOT / "scripts/slurm/train.sbatch").read_text())
+    env = launcher.env(**JOB, SLURM_SUBMIT_DIR=str(ROOT), SLURM_RESTART_COUNT=str(restarts), LONGSEQ_MAX_REQUEUE="3")
+    job = subprocess.Popen(
+        ["bash", str(spool), "--nproc", "2", "--", "train.py"],
+        cwd=launcher.folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if send_usr1:
+        ready = launcher.folder / "ready"
+        for _ in range(300):
+            if ready.exists():
+                break
+            subprocess.run(["sleep", "0.1"], check=True)
+        job.send_signal(10)
+    output, _ = job.communicate(timeout=60)
+    return job.returncode, output
+
+
+WAIT_FOR_USR1 = """
+import signal, time, pathlib
+signal.signal(signal.SIGUSR1, lambda *a: sys.exit(0))
+pathlib.Path("ready").touch()
+time.sleep(30)
+sys.exit(9)
+"""
+
+
+@pytest.mark.parametrize(("restarts", "requeued"), [(0, True), (2, True), (3, False)])
+def test_a_job_stopped_early_is_requeued_a_bounded_number_of_times(
+    launcher: Launcher, restarts: int, requeued: bool
+) -> None:
+    status, output = run_job(launcher, WAIT_FOR_USR1, restarts, send_usr1=True)
+    assert status == 0, output
+    calls = [call.argv for call in launcher.path.calls("scontrol") if call.argv[0] == "requeue"]
+    assert calls == ([["requeue", "123456"]] if requeued else [])
+    assert (launcher.folder / f"longseq-123456-r{restarts}.log").exists()
+
+
+def test_a_failed_training_is_not_requeued(launcher: Launcher) -> None:
+    status, output = run_job(launcher, "sys.exit(5)", 0, send_usr1=False)
+    assert status == 5, output
+    assert not [call for call in launcher.path.calls("scontrol") if call.argv[0] == "requeue"]
+
+
+# Docker --------------------------------------------------------------------------------------------------------------
+
+
+def test_docker_runs_the_launcher_inside(launcher: Launcher) -> None:
+    launcher.path.fake("docker")
+    launcher.path.fake("nvidia-smi", GPUS)
+    (launcher.folder / "data").mkdir()
+    site = launcher.folder / "site.env"
+    site.write_text("NCCL_IB_HCA=mlx5\n")
+    options = ["--docker", "longseq:train", "--mount", "data", "--site", "site.env", "--run-dir", "out"]
+    done = launcher.run(*options, "--", "train.py", *ODD)
+    assert done.returncode == 0, done.stderr
+    (call,) = launcher.path.calls("docker")
+    image = call.argv.index("longseq:train")
+    out = launcher.folder / "out"
+    assert call.argv[image + 1 :] == [
+        *("bash", str(ROOT / "scripts/launch.sh"), "--local", "--nproc", "4", "--run-dir", str(out), "--"),
+        *("train.py", *ODD),
+    ]
+    volumes = [call.argv[i + 1] for i, word in enumerate(call.argv[:image]) if word == "--volume"]
+    folders = [ROOT, launcher.folder, out, launcher.folder / "data"]
+    assert sorted(volumes) == sorted(f"{folder}:{folder}" for folder in folders)
+    assert call.after("--gpus") == "all"
+    assert "NCCL_IB_HCA" in call.argv[:image]
+    assert call.env["NCCL_IB_HCA"] == "mlx5"
+    assert out.is_dir(), "made by us: docker would make it as root"
+
+
+def test_docker_without_gpus_asks_for_none(launcher: Launcher) -> None:
+    launcher.path.fake("docker")
+    assert launcher.run("--docker", "image", "--nproc", "2", "--", "train.py").returncode == 0
+    assert "--gpus" not in launcher.path.calls("docker")[0].argv
+
+
+# Site files ----------------------------------------------------------------------------------------------------------
+
+
+def test_site_settings_reach_the_ranks_and_are_never_evaluated(launcher: Launcher) -> None:
+    site = launcher.folder / "site.env"
+    site.write_text("# comment\n\nNCCL_IB_HCA==mlx5_0,mlx5_1\r\nLIST=a b;touch evil\nEMPTY=\nTICK=`touch evil`")
+    call = launcher.torchrun("--site", "site.env", "--", "train.py")
+    assert call.env["NCCL_IB_HCA"] == "=mlx5_0,mlx5_1"
+    assert call.env["LIST"] == "a b;touch evil"
+    assert call.env["EMPTY"] == ""
+    assert call.env["TICK"] == "`touch evil`"
+    assert not (launcher.folder / "evil").exists()
+
+
+def test_the_callers_environment_wins_over_the_site(launcher: Launcher) -> None:
+    (launcher.folder / "site.env").write_text("NCCL_DEBUG=WARN\n")
+    env = {"NCCL_DEBUG": "INFO"}
+    assert launcher.torchrun("--site", "site.env", "--", "train.py", env=env).env["NCCL_DEBUG"] == "INFO"
+    dry = launcher.run("--dry-run", "--site", "site.env", "--", "train.py", env=env)
+    assert "# kept from your environment: NCCL_DEBUG=INFO (site.env: WARN)" in dry.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("export A=1", "not KEY=VALUE"),
+        ("A = 1", "not KEY=VALUE"),
+        ("nonsense", "not KEY=VALUE"),
+        ("1A=1", "not KEY=VALUE"),
+        ("OK=2", "OK is set a second time"),
+        ("RANK=0", "RANK is set by the launcher itself"),
+        ('A="quoted"', "taken as it stands"),
+        ("A=$HOME", "taken as it stands"),
+        ("A=1 # why", "taken as it stands"),
+        ("A=1 ", "taken as it stands"),
+    ],
+)
+def test_site_file_faults_are_named_by_line(launcher: Launcher, line: str, message: str) -> None:
+    (launcher.folder / "site.env").write_text(f"# first\nOK=1\n{line}\n")
+    done = launcher.run("--site", "site.env", "--", "train.py")
+    assert done.returncode == 2
+    assert "site.env:3: " in done.stderr
+    assert message in done.stderr
+    assert not launcher.path.calls("torchrun")
+
+
+@pytest.mark.parametrize("site", sorted((ROOT / "scripts/sites").glob("*.env")), ids=lambda p: p.name)
+def test_our_site_files_are_read(launcher: Launcher, site: Path) -> None:
+    assert launcher.run("--dry-run", "--site", str(site), "--", "train.py").returncode == 0
+
+
+# Refusals ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no training script"),
+        (["--"], "no training script"),
+        (["--", "absent.py"], "training script absent.py does not exist"),
+        (["train.py"], "unknown option train.py"),
+        (["--nproc", "two", "--", "train.py"], "--nproc two: a whole number"),
+        (["--nproc", "0", "--", "train.py"], "--nproc 0: a whole number"),
+        (["--nproc", "--", "train.py"], "--nproc needs a value"),
+        (["--nproc", "2", "--gpus-per-node", "2", "--", "train.py"], "are given once"),
+        (["--local", "--slurm", "--", "train.py"], "exclude each other"),
+        (["--slurm", "--docker", "x", "--", "train.py"], "exclude each other"),
+        (["--slurm", "--", "train.py"], "give --gpus-per-node"),
+        (["--gpus-per-node", "2", "--", "train.py"], "none was found here"),
+        (["--nodes", "2", "--", "train.py"], "MASTER_ADDR"),
+        (["--docker", "x", "--nodes", "2", "--", "train.py"], "one container on this machine"),
+        (["--docker", "x", "--mount", "absent", "--", "train.py"], "--mount absent: no such folder"),
+        (["--site", "absent.env", "--", "train.py"], "absent.env cannot be read"),
+    ],
+)
+def test_refusals_say_why_and_start_nothing(launcher: Launcher, words: list[str], message: str) -> None:
+    done = launcher.run(*words)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert done.stderr.count("error:") == 1
+    assert not launcher.path.calls("torchrun")
+    assert not (launcher.folder / "runs").exists()
+
+
+def test_without_an_environment_the_message_says_what_to_run(launcher: Launcher) -> None:
+    done = launcher.run("--", "train.py", env={"VENV": "none"})
+    assert done.returncode == 1
+    assert "no torchrun in PATH: run bash scripts/quickstart.sh once" in done.stderr
+
+
+def test_several_machines_without_slurm(launcher: Launcher) -> None:
+    call = launcher.torchrun("--nodes", "2", "--", "train.py", env={"MASTER_ADDR": "first"})
+    assert call.after("--rdzv-endpoint") == "first:29500"
+    assert call.after("--nnodes") == "2"

@@ -1,0 +1,209 @@
+"""The end of a launch: which rank is blamed, signals, no process left. Real torchrun, ranks without torch."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from scripts.lib.supervise import Failure, culprit, parse_failures, verdict
+from tests.scripts.fakes import ROOT
+
+# Stands for `python -m patches` in the folder of the run: this test is about processes, not about patches.
+STAND_IN = """
+import runpy, sys
+if sys.argv[1] == "list":
+    print("[]")
+else:
+    sys.argv = sys.argv[2:]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+RANK = """
+import os, signal, sys, time
+rank = os.environ["RANK"]
+if "saves" in sys.argv:
+    signal.signal(signal.SIGTERM, lambda *_: (print("saved", rank, flush=True), sys.exit(0)))
+with open(f"pid{rank}.new", "w") as out:
+    out.write(str(os.getpid()))
+os.rename(f"pid{rank}.new", f"pid{rank}")
+if "boom" in sys.argv and rank == "1":
+    raise ValueError("bad batch")
+time.sleep(60)
+"""
+
+
+class Run:
+    """launch.sh with two ranks."""
+
+    def __init__(self, folder: Path, *words: str) -> None:
+        self.folder = folder
+        (folder / "patches").mkdir()
+        (folder / "patches/__init__.py").touch()
+        (folder / "patches/__main__.py").write_text(STAND_IN)
+        (folder / "rank.py").write_text(RANK)
+        self.process = subprocess.Popen(
+            ["bash", str(ROOT / "scripts/launch.sh"), "--nproc", "2", "--run-dir", "out", "--", "rank.py", *words],
+            cwd=folder,
+            env={**os.environ, "VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": ""},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def pids(self) -> list[int]:
+        files = [self.folder / f"pid{rank}" for rank in range(2)]
+        wait_until(lambda: all(file.exists() for file in files))
+        return [int(file.read_text()) for file in files]
+
+    def end(self) -> tuple[int, str]:
+        _, err = self.process.communicate(timeout=60)
+        return self.process.returncode, err
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def nothing_left(pids: list[int]) -> None:
+    wait_until(lambda: not any(alive(pid) for pid in pids))
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    runs: list[Run] = []
+
+    def begin(*words: str) -> Run:
+        runs.append(Run(tmp_path, *words))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        if run.process.poll() is None:
+            run.process.kill()
+
+
+def test_a_killed_rank_is_named(start: Callable[..., Run]) -> None:
+    run = start()
+    pids = run.pids()
+    os.kill(pids[1], signal.SIGKILL)
+    status, err = run.end()
+    assert status == 1
+    assert f"launch: rank 1 (host {os.uname().nodename}, pid {pids[1]}) died of signal 9 (SIGKILL)" in err
+    assert err.rstrip().endswith("no process is left")
+    assert not any(map(alive, pids))
+
+
+def test_a_failing_rank_is_named_with_its_last_words(start: Callable[..., Run]) -> None:
+    run = start("boom")
+    pids = run.pids()
+    status, err = run.end()
+    assert status == 1
+    assert f"pid {pids[1]}) failed with exit code 1\n  its last words: ValueError: bad batch" in err
+    assert not any(map(alive, pids))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_launcher_ends_all(start: Callable[..., Run], signum: signal.Signals) -> None:
+    run = start()
+    pids = run.pids()
+    run.process.send_signal(signum)
+    status, err = run.end()
+    assert status == 128 + signum
+    assert f"stopped by signal {signum.value}" in err
+    assert not any(map(alive, pids))
+
+
+def test_usr1_lets_the_ranks_save(start: Callable[..., Run]) -> None:
+    run = start("saves")
+    pids = run.pids()
+    run.process.send_signal(signal.SIGUSR1)
+    status, err = run.end()
+    assert status == 0, err
+    logs = [path.read_text() for path in run.folder.glob("out/ranks/*/*/*/stdout.log")]
+    assert sorted(text.split()[-2:] for text in logs) == [["saved", "0"], ["saved", "1"]]
+    assert not any(map(alive, pids))
+
+
+def test_killing_torchrun_leaves_no_rank(start: Callable[..., Run]) -> None:
+    run = start()
+    pids = run.pids()
+    torchrun = int(Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(torchrun, signal.SIGKILL)
+    status, err = run.end()
+    assert status == 128 + signal.SIGKILL
+    assert f"torchrun itself (pid {torchrun}) died of signal 9; no process is left" in err
+    assert not any(map(alive, pids))
+
+
+def test_killing_the_supervisor_leaves_no_rank(start: Callable[..., Run]) -> None:
+    run = start()
+    pids = run.pids()
+    run.process.kill()
+    run.process.wait()
+    nothing_left(pids)
+
+
+# Whom to blame, from torchrun's words --------------------------------------------------------------------------------
+
+
+def entry(rank: int, exitcode: int, pid: int) -> list[str]:
+    return [
+        f"[{rank}]:",
+        "  time      : 2026-01-01_00:00:00",
+        f"  rank      : {rank} (local_rank: {rank})",
+        f"  exitcode  : {exitcode} (pid: {pid}) (SIGX)",
+        "  error_file: <N/A>",
+        "  traceback : rank : 9 (local_rank: 9)",
+    ]
+
+
+def table(root: list[str], *others: list[str]) -> list[str]:
+    listed = [line for other in others for line in other]
+    return ["train FAILED", "Failures:", *listed, "Root Cause (first observed failure):", *root]
+
+
+def blamed(lines: list[str]) -> int:
+    found = culprit(parse_failures(lines))
+    assert found is not None
+    return found.rank
+
+
+def test_a_survivor_that_failed_in_the_same_second_is_not_blamed() -> None:
+    assert blamed(table(entry(0, 1, 100), entry(1, -9, 101))) == 1
+
+
+def test_a_rank_that_torchrun_had_to_kill_is_not_blamed() -> None:
+    lines = ["W [1] Sending process 100 closing signal SIGTERM", *table(entry(1, 1, 101), entry(0, -9, 100))]
+    assert blamed(lines) == 1
+
+
+def test_an_aborting_watchdog_is_blamed_only_as_root() -> None:
+    assert blamed(table(entry(2, -11, 102), entry(0, -6, 100))) == 2
+    assert blamed(table(entry(0, -6, 100), entry(2, -11, 102))) == 2
+    assert blamed(table(entry(0, -6, 100), entry(2, 1, 102))) == 0
+
+
+def test_without_a_table_the_verdict_says_so() -> None:
+    assert parse_failures(["something else"]) == []
+    assert verdict([], {}, 3) == "torchrun ended with status 3 and named no rank: see the lines above"
+
+
+def test_the_others_are_mentioned() -> None:
+    failures = [Failure(0, 10, -9, True, False), Failure(1, 11, 1, False, False), Failure(2, 12, -15, False, True)]
+    assert "ranks [1] failed after it or with it" in verdict(failures, {}, 1)

@@ -1,0 +1,68 @@
+"""Planted modules for the tests of `patches`: written to a temporary folder, importable, gone again afterwards."""
+
+import importlib
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from patches import lock, session
+from patches.record import Record
+from patches.source import Upstream
+
+
+class Bed:
+    """Write modules by dotted name; `record` makes a record on them; `lock` locks what is written now."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def write(self, module: str, source: str) -> Path:
+        path = self.root.joinpath(*module.split(".")).with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(source))
+        importlib.invalidate_caches()
+        return path
+
+    def load(self, module: str, source: str | None = None):
+        if source is not None:
+            self.write(module, source)
+        return importlib.import_module(module)
+
+    def lock(self, *records: Record) -> lock.Lock:
+        symbols, gone = lock.fingerprints(records, Upstream())
+        assert not gone
+        return lock.Lock("0", "0", symbols)
+
+
+def record(target: str, impl: str = "planted_impl:impl", action: str = "replace", **fields) -> Record:
+    fields = {
+        "id": "planted.one",
+        "system": "planted",
+        "why": "A test.",
+        "when": "patches.conditions:always",
+        "test": "none",
+        "remove_when": "the test ends",
+    } | fields
+    return Record(action=action, target=target, impl=impl, **fields)
+
+
+@pytest.fixture
+def bed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = set(sys.modules)
+    yield Bed(tmp_path)
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0].startswith("planted") or name.startswith("megatron.planted"):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def own_session(monkeypatch):
+    """A session of its own for one test, undone at its end."""
+    fresh = session.Session()
+    monkeypatch.setattr(session, "SESSION", fresh)
+    yield fresh
+    for applied in reversed(list(fresh.stack)):
+        fresh.undo(applied)

@@ -1,0 +1,98 @@
+"""The local system: the wheel without TransformerEngine and apex."""
+
+import copy
+import subprocess
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import patches
+from patches.local.adam import GroupStepAdam
+
+
+def test_compiled_helper_of_the_wheel_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.datasets import utils
+
+    def no_make(*_: Any, **__: Any) -> Any:
+        raise FileNotFoundError("make was called")
+
+    monkeypatch.setattr(subprocess, "run", no_make)
+    with pytest.raises(FileNotFoundError):
+        utils.compile_helpers()
+    with patches.applied("local.compiled-helpers"):
+        utils.compile_helpers()
+
+
+def _norm_config(sequence_parallel: bool) -> SimpleNamespace:
+    return SimpleNamespace(
+        sequence_parallel=sequence_parallel,
+        normalization="RMSNorm",
+        layernorm_zero_centered_gamma=False,
+        persist_layer_norm=False,
+        memory_efficient_layer_norm=False,
+    )
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_norm_is_marked_for_sequence_parallel(sequence_parallel: bool) -> None:
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    config = _norm_config(sequence_parallel)
+    if sequence_parallel:
+        with pytest.raises(AssertionError, match="sequence parallel"):
+            WrappedTorchNorm(config, 8)
+    with patches.applied("local.norm"):
+        norm = WrappedTorchNorm(config, 8, eps=1e-3)
+    assert isinstance(norm, torch.nn.RMSNorm)
+    assert norm.eps == 1e-3
+    assert [parameter.sequence_parallel for parameter in norm.parameters()] == [sequence_parallel]
+    assert config.sequence_parallel is sequence_parallel
+
+
+def _parameters(seed: int) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((4, 3), (5,), (2, 2))]
+
+
+def _train(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], steps: range) -> None:
+    for step in steps:
+        for index, parameter in enumerate(parameters):
+            parameter.grad = torch.full_like(parameter, 0.1 * (step + 1)) * (index + 1) + parameter.detach() ** 2
+        optimizer.step()
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_adam_is_torchs_adam_and_resumes_without_a_step_tensor(decoupled: bool) -> None:
+    ours, theirs = _parameters(0), _parameters(0)
+    kwargs: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1}
+    adam = GroupStepAdam(ours, adam_w_mode=decoupled, **kwargs)
+    torchs = (torch.optim.AdamW if decoupled else torch.optim.Adam)(theirs, **kwargs)
+    _train(adam, ours, range(3))
+    _train(torchs, theirs, range(3))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert all(set(state) == {"exp_avg", "exp_avg_sq"} for state in adam.state.values())
+    assert adam.param_groups[0]["step"] == 3
+
+    resumed = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    again = GroupStepAdam(resumed, adam_w_mode=decoupled, **kwargs)
+    again.load_state_dict(copy.deepcopy(adam.state_dict()))
+    _train(again, resumed, range(3, 6))
+    _train(torchs, theirs, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(resumed, theirs, strict=True))
+
+
+def test_adam_takes_a_plain_torch_state() -> None:
+    ours, theirs = _parameters(0), _parameters(0)
+    torchs = torch.optim.AdamW(theirs, lr=0.01)
+    _train(torchs, theirs, range(2))
+    for mine, other in zip(ours, theirs, strict=True):
+        mine.data.copy_(other.data)
+    adam = GroupStepAdam(ours, lr=0.01)
+    adam.load_state_dict(copy.deepcopy(torchs.state_dict()))
+    for group in adam.param_groups:
+        group["decoupled_weight_decay"] = True
+    _train(adam, ours, range(2, 4))
+    _train(torchs, theirs, range(2, 4))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

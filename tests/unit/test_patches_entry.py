@@ -1,0 +1,215 @@
+"""The entry hooks on upstream itself: flags, choice of patches, agreement of the ranks, a checkpoint's digest."""
+
+import socket
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from megatron.longseq import arguments as longseq_arguments
+from patches import digest, engine, session
+from tests.unit.patch_bed import record
+
+pytest_plugins = ["tests.unit.patch_bed"]
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def our_flag(monkeypatch):
+    def add(parser):
+        parser.add_argument_group("planted").add_argument("--planted-degree", type=int, default=1)
+        return parser
+
+    def validate(args):
+        if args.planted_degree == 13:
+            raise ValueError("--planted-degree: 13 is refused")
+
+    monkeypatch.setattr(longseq_arguments, "add_longseq_arguments", add)
+    monkeypatch.setattr(longseq_arguments, "validate_longseq_arguments", validate)
+
+
+def parse(monkeypatch, *argv, provider=None):
+    from megatron.training import arguments
+
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *argv])
+    return arguments.parse_args(provider)
+
+
+def own_flag(parser):
+    parser.add_argument("--of-the-script", action="store_true")
+    return parser
+
+
+def test_parse_args_takes_our_flags_and_chooses_patches(bed, own_session, our_flag, monkeypatch, capsys):
+    up = bed.load("planted_up", "def f(x):\n    return x\n")
+    bed.load("planted_impl", "def impl(x):\n    return 'ours'\ndef when(args):\n    return args.planted_degree > 1\n")
+    flagged = record("planted_up:f", when="planted_impl:when")
+    own_session.ledger = (*own_session.ledger, flagged)
+    with session.applied("entry.parse-args"):
+        args = parse(monkeypatch, "--planted-degree", "4", "--of-the-script", provider=own_flag)
+        assert (args.planted_degree, args.of_the_script, up.f(1)) == (4, True, "ours")
+        assert args.longseq_patches == ["entry.parse-args", "planted.one"]
+        assert args.longseq_patch_hashes == own_session.hashes
+        assert args.longseq_patch_digest == digest.combined(own_session.hashes)
+        out = capsys.readouterr().out
+        assert "> patch planted.one: replace planted_up:f [" in out
+        assert f"> patches: 2 applied, digest {args.longseq_patch_digest}" in out
+        parse(monkeypatch, "--planted-degree", "4")
+        assert "patches:" not in capsys.readouterr().out, "told once"
+
+
+def test_parse_args_without_the_record_knows_none_of_our_flags(our_flag, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        parse(monkeypatch, "--planted-degree", "4")
+    assert "unrecognized arguments: --planted-degree 4" in capsys.readouterr().err
+
+
+def test_help_shows_upstreams_groups_and_ours(own_session, our_flag, monkeypatch, capsys):
+    with session.applied(["entry.help-text", "entry.parse-args"]), pytest.raises(SystemExit) as end:
+        parse(monkeypatch, "--help", provider=own_flag)
+    out = capsys.readouterr().out
+    assert end.value.code == 0
+    assert all(text in out for text in ("--num-layers", "--planted-degree", "--of-the-script", "(e.g. 1.10 = 10%)"))
+
+
+def test_only_rank_0_tells(own_session, our_flag, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    with session.applied("entry.parse-args"):
+        parse(monkeypatch)
+    assert "patches:" not in capsys.readouterr().out
+
+
+def test_our_validation_runs_before_any_patch_is_chosen(own_session, our_flag, monkeypatch):
+    with session.applied("entry.parse-args"), pytest.raises(ValueError, match="13 is refused"):
+        parse(monkeypatch, "--planted-degree", "13")
+    assert own_session.records == ()
+
+
+def test_a_yaml_file_of_upstream_does_not_swallow_our_flags(own_session, our_flag, monkeypatch, tmp_path):
+    (tmp_path / "run.yaml").write_text("disable_msc_deprecated: false\nenable_msc: false\n")
+    with session.applied("entry.parse-args"):
+        args = parse(monkeypatch, "--yaml-cfg", str(tmp_path / "run.yaml"), "--planted-degree", "2")
+    assert args.planted_degree == 2 and not hasattr(args, "num_layers")
+
+
+def test_wraps_of_one_upstream_function_stack_in_ledger_order(bed, own_session):
+    """As another system's record does it beside `entry.rank-agreement`."""
+    from megatron.training import training
+
+    from patches import ledger
+
+    bed.load("planted_impl", "def impl(f):\n    return lambda *a, **k: f(*a, allow_no_cuda=True, **k)\n")
+    outer = ledger.by_id("entry.rank-agreement")
+    inner = record(outer.target, action="wrap", id="planted.cuda", aliases=outer.aliases)
+    original = training.initialize_megatron
+    with session.applied([inner, outer]):
+        assert training.initialize_megatron.__wrapped__.__wrapped__ is original
+    assert training.initialize_megatron is original
+
+
+@pytest.fixture
+def checkpoint(own_session, monkeypatch):
+    """Upstream's check under the patch, for arguments that agree in all that upstream compares."""
+    from megatron.training import checkpointing, global_vars
+
+    names = "num_layers hidden_size num_attention_heads add_position_embedding vocab_file data_parallel_random_init "
+    names += "phase_transition_iterations tensor_model_parallel_size pipeline_model_parallel_size"
+    same = dict.fromkeys(names.split()) | {"use_dist_ckpt": True, "rank": 0}
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", Namespace(**same))
+    monkeypatch.setattr(checkpointing, "_CHECKPOINT_VERSION", 3.0)
+    with session.applied("entry.checkpoint-digest"):
+        yield lambda **fields: checkpointing.check_checkpoint_args(Namespace(**same | fields))
+
+
+def test_checkpoint_of_other_patches_is_reported(checkpoint, own_session, capsys):
+    checkpoint(longseq_patch_hashes={"entry.checkpoint-digest": "0", "gone.one": "1"})
+    out = capsys.readouterr().out
+    assert "> WARNING: patches differ from those the checkpoint was written under" in out
+    assert "removed gone.one; changed entry.checkpoint-digest" in out
+    assert f"now {digest.combined(own_session.hashes)}" in out
+
+
+def test_checkpoint_of_the_same_patches_or_of_plain_upstream_is_silent(checkpoint, own_session, capsys):
+    checkpoint(longseq_patch_hashes=own_session.hashes)
+    checkpoint()
+    assert capsys.readouterr().out == ""
+
+
+def test_checkpoint_check_still_refuses_what_upstream_refuses(checkpoint):
+    with pytest.raises(AssertionError, match="num_layers value from checkpoint"):
+        checkpoint(num_layers=3)
+
+
+RANK = """
+import sys
+import torch.distributed as dist
+from megatron.training import arguments, global_vars, training
+from patches import ledger, session
+
+rank, port, different = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "different"
+sys.argv[1:] = []
+global_vars.set_args(arguments.parse_args())
+ids = ["entry.rank-agreement", "entry.checkpoint-digest"]
+session.SESSION.apply([ledger.by_id(i) for i in (ids[:1] if different and rank else ids)])
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+training.initialize_megatron(allow_no_cuda=True, skip_mpu_initialization=True)
+print("agreed", flush=True)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("case", ["different", "same"])
+def test_ranks_that_differ_are_refused_on_every_rank(case):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", RANK, str(rank), port, case],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in ranks:
+        out, err = process.communicate(timeout=300)
+        if case == "same":
+            assert process.returncode == 0 and "agreed" in out, err
+        else:
+            assert process.returncode != 0 and "agreed" not in out
+            assert "RankMismatch: the ranks run under different patches" in err
+            assert "ranks 1: removed entry.checkpoint-digest (compared with ranks 0" in err
+
+
+def test_lazy_initialisation_compares_when_the_ranks_are_connected(monkeypatch):
+    from patches.entry import hooks
+
+    calls = []
+    monkeypatch.setattr(hooks, "compare_ranks", lambda hashes: calls.append("compared"))
+    monkeypatch.setattr(hooks, "_write_arguments", lambda: None)
+    finish = hooks.agree_on_patches(lambda: lambda: calls.append("finished"))()
+    assert calls == []
+    finish()
+    assert calls == ["finished", "compared"]
+
+
+def test_without_process_group_it_says_that_nothing_was_compared(capsys):
+    from patches.entry import hooks
+
+    hooks.compare_ranks({})
+    assert "ranks were not compared" in capsys.readouterr().err
+
+
+def test_the_start_set_goes_in_and_out_exactly(own_session):
+    handle = own_session.start()
+    bindings = list(handle.bindings)
+    assert {b.record.id for b in bindings} >= {"entry.parse-args", "entry.rank-agreement", "entry.checkpoint-digest"}
+    own_session.undo(handle)
+    assert all(b.place.own() is b.before for b in {b.place.key: b for b in reversed(bindings)}.values())
+    assert isinstance(handle, engine.Applied) and not handle.bindings

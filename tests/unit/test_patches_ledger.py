@@ -1,0 +1,127 @@
+"""The ledger itself: every record is whole, every reference resolves, the lock holds exactly its symbols."""
+
+import ast
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from patches import digest, engine, ledger, lock, wheel
+from patches.errors import Conflict, LedgerError, PatchError, RankMismatch
+from patches.place import implementation, load
+from tests.unit.patch_bed import record
+
+pytest_plugins = ["tests.unit.patch_bed"]
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("entry", ledger.RECORDS, ids=lambda r: r.id)
+def test_every_record_is_whole(entry):
+    assert entry.why.endswith(".") and callable(implementation(entry)) and callable(load(entry.when, "predicate"))
+    path, *names = entry.test.split("::")
+    scope = ast.parse((ROOT / path).read_text()).body
+    for name in (n.partition("[")[0] for n in names):
+        (found,) = [node for node in scope if getattr(node, "name", None) == name]
+        scope = getattr(found, "body", [])
+    assert names, "the test id names a test, not a file"
+
+
+def test_the_lock_is_the_installed_wheels_and_holds_exactly_the_ledgers_symbols():
+    assert lock.read() == lock.make(ledger.RECORDS, wheel.installed())
+    assert sorted(lock.read().symbols) == sorted({p for r in ledger.RECORDS for p in r.upstream_places})
+
+
+def test_lock_round_trip(tmp_path):
+    path = tmp_path / "upstream.lock"
+    written = lock.Lock("1.2.3", "abc", {"megatron.b:f": "2", "megatron.a:f": "1"})
+    lock.write(written, path)
+    assert lock.read(path) == written and [p.name for p in tmp_path.iterdir()] == ["upstream.lock"]
+    path.write_text("{}")
+    with pytest.raises(PatchError, match=r"upstream of|lock of upstream cannot be read"):
+        lock.read(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"id": "other.one"}, r"`planted\.short-name`"),
+        ({"why": " "}, "why is empty"),
+        ({"action": "swap"}, "none of replace, wrap, context"),
+        ({"stage": "late"}, "neither start nor flags"),
+        ({"target": "planted_up"}, "is not `module:Qual.name`"),
+        ({"action": "context", "target": "a:b"}, "is not a module name"),
+        ({"action": "context", "target": "a", "aliases": ("a:b",)}, "a context has no aliases"),
+        ({"impl": "planted_impl"}, "impl 'planted_impl'"),
+        ({"aliases": ("planted_up:f",)}, "named twice"),
+    ],
+)
+def test_malformed_records(fields, text):
+    with pytest.raises(LedgerError, match=text):
+        record(**{"target": "planted_up:f"} | fields)
+
+
+def test_contradictions_in_the_ledger():
+    one = record("a:f", "patches.place:load")
+    assert ledger.checked([one]) == (one,)
+    with pytest.raises(LedgerError, match="its id is used twice"):
+        ledger.checked([one, one])
+    with pytest.raises(Conflict, match="both replace it"):
+        ledger.checked([one, record("a:f", "patches.place:load", id="planted.two")])
+    with pytest.raises(LedgerError, match=r"patches\.nowhere, which does not exist"):
+        ledger.checked([record("a:f", "patches.nowhere:f")])
+    with pytest.raises(LedgerError, match="which does not exist"):
+        ledger.checked([record("a:f", "patches.place:load", when="planted_nowhere:f")])
+
+
+def test_ids_are_found():
+    assert ledger.by_id("entry.parse-args").action == "wrap"
+
+
+def test_no_cuda_predicate(monkeypatch):
+    import torch
+
+    from patches.conditions import always, no_cuda
+
+    for there in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert no_cuda(Namespace()) is not there and always(None)
+
+
+def test_digest_moves_with_everything_that_matters(bed):
+    bed.write("megatron.planted.__init__", "")
+    path = bed.write("megatron.planted.mod", "def f(x):\n    return x\n")
+    impl = bed.write("planted_impl", "def impl(x):\n    return x\n")
+
+    def of(**fields) -> str:
+        patch = record("megatron.planted.mod:f", **fields)
+        return digest.of(patch, engine.verified([patch], bed.lock(patch), engine.Upstream()))
+
+    base = of()
+    assert base == of(why="Another sentence.") and len(base) == digest.LENGTH
+    seen = {base, of(id="planted.two"), of(action="wrap"), of(when="patches.conditions:no_cuda")}
+    path.write_text("def f(x):\n    return 2 * x\n")
+    seen.add(of())
+    impl.write_text("def impl(x):\n    return 3 * x\n")
+    seen.add(of())
+    assert len(seen) == 6
+    assert digest.combined({"a": "1", "b": "2"}) != digest.combined({"b": "2", "a": "1"})
+
+
+def test_difference_in_words():
+    assert digest.difference({"a": "1"}, {"a": "1"}) == ""
+    assert digest.difference({"a": "1", "b": "1"}, {"a": "2", "c": "1"}) == "added b; removed c; changed a"
+    assert "another order" in digest.difference({"a": "1", "b": "1"}, {"b": "1", "a": "1"})
+
+
+def test_rank_disagreement_names_ranks_and_patches():
+    from patches.entry.hooks import refuse_disagreement
+
+    refuse_disagreement([{"a.x": "1"}] * 4)
+    gathered = [{"a.x": "1"}, {"a.x": "1"}, {}, {"a.x": "1"}, {"a.x": "2"}, {}, {}]
+    gathered[1] = {"a.x": "1", "a.y": "1"}
+    with pytest.raises(RankMismatch) as error:
+        refuse_disagreement(gathered)
+    text = str(error.value)
+    assert "compared with ranks 2, 5-6" in text and "ranks 0, 3: added a.x" in text
+    assert "ranks 1: added a.x, a.y" in text and "ranks 4: added a.x" in text
