@@ -5,7 +5,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tests.regression.mutants import MUTANTS
 
@@ -14,6 +14,7 @@ ARITHMETIC = {"float64": (), "float32": (), "bf16": ("--bf16",)}
 CLASSES = {"E0": ("float64", "float32", "bf16"), "E1": ("float64", "float32"), "E2": ("bf16",)}
 KEYS = {"proves", "model", "flags", "steps", "arithmetic", "class", "oracle", "learns", "mutants", "seeds", "floor"}
 REQUIRED = {"proves", "model", "arithmetic", "class", "learns", "U", "O"}
+FEWEST_STEPS = 6  # those that a mutant runs
 ARM_KEYS = {"arm", "world", "flags", "resume_at", "again"}
 
 
@@ -28,7 +29,7 @@ class ArmPlan:
     `again` makes an equal plan a run of its own, where runs would be shared otherwise.
     """
 
-    arm: str
+    arm: Literal["U", "O"]
     world: int
     flags: tuple[str, ...] = ()
     resume_at: int | None = None
@@ -121,17 +122,25 @@ def _check(path: Path, table: Mapping[str, Any], models: Mapping[str, Any]) -> N
         )
     if table.get("oracle") and table["arithmetic"] != "float64":
         raise CaseError(f"{path}: the oracle computes in float64; this case is {table['arithmetic']}")
+    steps = table.get("steps", 20)
+    if not isinstance(steps, int) or steps <= FEWEST_STEPS:
+        raise CaseError(f"{path}: steps is {steps!r}; a curve has more than {FEWEST_STEPS}")
     if not table["learns"] > 0:
         raise CaseError(f"{path}: learns is {table['learns']}; say by how much the loss must fall, more than 0")
 
 
-def _plan(path: Path, arm: str, table: Mapping[str, Any]) -> ArmPlan:
+def _plan(path: Path, name: Literal["U", "O"], table: Mapping[str, Any]) -> ArmPlan:
     unknown = set(table) - ARM_KEYS
     if unknown:
-        raise CaseError(f"{path}: unknown key {', '.join(sorted(unknown))} in [{arm}]")
+        raise CaseError(f"{path}: unknown key {', '.join(sorted(unknown))} in [{name}]")
+    arm, world = table.get("arm", name), table.get("world", 1)
+    if arm not in ("U", "O"):
+        raise CaseError(f"{path}: arm is {arm!r} in [{name}]; choose U or O")
+    if not isinstance(world, int) or world < 1:
+        raise CaseError(f"{path}: world is {world!r} in [{name}]; it is a number of ranks")
     return ArmPlan(
-        arm=table.get("arm", arm),
-        world=table.get("world", 1),
+        arm=arm,
+        world=world,
         flags=tuple(shlex.split(table.get("flags", ""))),
         resume_at=table.get("resume_at"),
         again=table.get("again", False),

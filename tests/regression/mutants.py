@@ -123,7 +123,8 @@ def stale_parameter() -> Iterator[Planted]:
     """After the second overlapped parameter all-gather the last data-parallel rank keeps the first's old shard."""
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as BucketGroup
 
-    planted, old = Planted(), {}
+    planted = Planted()
+    old: dict[int, list[torch.Tensor]] = {}
 
     def finish(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         gathering = self.param_gather_handle is not None or not self.param_gather_dispatched
@@ -151,8 +152,8 @@ def norm_not_summed() -> Iterator[Planted]:
     def new(original: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
         norm: torch.nn.Module = original(*args, **kwargs)
         for parameter in norm.parameters():
-            planted.times += int(parameter.sequence_parallel)  # type: ignore[arg-type]
-            parameter.sequence_parallel = False  # type: ignore[assignment]
+            planted.times += int(parameter.sequence_parallel)  # type: ignore[attr-defined]
+            parameter.sequence_parallel = False  # type: ignore[attr-defined]
         return norm
 
     with wrapped(WrappedTorchNorm, "__new__", new):

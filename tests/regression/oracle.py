@@ -134,7 +134,7 @@ def train(seed: Mapping[str, Tensor], food: Sequence[Any], settings: Settings) -
             tokens, labels = (torch.as_tensor(batch[name]).long() for name in ("tokens", "labels"))
             counts = tokens != settings.eod if settings.documents else torch.ones_like(tokens, dtype=torch.bool)
             losses = token_losses(weights, tokens, labels, settings)[counts]
-            (losses.mean() / len(batches)).backward()  # upstream: each micro-batch weighs the same
+            (losses.mean() / len(batches)).backward()  # type: ignore[no-untyped-call]  # upstream: every micro-batch weighs the same
             total, count = total + losses.sum().item(), count + losses.numel()
         length = math.sqrt(sum(float((w.grad**2).sum()) for w in weights.values() if w.grad is not None))
         rate = learning_rate(settings, step)

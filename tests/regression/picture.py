@@ -81,7 +81,7 @@ def _differences(axes: Any, outcome: Outcome) -> None:
     for index, other in enumerate(noise):
         label = None if index else "|U' - U|, noise floor"
         axes.plot(steps, numpy.maximum(other, lowest), color=BLUE, alpha=0.6, linewidth=1.2, label=label)
-    label = "|O - U| (at the bottom: no difference)"
+    label = "|O - U|" if difference.all() else "|O - U| (at the bottom: none)"
     shown = numpy.maximum(difference, lowest)
     axes.plot(steps, shown, color=ORANGE, marker="o", markersize=3, linewidth=1.2, label=label)
     axes.set_ylim(lowest, 100 * max(band.max(), difference.max()))

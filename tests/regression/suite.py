@@ -11,7 +11,7 @@ from typing import Any
 from tests.pool import RankFailure, RankPool
 from tests.regression import oracle
 from tests.regression.arm import Run, run_arm
-from tests.regression.case import ARITHMETIC, ArmPlan, Case, load_models
+from tests.regression.case import ARITHMETIC, FEWEST_STEPS, ArmPlan, Case, load_models
 from tests.regression.compare import BROKEN, Check, Evidence, agrees_with_oracle, broken, learned
 from tests.regression.corpus import make_corpus
 from tests.regression.judge import Trial, Verdict, judge, verdict
@@ -19,7 +19,7 @@ from tests.regression.record import Torn
 from tests.regression.snapshot import Snapshot
 from tests.regression.tensors import logical_tensors
 
-MUTANT_STEPS = 6
+MUTANT_STEPS = FEWEST_STEPS
 EARLY = (1, 2)
 SEED_RUN = "--train-iters 1 --lr-decay-iters 1 --lr-warmup-iters 0 --lr 0 --min-lr 0 --weight-decay 0 --seed 1"
 LOAD = ("--finetune", "--no-load-optim", "--no-load-rng")

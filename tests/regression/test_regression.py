@@ -3,12 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy
 import pytest
 
 from tests.pool import RankPool
 from tests.regression import report
+from tests.regression.arm import run_arm
 from tests.regression.case import load_cases
 from tests.regression.suite import Outcome, Suite
+from tests.regression.tensors import logical_tensors
 
 CASES = {case.name: case for case in load_cases()}
 
@@ -33,6 +36,20 @@ def outcomes(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Outco
 
 def test_arm_u_is_the_locked_wheel_untouched() -> None:
     assert set(report.upstream_header()) == {"upstream", "RECORD sha256"}
+
+
+def test_a_snapshot_is_what_a_checkpoint_holds(ranks: RankPool, outcomes: Outcomes, tmp_path: Path) -> None:
+    """In a layout that cuts everything: tensors, their gate and up halves, and the optimizer's states."""
+    suite = outcomes.suite
+    flags = [*suite.models["tied"], *suite.corpus.flags, "--train-iters", "1", "--lr-warmup-iters", "0"]
+    layout = "--pipeline-model-parallel-size 2 --use-distributed-optimizer --tensor-model-parallel-size 2"
+    layout += " --dist-ckpt-optim-fully-reshardable"
+    run = run_arm(ranks, "O", 4, [*flags, *layout.split()], tmp_path / "saved", float64=True, snapshots=(1,))
+    saved, made = logical_tensors(run.checkpoint(1)), run.snapshots[1].tensors
+    assert {name for name in saved if name.split(".")[0] in ("decoder", "embedding", "optimizer")} == set(made)
+    for name, array in made.items():
+        assert numpy.array_equal(saved[name].numpy(), array), name
+    assert run.snapshots[1].first_moments and not run.snapshots[1].torn
 
 
 @pytest.mark.parametrize("name", CASES)

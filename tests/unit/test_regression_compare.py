@@ -304,6 +304,9 @@ GOOD = """proves = "x"\nmodel = "tied"\narithmetic = "float64"\nclass = "E1"\nle
         ('"E1"', '"E2"', "class E2 is for bf16"),
         ('"float64"', '"float32"', "floor"),
         ("world = 2", "wrld = 2", "unknown key wrld in .O."),
+        ("world = 2", 'arm = "V"', "choose U or O"),
+        ("world = 2", 'world = "2"', "number of ranks"),
+        ("learns = 1.0", "learns = 1.0\nsteps = 5", "more than 6"),
         ("[U]", "[U", "not TOML"),
     ],
 )
