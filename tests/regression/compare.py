@@ -30,9 +30,13 @@ class Check:
     ratio: float
     detail: str
 
+    def __post_init__(self) -> None:
+        if not self.ratio <= BROKEN:  # NaN too
+            object.__setattr__(self, "ratio", BROKEN)
+
     @property
     def passed(self) -> bool:
-        """Whether the error is within the tolerance; a NaN is not."""
+        """Whether the error is within the tolerance."""
         return self.ratio <= 1.0
 
 

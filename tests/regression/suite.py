@@ -1,6 +1,5 @@
 """Runs cases: each training once, shared by all cases that ask for the same one, and judges them."""
 
-import math
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ from tests.pool import RankFailure, RankPool
 from tests.regression import oracle
 from tests.regression.arm import Run, run_arm
 from tests.regression.case import ARITHMETIC, FEWEST_STEPS, ArmPlan, Case, load_models
-from tests.regression.compare import BROKEN, Check, Evidence, agrees_with_oracle, broken, learned
+from tests.regression.compare import Check, Evidence, agrees_with_oracle, broken, learned
 from tests.regression.corpus import make_corpus
 from tests.regression.judge import Trial, Verdict, judge, verdict
 from tests.regression.record import Torn
@@ -45,7 +44,7 @@ class Outcome:
     @property
     def worst(self) -> Check:
         """The check with the largest error over tolerance."""
-        return max(self.checks, key=lambda check: BROKEN if math.isnan(check.ratio) else check.ratio)
+        return max(self.checks, key=lambda check: check.ratio)
 
 
 class Suite:
@@ -78,8 +77,8 @@ class Suite:
                     outcome.checks.append(learned(arm, run.curve, case.learns))
             if case.oracle:
                 outcome.checks += self._oracle(case, runs[0][0], outcome)
-        except (RankFailure, Torn, ValueError) as error:
-            outcome.checks.append(broken("the arms run", str(error)))
+        except Exception as error:
+            outcome.checks.append(broken("the arms run", f"{type(error).__name__}: {error}"))
         outcome.seconds = time.monotonic() - start
         return outcome
 

@@ -162,6 +162,11 @@ def test_an_error_against_nothing_is_never_small() -> None:
     assert relative(1e-300, 0.0) == BROKEN
 
 
+def test_a_nan_ratio_is_a_broken_check() -> None:
+    assert Check("x", math.nan, "").ratio == BROKEN and not Check("x", math.nan, "").passed
+    assert Check("x", math.inf, "").ratio == BROKEN and Check("x", 1.0, "").passed
+
+
 def test_learning_is_required() -> None:
     assert learned("U", run().curve, 1.0).passed
     assert not learned("U", run().curve, 3.0).passed
