@@ -54,7 +54,7 @@ def write(outcome: Outcome, folder: Path, header: dict[str, Any]) -> None:
     """Write U.jsonl, O.jsonl, X.jsonl, report.json, curve.svg and curve.png of a case."""
     folder.mkdir(parents=True, exist_ok=True)
     for trial, seed in zip(outcome.trials, outcome.case.seeds, strict=False):
-        suffix = "" if len(outcome.trials) == 1 else f"-seed{seed}"
+        suffix = "" if trial is outcome.trials[0] else f"-seed{seed}"
         _lines(folder / f"U{suffix}.jsonl", trial.u.curve)
         _lines(folder / f"O{suffix}.jsonl", trial.o.curve)
         for index, run in enumerate(trial.floor):

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.pool import RankFailure, RankPool
 from tests.regression import oracle
 from tests.regression.arm import Run, run_arm
@@ -114,7 +116,10 @@ class Suite:
             if not name.startswith("optimizer.")
         }
         settings = oracle.Settings.of(self._flags(case, case.seeds[0]))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # its tensors are small: two threads only wait for each other
         outcome.oracle, state = oracle.train(seed, u.food, settings)
+        torch.set_num_threads(threads)
         return agrees_with_oracle(
             outcome.oracle, Snapshot({name: t.numpy() for name, t in state.items()}), _evidence(u)
         )
