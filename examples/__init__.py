@@ -1,0 +1,1 @@
+"""Runnable examples; `quickstart` is what `scripts/quickstart.sh` runs."""

@@ -20,7 +20,9 @@ def read(folder: Path) -> Curves:
     Raises:
         ValueError: there is no training loss in it.
     """
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.backend.event_processing.event_file_loader import (  # type: ignore[import-untyped]
+        EventFileLoader,
+    )
 
     found: dict[str, dict[int, float]] = {"lm loss": {}, "lm loss validation": {}}
     for file in sorted(folder.glob("events.*"), key=lambda path: path.stat().st_mtime):

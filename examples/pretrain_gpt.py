@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 examples/pretrain_gpt.py --pipeline-model-parallel-size 2 --num-layers 4 ...
 
-The parts a Megatron user would look for (get_batch, loss_func, forward_step, datasets) are in `megatron/longseq/gpt.py`.
-Everything stands behind the guard because upstream's checkpoint writer spawns helpers, and each imports this file again.
+What a Megatron user would look for (get_batch, loss_func, forward_step, datasets) is in `megatron/longseq/gpt.py`.
+Everything stands behind the guard: upstream's checkpoint writer spawns helpers, and each imports this file again.
 """
 
 if __name__ == "__main__":

@@ -158,9 +158,7 @@ def report(plan: Plan, seconds: float) -> None:
     where = os.path.relpath(plan.folder, Path.cwd())
     device = f"{plan.gpus} GPU(s)" if plan.gpus else "the CPU over gloo"
     say("")
-    say(
-        f"Done in {seconds:.0f} s: a GPT of 4 layers trained {plan.steps} steps on {device}, {plan.ranks} pipeline stage(s),"
-    )
+    say(f"Done, {seconds:.0f} s: a GPT of 4 layers, {plan.steps} steps on {device}, {plan.ranks} pipeline stage(s),")
     say(
         f"  through upstream's own pretrain under {len(arguments['longseq_patches'])} patches, resumed at step "
         f"{plan.steps // 2} from its checkpoint."

@@ -32,6 +32,7 @@ class Record:
         remove_when: what has to happen upstream for this record to go.
         aliases: further `module:Qual.name` places that hold the same object under import (`from x import f`); they
             are bound together with the target. An alias that is not named here is an error of the alias scan.
+        reads: upstream places that are not changed but whose source the patch relies on; fingerprints guard them too.
         stage: `start` is applied before upstream is imported, `flags` once the command line is parsed.
         link: the upstream fix, when this is a backport.
 
@@ -49,6 +50,7 @@ class Record:
     test: str
     remove_when: str
     aliases: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
     stage: Stage = "flags"
     link: str | None = None
 
@@ -73,7 +75,7 @@ class Record:
         if not shape.fullmatch(self.target):
             wanted = "a module name" if self.action == "context" else "`module:Qual.name`"
             faults.append(f"target {self.target!r} is not {wanted}")
-        for name, place in [("impl", self.impl), ("when", self.when), *(("alias", a) for a in self.aliases)]:
+        for name, place in [("impl", self.impl), ("when", self.when), *self._further()]:
             if not _PLACE.fullmatch(place):
                 faults.append(f"{name} {place!r} is not `module:name`")
         if self.action == "context" and self.aliases:
@@ -82,6 +84,9 @@ class Record:
             faults.append("the target or an alias is named twice")
         return faults
 
+    def _further(self) -> list[tuple[str, str]]:
+        return [*(("alias", place) for place in self.aliases), *(("reads", place) for place in self.reads)]
+
     @property
     def places(self) -> tuple[str, ...]:
         """The target and its aliases, target first."""
@@ -89,8 +94,8 @@ class Record:
 
     @property
     def upstream_places(self) -> tuple[str, ...]:
-        """Those places whose source is upstream Megatron's, so that a fingerprint guards them."""
-        return tuple(place for place in self.places if is_upstream(place))
+        """Those places, changed or read, whose source is upstream Megatron's: a fingerprint guards each."""
+        return tuple(place for place in (*self.places, *self.reads) if is_upstream(place))
 
 
 def is_upstream(place: str) -> bool:

@@ -2,8 +2,9 @@
 
     pool.run(2, "tests.distributed.jobs:all_reduce_of_ones")        # one result per rank
 
-Starting Python, torch and Megatron costs about ten seconds; a fork server pays it once. Every job gets new processes, so no
-global state of upstream (groups, arguments, timers) leaks from one test into the next, and a hung rank can be killed.
+Starting Python, torch and Megatron costs about ten seconds; a fork server pays it once. Every job gets new processes,
+so no global state of upstream (groups, arguments, timers) leaks from one test into the next, and a hung rank can be
+killed.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """What a GPT pretraining script hands to upstream's `pretrain`: batches, loss, forward step and datasets.
 
-Upstream's wheel ships the loop but not its `pretrain_gpt.py`; this is ours, on upstream's flags. The patch ledger must be
-open before this module is imported (`examples/pretrain_gpt.py` does that).
+Upstream's wheel ships the loop but not its `pretrain_gpt.py`; this is ours, on upstream's flags. The patch ledger
+must be open before this module is imported (`examples/pretrain_gpt.py` does that).
 """
 
 from functools import partial

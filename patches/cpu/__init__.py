@@ -1,9 +1,9 @@
 """System `cpu`: upstream's loop on CPU processes over gloo. Never acts where a CUDA device is available.
 
 Principle: upstream asks `torch.cuda.is_available()` in few places and then has a right CPU branch, so that answer stays
-False. Everywhere else it names CUDA without asking: there each `torch.cuda` entry point gets the twin that PyTorch itself
-has for the CPU, and a tensor asked for on `cuda` is made on `cpu`. Upstream's own names are touched only where upstream
-refuses a CPU outright.
+False. Everywhere else it names CUDA without asking: there each `torch.cuda` entry point gets the twin that PyTorch
+itself has for the CPU, and a tensor asked for on `cuda` is made on `cpu`. Upstream's own names are touched only where
+upstream refuses a CPU outright.
 """
 
 from patches.record import Record
@@ -17,8 +17,8 @@ RECORDS = (
         action="context",
         target="torch.cuda",
         impl="patches.cpu.device:cpu_stands_in_for_cuda",
-        why="Upstream makes tensors, streams, events, generators and memory reports on 'cuda' without asking whether there "
-        "is one; without a CUDA device each is answered by PyTorch's CPU twin.",
+        why="Upstream makes tensors, streams, events, generators and memory reports on 'cuda' without asking "
+        "whether there is one; without a CUDA device each is answered by PyTorch's CPU twin.",
         when=_NO_CUDA,
         test="tests/unit/test_cpu_device.py::test_upstream_style_tensor_lands_on_cpu",
         remove_when="upstream takes the device from one place",
@@ -30,7 +30,7 @@ RECORDS = (
         action="replace",
         target="megatron.core.tensor_parallel.random:_get_cuda_rng_state",
         impl="patches.cpu.rng:get_cpu_rng_state",
-        why="The model-parallel RNG tracker reads CUDA's lazily initialised generator; a CPU has the default generator.",
+        why="The model-parallel RNG tracker reads CUDA's lazily initialised generator; a CPU has the default one.",
         when=_NO_CUDA,
         test="tests/unit/test_cpu_device.py::test_rng_tracker_forks_and_restores",
         remove_when="upstream's RNG tracker takes a generator",
@@ -68,8 +68,8 @@ RECORDS = (
         action="wrap",
         target="megatron.training.arguments:validate_args",
         impl="patches.cpu.arguments:for_cpu",
-        why="Flags that only a GPU can serve are given their CPU value where the result is the same (backend, fusions), "
-        "and refused by name where it is not, before any process group exists.",
+        why="Flags that only a GPU can serve are given their CPU value where the result is the same (backend, "
+        "fusions), and refused by name where it is not, before any process group exists.",
         when=_NO_CUDA,
         test="tests/unit/test_cpu_arguments.py::test_gpu_only_flags_are_refused_by_name",
         remove_when="upstream validates its flags against the device",

@@ -17,7 +17,7 @@ CPU_VALUES: dict[str, tuple[Any, str]] = {
 }
 
 # flag: (is it asked for?, why only a GPU can serve it)
-_GPU_ONLY: dict[str, tuple[Callable[[Namespace], bool], str]] = {
+GPU_ONLY: dict[str, tuple[Callable[[Namespace], bool], str]] = {
     "--fp8-format": (lambda a: a.fp8 is not None, "FP8 matrix products come from TransformerEngine"),
     "--fp4-format": (lambda a: a.fp4 is not None, "FP4 matrix products come from TransformerEngine"),
     "--cuda-graph-impl": (lambda a: a.cuda_graph_impl != "none", "there is no CUDA graph to capture"),
@@ -47,13 +47,16 @@ _GPU_ONLY: dict[str, tuple[Callable[[Namespace], bool], str]] = {
         lambda a: a.context_parallel_size > 1,
         "upstream has context parallelism only inside TransformerEngine's attention",
     ),
-    "--fp16": (lambda a: a.fp16, "its loss-scaled kernels are upstream's CUDA path; use --bf16 or no flag for fp32"),
+    "--moe-token-dispatcher-type alltoall": (
+        lambda a: a.moe_token_dispatcher_type == "alltoall" and a.expert_model_parallel_size > 1,
+        "upstream hands its split sizes over in a form that only the CUDA path converts; allgather works",
+    ),
 }
 
 
 def gpu_only_flags(args: Namespace) -> list[str]:
     """Return one line per flag in `args` that only a GPU can serve, with the reason."""
-    return [f"  {flag}: {why}" for flag, (asked, why) in _GPU_ONLY.items() if asked(args)]
+    return [f"  {flag}: {why}" for flag, (asked, why) in GPU_ONLY.items() if asked(args)]
 
 
 def set_cpu_values(args: Namespace) -> list[str]:

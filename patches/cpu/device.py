@@ -201,7 +201,7 @@ def mode_in_backward(mode: TorchFunctionMode) -> Iterator[None]:
 
 @contextmanager
 def _one_generator() -> Iterator[None]:
-    """Keep upstream's RNG tracker from warning, at every fork, that the CPU's generator moved: here it is the only one."""
+    """Keep upstream's RNG tracker from warning at every fork that the CPU's generator moved: it is the only one."""
 
     def says_something_else(record: logging.LogRecord) -> bool:
         return "CPU RNG state changed" not in record.getMessage()

@@ -19,13 +19,26 @@ RECORDS = (
         stage="start",
     ),
     Record(
+        id="local.tree-helpers",
+        system="local",
+        action="context",
+        target="megatron.core.datasets",
+        impl="patches.local.helpers:wheels_helper_for_a_tree",
+        why="A Megatron tree compiles its dataset helper at the first run, which needs a compiler and pybind11 on every "
+        "machine; the installed wheel has the same one ready.",
+        when="patches.conditions:always",
+        test="tests/unit/test_local.py::test_a_tree_without_compiled_helper_finds_the_wheels",
+        remove_when="upstream looks for an installed helper before it compiles",
+        stage="start",
+    ),
+    Record(
         id="local.norm",
         system="local",
         action="wrap",
         target="megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__",
         impl="patches.local.norm:marked_for_sequence_parallel",
-        why="Upstream refuses PyTorch's norms under --sequence-parallel; they work once their weights are marked, so that "
-        "their gradients are summed over the tensor-parallel ranks.",
+        why="Upstream refuses PyTorch's norms under --sequence-parallel; they work once their weights are marked, so "
+        "that their gradients are summed over the tensor-parallel ranks.",
         when="patches.local.conditions:no_fused_norm",
         test="tests/unit/test_local.py::test_norm_is_marked_for_sequence_parallel",
         remove_when="WrappedTorchNorm marks its weights",
@@ -37,8 +50,12 @@ RECORDS = (
         action="context",
         target="megatron.core.optimizer",
         impl="patches.local.adam:adam_counts_steps_per_group",
-        why="With torch.optim.AdamW the distributed optimizer cannot be resumed: a fresh state has no 'step' (assertion), "
-        "and loaded ones share a single step tensor, which then counts once per parameter.",
+        reads=(
+            "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.state_dict",
+            "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",
+        ),
+        why="With torch.optim.AdamW the distributed optimizer cannot be resumed: a fresh state has no 'step' "
+        "(assertion), and loaded ones share a single step tensor, which then counts once per parameter.",
         when="patches.local.conditions:no_fused_adam",
         test="tests/distributed/test_checkpoints.py::test_distributed_optimizer_resumes_exactly",
         remove_when="upstream keeps Adam's step per parameter when it loads a torch optimizer",

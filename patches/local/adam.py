@@ -24,7 +24,7 @@ class GroupStepAdam(torch.optim.Adam):
         super().__init__(params, decoupled_weight_decay=adam_w_mode, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take a loaded state; torch's own check wants a `step` tensor in every parameter's, for as long as it looks."""
+        """Take a loaded state; torch's own check wants a `step` tensor in every parameter's while it looks."""
         without = [entry for entry in state["state"].values() if entry and "step" not in entry]
         for entry in without:
             entry["step"] = torch.zeros(())

@@ -10,7 +10,7 @@ _MIB = 2**20
 
 def asked_for(args: Namespace) -> bool:
     """Whether upstream's own `--log-throughput` is given."""
-    return bool(args.log_throughput)
+    return bool(getattr(args, "log_throughput", False))
 
 
 def line(iteration: int, seconds: float, tokens: int, flops: float, ranks: int, peak_bytes: int) -> str:
@@ -24,8 +24,9 @@ def line(iteration: int, seconds: float, tokens: int, flops: float, ranks: int, 
         ranks: number of ranks.
         peak_bytes: peak memory of the fullest rank.
     """
+    speed = tokens / seconds
     return (
-        f" iteration {iteration:8d} | tokens/s: {tokens / seconds:.1f} | tokens/s/rank: {tokens / seconds / ranks:.1f} |"
+        f" iteration {iteration:8d} | tokens/s: {speed:.1f} | tokens/s/rank: {speed / ranks:.1f} |"
         f" model TFLOP/s/rank: {flops / seconds / ranks / 1e12:.4g} | peak memory (MiB): {peak_bytes / _MIB:.1f} |"
     )
 

@@ -23,10 +23,10 @@ def half_then_whole(
     """Train without a break; then again with a stop half-way and a resume, in another layout if one is given."""
     base = flags(TINY, f"--train-iters {WHOLE} --save-interval {HALF}")
     undisturbed = run_arm(ranks, "O", worlds[0], base + flags(layout), folder / "undisturbed", float64=True)
-    stop = flags(layout, f"--exit-interval {HALF}")
-    run_arm(ranks, "O", worlds[0], base + stop, folder / "resumed", float64=True)
-    again = flags(layout if other is None else other) + ["--load", str(folder / "resumed")]
-    return undisturbed, run_arm(ranks, "O", worlds[1], base + again, folder / "resumed", float64=True)
+    stop = [*base, *flags(layout, f"--exit-interval {HALF}")]
+    run_arm(ranks, "O", worlds[0], stop, folder / "resumed", float64=True)
+    again = [*base, *flags(layout if other is None else other), "--load", str(folder / "resumed")]
+    return undisturbed, run_arm(ranks, "O", worlds[1], again, folder / "resumed", float64=True)
 
 
 def distances(one: Path, other: Path) -> dict[str, float]:
@@ -69,7 +69,7 @@ def test_checkpoint_loads_into_another_layout(ranks: RankPool, tmp_path: Path, w
 
 
 def test_bound_optimizer_state_is_refused_in_another_layout(ranks: RankPool, tmp_path: Path) -> None:
-    """What upstream cannot: optimizer state bound to one layout (`dp_reshardable`) goes into no other; see docs/cpu.md."""
+    """What upstream cannot: optimizer state bound to one layout (`dp_reshardable`) goes into no other."""
     base = flags(TINY, f"--train-iters {WHOLE} --save-interval {HALF} {DISTRIBUTED_OPTIMIZER}")
     run_arm(ranks, "O", 2, [*base, *flags(f"--exit-interval {HALF}")], tmp_path)
     with pytest.raises(RankFailure, match="reshardable"):

@@ -1,4 +1,4 @@
-"""`kill -9` of one rank in mid-run: the launcher names it, nothing stays, and the resumed run is the undisturbed one."""
+"""`kill -9` of one rank in mid-run: the launcher names it, nothing stays, the resumed run is the undisturbed one."""
 
 import os
 import re

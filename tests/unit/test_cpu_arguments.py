@@ -1,11 +1,12 @@
 """Flags on a machine without CUDA."""
 
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from patches.cpu.arguments import CPU_VALUES, for_cpu, gpu_only_flags, set_cpu_values
+from patches.cpu.arguments import CPU_VALUES, GPU_ONLY, for_cpu, gpu_only_flags, set_cpu_values
 
 QUIET: dict[str, Any] = {
     "fp8": None,
@@ -26,7 +27,8 @@ QUIET: dict[str, Any] = {
     "cross_entropy_loss_fusion": False,
     "cross_entropy_fusion_impl": "native",
     "context_parallel_size": 1,
-    "fp16": False,
+    "moe_token_dispatcher_type": "allgather",
+    "expert_model_parallel_size": 1,
     "rank": 0,
 }
 UPSTREAM_DEFAULTS = {
@@ -55,7 +57,7 @@ ASKED = {
     "--moe-grouped-gemm": {"moe_grouped_gemm": True},
     "--cross-entropy-fusion-impl te": {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"},
     "--context-parallel-size": {"context_parallel_size": 2},
-    "--fp16": {"fp16": True},
+    "--moe-token-dispatcher-type alltoall": {"moe_token_dispatcher_type": "alltoall", "expert_model_parallel_size": 2},
 }
 
 
@@ -83,6 +85,12 @@ def test_defaults_that_need_a_gpu_become_the_cpus(capsys: pytest.CaptureFixture[
 def test_flags_that_fit_are_left_and_nothing_is_said() -> None:
     fitting = args(**{name: value for name, (value, _) in CPU_VALUES.items()})
     assert set_cpu_values(fitting) == []
+
+
+def test_the_documentation_names_them_all() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/cpu.md").read_text()
+    assert set(ASKED) == set(GPU_ONLY)
+    assert [flag for flag in (*GPU_ONLY, *(flag for _, flag in CPU_VALUES.values())) if flag not in page] == []
 
 
 def test_every_attribute_exists_in_upstreams_parser() -> None:

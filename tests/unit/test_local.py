@@ -1,7 +1,11 @@
 """The local system: the wheel without TransformerEngine and apex."""
 
 import copy
+import shutil
 import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +14,8 @@ import torch
 
 import patches
 from patches.local.adam import GroupStepAdam
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_compiled_helper_of_the_wheel_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,6 +29,28 @@ def test_compiled_helper_of_the_wheel_is_used(monkeypatch: pytest.MonkeyPatch) -
         utils.compile_helpers()
     with patches.applied("local.compiled-helpers"):
         utils.compile_helpers()
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_tree_without_compiled_helper_finds_the_wheels(tmp_path: Path, changed: bool) -> None:
+    wheel = Path(find_spec("megatron.core").submodule_search_locations[0])  # type: ignore[union-attr, index]
+    skip = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(wheel, tmp_path / "megatron" / "core", ignore=skip)
+    if changed:  # another source may mean another helper: then upstream compiles, as without the patch
+        with (tmp_path / "megatron/core/datasets/helpers.cpp").open("a") as source:
+            source.write("// changed")
+    code = (
+        "import sys, patches; from importlib.util import find_spec\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import megatron.core.datasets as d; assert d.__file__.startswith(sys.path[0]), d.__file__\n"
+        "before = find_spec('megatron.core.datasets.helpers_cpp')\n"
+        "with patches.applied('local.tree-helpers'):\n"
+        "    found = find_spec('megatron.core.datasets.helpers_cpp')\n"
+        "    if found: import megatron.core.datasets.helpers_cpp as h; assert h.build_sample_idx_int32\n"
+        "print(before is None, found is not None)"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["True", str(not changed)], done.stderr[-2000:]
 
 
 def _norm_config(sequence_parallel: bool) -> SimpleNamespace:
