@@ -39,7 +39,7 @@ def distances(one: Path, other: Path) -> dict[str, float]:
 @pytest.mark.parametrize("sharding", ["", RESHARDABLE], ids=["dp_reshardable", "fully_reshardable"])
 def test_distributed_optimizer_resumes_exactly(ranks: RankPool, tmp_path: Path, sharding: str) -> None:
     undisturbed, resumed = half_then_whole(ranks, tmp_path, f"{DISTRIBUTED_OPTIMIZER} {sharding}")
-    assert resumed.curve == [dict(step, iteration=step["iteration"] - HALF) for step in undisturbed.curve[HALF:]]
+    assert resumed.curve == undisturbed.curve[HALF:]
     one, other = logical_tensors(undisturbed.checkpoint(WHOLE)), logical_tensors(resumed.checkpoint(WHOLE))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -47,7 +47,7 @@ def test_distributed_optimizer_resumes_exactly(ranks: RankPool, tmp_path: Path, 
 
 def test_plain_optimizer_resumes_exactly(ranks: RankPool, tmp_path: Path) -> None:
     undisturbed, resumed = half_then_whole(ranks, tmp_path, PP)
-    assert resumed.curve == [dict(step, iteration=step["iteration"] - HALF) for step in undisturbed.curve[HALF:]]
+    assert resumed.curve == undisturbed.curve[HALF:]
     assert max(distances(undisturbed.checkpoint(WHOLE), resumed.checkpoint(WHOLE)).values()) == 0
 
 

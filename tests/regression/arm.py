@@ -1,8 +1,11 @@
 """One training run on a pool of ranks: arm U (upstream's wheel) or arm O (ours), recorded step by step."""
 
 import dataclasses
+import importlib
+import platform
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +13,8 @@ from typing import Any, Literal
 import torch
 
 from tests.pool import RankPool
-from tests.regression.record import Recorder, Step, merge
+from tests.regression.record import Food, Recorder, Step, merge
+from tests.regression.snapshot import Part, Snapshot, assemble
 
 Arm = Literal["U", "O"]
 
@@ -24,17 +28,46 @@ class Run:
         folder: where its checkpoints lie (`iter_NNNNNNN`).
         food: the batches of every step, when they were asked for.
         header: what ran: versions, patches applied and their digest.
+        snapshots: weights and optimizer states after the iterations that were asked for.
+        planted: how often the mutant acted, over all ranks.
+        seconds: wall clock of the run.
     """
 
     curve: list[Step]
     folder: Path | None
-    food: list[list[dict[str, torch.Tensor]]]
+    food: list[list[Food]]
     header: dict[str, Any]
+    snapshots: dict[int, Snapshot]
+    planted: int
+    seconds: float
 
     def checkpoint(self, iteration: int) -> Path:
         """Return the folder of the checkpoint after `iteration` steps."""
         assert self.folder is not None, "this run was told to save nothing"
         return self.folder / f"iter_{iteration:07d}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What one rank is told to do; the fields are those of `run_arm`."""
+
+    arm: Arm
+    flags: tuple[str, ...]
+    float64: bool = False
+    mutant: str | None = None
+    keep_food: bool = False
+    snapshots: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What one rank brings back: see `Run`."""
+
+    steps: list[Step]
+    food: list[list[Food]]
+    parts: dict[int, list[Part]]
+    header: dict[str, Any]
+    planted: int
 
 
 def run_arm(
@@ -47,6 +80,7 @@ def run_arm(
     float64: bool = False,
     mutant: str | None = None,
     keep_food: bool = False,
+    snapshots: tuple[int, ...] = (),
     timeout: float = 300.0,
 ) -> Run:
     """Train through `pretrain` on `world_size` ranks and return the run.
@@ -60,13 +94,27 @@ def run_arm(
         float64: run in double precision.
         mutant: `module:function` of a planted error (a context manager), to prove that the comparison sees it.
         keep_food: return the batches too.
+        snapshots: iterations after which weights and optimizer states are kept.
         timeout: seconds.
+
+    Raises:
+        RankFailure: a rank raised, died or hung.
+        Torn: ranks disagree on a number that all of them must share.
     """
+    start = time.monotonic()
     if folder is not None:
         flags = [*flags, "--save", str(folder)]
-    job = (arm, flags, float64, mutant, keep_food)
-    results = pool.run(world_size, train_on_this_rank, *job, timeout=timeout)
-    return Run(merge([steps for steps, _, _ in results]), folder, results[0][1], results[0][2])
+    job = Job(arm, tuple(flags), float64, mutant, keep_food, snapshots)
+    results: list[Result] = pool.run(world_size, train_on_this_rank, job, timeout=timeout)
+    return Run(
+        curve=merge([result.steps for result in results]),
+        folder=folder,
+        food=results[0].food,
+        header=results[0].header,
+        snapshots={at: assemble([result.parts[at] for result in results]) for at in results[0].parts},
+        planted=sum(result.planted for result in results),
+        seconds=time.monotonic() - start,
+    )
 
 
 @contextmanager
@@ -83,39 +131,57 @@ def patched(arm: Arm) -> Iterator[Any]:
             yield applied
 
 
-def _to_the_end(main: Callable[[], None]) -> None:
-    """Call `main`; upstream leaves an `--exit-interval` through `sys.exit(0)`, which is an end like any other."""
-    try:
-        main()
-    except SystemExit as end:
-        if end.code not in (0, None):
-            raise
-
-
-def train_on_this_rank(
-    arm: Arm, flags: list[str], float64: bool, mutant: str | None, keep_food: bool
-) -> tuple[list[Step], list[Any], dict[str, Any]]:
-    """Run in a rank of the pool: train, and return (steps, food, header)."""
-    import importlib
-
-    recorder = Recorder(keep_food)
-    sys.argv = ["pretrain_gpt.py", *flags]
+def train_on_this_rank(job: Job) -> Result:
+    """Run in a rank of the pool."""
+    recorder = Recorder(job.keep_food, job.snapshots)
+    sys.argv = ["pretrain_gpt.py", *job.flags]
     with ExitStack() as stack:
-        stack.enter_context(patched(arm))
-        if float64:
+        stack.enter_context(patched(job.arm))
+        if job.float64:
             from tests.regression.float64 import double_precision
 
             stack.enter_context(double_precision())
-        if mutant:
-            module, name = mutant.split(":")
-            stack.enter_context(getattr(importlib.import_module(module), name)())
+        planted = stack.enter_context(_mutant(job.mutant)) if job.mutant else None
         from megatron.training import training
 
         from megatron.longseq.gpt import main
-        from patches.digest import combined
-        from patches.session import SESSION
 
         training.train_step = recorder.wrap(training.train_step)
-        _to_the_end(main)
-        header = {"torch": torch.__version__, "patches": sorted(SESSION.hashes), "digest": combined(SESSION.hashes)}
-    return recorder.steps, recorder.food, header
+        with _early_end():
+            main()
+        header = _header(job.arm)
+    return Result(recorder.steps, recorder.food, recorder.parts, header, planted.times if planted else 0)
+
+
+def _mutant(place: str) -> Any:
+    module, name = place.split(":")
+    return getattr(importlib.import_module(module), name)()
+
+
+@contextmanager
+def _early_end() -> Iterator[None]:
+    """Upstream leaves through `sys.exit` after `--exit-interval`; that is a good end here."""
+    try:
+        yield
+    except SystemExit as end:
+        if end.code not in (0, None):
+            raise RuntimeError(f"upstream ended with status {end.code}") from end
+
+
+def _header(arm: Arm) -> dict[str, Any]:
+    from patches.digest import combined
+    from patches.session import SESSION
+
+    applied = sorted(SESSION.hashes)
+    foreign = [name for name in applied if not name.startswith(("cpu.", "local."))]
+    if arm == "U" and foreign:
+        raise RuntimeError(
+            f"arm U is upstream alone, but {', '.join(foreign)} is applied: the arms are not what they say"
+        )
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "patches": applied,
+        "digest": combined(SESSION.hashes),
+    }

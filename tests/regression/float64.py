@@ -1,7 +1,7 @@
 """Upstream in double precision: every float32 that its code asks for becomes a float64.
 
-Upstream has no flag for it, but writes `torch.float32`, `.float()` and the default dtype throughout; answering all three
-with float64 leaves nothing of single precision in the run, so that two layouts can be compared to 1e-9.
+Upstream has no flag for it, but writes `torch.float32`, `.float()` and the default dtype throughout; answering all
+three with float64 leaves nothing of single precision in the run, so that two layouts can be compared to 1e-9.
 """
 
 from collections.abc import Iterator

@@ -1,16 +1,20 @@
-"""What one training run did, step by step, at full precision: taken from upstream's own `train_step`, never from its log.
+"""What one training run did, step by step, at full precision: taken from upstream's `train_step`, not from its log.
 
 (The log prints six digits, and its second line is the mean of steps 1 and 2.)
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from tests.regression.snapshot import Array, Part, parts_of_this_rank
+
 Step = dict[str, Any]
+Food = dict[str, Array]
 FOOD = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 
@@ -50,21 +54,26 @@ class Recorder:
 
     Args:
         keep_food: keep the batches themselves too, for the oracle (one data-parallel rank).
+        snapshots: iterations after which this rank's parts of weights and optimizer states are kept.
     """
 
-    def __init__(self, keep_food: bool = False) -> None:
+    def __init__(self, keep_food: bool = False, snapshots: Collection[int] = ()) -> None:
         self.steps: list[Step] = []
-        self.food: list[list[dict[str, torch.Tensor]]] = []
+        self.food: list[list[Food]] = []
+        self.parts: dict[int, list[Part]] = {}
         self.keep_food = keep_food
+        self.snapshots = snapshots
         self._tastings: dict[int, Tasting] = {}
 
     def wrap(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
         """Return `train_step` with a record made of every call."""
+        from megatron.training import get_args
 
         def recorded(
             forward_step: Any, data_iterator: Any, model: Any, optimizer: Any, *rest: Any, **named: Any
         ) -> Any:
             tasting = self._taste(data_iterator)
+            iteration = get_args().curr_iteration + 1
             learning_rate = optimizer.param_groups[0]["lr"] if optimizer.param_groups else None
             with exact_norm(optimizer) as norm:
                 result = train_step(forward_step, data_iterator, model, optimizer, *rest, **named)
@@ -72,6 +81,7 @@ class Recorder:
             loss = result[0].get("lm loss")
             self.steps.append(
                 {
+                    "iteration": iteration,
                     "loss": None if loss is None else float(loss),
                     "grad_norm": norm[0],
                     "learning_rate": learning_rate,
@@ -81,7 +91,9 @@ class Recorder:
                 }
             )
             if self.keep_food:
-                self.food.append(batches)
+                self.food.append([{name: batch[name].numpy() for name in FOOD[:3]} for batch in batches])
+            if iteration in self.snapshots:
+                self.parts[iteration] = parts_of_this_rank(model, optimizer)
             return result
 
         return recorded
@@ -102,7 +114,7 @@ class Recorder:
 
 @contextmanager
 def exact_norm(optimizer: Any) -> Iterator[list[float | None]]:
-    """Yield a list whose first entry becomes the gradient norm that `optimizer.step` returns, before upstream rounds it."""
+    """Yield a list whose first entry becomes the norm that `optimizer.step` returns, before upstream rounds it."""
     seen: list[float | None] = [None]
     step = optimizer.step
 
@@ -118,23 +130,27 @@ def exact_norm(optimizer: Any) -> Iterator[list[float | None]]:
         del optimizer.step
 
 
+class Torn(ValueError):
+    """Ranks hold different values of something that all of them must share."""
+
+
 def merge(ranks: list[list[Step]]) -> list[Step]:
     """Join the records of all ranks into one curve.
 
     Raises:
-        ValueError: ranks disagree on a number that all of them must share, or on the number of steps.
+        Torn: ranks disagree on a number that all of them must share, or on the number of steps.
     """
     if len({len(steps) for steps in ranks}) != 1:
-        raise ValueError(f"ranks made different numbers of steps: {[len(steps) for steps in ranks]}")
-    return [_join(index + 1, [steps[index] for steps in ranks]) for index in range(len(ranks[0]))]
+        raise Torn(f"ranks made different numbers of steps: {[len(steps) for steps in ranks]}")
+    return [_join([steps[index] for steps in ranks]) for index in range(len(ranks[0]))]
 
 
-def _join(iteration: int, steps: list[Step]) -> Step:
-    curve: Step = {"iteration": iteration}
-    for name in ("loss", "grad_norm", "learning_rate", "skipped"):
+def _join(steps: list[Step]) -> Step:
+    curve: Step = {}
+    for name in ("iteration", "loss", "grad_norm", "learning_rate", "skipped"):
         values = {step[name] for step in steps if step[name] is not None}
-        if len(values) != 1 and not all(value != value for value in values):  # NaN differs from itself
-            raise ValueError(f"step {iteration}: ranks disagree on {name}: {sorted(values)}")
+        if len(values) != 1 and not (values and all(math.isnan(value) for value in values)):
+            raise Torn(f"step {steps[0]['iteration']}: ranks disagree on {name}: {sorted(values)}")
         curve[name] = values.pop()
     samples = sorted(sample for step in steps for sample in step["samples"])
     curve["tokens"] = sum(step["tokens"] for step in steps)

@@ -5,8 +5,6 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
-MOMENT = "optimizer.state.exp_avg."
-
 
 def logical_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Read every tensor of an upstream `torch_dist` checkpoint in this process, without any process group.
@@ -22,13 +20,3 @@ def logical_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in sizes.items()}
     dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
     return state
-
-
-def weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the model's weights."""
-    return {name: tensor for name, tensor in state.items() if not name.startswith("optimizer.")}
-
-
-def first_moments(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return Adam's first moments: a fixed linear combination of the gradients so far, so equal iff all of these are."""
-    return {name.removeprefix(MOMENT): tensor for name, tensor in state.items() if name.startswith(MOMENT)}

@@ -1,0 +1,147 @@
+"""A case: one file that says what is trained in arm U and in arm O, and how equal the two have to be."""
+
+import shlex
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tests.regression.mutants import MUTANTS
+
+FOLDER = Path(__file__).parent
+ARITHMETIC = {"float64": (), "float32": (), "bf16": ("--bf16",)}
+CLASSES = {"E0": ("float64", "float32", "bf16"), "E1": ("float64", "float32"), "E2": ("bf16",)}
+KEYS = {"proves", "model", "flags", "steps", "arithmetic", "class", "oracle", "learns", "mutants", "seeds", "floor"}
+REQUIRED = {"proves", "model", "arithmetic", "class", "learns", "U", "O"}
+FEWEST_STEPS = 6  # those that a mutant runs
+ARM_KEYS = {"arm", "world", "flags", "resume_at", "again"}
+
+
+class CaseError(ValueError):
+    """A case file that cannot be read; the message names the file and the key."""
+
+
+@dataclass(frozen=True)
+class ArmPlan:
+    """How one arm runs: which code (U or O), on how many ranks, with which flags; `resume_at`: stop there and go on.
+
+    `again` makes an equal plan a run of its own, where runs would be shared otherwise.
+    """
+
+    arm: Literal["U", "O"]
+    world: int
+    flags: tuple[str, ...] = ()
+    resume_at: int | None = None
+    again: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """See docs/regression.md for the keys of a case file."""
+
+    name: str
+    proves: str
+    model: str
+    flags: tuple[str, ...]
+    steps: int
+    arithmetic: str
+    klass: str
+    oracle: bool
+    learns: float
+    mutants: tuple[str, ...]
+    seeds: tuple[int, ...]
+    floor: tuple[ArmPlan, ...]
+    u: ArmPlan
+    o: ArmPlan
+
+
+def load_cases(folder: Path = FOLDER / "cases") -> list[Case]:
+    """Read every case file, sorted by name.
+
+    Raises:
+        CaseError: a file is malformed.
+    """
+    models = load_models()
+    return [read_case(path, models) for path in sorted(folder.glob("*.toml"))]
+
+
+def load_models(path: Path = FOLDER / "models.toml") -> dict[str, tuple[str, ...]]:
+    """Read upstream's flags of each model that cases train, common ones included."""
+    table = tomllib.loads(path.read_text("utf-8"))
+    common = shlex.split(table.pop("common"))
+    return {name: (*common, *shlex.split(flags)) for name, flags in table.items()}
+
+
+def read_case(path: Path, models: Mapping[str, Any]) -> Case:
+    """Read one case file.
+
+    Raises:
+        CaseError: no TOML, an unknown or missing key, or a value that no case can have.
+    """
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise CaseError(f"{path}: not TOML: {error}") from error
+    _check(path, table, models)
+    return Case(
+        name=path.stem,
+        proves=table["proves"],
+        model=table["model"],
+        flags=tuple(shlex.split(table.get("flags", ""))),
+        steps=table.get("steps", 20),
+        arithmetic=table["arithmetic"],
+        klass=table["class"],
+        oracle=table.get("oracle", False),
+        learns=float(table["learns"]),
+        mutants=tuple(table.get("mutants", ())),
+        seeds=tuple(table.get("seeds", (1,))),
+        floor=tuple(_plan(path, "U", plan) for plan in table.get("floor", ())),
+        u=_plan(path, "U", table["U"]),
+        o=_plan(path, "O", table["O"]),
+    )
+
+
+def _check(path: Path, table: Mapping[str, Any], models: Mapping[str, Any]) -> None:
+    allowed = KEYS | {"U", "O"}
+    for wrong, what in ((set(table) - allowed, "unknown"), (REQUIRED - set(table), "missing")):
+        if wrong:
+            raise CaseError(f"{path}: {what} key {', '.join(sorted(wrong))}; keys are {', '.join(sorted(allowed))}")
+    for key, known in (("model", models), ("arithmetic", ARITHMETIC), ("class", CLASSES)):
+        if table[key] not in known:
+            raise CaseError(f"{path}: {key} is {table[key]!r}; choose one of {', '.join(known)}")
+    strange = set(table.get("mutants", ())) - set(MUTANTS)
+    if strange:
+        raise CaseError(f"{path}: no mutant {', '.join(sorted(strange))}; there are {', '.join(MUTANTS)}")
+    if table["arithmetic"] not in CLASSES[table["class"]]:
+        raise CaseError(f"{path}: class {table['class']} is for {', '.join(CLASSES[table['class']])}")
+    noisy = table["class"] != "E0" and table["arithmetic"] != "float64"
+    if noisy != bool(table.get("floor")):
+        raise CaseError(
+            f"{path}: [[floor]] (U in another order of summation) goes with E1 float32 and E2, and with these alone"
+        )
+    if table.get("oracle") and table["arithmetic"] != "float64":
+        raise CaseError(f"{path}: the oracle computes in float64; this case is {table['arithmetic']}")
+    steps = table.get("steps", 20)
+    if not isinstance(steps, int) or steps <= FEWEST_STEPS:
+        raise CaseError(f"{path}: steps is {steps!r}; a curve has more than {FEWEST_STEPS}")
+    if not table["learns"] > 0:
+        raise CaseError(f"{path}: learns is {table['learns']}; say by how much the loss must fall, more than 0")
+
+
+def _plan(path: Path, name: Literal["U", "O"], table: Mapping[str, Any]) -> ArmPlan:
+    unknown = set(table) - ARM_KEYS
+    if unknown:
+        raise CaseError(f"{path}: unknown key {', '.join(sorted(unknown))} in [{name}]")
+    arm, world = table.get("arm", name), table.get("world", 1)
+    if arm not in ("U", "O"):
+        raise CaseError(f"{path}: arm is {arm!r} in [{name}]; choose U or O")
+    if not isinstance(world, int) or world < 1:
+        raise CaseError(f"{path}: world is {world!r} in [{name}]; it is a number of ranks")
+    return ArmPlan(
+        arm=arm,
+        world=world,
+        flags=tuple(shlex.split(table.get("flags", ""))),
+        resume_at=table.get("resume_at"),
+        again=table.get("again", False),
+    )

@@ -1,0 +1,191 @@
+"""Planted errors: each is a mistake that a long-sequence system could make, and each must turn its case red.
+
+A mutant is a context manager that is applied inside the ranks of arm O. It yields a `Planted` that counts how often it
+acted; one that never acted proves nothing, and the suite calls that an error.
+
+Context parallelism is not here yet. Its own mutant, the zigzag map off by one, belongs to this file when it is: wrap
+the function that says which global positions a rank holds, roll its answer by one chunk, and name the mutant in the
+file of the CP case.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+MICRO_BATCHES = 4  # per step and rank, in the cases that use dropped_micro_batch
+
+
+@dataclass
+class Planted:
+    """How often the error was committed on this rank."""
+
+    times: int = 0
+
+
+@contextmanager
+def wrapped(owner: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
+    """Put `wrapper(original, *args, **kwargs)` in place of `owner.name`."""
+    original = owner.__dict__[name]
+    function = original.__func__ if isinstance(original, staticmethod) else original
+
+    @functools.wraps(function)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(function, *args, **kwargs)
+
+    setattr(owner, name, staticmethod(replacement) if isinstance(original, staticmethod) else replacement)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextmanager
+def dropped_micro_batch() -> Iterator[Planted]:
+    """One micro-batch of the second step adds nothing to the gradients; the reported loss is right."""
+    from megatron.longseq import gpt
+
+    planted, calls = Planted(), 0
+
+    def loss_func(original: Any, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        total, tokens, report = original(*args)
+        if calls == MICRO_BATCHES + 2:
+            planted.times += 1
+            total = total.detach() + 0 * total
+        return total, tokens, report
+
+    with wrapped(gpt, "loss_func", loss_func):
+        yield planted
+
+
+@contextmanager
+def scaled_loss() -> Iterator[Planted]:
+    """Every gradient is twice too large, as by a forgotten division by the context-parallel size.
+
+    Adam does not mind a scale, so the loss curve hardly moves; the reported loss of each step is right.
+    """
+    from megatron.longseq import gpt
+
+    planted = Planted()
+
+    def loss_func(original: Any, *args: Any) -> Any:
+        planted.times += 1
+        total, tokens, report = original(*args)
+        return 2 * total - total.detach(), tokens, report
+
+    with wrapped(gpt, "loss_func", loss_func):
+        yield planted
+
+
+@contextmanager
+def rope_without_offset() -> Iterator[Planted]:
+    """The second half of the sequence counts its rotary positions from 0 again, as a segment without its offset."""
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    planted = Planted()
+
+    def get_emb(original: Any, self: Any, length: int, offset: int = 0) -> torch.Tensor:
+        planted.times += 1
+        half = length // 2
+        return torch.cat((original(self, half, offset), original(self, length - half, offset)))
+
+    with wrapped(RotaryEmbedding, "get_emb", get_emb):
+        yield planted
+
+
+@contextmanager
+def leaking_mask() -> Iterator[Planted]:
+    """Tokens see the documents before their own in the same sequence: the mask is causal and no more."""
+    from megatron.longseq import gpt
+
+    planted = Planted()
+
+    def get_batch(original: Any, *args: Any) -> Any:
+        batch = original(*args)
+        mask = batch.get("attention_mask")
+        if mask is not None:
+            causal = torch.ones_like(mask).triu(diagonal=1)
+            planted.times += int((mask != causal).any())
+            batch["attention_mask"] = causal
+        return batch
+
+    with wrapped(gpt, "get_batch", get_batch):
+        yield planted
+
+
+@contextmanager
+def stale_parameter() -> Iterator[Planted]:
+    """After the second overlapped parameter all-gather the last data-parallel rank keeps the first's old shard."""
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as BucketGroup
+
+    planted = Planted()
+    old: dict[int, list[torch.Tensor]] = {}
+
+    def finish(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        gathering = self.param_gather_handle is not None or not self.param_gather_dispatched
+        result = original(self, *args, **kwargs)
+        ranks = self.intra_distributed_optimizer_instance_size
+        if gathering and self.intra_distributed_optimizer_instance_rank == ranks - 1:
+            shard = self.buckets[0].param_data[: self.buckets[0].param_data.numel() // ranks]
+            old.setdefault(id(self), []).append(shard.detach().clone())
+            if len(old[id(self)]) == 2:
+                planted.times += 1
+                shard.data.copy_(old[id(self)][-2])
+        return result
+
+    with wrapped(BucketGroup, "finish_param_sync", finish):
+        yield planted
+
+
+@contextmanager
+def norm_not_summed() -> Iterator[Planted]:
+    """Under sequence parallelism each rank updates its norms by the gradient of its own part of the sequence alone."""
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    planted = Planted()
+
+    def new(original: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        norm: torch.nn.Module = original(*args, **kwargs)
+        for parameter in norm.parameters():
+            planted.times += int(parameter.sequence_parallel)  # type: ignore[attr-defined]
+            parameter.sequence_parallel = False  # type: ignore[attr-defined]
+        return norm
+
+    with wrapped(WrappedTorchNorm, "__new__", new):
+        yield planted
+
+
+@contextmanager
+def late_learning_rate() -> Iterator[Planted]:
+    """The schedule is one step behind."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    planted = Planted()
+
+    def step(original: Any, self: Any, increment: int) -> None:
+        planted.times += increment > 0
+        self.num_steps -= increment
+        original(self, increment)
+        self.num_steps += increment
+
+    with wrapped(OptimizerParamScheduler, "step", step):
+        yield planted
+
+
+MUTANTS: dict[str, Callable[[], Any]] = {
+    function.__name__: function
+    for function in (
+        dropped_micro_batch,
+        scaled_loss,
+        rope_without_offset,
+        leaking_mask,
+        stale_parameter,
+        norm_not_summed,
+        late_learning_rate,
+    )
+}

@@ -1,0 +1,160 @@
+"""Single and half precision: what counts as equal is measured in the same run, as upstream against itself.
+
+The floor is U against U with another legal order of the same sums (another micro-batch size or layout). Nothing here is
+a constant that was found to fit: `FACTOR` is the design's, the rest is statistics.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy
+from numpy.typing import NDArray
+
+from tests.regression.compare import Check, Evidence, Kind, broken, relative, relative_errors
+from tests.regression.snapshot import Array
+
+FACTOR = 3.0
+ULPS = 4.0  # a floor below the rounding of the numbers themselves is an accident
+EPSILON = 2.0**-23  # of float32, in which losses, norms, moments and main weights are kept also under bf16
+# Two-sided 99% quantiles of Student's t: a mean over few samples has an uncertain standard error.
+STUDENT = {1: 63.66, 2: 9.92, 3: 5.84, 4: 4.60, 5: 4.03, 6: 3.71, 7: 3.50, 8: 3.36, 9: 3.25, 10: 3.17, 12: 3.05}
+FEWEST_SEEDS = 3
+Curve = Sequence[float]
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Several curves of U for one and the same training; the first is arm U itself.
+
+    Args:
+        reference: arm U.
+        others: U in other legal orders of summation.
+    """
+
+    reference: Curve
+    others: Sequence[Curve]
+
+    def __post_init__(self) -> None:
+        if not self.others:
+            raise ValueError("a noise floor needs at least one more run of U than U itself")
+
+    def differences(self) -> list[NDArray[numpy.float64]]:
+        """Return what each other run differs by, per step."""
+        return [numpy.subtract(other, self.reference) for other in self.others]
+
+    def band(self) -> NDArray[numpy.float64]:
+        """Return the largest difference so far, per step: noise grows as the runs part."""
+        seen = numpy.maximum.accumulate(numpy.abs(self.differences()).max(axis=0))
+        return cast(NDArray[numpy.float64], numpy.maximum(seen, ULPS * EPSILON * numpy.abs(self.reference)))
+
+
+def within_noise(name: str, floor: Floor, ours: Curve) -> Check:
+    """Class E1 in float32, each step: at most FACTOR times the floor's band."""
+    difference = numpy.subtract(ours, floor.reference)
+    ratios = numpy.abs(difference) / (FACTOR * floor.band())
+    where = int(numpy.argmax(numpy.where(numpy.isnan(ratios), numpy.inf, ratios)))
+    return Check(
+        name,
+        float(ratios[where]),
+        f"step {where + 1}: differs by {difference[where]:.2e}, floor {floor.band()[where]:.2e}",
+    )
+
+
+def without_trend(name: str, floor: Floor, ours: Curve) -> Check:
+    """Class E1 in float32, the curve: the differences have no slope that the floor's do not have, nor could have."""
+    slope, _ = line(numpy.subtract(ours, floor.reference))
+    lines = [line(difference) for difference in floor.differences()]
+    smallest = ULPS * EPSILON * float(numpy.abs(floor.reference).mean()) / len(floor.reference)
+    allowed = FACTOR * max(smallest, *(max(abs(s), error) for s, error in lines))
+    return Check(f"{name}, trend", abs(slope) / allowed, f"slope {slope:.2e} per step, allowed {allowed:.2e}")
+
+
+def line(values: Curve | NDArray[numpy.float64]) -> tuple[float, float]:
+    """Return the least-squares slope per step and its standard error."""
+    y = numpy.asarray(values, float)
+    x = numpy.arange(len(y)) - (len(y) - 1) / 2
+    spread = float((x**2).sum())
+    slope = float((x * y).sum()) / spread
+    rest = y - y.mean() - slope * x
+    return slope, math.sqrt(float((rest**2).sum()) / max(1, len(y) - 2) / spread)
+
+
+def tensors_within_noise(
+    name: str, reference: Mapping[str, Array], others: Sequence[Mapping[str, Array]], ours: Mapping[str, Array]
+) -> Check:
+    """Each tensor: at most FACTOR times what the same tensor, or all of them on the average, differ by in the floor."""
+    if not reference or set(reference) != set(ours):
+        return broken(name, f"the arms do not hold the same tensors: {sorted(set(reference) ^ set(ours))}")
+    errors = relative_errors(reference, ours)
+    floors = [relative_errors(reference, other) for other in others]
+    average = max(math.sqrt(sum(e**2 for e in floor.values()) / len(floor)) for floor in floors)
+    allowed = {key: FACTOR * max(ULPS * EPSILON, average, *(floor[key] for floor in floors)) for key in reference}
+    ratios = {key: relative(errors[key], allowed[key]) for key in reference}
+    key = max(ratios, key=lambda k: math.inf if math.isnan(ratios[k]) else ratios[k])
+    return Check(name, ratios[key], f"{key} differs by {errors[key]:.2e} of its norm, allowed {allowed[key]:.2e}")
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """Class E1 in float32: U's own runs in other orders of summation say what a difference means.
+
+    Args:
+        others: these runs.
+    """
+
+    others: Sequence[Evidence]
+
+    def numbers(self, name: str, theirs: Curve, ours: Curve) -> list[Check]:
+        """See compare.Rules."""
+        steps = len(theirs)
+        floor = Floor(theirs, [[step[name] for step in other.curve[:steps]] for other in self.others])
+        return [within_noise(name, floor, ours), without_trend(name, floor, ours)]
+
+    def tensors(self, kind: Kind, at: int, theirs: Mapping[str, Array], ours: Mapping[str, Array]) -> list[Check]:
+        """See compare.Rules."""
+        others = [getattr(other.snapshots[at], kind) for other in self.others]
+        return [tensors_within_noise(f"{kind} at {at}", theirs, others, ours)]
+
+
+@dataclass(frozen=True)
+class Paired(Noisy):
+    """Class E2: like Noisy for tensors; of the curves only what seeds have to say together, see `unbiased`."""
+
+    def numbers(self, name: str, theirs: Curve, ours: Curve) -> list[Check]:
+        """See compare.Rules; nothing is judged by one seed alone."""
+        return []
+
+
+def unbiased(name: str, floors: Sequence[Floor], ours: Sequence[Curve]) -> list[Check]:
+    """Class E2: paired differences over several seeds.
+
+    Args:
+        name: what is compared.
+        floors: one per seed.
+        ours: arm O's curve per seed.
+
+    Returns:
+        Mean: the mean difference over all seeds and steps is within Student's 99% of the standard error that the
+        floor's own means have (their expectation is 0: U and U in another order may be exchanged). Size: no step
+        differs by more than FACTOR times the largest difference in the floor, all seeds together.
+    """
+    if len(floors) < FEWEST_SEEDS or len(floors) != len(ours):
+        return [broken(name, f"class E2 needs {FEWEST_SEEDS} seeds in both arms, has {len(floors)} and {len(ours)}")]
+    pairs = [numpy.subtract(curve, floor.reference) for floor, curve in zip(floors, ours, strict=True)]
+    noise = [difference for floor in floors for difference in floor.differences()]
+    mean = float(numpy.mean([pair.mean() for pair in pairs]))
+    squares = [float(difference.mean()) ** 2 for difference in noise]
+    error = math.sqrt(sum(squares) / len(squares) / len(pairs))
+    allowed = student(len(noise)) * error
+    size, largest = max(float(abs(p).max()) for p in pairs), FACTOR * max(float(abs(d).max()) for d in noise)
+    return [
+        Check(f"{name}, mean", relative(abs(mean), allowed), f"mean {mean:.2e}, allowed {allowed:.2e}"),
+        Check(f"{name}, size", relative(size, largest), f"largest {size:.2e}, allowed {largest:.2e}"),
+    ]
+
+
+def student(samples: int) -> float:
+    """Return the 99% quantile of Student's t for this many samples of known mean."""
+    return STUDENT[max(n for n in STUDENT if n <= samples)]

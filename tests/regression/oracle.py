@@ -1,0 +1,153 @@
+"""Arm X: the same training written down once more, in plain PyTorch and float64, sharing no code with U or O.
+
+It takes from upstream only what any reader of a checkpoint must know: the names and the order of rows of its weights.
+It makes masks, positions, losses, gradients, clipping, Adam and the learning rate itself, from the tokens alone.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+LAYER = "decoder.layers."
+ATTENTION, MLP = f"{LAYER}self_attention.", f"{LAYER}mlp."
+HEAD, EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
+FINAL = "decoder.final_layernorm.weight"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What of upstream's flags the mathematics depends on; `documents`: sequences hold several, kept apart."""
+
+    heads: int
+    groups: int
+    steps: int
+    peak: float
+    floor: float
+    warmup: int
+    clip: float
+    weight_decay: float
+    eod: int
+    documents: bool
+
+    @classmethod
+    def of(cls, flags: Sequence[str]) -> "Settings":
+        """Read them from a command line; of a repeated flag the last counts."""
+        pairs = zip(flags, [*flags[1:], ""], strict=True)
+        value = {flag: following for flag, following in pairs if flag.startswith("--")}
+        return cls(
+            heads=int(value["--num-attention-heads"]),
+            groups=int(value["--num-query-groups"]),
+            steps=int(value["--train-iters"]),
+            peak=float(value["--lr"]),
+            floor=float(value["--min-lr"]),
+            warmup=int(value["--lr-warmup-iters"]),
+            clip=float(value["--clip-grad"]),
+            weight_decay=float(value["--weight-decay"]),
+            eod=int(value["--null-tokenizer-eod-id"]),
+            documents="--reset-attention-mask" in value and "--eod-mask-loss" in value,
+        )
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """Linear warm-up, then a cosine to the floor; the first step (0) of a warm-up has rate 0."""
+    if settings.warmup > 0 and step <= settings.warmup:
+        return settings.peak * step / settings.warmup
+    progress = (step - settings.warmup) / (settings.steps - settings.warmup)
+    return settings.floor + (settings.peak - settings.floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    """RMSNorm over the last dimension."""
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-5) * weight
+
+
+def rotate(x: Tensor) -> Tensor:
+    """RoPE, [batch, heads, sequence, channels]; channel i turns with channel i + channels/2."""
+    sequence, half = x.shape[2], x.shape[3] // 2
+    speed = 10000.0 ** (-torch.arange(half, dtype=x.dtype) / half)
+    turn = torch.polar(
+        torch.ones(sequence, half, dtype=x.dtype), torch.arange(sequence, dtype=x.dtype)[:, None] * speed
+    )
+    turned = torch.complex(x[..., :half].contiguous(), x[..., half:].contiguous()) * turn
+    return torch.cat((turned.real, turned.imag), -1)
+
+
+def attention(x: Tensor, qkv: Tensor, visible: Tensor, heads: int, groups: int) -> Tensor:
+    """Grouped-query attention; rows of `qkv` are, group by group, its queries, its key, its value."""
+    batch, sequence, _ = x.shape
+    per_group = heads // groups
+    rows = (x @ qkv.T).view(batch, sequence, groups, per_group + 2, -1).permute(0, 2, 3, 1, 4)
+    query, key, value = rows[:, :, :per_group], rows[:, :, per_group : per_group + 1], rows[:, :, per_group + 1 :]
+    query = rotate(query.flatten(1, 2)).view_as(query)
+    key = rotate(key.flatten(1, 2)).view_as(key)
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    scores = scores.masked_fill(~visible[:, None, None], -math.inf)
+    mixed = torch.softmax(scores, -1) @ value
+    return mixed.permute(0, 3, 1, 2, 4).reshape(batch, sequence, -1)
+
+
+def token_losses(weights: Weights, tokens: Tensor, labels: Tensor, settings: Settings) -> Tensor:
+    """Cross entropy of every token, [batch, sequence]."""
+    sequence = tokens.shape[1]
+    visible = torch.ones(sequence, sequence, dtype=torch.bool).tril().expand(len(tokens), -1, -1)
+    if settings.documents:
+        ends = (tokens == settings.eod).long()
+        document = ends.cumsum(1) - ends  # an end belongs to the document that it ends
+        visible = visible & (document[:, :, None] == document[:, None, :])
+    x = weights[EMBEDDING][tokens]
+    for layer in range(weights[f"{ATTENTION}linear_qkv.weight"].shape[0]):
+        w = {name: tensor[layer] for name, tensor in weights.items() if name.startswith(LAYER)}
+        inner = norm(x, w[f"{ATTENTION}linear_qkv.layer_norm_weight"])
+        mixed = attention(inner, w[f"{ATTENTION}linear_qkv.weight"], visible, settings.heads, settings.groups)
+        x = x + mixed @ w[f"{ATTENTION}linear_proj.weight"].T
+        inner = norm(x, w[f"{MLP}linear_fc1.layer_norm_weight"])
+        gate, up = (inner @ w[f"{MLP}linear_fc1.weight"].T).chunk(2, -1)
+        x = x + (gate * torch.sigmoid(gate) * up) @ w[f"{MLP}linear_fc2.weight"].T
+    logits = norm(x, weights[FINAL]) @ weights.get(HEAD, weights[EMBEDDING]).T
+    return torch.logsumexp(logits, -1) - logits.gather(-1, labels[..., None])[..., 0]
+
+
+def train(seed: Mapping[str, Tensor], food: Sequence[Any], settings: Settings) -> tuple[list[dict[str, Any]], Weights]:
+    """Train on recorded batches.
+
+    Args:
+        seed: upstream's logical weights at the start.
+        food: per step, its micro-batches; of each, `tokens` and `labels`, [micro-batch, sequence], are used.
+        settings: see Settings.
+
+    Returns:
+        The curve (loss, grad_norm, learning_rate, tokens per step) and the weights after the last step, with Adam's
+        first moments under the names that upstream's checkpoint has for them.
+    """
+    weights = {name: tensor.detach().double().clone().requires_grad_() for name, tensor in seed.items()}
+    first = {name: torch.zeros_like(w) for name, w in weights.items()}
+    second = {name: torch.zeros_like(w) for name, w in weights.items()}
+    curve = []
+    for step, batches in enumerate(food):
+        total, count = 0.0, 0
+        for batch in batches:
+            tokens, labels = (torch.as_tensor(batch[name]).long() for name in ("tokens", "labels"))
+            counts = tokens != settings.eod if settings.documents else torch.ones_like(tokens, dtype=torch.bool)
+            losses = token_losses(weights, tokens, labels, settings)[counts]
+            (losses.mean() / len(batches)).backward()  # type: ignore[no-untyped-call]  # upstream: every micro-batch weighs the same
+            total, count = total + losses.sum().item(), count + losses.numel()
+        length = math.sqrt(sum(float((w.grad**2).sum()) for w in weights.values() if w.grad is not None))
+        rate = learning_rate(settings, step)
+        with torch.no_grad():
+            for name, w in weights.items():
+                assert w.grad is not None, f"{name} takes part in no loss"
+                gradient = w.grad * min(1.0, settings.clip / (length + 1e-6))
+                w.grad = None
+                first[name] = 0.9 * first[name] + 0.1 * gradient
+                second[name] = 0.999 * second[name] + 0.001 * gradient**2
+                mean, square = first[name] / (1 - 0.9 ** (step + 1)), second[name] / (1 - 0.999 ** (step + 1))
+                decay = 0.0 if "norm" in name else settings.weight_decay  # upstream: not for vectors
+                w.sub_(rate * (decay * w + mean / (square.sqrt() + 1e-8)))
+        curve.append({"loss": total / count, "grad_norm": length, "learning_rate": rate, "tokens": count})
+    moments = {f"optimizer.state.exp_avg.{name}": moment for name, moment in first.items()}
+    return curve, {name: w.detach() for name, w in weights.items()} | moments

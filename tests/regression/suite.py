@@ -1,0 +1,183 @@
+"""Runs cases: each training once, shared by all cases that ask for the same one, and judges them."""
+
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.pool import RankFailure, RankPool
+from tests.regression import oracle
+from tests.regression.arm import Run, run_arm
+from tests.regression.case import ARITHMETIC, FEWEST_STEPS, ArmPlan, Case, load_models
+from tests.regression.compare import Check, Evidence, agrees_with_oracle, broken, learned
+from tests.regression.corpus import make_corpus
+from tests.regression.judge import Trial, Verdict, judge, verdict
+from tests.regression.record import Torn
+from tests.regression.snapshot import Snapshot
+from tests.regression.tensors import logical_tensors
+
+MUTANT_STEPS = FEWEST_STEPS
+EARLY = (1, 2)
+SEED_RUN = "--train-iters 1 --lr-decay-iters 1 --lr-warmup-iters 0 --lr 0 --min-lr 0 --weight-decay 0 --seed 1"
+LOAD = ("--finetune", "--no-load-optim", "--no-load-rng")
+
+
+@dataclass
+class Outcome:
+    """A case's result: its checks, its runs, its mutants' verdicts, and its seconds (shared runs count once)."""
+
+    case: Case
+    checks: list[Check] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
+    oracle: list[dict[str, Any]] = field(default_factory=list)
+    headers: dict[str, Any] = field(default_factory=dict)
+    mutants: dict[str, Verdict] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Whether there are checks and all of them passed."""
+        return bool(self.checks) and all(check.passed for check in self.checks)
+
+    @property
+    def worst(self) -> Check:
+        """The check with the largest error over tolerance."""
+        return max(self.checks, key=lambda check: check.ratio)
+
+
+class Suite:
+    """Trains what cases ask for.
+
+    Args:
+        pool: where ranks come from.
+        folder: scratch space: corpus, seed checkpoints, checkpoints of resumed runs.
+    """
+
+    def __init__(self, pool: RankPool, folder: Path) -> None:
+        self.pool, self.folder = pool, folder
+        self.models = load_models()
+        self.corpus = make_corpus(folder / "corpus")
+        self._seeds: dict[str, Path] = {}
+        self._runs: dict[Any, Run] = {}
+
+    def run_case(self, case: Case) -> Outcome:
+        """Train a case's arms and judge them; whatever goes wrong is a failed check, never an exception."""
+        outcome, start = Outcome(case), time.monotonic()
+        try:
+            runs = [self._arms(case, seed) for seed in case.seeds]
+            outcome.headers = {"U": runs[0][0].header, "O": runs[0][2].header}
+            outcome.trials = [
+                Trial(_evidence(u), [_evidence(run) for run in floor], _evidence(o)) for u, floor, o in runs
+            ]
+            outcome.checks = judge(case, outcome.trials, case.steps, (*EARLY, case.steps))
+            for trial in outcome.trials:
+                for arm, run in (("U", trial.u), ("O", trial.o)):
+                    outcome.checks.append(learned(arm, run.curve, case.learns))
+            if case.oracle:
+                outcome.checks += self._oracle(case, runs[0][0], outcome)
+        except Exception as error:
+            outcome.checks.append(broken("the arms run", f"{type(error).__name__}: {error}"))
+        outcome.seconds = time.monotonic() - start
+        return outcome
+
+    def run_mutant(self, outcome: Outcome, name: str) -> Verdict:
+        """Plant an error into arm O of a case that passed, and say whether the case saw it."""
+        case = outcome.case
+        at = (*EARLY, MUTANT_STEPS)
+        if not outcome.passed:
+            return Verdict(False, "its case fails without it, so it proves nothing", error=True)
+        trials, planted = [], 0
+        try:
+            for seed, trial in zip(case.seeds, outcome.trials, strict=True):
+                run = self._train(case, replace(case.o, resume_at=None), seed, mutant=name)
+                planted += run.planted
+                trials.append(replace(trial, o=_evidence(run)))
+        except Torn as error:
+            return Verdict(True, f"ranks agree ({error})")
+        except RankFailure as error:
+            return Verdict(False, f"its run broke down, which proves nothing: {error}", error=True)
+        return verdict(case, trials, [trial.o for trial in outcome.trials], planted, at)
+
+    def _arms(self, case: Case, seed: int) -> tuple[Run, list[Run], Run]:
+        u = self._train(case, case.u, seed)
+        floor = [self._train(case, plan, seed) for plan in case.floor]
+        return u, floor, self._train(case, case.o, seed)
+
+    def _oracle(self, case: Case, u: Run, outcome: Outcome) -> list[Check]:
+        if case.u.world != 1:
+            return [broken("oracle", "arm X eats what one process of U ate; give U world = 1")]
+        seed = {
+            name: tensor
+            for name, tensor in logical_tensors(self._seed(case.model)).items()
+            if not name.startswith("optimizer.")
+        }
+        settings = oracle.Settings.of(self._flags(case, case.seeds[0]))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # its tensors are small: two threads only wait for each other
+        outcome.oracle, state = oracle.train(seed, u.food, settings)
+        torch.set_num_threads(threads)
+        return agrees_with_oracle(
+            outcome.oracle, Snapshot({name: t.numpy() for name, t in state.items()}), _evidence(u)
+        )
+
+    def _flags(self, case: Case, seed: int) -> list[str]:
+        steps = str(case.steps)
+        schedule = ("--train-iters", steps, "--lr-decay-iters", steps, "--seed", str(seed))
+        return [*self.models[case.model], *self.corpus.flags, *case.flags, *ARITHMETIC[case.arithmetic], *schedule]
+
+    def _seed(self, model: str) -> Path:
+        """Return the checkpoint that every run of a model starts from: upstream's own initial weights."""
+        if model not in self._seeds:
+            flags = [*self.models[model], *self.corpus.flags, *shlex.split(SEED_RUN)]
+            run = run_arm(self.pool, "U", 1, flags, self.folder / f"seed-{model}", float64=True)
+            self._seeds[model] = run.checkpoint(1)
+        return self._seeds[model]
+
+    def _train(self, case: Case, plan: ArmPlan, seed: int, mutant: str | None = None) -> Run:
+        load = ("--load", str(self._seed(case.model).parent), *LOAD)
+        flags = [*self._flags(case, seed), *plan.flags]
+        end = ("--exit-interval", str(MUTANT_STEPS)) if mutant else ()
+        key = (plan.arm, plan.world, tuple(flags), plan.resume_at, plan.again, case.arithmetic, mutant)
+        if key in self._runs:
+            return self._runs[key]
+
+        def train(extra: Sequence[str], folder: Path | None = None) -> Run:
+            return run_arm(
+                self.pool,
+                plan.arm,
+                plan.world,
+                [*flags, *extra],
+                folder,
+                float64=case.arithmetic == "float64",
+                mutant=f"tests.regression.mutants:{mutant}" if mutant else None,
+                keep_food=plan.world == 1,
+                snapshots=tuple(sorted({*EARLY, MUTANT_STEPS, case.steps})),
+            )
+
+        if plan.resume_at is None:
+            run = train([*load, *end])
+        else:
+            run = _resumed(train, load, plan.resume_at, self.folder / f"resume-{case.name}-{seed}")
+        self._runs[key] = run
+        return run
+
+
+def _resumed(train: Callable[..., Run], load: Sequence[str], at: int, folder: Path) -> Run:
+    """Train to step `at`, save, start anew from what was saved, and join the two runs."""
+    first = train([*load, "--exit-interval", str(at)], folder)
+    second = train(["--load", str(folder)])
+    return replace(
+        second,
+        curve=[*first.curve, *second.curve],
+        food=[*first.food, *second.food],
+        snapshots=first.snapshots | second.snapshots,
+        seconds=first.seconds + second.seconds,
+    )
+
+
+def _evidence(run: Run) -> Evidence:
+    return Evidence(run.curve, run.snapshots)

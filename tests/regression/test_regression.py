@@ -1,0 +1,74 @@
+"""The regression command's cases and planted errors as tests: one suite, so every training runs once."""
+
+import json
+from pathlib import Path
+
+import numpy
+import pytest
+
+from tests.pool import RankPool
+from tests.regression import report
+from tests.regression.arm import run_arm
+from tests.regression.case import load_cases
+from tests.regression.suite import Outcome, Suite
+from tests.regression.tensors import logical_tensors
+
+CASES = {case.name: case for case in load_cases()}
+
+
+class Outcomes:
+    """Runs a case when it is first asked for."""
+
+    def __init__(self, suite: Suite) -> None:
+        self.suite = suite
+        self.known: dict[str, Outcome] = {}
+
+    def of(self, name: str) -> Outcome:
+        if name not in self.known:
+            self.known[name] = self.suite.run_case(CASES[name])
+        return self.known[name]
+
+
+@pytest.fixture(scope="module")
+def outcomes(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return Outcomes(Suite(ranks, tmp_path_factory.mktemp("regression")))
+
+
+def test_arm_u_is_the_locked_wheel_untouched() -> None:
+    assert set(report.upstream_header()) == {"upstream", "RECORD sha256"}
+
+
+def test_a_snapshot_is_what_a_checkpoint_holds(ranks: RankPool, outcomes: Outcomes, tmp_path: Path) -> None:
+    """In a layout that cuts everything: tensors, their gate and up halves, and the optimizer's states."""
+    suite = outcomes.suite
+    flags = [*suite.models["tied"], *suite.corpus.flags, "--train-iters", "1", "--lr-warmup-iters", "0"]
+    layout = "--pipeline-model-parallel-size 2 --use-distributed-optimizer --tensor-model-parallel-size 2"
+    layout += " --dist-ckpt-optim-fully-reshardable"
+    run = run_arm(ranks, "O", 4, [*flags, *layout.split()], tmp_path / "saved", float64=True, snapshots=(1,))
+    saved, made = logical_tensors(run.checkpoint(1)), run.snapshots[1].tensors
+    assert {name for name in saved if name.split(".")[0] in ("decoder", "embedding", "optimizer")} == set(made)
+    for name, array in made.items():
+        assert numpy.array_equal(saved[name].numpy(), array), name
+    assert run.snapshots[1].first_moments and not run.snapshots[1].torn
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case_equals_upstream(name: str, outcomes: Outcomes, tmp_path: Path) -> None:
+    outcome = outcomes.of(name)
+    report.write(outcome, tmp_path, {})
+    print(report.line(outcome))
+    assert outcome.passed, report.line(outcome)
+    assert json.loads((tmp_path / "report.json").read_text())["passed"] is True
+    assert (tmp_path / "curve.svg").stat().st_size > 0
+    assert len((tmp_path / "curve.png").read_bytes()) > 0
+    for curve in tmp_path.glob("*.jsonl"):
+        assert len(curve.read_text().splitlines()) == CASES[name].steps
+
+
+@pytest.mark.parametrize(
+    ("name", "mutant"), [(case.name, mutant) for case in CASES.values() for mutant in case.mutants]
+)
+def test_planted_error_turns_its_case_red(name: str, mutant: str, outcomes: Outcomes) -> None:
+    verdict = outcomes.suite.run_mutant(outcomes.of(name), mutant)
+    print(report.mutant_line(mutant, verdict, 0.0))
+    assert verdict.red and not verdict.error, verdict.by
