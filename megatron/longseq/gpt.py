@@ -63,8 +63,9 @@ def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tens
         losses: [micro-batch, sequence], cross entropy per token.
 
     Returns:
-        The sum, the number of valid tokens (upstream divides by their total over the global batch), and the pair that
-        upstream's log averages.
+        The sum, the number of valid tokens, and the pair that upstream's log averages over the global batch. For the
+        gradient upstream divides the sum by the number at once, so every micro-batch weighs the same whatever its mask;
+        with --calculate-per-token-loss it divides by the total of the global batch instead.
     """
     mask = loss_mask.reshape(-1).float()
     total = (losses.reshape(-1).float() * mask).sum()

@@ -24,8 +24,8 @@ RECORDS = (
         action="context",
         target="megatron.core.datasets",
         impl="patches.local.helpers:wheels_helper_for_a_tree",
-        why="A Megatron tree compiles its dataset helper at the first run, which needs a compiler and pybind11 on every "
-        "machine; the installed wheel has the same one ready.",
+        why="A Megatron tree compiles its dataset helper at the first run, which needs a compiler and pybind11 on "
+        "every machine; the installed wheel has the same one ready.",
         when="patches.conditions:always",
         test="tests/unit/test_local.py::test_a_tree_without_compiled_helper_finds_the_wheels",
         remove_when="upstream looks for an installed helper before it compiles",

@@ -22,7 +22,7 @@ def only_when_missing(original: Callable[[], None]) -> Callable[[], None]:
 
 @contextmanager
 def wheels_helper_for_a_tree() -> Iterator[None]:
-    """Let a Megatron tree that has not compiled its helper find the installed wheel's, if their sources are the same."""
+    """Let a Megatron tree that has not compiled its helper find the installed wheel's, if the sources are the same."""
     from megatron.core import datasets
 
     found = None
