@@ -1,5 +1,6 @@
 """Save, resume, and load into another layout: upstream's checkpoints, on CPU."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,9 @@ def test_plain_optimizer_resumes_exactly(ranks: RankPool, tmp_path: Path) -> Non
     [(2, TP), (2, PP), (4, f"{PP}"), (4, f"{TP} {PP}")],
     ids=["TP 2", "PP 2", "PP 2 x DP 2", "TP 2 x PP 2"],
 )
-def test_checkpoint_loads_into_another_layout(ranks: RankPool, tmp_path: Path, world: int, layout: str) -> None:
+def test_checkpoint_loads_into_another_layout(
+    ranks: RankPool, tmp_path: Path, world: int, layout: str, tell: Callable[[str], None]
+) -> None:
     both = f"{DISTRIBUTED_OPTIMIZER} {RESHARDABLE}"
     undisturbed, resumed = half_then_whole(ranks, tmp_path, both, f"{both} {layout}", (2, world))
     for ours, theirs in zip(resumed.curve, undisturbed.curve[HALF:], strict=True):
@@ -64,7 +67,7 @@ def test_checkpoint_loads_into_another_layout(ranks: RankPool, tmp_path: Path, w
         assert abs(ours["loss"] / theirs["loss"] - 1) < 1e-9
         assert abs(ours["grad_norm"] / theirs["grad_norm"] - 1) < 1e-9
     apart = distances(resumed.checkpoint(WHOLE), undisturbed.checkpoint(WHOLE))
-    print(f"{layout}: largest relative distance of a tensor {max(apart.values()):.1e}")
+    tell(f"checkpoint of DP 2 resumed on {world} ranks, {layout}: largest tensor distance {max(apart.values()):.1e}")
     assert max(apart.values()) < 1e-8
 
 

@@ -5,6 +5,7 @@ bound is three times the single-process run's own rounding error, measured in th
 same weights.
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,17 +52,15 @@ Start = Callable[[str, bool], list[str]]
 @pytest.fixture(scope="module")
 def start(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Start:
     """Return a function that makes (once) a seed checkpoint and returns the flags of a run from it."""
-    made: dict[tuple[str, bool], list[str]] = {}
 
+    @functools.cache
     def from_seed(arithmetic: str, tied: bool) -> list[str]:
-        if (arithmetic, tied) not in made:
-            folder: Path = tmp_path_factory.mktemp("seed")
-            base = [flag for flag in flags(TINY) if not (tied and flag == "--untie-embeddings-and-output-weights")]
-            base += [*flags(EVALUATED), *flags(ARITHMETIC[arithmetic])]
-            still = flags("--train-iters 1 --lr 0 --min-lr 0 --weight-decay 0 --eval-iters 0")
-            run_arm(ranks, "U", 1, base + still, folder, float64=arithmetic == "float64")
-            made[arithmetic, tied] = [*base, "--load", str(folder), *flags("--finetune --no-load-optim --no-load-rng")]
-        return made[arithmetic, tied]
+        folder: Path = tmp_path_factory.mktemp("seed")
+        base = [flag for flag in flags(TINY) if not (tied and flag == "--untie-embeddings-and-output-weights")]
+        base += [*flags(EVALUATED), *flags(ARITHMETIC[arithmetic])]
+        still = flags("--train-iters 1 --lr 0 --min-lr 0 --weight-decay 0 --eval-iters 0")
+        run_arm(ranks, "U", 1, base + still, folder, float64=arithmetic == "float64")
+        return [*base, "--load", str(folder), *flags("--finetune --no-load-optim --no-load-rng")]
 
     return from_seed
 
@@ -69,14 +68,24 @@ def start(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Start:
 @pytest.fixture(scope="module")
 def single(ranks: RankPool, start: Start) -> Callable[[str, bool], Run]:
     """Return a function that makes (once) the single-process run."""
-    made: dict[tuple[str, bool], Run] = {}
 
+    @functools.cache
     def run(arithmetic: str, tied: bool) -> Run:
-        if (arithmetic, tied) not in made:
-            made[arithmetic, tied] = run_arm(ranks, "O", 1, start(arithmetic, tied), float64=arithmetic == "float64")
-        return made[arithmetic, tied]
+        return run_arm(ranks, "O", 1, start(arithmetic, tied), float64=arithmetic == "float64")
 
     return run
+
+
+@pytest.fixture(scope="module")
+def rounding_error(ranks: RankPool, start: Start, single: Callable[[str, bool], Run]) -> Callable[[str], float]:
+    """Return a function that measures (once) how far the single run is from float64, from the same weights."""
+
+    @functools.cache
+    def measure(arithmetic: str) -> float:
+        base = [flag for flag in start(arithmetic, False) if flag != "--bf16"]
+        return worst(run_arm(ranks, "O", 1, base, float64=True), single(arithmetic, False), "loss")
+
+    return measure
 
 
 def worst(run: Run, reference: Run, name: str) -> float:
@@ -90,7 +99,12 @@ def worst(run: Run, reference: Run, name: str) -> float:
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_equals_one_process_in_float64(
-    ranks: RankPool, start: Start, single: Callable[[str, bool], Run], layout: str, tied: bool
+    ranks: RankPool,
+    start: Start,
+    single: Callable[[str, bool], Run],
+    layout: str,
+    tied: bool,
+    tell: Callable[[str], None],
 ) -> None:
     if tied and "recompute" in layout:
         pytest.skip("recompute does not touch the embeddings; the untied run covers it")
@@ -98,7 +112,8 @@ def test_layout_equals_one_process_in_float64(
     reference = single("float64", tied)
     run = run_arm(ranks, "O", world, start("float64", tied) + flags(own), float64=True)
     loss, norm = worst(run, reference, "loss"), worst(run, reference, "grad_norm")
-    print(f"{layout}: largest relative difference of loss {loss:.1e}, of gradient norm {norm:.1e}")
+    kind = "tied" if tied else "untied"
+    tell(f"float64  {layout}, {kind}: largest relative difference of loss {loss:.1e}, of gradient norm {norm:.1e}")
     assert max(loss, norm) <= RELATIVE
     assert worst(run, reference, "learning_rate") == 0
     assert reference.curve[-1]["loss"] < reference.curve[0]["loss"] - 0.1  # it learns
@@ -107,25 +122,18 @@ def test_layout_equals_one_process_in_float64(
 @pytest.mark.parametrize("arithmetic", ["float32", "bf16"])
 @pytest.mark.parametrize("layout", NOISY)
 def test_layout_stays_within_the_noise(
-    ranks: RankPool, start: Start, single: Callable[[str, bool], Run], layout: str, arithmetic: str
+    ranks: RankPool,
+    start: Start,
+    single: Callable[[str, bool], Run],
+    rounding_error: Callable[[str], float],
+    layout: str,
+    arithmetic: str,
+    tell: Callable[[str], None],
 ) -> None:
     world, own = LAYOUTS[layout]
-    reference, base = single(arithmetic, False), start(arithmetic, False)
-    floor = _floor(ranks, arithmetic, base, reference)
-    difference = worst(run_arm(ranks, "O", world, base + flags(own)), reference, "loss")
-    print(
-        f"{layout}, {arithmetic}: largest relative difference of loss {difference:.1e}, its rounding error {floor:.1e}"
-    )
-    assert floor > 0
-    assert difference <= 3 * floor
-
-
-_FLOORS: dict[str, float] = {}
-
-
-def _floor(ranks: RankPool, arithmetic: str, base: list[str], reference: Run) -> float:
-    """Return the reference's own rounding error: its distance from the same run in float64, from the same weights."""
-    if arithmetic not in _FLOORS:
-        exact = run_arm(ranks, "O", 1, [flag for flag in base if flag != "--bf16"], float64=True)
-        _FLOORS[arithmetic] = worst(exact, reference, "loss")
-    return _FLOORS[arithmetic]
+    reference, error = single(arithmetic, False), rounding_error(arithmetic)
+    run = run_arm(ranks, "O", world, start(arithmetic, False) + flags(own))
+    difference = worst(run, reference, "loss")
+    tell(f"{arithmetic:8} {layout}: largest relative difference of loss {difference:.1e}, rounding error {error:.1e}")
+    assert error > 0
+    assert difference <= 3 * error

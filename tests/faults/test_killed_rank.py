@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -53,7 +54,7 @@ def training_rank(folder: Path, rank: int) -> psutil.Process:
     raise AssertionError(f"rank {rank} of {folder} is not running")
 
 
-def test_killed_rank_is_named_and_the_run_resumes(tmp_path: Path) -> None:
+def test_killed_rank_is_named_and_the_run_resumes(tmp_path: Path, tell: Callable[[str], None]) -> None:
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     whole, _ = (process := launch(undisturbed)).communicate(timeout=240)
     assert process.returncode == 0, whole[-3000:]
@@ -71,7 +72,7 @@ def test_killed_rank_is_named_and_the_run_resumes(tmp_path: Path) -> None:
     os.kill(victim.pid, signal.SIGKILL)
     rest, _ = process.communicate(timeout=120)
     said += rest
-    print(f"the launcher ended {time.monotonic() - started:.1f} s after the kill: {said.splitlines()[-1]}")
+    tell(f"kill -9 of a rank: the launcher ended {time.monotonic() - started:.1f} s later")
     assert process.returncode != 0
     assert re.search(rf"rank 1 \(host \S+, pid {victim.pid}\) died of signal 9 \(SIGKILL\)", said), said[-3000:]
     left = [pid for pid in everyone if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
