@@ -4,6 +4,7 @@ Upstream's wheel ships the loop but not its `pretrain_gpt.py`; this is ours, on 
 must be open before this module is imported (`examples/pretrain_gpt.py` does that).
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,34 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 Batch = dict[str, torch.Tensor | None]
 
 
+# What Megatron-LM's own pretrain_gpt.py serves and this one does not: refused, never silently left out.
+UNSERVED: dict[str, Callable[[Any], bool]] = {
+    "--sft": lambda args: args.sft,
+    "--fim-data": lambda args: args.fim_data,
+    "--dataloader-inter-document-masking": lambda args: args.dataloader_inter_document_masking,
+    "--hybrid-context-parallel": lambda args: args.hybrid_context_parallel,
+    "--logits-load-dir": lambda args: args.logits_load_dir is not None,
+    "--per-dataset-sequences-path": lambda args: args.per_dataset_sequences_path is not None,
+    "--mtp-num-layers with pipeline stages": lambda args: (
+        args.mtp_num_layers is not None and args.pipeline_model_parallel_size > 1
+    ),
+}
+
+
+def refuse_unserved(args: Any) -> None:
+    """Refuse flags that this script would otherwise ignore.
+
+    Raises:
+        ValueError: lists them, and says what serves them.
+    """
+    asked = [flag for flag, given in UNSERVED.items() if given(args)]
+    if asked:
+        raise ValueError(
+            f"examples/pretrain_gpt.py does not serve {', '.join(asked)}. Megatron-LM's own script does, under the "
+            "same patches: python -m patches run PATH/pretrain_gpt.py ..."
+        )
+
+
 def get_batch(data_iterator: Any, vp_stage: int | None) -> Batch:
     """Return this rank's share of the next micro-batch; tensors are [micro-batch, sequence / context-parallel size].
 
@@ -36,22 +65,25 @@ def get_batch(data_iterator: Any, vp_stage: int | None) -> Batch:
         sample = next(data_iterator)
         keys = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
         batch = {key: sample[key].cuda(non_blocking=True) if key in sample else None for key in keys}
-    batch = get_batch_on_this_tp_rank(
-        batch,
-        has_cu_seqlens=False,
-        is_hybrid_cp=False,
-        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
-        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
-        broadcast_group=mpu.get_tensor_model_parallel_group(),
-        cp_size=args.context_parallel_size,
-        tp_rank=tp_rank,
-        micro_batch_size=args.micro_batch_size,
-        seq_length=args.seq_length,
-        mtp_on_this_rank=False,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
-        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
-    )
+    sizes = {"micro_batch_size": args.micro_batch_size, "seq_length": args.seq_length}
+    stage = {
+        "is_pipeline_first_stage": mpu.is_pipeline_first_stage(),
+        "is_pipeline_last_stage": mpu.is_pipeline_last_stage(),
+        "pipeline_model_parallel_size": args.pipeline_model_parallel_size,
+        "mtp_on_this_rank": False,
+    }
+    group = {
+        "tp_rank": tp_rank,
+        "broadcast_group": mpu.get_tensor_model_parallel_group(),
+        "broadcast_src_rank": mpu.get_tensor_model_parallel_src_rank(),
+        "cp_size": args.context_parallel_size,
+    }
+    content = {
+        "create_attention_mask_in_dataloader": args.create_attention_mask_in_dataloader,
+        "has_cu_seqlens": False,
+        "is_hybrid_cp": False,
+    }
+    batch = get_batch_on_this_tp_rank(batch, **sizes, **stage, **group, **content)
     return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
 
 
@@ -142,5 +174,6 @@ datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # every r
 def main() -> None:
     """Parse the flags, describe the model, and hand both to upstream's `pretrain`."""
     args = parse_and_validate_args()
+    refuse_unserved(args)
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
