@@ -35,8 +35,9 @@ ENV VENV=none PYTHONUNBUFFERED=1 PIP_CONSTRAINT=""
 ENV PYTHONPATH=/opt/megatron-longseq
 WORKDIR /opt/megatron-longseq
 COPY requirements.lock ./
-RUN pip install --no-cache-dir --no-deps "$(grep -o '^megatron-core==[0-9.]*' requirements.lock)" \
-    && pip install --no-cache-dir tensorboard matplotlib rich tokenizers
+RUN pinned() { grep -oE "^($1)==[^ ;]+" requirements.lock; } \
+    && pip install --no-cache-dir --no-deps $(pinned megatron-core) \
+    && pip install --no-cache-dir $(pinned "tensorboard|matplotlib|rich|tokenizers|psutil")
 # A user id of its own, so that nothing runs as root; the launcher replaces it by the caller's.
 RUN useradd --create-home longseq && chown longseq /opt/megatron-longseq
 COPY --chown=longseq . ./
