@@ -168,10 +168,12 @@ def report(plan: Plan, seconds: float) -> None:
         f"{sorted(speeds)[len(speeds) // 2]:.0f} tokens/s"
     )
     say(f"Where:     {where}/   loss.png, loss.svg, log.txt, arguments.json, tensorboard/, checkpoints/, ranks/")
-    say("Try next:  python -m patches list                      what is patched, and why")
-    say("           bash scripts/launch.sh --dry-run --nproc 2 -- examples/pretrain_gpt.py ...")
-    say(f"           tensorboard --logdir {where}/tensorboard")
-    say("           bash scripts/test.sh                        the whole proof")
+    python = Path(sys.executable)
+    tools = os.path.relpath(python.parent) if python.is_relative_to(ROOT) else python.parent
+    say(f"Try next:  {tools}/python -m patches list     (what is patched, and why)")
+    say(f"           {tools}/tensorboard --logdir {where}/tensorboard")
+    say("           bash scripts/launch.sh --dry-run --nproc 2 -- examples/pretrain_gpt.py YOUR FLAGS")
+    say("           bash scripts/test.sh     (the whole proof)")
     if last > first - 1.0:
         raise SystemExit(
             f"quickstart: the loss did not fall clearly ({first:.3f} -> {last:.3f}); see {plan.folder / 'log.txt'}"
