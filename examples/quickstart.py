@@ -138,6 +138,21 @@ def show(line: str) -> None:
         say(f"      {match[1].strip(' >.')}")
 
 
+def refuse_other_run(plan: Plan) -> None:
+    """Refuse to mix two runs in one folder.
+
+    Raises:
+        SystemExit: the folder holds a run of another length.
+    """
+    record = plan.folder / "arguments.json"
+    steps = json.loads(record.read_text())["train_iters"] if record.exists() else plan.steps
+    if steps != plan.steps:
+        raise SystemExit(
+            f"quickstart: {plan.folder} holds a run of {steps} steps, and {plan.steps} are asked for: "
+            f"give --steps {steps}, another --run-dir, or remove the folder."
+        )
+
+
 def count_gpus() -> int:
     """Return how many GPUs this process may use; the launcher and PyTorch see the same."""
     import torch
@@ -189,6 +204,7 @@ def main() -> None:
     if args.steps < 8 or args.steps % 4:
         parser.error(f"--steps {args.steps}: a multiple of 4, at least 8 (evaluated four times, resumed half-way)")
     plan = Plan(args.run_dir.resolve(), args.steps, count_gpus())
+    refuse_other_run(plan)
     plan.folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
 

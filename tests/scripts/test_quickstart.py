@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
 
 
-def quickstart(folder: Path) -> subprocess.CompletedProcess[str]:
-    command = ["bash", "scripts/quickstart.sh", "--run-dir", str(folder), "--steps", str(STEPS)]
+def quickstart(folder: Path, steps: int = STEPS) -> subprocess.CompletedProcess[str]:
+    command = ["bash", "scripts/quickstart.sh", "--run-dir", str(folder), "--steps", str(steps)]
     environment = {**os.environ, "VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
 
@@ -38,6 +38,11 @@ def test_quickstart_trains_resumes_and_tells(tmp_path: Path) -> None:
     again = quickstart(tmp_path)
     assert again.returncode == 0
     assert again.stdout.count("done before, skipped") == 2 and "      step" not in again.stdout
+    assert (tmp_path / "log.txt").read_text() == log
+
+    other = quickstart(tmp_path, steps=STEPS + 4)
+    assert other.returncode != 0
+    assert f"holds a run of {STEPS} steps" in other.stderr
     assert (tmp_path / "log.txt").read_text() == log
 
 
