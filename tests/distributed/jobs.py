@@ -1,6 +1,7 @@
 """Small jobs that the pool's own tests run on ranks."""
 
 import os
+import subprocess
 import time
 
 import torch
@@ -32,3 +33,8 @@ def die_on(rank: int) -> None:
 def sleep(seconds: float) -> None:
     """Hang for a while."""
     time.sleep(seconds)
+
+
+def start_helper() -> int:
+    """Start a process that would outlive its rank, as upstream's checkpoint writer does; return its pid."""
+    return subprocess.Popen(["sleep", "600"]).pid

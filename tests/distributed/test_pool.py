@@ -1,5 +1,8 @@
 """The pool of ranks: results in rank order, and a failure that names its rank."""
 
+import time
+
+import psutil
 import pytest
 
 from tests.distributed import jobs
@@ -23,3 +26,15 @@ def test_a_killed_rank_is_named(ranks: RankPool) -> None:
 def test_a_hang_ends_at_the_limit(ranks: RankPool) -> None:
     with pytest.raises(RankFailure, match=r"ranks \[0, 1\] did not end in time"):
         ranks.run(2, jobs.sleep, 60, timeout=1.0)
+
+
+def test_what_a_rank_started_ends_with_it(ranks: RankPool) -> None:
+    helpers = ranks.run(2, jobs.start_helper)
+    deadline = time.monotonic() + 10
+    while any(map(_alive, helpers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(_alive, helpers))
+
+
+def _alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
