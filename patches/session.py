@@ -1,5 +1,6 @@
 """What is applied in this process. `SESSION` is the only state of this package."""
 
+import atexit
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -51,6 +52,14 @@ class Session:
             if not applied.bindings and not applied.contexts:
                 self.stack.remove(applied)
                 self._stages = {stage: a for stage, a in self._stages.items() if a is not applied}
+
+    def leave(self) -> None:
+        """Put everything back without asking, at the end of the process.
+
+        A context manager that Python finds open when it takes its modules down fails there, with a traceback on stderr.
+        """
+        while self.stack:
+            self.stack.pop().roll_back()
 
     def start(self) -> engine.Applied:
         """Apply the records of stage `start` that this machine asks for; call it before upstream is imported.
@@ -108,7 +117,9 @@ SESSION = Session()
 
 
 def start() -> engine.Applied:
-    """`Session.start` of this process."""
+    """`Session.start` of this process; what is applied is put back when the process ends."""
+    atexit.unregister(SESSION.leave)  # a second call registers nothing a second time
+    atexit.register(SESSION.leave)
     return SESSION.start()
 
 

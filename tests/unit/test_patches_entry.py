@@ -213,3 +213,10 @@ def test_the_start_set_goes_in_and_out_exactly(own_session):
     own_session.undo(handle)
     assert all(b.place.own() is b.before for b in {b.place.key: b for b in reversed(bindings)}.values())
     assert isinstance(handle, engine.Applied) and not handle.bindings
+
+
+def test_the_end_of_a_process_is_quiet():
+    code = "import patches, sys; patches.start(); patches.start(); sys.exit(3)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert "Error" not in done.stderr and "Traceback" not in done.stderr, done.stderr
