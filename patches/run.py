@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from patches import wheel
+from patches import session, wheel
 from patches.errors import PatchError
-from patches.session import SESSION
 from patches.source import ImportPath
 
 Choice = Literal["tree", "wheel"]
@@ -47,7 +46,7 @@ def run(script: str, argv: Sequence[str], megatron: Choice = "tree") -> None:
     if os.environ.get("RANK", "0") == "0":
         core = ImportPath().find("megatron.core")
         print(f"> megatron.core: {core.path if core else 'not found'}", flush=True)
-    SESSION.start()
+    session.start()
     runpy.run_path(script, run_name="__main__")
 
 
