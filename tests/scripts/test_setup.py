@@ -196,6 +196,8 @@ def test_an_interrupted_installation_leaves_nothing(machine: Machine, signum: si
         env=machine.env(),
         stdout=subprocess.DEVNULL,
         start_new_session=True,
+        # Under nohup the signal comes down ignored, and a shell cannot trap what was ignored when it started.
+        preexec_fn=lambda: signal.signal(signum, signal.SIG_DFL),  # noqa: PLW1509
     )
     wait_until(lambda: pid_file.exists() and pid_file.read_text() != "")
     os.killpg(process.pid, signum)
