@@ -1,0 +1,146 @@
+"""The recorder's spans: what ran, in order, on a clock that ranks share."""
+
+import contextlib
+import time
+
+import pytest
+import torch
+
+import patches
+from megatron.longseq.pipeline import recorder as module
+from megatron.longseq.pipeline.action import Action, Kind, Pipeline
+from megatron.longseq.pipeline.recorder import DeviceClock, HostClock, Recorder, aligned
+from megatron.longseq.pipeline.timeline import Span, Timeline
+
+FIRST, SECOND = Action(Kind.FORWARD, 0), Action(Kind.BACKWARD, 0, 1)
+
+
+@pytest.fixture(params=["host", "device"])
+def recorder(request):
+    """Both clocks; without a CUDA device the second runs on the CPU patch's events, which keep real time."""
+    with contextlib.ExitStack() as stack:
+        if request.param == "device" and not torch.cuda.is_available():
+            stack.enter_context(patches.applied("cpu.device"))
+        yield Recorder(HostClock() if request.param == "host" else DeviceClock())
+
+
+def test_spans_are_in_order_in_unix_time_and_as_long_as_the_actions(recorder: Recorder) -> None:
+    before = time.time()
+    recorder.start_step()
+    with recorder.action(FIRST):
+        time.sleep(0.05)
+    time.sleep(0.02)
+    recorder.begin(SECOND)
+    recorder.end()
+    first, second = recorder.finish()
+    assert (first.action, second.action) == (FIRST, SECOND)
+    slack = 0.01
+    assert before - slack <= first.start <= second.end <= time.time() + slack
+    if not torch.cuda.is_available() or isinstance(recorder._clock, HostClock):  # a device does not sleep with its host
+        assert 0.05 - 1e-3 <= first.end - first.start < 0.5
+        assert second.start - first.end >= 0.02 - 1e-3
+
+
+def test_a_step_knows_nothing_of_the_one_before(recorder: Recorder) -> None:
+    for action in (FIRST, SECOND):
+        recorder.start_step()
+        with recorder.action(action):
+            pass
+        assert [span.action for span in recorder.finish()] == [action]
+
+
+def test_a_step_that_was_given_up_leaves_nothing(recorder: Recorder) -> None:
+    recorder.start_step()
+    with pytest.raises(ValueError), recorder.action(FIRST):
+        raise ValueError
+    with recorder.action(SECOND):
+        pass
+    assert [span.action for span in recorder.finish()] == [SECOND]
+    recorder.start_step()
+    recorder.begin(FIRST)
+    recorder.start_step()
+    assert recorder.finish() == ()
+
+
+def test_calls_out_of_order_are_refused(recorder: Recorder) -> None:
+    with pytest.raises(RuntimeError, match="no step was started"):
+        recorder.begin(FIRST)
+    with pytest.raises(RuntimeError, match="no step was started"):
+        recorder.finish()
+    recorder.start_step()
+    with pytest.raises(RuntimeError, match="call begin first"):
+        recorder.end()
+    recorder.begin(FIRST)
+    with pytest.raises(RuntimeError, match="forward of micro-batch 0, segment 0 has not ended"):
+        recorder.begin(SECOND)
+    with pytest.raises(RuntimeError, match="has not ended"):
+        recorder.finish()
+
+
+class _LateEvent:
+    """An event of a stream that runs 5 s behind its host, on a clock of the test."""
+
+    now = 0.0
+    synchronized = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = _LateEvent.now + 5
+
+    def synchronize(self) -> None:
+        _LateEvent.synchronized += 1
+        _LateEvent.now = self.at
+
+    def elapsed_time(self, end: "_LateEvent") -> float:
+        return (end.at - self.at) * 1e3
+
+
+def test_device_spans_say_when_the_device_ran_and_the_host_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", _LateEvent)
+    monkeypatch.setattr(module.time, "time", lambda: 1_000.0 + _LateEvent.now)
+    monkeypatch.setattr(_LateEvent, "now", 0.0)
+    monkeypatch.setattr(_LateEvent, "synchronized", 0)
+    clock = DeviceClock()
+    recorder = Recorder(clock)
+    for step in range(3):
+        begin = _LateEvent.now
+        recorder.start_step()
+        for action in (FIRST, SECOND):
+            with recorder.action(action):
+                _LateEvent.now += 1
+        spans = recorder.finish()
+        assert [span.start - begin for span in spans] == pytest.approx([1005, 1006])
+        assert [span.end - begin for span in spans] == pytest.approx([1006, 1007])
+        assert _LateEvent.synchronized == step + 1
+    assert len(clock._pool) == 6  # reference, four stamps, last: used again in every step
+
+
+def test_a_moved_wall_clock_bends_no_span(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(HostClock())
+    recorder.start_step()
+    recorder.begin(FIRST)
+    monkeypatch.setattr(module.time, "time", lambda: 0.0)
+    recorder.end()
+    (span,) = recorder.finish()
+    assert 0 <= span.end - span.start < 1
+
+
+def test_aligned_ranks_count_from_the_first_start() -> None:
+    ranks = aligned([(Span(FIRST, 101.5, 102.0),), (Span(SECOND, 101.0, 103.0),)])
+    assert ranks == ((Span(FIRST, 0.5, 1.0),), (Span(SECOND, 0.0, 2.0),))
+    assert Timeline("measured", Pipeline(2, 1), ranks).makespan == 2.0
+    assert aligned([(), ()]) == ((), ())
+
+
+def test_recording_costs_little(tell) -> None:
+    recorder = Recorder(HostClock())
+    recorder.start_step()
+    start = time.perf_counter()
+    for _ in range(10_000):
+        with recorder.action(FIRST):
+            pass
+    each = (time.perf_counter() - start) / 10_000
+    tell(f"recorder: {each * 1e6:.1f} us per action on the host's clock")
+    assert each < 1e-4
