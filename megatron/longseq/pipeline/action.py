@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
+class ScheduleError(ValueError):
+    """A schedule that cannot be made for these sizes, or that would compute wrongly or never end."""
+
+
 class Kind(StrEnum):
     """What an action computes."""
 
