@@ -5,10 +5,13 @@ import json
 import os
 from pathlib import Path
 
+from megatron.longseq.pipeline.flags import add_pipeline_arguments, check_pipeline_numbers
+
 
 def add_longseq_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add every system's group of flags to upstream's parser and return the parser (upstream's hook wants it back)."""
     _add_record_arguments(parser)
+    add_pipeline_arguments(parser)
     return parser
 
 
@@ -19,6 +22,7 @@ def validate_longseq_arguments(args: argparse.Namespace) -> None:
         ValueError: names the flag, the reason and what to do.
     """
     _validate_record_arguments(args)
+    check_pipeline_numbers(args)
 
 
 def write_arguments_file(args: argparse.Namespace) -> None:

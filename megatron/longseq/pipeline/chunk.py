@@ -1,0 +1,217 @@
+"""One model chunk (virtual stage) of a rank, made to run segment by segment without its code knowing.
+
+Nothing of upstream is replaced: on the chunk's own instances `forward` is bound anew, so parameters, their names and
+checkpoints stay as they are. The model is given its slice of the batch, rotary positions start where the segment
+starts, and core attention sees the keys of earlier segments (`megatron.longseq.attention.prefix`).
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.longseq.attention.documents import document_starts
+from megatron.longseq.attention.kernels import choose
+from megatron.longseq.attention.prefix import PrefixStore, Segment, segment_attention
+
+ALONG_SEQUENCE = ("input_ids", "position_ids", "labels", "loss_mask", "padding_mask")  # [micro-batch, sequence]
+UNSERVED = ("decoder_input", "inference_context", "inference_params", "packed_seq_params", "output_processor")
+
+
+@dataclass
+class Chunk:
+    """A model chunk under segments.
+
+    Attributes:
+        module: the chunk as upstream's schedules get it, wrapped by DDP and Float16Module.
+        lengths: tokens per segment.
+        packs_documents: whether attention masks hold document borders (upstream's --reset-attention-mask); otherwise a
+            mask given by the script must be the plain causal one.
+        store: keys and values of earlier segments.
+        pieces: micro-batch -> outputs of its earlier segments (last stage).
+        starts: micro-batch -> first position of every token's document.
+    """
+
+    module: torch.nn.Module
+    lengths: Sequence[int]
+    packs_documents: bool = False
+    store: PrefixStore = field(default_factory=PrefixStore)
+    pieces: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    starts: dict[int, torch.Tensor] = field(default_factory=dict)
+    bound: list[torch.nn.Module] = field(default_factory=list)
+    seen_mask: bool = False
+
+    def attach(self) -> None:
+        """Bind `forward` anew on the model, its rotary embedding and its core attentions.
+
+        Raises:
+            ValueError: this is no GPT model of self-attention layers.
+        """
+        models = [module for module in self.module.modules() if isinstance(module, GPTModel)]
+        if len(models) != 1:
+            raise ValueError(
+                f"--seq1f1b-splits serves GPTModel; this chunk is {type(self.module).__name__} with {len(models)} of "
+                "them inside. Train it with --seq1f1b-splits 1."
+            )
+        self._bind(models[0], self._model_forward(models[0]))
+        rotary = getattr(models[0], "rotary_pos_emb", None)
+        if rotary is not None:
+            self._bind(rotary, self._rotary_forward(rotary.forward))
+        for module in self.module.modules():
+            if isinstance(module, SelfAttention):
+                self._bind(module.core_attention, self._attention_forward(module))
+
+    def detach(self) -> None:
+        """Give the instances back the `forward` of their classes."""
+        while self.bound:
+            del self.bound.pop().forward
+
+    def _bind(self, module: torch.nn.Module, forward: Callable[..., Any]) -> None:
+        module.forward = forward
+        self.bound.append(module)
+
+    def enter(self, microbatch: int, segment: int, forward_only: bool) -> None:
+        """Say which segment the next forward or backward is of, recomputation included."""
+        begin = sum(self.lengths[:segment])
+        end = begin + self.lengths[segment]
+        self.store.current = Segment(microbatch, segment, begin, end, tuple(self.lengths), forward_only)
+
+    def leave(self, microbatch: int) -> None:
+        """Forget a micro-batch whose last action is done."""
+        self.pieces.pop(microbatch, None)
+        self.starts.pop(microbatch, None)
+
+    def assert_empty(self) -> None:
+        """Check at the end of a step that every segment was taken back.
+
+        Raises:
+            RuntimeError: names what is left.
+        """
+        self.store.assert_empty()
+        if self.pieces or self.starts:
+            raise RuntimeError(f"outputs of micro-batches {sorted(self.pieces | self.starts)} were never finished")
+
+    def _model_forward(self, model: GPTModel) -> Callable[..., torch.Tensor]:
+        original = model.forward
+        signature = inspect.signature(original)
+
+        def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+            given = signature.bind(*args, **kwargs)
+            self._cut(given.arguments)
+            output = original(*given.args, **given.kwargs)
+            return self._assemble(output) if model.post_process else output
+
+        return forward
+
+    def _cut(self, given: dict[str, Any]) -> None:
+        segment = self.store.current
+        unserved = [name for name in UNSERVED if given.get(name) is not None]
+        if unserved:
+            raise ValueError(f"--seq1f1b-splits cannot cut {', '.join(unserved)} into segments; leave it out.")
+        mask = given.get("attention_mask")
+        if mask is not None:
+            self._read_mask(mask)
+            given["attention_mask"] = None
+        for name in ALONG_SEQUENCE:
+            if given.get(name) is not None:
+                given[name] = given[name][:, segment.begin : segment.end]
+
+    def _read_mask(self, mask: torch.Tensor) -> None:
+        segment = self.store.current
+        if self.packs_documents and segment.microbatch not in self.starts:
+            self.starts[segment.microbatch] = document_starts(mask)
+        elif not self.packs_documents and not self.seen_mask:
+            self.seen_mask = True  # the same for all micro-batches: upstream's dataset makes it once
+            if document_starts(mask).any():
+                raise ValueError(
+                    "the script's attention mask separates documents, but --reset-attention-mask is not given; give "
+                    "it, so that --seq1f1b-splits reads the mask of every micro-batch."
+                )
+
+    def _assemble(self, output: torch.Tensor) -> torch.Tensor:
+        """Put a segment's output, [micro-batch, segment, ...], into its place in the whole sequence's.
+
+        The loss function of the script then sees the whole loss mask: what it divides by is the micro-batch's, for any
+        split and any mask. Earlier segments stand there as constants, so that at the last segment its report is the
+        micro-batch's; later ones are zero, and no gradient flows outside the segment.
+        """
+        segment = self.store.current
+        pieces = self.pieces.setdefault(segment.microbatch, [])
+        rest = sum(self.lengths) - segment.end
+        tail = [output.new_zeros(output.shape[0], rest, *output.shape[2:])] if rest else []
+        whole = torch.cat([*pieces, output, *tail], dim=1)
+        pieces.append(output.detach())
+        return whole
+
+    def _rotary_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(max_seq_len: int, offset: int = 0, **kwargs: Any) -> Any:
+            return original(max_seq_len, offset=offset + self.store.current.begin, **kwargs)
+
+        return forward
+
+    def _attention_forward(self, attention: SelfAttention) -> Callable[..., torch.Tensor]:
+        config, layer = attention.config, attention.layer_number
+        scale = config.softmax_scale or config.kv_channels**-0.5
+        has_window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer)
+        window = config.window_size[0] if has_window and config.window_size[0] >= 0 else None
+
+        def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            probability = config.attention_dropout if attention.training else 0.0
+            kernel = choose(query.device, query.dtype, query.shape[-1], dropout=probability, window=window)
+            return segment_attention(
+                query,
+                key,
+                value,
+                store=self.store,
+                layer=layer,
+                kernel=kernel,
+                scale=scale,
+                window=window,
+                documents=self.starts.get(self.store.current.microbatch),
+                dropout=(probability, _fork(config)) if probability else None,
+            )
+
+        return forward
+
+
+def _fork(config: Any) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Return the random state that upstream's core attention draws from."""
+    if config.sequence_parallel:
+        return contextlib.nullcontext
+    return lambda: tensor_parallel.get_cuda_rng_tracker().fork()  # type: ignore[no-any-return]
+
+
+class Replay:
+    """A data iterator that gives every segment of a micro-batch the same samples.
+
+    Args:
+        samples: the script's iterator.
+        is_first: tells whether the running unit is its micro-batch's first segment.
+    """
+
+    def __init__(self, samples: Iterator[Any], is_first: Callable[[], bool]) -> None:
+        self.samples, self.is_first = samples, is_first
+        self.drawn: list[Any] = []
+        self.next = 0
+
+    def rewind(self) -> None:
+        """Begin a unit: at a first segment new samples are drawn, at a later one the same come again."""
+        self.next = 0
+        if self.is_first():
+            self.drawn = []
+
+    def __iter__(self) -> "Replay":
+        return self
+
+    def __next__(self) -> Any:
+        if self.next == len(self.drawn):
+            self.drawn.append(next(self.samples))
+        sample = self.drawn[self.next]
+        self.next += 1
+        return dict(sample) if isinstance(sample, dict) else sample

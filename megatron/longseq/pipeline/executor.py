@@ -1,0 +1,191 @@
+"""Runs one rank's list of actions over upstream's forward and backward steps; one executor for every schedule."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.utils import get_model_config
+from megatron.longseq.pipeline.recorder import Recorder
+from megatron.longseq.pipeline.watch import Watch
+from megatron.longseq.pipeline.weight import WeightStore
+
+from megatron.longseq.pipeline.action import Action, Kind, Pipeline, Schedule
+from megatron.longseq.pipeline.chunk import Chunk, Replay
+from megatron.longseq.pipeline.gradsync import GradSync
+from megatron.longseq.pipeline.p2p import Lanes, Mailbox
+
+Unit = tuple[int, int, int]  # micro-batch, segment, virtual stage
+
+
+@dataclass(frozen=True)
+class Step:
+    """What upstream's training loop asks of one step; the names are those of upstream's schedules.
+
+    Attributes:
+        forward_step_func: the script's forward step.
+        data: per virtual stage the script's data iterator.
+        micro_batch_size: sequences per micro-batch.
+        forward_only: evaluation.
+        collect_non_loss_data: the loss function is asked for other data.
+        first_val_step: whether this is the first step of an evaluation; None in training.
+        cp_size: context-parallel size, which upstream's loss scaling wants.
+    """
+
+    forward_step_func: Callable[..., Any]
+    data: Sequence[Iterator[Any] | None]
+    micro_batch_size: int
+    forward_only: bool = False
+    collect_non_loss_data: bool = False
+    first_val_step: bool | None = None
+    cp_size: int = 1
+
+
+@dataclass
+class Executor:
+    """One rank's step.
+
+    Attributes:
+        schedule: a proven schedule.
+        rank: this rank's place in the pipeline.
+        chunks: this rank's model chunks, by virtual stage.
+        lanes: the pipeline's communicators.
+        shape: segment -> shape of its hidden states on this rank.
+        step: what the training loop asks.
+        watch: told of every wait.
+        weights: deferred weight gradients, where the schedule has them.
+        recorder: told when each action begins and ends.
+    """
+
+    schedule: Schedule
+    rank: int
+    chunks: Sequence[Chunk]
+    lanes: Lanes
+    shape: Callable[[int], tuple[int, ...]]
+    step: Step
+    watch: Watch
+    weights: WeightStore | None = None
+    recorder: Recorder | None = None
+    alive: dict[Unit, tuple[Any, Any]] = field(
+        default_factory=dict
+    )  # unit -> its input and output, forward to backward
+    reports: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.config = get_model_config(self.chunks[0].module)
+        self.order = self.schedule.orders[self.rank]
+        self.tokens = torch.zeros([], dtype=torch.int, device=self._device())
+        self.data = [self._replayed(vstage, samples) for vstage, samples in enumerate(self.step.data)]
+        self.at: Action | None = None
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The sizes."""
+        return self.schedule.pipeline
+
+    def run(self) -> list[Any]:
+        """Run all actions; returns what the script's loss function reported, per micro-batch (last stage only)."""
+        sync = GradSync(self.config, [chunk.module for chunk in self.chunks], self.order, self.rank)
+        mail = Mailbox(self.lanes, self.pipeline, self.order, self.shape, self._empty, self.watch)
+        run = {Kind.FORWARD: self._forward, Kind.BACKWARD: self._backward, Kind.WEIGHT: self._weight}
+        with sync.paused(forward_only=self.step.forward_only):
+            for index, action in enumerate(self.order):
+                mail.post()
+                received = mail.take(index, action)
+                sync.before(index)
+                with self._recorded(action):
+                    mail.send(action, run[action.kind](action, received))
+                self._release(action)
+                sync.after(index)
+            mail.close()
+            self._assert_finished()
+        return self.reports
+
+    def _forward(self, action: Action, received: torch.Tensor | None) -> torch.Tensor:
+        chunk, data = self._enter(action), self.data[action.vstage]
+        if data is not None:
+            data.rewind()
+        reports: list[Any] = []
+        if received is not None and not self.step.forward_only:
+            received.requires_grad_()
+        is_first = action.microbatch == 0 and action.segment == 0
+        output, tokens = schedules.forward_step(
+            self.step.forward_step_func,
+            data,
+            chunk.module,
+            self.pipeline.microbatches,
+            received,
+            reports,
+            self.config,
+            cp_group_size=self.step.cp_size,
+            collect_non_loss_data=self.step.collect_non_loss_data,
+            is_first_microbatch=schedules.check_first_val_step(
+                self.step.first_val_step, self.step.forward_only, is_first
+            ),
+            current_microbatch=action.microbatch,
+            vp_stage=action.vstage if self.pipeline.virtual > 1 else None,
+            is_last_stage=self._is_last(action),
+        )
+        if action.segment == self.pipeline.segments - 1:  # until then the report is of a part of the micro-batch
+            self.reports += reports
+            self.tokens += tokens
+        if not self.step.forward_only:
+            self.alive[_unit(action)] = received, output
+        return output
+
+    def _backward(self, action: Action, received: torch.Tensor | None) -> torch.Tensor | None:
+        self._enter(action)
+        if self.weights is not None:
+            self.weights.begin(_unit(action))
+        entered, left = self.alive.pop(_unit(action))
+        return schedules.backward_step(entered, left, received, self.config)
+
+    def _weight(self, action: Action, received: torch.Tensor | None) -> None:
+        assert self.weights is not None, "the schedule has weight actions, but no weight gradient is deferred"
+        self.weights.run(_unit(action))
+
+    def _enter(self, action: Action) -> Chunk:
+        chunk = self.chunks[action.vstage]
+        chunk.enter(action.microbatch, action.segment, self.step.forward_only)
+        self.at = action
+        return chunk
+
+    def _release(self, action: Action) -> None:
+        """Free what the action has made superfluous."""
+        if action.kind is Kind.FORWARD and not self.step.forward_only:
+            schedules.deallocate_output_tensor(self.alive[_unit(action)][1], self.config.deallocate_pipeline_outputs)
+        last = self.pipeline.segments - 1 if self.step.forward_only else 0
+        kind = Kind.FORWARD if self.step.forward_only else Kind.BACKWARD
+        if action.kind is kind and action.segment == last:
+            self.chunks[action.vstage].leave(action.microbatch)
+
+    def _assert_finished(self) -> None:
+        if self.alive:
+            raise RuntimeError(f"pipeline rank {self.rank}: no backward for units {sorted(self.alive)}")
+        for chunk in self.chunks:
+            chunk.assert_empty()
+        if self.weights is not None:
+            self.weights.assert_empty()
+
+    def _is_last(self, action: Action) -> bool:
+        return self.pipeline.stage(self.rank, action.vstage) == self.pipeline.depth - 1
+
+    def _replayed(self, vstage: int, samples: Iterator[Any] | None) -> Replay | None:
+        if samples is None:
+            return None
+        return Replay(samples, lambda: self.at is not None and self.at.segment == 0)
+
+    def _recorded(self, action: Action) -> contextlib.AbstractContextManager[Any]:
+        return self.recorder.action(action) if self.recorder is not None else contextlib.nullcontext()
+
+    def _empty(self, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.empty(shape, dtype=self.config.pipeline_dtype, device=self._device())
+
+    def _device(self) -> torch.device:
+        return next(self.chunks[0].module.parameters()).device
+
+
+def _unit(action: Action) -> Unit:
+    return action.microbatch, action.segment, action.vstage

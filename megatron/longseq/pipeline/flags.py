@@ -1,0 +1,190 @@
+"""The flags of our pipeline schedules, and what they refuse."""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from typing import Any
+
+Refusals = dict[str, tuple[Callable[[Namespace], Any], str]]
+
+# flag: (is it asked for?, why a sequence in segments cannot serve it)
+NOT_IN_SEGMENTS: Refusals = {
+    "--context-parallel-size": (
+        lambda a: a.context_parallel_size > 1,
+        "a segment's keys are not distributed over context-parallel ranks yet",
+    ),
+    "--multi-latent-attention": (
+        lambda a: a.multi_latent_attention,
+        "earlier segments' keys are kept per head, not as latents",
+    ),
+    "--mtp-num-layers": (lambda a: a.mtp_num_layers, "its labels reach beyond the end of a segment"),
+    "--is-hybrid-model": (
+        lambda a: a.is_hybrid_model or a.hybrid_layer_pattern or a.linear_attention_freq,
+        "recurrent layers would have to hand their state from segment to segment",
+    ),
+    "--experimental-attention-variant": (
+        lambda a: a.experimental_attention_variant is not None,
+        "its core attention cannot take keys of earlier segments",
+    ),
+    "--softmax-type": (lambda a: a.softmax_type != "vanilla", "the attention kernels know the plain softmax alone"),
+    "--position-embedding-type mrope": (
+        lambda a: a.position_embedding_type == "mrope",
+        "its positions are not those of one sequence",
+    ),
+    "--qk-clip": (lambda a: a.qk_clip or a.log_max_attention_logit, "the attention kernels do not keep the logits"),
+    "--window-size": (
+        lambda a: a.window_size is not None and a.window_size[1] not in (0, -1),
+        "a window that reaches to the right sees tokens of later segments",
+    ),
+    "--reset-attention-mask": (
+        lambda a: a.reset_attention_mask and _depth(a) > 2,
+        "upstream gives batches to the first and the last stage alone, so the stages between do not know the documents "
+        "(upstream itself lets attention cross their borders there)",
+    ),
+    "--sft": (lambda a: a.sft or a.hybrid_context_parallel, "packed sequences in THD form are not cut into segments"),
+    "--fp8-format": (lambda a: a.fp8 or a.fp4, "scaling factors that follow micro-batches are not proven for segments"),
+    "--tp-comm-overlap": (lambda a: a.tp_comm_overlap, "its buffers have the shape of a whole sequence"),
+    "--cuda-graph-impl": (lambda a: a.cuda_graph_impl != "none", "a graph has one shape, and segments have several"),
+    "--fine-grained-activation-offloading": (
+        lambda a: a.fine_grained_activation_offloading or a.cpu_offloading_num_layers,
+        "offloaded activations are taken back in the order of whole micro-batches",
+    ),
+    "--moe-router-load-balancing-type": (
+        lambda a: a.num_experts and ((a.moe_aux_loss_coeff and _balances(a)) or a.moe_z_loss_coeff),
+        "an auxiliary loss is a statistic of the whole micro-batch; use --moe-router-load-balancing-type none",
+    ),
+    "--moe-expert-capacity-factor": (
+        lambda a: a.num_experts and (a.moe_expert_capacity_factor or a.moe_expert_rank_capacity_factor),
+        "capacity would be a segment's, and other tokens would be dropped",
+    ),
+}
+
+# flag: (is it asked for?, why none of our schedules can serve it)
+NOT_IN_SCHEDULES: Refusals = {
+    "--overlap-moe-expert-parallel-comm": (
+        lambda a: a.overlap_moe_expert_parallel_comm,
+        "it runs a forward and a backward as one action",
+    ),
+    "--defer-embedding-wgrad-compute": (
+        lambda a: a.defer_embedding_wgrad_compute,
+        "it pairs activations and gradients first in, first out; segments come back in reverse",
+    ),
+    "--variable-seq-lengths": (lambda a: a.variable_seq_lengths, "shapes are known from the plan, not negotiated"),
+    "--moe-paged-stash": (lambda a: a.moe_paged_stash, "pages follow upstream's own schedules"),
+}
+
+# flag: (is it asked for?, why --zero-bubble cannot serve it)
+NOT_WITH_ZERO_BUBBLE: Refusals = {
+    "--num-layers-per-virtual-pipeline-stage": (
+        lambda a: _virtual(a) > 1,
+        "ZB-H1 is an order for one stage per rank",
+    ),
+    "--transformer-impl": (
+        lambda a: a.transformer_impl != "local",
+        "input and weight gradient are split in upstream's own linear layers; give --transformer-impl local",
+    ),
+    "--num-experts": (lambda a: a.num_experts, "expert layers compute both gradients at once"),
+    "--use-megatron-fsdp": (
+        lambda a: a.use_megatron_fsdp or a.use_torch_fsdp2,
+        "it reduces a gradient in the backward that made it",
+    ),
+    "--delay-wgrad-compute": (lambda a: a.delay_wgrad_compute, "both would defer the same gradients"),
+}
+
+
+def add_pipeline_arguments(parser: ArgumentParser) -> None:
+    """Add the group of the pipeline schedules; virtual stages are upstream's own flags."""
+    group = parser.add_argument_group(title="longseq: pipeline schedules (Seq1F1B)")
+    group.add_argument(
+        "--seq1f1b-splits",
+        type=int,
+        default=1,
+        metavar="K",
+        help="cut every sequence into K segments that pass the pipeline one after the other; 1: upstream's schedule",
+    )
+    group.add_argument(
+        "--seq1f1b-partition",
+        default="balanced",
+        metavar="even|balanced|N1,N2,...",
+        help="tokens per segment: of equal length, of equal cost of forward and backward, or as listed",
+    )
+    group.add_argument(
+        "--seq1f1b-slack",
+        type=int,
+        default=0,
+        metavar="E",
+        help="run E more segments forward before the first backward, per stage downstream: less bubble, more memory",
+    )
+    group.add_argument(
+        "--zero-bubble",
+        action="store_true",
+        help="compute weight gradients apart from input gradients, where a rank would wait otherwise (ZB-H1)",
+    )
+    group.add_argument(
+        "--pipeline-trace",
+        metavar="FOLDER",
+        help="write when each action of one training step began and ended, per rank, to this folder",
+    )
+    group.add_argument(
+        "--pipeline-trace-step", type=int, default=3, metavar="N", help="which step of this run that is, from 1"
+    )
+    group.add_argument(
+        "--pipeline-patience",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="a rank that waits longer than this for another stage says what it waits for",
+    )
+
+
+def wants_our_schedule(args: Namespace) -> bool:
+    """Whether the flags ask for a schedule of ours; otherwise upstream's own function runs."""
+    return bool(
+        getattr(args, "seq1f1b_splits", 1) > 1
+        or getattr(args, "seq1f1b_slack", 0)
+        or getattr(args, "zero_bubble", False)
+        or getattr(args, "pipeline_trace", None)
+    )
+
+
+def check_pipeline_numbers(args: Namespace) -> None:
+    """Refuse numbers that mean nothing, as soon as they are parsed.
+
+    Raises:
+        ValueError: names the flag and what it takes.
+    """
+    for flag, least in (("seq1f1b_splits", 1), ("seq1f1b_slack", 0), ("pipeline_trace_step", 1)):
+        if getattr(args, flag, least) < least:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give at least {least}.")
+    if getattr(args, "pipeline_patience", 1.0) <= 0:
+        raise ValueError(f"--pipeline-patience {args.pipeline_patience}: give seconds, more than 0.")
+
+
+def refuse_unserved(args: Namespace) -> None:
+    """Refuse what our schedules cannot serve, once upstream has validated its arguments.
+
+    Raises:
+        ValueError: lists every flag with the reason.
+    """
+    tables = [("our pipeline schedules", NOT_IN_SCHEDULES)]
+    if args.seq1f1b_splits > 1:
+        tables.append(("--seq1f1b-splits", NOT_IN_SEGMENTS))
+    if args.zero_bubble:
+        tables.append(("--zero-bubble", NOT_WITH_ZERO_BUBBLE))
+    lines = [
+        f"  {flag} with {what}: {why}" for what, table in tables for flag, (asked, why) in table.items() if asked(args)
+    ]
+    if lines:
+        raise ValueError("These flags do not go together:\n" + "\n".join(lines))
+
+
+def _virtual(args: Namespace) -> int:
+    return args.virtual_pipeline_model_parallel_size or 1
+
+
+def _depth(args: Namespace) -> int:
+    return int(args.pipeline_model_parallel_size) * _virtual(args)
+
+
+def _balances(args: Namespace) -> bool:
+    kinds = args.moe_router_load_balancing_type
+    return any(kind != "none" for kind in (kinds if isinstance(kinds, list) else [kinds]))

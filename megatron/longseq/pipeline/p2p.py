@@ -1,0 +1,186 @@
+"""Hidden states and their gradients between pipeline stages: static shapes, independent and non-blocking per direction.
+
+Every shape is known from the plan, so nothing is negotiated and nothing synchronises the device. A receive is posted
+before the action that needs it, while the actions before it compute. Forward and backward, and the wrap from the last
+rank to the first that virtual stages need, each have a communicator of their own: within one communicator NCCL keeps
+the order of posting, and a gradient must not wait behind a hidden state that is not due yet.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.longseq.pipeline.watch import Wait, Watch
+
+from megatron.longseq.pipeline.action import Action, Kind, Pipeline, source, target
+from megatron.longseq.pipeline.outbox import Outbox
+
+WHAT = {Kind.FORWARD: "its hidden states", Kind.BACKWARD: "its gradient"}
+AHEAD = 2  # receives posted early, per direction: one in use by the running action's successor, one on its way
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """One communicator per direction over the ranks of a pipeline.
+
+    Attributes:
+        group: upstream's pipeline-parallel group; its ranks are the stages, in order.
+        lanes: (kind, whether the message wraps around the ring) -> communicator over the same ranks.
+        outbox: messages on their way out.
+    """
+
+    group: dist.ProcessGroup
+    lanes: dict[tuple[Kind, bool], dist.ProcessGroup]
+    outbox: Outbox
+
+    def lane(self, kind: Kind, sender: int, receiver: int) -> dist.ProcessGroup:
+        """Return the communicator for a message between two pipeline ranks."""
+        return self.lanes[kind, abs(receiver - sender) != 1 or (receiver < sender) != (kind is Kind.BACKWARD)]
+
+
+def open_lanes(group: dist.ProcessGroup, virtual: int) -> Lanes:
+    """Make the communicators of all pipelines; every rank of the job calls this at the same time.
+
+    A first message goes over every edge, in an order that cannot wait in a circle: NCCL connects two ranks at their
+    first message and blocks the process until both are there, which would deadlock later, when receives are posted
+    early.
+
+    Args:
+        group: upstream's pipeline-parallel group.
+        virtual: virtual stages per rank; only with more than one do messages wrap around.
+    """
+    mine, backend = dist.get_process_group_ranks(group), dist.get_backend(group)
+    wraps = (False, True) if virtual > 1 else (False,)
+    lanes = {}
+    for ranks in _pipelines(mine):  # torch wants every rank at the making of every group
+        for kind in (Kind.FORWARD, Kind.BACKWARD):
+            for wrap in wraps:
+                lane = dist.new_group(list(ranks), backend=backend)
+                if ranks == tuple(mine):
+                    lanes[kind, wrap] = lane
+    for (kind, wrap), lane in lanes.items():
+        for sender, receiver in _edges(len(mine), kind, wrap):
+            _greet(lane, mine, sender, receiver)
+    return Lanes(group, lanes, Outbox(backend))
+
+
+def _pipelines(mine: list[int]) -> list[tuple[int, ...]]:
+    """Return the ranks of every pipeline of the job, in the same order on every rank."""
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, tuple(mine))
+    return sorted(set(everyones))
+
+
+def _edges(size: int, kind: Kind, wrap: bool) -> list[tuple[int, int]]:
+    forward = [(size - 1, 0)] if wrap else [(rank, rank + 1) for rank in range(size - 1)]
+    return forward if kind is Kind.FORWARD else [(receiver, sender) for sender, receiver in reversed(forward)]
+
+
+def _greet(lane: dist.ProcessGroup, ranks: Sequence[int], sender: int, receiver: int) -> None:
+    me = dist.get_rank()
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    word = torch.zeros(1, device=device)
+    if me == ranks[sender]:
+        dist.send(word, ranks[receiver], group=lane)
+    elif me == ranks[receiver]:
+        dist.recv(word, ranks[sender], group=lane)
+
+
+@dataclass
+class _Posted:
+    """A receive on its way."""
+
+    action: Action
+    peer: int
+    tensor: torch.Tensor
+    work: Any
+
+
+class Mailbox:
+    """The messages of one rank during one step.
+
+    Args:
+        lanes: the communicators.
+        pipeline: the sizes.
+        order: this rank's actions.
+        shape: segment -> shape of its hidden states on this rank.
+        make: makes an empty tensor of a shape, with the type and device of the hidden states.
+        watch: told of every wait.
+    """
+
+    def __init__(
+        self,
+        lanes: Lanes,
+        pipeline: Pipeline,
+        order: Sequence[Action],
+        shape: Callable[[int], tuple[int, ...]],
+        make: Callable[[tuple[int, ...]], torch.Tensor],
+        watch: Watch,
+    ) -> None:
+        self.lanes, self.pipeline, self.shape, self.make, self.watch = lanes, pipeline, shape, make, watch
+        self.rank = dist.get_rank(lanes.group)
+        self.ranks = dist.get_process_group_ranks(lanes.group)
+        self.total = len(order)
+        self.device_waits = dist.get_backend(lanes.group) == "nccl"
+        self.due = self._by_lane(order)
+        self.posted: dict[Action, _Posted] = {}
+        self.waiting: dict[Any, int] = dict.fromkeys(self.due, 0)
+
+    def _by_lane(self, order: Sequence[Action]) -> dict[Any, Iterator[tuple[Action, int]]]:
+        due: dict[Any, list[tuple[Action, int]]] = {}
+        for action in order:
+            origin = source(self.pipeline, self.rank, action)
+            if origin is not None and origin[0] != self.rank:
+                due.setdefault((action.kind, origin[0]), []).append((action, origin[0]))
+        return {key: iter(messages) for key, messages in due.items()}
+
+    def post(self) -> None:
+        """Post receives until every direction has `AHEAD` of them on the way; call it before each action."""
+        for key, messages in self.due.items():
+            while self.waiting[key] < AHEAD and (message := next(messages, None)):
+                self._post(key, *message)
+
+    def _post(self, key: Any, action: Action, peer: int) -> None:
+        tensor = self.make(self.shape(action.segment))
+        lane = self.lanes.lane(action.kind, peer, self.rank)
+        work = dist.irecv(tensor, self.ranks[peer], group=lane)
+        self.posted[action] = _Posted(action, peer, tensor, work)
+        self.waiting[key] += 1
+
+    def take(self, index: int, action: Action) -> torch.Tensor | None:
+        """Wait for what `action` receives and return it; None where it receives nothing.
+
+        Raises:
+            BrokenReceive: the message did not come; names the action and the rank it was expected from.
+        """
+        posted = self.posted.pop(action, None)
+        if posted is None:
+            return None
+        self.waiting[action.kind, posted.peer] -= 1
+        wait = Wait(dist.get_rank(), index, self.total, action, self.ranks[posted.peer], WHAT[action.kind])
+        with self.watch.receive(wait):
+            posted.work.wait()
+        if self.device_waits:  # the host goes on; an event behind the receive tells when it is there
+            event = torch.cuda.Event()
+            event.record()
+            self.watch.outstanding(wait, event.query)
+        return posted.tensor
+
+    def send(self, action: Action, tensor: torch.Tensor | None) -> None:
+        """Send the output of `action` to whom it concerns; returns at once."""
+        goal = target(self.pipeline, self.rank, action)
+        if goal is None or goal[0] == self.rank:
+            return
+        assert tensor is not None, f"{action} has no output to send"
+        message = tensor.detach().contiguous()
+        lane = self.lanes.lane(action.kind, self.rank, goal[0])
+        self.lanes.outbox.add(dist.isend(message, self.ranks[goal[0]], group=lane), message)
+
+    def close(self) -> None:
+        """Wait until everything sent has left, and check that nothing is still expected."""
+        self.lanes.outbox.close()
+        left = [str(action) for action in self.posted] + [str(m[0]) for due in self.due.values() for m in due]
+        if left:
+            raise RuntimeError(f"pipeline rank {self.rank} ends its step without having received the {left[0]}")

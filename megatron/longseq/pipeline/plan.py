@@ -1,0 +1,108 @@
+"""What the flags ask of the pipeline: segment lengths, and for every number of micro-batches a proven schedule."""
+
+import functools
+from argparse import Namespace
+from dataclasses import dataclass
+
+from megatron.longseq.pipeline.proof import prove
+
+from megatron.longseq.pipeline import orders, partition
+from megatron.longseq.pipeline.action import Pipeline, Schedule
+from megatron.longseq.pipeline.cost import ModelShape, flops
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How steps are run; the same on every rank, for it follows from the arguments alone.
+
+    Attributes:
+        stages: pipeline-parallel size.
+        virtual: virtual stages per rank.
+        lengths: tokens per segment.
+        slack: extra units of warm-up per downstream stage.
+        zero_bubble: whether weight gradients are actions of their own.
+        group: micro-batches that a virtual stage runs in a row (interleaved only); None: the fewest that are legal.
+    """
+
+    stages: int
+    virtual: int
+    lengths: tuple[int, ...]
+    slack: int = 0
+    zero_bubble: bool = False
+    group: int | None = None
+
+    def schedule(self, microbatches: int, forward_only: bool = False) -> Schedule:
+        """Return the proven schedule of a step.
+
+        Raises:
+            ValueError: there is none for this number of micro-batches; says which numbers have one.
+        """
+        return _proven(self, microbatches, forward_only)
+
+
+@functools.lru_cache(maxsize=64)
+def _proven(plan: Plan, microbatches: int, forward_only: bool) -> Schedule:
+    pipeline = Pipeline(plan.stages, microbatches, len(plan.lengths), plan.virtual)
+    if forward_only:
+        schedule = orders.forward_only(pipeline)
+    else:
+        schedule = orders.make(pipeline, slack=plan.slack, zero_bubble=plan.zero_bubble, group=plan.group)
+    prove(schedule)
+    return schedule
+
+
+def plan_from_args(args: Namespace) -> Plan:
+    """Read the plan from upstream's validated arguments.
+
+    Raises:
+        ValueError: the partition does not fit the sequence.
+    """
+    virtual = args.virtual_pipeline_model_parallel_size or 1
+    return Plan(
+        stages=args.pipeline_model_parallel_size,
+        virtual=virtual,
+        lengths=segment_lengths(args),
+        slack=args.seq1f1b_slack,
+        zero_bubble=args.zero_bubble,
+        group=args.microbatch_group_size_per_vp_stage if virtual > 1 and args.seq1f1b_splits == 1 else None,
+    )
+
+
+def segment_lengths(args: Namespace) -> tuple[int, ...]:
+    """Return the tokens of each segment, as `--seq1f1b-splits` and `--seq1f1b-partition` say.
+
+    Raises:
+        ValueError: the partition does not fit the sequence.
+    """
+    if args.seq1f1b_splits == 1:
+        return (args.seq_length,)
+    multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    model = flops(model_shape(args))
+    return partition.parse(args.seq1f1b_partition, model, args.seq1f1b_splits, multiple=multiple).lengths
+
+
+def model_shape(args: Namespace) -> ModelShape:
+    """Describe the model to the cost formulas, from upstream's validated arguments."""
+    window, skip = args.window_size, args.window_attn_skip_freq
+    layers = range(1, args.num_layers + 1)
+    has_window = window is not None and window[0] >= 0
+    windowed = tuple(_has_window(skip, layer) for layer in layers) if has_window and skip is not None else ()
+    return ModelShape(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        seq_length=args.seq_length,
+        padded_vocab_size=getattr(args, "padded_vocab_size", None) or args.vocab_size or 0,
+        ffn_hidden_size=(args.moe_ffn_hidden_size if args.num_experts else None) or args.ffn_hidden_size,
+        num_query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
+        kv_channels=args.kv_channels,
+        swiglu=args.swiglu,
+        moe_router_topk=args.moe_router_topk if args.num_experts else 1,
+        window=window[0] if has_window else None,
+        windowed=windowed,
+    )
+
+
+def _has_window(skip: int | list[int], layer: int) -> bool:
+    """Whether a layer, counted from 1, has the window: as upstream reads --window-attn-skip-freq."""
+    return layer % skip != 0 if isinstance(skip, int) else bool(skip[layer - 1])

@@ -1,0 +1,138 @@
+"""Upstream's forward-backward function for our schedules: `pretrain` calls it once per training or evaluation step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_model_config
+from megatron.longseq.pipeline.recorder import DeviceClock, HostClock, Recorder
+from megatron.longseq.pipeline.timeline import Span
+from megatron.longseq.pipeline.watch import Watch
+from megatron.longseq.pipeline.weight import WeightStore
+
+from megatron.longseq.pipeline.action import Schedule
+from megatron.longseq.pipeline.chunk import Chunk
+from megatron.longseq.pipeline.executor import Executor, Step
+from megatron.longseq.pipeline.p2p import Lanes, open_lanes
+from megatron.longseq.pipeline.plan import Plan
+
+
+@dataclass
+class PipelineRunner:
+    """Called with the keywords of upstream's schedules; what lasts from step to step is kept here.
+
+    Attributes:
+        plan: what the flags ask.
+        packs_documents: whether attention masks separate documents.
+        patience: seconds after which a waiting rank says what it waits for.
+        trace: given a training step's schedule, this rank's place and its measured spans; None: none is measured.
+        trace_step: which step that is, counted from 1; None: every one.
+    """
+
+    plan: Plan
+    packs_documents: bool = False
+    patience: float = 60.0
+    trace: Callable[[Schedule, int, tuple[Span, ...]], None] | None = None
+    trace_step: int | None = None
+    lanes: Lanes | None = None
+    chunks: list[Chunk] = field(default_factory=list)
+    weights: WeightStore | None = None
+    watch: Watch | None = None
+    steps: int = 0
+
+    def __call__(  # noqa: PLR0913  # upstream's keywords
+        self,
+        *,
+        forward_step_func: Callable[..., Any],
+        data_iterator: Any,
+        model: torch.nn.Module | list[torch.nn.Module],
+        num_microbatches: int,
+        seq_length: int,
+        micro_batch_size: int,
+        decoder_seq_length: int | None = None,
+        forward_only: bool = False,
+        collect_non_loss_data: bool = False,
+        first_val_step: bool | None = None,
+        adjust_tensor_shapes_fn: Any = None,
+        p2p_communicator: Any = None,
+        pg_collection: Any = None,
+        force_all_reduce: bool | None = False,
+    ) -> list[Any]:
+        """Run one step; returns the reports of the loss function per micro-batch (last stage), else an empty list.
+
+        Raises:
+            ValueError: the step is one that cannot be cut into segments; says why.
+        """
+        if decoder_seq_length not in (None, seq_length) or adjust_tensor_shapes_fn is not None:
+            raise ValueError("our schedules serve decoder-only models of one sequence length, without distillation.")
+        if sum(self.plan.lengths) != seq_length:
+            raise ValueError(f"segments of {self.plan.lengths} tokens do not make up a sequence of {seq_length}.")
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        modules = model if isinstance(model, list) else [model]
+        self._prepare(modules, p2p_communicator.pp_group if p2p_communicator is not None else groups.pp)
+        config = get_model_config(modules[0])
+        if config.timers is not None:
+            config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
+        data = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+        step = Step(
+            forward_step_func=forward_step_func,
+            data=data,
+            micro_batch_size=micro_batch_size,
+            forward_only=forward_only,
+            collect_non_loss_data=collect_non_loss_data,
+            first_val_step=first_val_step,
+            cp_size=groups.cp.size(),
+        )
+        executor = self._executor(step, num_microbatches, config, groups)
+        if executor.recorder is not None:
+            executor.recorder.start_step()
+        reports = executor.run()
+        if not forward_only:
+            if executor.recorder is not None and self.trace is not None:
+                self.trace(executor.schedule, executor.rank, executor.recorder.finish())
+            if config.finalize_model_grads_func is not None:
+                tokens = executor.tokens if config.calculate_per_token_loss else None
+                config.finalize_model_grads_func(
+                    modules, tokens, pg_collection=groups, force_all_reduce=force_all_reduce
+                )
+        if config.timers is not None:
+            config.timers("forward-backward").stop()
+        return reports
+
+    def _prepare(self, modules: list[torch.nn.Module], group: torch.distributed.ProcessGroup) -> None:
+        if self.lanes is None:
+            self.lanes = open_lanes(group, self.plan.virtual)
+            self.watch = Watch(self.patience)
+            self.watch.start()
+        if [chunk.module for chunk in self.chunks] == modules:
+            return
+        for chunk in self.chunks:
+            chunk.detach()
+        self.chunks = [Chunk(module, self.plan.lengths, self.packs_documents) for module in modules]
+        if len(self.plan.lengths) > 1:
+            for chunk in self.chunks:
+                chunk.attach()
+        if self.plan.zero_bubble:
+            self.weights = WeightStore()
+            for module in modules:
+                self.weights.attach(module)
+
+    def _executor(self, step: Step, microbatches: int, config: Any, groups: Any) -> Executor:
+        schedule = self.plan.schedule(microbatches, step.forward_only)
+        self.steps += not step.forward_only
+        traced = self.trace is not None and not step.forward_only and self.trace_step in (None, self.steps)
+        split = groups.cp.size() * (groups.tp.size() if config.sequence_parallel else 1)
+        assert self.lanes is not None and self.watch is not None
+        return Executor(
+            schedule=schedule,
+            rank=groups.pp.rank(),
+            chunks=self.chunks,
+            lanes=self.lanes,
+            shape=lambda segment: (self.plan.lengths[segment] // split, step.micro_batch_size, config.hidden_size),
+            step=step,
+            watch=self.watch,
+            weights=self.weights if schedule.splits_weights else None,
+            recorder=Recorder(DeviceClock() if torch.cuda.is_available() else HostClock()) if traced else None,
+        )

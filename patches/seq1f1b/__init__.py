@@ -1,0 +1,48 @@
+"""System `seq1f1b`: pipeline schedules over segments of a sequence, in place of upstream's own."""
+
+from patches.record import Record
+
+_ASKED_FOR = "patches.seq1f1b.schedule:asked_for"
+
+RECORDS = (
+    Record(
+        id="seq1f1b.schedule",
+        system="seq1f1b",
+        action="wrap",
+        target="megatron.core.pipeline_parallel.schedules:get_forward_backward_func",
+        aliases=(
+            "megatron.core.pipeline_parallel:get_forward_backward_func",
+            "megatron.training.training:get_forward_backward_func",
+        ),
+        reads=(
+            "megatron.core.pipeline_parallel.schedules:forward_step",
+            "megatron.core.pipeline_parallel.schedules:forward_step_calc_loss",
+            "megatron.core.pipeline_parallel.schedules:backward_step",
+            "megatron.core.pipeline_parallel.schedules:deallocate_output_tensor",
+            "megatron.core.pipeline_parallel.schedules:forward_backward_pipelining_without_interleaving",
+            "megatron.core.pipeline_parallel.schedules:forward_backward_pipelining_with_interleaving",
+            "megatron.core.models.gpt.gpt_model:GPTModel.forward",
+            "megatron.core.models.gpt.gpt_model:GPTModel._preprocess",
+            "megatron.core.models.common.embeddings.rotary_pos_embedding:RotaryEmbedding.forward",
+            "megatron.core.transformer.attention:Attention.forward",
+            "megatron.core.transformer.dot_product_attention:DotProductAttention.forward",
+        ),
+        impl="patches.seq1f1b.schedule:with_our_schedule",
+        why="Upstream chooses among its own schedules, and each of them runs whole sequences.",
+        when=_ASKED_FOR,
+        test="tests/distributed/test_seq1f1b.py::test_flag_changes_the_schedule",
+        remove_when="upstream lets a caller register a schedule, or ships sequence-level ones",
+    ),
+    Record(
+        id="seq1f1b.arguments",
+        system="seq1f1b",
+        action="wrap",
+        target="megatron.training.arguments:validate_args",
+        impl="patches.seq1f1b.schedule:with_plan",
+        why="What the schedules cannot serve has to be refused once upstream has resolved its flags and before any "
+        "process group exists.",
+        when=_ASKED_FOR,
+        test="tests/unit/test_pipeline_flags.py::test_upstreams_validation_refuses_what_segments_cannot_serve",
+        remove_when="upstream calls a hook after validating its arguments",
+    ),
+)

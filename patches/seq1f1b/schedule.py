@@ -1,0 +1,77 @@
+"""Our pipeline schedules in the place of upstream's forward-backward function, where the flags ask for them."""
+
+import functools
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron.longseq.pipeline.flags import refuse_unserved, wants_our_schedule
+
+
+def asked_for(args: Namespace) -> bool:
+    """Whether the flags ask for a schedule of ours."""
+    return wants_our_schedule(args)
+
+
+def with_plan(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `validate_args`: then refuse what our schedules cannot serve, and prove the schedule that will run.
+
+    Raises:
+        ValueError: flags that do not go together, a partition that does not fit, or micro-batches without a schedule.
+    """
+
+    @functools.wraps(original)
+    def validate_args(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
+        result = original(args, defaults or {})
+        from megatron.longseq.pipeline.plan import plan_from_args
+
+        refuse_unserved(args)
+        plan = plan_from_args(args)
+        if args.rampup_batch_size is None:  # otherwise each size is proven when it comes
+            per_microbatch = args.micro_batch_size * args.data_parallel_size
+            plan.schedule(args.global_batch_size // per_microbatch)
+        if args.rank == 0:
+            print(f"> {plan}", flush=True)
+        return result
+
+    return validate_args
+
+
+def with_our_schedule(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `get_forward_backward_func`: one runner for all steps of this process."""
+    runner: Any = None
+
+    @functools.wraps(original)
+    def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
+        nonlocal runner
+        if runner is None:
+            runner = _runner()
+        return runner
+
+    return get_forward_backward_func
+
+
+def _runner() -> Any:
+    from megatron.training import get_args
+
+    from megatron.longseq.pipeline.plan import plan_from_args
+    from megatron.longseq.pipeline.runner import PipelineRunner
+
+    args = get_args()
+    return PipelineRunner(
+        plan=plan_from_args(args),
+        packs_documents=args.reset_attention_mask,
+        patience=args.pipeline_patience,
+        trace=functools.partial(_write_trace, Path(args.pipeline_trace)) if args.pipeline_trace else None,
+        trace_step=args.pipeline_trace_step,
+    )
+
+
+def _write_trace(folder: Path, schedule: Any, rank: int, spans: Any) -> None:
+    from megatron.core import mpu
+
+    from megatron.longseq.pipeline.trace import write_measured
+
+    if mpu.get_data_parallel_rank(with_context_parallel=True) == 0 and mpu.get_tensor_model_parallel_rank() == 0:
+        write_measured(folder, rank, schedule.pipeline, f"{schedule.name}, measured", spans)

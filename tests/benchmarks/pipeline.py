@@ -1,0 +1,159 @@
+"""Seq1F1B against upstream's 1F1B: throughput of real training steps, and what is kept for backward.
+
+    python -m tests.benchmarks.pipeline [--rounds N]
+
+Two stages on two cores, one thread each, sequence 4096. Every figure is a ratio of steps of one and the same run (see
+`alternate`); beside it stands what the simulator predicts from the segment costs measured in that run. The last line is
+one JSON object.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+from megatron.longseq.pipeline.action import Kind, Pipeline
+from megatron.longseq.pipeline.orders import one_f_one_b
+from megatron.longseq.pipeline.proof import prove
+from megatron.longseq.pipeline.simulate import Costs, simulate
+from tests.benchmarks.alternate import Contestant, Job, Measured, run_on_this_rank
+from tests.pool import RankPool
+
+UPSTREAM = 0
+SPLITS = (1, 2, 4, 8)
+MICROBATCHES = (2, 4, 8)
+MODEL = """
+--hidden-size 256 --num-attention-heads 4 --group-query-attention --num-query-groups 1 --ffn-hidden-size 1024 --swiglu
+--normalization RMSNorm --position-embedding-type rope --disable-bias-linear --hidden-dropout 0 --attention-dropout 0
+--untie-embeddings-and-output-weights --seq-length 4096 --max-position-embeddings 4096 --micro-batch-size 1
+--lr 1e-4 --lr-decay-iters 1000 --weight-decay 0.1 --tokenizer-type NullTokenizer --vocab-size 512 --mock-data
+--make-vocab-size-divisible-by 64 --split 90,5,5 --eval-iters 0 --eval-interval 1000 --log-interval 1000
+--no-create-attention-mask-in-dataloader --num-workers 0 --seed 1
+"""
+
+Results = Sequence[Sequence[Measured]]  # per rank, per step
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print a table and the JSON line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.pipeline", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="how often each schedule runs each step")
+    rounds = parser.parse_args(arguments).rounds
+    with tempfile.TemporaryDirectory() as logs:
+        pool = RankPool(Path(logs))
+        speed = _measure(pool, 2, 2, [Contestant(k, m) for m in MICROBATCHES for k in (UPSTREAM, *SPLITS)], rounds)
+        kept = {
+            stages: _measure(pool, stages, stages, [Contestant(k, 8) for k in (UPSTREAM, *SPLITS)], 1, count_bytes=True)
+            for stages in (2, 4)
+        }
+    print(_report(speed, kept))
+    return 0
+
+
+def _measure(
+    pool: RankPool, stages: int, layers: int, contestants: list[Contestant], rounds: int, count_bytes: bool = False
+) -> Results:
+    """Run every contestant `rounds` times, and once before, which does not count."""
+    turns = []
+    for number in range(rounds + 1):  # each round in another order
+        cut = number % len(contestants)
+        turns += [*contestants[cut:], *contestants[:cut]]
+    flags = (
+        *MODEL.split(),
+        *f"--num-layers {layers} --pipeline-model-parallel-size {stages} --global-batch-size 8".split(),
+        *f"--train-iters {len(turns)}".split(),
+    )
+    results = pool.run(stages, run_on_this_rank, Job(flags, tuple(turns), count_bytes), timeout=3600)
+    return [steps[len(contestants) :] for steps in results]
+
+
+def step_seconds(results: Results, contestant: Contestant) -> list[float]:
+    """Return the seconds of each of a contestant's steps: those of the slowest rank."""
+    return [
+        max(rank.step_seconds for rank in step)
+        for step in zip(*results, strict=True)
+        if step[0].contestant == contestant
+    ]
+
+
+def ratios(results: Results, contestant: Contestant) -> list[float]:
+    """Return upstream's seconds over the contestant's, round by round."""
+    upstream = step_seconds(results, Contestant(UPSTREAM, contestant.microbatches))
+    return [a / b for a, b in zip(upstream, step_seconds(results, contestant), strict=True)]
+
+
+def measured_costs(results: Results, segments: int) -> Costs:
+    """Return the median seconds of every stage's and segment's actions over all steps with that many segments."""
+    tables = {}
+    for kind in (Kind.FORWARD, Kind.BACKWARD):
+        seconds: dict[tuple[int, int], list[float]] = defaultdict(list)
+        for stage, steps in enumerate(results):
+            for name, segment, span in chain.from_iterable(s.spans for s in steps if s.contestant.segments == segments):
+                if name == kind.value:
+                    seconds[stage, segment].append(span)
+        tables[kind] = tuple(
+            tuple(statistics.median(seconds[stage, segment]) for segment in range(segments))
+            for stage in range(len(results))
+        )
+    nothing = tuple((0.0,) * segments for _ in results)
+    return Costs(tables[Kind.FORWARD], tables[Kind.BACKWARD], nothing)
+
+
+def rest_seconds(results: Results) -> float:
+    """Return the median of what a step takes outside its schedule: optimizer, batch bookkeeping."""
+    return statistics.median(step.step_seconds - step.schedule_seconds for steps in results for step in steps)
+
+
+def simulated_ratio(results: Results, contestant: Contestant) -> float:
+    """Return what the simulator predicts for `ratios`, from segment costs measured in the same run."""
+
+    def predicted(segments: int) -> float:
+        pipeline = Pipeline(len(results), contestant.microbatches, segments)
+        span = simulate(one_f_one_b(pipeline), measured_costs(results, segments)).makespan
+        return span + rest_seconds(results)
+
+    return predicted(1) / predicted(contestant.segments)
+
+
+def activation_ratios(results: Results, segments: int) -> list[float]:
+    """Return per stage the peak of bytes kept for backward, over upstream's."""
+    peaks = [{step.contestant.segments: step.peak_bytes for step in steps} for steps in results]
+    return [peak[segments] / peak[UPSTREAM] for peak in peaks]
+
+
+def formula_ratios(stages: int, lengths: Sequence[int]) -> list[float]:
+    """Return per stage what the schedule alone says: peak of live segments over 1F1B's live micro-batches."""
+    ours = prove(one_f_one_b(Pipeline(stages, 8, len(lengths)))).peak_live(lengths)
+    theirs = prove(one_f_one_b(Pipeline(stages, 8))).peak_live((sum(lengths),))
+    return [a / b for a, b in zip(ours, theirs, strict=True)]
+
+
+def _report(speed: Results, kept: dict[int, Results]) -> str:
+    lines = ["throughput over upstream's 1F1B, 2 stages (simulated from measured segment costs; spread over rounds)"]
+    out: dict[str, dict[str, object]] = {"throughput_ratio": {}, "simulated_ratio": {}, "spread": {}}
+    for contestant in (Contestant(k, m) for m in MICROBATCHES for k in SPLITS):
+        key = f"M{contestant.microbatches}K{contestant.segments}"
+        each, simulated = ratios(speed, contestant), simulated_ratio(speed, contestant)
+        ratio = statistics.median(each)
+        out["throughput_ratio"][key] = round(ratio, 4)
+        out["simulated_ratio"][key] = round(simulated, 4)
+        out["spread"][key] = [round(min(each), 4), round(max(each), 4)]
+        lines.append(f"  {key}: {ratio:.3f} (simulated {simulated:.3f}; {min(each):.3f} to {max(each):.3f})")
+    activation = {}
+    for stages, results in kept.items():
+        for segments in SPLITS:
+            each = activation_ratios(results, segments)
+            key = f"P{stages}M8K{segments}"
+            activation[key] = [round(ratio, 4) for ratio in each]
+            lines.append(f"  bytes kept, {key}: {' '.join(f'{ratio:.3f}' for ratio in each)} per stage")
+    activation |= {f"M8K{k}": activation[f"P2M8K{k}"][0] for k in SPLITS}  # P 2, the fullest stage
+    return "\n".join([*lines, json.dumps(out | {"activation_ratio": activation})])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

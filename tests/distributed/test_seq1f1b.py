@@ -1,0 +1,150 @@
+"""Seq1F1B equals upstream's own run step for step, through `pretrain`, whatever it is combined with.
+
+The reference is arm U: the wheel with the cpu and local patches alone. In float64 segments differ from whole sequences
+by reassociation alone.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import pytest
+
+from tests.distributed.flags import TINY, flags
+from tests.pool import RankPool
+from tests.regression.arm import Run, run_arm
+from tests.regression.snapshot import Snapshot
+
+PP2 = "--pipeline-model-parallel-size 2"
+PP4 = "--pipeline-model-parallel-size 4"
+VPP = "--num-layers-per-virtual-pipeline-stage 1"
+TP2 = "--tensor-model-parallel-size 2"
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+SELECTIVE = "--recompute-granularity selective --recompute-modules core_attn mlp"
+OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+EVALUATED = "--eval-iters 2 --eval-interval 4"
+RELATIVE = 1e-9
+
+# name: (ranks, model flags of both arms, flags of arm O)
+CASES = {
+    "K 2": (2, "", f"{PP2} --seq1f1b-splits 2"),
+    "K 3, balanced": (2, "", f"{PP2} --seq1f1b-splits 3 --seq1f1b-partition balanced"),
+    "K 3, odd lengths": (2, "", f"{PP2} --seq1f1b-splits 3 --seq1f1b-partition 37,26,1"),
+    "K 4, even": (2, "", f"{PP2} --seq1f1b-splits 4 --seq1f1b-partition even"),
+    "one stage": (1, "", "--seq1f1b-splits 4"),
+    "PP 4, K 4": (4, "", f"{PP4} --seq1f1b-splits 4"),
+    "PP 4, K 2, slack": (4, "", f"{PP4} --seq1f1b-splits 2 --seq1f1b-slack 1"),
+    "slack 2": (2, "", f"{PP2} --seq1f1b-splits 3 --seq1f1b-slack 2"),
+    "V 2, K 1 and slack": (2, "", f"{PP2} {VPP} --seq1f1b-slack 1"),
+    "V 2, K 2": (2, "", f"{PP2} {VPP} --seq1f1b-splits 2"),
+    "V 2, K 3": (2, "", f"{PP2} {VPP} --seq1f1b-splits 3"),
+    "zero bubble, K 1": (2, "", f"{PP2} --zero-bubble"),
+    "zero bubble, K 3": (2, "", f"{PP2} --seq1f1b-splits 3 --zero-bubble"),
+    "zero bubble, PP 4, K 2, slack": (4, "", f"{PP4} --seq1f1b-splits 2 --seq1f1b-slack 1 --zero-bubble"),
+    "TP 2": (4, "", f"{PP2} {TP2} --seq1f1b-splits 3"),
+    "TP 2, sequence parallel": (4, "", f"{PP2} {TP2} --sequence-parallel --seq1f1b-splits 3"),
+    "TP 2, sequence parallel, zero bubble": (
+        4,
+        "",
+        f"{PP2} {TP2} --sequence-parallel --seq1f1b-splits 2 --zero-bubble",
+    ),
+    "DP 2, distributed optimizer, overlap": (4, "", f"{PP2} {OVERLAP} --seq1f1b-splits 3"),
+    "DP 2, overlap, V 2": (4, "", f"{PP2} {VPP} {OVERLAP} --seq1f1b-splits 2"),
+    "DP 2, overlap, zero bubble": (4, "", f"{PP2} {OVERLAP} --seq1f1b-splits 2 --zero-bubble"),
+    "full recompute": (2, "", f"{PP2} {FULL} --seq1f1b-splits 3"),
+    "full recompute, zero bubble": (2, "", f"{PP2} {FULL} --seq1f1b-splits 3 --zero-bubble"),
+    "full recompute, V 2": (2, "", f"{PP2} {VPP} {FULL} --seq1f1b-splits 2"),
+    "selective recompute": (2, "", f"{PP2} {SELECTIVE} --seq1f1b-splits 3"),
+    "tied embeddings": (2, "--tied", f"{PP2} --seq1f1b-splits 3"),
+    "tied embeddings, zero bubble": (2, "--tied", f"{PP2} --seq1f1b-splits 3 --zero-bubble"),
+    "multi-query attention": (2, "--num-query-groups 1", f"{PP2} --seq1f1b-splits 3"),
+    "sliding window": (2, "--window-size 10,0", f"{PP2} --seq1f1b-splits 3"),
+    "sliding window, every other layer": (
+        2,
+        "--window-size 10,0 --window-attn-skip-freq 2",
+        f"{PP2} --seq1f1b-splits 3",
+    ),
+    "learned positions": (2, "--position-embedding-type learned_absolute", f"{PP2} --seq1f1b-splits 3"),
+    "per-token loss": (2, "--calculate-per-token-loss", f"{PP2} --seq1f1b-splits 3"),
+    "micro-batches of two": (2, "--micro-batch-size 2", f"{PP2} --seq1f1b-splits 3"),
+}
+
+Start = Callable[[str], list[str]]
+
+
+@pytest.fixture(scope="module")
+def start(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """Return a function that makes (once per model) a seed checkpoint and returns the flags of a run from it."""
+
+    @functools.cache
+    def from_seed(model: str) -> list[str]:
+        folder: Path = tmp_path_factory.mktemp("seed")
+        base = [flag for flag in flags(TINY) if not ("--tied" in model and flag.startswith("--untie"))]
+        base += flags(EVALUATED, model.replace("--tied", ""))
+        still = flags("--train-iters 1 --lr 0 --min-lr 0 --weight-decay 0 --eval-iters 0")
+        run_arm(ranks, "U", 1, base + still, folder, float64=True)
+        return [*base, "--load", str(folder), *flags("--finetune --no-load-optim --no-load-rng")]
+
+    return from_seed
+
+
+@pytest.fixture(scope="module")
+def upstream(ranks: RankPool, start: Start) -> Callable[[str], Run]:
+    """Return a function that makes (once per model) upstream's own run."""
+
+    @functools.cache
+    def run(model: str, twist: str | None = None) -> Run:
+        return run_arm(ranks, "U", 1, start(model), float64=True, snapshots=(1, 4), mutant=twist)
+
+    return run
+
+
+def worst(run: Run, reference: Run, name: str) -> float:
+    """Return the largest difference of one quantity over the steps, relative to the reference."""
+    assert len(run.curve) == len(reference.curve) == 4
+    assert [step["tokens"] for step in run.curve] == [step["tokens"] for step in reference.curve]
+    return max(abs(a[name] - b[name]) / abs(b[name]) for a, b in zip(run.curve, reference.curve, strict=True))
+
+
+def assert_equal(run: Run, reference: Run, name: str, tell: Callable[[str], None]) -> None:
+    """Hold losses and norms to 1e-9, every gradient (Adam's first moments) and weight to 1e-8 of its norm."""
+    loss, norm = worst(run, reference, "loss"), worst(run, reference, "grad_norm")
+    tensors = max(_tensors(run.snapshots[at], reference.snapshots[at]) for at in (1, 4))
+    tell(
+        f"float64  Seq1F1B, {name}: largest relative difference of loss {loss:.1e}, norm {norm:.1e}, gradient {tensors:.1e}"
+    )
+    assert max(loss, norm) <= RELATIVE
+    assert tensors <= 10 * RELATIVE
+    assert reference.curve[-1]["loss"] < reference.curve[0]["loss"] - 0.1  # it learns
+
+
+def _tensors(ours: Snapshot, theirs: Snapshot) -> float:
+    assert ours.tensors.keys() == theirs.tensors.keys() and not ours.torn
+    norms = {name: numpy.linalg.norm(array) for name, array in theirs.tensors.items()}
+    return max(
+        float(numpy.linalg.norm(ours.tensors[name] - theirs.tensors[name])) / norms[name]
+        for name in norms
+        if norms[name]
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_upstream_in_float64(
+    ranks: RankPool, start: Start, upstream: Callable[..., Run], case: str, tell: Callable[[str], None]
+) -> None:
+    world, model, own = CASES[case]
+    run = run_arm(ranks, "O", world, start(model) + flags(own), float64=True, snapshots=(1, 4))
+    assert_equal(run, upstream(model), case, tell)
+
+
+@pytest.mark.parametrize("twist", ["ragged_mask", "mean_loss"])
+@pytest.mark.parametrize("own", ["--seq1f1b-partition 37,26,1", f"--seq1f1b-partition even {VPP}"])
+def test_any_mask_and_both_forms_of_loss(
+    ranks: RankPool, start: Start, upstream: Callable[..., Run], twist: str, own: str, tell: Callable[[str], None]
+) -> None:
+    place = f"tests.distributed.twists:{twist}"
+    own = f"{PP2} --seq1f1b-splits 3 {own}"
+    run = run_arm(ranks, "O", 2, start("") + flags(own), float64=True, snapshots=(1, 4), mutant=place)
+    assert run.planted > 0
+    assert_equal(run, upstream("", place), f"{twist}, {own}", tell)

@@ -1,0 +1,48 @@
+"""What a script may do differently, planted into both arms of a comparison: see `run_arm(mutant=...)`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from tests.regression.mutants import Planted, wrapped
+
+
+@contextmanager
+def ragged_mask() -> Iterator[Planted]:
+    """Three in ten tokens do not count, nor does any of the first 40 in every second micro-batch (whole segments)."""
+    from megatron.longseq import gpt
+
+    planted = Planted()
+
+    def get_batch(original: Any, *args: Any) -> Any:
+        batch = original(*args)
+        mask = batch.get("loss_mask")
+        if mask is not None:
+            generator = torch.Generator().manual_seed(int(batch["labels"].sum()))  # the same in every layout
+            mask *= torch.rand(mask.shape, generator=generator) > 0.3
+            if int(batch["labels"][0, 0]) % 2:
+                mask[:, :40] = 0
+            planted.times += 1
+        return batch
+
+    with wrapped(gpt, "get_batch", get_batch):
+        yield planted
+
+
+@contextmanager
+def mean_loss() -> Iterator[Planted]:
+    """The loss function returns upstream's older pair: a mean, and a report of it."""
+    from megatron.longseq import gpt
+
+    planted = Planted()
+
+    def loss_func(original: Any, *args: Any) -> Any:
+        planted.times += 1
+        total, tokens, _ = original(*args)
+        mean = total / tokens.clamp(min=1)
+        return mean, {"lm loss": mean.detach().clone().view(1)}
+
+    with wrapped(gpt, "loss_func", loss_func):
+        yield planted
