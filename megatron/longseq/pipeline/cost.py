@@ -8,7 +8,9 @@ model's shape, in FLOPs, or from measured seconds of a real layer (`fit`).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import accumulate, combinations
+
+from megatron.longseq.pipeline.simulate import Costs
 
 # Flash attention's backward recomputes the scores and runs four products where forward runs two.
 ATTENTION_BACKWARD = 2.5
@@ -172,17 +174,17 @@ class Sample:
     backward: float
 
 
-def flops(shape: ModelShape) -> CostModel:
-    """Return the cost in FLOPs per sequence: products and attention scores; norms and activations are left out.
+def flops(shape: ModelShape, speed: float = 1.0) -> CostModel:
+    """Return the cost of products and attention, in FLOPs, or in seconds where `speed` (FLOPs per second) is given.
 
-    The embedding's lookup is free, the head (2 * hidden * vocabulary per token forward) is the last stage's alone.
+    Norms and activations are left out. The embedding's lookup is free; the head (2 * hidden * vocabulary per token
+    forward) is the last stage's alone.
     """
     heads, hidden = shape.num_attention_heads * shape.channels, shape.hidden_size
     attention = 2 * hidden * (2 * heads + 2 * shape.groups * shape.channels)
     mlp = 2 * hidden * shape.ffn * (3 if shape.swiglu else 2) * shape.moe_router_topk
-    return CostModel(
-        shape, _from_forward(4.0 * heads, attention + mlp), _from_forward(0.0, 2.0 * hidden * shape.padded_vocab_size)
-    )
+    layer = _from_forward(4.0 * heads / speed, (attention + mlp) / speed)
+    return CostModel(shape, layer, _from_forward(0.0, 2.0 * hidden * shape.padded_vocab_size / speed))
 
 
 def _from_forward(cell: float, token: float) -> Coefficients:
@@ -196,6 +198,62 @@ def seconds(shape: ModelShape, layer: Coefficients) -> CostModel:
     ratio = counted.head.forward.token / counted.layer.forward.token
     forward, backward, weight = layer.forward.token * ratio, layer.backward.token * ratio, layer.weight.token * ratio
     return CostModel(shape, layer, Coefficients(Line(token=forward), Line(token=backward), Line(token=weight)))
+
+
+def segment_costs(
+    model: CostModel, lengths: Sequence[int], stages: int, virtual: int = 1, layers: Sequence[int] | None = None
+) -> Costs:
+    """Return what the simulator asks for: seconds per model stage and segment.
+
+    Args:
+        model: the coefficients, in seconds (in FLOPs the clock counts FLOPs).
+        lengths: tokens per segment.
+        stages: pipeline ranks P.
+        virtual: virtual stages per rank V; the head is on the last of the P * V model stages.
+        layers: per model stage its number of layers; None deals them equally, as upstream does.
+
+    Raises:
+        ValueError: lengths that are not the whole sequence, or layers that cannot be dealt out so.
+    """
+    if sum(lengths) != model.shape.seq_length:
+        raise ValueError(f"segments {list(lengths)} sum to {sum(lengths)}, not to {model.shape.seq_length} tokens")
+    counts = _deal(model.shape.num_layers, stages * virtual, layers)
+    ends = list(accumulate(lengths))
+    segments = [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+    forward, backward, weight = [], [], []
+    for stage, (end, count) in enumerate(zip(accumulate(counts), counts, strict=True)):
+        own = model.shape.windows(range(end - count, end))
+        head = model.head if stage == stages * virtual - 1 else None
+        rows = [_stage_cost(model.layer, own, head, *segment) for segment in segments]
+        forward.append(tuple(row[0] for row in rows))
+        backward.append(tuple(row[1] - row[2] for row in rows))
+        weight.append(tuple(row[2] for row in rows))
+    return Costs(tuple(forward), tuple(backward), tuple(weight))
+
+
+def _deal(total: int, depth: int, layers: Sequence[int] | None) -> list[int]:
+    if layers is None:
+        if total % depth:
+            raise ValueError(
+                f"{total} layers cannot be dealt equally to {depth} model stages; change --num-layers, the stages or "
+                "the virtual stages, or say how many layers each has"
+            )
+        return [total // depth] * depth
+    if len(layers) != depth or sum(layers) != total or min(layers) < 0:
+        raise ValueError(f"layers per stage {list(layers)}: need {depth} numbers from 0 that sum to {total}")
+    return list(layers)
+
+
+def _stage_cost(
+    layer: Coefficients, windows: dict[int | None, int], head: Coefficients | None, begin: int, end: int
+) -> tuple[float, float, float]:
+    """Forward, whole backward and weight gradients of one segment on one stage."""
+    totals = []
+    for part in ("forward", "backward", "weight"):
+        line: Line = getattr(layer, part)
+        total = sum(count * line(cells(begin, end, window), end - begin) for window, count in windows.items())
+        totals.append(total + (getattr(head, part)(0, end - begin) if head else 0.0))
+    return totals[0], totals[1], totals[2]
 
 
 def fit(samples: Sequence[Sample], window: int | None = None) -> Coefficients:

@@ -21,9 +21,11 @@ SUFFIXES = (".svg", ".png")
 # Okabe and Ito's colours: told apart by every kind of colour vision.
 COLOURS = {Kind.FORWARD: "#0072B2", Kind.BACKWARD: "#E69F00", Kind.WEIGHT: "#009E73"}
 _WORDS = {Kind.FORWARD: "forward", Kind.BACKWARD: "backward", Kind.WEIGHT: "weight gradient"}
-_LIGHTEN = (0.0, 0.28, 0.50, 0.68)  # micro-batches in turn: how far the colour goes towards white
-_WIDTH, _ROW, _PANEL, _ENDS = 12.0, 0.27, 0.62, 0.55  # inches: the figure, a rank's row, a panel's rest, the legend
+_LIGHTEN = (0.0, 0.22, 0.42, 0.58)  # micro-batches in turn: how far the colour goes towards white
+_NARROW, _WIDE, _ACTION = 12.0, 24.0, 0.09  # inches: the figure's least and largest width, and what an action wants
+_ROW, _PANEL, _ENDS = 0.27, 0.40, 0.62  # inches: a rank's row, the rest of a panel, time axis and legend
 _MARGIN = 0.62  # inches left of the rows
+_IDLE = "#EFEFEF"
 _FONT = 6.5  # points, of the labels in the bars
 
 
@@ -40,14 +42,18 @@ def draw(timelines: Sequence[Timeline], file: Path) -> None:
     heights = [_PANEL + _ROW * timeline.pipeline.stages for timeline in timelines]
     style: Any = {"font.size": 8.5, "svg.hashsalt": "longseq", "svg.fonttype": "none", "axes.linewidth": 0.6}
     with pyplot.rc_context(style):
-        figure = pyplot.figure(figsize=(_WIDTH, sum(heights) + _ENDS))
+        most = max(len(spans) for timeline in timelines for spans in timeline.spans)
+        wide = min(max(_NARROW, _ACTION * most), _WIDE)
+        figure = pyplot.figure(figsize=(wide, sum(heights) + _ENDS))
         end = max(timeline.makespan for timeline in timelines)
         top = sum(heights) + _ENDS
         for timeline, height in zip(timelines, heights, strict=True):
             rows = _ROW * timeline.pipeline.stages
-            box = (_MARGIN, top - 0.30 - rows, _WIDTH - _MARGIN - 0.12, rows)
+            box = (_MARGIN, top - 0.30 - rows, wide - _MARGIN - 0.12, rows)
             top -= height
-            _panel(figure.add_axes(_share(box, figure)), timeline, end, box[2])
+            axes = figure.add_axes(_share(box, figure))
+            _panel(axes, timeline, end, box[2])
+            axes.tick_params(labelbottom=timeline is timelines[-1])
         _legend(figure, timelines)
         figure.savefig(file, dpi=140, metadata={"Date": None} if file.suffix == ".svg" else None)
         pyplot.close(figure)
@@ -62,7 +68,7 @@ def _panel(axes: Any, timeline: Timeline, end: float, inches: float) -> None:
     begin = min(span.start for spans in timeline.spans for span in spans)
     axes.set_xlim(0, end)
     axes.set_ylim(timeline.pipeline.stages - 0.5, -0.5)
-    axes.set_facecolor("#F4F4F4")
+    axes.set_facecolor(_IDLE)
     for rank, spans in enumerate(timeline.spans):
         for span in spans:
             _bar(axes, timeline, rank, Span(span.action, span.start - begin, span.end - begin), inches / end)
@@ -84,15 +90,17 @@ def _bar(axes: Any, timeline: Timeline, rank: int, span: Span, inches: float) ->
     line = min(0.4, 0.05 * width * inches * 72)  # points; thin bars must not vanish under their edges
     corner = (span.start, rank - height / 2)
     axes.add_patch(Rectangle(corner, width, height, facecolor=colour, edgecolor="white", linewidth=line, gid=name))
+    foot = 0.36 * height * action.vstage / timeline.pipeline.virtual
     if action.vstage:
-        foot = 0.36 * height * action.vstage / timeline.pipeline.virtual
         corner = (span.start, rank + height / 2 - foot)
         axes.add_patch(Rectangle(corner, width, foot, facecolor="#222222", linewidth=0))
     label = str(action.microbatch) if timeline.pipeline.segments == 1 else f"{action.microbatch}.{action.segment}"
-    if len(label) * 0.62 * _FONT / 72 < width * inches:
+    across = len(label) * 0.62 * _FONT / 72 < width * inches
+    if across or (width * inches > _FONT / 72 and len(label) * 0.62 * _FONT / 72 < height * _ROW):
         dark = sum(part * weight for part, weight in zip(colour, (0.3, 0.59, 0.11), strict=True)) < 0.5
-        x, colour_of_text = (span.start + span.end) / 2, "white" if dark else "#222222"
-        axes.text(x, rank, label, ha="center", va="center_baseline", fontsize=_FONT, color=colour_of_text)
+        style: Any = {"fontsize": _FONT, "color": "white" if dark else "#222222", "rotation": 0 if across else 90}
+        vertical = "center_baseline" if across else "center"
+        axes.text((span.start + span.end) / 2, rank - foot / 2, label, ha="center", va=vertical, **style)
 
 
 def _colour(action: Action) -> tuple[float, float, float]:
@@ -105,10 +113,12 @@ def _legend(figure: Any, timelines: Sequence[Timeline]) -> None:
     actions = [span.action for timeline in timelines for spans in timeline.spans for span in spans]
     kinds = {action.kind for action in actions}
     handles = [Patch(facecolor=COLOURS[kind], label=_WORDS[kind]) for kind in Kind if kind in kinds]
-    handles.append(Patch(facecolor="#F4F4F4", edgecolor="#BBBBBB", linewidth=0.6, label="idle"))
+    handles.append(Patch(facecolor=_IDLE, edgecolor="#BBBBBB", linewidth=0.6, label="idle"))
     if any(action.vstage for action in actions):
         handles.append(Patch(facecolor="#222222", label="foot: virtual stage, the higher the later"))
     segments = any(action.segment for action in actions)
     label = "label: micro-batch.segment" if segments else "label: micro-batch"
     handles.append(Patch(alpha=0, label=f"{label}; shade: micro-batch"))
-    figure.legend(handles=handles, loc="lower left", ncols=len(handles), frameon=False, fontsize=8, borderaxespad=0.3)
+    place = (_MARGIN / figure.get_size_inches()[0], 0.0)
+    style: Any = {"frameon": False, "fontsize": 8, "borderaxespad": 0.2, "borderpad": 0.3, "handlelength": 1.6}
+    figure.legend(handles=handles, loc="lower left", bbox_to_anchor=place, ncols=len(handles), **style)
