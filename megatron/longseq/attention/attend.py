@@ -1,0 +1,99 @@
+"""Attention by tiles: blocks run through a kernel, partial results merged, gradients handed out block by block."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron.longseq.attention.blocks import Span, Tile
+from megatron.longseq.attention.kernels.kernel import Kernel, Scores
+from megatron.longseq.attention.merge import accumulation, merge_
+
+KeyGrads = Callable[[Span, Span, Tensor, Tensor], None]  # (sequences, keys, dk, dv)
+
+
+def attend(
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return (out [sq, b, hq, dv] in q's type, contiguous; lse [b, hq, sq]) of tiles that cover every row once.
+
+    Args:
+        kernel: computes a block.
+        q: [sq, b, hq, d].
+        k: [keys, b, hk, d], at least as many keys as the tiles name; hk divides hq.
+        v: [keys, b, hk, dv].
+        tiles: see `blocks`.
+        scale: factor of the scores.
+    """
+    if len(tiles) == 1:
+        out, lse = _tile(kernel, q, k, v, tiles[0], scale)
+        return out.to(q.dtype).contiguous(), lse
+    out = q.new_empty(*q.shape[:3], v.shape[-1])
+    lse = q.new_empty(q.shape[1], q.shape[2], q.shape[0], dtype=accumulation(q.dtype))
+    for tile in tiles:
+        rows, batch = tile.rows.slice(), tile.batch.slice()
+        out[rows, batch], lse[batch, :, rows] = _tile(kernel, q, k, v, tile, scale)
+    return out, lse
+
+
+def _tile(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) of one tile; out in the accumulation type where blocks were merged."""
+    batch = tile.batch.slice()
+    rows = q[tile.rows.slice(), batch]
+    merged: tuple[Tensor, Tensor] | None = None
+    for block in tile.blocks:
+        keys = block.keys.slice()
+        out, lse = kernel.forward(rows, k[keys, batch], v[keys, batch], Scores(scale, block.causal, block.window))
+        if merged is None:
+            merged = (out if len(tile.blocks) == 1 else out.to(accumulation(q.dtype)), lse)
+        else:
+            merge_(*merged, out, lse)
+    assert merged is not None, "a tile has at least one block"
+    return merged
+
+
+def attend_backward(
+    kernel: Kernel,
+    saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    grad_out: Tensor,
+    tiles: Sequence[Tile],
+    scale: float,
+    key_grads: KeyGrads,
+) -> Tensor:
+    """Return dq [sq, b, hq, d] in q's type; hand every block's dk and dv to `key_grads`.
+
+    Args:
+        kernel: computes a block.
+        saved: q, k, v, out, lse; out and lse are those of *all* keys that a row saw, here or elsewhere.
+        grad_out: [sq, b, hq, dv].
+        tiles: those of the forward, or a part of them.
+        scale: factor of the scores.
+        key_grads: called with (sequences, keys, dk, dv) as often as keys are seen; adds them up.
+    """
+    q, k, v, out, lse = saved
+    dq: Tensor | None = None if len(tiles) == 1 else torch.zeros_like(q)
+    for tile in tiles:
+        rows, batch = tile.rows.slice(), tile.batch.slice()
+        part: Tensor | None = None
+        for block in tile.blocks:
+            keys = block.keys.slice()
+            grad_q, grad_k, grad_v = kernel.backward(
+                grad_out[rows, batch],
+                q[rows, batch],
+                k[keys, batch],
+                v[keys, batch],
+                out[rows, batch],
+                lse[batch, :, rows],
+                Scores(scale, block.causal, block.window),
+            )
+            key_grads(tile.batch, block.keys, grad_k, grad_v)
+            if part is None:
+                part = grad_q if len(tile.blocks) == 1 else grad_q.to(accumulation(q.dtype))
+            else:
+                part.add_(grad_q)
+        assert part is not None, "a tile has at least one block"
+        if dq is None:
+            return part.to(q.dtype)
+        dq[rows, batch] = part
+    assert dq is not None
+    return dq

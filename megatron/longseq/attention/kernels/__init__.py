@@ -1,0 +1,1 @@
+"""Block attention kernels behind one interface, with log-sum-exp."""

@@ -1,0 +1,194 @@
+"""Attention of one segment of a sequence to its own keys and to those of the segments before it.
+
+Per segment, autograd keeps q, out and lse; keys and values stand once in the store's buffers. Backward adds what
+earlier segments' keys and values get into accumulators, in float32, and returns the segment's own gradient together
+with what later segments left for it. A forward that runs again in backward (recomputation) writes the same slot again.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.longseq.attention.attend import attend, attend_backward
+from megatron.longseq.attention.blocks import Documents, Span, Tile, plan_causal
+from megatron.longseq.attention.kernels.kernel import Kernel
+from megatron.longseq.attention.merge import accumulation
+from megatron.longseq.attention.segment import Segment
+from megatron.longseq.attention.store import PrefixStore, Slot
+
+Fork = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What a segment's attention is asked, apart from its tensors."""
+
+    store: PrefixStore
+    layer: int
+    segment: Segment
+    kernel: Kernel
+    scale: float
+    tiles: tuple[Tile, ...]
+    fork: Fork
+
+
+def segment_attention(  # noqa: PLR0913
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    store: PrefixStore,
+    layer: int,
+    kernel: Kernel,
+    scale: float,
+    *,
+    window: int | None = None,
+    documents: Documents | None = None,
+    fork: Fork = nullcontext,
+) -> Tensor:
+    """Return causal attention [n, b, hq * dv] of the store's current segment to all keys up to its end.
+
+    Args:
+        q: [n, b, hq, d] of the current segment, rotary positions already applied at their true positions.
+        k: [n, b, hk, d]; hk divides hq.
+        v: [n, b, hk, dv].
+        store: of this pipeline stage, with `current` set.
+        layer: number of the layer, unique on the stage.
+        kernel: see `kernels.choice.choose`; with dropout if that is wanted.
+        scale: factor of the scores.
+        window: keys before its own position that a query sees (upstream's left window); None: all.
+        documents: of the whole sequence, or of the segment's positions at least: a query sees its own document alone.
+        fork: context in which dropout draws its random numbers (upstream's: the model-parallel tracker's `fork`).
+
+    Raises:
+        PrefixOrderError: not this segment's turn: segments go forward from the first to the last, backward from the
+            last to the first.
+        ValueError: shapes that do not fit the segment, documents of other positions.
+    """
+    segment = store.announced(layer)
+    if q.shape[0] != segment.tokens:
+        raise ValueError(f"layer {layer}, {segment}: {q.shape[0]} queries for {segment.tokens} of {segment.lengths}")
+    tiles = plan_causal(
+        Span(segment.begin, segment.end),
+        q.shape[1],
+        rectangular=kernel.rectangular,
+        window=window,
+        documents=documents,
+    )
+    return PrefixAttention.apply(q, k, v, _Call(store, layer, segment, kernel, scale, tiles, fork))
+
+
+class PrefixAttention(torch.autograd.Function):
+    """See `segment_attention`."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: _Call) -> Tensor:
+        """Write the segment's keys and values, attend to all up to its end."""
+        slot = call.store.write(call.layer, call.segment, k, v)
+        ctx.call = call
+        with call.fork() if call.kernel.dropout else nullcontext():
+            ctx.generator = _generator_state(q) if call.kernel.dropout else None
+            out, lse = attend(call.kernel, q, slot.keys, slot.values, call.tiles, call.scale)
+        if call.segment.forward_only:
+            call.store.close(call.layer, call.segment)
+        else:
+            ctx.save_for_backward(_alone(q), out, lse)
+        return out.flatten(2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Leave earlier segments their gradients, return this one's."""
+        call: _Call = ctx.call
+        q, out, lse = ctx.saved_tensors
+        slot = call.store.read(call.layer, call.segment)
+        if call.segment.is_last:
+            call.store.open_grads(slot)
+        collect = _Collect(slot, call.segment)
+        with _replayed(q, ctx.generator):
+            saved = (q, slot.keys, slot.values, out, lse)
+            dq = attend_backward(call.kernel, saved, grad.view_as(out), call.tiles, call.scale, collect)
+        dk, dv = collect.own(0), collect.own(1)
+        call.store.close(call.layer, call.segment)
+        return dq, dk, dv, None
+
+
+class _Collect:
+    """Sums blocks' dk and dv: those of earlier segments in the slot's accumulators, the segment's own aside."""
+
+    def __init__(self, slot: Slot, segment: Segment) -> None:
+        self._slot, self._segment = slot, segment
+        self._parts: list[tuple[slice, slice, tuple[Tensor, Tensor]]] = []
+
+    def __call__(self, batch: Span, keys: Span, dk: Tensor, dv: Tensor) -> None:
+        border = self._segment.begin
+        before = max(0, min(border, keys.end) - keys.begin)
+        if before:
+            self._add(Span(keys.begin, keys.begin + before), batch, (dk[:before], dv[:before]))
+        if before < keys.size:
+            rows = slice(keys.begin + before - border, keys.end - border)
+            self._parts.append((rows, batch.slice(), (dk[before:], dv[before:])))
+
+    def _add(self, keys: Span, batch: Span, grads: tuple[Tensor, Tensor]) -> None:
+        slot = self._slot
+        assert slot.grads is not None, "a segment with keys before it is not the only one"
+        for total, grad in zip(slot.grads, grads, strict=True):
+            if slot.untouched and grad.shape == total.shape:
+                total.copy_(grad)
+                continue
+            if slot.untouched:
+                total.zero_()
+            total[keys.slice(), batch.slice()].add_(grad)
+        slot.untouched = False
+
+    def own(self, which: int) -> Tensor:
+        """Return the segment's own dk (0) or dv (1): its blocks' and what later segments left, cast once."""
+        slot, segment = self._slot, self._segment
+        like = (slot.keys, slot.values)[which]
+        left = None
+        if not segment.is_last and slot.grads is not None:
+            if slot.untouched:
+                slot.grads[0].zero_(), slot.grads[1].zero_()
+                slot.untouched = False
+            left = slot.grads[which][segment.begin : segment.end]
+        whole = (segment.tokens, *like.shape[1:])
+        if len(self._parts) == 1 and self._parts[0][2][which].shape == whole:
+            part = self._parts[0][2][which]
+            return _alone(part) if left is None else torch.add(left, part).to(like.dtype)
+        total = left if left is not None else torch.zeros(whole, dtype=accumulation(like.dtype), device=like.device)
+        for rows, batch, parts in self._parts:
+            total[rows, batch].add_(parts[which])
+        return total.to(like.dtype, copy=left is not None)
+
+
+def _alone(x: Tensor) -> Tensor:
+    """Return a tensor that keeps no larger storage alive than its own: a slice of a fused projection is copied."""
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone(memory_format=torch.contiguous_format)
+
+
+def _generator_state(q: Tensor) -> Tensor:
+    return torch.cuda.get_rng_state(q.device) if q.is_cuda else torch.get_rng_state()
+
+
+@contextmanager
+def _replayed(q: Tensor, state: Tensor | None) -> Iterator[None]:
+    """Draw the random numbers of the forward again; leave the generator as it was."""
+    if state is None:
+        yield
+        return
+    now = _generator_state(q)
+    _set_generator(q, state)
+    try:
+        yield
+    finally:
+        _set_generator(q, now)
+
+
+def _set_generator(q: Tensor, state: Tensor) -> None:
+    if q.is_cuda:
+        torch.cuda.set_rng_state(state, q.device)
+    else:
+        torch.set_rng_state(state)

@@ -1,0 +1,68 @@
+"""Which segment of which micro-batch is being computed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One segment of the sequences of one micro-batch.
+
+    Attributes:
+        microbatch: index of the micro-batch within the step, from 0.
+        index: index of the segment within its sequence, from 0.
+        lengths: tokens of every segment of the sequence, first to last.
+        forward_only: no backward will follow (evaluation).
+
+    Raises:
+        ValueError: no such segment, or a segment without tokens.
+    """
+
+    microbatch: int
+    index: int
+    lengths: tuple[int, ...]
+    forward_only: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < len(self.lengths):
+            raise ValueError(f"segment {self.index} of {len(self.lengths)}: count from 0 to {len(self.lengths) - 1}")
+        if min(self.lengths) < 1:
+            raise ValueError(f"segments of {self.lengths} tokens: each needs at least one; use fewer segments")
+
+    @property
+    def begin(self) -> int:
+        """Position of its first token."""
+        return sum(self.lengths[: self.index])
+
+    @property
+    def end(self) -> int:
+        """Position after its last token."""
+        return sum(self.lengths[: self.index + 1])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the segment."""
+        return self.lengths[self.index]
+
+    @property
+    def total(self) -> int:
+        """Tokens of the whole sequence."""
+        return sum(self.lengths)
+
+    @property
+    def count(self) -> int:
+        """Segments of the sequence."""
+        return len(self.lengths)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it ends the sequence."""
+        return self.index == len(self.lengths) - 1
+
+    def __str__(self) -> str:
+        return f"micro-batch {self.microbatch}, segment {self.index} of {len(self.lengths)}"
+
+
+def segments(microbatch: int, lengths: Sequence[int], forward_only: bool = False) -> list[Segment]:
+    """Return every segment of a micro-batch, first to last."""
+    return [Segment(microbatch, index, tuple(lengths), forward_only) for index in range(len(lengths))]
