@@ -270,3 +270,176 @@ def counted(case: Case) -> dict[str, Any]:
             "held": held,
             "left": store.pending_bytes(),
         }
+
+
+def reduced_early(case: Case) -> tuple[int, int]:
+    """Number of buckets, and how many are being reduced when the last weight's product begins."""
+    from megatron.longseq.pipeline import weight
+
+    with world(case):
+        model, seen = model_of(case), []
+        accumulate = weight._accumulate
+
+        def watched(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+            seen.append(sum(group.grad_reduce_handle is not None for group in model.bucket_groups))
+            accumulate(parameter, gradient)
+
+        weight._accumulate = watched
+        for step in range(2):
+            model.zero_grad_buffer()
+            split_step(case, model, step)
+            model.finish_grad_sync()
+        return len(model.bucket_groups), seen[-1]
+
+
+def used_twice() -> bool:
+    """One linear, called twice in a forward, as upstream's multi-token prediction calls the head."""
+    from megatron.longseq.pipeline.weight import WeightStore, attach
+
+    case = Case()
+    with world(case):
+        linear, store = model_of(case).output_layer, WeightStore()
+        inputs = [torch.randn(SEQUENCE, BATCH, HIDDEN) * scale for scale in (1.0, 1e3, 1e-3)]
+        linear.weight.main_grad = torch.randn_like(linear.weight)
+        start = linear.weight.main_grad.clone()
+
+        def loss() -> torch.Tensor:
+            return sum(linear(x.clone().requires_grad_())[0].square().sum() for x in inputs)
+
+        loss().backward()
+        expected = start + linear.weight.grad
+        linear.weight.grad = None
+        with attach(linear, store):
+            total = loss()
+            store.begin(0)
+            total.backward()
+            store.run(0)
+        return linear.weight.grad is None and torch.equal(linear.weight.main_grad, expected)
+
+
+def attaching() -> None:
+    """What `attach` leaves, refuses and undoes."""
+    import pytest
+
+    from megatron.longseq.pipeline.weight import WeightStore, attach, grad_ready
+
+    case = Case(tied=True)
+    with world(case):
+        model, store = model_of(case), WeightStore()
+        linears = [module for module in model.modules() if hasattr(module, "_forward_impl")]
+        qkv = model.decoder.layers[0].self_attention.linear_qkv
+        qkv.weight.requires_grad_(False)
+        model.decoder.layers[1].mlp.also = torch.nn.Module()
+        model.decoder.layers[1].mlp.also.weight = model.decoder.layers[1].mlp.linear_fc1.weight
+        keys, names = list(model.state_dict()), [name for name, _ in model.named_modules()]
+        attachment = attach([model], store)
+        assert len(attachment.names) == len(linears) - 3 == 6
+        assert {name: why.split(":")[0] for name, why in attachment.left.items()} == {
+            "0.decoder.layers.0.self_attention.linear_qkv": "its weight is frozen",
+            "0.decoder.layers.1.mlp.linear_fc1": "its weight is also another module's",
+            "0.output_layer": "its weight is passed in",
+        }
+        assert (keys, names) == (list(model.state_dict()), [name for name, _ in model.named_modules()])
+        with pytest.raises(ValueError, match=r"linear_proj: its backward is split already"):
+            attach(model, store)
+        with torch.no_grad():  # evaluation
+            loss_of(case, model, 0, 0)
+        attachment.detach()
+        attachment.detach()
+        assert not any("_forward_impl" in linear.__dict__ for linear in linears)
+        del model.decoder.layers[1].mlp.also
+        loss_of(case, model, 0, 0)[0].backward()  # upstream's own again
+        assert model.decoder.layers[1].mlp.linear_fc1.weight.grad is not None
+        _refusals(model, store, linears)
+        assert grad_ready(model) is None
+
+
+def _refusals(model: Any, store: Any, linears: list[Any]) -> None:
+    import pytest
+
+    from megatron.longseq.pipeline.weight import attach
+
+    with pytest.raises(ValueError, match="--transformer-impl local"):
+        attach(torch.nn.Linear(2, 2), store)
+    last = linears[-2]
+    for owner, attribute, value, reason in (
+        (last, "is_expert", True, "MoE experts"),
+        (last.config, "defer_embedding_wgrad_compute", True, "--defer-embedding-wgrad-compute"),
+        (last, "gtp_remat_size", 2, "GTP"),
+        (last.weight, "__fsdp_param__", True, "FSDP"),
+    ):
+        before = getattr(owner, attribute, None)
+        setattr(owner, attribute, value)
+        with pytest.raises(ValueError, match=reason):
+            attach(model, store)
+        assert not any("_forward_impl" in linear.__dict__ for linear in linears)  # nothing half made
+        delattr(owner, attribute) if before is None else setattr(owner, attribute, before)
+
+
+def store_keeping() -> None:
+    """Units in and out of order, and tensors that somebody wrote into."""
+    import pytest
+
+    from megatron.longseq.pipeline.weight import WeightStore, attach
+
+    case = Case()
+    with world(case):
+        linear, store = model_of(case).output_layer, WeightStore()
+        with attach(linear, store):
+            x = torch.randn(SEQUENCE, BATCH, HIDDEN, requires_grad=True)
+
+            def backward() -> None:
+                (linear(x * 1)[0] * 1).sum().backward()
+
+            with pytest.raises(RuntimeError, match="outside of a schedule's action"):
+                backward()
+            store.begin("a")
+            backward()
+            rows = SEQUENCE * BATCH
+            assert store.pending_bytes() == 4 * rows * (HIDDEN + VOCABULARY)
+            with pytest.raises(RuntimeError, match="unit a runs again"):
+                store.begin("a")
+            store.begin("b")
+            backward()
+            store.end()
+            with pytest.raises(RuntimeError, match="outside of a schedule's action"):
+                backward()
+            with pytest.raises(RuntimeError, match="never computed for the units a, b"):
+                store.assert_empty()
+            store.run("b")
+            assert linear.weight.grad is not None
+            with pytest.raises(RuntimeError, match="no weight gradients of unit b"):
+                store.run("b")
+            store.reset()
+            store.assert_empty()
+            assert store.pending_bytes() == 0
+
+
+def changed_tensors() -> None:
+    """A run ends its unit, and notices that a tensor of the unit was written to."""
+    import pytest
+
+    from megatron.longseq.pipeline.weight import WeightStore, attach
+
+    case = Case()
+    with world(case):
+        linear, store = model_of(case).output_layer, WeightStore()
+        with attach(linear, store):
+            x = torch.randn(SEQUENCE, BATCH, HIDDEN, requires_grad=True)
+
+            def backward() -> torch.Tensor:
+                kept = x * 1
+                (linear(kept)[0] * 1).sum().backward()
+                return kept
+
+            store.begin("a")
+            backward()
+            store.run("a")
+            with pytest.raises(RuntimeError, match="outside of a schedule's action"):
+                backward()
+            store.begin("b")
+            kept = backward()
+            with torch.no_grad():
+                kept.zero_()
+            with pytest.raises(RuntimeError, match=r"weight \(64, 32\) was written to between B and W"):
+                store.run("b")
