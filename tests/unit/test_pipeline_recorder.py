@@ -57,9 +57,19 @@ def test_a_step_that_was_given_up_leaves_nothing(recorder: Recorder) -> None:
         pass
     assert [span.action for span in recorder.finish()] == [SECOND]
     recorder.start_step()
+    with recorder.action(FIRST):
+        pass
     recorder.begin(FIRST)
+    time.sleep(0.01)
     recorder.start_step()
-    assert recorder.finish() == ()
+    again = time.time()
+    with recorder.action(SECOND):
+        pass
+    (span,) = recorder.finish()
+    assert span.action == SECOND
+    assert span.start > again - 1e-3
+    with pytest.raises(RuntimeError, match="no step was started"):
+        recorder.finish()
 
 
 def test_calls_out_of_order_are_refused(recorder: Recorder) -> None:

@@ -1,0 +1,102 @@
+"""The split backward: bitwise upstream's gradients, no weight product in B, all of them in W."""
+
+from dataclasses import replace
+
+import pytest
+
+from tests.pool import RankPool
+from tests.unit import weight_bed
+from tests.unit.weight_bed import Case
+
+FULL = (("recompute_granularity", "full"), ("recompute_method", "uniform"), ("recompute_num_layers", 1))
+CASES = {
+    "one rank": Case(),
+    "bf16": Case(bf16=True),
+    "biases": Case(bias=True),
+    "tied": Case(tied=True),
+    "last stage, tied": Case(tail=True, tied=True),
+    "gated": Case(config=(("gated_linear_unit", True), ("normalization", "RMSNorm"))),
+    "full recompute": Case(config=FULL),
+    "selective recompute": Case(
+        tp=2,
+        sequence_parallel=True,
+        config=(
+            ("recompute_granularity", "selective"),
+            ("recompute_modules", ["core_attn", "mlp"]),
+            ("normalization", "RMSNorm"),
+        ),
+    ),
+    "late weights": Case(order="B0 B1 B2 W0 W1 W2"),
+    "TP": Case(tp=2),
+    "TP, biases, bf16": Case(tp=2, bias=True, bf16=True),
+    "TP, last stage": Case(tp=2, tail=True),
+    "TP + SP": Case(tp=2, sequence_parallel=True),
+    "TP + SP, last stage, biases": Case(tp=2, sequence_parallel=True, tail=True, bias=True),
+    "TP + SP, full recompute": Case(tp=2, sequence_parallel=True, config=FULL),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_bitwise_upstreams(ranks: RankPool, name: str) -> None:
+    case = CASES[name]
+    assert ranks.run(case.tp, weight_bed.differing, case) == [[]] * case.tp
+
+
+@pytest.mark.parametrize("name", ["one rank", "full recompute", "TP + SP, last stage, biases"])
+def test_no_weight_product_in_b_and_all_of_them_in_w(ranks: RankPool, name: str) -> None:
+    case = CASES[name]
+    for count in ranks.run(case.tp, weight_bed.counted, case):
+        assert count["W"] == count["weights"]
+        assert count["W"].total() == count["linears"] == 9  # 4 of each of 2 layers, and the head
+        assert count["fused"] == count["B"] + count["W"]
+        assert count["held"] > 0
+        assert count["left"] == 0
+
+
+def _ddp(**options) -> tuple[tuple[str, object], ...]:
+    return tuple({"grad_reduce_in_fp32": True, "bucket_size": 3000, **options}.items())
+
+
+PARALLEL = {
+    "no overlap": Case(ddp=_ddp(), bf16=True),
+    "overlap": Case(ddp=_ddp(overlap_grad_reduce=True), bf16=True),
+    "overlap, sums in bf16": Case(ddp=_ddp(overlap_grad_reduce=True, grad_reduce_in_fp32=False), bf16=True),
+    "distributed optimizer": Case(ddp=_ddp(use_distributed_optimizer=True)),
+    "distributed optimizer, overlap": Case(ddp=_ddp(use_distributed_optimizer=True, overlap_grad_reduce=True)),
+    "overlap, tied": Case(ddp=_ddp(overlap_grad_reduce=True), tied=True),
+}
+
+
+@pytest.mark.parametrize("first", ["same", "fused"])
+@pytest.mark.parametrize("sync", ["after", "ready"])
+@pytest.mark.parametrize("name", PARALLEL)
+def test_data_parallel_gradients_are_bitwise_upstreams(ranks: RankPool, name: str, sync: str, first: str) -> None:
+    """Three steps, because upstream's wrapper learns in the first what to expect; also after and before its own."""
+    case = replace(PARALLEL[name], sync=sync, first=first)
+    assert ranks.run(2, weight_bed.differing, case, 3) == [[], []]
+
+
+def test_gradients_are_reduced_while_the_last_weights_are_computed(ranks: RankPool) -> None:
+    case = replace(PARALLEL["overlap"], sync="ready")
+    for buckets, done_before_the_last_weight in ranks.run(2, weight_bed.reduced_early, case):
+        assert buckets >= 4
+        assert done_before_the_last_weight >= buckets - 2
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_the_fused_kernel_accumulates_where_upstream_lets_it(ranks: RankPool, name: str) -> None:
+    options = {"fp32": _ddp(), "bf16": _ddp(grad_reduce_in_fp32=False)}[name]
+    assert ranks.run(1, weight_bed.differing, Case(fused=True, bf16=True, ddp=options), 2) == [[]]
+
+
+def test_a_weight_used_twice_is_summed_first_as_autograd_does(ranks: RankPool) -> None:
+    assert ranks.run(1, weight_bed.used_twice) == [True]
+
+
+def test_what_cannot_be_split_is_left_or_refused_and_nothing_is_renamed(ranks: RankPool) -> None:
+    assert ranks.run(1, weight_bed.attaching, timeout=60) == [None]
+
+
+@pytest.mark.parametrize("job", [weight_bed.store_keeping, weight_bed.changed_tensors])
+def test_a_store_knows_its_units(ranks: RankPool, job) -> None:
+    assert ranks.run(1, job, timeout=60) == [None]
