@@ -1,1 +1,1 @@
-"""Speed and memory, measured as ratios against a rival in one run; `python -m tests.benchmarks.NAME`, last line JSON."""
+"""Speed and memory as ratios against a rival in one run; `python -m tests.benchmarks.NAME`, last line JSON."""

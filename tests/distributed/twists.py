@@ -21,9 +21,10 @@ def ragged_mask() -> Iterator[Planted]:
         mask = batch.get("loss_mask")
         if mask is not None:
             generator = torch.Generator().manual_seed(int(batch["labels"].sum()))  # the same in every layout
-            mask *= torch.rand(mask.shape, generator=generator) > 0.3
+            mask = mask * (torch.rand(mask.shape, generator=generator) > 0.3)
             if int(batch["labels"][0, 0]) % 2:
                 mask[:, :40] = 0
+            batch["loss_mask"] = mask
             planted.times += 1
         return batch
 

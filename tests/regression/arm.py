@@ -81,7 +81,7 @@ def run_arm(
     mutant: str | None = None,
     keep_food: bool = False,
     snapshots: tuple[int, ...] = (),
-    timeout: float = 300.0,
+    timeout: float = 120.0,
 ) -> Run:
     """Train through `pretrain` on `world_size` ranks and return the run.
 

@@ -7,6 +7,7 @@ starts, and core attention sees the keys of earlier segments (`megatron.longseq.
 
 import contextlib
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +17,17 @@ from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.utils import is_layer_window_attention
-from megatron.longseq.attention.documents import document_starts
-from megatron.longseq.attention.kernels import choose
-from megatron.longseq.attention.prefix import PrefixStore, Segment, segment_attention
+from megatron.core.utils import log_single_rank
+
+from megatron.longseq.attention.blocks import Documents
+from megatron.longseq.attention.documents import document_starts, documents_of
+from megatron.longseq.attention.kernels.choice import choose
+from megatron.longseq.attention.kernels.kernel import Kernel
+from megatron.longseq.attention.prefix import segment_attention
+from megatron.longseq.attention.segment import Segment
+from megatron.longseq.attention.store import PrefixStore
+
+logger = logging.getLogger(__name__)
 
 ALONG_SEQUENCE = ("input_ids", "position_ids", "labels", "loss_mask", "padding_mask")  # [micro-batch, sequence]
 UNSERVED = ("decoder_input", "inference_context", "inference_params", "packed_seq_params", "output_processor")
@@ -35,7 +44,7 @@ class Chunk:
             mask given by the script must be the plain causal one.
         store: keys and values of earlier segments.
         pieces: micro-batch -> outputs of its earlier segments (last stage).
-        starts: micro-batch -> first position of every token's document.
+        documents: micro-batch -> its documents, where they are read from the mask.
     """
 
     module: torch.nn.Module
@@ -43,7 +52,8 @@ class Chunk:
     packs_documents: bool = False
     store: PrefixStore = field(default_factory=PrefixStore)
     pieces: dict[int, list[torch.Tensor]] = field(default_factory=dict)
-    starts: dict[int, torch.Tensor] = field(default_factory=dict)
+    documents: dict[int, Documents] = field(default_factory=dict)
+    kernels: dict[Any, Kernel] = field(default_factory=dict)
     bound: list[torch.nn.Module] = field(default_factory=list)
     seen_mask: bool = False
 
@@ -78,14 +88,12 @@ class Chunk:
 
     def enter(self, microbatch: int, segment: int, forward_only: bool) -> None:
         """Say which segment the next forward or backward is of, recomputation included."""
-        begin = sum(self.lengths[:segment])
-        end = begin + self.lengths[segment]
-        self.store.current = Segment(microbatch, segment, begin, end, tuple(self.lengths), forward_only)
+        self.store.current = Segment(microbatch, segment, tuple(self.lengths), forward_only)
 
     def leave(self, microbatch: int) -> None:
         """Forget a micro-batch whose last action is done."""
         self.pieces.pop(microbatch, None)
-        self.starts.pop(microbatch, None)
+        self.documents.pop(microbatch, None)
 
     def assert_empty(self) -> None:
         """Check at the end of a step that every segment was taken back.
@@ -94,8 +102,8 @@ class Chunk:
             RuntimeError: names what is left.
         """
         self.store.assert_empty()
-        if self.pieces or self.starts:
-            raise RuntimeError(f"outputs of micro-batches {sorted(self.pieces | self.starts)} were never finished")
+        if self.pieces or self.documents:
+            raise RuntimeError(f"outputs of micro-batches {sorted(self.pieces | self.documents)} were never finished")
 
     def _model_forward(self, model: GPTModel) -> Callable[..., torch.Tensor]:
         original = model.forward
@@ -124,8 +132,8 @@ class Chunk:
 
     def _read_mask(self, mask: torch.Tensor) -> None:
         segment = self.store.current
-        if self.packs_documents and segment.microbatch not in self.starts:
-            self.starts[segment.microbatch] = document_starts(mask)
+        if self.packs_documents and segment.microbatch not in self.documents:
+            self.documents[segment.microbatch] = documents_of(document_starts(mask))
         elif not self.packs_documents and not self.seen_mask:
             self.seen_mask = True  # the same for all micro-batches: upstream's dataset makes it once
             if document_starts(mask).any():
@@ -160,24 +168,32 @@ class Chunk:
         scale = config.softmax_scale or config.kv_channels**-0.5
         has_window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer)
         window = config.window_size[0] if has_window and config.window_size[0] >= 0 else None
+        fork = _fork(config)
 
         def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-            probability = config.attention_dropout if attention.training else 0.0
-            kernel = choose(query.device, query.dtype, query.shape[-1], dropout=probability, window=window)
+            kernel = self._kernel(query, value, config.attention_dropout if attention.training else 0.0)
             return segment_attention(
                 query,
                 key,
                 value,
-                store=self.store,
-                layer=layer,
-                kernel=kernel,
-                scale=scale,
+                self.store,
+                layer,
+                kernel,
+                scale,
                 window=window,
-                documents=self.starts.get(self.store.current.microbatch),
-                dropout=(probability, _fork(config)) if probability else None,
+                documents=self.documents.get(self.store.announced(layer).microbatch),
+                fork=fork,
             )
 
         return forward
+
+    def _kernel(self, query: torch.Tensor, value: torch.Tensor, dropout: float) -> Kernel:
+        wanted = (query.device, query.dtype, query.shape[-1], value.shape[-1], dropout)
+        if wanted not in self.kernels:
+            choice = choose(*wanted[:3], value_dim=wanted[3], dropout=dropout)
+            log_single_rank(logger, logging.INFO, f"segments: {choice.why}")
+            self.kernels[wanted] = choice.kernel
+        return self.kernels[wanted]
 
 
 def _fork(config: Any) -> Callable[[], contextlib.AbstractContextManager[None]]:

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_model_config
-from megatron.longseq.pipeline.recorder import Recorder
-from megatron.longseq.pipeline.watch import Watch
-from megatron.longseq.pipeline.weight import WeightStore
 
 from megatron.longseq.pipeline.action import Action, Kind, Pipeline, Schedule
 from megatron.longseq.pipeline.chunk import Chunk, Replay
 from megatron.longseq.pipeline.gradsync import GradSync
 from megatron.longseq.pipeline.p2p import Lanes, Mailbox
+from megatron.longseq.pipeline.recorder import Recorder
+from megatron.longseq.pipeline.watch import Watch
+from megatron.longseq.pipeline.weight import WeightStore
 
 Unit = tuple[int, int, int]  # micro-batch, segment, virtual stage
 
@@ -140,7 +140,10 @@ class Executor:
         if self.weights is not None:
             self.weights.begin(_unit(action))
         entered, left = self.alive.pop(_unit(action))
-        return schedules.backward_step(entered, left, received, self.config)
+        gradient = schedules.backward_step(entered, left, received, self.config)
+        if self.weights is not None:
+            self.weights.end()
+        return gradient
 
     def _weight(self, action: Action, received: torch.Tensor | None) -> None:
         assert self.weights is not None, "the schedule has weight actions, but no weight gradient is deferred"

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.longseq.pipeline.watch import Wait, Watch
 
 from megatron.longseq.pipeline.action import Action, Kind, Pipeline, source, target
 from megatron.longseq.pipeline.outbox import Outbox
+from megatron.longseq.pipeline.watch import Wait, Watch
 
 WHAT = {Kind.FORWARD: "its hidden states", Kind.BACKWARD: "its gradient"}
 AHEAD = 2  # receives posted early, per direction: one in use by the running action's successor, one on its way

@@ -4,11 +4,10 @@ import functools
 from argparse import Namespace
 from dataclasses import dataclass
 
-from megatron.longseq.pipeline.proof import prove
-
 from megatron.longseq.pipeline import orders, partition
 from megatron.longseq.pipeline.action import Pipeline, Schedule
 from megatron.longseq.pipeline.cost import ModelShape, flops
+from megatron.longseq.pipeline.proof import prove
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
-from megatron.longseq.pipeline.recorder import DeviceClock, HostClock, Recorder
-from megatron.longseq.pipeline.timeline import Span
-from megatron.longseq.pipeline.watch import Watch
-from megatron.longseq.pipeline.weight import WeightStore
 
 from megatron.longseq.pipeline.action import Schedule
 from megatron.longseq.pipeline.chunk import Chunk
 from megatron.longseq.pipeline.executor import Executor, Step
 from megatron.longseq.pipeline.p2p import Lanes, open_lanes
 from megatron.longseq.pipeline.plan import Plan
+from megatron.longseq.pipeline.recorder import DeviceClock, HostClock, Recorder
+from megatron.longseq.pipeline.timeline import Span
+from megatron.longseq.pipeline.watch import Watch
+from megatron.longseq.pipeline.weight import Attachment, WeightStore, attach
 
 
 @dataclass
@@ -38,7 +38,8 @@ class PipelineRunner:
     trace_step: int | None = None
     lanes: Lanes | None = None
     chunks: list[Chunk] = field(default_factory=list)
-    weights: WeightStore | None = None
+    weights: WeightStore = field(default_factory=WeightStore)
+    split: Attachment | None = None
     watch: Watch | None = None
     steps: int = 0
 
@@ -114,10 +115,10 @@ class PipelineRunner:
         if len(self.plan.lengths) > 1:
             for chunk in self.chunks:
                 chunk.attach()
+        if self.split is not None:
+            self.split.detach()
         if self.plan.zero_bubble:
-            self.weights = WeightStore()
-            for module in modules:
-                self.weights.attach(module)
+            self.split = attach(modules, self.weights)
 
     def _executor(self, step: Step, microbatches: int, config: Any, groups: Any) -> Executor:
         schedule = self.plan.schedule(microbatches, step.forward_only)
