@@ -8,6 +8,7 @@ from megatron.longseq.pipeline.action import Kind, Pipeline, Schedule
 from megatron.longseq.pipeline.cost import CostModel, segment_costs
 from megatron.longseq.pipeline.orders import make
 from megatron.longseq.pipeline.partition import Partition, paper_partition, parse
+from megatron.longseq.pipeline.proof import prove
 from megatron.longseq.pipeline.simulate import Costs, Table, simulate
 from megatron.longseq.pipeline.timeline import Timeline
 
@@ -86,27 +87,12 @@ def run(setup: Setup, model: CostModel, cluster: Cluster) -> Result:
     else:
         partition = parse(setup.partition, model, setup.segments, multiple=cluster.multiple)
     pipeline = Pipeline(cluster.stages, cluster.microbatches, setup.segments, setup.virtual)
-    schedule = make(pipeline, slack=setup.slack, zero_bubble=setup.zero_bubble)
     costs = segment_costs(model, partition.lengths, cluster.stages, setup.virtual)
+    schedule = make(pipeline, slack=setup.slack, zero_bubble=setup.zero_bubble, costs=costs)
     timeline = replace(simulate(schedule, costs, cluster.latency), name=str(setup))
     busy = [sum(span.end - span.start for span in spans) for spans in timeline.spans]
     floor = 1 - sum(busy) / len(busy) / max(busy)
-    return Result(setup, partition, timeline, peak_sequences(schedule, partition.lengths), floor)
-
-
-def peak_sequences(schedule: Schedule, lengths: Sequence[int]) -> float:
-    """Return the `sequences` of a `Result`."""
-    frees = Kind.WEIGHT if schedule.splits_weights else Kind.BACKWARD
-    most = 0
-    for order in schedule.orders:
-        alive = 0
-        for action in order:
-            if action.kind is Kind.FORWARD:
-                alive += lengths[action.segment]
-                most = max(most, alive)
-            elif action.kind is frees:
-                alive -= lengths[action.segment]
-    return most / sum(lengths) / schedule.pipeline.virtual
+    return Result(setup, partition, timeline, max(prove(schedule).peak_live(partition.lengths)), floor)
 
 
 def usual(setup: Setup) -> list[Setup]:

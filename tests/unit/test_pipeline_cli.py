@@ -1,0 +1,209 @@
+"""The command line: pictures and tables from flags, refusals without a half-made file, the paper's table."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron.longseq.pipeline import paper
+from megatron.longseq.pipeline.__main__ import main
+from megatron.longseq.pipeline.action import Kind, Pipeline
+from megatron.longseq.pipeline.compare import Cluster, Setup, run
+from megatron.longseq.pipeline.cost import ModelShape, flops
+from megatron.longseq.pipeline.orders import make
+from megatron.longseq.pipeline.simulate import simulate, uniform_costs
+from megatron.longseq.pipeline.trace import write_measured
+
+SHAPE = ["--num-layers", "32", "--hidden-size", "4096", "--num-attention-heads", "32", "--padded-vocab-size", "51200"]
+SIZES = ["--stages", "4", "--microbatches", "8", "--segments", "4"]
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """A markdown table's cells by the first of each row."""
+    split = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
+    ]
+    return {cells[0]: cells[1:] for cells in split}
+
+
+def test_planning_imports_neither_torch_nor_upstream():
+    code = (
+        "import sys; from megatron.longseq.pipeline.__main__ import main; failed = main(['compare']); "
+        "heavy = ('torch', 'megatron.core', 'megatron.training', 'matplotlib'); "
+        "sys.exit(failed or any(name in sys.modules for name in heavy))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".png", ".json"])
+def test_draw_writes_what_the_suffix_says(suffix, tmp_path, capsys):
+    file = tmp_path / f"a{suffix}"
+    assert main(["draw", *SIZES, *SHAPE, "--output", str(file)]) == 0
+    first = {".svg": b"<?xml", ".png": b"\x89PNG", ".json": b"{"}[suffix]
+    assert file.read_bytes().startswith(first)
+    assert [f.name for f in tmp_path.iterdir()] == [file.name]
+    table = rows(capsys.readouterr().out)
+    assert table["Seq1F1B, K=4 balanced"][4] == "11392, 8384, 6912, 6080"
+
+
+def test_draw_needs_no_model(tmp_path):
+    """A layer per model stage and no head: also where the stages divide no usual number of layers."""
+    flags = ["--stages", "3", "--virtual", "5", "--microbatches", "6", "--segments", "2"]
+    assert main(["draw", *flags, "--output", str(tmp_path / "a.json")]) == 0
+
+
+def test_compare_lists_the_usual_schedules_and_the_users(tmp_path, capsys):
+    file = tmp_path / "a.json"
+    flags = ["--virtual", "2", "--slack", "1", "--partition", "20480,4096,4096,4096", "--output", str(file)]
+    assert main(["compare", *SIZES, *SHAPE, *flags]) == 0
+    text = capsys.readouterr().out
+    table = rows(text)
+    expected = ["1F1B", "Seq1F1B, K=4 even", "Seq1F1B, K=4 paper", "Seq1F1B, K=4 balanced"]
+    expected += ["Seq1F1B, K=4 balanced, slack 1", "Seq1F1B, K=4 balanced, zero-bubble", "1F1B-I V=2"]
+    expected += ["Seq1F1B-I V=2, K=4 balanced", "Seq1F1B-I V=2, K=4 20480,4096,4096,4096, slack 1"]
+    assert set(expected) <= table.keys()
+    assert table["1F1B"][0] == "29.7%" and table["1F1B"][3] == "4.00" and table["1F1B"][2] == "1.000x"
+    assert float(table["Seq1F1B, K=4 balanced"][0].rstrip("%")) < float(table["Seq1F1B, K=4 even"][0].rstrip("%")) / 2
+    events = json.loads(file.read_text())["traceEvents"]
+    assert {e["args"]["name"] for e in events if e["name"] == "process_name"} == table.keys() - {"schedule", "---"}
+
+
+def test_an_impossible_schedule_is_listed_with_its_reason(capsys):
+    assert main(["compare", *SIZES, *SHAPE, "--virtual", "3"]) == 0
+    text = capsys.readouterr().out
+    assert "Not possible: 1F1B-I V=3: 32 layers cannot be dealt equally to 12 model stages" in text
+    assert "1F1B-I V=3" not in rows(text)
+
+
+def test_a_measured_folder_is_drawn_above_its_simulation(tmp_path):
+    pipeline = Pipeline(2, 4, 2)
+    timeline = simulate(make(pipeline), uniform_costs(pipeline))
+    for rank, spans in enumerate(timeline.spans):
+        write_measured(tmp_path / "run", rank, pipeline, "Seq1F1B, measured", spans)
+    file = tmp_path / "a.json"
+    assert main(["draw", "--measured", str(tmp_path / "run"), "--output", str(file)]) == 0
+    events = json.loads(file.read_text())["traceEvents"]
+    names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    assert names == {0: "Seq1F1B, measured", 1: "Seq1F1B, measured, simulated at the measured medians"}
+    for pid in names:
+        assert sum(e["ph"] == "X" and e["pid"] == pid for e in events) == 32
+
+
+def test_measured_layer_seconds_take_the_place_of_flops(tmp_path, capsys):
+    """Seconds that grow with the tokens alone: balanced lengths are even ones."""
+    file = tmp_path / "layer.json"
+    file.write_text(json.dumps([[0, n, 1e-6 * n, 2e-6 * n] for n in (1024, 4096, 16384)]))
+    flags = ["--layer-seconds", str(file), "--output", str(tmp_path / "a.json")]
+    assert main(["draw", *SIZES, *SHAPE[:6], *flags]) == 0
+    cells = rows(capsys.readouterr().out)["Seq1F1B, K=4 balanced"]
+    assert cells[4] == "8192, 8192, 8192, 8192"
+    assert float(cells[1]) == pytest.approx(8 * (8 + 3 / 4) * 3e-6 * 32768, rel=1e-3)
+
+
+def test_speed_sequence_parallelism_and_windows_count(tmp_path, capsys):
+    def step(*flags):
+        assert main(["draw", *SIZES, *SHAPE, *flags, "--output", str(tmp_path / "a.json")]) == 0
+        return rows(capsys.readouterr().out)["Seq1F1B, K=4 balanced"]
+
+    plain, fast = step(), step("--device-tflops", "300")
+    assert float(fast[1]) == pytest.approx(float(plain[1]) / 2, rel=1e-3)
+    assert float(step("--tensor-model-parallel-size", "4")[1]) == pytest.approx(float(plain[1]) / 4, rel=1e-3)
+    parallel = step("--tensor-model-parallel-size", "3", "--sequence-parallel", "--seq-length", "30720")
+    assert all(int(length) % 3 == 0 for length in parallel[4].split(","))
+    windowed, mixed = step("--window-size", "1023,0"), step("--window-size", "1023,0", "--window-attn-skip-freq", "2")
+    assert windowed[4] != plain[4] and float(windowed[1]) < float(mixed[1]) < float(plain[1])
+    listed = step("--window-size", "1023,0", "--window-attn-skip-freq", str([1, 0] * 16))
+    assert listed == mixed
+    assert float(step("--latency", "0.01")[1]) > float(plain[1])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--output", "a.pdf"], "--output a.pdf: a timeline is written as .svg, .png, .json"),
+        (["--output", "nowhere/a.svg"], "there is no folder"),
+        (["--output", "a.svg", "--partition", "thirds"], "'thirds' is neither even nor balanced"),
+        (["--output", "a.svg", "--num-layers", "30"], "30 layers cannot be dealt equally to 4 model stages"),
+        (["--output", "a.svg", "--slack", "-1"], "slack is a number of segments from 0, not -1"),
+        (["--output", "a.svg", "--stages", "0"], "stages"),
+        (["--output", "a.svg", "--device-tflops", "0"], "no speed"),
+        (["--output", "a.svg", "--window-size", "7"], "give two numbers LEFT,0"),
+        (["--output", "a.svg", "--window-size", "7,1"], "sees nothing to the right; give 7,0"),
+        (["--output", "a.svg", "--window-size", "7,0", "--window-attn-skip-freq", "x"], "written out"),
+        (["--output", "a.svg", "--window-size", "7,0", "--window-attn-skip-freq", "[1]"], "exactly 4 layers"),
+        (["--output", "a.svg", "--layer-seconds", "nothing.json"], "nothing.json"),
+        (["--output", "a.svg", "--layer-seconds", "bad.json"], "--layer-seconds bad.json: not a JSON list"),
+        (["--output", "a.svg", "--measured", "nowhere"], "no rank-0000.json here"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_and_leaves_no_file(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.json").write_text("[[1, 2]]")
+    assert main(["draw", *SIZES, *flags]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
+    assert [file.name for file in tmp_path.iterdir()] == ["bad.json"]
+
+
+def test_a_failed_drawing_leaves_the_old_file(tmp_path, monkeypatch):
+    file = tmp_path / "a.json"
+    file.write_text("old")
+
+    def fail(timelines, half):
+        half.write_text("half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("megatron.longseq.pipeline.__main__.write_trace", fail)
+    assert main(["draw", *SIZES, "--output", str(file)]) == 1
+    assert file.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+# An independent simulation of the authors' partition and even lengths, attention's backward 2.5 times its forward.
+KNOWN = [
+    ("7B", 32768, 32, Setup(4, "even"), 0.259, 1.75),
+    ("7B", 32768, 32, Setup(4, "even", slack=1), 0.030, 2.50),
+    ("7B", 32768, 32, Setup(4, "paper"), 0.053, 1.93),
+    ("7B", 32768, 32, Setup(4, "paper", slack=1), 0.024, None),
+    ("30B", 65536, 32, Setup(4, "even"), 0.309, 2.75),
+    ("30B", 65536, 32, Setup(4, "even", slack=1), 0.070, None),
+    ("30B", 65536, 32, Setup(), 7 / 39, 8.0),
+]
+
+
+@pytest.mark.parametrize(("model", "seq_length", "microbatches", "setup", "bubble", "sequences"), KNOWN)
+def test_the_simulator_agrees_with_known_figures(model, seq_length, microbatches, setup, bubble, sequences):
+    stages, tensor_parallel, shape = paper.MODELS[model]
+    costs = replace(flops(replace(shape, seq_length=seq_length)), head=paper.FREE)  # the figures are without the head
+    result = run(setup, costs, Cluster(stages, microbatches, tensor_parallel))
+    assert result.timeline.bubble == pytest.approx(bubble, abs=0.002)
+    if sequences is not None:
+        assert result.sequences == pytest.approx(sequences, abs=0.005)
+
+
+def test_the_papers_table_shows_half_of_its_bubble_without_more_memory(capsys):
+    assert main(["table"]) == 0
+    text = capsys.readouterr().out
+    halves = [rows(part) for part in text.split("The way to half")[1:]]
+    assert len(halves) == 2
+    for half in halves:
+        theirs, ours = half["Seq1F1B, K=4 paper"], half["Seq1F1B-I V=4, K=4 balanced"]
+        assert ours[1].startswith("**") and not theirs[1].startswith("*")
+        assert float(ours[1].strip("*%")) <= float(theirs[1].strip("%")) / 2
+        assert float(ours[2]) <= float(theirs[2])
+    assert len(rows(text.split("\n\n")[1])) == len(paper.ROWS) + 2
+
+
+def test_the_floor_is_the_heads_share_of_the_last_stage():
+    shape = ModelShape(4, 64, 4, 4096, padded_vocab_size=50000)
+    model = flops(shape)
+    result = run(Setup(2, "even"), model, Cluster(2, 4))
+    last, first = (
+        sum(span.end - span.start for span in result.timeline.spans[rank] if span.action.kind is Kind.FORWARD)
+        for rank in (1, 0)
+    )
+    assert last - first == pytest.approx(4 * 4096 * 2 * 64 * 50000)
+    assert 0 < result.floor < result.timeline.bubble
+    assert run(Setup(2), flops(ModelShape(4, 64, 4, 4096)), Cluster(2, 4)).floor == pytest.approx(0, abs=1e-12)
