@@ -33,6 +33,7 @@ class Reference:
 
     name = "reference"
     rectangular = True
+    wide = True
     dropout: float = 0.0
     compute: torch.dtype | None = None
 
