@@ -39,13 +39,17 @@ def attend(
 def _tile(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
     """Return (out, lse) of one tile; out in the accumulation type where blocks were merged."""
     batch = tile.batch.slice()
-    rows = q[tile.rows.slice(), batch]
+    parts = len(tile.blocks) > 1
+    # Parts rounded to bfloat16 before they are merged and rounded again cost up to a quarter more error.
+    dtype = accumulation(q.dtype) if parts and kernel.wide else q.dtype
+    rows = q[tile.rows.slice(), batch].to(dtype)
     merged: tuple[Tensor, Tensor] | None = None
     for block in tile.blocks:
         keys = block.keys.slice()
-        out, lse = kernel.forward(rows, k[keys, batch], v[keys, batch], Scores(scale, block.causal, block.window))
+        scores = Scores(scale, block.causal, block.window)
+        out, lse = kernel.forward(rows, k[keys, batch].to(dtype), v[keys, batch].to(dtype), scores)
         if merged is None:
-            merged = (out if len(tile.blocks) == 1 else out.to(accumulation(q.dtype)), lse)
+            merged = (out.to(accumulation(q.dtype)) if parts else out, lse)
         else:
             merge_(*merged, out, lse)
     assert merged is not None, "a tile has at least one block"

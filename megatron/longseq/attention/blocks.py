@@ -132,10 +132,7 @@ def plan_causal(
         raise ValueError(f"attention of positions {queries.begin} to {queries.end}: there is none")
     if window is not None and window < 0:
         raise ValueError(f"a sliding window of {window} keys before a query: give 0 or more, or None for all")
-    if documents is None:
-        groups = [(Span(0, batch), (Run(queries.begin, queries.end, 0),))]
-    else:
-        groups = _groups(documents, queries, batch)
+    groups = _groups(documents or Documents(((Run(0, queries.end, 0),),) * batch), queries, batch)
     cut = _whole if rectangular else _squares
     return tuple(
         Tile(sequences, Span(rows.begin - queries.begin, rows.end - queries.begin), blocks)

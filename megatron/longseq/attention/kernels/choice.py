@@ -132,5 +132,5 @@ _CANDIDATES: dict[str, tuple[Callable[[Need], str | None], Callable[[Need], Kern
     FlashAttn.name: (_against_package, lambda need: FlashAttn()),
     TorchCudaFlash.name: (_against_cuda, lambda need: TorchCudaFlash()),
     CpuFlash.name: (_against_cpu, lambda need: CpuFlash()),
-    "reference": (lambda need: None, lambda need: Reference(dropout=need.dropout)),
+    Reference.name: (lambda need: None, lambda need: Reference(dropout=need.dropout)),
 }

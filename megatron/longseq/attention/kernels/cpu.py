@@ -24,6 +24,7 @@ class CpuFlash:
 
     name = "torch CPU flash"
     rectangular = False
+    wide = True
     dropout = 0.0
 
     def __init__(self) -> None:

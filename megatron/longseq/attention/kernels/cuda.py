@@ -37,6 +37,7 @@ class CudaFlash(ABC):
     """
 
     rectangular = True
+    wide = False
     dropout = 0.0
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:

@@ -31,12 +31,14 @@ class Kernel(Protocol):
     Attributes:
         name: for the log.
         rectangular: takes a causal block with sk > sq, and windows, as fast as squares.
+        wide: takes float32 beside narrower types, so that partial results can be left unrounded until they are merged.
         dropout: probability of dropping an attention weight; drawn from torch's generator of the device, in forward and
             again, in the same order, in backward: the caller puts the generator back.
     """
 
     name: str
     rectangular: bool
+    wide: bool
     dropout: float
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ def visible(rows: int, keys: int, scores: Scores, device: torch.device) -> Tenso
     return seen
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reference:
     """Holds the whole score matrix [b, hq, sq, sk], in float32 or float64 whatever the input.
 
@@ -31,10 +31,11 @@ class Reference:
         compute: type of the arithmetic; None: float32, or float64 for float64.
     """
 
+    name = "reference"
+    rectangular = True
+    wide = True
     dropout: float = 0.0
     compute: torch.dtype | None = None
-    name: str = "reference"
-    rectangular: bool = True
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""

@@ -1,0 +1,110 @@
+"""Plain unsplit attention by autograd, and sequences run through a store segment by segment."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.longseq.attention.kernels.kernel import Kernel
+from megatron.longseq.attention.prefix import segment_attention
+from megatron.longseq.attention.segment import Segment, segments
+from megatron.longseq.attention.store import PrefixStore
+
+SCALE = 0.3
+
+
+def tensors(shapes: Sequence[tuple[int, ...]], seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Random tensors of a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def qkv(tokens: int, batch: int, heads: tuple[int, int], dim: int = 8, **kwargs: Any) -> list[Tensor]:
+    """q, k, v and a gradient of the output [s, b, hq * d]."""
+    hq, hk = heads
+    q, k, v, grad = tensors([(tokens, batch, h, dim) for h in (hq, hk, hk, hq)], **kwargs)
+    return [q, k, v, grad.flatten(2)]
+
+
+def seen(tokens: int, window: int | None = None) -> Tensor:
+    """Causal mask [rows, keys], True where a key is seen, row by row."""
+    mask = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for row in range(tokens):
+        mask[row, 0 if window is None else max(0, row - window) : row + 1] = True
+    return mask
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Attention by its formula; mask [rows, keys] or [b, 1, rows, keys], True where seen."""
+    group = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(group, 2) for x in (k, v))
+    scores = (torch.einsum("sbhd,tbhd->bhst", q, k) * SCALE).masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(-1) if kept is None else scores.softmax(-1) * kept
+    return torch.einsum("bhst,tbhd->sbhd", weights, v).flatten(2)
+
+
+def oracle(inputs: Sequence[Tensor], mask: Tensor) -> list[Tensor]:
+    """out, dq, dk, dv of unsplit attention, in float64."""
+    q, k, v, grad = (x.double() for x in inputs)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = plain(*leaves, mask)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+Wrap = Callable[[Callable[..., Tensor], Tensor, Tensor, Tensor], Tensor]
+
+
+class Split:
+    """One sequence (micro-batch) run through a store: forward and backward of any of its segments, when asked."""
+
+    def __init__(
+        self, inputs: Sequence[Tensor], lengths: Sequence[int], store: PrefixStore, kernel: Kernel, **kwargs: Any
+    ) -> None:
+        self.wrap: Wrap = kwargs.pop("wrap", lambda function, *args: function(*args))
+        self.layer = kwargs.pop("layer", 1)
+        self.units = segments(kwargs.pop("microbatch", 0), lengths, kwargs.pop("forward_only", False))
+        self.leaves = [[x[s.begin : s.end].clone().requires_grad_() for x in inputs[:3]] for s in self.units]
+        self.grads = [inputs[3][s.begin : s.end] for s in self.units]
+        self.outs: list[Tensor | None] = [None] * len(self.units)
+        self.store, self.kernel, self.kwargs = store, kernel, kwargs
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Run attention of whatever segment is current."""
+        return segment_attention(q, k, v, self.store, self.layer, self.kernel, SCALE, **self.kwargs)
+
+    def forward(self, index: int) -> Segment:
+        """Run the forward of a segment, as an executor does."""
+        self.store.current = self.units[index]
+        self.outs[index] = self.wrap(self.attend, *self.leaves[index])
+        return self.units[index]
+
+    def backward(self, index: int) -> None:
+        """Run the backward of a segment, as an executor does."""
+        self.store.current = self.units[index]
+        out = self.outs[index]
+        assert out is not None
+        out.backward(self.grads[index])
+
+    def run(self) -> "Split":
+        """Run everything in order."""
+        for index in range(len(self.units)):
+            self.forward(index)
+        for index in reversed(range(len(self.units))):
+            self.backward(index)
+        return self
+
+    def results(self) -> list[Tensor]:
+        """out, dq, dk, dv of the whole sequence."""
+        outs = torch.cat([out.detach() for out in self.outs if out is not None])
+        grads = [torch.cat([leaves[i].grad for leaves in self.leaves]) for i in range(3)]  # type: ignore[misc]
+        return [outs, *grads]
+
+
+def worst(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Largest difference of any element."""
+    assert all(a.shape == b.shape for a, b in zip(results, expected, strict=True))
+    differences = [(a.double() - b.double()).abs().max().item() for a, b in zip(results, expected, strict=True)]
+    assert not any(math.isnan(difference) for difference in differences)
+    return max(differences)

@@ -1,0 +1,261 @@
+"""Block kernels against attention by autograd in float64, one interface for all of them."""
+
+import itertools
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron.longseq.attention.kernels import choice
+from megatron.longseq.attention.kernels.choice import Need, choose
+from megatron.longseq.attention.kernels.cpu import CpuFlash
+from megatron.longseq.attention.kernels.cuda import FlashAttn, TorchCudaFlash
+from megatron.longseq.attention.kernels.kernel import Kernel, Scores
+from megatron.longseq.attention.kernels.reference import Reference, visible
+from megatron.longseq.attention.merge import merge_
+from tests.unit.attention_bed import tensors, worst
+
+HEADS = {"MHA": (4, 4), "GQA": (4, 2), "MQA": (4, 1)}
+SIZES = [(1, 1), (1, 9), (7, 7), (5, 12), (12, 5), (33, 70)]
+SCORES = [Scores(0.3), Scores(0.3, True), Scores(0.3, True, 3), Scores(0.3, True, 0), Scores(0.3, False, 4)]
+
+
+@pytest.fixture
+def flash_attn(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Put a package in flash-attn's place: its documented functions and conventions, computed by the reference."""
+    module = ModuleType("flash_attn.flash_attn_interface")
+    exact = Reference()
+
+    def scores_of(scale: float, causal: bool, left: int, right: int) -> Scores:
+        assert right == (0 if causal else -1) and left >= -1
+        return Scores(scale, causal, None if left == -1 else left)
+
+    def _flash_attn_forward(  # noqa: PLR0917
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dropout_p: float,
+        softmax_scale: float,
+        causal: bool,
+        window_size_left: int,
+        window_size_right: int,
+        softcap: float,
+        alibi_slopes: Tensor | None,
+        return_softmax: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        assert (dropout_p, softcap, alibi_slopes, return_softmax) == (0.0, 0.0, None, False)
+        scores = scores_of(softmax_scale, causal, window_size_left, window_size_right)
+        out, lse = exact.forward(*(x.transpose(0, 1) for x in (q, k, v)), scores)
+        nothing = torch.empty(0)
+        return out.transpose(0, 1), lse.masked_fill(lse == -torch.inf, torch.inf), nothing, nothing
+
+    def _flash_attn_backward(  # noqa: PLR0917
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        softmax_lse: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        dropout_p: float,
+        softmax_scale: float,
+        causal: bool,
+        window_size_left: int,
+        window_size_right: int,
+        softcap: float,
+        alibi_slopes: Tensor | None,
+        deterministic: bool,
+        rng_state: Tensor | None = None,
+    ) -> Tensor:
+        assert (dropout_p, softcap, alibi_slopes, deterministic, rng_state) == (0.0, 0.0, None, False, None)
+        assert not (softmax_lse == -torch.inf).any() and softmax_lse.is_contiguous()
+        scores = scores_of(softmax_scale, causal, window_size_left, window_size_right)
+        inputs = [x.transpose(0, 1) for x in (dout, q, k, v, out)]
+        for grad, value in zip((dq, dk, dv), exact.backward(*inputs, softmax_lse, scores), strict=True):
+            grad.copy_(value.transpose(0, 1))
+        return torch.empty(0)
+
+    module._flash_attn_forward = _flash_attn_forward  # type: ignore[attr-defined]
+    module._flash_attn_backward = _flash_attn_backward  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", module)
+    yield module
+
+
+@pytest.fixture(params=["cpu", "reference", "flash_attn interface"])
+def kernel(request: pytest.FixtureRequest) -> Kernel:
+    """Each kernel that runs here."""
+    if request.param == "cpu":
+        return CpuFlash()
+    if request.param == "reference":
+        return Reference()
+    request.getfixturevalue("flash_attn")
+    return FlashAttn()
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(out, lse) by the formula; rows that see nothing: 0 and -inf."""
+    group = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(group, 2) for x in (k, v))
+    scores = (torch.einsum("sbhd,tbhd->bhst", q, k) * scale).masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(-1).masked_fill(~mask, 0.0)
+    return torch.einsum("bhst,tbhd->sbhd", weights, v), scores.logsumexp(-1)
+
+
+def expected(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scores: Scores) -> list[Tensor]:
+    """out, lse, dq, dk, dv by autograd."""
+    leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    blind = max(0, q.shape[0] - k.shape[0]) if scores.causal else 0
+    mask = visible(q.shape[0], k.shape[0], scores, q.device)
+    out, lse = exact(leaves[0][blind:], *leaves[1:], mask[blind:], scores.scale)
+    grads = torch.autograd.grad(out, leaves, grad[blind:].double())
+    pad = torch.nn.functional.pad
+    full = pad(out.detach(), (0, 0) * 3 + (blind, 0))
+    return [full, pad(lse.detach(), (blind, 0), value=-torch.inf), *grads]
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("scores", SCORES, ids=str)
+def test_forward_and_backward_of_a_block(kernel: Kernel, heads: str, scores: Scores) -> None:
+    hq, hk = HEADS[heads]
+    for sq, sk in SIZES:
+        q, k, v, grad = tensors([(sq, 2, hq, 8), (sk, 2, hk, 8), (sk, 2, hk, 8), (sq, 2, hq, 8)], seed=sq + sk)
+        out, lse, *grads = expected(q, k, v, grad, scores)
+        got, got_lse = kernel.forward(q, k, v, scores)
+        assert got.dtype == got_lse.dtype == torch.float64 and got.shape == q.shape
+        assert torch.equal(got_lse == -torch.inf, lse == -torch.inf)
+        assert worst([got, got_lse.exp()], [out, lse.exp()]) < 1e-13 * max(1.0, lse.exp().max().item())
+        assert worst(kernel.backward(grad, q, k, v, got, got_lse, scores), grads) < 1e-13
+
+
+def test_mask_of_the_reference_is_bottom_right() -> None:
+    for sq, sk, scores in itertools.product(range(1, 6), range(1, 6), SCORES):
+        mask = visible(sq, sk, scores, torch.device("cpu"))
+        for row, key in itertools.product(range(sq), range(sk)):
+            place = row + sk - sq
+            wanted = (not scores.causal or key <= place) and (scores.window is None or key >= place - scores.window)
+            assert bool(mask[row, key]) == wanted
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("parts", [[20], [7, 13], [1, 1, 18], [4, 4, 4, 4, 4]])
+def test_parts_of_the_keys_merge_to_the_whole(kernel: Kernel, heads: str, parts: list[int]) -> None:
+    """Forward: merged by log-sum-exp. Backward: each part alone with the merged out and lse gives its exact share."""
+    hq, hk = HEADS[heads]
+    q, k, v, grad = tensors([(9, 2, hq, 8), (20, 2, hk, 8), (20, 2, hk, 8), (9, 2, hq, 8)])
+    scores = Scores(0.3)
+    out, lse, *grads = expected(q, k, v, grad, scores)
+    merged, total = torch.zeros_like(q), torch.full_like(lse, -torch.inf)  # rows that saw nothing yet
+    for keys, values in zip(k.split(parts), v.split(parts), strict=True):
+        merge_(merged, total, *kernel.forward(q, keys, values, scores))
+    assert worst([merged, total], [out, lse]) < 1e-13
+    pieces = [
+        kernel.backward(grad, q, keys, values, merged, total, scores)
+        for keys, values in zip(k.split(parts), v.split(parts), strict=True)
+    ]
+    dq, dk, dv = zip(*pieces, strict=True)
+    assert worst([sum(dq), torch.cat(dk), torch.cat(dv)], grads) < 1e-13  # type: ignore[list-item]
+
+
+def test_merge_of_rows_without_keys_and_of_huge_scores() -> None:
+    inf = torch.inf
+    cases = [  # lse, block's lse -> lse, share of the block
+        (-inf, -inf, -inf, 0.0),
+        (-inf, 2.0, 2.0, 1.0),
+        (2.0, -inf, 2.0, 0.0),
+        (1e4, -1e4, 1e4, 0.0),
+        (-1e4, 1e4, 1e4, 1.0),
+        (80.0, 80.0, 80.0 + torch.tensor(2.0).log().item(), 0.5),
+    ]
+    lse = torch.tensor([case[0] for case in cases]).view(1, 1, -1)
+    out = torch.full((len(cases), 1, 1, 2), 3.0)
+    merge_(out, lse, torch.full((len(cases), 1, 1, 2), 7.0), torch.tensor([c[1] for c in cases]).view(1, 1, -1))
+    assert torch.equal(lse.flatten(), torch.tensor([case[2] for case in cases]))
+    assert torch.allclose(out[:, 0, 0, 0], torch.tensor([3.0 + 4.0 * case[3] for case in cases]), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scores", SCORES, ids=str)
+def test_types_of_results_and_error(dtype: torch.dtype, scores: Scores) -> None:
+    q, k, v, grad = tensors([(40, 1, 4, 16), (70, 1, 2, 16), (70, 1, 2, 16), (40, 1, 4, 16)], dtype=dtype)
+    results = expected(q, k, v, grad, scores)
+    for kernel in (CpuFlash(), Reference()):
+        out, lse = kernel.forward(q, k, v, scores)
+        grads = kernel.backward(grad, q, k, v, out, lse, scores)
+        assert {x.dtype for x in (out, *grads)} == {dtype} and lse.dtype == torch.float32
+        assert worst([out, lse, *grads], results) < 32 * torch.finfo(dtype).eps
+    exactly = Reference(compute=torch.float64)
+    out, _ = exactly.forward(q, k, v, scores)
+    assert torch.equal(out, results[0].to(dtype))
+
+
+def test_strided_views_are_taken_as_they_are() -> None:
+    """Slices of a fused projection and of a longer buffer give the bits of their copies."""
+    fused, buffer, grad = tensors([(30, 2, 4, 24), (50, 2, 8, 8), (30, 2, 4, 8)], dtype=torch.float32)
+    q, k, v = fused[..., :8], buffer[:40, :, :4], buffer[10:, :, 4:]
+    scores, cpu = Scores(0.3, True), CpuFlash()
+    out, lse = cpu.forward(q, k, v, scores)
+    copies = [x.contiguous() for x in (q, k, v)]
+    assert torch.equal(out, cpu.forward(*copies, scores)[0])
+    grads = cpu.backward(grad, q, k, v, out, lse, scores)
+    assert all(map(torch.equal, grads, cpu.backward(grad, *copies, out, lse, scores)))
+
+
+def test_choice_says_what_and_why() -> None:
+    cpu = torch.device("cpu")
+    taken = choose(cpu, torch.float32, 64)
+    assert taken.kernel.name == "torch CPU flash" and "not flash_attn: device cpu" in taken.why
+    dropped = choose(cpu, torch.float32, 64, dropout=0.1)
+    assert dropped.kernel.dropout == 0.1 and "not torch CPU flash: no attention dropout" in dropped.why
+    with pytest.warns(UserWarning, match="values of 128 beside keys of 192.*slow and large"):
+        assert choose(cpu, torch.float32, 192, value_dim=128).kernel.name == "reference"
+    assert choose(cpu, torch.float32, 64, only="reference").kernel.name == "reference"
+    with pytest.raises(ValueError, match="not torch CUDA flash: device cpu; the kernels are flash_attn, torch CUDA"):
+        choose(cpu, torch.float32, 64, only="torch CUDA flash")
+    with pytest.raises(ValueError, match="no attention kernel is called 'fast'"):
+        choose(cpu, torch.float32, 64, only="fast")
+    with pytest.raises(ValueError, match="int64 tensors"):
+        choose(cpu, torch.int64, 64)
+
+
+def test_cuda_kernels_know_their_limits(flash_attn: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: object())
+    fit: dict[str, Any] = {
+        "device": "cuda", "dtype": torch.bfloat16, "head_dim": 128, "value_dim": 128, "dropout": 0.0
+    }  # fmt: skip
+    assert choice._against_package(Need(**fit)) is None and choice._against_cuda(Need(**fit)) is None
+    for change, reason in (
+        ({"dtype": torch.float32}, "torch.float32"),
+        ({"head_dim": 84, "value_dim": 84}, "head size 84"),
+        ({"head_dim": 264, "value_dim": 264}, "head size 264"),
+        ({"dropout": 0.1}, "no attention dropout"),
+        ({"value_dim": 64}, "values of 64"),
+    ):
+        assert reason in str(choice._against_package(Need(**{**fit, **change})))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "older than Ampere" in str(choice._against_package(Need(**fit)))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    flash_attn._flash_attn_forward = lambda q, k, v, dropout_p, softmax_scale, causal, window_size: None  # 2.6
+    assert "version 2.7 or later is needed" in str(choice._against_package(Need(**fit)))
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
+    assert choice._against_package(Need(**fit)) == "not installed"
+
+
+def test_pytorchs_cuda_operator_takes_our_arguments() -> None:
+    """On the meta device: names, number and types of arguments, layouts of results. Values need a GPU (tests/gpu)."""
+    kernel = TorchCudaFlash()
+    q, k, v, grad = (
+        torch.empty(s, 2, h, 64, dtype=torch.bfloat16, device="meta") for s, h in ((24, 4), (40, 2), (40, 2), (24, 4))
+    )
+    for scores in SCORES:
+        out, lse = kernel.forward(q, k, v, scores)
+        assert (out.shape, lse.shape, lse.dtype) == (q.shape, (2, 4, 24), torch.float32)
+        grads = kernel.backward(grad, q, k, v, out, lse, scores)
+        assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]

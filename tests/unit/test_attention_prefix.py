@@ -1,0 +1,386 @@
+"""Attention by segments against unsplit attention: results, order, memory, recomputation, dropout."""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import patches
+from megatron.longseq.attention import store as store_module
+from megatron.longseq.attention.blocks import Documents
+from megatron.longseq.attention.kernels.cpu import CpuFlash
+from megatron.longseq.attention.kernels.reference import Reference
+from megatron.longseq.attention.prefix import segment_attention
+from megatron.longseq.attention.segment import Segment, segments
+from megatron.longseq.attention.store import PrefixOrderError, PrefixStore
+from tests.unit.attention_bed import SCALE, Split, oracle, plain, qkv, seen, worst
+from tests.unit.test_attention_blocks import dense, packed
+
+HEADS = {"MHA": (4, 4), "GQA": (4, 2), "MQA": (4, 1)}
+LENGTHS = [[12], [6, 6], [5, 4, 3], [7, 3, 1, 1], [1, 1, 10], [3, 2, 1, 1, 1, 2, 1, 1]]
+KERNELS = {"cpu": CpuFlash(), "reference": Reference()}
+CLOSE = 1e-13
+CPU = ("cpu.device", "cpu.rng-read", "cpu.rng-write")
+
+
+def upstream_checkpoint(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    """Upstream's own recomputation."""
+    from megatron.core.tensor_parallel.random import checkpoint as recompute
+
+    return recompute(function, False, *args)
+
+
+RECOMPUTE: dict[str, Callable[..., Tensor]] = {
+    "none": lambda function, *args: function(*args),
+    "reentrant": lambda function, *args: checkpoint(function, *args, use_reentrant=True),
+    "not reentrant": lambda function, *args: checkpoint(function, *args, use_reentrant=False),
+    "upstream": upstream_checkpoint,
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("window", [None, 0, 2, 5, 11])
+def test_equals_unsplit_attention(kernel: str, heads: str, lengths: list[int], window: int | None) -> None:
+    inputs, store = qkv(12, 2, HEADS[heads]), PrefixStore()
+    split = Split(inputs, lengths, store, KERNELS[kernel], window=window).run()
+    assert worst(split.results(), oracle(inputs, seen(12, window))) < CLOSE
+    store.assert_empty()
+
+
+@st.composite
+def packings(draw: st.DrawFn) -> tuple[list[int], Documents, int | None]:
+    """Segments, documents of two sequences, and a window."""
+    size = draw(st.integers(2, 24))
+
+    def parts() -> list[int]:
+        cuts = sorted(draw(st.sets(st.integers(1, size), max_size=7)) | {size})
+        return [b - a for a, b in zip([0, *cuts], cuts, strict=False)]
+
+    documents = Documents((packed(parts()), packed(parts())))
+    return parts(), documents, draw(st.none() | st.integers(0, size))
+
+
+@given(packings(), st.sampled_from(sorted(KERNELS)))
+@settings(max_examples=80, deadline=None)
+def test_equals_unsplit_attention_inside_documents(
+    packing: tuple[list[int], Documents, int | None], kernel: str
+) -> None:
+    lengths, documents, window = packing
+    inputs, store = qkv(sum(lengths), 2, (2, 1), 4), PrefixStore()
+    split = Split(inputs, lengths, store, KERNELS[kernel], window=window, documents=documents).run()
+    assert worst(split.results(), oracle(inputs, dense(documents, window))) < CLOSE
+    store.assert_empty()
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("lengths", [[12], [5, 4, 3], [7, 3, 1, 1]], ids=str)
+def test_micro_batches_in_flight_and_recomputation(recompute: str, lengths: list[int]) -> None:
+    """Two layers of two micro-batches; the second's forwards run before the first's backwards, and between them."""
+    store, last = PrefixStore(), len(lengths) - 1
+    runs = [
+        Split(qkv(12, 2, (4, 2), seed=10 * mb + layer), lengths, store, CpuFlash(), wrap=RECOMPUTE[recompute], **names)
+        for mb in range(2)
+        for layer in range(2)
+        for names in [{"microbatch": mb, "layer": layer}]
+    ]
+    first, second = runs[:2], runs[2:]
+    with patches.applied(CPU):
+        for index in range(len(lengths)):
+            for split in first:
+                split.forward(index)
+        for index in range(len(lengths)):  # forward of one micro-batch, backward of the other
+            for split in second:
+                split.forward(index)
+            for split in reversed(first):
+                split.backward(last - index)
+        for index in reversed(range(len(lengths))):
+            for split in reversed(second):
+                split.backward(index)
+    store.assert_empty()
+    for number, split in enumerate(runs):
+        inputs = qkv(12, 2, (4, 2), seed=10 * (number // 2) + number % 2)
+        assert worst(split.results(), oracle(inputs, seen(12))) < CLOSE
+
+
+@pytest.mark.parametrize("recompute", ["none", "reentrant", "not reentrant", "upstream"])
+def test_whole_layers_recomputed(recompute: str) -> None:
+    """Two layers inside one recomputed function, attention between projections: gradients of all parameters."""
+    tokens, lengths, width = 12, [5, 4, 3], 16
+    torch.manual_seed(0)
+    layers = [torch.nn.ModuleList([torch.nn.Linear(width, 32), torch.nn.Linear(16, width)]).double() for _ in range(2)]
+    parameters = [p for layer in layers for p in layer.parameters()]
+    x, grad = (torch.randn(tokens, 2, width, dtype=torch.float64) for _ in range(2))
+
+    def stack(x: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        for number, (project, back) in enumerate(layers):
+            q, k, v = (y.unflatten(-1, (-1, 4)) for y in project(x).split([16, 8, 8], -1))
+            x = x + back(attend(number, q, k, v))
+        return x
+
+    leaf = x.clone().requires_grad_()
+    whole = stack(leaf, lambda _, q, k, v: plain(q, k, v, seen(tokens)))
+    expected = [whole.detach(), *torch.autograd.grad(whole, [leaf, *parameters], grad)]
+
+    store, kernel = PrefixStore(), CpuFlash()
+    leaves = [x[s.begin : s.end].clone().requires_grad_() for s in segments(0, lengths)]
+    outs = []
+    with patches.applied(CPU):
+        for segment, part in zip(segments(0, lengths), leaves, strict=True):
+            store.current = segment
+            outs.append(
+                RECOMPUTE[recompute](
+                    lambda y: stack(y, lambda n, q, k, v: segment_attention(q, k, v, store, n, kernel, SCALE)), part
+                )
+            )
+        for segment in reversed(segments(0, lengths)):
+            store.current = segment
+            outs[segment.index].backward(grad[segment.begin : segment.end])
+    store.assert_empty()
+    got = [torch.cat([o.detach() for o in outs]), torch.cat([p.grad for p in leaves]), *(p.grad for p in parameters)]
+    assert worst(got, expected) < 1e-12  # type: ignore[arg-type]
+
+
+def test_forward_only_frees_at_the_last_segment() -> None:
+    inputs, store = qkv(12, 2, (4, 2)), PrefixStore()
+    for microbatch in range(3):
+        split = Split(inputs, [5, 4, 3], store, CpuFlash(), forward_only=True, microbatch=microbatch)
+        with torch.no_grad():
+            for index in range(3):
+                assert bool(store.bytes()) == bool(index)
+                split.forward(index)
+        store.assert_empty()
+        outs = torch.cat([out for out in split.outs if out is not None])
+        assert worst([outs], oracle(inputs, seen(12))[:1]) < CLOSE
+    assert store.allocated_bytes() == 2 * 12 * 2 * 2 * 8 * 8
+
+
+def _kept_weights(lengths: list[int], state: Tensor, p: float) -> Tensor:
+    """The dropout factors [b, h, N, N] that segments draw one after another from a generator's state."""
+    full = torch.zeros(2, 4, sum(lengths), sum(lengths), dtype=torch.float64)
+    before = torch.get_rng_state()
+    torch.set_rng_state(state)
+    for s in segments(0, lengths):
+        ones = torch.ones(2, 2, 2, s.tokens, s.end, dtype=torch.float64)
+        full[:, :, s.begin : s.end, : s.end] = torch.nn.functional.dropout(ones, p).flatten(1, 2)
+    torch.set_rng_state(before)
+    return full
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("lengths", [[12], [5, 4, 3], [7, 3, 1, 1]], ids=str)
+def test_dropout_draws_the_same_mask_in_backward(recompute: str, lengths: list[int]) -> None:
+    inputs, store = qkv(12, 2, (4, 2)), PrefixStore()
+    own = torch.Generator().manual_seed(5).get_state()
+    kept = _kept_weights(lengths, own, 0.4)
+    assert 0.2 < (kept[..., 0] == 0).double().mean() < 0.6
+    tracker = [own]
+
+    @contextmanager
+    def fork() -> Any:  # as upstream's tracker: another generator state, which moves on
+        outside = torch.get_rng_state()
+        torch.set_rng_state(tracker[0])
+        yield
+        tracker[0] = torch.get_rng_state()
+        torch.set_rng_state(outside)
+
+    def wrap(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+        """Recompute with the tracker's state put back, as upstream does."""
+        state = tracker[0]
+        calls = []
+
+        def inner(*args: Tensor) -> Tensor:
+            moved, tracker[0] = tracker[0], state
+            result = function(*args)
+            if calls:
+                tracker[0] = moved
+            calls.append(1)
+            return result
+
+        return RECOMPUTE[recompute](inner, *args)
+
+    with patches.applied(CPU):
+        torch.manual_seed(3)
+        outside = torch.get_rng_state()
+        split = Split(inputs, lengths, store, Reference(dropout=0.4), fork=fork, wrap=wrap).run()
+        assert torch.equal(torch.get_rng_state(), outside), "dropout moved the generator outside"
+    leaves = [x.clone().requires_grad_() for x in inputs[:3]]
+    out = plain(*leaves, seen(12), kept=kept)
+    expected = [out.detach(), *torch.autograd.grad(out, leaves, inputs[3])]
+    assert worst(split.results(), expected) < CLOSE
+    store.assert_empty()
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ("f1", "segment 1 of 3: forward, but segment 0 of this micro-batch never came"),
+        ("f0 f2", "layer 7, micro-batch 4, segment 2 of 3: forward out of order; forward of 1 of 3 segments ran"),
+        ("f0 f1 f1", "segment 1 of 3: forward out of order; forward of 2 of 3 segments ran, segment 2"),
+        ("f0 f1 f2 f0", "segment 0 of 3: forward out of order; all 3 forwards and 0 backwards ran"),
+        ("f0 f1 b1", "segment 1 of 3: backward out of order; forward of 2 of 3 segments ran"),
+        ("f0 f1 f2 b1", "segment 1 of 3: backward out of order; all 3 forwards and 0 backwards ran, the backward of"),
+        ("f0 f1 f2 b2 b0", "segment 0 of 3: backward out of order; all 3 forwards and 1 backwards ran"),
+        ("f0 f1 f2 b2 b1 b0 b0", "segment 0 of 3: backward, but nothing is kept of this micro-batch"),
+    ],
+)
+def test_wrong_order_is_refused_by_name(steps: str, message: str) -> None:
+    store = PrefixStore()
+    split = Split(qkv(12, 1, (2, 1)), [5, 4, 3], store, CpuFlash(), microbatch=4, layer=7)
+    with pytest.raises(PrefixOrderError, match=message):
+        for step in steps.split():
+            if step[0] == "f":
+                split.forward(int(step[1]))
+            else:
+                store.current = split.units[int(step[1])]
+                out = split.outs[int(step[1])]
+                assert out is not None
+                out.backward(split.grads[int(step[1])], retain_graph=True)
+
+
+def test_what_was_not_announced_is_refused() -> None:
+    store = PrefixStore()
+    inputs = qkv(12, 1, (2, 1))
+    split = Split(inputs, [8, 4], store, CpuFlash())
+    with pytest.raises(PrefixOrderError, match=r"no segment is current; set store\.current"):
+        split.attend(*split.leaves[0])
+    store.current = split.units[0]
+    with pytest.raises(ValueError, match=r"4 queries for 8 of \(8, 4\)"):
+        split.attend(*split.leaves[1])
+    with pytest.raises(ValueError, match=r"keys are torch\.float64 "):
+        split.attend(split.leaves[0][0], *split.leaves[1][1:])
+    store.reset()
+    split.forward(0)
+    split.forward(1)
+    assert split.outs[1] is not None
+    store.current = Segment(1, 1, (8, 4))
+    with pytest.raises(PrefixOrderError, match="backward, but the current segment is micro-batch 1, segment 1 of 2"):
+        split.outs[1].backward(split.grads[1])
+    for bad in ((2, (8, 4)), (0, (8, 0)), (-1, (8, 4))):
+        with pytest.raises(ValueError, match="segment"):
+            Segment(0, *bad)
+
+
+def test_what_is_left_is_named_and_forgotten() -> None:
+    store = PrefixStore()
+    splits = [Split(qkv(12, 1, (2, 1)), [8, 4], store, CpuFlash(), layer=layer, microbatch=3) for layer in range(10)]
+    for split in splits:
+        split.forward(0)
+    splits[0].forward(1)
+    splits[0].backward(1)
+    with pytest.raises(PrefixOrderError, match=r"layer 0, micro-batch 3: all 2 forwards and 1 backwards.*and 2 more"):
+        store.assert_empty()
+    store.reset()
+    store.assert_empty()
+    assert store.bytes() == 0 and store.current is None
+    inputs = qkv(12, 1, (2, 1))
+    assert worst(Split(inputs, [8, 4], store, CpuFlash()).run().results(), oracle(inputs, seen(12))) < CLOSE
+
+
+def test_bytes_are_those_of_the_formula_and_steady() -> None:
+    """K and V of each micro-batch in flight; float32 accumulators of all but the last segment for one of them."""
+    store, lengths, made = PrefixStore(), [5, 4, 3], []
+    token = 2 * 2 * 8  # batch, key heads, head size
+    buffers, accumulators = 2 * 12 * token * 2, 2 * 9 * token * 4
+    inputs = [qkv(12, 2, (4, 2), seed=s, dtype=torch.bfloat16) for s in range(2)]
+    take = torch.empty
+    for _ in range(3):
+        a, b = (Split(inputs[mb], lengths, store, CpuFlash(), microbatch=mb) for mb in range(2))
+        for index in range(3):
+            a.forward(index)
+            assert store.bytes() == buffers
+        for index in range(3):
+            b.forward(index)
+        assert store.bytes() == 2 * buffers
+        for split in (a, b):
+            for index in reversed(range(3)):
+                split.backward(index)
+        assert store.bytes() == 0 and store.allocated_bytes() == 2 * buffers + accumulators
+        assert store.peak_bytes == store.peak_allocated_bytes == 2 * buffers + accumulators
+        made.append({id(x) for free in store._pool._free.values() for x in free})
+    assert made[0] == made[1] == made[2] and take is torch.empty
+    store.trim()
+    assert store.allocated_bytes() == 0
+    store.reset_peak()
+    assert store.peak_bytes == store.peak_allocated_bytes == 0
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("window", [None, 3])
+def test_autograd_keeps_q_out_and_lse_alone(batch: int, window: int | None) -> None:
+    """Counted by storage, so that a view cannot keep a larger tensor: q comes as a slice of a fused projection."""
+    store, lengths, kept = PrefixStore(), [8, 4], []
+    fused = torch.randn(12, batch, 8 * 16, requires_grad=True)
+    for segment in segments(0, lengths):
+        store.current = segment
+        q, k, v = (
+            x.unflatten(-1, (-1, 16)) for x in (fused * 1.0)[segment.begin : segment.end].split([64, 32, 32], -1)
+        )
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x) or x, lambda x: x):
+            out = segment_attention(q, k, v, store, 0, CpuFlash(), SCALE, window=window)
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved}
+        tokens = segment.tokens * batch
+        assert sum(storages.values()) == 4 * tokens * (64 + 64 + 4)  # q, out: 4 heads of 16; lse: 4 heads
+        assert out.untyped_storage().data_ptr() in storages, "out is kept once, with whoever else keeps it"
+        assert out.is_contiguous()
+        kept.append(out)
+    assert store.bytes() == 2 * 4 * 12 * batch * 32
+    for segment in reversed(segments(0, lengths)):
+        store.current = segment
+        grads = torch.autograd.grad(kept[segment.index].sum(), fused)
+        assert torch.isfinite(grads[0]).all()
+    store.assert_empty()
+
+
+def test_gradients_returned_are_not_the_stores_memory() -> None:
+    """The accumulators go back to the pool: what autograd got must not change when they are used again."""
+    store, inputs = PrefixStore(), qkv(12, 1, (2, 2))
+    seen_grads: list[tuple[Tensor, Tensor]] = []
+
+    def wrap(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+        args = tuple(x * 1.0 for x in args)
+        for x in args:
+            x.register_hook(lambda grad: seen_grads.append((grad, grad.clone())) and None)
+        return function(*args)
+
+    documents = Documents((packed([3, 3, 6]),))
+    for kwargs in ({}, {"window": 2}, {"documents": documents}):
+        Split(inputs, [4, 4, 4], store, CpuFlash(), wrap=wrap, **kwargs).run()
+    for buffers in store._pool._free.values():
+        for buffer in buffers:
+            buffer.fill_(torch.nan)
+    assert len(seen_grads) == 27 and all(torch.equal(a, b) for a, b in seen_grads)
+
+
+def _relative(results: list[Tensor], exact: list[Tensor]) -> list[float]:
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(results, exact, strict=True)]
+
+
+def test_bfloat16_error_is_that_of_one_call(monkeypatch: pytest.MonkeyPatch, tell: Callable[[str], None]) -> None:
+    """Against float64: at most 1.1 times the error of one unsplit bfloat16 call; bfloat16 accumulators are worse."""
+    tokens = 2048
+    inputs = qkv(tokens, 1, (2, 1), 64, dtype=torch.bfloat16)
+    exact = oracle(inputs, seen(tokens))
+
+    def errors(count: int) -> list[float]:
+        lengths = [tokens // count] * count
+        return _relative(Split(inputs, lengths, PrefixStore(), CpuFlash()).run().results(), exact)
+
+    one = errors(1)
+    assert min(one) > 1e-3 and max(one) < 2e-2
+    split = {count: [a / b for a, b in zip(errors(count), one, strict=True)] for count in (4, 8)}
+    monkeypatch.setattr(store_module, "accumulation", lambda dtype: dtype)
+    coarse = [a / b for a, b in zip(errors(8), one, strict=True)]
+    for count, ratios in [*split.items(), ("8 and bfloat16 accumulators", coarse)]:
+        figures = " ".join(f"{x:.3f}" for x in ratios)
+        tell(f"bfloat16 error over one call's, segments {count}, of out, dq, dk, dv: {figures}")
+    assert max(map(max, split.values())) < 1.1
+    assert coarse[2] > 1.02 * split[8][2] and coarse[3] > 1.02 * split[8][3]
