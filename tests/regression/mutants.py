@@ -177,6 +177,56 @@ def late_learning_rate() -> Iterator[Planted]:
         yield planted
 
 
+@contextmanager
+def segment_without_offset() -> Iterator[Planted]:
+    """Every segment counts its rotary positions from 0."""
+    from megatron.longseq.pipeline.chunk import Chunk
+
+    planted = Planted()
+
+    def rotary(_: Any, self: Any, upstream: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            planted.times += self.store.current.begin > 0
+            return upstream(*args, **kwargs)
+
+        return forward
+
+    with wrapped(Chunk, "_rotary_forward", rotary):
+        yield planted
+
+
+@contextmanager
+def lost_prefix_gradient() -> Iterator[Planted]:
+    """What later segments add to the gradients of earlier segments' keys and values is lost."""
+    from megatron.longseq.attention.prefix import _Collect
+
+    planted = Planted()
+
+    def add(original: Any, self: Any, keys: Any, batch: Any, grads: Any) -> None:
+        planted.times += 1
+        original(self, keys, batch, tuple(torch.zeros_like(grad) for grad in grads))
+
+    with wrapped(_Collect, "_add", add):
+        yield planted
+
+
+@contextmanager
+def mean_of_segment_means() -> Iterator[Planted]:
+    """A segment's loss is divided by its own length and the number of segments, as if all were equally long."""
+    from megatron.longseq.pipeline.chunk import Chunk
+
+    planted = Planted()
+
+    def assemble(original: Any, self: Any, losses: torch.Tensor) -> torch.Tensor:
+        segment = self.store.current
+        factor = segment.total / (segment.count * segment.tokens)
+        planted.times += factor != 1
+        return original(self, losses * factor + (losses * (1 - factor)).detach())  # the reported loss is right
+
+    with wrapped(Chunk, "_assemble", assemble):
+        yield planted
+
+
 MUTANTS: dict[str, Callable[[], Any]] = {
     function.__name__: function
     for function in (
@@ -187,5 +237,8 @@ MUTANTS: dict[str, Callable[[], Any]] = {
         stale_parameter,
         norm_not_summed,
         late_learning_rate,
+        segment_without_offset,
+        lost_prefix_gradient,
+        mean_of_segment_means,
     )
 }
