@@ -114,7 +114,9 @@ def _steps(schedule: Schedule, costs: Costs) -> list[list[_Step]]:
             kind, stage = action.kind, action.vstage * stages + rank
             unit = (action.microbatch * segments + action.segment) * (last + 1) + stage
             receives = sends = -1
-            if kind is Kind.FORWARD:
+            if stages == 1:
+                pass  # a rank sends itself nothing: its own order is all that counts
+            elif kind is Kind.FORWARD:
                 receives, sends = 2 * (unit - 1) if stage > 0 else -1, 2 * unit if stage < last else -1
             elif kind is Kind.BACKWARD:
                 receives, sends = 2 * (unit + 1) + 1 if stage < last else -1, 2 * unit + 1 if stage > 0 else -1
