@@ -59,7 +59,7 @@ def one_f_one_b(pipeline: Pipeline, slack: int = 0) -> Schedule:
     for rank in range(pipeline.stages):
         after = pipeline.stages - rank - 1
         orders.append(_alternate(pipeline, after + pipeline.segments - 1 + _extra(slack, after), 1))
-    return Schedule(_name(pipeline, "1F1B", slack), pipeline, tuple(orders))
+    return Schedule(_name(pipeline, "1F1B", "Seq1F1B", slack), pipeline, tuple(orders))
 
 
 def interleaved(pipeline: Pipeline, slack: int = 0, group: int | None = None) -> Schedule:
@@ -89,7 +89,7 @@ def interleaved(pipeline: Pipeline, slack: int = 0, group: int | None = None) ->
         after = pipeline.stages - rank - 1
         ahead = 2 * after + (pipeline.virtual - 1) * group * pipeline.segments + pipeline.segments - 1
         orders.append(_alternate(pipeline, ahead + _extra(slack, after), group))
-    return Schedule(_name(pipeline, "1F1B-I", slack), pipeline, tuple(orders))
+    return Schedule(_name(pipeline, "1F1B-I", "Seq1F1B-I", slack), pipeline, tuple(orders))
 
 
 def zb_h1(pipeline: Pipeline, slack: int = 0, costs: Costs | None = None) -> Schedule:
@@ -119,7 +119,7 @@ def zb_h1(pipeline: Pipeline, slack: int = 0, costs: Costs | None = None) -> Sch
     fused = one_f_one_b(pipeline, slack)
     ranks = [_Filler(order, costs.weight[rank], limit) for rank, order in enumerate(fused.orders)]
     _fill(pipeline, ranks, costs)
-    return Schedule(_name(pipeline, "ZB-H1", slack), pipeline, tuple(tuple(rank.order) for rank in ranks))
+    return Schedule(_name(pipeline, "ZB-H1", "Seq-ZB-H1", slack), pipeline, tuple(tuple(rank.order) for rank in ranks))
 
 
 def forward_only(pipeline: Pipeline, group: int | None = None) -> Schedule:
@@ -261,5 +261,5 @@ def _check_group(pipeline: Pipeline, group: int, least: int) -> None:
         )
 
 
-def _name(pipeline: Pipeline, name: str, slack: int) -> str:
-    return ("Seq" if pipeline.segments > 1 else "") + name + (f", slack {slack}" if slack else "")
+def _name(pipeline: Pipeline, whole: str, split: str, slack: int) -> str:
+    return (split if pipeline.segments > 1 else whole) + (f", slack {slack}" if slack else "")

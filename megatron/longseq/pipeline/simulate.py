@@ -5,7 +5,7 @@ Only messages between ranks are waited for: what a rank needs from itself comes 
 """
 
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import isfinite
 from typing import NamedTuple
 
 from megatron.longseq.pipeline.action import Action, Kind, Pipeline, Schedule, ScheduleError, source, target
@@ -114,7 +114,9 @@ def _steps(schedule: Schedule, costs: Costs) -> list[list[_Step]]:
             kind, stage = action.kind, action.vstage * stages + rank
             unit = (action.microbatch * segments + action.segment) * (last + 1) + stage
             receives = sends = -1
-            if kind is Kind.FORWARD:
+            if stages == 1:
+                pass  # a rank sends itself nothing: its own order is all that counts
+            elif kind is Kind.FORWARD:
                 receives, sends = 2 * (unit - 1) if stage > 0 else -1, 2 * unit if stage < last else -1
             elif kind is Kind.BACKWARD:
                 receives, sends = 2 * (unit + 1) + 1 if stage < last else -1, 2 * unit + 1 if stage > 0 else -1
@@ -156,8 +158,8 @@ def _blocking(schedule: Schedule, steps: list[list[_Step]], latency: float) -> l
     Gap i lies before action i: there the send of action i-1 and the receive of action i are posted together.
     """
     starts: list[list[float]] = [[] for _ in steps]
-    gaps = [(0.0, -1, rank[0].receives if rank else -1) for rank in steps]  # posted when, the send, the receive
-    posted: tuple[dict[int, float], dict[int, float]] = ({-1: -inf}, {-1: -inf})  # by senders, by receivers
+    gaps = [(0.0, -1, rank[0].receives if rank else -1) for rank in steps]  # when posted, the send, the receive
+    posted: dict[tuple[int, int], float] = {}  # by side (0: the sender's, 1: the receiver's) and message
     waiting: dict[tuple[int, int], int] = {}
     held: dict[int, str] = {}
     ready = list(range(len(steps)))
@@ -166,24 +168,23 @@ def _blocking(schedule: Schedule, steps: list[list[_Step]], latency: float) -> l
         mine, order = starts[rank], steps[rank]
         held.pop(rank, None)
         while True:
-            now, sends, receives = gaps[rank]
-            for side, message in enumerate((sends, receives)):
-                if message >= 0 and message not in posted[side]:
-                    posted[side][message] = now
-                    if (side, message) in waiting:
-                        ready.append(waiting.pop((side, message)))
-            blocked = [(1, sends)] if sends not in posted[1] else []
-            blocked += [(0, receives)] if receives not in posted[0] else []
-            if blocked:
-                waiting.update(dict.fromkeys(blocked, rank))
-                held[rank] = "send" if blocked[0][0] else "receive"
+            now, *messages = gaps[rank]
+            sides = [(side, message) for side, message in enumerate(messages) if message >= 0]
+            for side in sides:
+                posted.setdefault(side, now)
+                if side in waiting:
+                    ready.append(waiting.pop(side))
+            others = [(1 - side, message) for side, message in sides]
+            missing = [other for other in others if other not in posted]
+            if missing:
+                waiting.update(dict.fromkeys(missing, rank))
+                held[rank] = "send" if missing[0][0] else "receive"
                 break
-            now = max(now, posted[1][sends] + latency, posted[0][receives] + latency)
             if len(mine) == len(order):
                 break
-            seconds, _, sent = order[len(mine)]
-            mine.append(now)
-            gaps[rank] = (now + seconds, sent, order[len(mine)].receives if len(mine) < len(order) else -1)
+            mine.append(max([now, *(max(now, posted[other]) + latency for other in others)]))
+            seconds, _, sends = order[len(mine) - 1]
+            gaps[rank] = (mine[-1] + seconds, sends, order[len(mine)].receives if len(mine) < len(order) else -1)
     _check_done(schedule, starts, held)
     return starts
 
@@ -192,12 +193,12 @@ def _check_done(schedule: Schedule, starts: list[list[float]], held: dict[int, s
     """Raise where ranks are held, with the chain of ranks that wait for each other."""
     if not held:
         return
-    rank, chain = min(held), []
-    while rank in held:
-        action, index, peer, wanted = _wait(schedule, rank, len(starts[rank]), held.pop(rank))
+    rank, chain, left = min(held), [], dict(held)
+    while rank in left:
+        action, index, peer, wanted = _wait(schedule, rank, len(starts[rank]), left.pop(rank))
         chain.append(f"rank {rank} waits in action {index} ({action}) {wanted} rank {peer}")
         rank = peer
-    end = "which waits itself" if len(starts[rank]) < len(schedule.orders[rank]) else "which has ended"
+    end = "which waits itself" if rank in held else "which has ended"
     raise ScheduleError(f"{schedule.name} never ends: {'; '.join(chain)}, {end}")
 
 

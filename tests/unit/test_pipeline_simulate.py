@@ -1,0 +1,239 @@
+"""The clock against an independent one (longest paths by relaxation), closed forms and known figures."""
+
+import math
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron.longseq.pipeline.action import Kind, Pipeline, Schedule, ScheduleError, source, target
+from megatron.longseq.pipeline.orders import forward_only, make
+from megatron.longseq.pipeline.simulate import Costs, simulate, uniform_costs
+
+
+def longest_paths(schedule: Schedule, costs: Costs, latency: float, blocking: bool) -> dict | None:
+    """Earliest starts by relaxing every edge of the dependency graph until nothing moves; None if it never settles.
+
+    Nodes are (rank, action). With blocking p2p a message is a node of its own: it leaves when its sender has ended and
+    its receiver has ended what it runs before, and both go on when it has arrived.
+    """
+    splits = schedule.splits_weights
+
+    def seconds(rank, action):
+        stage = schedule.pipeline.stage(rank, action.vstage)
+        if action.kind is Kind.FORWARD:
+            return costs.forward[stage][action.segment]
+        if action.kind is Kind.WEIGHT:
+            return costs.weight[stage][action.segment]
+        return costs.backward[stage][action.segment] + (0 if splits else costs.weight[stage][action.segment])
+
+    edges = []  # (from, to, seconds between their starts)
+    for rank, order in enumerate(schedule.orders):
+        nodes = [("start", rank), *((rank, action) for action in order), ("end", rank)]
+        for index, action in enumerate(order):
+            before, node, after = nodes[index], nodes[index + 1], nodes[index + 2]
+            own = seconds(*before) if index else 0.0
+            edges.append((before, node, own))
+            sender = source(schedule.pipeline, rank, action)
+            if sender is not None and sender[0] != rank:
+                if blocking:
+                    message = ("message", sender)
+                    edges += [(before, message, own), (message, node, latency)]
+                else:
+                    edges.append((sender, node, seconds(*sender) + latency))
+            receiver = target(schedule.pipeline, rank, action)
+            if blocking and receiver is not None and receiver[0] != rank:
+                message = ("message", (rank, action))
+                edges += [(node, message, seconds(rank, action)), (message, after, latency)]
+    starts = dict.fromkeys([node for edge in edges for node in edge[:2]], 0.0)
+    longest = sum(gap for _, _, gap in edges)
+    moved = True
+    while moved:
+        moved = False
+        for one, other, gap in edges:
+            if starts[one] + gap > starts[other]:
+                starts[other], moved = starts[one] + gap, True
+        if max(starts.values()) > longest:
+            return None
+    return starts
+
+
+@st.composite
+def runs(draw):
+    stages, segments = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    virtual = draw(st.integers(1, 3))
+    kwargs = {"slack": draw(st.integers(0, 2))}
+    if virtual == 1:
+        kwargs["zero_bubble"] = draw(st.booleans())
+        microbatches = draw(st.integers(1, 4))
+    else:
+        microbatches = math.ceil(math.ceil(stages * (2 + kwargs["slack"]) / 2) / segments) * draw(st.integers(1, 2))
+    pipeline = Pipeline(stages, microbatches, segments, virtual)
+    schedule = draw(st.sampled_from([make(pipeline, **kwargs), forward_only(pipeline)]))
+    row = st.tuples(*[st.integers(1, 9).map(float)] * segments)
+    table = st.tuples(*[row] * pipeline.depth)
+    return schedule, Costs(draw(table), draw(table), draw(table)), float(draw(st.integers(0, 3)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(runs(), st.booleans())
+def test_every_start_is_the_longest_path(run, blocking):
+    schedule, costs, latency = run
+    wanted = longest_paths(schedule, costs, latency, blocking)
+    if wanted is None:
+        with pytest.raises(ScheduleError, match="never ends: rank"):
+            simulate(schedule, costs, latency, blocking)
+        return
+    timeline = simulate(schedule, costs, latency, blocking)
+    for rank, spans in enumerate(timeline.spans):
+        assert tuple(span.action for span in spans) == schedule.orders[rank]
+        assert [span.start for span in spans] == [wanted[rank, span.action] for span in spans]
+
+
+def test_the_oracle_sees_a_circle():
+    schedule = make(Pipeline(4, 4, 2, 2))
+    assert longest_paths(schedule, uniform_costs(schedule.pipeline), 0.0, True) is None
+    assert longest_paths(schedule, uniform_costs(schedule.pipeline), 0.0, False) is not None
+
+
+def test_one_microbatch_through_two_stages():
+    schedule = make(Pipeline(2, 1))
+    timeline = simulate(schedule, uniform_costs(schedule.pipeline, 1, 2), latency=0.5)
+    assert [[(span.start, span.end) for span in rank] for rank in timeline.spans] == [
+        [(0.0, 1.0), (5.0, 7.0)],
+        [(1.5, 2.5), (2.5, 4.5)],
+    ]
+    assert timeline.name == "1F1B, simulated"
+    assert timeline.bubble == pytest.approx(1 - 6 / 14)
+
+
+def test_weight_costs_join_the_backward_unless_split():
+    pipeline = Pipeline(2, 1)
+    costs = uniform_costs(pipeline, 1, 2, 4)
+    assert simulate(make(pipeline), costs).makespan == 1 + 1 + 6 + 6
+    assert simulate(make(pipeline, zero_bubble=True), costs).makespan == 1 + 1 + 2 + 2 + 4
+
+
+def cut_costs(lengths, attention, linear, stages) -> Costs:
+    """Backward 2.5 times the forward in attention, twice in what is linear in the tokens (half of it for weights)."""
+    ends = [sum(lengths[: index + 1]) for index in range(len(lengths))]
+    cells = [attention * (end**2 - (end - length) ** 2) / 2 for end, length in zip(ends, lengths, strict=True)]
+    tokens = [linear * length for length in lengths]
+    pairs = list(zip(cells, tokens, strict=True))
+    rows = ([c + t for c, t in pairs], [2.5 * c + t for c, t in pairs], tokens)
+    return Costs(*(((tuple(row),) * stages) for row in rows))
+
+
+SIZES = {"7B": (32, 4096, 32, 4), "30B": (64, 6144, 64, 8)}  # layers, hidden, heads, pipeline stages
+EVEN_7B, EVEN_30B = [8192] * 4, [16384] * 4
+CUT_7B, CUT_30B = [11024, 8416, 7088, 6240], [23424, 16624, 13640, 11848]
+
+
+def paper_costs(name: str, lengths: list[int]) -> Costs:
+    layers, hidden, heads, stages = SIZES[name]
+    return cut_costs(lengths, layers * (4 * hidden + 3 * heads), layers * 24 * hidden**2, stages)
+
+
+@pytest.mark.parametrize(
+    "name, lengths, microbatches, bubbles",
+    [
+        ("7B", EVEN_7B, 8, (0.292, 0.111, 0.111)),
+        ("7B", CUT_7B, 8, (0.111, 0.088, 0.088)),
+        ("7B", EVEN_7B, 32, (0.259, 0.030, 0.030)),
+        ("7B", CUT_7B, 32, (0.053, 0.024, 0.024)),
+        ("30B", EVEN_30B, 8, (0.389, 0.232, 0.232)),
+        ("30B", CUT_30B, 8, (0.198, 0.183, 0.183)),
+        ("30B", EVEN_30B, 32, (0.309, 0.070, 0.070)),
+        ("30B", CUT_30B, 32, (0.075, 0.053, 0.053)),
+        ("7B", [11480, 8352, 6912, 6024], 32, (0.037,)),
+        ("30B", [24200, 16464, 13344, 11528], 32, (0.068,)),
+    ],
+)
+def test_uneven_segments_and_slack(name, lengths, microbatches, bubbles):
+    costs = paper_costs(name, lengths)
+    pipeline = Pipeline(SIZES[name][3], microbatches, 4)
+    found = [simulate(make(pipeline, slack=slack), costs).bubble for slack in range(len(bubbles))]
+    assert found == pytest.approx(bubbles, abs=0.0006)
+
+
+def test_half_the_bubble_at_30b():
+    """64k tokens, P=8: split weight gradients and slack 1 halve Seq1F1B's bubble; so do two virtual stages."""
+    for microbatches in (16, 32):
+        pipeline = Pipeline(8, microbatches, 4)
+        costs = paper_costs("30B", CUT_30B)
+        own = simulate(make(pipeline), costs).bubble
+        assert simulate(make(pipeline, zero_bubble=True, slack=1, costs=costs), costs).bubble < 0.5 * own
+        interleaved = Pipeline(8, microbatches, 4, 2)
+        halves = Costs(
+            *(tuple(tuple(c / 2 for c in row) for row in (*t, *t)) for t in map(costs.table, Kind, [True] * 3))
+        )
+        assert simulate(make(interleaved), halves).bubble < 0.55 * own
+
+
+@pytest.mark.parametrize("stages, microbatches, fused, slack", [(4, 8, 0.086, 0.709), (8, 32, 0.052, 0.866)])
+def test_fused_p2p_costs_nothing_but_serialises_slack(stages, microbatches, fused, slack):
+    pipeline = Pipeline(stages, microbatches, 4)
+    costs = uniform_costs(pipeline)
+    assert simulate(make(pipeline), costs, blocking=True).bubble == pytest.approx(fused, abs=0.0006)
+    assert simulate(make(pipeline, slack=1), costs, blocking=True).bubble == pytest.approx(slack, abs=0.0006)
+
+
+def test_slack_hides_latency():
+    pipeline = Pipeline(4, 32, 4)
+    costs = uniform_costs(pipeline)
+    plain, slack = (simulate(make(pipeline, slack=slack), costs, latency=0.5).bubble for slack in (0, 1))
+    assert plain > 0.2 and slack < 0.06
+
+
+def test_a_message_that_is_never_sent():
+    whole = make(Pipeline(2, 2))
+    schedule = Schedule("cut", whole.pipeline, (whole.orders[0][:1], whole.orders[1]))
+    with pytest.raises(
+        ScheduleError, match=r"rank 1 waits in action 2 \(forward of micro-batch 1.*rank 0, which has ended"
+    ):
+        simulate(schedule, uniform_costs(whole.pipeline))
+
+
+def test_a_message_that_is_never_received():
+    whole = make(Pipeline(2, 2))
+    schedule = Schedule("cut", whole.pipeline, (whole.orders[0][:2], whole.orders[1][:1]))
+    with pytest.raises(
+        ScheduleError, match=r"rank 0 waits in action 1 \(forward of .*to send its output to rank 1, which"
+    ):
+        simulate(schedule, uniform_costs(whole.pipeline), blocking=True)
+
+
+@pytest.mark.parametrize("costs", [uniform_costs(Pipeline(2, 2, 3)), uniform_costs(Pipeline(4, 2, 2))])
+def test_costs_of_another_shape(costs):
+    with pytest.raises(ValueError, match="the pipeline has 2 x 2"):
+        simulate(make(Pipeline(2, 2, 2)), costs)
+
+
+@pytest.mark.parametrize("seconds", [-1.0, math.nan, math.inf])
+def test_costs_that_are_no_seconds(seconds):
+    with pytest.raises(ValueError, match="backward cost of stage 0, segment 0"):
+        uniform_costs(Pipeline(2, 2, 2), backward=seconds)
+
+
+def test_costs_of_different_shapes():
+    with pytest.raises(ValueError, match="same shape"):
+        Costs(((1.0,),), ((1.0, 1.0),), ((1.0,),))
+    with pytest.raises(ValueError, match="same shape"):
+        Costs(((1.0,), (1.0, 2.0)), ((1.0,), (1.0, 2.0)), ((1.0,), (1.0, 2.0)))
+
+
+def test_negative_latency():
+    with pytest.raises(ValueError, match="latency is -1"):
+        simulate(make(Pipeline(2, 2)), uniform_costs(Pipeline(2, 2)), latency=-1)
+
+
+def test_a_large_schedule_takes_well_under_a_second():
+    pipeline = Pipeline(16, 32, 8, 4)
+    schedule, costs = make(pipeline), uniform_costs(pipeline)
+    took = []
+    for _ in range(3):
+        began = time.perf_counter()
+        simulate(schedule, costs)
+        took.append(time.perf_counter() - began)
+    assert min(took) < 0.5
