@@ -69,6 +69,7 @@ def test_compare_lists_the_usual_schedules_and_the_users(tmp_path, capsys):
     assert float(table["Seq1F1B, K=4 balanced"][0].rstrip("%")) < float(table["Seq1F1B, K=4 even"][0].rstrip("%")) / 2
     events = json.loads(file.read_text())["traceEvents"]
     assert {e["args"]["name"] for e in events if e["name"] == "process_name"} == table.keys() - {"schedule", "---"}
+    assert "Of every bubble, 5.1% is there because the slowest rank has more to compute" in text
 
 
 def test_an_impossible_schedule_is_listed_with_its_reason(capsys):
