@@ -20,7 +20,7 @@ from megatron.longseq.attention.merge import merge_
 from tests.unit.attention_bed import tensors, worst
 
 HEADS = {"MHA": (4, 4), "GQA": (4, 2), "MQA": (4, 1)}
-SIZES = [(1, 1), (1, 9), (7, 7), (5, 12), (12, 5), (33, 70)]
+SIZES = [(1, 1), (1, 9), (7, 7), (5, 12), (7, 12), (12, 5), (33, 70)]
 SCORES = [Scores(0.3), Scores(0.3, True), Scores(0.3, True, 3), Scores(0.3, True, 0), Scores(0.3, False, 4)]
 
 

@@ -1,0 +1,128 @@
+"""Attention kernels and segments on a GPU: values against float64, and what splitting a sequence costs."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron.longseq.attention.kernels.choice import choose
+from megatron.longseq.attention.kernels.cuda import FlashAttn, TorchCudaFlash, load_flash_attn
+from megatron.longseq.attention.kernels.kernel import Kernel, Scores
+from megatron.longseq.attention.kernels.reference import Reference
+from megatron.longseq.attention.merge import merge_
+from megatron.longseq.attention.store import PrefixStore
+from tests.unit.attention_bed import Split, oracle, qkv, seen, tensors
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+HEADS = {"MHA": (4, 4), "GQA": (8, 2), "MQA": (4, 1)}
+SIZES = [(1, 1), (1, 300), (128, 128), (100, 260), (260, 100), (513, 1030)]
+SCORES = [Scores(0.125), Scores(0.125, True), Scores(0.125, True, 37), Scores(0.125, True, 0), Scores(0.125, False, 50)]
+
+
+def cuda(*xs: Tensor) -> list[Tensor]:
+    """Move tensors to the GPU."""
+    return [x.cuda() for x in xs]
+
+
+@pytest.fixture(params=["torch", "flash_attn"])
+def kernel(request: pytest.FixtureRequest) -> Kernel:
+    """Each kernel of this machine."""
+    if request.param == "torch":
+        return TorchCudaFlash()
+    try:
+        load_flash_attn()
+    except ImportError as error:
+        pytest.skip(str(error))
+    return FlashAttn()
+
+
+def relative(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Largest relative error, by norm."""
+    pairs = zip(results, exact, strict=True)
+    return max(((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-9)).item() for a, b in pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("scores", SCORES, ids=str)
+def test_forward_and_backward_of_a_block(kernel: Kernel, dtype: torch.dtype, heads: str, scores: Scores) -> None:
+    hq, hk = HEADS[heads]
+    exactly, narrow = Reference(compute=torch.float64), 8 * torch.finfo(dtype).eps
+    for sq, sk in SIZES:
+        shapes = [(sq, 2, hq, 64), (sk, 2, hk, 64), (sk, 2, hk, 64), (sq, 2, hq, 64)]
+        q, k, v, grad = cuda(*tensors(shapes, seed=sq, dtype=dtype))
+        out, lse = exactly.forward(*(x.double() for x in (q, k, v)), scores)
+        exact = exactly.backward(*(x.double() for x in (grad, q, k, v)), out, lse, scores)
+        got, got_lse = kernel.forward(q, k, v, scores)
+        assert got_lse.dtype == torch.float32 and torch.equal(got_lse == -torch.inf, lse == -torch.inf)
+        assert torch.isfinite(got).all() and relative([got, got_lse.exp()], [out, lse.exp()]) < narrow
+        # A narrow window leaves dq and dk nothing but rounding where a row sees one key: measure against all three.
+        grads = kernel.backward(grad, q, k, v, got, got_lse, scores)
+        size = max(x.norm() for x in exact)
+        for mine, right in zip(grads, exact, strict=True):
+            assert mine.dtype == dtype and ((mine.double() - right).norm() / size).item() < narrow
+
+
+def test_parts_of_the_keys_merge_to_the_whole(kernel: Kernel) -> None:
+    shapes = [(96, 2, 8, 64), (400, 2, 2, 64), (400, 2, 2, 64), (96, 2, 8, 64)]
+    q, k, v, grad = cuda(*tensors(shapes, dtype=torch.bfloat16))
+    scores = Scores(0.125)
+    exactly = Reference(compute=torch.float64)
+    out, lse = exactly.forward(*(x.double() for x in (q, k, v)), scores)
+    exact = exactly.backward(*(x.double() for x in (grad, q, k, v)), out, lse, scores)
+    merged = torch.zeros_like(q, dtype=torch.float32)
+    total = torch.full(lse.shape, -torch.inf, device="cuda")
+    parts = list(zip(k.split([7, 200, 193]), v.split([7, 200, 193]), strict=True))
+    for keys, values in parts:
+        merge_(merged, total, *kernel.forward(q, keys, values, scores))
+    assert relative([merged, total], [out, lse]) < 8e-3
+    pieces = [kernel.backward(grad, q, *part, merged.bfloat16(), total, scores) for part in parts]
+    dq, dk, dv = zip(*pieces, strict=True)
+    assert relative([sum(x.float() for x in dq), torch.cat(dk), torch.cat(dv)], exact) < 2e-2  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("window", [None, 100])
+def test_segments_equal_unsplit_attention(kernel: Kernel, heads: str, window: int | None) -> None:
+    inputs = cuda(*qkv(1024, 2, HEADS[heads], 64, dtype=torch.bfloat16))
+    exact = oracle(inputs, seen(1024, window).cuda())
+    whole = relative(Split(inputs, [1024], PrefixStore(), kernel, window=window).run().results(), exact)
+    for lengths in ([512, 512], [300, 400, 1, 323], [128] * 8):
+        store = PrefixStore()
+        split = Split(inputs, lengths, store, kernel, window=window).run()
+        # dk and dv are sums of rounded parts (one call rounds once): at most twice the rounding in the square.
+        assert relative(split.results(), exact) < 1.5 * whole
+        store.assert_empty()
+
+
+def test_dropout_draws_the_same_mask_in_backward() -> None:
+    """The output is linear in v: with the mask of the forward, <dv, v> = <grad, out>."""
+    inputs = cuda(*qkv(64, 2, (4, 2), 16))
+    torch.cuda.manual_seed(1)
+    kernel = choose(torch.device("cuda"), torch.float64, 16, dropout=0.5).kernel
+    out, _, _, dv = Split(inputs, [30, 20, 14], PrefixStore(), kernel).run().results()
+    left, right = (dv * inputs[2]).sum(), (out * inputs[3]).sum()
+    assert abs((left - right) / right).item() < 1e-9
+
+
+def test_what_splitting_costs(kernel: Kernel, tell: Callable[[str], None]) -> None:
+    inputs = cuda(*qkv(32768, 1, (32, 8), 128, dtype=torch.bfloat16))
+
+    def milliseconds(lengths: list[int]) -> float:
+        times, store = [], PrefixStore()
+        for _ in range(4):
+            split = Split(inputs, lengths, store, kernel)
+            first, second = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            split.run()
+            second.record()
+            torch.cuda.synchronize()
+            times.append(first.elapsed_time(second))
+        return min(times)
+
+    whole = milliseconds([32768])
+    for count in (2, 4, 8):
+        cost = milliseconds([32768 // count] * count) / whole
+        tell(f"{torch.cuda.get_device_name()}, {kernel.name}, 32k tokens: {count} segments cost {cost:.3f} of one call")
+        assert cost < 1.5
