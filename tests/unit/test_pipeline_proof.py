@@ -84,7 +84,7 @@ def test_a_stage_before_the_one_that_feeds_it_on_the_same_rank():
     schedule = make(Pipeline(1, 2, 2, 2))
     prove(schedule)
     with pytest.raises(
-        ScheduleError, match="rank 0, action 0: the forward of .*, virtual stage 1 runs before .* input"
+        ScheduleError, match=r"rank 0, action 0: the forward of .*, virtual stage 1 runs before .* input"
     ):
         prove(moved(schedule, 0, Action(F, 0, 0, 1), Action(F, 0, 0, 0)))
 
