@@ -79,6 +79,16 @@ def test_a_backward_before_that_of_the_segment_after():
         prove(moved(seq(), 3, Action(B, 0, 1), Action(B, 0, 2)))
 
 
+def test_a_stage_before_the_one_that_feeds_it_on_the_same_rank():
+    """One rank with two virtual stages sends nothing, so only its own order can be wrong."""
+    schedule = make(Pipeline(1, 2, 2, 2))
+    prove(schedule)
+    with pytest.raises(
+        ScheduleError, match=r"rank 0, action 0: the forward of .*, virtual stage 1 runs before .* input"
+    ):
+        prove(moved(schedule, 0, Action(F, 0, 0, 1), Action(F, 0, 0, 0)))
+
+
 def test_a_weight_gradient_before_its_backward():
     schedule = seq(zero_bubble=True)
     with pytest.raises(ScheduleError, match=r"rank 2, action \d+: the weight gradient of micro-batch 1, segment 1 "):
