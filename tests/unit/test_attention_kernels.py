@@ -195,6 +195,26 @@ def test_types_of_results_and_error(dtype: torch.dtype, scores: Scores) -> None:
     assert torch.equal(out, results[0].to(dtype))
 
 
+def test_heads_that_lie_across_memory(kernel: Kernel) -> None:
+    """Strides with which an operator alone gives wrong numbers: the last dimension is not contiguous."""
+    q, k, v, grad = tensors([(9, 2, 4, 8)] * 4)
+    scores = Scores(0.3, True)
+    out, lse = kernel.forward(q, k, v, scores)
+    grads = kernel.backward(grad, q, k, v, out, lse, scores)
+    q, k, v, grad, out = (x.mT.contiguous().mT for x in (q, k, v, grad, out))
+    assert q.stride(-1) != 1
+    assert worst(kernel.forward(q, k, v, scores), [out, lse]) < 1e-13
+    assert worst(kernel.backward(grad, q, k, v, out, lse, scores), grads) < 1e-13
+    ones = torch.ones(()).expand(9, 2, 4, 8).double()
+    assert (
+        worst(
+            kernel.backward(ones, q, k, v, out, lse, scores),
+            kernel.backward(ones.contiguous(), q, k, v, out, lse, scores),
+        )
+        < 1e-13
+    )
+
+
 def test_strided_views_are_taken_as_they_are() -> None:
     """Slices of a fused projection and of a longer buffer give the bits of their copies."""
     fused, buffer, grad = tensors([(30, 2, 4, 24), (50, 2, 8, 8), (30, 2, 4, 8)], dtype=torch.float32)

@@ -228,6 +228,7 @@ def test_dropout_draws_the_same_mask_in_backward(recompute: str, lengths: list[i
         ("f0 f1 b1", "segment 1 of 3: backward out of order; forward of 2 of 3 segments ran"),
         ("f0 f1 f2 b1", "segment 1 of 3: backward out of order; all 3 forwards and 0 backwards ran, the backward of"),
         ("f0 f1 f2 b2 b0", "segment 0 of 3: backward out of order; all 3 forwards and 1 backwards ran"),
+        ("f0 f1 f2 r2 f0 b2", "segment 2 of 3: backward out of order; forward of 1 of 3 segments ran"),
         ("f0 f1 f2 b2 b1 b0 b0", "segment 0 of 3: backward, but nothing is kept of this micro-batch"),
     ],
 )
@@ -238,6 +239,8 @@ def test_wrong_order_is_refused_by_name(steps: str, message: str) -> None:
         for step in steps.split():
             if step[0] == "f":
                 split.forward(int(step[1]))
+            elif step[0] == "r":
+                store.reset()
             else:
                 store.current = split.units[int(step[1])]
                 out = split.outs[int(step[1])]

@@ -51,7 +51,7 @@ class Documents:
     def __post_init__(self) -> None:
         for sequence, runs in enumerate(self.runs):
             for number, run in enumerate(runs):
-                follows = number == 0 or (run.begin == runs[number - 1].end and True)
+                follows = number == 0 or (run.begin == runs[number - 1].end and run.start == run.begin)
                 if not (0 <= run.start <= run.begin < run.end and follows):
                     raise ValueError(
                         f"sequence {sequence} of the batch: document run {tuple(run)} (begin, end, start) does not "

@@ -21,6 +21,6 @@ def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> No
         block_out: [s, b, h, d], any float type, finite in every row.
         block_lse: [b, h, s], float32 (float64).
     """
-    share = torch.sigmoid(block_lse - lse)
+    share = torch.sigmoid(block_lse - lse).masked_fill_(block_lse == -torch.inf, 0.0)
     out.lerp_(block_out.to(out.dtype), share.permute(2, 0, 1).unsqueeze(-1))
     torch.logaddexp(lse, block_lse, out=lse)

@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from megatron.longseq.attention.attend import attend, attend_backward
 from megatron.longseq.attention.blocks import Block, Span, Tile
-from megatron.longseq.attention.kernels.kernel import Scores
+from megatron.longseq.attention.kernels.kernel import Scores, dense
 from megatron.longseq.attention.kernels.reference import visible
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -85,8 +85,8 @@ class CpuFlash:
 
 
 def _heads_first(x: Tensor) -> Tensor:
-    """[s, b, h, d] to [b, h, s, d], a view: the operator takes any strides."""
-    return x.permute(1, 2, 0, 3)
+    """[s, b, h, d] to [b, h, s, d], a view where the last dimension is contiguous."""
+    return dense(x).permute(1, 2, 0, 3)
 
 
 def _blind(q: Tensor, k: Tensor, scores: Scores) -> int:

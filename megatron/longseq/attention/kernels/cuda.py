@@ -8,11 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron.longseq.attention.kernels.kernel import Scores
+from megatron.longseq.attention.kernels.kernel import Scores, dense
 
 HEAD_DIM_STEP, HEAD_DIM_LIMIT = 8, 256
 _FORWARD = ("q", "k", "v", "dropout_p", "softmax_scale", "causal", "window_size_left", "window_size_right")
 _BACKWARD = ("dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv", *_FORWARD[3:])
+
+
+def _batch_first(x: Tensor) -> Tensor:
+    """[s, b, h, d] to [b, s, h, d], a view where the last dimension is contiguous."""
+    return dense(x).transpose(0, 1)
 
 
 class _Arguments(NamedTuple):
@@ -42,7 +47,7 @@ class CudaFlash(ABC):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
-        out, lse = self._forward(*(x.transpose(0, 1) for x in (q, k, v)), _Arguments.of(scores))
+        out, lse = self._forward(_batch_first(q), _batch_first(k), _batch_first(v), _Arguments.of(scores))
         if scores.causal and q.shape[0] > k.shape[0]:
             lse = lse.masked_fill(lse == torch.inf, -torch.inf)
         return out.transpose(0, 1), lse
@@ -51,7 +56,7 @@ class CudaFlash(ABC):
         self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`."""
-        tensors = [x.transpose(0, 1) for x in (grad_out, q, k, v, out)]
+        tensors = [_batch_first(x) for x in (grad_out, q, k, v, out)]
         lse = lse.masked_fill(lse == -torch.inf, torch.inf).contiguous()
         dq, dk, dv = self._backward(tensors, lse, _Arguments.of(scores))
         return dq.transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)

@@ -21,6 +21,11 @@ class Scores:
     window: int | None = None
 
 
+def dense(x: Tensor) -> Tensor:
+    """Return a tensor whose last dimension is contiguous: kernels take any other strides, and some misread this one."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 class Kernel(Protocol):
     """Attention of some queries to some keys, with the log-sum-exp that lets partial results be merged.
 
