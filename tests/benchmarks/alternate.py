@@ -116,7 +116,7 @@ def run_on_this_rank(job: Job) -> list[Measured]:
     with ExitStack() as stack:
         import patches
 
-        stack.enter_context(patches.start())
+        patches.start()
         from megatron.training import training
 
         from megatron.longseq.gpt import main

@@ -28,7 +28,8 @@ UPSTREAM = 0
 SPLITS = (1, 2, 4, 8)
 MICROBATCHES = (2, 4, 8)
 MODEL = """
---hidden-size 256 --num-attention-heads 4 --group-query-attention --num-query-groups 1 --ffn-hidden-size 1024 --swiglu
+--hidden-size 512 --num-attention-heads 2 --kv-channels 64 --group-query-attention --num-query-groups 1
+--ffn-hidden-size 1152 --swiglu
 --normalization RMSNorm --position-embedding-type rope --disable-bias-linear --hidden-dropout 0 --attention-dropout 0
 --untie-embeddings-and-output-weights --seq-length 4096 --max-position-embeddings 4096 --micro-batch-size 1
 --lr 1e-4 --lr-decay-iters 1000 --weight-decay 0.1 --tokenizer-type NullTokenizer --vocab-size 512 --mock-data
@@ -42,13 +43,13 @@ Results = Sequence[Sequence[Measured]]  # per rank, per step
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a table and the JSON line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.pipeline", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="how often each schedule runs each step")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each schedule runs each step")
     rounds = parser.parse_args(arguments).rounds
     with tempfile.TemporaryDirectory() as logs:
         pool = RankPool(Path(logs))
-        speed = _measure(pool, 2, 2, [Contestant(k, m) for m in MICROBATCHES for k in (UPSTREAM, *SPLITS)], rounds)
+        speed = _measure(pool, 2, [Contestant(k, m) for m in MICROBATCHES for k in (UPSTREAM, *SPLITS)], rounds)
         kept = {
-            stages: _measure(pool, stages, stages, [Contestant(k, 8) for k in (UPSTREAM, *SPLITS)], 1, count_bytes=True)
+            stages: _measure(pool, stages, [Contestant(k, stages) for k in (UPSTREAM, *SPLITS)], 1, count_bytes=True)
             for stages in (2, 4)
         }
     print(_report(speed, kept))
@@ -56,20 +57,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(
-    pool: RankPool, stages: int, layers: int, contestants: list[Contestant], rounds: int, count_bytes: bool = False
+    pool: RankPool, stages: int, contestants: list[Contestant], rounds: int, count_bytes: bool = False
 ) -> Results:
-    """Run every contestant `rounds` times, and once before, which does not count."""
-    turns = []
-    for number in range(rounds + 1):  # each round in another order
-        cut = number % len(contestants)
+    """Run every contestant `rounds` times, each round in another order; before that the shortest ones, uncounted."""
+    warm = [] if count_bytes else [one for one in contestants if one.microbatches == min(MICROBATCHES)]
+    turns = list(warm)
+    for number in range(rounds):
+        cut = number * len(contestants) // rounds
         turns += [*contestants[cut:], *contestants[:cut]]
     flags = (
         *MODEL.split(),
-        *f"--num-layers {layers} --pipeline-model-parallel-size {stages} --global-batch-size 8".split(),
+        *f"--num-layers {stages} --pipeline-model-parallel-size {stages} --global-batch-size 8".split(),
         *f"--train-iters {len(turns)}".split(),
     )
     results = pool.run(stages, run_on_this_rank, Job(flags, tuple(turns), count_bytes), timeout=3600)
-    return [steps[len(contestants) :] for steps in results]
+    return [steps[len(warm) :] for steps in results]
 
 
 def step_seconds(results: Results, contestant: Contestant) -> list[float]:
@@ -128,8 +130,8 @@ def activation_ratios(results: Results, segments: int) -> list[float]:
 
 def formula_ratios(stages: int, lengths: Sequence[int]) -> list[float]:
     """Return per stage what the schedule alone says: peak of live segments over 1F1B's live micro-batches."""
-    ours = prove(one_f_one_b(Pipeline(stages, 8, len(lengths)))).peak_live(lengths)
-    theirs = prove(one_f_one_b(Pipeline(stages, 8))).peak_live((sum(lengths),))
+    ours = prove(one_f_one_b(Pipeline(stages, stages, len(lengths)))).peak_live(lengths)
+    theirs = prove(one_f_one_b(Pipeline(stages, stages))).peak_live((sum(lengths),))
     return [a / b for a, b in zip(ours, theirs, strict=True)]
 
 
@@ -148,10 +150,11 @@ def _report(speed: Results, kept: dict[int, Results]) -> str:
     for stages, results in kept.items():
         for segments in SPLITS:
             each = activation_ratios(results, segments)
-            key = f"P{stages}M8K{segments}"
+            key = f"P{stages}M{stages}K{segments}"
             activation[key] = [round(ratio, 4) for ratio in each]
             lines.append(f"  bytes kept, {key}: {' '.join(f'{ratio:.3f}' for ratio in each)} per stage")
-    activation |= {f"M8K{k}": activation[f"P2M8K{k}"][0] for k in SPLITS}  # P 2, the fullest stage
+    # The fullest stage of two; more micro-batches change nothing, for no more of them are alive at once.
+    activation |= {f"M{m}K{k}": activation[f"P2M2K{k}"][0] for m in MICROBATCHES for k in SPLITS}
     return "\n".join([*lines, json.dumps(out | {"activation_ratio": activation})])
 
 

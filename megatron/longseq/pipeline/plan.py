@@ -2,12 +2,13 @@
 
 import functools
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron.longseq.pipeline import orders, partition
 from megatron.longseq.pipeline.action import Pipeline, Schedule
-from megatron.longseq.pipeline.cost import ModelShape, flops
+from megatron.longseq.pipeline.cost import ModelShape, flops, segment_costs
 from megatron.longseq.pipeline.proof import prove
+from megatron.longseq.pipeline.simulate import Costs
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Plan:
         slack: extra units of warm-up per downstream stage.
         zero_bubble: whether weight gradients are actions of their own.
         group: micro-batches that a virtual stage runs in a row (interleaved only); None: the fewest that are legal.
+        costs: of every stage's segments, which a zero-bubble order is fitted to; None: all alike.
     """
 
     stages: int
@@ -29,6 +31,7 @@ class Plan:
     slack: int = 0
     zero_bubble: bool = False
     group: int | None = None
+    costs: Costs | None = field(default=None, repr=False)
 
     def schedule(self, microbatches: int, forward_only: bool = False) -> Schedule:
         """Return the proven schedule of a step.
@@ -45,7 +48,9 @@ def _proven(plan: Plan, microbatches: int, forward_only: bool) -> Schedule:
     if forward_only:
         schedule = orders.forward_only(pipeline)
     else:
-        schedule = orders.make(pipeline, slack=plan.slack, zero_bubble=plan.zero_bubble, group=plan.group)
+        schedule = orders.make(
+            pipeline, slack=plan.slack, zero_bubble=plan.zero_bubble, group=plan.group, costs=plan.costs
+        )
     prove(schedule)
     return schedule
 
@@ -56,14 +61,16 @@ def plan_from_args(args: Namespace) -> Plan:
     Raises:
         ValueError: the partition does not fit the sequence.
     """
-    virtual = args.virtual_pipeline_model_parallel_size or 1
+    stages, virtual = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size or 1
+    lengths = segment_lengths(args)
     return Plan(
-        stages=args.pipeline_model_parallel_size,
+        stages=stages,
         virtual=virtual,
-        lengths=segment_lengths(args),
+        lengths=lengths,
         slack=args.seq1f1b_slack,
         zero_bubble=args.zero_bubble,
         group=args.microbatch_group_size_per_vp_stage if virtual > 1 and args.seq1f1b_splits == 1 else None,
+        costs=segment_costs(flops(model_shape(args)), lengths, stages, virtual) if args.zero_bubble else None,
     )
 
 
