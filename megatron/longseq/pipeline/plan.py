@@ -46,7 +46,7 @@ class Plan:
 def _proven(plan: Plan, microbatches: int, forward_only: bool) -> Schedule:
     pipeline = Pipeline(plan.stages, microbatches, len(plan.lengths), plan.virtual)
     if forward_only:
-        schedule = orders.forward_only(pipeline)
+        schedule = orders.forward_only(pipeline, plan.group)
     else:
         schedule = orders.make(
             pipeline, slack=plan.slack, zero_bubble=plan.zero_bubble, group=plan.group, costs=plan.costs
@@ -69,7 +69,7 @@ def plan_from_args(args: Namespace) -> Plan:
         lengths=lengths,
         slack=args.seq1f1b_slack,
         zero_bubble=args.zero_bubble,
-        group=args.microbatch_group_size_per_vp_stage if virtual > 1 and args.seq1f1b_splits == 1 else None,
+        group=args.microbatch_group_size_per_vp_stage if virtual > 1 else None,
         costs=segment_costs(flops(model_shape(args)), lengths, stages, virtual) if args.zero_bubble else None,
     )
 
