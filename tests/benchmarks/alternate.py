@@ -113,18 +113,17 @@ def run_on_this_rank(job: Job) -> list[Measured]:
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     torch.set_num_threads(1)
     sys.argv = ["pretrain_gpt.py", *job.flags]
-    with ExitStack() as stack:
-        import patches
+    import patches
 
-        patches.start()
-        from megatron.training import training
+    patches.start()
+    from megatron.training import training
 
-        from megatron.longseq.gpt import main
+    from megatron.longseq.gpt import main
 
-        race = _Race(job, training.get_forward_backward_func)
-        training.get_forward_backward_func = lambda **_: race.forward_backward
-        training.train_step = race.timed(training.train_step)
-        main()
+    race = _Race(job, training.get_forward_backward_func)
+    training.get_forward_backward_func = lambda **_: race.forward_backward
+    training.train_step = race.timed(training.train_step)
+    main()
     return race.results
 
 

@@ -88,7 +88,7 @@ class Executor:
     def run(self) -> list[Any]:
         """Run all actions; returns what the script's loss function reported, per micro-batch (last stage only)."""
         sync = GradSync(self.config, [chunk.module for chunk in self.chunks], self.order, self.rank)
-        mail = Mailbox(self.lanes, self.pipeline, self.order, self.shape, self._empty, self.watch)
+        mail = Mailbox(self.lanes, self.pipeline, self.order, self.shape, self._empty, self.watch, self.config.timers)
         run = {Kind.FORWARD: self._forward, Kind.BACKWARD: self._backward, Kind.WEIGHT: self._weight}
         with sync.paused(forward_only=self.step.forward_only):
             for index, action in enumerate(self.order):

@@ -7,6 +7,7 @@ the order of posting, and a gradient must not wait behind a hidden state that is
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron.longseq.pipeline.outbox import Outbox
 from megatron.longseq.pipeline.watch import Wait, Watch
 
 WHAT = {Kind.FORWARD: "its hidden states", Kind.BACKWARD: "its gradient"}
+TIMED = {Kind.FORWARD: "forward", Kind.BACKWARD: "backward"}
 AHEAD = 2  # receives posted early, per direction: one in use by the running action's successor, one on its way
 
 
@@ -108,6 +110,7 @@ class Mailbox:
         shape: segment -> shape of its hidden states on this rank.
         make: makes an empty tensor of a shape, with the type and device of the hidden states.
         watch: told of every wait.
+        timers: upstream's, which get the time of the waits under upstream's names; None: nobody asks.
     """
 
     def __init__(
@@ -118,7 +121,9 @@ class Mailbox:
         shape: Callable[[int], tuple[int, ...]],
         make: Callable[[tuple[int, ...]], torch.Tensor],
         watch: Watch,
+        timers: Any = None,
     ) -> None:
+        self.timers = timers
         self.lanes, self.pipeline, self.shape, self.make, self.watch = lanes, pipeline, shape, make, watch
         self.rank = dist.get_rank(lanes.group)
         self.ranks = dist.get_process_group_ranks(lanes.group)
@@ -160,13 +165,21 @@ class Mailbox:
             return None
         self.waiting[action.kind, posted.peer] -= 1
         wait = Wait(dist.get_rank(), index, self.total, action, self.ranks[posted.peer], WHAT[action.kind])
-        with self.watch.receive(wait):
+        with self._timed(f"{TIMED[action.kind]}-recv"), self.watch.receive(wait):
             posted.work.wait()
         if self.device_waits:  # the host goes on; an event behind the receive tells when it is there
             event = torch.cuda.Event()
             event.record()
             self.watch.outstanding(wait, event.query)
         return posted.tensor
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        if self.timers is not None:
+            self.timers(name, log_level=2).start()
+        yield
+        if self.timers is not None:
+            self.timers(name).stop()
 
     def send(self, action: Action, tensor: torch.Tensor | None) -> None:
         """Send the output of `action` to whom it concerns; returns at once."""
