@@ -61,7 +61,7 @@ def _runner() -> Any:
     args = get_args()
     return PipelineRunner(
         plan=plan_from_args(args),
-        packs_documents=args.reset_attention_mask,
+        packs_documents=args.reset_attention_mask and args.seq1f1b_splits > 1,
         patience=args.pipeline_patience,
         trace=functools.partial(_write_trace, Path(args.pipeline_trace)) if args.pipeline_trace else None,
         trace_step=args.pipeline_trace_step,

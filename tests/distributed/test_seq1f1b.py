@@ -23,6 +23,7 @@ TP2 = "--tensor-model-parallel-size 2"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 SELECTIVE = "--recompute-granularity selective --recompute-modules core_attn mlp"
 OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+DOCUMENTS = "--reset-position-ids --reset-attention-mask --eod-mask-loss"
 EVALUATED = "--eval-iters 2 --eval-interval 4"
 RELATIVE = 1e-9
 
@@ -66,6 +67,9 @@ CASES = {
         "--window-size 10,0 --window-attn-skip-freq 2",
         f"{PP2} --seq1f1b-splits 3",
     ),
+    "documents": (2, DOCUMENTS, f"{PP2} --seq1f1b-splits 3"),
+    "documents, four stages": (4, DOCUMENTS, f"{PP4} --seq1f1b-splits 3"),
+    "documents, V 2": (2, DOCUMENTS, f"{PP2} {VPP} --seq1f1b-splits 3"),
     "learned positions": (2, "--position-embedding-type learned_absolute", f"{PP2} --seq1f1b-splits 3"),
     "per-token loss": (2, "--calculate-per-token-loss", f"{PP2} --seq1f1b-splits 3"),
     "micro-batches of two": (2, "--micro-batch-size 2", f"{PP2} --seq1f1b-splits 3"),

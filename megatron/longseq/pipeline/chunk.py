@@ -44,7 +44,8 @@ class Chunk:
             mask given by the script must be the plain causal one.
         store: keys and values of earlier segments.
         pieces: micro-batch -> outputs of its earlier segments (last stage).
-        documents: micro-batch -> its documents, where they are read from the mask.
+        starts: micro-batch -> first position of every token's document, [micro-batch, sequence].
+        documents: micro-batch -> the same as attention plans by it.
     """
 
     module: torch.nn.Module
@@ -52,6 +53,7 @@ class Chunk:
     packs_documents: bool = False
     store: PrefixStore = field(default_factory=PrefixStore)
     pieces: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    starts: dict[int, torch.Tensor] = field(default_factory=dict)
     documents: dict[int, Documents] = field(default_factory=dict)
     kernels: dict[Any, Kernel] = field(default_factory=dict)
     bound: list[torch.nn.Module] = field(default_factory=list)
@@ -90,9 +92,14 @@ class Chunk:
         """Say which segment the next forward or backward is of, recomputation included."""
         self.store.current = Segment(microbatch, segment, tuple(self.lengths), forward_only)
 
+    def learn_documents(self, microbatch: int, starts: torch.Tensor) -> None:
+        """Take the documents of a micro-batch, from its mask or from the stage before."""
+        self.starts[microbatch], self.documents[microbatch] = starts, documents_of(starts)
+
     def leave(self, microbatch: int) -> None:
         """Forget a micro-batch whose last action is done."""
         self.pieces.pop(microbatch, None)
+        self.starts.pop(microbatch, None)
         self.documents.pop(microbatch, None)
 
     def assert_empty(self) -> None:
@@ -102,8 +109,9 @@ class Chunk:
             RuntimeError: names what is left.
         """
         self.store.assert_empty()
-        if self.pieces or self.documents:
-            raise RuntimeError(f"outputs of micro-batches {sorted(self.pieces | self.documents)} were never finished")
+        left = sorted({*self.pieces, *self.documents})
+        if left:
+            raise RuntimeError(f"micro-batches {left} were never finished")
 
     def _model_forward(self, model: GPTModel) -> Callable[..., torch.Tensor]:
         original = model.forward
@@ -133,7 +141,7 @@ class Chunk:
     def _read_mask(self, mask: torch.Tensor) -> None:
         segment = self.store.current
         if self.packs_documents and segment.microbatch not in self.documents:
-            self.documents[segment.microbatch] = documents_of(document_starts(mask))
+            self.learn_documents(segment.microbatch, document_starts(mask).to(torch.int32).contiguous())
         elif not self.packs_documents and not self.seen_mask:
             self.seen_mask = True  # the same for all micro-batches: upstream's dataset makes it once
             if document_starts(mask).any():

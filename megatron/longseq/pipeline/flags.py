@@ -36,9 +36,8 @@ NOT_IN_SEGMENTS: Refusals = {
         "a window that reaches to the right sees tokens of later segments",
     ),
     "--reset-attention-mask": (
-        lambda a: a.reset_attention_mask and _depth(a) > 2,
-        "upstream gives batches to the first and the last stage alone, so the stages between do not know the documents "
-        "(upstream itself lets attention cross their borders there)",
+        lambda a: a.reset_attention_mask and not a.create_attention_mask_in_dataloader,
+        "documents are read from the mask, which --no-create-attention-mask-in-dataloader leaves out",
     ),
     "--sft": (lambda a: a.sft or a.hybrid_context_parallel, "packed sequences in THD form are not cut into segments"),
     "--fp8-format": (lambda a: a.fp8 or a.fp4, "scaling factors that follow micro-batches are not proven for segments"),
@@ -179,10 +178,6 @@ def refuse_unserved(args: Namespace) -> None:
 
 def _virtual(args: Namespace) -> int:
     return args.virtual_pipeline_model_parallel_size or 1
-
-
-def _depth(args: Namespace) -> int:
-    return int(args.pipeline_model_parallel_size) * _virtual(args)
 
 
 def _balances(args: Namespace) -> bool:

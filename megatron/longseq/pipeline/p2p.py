@@ -97,7 +97,8 @@ class _Posted:
     action: Action
     peer: int
     tensor: torch.Tensor
-    work: Any
+    works: tuple[Any, ...]
+    starts: torch.Tensor | None = None
 
 
 class Mailbox:
@@ -110,6 +111,9 @@ class Mailbox:
         shape: segment -> shape of its hidden states on this rank.
         make: makes an empty tensor of a shape, with the type and device of the hidden states.
         watch: told of every wait.
+        starts: shape [micro-batch, sequence] of the documents' starts, which go ahead of the hidden states of a
+            micro-batch's first segment: upstream gives no batch to stages between the first and the last. None: there
+            are no documents.
         timers: upstream's, which get the time of the waits under upstream's names; None: nobody asks.
     """
 
@@ -121,9 +125,10 @@ class Mailbox:
         shape: Callable[[int], tuple[int, ...]],
         make: Callable[[tuple[int, ...]], torch.Tensor],
         watch: Watch,
+        starts: tuple[int, int] | None = None,
         timers: Any = None,
     ) -> None:
-        self.timers = timers
+        self.starts, self.timers = starts, timers
         self.lanes, self.pipeline, self.shape, self.make, self.watch = lanes, pipeline, shape, make, watch
         self.rank = dist.get_rank(lanes.group)
         self.ranks = dist.get_process_group_ranks(lanes.group)
@@ -150,28 +155,36 @@ class Mailbox:
     def _post(self, key: Any, action: Action, peer: int) -> None:
         tensor = self.make(self.shape(action.segment))
         lane = self.lanes.lane(action.kind, peer, self.rank)
-        work = dist.irecv(tensor, self.ranks[peer], group=lane)
-        self.posted[action] = _Posted(action, peer, tensor, work)
+        starts, works = None, []
+        if self._tells_documents(action):
+            starts = torch.empty(self.starts or (), dtype=torch.int32, device=tensor.device)
+            works.append(dist.irecv(starts, self.ranks[peer], group=lane))
+        works.append(dist.irecv(tensor, self.ranks[peer], group=lane))
+        self.posted[action] = _Posted(action, peer, tensor, tuple(works), starts)
         self.waiting[key] += 1
 
-    def take(self, index: int, action: Action) -> torch.Tensor | None:
-        """Wait for what `action` receives and return it; None where it receives nothing.
+    def _tells_documents(self, action: Action) -> bool:
+        return self.starts is not None and action.kind is Kind.FORWARD and action.segment == 0
+
+    def take(self, index: int, action: Action) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Wait for what `action` receives and return it with the documents' starts; None where it receives nothing.
 
         Raises:
             BrokenReceive: the message did not come; names the action and the rank it was expected from.
         """
         posted = self.posted.pop(action, None)
         if posted is None:
-            return None
+            return None, None
         self.waiting[action.kind, posted.peer] -= 1
         wait = Wait(dist.get_rank(), index, self.total, action, self.ranks[posted.peer], WHAT[action.kind])
         with self._timed(f"{TIMED[action.kind]}-recv"), self.watch.receive(wait):
-            posted.work.wait()
+            for work in posted.works:
+                work.wait()
         if self.device_waits:  # the host goes on; an event behind the receive tells when it is there
             event = torch.cuda.Event()
             event.record()
             self.watch.outstanding(wait, event.query)
-        return posted.tensor
+        return posted.tensor, posted.starts
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -181,14 +194,17 @@ class Mailbox:
         if self.timers is not None:
             self.timers(name).stop()
 
-    def send(self, action: Action, tensor: torch.Tensor | None) -> None:
-        """Send the output of `action` to whom it concerns; returns at once."""
+    def send(self, action: Action, tensor: torch.Tensor | None, starts: torch.Tensor | None = None) -> None:
+        """Send the output of `action` (and the starts of its documents) to whom it concerns; returns at once."""
         goal = target(self.pipeline, self.rank, action)
         if goal is None or goal[0] == self.rank:
             return
         assert tensor is not None, f"{action} has no output to send"
         message = tensor.detach().contiguous()
         lane = self.lanes.lane(action.kind, self.rank, goal[0])
+        if self._tells_documents(action):
+            assert starts is not None, f"{action}: the documents are not known"
+            self.lanes.outbox.add(dist.isend(starts, self.ranks[goal[0]], group=lane), starts)
         self.lanes.outbox.add(dist.isend(message, self.ranks[goal[0]], group=lane), message)
 
     def close(self) -> None:
