@@ -107,6 +107,11 @@ def add_pipeline_arguments(parser: ArgumentParser) -> None:
         help="tokens per segment: of equal length, of equal cost of forward and backward, or as listed",
     )
     group.add_argument(
+        "--seq1f1b-layer-seconds",
+        metavar="FILE",
+        help="balance by what a layer was measured to take (python -m megatron.longseq.pipeline fit), not by FLOPs",
+    )
+    group.add_argument(
         "--seq1f1b-slack",
         type=int,
         default=0,
