@@ -153,3 +153,17 @@ def test_any_mask_and_both_forms_of_loss(
     run = run_arm(ranks, "O", 2, start("") + flags(own), float64=True, snapshots=(1, 4), mutant=place)
     assert run.planted > 0
     assert_equal(run, upstream("", place), f"{twist}, {own}", tell)
+
+
+def test_flag_changes_the_schedule(ranks: RankPool) -> None:
+    """Two stages, 8 micro-batches: 16 forwards of whole sequences, three times as many of three segments."""
+    once = flags(TINY, PP2, "--train-iters 1")
+
+    def forwards(twist: str, own: str = "--seq1f1b-splits 3") -> tuple[int, bool]:
+        place = f"tests.distributed.twists:{twist}"
+        run = run_arm(ranks, "O", 2, once + flags(own), mutant=place, timeout=60)
+        return run.planted, "seq1f1b.schedule" in run.header["patches"]
+
+    assert forwards("counted_forwards", "") == (16, False)
+    assert forwards("counted_forwards") == (48, True)
+    assert forwards("counted_forwards_without_the_schedule") == (16, False)

@@ -16,6 +16,9 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import is_layer_window_attention
 from megatron.core.utils import log_single_rank
 
@@ -23,6 +26,7 @@ from megatron.longseq.attention.blocks import Documents
 from megatron.longseq.attention.documents import document_starts, documents_of
 from megatron.longseq.attention.kernels.choice import choose
 from megatron.longseq.attention.kernels.kernel import Kernel
+from megatron.longseq.attention.kernels.reference import Reference
 from megatron.longseq.attention.prefix import segment_attention
 from megatron.longseq.attention.segment import Segment
 from megatron.longseq.attention.store import PrefixStore
@@ -63,7 +67,7 @@ class Chunk:
         """Bind `forward` anew on the model, its rotary embedding and its core attentions.
 
         Raises:
-            ValueError: this is no GPT model of self-attention layers.
+            ValueError: this is no GPT model of causal self-attention layers; nothing was bound.
         """
         models = [module for module in self.module.modules() if isinstance(module, GPTModel)]
         if len(models) != 1:
@@ -71,6 +75,9 @@ class Chunk:
                 f"--seq1f1b-splits serves GPTModel; this chunk is {type(self.module).__name__} with {len(models)} of "
                 "them inside. Train it with --seq1f1b-splits 1."
             )
+        for name, module in self.module.named_modules():
+            if isinstance(module, TransformerLayer):
+                _refuse_attention(name, module.self_attention)
         self._bind(models[0], self._model_forward(models[0]))
         rotary = getattr(models[0], "rotary_pos_emb", None)
         if rotary is not None:
@@ -199,9 +206,22 @@ class Chunk:
         wanted = (query.device, query.dtype, query.shape[-1], value.shape[-1], dropout)
         if wanted not in self.kernels:
             choice = choose(*wanted[:3], value_dim=wanted[3], dropout=dropout)
-            log_single_rank(logger, logging.INFO, f"segments: {choice.why}")
+            level = logging.WARNING if choice.kernel.name == Reference.name else logging.INFO
+            log_single_rank(logger, level, f"segments: {choice.why}")
             self.kernels[wanted] = choice.kernel
         return self.kernels[wanted]
+
+
+def _refuse_attention(name: str, attention: torch.nn.Module) -> None:
+    """Refuse a layer whose tokens would see those of earlier segments in another way than by core attention."""
+    if isinstance(attention, SelfAttention):
+        if attention.attn_mask_type is AttnMaskType.no_mask:
+            raise ValueError(f"--seq1f1b-splits: the attention of layer {name} is not causal; use --seq1f1b-splits 1.")
+    elif not isinstance(attention, IdentityOp):
+        raise ValueError(
+            f"--seq1f1b-splits serves SelfAttention; layer {name} has {type(attention).__name__}, which would see the "
+            "tokens of one segment alone. Train it with --seq1f1b-splits 1."
+        )
 
 
 def _fork(config: Any) -> Callable[[], contextlib.AbstractContextManager[None]]:

@@ -9,6 +9,7 @@ the order of posting, and a gradient must not wait behind a hidden state that is
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Lanes:
         return self.lanes[kind, abs(receiver - sender) != 1 or (receiver < sender) != (kind is Kind.BACKWARD)]
 
 
-def open_lanes(group: dist.ProcessGroup, virtual: int) -> Lanes:
+def open_lanes(group: dist.ProcessGroup, virtual: int, timeout: timedelta | None = None) -> Lanes:
     """Make the communicators of all pipelines; every rank of the job calls this at the same time.
 
     A first message goes over every edge, in an order that cannot wait in a circle: NCCL connects two ranks at their
@@ -52,6 +53,7 @@ def open_lanes(group: dist.ProcessGroup, virtual: int) -> Lanes:
     Args:
         group: upstream's pipeline-parallel group.
         virtual: virtual stages per rank; only with more than one do messages wrap around.
+        timeout: after which a message that does not come is an error; None: the backend's own.
     """
     mine, backend = dist.get_process_group_ranks(group), dist.get_backend(group)
     wraps = (False, True) if virtual > 1 else (False,)
@@ -59,7 +61,7 @@ def open_lanes(group: dist.ProcessGroup, virtual: int) -> Lanes:
     for ranks in _pipelines(mine):  # torch wants every rank at the making of every group
         for kind in (Kind.FORWARD, Kind.BACKWARD):
             for wrap in wraps:
-                lane = dist.new_group(list(ranks), backend=backend)
+                lane = dist.new_group(list(ranks), timeout=timeout, backend=backend)
                 if ranks == tuple(mine):
                     lanes[kind, wrap] = lane
     for (kind, wrap), lane in lanes.items():

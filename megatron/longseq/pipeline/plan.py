@@ -71,8 +71,31 @@ def plan_from_args(args: Namespace) -> Plan:
         slack=args.seq1f1b_slack,
         zero_bubble=args.zero_bubble,
         group=args.microbatch_group_size_per_vp_stage if virtual > 1 else None,
-        costs=segment_costs(cost_model(args), lengths, stages, virtual) if args.zero_bubble else None,
+        costs=_costs(args, lengths) if args.zero_bubble else None,
     )
+
+
+def _costs(args: Namespace, lengths: tuple[int, ...]) -> Costs | None:
+    """Return what every stage's segments cost; None where a layout names the layers of each stage."""
+    if args.pipeline_model_parallel_layout is not None:
+        return None
+    layers = stage_layers(args)
+    return segment_costs(cost_model(args), lengths, len(layers), layers=layers)
+
+
+def stage_layers(args: Namespace) -> list[int]:
+    """Return the layers of every pipeline rank as upstream deals them, without virtual stages and layouts."""
+    stages = args.pipeline_model_parallel_size
+    first, last = args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers
+    embedding, loss = int(args.account_for_embedding_in_pipeline_split), int(args.account_for_loss_in_pipeline_split)
+    if first is None and last is None:
+        layers = [(args.num_layers + embedding + loss) // stages] * stages
+        layers[0] -= embedding
+        layers[-1] -= loss
+        return layers
+    ends = (first is not None) + (last is not None)
+    middle = [(args.num_layers - (first or 0) - (last or 0)) // max(stages - ends, 1)] * (stages - ends)
+    return [*([] if first is None else [first]), *middle, *([] if last is None else [last])]
 
 
 def segment_lengths(args: Namespace) -> tuple[int, ...]:
