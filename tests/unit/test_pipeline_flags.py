@@ -96,6 +96,7 @@ WITH_ZERO_BUBBLE: list[tuple[str, dict[str, Any], str]] = [
     ("--transformer-impl", {"transformer_impl": "transformer_engine"}, "--transformer-impl local"),
     ("--num-experts", {"num_experts": 4}, "at once"),
     ("--delay-wgrad-compute", {"delay_wgrad_compute": True}, "same gradients"),
+    ("--num-distributed-optimizer-instances", {"num_distributed_optimizer_instances": 2}, "twice"),
 ]
 
 

@@ -95,6 +95,10 @@ NOT_WITH_ZERO_BUBBLE: Refusals = {
     ),
     "--num-experts": (lambda a: a.num_experts, "expert layers compute both gradients at once"),
     "--delay-wgrad-compute": (lambda a: a.delay_wgrad_compute, "both would defer the same gradients"),
+    "--num-distributed-optimizer-instances": (
+        lambda a: a.num_distributed_optimizer_instances > 1,
+        "upstream would reduce its first step's gradients twice where their hooks wait for the weight gradients",
+    ),
 }
 
 
@@ -113,6 +117,11 @@ def add_pipeline_arguments(parser: ArgumentParser) -> None:
         default="balanced",
         metavar="even|balanced|N1,N2,...",
         help="tokens per segment: of equal length, of equal cost of forward and backward, or as listed",
+    )
+    group.add_argument(
+        "--seq1f1b-layer-seconds",
+        metavar="FILE",
+        help="balance by what a layer was measured to take (python -m megatron.longseq.pipeline fit), not by FLOPs",
     )
     group.add_argument(
         "--seq1f1b-slack",

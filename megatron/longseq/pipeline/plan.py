@@ -3,10 +3,11 @@
 import functools
 from argparse import Namespace
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from megatron.longseq.pipeline import orders, partition
 from megatron.longseq.pipeline.action import Pipeline, Schedule
-from megatron.longseq.pipeline.cost import ModelShape, flops, segment_costs
+from megatron.longseq.pipeline.cost import CostModel, ModelShape, fit, flops, read_samples, seconds, segment_costs
 from megatron.longseq.pipeline.proof import prove
 from megatron.longseq.pipeline.simulate import Costs
 
@@ -79,7 +80,7 @@ def _costs(args: Namespace, lengths: tuple[int, ...]) -> Costs | None:
     if args.pipeline_model_parallel_layout is not None:
         return None
     layers = stage_layers(args)
-    return segment_costs(flops(model_shape(args)), lengths, len(layers), layers=layers)
+    return segment_costs(cost_model(args), lengths, len(layers), layers=layers)
 
 
 def stage_layers(args: Namespace) -> list[int]:
@@ -106,8 +107,15 @@ def segment_lengths(args: Namespace) -> tuple[int, ...]:
     if args.seq1f1b_splits == 1:
         return (args.seq_length,)
     multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
-    model = flops(model_shape(args))
-    return partition.parse(args.seq1f1b_partition, model, args.seq1f1b_splits, multiple=multiple).lengths
+    return partition.parse(args.seq1f1b_partition, cost_model(args), args.seq1f1b_splits, multiple=multiple).lengths
+
+
+def cost_model(args: Namespace) -> CostModel:
+    """Return what a layer costs: measured, where `--seq1f1b-layer-seconds` names a file, else in FLOPs."""
+    shape = model_shape(args)
+    if args.seq1f1b_layer_seconds is None:
+        return flops(shape)
+    return seconds(shape, fit(read_samples(Path(args.seq1f1b_layer_seconds)), shape.window))
 
 
 def model_shape(args: Namespace) -> ModelShape:
