@@ -62,10 +62,10 @@ class GradSync:
     @contextlib.contextmanager
     def paused(self, *, forward_only: bool) -> Iterator[None]:
         """Hold reductions back during the step, and start those that are left at its end."""
+        self._pause()
         if self.param_sync is not None and not forward_only:
             for vstage in (0, 1):
                 self.param_sync[vstage](self.modules[vstage].parameters())
-        self._pause()
         try:
             yield
         finally:
