@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser(
         "compare", help="the usual schedules and yours of one model, as a table and a picture"
     )
+    compare.add_argument("--rows", metavar="N1,N2,...", help="rows of the table to draw, from 1 (default: all of them)")
     compare.set_defaults(run=_compare)
     for command, needed in ((draw, True), (compare, False)):
         command.add_argument(
@@ -101,9 +102,22 @@ def _compare(args: argparse.Namespace) -> None:
     if args.output is not None:
         _check_output(args.output)
     results = attempt(usual(_setup(args)), _model(args), _cluster(args))
+    timelines = _chosen([result.timeline for result in results if isinstance(result, Result)], args.rows)
     print(table(results))
     if args.output is not None:
-        _write([result.timeline for result in results if isinstance(result, Result)], args.output)
+        _write(timelines, args.output)
+
+
+def _chosen(timelines: list[Timeline], rows: str | None) -> list[Timeline]:
+    if rows is None:
+        return timelines
+    try:
+        numbers = [int(word) for word in rows.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(1 <= number <= len(timelines) for number in numbers):
+        raise ValueError(f"--rows {rows}: give rows of the table, numbers from 1 to {len(timelines)}, such as 1,4")
+    return [timelines[number - 1] for number in numbers]
 
 
 def _check_output(file: Path) -> None:
