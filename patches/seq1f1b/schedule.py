@@ -3,6 +3,7 @@
 import functools
 from argparse import Namespace
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,9 @@ def _runner() -> Any:
     args = get_args()
     return PipelineRunner(
         plan=plan_from_args(args),
-        packs_documents=args.reset_attention_mask,
+        packs_documents=args.reset_attention_mask and args.seq1f1b_splits > 1,
         patience=args.pipeline_patience,
+        timeout=timedelta(minutes=args.distributed_timeout_minutes),
         trace=functools.partial(_write_trace, Path(args.pipeline_trace)) if args.pipeline_trace else None,
         trace_step=args.pipeline_trace_step,
     )

@@ -42,6 +42,7 @@ class Measured:
         step_seconds: upstream's whole `train_step`, from a common start.
         schedule_seconds: its forward-backward function alone.
         spans: (kind, segment, seconds) of every action (ours alone).
+        lengths: tokens per segment (ours alone).
         peak_bytes: most bytes kept for backward at any moment, keys and values of earlier segments included.
     """
 
@@ -49,6 +50,7 @@ class Measured:
     step_seconds: float = 0.0
     schedule_seconds: float = 0.0
     spans: list[tuple[str, int, float]] = field(default_factory=list)
+    lengths: tuple[int, ...] = ()
     peak_bytes: int = 0
 
 
@@ -113,18 +115,17 @@ def run_on_this_rank(job: Job) -> list[Measured]:
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     torch.set_num_threads(1)
     sys.argv = ["pretrain_gpt.py", *job.flags]
-    with ExitStack() as stack:
-        import patches
+    import patches
 
-        patches.start()
-        from megatron.training import training
+    patches.start()
+    from megatron.training import training
 
-        from megatron.longseq.gpt import main
+    from megatron.longseq.gpt import main
 
-        race = _Race(job, training.get_forward_backward_func)
-        training.get_forward_backward_func = lambda **_: race.forward_backward
-        training.train_step = race.timed(training.train_step)
-        main()
+    race = _Race(job, training.get_forward_backward_func)
+    training.get_forward_backward_func = lambda **_: race.forward_backward
+    training.train_step = race.timed(training.train_step)
+    main()
     return race.results
 
 
@@ -164,6 +165,7 @@ class _Race:
         with ExitStack() as stack:
             if self.job.count_bytes:
                 self.kept = Kept(parameter for chunk in model for parameter in chunk.parameters())
+                self.kept.further = lambda: sum(chunk.store.bytes() for chunk in runner.chunks) if runner else 0
                 stack.enter_context(self.kept.counting())
             start = time.perf_counter()
             if runner is None:
@@ -179,6 +181,7 @@ class _Race:
     def _ours(self, runner: Any, stack: ExitStack, named: dict[str, Any]) -> Any:
         if len(runner.plan.lengths) == 1:
             stack.enter_context(flash_attention(named["model"]))
+        self.turn.lengths = runner.plan.lengths
         result = runner(**named)
         for chunk in runner.chunks:
             chunk.detach()

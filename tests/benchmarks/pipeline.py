@@ -1,8 +1,9 @@
 """Seq1F1B against upstream's 1F1B: throughput of real training steps, and what is kept for backward.
 
-    python -m tests.benchmarks.pipeline [--rounds N]
+    python -m tests.benchmarks.pipeline [--rounds N] [-- UPSTREAM'S FLAGS...]
 
-Two stages on two cores, one thread each, sequence 4096. Every figure is a ratio of steps of one and the same run (see
+Two stages on two cores, one thread each, sequence 4096; attention has the share of the work that it has in a 7B model
+at that length (8% of the forward's FLOPs). Every figure is a ratio of steps of one and the same run (see
 `alternate`); beside it stands what the simulator predicts from the segment costs measured in that run. The last line is
 one JSON object.
 """
@@ -28,8 +29,8 @@ UPSTREAM = 0
 SPLITS = (1, 2, 4, 8)
 MICROBATCHES = (2, 4, 8)
 MODEL = """
---hidden-size 512 --num-attention-heads 2 --kv-channels 64 --group-query-attention --num-query-groups 1
---ffn-hidden-size 1152 --swiglu
+--hidden-size 512 --num-attention-heads 2 --kv-channels 32 --group-query-attention --num-query-groups 1
+--ffn-hidden-size 1728 --swiglu
 --normalization RMSNorm --position-embedding-type rope --disable-bias-linear --hidden-dropout 0 --attention-dropout 0
 --untie-embeddings-and-output-weights --seq-length 4096 --max-position-embeddings 4096 --micro-batch-size 1
 --lr 1e-4 --lr-decay-iters 1000 --weight-decay 0.1 --tokenizer-type NullTokenizer --vocab-size 512 --mock-data
@@ -44,12 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a table and the JSON line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.pipeline", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="how often each schedule runs each step")
-    rounds = parser.parse_args(arguments).rounds
+    parser.add_argument("flags", nargs="*", help="upstream's flags, after those of the benchmark's own model")
+    given = parser.parse_args(arguments)
+    rounds, model = given.rounds, [*MODEL.split(), *given.flags]
     with tempfile.TemporaryDirectory() as logs:
         pool = RankPool(Path(logs))
-        speed = _measure(pool, 2, [Contestant(k, m) for m in MICROBATCHES for k in (UPSTREAM, *SPLITS)], rounds)
+        speed = _measure(pool, model, 2, [Contestant(k, m) for m in MICROBATCHES for k in (UPSTREAM, *SPLITS)], rounds)
         kept = {
-            stages: _measure(pool, stages, [Contestant(k, stages) for k in (UPSTREAM, *SPLITS)], 1, count_bytes=True)
+            stages: _measure(pool, model, stages, [Contestant(k, stages) for k in (UPSTREAM, *SPLITS)], 1, True)
             for stages in (2, 4)
         }
     print(_report(speed, kept))
@@ -57,7 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(
-    pool: RankPool, stages: int, contestants: list[Contestant], rounds: int, count_bytes: bool = False
+    pool: RankPool,
+    model: list[str],
+    stages: int,
+    contestants: list[Contestant],
+    rounds: int,
+    count_bytes: bool = False,
 ) -> Results:
     """Run every contestant `rounds` times, each round in another order; before that the shortest ones, uncounted."""
     warm = [] if count_bytes else [one for one in contestants if one.microbatches == min(MICROBATCHES)]
@@ -66,7 +74,7 @@ def _measure(
         cut = number * len(contestants) // rounds
         turns += [*contestants[cut:], *contestants[:cut]]
     flags = (
-        *MODEL.split(),
+        *model,
         *f"--num-layers {stages} --pipeline-model-parallel-size {stages} --global-batch-size 8".split(),
         *f"--train-iters {len(turns)}".split(),
     )
@@ -146,16 +154,27 @@ def _report(speed: Results, kept: dict[int, Results]) -> str:
         out["simulated_ratio"][key] = round(simulated, 4)
         out["spread"][key] = [round(min(each), 4), round(max(each), 4)]
         lines.append(f"  {key}: {ratio:.3f} (simulated {simulated:.3f}; {min(each):.3f} to {max(each):.3f})")
-    activation = {}
+    activation, predicted = {}, {}
+    lines.append("bytes kept for backward over upstream's, per stage; tokens per segment")
     for stages, results in kept.items():
         for segments in SPLITS:
             each = activation_ratios(results, segments)
+            lengths = next(step.lengths for step in results[0] if step.contestant.segments == segments)
+            formula = formula_ratios(stages, lengths)
             key = f"P{stages}M{stages}K{segments}"
-            activation[key] = [round(ratio, 4) for ratio in each]
-            lines.append(f"  bytes kept, {key}: {' '.join(f'{ratio:.3f}' for ratio in each)} per stage")
+            activation[key], predicted[key] = _rounded(each), _rounded(formula)
+            lines.append(f"  {key}, {','.join(map(str, lengths))}: {_stages(each)} (formula {_stages(formula)})")
     # The fullest stage of two; more micro-batches change nothing, for no more of them are alive at once.
     activation |= {f"M{m}K{k}": activation[f"P2M2K{k}"][0] for m in MICROBATCHES for k in SPLITS}
-    return "\n".join([*lines, json.dumps(out | {"activation_ratio": activation})])
+    return "\n".join([*lines, json.dumps(out | {"activation_ratio": activation, "activation_formula": predicted})])
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 4) for value in values]
+
+
+def _stages(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.3f}" for value in values)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ TP2 = "--tensor-model-parallel-size 2"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 SELECTIVE = "--recompute-granularity selective --recompute-modules core_attn mlp"
 OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+DOCUMENTS = "--reset-position-ids --reset-attention-mask --eod-mask-loss"
 EVALUATED = "--eval-iters 2 --eval-interval 4"
 RELATIVE = 1e-9
 
@@ -66,6 +67,9 @@ CASES = {
         "--window-size 10,0 --window-attn-skip-freq 2",
         f"{PP2} --seq1f1b-splits 3",
     ),
+    "documents": (2, DOCUMENTS, f"{PP2} --seq1f1b-splits 3"),
+    "documents, four stages": (4, DOCUMENTS, f"{PP4} --seq1f1b-splits 3"),
+    "documents, V 2": (2, DOCUMENTS, f"{PP2} {VPP} --seq1f1b-splits 3"),
     "learned positions": (2, "--position-embedding-type learned_absolute", f"{PP2} --seq1f1b-splits 3"),
     "per-token loss": (2, "--calculate-per-token-loss", f"{PP2} --seq1f1b-splits 3"),
     "micro-batches of two": (2, "--micro-batch-size 2", f"{PP2} --seq1f1b-splits 3"),
@@ -149,3 +153,17 @@ def test_any_mask_and_both_forms_of_loss(
     run = run_arm(ranks, "O", 2, start("") + flags(own), float64=True, snapshots=(1, 4), mutant=place)
     assert run.planted > 0
     assert_equal(run, upstream("", place), f"{twist}, {own}", tell)
+
+
+def test_flag_changes_the_schedule(ranks: RankPool) -> None:
+    """Two stages, 8 micro-batches: 16 forwards of whole sequences, three times as many of three segments."""
+    once = flags(TINY, PP2, "--train-iters 1")
+
+    def forwards(twist: str, own: str = "--seq1f1b-splits 3") -> tuple[int, bool]:
+        place = f"tests.distributed.twists:{twist}"
+        run = run_arm(ranks, "O", 2, once + flags(own), mutant=place, timeout=60)
+        return run.planted, "seq1f1b.schedule" in run.header["patches"]
+
+    assert forwards("counted_forwards", "") == (16, False)
+    assert forwards("counted_forwards") == (48, True)
+    assert forwards("counted_forwards_without_the_schedule") == (16, False)

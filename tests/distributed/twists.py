@@ -47,3 +47,28 @@ def mean_loss() -> Iterator[Planted]:
 
     with wrapped(gpt, "loss_func", loss_func):
         yield planted
+
+
+@contextmanager
+def counted_forwards() -> Iterator[Planted]:
+    """Nothing is changed; `times` counts the script's forward steps."""
+    from megatron.longseq import gpt
+
+    planted = Planted()
+
+    def forward_step(original: Any, *args: Any) -> Any:
+        planted.times += 1
+        return original(*args)
+
+    with wrapped(gpt, "forward_step", forward_step):
+        yield planted
+
+
+@contextmanager
+def counted_forwards_without_the_schedule() -> Iterator[Planted]:
+    """As `counted_forwards`, and the ledger has no record `seq1f1b.schedule`: its flags are parsed, but not served."""
+    from patches.session import SESSION
+
+    SESSION.ledger = tuple(record for record in SESSION.ledger if record.id != "seq1f1b.schedule")
+    with counted_forwards() as planted:
+        yield planted

@@ -12,7 +12,16 @@ from megatron.longseq.pipeline import paper
 from megatron.longseq.pipeline.__main__ import main
 from megatron.longseq.pipeline.action import Kind, Pipeline
 from megatron.longseq.pipeline.compare import Cluster, Setup, run
-from megatron.longseq.pipeline.cost import ModelShape, flops
+from megatron.longseq.pipeline.cost import (
+    Coefficients,
+    CostModel,
+    Line,
+    ModelShape,
+    fit,
+    flops,
+    read_samples,
+    segment_costs,
+)
 from megatron.longseq.pipeline.orders import make
 from megatron.longseq.pipeline.simulate import simulate, uniform_costs
 from megatron.longseq.pipeline.trace import write_measured
@@ -119,6 +128,32 @@ def test_measured_layer_seconds_take_the_place_of_flops(tmp_path, capsys):
     assert float(cells[1]) == pytest.approx(8 * (8 + 3 / 4) * 3e-6 * 32768, rel=1e-3)
 
 
+@pytest.mark.parametrize("zero_bubble", [False, True])
+def test_fit_reads_a_layer_out_of_a_measured_step(zero_bubble, tmp_path, capsys):
+    """Planted seconds come back, per layer, also where W was an action; the stage with the head is left out."""
+    lengths, layers = (1024, 512, 512, 2048), 3
+    pipeline = Pipeline(2, 3, 4)
+    model = CostModel(
+        ModelShape(6, 64, 4, 4096, padded_vocab_size=5000),
+        Coefficients(Line(2e-9, 1e-6), Line(5e-9, 2e-6), Line(0, 1e-6)),
+        Coefficients(Line(0, 3e-6), Line(0, 6e-6), Line(0, 3e-6)),
+    )
+    costs = segment_costs(model, lengths, 2)
+    step = simulate(make(pipeline, zero_bubble=zero_bubble, costs=costs), costs)
+    for rank, spans in enumerate(step.spans):
+        write_measured(tmp_path / "step", rank, pipeline, "a", spans)
+    file = tmp_path / "layer.json"
+    flags = ["--measured", str(tmp_path / "step"), "--layers-per-stage", str(layers), "--output", str(file)]
+    assert main(["fit", *flags, "--lengths", "1024,512,512,2048"]) == 0
+    samples = read_samples(file)
+    assert [(s.begin, s.end) for s in samples] == [(0, 1024), (1024, 1536), (1536, 2048), (2048, 4096)]
+    found = fit(samples)
+    assert (found.forward.cell, found.forward.token) == pytest.approx((2e-9, 1e-6), rel=1e-6)
+    assert (found.backward.cell, found.backward.token) == pytest.approx((5e-9, 2e-6), rel=1e-6)
+    assert main(["fit", *flags, "--lengths", "1024,3072"]) == 1
+    assert "2 lengths" in capsys.readouterr().err
+
+
 def test_speed_sequence_parallelism_and_windows_count(tmp_path, capsys):
     def step(*flags):
         assert main(["draw", *SIZES, *SHAPE, *flags, "--output", str(tmp_path / "a.json")]) == 0
@@ -151,7 +186,7 @@ def test_speed_sequence_parallelism_and_windows_count(tmp_path, capsys):
         (["--output", "a.svg", "--window-size", "7,0", "--window-attn-skip-freq", "x"], "written out"),
         (["--output", "a.svg", "--window-size", "7,0", "--window-attn-skip-freq", "[1]"], "exactly 4 layers"),
         (["--output", "a.svg", "--layer-seconds", "nothing.json"], "nothing.json"),
-        (["--output", "a.svg", "--layer-seconds", "bad.json"], "--layer-seconds bad.json: not a JSON list"),
+        (["--output", "a.svg", "--layer-seconds", "bad.json"], "bad.json: not a JSON list"),
         (["--output", "a.svg", "--measured", "nowhere"], "no rank-0000.json here"),
     ],
 )

@@ -389,7 +389,7 @@ def store_keeping() -> None:
             x = torch.randn(SEQUENCE, BATCH, HIDDEN, requires_grad=True)
 
             def backward() -> None:
-                (linear(x * 1)[0] * 1).sum().backward()
+                (linear(x)[0] * 1).sum().backward()
 
             with pytest.raises(RuntimeError, match="outside of a schedule's action"):
                 backward()
@@ -401,6 +401,7 @@ def store_keeping() -> None:
                 store.begin("a")
             store.begin("b")
             backward()
+            assert store.pending_bytes() == 4 * rows * (HIDDEN + 2 * VOCABULARY)  # both have the same input
             store.end()
             with pytest.raises(RuntimeError, match="outside of a schedule's action"):
                 backward()

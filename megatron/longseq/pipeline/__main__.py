@@ -1,14 +1,13 @@
-"""Command line of pipeline schedules: `draw` one, `compare` several, `table` of the paper's configurations."""
+"""Command line of pipeline schedules: `draw` one, `compare` several, `fit` a layer, `table` of the paper's sizes."""
 
 import argparse
 import ast
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron.longseq.pipeline.compare import Cluster, Result, Setup, attempt, replay, run, table, usual
-from megatron.longseq.pipeline.cost import CostModel, ModelShape, Sample, fit, flops, seconds
+from megatron.longseq.pipeline.compare import Cluster, Result, Setup, attempt, layer_samples, replay, run, table, usual
+from megatron.longseq.pipeline.cost import CostModel, ModelShape, fit, flops, read_samples, seconds, write_samples
 from megatron.longseq.pipeline.paper import markdown
 from megatron.longseq.pipeline.timeline import Timeline
 from megatron.longseq.pipeline.trace import read_measured, write_trace
@@ -46,6 +45,13 @@ def _parser() -> argparse.ArgumentParser:
         )
         _add_schedule_arguments(command)
         _add_model_arguments(command)
+    profile = commands.add_parser("fit", help="what one layer takes, from a measured step: for --seq1f1b-layer-seconds")
+    profile.add_argument("--measured", type=Path, required=True, metavar="FOLDER", help="what a run measured")
+    profile.add_argument("--lengths", required=True, metavar="N1,N2,...", help="tokens per segment of that run")
+    profile.add_argument("--layers-per-stage", type=int, required=True, help="layers of a virtual stage")
+    profile.add_argument("--window-size", metavar="LEFT,0", help="keys before the query's own that it sees")
+    profile.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON")
+    profile.set_defaults(run=_fit)
     paper = commands.add_parser("table", help="markdown: the paper's configurations, simulated beside published")
     paper.set_defaults(run=lambda args: print(markdown()))
     return parser
@@ -172,7 +178,7 @@ def _model(args: argparse.Namespace) -> CostModel:
         windowed=_pattern(args.window_attn_skip_freq, layers),
     )
     if args.layer_seconds is not None:
-        return seconds(shape, fit(_samples(args.layer_seconds), left))
+        return seconds(shape, fit(read_samples(args.layer_seconds), left))
     speed = args.device_tflops * 1e12 * args.tensor_model_parallel_size
     if not speed > 0:
         raise ValueError(f"--device-tflops {args.device_tflops} on {args.tensor_model_parallel_size} devices: no speed")
@@ -206,13 +212,13 @@ def _pattern(text: str | None, layers: int) -> tuple[bool, ...]:
         ) from None
 
 
-def _samples(file: Path) -> list[Sample]:
-    try:
-        return [Sample(int(a), int(b), float(c), float(d)) for a, b, c, d in json.loads(file.read_text())]
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"--layer-seconds {file}: not a JSON list of [begin, end, forward seconds, backward seconds] ({error})"
-        ) from error
+def _fit(args: argparse.Namespace) -> None:
+    if not args.output.absolute().parent.is_dir():
+        raise ValueError(f"--output {args.output}: there is no folder {args.output.absolute().parent}; make it first")
+    lengths = [int(word) for word in args.lengths.split(",")]
+    samples = layer_samples(read_measured(args.measured), lengths, args.layers_per_stage)
+    print(fit(samples, _window(args.window_size)))
+    write_samples(args.output, samples)
 
 
 if __name__ == "__main__":

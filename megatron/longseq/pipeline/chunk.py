@@ -16,6 +16,9 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import is_layer_window_attention
 from megatron.core.utils import log_single_rank
 
@@ -23,6 +26,7 @@ from megatron.longseq.attention.blocks import Documents
 from megatron.longseq.attention.documents import document_starts, documents_of
 from megatron.longseq.attention.kernels.choice import choose
 from megatron.longseq.attention.kernels.kernel import Kernel
+from megatron.longseq.attention.kernels.reference import Reference
 from megatron.longseq.attention.prefix import segment_attention
 from megatron.longseq.attention.segment import Segment
 from megatron.longseq.attention.store import PrefixStore
@@ -44,7 +48,8 @@ class Chunk:
             mask given by the script must be the plain causal one.
         store: keys and values of earlier segments.
         pieces: micro-batch -> outputs of its earlier segments (last stage).
-        documents: micro-batch -> its documents, where they are read from the mask.
+        starts: micro-batch -> first position of every token's document, [micro-batch, sequence].
+        documents: micro-batch -> the same as attention plans by it.
     """
 
     module: torch.nn.Module
@@ -52,6 +57,7 @@ class Chunk:
     packs_documents: bool = False
     store: PrefixStore = field(default_factory=PrefixStore)
     pieces: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    starts: dict[int, torch.Tensor] = field(default_factory=dict)
     documents: dict[int, Documents] = field(default_factory=dict)
     kernels: dict[Any, Kernel] = field(default_factory=dict)
     bound: list[torch.nn.Module] = field(default_factory=list)
@@ -61,7 +67,7 @@ class Chunk:
         """Bind `forward` anew on the model, its rotary embedding and its core attentions.
 
         Raises:
-            ValueError: this is no GPT model of self-attention layers.
+            ValueError: this is no GPT model of causal self-attention layers; nothing was bound.
         """
         models = [module for module in self.module.modules() if isinstance(module, GPTModel)]
         if len(models) != 1:
@@ -69,6 +75,9 @@ class Chunk:
                 f"--seq1f1b-splits serves GPTModel; this chunk is {type(self.module).__name__} with {len(models)} of "
                 "them inside. Train it with --seq1f1b-splits 1."
             )
+        for name, module in self.module.named_modules():
+            if isinstance(module, TransformerLayer):
+                _refuse_attention(name, module.self_attention)
         self._bind(models[0], self._model_forward(models[0]))
         rotary = getattr(models[0], "rotary_pos_emb", None)
         if rotary is not None:
@@ -90,9 +99,14 @@ class Chunk:
         """Say which segment the next forward or backward is of, recomputation included."""
         self.store.current = Segment(microbatch, segment, tuple(self.lengths), forward_only)
 
+    def learn_documents(self, microbatch: int, starts: torch.Tensor) -> None:
+        """Take the documents of a micro-batch, from its mask or from the stage before."""
+        self.starts[microbatch], self.documents[microbatch] = starts, documents_of(starts)
+
     def leave(self, microbatch: int) -> None:
         """Forget a micro-batch whose last action is done."""
         self.pieces.pop(microbatch, None)
+        self.starts.pop(microbatch, None)
         self.documents.pop(microbatch, None)
 
     def assert_empty(self) -> None:
@@ -102,8 +116,9 @@ class Chunk:
             RuntimeError: names what is left.
         """
         self.store.assert_empty()
-        if self.pieces or self.documents:
-            raise RuntimeError(f"outputs of micro-batches {sorted(self.pieces | self.documents)} were never finished")
+        left = sorted({*self.pieces, *self.documents})
+        if left:
+            raise RuntimeError(f"micro-batches {left} were never finished")
 
     def _model_forward(self, model: GPTModel) -> Callable[..., torch.Tensor]:
         original = model.forward
@@ -133,7 +148,7 @@ class Chunk:
     def _read_mask(self, mask: torch.Tensor) -> None:
         segment = self.store.current
         if self.packs_documents and segment.microbatch not in self.documents:
-            self.documents[segment.microbatch] = documents_of(document_starts(mask))
+            self.learn_documents(segment.microbatch, document_starts(mask).to(torch.int32).contiguous())
         elif not self.packs_documents and not self.seen_mask:
             self.seen_mask = True  # the same for all micro-batches: upstream's dataset makes it once
             if document_starts(mask).any():
@@ -191,9 +206,22 @@ class Chunk:
         wanted = (query.device, query.dtype, query.shape[-1], value.shape[-1], dropout)
         if wanted not in self.kernels:
             choice = choose(*wanted[:3], value_dim=wanted[3], dropout=dropout)
-            log_single_rank(logger, logging.INFO, f"segments: {choice.why}")
+            level = logging.WARNING if choice.kernel.name == Reference.name else logging.INFO
+            log_single_rank(logger, level, f"segments: {choice.why}")
             self.kernels[wanted] = choice.kernel
         return self.kernels[wanted]
+
+
+def _refuse_attention(name: str, attention: torch.nn.Module) -> None:
+    """Refuse a layer whose tokens would see those of earlier segments in another way than by core attention."""
+    if isinstance(attention, SelfAttention):
+        if attention.attn_mask_type is AttnMaskType.no_mask:
+            raise ValueError(f"--seq1f1b-splits: the attention of layer {name} is not causal; use --seq1f1b-splits 1.")
+    elif not isinstance(attention, IdentityOp):
+        raise ValueError(
+            f"--seq1f1b-splits serves SelfAttention; layer {name} has {type(attention).__name__}, which would see the "
+            "tokens of one segment alone. Train it with --seq1f1b-splits 1."
+        )
 
 
 def _fork(config: Any) -> Callable[[], contextlib.AbstractContextManager[None]]:

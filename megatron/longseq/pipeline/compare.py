@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from statistics import median
 
 from megatron.longseq.pipeline.action import Kind, Pipeline, Schedule
-from megatron.longseq.pipeline.cost import CostModel, segment_costs
+from megatron.longseq.pipeline.cost import CostModel, Sample, segment_costs
 from megatron.longseq.pipeline.orders import make
 from megatron.longseq.pipeline.partition import Partition, paper_partition, parse
 from megatron.longseq.pipeline.proof import prove
@@ -145,14 +146,18 @@ def table(results: Sequence[Result | str]) -> str:
 def replay(measured: Timeline) -> Timeline:
     """Return what the simulator predicts for a measured step: its own orders, each action at the median it took.
 
-    The medians are taken per stage, segment and kind over the micro-batches.
-
     Raises:
         ScheduleError: the measured orders are no schedule (a rank's file is of another step, say).
     """
-    pipeline = measured.pipeline
     orders = tuple(tuple(span.action for span in spans) for spans in measured.spans)
-    schedule = Schedule(measured.name, pipeline, orders)
+    schedule = Schedule(measured.name, measured.pipeline, orders)
+    name = f"{measured.name}, simulated at the measured medians"
+    return replace(simulate(schedule, measured_costs(measured)), name=name)
+
+
+def measured_costs(measured: Timeline) -> Costs:
+    """Return the median seconds over the micro-batches, per stage, segment and kind."""
+    pipeline = measured.pipeline
     took: dict[tuple[Kind, int, int], list[float]] = {}
     for rank, spans in enumerate(measured.spans):
         for span in spans:
@@ -163,5 +168,34 @@ def replay(measured: Timeline) -> Timeline:
         stages, segments = range(pipeline.depth), range(pipeline.segments)
         return tuple(tuple(median(took.get((kind, stage, segment), [0.0])) for segment in segments) for stage in stages)
 
-    costs = Costs(*(medians(kind) for kind in (Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT)))
-    return replace(simulate(schedule, costs), name=f"{measured.name}, simulated at the measured medians")
+    return Costs(*(medians(kind) for kind in (Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT)))
+
+
+def layer_samples(measured: Timeline, lengths: Sequence[int], layers: int) -> list[Sample]:
+    """Return what one layer took per segment, for `cost.fit`: the mean over the stages that have layers alone.
+
+    Args:
+        measured: a step in segments.
+        lengths: tokens per segment of that step.
+        layers: layers per model stage.
+
+    Raises:
+        ValueError: lengths that are not the step's, or a number of layers below 1.
+    """
+    pipeline = measured.pipeline
+    if len(lengths) != pipeline.segments or layers < 1:
+        raise ValueError(
+            f"{len(lengths)} lengths and {layers} layers per stage for a step of {pipeline.segments} segments: give "
+            "one length per segment (the run printed them when it started) and the layers of a virtual stage"
+        )
+    costs = measured_costs(measured)
+    plain = max(pipeline.depth - 1, 1)  # the last stage has the head
+    ends = list(accumulate(lengths))
+
+    def per_layer(segment: int, *tables: Table) -> float:
+        return sum(table[stage][segment] for table in tables for stage in range(plain)) / plain / layers
+
+    return [
+        Sample(end - length, end, per_layer(i, costs.forward), per_layer(i, costs.backward, costs.weight))
+        for i, (end, length) in enumerate(zip(ends, lengths, strict=True))
+    ]

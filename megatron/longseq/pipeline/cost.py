@@ -5,10 +5,12 @@ the (query, key) pairs that the causal mask or a sliding window lets through (at
 model's shape, in FLOPs, or from measured seconds of a real layer (`fit`).
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, combinations
+from pathlib import Path
 
 from megatron.longseq.pipeline.simulate import Costs
 
@@ -190,6 +192,27 @@ def flops(shape: ModelShape, speed: float = 1.0) -> CostModel:
 def _from_forward(cell: float, token: float) -> Coefficients:
     backward = Line(ATTENTION_BACKWARD * cell, PRODUCT_BACKWARD * token)
     return Coefficients(Line(cell, token), backward, Line(token=token))
+
+
+def read_samples(file: Path) -> list[Sample]:
+    """Read measurements of a real layer: a JSON list of [begin, end, forward seconds, backward seconds].
+
+    Raises:
+        ValueError: the file holds something else.
+        OSError: it cannot be read.
+    """
+    try:
+        return [Sample(int(a), int(b), float(c), float(d)) for a, b, c, d in json.loads(file.read_text())]
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{file}: not a JSON list of [begin, end, forward seconds, backward seconds] ({error})"
+        ) from error
+
+
+def write_samples(file: Path, samples: Sequence[Sample]) -> None:
+    """Write what `read_samples` reads, one measurement a line."""
+    rows = [json.dumps([s.begin, s.end, s.forward, s.backward]) for s in samples]
+    file.write_text("[" + ",\n ".join(rows) + "]\n")
 
 
 def seconds(shape: ModelShape, layer: Coefficients) -> CostModel:

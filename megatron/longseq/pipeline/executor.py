@@ -88,15 +88,27 @@ class Executor:
     def run(self) -> list[Any]:
         """Run all actions; returns what the script's loss function reported, per micro-batch (last stage only)."""
         sync = GradSync(self.config, [chunk.module for chunk in self.chunks], self.order, self.rank)
-        mail = Mailbox(self.lanes, self.pipeline, self.order, self.shape, self._empty, self.watch)
+        mail = Mailbox(
+            self.lanes,
+            self.pipeline,
+            self.order,
+            self.shape,
+            self._empty,
+            self.watch,
+            self._starts_shape(),
+            self.config.timers,
+        )
         run = {Kind.FORWARD: self._forward, Kind.BACKWARD: self._backward, Kind.WEIGHT: self._weight}
         with sync.paused(forward_only=self.step.forward_only):
             for index, action in enumerate(self.order):
                 mail.post()
-                received = mail.take(index, action)
+                received, starts = mail.take(index, action)
                 sync.before(index)
+                if starts is not None:
+                    self.chunks[action.vstage].learn_documents(action.microbatch, starts)
                 with self._recorded(action):
-                    mail.send(action, run[action.kind](action, received))
+                    output = run[action.kind](action, received)
+                mail.send(action, output, self.chunks[action.vstage].starts.get(action.microbatch))
                 self._release(action)
                 sync.after(index)
             mail.close()
@@ -174,6 +186,10 @@ class Executor:
 
     def _is_last(self, action: Action) -> bool:
         return self.pipeline.stage(self.rank, action.vstage) == self.pipeline.depth - 1
+
+    def _starts_shape(self) -> tuple[int, int] | None:
+        chunk = self.chunks[0]
+        return (self.step.micro_batch_size, sum(chunk.lengths)) if chunk.packs_documents else None
 
     def _replayed(self, vstage: int, samples: Iterator[Any] | None) -> Replay | None:
         if samples is None:

@@ -36,21 +36,19 @@ NOT_IN_SEGMENTS: Refusals = {
         "a window that reaches to the right sees tokens of later segments",
     ),
     "--reset-attention-mask": (
-        lambda a: a.reset_attention_mask and _depth(a) > 2,
-        "upstream gives batches to the first and the last stage alone, so the stages between do not know the documents "
-        "(upstream itself lets attention cross their borders there)",
+        lambda a: a.reset_attention_mask and not a.create_attention_mask_in_dataloader,
+        "documents are read from the mask, which --no-create-attention-mask-in-dataloader leaves out",
     ),
-    "--sft": (lambda a: a.sft or a.hybrid_context_parallel, "packed sequences in THD form are not cut into segments"),
+    "--sft": (lambda a: a.sft, "packed sequences in THD form are not cut into segments"),
     "--fp8-format": (lambda a: a.fp8 or a.fp4, "scaling factors that follow micro-batches are not proven for segments"),
     "--tp-comm-overlap": (lambda a: a.tp_comm_overlap, "its buffers have the shape of a whole sequence"),
-    "--cuda-graph-impl": (lambda a: a.cuda_graph_impl != "none", "a graph has one shape, and segments have several"),
-    "--fine-grained-activation-offloading": (
-        lambda a: a.fine_grained_activation_offloading or a.cpu_offloading_num_layers,
-        "offloaded activations are taken back in the order of whole micro-batches",
-    ),
     "--moe-router-load-balancing-type": (
-        lambda a: a.num_experts and ((a.moe_aux_loss_coeff and _balances(a)) or a.moe_z_loss_coeff),
-        "an auxiliary loss is a statistic of the whole micro-batch; use --moe-router-load-balancing-type none",
+        lambda a: a.num_experts and _balances(a),
+        "balance is a statistic of the whole micro-batch; use --moe-router-load-balancing-type none",
+    ),
+    "--moe-z-loss-coeff": (
+        lambda a: a.num_experts and a.moe_z_loss_coeff,
+        "this auxiliary loss is a mean over the whole micro-batch",
     ),
     "--moe-expert-capacity-factor": (
         lambda a: a.num_experts and (a.moe_expert_capacity_factor or a.moe_expert_rank_capacity_factor),
@@ -70,6 +68,19 @@ NOT_IN_SCHEDULES: Refusals = {
     ),
     "--variable-seq-lengths": (lambda a: a.variable_seq_lengths, "shapes are known from the plan, not negotiated"),
     "--moe-paged-stash": (lambda a: a.moe_paged_stash, "pages follow upstream's own schedules"),
+    "--hybrid-context-parallel": (lambda a: a.hybrid_context_parallel, "it is a schedule of upstream's own"),
+    "--cuda-graph-impl": (
+        lambda a: a.cuda_graph_impl != "none",
+        "upstream's own schedules make the graphs, and a graph has one shape where segments have several",
+    ),
+    "--fine-grained-activation-offloading": (
+        lambda a: a.fine_grained_activation_offloading or a.cpu_offloading_num_layers,
+        "upstream's own schedules take offloaded activations back, in the order of whole micro-batches",
+    ),
+    "--use-megatron-fsdp": (
+        lambda a: a.use_megatron_fsdp or a.use_torch_fsdp2,
+        "its gathers and reductions follow the backwards of whole micro-batches",
+    ),
 }
 
 # flag: (is it asked for?, why --zero-bubble cannot serve it)
@@ -83,11 +94,11 @@ NOT_WITH_ZERO_BUBBLE: Refusals = {
         "input and weight gradient are split in upstream's own linear layers; give --transformer-impl local",
     ),
     "--num-experts": (lambda a: a.num_experts, "expert layers compute both gradients at once"),
-    "--use-megatron-fsdp": (
-        lambda a: a.use_megatron_fsdp or a.use_torch_fsdp2,
-        "it reduces a gradient in the backward that made it",
-    ),
     "--delay-wgrad-compute": (lambda a: a.delay_wgrad_compute, "both would defer the same gradients"),
+    "--num-distributed-optimizer-instances": (
+        lambda a: a.num_distributed_optimizer_instances > 1,
+        "upstream would reduce its first step's gradients twice where their hooks wait for the weight gradients",
+    ),
 }
 
 
@@ -106,6 +117,11 @@ def add_pipeline_arguments(parser: ArgumentParser) -> None:
         default="balanced",
         metavar="even|balanced|N1,N2,...",
         help="tokens per segment: of equal length, of equal cost of forward and backward, or as listed",
+    )
+    group.add_argument(
+        "--seq1f1b-layer-seconds",
+        metavar="FILE",
+        help="balance by what a layer was measured to take (python -m megatron.longseq.pipeline fit), not by FLOPs",
     )
     group.add_argument(
         "--seq1f1b-slack",
@@ -155,6 +171,9 @@ def check_pipeline_numbers(args: Namespace) -> None:
     for flag, least in (("seq1f1b_splits", 1), ("seq1f1b_slack", 0), ("pipeline_trace_step", 1)):
         if getattr(args, flag, least) < least:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give at least {least}.")
+    partition = getattr(args, "seq1f1b_partition", "balanced")
+    if getattr(args, "seq1f1b_splits", 1) == 1 and partition not in ("even", "balanced"):
+        raise ValueError(f"--seq1f1b-partition {partition}: lists segments, but --seq1f1b-splits is 1; give both.")
     if getattr(args, "pipeline_patience", 1.0) <= 0:
         raise ValueError(f"--pipeline-patience {args.pipeline_patience}: give seconds, more than 0.")
 
@@ -181,10 +200,10 @@ def _virtual(args: Namespace) -> int:
     return args.virtual_pipeline_model_parallel_size or 1
 
 
-def _depth(args: Namespace) -> int:
-    return int(args.pipeline_model_parallel_size) * _virtual(args)
-
-
 def _balances(args: Namespace) -> bool:
-    kinds = args.moe_router_load_balancing_type
-    return any(kind != "none" for kind in (kinds if isinstance(kinds, list) else [kinds]))
+    """Whether the router looks at all tokens of a micro-batch: for an auxiliary loss, or to route by."""
+    kinds, losses = args.moe_router_load_balancing_type, args.moe_aux_loss_coeff
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    losses = losses if isinstance(losses, list) else [losses] * len(kinds)
+    routes = any(kind in ("sinkhorn", "quantile_balancing") for kind in kinds)
+    return routes or any(kind != "none" and loss for kind, loss in zip(kinds, losses, strict=False))

@@ -7,7 +7,9 @@ the order of posting, and a gradient must not wait behind a hidden state that is
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from megatron.longseq.pipeline.outbox import Outbox
 from megatron.longseq.pipeline.watch import Wait, Watch
 
 WHAT = {Kind.FORWARD: "its hidden states", Kind.BACKWARD: "its gradient"}
+TIMED = {Kind.FORWARD: "forward", Kind.BACKWARD: "backward"}
 AHEAD = 2  # receives posted early, per direction: one in use by the running action's successor, one on its way
 
 
@@ -40,7 +43,7 @@ class Lanes:
         return self.lanes[kind, abs(receiver - sender) != 1 or (receiver < sender) != (kind is Kind.BACKWARD)]
 
 
-def open_lanes(group: dist.ProcessGroup, virtual: int) -> Lanes:
+def open_lanes(group: dist.ProcessGroup, virtual: int, timeout: timedelta | None = None) -> Lanes:
     """Make the communicators of all pipelines; every rank of the job calls this at the same time.
 
     A first message goes over every edge, in an order that cannot wait in a circle: NCCL connects two ranks at their
@@ -50,6 +53,7 @@ def open_lanes(group: dist.ProcessGroup, virtual: int) -> Lanes:
     Args:
         group: upstream's pipeline-parallel group.
         virtual: virtual stages per rank; only with more than one do messages wrap around.
+        timeout: after which a message that does not come is an error; None: the backend's own.
     """
     mine, backend = dist.get_process_group_ranks(group), dist.get_backend(group)
     wraps = (False, True) if virtual > 1 else (False,)
@@ -57,7 +61,7 @@ def open_lanes(group: dist.ProcessGroup, virtual: int) -> Lanes:
     for ranks in _pipelines(mine):  # torch wants every rank at the making of every group
         for kind in (Kind.FORWARD, Kind.BACKWARD):
             for wrap in wraps:
-                lane = dist.new_group(list(ranks), backend=backend)
+                lane = dist.new_group(list(ranks), timeout=timeout, backend=backend)
                 if ranks == tuple(mine):
                     lanes[kind, wrap] = lane
     for (kind, wrap), lane in lanes.items():
@@ -95,7 +99,8 @@ class _Posted:
     action: Action
     peer: int
     tensor: torch.Tensor
-    work: Any
+    works: tuple[Any, ...]
+    starts: torch.Tensor | None = None
 
 
 class Mailbox:
@@ -108,6 +113,10 @@ class Mailbox:
         shape: segment -> shape of its hidden states on this rank.
         make: makes an empty tensor of a shape, with the type and device of the hidden states.
         watch: told of every wait.
+        starts: shape [micro-batch, sequence] of the documents' starts, which go ahead of the hidden states of a
+            micro-batch's first segment: upstream gives no batch to stages between the first and the last. None: there
+            are no documents.
+        timers: upstream's, which get the time of the waits under upstream's names; None: nobody asks.
     """
 
     def __init__(
@@ -118,7 +127,10 @@ class Mailbox:
         shape: Callable[[int], tuple[int, ...]],
         make: Callable[[tuple[int, ...]], torch.Tensor],
         watch: Watch,
+        starts: tuple[int, int] | None = None,
+        timers: Any = None,
     ) -> None:
+        self.starts, self.timers = starts, timers
         self.lanes, self.pipeline, self.shape, self.make, self.watch = lanes, pipeline, shape, make, watch
         self.rank = dist.get_rank(lanes.group)
         self.ranks = dist.get_process_group_ranks(lanes.group)
@@ -145,37 +157,56 @@ class Mailbox:
     def _post(self, key: Any, action: Action, peer: int) -> None:
         tensor = self.make(self.shape(action.segment))
         lane = self.lanes.lane(action.kind, peer, self.rank)
-        work = dist.irecv(tensor, self.ranks[peer], group=lane)
-        self.posted[action] = _Posted(action, peer, tensor, work)
+        starts, works = None, []
+        if self._tells_documents(action):
+            starts = torch.empty(self.starts or (), dtype=torch.int32, device=tensor.device)
+            works.append(dist.irecv(starts, self.ranks[peer], group=lane))
+        works.append(dist.irecv(tensor, self.ranks[peer], group=lane))
+        self.posted[action] = _Posted(action, peer, tensor, tuple(works), starts)
         self.waiting[key] += 1
 
-    def take(self, index: int, action: Action) -> torch.Tensor | None:
-        """Wait for what `action` receives and return it; None where it receives nothing.
+    def _tells_documents(self, action: Action) -> bool:
+        return self.starts is not None and action.kind is Kind.FORWARD and action.segment == 0
+
+    def take(self, index: int, action: Action) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Wait for what `action` receives and return it with the documents' starts; None where it receives nothing.
 
         Raises:
             BrokenReceive: the message did not come; names the action and the rank it was expected from.
         """
         posted = self.posted.pop(action, None)
         if posted is None:
-            return None
+            return None, None
         self.waiting[action.kind, posted.peer] -= 1
         wait = Wait(dist.get_rank(), index, self.total, action, self.ranks[posted.peer], WHAT[action.kind])
-        with self.watch.receive(wait):
-            posted.work.wait()
+        with self._timed(f"{TIMED[action.kind]}-recv"), self.watch.receive(wait):
+            for work in posted.works:
+                work.wait()
         if self.device_waits:  # the host goes on; an event behind the receive tells when it is there
             event = torch.cuda.Event()
             event.record()
             self.watch.outstanding(wait, event.query)
-        return posted.tensor
+        return posted.tensor, posted.starts
 
-    def send(self, action: Action, tensor: torch.Tensor | None) -> None:
-        """Send the output of `action` to whom it concerns; returns at once."""
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        if self.timers is not None:
+            self.timers(name, log_level=2).start()
+        yield
+        if self.timers is not None:
+            self.timers(name).stop()
+
+    def send(self, action: Action, tensor: torch.Tensor | None, starts: torch.Tensor | None = None) -> None:
+        """Send the output of `action` (and the starts of its documents) to whom it concerns; returns at once."""
         goal = target(self.pipeline, self.rank, action)
         if goal is None or goal[0] == self.rank:
             return
         assert tensor is not None, f"{action} has no output to send"
         message = tensor.detach().contiguous()
         lane = self.lanes.lane(action.kind, self.rank, goal[0])
+        if self._tells_documents(action):
+            assert starts is not None, f"{action}: the documents are not known"
+            self.lanes.outbox.add(dist.isend(starts, self.ranks[goal[0]], group=lane), starts)
         self.lanes.outbox.add(dist.isend(message, self.ranks[goal[0]], group=lane), message)
 
     def close(self) -> None:

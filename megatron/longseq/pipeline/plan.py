@@ -3,10 +3,11 @@
 import functools
 from argparse import Namespace
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from megatron.longseq.pipeline import orders, partition
 from megatron.longseq.pipeline.action import Pipeline, Schedule
-from megatron.longseq.pipeline.cost import ModelShape, flops, segment_costs
+from megatron.longseq.pipeline.cost import CostModel, ModelShape, fit, flops, read_samples, seconds, segment_costs
 from megatron.longseq.pipeline.proof import prove
 from megatron.longseq.pipeline.simulate import Costs
 
@@ -70,8 +71,31 @@ def plan_from_args(args: Namespace) -> Plan:
         slack=args.seq1f1b_slack,
         zero_bubble=args.zero_bubble,
         group=args.microbatch_group_size_per_vp_stage if virtual > 1 else None,
-        costs=segment_costs(flops(model_shape(args)), lengths, stages, virtual) if args.zero_bubble else None,
+        costs=_costs(args, lengths) if args.zero_bubble else None,
     )
+
+
+def _costs(args: Namespace, lengths: tuple[int, ...]) -> Costs | None:
+    """Return what every stage's segments cost; None where a layout names the layers of each stage."""
+    if args.pipeline_model_parallel_layout is not None:
+        return None
+    layers = stage_layers(args)
+    return segment_costs(cost_model(args), lengths, len(layers), layers=layers)
+
+
+def stage_layers(args: Namespace) -> list[int]:
+    """Return the layers of every pipeline rank as upstream deals them, without virtual stages and layouts."""
+    stages = args.pipeline_model_parallel_size
+    first, last = args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers
+    embedding, loss = int(args.account_for_embedding_in_pipeline_split), int(args.account_for_loss_in_pipeline_split)
+    if first is None and last is None:
+        layers = [(args.num_layers + embedding + loss) // stages] * stages
+        layers[0] -= embedding
+        layers[-1] -= loss
+        return layers
+    ends = (first is not None) + (last is not None)
+    middle = [(args.num_layers - (first or 0) - (last or 0)) // max(stages - ends, 1)] * (stages - ends)
+    return [*([] if first is None else [first]), *middle, *([] if last is None else [last])]
 
 
 def segment_lengths(args: Namespace) -> tuple[int, ...]:
@@ -83,8 +107,15 @@ def segment_lengths(args: Namespace) -> tuple[int, ...]:
     if args.seq1f1b_splits == 1:
         return (args.seq_length,)
     multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
-    model = flops(model_shape(args))
-    return partition.parse(args.seq1f1b_partition, model, args.seq1f1b_splits, multiple=multiple).lengths
+    return partition.parse(args.seq1f1b_partition, cost_model(args), args.seq1f1b_splits, multiple=multiple).lengths
+
+
+def cost_model(args: Namespace) -> CostModel:
+    """Return what a layer costs: measured, where `--seq1f1b-layer-seconds` names a file, else in FLOPs."""
+    shape = model_shape(args)
+    if args.seq1f1b_layer_seconds is None:
+        return flops(shape)
+    return seconds(shape, fit(read_samples(Path(args.seq1f1b_layer_seconds)), shape.window))
 
 
 def model_shape(args: Namespace) -> ModelShape:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class PipelineRunner:
         plan: what the flags ask.
         packs_documents: whether attention masks separate documents.
         patience: seconds after which a waiting rank says what it waits for.
+        timeout: after which a message between stages that does not come is an error; None: the backend's own.
         trace: given a training step's schedule, this rank's place and its measured spans; None: none is measured.
         trace_step: which step that is, counted from 1; None: every one.
     """
@@ -34,6 +36,7 @@ class PipelineRunner:
     plan: Plan
     packs_documents: bool = False
     patience: float = 60.0
+    timeout: timedelta | None = None
     trace: Callable[[Schedule, int, tuple[Span, ...]], None] | None = None
     trace_step: int | None = None
     lanes: Lanes | None = None
@@ -104,7 +107,7 @@ class PipelineRunner:
 
     def _prepare(self, modules: list[torch.nn.Module], group: torch.distributed.ProcessGroup) -> None:
         if self.lanes is None:
-            self.lanes = open_lanes(group, self.plan.virtual)
+            self.lanes = open_lanes(group, self.plan.virtual, self.timeout)
             self.watch = Watch(self.patience)
             self.watch.start()
         if [chunk.module for chunk in self.chunks] == modules:

@@ -263,8 +263,8 @@ class _Split:
 
     def __call__(self, input: Tensor, weight: torch.nn.Parameter, bias: Tensor | None, **options: Any) -> Tensor:
         """Split where a backward will come and the weight is this linear's own; otherwise upstream's function."""
-        splits = torch.is_grad_enabled() and input.requires_grad and weight.requires_grad
-        if not splits or weight is not self.linear.weight or torch.is_autocast_enabled(input.device.type):
+        splits = input.requires_grad and weight.requires_grad and weight is self.linear.weight
+        if not splits or torch.is_autocast_enabled(input.device.type):
             return self.upstream(input=input, weight=weight, bias=bias, **options)
         call = _Call(
             weight,

@@ -1,0 +1,118 @@
+"""Runs through `pretrain` in which a probe notes more than `run_arm` does: probes are context managers given a list."""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from tests.pool import RankPool
+from tests.regression.arm import Arm, _early_end, patched
+from tests.regression.mutants import wrapped
+
+Notes = list[Any]
+
+
+def run_probed(
+    pool: RankPool, arm: Arm, world_size: int, flags: list[str], probe: str, *, timeout: float = 60.0
+) -> list[Notes]:
+    """Train as `run_arm` does, in float64, and return what the probe (`module:function`) noted, per rank."""
+    return pool.run(world_size, _on_this_rank, arm, flags, probe, timeout=timeout)
+
+
+def _on_this_rank(arm: Arm, flags: list[str], probe: str) -> Notes:
+    sys.argv = ["pretrain_gpt.py", *flags]
+    module, name = probe.split(":")
+    notes: Notes = []
+    with ExitStack() as stack:
+        stack.enter_context(patched(arm))
+        from tests.regression.float64 import double_precision
+
+        stack.enter_context(double_precision())
+        stack.enter_context(getattr(importlib.import_module(module), name)(notes))
+        from megatron.longseq.gpt import main
+
+        with _early_end():
+            main()
+    return notes
+
+
+@contextmanager
+def evaluations(notes: Notes) -> Iterator[None]:
+    """Note the losses of every `evaluate`, one of which runs before the first training step."""
+    from megatron.training import training
+
+    def evaluate(original: Any, *args: Any, **named: Any) -> Any:
+        losses, *rest = original(*args, **named)
+        notes.append({name: float(loss) for name, loss in losses.items()})
+        return losses, *rest
+
+    def train(original: Any, *args: Any, **named: Any) -> Any:
+        given = inspect.signature(original).bind(*args, **named).arguments
+        step, model, config = given["forward_step_func"], given["model"], given["config"]
+        training.evaluate(step, given["valid_data_iterator"], model, None, config)
+        return original(*args, **named)
+
+    with wrapped(training, "evaluate", evaluate), wrapped(training, "train", train):
+        yield
+
+
+@contextmanager
+def store_bytes(notes: Notes) -> Iterator[None]:
+    """Note after every step of ours whether it was one of evaluation, and what the chunks' stores hold."""
+    from megatron.longseq.pipeline.runner import PipelineRunner
+
+    def call(original: Any, runner: Any, **named: Any) -> Any:
+        result = original(runner, **named)
+        stores = [chunk.store for chunk in runner.chunks]
+        totals = [(s.bytes(), s.allocated_bytes(), s.peak_bytes, s.peak_allocated_bytes) for s in stores]
+        notes.append((named.get("forward_only", False), tuple(map(sum, zip(*totals, strict=True)))))
+        return result
+
+    with wrapped(PipelineRunner, "__call__", call):
+        yield
+
+
+def _logits(data: Any, model: torch.nn.Module) -> Any:
+    """A forward step without labels, whose loss function hands the output out."""
+    tokens = next(data)["tokens"] if data is not None else None
+    positions = None if tokens is None else torch.arange(tokens.shape[1]).expand_as(tokens)
+
+    def collect(output: torch.Tensor, non_loss_data: bool = False) -> torch.Tensor:
+        assert non_loss_data
+        return output.detach().clone()
+
+    return model(tokens, positions, None), collect
+
+
+@contextmanager
+def collected_logits(notes: Notes) -> Iterator[None]:
+    """Note, before the first training step, the logits that a forward-only pass without labels collects."""
+    from megatron.core import mpu
+    from megatron.training import get_args, training
+
+    def train(original: Any, *args: Any, **named: Any) -> Any:
+        given = inspect.signature(original).bind(*args, **named).arguments
+        virtual = len(given["model"])
+        generator = torch.Generator().manual_seed(7)
+        batches = [{"tokens": torch.randint(0, 256, (1, 64), generator=generator)} for _ in range(4)]
+        data = [iter(batches) if mpu.get_pipeline_model_parallel_rank() == 0 else None for _ in range(virtual)]
+        with torch.no_grad():
+            collected = training.get_forward_backward_func()(
+                forward_step_func=_logits,
+                data_iterator=data if virtual > 1 else data[0],
+                model=given["model"],
+                num_microbatches=4,
+                seq_length=get_args().seq_length,
+                micro_batch_size=1,
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
+        notes.extend(logits.numpy() for logits in collected)
+        return original(*args, **named)
+
+    with wrapped(training, "train", train):
+        yield

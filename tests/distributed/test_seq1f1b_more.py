@@ -1,0 +1,172 @@
+"""What surrounds training under Seq1F1B: evaluation, checkpoints, dropout, half precision, measured timelines, logits.
+
+The reference is upstream's own run (arm U) on the same stages, which starts from the same weights.
+"""
+
+import functools
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy
+import pytest
+
+from megatron.longseq.pipeline.action import Kind, Pipeline
+from megatron.longseq.pipeline.compare import replay
+from megatron.longseq.pipeline.trace import read_measured
+from tests.distributed.flags import TINY, flags
+from tests.distributed.probes import run_probed
+from tests.pool import RankPool
+from tests.regression.arm import Run, run_arm
+from tests.regression.tensors import logical_tensors
+
+PP2 = "--pipeline-model-parallel-size 2"
+VPP = "--num-layers-per-virtual-pipeline-stage 1"
+K3 = "--seq1f1b-splits 3"
+PROBES = "tests.distributed.probes"
+
+
+@pytest.fixture(scope="module")
+def losses(ranks: RankPool) -> Callable[[str], list[float]]:
+    """Return a function that gives upstream's validation losses: before, after each of 2 steps, twice at the end."""
+
+    @functools.cache
+    def run(layout: str) -> list[float]:
+        return validation(ranks, "U", layout)
+
+    return run
+
+
+def validation(ranks: RankPool, arm: str, layout: str, own: str = "") -> list[float]:
+    base = flags(TINY, "--eval-iters 2 --eval-interval 1 --train-iters 2", PP2, layout, own)
+    first, last = run_probed(ranks, arm, 2, base, f"{PROBES}:evaluations")  # type: ignore[arg-type]
+    assert not any(first)
+    return [note["lm loss"] for note in last]
+
+
+@pytest.mark.parametrize(("layout", "own"), [("", K3), (VPP, K3), ("", f"{K3} --zero-bubble")])
+def test_validation_losses_are_upstreams(
+    ranks: RankPool, losses: Callable[[str], list[float]], layout: str, own: str
+) -> None:
+    ours, theirs = validation(ranks, "O", layout, own), losses(layout)
+    assert len(ours) == len(theirs) == 5
+    assert max(abs(a / b - 1) for a, b in zip(ours[:1], theirs[:1], strict=True)) < 1e-12  # the same weights
+    assert max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True)) < 1e-9
+    assert theirs[2] < theirs[0] - 0.1
+
+
+def test_evaluations_leave_memory_as_it_is(ranks: RankPool) -> None:
+    """Keys and values of one micro-batch at a time, 20 times over; training's buffers are not needed again."""
+    base = flags(TINY, PP2, K3, "--eval-iters 20 --eval-interval 2 --train-iters 2 --global-batch-size 4")
+    for notes in run_probed(ranks, "O", 2, base, f"{PROBES}:store_bytes"):
+        trained = [totals for evaluates, totals in notes if not evaluates]
+        evaluated = [totals for evaluates, totals in notes if evaluates]
+        assert len(trained) == 2 and len(evaluated) == 60  # after step 2, and of validation and test at the end
+        assert all(held == 0 for held, *_ in trained + evaluated)
+        assert len(set(evaluated)) == 1 and evaluated[0] == trained[1]
+
+
+def test_checkpoints_go_both_ways(ranks: RankPool, tmp_path: Path) -> None:
+    base = flags(TINY, PP2, "--save-interval 2")
+    theirs = run_arm(ranks, "U", 2, base, tmp_path / "U", float64=True, timeout=60)
+    ours = run_arm(ranks, "O", 2, [*base, *flags(K3)], tmp_path / "O", float64=True, timeout=60)
+    from_theirs, from_ours = (["--load", str(tmp_path / arm), "--ckpt-step", "2"] for arm in "UO")
+    resumed = run_arm(ranks, "O", 2, [*base, *flags(K3), *from_theirs], float64=True, timeout=60)
+    returned = run_arm(ranks, "U", 2, [*base, *from_ours], float64=True, timeout=60)
+    for run in (resumed, returned):
+        assert [step["iteration"] for step in run.curve] == [3, 4]
+        assert distance(run, theirs) < 1e-9
+    one, other = (logical_tensors(run.checkpoint(2)) for run in (theirs, ours))
+    assert (
+        one.keys() == other.keys() and len(one) == 27
+    )  # 9 weights, stacked over layers, and Adam's two moments of each
+    assert all(one[name].shape == other[name].shape and one[name].dtype == other[name].dtype for name in one)
+    norms = {name: float(tensor.double().norm()) for name, tensor in one.items()}
+    assert max(float((one[n] - other[n]).double().norm()) / norms[n] for n in one if norms[n]) < 1e-8
+
+
+def distance(run: Run, whole: Run) -> float:
+    """Largest relative difference of loss and gradient norm, step by step of `run`."""
+    steps = {step["iteration"]: step for step in whole.curve}
+    pairs = [(step[name], steps[step["iteration"]][name]) for step in run.curve for name in ("loss", "grad_norm")]
+    return max(abs(a / b - 1) for a, b in pairs)
+
+
+def test_dropout_differs_no_more_than_other_masks_do(ranks: RankPool, tell: Callable[[str], None]) -> None:
+    """The masks of segments are others than those of whole sequences, as those of two stages are others than of one."""
+    base = flags(TINY, "--hidden-dropout 0.1 --attention-dropout 0.1 --train-iters 8")
+    one = run_arm(ranks, "U", 1, base, float64=True, timeout=60)
+    two = run_arm(ranks, "U", 2, base + flags(PP2), float64=True, timeout=60)
+    ours = run_arm(ranks, "O", 2, base + flags(PP2, K3), float64=True, timeout=60)
+    log = (ranks.logs / f"job{ranks.jobs:03d}-rank0.log").read_text()
+    noise, apart = gap(one, two), gap(ours, two)
+    tell(f"dropout 0.1: loss of segments is {apart:.3f} off upstream's, upstream's own masks make {noise:.3f}")
+    assert 0 < apart < 3 * noise
+    assert ours.curve[-1]["loss"] < ours.curve[0]["loss"] - 0.5
+    assert "attention kernel reference (" in log, "a slow kernel is told"
+
+
+def gap(one: Run, other: Run) -> float:
+    """Root mean square difference of the losses."""
+    apart = [a["loss"] - b["loss"] for a, b in zip(one.curve, other.curve, strict=True)]
+    return float(numpy.sqrt(numpy.mean(numpy.square(apart))))
+
+
+def test_half_precision_stays_near_upstreams(ranks: RankPool, tell: Callable[[str], None]) -> None:
+    base = flags(TINY, PP2, "--bf16")
+    theirs = run_arm(ranks, "U", 2, base, timeout=60)
+    ours = run_arm(ranks, "O", 2, base + flags(K3), timeout=60)
+    apart = [abs(a["loss"] / b["loss"] - 1) for a, b in zip(ours.curve, theirs.curve, strict=True)]
+    tell(f"bf16: losses of 3 segments are {apart[0]:.1e} to {max(apart):.1e} off upstream's, relatively")
+    assert apart[0] < 1e-4  # a mean over tokens of what is rounded to 2**-8
+    assert 0 < max(apart) < 2**-7  # after steps that magnify it
+    assert theirs.curve[-1]["loss"] < theirs.curve[0]["loss"] - 0.1
+
+
+@pytest.mark.parametrize(
+    ("own", "pipeline"),
+    [
+        (K3, Pipeline(2, 8, 3)),
+        (f"{VPP} --seq1f1b-splits 2", Pipeline(2, 8, 2, 2)),
+        ("--seq1f1b-splits 2 --zero-bubble", Pipeline(2, 8, 2)),
+        ("", Pipeline(2, 8)),
+    ],
+)
+def test_every_rank_writes_its_measured_timeline(ranks: RankPool, tmp_path: Path, own: str, pipeline: Pipeline) -> None:
+    trace = ["--pipeline-trace", str(tmp_path / "trace"), *flags("--pipeline-trace-step 2 --train-iters 3")]
+    run = run_arm(ranks, "O", 2, [*flags(TINY, PP2, own), *trace], float64=True, timeout=60)
+    assert sorted(file.name for file in (tmp_path / "trace").iterdir()) == ["rank-0000.json", "rank-0001.json"]
+    measured = read_measured(tmp_path / "trace")
+    assert measured.pipeline == pipeline and measured.name.endswith(", measured")
+    assert 0 < measured.makespan < run.seconds and 0 <= measured.bubble < 1
+    kinds = 3 if "zero" in own else 2
+    ends: dict[tuple[Kind, int, int, int], float] = {}
+    for rank, spans in enumerate(measured.spans):
+        assert len(spans) == kinds * pipeline.units * pipeline.virtual
+        assert all(before.end <= after.start for before, after in pairwise(spans))
+        for span in spans:
+            action = span.action
+            ends[action.kind, action.microbatch, action.segment, pipeline.stage(rank, action.vstage)] = span.end
+    for (kind, microbatch, segment, stage), end in ends.items():
+        if kind is not Kind.FORWARD:
+            assert end > ends[Kind.FORWARD, microbatch, segment, stage]
+        if kind is Kind.BACKWARD and stage < pipeline.depth - 1:  # the ranks' clocks agree
+            assert end > ends[kind, microbatch, segment, stage + 1]
+        if kind is Kind.FORWARD and stage > 0:
+            assert end > ends[kind, microbatch, segment, stage - 1]
+    again = replay(measured)
+    assert 0.5 * measured.makespan < again.makespan < 1.5 * measured.makespan
+
+
+@pytest.mark.parametrize(("layout", "own"), [("", K3), (VPP, "--seq1f1b-splits 2 --seq1f1b-partition 41,23")])
+def test_whole_logits_are_collected(ranks: RankPool, layout: str, own: str) -> None:
+    base = flags(TINY, PP2, layout, "--train-iters 1")
+    theirs, ours = (
+        run_probed(ranks, arm, 2, base + flags(more), f"{PROBES}:collected_logits")  # type: ignore[arg-type]
+        for arm, more in (("U", ""), ("O", own))
+    )
+    assert theirs[0] == ours[0] == []
+    assert len(theirs[1]) == len(ours[1]) == 4
+    for mine, yours in zip(ours[1], theirs[1], strict=True):
+        assert mine.shape == yours.shape == (1, 64, 256)
+        assert numpy.abs(mine - yours).max() < 1e-12 * numpy.abs(yours).max()

@@ -1,0 +1,417 @@
+"""The flags of the pipeline schedules: what they refuse, what they leave alone, and what they make of the model."""
+
+import argparse
+import functools
+import sys
+from argparse import Namespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from megatron.longseq.arguments import add_longseq_arguments
+from megatron.longseq.pipeline.chunk import Chunk
+from megatron.longseq.pipeline.cost import ModelShape
+from megatron.longseq.pipeline.flags import (
+    NOT_IN_SCHEDULES,
+    NOT_IN_SEGMENTS,
+    NOT_WITH_ZERO_BUBBLE,
+    check_pipeline_numbers,
+    refuse_unserved,
+    wants_our_schedule,
+)
+from megatron.longseq.pipeline.plan import model_shape, plan_from_args, stage_layers
+from tests.distributed.flags import TINY, flags
+from tests.pool import RankPool
+
+# What upstream's validation adds to what its parser knows.
+VALIDATED = {
+    "virtual_pipeline_model_parallel_size": None,
+    "variable_seq_lengths": False,
+    "padded_vocab_size": None,
+}
+MOE = {"num_experts": 4, "moe_router_load_balancing_type": "none"}
+SEGMENTS = {"seq1f1b_splits": 4}
+SLACK = {"seq1f1b_slack": 1}
+ZERO_BUBBLE = {"zero_bubble": True, "transformer_impl": "local"}
+
+# Every way to ask for what segments cannot serve: (flag in the message, values, why)
+ASKED: list[tuple[str, dict[str, Any], str]] = [
+    ("--context-parallel-size", {"context_parallel_size": 2}, "context-parallel ranks"),
+    ("--multi-latent-attention", {"multi_latent_attention": True}, "latents"),
+    ("--mtp-num-layers", {"mtp_num_layers": 1}, "beyond the end of a segment"),
+    ("--is-hybrid-model", {"is_hybrid_model": True}, "state"),
+    ("--is-hybrid-model", {"hybrid_layer_pattern": "M*-"}, "state"),
+    ("--is-hybrid-model", {"linear_attention_freq": 2}, "state"),
+    ("--experimental-attention-variant", {"experimental_attention_variant": "dsa"}, "keys of earlier segments"),
+    ("--softmax-type", {"softmax_type": "learnable"}, "plain softmax"),
+    ("--position-embedding-type mrope", {"position_embedding_type": "mrope"}, "positions"),
+    ("--qk-clip", {"qk_clip": True}, "logits"),
+    ("--qk-clip", {"log_max_attention_logit": True}, "logits"),
+    ("--window-size", {"window_size": (8, 8)}, "later segments"),
+    (
+        "--reset-attention-mask",
+        {"reset_attention_mask": True, "create_attention_mask_in_dataloader": False},
+        "read from the mask",
+    ),
+    ("--sft", {"sft": True}, "THD"),
+    ("--fp8-format", {"fp8": "hybrid"}, "scaling factors"),
+    ("--fp8-format", {"fp4": "e2m1"}, "scaling factors"),
+    ("--tp-comm-overlap", {"tp_comm_overlap": True}, "whole sequence"),
+    (
+        "--moe-router-load-balancing-type",
+        MOE | {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.1},
+        "whole micro-batch",
+    ),
+    (
+        "--moe-router-load-balancing-type",
+        MOE | {"moe_router_load_balancing_type": ["none", "seq_aux_loss"], "moe_aux_loss_coeff": [0.0, 0.1]},
+        "whole micro-batch",
+    ),
+    ("--moe-router-load-balancing-type", MOE | {"moe_router_load_balancing_type": "sinkhorn"}, "whole micro-batch"),
+    (
+        "--moe-router-load-balancing-type",
+        MOE | {"moe_router_load_balancing_type": ["quantile_balancing"]},
+        "whole micro-batch",
+    ),
+    ("--moe-z-loss-coeff", MOE | {"moe_z_loss_coeff": 1e-3}, "mean over the whole micro-batch"),
+    ("--moe-expert-capacity-factor", MOE | {"moe_expert_capacity_factor": 1.0}, "dropped"),
+    ("--moe-expert-capacity-factor", MOE | {"moe_expert_rank_capacity_factor": 1.0}, "dropped"),
+]
+IN_SCHEDULES: list[tuple[str, dict[str, Any], str]] = [
+    ("--overlap-moe-expert-parallel-comm", {"overlap_moe_expert_parallel_comm": True}, "one action"),
+    ("--defer-embedding-wgrad-compute", {"defer_embedding_wgrad_compute": True}, "first in, first out"),
+    ("--variable-seq-lengths", {"variable_seq_lengths": True}, "known from the plan"),
+    ("--moe-paged-stash", {"moe_paged_stash": True}, "pages"),
+    ("--hybrid-context-parallel", {"hybrid_context_parallel": True}, "schedule of upstream's own"),
+    ("--cuda-graph-impl", {"cuda_graph_impl": "local"}, "graphs"),
+    ("--fine-grained-activation-offloading", {"fine_grained_activation_offloading": True}, "offloaded"),
+    ("--fine-grained-activation-offloading", {"cpu_offloading_num_layers": 1}, "offloaded"),
+    ("--use-megatron-fsdp", {"use_megatron_fsdp": True}, "gathers and reductions"),
+    ("--use-megatron-fsdp", {"use_torch_fsdp2": True}, "gathers and reductions"),
+]
+WITH_ZERO_BUBBLE: list[tuple[str, dict[str, Any], str]] = [
+    ("--num-layers-per-virtual-pipeline-stage", {"virtual_pipeline_model_parallel_size": 2}, "one stage per rank"),
+    ("--transformer-impl", {"transformer_impl": "transformer_engine"}, "--transformer-impl local"),
+    ("--num-experts", {"num_experts": 4}, "at once"),
+    ("--delay-wgrad-compute", {"delay_wgrad_compute": True}, "same gradients"),
+    ("--num-distributed-optimizer-instances", {"num_distributed_optimizer_instances": 2}, "twice"),
+]
+
+
+@functools.cache
+def known() -> dict[str, Any]:
+    """Upstream's defaults and ours, from the parsers themselves."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_longseq_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    return vars(parser.parse_args([])) | VALIDATED
+
+
+def args(**changed: Any) -> Namespace:
+    """What upstream's validation leaves, with some values changed."""
+    assert set(changed) <= set(known()), "upstream knows no such argument"
+    return Namespace(**(known() | changed))
+
+
+def refused(given: Namespace) -> list[str]:
+    """The lines of the refusal, none where there is none."""
+    try:
+        refuse_unserved(given)
+    except ValueError as error:
+        return str(error).splitlines()[1:]
+    return []
+
+
+@pytest.mark.parametrize(("flag", "values", "why"), ASKED)
+def test_segments_refuse_by_name_and_reason(flag: str, values: dict[str, Any], why: str) -> None:
+    lines = refused(args(**SEGMENTS, **values))
+    assert len(lines) == 1 and lines[0].startswith(f"  {flag} with --seq1f1b-splits: ") and why in lines[0]
+    assert refused(args(**SLACK, **values)) == [], "whole sequences are served"
+
+
+@pytest.mark.parametrize("asking", [SEGMENTS, SLACK, ZERO_BUBBLE, {"pipeline_trace": "here"}])
+@pytest.mark.parametrize(("flag", "values", "why"), IN_SCHEDULES)
+def test_every_schedule_of_ours_refuses(asking: dict[str, Any], flag: str, values: dict[str, Any], why: str) -> None:
+    lines = refused(args(**asking, **values))
+    assert len(lines) == 1 and lines[0].startswith(f"  {flag} with our pipeline schedules: ") and why in lines[0]
+
+
+@pytest.mark.parametrize(("flag", "values", "why"), WITH_ZERO_BUBBLE)
+def test_zero_bubble_refuses(flag: str, values: dict[str, Any], why: str) -> None:
+    lines = refused(args(**ZERO_BUBBLE | values))
+    assert len(lines) == 1 and lines[0].startswith(f"  {flag} with --zero-bubble: ") and why in lines[0]
+    assert refused(args(**SEGMENTS, **values, moe_router_load_balancing_type="none")) == []
+
+
+def test_every_refusal_is_tried() -> None:
+    tried = {flag for flag, _, _ in (*ASKED, *IN_SCHEDULES, *WITH_ZERO_BUBBLE)}
+    assert tried == {*NOT_IN_SEGMENTS, *NOT_IN_SCHEDULES, *NOT_WITH_ZERO_BUBBLE}
+
+
+def test_all_reasons_are_told_at_once() -> None:
+    lines = refused(args(**SEGMENTS, zero_bubble=True, sft=True, context_parallel_size=2, moe_paged_stash=True))
+    assert [line.split()[0] for line in lines] == [
+        "--moe-paged-stash",
+        "--context-parallel-size",
+        "--sft",
+        "--transformer-impl",
+    ]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"window_size": (8, 0)},
+        {"window_size": (-1, -1)},
+        {"reset_attention_mask": True},
+        {"reset_position_ids": True, "eod_mask_loss": True},
+        {"position_embedding_type": "yarn"},
+        {"position_embedding_type": "none"},
+        {"attention_dropout": 0.1, "hidden_dropout": 0.1},
+        {"virtual_pipeline_model_parallel_size": 4},
+        {"recompute_granularity": "full"},
+        {"calculate_per_token_loss": True},
+        MOE,
+        MOE | {"moe_router_load_balancing_type": "aux_loss"},
+        MOE | {"moe_router_load_balancing_type": ["aux_loss"], "moe_aux_loss_coeff": [0.0]},
+        {"moe_router_load_balancing_type": "sinkhorn"},
+    ],
+    ids=str,
+)
+def test_what_segments_serve_is_let_through(values: dict[str, Any]) -> None:
+    assert refused(args(**SEGMENTS, **values)) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"seq1f1b_splits": 0}, "--seq1f1b-splits 0: give at least 1"),
+        ({"seq1f1b_slack": -1}, "--seq1f1b-slack -1: give at least 0"),
+        ({"pipeline_trace_step": 0}, "--pipeline-trace-step 0: give at least 1"),
+        ({"pipeline_patience": 0.0}, "--pipeline-patience 0.0: give seconds, more than 0"),
+        ({"seq1f1b_partition": "40,24"}, "--seq1f1b-partition 40,24: lists segments, but --seq1f1b-splits is 1"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_pipeline_numbers(args(**values))
+
+
+def test_numbers_that_mean_something_pass() -> None:
+    check_pipeline_numbers(args())
+    check_pipeline_numbers(args(seq1f1b_splits=8, seq1f1b_slack=3, pipeline_trace_step=1, pipeline_patience=0.5))
+    check_pipeline_numbers(args(seq1f1b_splits=2, seq1f1b_partition="40,24"))
+    check_pipeline_numbers(Namespace())  # a script's own namespace, without our flags
+
+
+def test_our_schedule_runs_where_a_flag_asks_for_it() -> None:
+    assert not wants_our_schedule(args())
+    assert not wants_our_schedule(Namespace())
+    assert not wants_our_schedule(args(seq1f1b_partition="even", pipeline_patience=1.0, pipeline_trace_step=2))
+    for asking in (SEGMENTS, SLACK, ZERO_BUBBLE, {"pipeline_trace": "here"}):
+        assert wants_our_schedule(args(**asking))
+
+
+SMALL: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "seq_length": 256,
+    "kv_channels": 16,
+    "ffn_hidden_size": 128,
+    "padded_vocab_size": 320,
+}
+PLAIN = ModelShape(4, 64, 4, 256, 320, 128, 4, 16)
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ({}, PLAIN),
+        ({"num_query_groups": 2}, PLAIN),  # upstream reads the number with --group-query-attention alone
+        ({"group_query_attention": True, "num_query_groups": 2}, ModelShape(4, 64, 4, 256, 320, 128, 2, 16)),
+        ({"swiglu": True}, ModelShape(4, 64, 4, 256, 320, 128, 4, 16, swiglu=True)),
+        (
+            {"num_experts": 8, "moe_ffn_hidden_size": 32, "moe_router_topk": 3},
+            ModelShape(4, 64, 4, 256, 320, 32, 4, 16, moe_router_topk=3),
+        ),
+        ({"moe_ffn_hidden_size": 32, "moe_router_topk": 3}, PLAIN),  # no experts
+        ({"window_size": (10, 0)}, ModelShape(4, 64, 4, 256, 320, 128, 4, 16, window=10)),
+        ({"window_size": (-1, 0), "window_attn_skip_freq": 2}, PLAIN),
+        (
+            {"window_size": (10, 0), "window_attn_skip_freq": 2},
+            ModelShape(4, 64, 4, 256, 320, 128, 4, 16, window=10, windowed=(True, False, True, False)),
+        ),
+        (
+            {"window_size": (10, 0), "window_attn_skip_freq": [1, 1, 0, 1]},
+            ModelShape(4, 64, 4, 256, 320, 128, 4, 16, window=10, windowed=(True, True, False, True)),
+        ),
+        ({"padded_vocab_size": None, "vocab_size": 300}, ModelShape(4, 64, 4, 256, 300, 128, 4, 16)),
+    ],
+    ids=str,
+)
+def test_the_model_as_the_cost_formulas_see_it(values: dict[str, Any], wanted: ModelShape) -> None:
+    assert model_shape(args(**SMALL | values)) == wanted
+
+
+def test_windows_are_upstreams() -> None:
+    from megatron.core.transformer.utils import is_layer_window_attention
+
+    for frequency in (None, 1, 2, 3, [0, 1, 1, 0]):
+        given = args(**SMALL, window_size=(7, 0), window_attn_skip_freq=frequency)
+        upstreams = [is_layer_window_attention((7, 0), frequency, layer) for layer in (1, 2, 3, 4)]
+        counts = model_shape(given).windows()
+        assert (counts.get(7, 0), counts.get(None, 0)) == (sum(upstreams), 4 - sum(upstreams))
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ({}, [2, 2, 2, 2]),
+        ({"decoder_first_pipeline_num_layers": 2}, [2, 2, 2, 2]),
+        ({"decoder_last_pipeline_num_layers": 5}, [1, 1, 1, 5]),
+        ({"decoder_first_pipeline_num_layers": 1, "decoder_last_pipeline_num_layers": 3}, [1, 2, 2, 3]),
+        ({"num_layers": 7, "account_for_loss_in_pipeline_split": True}, [2, 2, 2, 1]),
+        (
+            {
+                "num_layers": 6,
+                "account_for_embedding_in_pipeline_split": True,
+                "account_for_loss_in_pipeline_split": True,
+            },
+            [1, 2, 2, 1],
+        ),
+    ],
+    ids=str,
+)
+def test_zero_bubble_is_fitted_to_the_layers_that_upstream_deals(values: dict[str, Any], wanted: list[int]) -> None:
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    given = args(**SMALL | {"num_layers": 8} | values, pipeline_model_parallel_size=4, zero_bubble=True)
+    assert stage_layers(given) == wanted
+    config = TransformerConfig(
+        num_layers=given.num_layers,
+        hidden_size=64,
+        num_attention_heads=4,
+        pipeline_model_parallel_size=4,
+        pipeline_dtype=torch.float32,
+        num_layers_in_first_pipeline_stage=given.decoder_first_pipeline_num_layers,
+        num_layers_in_last_pipeline_stage=given.decoder_last_pipeline_num_layers,
+        account_for_embedding_in_pipeline_split=given.account_for_embedding_in_pipeline_split,
+        account_for_loss_in_pipeline_split=given.account_for_loss_in_pipeline_split,
+    )
+    assert [get_num_layers_to_build(config, pp_rank=rank) for rank in range(4)] == wanted
+    costs = plan_from_args(given).costs
+    assert costs is not None and len(costs.forward) == 4
+    per_layer = [row[0] / layers for row, layers in zip(costs.forward, wanted, strict=True)]
+    assert per_layer[0] == pytest.approx(per_layer[1]) and per_layer[3] > per_layer[1]  # the head
+
+
+def test_a_layout_of_layers_leaves_a_zero_bubble_order_unfitted() -> None:
+    given = args(**SMALL, pipeline_model_parallel_size=4, zero_bubble=True, pipeline_model_parallel_layout="Et|t|t|tL")
+    assert plan_from_args(given).costs is None
+
+
+def _bare(kind: type[nn.Module], **modules: nn.Module) -> Any:
+    made = kind.__new__(kind)
+    nn.Module.__init__(made)
+    for name, module in modules.items():
+        setattr(made, name, module)
+    return made
+
+
+def test_layers_whose_attention_is_another_are_refused_and_nothing_is_bound() -> None:
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.attention import CrossAttention, SelfAttention
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    causal, blind = _bare(SelfAttention, core_attention=nn.Identity()), _bare(SelfAttention)
+    causal.attn_mask_type, blind.attn_mask_type = AttnMaskType.causal, AttnMaskType.no_mask
+    first = _bare(TransformerLayer, self_attention=causal)
+    for attention, message in ((_bare(CrossAttention), "decoder.1 has CrossAttention"), (blind, "is not causal")):
+        layers = nn.ModuleList([first, _bare(TransformerLayer, self_attention=attention)])
+        model = _bare(GPTModel, decoder=layers)
+        with pytest.raises(ValueError, match=message):
+            Chunk(model, (32, 32)).attach()
+        assert "forward" not in vars(model) and "forward" not in vars(causal.core_attention)
+    with pytest.raises(ValueError, match="serves GPTModel; this chunk is Linear with 0 of them"):
+        Chunk(nn.Linear(1, 1), (32, 32)).attach()
+
+
+def messages_of_upstreams_validation(cases: list[list[str]]) -> list[str | None]:
+    """Parse and validate each command line as upstream's scripts do; return what is refused. Runs on a rank."""
+    import patches
+
+    patches.start()
+    from megatron.training import arguments
+
+    told: list[str | None] = []
+    for case in cases:
+        sys.argv = ["pretrain_gpt.py", *case]
+        try:
+            arguments.validate_args(arguments.parse_args())
+            told.append(None)
+        except ValueError as error:
+            told.append(str(error))
+        assert not torch.distributed.is_initialized()
+    return told
+
+
+def told(ranks: RankPool, *cases: str) -> list[str | None]:
+    """What upstream's own validation says of the tiny model with these flags."""
+    lines = [flags(TINY, case) for case in cases]
+    result: list[str | None] = ranks.run(1, messages_of_upstreams_validation, lines, timeout=60)[0]
+    return result
+
+
+def test_upstreams_validation_refuses_what_segments_cannot_serve(ranks: RankPool) -> None:
+    cases: dict[str, str | None] = {
+        "--seq1f1b-splits 4": None,
+        "--seq1f1b-splits 4 --seq1f1b-partition even": None,
+        "--seq1f1b-splits 3 --seq1f1b-partition 32,20,12": None,
+        "--seq1f1b-splits 2 --softmax-type learnable": "--softmax-type with --seq1f1b-splits: the attention kernels",
+        "--seq1f1b-splits 2 --window-size 8,8": "--window-size with --seq1f1b-splits: a window that reaches to the",
+        "--seq1f1b-splits 3 --seq1f1b-partition 32,32": "2 lengths for --seq1f1b-splits 3; give one per segment",
+        "--seq1f1b-splits 2 --seq1f1b-partition 32,33": "the lengths sum to 65, but --seq-length is 64",
+        "--seq1f1b-splits 2 --seq1f1b-partition 32;32": "'32;32' is neither even nor balanced nor lengths",
+        "--seq1f1b-splits 65": "--seq-length 64 cannot be cut into 65 segments of at least 1 tokens",
+    }
+    for case, message, want in zip(cases, told(ranks, *cases), cases.values(), strict=True):
+        assert (message is None) == (want is None), (case, message)
+        assert want is None or (message is not None and want in message)
+
+
+def chosen_by(case: list[str]) -> dict[str, Any]:
+    """Return what the flags apply, and whether upstream's own function stays in its places. Runs on a rank."""
+    from megatron.core import pipeline_parallel
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.training import arguments, training
+
+    own = schedules.get_forward_backward_func
+    import patches
+    from patches.session import SESSION
+
+    patches.start()
+    sys.argv = ["pretrain_gpt.py", *case]
+    arguments.parse_args()
+    places = (schedules, pipeline_parallel, training)
+    return {
+        "applied": sorted(name for name in SESSION.hashes if name.startswith("seq1f1b.")),
+        "upstreams": [place.get_forward_backward_func is own for place in places],
+    }
+
+
+@pytest.mark.parametrize("case", ["", "--seq1f1b-splits 1", "--seq1f1b-partition even --pipeline-patience 5"])
+def test_without_our_flags_upstreams_own_function_runs(ranks: RankPool, case: str) -> None:
+    (found,) = ranks.run(1, chosen_by, flags(TINY, case), timeout=60)
+    assert found == {"applied": [], "upstreams": [True] * 3}
+
+
+@pytest.mark.parametrize("case", ["--seq1f1b-splits 2", "--seq1f1b-slack 1", "--zero-bubble", "--pipeline-trace here"])
+def test_with_a_flag_ours_stands_in_its_place(ranks: RankPool, case: str) -> None:
+    (found,) = ranks.run(1, chosen_by, flags(TINY, case), timeout=60)
+    assert found == {"applied": ["seq1f1b.arguments", "seq1f1b.schedule"], "upstreams": [False] * 3}
