@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron.longseq.pipeline import page
 from megatron.longseq.pipeline.compare import Cluster, Result, Setup, attempt, layer_samples, replay, run, table, usual
 from megatron.longseq.pipeline.cost import CostModel, ModelShape, fit, flops, read_samples, seconds, write_samples
 from megatron.longseq.pipeline.paper import markdown
@@ -54,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     profile.set_defaults(run=_fit)
     paper = commands.add_parser("table", help="markdown: the paper's configurations, simulated beside published")
     paper.set_defaults(run=lambda args: print(markdown()))
+    ours = commands.add_parser("flags", help="markdown: the flags of a training run, and what they refuse")
+    ours.set_defaults(run=lambda args: print(f"{page.flags()}\n\n{page.refusals()}"))
     return parser
 
 
