@@ -80,7 +80,9 @@ class Heads:
 
 def legal_meshes(size: int, heads: Heads) -> tuple[tuple[int, int], ...]:
     """Return every legal (Ulysses, ring) of a context-parallel size, by ascending Ulysses degree; (1, C) always is."""
-    return tuple((degree, size // degree) for degree in range(1, size + 1) if size % degree == 0 and heads.allows(degree))
+    return tuple(
+        (degree, size // degree) for degree in range(1, size + 1) if size % degree == 0 and heads.allows(degree)
+    )
 
 
 def check_heads(mesh: Mesh, heads: Heads) -> None:
