@@ -133,7 +133,8 @@ def choose(size: int, heads: int, groups: int | None, node_size: int, tensor: in
     """
     if min(size, heads, node_size, tensor) < 1:
         raise ValueError(
-            f"context parallel {size}, {heads} heads, {node_size} ranks a node, tensor parallel {tensor}: all at least 1"
+            f"context parallel {size}, {heads} heads, {node_size} ranks a node, tensor parallel {tensor}: "
+            "each must be at least 1"
         )
     inside = [
         mesh

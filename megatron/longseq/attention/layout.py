@@ -2,7 +2,7 @@
 
 Upstream cuts a sequence into 2C chunks; context-parallel rank c of C holds chunks c and 2C - 1 - c. That layout of the
 data stays. With c = r * U + u, the U ranks of one Ulysses group hold, together, chunks r and 2R - 1 - r of 2R: what the
-all-to-all delivers is the ring's zigzag once its halves are put in order (`Layout.arrivals`), and no token moves for it.
+all-to-all delivers is the ring's zigzag once its halves are put in order (`Layout.arrivals`); no token moves for it.
 
 Where a sequence runs in segments, or documents are laid out one by one, each of them is cut into 2C chunks by itself.
 """
@@ -92,8 +92,8 @@ class Mesh:
         """
         if len(members) != self.size or list(members) != sorted(set(members)):
             raise ValueError(
-                f"context-parallel group {list(members)}: a mesh of {self.ulysses} x {self.ring} (Ulysses x ring) needs "
-                f"{self.size} global ranks in ascending order"
+                f"context-parallel group {list(members)}: a mesh of {self.ulysses} x {self.ring} (Ulysses x ring) "
+                f"needs {self.size} global ranks in ascending order"
             )
         by_rank = {self.rank(index): member for index, member in enumerate(members)}
         return tuple(by_rank[rank] for rank in range(self.size))

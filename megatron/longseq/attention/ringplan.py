@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from megatron.longseq.attention.blocks import Block, Span, Tile, plan_causal
 from megatron.longseq.attention.layout import Layout
-from megatron.longseq.attention.ringtiles import Cover, Mask, needed, plan_shard, tile_of
+from megatron.longseq.attention.ringtiles import Cover, Mask, needed, plan_shard
 from megatron.longseq.attention.spans import Spans, before, common, minus, size, union
 
 
@@ -169,7 +169,7 @@ def _grad_moves(source: int, ranks: list[int], wanted: list[Spans], inner: int) 
 
 
 @lru_cache(maxsize=256)
-def plan_ring(  # noqa: PLR0913
+def plan_ring(
     ring: Ring, queries: Shards, keys: Shards, mask: Mask, rank: int, *, rectangular: bool
 ) -> tuple[Step, ...]:
     """Return the steps of a rank; arguments as of `plan_traffic` and `blocks.plan_causal`.
@@ -214,11 +214,11 @@ def _posted(moves: list[Transfer], step: int) -> tuple[Transfer, ...]:
 
 def _packed(tile: Tile, held: Spans) -> Tile:
     """Return a tile that counts keys from the first one held; what a block names lies in one span of them."""
-    blocks = []
-    for block in tile.blocks:
-        begin = before(held, block.keys.begin)
-        blocks.append(Block(Span(begin, begin + block.keys.size), block.causal, block.window))
-    return tile_of(tile.batch, tile.rows, blocks)
+    blocks = (
+        Block(block.keys.moved(before(held, block.keys.begin) - block.keys.begin), block.causal, block.window)
+        for block in tile.blocks
+    )
+    return Tile(tile.batch, tile.rows, tuple(blocks))
 
 
 def plan_gathered(layout: Layout, ring: int, segments: range, mask: Mask, *, rectangular: bool) -> tuple[Tile, ...]:
@@ -237,6 +237,6 @@ def plan_gathered(layout: Layout, ring: int, segments: range, mask: Mask, *, rec
         for tile in plan_causal(
             queries, mask.batch, rectangular=rectangular, window=mask.window, documents=mask.documents
         ):
-            tiles.append(Tile(tile.batch, Span(tile.rows.begin + row, tile.rows.end + row), tile.blocks))
+            tiles.append(Tile(tile.batch, tile.rows.moved(row), tile.blocks))
         row += queries.size
     return tuple(tiles)

@@ -99,20 +99,19 @@ def plan_shard(queries: Spans, keys: Spans, mask: Mask, *, rectangular: bool) ->
         plain: list[_Plain] = []
         for run in runs:
             row = before(queries, run.begin)
-            if mask.cuts(run):
-                own, earlier = _windowed(run, row, keys, mask, rectangular)
-                begun += (tile_of(batch, rows, blocks) for rows, blocks in own)
-                added += (tile_of(batch, rows, (block,)) for rows, block in earlier)
-            else:
+            if mask.window is None or not mask.cuts(run):
                 plain += _whole(run, row, keys, mask.first(run))
+                continue
+            own = _holds(keys, run)
+            for piece in clipped(keys, mask.first(run), run.end):
+                here = own and piece.end == run.end
+                shift = before(keys, piece.begin) - piece.begin
+                for rows, blocks in (_own_piece if here else _earlier_piece)(run, piece, mask.window, rectangular):
+                    moved = (Block(block.keys.moved(shift), block.causal, block.window) for block in blocks)
+                    (begun if here else added).append(Tile(batch, rows.moved(row - run.begin), tuple(moved)))
         for block in _joined(plain):
-            (begun if block.own else added).append(tile_of(batch, block.rows, block.blocks(rectangular)))
+            (begun if block.own else added).append(Tile(batch, block.rows, block.blocks(rectangular)))
     return Cover(tuple(begun), tuple(added))
-
-
-def tile_of(batch: Span, rows: Span, blocks: Sequence[Block]) -> Tile:
-    """Return a tile."""
-    return Tile(batch, rows, tuple(blocks))
 
 
 class _Plain(NamedTuple):
@@ -168,32 +167,26 @@ def _joined(blocks: Sequence[_Plain]) -> list[_Plain]:
     return joined
 
 
-_Own = list[tuple[Span, tuple[Block, ...]]]
-_Earlier = list[tuple[Span, Block]]
+_Windowed = Iterator[tuple[Span, tuple[Block, ...]]]
 
 
-def _windowed(run: Run, row: int, keys: Spans, mask: Mask, rectangular: bool) -> tuple[_Own, _Earlier]:
-    """The keys of a run that a window cuts, piece by piece of the buffer."""
-    pieces = list(clipped(keys, mask.first(run), run.end))
-    own: _Own = []
-    if _holds(keys, run):
-        piece = pieces.pop()
-        start = max(run.start, piece.begin)
-        alone = Documents(((Run(run.begin, run.end, start),),))
-        shift = before(keys, piece.begin) - piece.begin
-        for tile in plan_causal(
-            Span(run.begin, run.end), 1, rectangular=rectangular, window=mask.window, documents=alone
-        ):
-            blocks = (Block(_moved(block.keys, shift), block.causal, block.window) for block in tile.blocks)
-            own.append((_moved(tile.rows, row), tuple(blocks)))
-    earlier = [
-        (_moved(rows, row - run.begin), Block(_moved(block.keys, before(keys, piece.begin) - piece.begin), *block_mask))
-        for piece in pieces
-        for strip in _strips(run, mask.window or 0, rectangular)
-        for rows, block in _edge(strip, piece, mask.window or 0)
-        for block_mask in ((block.causal, block.window),)
-    ]
-    return own, earlier
+def _own_piece(run: Run, piece: Span, window: int, rectangular: bool) -> _Windowed:
+    """Positions of a run's rows and of the keys around them, which the buffer holds without gaps."""
+    alone = Documents(((Run(run.begin, run.end, max(run.start, piece.begin)),),))
+    span = Span(run.begin, run.end)
+    for tile in plan_causal(span, 1, rectangular=rectangular, window=window, documents=alone):
+        yield tile.rows.moved(run.begin), tile.blocks
+
+
+def _earlier_piece(run: Run, piece: Span, window: int, rectangular: bool) -> _Windowed:
+    """Positions of a run's rows that see keys of an earlier piece, and the blocks of them."""
+    for strip in _strips(run, window, rectangular):
+        rows = Span(strip.begin, min(strip.end, piece.end + window))
+        keys = Span(max(piece.begin, run.start, strip.begin - window), piece.end)
+        if rows.size > 0 and keys.size > 0:
+            cut = rows.end - 1 - window > keys.begin
+            # The kernel's window is aligned at the last row and the last key; their positions are this far apart.
+            yield rows, (Block(keys, causal=False, window=window - (rows.end - keys.end) if cut else None),)
 
 
 def _strips(run: Run, window: int, rectangular: bool) -> Iterator[Run]:
@@ -201,17 +194,3 @@ def _strips(run: Run, window: int, rectangular: bool) -> Iterator[Run]:
     height = run.end - run.begin if rectangular else min(STRIP, max(64, window // 2))
     for begin in range(run.begin, run.end, height):
         yield Run(begin, min(begin + height, run.end), run.start)
-
-
-def _edge(run: Run, piece: Span, window: int) -> Iterator[tuple[Span, Block]]:
-    """Positions of a run's rows that see keys of an earlier piece, and the block of them."""
-    rows = Span(run.begin, min(run.end, piece.end + window))
-    keys = Span(max(piece.begin, run.start, run.begin - window), piece.end)
-    if rows.size > 0 and keys.size > 0:
-        cut = rows.end - 1 - window > keys.begin
-        # The kernel's window is aligned at the last row and the last key; their positions are this far apart.
-        yield rows, Block(keys, causal=False, window=window - (rows.end - keys.end) if cut else None)
-
-
-def _moved(span: Span, by: int) -> Span:
-    return Span(span.begin + by, span.end + by)
