@@ -129,7 +129,7 @@ def gathered(setup: Setup, *, kept: bool) -> Volume:
 
 
 def peer_ring(setup: Setup) -> Volume:
-    """A ring as others have it: whole shards, R - 1 hops of keys, R of float32 gradients; K and V apart; no segments."""
+    """A ring as others have it: whole shards, R - 1 hops of keys, R of float32 gradients, K and V apart."""
     mesh = setup.layout.mesh
     if mesh.ring == 1:
         return Volume(0, 0, 0, 0)
