@@ -11,8 +11,10 @@ In a double ring of windows of `inner` ranks, keys go round inside a window, whi
 window sends its sum of gradients home.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 from megatron.longseq.attention.blocks import Block, Span, Tile, plan_causal
@@ -138,33 +140,37 @@ def plan_traffic(ring: Ring, queries: Shards, keys: Shards, mask: Mask) -> Traff
     return Traffic(tuple(key_moves), tuple(grad_moves))
 
 
+def _joined(sets: Iterable[Spans]) -> list[Spans]:
+    """Return the union of the first set, of the first two, and so on."""
+    return list(accumulate(sets, lambda left, right: union([*left, *right])))
+
+
 def _key_moves(source: int, ranks: list[int], wanted: list[Spans], inner: int) -> list[Transfer]:
     """Keys go on inside a window as far as it wants them, and from its first rank to the next window's."""
     moves = []
-    for step, rank in enumerate(ranks):
-        window = step // inner * inner
-        hops = [(step + 1, window + inner)] if step + 1 < window + inner else []
-        if step == window:
-            hops.append((window + inner, len(ranks)))
-        for target, end in hops:
-            rows = union(span for spans in wanted[target:end] for span in spans)
-            if rows:
-                moves.append(Transfer(source, rank, ranks[target], rows, step, target))
+    onward = _joined(reversed(wanted))[::-1]  # by a step and all after it
+    for begin in range(0, len(ranks), inner):
+        inside = _joined(reversed(wanted[begin : begin + inner]))[::-1]
+        hops = [(step, step + 1, inside[step + 1 - begin]) for step in range(begin, begin + inner - 1)]
+        if begin + inner < len(ranks):
+            hops.append((begin, begin + inner, onward[begin + inner]))
+        moves += [Transfer(source, ranks[post], ranks[wait], rows, post, wait) for post, wait, rows in hops if rows]
     return moves
 
 
 def _grad_moves(source: int, ranks: list[int], wanted: list[Spans], inner: int) -> list[Transfer]:
     """Gradients follow the keys inside a window, from the first rank that adds to the last, and from there go home."""
     moves = []
-    for step, rank in enumerate(ranks):
-        end = step // inner * inner + inner
-        so_far = union(span for spans in wanted[end - inner : step + 1] for span in spans)
-        later = union(span for spans in wanted[step + 1 : end] for span in spans)
-        done, passed = minus(wanted[step], later), common(so_far, later)
-        if done:
-            moves.append(Transfer(source, rank, source, done, step, len(ranks)))
-        if passed:
-            moves.append(Transfer(source, rank, ranks[step + 1], passed, step, step + 1))
+    for begin in range(0, len(ranks), inner):
+        window = wanted[begin : begin + inner]
+        so_far, later = _joined(window), [*_joined(reversed(window))[-2::-1], ()]
+        for step, rank in enumerate(ranks[begin : begin + inner], begin):
+            done = minus(wanted[step], later[step - begin])
+            passed = common(so_far[step - begin], later[step - begin])
+            if done:
+                moves.append(Transfer(source, rank, source, done, step, len(ranks)))
+            if passed:
+                moves.append(Transfer(source, rank, ranks[step + 1], passed, step, step + 1))
     return moves
 
 
