@@ -19,7 +19,7 @@ FLAGS=(
   --pipeline-model-parallel-size 2 --transformer-impl local --no-rope-fusion --no-persist-layer-norm
   --no-gradient-accumulation-fusion --no-masked-softmax-fusion
   --lr 1e-3 --train-iters 6 --eval-iters 0 --eval-interval 1000 --log-interval 1 --seed 1 --num-workers 0
-  --mock-data --split 90,5,5 --tokenizer-type NullTokenizer --vocab-size 256
+  --mock-data --split "90,5,5" --tokenizer-type NullTokenizer --vocab-size 256
 )
 
 # train NAME FLAG...
