@@ -102,7 +102,7 @@ class Executor:
         with sync.paused(forward_only=self.step.forward_only):
             for index, action in enumerate(self.order):
                 mail.post()
-                received, starts = mail.take(index, action)
+                received, starts = mail.take(action)
                 sync.before(index)
                 if starts is not None:
                     self.chunks[action.vstage].learn_documents(action.microbatch, starts)

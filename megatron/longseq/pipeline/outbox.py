@@ -45,7 +45,7 @@ class Outbox:
         if self.queue is not None:
             self.queue.join()
         if self.failure is not None:
-            raise RuntimeError("a message to another pipeline stage could not be delivered") from self.failure
+            raise RuntimeError(f"a message could not be delivered: {self.failure}") from self.failure
 
     def _wait_in_turn(self) -> None:
         assert self.queue is not None

@@ -7,7 +7,7 @@ the order of posting, and a gradient must not wait behind a hidden state that is
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,6 +19,7 @@ from megatron.longseq.pipeline.action import Action, Kind, Pipeline, source, tar
 from megatron.longseq.pipeline.outbox import Outbox
 from megatron.longseq.pipeline.watch import Wait, Watch
 
+TAKEN = "a receive of its output"
 WHAT = {Kind.FORWARD: "its hidden states", Kind.BACKWARD: "its gradient"}
 TIMED = {Kind.FORWARD: "forward", Kind.BACKWARD: "backward"}
 AHEAD = 2  # receives posted early, per direction: one in use by the running action's successor, one on its way
@@ -96,8 +97,8 @@ def _greet(lane: dist.ProcessGroup, ranks: Sequence[int], sender: int, receiver:
 class _Posted:
     """A receive on its way."""
 
-    action: Action
     peer: int
+    wait: Wait
     tensor: torch.Tensor
     works: tuple[Any, ...]
     starts: torch.Tensor | None = None
@@ -134,7 +135,8 @@ class Mailbox:
         self.lanes, self.pipeline, self.shape, self.make, self.watch = lanes, pipeline, shape, make, watch
         self.rank = dist.get_rank(lanes.group)
         self.ranks = dist.get_process_group_ranks(lanes.group)
-        self.total = len(order)
+        self.index = {action: index for index, action in enumerate(order)}
+        self.last_sent: Wait | None = None
         self.device_waits = dist.get_backend(lanes.group) == "nccl"
         self.due = self._by_lane(order)
         self.posted: dict[Action, _Posted] = {}
@@ -156,19 +158,23 @@ class Mailbox:
 
     def _post(self, key: Any, action: Action, peer: int) -> None:
         tensor = self.make(self.shape(action.segment))
-        lane = self.lanes.lane(action.kind, peer, self.rank)
+        lane, wait = self.lanes.lane(action.kind, peer, self.rank), self._wait(action, peer, WHAT[action.kind])
         starts, works = None, []
-        if self._tells_documents(action):
-            starts = torch.empty(self.starts or (), dtype=torch.int32, device=tensor.device)
-            works.append(dist.irecv(starts, self.ranks[peer], group=lane))
-        works.append(dist.irecv(tensor, self.ranks[peer], group=lane))
-        self.posted[action] = _Posted(action, peer, tensor, tuple(works), starts)
+        with self.watch.receive(wait):
+            if self._tells_documents(action):
+                starts = torch.empty(self.starts or (), dtype=torch.int32, device=tensor.device)
+                works.append(dist.irecv(starts, self.ranks[peer], group=lane))
+            works.append(dist.irecv(tensor, self.ranks[peer], group=lane))
+        self.posted[action] = _Posted(peer, wait, tensor, tuple(works), starts)
         self.waiting[key] += 1
+
+    def _wait(self, action: Action, peer: int, what: str) -> Wait:
+        return Wait(dist.get_rank(), self.index[action], len(self.index), action, self.ranks[peer], what)
 
     def _tells_documents(self, action: Action) -> bool:
         return self.starts is not None and action.kind is Kind.FORWARD and action.segment == 0
 
-    def take(self, index: int, action: Action) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def take(self, action: Action) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Wait for what `action` receives and return it with the documents' starts; None where it receives nothing.
 
         Raises:
@@ -178,14 +184,13 @@ class Mailbox:
         if posted is None:
             return None, None
         self.waiting[action.kind, posted.peer] -= 1
-        wait = Wait(dist.get_rank(), index, self.total, action, self.ranks[posted.peer], WHAT[action.kind])
-        with self._timed(f"{TIMED[action.kind]}-recv"), self.watch.receive(wait):
+        with self._timed(f"{TIMED[action.kind]}-recv"), self.watch.receive(posted.wait):
             for work in posted.works:
                 work.wait()
         if self.device_waits:  # the host goes on; an event behind the receive tells when it is there
             event = torch.cuda.Event()
             event.record()
-            self.watch.outstanding(wait, event.query)
+            self.watch.outstanding(posted.wait, event.query)
         return posted.tensor, posted.starts
 
     @contextmanager
@@ -197,21 +202,32 @@ class Mailbox:
             self.timers(name).stop()
 
     def send(self, action: Action, tensor: torch.Tensor | None, starts: torch.Tensor | None = None) -> None:
-        """Send the output of `action` (and the starts of its documents) to whom it concerns; returns at once."""
+        """Send the output of `action` (and the starts of its documents) to whom it concerns; returns at once.
+
+        Raises:
+            BrokenReceive: the receiver is gone; names the action and the rank.
+        """
         goal = target(self.pipeline, self.rank, action)
         if goal is None or goal[0] == self.rank:
             return
         assert tensor is not None, f"{action} has no output to send"
         message = tensor.detach().contiguous()
         lane = self.lanes.lane(action.kind, self.rank, goal[0])
-        if self._tells_documents(action):
-            assert starts is not None, f"{action}: the documents are not known"
-            self.lanes.outbox.add(dist.isend(starts, self.ranks[goal[0]], group=lane), starts)
-        self.lanes.outbox.add(dist.isend(message, self.ranks[goal[0]], group=lane), message)
+        self.last_sent = self._wait(action, goal[0], TAKEN)
+        with self.watch.receive(self.last_sent):
+            if self._tells_documents(action):
+                assert starts is not None, f"{action}: the documents are not known"
+                self.lanes.outbox.add(dist.isend(starts, self.ranks[goal[0]], group=lane), starts)
+            self.lanes.outbox.add(dist.isend(message, self.ranks[goal[0]], group=lane), message)
 
     def close(self) -> None:
-        """Wait until everything sent has left, and check that nothing is still expected."""
-        self.lanes.outbox.close()
+        """Wait until everything sent has left, and check that nothing is still expected.
+
+        Raises:
+            BrokenReceive: a message could not be delivered.
+        """
+        with self.watch.receive(self.last_sent) if self.last_sent is not None else nullcontext():
+            self.lanes.outbox.close()
         left = [str(action) for action in self.posted] + [str(m[0]) for due in self.due.values() for m in due]
         if left:
             raise RuntimeError(f"pipeline rank {self.rank} ends its step without having received the {left[0]}")

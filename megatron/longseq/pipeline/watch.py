@@ -28,7 +28,7 @@ _TODO = (
 
 
 class BrokenReceive(RuntimeError):
-    """A receive ended with an error of the backend instead of data."""
+    """A receive, here or of what was sent from here, ended with an error of the backend instead of data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,8 @@ class Wait:
         index: position of the action in the rank's order, from 0.
         total: length of that order.
         action: what cannot begin.
-        peer: the rank that has to send.
-        what: what it has to send, for instance "its gradient".
+        peer: the rank that has to send (or to receive).
+        what: what it has to send, for instance "its gradient", or else to do.
     """
 
     rank: int

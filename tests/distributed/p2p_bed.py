@@ -1,0 +1,219 @@
+"""Jobs about messages between stages: what goes over the wire, in which order, and what a rank says that waits."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.distributed.probes import Notes
+from tests.regression.arm import Job, train_on_this_rank
+from tests.regression.mutants import Planted, wrapped
+
+
+@contextmanager
+def traffic(notes: Notes) -> Iterator[None]:
+    """Note per training step what was sent and received, as (peer, bytes), and what must not be called at all."""
+    from megatron.core import mpu
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    from megatron.longseq.pipeline.runner import PipelineRunner
+
+    step: dict[str, list[Any]] = {}
+
+    def noted(name: str, original: Any, tensor: Any = None, peer: Any = None, *args: Any, **named: Any) -> Any:
+        if step:
+            step[name].append((peer, tensor.nbytes) if name in ("isend", "irecv") else name)
+        return original(*(a for a in (tensor, peer) if a is not None), *args, **named)
+
+    def call(original: Any, runner: Any, **named: Any) -> Any:
+        nonlocal step
+        runner._prepare(named["model"], mpu.get_pipeline_model_parallel_group())  # the lanes' first words do not count
+        step = {"isend": [], "irecv": [], "synchronize": [], "_communicate_shapes": [], "barrier": []}
+        try:
+            return original(runner, **named)
+        finally:
+            notes.append(step | {"timeout": runner.timeout})
+            step = {}
+
+    def watch(owner: Any, name: str) -> Any:
+        return wrapped(owner, name, lambda original, *args, **named: noted(name, original, *args, **named))
+
+    with (
+        watch(dist, "isend"),
+        watch(dist, "irecv"),
+        watch(dist, "barrier"),
+        watch(torch.cuda, "synchronize"),
+        watch(P2PCommunicator, "_communicate_shapes"),
+        wrapped(PipelineRunner, "__call__", call),
+    ):
+        yield
+
+
+def exchange(stages: int, virtual: int, lengths: tuple[int, ...], microbatches: int, options: dict[str, Any]) -> int:
+    """Send through every schedule's messages numbers that say what they are of; return how many came.
+
+    Every rank dawdles differently, so that messages wait for receives and receives for messages. With more ranks than
+    stages there are several pipelines, whose ranks take turns as upstream's do.
+    """
+    from megatron.longseq.pipeline.action import Action, Kind, Pipeline
+    from megatron.longseq.pipeline.orders import forward_only, make
+    from megatron.longseq.pipeline.p2p import AHEAD, Mailbox, open_lanes
+    from megatron.longseq.pipeline.watch import Watch
+
+    dist.init_process_group("gloo")
+    pipelines = dist.get_world_size() // stages
+    mine = dist.get_rank() % pipelines
+    groups = [dist.new_group([place * pipelines + which for place in range(stages)]) for which in range(pipelines)]
+    lanes = open_lanes(groups[mine], virtual)
+    rank = dist.get_rank(groups[mine])
+    pipeline = Pipeline(stages, microbatches, len(lengths), virtual)
+    came, watch = 0, Watch(0)
+
+    def word(action: Action, place: int) -> torch.Tensor:
+        code = (place * 100 + action.microbatch) * 100 + action.segment + (0.5 if action.kind is Kind.BACKWARD else 0.0)
+        return torch.full((lengths[action.segment], 1, 2), float(code + 1e6 * mine))
+
+    for schedule in (make(pipeline, **options), forward_only(pipeline), make(pipeline, **options)):
+        order = schedule.orders[rank]
+        mail = Mailbox(lanes, pipeline, order, lambda segment: (lengths[segment], 1, 2), torch.empty, watch)
+        for index, action in enumerate(order):
+            mail.post()
+            ahead = list(mail.posted)
+            for kind in (Kind.FORWARD, Kind.BACKWARD):
+                assert sum(a.kind is kind for a in ahead) <= AHEAD * (2 if virtual > 1 else 1)
+            received, starts = mail.take(action)
+            assert starts is None
+            stage = pipeline.stage(rank, action.vstage)
+            if received is not None:
+                came += 1
+                assert torch.equal(received, word(action, stage + (-1 if action.kind is Kind.FORWARD else 1)))
+            time.sleep(0.002 * ((index * 7 + rank * 3) % 4))
+            mail.send(action, word(action, stage))
+        mail.close()
+        assert not mail.posted
+    return came
+
+
+@contextmanager
+def stalled_stage() -> Iterator[Planted]:
+    """The last stage sits on its first segment for 2.6 seconds, every other on nothing."""
+    with _at_forward(1, lambda: time.sleep(2.6)) as planted:
+        yield planted
+
+
+@contextmanager
+def dying_stage() -> Iterator[Planted]:
+    """The last stage is killed in its fifth forward."""
+    with _at_forward(5, lambda: os.kill(os.getpid(), 9)) as planted:
+        yield planted
+
+
+@contextmanager
+def _at_forward(number: int, act: Any) -> Iterator[Planted]:
+    from megatron.longseq import gpt
+
+    planted, calls = Planted(), 0
+
+    def forward_step(original: Any, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number and os.environ["RANK"] == "1":
+            planted.times += 1
+            act()
+        return original(*args)
+
+    with wrapped(gpt, "forward_step", forward_step):
+        yield planted
+
+
+def train_as_a_mortal(job: Job) -> None:
+    """Train; on rank 1 in a child, so that its death leaves somebody who waits for what rank 0 says."""
+    if os.environ["RANK"] == "0":
+        train_on_this_rank(job)
+        return
+    child = os.fork()
+    if child == 0:
+        try:
+            train_on_this_rank(job)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    time.sleep(40)
+
+
+def meet_a_dead_peer(first: str) -> str:
+    """Rank 1 dies once the lanes are open; rank 0 then sends to it, or posts a receive; return what it is told."""
+    from megatron.longseq.pipeline.action import Pipeline
+    from megatron.longseq.pipeline.orders import make
+    from megatron.longseq.pipeline.p2p import Mailbox, open_lanes
+    from megatron.longseq.pipeline.watch import Watch
+
+    if os.environ["RANK"] == "1":
+        child = os.fork()
+        if child:
+            os.waitpid(child, 0)
+            return ""
+    dist.init_process_group("gloo")
+    lanes = open_lanes(dist.group.WORLD, 1)
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), 9)
+    time.sleep(1.0)
+    pipeline = Pipeline(2, 1, 2)
+    order = make(pipeline).orders[0]
+    mail = Mailbox(lanes, pipeline, order, lambda _: (2, 1, 2), torch.empty, Watch(0))
+    try:
+        if first == "send":
+            mail.send(order[1], torch.zeros(2, 1, 2))
+            mail.close()
+        else:
+            mail.post()
+            mail.take(order[2])
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def finish_before_the_peer_begins() -> None:
+    """Rank 0 has only sends in an evaluation, and rank 1 comes 1.7 seconds late to take them."""
+    from megatron.longseq.pipeline.action import Pipeline
+    from megatron.longseq.pipeline.orders import forward_only
+    from megatron.longseq.pipeline.p2p import Mailbox, open_lanes
+    from megatron.longseq.pipeline.watch import Watch
+
+    dist.init_process_group("gloo")
+    lanes, rank, pipeline = open_lanes(dist.group.WORLD, 1), dist.get_rank(), Pipeline(2, 1, 2)
+    order = forward_only(pipeline).orders[rank]
+    with Watch(1.0) as watch:
+        time.sleep(1.7 * rank)
+        mail = Mailbox(lanes, pipeline, order, lambda _: (2, 1, 2), torch.empty, watch)
+        for action in order:
+            mail.post()
+            mail.take(action)
+            mail.send(action, torch.zeros(2, 1, 2))
+        mail.close()
+
+
+def wait_beyond_the_limit() -> str:
+    """Rank 1 sends nothing for as long as rank 0's messages may take; return what rank 0 is told."""
+    from megatron.longseq.pipeline.action import Pipeline
+    from megatron.longseq.pipeline.orders import make
+    from megatron.longseq.pipeline.p2p import Mailbox, open_lanes
+    from megatron.longseq.pipeline.watch import Watch
+
+    dist.init_process_group("gloo")
+    lanes, pipeline = open_lanes(dist.group.WORLD, 1, timedelta(seconds=1)), Pipeline(2, 1, 2)
+    if dist.get_rank() == 1:
+        time.sleep(3)
+        return ""
+    mail = Mailbox(lanes, pipeline, make(pipeline).orders[0], lambda _: (2, 1, 2), torch.empty, Watch(0))
+    mail.post()
+    try:
+        mail.take(next(iter(mail.posted)))
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"

@@ -1,0 +1,129 @@
+"""Messages between stages: as many and as large as the plan says, in order, and nobody waits in silence."""
+
+import re
+from collections import Counter
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from tests.distributed import p2p_bed
+from tests.distributed.flags import TINY, flags
+from tests.distributed.probes import run_probed
+from tests.pool import RankFailure, RankPool
+from tests.regression.arm import Job, run_arm
+
+PP2 = "--pipeline-model-parallel-size 2"
+MICROBATCHES, TOKENS, HIDDEN, DOUBLE = 8, 64, 64, 8
+
+
+@pytest.mark.parametrize(
+    ("stages", "virtual", "own", "lengths"),
+    [
+        (4, 1, "--seq1f1b-splits 3 --seq1f1b-partition 37,26,1", (37, 26, 1)),
+        (2, 2, "--seq1f1b-splits 2 --seq1f1b-partition 41,23", (41, 23)),
+        (2, 1, "--seq1f1b-slack 1", (64,)),
+    ],
+)
+def test_messages_and_bytes_are_the_plans(
+    ranks: RankPool, stages: int, virtual: int, own: str, lengths: tuple[int, ...]
+) -> None:
+    """Over every boundary of stages go 2 * M * K messages a step: every segment's hidden states, and their gradient."""
+    layout = f"--pipeline-model-parallel-size {stages} --train-iters 2 --distributed-timeout-minutes 3"
+    layout += " --num-layers-per-virtual-pipeline-stage 1" if virtual > 1 else ""
+    steps = run_probed(ranks, "O", stages, flags(TINY, layout, own), "tests.distributed.p2p_bed:traffic")
+    for step in range(2):
+        for rank, mine in enumerate(steps):
+            sent, received = mine[step]["isend"], mine[step]["irecv"]
+            wanted: Counter[tuple[int, int]] = Counter()
+            for boundary in range(stages * virtual - 1):
+                ends = boundary % stages, (boundary + 1) % stages
+                for end, peer in (ends, ends[::-1]):
+                    if end == rank:
+                        wanted.update({(peer, n * HIDDEN * DOUBLE): MICROBATCHES for n in lengths})
+            # A rank sends forward what its peer sends back: both directions have the same messages.
+            assert Counter(sent) == Counter(received) == wanted
+            assert mine[step]["timeout"] == timedelta(minutes=3)
+            assert not mine[step]["_communicate_shapes"] and not mine[step]["synchronize"] and not mine[step]["barrier"]
+    messages = sum(len(mine[0]["isend"]) for mine in steps)
+    assert messages == 2 * MICROBATCHES * len(lengths) * (stages * virtual - 1)
+    total = sum(size for mine in steps for _, size in mine[0]["isend"])
+    assert total == 2 * MICROBATCHES * TOKENS * HIDDEN * DOUBLE * (stages * virtual - 1)
+
+
+@pytest.mark.parametrize(
+    ("world", "stages", "virtual", "lengths", "options"),
+    [
+        (3, 3, 1, (5, 3, 1), {}),
+        (3, 3, 1, (5, 3), {"slack": 2}),
+        (3, 3, 1, (2, 4), {"zero_bubble": True}),
+        (2, 2, 2, (5, 3, 1), {}),
+        (3, 3, 2, (4, 2), {"slack": 1}),
+        (4, 2, 1, (3, 5, 1), {}),
+        (4, 2, 2, (3, 1), {}),
+    ],
+)
+def test_every_message_reaches_the_action_it_is_for(
+    ranks: RankPool, world: int, stages: int, virtual: int, lengths: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    """Two training steps with an evaluation between them; the last two cases are two pipelines beside each other."""
+    came = ranks.run(world, p2p_bed.exchange, stages, virtual, lengths, 6, options, timeout=60)
+    per_pipeline = 5 * 6 * len(lengths) * (stages * virtual - 1)  # two steps there and back, one evaluation there
+    assert sum(came) == per_pipeline * (world // stages)
+
+
+def test_a_message_that_does_not_come_in_time_is_an_error(ranks: RankPool) -> None:
+    told, _ = ranks.run(2, p2p_bed.wait_beyond_the_limit, timeout=60)
+    where = "action 3 of 4 (backward of micro-batch 0, segment 1) for its gradient from rank 1"
+    assert told.startswith(f"BrokenReceive: rank 0 has waited 1 s in {where}, and got an error instead: ")
+
+
+def log(ranks: RankPool, rank: int) -> str:
+    """What a rank of the last job printed."""
+    return (ranks.logs / f"job{ranks.jobs:03d}-rank{rank}.log").read_text()
+
+
+def test_a_waiting_rank_says_for_what(ranks: RankPool) -> None:
+    """Rank 0 can run 4 segments ahead; its fifth action is the first backward, and rank 1 sleeps over its forward."""
+    own = flags(TINY, PP2, "--seq1f1b-splits 3 --pipeline-patience 1 --train-iters 1")
+    run = run_arm(ranks, "O", 2, own, mutant="tests.distributed.p2p_bed:stalled_stage", timeout=60)
+    assert run.planted == 1 and len(run.curve) == 1
+    where = (
+        r"in action 5 of 48 \(backward of micro-batch 0, segment 2\) for its gradient from rank 1\. Look at the end of"
+    )
+    assert re.search(rf"rank 0 has waited \d s {where}", log(ranks, 0))
+
+
+def test_a_rank_that_only_sends_says_who_does_not_take_it(ranks: RankPool) -> None:
+    ranks.run(2, p2p_bed.finish_before_the_peer_begins, timeout=60)
+    where = "in action 2 of 2 (forward of micro-batch 0, segment 1) for a receive of its output from rank 1. Look"
+    assert f"rank 0 has waited 1 s {where}" in log(ranks, 0)
+    assert "has waited" not in log(ranks, 1)
+
+
+def test_a_killed_peer_is_named_in_the_error(ranks: RankPool) -> None:
+    own = flags(TINY, PP2, "--seq1f1b-splits 3 --train-iters 1")
+    job = Job("O", tuple(own), mutant="tests.distributed.p2p_bed:dying_stage")
+    with pytest.raises(RankFailure) as failure:
+        ranks.run(2, p2p_bed.train_as_a_mortal, job, timeout=60)
+    told = str(failure.value)
+    assert "rank 0 raised" in told
+    sentence = (
+        r"BrokenReceive: rank 0 has waited \d+ s in action \d+ of 48 \((.*)\) for (.*) from rank 1, and got an error"
+    )
+    found = re.search(sentence, told)
+    assert found and "micro-batch" in found[1] and found[2] in ("its gradient", "a receive of its output")
+    assert "Look at the end of the log of rank 1: it died" in told
+
+
+@pytest.mark.parametrize(
+    ("first", "where"),
+    [
+        ("send", "action 2 of 4 (forward of micro-batch 0, segment 1) for a receive of its output from rank 1"),
+        ("receive", "action 3 of 4 (backward of micro-batch 0, segment 1) for its gradient from rank 1"),
+    ],
+)
+def test_a_peer_that_is_gone_already_is_named_too(ranks: RankPool, first: str, where: str) -> None:
+    """The backend then fails at once, in the call that only starts the message."""
+    told, _ = ranks.run(2, p2p_bed.meet_a_dead_peer, first, timeout=60)
+    assert told.startswith(f"BrokenReceive: rank 0 has waited 0 s in {where}, and got an error instead: ")
