@@ -254,6 +254,14 @@ def test_a_kernel_without_rectangles_gets_the_square_and_the_keys_before_it() ->
     assert [(tuple(block.keys), block.causal) for block in tile.blocks] == [((4, 8), True), ((0, 4), False)]
 
 
+def test_a_buffer_with_some_of_the_queries_own_positions_begins_those_rows_alone() -> None:
+    cover = plan_shard((Span(0, 4), Span(8, 12)), (Span(0, 4),), Mask(1), rectangular=True)
+    assert [(tile.rows, tile.blocks[0].keys, tile.blocks[0].causal) for tile in cover.begun] == [((0, 4), (0, 4), True)]
+    assert [(tile.rows, tile.blocks[0].keys, tile.blocks[0].causal) for tile in cover.added] == [
+        ((4, 8), (0, 4), False)
+    ]
+
+
 @pytest.mark.parametrize("lengths", [(1,), (1, 2), (2, 1, 3)])
 @pytest.mark.parametrize("ring_", RINGS, ids=lambda ring: f"{ring.size}in{ring.inner}")
 def test_bytes_and_messages_are_the_formulas(ring_: Ring, lengths: tuple[int, ...]) -> None:
