@@ -90,7 +90,7 @@ def ring_rows(layout: Layout) -> int:
     """
     ring = layout.mesh.ring
     own = sum(3 * (ring - 1) * length // 4 for length in layout.lengths)
-    earlier = sum(layout.begin(segment) for segment in range(len(layout.lengths)))
+    earlier = sum((ring - 1) * layout.begin(segment) for segment in range(len(layout.lengths)))
     return own + earlier
 
 
