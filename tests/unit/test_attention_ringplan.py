@@ -349,6 +349,8 @@ def test_volumes_beside_others() -> None:
     assert spread * 32 * 7 / 8 * 2 == all_to_all(plain).bytes
     assert around == 4 * (1 << 17) * hidden / 8
     assert around / 4 * 2 * 3 / 4 * 32 * 2 == peer_ring(plain).forward_bytes  # two of its four volumes, over R - 1 of R
+    keys = peer_ring(plain).forward_bytes
+    assert peer_ring(plain).backward_bytes == keys + keys * 4 // 3 * 2  # keys again; gradients R hops, in float32
     assert gathered(plain, kept=True).forward_bytes == peer_ring(plain).forward_bytes
     assert (
         gathered(plain, kept=False).bytes == gathered(plain, kept=True).bytes + gathered(plain, kept=True).forward_bytes
