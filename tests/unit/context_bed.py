@@ -1,4 +1,4 @@
-"""Context-parallel ranks in one process: a thread each, messages through queues; and dense attention to compare with."""
+"""Context-parallel ranks in one process: a thread each, messages through queues; dense attention to compare with."""
 
 import threading
 from collections import defaultdict
@@ -130,7 +130,7 @@ def _single_threaded(job: Callable[[], Any]) -> Any:
     return job()
 
 
-def dense(  # noqa: PLR0913
+def dense(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None, documents: Documents | None = None
 ) -> Tensor:
     """Attention by its formula in the tensors' own type, [s, b, hq, d] of q, [s, b, hk, d] of k and v."""

@@ -59,6 +59,7 @@ class Call:
         segment: which segment of which micro-batch.
         layer: number of the layer, unique on the stage.
         store: of segments' keys and values; None: the sequence is one segment.
+        documents: of the sequence.
     """
 
     exchange: Ulysses
@@ -66,6 +67,7 @@ class Call:
     segment: Segment
     layer: int
     store: PrefixStore | None
+    documents: Documents | None
 
 
 Result = tuple[Tensor, Tensor]  # out before it is exchanged back, log-sum-exp
@@ -113,7 +115,7 @@ def asked(  # noqa: PLR0913
     heads = Heads(q.shape[2], k.shape[2])
     check_heads(spread.mesh, heads)
     share = spread.share(kernel, scale, segment, Mask(q.shape[1], window, documents))
-    return Call(spread.exchange(heads, segment), share, segment, layer, store)
+    return Call(spread.exchange(heads, segment), share, segment, layer, store, documents)
 
 
 def context_attention(q: Tensor, k: Tensor, v: Tensor, call: Call, result: Result | None = None) -> Tensor:
