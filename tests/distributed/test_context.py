@@ -25,7 +25,7 @@ CASES = {
     "2 x 2, context-first": (4, "", f"{HYBRID} --context-parallel-placement context-first"),
     "gathered": (4, "", f"{CP4} --cp-comm-type all_gather"),
     "double ring": (4, "", f"{CP4} --ring-window 2"),
-    "a kind for each layer": (4, "", f"{CP4} --cp-comm-type p2p a2a all_gather a2a --num-query-groups 4"),
+    "a kind for each layer": (4, "", f"{CP4} --cp-comm-type p2p a2a all_gather a2a"),
     "chosen": (4, "", f"{CP4} --context-parallel-auto"),
     "multi-head": (4, MHA, HYBRID),
     "multi-query": (4, MQA, HYBRID),
