@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tests.regression.mutants import Planted, wrapped
+from tests.regression.planted import Planted, wrapped
 
 
 @contextmanager
