@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.distributed.equality import Start, assert_equal
+from tests.distributed.equality import Start, assert_equal, worst
 from tests.distributed.flags import DOCUMENTS, FULL, OVERLAP, PP2, SELECTIVE, TP2, VPP, flags
 from tests.pool import RankPool
 from tests.regression.arm import Run, run_arm
@@ -55,7 +55,7 @@ def test_equals_upstream_in_float64(
 ) -> None:
     world, model, own = CASES[case]
     run = run_arm(ranks, "O", world, start(model) + flags(own), float64=True, snapshots=(1, 4))
-    assert_equal(run, upstream(model), case, tell)
+    assert_equal(run, upstream(model), f"context, {case}", tell)
 
 
 SEGMENTS = {
@@ -76,6 +76,13 @@ SEGMENTS = {
     "DP 2": (4, "", f"{CP2} {OVERLAP} --seq1f1b-splits 2"),
 }
 
+MASKED = {
+    "2 x 2": (4, HYBRID),
+    "PP 2": (4, f"{CP2} {PP2}"),
+    "segments": (2, f"{CP2} --seq1f1b-splits 3"),
+    "segments, PP 2, gathered": (4, f"{CP2} {PP2} --cp-comm-type all_gather --seq1f1b-splits 2"),
+}
+
 
 @pytest.mark.parametrize("case", list(SEGMENTS))
 def test_segments_equal_upstream_in_float64(
@@ -83,4 +90,37 @@ def test_segments_equal_upstream_in_float64(
 ) -> None:
     world, model, own = SEGMENTS[case]
     run = run_arm(ranks, "O", world, start(model) + flags(own), float64=True, snapshots=(1, 4))
-    assert_equal(run, upstream(model), case, tell)
+    assert_equal(run, upstream(model), f"context and segments, {case}", tell)
+
+
+@pytest.mark.parametrize(
+    ("twist", "name"),
+    [
+        ("empty_ranks", "2 x 2"),
+        ("empty_ranks", "segments, PP 2, gathered"),
+        pytest.param("empty_ranks", "PP 2", marks=pytest.mark.slow),
+        pytest.param("empty_ranks", "segments", marks=pytest.mark.slow),
+        ("ragged_mask", "segments, PP 2, gathered"),
+        *[pytest.param("ragged_mask", name, marks=pytest.mark.slow) for name in ("2 x 2", "PP 2", "segments")],
+    ],
+)
+def test_any_mask(
+    ranks: RankPool, start: Start, upstream: Callable[..., Run], twist: str, name: str, tell: Callable[[str], None]
+) -> None:
+    place = f"tests.distributed.twists:{twist}"
+    world, own = MASKED[name]
+    run = run_arm(ranks, "O", world, start("") + flags(own), float64=True, snapshots=(1, 4), mutant=place)
+    assert run.planted > 0
+    assert_equal(run, upstream("", place), f"context, {twist}, {name}", tell)
+
+
+def test_a_loss_of_ones_own_tokens_is_another(ranks: RankPool, start: Start, upstream: Callable[..., Run]) -> None:
+    """Without the record each rank divides by the valid tokens of its own part: the report is right, gradients not."""
+    twist = "tests.distributed.twists:empty_ranks"
+    run = run_arm(
+        ranks, "O", 2, start("") + flags(CP2), float64=True, snapshots=(1, 4), mutant=f"{twist}_without_the_record"
+    )
+    reference = upstream("", twist)
+    assert "usp.loss" not in run.header["patches"] and "usp.core-attention" in run.header["patches"]
+    assert abs(run.curve[0]["loss"] / reference.curve[0]["loss"] - 1) < 1e-9
+    assert worst(run, reference, "grad_norm") > 1e-3
