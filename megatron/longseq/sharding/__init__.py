@@ -1,0 +1,6 @@
+"""PaRO (arXiv 2310.06003): parameters, gradients, optimizer states each sharded nowhere, inside a group, or globally.
+
+Planning (imports neither torch nor upstream): `strategy` is the triplet, `groups` the ranks, `phases` the collectives
+that a triplet takes, `memory` and `traffic` what they hold and send, `ring` the overlapped hierarchical ring as data,
+`ringproof` its checker, `ringtime` its clock, `cost` the choice, `page` the tables.
+"""
