@@ -55,6 +55,9 @@ class Job:
         widths: bytes of an element.
         mode: --paro-collectives.
         buckets: of parameters, and as many of gradients.
+
+    Raises:
+        ValueError: no bucket.
     """
 
     groups: Groups
@@ -64,6 +67,10 @@ class Job:
     widths: Widths = MEGATRON
     mode: Mode = Mode.HIERARCHICAL
     buckets: int = 1
+
+    def __post_init__(self) -> None:
+        if self.buckets < 1:
+            raise ValueError(f"parameters in {self.buckets} buckets: give at least 1")
 
 
 class Seconds(NamedTuple):

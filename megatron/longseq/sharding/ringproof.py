@@ -1,6 +1,7 @@
 """The checker of ring plans: nothing twice at once, both sides agree, and the result is the collective's, symbolically.
 
-Each member's shards are followed as sets of contributions: whose part of the sum, or whose shard, lies where.
+Each member's shards are followed as sets of contributions: whose part of the sum, or whose shard, lies where. A set of
+members is the bits of an integer.
 """
 
 from collections import Counter
@@ -13,8 +14,7 @@ from megatron.longseq.sharding.phases import Kind, Scope
 from megatron.longseq.sharding.ring import Mode, Piece, Plan, Step, plan_ring
 from megatron.longseq.sharding.strategy import Level
 
-Contributions = Counter[int]
-Buffer = list[Contributions]  # by shard
+Buffer = list[int]  # by shard
 State = list[list[Buffer]]  # by member and bucket
 
 
@@ -87,11 +87,12 @@ def _check_links(plan: Plan) -> None:
         busy: dict[tuple[int, int, Scope], Step] = {}
         for step in steps:
             time = (step.run.slot, step.number, step.run.phase.scope)
-            if busy.setdefault(time, step) is not step:
+            if time in busy:
                 raise PlanError(
                     f"member {member}, slot {step.run.slot}, step {step.number}: two messages {step.run.phase.scope} "
                     f"groups at once, of buckets {busy[time].run.bucket} and {step.run.bucket}"
                 )
+            busy[time] = step
             if member in (step.send.peer, step.receive.peer):
                 raise PlanError(f"member {member}, {_where(step)}: a message to itself")
             together = _together(plan.groups, step.run.phase.scope, member)
@@ -145,11 +146,7 @@ def execute(plan: Plan) -> State:
     moments = sorted(((step.run.slot, step.number), member, step) for member in ranks for step in plan.steps[member])
     for _, together in groupby(moments, key=lambda moment: moment[0]):
         arrivals = [
-            (
-                step,
-                member,
-                [Counter(shard) for shard in state[member][step.run.bucket][step.send.begin : step.send.end]],
-            )
+            (step, member, state[member][step.run.bucket][step.send.begin : step.send.end])
             for _, member, step in together
         ]
         for step, member, shards in arrivals:
@@ -161,19 +158,24 @@ def _start(plan: Plan, member: int) -> Buffer:
     """Return a bucket before the collective: one own shard to gather, or own gradients everywhere."""
     if plan.kind is Kind.ALL_GATHER:
         logical = plan.groups.logical(member)
-        return [Counter([member] if shard == logical else []) for shard in range(plan.groups.ranks)]
-    return [Counter([member]) for _ in range(plan.groups.ranks)]
+        return [1 << member if shard == logical else 0 for shard in range(plan.groups.ranks)]
+    return [1 << member] * plan.groups.ranks
 
 
-def _arrive(buffer: Buffer, step: Step, sender: int, shards: list[Contributions]) -> None:
+def _arrive(buffer: Buffer, step: Step, sender: int, shards: Buffer) -> None:
     for shard, content in enumerate(shards, step.send.begin):
+        where = f"member {sender}, {_where(step)}: shard {shard}"
         if not content:
-            raise PlanError(f"member {sender}, {_where(step)}: shard {shard} is not there yet")
+            raise PlanError(f"{where} is not there yet")
+        if step.send.adds and buffer[shard] & content:
+            raise PlanError(f"{where} is counted twice at {step.send.peer}")
         if not step.send.adds and buffer[shard] == content:
-            raise PlanError(f"member {sender}, {_where(step)}: shard {shard} was at {step.send.peer} before")
-        buffer[shard] = buffer[shard] + content if step.send.adds else content
-        if max(buffer[shard].values(), default=0) > 1:
-            raise PlanError(f"member {sender}, {_where(step)}: shard {shard} is counted twice at {step.send.peer}")
+            raise PlanError(f"{where} was at {step.send.peer} before")
+        buffer[shard] = buffer[shard] | content if step.send.adds else content
+
+
+def _members(content: int) -> frozenset[int]:
+    return frozenset(member for member in range(content.bit_length()) if content >> member & 1)
 
 
 def _result(plan: Plan, state: State) -> dict[tuple[int, int, int], frozenset[int]]:
@@ -183,7 +185,7 @@ def _result(plan: Plan, state: State) -> dict[tuple[int, int, int], frozenset[in
         mine = plan.groups.owned(Level.GLOBAL, member)
         for bucket, buffer in enumerate(buckets):
             for shard in mine if plan.kind is Kind.REDUCE_SCATTER else range(plan.groups.ranks):
-                result[member, bucket, shard] = frozenset(buffer[shard])
+                result[member, bucket, shard] = _members(buffer[shard])
     return result
 
 

@@ -1,7 +1,8 @@
 """Which model state is sharded over which ranks: a triplet such as NIG, of parameters, gradients, optimizer states.
 
 A triplet is valid where the optimizer states are sharded at least as finely as both others. Else a rank updates what
-it does not keep, or needs gradients that it does not hold: `better` holds less and sends no more.
+it does not keep, or needs gradients that it does not hold: `better` holds less and (its collectives being hierarchical)
+sends no more.
 """
 
 from dataclasses import dataclass
