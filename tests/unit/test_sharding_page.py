@@ -7,9 +7,11 @@ import pytest
 
 from megatron.longseq.sharding.__main__ import main
 from megatron.longseq.sharding.cost import Work, fastest
+from megatron.longseq.sharding.memory import Model
 from megatron.longseq.sharding.page import (
     LIMITS,
     MICROBATCHES,
+    PARAMS,
     SEVEN_B,
     TRAININGS,
     guideline,
@@ -57,6 +59,13 @@ def test_the_guideline_names_what_is_fastest_and_fits() -> None:
 def test_a_limit_below_all_says_so() -> None:
     tiny = replace(SEVEN_B, model=replace(SEVEN_B.model, params=10**12, trainable=10**12))
     assert {cell for row in cells(guideline(tiny))[:1] for cell in row[2:]} == {"none fits"}
+
+
+def test_the_guideline_names_running_ones_alone() -> None:
+    """For adapters GNG would be faster than GGG, but does not run."""
+    rows = cells(guideline(limits=(1e9,)))
+    assert rows[2][0].startswith("adapters") and [cell[:3] for cell in rows[2][2:]] == ["GGG"] * len(MICROBATCHES)
+    assert str(fastest(replace(SEVEN_B, model=Model(PARAMS, PARAMS // 300)), VALID, 1e9).strategy) == "GNG"
 
 
 ARGS = ["choose", "--params", "6.74e9", "--ranks", "64", "--paro-group-size", "8", "--microbatches", "8"]

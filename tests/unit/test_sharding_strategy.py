@@ -84,7 +84,6 @@ def test_other_words_are_refused_with_what_to_give(text: str) -> None:
 def test_strategies_are_ordered_by_fineness() -> None:
     assert [str(one) for one in sorted(ALL)] == ["".join(letters) for letters in product("NIG", repeat=3)]
     assert Level.NONE < Level.GROUP < Level.GLOBAL and [level.letter for level in Level] == ["N", "I", "G"]
-    assert Strategy.parse("IIG").is_sharded(Level.GROUP) and not Strategy.parse("NNG").is_sharded(Level.GROUP)
 
 
 def test_four_ranks_in_two_groups() -> None:

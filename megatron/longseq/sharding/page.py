@@ -92,16 +92,20 @@ def refused() -> str:
     return str(Table(["refused", "give", "why"], rows))
 
 
-def guideline(job: Job = SEVEN_B) -> str:
+def guideline(job: Job = SEVEN_B, limits: Sequence[float | None] = LIMITS) -> str:
     """Return which running strategy is fastest, for full, partial and adapter training, by memory and micro-batches.
 
     A cell has the strategy, GB that it holds, and seconds of a step's communication.
+
+    Args:
+        job: its model's trained share and its work are those of the table's rows and columns.
+        limits: bytes of a rank's model states; None: none.
     """
     head = ["trained", "limit GB", *(f"A = {count}" for count in MICROBATCHES)]
     rows = []
     for training in TRAININGS:
         model = Model(job.model.params, max(1, round(job.model.params * training.share)))
-        for limit in LIMITS:
+        for limit in limits:
             cells = [_cell(replace(job, model=model, work=Work(count)), limit) for count in MICROBATCHES]
             rows.append([training.name, "none" if limit is None else f"{limit / 1e9:g}", *cells])
     return str(Table(head, rows))

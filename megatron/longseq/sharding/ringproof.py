@@ -57,7 +57,7 @@ def prove(plan: Plan) -> RingProof:
 
 
 def _check_runs(plan: Plan) -> None:
-    """Require of every bucket its phases in order, in different slots, and of every slot one phase on a link."""
+    """Require each bucket's phases in order, in different slots, one on a link in a slot, alike on all members."""
     reached = [0] * plan.buckets
     free_from = [0] * plan.buckets
     busy: dict[tuple[int, Scope], int] = {}
@@ -79,6 +79,9 @@ def _check_runs(plan: Plan) -> None:
         free_from[run.bucket], last = run.slot + 1, run.slot
     if len(set(reached)) > 1:
         raise PlanError(f"buckets have different numbers of phases: {reached}")
+    for member, steps in enumerate(plan.steps):
+        if tuple(dict.fromkeys(step.run for step in steps)) != plan.runs:
+            raise PlanError(f"member {member} runs other phases than the plan says, or in another order")
 
 
 def _check_links(plan: Plan) -> None:

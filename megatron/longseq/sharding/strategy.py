@@ -69,10 +69,6 @@ class Strategy:
         """The valid triplet that dominates this one: less memory, no more bytes; a valid one's is itself."""
         return Strategy(self.params, self.grads, max(self.params, self.grads, self.optimizer))
 
-    def is_sharded(self, level: Level) -> bool:
-        """Return whether any state is sharded at a level."""
-        return level in (self.params, self.grads, self.optimizer)
-
     def refusal(self) -> str | None:
         """Return why a triplet is refused, and which one to give instead; None: it is valid."""
         if self.is_valid:
