@@ -1,4 +1,4 @@
-"""What attention of a whole sequence is, in float64, by its formula; and how far a rank's results are from it."""
+"""What attention of a whole sequence is, in float64, by its formula alone; and how far a rank's results are from it."""
 
 from collections.abc import Sequence
 
@@ -7,8 +7,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.longseq.attention.blocks import Span
-from megatron.longseq.attention.kernels.kernel import Scores
-from megatron.longseq.attention.kernels.reference import Reference
 from tests.benchmarks.attention_contest import Size
 
 ROWS = 128  # of the score matrix at once
@@ -40,14 +38,22 @@ def truth(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
 def one_head(  # the results are views: added to, in place
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, out: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
 ) -> None:
-    """Fill the results, which are zero, for the queries that share one head of keys."""
-    kernel, scores = Reference(), Scores(q.shape[-1] ** -0.5, causal=True)
-    for begin in range(0, q.shape[0], ROWS):
-        rows, keys = slice(begin, begin + ROWS), slice(0, begin + ROWS)
-        out[rows], lse = kernel.forward(q[rows], k[keys], v[keys], scores)
-        dq[rows], grad_k, grad_v = kernel.backward(grad[rows], q[rows], k[keys], v[keys], out[rows], lse, scores)
-        dk[keys] += grad_k
-        dv[keys] += grad_v
+    """Fill the results, which are zero, for the queries [s, 1, h, d] that share one head of keys [s, 1, 1, d]."""
+    scale, later = q.shape[-1] ** -0.5, torch.ones(ROWS, ROWS, dtype=torch.bool).triu(1)
+    for head in range(q.shape[2]):
+        for begin in range(0, q.shape[0], ROWS):
+            rows = slice(begin, min(begin + ROWS, q.shape[0]))
+            count = rows.stop - begin
+            query, weight = q[rows, 0, head] * scale, grad[rows, 0, head]
+            keys, values = k[: rows.stop, 0, 0], v[: rows.stop, 0, 0]
+            scores = query @ keys.T
+            scores[:, begin:].masked_fill_(later[:count, :count], -torch.inf)
+            shares = scores.softmax(-1)
+            result = out[rows, 0, head] = shares @ values
+            from_scores = (weight @ values.T).sub_((result * weight).sum(-1, keepdim=True)).mul_(shares)
+            dq[rows, 0, head] = from_scores @ keys * scale
+            dk[: rows.stop, 0, 0] += from_scores.T @ query
+            dv[: rows.stop, 0, 0] += shares.T @ weight
 
 
 def errors(found: Sequence[Tensor], expected: Sequence[Tensor], spans: Sequence[Span]) -> tuple[float, ...]:
