@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from patches import cpu, entry, local, log, seq1f1b
+from patches import cpu, entry, local, log, seq1f1b, usp
 from patches.errors import Conflict, LedgerError
 from patches.record import Record
 
@@ -99,4 +99,6 @@ def of_systems(*systems: str) -> tuple[Record, ...]:
     return tuple(record for record in RECORDS if record.system in systems)
 
 
-RECORDS: tuple[Record, ...] = checked((*cpu.RECORDS, *local.RECORDS, *entry.RECORDS, *log.RECORDS, *seq1f1b.RECORDS))
+RECORDS: tuple[Record, ...] = checked(
+    (*cpu.RECORDS, *local.RECORDS, *entry.RECORDS, *log.RECORDS, *seq1f1b.RECORDS, *usp.RECORDS)
+)

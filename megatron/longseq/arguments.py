@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+from megatron.longseq.attention.flags import add_context_arguments, check_context_numbers
 from megatron.longseq.pipeline.flags import add_pipeline_arguments, check_pipeline_numbers
 
 
@@ -12,6 +13,7 @@ def add_longseq_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     """Add every system's group of flags to upstream's parser and return the parser (upstream's hook wants it back)."""
     _add_record_arguments(parser)
     add_pipeline_arguments(parser)
+    add_context_arguments(parser)
     return parser
 
 
@@ -23,6 +25,7 @@ def validate_longseq_arguments(args: argparse.Namespace) -> None:
     """
     _validate_record_arguments(args)
     check_pipeline_numbers(args)
+    check_context_numbers(args)
 
 
 def write_arguments_file(args: argparse.Namespace) -> None:

@@ -43,10 +43,6 @@ GPU_ONLY: dict[str, tuple[Callable[[Namespace], bool], str]] = {
         lambda a: a.cross_entropy_loss_fusion and a.cross_entropy_fusion_impl == "te",
         "the kernel is TransformerEngine's",
     ),
-    "--context-parallel-size": (
-        lambda a: a.context_parallel_size > 1,
-        "upstream has context parallelism only inside TransformerEngine's attention",
-    ),
     "--moe-token-dispatcher-type alltoall": (
         lambda a: a.moe_token_dispatcher_type == "alltoall" and a.expert_model_parallel_size > 1,
         "upstream hands its split sizes over in a form that only the CUDA path converts; allgather works",

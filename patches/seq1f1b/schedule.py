@@ -58,11 +58,14 @@ def _runner() -> Any:
 
     from megatron.longseq.pipeline.plan import plan_from_args
     from megatron.longseq.pipeline.runner import PipelineRunner
+    from patches.usp.conditions import spreads_segments
+    from patches.usp.runtime import current_context
 
     args = get_args()
     return PipelineRunner(
         plan=plan_from_args(args),
         packs_documents=args.reset_attention_mask and args.seq1f1b_splits > 1,
+        context=current_context() if spreads_segments(args) else None,
         patience=args.pipeline_patience,
         timeout=timedelta(minutes=args.distributed_timeout_minutes),
         trace=functools.partial(_write_trace, Path(args.pipeline_trace)) if args.pipeline_trace else None,

@@ -10,6 +10,16 @@ TINY = """
 --eval-iters 0 --eval-interval 1000 --log-interval 1000 --save-interval 1000 --num-workers 0 --seed 1
 """
 
+PP2 = "--pipeline-model-parallel-size 2"
+PP4 = "--pipeline-model-parallel-size 4"
+VPP = "--num-layers-per-virtual-pipeline-stage 1"
+TP2 = "--tensor-model-parallel-size 2"
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+SELECTIVE = "--recompute-granularity selective --recompute-modules core_attn mlp"
+OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+DOCUMENTS = "--reset-position-ids --reset-attention-mask --eod-mask-loss"
+EVALUATED = "--eval-iters 2 --eval-interval 4"
+
 
 def flags(*texts: str) -> list[str]:
     """Join command-line texts; a later flag overrides an earlier one, as argparse has it."""

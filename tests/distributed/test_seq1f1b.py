@@ -4,28 +4,14 @@ The reference is arm U: the wheel with the cpu and local patches alone. In float
 by reassociation alone.
 """
 
-import functools
 from collections.abc import Callable
-from pathlib import Path
 
-import numpy
 import pytest
 
-from tests.distributed.flags import TINY, flags
+from tests.distributed.equality import Start, assert_equal
+from tests.distributed.flags import DOCUMENTS, FULL, OVERLAP, PP2, PP4, SELECTIVE, TINY, TP2, VPP, flags
 from tests.pool import RankPool
 from tests.regression.arm import Run, run_arm
-from tests.regression.snapshot import Snapshot
-
-PP2 = "--pipeline-model-parallel-size 2"
-PP4 = "--pipeline-model-parallel-size 4"
-VPP = "--num-layers-per-virtual-pipeline-stage 1"
-TP2 = "--tensor-model-parallel-size 2"
-FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-SELECTIVE = "--recompute-granularity selective --recompute-modules core_attn mlp"
-OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
-DOCUMENTS = "--reset-position-ids --reset-attention-mask --eod-mask-loss"
-EVALUATED = "--eval-iters 2 --eval-interval 4"
-RELATIVE = 1e-9
 
 # name: (ranks, model flags of both arms, flags of arm O)
 CASES = {
@@ -88,64 +74,6 @@ SLOW = {
     "tied embeddings",
     "sliding window",
 }
-
-Start = Callable[[str], list[str]]
-
-
-@pytest.fixture(scope="module")
-def start(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Start:
-    """Return a function that makes (once per model) a seed checkpoint and returns the flags of a run from it."""
-
-    @functools.cache
-    def from_seed(model: str) -> list[str]:
-        folder: Path = tmp_path_factory.mktemp("seed")
-        base = [flag for flag in flags(TINY) if not ("--tied" in model and flag.startswith("--untie"))]
-        base += flags(EVALUATED, model.replace("--tied", ""))
-        still = flags("--train-iters 1 --lr 0 --min-lr 0 --weight-decay 0 --eval-iters 0")
-        run_arm(ranks, "U", 1, base + still, folder, float64=True)
-        return [*base, "--load", str(folder), *flags("--finetune --no-load-optim --no-load-rng")]
-
-    return from_seed
-
-
-@pytest.fixture(scope="module")
-def upstream(ranks: RankPool, start: Start) -> Callable[[str], Run]:
-    """Return a function that makes (once per model) upstream's own run."""
-
-    @functools.cache
-    def run(model: str, twist: str | None = None) -> Run:
-        return run_arm(ranks, "U", 1, start(model), float64=True, snapshots=(1, 4), mutant=twist)
-
-    return run
-
-
-def worst(run: Run, reference: Run, name: str) -> float:
-    """Return the largest difference of one quantity over the steps, relative to the reference."""
-    assert len(run.curve) == len(reference.curve) == 4
-    assert [step["tokens"] for step in run.curve] == [step["tokens"] for step in reference.curve]
-    return max(abs(a[name] - b[name]) / abs(b[name]) for a, b in zip(run.curve, reference.curve, strict=True))
-
-
-def assert_equal(run: Run, reference: Run, name: str, tell: Callable[[str], None]) -> None:
-    """Hold losses and norms to 1e-9, every gradient (Adam's first moments) and weight to 1e-8 of its norm."""
-    loss, norm = worst(run, reference, "loss"), worst(run, reference, "grad_norm")
-    tensors = max(_tensors(run.snapshots[at], reference.snapshots[at]) for at in (1, 4))
-    figures = f"loss {loss:.1e}, norm {norm:.1e}, gradient {tensors:.1e}"
-    tell(f"float64  Seq1F1B, {name}: largest relative difference of {figures}")
-    assert max(loss, norm) <= RELATIVE
-    assert tensors <= 10 * RELATIVE
-    assert reference.curve[-1]["loss"] < reference.curve[0]["loss"] - 0.1  # it learns
-
-
-def _tensors(ours: Snapshot, theirs: Snapshot) -> float:
-    assert not ours.torn
-    pairs = [(ours.weights, theirs.weights), (ours.first_moments, theirs.first_moments)]
-    errors = []
-    for mine, yours in pairs:
-        assert mine.keys() == yours.keys() and mine
-        norms = {name: float(numpy.linalg.norm(array)) for name, array in yours.items()}
-        errors += [float(numpy.linalg.norm(mine[name] - yours[name])) / norm for name, norm in norms.items() if norm]
-    return max(errors)
 
 
 @pytest.mark.parametrize("case", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])

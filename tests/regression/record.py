@@ -99,11 +99,13 @@ class Recorder:
         return recorded
 
     def _taste(self, data_iterator: Any) -> Tasting | None:
-        """Put a `Tasting` before the first chunk's data on a first pipeline stage's reader."""
+        """Put a `Tasting` before the first chunk's data on a first pipeline stage's reader; of context-parallel ranks,
+        which read the same samples, the first one's.
+        """
         from megatron.core import mpu
 
         first = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
-        if first is None or mpu.get_pipeline_model_parallel_rank() != 0:
+        if first is None or mpu.get_pipeline_model_parallel_rank() != 0 or mpu.get_context_parallel_rank() != 0:
             return None
         tasting = self._tastings.get(id(first))
         if tasting is None:

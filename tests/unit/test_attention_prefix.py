@@ -257,7 +257,7 @@ def test_what_was_not_announced_is_refused() -> None:
     store.current = split.units[0]
     with pytest.raises(ValueError, match=r"4 queries for 8 of \(8, 4\)"):
         split.attend(*split.leaves[1])
-    with pytest.raises(ValueError, match=r"keys are torch\.float64 "):
+    with pytest.raises(ValueError, match=r"keys or values are torch\.float64 "):
         split.attend(split.leaves[0][0], *split.leaves[1][1:])
     store.reset()
     split.forward(0)

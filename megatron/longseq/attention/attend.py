@@ -36,12 +36,38 @@ def attend(
     return out, lse
 
 
-def _tile(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
+def attend_first(
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], scale: float
+) -> tuple[Tensor, Tensor]:
+    """As `attend`, with out in the accumulation type: other keys' results will be added by `attend_more_`."""
+    if len(tiles) == 1:
+        out, lse = _tile(kernel, q, k, v, tiles[0], scale, is_part=True)
+        return out.to(accumulation(q.dtype)).contiguous(), lse
+    out = q.new_empty(*q.shape[:3], v.shape[-1], dtype=accumulation(q.dtype))
+    lse = q.new_empty(q.shape[1], q.shape[2], q.shape[0], dtype=accumulation(q.dtype))
+    for tile in tiles:
+        rows, batch = tile.rows.slice(), tile.batch.slice()
+        out[rows, batch], lse[batch, :, rows] = _tile(kernel, q, k, v, tile, scale, is_part=True)
+    return out, lse
+
+
+def attend_more_(
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], scale: float, out: Tensor, lse: Tensor
+) -> None:
+    """Merge what some rows get from further keys into their `out` and `lse`, in place; arguments as of `attend`."""
+    for tile in tiles:
+        rows, batch = tile.rows.slice(), tile.batch.slice()
+        merge_(out[rows, batch], lse[batch, :, rows], *_tile(kernel, q, k, v, tile, scale, is_part=True))
+
+
+def _tile(
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, *, is_part: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return (out, lse) of one tile; out in the accumulation type where blocks were merged."""
     batch = tile.batch.slice()
     parts = len(tile.blocks) > 1
     # Parts rounded to bfloat16 before they are merged and rounded again cost up to a quarter more error.
-    dtype = accumulation(q.dtype) if parts and kernel.wide else q.dtype
+    dtype = accumulation(q.dtype) if (parts or is_part) and kernel.wide else q.dtype
     rows = q[tile.rows.slice(), batch].to(dtype)
     merged: tuple[Tensor, Tensor] | None = None
     for block in tile.blocks:
@@ -101,3 +127,33 @@ def attend_backward(
         dq[rows, batch] = part
     assert dq is not None
     return dq
+
+
+def attend_backward_(
+    kernel: Kernel,
+    saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    grad_out: Tensor,
+    tiles: Sequence[Tile],
+    scale: float,
+    key_grads: KeyGrads,
+    dq: Tensor,
+) -> None:
+    """As `attend_backward` of a part of a row's keys: adds to `dq`, in the accumulation type, in place."""
+    q, k, v, out, lse = saved
+    dtype = accumulation(q.dtype) if kernel.wide else q.dtype
+    for tile in tiles:
+        rows, batch = tile.rows.slice(), tile.batch.slice()
+        given = [x[rows, batch].to(dtype) for x in (grad_out, q, out)]
+        for block in tile.blocks:
+            keys = block.keys.slice()
+            grad_q, grad_k, grad_v = kernel.backward(
+                given[0],
+                given[1],
+                k[keys, batch].to(dtype),
+                v[keys, batch].to(dtype),
+                given[2],
+                lse[batch, :, rows],
+                Scores(scale, block.causal, block.window),
+            )
+            dq[rows, batch].add_(grad_q)
+            key_grads(tile.batch, block.keys, grad_k, grad_v)

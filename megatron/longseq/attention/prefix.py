@@ -18,7 +18,7 @@ from megatron.longseq.attention.blocks import Documents, Span, Tile, plan_causal
 from megatron.longseq.attention.kernels.kernel import Kernel
 from megatron.longseq.attention.merge import accumulation
 from megatron.longseq.attention.segment import Segment
-from megatron.longseq.attention.store import PrefixStore, Slot
+from megatron.longseq.attention.store import PrefixStore, Slot, alone
 
 Fork = Callable[[], AbstractContextManager[Any]]
 
@@ -91,11 +91,11 @@ class PrefixAttention(torch.autograd.Function):
         ctx.call = call
         with call.fork() if call.kernel.dropout else nullcontext():
             ctx.generator = _generator_state(q) if call.kernel.dropout else None
-            out, lse = attend(call.kernel, q, slot.keys, slot.values, call.tiles, call.scale)
+            out, lse = attend(call.kernel, q, *slot.tensors, call.tiles, call.scale)
         if call.segment.forward_only:
             call.store.close(call.layer, call.segment)
         else:
-            ctx.save_for_backward(_alone(q), out, lse)
+            ctx.save_for_backward(alone(q), out, lse)
         return out.flatten(2)
 
     @staticmethod
@@ -106,10 +106,10 @@ class PrefixAttention(torch.autograd.Function):
         q, out, lse = ctx.saved_tensors
         slot = call.store.read(call.layer, call.segment)
         if call.segment.is_last:
-            call.store.open_grads(slot)
+            call.store.open_grads(slot, call.segment.begin)
         collect = _Collect(slot, call.segment)
         with _replayed(q, ctx.generator):
-            saved = (q, slot.keys, slot.values, out, lse)
+            saved = (q, *slot.tensors, out, lse)
             dq = attend_backward(call.kernel, saved, grad.view_as(out), call.tiles, call.scale, collect)
         dk, dv = collect.own(0), collect.own(1)
         call.store.close(call.layer, call.segment)
@@ -147,7 +147,7 @@ class _Collect:
     def own(self, which: int) -> Tensor:
         """Return the segment's own dk (0) or dv (1): its blocks' and what later segments left, cast once."""
         slot, segment = self._slot, self._segment
-        like = (slot.keys, slot.values)[which]
+        like = slot.tensors[which]
         left = None
         if not segment.is_last and slot.grads is not None:
             if slot.untouched:
@@ -157,16 +157,11 @@ class _Collect:
         whole = (segment.tokens, *like.shape[1:])
         if len(self._parts) == 1 and self._parts[0][2][which].shape == whole:
             part = self._parts[0][2][which]
-            return _alone(part) if left is None else torch.add(left, part).to(like.dtype)
+            return alone(part) if left is None else torch.add(left, part).to(like.dtype)
         total = left if left is not None else torch.zeros(whole, dtype=accumulation(like.dtype), device=like.device)
         for rows, batch, parts in self._parts:
             total[rows, batch].add_(parts[which])
         return total.to(like.dtype, copy=left is not None)
-
-
-def _alone(x: Tensor) -> Tensor:
-    """Return a tensor that keeps no larger storage alive than its own: a slice of a fused projection is copied."""
-    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone(memory_format=torch.contiguous_format)
 
 
 def _generator_state(q: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Which segment of which micro-batch is being computed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,10 @@ class Segment:
     def is_last(self) -> bool:
         """Whether it ends the sequence."""
         return self.index == len(self.lengths) - 1
+
+    def shared(self, ranks: int) -> "Segment":
+        """Return it as one of several ranks has it, which share every segment evenly."""
+        return replace(self, lengths=tuple(length // ranks for length in self.lengths))
 
     def __str__(self) -> str:
         return f"micro-batch {self.microbatch}, segment {self.index} of {len(self.lengths)}"

@@ -52,20 +52,19 @@ class Slot:
     """What one layer keeps of one micro-batch.
 
     Attributes:
-        lengths: tokens of every segment.
-        keys, values: [N, b, hk, d], written up to the end of segment `written` - 1.
+        lengths: rows of every segment.
+        tensors: [N, ...], written up to the end of segment `written` - 1: keys and values, apart or together.
         written: segments whose forward has run.
         left: segments whose backward is to come.
-        grads: dk and dv of [0, N - last segment), in the accumulation type, from the last segment's backward on.
+        grads: of every tensor's first rows, in the accumulation type, from the last segment's backward on.
         untouched: nothing was added to `grads` yet, their content is arbitrary.
     """
 
     lengths: tuple[int, ...]
-    keys: Tensor
-    values: Tensor
+    tensors: tuple[Tensor, ...]
     written: int = 0
     left: int = field(init=False)
-    grads: tuple[Tensor, Tensor] | None = None
+    grads: tuple[Tensor, ...] | None = None
     untouched: bool = True
 
     def __post_init__(self) -> None:
@@ -73,7 +72,7 @@ class Slot:
 
     def buffers(self) -> tuple[Tensor, ...]:
         """Return every buffer of the slot."""
-        return (self.keys, self.values, *(self.grads or ()))
+        return (*self.tensors, *(self.grads or ()))
 
 
 class PrefixStore:
@@ -108,23 +107,24 @@ class PrefixStore:
             )
         return self.current
 
-    def write(self, layer: int, segment: Segment, k: Tensor, v: Tensor) -> Slot:
-        """Write a segment's keys and values [n, b, hk, d]; again and alike where a backward recomputes them.
+    def write(self, layer: int, segment: Segment, *tensors: Tensor) -> Slot:
+        """Write a segment's keys and values [n, ...]; again and alike where a backward recomputes them.
 
         Raises:
             PrefixOrderError: not this segment's turn.
             ValueError: shapes that do not fit the segment or the micro-batch.
         """
-        slot = self._slots.get((layer, segment.microbatch)) or self._open(layer, segment, k, v)
+        slot = self._slots.get((layer, segment.microbatch)) or self._open(layer, segment, tensors)
         recomputed = slot.written == segment.count and segment.index == slot.left - 1 and not segment.forward_only
         if segment.lengths != slot.lengths or not (segment.index == slot.written or recomputed):
             raise PrefixOrderError(f"layer {layer}, {segment}: forward out of order; {_state(slot)}")
         here = slice(segment.begin, segment.end)
-        for name, buffer, new in (("keys", slot.keys, k), ("values", slot.values, v)):
+        for buffer, new in zip(slot.tensors, tensors, strict=True):
             if new.shape != buffer[here].shape or new.dtype != buffer.dtype:
                 raise ValueError(
-                    f"layer {layer}, {segment}: {name} are {new.dtype} {tuple(new.shape)}, expected {buffer.dtype} "
-                    f"{tuple(buffer[here].shape)}: {segment.tokens} tokens of the segment's {segment.lengths}"
+                    f"layer {layer}, {segment}: keys or values are {new.dtype} {tuple(new.shape)}, expected "
+                    f"{buffer.dtype} {tuple(buffer[here].shape)}: {segment.tokens} tokens of the segment's "
+                    f"{segment.lengths}"
                 )
             buffer[here].copy_(new)
         slot.written = max(slot.written, segment.index + 1)
@@ -139,19 +139,18 @@ class PrefixStore:
         slot = self._slots.get((layer, segment.microbatch))
         if slot is None:
             raise PrefixOrderError(f"layer {layer}, {segment}: backward, but nothing is kept of this micro-batch")
-        if self.announced(layer) != segment:
+        current = self.announced(layer)
+        if (current.microbatch, current.index) != (segment.microbatch, segment.index):
             raise PrefixOrderError(f"layer {layer}, {segment}: backward, but the current segment is {self.current}")
         if slot.written != segment.count or segment.index != slot.left - 1:
             raise PrefixOrderError(f"layer {layer}, {segment}: backward out of order; {_state(slot)}")
         return slot
 
-    def open_grads(self, slot: Slot) -> None:
-        """Take the accumulators of the earlier segments' gradients; none where the sequence is one segment."""
-        tokens = sum(slot.lengths[:-1])
-        if tokens:
-            slot.grads = tuple(  # type: ignore[assignment]
-                self._pool.take(torch.Size((tokens, *x.shape[1:])), accumulation(x.dtype), x.device)
-                for x in (slot.keys, slot.values)
+    def open_grads(self, slot: Slot, rows: int) -> None:
+        """Take the accumulators of the first rows' gradients."""
+        if rows:
+            slot.grads = tuple(
+                self._pool.take(torch.Size((rows, *x.shape[1:])), accumulation(x.dtype), x.device) for x in slot.tensors
             )
             self._count()
 
@@ -195,11 +194,11 @@ class PrefixStore:
             self._free(layer, microbatch)
         self.current = None
 
-    def _open(self, layer: int, segment: Segment, k: Tensor, v: Tensor) -> Slot:
+    def _open(self, layer: int, segment: Segment, tensors: tuple[Tensor, ...]) -> Slot:
         if segment.index:
             raise PrefixOrderError(f"layer {layer}, {segment}: forward, but segment 0 of this micro-batch never came")
-        keys, values = (self._pool.take(torch.Size((segment.total, *x.shape[1:])), x.dtype, x.device) for x in (k, v))
-        slot = self._slots[layer, segment.microbatch] = Slot(segment.lengths, keys, values)
+        whole = tuple(self._pool.take(torch.Size((segment.total, *x.shape[1:])), x.dtype, x.device) for x in tensors)
+        slot = self._slots[layer, segment.microbatch] = Slot(segment.lengths, whole)
         self._count()
         return slot
 
@@ -210,6 +209,11 @@ class PrefixStore:
     def _count(self) -> None:
         self.peak_bytes = max(self.peak_bytes, self.bytes())
         self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes())
+
+
+def alone(x: Tensor) -> Tensor:
+    """Return a tensor that keeps no larger storage alive than its own: a slice of a fused projection is copied."""
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone(memory_format=torch.contiguous_format)
 
 
 def _state(slot: Slot) -> str:

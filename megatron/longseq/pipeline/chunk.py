@@ -7,7 +7,6 @@ starts, and core attention sees the keys of earlier segments (`megatron.longseq.
 
 import contextlib
 import inspect
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,19 +18,17 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from megatron.core.transformer.utils import is_layer_window_attention
-from megatron.core.utils import log_single_rank
 
 from megatron.longseq.attention.blocks import Documents
+from megatron.longseq.attention.context import Call, Kept, asked
+from megatron.longseq.attention.core import ContextParallel, Kernels, attend_once, attention_scale, attention_window
 from megatron.longseq.attention.documents import document_starts, documents_of
-from megatron.longseq.attention.kernels.choice import choose
-from megatron.longseq.attention.kernels.kernel import Kernel
-from megatron.longseq.attention.kernels.reference import Reference
+from megatron.longseq.attention.layout import Layout, Mesh
+from megatron.longseq.attention.masks import whole_starts
 from megatron.longseq.attention.prefix import segment_attention
 from megatron.longseq.attention.segment import Segment
 from megatron.longseq.attention.store import PrefixStore
-
-logger = logging.getLogger(__name__)
+from megatron.longseq.attention.ways import comm_type
 
 ALONG_SEQUENCE = ("input_ids", "position_ids", "labels", "loss_mask", "padding_mask")  # [micro-batch, sequence]
 UNSERVED = ("decoder_input", "inference_context", "inference_params", "packed_seq_params", "output_processor")
@@ -44,6 +41,7 @@ class Chunk:
     Attributes:
         module: the chunk as upstream's schedules get it, wrapped by DDP and Float16Module.
         lengths: tokens per segment.
+        context: groups of context parallelism; None: every rank has whole segments.
         packs_documents: whether attention masks hold document borders (upstream's --reset-attention-mask); otherwise a
             mask given by the script must be the plain causal one.
         store: keys and values of earlier segments.
@@ -55,11 +53,13 @@ class Chunk:
     module: torch.nn.Module
     lengths: Sequence[int]
     packs_documents: bool = False
+    context: ContextParallel | None = None
     store: PrefixStore = field(default_factory=PrefixStore)
     pieces: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     starts: dict[int, torch.Tensor] = field(default_factory=dict)
     documents: dict[int, Documents] = field(default_factory=dict)
-    kernels: dict[Any, Kernel] = field(default_factory=dict)
+    kernels: Kernels = field(default_factory=lambda: Kernels("segments"))
+    kept: Kept = field(default_factory=Kept)
     bound: list[torch.nn.Module] = field(default_factory=list)
     seen_mask: bool = False
 
@@ -133,7 +133,7 @@ class Chunk:
         return forward
 
     def _cut(self, given: dict[str, Any]) -> None:
-        segment = self.store.current
+        segment = self._here()
         unserved = [name for name in UNSERVED if given.get(name) is not None]
         if unserved:
             raise ValueError(f"--seq1f1b-splits cannot cut {', '.join(unserved)} into segments; leave it out.")
@@ -148,14 +148,28 @@ class Chunk:
     def _read_mask(self, mask: torch.Tensor) -> None:
         segment = self.store.current
         if self.packs_documents and segment.microbatch not in self.documents:
-            self.learn_documents(segment.microbatch, document_starts(mask).to(torch.int32).contiguous())
+            self.learn_documents(segment.microbatch, self._starts(mask))
         elif not self.packs_documents and not self.seen_mask:
             self.seen_mask = True  # the same for all micro-batches: upstream's dataset makes it once
-            if document_starts(mask).any():
+            if self._starts(mask).any():
                 raise ValueError(
                     "the script's attention mask separates documents, but --reset-attention-mask is not given; give "
                     "it, so that --seq1f1b-splits reads the mask of every micro-batch."
                 )
+
+    def _starts(self, mask: torch.Tensor) -> torch.Tensor:
+        """Return the position at which every token's document starts, [micro-batch, sequence]."""
+        if self.context is None:
+            return document_starts(mask).to(torch.int32).contiguous()
+        masks = self.context.masks
+        return whole_starts(mask, Layout(Mesh(self._ranks(), 1), tuple(self.lengths)), masks.rank, masks.exchange)
+
+    def _ranks(self) -> int:
+        return 1 if self.context is None else self.context.size
+
+    def _here(self) -> Segment:
+        """Return the current segment as this rank has it: its share of every segment, one after another."""
+        return self.store.announced(0).shared(self._ranks())
 
     def _assemble(self, output: torch.Tensor) -> torch.Tensor:
         """Put a segment's output, [micro-batch, segment, ...], into its place in the whole sequence's.
@@ -164,9 +178,9 @@ class Chunk:
         split and any mask. Earlier segments stand there as constants, so that at the last segment its report is the
         micro-batch's; later ones are zero, and no gradient flows outside the segment.
         """
-        segment = self.store.current
+        segment = self._here()
         pieces = self.pieces.setdefault(segment.microbatch, [])
-        rest = sum(self.lengths) - segment.end
+        rest = segment.total - segment.end
         tail = [output.new_zeros(output.shape[0], rest, *output.shape[2:])] if rest else []
         whole = torch.cat([*pieces, output, *tail], dim=1)
         pieces.append(output.detach())
@@ -174,19 +188,19 @@ class Chunk:
 
     def _rotary_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(max_seq_len: int, offset: int = 0, **kwargs: Any) -> Any:
-            return original(max_seq_len, offset=offset + self.store.current.begin, **kwargs)
+            # Upstream cuts what this returns for the context-parallel rank, as it cut the segment's tokens.
+            return original(max_seq_len, offset=offset + self.store.announced(0).begin, **kwargs)
 
         return forward
 
     def _attention_forward(self, attention: SelfAttention) -> Callable[..., torch.Tensor]:
+        if self.context is not None:
+            return self._context_forward(attention, self.context)
         config, layer = attention.config, attention.layer_number
-        scale = config.softmax_scale or config.kv_channels**-0.5
-        has_window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer)
-        window = config.window_size[0] if has_window and config.window_size[0] >= 0 else None
-        fork = _fork(config)
+        scale, window, fork = attention_scale(config), attention_window(config, layer), _fork(config)
 
         def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-            kernel = self._kernel(query, value, config.attention_dropout if attention.training else 0.0)
+            kernel = self.kernels.of(query, value, config.attention_dropout if attention.training else 0.0)
             return segment_attention(
                 query,
                 key,
@@ -202,14 +216,30 @@ class Chunk:
 
         return forward
 
-    def _kernel(self, query: torch.Tensor, value: torch.Tensor, dropout: float) -> Kernel:
-        wanted = (query.device, query.dtype, query.shape[-1], value.shape[-1], dropout)
-        if wanted not in self.kernels:
-            choice = choose(*wanted[:3], value_dim=wanted[3], dropout=dropout)
-            level = logging.WARNING if choice.kernel.name == Reference.name else logging.INFO
-            log_single_rank(logger, level, f"segments: {choice.why}")
-            self.kernels[wanted] = choice.kernel
-        return self.kernels[wanted]
+    def _context_forward(self, attention: SelfAttention, context: ContextParallel) -> Callable[..., torch.Tensor]:
+        config, layer = attention.config, attention.layer_number
+        scale, window = attention_scale(config), attention_window(config, layer)
+        spread = context.spread(comm_type(config.cp_comm_type, layer))
+
+        def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            segment = self.store.announced(layer)
+
+            def make_call(_: Any) -> Call:
+                return asked(
+                    query,
+                    key,
+                    spread,
+                    self.kernels.of(query, value),
+                    scale,
+                    window=window,
+                    documents=self.documents.get(segment.microbatch),
+                    layer=layer,
+                    store=self.store,
+                )
+
+            return attend_once(query, key, value, self.kept, (layer, segment.microbatch, segment.index), make_call)
+
+        return forward
 
 
 def _refuse_attention(name: str, attention: torch.nn.Module) -> None:

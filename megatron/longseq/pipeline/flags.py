@@ -8,10 +8,6 @@ Refusals = dict[str, tuple[Callable[[Namespace], Any], str]]
 
 # flag: (is it asked for?, why a sequence in segments cannot serve it)
 NOT_IN_SEGMENTS: Refusals = {
-    "--context-parallel-size": (
-        lambda a: a.context_parallel_size > 1,
-        "a segment's keys are not distributed over context-parallel ranks yet",
-    ),
     "--multi-latent-attention": (
         lambda a: a.multi_latent_attention,
         "earlier segments' keys are kept per head, not as latents",

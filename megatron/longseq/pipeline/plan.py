@@ -5,6 +5,7 @@ from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron.longseq.attention.layout import length_multiple
 from megatron.longseq.pipeline import orders, partition
 from megatron.longseq.pipeline.action import Pipeline, Schedule
 from megatron.longseq.pipeline.cost import CostModel, ModelShape, fit, flops, read_samples, seconds, segment_costs
@@ -106,7 +107,9 @@ def segment_lengths(args: Namespace) -> tuple[int, ...]:
     """
     if args.seq1f1b_splits == 1:
         return (args.seq_length,)
-    multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    multiple = length_multiple(
+        args.context_parallel_size, args.tensor_model_parallel_size if args.sequence_parallel else 1
+    )
     return partition.parse(args.seq1f1b_partition, cost_model(args), args.seq1f1b_splits, multiple=multiple).lengths
 
 

@@ -9,6 +9,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 
+from megatron.longseq.attention.core import ContextParallel
 from megatron.longseq.pipeline.action import Schedule
 from megatron.longseq.pipeline.chunk import Chunk
 from megatron.longseq.pipeline.executor import Executor, Step
@@ -27,6 +28,7 @@ class PipelineRunner:
     Attributes:
         plan: what the flags ask.
         packs_documents: whether attention masks separate documents.
+        context: groups of context parallelism, which segments need; None: there is one context-parallel rank.
         patience: seconds after which a waiting rank says what it waits for.
         timeout: after which a message between stages that does not come is an error; None: the backend's own.
         trace: given a training step's schedule, this rank's place and its measured spans; None: none is measured.
@@ -35,6 +37,7 @@ class PipelineRunner:
 
     plan: Plan
     packs_documents: bool = False
+    context: ContextParallel | None = None
     patience: float = 60.0
     timeout: timedelta | None = None
     trace: Callable[[Schedule, int, tuple[Span, ...]], None] | None = None
@@ -114,7 +117,7 @@ class PipelineRunner:
             return
         for chunk in self.chunks:
             chunk.detach()
-        self.chunks = [Chunk(module, self.plan.lengths, self.packs_documents) for module in modules]
+        self.chunks = [Chunk(module, self.plan.lengths, self.packs_documents, self.context) for module in modules]
         if len(self.plan.lengths) > 1:
             for chunk in self.chunks:
                 chunk.attach()

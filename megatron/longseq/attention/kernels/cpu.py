@@ -78,10 +78,11 @@ class CpuFlash:
         if scores.window is None:
             return None
         key = (q.shape[0], k.shape[0], replace(scores, scale=1.0), q.dtype)
-        if self._mask is None or self._mask[0] != key:
+        kept = self._mask  # read once: another thread may compute, too
+        if kept is None or kept[0] != key:
             seen = visible(q.shape[0], k.shape[0], scores, q.device)
-            self._mask = key, torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
-        return self._mask[1]
+            self._mask = kept = key, torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
+        return kept[1]
 
 
 def _heads_first(x: Tensor) -> Tensor:

@@ -1,0 +1,213 @@
+"""Attention of tokens that are spread over context-parallel ranks: Ulysses, ring, both, and segments of a sequence.
+
+One autograd node per call: heads are exchanged, attention runs over the ring, outputs are exchanged back. Kept for
+backward are q, keys and values as they lie after the exchange, out and log-sum-exp; with segments, keys and values
+stand once in the store. Where upstream computes activations again, out and log-sum-exp of the first forward are kept
+and attention is not run a second time.
+"""
+
+from collections import deque
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.longseq.attention.blocks import Documents
+from megatron.longseq.attention.heads import Heads, check_heads
+from megatron.longseq.attention.kernels.kernel import Kernel
+from megatron.longseq.attention.ringtiles import Mask
+from megatron.longseq.attention.segment import Segment
+from megatron.longseq.attention.spread import Share, Spread
+from megatron.longseq.attention.store import PrefixStore
+from megatron.longseq.attention.ulysses import Ulysses
+
+
+@dataclass
+class Kept:
+    """Results of forwards that will be computed again, each until it is; first in, first out under one key."""
+
+    results: dict[Hashable, deque[Any]] = field(default_factory=dict)
+
+    def put(self, key: Hashable, result: Any) -> None:
+        """Keep a result."""
+        self.results.setdefault(key, deque()).append(result)
+
+    def take(self, key: Hashable) -> Any:
+        """Return the oldest result and forget it.
+
+        Raises:
+            RuntimeError: there is none.
+        """
+        queue = self.results.get(key)
+        if not queue:
+            raise RuntimeError(f"attention is computed again, but nothing was kept of its first forward ({key})")
+        result = queue.popleft()
+        if not queue:
+            del self.results[key]
+        return result
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is asked of one call, apart from its tensors.
+
+    Attributes:
+        exchange: heads against tokens.
+        share: attention over the ring.
+        segment: which segment of which micro-batch.
+        layer: number of the layer, unique on the stage.
+        store: of segments' keys and values; None: the sequence is one segment.
+        documents: of the sequence.
+    """
+
+    exchange: Ulysses
+    share: Share
+    segment: Segment
+    layer: int
+    store: PrefixStore | None
+    documents: Documents | None
+
+
+Result = tuple[Tensor, Tensor]  # out before it is exchanged back, log-sum-exp
+
+
+def asked(  # noqa: PLR0913
+    q: Tensor,
+    k: Tensor,
+    spread: Spread,
+    kernel: Kernel,
+    scale: float,
+    *,
+    window: int | None = None,
+    documents: Documents | None = None,
+    layer: int = 0,
+    store: PrefixStore | None = None,
+) -> Call:
+    """Plan causal attention of this rank's tokens to the tokens of all ranks.
+
+    Args:
+        q: [n, b, hq, d] of the tokens of `Layout.positions`.
+        k: [n, b, hk, d]; hk divides hq.
+        spread: over which ranks.
+        kernel: see `kernels.choice.choose`, without dropout.
+        scale: factor of the scores.
+        window: keys before its own position that a query sees; None: all.
+        documents: of the whole sequence; a query sees its own document alone.
+        layer: number of the layer, unique on the stage; needed with `store`.
+        store: of this stage, with `current` set: the tokens are those of the current segment, and the keys of earlier
+            segments are seen, too.
+
+    Raises:
+        ValueError: shapes, heads or documents that do not fit.
+        PrefixOrderError: no segment is current.
+    """
+    ranks = spread.mesh.size
+    segment = store.announced(layer) if store is not None else Segment(0, 0, (q.shape[0] * ranks,))
+    if kernel.dropout:
+        raise ValueError(f"layer {layer}: no dropout of attention weights over context-parallel ranks")
+    if q.shape[0] * ranks != segment.tokens or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        raise ValueError(
+            f"layer {layer}, {segment}: queries {tuple(q.shape)} and keys {tuple(k.shape)} on a rank, for "
+            f"{segment.tokens} tokens on {ranks} context-parallel ranks"
+        )
+    heads = Heads(q.shape[2], k.shape[2])
+    check_heads(spread.mesh, heads)
+    share = spread.share(kernel, scale, segment, Mask(q.shape[1], window, documents))
+    return Call(spread.exchange(heads, segment), share, segment, layer, store, documents)
+
+
+def context_attention(q: Tensor, k: Tensor, v: Tensor, call: Call, result: Result | None = None) -> Tensor:
+    """Return attention [n, b, hq * d], see `asked`.
+
+    Args:
+        q: [n, b, hq, d], rotary positions already applied.
+        k, v: [n, b, hk, d].
+        call: what is asked.
+        result: of `first_result`, when this forward is a repetition: attention itself is not computed again.
+
+    Raises:
+        ValueError: values of another shape than keys.
+        PrefixOrderError: not this segment's turn.
+    """
+    if v.shape != k.shape:
+        raise ValueError(
+            f"layer {call.layer}: values {tuple(v.shape)} beside keys {tuple(k.shape)}; over context-parallel ranks "
+            "they travel together and have one shape"
+        )
+    return ContextAttention.apply(q, k, v, call, result)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def first_result(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Result]:
+    """As `context_attention` without autograd, for a forward that will be repeated: also return what to keep of it."""
+    with torch.no_grad():
+        heads, kv = call.exchange.scatter_heads(q, k, v)
+        result = call.share.forward(heads, _keys(kv, call))
+        return call.exchange.gather_outputs(result[0]).flatten(2), result
+
+
+def _keys(kv: Tensor, call: Call) -> Tensor:
+    """Return the keys and values that are seen from here; write the segment's own into the store."""
+    keys = call.share.collect(kv)
+    if call.store is None:
+        return keys
+    rows = _rows(call)
+    (whole,) = call.store.write(call.layer, rows, keys).tensors
+    return whole[: rows.end]
+
+
+def _rows(call: Call) -> Segment:
+    """Return the call's segment in rows of the store."""
+    return Segment(call.segment.microbatch, call.segment.index, call.share.segment.lengths, call.segment.forward_only)
+
+
+class ContextAttention(torch.autograd.Function):
+    """See `context_attention`."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call, result: Result | None) -> Tensor:
+        """Exchange, attend, exchange back."""
+        heads, kv = call.exchange.scatter_heads(q, k, v)
+        keys = _keys(kv, call) if result is None or call.store is not None else kv
+        out, lse = call.share.forward(heads, keys) if result is None else result
+        ctx.call = call
+        if call.store is None:
+            ctx.save_for_backward(heads, out, lse, kv)
+        elif call.segment.forward_only:
+            call.store.close(call.layer, call.segment)
+        else:
+            ctx.save_for_backward(heads, out, lse)
+        return call.exchange.gather_outputs(out).flatten(2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The same way back."""
+        call: Call = ctx.call
+        heads, out, lse, *kv = ctx.saved_tensors
+        grad_out = call.exchange.scatter_gradient(grad.unflatten(2, (call.exchange.heads.query, -1)))
+        if call.store is None:
+            dq, grads = call.share.backward((heads, call.share.collect(*kv), out, lse), grad_out, None)
+        else:
+            dq, grads = _with_store(call, call.store, (heads, out, lse), grad_out)
+        return *call.exchange.gather_gradients(dq, call.share.distribute(grads)), None, None
+
+
+def _with_store(
+    call: Call, store: PrefixStore, saved: tuple[Tensor, Tensor, Tensor], grad_out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Leave earlier segments their gradients in the store; return dq and the gradient of the segment's own rows."""
+    rows = _rows(call)
+    slot = store.read(call.layer, rows)
+    if rows.is_last:
+        store.open_grads(slot, rows.total)
+        assert slot.grads is not None
+        slot.grads[0].zero_()
+    assert slot.grads is not None, "the last segment's backward opened them"
+    q, out, lse = saved
+    (keys,), (grads,) = slot.tensors, slot.grads
+    dq, _ = call.share.backward((q, keys[: rows.end], out, lse), grad_out, grads[: rows.end])
+    own = grads[rows.begin : rows.end].clone()
+    store.close(call.layer, rows)
+    return dq, own

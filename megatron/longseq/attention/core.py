@@ -1,0 +1,184 @@
+"""Core attention over context-parallel ranks, for the slot that upstream's layer specs have for it."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.random import is_checkpointing
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.utils import log_single_rank
+from torch import Tensor
+
+from megatron.longseq.attention.context import Call, Kept, asked, context_attention, first_result
+from megatron.longseq.attention.kernels.choice import choose
+from megatron.longseq.attention.kernels.kernel import Kernel
+from megatron.longseq.attention.kernels.reference import Reference
+from megatron.longseq.attention.layout import Layout
+from megatron.longseq.attention.masks import MaskReader
+from megatron.longseq.attention.spread import Spread
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Kernels:
+    """Kernels by what they are wanted for; the choice is logged once.
+
+    Attributes:
+        who: named in the log.
+    """
+
+    who: str
+    chosen: dict[Any, Kernel] = field(default_factory=dict)
+
+    def of(self, query: Tensor, value: Tensor, dropout: float = 0.0) -> Kernel:
+        """Return the kernel for some tensors."""
+        wanted = (query.device, query.dtype, query.shape[-1], value.shape[-1], dropout)
+        if wanted not in self.chosen:
+            choice = choose(*wanted[:3], value_dim=wanted[3], dropout=dropout)
+            level = logging.WARNING if choice.kernel.name == Reference.name else logging.INFO
+            log_single_rank(logger, level, f"{self.who}: {choice.why}")
+            self.chosen[wanted] = choice.kernel
+        return self.chosen[wanted]
+
+
+@dataclass
+class ContextParallel:
+    """What the layers of a process share.
+
+    Attributes:
+        spreads: by --cp-comm-type.
+        masks: reads documents.
+        kept: results of forwards that recomputation repeats.
+    """
+
+    spreads: dict[str, Spread]
+    masks: MaskReader
+    kept: Kept = field(default_factory=Kept)
+    kernels: Kernels = field(default_factory=lambda: Kernels("context parallelism"))
+
+    @property
+    def size(self) -> int:
+        """Context-parallel ranks."""
+        return next(iter(self.spreads.values())).mesh.size
+
+    def spread(self, comm_type: str | None) -> Spread:
+        """Return the spread of a layer.
+
+        Raises:
+            ValueError: no layer was to have that type.
+        """
+        if (comm_type or "p2p") not in self.spreads:
+            raise ValueError(f"--cp-comm-type {comm_type}: groups are open for {', '.join(self.spreads)} alone")
+        return self.spreads[comm_type or "p2p"]
+
+
+def attention_scale(config: Any) -> float:
+    """Return the factor of the scores."""
+    return config.softmax_scale or config.kv_channels**-0.5  # type: ignore[no-any-return]
+
+
+def attention_window(config: Any, layer: int) -> int | None:
+    """Return how many keys before its own position a query of a layer sees; None: all."""
+    has_window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer)
+    return config.window_size[0] if has_window and config.window_size[0] >= 0 else None
+
+
+def attend_once(q: Tensor, k: Tensor, v: Tensor, kept: Kept, key: Any, make_call: Callable[[Any], Call]) -> Tensor:
+    """Run attention, but not again where upstream recomputes activations.
+
+    Args:
+        q, k, v: see `context_attention`.
+        kept: between a forward and its repetition.
+        key: of this call, the same in the repetition.
+        make_call: returns the call; given the documents of the first forward, in its repetition.
+    """
+    if not is_checkpointing():
+        return context_attention(q, k, v, make_call(None))
+    if not torch.is_grad_enabled():
+        call = make_call(None)
+        out, result = first_result(q, k, v, call)
+        kept.put(key, (result, call.documents))
+        return out
+    result, documents = kept.take(key)
+    return context_attention(q, k, v, make_call(documents), result)
+
+
+class ContextParallelAttention(MegatronModule):
+    """Causal self-attention of this rank's tokens to those of all context-parallel ranks.
+
+    Args:
+        config: upstream's.
+        layer_number: from 1.
+        attn_mask_type: causal.
+        attention_type: "self".
+        attention_dropout: 0; None: as the configuration says.
+        softmax_scale: factor of the scores; None: as the configuration says.
+        cp_comm_type: of this layer.
+        pg_collection: unused: the groups are the context's.
+        context: returns the open groups.
+
+    Raises:
+        ValueError: attention that is not causal self-attention, or with dropout.
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+        *,
+        context: Callable[[], ContextParallel],
+    ) -> None:
+        super().__init__(config=config)
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        if attention_type != "self" or attn_mask_type is AttnMaskType.no_mask or dropout:
+            raise ValueError(
+                f"layer {layer_number}: {attention_type} attention with mask {attn_mask_type.name} and dropout "
+                f"{dropout} over context-parallel ranks; causal self-attention without dropout is served"
+            )
+        self.layer_number = max(1, layer_number)
+        self.context = context()
+        self.spread = self.context.spread(cp_comm_type)
+        self.scale = softmax_scale or attention_scale(config)
+        self.window = attention_window(config, self.layer_number)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """Return [n, b, hq * d] of q [n, b, hq, d] and k, v [n, b, hk, d], this rank's tokens.
+
+        Raises:
+            ValueError: a bias, or packed sequences in THD form.
+        """
+        if attention_bias is not None or packed_seq_params is not None:
+            raise ValueError(
+                f"layer {self.layer_number}: attention over context-parallel ranks takes no bias and no "
+                "packed_seq_params; documents are packed with --reset-attention-mask"
+            )
+        context = self.context
+        kernel = context.kernels.of(query, value)
+
+        def make_call(documents: Any) -> Call:
+            if documents is None:
+                layout = Layout(self.spread.mesh, (query.shape[0] * self.spread.mesh.size,))
+                documents = context.masks.documents(attention_mask, layout)
+            return asked(query, key, self.spread, kernel, self.scale, window=self.window, documents=documents)
+
+        return attend_once(query, key, value, context.kept, id(self), make_call)

@@ -1,0 +1,103 @@
+"""Process groups of context parallelism: made once, by every rank of the job, in the same order."""
+
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron.longseq.attention.lanes import GroupExchange, GroupLane
+from megatron.longseq.attention.layout import Mesh
+from megatron.longseq.attention.ring import RingLanes
+from megatron.longseq.attention.spread import Spread
+from megatron.longseq.attention.ways import Way
+
+LANES = ("keys", "grads", "far_keys", "far_grads")
+
+
+def reordered(group: dist.ProcessGroup, mesh: Mesh, timeout: timedelta | None = None) -> dist.ProcessGroup:
+    """Return the context-parallel group once more, its ranks in the mesh's order (`Mesh.ordered`).
+
+    Every rank of the job calls this at the same time. Data and rotary positions are cut by the rank in this group.
+    """
+    mine = dist.get_process_group_ranks(group)
+    made = None
+    for ranks in everyones(mine):
+        ordered = list(mesh.ordered(ranks))
+        new = dist.new_group(ordered, timeout=timeout, backend=dist.get_backend(group), sort_ranks=False)
+        if ranks == tuple(mine):
+            made = new
+    assert made is not None, "this rank's own group is among everyone's"
+    return made
+
+
+def open_spreads(
+    group: dist.ProcessGroup, ways: Mapping[str, Way], window: int | None, timeout: timedelta | None = None
+) -> dict[str, Spread]:
+    """Make the communicators of all context-parallel groups; every rank of the job calls this at the same time.
+
+    Args:
+        group: upstream's context-parallel group; its ranks are the context-parallel ranks, in order.
+        ways: how layers are spread, by the name in --cp-comm-type.
+        window: --ring-window.
+        timeout: after which a message that does not come is an error; None: the backend's own.
+
+    Returns:
+        A spread for each name.
+    """
+    mine, backend = tuple(dist.get_process_group_ranks(group)), dist.get_backend(group)
+    rank, lists = group.rank(), everyones(mine)
+    spreads: dict[str, Spread] = {}
+    made: dict[tuple[int, int], Spread] = {}
+    for name, way in ways.items():
+        mesh = way.mesh
+        key = (mesh.ulysses, mesh.ring)
+        if key not in made:
+            place = mesh.place(rank)
+            exchanges = _make([g for ranks in lists for g in _ulysses(mesh, ranks)], ("all",), backend, timeout)
+            rings = [g for ranks in lists for g in _rings(mesh, ranks)]
+            # One communicator keeps the order of posting. On a GPU that would make keys wait for gradients.
+            lanes = _make(rings, ("keys",) if backend == "gloo" else LANES, backend, timeout)
+            assert mine[rank] == dist.get_rank(), place
+            ring = RingLanes(*(GroupLane(lanes.get(lane, lanes["keys"])) for lane in LANES))
+            ulysses = GroupExchange(exchanges["all"]) if mesh.ulysses > 1 else None
+            made[key] = Spread(mesh, rank, ulysses, ring, GroupExchange(lanes["keys"]))
+        plain = made[key]
+        spreads[name] = Spread(mesh, rank, plain.ulysses, plain.ring, plain.gather if way.gathers else None, window)
+    return spreads
+
+
+def everyones(mine: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return the ranks of every such group of the job, in the same order on every rank: a collective."""
+    lists: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, tuple(mine))
+    return sorted(set(lists))
+
+
+def _ulysses(mesh: Mesh, ranks: Sequence[int]) -> list[tuple[int, ...]]:
+    return [tuple(ranks[at : at + mesh.ulysses]) for at in range(0, mesh.size, mesh.ulysses)]
+
+
+def _rings(mesh: Mesh, ranks: Sequence[int]) -> list[tuple[int, ...]]:
+    return [tuple(ranks[at :: mesh.ulysses]) for at in range(mesh.ulysses)]
+
+
+def _make(
+    groups: Sequence[tuple[int, ...]], names: Sequence[str], backend: str, timeout: timedelta | None
+) -> dict[str, dist.ProcessGroup]:
+    """Make groups, one for each name; return this rank's."""
+    mine = {}
+    for ranks in groups:
+        for name in names:
+            group = dist.new_group(list(ranks), timeout=timeout, backend=backend)
+            if dist.get_rank() in ranks:
+                mine[name] = group
+                _greet(group)
+    return mine
+
+
+def _greet(group: dist.ProcessGroup) -> None:
+    """Connect the ranks: NCCL does so at a first collective, and wants all of them there."""
+    if dist.get_backend(group) == "nccl":
+        dist.all_reduce(torch.zeros(1, device=torch.device("cuda", torch.cuda.current_device())), group=group)

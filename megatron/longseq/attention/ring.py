@@ -1,0 +1,241 @@
+"""Ring attention: the steps of a plan (`ringplan`) carried out, forward and backward.
+
+Keys and values lie together, [rows, 2, b, hk, d], so that any span of rows is one message without a copy. While a
+step's blocks are computed the next step's keys are on their way. Results are merged as they come, in the accumulation
+type; no step's own result is kept. Gradients of keys travel in the accumulation type, one step behind the keys.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron.longseq.attention.attend import attend, attend_backward, attend_backward_, attend_first, attend_more_
+from megatron.longseq.attention.blocks import Span
+from megatron.longseq.attention.kernels.kernel import Kernel
+from megatron.longseq.attention.lanes import Lane, Message, Pending
+from megatron.longseq.attention.merge import accumulation
+from megatron.longseq.attention.ringplan import Step, Transfer
+from megatron.longseq.attention.spans import Spans, before, located, size
+
+Saved = tuple[Tensor, Tensor, Tensor, Tensor]  # q, own keys and values, out, log-sum-exp
+
+
+@dataclass(frozen=True)
+class RingLanes:
+    """Communicators of a ring: keys must not wait behind gradients, nor a step's messages behind longer ones.
+
+    Attributes:
+        keys, grads: between steps that follow one another.
+        far_keys, far_grads: messages with more than one step to arrive: to the next window of a double ring, and home.
+    """
+
+    keys: Lane
+    grads: Lane
+    far_keys: Lane
+    far_grads: Lane
+
+
+def ring_forward(
+    kernel: Kernel, q: Tensor, own: Tensor, steps: Sequence[Step], lanes: RingLanes, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return (out [n, b, hq, d] in q's type, lse [b, hq, n]) of this rank's queries over the keys of all ranks.
+
+    Args:
+        kernel: computes a block.
+        q: [n, b, hq, d].
+        own: this rank's keys and values, [rows, 2, b, hk, d], contiguous.
+        steps: of `ringplan.plan_ring`.
+        lanes: to the other ranks.
+        scale: factor of the scores.
+    """
+    if _is_alone(steps):
+        return attend(kernel, q, own[:, 0], own[:, 1], steps[0].begun, scale)
+    result: tuple[Tensor, Tensor] | None = None
+    for step, held in _keys_round(own, steps, lanes):
+        if result is None:
+            result = attend_first(kernel, q, held[:, 0], held[:, 1], step.begun, scale)
+        if step.added:
+            attend_more_(kernel, q, held[:, 0], held[:, 1], step.added, scale, *result)
+    assert result is not None, "in step 0 a rank has its own keys"
+    return result[0].to(q.dtype), result[1]
+
+
+def ring_backward(
+    kernel: Kernel,
+    saved: Saved,
+    grad_out: Tensor,
+    steps: Sequence[Step],
+    lanes: RingLanes,
+    scale: float,
+    home: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return (dq [n, b, hq, d] in q's type, the gradient of `own` in the accumulation type).
+
+    Args:
+        kernel: computes a block.
+        saved: q, own, and what `ring_forward` returned.
+        grad_out: [n, b, hq, d].
+        steps: those of the forward.
+        lanes: to the other ranks.
+        scale: factor of the scores.
+        home: gradients that `own` has already, in the accumulation type: added to, in place, and returned.
+    """
+    q, own, out, lse = saved
+    if _is_alone(steps):
+        total = Total(own, steps[0].summed, steps[0].held, home)
+        keys = (own[:, 0], own[:, 1])
+        dq = attend_backward(kernel, (q, *keys, out, lse), grad_out, steps[0].begun, scale, total.add)
+        return dq, total.close()
+    dq = torch.zeros_like(q, dtype=accumulation(q.dtype))
+    post = _Post(lanes.grads, lanes.far_grads)
+    mine: Total | None = None
+    for index, (step, held) in enumerate(_keys_round(own, steps, lanes)):
+        total = Total(own, step.summed, step.held, home if index == 0 else None)
+        given = (q, held[:, 0], held[:, 1], out, lse)
+        attend_backward_(kernel, given, grad_out, (*step.begun, *step.added), scale, total.add, dq)
+        if mine is None:
+            mine = total
+        for came, rows in post.arrived(index):
+            total.take(came, rows)
+        post.start(step.grads_out, total.close(), step.summed, step.grads_in, own, accumulation(own.dtype))
+    assert mine is not None, "in step 0 a rank has its own keys"
+    for came, rows in post.arrived(len(steps)):
+        mine.take(came, rows)
+    return dq.to(q.dtype), mine.close()
+
+
+def _is_alone(steps: Sequence[Step]) -> bool:
+    """Return whether nothing is exchanged or merged: a ring of one rank."""
+    return len(steps) == 1 and not steps[0].added
+
+
+def _keys_round(own: Tensor, steps: Sequence[Step], lanes: RingLanes) -> Iterator[tuple[Step, Tensor]]:
+    """Yield each step with the keys that lie here in it, once the messages of the step are on their way."""
+    post = _Post(lanes.keys, lanes.far_keys)
+    waiting: dict[int, Tensor] = {}
+    for index, step in enumerate(steps):
+        post.arrived(index)
+        held = own if index == 0 else waiting.pop(step.source, own[:0])
+        for move, came in post.start(step.keys_out, held, step.held, step.keys_in, own, own.dtype):
+            waiting[move.source] = came
+        yield step, held
+        del held
+    post.arrived(len(steps))
+
+
+class _Post:
+    """Transfers under way: started in one step, waited for in another, on both sides."""
+
+    def __init__(self, near: Lane, far: Lane) -> None:
+        self._near, self._far = near, far
+        self._due: dict[int, list[Pending]] = defaultdict(list)
+        self._came: dict[int, list[tuple[Tensor, Spans]]] = defaultdict(list)
+
+    def start(
+        self,
+        out: Sequence[Transfer],
+        buffer: Tensor,
+        held: Spans,
+        into: Sequence[Transfer],
+        like: Tensor,
+        dtype: torch.dtype,
+    ) -> list[tuple[Transfer, Tensor]]:
+        """Start a step's transfers; return the receives with the tensors that they fill.
+
+        Args:
+            out: sent from `buffer`, whose rows are `held` of their source's.
+            buffer: [rows, 2, b, hk, d].
+            held: see `out`.
+            into: received.
+            like: gives the shape but for the rows, and the device.
+            dtype: of the messages.
+        """
+        filled = [(move, like.new_empty(size(move.rows), *like.shape[1:], dtype=dtype)) for move in into]
+        for lane, is_far in ((self._near, False), (self._far, True)):
+            sends: dict[int, list[Message]] = defaultdict(list)
+            receives: dict[int, list[Message]] = defaultdict(list)
+            for move in out:
+                if _is_far(move) == is_far:
+                    sends[move.wait].append((move.receiver, _rows(buffer, located(held, move.rows))))
+            for move, tensor in filled:
+                if _is_far(move) == is_far:
+                    receives[move.wait].append((move.sender, tensor))
+            for wait in sorted({*sends, *receives}):
+                self._due[wait].append(lane.post(sends[wait], receives[wait]))
+        for move, tensor in filled:
+            self._came[move.wait].append((tensor, move.rows))
+        return filled
+
+    def arrived(self, step: int) -> list[tuple[Tensor, Spans]]:
+        """Wait for what is due in a step; return what came, in the order in which it was started."""
+        for pending in self._due.pop(step, []):
+            pending.wait()
+        return self._came.pop(step, [])
+
+
+def _is_far(move: Transfer) -> bool:
+    return move.wait != move.post + 1
+
+
+def _rows(buffer: Tensor, rows: Spans) -> Tensor:
+    """Return some rows of a buffer as one contiguous tensor; one span is no copy."""
+    parts = [buffer[span.slice()] for span in rows]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class Total:
+    """The sum of the gradients of some rows of a source's keys and values.
+
+    Args:
+        like: [..., 2, b, hk, d], gives shape and device.
+        summed: which of the source's rows.
+        held: rows of the source that the blocks' keys count through.
+        whole: a buffer that holds a part of the sum already; None: nothing yet.
+    """
+
+    def __init__(self, like: Tensor, summed: Spans, held: Spans, whole: Tensor | None = None) -> None:
+        self._summed, self._held = summed, held
+        self._is_empty = whole is None
+        shape, dtype = (size(summed), *like.shape[1:]), accumulation(like.dtype)
+        self.whole = like.new_empty(shape, dtype=dtype) if whole is None else whole
+
+    def add(self, batch: Span, keys: Span, dk: Tensor, dv: Tensor) -> None:
+        """Add a block's gradients; `keys` counts through what is held."""
+        rows = self._rows(keys)
+        if self._is_empty and rows.size == self.whole.shape[0] and batch.size == self.whole.shape[2]:
+            self.whole[:, 0], self.whole[:, 1] = dk, dv
+        else:
+            part = self._filled()[rows.slice(), :, batch.slice()]
+            part[:, 0].add_(dk)
+            part[:, 1].add_(dv)
+        self._is_empty = False
+
+    def take(self, came: Tensor, rows: Spans) -> None:
+        """Add what another rank has summed of some of the source's rows."""
+        whole, begin = self._filled(), 0
+        for span in located(self._summed, rows):
+            whole[span.slice()].add_(came[begin : begin + span.size])
+            begin += span.size
+
+    def close(self) -> Tensor:
+        """Return the sum."""
+        return self._filled()
+
+    def _filled(self) -> Tensor:
+        if self._is_empty:
+            self.whole.zero_()
+            self._is_empty = False
+        return self.whole
+
+    def _rows(self, keys: Span) -> Span:
+        """Turn a span of what is held into one of what is summed."""
+        passed = 0
+        for span in self._held:
+            if keys.begin < passed + span.size:
+                begin = before(self._summed, span.begin + keys.begin - passed)
+                return Span(begin, begin + keys.size)
+            passed += span.size
+        raise AssertionError(f"keys {tuple(keys)} lie beyond the {passed} rows that are held")

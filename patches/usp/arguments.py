@@ -1,0 +1,76 @@
+"""Upstream's validation of its flags, with the choice of a layout before it and our refusals after it."""
+
+import functools
+import inspect
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+from megatron.longseq.attention.flags import refuse_unserved_context
+from patches.usp.conditions import spreads_attention, spreads_local_attention
+
+
+def with_context_plan(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `validate_args`: choose where --context-parallel-auto asks, then refuse what cannot be served.
+
+    Raises:
+        ValueError: flags that do not go together, heads or lengths that no such layout has.
+    """
+
+    @functools.wraps(original)
+    def validate_args(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
+        from megatron.longseq.attention.ways import check_ways, choose_for
+
+        is_chosen = args.context_parallel_auto
+        if is_chosen:
+            choose_for(args, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        result = original(args, defaults or {})
+        if not spreads_attention(args):
+            _refuse_ours_alone(args)
+            return result
+        refuse_unserved_context(args)
+        _refuse_order(args)
+        spread = check_ways(args, _lengths(args))
+        if args.rank == 0:
+            for name, way in spread.items():
+                keys = ", keys gathered" if way.gathers else ""
+                chosen = ", chosen by --context-parallel-auto" if is_chosen else ""
+                print(
+                    f"> attention over {way.mesh.size} context-parallel ranks ({name}): Ulysses {way.mesh.ulysses} x "
+                    f"ring {way.mesh.ring}{keys}{chosen}",
+                    flush=True,
+                )
+        return result
+
+    return validate_args
+
+
+def _lengths(args: Namespace) -> tuple[int, ...]:
+    from megatron.longseq.pipeline.plan import segment_lengths
+
+    return segment_lengths(args)
+
+
+def _refuse_ours_alone(args: Namespace) -> None:
+    """TransformerEngine's own context parallelism knows neither of these."""
+    for flag, is_given in (
+        ("--ring-window", args.ring_window is not None),
+        ("--context-parallel-placement", args.context_parallel_placement != "head-first"),
+    ):
+        if is_given:
+            raise ValueError(f"{flag}: TransformerEngine's attention has none; give --transformer-impl local, too.")
+
+
+def _refuse_order(args: Namespace) -> None:
+    if args.context_parallel_placement == "head-first":
+        return
+    import torch.distributed as dist
+
+    if "sort_ranks" not in inspect.signature(dist.new_group).parameters:
+        raise ValueError(
+            "--context-parallel-placement context-first: this PyTorch sorts the ranks of every group (new_group has no "
+            "sort_ranks); use a later one, or head-first."
+        )
+    if args.transformer_impl != "local" and not spreads_local_attention(args):
+        raise ValueError("--context-parallel-placement context-first: give --transformer-impl local, too.")

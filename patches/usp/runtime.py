@@ -1,0 +1,75 @@
+"""The open groups of context parallelism, from where upstream makes its own to where attention is built."""
+
+import functools
+from argparse import Namespace
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+
+class _Held:
+    """What this process has opened; upstream hands nothing from one place to the other."""
+
+    context: Any = None
+
+
+def current_context() -> Any:
+    """Return the `ContextParallel` of this process.
+
+    Raises:
+        RuntimeError: attention is built before upstream has made its groups.
+    """
+    if _Held.context is None:
+        raise RuntimeError("context parallelism: attention is built before initialize_model_parallel has run")
+    return _Held.context
+
+
+def with_context_groups(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `initialize_model_parallel`: then make the groups of the all-to-all and of the ring."""
+
+    @functools.wraps(original)
+    def initialize_model_parallel(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args
+
+        from patches.usp.conditions import spreads_local_attention
+
+        flags = get_args()
+        if spreads_local_attention(flags):  # upstream's hierarchical groups are TransformerEngine's
+            kwargs["hierarchical_context_parallel_sizes"] = None
+        result = original(*args, **kwargs)
+        _Held.context = _open(flags)
+        return result
+
+    return initialize_model_parallel
+
+
+def _open(flags: Namespace) -> Any:
+    from megatron.core import parallel_state
+
+    from megatron.longseq.attention.core import ContextParallel
+    from megatron.longseq.attention.groups import open_spreads, reordered
+    from megatron.longseq.attention.lanes import GroupExchange
+    from megatron.longseq.attention.masks import MaskReader
+    from megatron.longseq.attention.ways import ways
+
+    timeout = timedelta(minutes=flags.distributed_timeout_minutes)
+    spread, group = ways(flags), parallel_state.get_context_parallel_group()
+    if flags.context_parallel_placement != "head-first":
+        group = reordered(group, spread["a2a+p2p"].mesh, timeout)
+        parallel_state._CONTEXT_PARALLEL_GROUP = group
+    return ContextParallel(
+        open_spreads(group, spread, flags.ring_window, timeout),
+        MaskReader(GroupExchange(group), group.rank(), flags.reset_attention_mask),
+    )
+
+
+def with_context_attention(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the local spec's choice of core attention."""
+
+    @functools.wraps(original)
+    def core_attention(self: Any) -> Any:
+        from megatron.longseq.attention.core import ContextParallelAttention
+
+        return functools.partial(ContextParallelAttention, context=current_context)
+
+    return core_attention
