@@ -63,7 +63,7 @@ class _Race:
     def __init__(self, job: Job) -> None:
         self.job, self.rank = job, dist.get_rank()
         everyone = list(dict.fromkeys(one for _, contestants, _ in job.sizes for one in contestants))
-        self.groups = {ranks: dist.new_group(range(ranks)) for ranks in sorted({one.ranks for one in everyone})}
+        self.groups = {ranks: _block(ranks) for ranks in sorted({one.ranks for one in everyone})}
         self.attends = {one: _attend(one, self.groups[one.ranks]) for one in everyone}
 
     def trials(self) -> list[Tried]:
@@ -128,6 +128,12 @@ class _Race:
         with peers.self_sends_copied(one):
             out = self.attends[one](q, k, v)
             return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
+
+
+def _block(ranks: int) -> dist.ProcessGroup:
+    """Return this rank's group, of as many neighbours; all others' are made, too."""
+    firsts = range(0, dist.get_world_size(), ranks)
+    return [dist.new_group(range(first, first + ranks)) for first in firsts][dist.get_rank() // ranks]
 
 
 def _axes(one: Contestant) -> tuple[int, ...]:
