@@ -1,7 +1,7 @@
 """Attention over ranks, ours beside yunchang, ring-flash-attn and PyTorch's own ring: time, memory, bytes, errors.
 
     python -m tests.benchmarks.attention [--ranks 2 4] [--lengths 4096 8192 16384] [--kv-heads 8 2] [--rounds 4]
-        [--dtype float32] [--who ours yunchang ring-flash-attn torch] [--log LOG]
+        [--dtype float32] [--who ours yunchang ring-flash-attn torch]
 
 Forward and backward of causal attention, 8 query heads of 64, on gloo ranks with one core and one thread each. Every
 contestant runs in every round of one and the same job, in turns, each round in another order. CPU seconds are those of
@@ -11,8 +11,9 @@ against attention in float64 of the whole sequence, over its largest value.
 
 The other implementations need a GPU as they come; `peers` says what they are given instead. They are installed by
 `pip install "megatron-longseq[bench]"`; one that is missing is left out, and said so. The last line is one JSON object;
-each of its figures is the geometric mean over the settings listed under `measured_at`. "Best" is the least, among a
-peer's configurations, whether its gradients are right or not, as among ours, for time and for memory apart.
+each of its figures is the geometric mean over the settings listed under `measured_at`. "Best" is the least, among all
+configurations of all peers as among ours, for time and for memory apart: whether its gradients are right or not, or
+("best right peer") of those whose results are right alone.
 """
 
 import argparse

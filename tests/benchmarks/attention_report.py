@@ -99,13 +99,23 @@ def best(candidates: Iterable[Row], values: Callable[[Row], list[float]]) -> Row
     return min(candidates, key=lambda row: statistics.median(values(row)), default=None)
 
 
-def over_best_peer(table: Sequence[Row], values: Callable[[Row], list[float]], tolerance: float) -> list[Ratio]:
-    """Return our best over the best peer, whether its gradients are right or not, for every setting."""
+def over_best_peer(
+    table: Sequence[Row], values: Callable[[Row], list[float]], tolerance: float, *, right: bool = False
+) -> list[Ratio]:
+    """Return our best over the best peer for every setting.
+
+    Args:
+        table: of all contestants.
+        values: smaller is better.
+        tolerance: errors up to it are right.
+        right: among the peers whose results are right; else wrong ones, too.
+    """
     found = []
     for ranks, size in dict.fromkeys((row.contestant.ranks, row.size) for row in table):
         here = [row for row in table if (row.contestant.ranks, row.size) == (ranks, size)]
         mine = best((row for row in here if row.contestant.who == OURS), values)
-        theirs = best((row for row in here if row.contestant.who in PEERS), values)
+        peers = [row for row in here if row.contestant.who in PEERS]
+        theirs = best((row for row in peers if not (right and row.wrong(tolerance))), values)
         if mine and theirs:
             wrong = theirs.wrong(tolerance)
             found.append(ratio(mine, theirs, values, f"the peer's {', '.join(wrong)} is wrong" if wrong else ""))
@@ -127,7 +137,15 @@ def ulysses_over_ring(table: Sequence[Row], ranks: int = 4) -> list[Ratio]:
     """Return CPU seconds of our Ulysses over all ranks over those of our ring, for every size."""
     mine = {(row.contestant.mesh.ulysses, row.size): row for row in table if _is_ours(row, ranks)}
     sizes = [size for degree, size in mine if degree == 1 and (ranks, size) in mine]
-    return [ratio(mine[ranks, size], mine[1, size], lambda row: row.cpu_seconds) for size in sizes]
+    return [ratio(mine[ranks, size], mine[1, size], _cpu_seconds) for size in sizes]
+
+
+def _cpu_seconds(row: Row) -> list[float]:
+    return row.cpu_seconds
+
+
+def _peak_bytes(row: Row) -> list[float]:
+    return row.peak_bytes
 
 
 def _is_ours(row: Row, ranks: int) -> bool:
@@ -175,9 +193,12 @@ def mean(ratios: Sequence[Ratio]) -> float | None:
 
 def summary(table: Sequence[Row], sent: dict[tuple[Contestant, Size], int], dtype: str, item: int) -> dict[str, object]:
     """Return the JSON line: every figure's geometric mean over the settings, and what it was measured at."""
+    tolerance = TOLERANCES[dtype]
     figures = {
-        "time_over_best_peer": over_best_peer(table, lambda row: row.cpu_seconds, TOLERANCES[dtype]),
-        "peak_bytes_over_best_peer": over_best_peer(table, lambda row: row.peak_bytes, TOLERANCES[dtype]),
+        "time_over_best_peer": over_best_peer(table, _cpu_seconds, tolerance),
+        "peak_bytes_over_best_peer": over_best_peer(table, _peak_bytes, tolerance),
+        "time_over_best_right_peer": over_best_peer(table, _cpu_seconds, tolerance, right=True),
+        "peak_bytes_over_best_right_peer": over_best_peer(table, _peak_bytes, tolerance, right=True),
         "ring_bytes_over_peers": ring_bytes(sent, item),
         "speedup_2_ranks": speedups(table),
         "u4_over_r4": ulysses_over_ring(table),

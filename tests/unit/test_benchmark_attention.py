@@ -92,6 +92,7 @@ def test_ratios_compare_our_best_with_the_best_peer_right_or_wrong():
     found = summary(TABLE, {}, "float32", 4)
     assert found["time_over_best_peer"] == 0.85  # the median of 1.8 / 2 and 1.6 / 2
     assert found["peak_bytes_over_best_peer"] == 0.5  # of the ring against PyTorch's
+    assert found["time_over_best_right_peer"] == pytest.approx(0.85 * 2 / 3, abs=1e-4)
     assert found["u4_over_r4"] == pytest.approx((1.8 / 2.0 + 1.6 / 2.2) / 2, abs=1e-4)
     assert found["speedup_2_ranks"] == 1.9
     time = found["measured_at"]["time_over_best_peer"]["4 ranks, 64 GQA 8/2"]
@@ -100,6 +101,13 @@ def test_ratios_compare_our_best_with_the_best_peer_right_or_wrong():
     assert time["note"] == "the peer's out, dq, dk, dv is wrong"
     assert "note" not in found["measured_at"]["peak_bytes_over_best_peer"]["4 ranks, 64 GQA 8/2"]
     assert json.loads(json.dumps(found)) == found
+
+
+def test_a_wrong_peer_can_be_the_best_but_not_the_best_right_one():
+    found = summary([*TABLE[:2], canned(PEER, (2.0, 2.0), peak=80, error=0.5), TABLE[3]], {}, "float32", 4)
+    assert found["peak_bytes_over_best_peer"] == 0.75
+    assert found["peak_bytes_over_best_right_peer"] == 0.5
+    assert summary([*TABLE[:2], TABLE[2]], {}, "float32", 4)["time_over_best_right_peer"] is None
 
 
 def test_a_figure_is_the_geometric_mean_over_settings():
