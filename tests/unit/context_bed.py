@@ -17,7 +17,7 @@ from megatron.longseq.attention.layout import Mesh
 from megatron.longseq.attention.ring import RingLanes
 from megatron.longseq.attention.spread import Spread
 
-PATIENCE = 5.0  # seconds until a message that does not come is an error
+PATIENCE = 30.0  # seconds until a message that does not come is an error
 
 
 @dataclass
