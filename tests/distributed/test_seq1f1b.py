@@ -82,7 +82,7 @@ def test_equals_upstream_in_float64(
 ) -> None:
     world, model, own = CASES[case]
     run = run_arm(ranks, "O", world, start(model) + flags(own), float64=True, snapshots=(1, 4))
-    assert_equal(run, upstream(model), case, tell)
+    assert_equal(run, upstream(model), f"Seq1F1B, {case}", tell)
 
 
 @pytest.mark.parametrize("twist", ["ragged_mask", "mean_loss"])
@@ -94,7 +94,7 @@ def test_any_mask_and_both_forms_of_loss(
     own = f"{PP2} --seq1f1b-splits 3 {own}"
     run = run_arm(ranks, "O", 2, start("") + flags(own), float64=True, snapshots=(1, 4), mutant=place)
     assert run.planted > 0
-    assert_equal(run, upstream("", place), f"{twist}, {own}", tell)
+    assert_equal(run, upstream("", place), f"Seq1F1B, {twist}, {own}", tell)
 
 
 def test_flag_changes_the_schedule(ranks: RankPool) -> None:
