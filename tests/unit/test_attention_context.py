@@ -14,10 +14,10 @@ from megatron.longseq.attention.blocks import Documents
 from megatron.longseq.attention.context import asked, context_attention
 from megatron.longseq.attention.kernels.cpu import CpuFlash
 from megatron.longseq.attention.kernels.reference import Reference
-from megatron.longseq.attention.layout import Mesh
 from megatron.longseq.attention.lanes import Message
+from megatron.longseq.attention.layout import Mesh
 from tests.unit.attention_bed import SCALE, worst
-from tests.unit.context_run import Problem, Ranks, alone, run
+from tests.unit.context_run import Problem, alone, run
 from tests.unit.test_attention_blocks import packed
 
 MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4), (2, 4), (4, 2), (8, 1), (1, 8)]
