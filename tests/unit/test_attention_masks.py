@@ -51,10 +51,16 @@ def test_every_rank_learns_where_every_document_starts(mesh: tuple[int, int], le
 @pytest.mark.parametrize(
     ("mask", "words"),
     [
-        (torch.zeros(1, 1, 16, 60, dtype=torch.bool), "context-parallel rank 2 of 4: an attention mask of (1, 1, 16, 60)"),
+        (
+            torch.zeros(1, 1, 16, 60, dtype=torch.bool),
+            "context-parallel rank 2 of 4: an attention mask of (1, 1, 16, 60)",
+        ),
         (torch.zeros(1, 1, 64, 64, dtype=torch.bool), "for a sequence of 64 tokens; expected [b, 1, 16, 64]"),
         (torch.zeros(16, 64, dtype=torch.bool), "an attention mask of (16, 64)"),
-        (torch.zeros(1, 1, 16, 64, dtype=torch.bool), "not causal within packed documents: sequence 0, position 16 sees"),
+        (
+            torch.zeros(1, 1, 16, 64, dtype=torch.bool),
+            "not causal within packed documents: sequence 0, position 16 sees",
+        ),
     ],
 )
 def test_masks_of_other_shapes_or_kinds_are_refused(mask: Tensor, words: str) -> None:
