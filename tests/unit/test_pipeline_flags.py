@@ -38,7 +38,6 @@ ZERO_BUBBLE = {"zero_bubble": True, "transformer_impl": "local"}
 
 # Every way to ask for what segments cannot serve: (flag in the message, values, why)
 ASKED: list[tuple[str, dict[str, Any], str]] = [
-    ("--context-parallel-size", {"context_parallel_size": 2}, "context-parallel ranks"),
     ("--multi-latent-attention", {"multi_latent_attention": True}, "latents"),
     ("--mtp-num-layers", {"mtp_num_layers": 1}, "beyond the end of a segment"),
     ("--is-hybrid-model", {"is_hybrid_model": True}, "state"),
@@ -151,10 +150,10 @@ def test_every_refusal_is_tried() -> None:
 
 
 def test_all_reasons_are_told_at_once() -> None:
-    lines = refused(args(**SEGMENTS, zero_bubble=True, sft=True, context_parallel_size=2, moe_paged_stash=True))
+    lines = refused(args(**SEGMENTS, zero_bubble=True, sft=True, multi_latent_attention=True, moe_paged_stash=True))
     assert [line.split()[0] for line in lines] == [
         "--moe-paged-stash",
-        "--context-parallel-size",
+        "--multi-latent-attention",
         "--sft",
         "--transformer-impl",
     ]
@@ -175,6 +174,7 @@ def test_all_reasons_are_told_at_once() -> None:
         {"recompute_granularity": "full"},
         {"calculate_per_token_loss": True},
         MOE,
+        {"context_parallel_size": 2},
         MOE | {"moe_router_load_balancing_type": "aux_loss"},
         MOE | {"moe_router_load_balancing_type": ["aux_loss"], "moe_aux_loss_coeff": [0.0]},
         {"moe_router_load_balancing_type": "sinkhorn"},
