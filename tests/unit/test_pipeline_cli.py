@@ -81,6 +81,21 @@ def test_compare_lists_the_usual_schedules_and_the_users(tmp_path, capsys):
     assert "Of every bubble, 5.1% is there because the slowest rank has more to compute" in text
 
 
+def test_compare_draws_the_chosen_rows_in_that_order(tmp_path):
+    file = tmp_path / "a.json"
+    assert main(["compare", *SIZES, *SHAPE, "--rows", "6,1", "--output", str(file)]) == 0
+    events = json.loads(file.read_text())["traceEvents"]
+    names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    assert [names[pid] for pid in sorted(names)] == ["Seq1F1B, K=4 balanced, zero-bubble", "1F1B"]
+
+
+@pytest.mark.parametrize("rows", ["0", "8", "1,", "first"])
+def test_rows_that_are_not_there_are_refused(rows, tmp_path, capsys):
+    assert main(["compare", *SIZES, *SHAPE, "--rows", rows, "--output", str(tmp_path / "a.json")]) == 1
+    assert "numbers from 1 to 7" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_impossible_schedule_is_listed_with_its_reason(capsys):
     assert main(["compare", *SIZES, *SHAPE, "--virtual", "3"]) == 0
     text = capsys.readouterr().out

@@ -29,6 +29,10 @@ class Span(NamedTuple):
         """Return it as an index."""
         return slice(self.begin, self.end)
 
+    def moved(self, by: int) -> "Span":
+        """Return it that much further."""
+        return Span(self.begin + by, self.end + by)
+
 
 class Run(NamedTuple):
     """Positions [begin, end) that belong to the document which starts at position `start`."""

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron.longseq.pipeline import page
 from megatron.longseq.pipeline.compare import Cluster, Result, Setup, attempt, layer_samples, replay, run, table, usual
 from megatron.longseq.pipeline.cost import CostModel, ModelShape, fit, flops, read_samples, seconds, write_samples
 from megatron.longseq.pipeline.paper import markdown
@@ -37,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser(
         "compare", help="the usual schedules and yours of one model, as a table and a picture"
     )
+    compare.add_argument("--rows", metavar="N1,N2,...", help="rows of the table to draw, from 1 (default: all of them)")
     compare.set_defaults(run=_compare)
     for command, needed in ((draw, True), (compare, False)):
         command.add_argument(
@@ -53,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     profile.set_defaults(run=_fit)
     paper = commands.add_parser("table", help="markdown: the paper's configurations, simulated beside published")
     paper.set_defaults(run=lambda args: print(markdown()))
+    ours = commands.add_parser("flags", help="markdown: the flags of a training run, and what they refuse")
+    ours.set_defaults(run=lambda args: print(f"{page.flags()}\n\n{page.refusals()}"))
     return parser
 
 
@@ -107,9 +111,22 @@ def _compare(args: argparse.Namespace) -> None:
     if args.output is not None:
         _check_output(args.output)
     results = attempt(usual(_setup(args)), _model(args), _cluster(args))
+    timelines = _chosen([result.timeline for result in results if isinstance(result, Result)], args.rows)
     print(table(results))
     if args.output is not None:
-        _write([result.timeline for result in results if isinstance(result, Result)], args.output)
+        _write(timelines, args.output)
+
+
+def _chosen(timelines: list[Timeline], rows: str | None) -> list[Timeline]:
+    if rows is None:
+        return timelines
+    try:
+        numbers = [int(word) for word in rows.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(1 <= number <= len(timelines) for number in numbers):
+        raise ValueError(f"--rows {rows}: give rows of the table, numbers from 1 to {len(timelines)}, such as 1,4")
+    return [timelines[number - 1] for number in numbers]
 
 
 def _check_output(file: Path) -> None:

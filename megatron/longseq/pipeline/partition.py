@@ -98,7 +98,7 @@ def balanced(model: CostModel, segments: int, *, multiple: int = 1, align: int |
     stage have one ratio of attention to products, so they would choose the same cuts (slightly later ones than these);
     the last has the head, linear in tokens, and alone would choose earlier ones. The mean lies between the two, near
     the many, and is independent of how layers are dealt to stages. (Weighing the head more or less than the mean
-    moved the simulated bubble of the paper's models by 0.2 percentage points at most.)
+    moved the simulated bubble of the paper's models by 0.3 percentage points at most.)
 
     Without a window the cumulative cost is one quadratic, with a window a quadratic up to the window's length and
     another after it; each is inverted in closed form. The cuts are rounded to the nearest multiple of the alignment.

@@ -1,0 +1,47 @@
+"""The page about Seq1F1B keeps its word: its tables are the code's."""
+
+import re
+from argparse import ArgumentParser
+from pathlib import Path
+
+from megatron.longseq.pipeline import flags, page, paper
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "seq1f1b.md").read_text()
+REFUSALS = {**flags.NOT_IN_SEGMENTS, **flags.NOT_WITH_ZERO_BUBBLE, **flags.NOT_IN_SCHEDULES}
+
+
+def between(name: str) -> str:
+    """What stands between a pair of the page's markers."""
+    (text,) = re.findall(rf"<!-- {name}: begin[^>]*-->\n(.*?)\n<!-- {name}: end -->", PAGE, re.DOTALL)
+    return text
+
+
+def cells(table: str) -> list[list[str]]:
+    return [re.split(r" (?<!\\)\| ", line.strip("| ")) for line in table.splitlines()[2:]]
+
+
+def test_the_simulated_tables_are_the_simulators() -> None:
+    assert between("table") == paper.markdown(), "write them anew: python -m megatron.longseq.pipeline table"
+
+
+def test_the_flags_are_those_of_the_parser() -> None:
+    assert between("flags") == page.flags(), "write it anew: python -m megatron.longseq.pipeline flags"
+    parser = ArgumentParser(add_help=False)
+    flags.add_pipeline_arguments(parser)
+    listed = [re.match(r"`(--[\w-]+)", row[0])[1] for row in cells(between("flags"))]
+    assert listed == [name for action in parser._actions for name in action.option_strings]
+
+
+def test_the_refusals_are_those_of_the_code() -> None:
+    assert between("refusals") == page.refusals(), "write it anew: python -m megatron.longseq.pipeline flags"
+    rows = cells(between("refusals"))
+    tables = (flags.NOT_IN_SEGMENTS, flags.NOT_WITH_ZERO_BUBBLE, flags.NOT_IN_SCHEDULES)
+    assert [row[0].strip("`") for row in rows] == [flag for table in tables for flag in table]
+    assert all(len(row) == 3 and row[2] == REFUSALS[row[0].strip("`")][1] for row in rows)
+
+
+def test_every_refusals_table_is_in_the_page() -> None:
+    """A table that flags.py gains must be listed, too."""
+    tables = [value for name, value in vars(flags).items() if name.startswith("NOT_")]
+    assert sorted(map(id, tables)) == sorted(map(id, page.REFUSALS.values()))
