@@ -24,6 +24,7 @@ FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-
 SELECTIVE = "--recompute-granularity selective --recompute-modules core_attn mlp"
 OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 DOCUMENTS = "--reset-position-ids --reset-attention-mask --eod-mask-loss"
+MOE = "--num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type none --moe-ffn-hidden-size 64"
 EVALUATED = "--eval-iters 2 --eval-interval 4"
 RELATIVE = 1e-9
 
@@ -71,6 +72,9 @@ CASES = {
     "documents, four stages": (4, DOCUMENTS, f"{PP4} --seq1f1b-splits 3"),
     "documents, V 2": (2, DOCUMENTS, f"{PP2} {VPP} --seq1f1b-splits 3"),
     "learned positions": (2, "--position-embedding-type learned_absolute", f"{PP2} --seq1f1b-splits 3"),
+    "no positions": (2, "--position-embedding-type none", f"{PP2} --seq1f1b-splits 3"),
+    "rotary positions, a half, scaled": (2, "--rotary-percent 0.5 --use-rope-scaling", f"{PP2} --seq1f1b-splits 3"),
+    "mixture of experts": (2, MOE, f"{PP2} --seq1f1b-splits 3"),
     "per-token loss": (2, "--calculate-per-token-loss", f"{PP2} --seq1f1b-splits 3"),
     "micro-batches of two": (2, "--micro-batch-size 2", f"{PP2} --seq1f1b-splits 3"),
 }
@@ -143,7 +147,7 @@ def test_equals_upstream_in_float64(
     assert_equal(run, upstream(model), case, tell)
 
 
-@pytest.mark.parametrize("twist", ["ragged_mask", "mean_loss"])
+@pytest.mark.parametrize("twist", ["ragged_mask", "mean_loss", "viewed_loss"])
 @pytest.mark.parametrize("own", ["--seq1f1b-partition 37,26,1", f"--seq1f1b-partition even {VPP}"])
 def test_any_mask_and_both_forms_of_loss(
     ranks: RankPool, start: Start, upstream: Callable[..., Run], twist: str, own: str, tell: Callable[[str], None]

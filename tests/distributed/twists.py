@@ -50,6 +50,22 @@ def mean_loss() -> Iterator[Planted]:
 
 
 @contextmanager
+def viewed_loss() -> Iterator[Planted]:
+    """The loss is a view of another tensor, which upstream allows on one stage and with virtual stages."""
+    from megatron.longseq import gpt
+
+    planted = Planted()
+
+    def loss_func(original: Any, *args: Any) -> Any:
+        planted.times += 1
+        total, tokens, report = original(*args)
+        return total.view(1), tokens, report
+
+    with wrapped(gpt, "loss_func", loss_func):
+        yield planted
+
+
+@contextmanager
 def counted_forwards() -> Iterator[Planted]:
     """Nothing is changed; `times` counts the script's forward steps."""
     from megatron.longseq import gpt
