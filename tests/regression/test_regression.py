@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -14,6 +15,13 @@ from tests.regression.suite import Outcome, Suite
 from tests.regression.tensors import logical_tensors
 
 CASES = {case.name: case for case in load_cases()}
+# tests/distributed/test_seq1f1b.py has these layouts too; here they run with -m slow, and in the command.
+SLOW = {"seq1f1b-bf16", "seq1f1b-float32", "seq1f1b-four-stages", "seq1f1b-tp-sp", "seq1f1b-virtual"}
+
+
+def marked(name: str, *more: str) -> Any:
+    """Return a test's parameters, marked slow where the case is."""
+    return pytest.param(name, *more, marks=[pytest.mark.slow] * (name in SLOW))
 
 
 class Outcomes:
@@ -52,7 +60,7 @@ def test_a_snapshot_is_what_a_checkpoint_holds(ranks: RankPool, outcomes: Outcom
     assert run.snapshots[1].first_moments and not run.snapshots[1].torn
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [marked(name) for name in CASES])
 def test_case_equals_upstream(name: str, outcomes: Outcomes, tmp_path: Path) -> None:
     outcome = outcomes.of(name)
     report.write(outcome, tmp_path, {})
@@ -66,7 +74,7 @@ def test_case_equals_upstream(name: str, outcomes: Outcomes, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "mutant"), [(case.name, mutant) for case in CASES.values() for mutant in case.mutants]
+    ("name", "mutant"), [marked(case.name, mutant) for case in CASES.values() for mutant in case.mutants]
 )
 def test_planted_error_turns_its_case_red(name: str, mutant: str, outcomes: Outcomes) -> None:
     verdict = outcomes.suite.run_mutant(outcomes.of(name), mutant)

@@ -1,16 +1,17 @@
 """Who holds which tokens: upstream's chunks before the all-to-all, the ring's zigzag after it; and who shares heads."""
 
 import re
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron.longseq.attention.blocks import Span
 from megatron.longseq.attention.heads import Heads, check_heads, choose, flags, legal_meshes
 from megatron.longseq.attention.layout import Layout, Mesh, length_multiple
-from megatron.longseq.attention.spans import Spans, located, minus, sorted_apart, union
+from megatron.longseq.attention.spans import Spans, common, located, minus, size, union
 
 MESHES = [Mesh(ulysses, ring) for ulysses, ring in product(range(1, 9), repeat=2)]
 
@@ -18,6 +19,11 @@ MESHES = [Mesh(ulysses, ring) for ulysses, ring in product(range(1, 9), repeat=2
 def numbers(spans: Spans) -> list[int]:
     """Members of spans, in their order."""
     return [number for span in spans for number in range(span.begin, span.end)]
+
+
+def sorted_apart(spans: Spans) -> bool:
+    """Whether spans ascend and neither touch nor overlap."""
+    return all(a.end < b.begin for a, b in pairwise(spans)) and all(span.size > 0 for span in spans)
 
 
 @st.composite
@@ -222,9 +228,6 @@ def test_a_mesh_is_flags() -> None:
 
 @given(*[st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=4)] * 2)
 def test_sets_of_numbers(left: list[tuple[int, int]], right: list[tuple[int, int]]) -> None:
-    from megatron.longseq.attention.blocks import Span
-    from megatron.longseq.attention.spans import common, size
-
     a, b = (union(Span(*pair) for pair in pairs) for pairs in (left, right))
     plain_a, plain_b = ({n for pair in pairs for n in range(*pair)} for pairs in (left, right))
     assert set(numbers(a)) == plain_a and size(a) == len(plain_a) and sorted_apart(a)

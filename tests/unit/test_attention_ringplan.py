@@ -254,6 +254,14 @@ def test_a_kernel_without_rectangles_gets_the_square_and_the_keys_before_it() ->
     assert [(tuple(block.keys), block.causal) for block in tile.blocks] == [((4, 8), True), ((0, 4), False)]
 
 
+def test_a_buffer_with_some_of_the_queries_own_positions_begins_those_rows_alone() -> None:
+    cover = plan_shard((Span(0, 4), Span(8, 12)), (Span(0, 4),), Mask(1), rectangular=True)
+    assert [(tile.rows, tile.blocks[0].keys, tile.blocks[0].causal) for tile in cover.begun] == [((0, 4), (0, 4), True)]
+    assert [(tile.rows, tile.blocks[0].keys, tile.blocks[0].causal) for tile in cover.added] == [
+        ((4, 8), (0, 4), False)
+    ]
+
+
 @pytest.mark.parametrize("lengths", [(1,), (1, 2), (2, 1, 3)])
 @pytest.mark.parametrize("ring_", RINGS, ids=lambda ring: f"{ring.size}in{ring.inner}")
 def test_bytes_and_messages_are_the_formulas(ring_: Ring, lengths: tuple[int, ...]) -> None:
@@ -341,6 +349,8 @@ def test_volumes_beside_others() -> None:
     assert spread * 32 * 7 / 8 * 2 == all_to_all(plain).bytes
     assert around == 4 * (1 << 17) * hidden / 8
     assert around / 4 * 2 * 3 / 4 * 32 * 2 == peer_ring(plain).forward_bytes  # two of its four volumes, over R - 1 of R
+    keys = peer_ring(plain).forward_bytes
+    assert peer_ring(plain).backward_bytes == keys + keys * 4 // 3 * 2  # keys again; gradients R hops, in float32
     assert gathered(plain, kept=True).forward_bytes == peer_ring(plain).forward_bytes
     assert (
         gathered(plain, kept=False).bytes == gathered(plain, kept=True).bytes + gathered(plain, kept=True).forward_bytes

@@ -182,7 +182,7 @@ def _earlier_piece(run: Run, piece: Span, window: int, rectangular: bool) -> _Wi
     """Positions of a run's rows that see keys of an earlier piece, and the blocks of them."""
     for strip in _strips(run, window, rectangular):
         rows = Span(strip.begin, min(strip.end, piece.end + window))
-        keys = Span(max(piece.begin, run.start, strip.begin - window), piece.end)
+        keys = Span(max(piece.begin, strip.begin - window), piece.end)
         if rows.size > 0 and keys.size > 0:
             cut = rows.end - 1 - window > keys.begin
             # The kernel's window is aligned at the last row and the last key; their positions are this far apart.

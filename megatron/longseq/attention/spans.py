@@ -1,7 +1,6 @@
 """Sets of numbers as sorted ranges that neither touch nor overlap: positions, and rows of a rank's keys."""
 
 from collections.abc import Iterable
-from itertools import pairwise
 
 from megatron.longseq.attention.blocks import Span
 
@@ -61,8 +60,3 @@ def located(held: Spans, wanted: Spans) -> Spans:
     if missing:
         raise ValueError(f"of {[tuple(x) for x in wanted]}, {[tuple(x) for x in missing]} is not held")
     return union(Span(before(held, span.begin), before(held, span.end)) for span in wanted)
-
-
-def sorted_apart(spans: Spans) -> bool:
-    """Return whether spans ascend without overlap."""
-    return all(a.end <= b.begin for a, b in pairwise(spans)) and all(span.size > 0 for span in spans)
