@@ -79,7 +79,11 @@ NOT_IN_SCHEDULES: Refusals = {
     ),
     "--tensor-parallel-num-weight-shards": (
         lambda a: a.gtp_weight_remat_size > 1,
-        "its gathers of weights are not proven with them",
+        "gathers of weights and sums of gradients that run into the next action are not proven with them",
+    ),
+    "--expert-tensor-parallel-num-weight-shards": (
+        lambda a: a.expert_gtp_weight_remat_size > 1,
+        "gathers of weights and sums of gradients that run into the next action are not proven with them",
     ),
     "--use-megatron-fsdp": (
         lambda a: a.use_megatron_fsdp or a.use_torch_fsdp2,
