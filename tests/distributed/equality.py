@@ -23,7 +23,7 @@ def assert_equal(run: Run, reference: Run, name: str, tell: Callable[[str], None
     loss, norm = worst(run, reference, "loss"), worst(run, reference, "grad_norm")
     tensors = max(_tensors(run.snapshots[at], reference.snapshots[at]) for at in (1, 4))
     figures = f"loss {loss:.1e}, norm {norm:.1e}, gradient {tensors:.1e}"
-    tell(f"float64  Seq1F1B, {name}: largest relative difference of {figures}")
+    tell(f"float64  {name}: largest relative difference of {figures}")
     assert max(loss, norm) <= RELATIVE
     assert tensors <= 10 * RELATIVE
     assert reference.curve[-1]["loss"] < reference.curve[0]["loss"] - 0.1  # it learns

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from tests.distributed.probes import Notes
 from tests.regression.arm import Job, train_on_this_rank
-from tests.regression.mutants import Planted, wrapped
+from tests.regression.planted import Planted, wrapped
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 
 from tests.pool import RankPool
 from tests.regression.arm import Arm, _early_end, patched
-from tests.regression.mutants import wrapped
+from tests.regression.planted import wrapped
 
 Notes = list[Any]
 

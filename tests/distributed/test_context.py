@@ -3,12 +3,14 @@
 The reference is arm U at C = 1: the wheel with the cpu and local patches alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.distributed.equality import Start, assert_equal
-from tests.distributed.flags import DOCUMENTS, FULL, OVERLAP, PP2, SELECTIVE, TP2, VPP, flags
+from tests.distributed.equality import Start, assert_equal, worst
+from tests.distributed.flags import DOCUMENTS, FULL, MOE, OVERLAP, PP2, SELECTIVE, TINY, TP2, VPP, flags
 from tests.pool import RankPool
 from tests.regression.arm import Run, run_arm
 
@@ -25,7 +27,7 @@ CASES = {
     "2 x 2, context-first": (4, "", f"{HYBRID} --context-parallel-placement context-first"),
     "gathered": (4, "", f"{CP4} --cp-comm-type all_gather"),
     "double ring": (4, "", f"{CP4} --ring-window 2"),
-    "a kind for each layer": (4, "", f"{CP4} --cp-comm-type p2p a2a all_gather a2a --num-query-groups 4"),
+    "a kind for each layer": (4, "", f"{CP4} --cp-comm-type p2p a2a all_gather a2a"),
     "chosen": (4, "", f"{CP4} --context-parallel-auto"),
     "multi-head": (4, MHA, HYBRID),
     "multi-query": (4, MQA, HYBRID),
@@ -45,18 +47,8 @@ CASES = {
     "PP 2, V 2": (4, "", f"{CP2} {PP2} {VPP} {FULL}"),
     "DP 2, distributed optimizer, overlap": (4, "", f"{CP2} {OVERLAP}"),
     "tied embeddings": (2, "--tied", CP2),
+    "mixture of experts": (2, MOE, CP2),
 }
-SLOW: set[str] = set()
-
-
-@pytest.mark.parametrize("case", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
-def test_equals_upstream_in_float64(
-    ranks: RankPool, start: Start, upstream: Callable[..., Run], case: str, tell: Callable[[str], None]
-) -> None:
-    world, model, own = CASES[case]
-    run = run_arm(ranks, "O", world, start(model) + flags(own), float64=True, snapshots=(1, 4))
-    assert_equal(run, upstream(model), case, tell)
-
 
 SEGMENTS = {
     "ring": (2, "", f"{CP2} --seq1f1b-splits 3 --seq1f1b-partition 32,20,12"),
@@ -76,11 +68,102 @@ SEGMENTS = {
     "DP 2": (4, "", f"{CP2} {OVERLAP} --seq1f1b-splits 2"),
 }
 
+# A regression case or a neighbour above covers the others; -m slow runs them.
+QUICK = {
+    "2 x 2, context-first",
+    "double ring",
+    "a kind for each layer",
+    "documents, gathered",
+    "sliding window",
+    "full recompute, documents",
+    "selective recompute",
+    "PP 2, V 2",
+    "DP 2, distributed optimizer, overlap",
+}
+QUICK_SEGMENTS = {
+    "2 x 2",
+    "double ring",
+    "PP 2, zero bubble",
+    "PP 2, full recompute",
+    "PP 2, documents",
+    "TP 2, sequence parallel",
+}
 
-@pytest.mark.parametrize("case", list(SEGMENTS))
+
+def cases(names: Iterable[str], quick: set[str]) -> list[Any]:
+    """Return parameters, slow but for the quick ones."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in quick)) for name in names]
+
+
+@pytest.mark.parametrize("case", cases(CASES, QUICK))
+def test_equals_upstream_in_float64(
+    ranks: RankPool, start: Start, upstream: Callable[..., Run], case: str, tell: Callable[[str], None]
+) -> None:
+    world, model, own = CASES[case]
+    run = run_arm(ranks, "O", world, start(model) + flags(own), float64=True, snapshots=(1, 4))
+    assert_equal(run, upstream(model), f"context, {case}", tell)
+
+
+MASKED = {
+    "2 x 2": (4, HYBRID),
+    "PP 2": (4, f"{CP2} {PP2}"),
+    "segments": (2, f"{CP2} --seq1f1b-splits 3"),
+    "segments, PP 2, gathered": (4, f"{CP2} {PP2} --cp-comm-type all_gather --seq1f1b-splits 2"),
+}
+
+
+@pytest.mark.parametrize("case", cases(SEGMENTS, QUICK_SEGMENTS))
 def test_segments_equal_upstream_in_float64(
     ranks: RankPool, start: Start, upstream: Callable[..., Run], case: str, tell: Callable[[str], None]
 ) -> None:
     world, model, own = SEGMENTS[case]
     run = run_arm(ranks, "O", world, start(model) + flags(own), float64=True, snapshots=(1, 4))
-    assert_equal(run, upstream(model), case, tell)
+    assert_equal(run, upstream(model), f"context and segments, {case}", tell)
+
+
+@pytest.mark.parametrize(
+    ("twist", "name"),
+    [
+        ("empty_ranks", "2 x 2"),
+        ("empty_ranks", "segments, PP 2, gathered"),
+        pytest.param("empty_ranks", "PP 2", marks=pytest.mark.slow),
+        pytest.param("empty_ranks", "segments", marks=pytest.mark.slow),
+        ("ragged_mask", "segments, PP 2, gathered"),
+        *[pytest.param("ragged_mask", name, marks=pytest.mark.slow) for name in ("2 x 2", "PP 2", "segments")],
+    ],
+)
+def test_any_mask(
+    ranks: RankPool, start: Start, upstream: Callable[..., Run], twist: str, name: str, tell: Callable[[str], None]
+) -> None:
+    place = f"tests.distributed.twists:{twist}"
+    world, own = MASKED[name]
+    run = run_arm(ranks, "O", world, start("") + flags(own), float64=True, snapshots=(1, 4), mutant=place)
+    assert run.planted > 0
+    assert_equal(run, upstream("", place), f"context, {twist}, {name}", tell)
+
+
+def test_a_loss_of_ones_own_tokens_is_another(ranks: RankPool, start: Start, upstream: Callable[..., Run]) -> None:
+    """Without the record each rank divides by the valid tokens of its own part: the report is right, gradients not."""
+    twist = "tests.distributed.twists:empty_ranks"
+    run = run_arm(
+        ranks, "O", 2, start("") + flags(CP2), float64=True, snapshots=(1, 4), mutant=f"{twist}_without_the_record"
+    )
+    reference = upstream("", twist)
+    assert "usp.loss" not in run.header["patches"] and "usp.core-attention" in run.header["patches"]
+    assert abs(run.curve[0]["loss"] / reference.curve[0]["loss"] - 1) < 1e-9
+    assert worst(run, reference, "grad_norm") > 1e-3
+
+
+def test_checkpoints_go_both_ways(ranks: RankPool, tmp_path: Path) -> None:
+    base = flags(TINY, "--save-interval 2")
+    theirs = run_arm(ranks, "U", 1, base, tmp_path / "U", float64=True, timeout=60)
+    run_arm(ranks, "O", 4, [*base, *flags(HYBRID)], tmp_path / "O", float64=True, timeout=60)
+    from_theirs, from_ours = (["--load", str(tmp_path / arm), "--ckpt-step", "2"] for arm in "UO")
+    resumed = run_arm(ranks, "O", 4, [*base, *flags(HYBRID), *from_theirs], float64=True, timeout=60)
+    returned = run_arm(ranks, "U", 1, [*base, *from_ours], float64=True, timeout=60)
+    steps = {step["iteration"]: step for step in theirs.curve}
+    for run in (resumed, returned):
+        assert [step["iteration"] for step in run.curve] == [3, 4]
+        for step in run.curve:
+            for name in ("loss", "grad_norm"):
+                assert abs(step[name] / steps[step["iteration"]][name] - 1) < 1e-9

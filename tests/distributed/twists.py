@@ -6,35 +6,62 @@ from typing import Any
 
 import torch
 
-from tests.regression.mutants import Planted, wrapped
+from tests.regression.planted import Planted, wrapped
 
 
 @contextmanager
 def ragged_mask() -> Iterator[Planted]:
     """Three in ten tokens do not count, nor does any of the first 40 in every second micro-batch (whole segments)."""
+    with _masked(slice(40)) as planted:
+        yield planted
+
+
+@contextmanager
+def empty_ranks() -> Iterator[Planted]:
+    """As `ragged_mask`; in every second micro-batch the first 4 tokens alone can count: all are on one rank."""
+    with _masked(slice(4, None)) as planted:
+        yield planted
+
+
+@contextmanager
+def empty_ranks_without_the_record() -> Iterator[Planted]:
+    """As `empty_ranks`, and the ledger has no record `usp.loss`."""
+    from patches.session import SESSION
+
+    SESSION.ledger = tuple(record for record in SESSION.ledger if record.id != "usp.loss")
+    with empty_ranks() as planted:
+        yield planted
+
+
+@contextmanager
+def _masked(silent: slice) -> Iterator[Planted]:
+    """Change the loss mask of the whole sequence, before a context-parallel rank takes its part."""
     from megatron.longseq import gpt
 
     planted = Planted()
 
-    def get_batch(original: Any, *args: Any) -> Any:
-        batch = original(*args)
+    def cut(original: Any, batch: Any, **where: Any) -> Any:
         mask = batch.get("loss_mask")
         if mask is not None:
             generator = torch.Generator().manual_seed(int(batch["labels"].sum()))  # the same in every layout
             mask = mask * (torch.rand(mask.shape, generator=generator) > 0.3)
             if int(batch["labels"][0, 0]) % 2:
-                mask[:, :40] = 0
+                mask[:, silent] = 0
             batch["loss_mask"] = mask
             planted.times += 1
-        return batch
+        return original(batch, **where)
 
-    with wrapped(gpt, "get_batch", get_batch):
+    with wrapped(gpt, "get_batch_on_this_cp_rank", cut):
         yield planted
 
 
 @contextmanager
 def mean_loss() -> Iterator[Planted]:
-    """The loss function returns upstream's older pair: a mean, and a report of it."""
+    """The loss function returns upstream's older pair: a mean, and a report of it.
+
+    The mean is a view of another tensor: right for upstream wherever it does not deallocate the loss, which is on one
+    stage and with virtual stages.
+    """
     from megatron.longseq import gpt
 
     planted = Planted()
@@ -43,7 +70,7 @@ def mean_loss() -> Iterator[Planted]:
         planted.times += 1
         total, tokens, _ = original(*args)
         mean = total / tokens.clamp(min=1)
-        return mean, {"lm loss": mean.detach().clone().view(1)}
+        return mean.view(1), {"lm loss": mean.detach().clone().view(1)}
 
     with wrapped(gpt, "loss_func", loss_func):
         yield planted

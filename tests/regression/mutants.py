@@ -1,46 +1,20 @@
 """Planted errors: each is a mistake that a long-sequence system could make, and each must turn its case red.
 
 A mutant is a context manager that is applied inside the ranks of arm O. It yields a `Planted` that counts how often it
-acted; one that never acted proves nothing, and the suite calls that an error.
-
-Context parallelism is not here yet. Its own mutant, the zigzag map off by one, belongs to this file when it is: wrap
-the function that says which global positions a rank holds, roll its answer by one chunk, and name the mutant in the
-file of the CP case.
+acted; one that never acted proves nothing, and the suite calls that an error. Those of context parallelism are in
+`mutants_usp.py`.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from tests.regression import mutants_usp
+from tests.regression.planted import Planted, wrapped
+
 MICRO_BATCHES = 4  # per step and rank, in the cases that use dropped_micro_batch
-
-
-@dataclass
-class Planted:
-    """How often the error was committed on this rank."""
-
-    times: int = 0
-
-
-@contextmanager
-def wrapped(owner: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
-    """Put `wrapper(original, *args, **kwargs)` in place of `owner.name`."""
-    original = owner.__dict__[name]
-    function = original.__func__ if isinstance(original, staticmethod) else original
-
-    @functools.wraps(function)
-    def replacement(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(function, *args, **kwargs)
-
-    setattr(owner, name, staticmethod(replacement) if isinstance(original, staticmethod) else replacement)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
 
 
 @contextmanager
@@ -240,5 +214,6 @@ MUTANTS: dict[str, Callable[[], Any]] = {
         segment_without_offset,
         lost_prefix_gradient,
         mean_of_segment_means,
+        *mutants_usp.ALL,
     )
 }

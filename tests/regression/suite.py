@@ -16,6 +16,7 @@ from tests.regression.case import ARITHMETIC, FEWEST_STEPS, ArmPlan, Case, load_
 from tests.regression.compare import Check, Evidence, agrees_with_oracle, broken, learned
 from tests.regression.corpus import make_corpus
 from tests.regression.judge import Trial, Verdict, judge, verdict
+from tests.regression.mutants import MUTANTS
 from tests.regression.record import Torn
 from tests.regression.snapshot import Snapshot
 from tests.regression.tensors import logical_tensors
@@ -153,7 +154,7 @@ class Suite:
                 [*flags, *extra],
                 folder,
                 float64=case.arithmetic == "float64",
-                mutant=f"tests.regression.mutants:{mutant}" if mutant else None,
+                mutant=f"{MUTANTS[mutant].__module__}:{mutant}" if mutant else None,
                 keep_food=plan.world == 1,
                 snapshots=tuple(sorted({*EARLY, MUTANT_STEPS, case.steps})),
             )

@@ -169,8 +169,7 @@ class ContextAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call, result: Result | None) -> Tensor:
         """Exchange, attend, exchange back."""
         heads, kv = call.exchange.scatter_heads(q, k, v)
-        keys = _keys(kv, call) if result is None or call.store is not None else kv
-        out, lse = call.share.forward(heads, keys) if result is None else result
+        out, lse = call.share.forward(heads, _keys(kv, call)) if result is None else result
         ctx.call = call
         if call.store is None:
             ctx.save_for_backward(heads, out, lse, kv)

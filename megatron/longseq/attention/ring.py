@@ -5,8 +5,8 @@ step's blocks are computed the next step's keys are on their way. Results are me
 type; no step's own result is kept. Gradients of keys travel in the accumulation type, one step behind the keys.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,8 @@ from megatron.longseq.attention.ringplan import Step, Transfer
 from megatron.longseq.attention.spans import Spans, before, located, size
 
 Saved = tuple[Tensor, Tensor, Tensor, Tensor]  # q, own keys and values, out, log-sum-exp
+Came = tuple[Tensor, Spans]  # gradients or keys that another rank sent, and which rows of their source's they are
+HOMING = 2  # posts of gradients on their way home, which rank 0 makes in every step: more are waited for, and freed
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,12 @@ def ring_forward(
     if _is_alone(steps):
         return attend(kernel, q, own[:, 0], own[:, 1], steps[0].begun, scale)
     result: tuple[Tensor, Tensor] | None = None
-    for step, held in _keys_round(own, steps, lanes):
+    for _, step, held in _keys_round(own, steps, lanes):
         if result is None:
             result = attend_first(kernel, q, held[:, 0], held[:, 1], step.begun, scale)
         if step.added:
             attend_more_(kernel, q, held[:, 0], held[:, 1], step.added, scale, *result)
+        del held
     assert result is not None, "in step 0 a rank has its own keys"
     return result[0].to(q.dtype), result[1]
 
@@ -91,19 +94,17 @@ def ring_backward(
         return dq, total.close()
     dq = torch.zeros_like(q, dtype=accumulation(q.dtype))
     post = _Post(lanes.grads, lanes.far_grads)
-    mine: Total | None = None
-    for index, (step, held) in enumerate(_keys_round(own, steps, lanes)):
-        total = Total(own, step.summed, step.held, home if index == 0 else None)
-        given = (q, held[:, 0], held[:, 1], out, lse)
-        attend_backward_(kernel, given, grad_out, (*step.begun, *step.added), scale, total.add, dq)
-        if mine is None:
-            mine = total
-        for came, rows in post.arrived(index):
-            total.take(came, rows)
+    mine = Total(own, steps[0].summed, steps[0].held, home)
+    for index, step, held in _keys_round(own, steps, lanes):
+        total = Total(own, step.summed, step.held) if index else mine
+        tiles = (*step.begun, *step.added)
+        attend_backward_(kernel, (q, held[:, 0], held[:, 1], out, lse), grad_out, tiles, scale, total.add, dq)
+        del held
+        total.take(post.arrived(index))
         post.start(step.grads_out, total.close(), step.summed, step.grads_in, own, accumulation(own.dtype))
-    assert mine is not None, "in step 0 a rank has its own keys"
-    for came, rows in post.arrived(len(steps)):
-        mine.take(came, rows)
+        mine.take(post.arrived(len(steps), but=HOMING))
+        del total
+    mine.take(post.arrived(len(steps)))
     return dq.to(q.dtype), mine.close()
 
 
@@ -112,18 +113,21 @@ def _is_alone(steps: Sequence[Step]) -> bool:
     return len(steps) == 1 and not steps[0].added
 
 
-def _keys_round(own: Tensor, steps: Sequence[Step], lanes: RingLanes) -> Iterator[tuple[Step, Tensor]]:
-    """Yield each step with the keys that lie here in it, once the messages of the step are on their way."""
+def _keys_round(own: Tensor, steps: Sequence[Step], lanes: RingLanes) -> Iterator[tuple[int, Step, Tensor]]:
+    """Yield each step with the keys that lie here in it, once the messages of the step are on their way.
+
+    Who takes the keys forgets them before the next step: own, held and coming are the three buffers that there are.
+    """
     post = _Post(lanes.keys, lanes.far_keys)
     waiting: dict[int, Tensor] = {}
     for index, step in enumerate(steps):
-        post.arrived(index)
+        deque(post.arrived(index), maxlen=0)
         held = own if index == 0 else waiting.pop(step.source, own[:0])
         for move, came in post.start(step.keys_out, held, step.held, step.keys_in, own, own.dtype):
             waiting[move.source] = came
-        yield step, held
+        yield index, step, held
         del held
-    post.arrived(len(steps))
+    deque(post.arrived(len(steps)), maxlen=0)
 
 
 class _Post:
@@ -131,8 +135,7 @@ class _Post:
 
     def __init__(self, near: Lane, far: Lane) -> None:
         self._near, self._far = near, far
-        self._due: dict[int, list[Pending]] = defaultdict(list)
-        self._came: dict[int, list[tuple[Tensor, Spans]]] = defaultdict(list)
+        self._due: dict[int, list[tuple[Pending, list[Came]]]] = defaultdict(list)
 
     def start(
         self,
@@ -157,23 +160,26 @@ class _Post:
         for lane, is_far in ((self._near, False), (self._far, True)):
             sends: dict[int, list[Message]] = defaultdict(list)
             receives: dict[int, list[Message]] = defaultdict(list)
+            coming: dict[int, list[Came]] = defaultdict(list)
             for move in out:
                 if _is_far(move) == is_far:
                     sends[move.wait].append((move.receiver, _rows(buffer, located(held, move.rows))))
             for move, tensor in filled:
                 if _is_far(move) == is_far:
                     receives[move.wait].append((move.sender, tensor))
+                    coming[move.wait].append((tensor, move.rows))
             for wait in sorted({*sends, *receives}):
-                self._due[wait].append(lane.post(sends[wait], receives[wait]))
-        for move, tensor in filled:
-            self._came[move.wait].append((tensor, move.rows))
+                self._due[wait].append((lane.post(sends[wait], receives[wait]), coming[wait]))
         return filled
 
-    def arrived(self, step: int) -> list[tuple[Tensor, Spans]]:
-        """Wait for what is due in a step; return what came, in the order in which it was started."""
-        for pending in self._due.pop(step, []):
+    def arrived(self, step: int, but: int = 0) -> Iterator[Came]:
+        """Wait for what is due in a step, but not for the latest few posts; yield what came, in the order of posts."""
+        due = self._due[step]
+        while len(due) > but:
+            pending, coming = due.pop(0)
             pending.wait()
-        return self._came.pop(step, [])
+            while coming:
+                yield coming.pop(0)
 
 
 def _is_far(move: Transfer) -> bool:
@@ -213,12 +219,13 @@ class Total:
             part[:, 1].add_(dv)
         self._is_empty = False
 
-    def take(self, came: Tensor, rows: Spans) -> None:
-        """Add what another rank has summed of some of the source's rows."""
-        whole, begin = self._filled(), 0
-        for span in located(self._summed, rows):
-            whole[span.slice()].add_(came[begin : begin + span.size])
-            begin += span.size
+    def take(self, sums: Iterable[Came]) -> None:
+        """Add what other ranks have summed of some of the source's rows."""
+        for came, rows in sums:
+            whole, begin = self._filled(), 0
+            for span in located(self._summed, rows):
+                whole[span.slice()].add_(came[begin : begin + span.size])
+                begin += span.size
 
     def close(self) -> Tensor:
         """Return the sum."""

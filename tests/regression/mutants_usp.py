@@ -1,0 +1,205 @@
+"""Planted errors of attention over context-parallel ranks; see `mutants.py`."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.regression.planted import Planted, wrapped
+
+
+@contextmanager
+def zigzag_off_by_one() -> Iterator[Planted]:
+    """Every rank of a ring takes its tokens for those of its neighbour."""
+    from megatron.longseq.attention.layout import Layout
+
+    planted = Planted()
+
+    def ring_positions(original: Any, self: Any, ring: int, segment: int) -> Any:
+        planted.times += self.mesh.ring > 1
+        return original(self, (ring + 1) % self.mesh.ring, segment)
+
+    with wrapped(Layout, "ring_positions", ring_positions):
+        yield planted
+
+
+@contextmanager
+def unflipped_arrivals() -> Iterator[Planted]:
+    """After the all-to-all the second halves stay in the order of ranks: the zigzag's tokens are in disorder."""
+    from megatron.longseq.attention.layout import Layout
+
+    planted = Planted()
+
+    def arrivals(original: Any, self: Any, segments: range) -> Any:
+        planted.times += self.mesh.ulysses > 1
+        rows = sorted({arrival.rows for arrival in original(self, segments)})
+        arrival_of = type(original(self, segments)[0])
+        return tuple(arrival_of(source, span) for span in rows for source in range(self.mesh.ulysses))
+
+    with wrapped(Layout, "arrivals", arrivals):
+        yield planted
+
+
+@contextmanager
+def rope_of_local_positions() -> Iterator[Planted]:
+    """Every rank counts the rotary positions of its tokens from 0."""
+    from megatron.core.models.common.embeddings import rotary_pos_embedding
+
+    planted = Planted()
+
+    def on_this_rank(_: Any, pos_emb: Tensor, seq_dim: int, cp_group: Any, *__: Any, **___: Any) -> Tensor:
+        planted.times += 1
+        return pos_emb.narrow(seq_dim, 0, pos_emb.shape[seq_dim] // cp_group.size())
+
+    with wrapped(rotary_pos_embedding, "get_pos_emb_on_this_cp_rank", on_this_rank):
+        yield planted
+
+
+@contextmanager
+def leaking_documents() -> Iterator[Planted]:
+    """Attention over context-parallel ranks does not hear of documents."""
+    from megatron.longseq.attention.masks import MaskReader
+
+    planted = Planted()
+
+    def documents(original: Any, *args: Any) -> None:
+        planted.times += original(*args) is not None
+
+    with wrapped(MaskReader, "documents", documents):
+        yield planted
+
+
+@contextmanager
+def loss_divided_by_ranks() -> Iterator[Planted]:
+    """Each rank's loss is its share of the whole, and upstream averages over the ranks once more.
+
+    The reported loss is right, and Adam does not mind a scale.
+    """
+    from patches.usp import loss
+
+    planted = Planted()
+
+    def counted(original: Any, loss_func: Callable[..., Any]) -> Callable[..., Any]:
+        inner = original(loss_func)
+
+        def divided(*args: Any, **kwargs: Any) -> Any:
+            from megatron.core import parallel_state
+
+            planted.times += 1
+            total, *rest = inner(*args, **kwargs)
+            return total / parallel_state.get_context_parallel_world_size(), *rest
+
+        return divided
+
+    with wrapped(loss, "_counted", counted):
+        yield planted
+
+
+@contextmanager
+def loss_over_own_tokens() -> Iterator[Planted]:
+    """A rank's loss is divided by the valid tokens of its own part of the sequence. The reported loss is right."""
+    from patches.usp import loss
+
+    planted = Planted()
+
+    def counted(_: Any, loss_func: Callable[..., Any]) -> Callable[..., Any]:
+        planted.times += 1
+        return loss_func
+
+    with wrapped(loss, "_counted", counted):
+        yield planted
+
+
+@contextmanager
+def replicas_not_summed() -> Iterator[Planted]:
+    """Of the gradients that several ranks have found of one key head, the first rank's alone is kept."""
+    from megatron.longseq.attention.ulysses import Ulysses
+
+    planted = Planted()
+
+    def summed(original: Any, self: Any, grads: Tensor) -> Tensor:
+        ranks = self.ranks // self.heads.kv
+        if ranks > 1:
+            planted.times += 1
+            grads = grads.clone()
+            grads[torch.arange(len(grads)) % ranks != 0] = 0
+        return original(self, grads)  # type: ignore[no-any-return]
+
+    with wrapped(Ulysses, "_summed", summed):
+        yield planted
+
+
+@contextmanager
+def lost_last_hop() -> Iterator[Planted]:
+    """What comes home to a rank, gradients of its own keys that others found, is not added."""
+    from megatron.longseq.attention import ring, spread
+
+    planted, steps = Planted(), 0
+
+    def ring_backward(original: Any, kernel: Any, saved: Any, grad: Any, plan: Any, *rest: Any) -> Any:
+        nonlocal steps
+        steps = len(plan)
+        return original(kernel, saved, grad, plan, *rest)
+
+    def arrived(original: Any, self: Any, step: int, *rest: Any, **kw: Any) -> Any:
+        came = list(original(self, step, *rest, **kw))
+        if not came or step != steps:
+            return came
+        planted.times += 1
+        return []
+
+    with wrapped(spread, "ring_backward", ring_backward), wrapped(ring._Post, "arrived", arrived):
+        yield planted
+
+
+@contextmanager
+def stale_keys() -> Iterator[Planted]:
+    """A step of the ring computes with the keys that were there before: its message was not waited for."""
+    from megatron.longseq.attention import ring
+
+    planted = Planted()
+
+    def keys_round(original: Any, own: Tensor, *rest: Any) -> Iterator[Any]:
+        for index, step, held in original(own, *rest):
+            planted.times += index > 0
+            yield index, step, held if index == 0 else own[: held.shape[0]]
+
+    with wrapped(ring, "_keys_round", keys_round):
+        yield planted
+
+
+@contextmanager
+def lost_segment_gradient() -> Iterator[Planted]:
+    """Over context-parallel ranks too: what a segment adds to the gradients of earlier segments' keys is lost."""
+    from megatron.longseq.attention import context
+
+    planted = Planted()
+
+    def with_store(original: Any, call: Any, store: Any, *rest: Any) -> Any:
+        rows = context._rows(call)
+        slot = store.read(call.layer, rows)
+        before = None if slot.grads is None else slot.grads[0][: rows.begin].clone()
+        result = original(call, store, *rest)
+        if rows.begin:
+            planted.times += 1
+            slot.grads[0][: rows.begin] = 0 if before is None else before
+        return result
+
+    with wrapped(context, "_with_store", with_store):
+        yield planted
+
+
+ALL = (
+    zigzag_off_by_one,
+    unflipped_arrivals,
+    rope_of_local_positions,
+    leaking_documents,
+    loss_divided_by_ranks,
+    loss_over_own_tokens,
+    replicas_not_summed,
+    lost_last_hop,
+    stale_keys,
+    lost_segment_gradient,
+)
