@@ -313,7 +313,7 @@ def test_upstreams_validation_refuses_segments_that_ranks_cannot_share(ranks: Ra
     cases: dict[str, str | None] = {
         f"{CP4} --ring-window 2 --seq1f1b-splits 4": None,
         f"{CP4} --seq1f1b-splits 4 --seq1f1b-partition 24,16,16,8": None,
-        f"{CP4} --seq1f1b-splits 4 --seq1f1b-partition 16,16,20,12": "20 is not a positive multiple of 8 (context-parallel",
+        f"{CP4} --seq1f1b-splits 4 --seq1f1b-partition 16,16,20,12": "20 is not a positive multiple of 8 (every",
     }
     assert_told(ranks, cases)
 

@@ -81,8 +81,8 @@ def given(model: CostModel, lengths: Sequence[int], segments: int, *, multiple: 
         if length < 1 or length % multiple:
             raise ValueError(
                 f"--seq1f1b-partition {text}: {length} is not a positive multiple of {multiple} "
-                "(context-parallel ranks, two chunks each, and under --sequence-parallel tensor-parallel ones share every "
-                "segment equally)"
+                "(every segment is shared equally by context-parallel ranks, two chunks each, and under "
+                "--sequence-parallel by tensor-parallel ones)"
             )
     if sum(lengths) != total:
         raise ValueError(
