@@ -11,13 +11,13 @@ from tests.unit.test_attention_cli import drawn
 
 def test_last_line_holds_every_ratio(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "a.svg"
-    assert main(["--tokens", "256", "--rings", "1,8", "--output", str(file)]) == 0
+    assert main(["--tokens", "512", "--rings", "1,32", "--output", str(file)]) == 0
     *table, last = capsys.readouterr().out.splitlines()
     found = json.loads(last)
-    assert (found["tokens"], found["ring"]) == (256, 8)
+    assert (found["tokens"], found["ring"]) == (512, 32)
     for kind, row in found["error_over_one_call"].items():
         assert row.keys() == set(RESULTS) and found["worst"][kind] == max(row.values())
-    assert found["worst"]["bf16"] <= 1.1  # the goal, at these sizes
+    assert max(found["worst"][kind] for kind in ("bf16", "float32")) <= 1.1  # the goal, at these sizes
     assert found["error_over_one_call"]["bf16, rounded blocks"]["out"] > 1.1, "what the narrow kernel stands for"
     assert not Narrow.wide and all("| 1.000x |" in line for line in table[2:]), "a ring of one is the one call"
     assert sum("| bf16 |" in line for line in table) == 4 and len(drawn(file)) > 0
