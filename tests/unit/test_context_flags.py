@@ -243,7 +243,7 @@ def test_nothing_is_chosen_twice(values: dict[str, Any], message: str) -> None:
 
 
 def what_upstreams_validation_says(cases: list[list[str]]) -> list[tuple[str | None, Any, Any]]:
-    """Parse and validate each command line as on one of a node's four ranks; return what is refused, and what is set."""
+    """Parse and validate each command line as on one of a node's four ranks; return what is refused, what is set."""
     os.environ |= {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
     import patches
 
