@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.equality import Start, assert_equal, worst
-from tests.distributed.flags import DOCUMENTS, FULL, OVERLAP, PP2, SELECTIVE, TINY, TP2, VPP, flags
+from tests.distributed.flags import DOCUMENTS, FULL, MOE, OVERLAP, PP2, SELECTIVE, TINY, TP2, VPP, flags
 from tests.pool import RankPool
 from tests.regression.arm import Run, run_arm
 
@@ -47,6 +47,7 @@ CASES = {
     "PP 2, V 2": (4, "", f"{CP2} {PP2} {VPP} {FULL}"),
     "DP 2, distributed optimizer, overlap": (4, "", f"{CP2} {OVERLAP}"),
     "tied embeddings": (2, "--tied", CP2),
+    "mixture of experts": (2, MOE, CP2),
 }
 
 SEGMENTS = {

@@ -29,6 +29,8 @@ from tests.pool import RankPool
 VALIDATED = {
     "virtual_pipeline_model_parallel_size": None,
     "variable_seq_lengths": False,
+    "gtp_weight_remat_size": 1,
+    "expert_gtp_weight_remat_size": 1,
     "padded_vocab_size": None,
 }
 MOE = {"num_experts": 4, "moe_router_load_balancing_type": "none"}
@@ -87,6 +89,8 @@ IN_SCHEDULES: list[tuple[str, dict[str, Any], str]] = [
     ("--cuda-graph-impl", {"cuda_graph_impl": "local"}, "graphs"),
     ("--fine-grained-activation-offloading", {"fine_grained_activation_offloading": True}, "offloaded"),
     ("--fine-grained-activation-offloading", {"cpu_offloading_num_layers": 1}, "offloaded"),
+    ("--tensor-parallel-num-weight-shards", {"gtp_weight_remat_size": 2}, "not proven"),
+    ("--expert-tensor-parallel-num-weight-shards", {"expert_gtp_weight_remat_size": 2}, "not proven"),
     ("--use-megatron-fsdp", {"use_megatron_fsdp": True}, "gathers and reductions"),
     ("--use-megatron-fsdp", {"use_torch_fsdp2": True}, "gathers and reductions"),
 ]
