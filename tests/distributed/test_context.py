@@ -128,8 +128,7 @@ def test_segments_equal_upstream_in_float64(
         ("empty_ranks", "segments, PP 2, gathered"),
         pytest.param("empty_ranks", "PP 2", marks=pytest.mark.slow),
         pytest.param("empty_ranks", "segments", marks=pytest.mark.slow),
-        ("ragged_mask", "segments, PP 2, gathered"),
-        *[pytest.param("ragged_mask", name, marks=pytest.mark.slow) for name in ("2 x 2", "PP 2", "segments")],
+        *[pytest.param("ragged_mask", name, marks=pytest.mark.slow) for name in MASKED],
     ],
 )
 def test_any_mask(
