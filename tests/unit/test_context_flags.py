@@ -243,7 +243,7 @@ def test_nothing_is_chosen_twice(values: dict[str, Any], message: str) -> None:
 
 
 def what_upstreams_validation_says(cases: list[list[str]]) -> list[tuple[str | None, Any, Any]]:
-    """Parse and validate each command line as on one of a node's four ranks; return what is refused, what is set."""
+    """Parse and validate each command line as one of four ranks would; return what is refused and what is set."""
     os.environ |= {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
     import patches
 
@@ -313,7 +313,7 @@ def test_upstreams_validation_refuses_segments_that_ranks_cannot_share(ranks: Ra
     cases: dict[str, str | None] = {
         f"{CP4} --ring-window 2 --seq1f1b-splits 4": None,
         f"{CP4} --seq1f1b-splits 4 --seq1f1b-partition 24,16,16,8": None,
-        f"{CP4} --seq1f1b-splits 4 --seq1f1b-partition 16,16,20,12": "segment 2 of 4 has 20 tokens",
+        f"{CP4} --seq1f1b-splits 4 --seq1f1b-partition 16,16,20,12": "20 is not a positive multiple of 8 (every",
     }
     assert_told(ranks, cases)
 

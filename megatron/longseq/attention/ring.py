@@ -63,7 +63,7 @@ def ring_forward(
             attend_more_(kernel, q, held[:, 0], held[:, 1], step.added, scale, *result)
         del held
     assert result is not None, "in step 0 a rank has its own keys"
-    return result[0].to(q.dtype), result[1]
+    return result[0].to(q.dtype), result[1].to(accumulation(q.dtype))
 
 
 def ring_backward(
