@@ -66,8 +66,8 @@ class Ulysses:
             return dq, own[:, 0], own[:, 1]
         both = self._to_sources(dq, dkv[:, 0], dkv[:, 1])
         came = self.exchange.all_to_all(both)
-        own = self.heads.shared(self.ranks)
-        grad_q, grad_k, grad_v = came.split((own.query, own.kv, own.kv), dim=3)
+        share = self.heads.shared(self.ranks)
+        grad_q, grad_k, grad_v = came.split((share.query, share.kv, share.kv), dim=3)
         return _joined(grad_q), self._summed(grad_k), self._summed(grad_v)
 
     def _to_heads(self, *tensors: Tensor) -> Tensor:
