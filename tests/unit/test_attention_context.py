@@ -89,7 +89,7 @@ def test_slices_of_a_fused_projection(mesh: tuple[int, int], lengths: tuple[int,
     check(Problem(Mesh(*mesh), lengths=lengths), cut=fused)
 
 
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2.0), (torch.bfloat16, 1.2)])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1.1), (torch.bfloat16, 1.1)])
 @pytest.mark.parametrize("mesh", [(1, 4), (4, 1), (2, 2)], ids=str)
 def test_errors_are_those_of_one_call_on_the_whole_sequence(
     mesh: tuple[int, int], dtype: torch.dtype, most: float

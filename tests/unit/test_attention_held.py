@@ -19,10 +19,11 @@ from tests.unit import context_bed
 from tests.unit.context_run import Problem, Ranks
 
 ROWS = 32  # of a rank, in every ring
+KEY_HEADS = 2  # tell tensors of keys and of values from others
 
 
 class Held(TorchDispatchMode):
-    """Tensors that were made under it and are still there: all of them, and buffers of keys and values."""
+    """Tensors that were made under it and are still there: all of them, and those of keys, values and their gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +35,7 @@ class Held(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                keys = tensor.dim() == 5 and tensor.shape[1] == 2 and tensor.dtype == torch.float32
+                keys = tensor.dim() == 4 and tensor.shape[2] == KEY_HEADS
                 _, _, known = self.alive.get(storage._cdata, (None, 0, False))
                 self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes(), keys or known
         self.alive = {place: kept for place, kept in self.alive.items() if not kept[0].expired()}
@@ -81,7 +82,7 @@ def unseen_messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def problem_of(ranks: int, **more: Any) -> Problem:
-    return Problem(Mesh(1, ranks), (4, 4), (ROWS * ranks,), batch=1, dtype=torch.float32, **more)
+    return Problem(Mesh(1, ranks), (4, KEY_HEADS), (ROWS * ranks,), batch=1, dtype=torch.float32, **more)
 
 
 def held(problem: Problem, backward: bool) -> tuple[int, int]:
