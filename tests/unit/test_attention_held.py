@@ -23,7 +23,7 @@ KEY_HEADS = 2  # tell tensors of keys and of values from others
 
 
 class Held(TorchDispatchMode):
-    """Tensors that were made under it and are still there: all of them, and those of keys, values and their gradients."""
+    """Tensors that were made under it and are still there: all, and those of keys, values and their gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,8 +35,9 @@ class Held(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                keys = tensor.dim() == 4 and tensor.shape[2] == KEY_HEADS
-                _, _, known = self.alive.get(storage._cdata, (None, 0, False))
+                keys = tensor.dim() == 4 and tensor.shape[2] == KEY_HEADS and tensor.dtype == torch.float32
+                before = self.alive.get(storage._cdata)
+                known = before is not None and before[2] and not before[0].expired()  # or another at its place
                 self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes(), keys or known
         self.alive = {place: kept for place, kept in self.alive.items() if not kept[0].expired()}
         self.peak_bytes = max(self.peak_bytes, sum(size for _, size, _ in self.alive.values()))
@@ -107,16 +108,16 @@ def test_a_longer_ring_holds_no_more(monkeypatch: pytest.MonkeyPatch, backward: 
     with unseen_messages(monkeypatch):
         short, longer = (held(problem_of(ranks), backward) for ranks in ((8, 16) if backward else (4, 16)))
     assert short == longer
-    # Forward: its own keys, those of the step, those on their way. Backward: gradients of its own, of the step, on
+    # Keys and values. Forward: its own, the step's, those on their way. Backward: gradients of its own, of the step, on
     # their way here, and on their way home, too.
-    assert longer[1] == (8 if backward else 3)
+    assert longer[1] == 2 * (8 if backward else 3)
 
 
 @pytest.mark.parametrize("inner", [2, 4])
 def test_a_double_ring_holds_two_buffers_more(monkeypatch: pytest.MonkeyPatch, inner: int) -> None:
     """Those on their way from window to window: out and in."""
     with unseen_messages(monkeypatch):
-        assert held(problem_of(16, inner=inner), backward=False)[1] == 5
+        assert held(problem_of(16, inner=inner), backward=False)[1] == 2 * 5
 
 
 @pytest.mark.parametrize("ranks", [2, 8])
