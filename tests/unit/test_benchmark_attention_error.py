@@ -17,7 +17,8 @@ def test_last_line_holds_every_ratio(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (found["tokens"], found["ring"]) == (512, 32)
     for kind, row in found["error_over_one_call"].items():
         assert row.keys() == set(RESULTS) and found["worst"][kind] == max(row.values())
-    assert max(found["worst"][kind] for kind in ("bf16", "float32")) <= 1.1  # the goal, at these sizes
+    assert found["worst"]["bf16"] <= 1.1  # the goal, at these sizes
+    assert found["worst"]["float32"] <= 0.85, "0.71; with log-sum-exps merged in float32 1.01"
     assert found["error_over_one_call"]["bf16, rounded blocks"]["out"] > 1.1, "what the narrow kernel stands for"
     assert not Narrow.wide and all("| 1.000x |" in line for line in table[2:]), "a ring of one is the one call"
     assert sum("| bf16 |" in line for line in table) == 4 and len(drawn(file)) > 0
