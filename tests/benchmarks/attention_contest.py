@@ -7,6 +7,7 @@ from megatron.longseq.attention.heads import Heads
 from megatron.longseq.attention.layout import Layout, Mesh
 
 OURS, ONE_PROCESS = "ours", "one process"
+HALVES = "two processes, half the heads each"  # no exchange at all: what two ranks could reach here
 YUNCHANG, RING_FLASH_ATTN, TORCH = "yunchang", "ring-flash-attn", "torch"
 PEERS = (YUNCHANG, RING_FLASH_ATTN, TORCH)
 QUANTITIES = ("out", "dq", "dk", "dv")
@@ -36,7 +37,7 @@ class Contestant:
     """An implementation in one configuration.
 
     Attributes:
-        who: ours, one of `PEERS`, or one process with the whole sequence.
+        who: ours, one of `PEERS`, one process with the whole sequence, or `HALVES`.
         mesh: Ulysses x ring.
         variant: of the peer's ring, in its own words.
         copies_self: gets the messages of a ring of one rank to itself copied, which gloo has not.
@@ -53,7 +54,7 @@ class Contestant:
         return self.mesh.size
 
     def __str__(self) -> str:
-        if self.who == ONE_PROCESS:
+        if self.who in (ONE_PROCESS, HALVES):
             return self.who
         return " ".join(filter(None, (self.who, self.variant, f"U{self.mesh.ulysses} R{self.mesh.ring}")))
 
@@ -97,9 +98,9 @@ class Tried:
 
 
 def contestants(who: tuple[str, ...], ranks: int) -> list[Contestant]:
-    """Return every configuration of some implementations on some ranks (1: one process)."""
+    """Return every configuration of some implementations on some ranks (1: one process, and two without exchange)."""
     if ranks == 1:
-        return [Contestant(ONE_PROCESS, Mesh(1, 1))] if ONE_PROCESS in who else []
+        return [Contestant(ONE_PROCESS, Mesh(1, 1)), Contestant(HALVES, Mesh(2, 1))] if ONE_PROCESS in who else []
     meshes = [Mesh(degree, ranks // degree) for degree in range(1, ranks + 1) if ranks % degree == 0]
     ring = Mesh(1, ranks)
     found = [Contestant(OURS, mesh) for mesh in meshes]
@@ -116,7 +117,7 @@ def held(contestant: Contestant, length: int, rank: int) -> list[Span]:
     2 C chunks, of which rank c holds c and 2 C - 1 - c.
     """
     mesh = contestant.mesh
-    if mesh.size == 1:
+    if mesh.size == 1 or contestant.who == HALVES:
         return [Span(0, length)]
     layout = Layout(mesh, (length,))
     if contestant.who != YUNCHANG:

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron.longseq.attention.heads import Heads
 from tests.benchmarks import ours, peers
 from tests.benchmarks.attention_contest import (
+    HALVES,
     ONE_PROCESS,
     OURS,
     TORCH,
@@ -100,7 +101,8 @@ class _Race:
                     if self.rank < one.ranks:
                         measured, results = self._measured(one, size, tensors)
                         if number == 0:
-                            measured.errors = errors(results, right, held(one, size.length, self.rank))
+                            expected = _heads(one, right, self.rank)
+                            measured.errors = errors(results, expected, held(one, size.length, self.rank))
                         del results
                         yield measured
                     dist.barrier()
@@ -119,7 +121,8 @@ class _Race:
     def _local(self, one: Contestant, tensors: tuple[Tensor, ...]) -> list[Tensor]:
         """Return this rank's part of q, k, v and the output's gradient, as the contestant takes them."""
         spans = held(one, tensors[0].shape[0], self.rank)
-        parts = [torch.cat([x[span.slice()] for span in spans]).permute(_axes(one)).contiguous() for x in tensors]
+        mine = _heads(one, tensors, self.rank)
+        parts = [torch.cat([x[span.slice()] for span in spans]).permute(_axes(one)).contiguous() for x in mine]
         return [*(x.requires_grad_() for x in parts[:3]), parts[3]]
 
     def _call(self, one: Contestant, local: list[Tensor]) -> list[Tensor]:
@@ -136,15 +139,20 @@ def _block(ranks: int) -> dist.ProcessGroup:
     return [dist.new_group(range(first, first + ranks)) for first in firsts][dist.get_rank() // ranks]
 
 
+def _heads(one: Contestant, tensors: Sequence[Tensor], rank: int) -> Sequence[Tensor]:
+    """Return the heads, of all in [n, b, h, d], that a rank computes."""
+    return [x.chunk(2, dim=2)[rank] for x in tensors] if one.who == HALVES else tensors
+
+
 def _axes(one: Contestant) -> tuple[int, ...]:
     """Return the order of a contestant's axes, out of [n, b, h, d]."""
     if one.who == OURS:
         return TOKENS_FIRST
-    return HEADS_FIRST if one.who in (TORCH, ONE_PROCESS) else BATCH_FIRST
+    return HEADS_FIRST if one.who in (TORCH, ONE_PROCESS, HALVES) else BATCH_FIRST
 
 
 def _attend(one: Contestant, group: dist.ProcessGroup) -> peers.Attend:
-    if one.who == ONE_PROCESS:
+    if one.who in (ONE_PROCESS, HALVES):
         return lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=True
         )

@@ -7,7 +7,17 @@ from dataclasses import dataclass, field
 
 from megatron.longseq.attention.layout import Layout
 from megatron.longseq.attention.traffic import Setup, peer_ring, ring
-from tests.benchmarks.attention_contest import ONE_PROCESS, OURS, PEERS, QUANTITIES, Contestant, Measured, Size, Tried
+from tests.benchmarks.attention_contest import (
+    HALVES,
+    ONE_PROCESS,
+    OURS,
+    PEERS,
+    QUANTITIES,
+    Contestant,
+    Measured,
+    Size,
+    Tried,
+)
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 4e-2}
 MIB = 2**20
@@ -122,12 +132,12 @@ def over_best_peer(
     return found
 
 
-def speedups(table: Sequence[Row]) -> list[Ratio]:
-    """Return one process's seconds over those of our best on 2 ranks, for every size that it ran at."""
+def speedups(table: Sequence[Row], who: str = OURS) -> list[Ratio]:
+    """Return one process's seconds over those of our best on 2 ranks (or another's), for every size that it ran at."""
     found = []
     for alone in (row for row in table if row.contestant.who == ONE_PROCESS):
-        pairs = (row for row in table if row.size == alone.size and _is_ours(row, 2))
-        mine = best(pairs, lambda row: row.seconds)
+        pairs = [row for row in table if row.size == alone.size and row.contestant.ranks == 2]
+        mine = best((row for row in pairs if row.contestant.who == who), lambda row: row.seconds)
         if mine:
             found.append(ratio(alone, mine, lambda row: row.seconds))
     return found
@@ -201,6 +211,7 @@ def summary(table: Sequence[Row], sent: dict[tuple[Contestant, Size], int], dtyp
         "peak_bytes_over_best_right_peer": over_best_peer(table, _peak_bytes, tolerance, right=True),
         "ring_bytes_over_peers": ring_bytes(sent, item),
         "speedup_2_ranks": speedups(table),
+        "speedup_without_exchange": speedups(table, HALVES),
         "u4_over_r4": ulysses_over_ring(table),
     }
     measured_at = {key: {one.setting: one.data() for one in found} for key, found in figures.items()}
