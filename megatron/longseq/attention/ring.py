@@ -24,7 +24,7 @@ from megatron.longseq.attention.spans import Spans, before, located, size
 Pair = tuple[Tensor, Tensor]  # keys and values [rows, b, hk, d], contiguous, or the gradients of both
 Saved = tuple[Tensor, Pair, Tensor, Tensor]  # q, own keys and values, out, log-sum-exp
 Came = tuple[Pair, Spans]  # keys or gradients that another rank sent, and which rows of their source's they are
-HOMING = 1  # posts of gradients on their way home, which rank 0 makes in every step: more are waited for, and freed
+HOMING = 2  # posts of gradients on their way home, which rank 0 makes in every step: more are waited for, and freed
 
 
 @dataclass(frozen=True)
