@@ -78,6 +78,12 @@ SLOW = {
     "sliding window",
     "no positions",
     "rotary positions, a half, scaled",
+    "learned positions",
+    "K 3, balanced",
+    "PP 4, K 2, slack",
+    "V 2, K 2",
+    "V 2, K 2 and slack",
+    "TP 2, sequence parallel, zero bubble",
 }
 
 
