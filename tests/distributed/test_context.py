@@ -73,15 +73,12 @@ QUICK = {
     "2 x 2, context-first",
     "double ring",
     "a kind for each layer",
-    "documents, gathered",
     "sliding window",
     "full recompute, documents",
     "selective recompute",
     "PP 2, V 2",
-    "DP 2, distributed optimizer, overlap",
 }
 QUICK_SEGMENTS = {
-    "2 x 2",
     "double ring",
     "PP 2, zero bubble",
     "PP 2, full recompute",

@@ -84,6 +84,12 @@ SLOW = {
     "V 2, K 2",
     "V 2, K 2 and slack",
     "TP 2, sequence parallel, zero bubble",
+    "V 2, K 1 and slack",
+    "DP 2, overlap, zero bubble",
+    "documents, V 2",
+    "micro-batches of two",
+    "multi-query attention",
+    "PP 4, K 4",
 }
 
 
