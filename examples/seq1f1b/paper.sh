@@ -1,66 +1,65 @@
 #!/usr/bin/env bash
-# The paper's own configurations: bash examples/seq1f1b/paper.sh MODEL SEQUENCE [LAUNCHER OPTION...] [-- FLAG...]
+# The configurations of the Seq1F1B paper (arXiv 2406.03488) on A100 or A800 nodes of 8 GPUs, through scripts/launch.sh.
+#
+#   bash examples/seq1f1b/paper.sh MODEL SEQ [LAUNCHER'S OPTION...] [-- FURTHER FLAG...]
+#   bash examples/seq1f1b/paper.sh 30B 64k --dry-run
+#   bash examples/seq1f1b/paper.sh 7B 32k --slurm --slurm-arg --partition=gpu -- --seq1f1b-splits 8
+#   bash examples/seq1f1b/paper.sh 7B 32k -- $(python -m megatron.longseq.data flags PREFIX)     # your text
+#
+# Of a repeated flag the last counts, so further flags change the configuration: --seq1f1b-splits 1 is upstream's 1F1B.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
+# shellcheck source=scripts/lib/log.sh
+source "$ROOT/scripts/lib/log.sh"
+
+# name, layers, hidden size, heads, tensor parallel, pipeline parallel, nodes
+MODELS="
+2.7B 32 2560 32 1 8 1
+7B   32 4096 32 8 4 4
+13B  40 5120 40 8 4 4
+30B  64 6144 64 8 8 8
+"
 
 usage() {
-  cat <<'TEXT'
-usage: bash examples/seq1f1b/paper.sh MODEL SEQUENCE [LAUNCHER OPTION...] [-- FLAG...]
-
-  MODEL      2.7B (8 GPUs: PP 8), 7B or 13B (32 GPUs: PP 4 x TP 8), 30B (64 GPUs: PP 8 x TP 8)
-  SEQUENCE   16k, 24k, 32k, 48k, 64k or 128k
-
-  Launcher options are those of scripts/launch.sh: --site scripts/sites/a100-ib.env --slurm --dry-run ...
-  Flags after -- are upstream's or ours and win over those below: other splits, --save ...; with
-  --data-path (and --tokenizer-type, --tokenizer-model) a corpus takes the place of mock data.
-TEXT
+  die "$1
+usage: bash examples/seq1f1b/paper.sh MODEL SEQ [LAUNCHER'S OPTION...] [-- FURTHER FLAG...]
+MODEL: 2.7B (8 GPUs), 7B (32), 13B (32), 30B (64)
+SEQ:   tokens of a sequence, as 65536 or 64k; the paper has 16k to 128k" 2
 }
 
-refuse() {
-  echo "paper.sh: $1" >&2
-  usage >&2
-  exit 2
+main() {
+  (($# >= 2)) || usage "a model and a sequence length are needed"
+  local model=$1 options=() row
+  [[ $2 =~ ^([1-9][0-9]*)(k?)$ ]] || usage "$2 is no sequence length"
+  local seq=$((BASH_REMATCH[1] * (${#BASH_REMATCH[2]} ? 1024 : 1)))
+  shift 2
+  while (($#)) && [[ $1 != -- ]]; do options+=("$1") && shift; done
+  (($# == 0)) || shift
+  local further=("$@")
+  row=$(awk -v name="$model" '$1 == name' <<<"$MODELS")
+  [[ -n $row ]] || usage "the paper has no model $model"
+  # A dry run of several nodes has no first one to name.
+  if [[ " ${options[*]} " == *" --dry-run "* ]]; then export MASTER_ADDR=${MASTER_ADDR:-FIRST_NODE}; fi
+  # shellcheck disable=SC2086  # the row's words
+  launch $row
 }
 
-# layers, hidden, ffn, heads, stages, tensor parallel, nodes of 8 GPUs
-declare -A MODELS=(
-  [2.7B]="32 2560 10240 32 8 1 1"
-  [7B]="32 4096 16384 32 4 8 4"
-  [13B]="40 5120 20480 40 4 8 4"
-  [30B]="64 6144 24576 64 8 8 8"
-)
+# launch NAME LAYERS HIDDEN HEADS TENSOR PIPELINE NODES
+launch() {
+  local flags=(
+    --num-layers "$2" --hidden-size "$3" --num-attention-heads "$4" --seq-length "$seq" --max-position-embeddings "$seq"
+    --position-embedding-type rope --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
+    --tensor-model-parallel-size "$5" --pipeline-model-parallel-size "$6" --use-distributed-optimizer
+    --seq1f1b-splits 4 --seq1f1b-partition balanced
+    --micro-batch-size 1 --global-batch-size 16 --train-iters 50 --bf16 --seed 1
+    --lr 1.5e-4 --min-lr 1.5e-5 --lr-decay-style cosine --weight-decay 0.1 --clip-grad 1.0
+    --eval-iters 0 --eval-interval 1000 --log-interval 1 --log-throughput --no-create-attention-mask-in-dataloader
+  )
+  (($5 == 1)) || flags+=(--sequence-parallel)
+  # GPT-2's vocabulary, padded to 50304 (tensor parallel 8: 51200); --data-path stands for a corpus with its tokenizer.
+  [[ " ${further[*]} " == *" --data-path "* ]] || flags+=(--mock-data --tokenizer-type NullTokenizer --vocab-size 50257)
+  exec bash "$ROOT/scripts/launch.sh" --nodes "$7" --gpus-per-node 8 --site "$ROOT/scripts/sites/a100-ib.env" \
+    "${options[@]}" -- "$ROOT/examples/pretrain_gpt.py" "${flags[@]}" "${further[@]}"
+}
 
-(($# >= 2)) || refuse "give a model and a sequence length"
-[[ -n ${MODELS[$1]:-} ]] || refuse "there is no model $1"
-[[ $2 =~ ^(16|24|32|48|64|128)k$ ]] || refuse "there is no sequence length $2"
-read -r LAYERS HIDDEN FFN HEADS PP TP NODES <<<"${MODELS[$1]}"
-TOKENS=$((${2%k} * 1024))
-shift 2
-
-OPTIONS=()
-while (($#)) && [[ $1 != -- ]]; do
-  OPTIONS+=("$1")
-  shift
-done
-(($# == 0)) || shift
-
-MODEL=(
-  --num-layers "$LAYERS" --hidden-size "$HIDDEN" --ffn-hidden-size "$FFN" --num-attention-heads "$HEADS"
-  --seq-length "$TOKENS" --max-position-embeddings "$TOKENS" --position-embedding-type rope
-  --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
-)
-LAYOUT=(
-  --pipeline-model-parallel-size "$PP" --tensor-model-parallel-size "$TP" --use-distributed-optimizer
-  --seq1f1b-splits 4
-)
-((TP == 1)) || LAYOUT+=(--sequence-parallel)
-TRAINING=(
-  --micro-batch-size 1 --global-batch-size 16 --bf16 --lr 1.5e-4 --min-lr 1e-5 --lr-decay-style cosine
-  --train-iters 20 --lr-warmup-iters 2 --weight-decay 0.1 --clip-grad 1.0 --eval-iters 0 --eval-interval 1000
-  --log-interval 1 --log-throughput --no-create-attention-mask-in-dataloader
-)
-DATA=(--mock-data --tokenizer-type NullTokenizer --vocab-size 50304)
-[[ " $* " != *" --data-path "* ]] || DATA=()
-
-exec bash "$ROOT/scripts/launch.sh" --nodes "$NODES" --gpus-per-node 8 "${OPTIONS[@]}" -- \
-  "$ROOT/examples/pretrain_gpt.py" "${MODEL[@]}" "${LAYOUT[@]}" "${TRAINING[@]}" "${DATA[@]}" "$@"
+main "$@"

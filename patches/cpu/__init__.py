@@ -75,21 +75,4 @@ RECORDS = (
         remove_when="upstream validates its flags against the device",
         stage="start",
     ),
-    Record(
-        id="cpu.rotary-slice",
-        system="cpu",
-        action="replace",
-        target="megatron.core.models.common.embeddings.rope_utils:get_pos_emb_on_this_cp_rank",
-        impl="patches.cpu.rotary:slice_for_this_rank",
-        why="Upstream cuts the rotary positions of a context-parallel rank with an index in page-locked memory, which "
-        "only CUDA has.",
-        when=_NO_CUDA,
-        test="tests/unit/test_cpu_device.py::test_rotary_positions_are_cut_as_upstream_cuts_batches",
-        remove_when="upstream makes the index on the device of the positions",
-        aliases=(
-            "megatron.core.models.common.embeddings.rotary_pos_embedding:get_pos_emb_on_this_cp_rank",
-            "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding:get_pos_emb_on_this_cp_rank",
-        ),
-        stage="start",
-    ),
 )

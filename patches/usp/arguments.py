@@ -20,11 +20,13 @@ def with_context_plan(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def validate_args(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
-        from megatron.longseq.attention.ways import check_ways, choose_for
+        from megatron.longseq.attention.ways import check_ways, choose_for, ways
 
         is_chosen = args.context_parallel_auto
         if is_chosen:
             choose_for(args, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        if spreads_attention(args):
+            ways(args)  # upstream would refuse sizes that do not fit, too, without a word of which would
         result = original(args, defaults or {})
         if not spreads_attention(args):
             _refuse_ours_alone(args)

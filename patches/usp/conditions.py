@@ -2,12 +2,13 @@
 
 from argparse import Namespace
 
+from megatron.longseq.attention.flags import wants_context
 from patches.conditions import no_cuda
 
 
 def context_parallel(args: Namespace) -> bool:
     """Whether there are context-parallel ranks: our flags choose among upstream's for TransformerEngine, too."""
-    return bool(args.context_parallel_size > 1)
+    return wants_context(args)
 
 
 def spreads_local_attention(args: Namespace) -> bool:

@@ -120,6 +120,8 @@ choose_ranks() {
     srun) GPUS=${SLURM_GPUS_ON_NODE:-$(count_gpus)} ;;
     *) GPUS=$(count_gpus) ;;
   esac
+  # A dry run may be of another machine: it takes what it is told.
+  [[ $DRY_RUN == 0 || $PER_NODE_FLAG != --gpus-per-node ]] || GPUS=$PER_NODE
   PER_NODE=${PER_NODE:-$((GPUS > 0 ? GPUS : 1))}
   [[ $GPUS != 0 || $PER_NODE_FLAG != --gpus-per-node ]] ||
     die "$PER_NODE GPUs were asked for, none was found here (nvidia-smi -L); ranks on the CPU: --nproc $PER_NODE" 2

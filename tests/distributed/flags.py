@@ -18,7 +18,8 @@ FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-
 SELECTIVE = "--recompute-granularity selective --recompute-modules core_attn mlp"
 OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 DOCUMENTS = "--reset-position-ids --reset-attention-mask --eod-mask-loss"
-EVALUATED = "--eval-iters 2 --eval-interval 4"
+MOE = "--num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type none --moe-ffn-hidden-size 64"
+EVALUATED = "--eval-iters 1 --eval-interval 3"  # a step follows on the evaluation
 
 
 def flags(*texts: str) -> list[str]:

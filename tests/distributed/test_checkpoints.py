@@ -1,6 +1,8 @@
 """Save, resume, and load into another layout: upstream's checkpoints, on CPU."""
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,18 +18,39 @@ PP = "--pipeline-model-parallel-size 2"
 DISTRIBUTED_OPTIMIZER = "--use-distributed-optimizer"
 RESHARDABLE = "--dist-ckpt-optim-fully-reshardable"
 HALF, WHOLE = 3, 6
+STEPS = f"{TINY} --train-iters {WHOLE} --save-interval {HALF}"
 
 
-def half_then_whole(
-    ranks: RankPool, folder: Path, layout: str, other: str | None = None, worlds: tuple[int, int] = (2, 2)
-) -> tuple[Run, Run]:
-    """Train without a break; then again with a stop half-way and a resume, in another layout if one is given."""
-    base = flags(TINY, f"--train-iters {WHOLE} --save-interval {HALF}")
-    undisturbed = run_arm(ranks, "O", worlds[0], base + flags(layout), folder / "undisturbed", float64=True)
-    stop = [*base, *flags(layout, f"--exit-interval {HALF}")]
-    run_arm(ranks, "O", worlds[0], stop, folder / "resumed", float64=True)
-    again = [*base, *flags(layout if other is None else other), "--load", str(folder / "resumed")]
-    return undisturbed, run_arm(ranks, "O", worlds[1], again, folder / "resumed", float64=True)
+@dataclass(frozen=True)
+class Halves:
+    """What a resumed run is compared with, and what it starts from.
+
+    Attributes:
+        undisturbed: trained without a break.
+        stopped: folder of checkpoints of a run that stopped half-way.
+    """
+
+    undisturbed: Run
+    stopped: Path
+
+
+@pytest.fixture(scope="module")
+def halves(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Halves]:
+    """Return a function that trains two ranks in a layout (once per layout): without a break, and half-way."""
+
+    @functools.cache
+    def train(layout: str) -> Halves:
+        base, folder = flags(STEPS, layout), tmp_path_factory.mktemp("halves")
+        undisturbed = run_arm(ranks, "O", 2, base, folder / "undisturbed", float64=True)
+        run_arm(ranks, "O", 2, [*base, "--exit-interval", str(HALF)], folder / "stopped", float64=True)
+        return Halves(undisturbed, folder / "stopped")
+
+    return train
+
+
+def resume(ranks: RankPool, stopped: Path, folder: Path, layout: str, world: int = 2) -> Run:
+    """Go on from where a run stopped, in the same layout or in another."""
+    return run_arm(ranks, "O", world, [*flags(STEPS, layout), "--load", str(stopped)], folder, float64=True)
 
 
 def distances(one: Path, other: Path) -> dict[str, float]:
@@ -37,17 +60,21 @@ def distances(one: Path, other: Path) -> dict[str, float]:
     return {name: float((a[name] - b[name]).norm() / b[name].norm().clamp_min(1e-300)) for name in a}
 
 
-@pytest.mark.parametrize("sharding", ["", RESHARDABLE], ids=["dp_reshardable", "fully_reshardable"])
-def test_distributed_optimizer_resumes_exactly(ranks: RankPool, tmp_path: Path, sharding: str) -> None:
-    undisturbed, resumed = half_then_whole(ranks, tmp_path, f"{DISTRIBUTED_OPTIMIZER} {sharding}")
+@pytest.mark.parametrize("sharding", [[], [RESHARDABLE]], ids=["dp_reshardable", "fully_reshardable"])
+def test_distributed_optimizer_resumes_exactly(
+    ranks: RankPool, halves: Callable[[str], Halves], tmp_path: Path, sharding: list[str]
+) -> None:
+    layout = " ".join([DISTRIBUTED_OPTIMIZER, *sharding])
+    undisturbed = halves(layout).undisturbed
+    resumed = resume(ranks, halves(layout).stopped, tmp_path, layout)
     assert resumed.curve == undisturbed.curve[HALF:]
     one, other = logical_tensors(undisturbed.checkpoint(WHOLE)), logical_tensors(resumed.checkpoint(WHOLE))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_plain_optimizer_resumes_exactly(ranks: RankPool, tmp_path: Path) -> None:
-    undisturbed, resumed = half_then_whole(ranks, tmp_path, PP)
+def test_plain_optimizer_resumes_exactly(ranks: RankPool, halves: Callable[[str], Halves], tmp_path: Path) -> None:
+    undisturbed, resumed = halves(PP).undisturbed, resume(ranks, halves(PP).stopped, tmp_path, PP)
     assert resumed.curve == undisturbed.curve[HALF:]
     assert max(distances(undisturbed.checkpoint(WHOLE), resumed.checkpoint(WHOLE)).values()) == 0
 
@@ -58,10 +85,16 @@ def test_plain_optimizer_resumes_exactly(ranks: RankPool, tmp_path: Path) -> Non
     ids=["TP 2", "PP 2", "PP 2 x DP 2", "TP 2 x PP 2"],
 )
 def test_checkpoint_loads_into_another_layout(
-    ranks: RankPool, tmp_path: Path, world: int, layout: str, tell: Callable[[str], None]
+    ranks: RankPool,
+    halves: Callable[[str], Halves],
+    tmp_path: Path,
+    world: int,
+    layout: str,
+    tell: Callable[[str], None],
 ) -> None:
     both = f"{DISTRIBUTED_OPTIMIZER} {RESHARDABLE}"
-    undisturbed, resumed = half_then_whole(ranks, tmp_path, both, f"{both} {layout}", (2, world))
+    undisturbed = halves(both).undisturbed
+    resumed = resume(ranks, halves(both).stopped, tmp_path, f"{both} {layout}", world)
     for ours, theirs in zip(resumed.curve, undisturbed.curve[HALF:], strict=True):
         assert ours["samples"] == theirs["samples"]
         assert abs(ours["loss"] / theirs["loss"] - 1) < 1e-9
@@ -71,9 +104,8 @@ def test_checkpoint_loads_into_another_layout(
     assert max(apart.values()) < 1e-8
 
 
-def test_bound_optimizer_state_is_refused_in_another_layout(ranks: RankPool, tmp_path: Path) -> None:
+def test_bound_optimizer_state_is_refused_in_another_layout(ranks: RankPool, halves: Callable[[str], Halves]) -> None:
     """What upstream cannot: optimizer state bound to one layout (`dp_reshardable`) goes into no other."""
-    base = flags(TINY, f"--train-iters {WHOLE} --save-interval {HALF} {DISTRIBUTED_OPTIMIZER}")
-    run_arm(ranks, "O", 2, [*base, *flags(f"--exit-interval {HALF}")], tmp_path)
+    stopped = halves(DISTRIBUTED_OPTIMIZER).stopped
     with pytest.raises(RankFailure, match="reshardable"):
-        run_arm(ranks, "O", 2, [*base, *flags(PP), "--load", str(tmp_path)], None)
+        run_arm(ranks, "O", 2, [*flags(STEPS, DISTRIBUTED_OPTIMIZER, PP), "--load", str(stopped)], float64=True)

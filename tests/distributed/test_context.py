@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.equality import Start, assert_equal, worst
-from tests.distributed.flags import DOCUMENTS, FULL, OVERLAP, PP2, SELECTIVE, TINY, TP2, VPP, flags
+from tests.distributed.flags import DOCUMENTS, FULL, MOE, OVERLAP, PP2, SELECTIVE, TINY, TP2, VPP, flags
 from tests.pool import RankPool
 from tests.regression.arm import Run, run_arm
 
@@ -47,6 +47,7 @@ CASES = {
     "PP 2, V 2": (4, "", f"{CP2} {PP2} {VPP} {FULL}"),
     "DP 2, distributed optimizer, overlap": (4, "", f"{CP2} {OVERLAP}"),
     "tied embeddings": (2, "--tied", CP2),
+    "mixture of experts": (2, MOE, CP2),
 }
 
 SEGMENTS = {
@@ -72,15 +73,12 @@ QUICK = {
     "2 x 2, context-first",
     "double ring",
     "a kind for each layer",
-    "documents, gathered",
     "sliding window",
     "full recompute, documents",
     "selective recompute",
     "PP 2, V 2",
-    "DP 2, distributed optimizer, overlap",
 }
 QUICK_SEGMENTS = {
-    "2 x 2",
     "double ring",
     "PP 2, zero bubble",
     "PP 2, full recompute",
@@ -127,8 +125,7 @@ def test_segments_equal_upstream_in_float64(
         ("empty_ranks", "segments, PP 2, gathered"),
         pytest.param("empty_ranks", "PP 2", marks=pytest.mark.slow),
         pytest.param("empty_ranks", "segments", marks=pytest.mark.slow),
-        ("ragged_mask", "segments, PP 2, gathered"),
-        *[pytest.param("ragged_mask", name, marks=pytest.mark.slow) for name in ("2 x 2", "PP 2", "segments")],
+        *[pytest.param("ragged_mask", name, marks=pytest.mark.slow) for name in MASKED],
     ],
 )
 def test_any_mask(

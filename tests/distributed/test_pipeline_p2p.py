@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from megatron.longseq.pipeline.action import Action, Kind, Pipeline, target
+from megatron.longseq.pipeline.p2p import Lanes
 from tests.distributed import p2p_bed
 from tests.distributed.flags import TINY, flags
 from tests.distributed.probes import run_probed
@@ -70,6 +72,25 @@ def test_every_message_reaches_the_action_it_is_for(
     came = ranks.run(world, p2p_bed.exchange, stages, virtual, lengths, 6, options, timeout=60)
     per_pipeline = 5 * 6 * len(lengths) * (stages * virtual - 1)  # two steps there and back, one evaluation there
     assert sum(came) == per_pipeline * (world // stages)
+
+
+@pytest.mark.parametrize("stages", [2, 3, 5])
+@pytest.mark.parametrize("virtual", [1, 2])
+def test_between_two_ranks_a_lane_goes_one_way(stages: int, virtual: int) -> None:
+    """NCCL keeps the order of posting per communicator: a receive posted early must hold up no send."""
+    pipeline = Pipeline(stages, 1, 1, virtual)
+    names = {(kind, wraps): f"{kind} {wraps}" for kind in (Kind.FORWARD, Kind.BACKWARD) for wraps in (False, True)}
+    lanes = Lanes(None, names, None)  # type: ignore[arg-type]
+    ways: dict[tuple[str, frozenset[int]], set[tuple[int, int]]] = {}
+    for rank in range(stages):
+        for kind in (Kind.FORWARD, Kind.BACKWARD):
+            for vstage in range(virtual):
+                goal = target(pipeline, rank, Action(kind, 0, 0, vstage))
+                if goal is not None:
+                    lane = str(lanes.lane(kind, rank, goal[0]))
+                    ways.setdefault((lane, frozenset((rank, goal[0]))), set()).add((rank, goal[0]))
+    assert all(len(way) == 1 for way in ways.values())
+    assert len({lane for lane, _ in ways}) == (4 if virtual > 1 else 2)
 
 
 def test_a_message_that_does_not_come_in_time_is_an_error(ranks: RankPool) -> None:

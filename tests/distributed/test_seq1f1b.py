@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.distributed.equality import Start, assert_equal
-from tests.distributed.flags import DOCUMENTS, FULL, OVERLAP, PP2, PP4, SELECTIVE, TINY, TP2, VPP, flags
+from tests.distributed.flags import DOCUMENTS, FULL, MOE, OVERLAP, PP2, PP4, SELECTIVE, TINY, TP2, VPP, flags
 from tests.pool import RankPool
 from tests.regression.arm import Run, run_arm
 
@@ -57,6 +57,9 @@ CASES = {
     "documents, four stages": (4, DOCUMENTS, f"{PP4} --seq1f1b-splits 3"),
     "documents, V 2": (2, DOCUMENTS, f"{PP2} {VPP} --seq1f1b-splits 3"),
     "learned positions": (2, "--position-embedding-type learned_absolute", f"{PP2} --seq1f1b-splits 3"),
+    "no positions": (2, "--position-embedding-type none", f"{PP2} --seq1f1b-splits 3"),
+    "rotary positions, a half, scaled": (2, "--rotary-percent 0.5 --use-rope-scaling", f"{PP2} --seq1f1b-splits 3"),
+    "mixture of experts": (2, MOE, f"{PP2} --seq1f1b-splits 3"),
     "per-token loss": (2, "--calculate-per-token-loss", f"{PP2} --seq1f1b-splits 3"),
     "micro-batches of two": (2, "--micro-batch-size 2", f"{PP2} --seq1f1b-splits 3"),
 }
@@ -73,6 +76,20 @@ SLOW = {
     "full recompute, V 2",
     "tied embeddings",
     "sliding window",
+    "no positions",
+    "rotary positions, a half, scaled",
+    "learned positions",
+    "K 3, balanced",
+    "PP 4, K 2, slack",
+    "V 2, K 2",
+    "V 2, K 2 and slack",
+    "TP 2, sequence parallel, zero bubble",
+    "V 2, K 1 and slack",
+    "DP 2, overlap, zero bubble",
+    "documents, V 2",
+    "micro-batches of two",
+    "multi-query attention",
+    "PP 4, K 4",
 }
 
 

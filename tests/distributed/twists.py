@@ -57,7 +57,11 @@ def _masked(silent: slice) -> Iterator[Planted]:
 
 @contextmanager
 def mean_loss() -> Iterator[Planted]:
-    """The loss function returns upstream's older pair: a mean, and a report of it."""
+    """The loss function returns upstream's older pair: a mean, and a report of it.
+
+    The mean is a view of another tensor: right for upstream wherever it does not deallocate the loss, which is on one
+    stage and with virtual stages.
+    """
     from megatron.longseq import gpt
 
     planted = Planted()
@@ -66,7 +70,7 @@ def mean_loss() -> Iterator[Planted]:
         planted.times += 1
         total, tokens, _ = original(*args)
         mean = total / tokens.clamp(min=1)
-        return mean, {"lm loss": mean.detach().clone().view(1)}
+        return mean.view(1), {"lm loss": mean.detach().clone().view(1)}
 
     with wrapped(gpt, "loss_func", loss_func):
         yield planted

@@ -62,11 +62,11 @@ class Sizes:
     dtype: torch.dtype
     device: torch.device
 
-    def tensors(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q, keys and values together, and the gradient of the output."""
-        shapes = ((tokens, 1, self.heads), (tokens, 2, 1, self.groups), (tokens, 1, self.heads))
-        q, kv, grad = (torch.randn(*shape, self.dim, dtype=self.dtype, device=self.device) for shape in shapes)
-        return q, kv, grad
+    def tensors(self, tokens: int) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+        """Return q, keys and values, and the gradient of the output."""
+        heads = (self.heads, self.groups, self.groups, self.heads)
+        q, k, v, grad = (torch.randn(tokens, 1, h, self.dim, dtype=self.dtype, device=self.device) for h in heads)
+        return q, (k, v), grad
 
     @property
     def flops(self) -> float:
@@ -93,9 +93,8 @@ def _settle(device: torch.device) -> None:
 
 def whole(sizes: Sizes, kernel: Kernel) -> Callable[[], None]:
     """Return a run of one flash call on the whole sequence."""
-    q, kv, grad = sizes.tensors(sizes.tokens)
+    q, (k, v), grad = sizes.tensors(sizes.tokens)
     tiles, scale = plan_causal(Span(0, sizes.tokens), 1, rectangular=kernel.rectangular), sizes.dim**-0.5
-    k, v = kv[:, 0].contiguous(), kv[:, 1].contiguous()
 
     def run() -> None:
         out, lse = attend(kernel, q, k, v, tiles, scale)
@@ -127,8 +126,7 @@ def packing(sizes: Sizes, ulysses: int, rounds: int) -> dict[str, float]:
     tokens = sizes.tokens // ulysses
     arrivals = Layout(Mesh(ulysses, 1), (sizes.tokens,)).arrivals(range(1))
     exchange = Ulysses(ulysses, Heads(sizes.heads, sizes.groups), arrivals, NoWire())  # type: ignore[arg-type]
-    q, kv, _ = sizes.tensors(tokens)
-    k, v = kv[:, 0].contiguous(), kv[:, 1].contiguous()
+    q, (k, v), _ = sizes.tensors(tokens)
     sent = exchange.heads.sent(ulysses) * tokens * sizes.dim * q.element_size()
     plain = torch.empty(sent, dtype=torch.uint8, device=sizes.device)
     target = torch.empty_like(plain)

@@ -18,6 +18,10 @@ def _widened(value: Any) -> Any:
     return torch.float64 if value is torch.float32 else value
 
 
+def _is_single(value: Any) -> bool:
+    return value is torch.float32
+
+
 class FloatMeansDouble(TorchFunctionMode):
     """Answers `dtype=torch.float32`, `x.float()` and `x.to(torch.float32)` with float64."""
 
@@ -26,9 +30,11 @@ class FloatMeansDouble(TorchFunctionMode):
             return args[0].double()
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return func(*args).replace("Double", "Float")  # upstream's optimizers know their parameters by this name
-        args = tuple(_widened(value) for value in args)
-        kwargs = {name: _widened(value) for name, value in (kwargs or {}).items()}
-        return func(*args, **kwargs)
+        if any(map(_is_single, args)):
+            args = tuple(map(_widened, args))
+        if not kwargs:
+            return func(*args)
+        return func(*args, **{name: _widened(value) for name, value in kwargs.items()})
 
 
 @contextmanager

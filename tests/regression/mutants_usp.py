@@ -133,7 +133,7 @@ def replicas_not_summed() -> Iterator[Planted]:
 
 @contextmanager
 def lost_last_hop() -> Iterator[Planted]:
-    """What comes home to a rank after the ring's last step, gradients of its own keys, is not added."""
+    """What comes home to a rank, gradients of its own keys that others found, is not added."""
     from megatron.longseq.attention import ring, spread
 
     planted, steps = Planted(), 0
@@ -143,8 +143,8 @@ def lost_last_hop() -> Iterator[Planted]:
         steps = len(plan)
         return original(kernel, saved, grad, plan, *rest)
 
-    def arrived(original: Any, self: Any, step: int) -> Any:
-        came = original(self, step)
+    def arrived(original: Any, self: Any, step: int, *rest: Any, **kw: Any) -> Any:
+        came = list(original(self, step, *rest, **kw))
         if not came or step != steps:
             return came
         planted.times += 1
@@ -162,9 +162,9 @@ def stale_keys() -> Iterator[Planted]:
     planted = Planted()
 
     def keys_round(original: Any, own: Tensor, *rest: Any) -> Iterator[Any]:
-        for index, (step, held) in enumerate(original(own, *rest)):
+        for index, step, held in original(own, *rest):
             planted.times += index > 0
-            yield step, held if index == 0 else own[: held.shape[0]]
+            yield index, step, held if index == 0 else own[: held.shape[0]]
 
     with wrapped(ring, "_keys_round", keys_round):
         yield planted

@@ -15,8 +15,13 @@ from tests.regression.suite import Outcome, Suite
 from tests.regression.tensors import logical_tensors
 
 CASES = {case.name: case for case in load_cases()}
-# tests/distributed/test_seq1f1b.py has these layouts too; here they run with -m slow, and in the command.
-SLOW = {"seq1f1b-bf16", "seq1f1b-float32", "seq1f1b-four-stages", "seq1f1b-tp-sp", "seq1f1b-virtual"}
+# tests/distributed/ has these layouts too; here they run with -m slow, and in the command.
+SLOW = {
+    *("seq1f1b-bf16", "seq1f1b-float32", "seq1f1b-four-stages", "seq1f1b-tp-sp", "seq1f1b-virtual"),
+    *("seq1f1b-dp", "seq1f1b-zero-bubble"),
+    *("usp-bf16", "usp-float32", "usp-pipeline", "usp-ring", "usp-ring-recompute", "usp-tensor", "usp-ulysses"),
+    "usp-multi-query",
+}
 
 
 def marked(name: str, *more: str) -> Any:

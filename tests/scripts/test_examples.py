@@ -1,74 +1,187 @@
-"""The paper's configurations compose, and upstream's validation and ours accept them; unknown ones are refused."""
+"""The examples' scripts: the paper's launches have the paper's flags, which upstream's validation and ours accept."""
 
+import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron.longseq.pipeline.paper import MODELS
 from tests.pool import RankPool
+from tests.scripts.fakes import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-PAPER = ROOT / "examples/seq1f1b/paper.sh"
-SIZES = {"2.7B": (8, 8, 1), "7B": (32, 4, 8), "13B": (32, 4, 8), "30B": (64, 8, 8)}  # GPUs, PP, TP
+GPUS = {"2.7B": 8, "7B": 32, "13B": 32, "30B": 64}
 
 
-def composed(*words: str) -> subprocess.CompletedProcess[str]:
+def paper(*words: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))}
     return subprocess.run(
-        ["bash", str(PAPER), *words], capture_output=True, text=True, timeout=60, check=False, cwd=ROOT
+        ["bash", str(ROOT / "examples/seq1f1b/paper.sh"), *words],
+        env={**environment, "VENV": sys.prefix},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
 
 
-def validated(flags: list[str], world: int) -> dict[str, Any]:
-    """Run in a rank: parse and validate as a job of `world` GPUs would, without starting one."""
-    import os
-    import sys
+def composed(*words: str) -> list[str]:
+    done = paper(*words)
+    assert done.returncode == 0, done.stderr
+    return shlex.split(done.stdout, comments=True)
 
-    os.environ |= {"WORLD_SIZE": str(world), "RANK": "0"}
-    sys.argv = ["pretrain_gpt.py", *flags]
+
+def script_flags(words: list[str]) -> list[str]:
+    return words[next(at for at, word in enumerate(words) if word.endswith("examples/pretrain_gpt.py")) + 1 :]
+
+
+def validated(job: tuple[list[str], int]) -> dict[str, Any]:
+    """Parse and validate flags as on the first rank of a job of that size; no process group is made. Runs on a rank."""
+    import torch
+
     import patches
 
+    flags, world = job
+    os.environ["WORLD_SIZE"] = str(world)
     patches.start()
-    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training import arguments
+
+    sys.argv = ["pretrain_gpt.py", *flags]
+    args = arguments.validate_args(arguments.parse_args())
+    assert not torch.distributed.is_initialized()
+
+    from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
 
     from megatron.longseq.pipeline.plan import plan_from_args
 
-    args = parse_args()
-    validate_args(args)
     plan = plan_from_args(args)
+    names = "num_layers hidden_size num_attention_heads seq_length sequence_parallel bf16 data_parallel_size mock_data "
+    names += "tensor_model_parallel_size pipeline_model_parallel_size seq1f1b_splits hidden_dropout attention_dropout "
+    names += "use_distributed_optimizer untie_embeddings_and_output_weights position_embedding_type eval_interval"
     return {
-        "stages": plan.stages,
+        **{name: getattr(args, name) for name in names.split()},
         "lengths": plan.lengths,
-        "tensor": args.tensor_model_parallel_size,
-        "data": args.data_parallel_size,
-        "mock": args.mock_data,
+        "virtual": plan.virtual,
+        "padded_vocab_size": vocab_size_with_padding(args.vocab_size, args, logging_enabled=False),
         "actions": len(plan.schedule(16).orders[0]),
+        "microbatches": args.global_batch_size // (args.micro_batch_size * args.data_parallel_size),
     }
 
 
-@pytest.mark.parametrize("length", ["16k", "64k"])
-@pytest.mark.parametrize("model", SIZES)
-def test_the_papers_configurations_are_legal(ranks: RankPool, model: str, length: str) -> None:
-    done = composed(model, length, "--slurm", "--dry-run")
-    assert done.returncode == 0, done.stderr
-    words = shlex.split(done.stdout.splitlines()[-1])
-    gpus, stages, tensor = SIZES[model]
-    assert words[words.index("--nodes") + 1] == str(gpus // 8) or f"--nodes={gpus // 8}" in words
-    flags = words[max(i for i, word in enumerate(words) if word.endswith("pretrain_gpt.py")) + 1 :]
-    (found,) = ranks.run(1, validated, flags, gpus, timeout=60)
-    assert (found["stages"], found["tensor"], found["data"]) == (stages, tensor, 1)
-    assert len(found["lengths"]) == 4 and sum(found["lengths"]) == int(length[:-1]) * 1024
-    assert found["actions"] == 2 * 16 * 4
+def of_this_size(ranks: RankPool, flags: list[str], world: int) -> dict[str, Any]:
+    (result,) = ranks.run(1, validated, (flags, world), timeout=120)
+    return result
+
+
+@pytest.mark.parametrize(("model", "seq"), [("2.7B", "16k"), ("7B", "128k"), ("13B", "48k"), ("30B", "65536")])
+def test_the_papers_configurations_are_legal(ranks: RankPool, model: str, seq: str) -> None:
+    words = composed(model, seq, "--dry-run")
+    stages, tensor, shape = MODELS[model]
+    world = GPUS[model]
+    nodes = 1 if "--standalone" in words else int(words[words.index("--nnodes") + 1])
+    assert nodes * int(words[words.index("--nproc-per-node") + 1]) == world
+    args = of_this_size(ranks, script_flags(words), world)
+    tokens = int(seq.removesuffix("k")) * (1024 if seq.endswith("k") else 1)
+    expected = {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": stages,
+        "data_parallel_size": world // (tensor * stages),
+        "sequence_parallel": tensor > 1,
+        "seq_length": tokens,
+        "seq1f1b_splits": 4,
+        "microbatches": 16,
+        "actions": 2 * 16 * 4,
+        "padded_vocab_size": shape.padded_vocab_size,
+        "bf16": True,
+        "mock_data": True,
+        "untie_embeddings_and_output_weights": True,
+        "use_distributed_optimizer": True,
+        "position_embedding_type": "rope",
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+    assert {name: args[name] for name in expected} == expected
+    lengths = args["lengths"]
+    assert sum(lengths) == tokens and sorted(lengths, reverse=True) == list(lengths) and lengths[0] > lengths[3]
+    assert args["eval_interval"], "upstream divides by it, also where nothing is evaluated"
+
+
+def test_further_flags_and_options_go_through(ranks: RankPool) -> None:
+    further = ["--seq1f1b-splits", "8", "--num-layers-per-virtual-pipeline-stage", "1"]
+    words = composed("30B", "64k", "--slurm", "--slurm-arg", "--partition=big one", "--dry-run", "--", *further)
+    assert words[words.index("sbatch") + 1 :][:2] == ["--nodes", "8"] and "--partition=big one" in words
+    assert script_flags(words)[-4:] == further
+    args = of_this_size(ranks, script_flags(words), 64)
+    assert (args["seq1f1b_splits"], args["virtual"], len(args["lengths"])) == (8, 8, 8)
 
 
 def test_a_corpus_takes_the_place_of_mock_data() -> None:
-    done = composed("7B", "32k", "--slurm", "--dry-run", "--", "--data-path", "corpus", "--seq1f1b-splits", "8")
-    assert done.returncode == 0 and "--mock-data" not in done.stdout
-    assert "--seq1f1b-splits 8" in done.stdout
+    own = ["--data-path", "my text", "--tokenizer-type", "GPT2BPETokenizer"]
+    flags = script_flags(composed("7B", "32k", "--dry-run", "--", *own))
+    assert flags[-4:] == own and "--mock-data" not in flags and flags.count("--tokenizer-type") == 1
 
 
-@pytest.mark.parametrize("words", [("70B", "32k"), ("7B", "33k"), ("7B",)])
-def test_other_sizes_are_refused_with_the_list(words: tuple[str, ...]) -> None:
-    done = composed(*words)
-    assert done.returncode == 2 and "2.7B (8 GPUs" in done.stderr
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("70B", "64k"), "no model 70B"),
+        (("7B", "long"), "long is no sequence length"),
+        (("7B", "0k"), "0k is no sequence length"),
+        (("7B",), "a model and a sequence length are needed"),
+        (("7", "64k"), "no model 7\n"),
+    ],
+)
+def test_what_the_paper_does_not_have_is_refused_with_what_it_has(words: tuple[str, ...], message: str) -> None:
+    done = paper(*words)
+    assert done.returncode == 2 and not done.stdout
+    assert message in done.stderr and "2.7B (8 GPUs), 7B (32), 13B (32), 30B (64)" in done.stderr
+
+
+def example(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "examples/seq1f1b/run.sh", "--run-dir", str(folder), *words],
+        cwd=ROOT,
+        env={**os.environ, "VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_the_laptops_run_shows_equal_losses_and_a_picture(tmp_path: Path) -> None:
+    done = example(tmp_path / "run", "--steps", "4")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.stdout.count("e-0") + done.stdout.count("e+0") >= 4 and ": rounding" in done.stdout
+    assert (tmp_path / "run/timeline.png").read_bytes().startswith(b"\x89PNG")
+    again = example(tmp_path / "run")
+    assert again.returncode == 2 and "holds a run already" in again.stderr
+
+
+LINE = "iteration {:8d}/       3 | consumed samples: 4 | lm loss: {:.6E} | loss scale: 1.0 | grad norm: 1.500 |\n"
+
+
+@pytest.mark.parametrize(
+    ("other", "status", "message"),
+    [
+        ([5.0, 4.0, 3.000001], 0, "the largest difference is 3.3e-07: rounding"),
+        ([5.0, 4.001, 3.0], 1, "differ by 2.5e-04; rounding explains 1e-05"),
+        ([5.0, float("nan"), 3.0], 1, "differ by nan"),
+        ([float("nan"), 4.0, 3.0], 1, "differ by nan"),
+        ([5.0, 4.0], 1, "not whole"),
+        ([], 2, "no training step in it"),
+    ],
+)
+def test_losses_that_differ_are_told(tmp_path: Path, other: list[float], status: int, message: str) -> None:
+    for name, losses in (("one", [5.0, 4.0, 3.0]), ("other", other)):
+        (tmp_path / name).write_text("".join(LINE.format(step, loss) for step, loss in enumerate(losses, 1)))
+    command = [sys.executable, "-m", "examples.seq1f1b.losses", str(tmp_path / "one"), str(tmp_path / "other")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == status and message in done.stdout + done.stderr

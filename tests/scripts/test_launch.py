@@ -109,6 +109,14 @@ def test_more_ranks_than_gpus_are_refused(launcher: Launcher) -> None:
     assert not launcher.path.calls("torchrun")
 
 
+def test_a_dry_run_may_be_of_another_machine(launcher: Launcher) -> None:
+    dry = launcher.run("--gpus-per-node", "8", "--dry-run", "--", "train.py")
+    assert dry.returncode == 0, dry.stderr
+    words = shlex.split(dry.stdout, comments=True)
+    assert words[words.index("--nproc-per-node") + 1] == "8"
+    assert "8 rank(s) on each, a GPU each" in dry.stdout and "OMP_NUM_THREADS" not in dry.stdout
+
+
 def test_record_of_the_start(launcher: Launcher) -> None:
     for _ in range(2):
         assert launcher.run("--run-dir", "out", "--", "train.py", "a b").returncode == 0

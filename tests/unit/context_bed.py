@@ -17,7 +17,7 @@ from megatron.longseq.attention.layout import Mesh
 from megatron.longseq.attention.ring import RingLanes
 from megatron.longseq.attention.spread import Spread
 
-PATIENCE = 5.0  # seconds until a message that does not come is an error
+PATIENCE = 30.0  # seconds until a message that does not come is an error
 
 
 @dataclass
@@ -39,31 +39,41 @@ class Wire:
 
 
 class _Arrival:
-    def __init__(self, wire: Wire, rank: int, receives: Sequence[Message]) -> None:
-        self._wire, self._rank, self._receives = wire, rank, receives
+    """What was posted, with copies of what was sent."""
+
+    def __init__(
+        self, wire: Wire, rank: int, sends: Sequence[tuple[Tensor, Tensor]], receives: Sequence[Message]
+    ) -> None:
+        self._wire, self._rank, self._sends, self._receives = wire, rank, sends, receives
 
     def wait(self) -> None:
+        for tensor, copy in self._sends:
+            assert torch.equal(tensor, copy), "written to while it was on its way"
         for peer, tensor in self._receives:
+            assert tensor.isnan().all(), "written to before its message came"
             came = self._wire.get(peer, self._rank)
             assert came.shape == tensor.shape and came.dtype == tensor.dtype, (came.shape, tensor.shape)
             tensor.copy_(came)
-        self._receives = ()
+        self._sends = self._receives = ()
 
 
 @dataclass
 class ThreadLane:
-    """See `lanes.Lane`. A message is copied when it is posted, so a tensor written too early would not be noticed."""
+    """See `lanes.Lane`. Until it is waited for, what is sent must not change and what is received must not be used."""
 
     wire: Wire
     rank: int
     sent: Sent = field(default_factory=Sent)
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Any:
-        for peer, tensor in sends:
+        copies = [(tensor, tensor.detach().clone()) for _, tensor in sends]
+        for (peer, tensor), (_, copy) in zip(sends, copies, strict=True):
             assert tensor.is_contiguous()
             self.sent.count(tensor.nbytes)
-            self.wire.put(self.rank, peer, tensor)
-        return _Arrival(self.wire, self.rank, receives)
+            self.wire.put(self.rank, peer, copy)
+        for _, tensor in receives:
+            tensor.fill_(torch.nan)
+        return _Arrival(self.wire, self.rank, copies, receives)
 
 
 @dataclass

@@ -276,8 +276,8 @@ def test_bytes_and_messages_are_the_formulas(ring_: Ring, lengths: tuple[int, ..
             problem = Problem(ring_, layout, range(segment, segment + 1), Mask(2))
             sent += ulysses * sum(size(move.rows) for move in problem.traffic.keys)
             grads += ulysses * sum(size(move.rows) for move in problem.traffic.grads)
-            messages += ulysses * len(problem.traffic.keys)
-            grad_messages += ulysses * len(problem.traffic.grads)
+            messages += 2 * ulysses * len(problem.traffic.keys)
+            grad_messages += 2 * ulysses * len(problem.traffic.grads)
         assert sent == grads
         counted = Volume(sent * row * 2, sent * row * 2 + grads * row * 4, messages, messages + grad_messages)
         assert ring(setup, ring_.inner) == counted

@@ -26,7 +26,6 @@ QUIET: dict[str, Any] = {
     "moe_grouped_gemm": False,
     "cross_entropy_loss_fusion": False,
     "cross_entropy_fusion_impl": "native",
-    "context_parallel_size": 1,
     "moe_token_dispatcher_type": "allgather",
     "expert_model_parallel_size": 1,
     "rank": 0,
@@ -56,7 +55,6 @@ ASKED = {
     "--te-rng-tracker": {"te_rng_tracker": True},
     "--moe-grouped-gemm": {"moe_grouped_gemm": True},
     "--cross-entropy-fusion-impl te": {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"},
-    "--context-parallel-size": {"context_parallel_size": 2},
     "--moe-token-dispatcher-type alltoall": {"moe_token_dispatcher_type": "alltoall", "expert_model_parallel_size": 2},
 }
 

@@ -1,5 +1,7 @@
 """The cpu system: upstream's CUDA names answered by the CPU, exactly undone, never where CUDA is available."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -138,3 +140,24 @@ def test_initialize_is_told_that_no_cuda_is_fine() -> None:
         training.initialize_megatron()
     with patches.applied("cpu.initialize"), pytest.raises(AssertionError, match="args is not initialized"):
         training.initialize_megatron()  # past the CUDA check: now it misses the parsed arguments
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_rotary_positions_are_cut_as_upstream_cuts_batches(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its index of positions is in page-locked memory, and moved to CUDA."""
+    from megatron.core.models.common.embeddings import rotary_pos_embedding, yarn_rotary_pos_embedding
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    from megatron.longseq.attention.layout import Layout, Mesh
+
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: group.size())
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: group.rank())
+    layout, positions = Layout(Mesh(ranks, 1), (12 * ranks,)), torch.arange(12 * ranks)
+    with patches.applied("cpu.device"):
+        for rank in range(ranks):
+            group = SimpleNamespace(size=lambda: ranks, rank=lambda rank=rank: rank)
+            batch = get_batch_on_this_cp_rank({"tokens": positions[None]}, is_hybrid_cp=False, cp_group=group)
+            own = [position for span in layout.positions(rank, 0) for position in range(*span)]
+            assert batch["tokens"][0].tolist() == own
+            for module in (rotary_pos_embedding, yarn_rotary_pos_embedding):
+                assert module.get_pos_emb_on_this_cp_rank(positions[:, None], 0, group)[:, 0].tolist() == own

@@ -1,15 +1,17 @@
 """The entry hooks on upstream itself: flags, choice of patches, agreement of the ranks, a checkpoint's digest."""
 
-import socket
+import os
 import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron.longseq import arguments as longseq_arguments
-from patches import digest, engine, session
+from patches import digest, engine, ledger, session
+from patches.errors import RankMismatch
 from tests.unit.patch_bed import record
 
 pytest_plugins = ["tests.unit.patch_bed"]
@@ -143,48 +145,27 @@ def test_checkpoint_check_still_refuses_what_upstream_refuses(checkpoint):
         checkpoint(num_layers=3)
 
 
-RANK = """
-import sys
-import torch.distributed as dist
-from megatron.training import arguments, global_vars, training
-from patches import ledger, session
+def agreement(different: bool) -> str:
+    """Initialise upstream on a rank; returns what is told where the ranks' patches differ."""
+    from megatron.training import arguments, global_vars, training
 
-rank, port, different = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "different"
-sys.argv[1:] = []
-global_vars.set_args(arguments.parse_args())
-ids = ["entry.rank-agreement", "entry.checkpoint-digest"]
-session.SESSION.apply([ledger.by_id(i) for i in (ids[:1] if different and rank else ids)])
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-training.initialize_megatron(allow_no_cuda=True, skip_mpu_initialization=True)
-print("agreed", flush=True)
-dist.barrier()
-dist.destroy_process_group()
-"""
+    sys.argv[1:] = []
+    global_vars.set_args(arguments.parse_args())
+    ids = ["entry.rank-agreement", "entry.checkpoint-digest"]
+    session.SESSION.apply([ledger.by_id(i) for i in (ids[:1] if different and os.environ["RANK"] != "0" else ids)])
+    torch.distributed.init_process_group("gloo")
+    try:
+        training.initialize_megatron(allow_no_cuda=True, skip_mpu_initialization=True)
+    except RankMismatch as error:
+        return str(error)
+    return "agreed"
 
 
-@pytest.mark.parametrize("case", ["different", "same"])
-def test_ranks_that_differ_are_refused_on_every_rank(case):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", RANK, str(rank), port, case],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in ranks:
-        out, err = process.communicate(timeout=300)
-        if case == "same":
-            assert process.returncode == 0 and "agreed" in out, err
-        else:
-            assert process.returncode != 0 and "agreed" not in out
-            assert "RankMismatch: the ranks run under different patches" in err
-            assert "ranks 1: removed entry.checkpoint-digest (compared with ranks 0" in err
+def test_ranks_that_differ_are_refused_on_every_rank(ranks):
+    assert ranks.run(2, agreement, False, timeout=60) == ["agreed"] * 2
+    for told in ranks.run(2, agreement, True, timeout=60):
+        assert "the ranks run under different patches" in told
+        assert "ranks 1: removed entry.checkpoint-digest (compared with ranks 0" in told
 
 
 def test_lazy_initialisation_compares_when_the_ranks_are_connected(monkeypatch):

@@ -49,9 +49,9 @@ def fields(out: str) -> dict[str, str]:
 
 
 def plant_tree(home: Path) -> Path:
-    """The wheel's sources as a checkout beside the script."""
+    """The wheel's sources as a checkout beside the script, with what Python has compiled of them."""
     source = wheel.installed().tree.root / "megatron"
-    shutil.copytree(source, home / "megatron", ignore=shutil.ignore_patterns("__pycache__", "longseq"))
+    shutil.copytree(source, home / "megatron", ignore=shutil.ignore_patterns("longseq"))
     return home / "megatron"
 
 

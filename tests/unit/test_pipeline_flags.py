@@ -29,6 +29,8 @@ from tests.pool import RankPool
 VALIDATED = {
     "virtual_pipeline_model_parallel_size": None,
     "variable_seq_lengths": False,
+    "gtp_weight_remat_size": 1,
+    "expert_gtp_weight_remat_size": 1,
     "padded_vocab_size": None,
 }
 MOE = {"num_experts": 4, "moe_router_load_balancing_type": "none"}
@@ -38,7 +40,6 @@ ZERO_BUBBLE = {"zero_bubble": True, "transformer_impl": "local"}
 
 # Every way to ask for what segments cannot serve: (flag in the message, values, why)
 ASKED: list[tuple[str, dict[str, Any], str]] = [
-    ("--context-parallel-size", {"context_parallel_size": 2}, "context-parallel ranks"),
     ("--multi-latent-attention", {"multi_latent_attention": True}, "latents"),
     ("--mtp-num-layers", {"mtp_num_layers": 1}, "beyond the end of a segment"),
     ("--is-hybrid-model", {"is_hybrid_model": True}, "state"),
@@ -88,6 +89,8 @@ IN_SCHEDULES: list[tuple[str, dict[str, Any], str]] = [
     ("--cuda-graph-impl", {"cuda_graph_impl": "local"}, "graphs"),
     ("--fine-grained-activation-offloading", {"fine_grained_activation_offloading": True}, "offloaded"),
     ("--fine-grained-activation-offloading", {"cpu_offloading_num_layers": 1}, "offloaded"),
+    ("--tensor-parallel-num-weight-shards", {"gtp_weight_remat_size": 2}, "not proven"),
+    ("--expert-tensor-parallel-num-weight-shards", {"expert_gtp_weight_remat_size": 2}, "not proven"),
     ("--use-megatron-fsdp", {"use_megatron_fsdp": True}, "gathers and reductions"),
     ("--use-megatron-fsdp", {"use_torch_fsdp2": True}, "gathers and reductions"),
 ]
@@ -151,10 +154,10 @@ def test_every_refusal_is_tried() -> None:
 
 
 def test_all_reasons_are_told_at_once() -> None:
-    lines = refused(args(**SEGMENTS, zero_bubble=True, sft=True, context_parallel_size=2, moe_paged_stash=True))
+    lines = refused(args(**SEGMENTS, zero_bubble=True, sft=True, multi_latent_attention=True, moe_paged_stash=True))
     assert [line.split()[0] for line in lines] == [
         "--moe-paged-stash",
-        "--context-parallel-size",
+        "--multi-latent-attention",
         "--sft",
         "--transformer-impl",
     ]
@@ -175,6 +178,7 @@ def test_all_reasons_are_told_at_once() -> None:
         {"recompute_granularity": "full"},
         {"calculate_per_token_loss": True},
         MOE,
+        {"context_parallel_size": 2},
         MOE | {"moe_router_load_balancing_type": "aux_loss"},
         MOE | {"moe_router_load_balancing_type": ["aux_loss"], "moe_aux_loss_coeff": [0.0]},
         {"moe_router_load_balancing_type": "sinkhorn"},

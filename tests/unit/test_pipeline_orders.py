@@ -90,7 +90,7 @@ def test_interleaved_bubble_and_memory(virtual, slack):
     for stages, segments in [(2, 1), (2, 3), (3, 2), (4, 1), (4, 3), (4, 4), (8, 3), (8, 8)]:
         least = math.ceil(math.ceil(stages * (2 + slack) / 2) / segments)
         for group in (least, least + 1):
-            for microbatches in (group, 2 * group, group + least):
+            for microbatches in {group, 2 * group, group + least}:
                 pipeline = Pipeline(stages, microbatches, segments, virtual)
                 proof = prove(interleaved(pipeline, slack, None if group == least else group))
                 bubble = simulate(proof.schedule, uniform_costs(pipeline)).bubble

@@ -233,7 +233,7 @@ def test_a_large_schedule_takes_well_under_a_second():
     schedule, costs = make(pipeline), uniform_costs(pipeline)
     took = []
     for _ in range(3):
-        began = time.perf_counter()
+        began = time.process_time()
         simulate(schedule, costs)
-        took.append(time.perf_counter() - began)
+        took.append(time.process_time() - began)
     assert min(took) < 0.5

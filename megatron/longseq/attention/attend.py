@@ -39,12 +39,14 @@ def attend(
 def attend_first(
     kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """As `attend`, with out in the accumulation type: other keys' results will be added by `attend_more_`."""
+    """As `attend`, but other keys' results will be added by `attend_more_`: out in the accumulation type, lse in
+    float64 (see `merge_`).
+    """
     if len(tiles) == 1:
         out, lse = _tile(kernel, q, k, v, tiles[0], scale, is_part=True)
-        return out.to(accumulation(q.dtype)).contiguous(), lse
+        return out.to(accumulation(q.dtype)).contiguous(), lse.double()
     out = q.new_empty(*q.shape[:3], v.shape[-1], dtype=accumulation(q.dtype))
-    lse = q.new_empty(q.shape[1], q.shape[2], q.shape[0], dtype=accumulation(q.dtype))
+    lse = q.new_empty(q.shape[1], q.shape[2], q.shape[0], dtype=torch.float64)
     for tile in tiles:
         rows, batch = tile.rows.slice(), tile.batch.slice()
         out[rows, batch], lse[batch, :, rows] = _tile(kernel, q, k, v, tile, scale, is_part=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron.longseq.attention.blocks import Documents
 from megatron.longseq.attention.heads import Heads, check_heads
 from megatron.longseq.attention.kernels.kernel import Kernel
+from megatron.longseq.attention.ring import Pair
 from megatron.longseq.attention.ringtiles import Mask
 from megatron.longseq.attention.segment import Segment
 from megatron.longseq.attention.spread import Share, Spread
@@ -147,14 +148,14 @@ def first_result(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, R
         return call.exchange.gather_outputs(result[0]).flatten(2), result
 
 
-def _keys(kv: Tensor, call: Call) -> Tensor:
+def _keys(kv: Pair, call: Call) -> Pair:
     """Return the keys and values that are seen from here; write the segment's own into the store."""
     keys = call.share.collect(kv)
     if call.store is None:
         return keys
     rows = _rows(call)
-    (whole,) = call.store.write(call.layer, rows, keys).tensors
-    return whole[: rows.end]
+    whole = call.store.write(call.layer, rows, *keys).tensors
+    return whole[0][: rows.end], whole[1][: rows.end]
 
 
 def _rows(call: Call) -> Segment:
@@ -165,15 +166,16 @@ def _rows(call: Call) -> Segment:
 class ContextAttention(torch.autograd.Function):
     """See `context_attention`."""
 
+    clear_saved_tensors_on_access = True
+
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call, result: Result | None) -> Tensor:
         """Exchange, attend, exchange back."""
         heads, kv = call.exchange.scatter_heads(q, k, v)
-        keys = _keys(kv, call) if result is None or call.store is not None else kv
-        out, lse = call.share.forward(heads, keys) if result is None else result
+        out, lse = call.share.forward(heads, _keys(kv, call)) if result is None else result
         ctx.call = call
         if call.store is None:
-            ctx.save_for_backward(heads, out, lse, kv)
+            ctx.save_for_backward(heads, out, lse, *kv)
         elif call.segment.forward_only:
             call.store.close(call.layer, call.segment)
         else:
@@ -185,29 +187,40 @@ class ContextAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The same way back."""
         call: Call = ctx.call
-        heads, out, lse, *kv = ctx.saved_tensors
         grad_out = call.exchange.scatter_gradient(grad.unflatten(2, (call.exchange.heads.query, -1)))
+        # What is no longer needed is let go at once: the exchange that follows needs as much again.
+        saved = list(ctx.saved_tensors)
         if call.store is None:
-            dq, grads = call.share.backward((heads, call.share.collect(*kv), out, lse), grad_out, None)
+            dq, grads = _without_store(call, saved, grad_out)
         else:
-            dq, grads = _with_store(call, call.store, (heads, out, lse), grad_out)
-        return *call.exchange.gather_gradients(dq, call.share.distribute(grads)), None, None
+            dq, grads = _with_store(call, call.store, saved, grad_out)
+        del grad_out
+        three = [dq, *call.share.distribute(grads)]
+        del dq, grads
+        return *call.exchange.gather_gradients(three), None, None
 
 
-def _with_store(
-    call: Call, store: PrefixStore, saved: tuple[Tensor, Tensor, Tensor], grad_out: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Leave earlier segments their gradients in the store; return dq and the gradient of the segment's own rows."""
+def _without_store(call: Call, saved: list[Tensor], grad_out: Tensor) -> tuple[Tensor, Pair]:
+    """Return dq and the gradients of keys and values; empties what was saved."""
+    heads, out, lse, k, v = saved
+    saved.clear()
+    return call.share.backward((heads, call.share.collect((k, v)), out, lse), grad_out, None)
+
+
+def _with_store(call: Call, store: PrefixStore, saved: list[Tensor], grad_out: Tensor) -> tuple[Tensor, Pair]:
+    """Leave earlier segments their gradients in the store; return dq and the gradients of the segment's own rows."""
     rows = _rows(call)
     slot = store.read(call.layer, rows)
     if rows.is_last:
         store.open_grads(slot, rows.total)
         assert slot.grads is not None
-        slot.grads[0].zero_()
+        for grad in slot.grads:
+            grad.zero_()
     assert slot.grads is not None, "the last segment's backward opened them"
     q, out, lse = saved
-    (keys,), (grads,) = slot.tensors, slot.grads
-    dq, _ = call.share.backward((q, keys[: rows.end], out, lse), grad_out, grads[: rows.end])
-    own = grads[rows.begin : rows.end].clone()
+    saved.clear()
+    k, v, dk, dv = (x[: rows.end] for x in (*slot.tensors, *slot.grads))
+    dq, _ = call.share.backward((q, (k, v), out, lse), grad_out, (dk, dv))
+    own = dk[rows.begin :].clone(), dv[rows.begin :].clone()
     store.close(call.layer, rows)
     return dq, own

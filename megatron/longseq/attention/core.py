@@ -132,11 +132,11 @@ class ContextParallelAttention(MegatronModule):
         layer_number: int,
         attn_mask_type: AttnMaskType,
         attention_type: str,
-        attention_dropout: float | None = None,
-        softmax_scale: float | None = None,
-        cp_comm_type: str | None = None,
-        pg_collection: Any = None,
         *,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        attention_dropout: float | None = None,
+        pg_collection: Any = None,
         context: Callable[[], ContextParallel],
     ) -> None:
         super().__init__(config=config)
@@ -153,21 +153,14 @@ class ContextParallelAttention(MegatronModule):
         self.window = attention_window(config, self.layer_number)
 
     def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: Any = None,
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **further: Any
     ) -> Tensor:
         """Return [n, b, hq * d] of q [n, b, hq, d] and k, v [n, b, hk, d], this rank's tokens.
 
         Raises:
             ValueError: a bias, or packed sequences in THD form.
         """
-        if attention_bias is not None or packed_seq_params is not None:
+        if any(further.get(name) is not None for name in ("attention_bias", "packed_seq_params")):
             raise ValueError(
                 f"layer {self.layer_number}: attention over context-parallel ranks takes no bias and no "
                 "packed_seq_params; documents are packed with --reset-attention-mask"

@@ -41,6 +41,10 @@ NOT_WITH_CONTEXT: Refusals = {
         "upstream gives middle stages no mask; --seq1f1b-splits 2 or more does",
     ),
     "--sft": (lambda a: a.sft, "packed sequences in THD form are not read yet; --reset-attention-mask packs documents"),
+    "--dataloader-inter-document-masking": (
+        lambda a: a.dataloader_inter_document_masking,
+        "packed sequences in THD form are not read yet; --reset-attention-mask packs documents",
+    ),
     "--mtp-num-layers": (lambda a: a.mtp_num_layers, "its shifted tokens are not proven with it"),
     "--hybrid-context-parallel": (lambda a: a.hybrid_context_parallel, "it changes the ranks from batch to batch"),
     "--cuda-graph-impl": (lambda a: a.cuda_graph_impl != "none", "messages between ranks are no part of a graph"),

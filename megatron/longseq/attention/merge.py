@@ -17,10 +17,11 @@ def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> No
 
     Args:
         out: [s, b, h, d], float32 (float64).
-        lse: [b, h, s], float32 (float64).
+        lse: [b, h, s], float32 or float64. Over many merges float32 loses a fifth of the accuracy that a kernel has:
+            at a value of 8 its steps are 5e-7, an error of that size in every weight.
         block_out: [s, b, h, d], any float type, finite in every row.
         block_lse: [b, h, s], float32 (float64).
     """
     share = torch.sigmoid(block_lse - lse).masked_fill_(block_lse == -torch.inf, 0.0)
-    out.lerp_(block_out.to(out.dtype), share.permute(2, 0, 1).unsqueeze(-1))
-    torch.logaddexp(lse, block_lse, out=lse)
+    out.lerp_(block_out.to(out.dtype), share.to(out.dtype).permute(2, 0, 1).unsqueeze(-1))
+    torch.logaddexp(lse, block_lse.to(lse.dtype), out=lse)

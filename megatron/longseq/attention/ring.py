@@ -1,12 +1,13 @@
 """Ring attention: the steps of a plan (`ringplan`) carried out, forward and backward.
 
-Keys and values lie together, [rows, 2, b, hk, d], so that any span of rows is one message without a copy. While a
-step's blocks are computed the next step's keys are on their way. Results are merged as they come, in the accumulation
-type; no step's own result is kept. Gradients of keys travel in the accumulation type, one step behind the keys.
+Keys and values are tensors of their own, as projections and kernels make them: a span of rows of each is a message
+without a copy, and a block's gradients are where the sum begins. While a step's blocks are computed the next step's
+keys are on their way. Results are merged as they come, in the accumulation type; no step's own result is kept.
+Gradients of keys travel in the accumulation type, one step behind the keys.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,10 @@ from megatron.longseq.attention.merge import accumulation
 from megatron.longseq.attention.ringplan import Step, Transfer
 from megatron.longseq.attention.spans import Spans, before, located, size
 
-Saved = tuple[Tensor, Tensor, Tensor, Tensor]  # q, own keys and values, out, log-sum-exp
+Pair = tuple[Tensor, Tensor]  # keys and values [rows, b, hk, d], contiguous, or the gradients of both
+Saved = tuple[Tensor, Pair, Tensor, Tensor]  # q, own keys and values, out, log-sum-exp
+Came = tuple[Pair, Spans]  # keys or gradients that another rank sent, and which rows of their source's they are
+HOMING = 2  # posts of gradients on their way home, which rank 0 makes in every step: more are waited for, and freed
 
 
 @dataclass(frozen=True)
@@ -39,28 +43,29 @@ class RingLanes:
 
 
 def ring_forward(
-    kernel: Kernel, q: Tensor, own: Tensor, steps: Sequence[Step], lanes: RingLanes, scale: float
+    kernel: Kernel, q: Tensor, own: Pair, steps: Sequence[Step], lanes: RingLanes, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return (out [n, b, hq, d] in q's type, lse [b, hq, n]) of this rank's queries over the keys of all ranks.
 
     Args:
         kernel: computes a block.
         q: [n, b, hq, d].
-        own: this rank's keys and values, [rows, 2, b, hk, d], contiguous.
+        own: this rank's keys and values.
         steps: of `ringplan.plan_ring`.
         lanes: to the other ranks.
         scale: factor of the scores.
     """
     if _is_alone(steps):
-        return attend(kernel, q, own[:, 0], own[:, 1], steps[0].begun, scale)
+        return attend(kernel, q, *own, steps[0].begun, scale)
     result: tuple[Tensor, Tensor] | None = None
-    for step, held in _keys_round(own, steps, lanes):
+    for _, step, held in _keys_round(own, steps, lanes):
         if result is None:
-            result = attend_first(kernel, q, held[:, 0], held[:, 1], step.begun, scale)
+            result = attend_first(kernel, q, *held, step.begun, scale)
         if step.added:
-            attend_more_(kernel, q, held[:, 0], held[:, 1], step.added, scale, *result)
+            attend_more_(kernel, q, *held, step.added, scale, *result)
+        del held
     assert result is not None, "in step 0 a rank has its own keys"
-    return result[0].to(q.dtype), result[1]
+    return result[0].to(q.dtype), result[1].to(accumulation(q.dtype))
 
 
 def ring_backward(
@@ -70,9 +75,9 @@ def ring_backward(
     steps: Sequence[Step],
     lanes: RingLanes,
     scale: float,
-    home: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return (dq [n, b, hq, d] in q's type, the gradient of `own` in the accumulation type).
+    home: Pair | None = None,
+) -> tuple[Tensor, Pair]:
+    """Return (dq [n, b, hq, d] in q's type, the gradients of `own` in the accumulation type).
 
     Args:
         kernel: computes a block.
@@ -85,25 +90,22 @@ def ring_backward(
     """
     q, own, out, lse = saved
     if _is_alone(steps):
-        total = Total(own, steps[0].summed, steps[0].held, home)
-        keys = (own[:, 0], own[:, 1])
-        dq = attend_backward(kernel, (q, *keys, out, lse), grad_out, steps[0].begun, scale, total.add)
+        total = Total(own[0], steps[0].summed, steps[0].held, home)
+        dq = attend_backward(kernel, (q, *own, out, lse), grad_out, steps[0].begun, scale, total.add)
         return dq, total.close()
     dq = torch.zeros_like(q, dtype=accumulation(q.dtype))
     post = _Post(lanes.grads, lanes.far_grads)
-    mine: Total | None = None
-    for index, (step, held) in enumerate(_keys_round(own, steps, lanes)):
-        total = Total(own, step.summed, step.held, home if index == 0 else None)
-        given = (q, held[:, 0], held[:, 1], out, lse)
-        attend_backward_(kernel, given, grad_out, (*step.begun, *step.added), scale, total.add, dq)
-        if mine is None:
-            mine = total
-        for came, rows in post.arrived(index):
-            total.take(came, rows)
-        post.start(step.grads_out, total.close(), step.summed, step.grads_in, own, accumulation(own.dtype))
-    assert mine is not None, "in step 0 a rank has its own keys"
-    for came, rows in post.arrived(len(steps)):
-        mine.take(came, rows)
+    mine = Total(own[0], steps[0].summed, steps[0].held, home)
+    for index, step, held in _keys_round(own, steps, lanes):
+        total = Total(own[0], step.summed, step.held) if index else mine
+        tiles = (*step.begun, *step.added)
+        attend_backward_(kernel, (q, *held, out, lse), grad_out, tiles, scale, total.add, dq)
+        del held
+        total.take(post.arrived(index))
+        post.start(step.grads_out, total.close(), step.summed, step.grads_in, own[0], accumulation(q.dtype))
+        mine.take(post.arrived(len(steps), but=HOMING))
+        del total
+    mine.take(post.arrived(len(steps)))
     return dq.to(q.dtype), mine.close()
 
 
@@ -112,18 +114,21 @@ def _is_alone(steps: Sequence[Step]) -> bool:
     return len(steps) == 1 and not steps[0].added
 
 
-def _keys_round(own: Tensor, steps: Sequence[Step], lanes: RingLanes) -> Iterator[tuple[Step, Tensor]]:
-    """Yield each step with the keys that lie here in it, once the messages of the step are on their way."""
+def _keys_round(own: Pair, steps: Sequence[Step], lanes: RingLanes) -> Iterator[tuple[int, Step, Pair]]:
+    """Yield each step with the keys that lie here in it, once the messages of the step are on their way.
+
+    Who takes the keys forgets them before the next step: own, held and coming are the three buffers that there are.
+    """
     post = _Post(lanes.keys, lanes.far_keys)
-    waiting: dict[int, Tensor] = {}
+    waiting: dict[int, Pair] = {}
     for index, step in enumerate(steps):
-        post.arrived(index)
-        held = own if index == 0 else waiting.pop(step.source, own[:0])
-        for move, came in post.start(step.keys_out, held, step.held, step.keys_in, own, own.dtype):
+        deque(post.arrived(index), maxlen=0)
+        held = own if index == 0 else waiting.pop(step.source, (own[0][:0], own[1][:0]))
+        for move, came in post.start(step.keys_out, held, step.held, step.keys_in, own[0], own[0].dtype):
             waiting[move.source] = came
-        yield step, held
+        yield index, step, held
         del held
-    post.arrived(len(steps))
+    deque(post.arrived(len(steps)), maxlen=0)
 
 
 class _Post:
@@ -131,53 +136,62 @@ class _Post:
 
     def __init__(self, near: Lane, far: Lane) -> None:
         self._near, self._far = near, far
-        self._due: dict[int, list[Pending]] = defaultdict(list)
-        self._came: dict[int, list[tuple[Tensor, Spans]]] = defaultdict(list)
+        self._due: dict[int, list[tuple[Pending, list[Came]]]] = defaultdict(list)
 
     def start(
         self,
         out: Sequence[Transfer],
-        buffer: Tensor,
+        buffer: Pair,
         held: Spans,
         into: Sequence[Transfer],
         like: Tensor,
         dtype: torch.dtype,
-    ) -> list[tuple[Transfer, Tensor]]:
+    ) -> list[tuple[Transfer, Pair]]:
         """Start a step's transfers; return the receives with the tensors that they fill.
 
         Args:
             out: sent from `buffer`, whose rows are `held` of their source's.
-            buffer: [rows, 2, b, hk, d].
+            buffer: keys and values, or their gradients.
             held: see `out`.
             into: received.
             like: gives the shape but for the rows, and the device.
             dtype: of the messages.
         """
-        filled = [(move, like.new_empty(size(move.rows), *like.shape[1:], dtype=dtype)) for move in into]
+        filled = [(move, _pair(like, size(move.rows), dtype)) for move in into]
         for lane, is_far in ((self._near, False), (self._far, True)):
             sends: dict[int, list[Message]] = defaultdict(list)
             receives: dict[int, list[Message]] = defaultdict(list)
+            coming: dict[int, list[Came]] = defaultdict(list)
             for move in out:
                 if _is_far(move) == is_far:
-                    sends[move.wait].append((move.receiver, _rows(buffer, located(held, move.rows))))
-            for move, tensor in filled:
+                    rows = located(held, move.rows)
+                    sends[move.wait] += [(move.receiver, _rows(x, rows)) for x in buffer]
+            for move, pair in filled:
                 if _is_far(move) == is_far:
-                    receives[move.wait].append((move.sender, tensor))
+                    receives[move.wait] += [(move.sender, x) for x in pair]
+                    coming[move.wait].append((pair, move.rows))
             for wait in sorted({*sends, *receives}):
-                self._due[wait].append(lane.post(sends[wait], receives[wait]))
-        for move, tensor in filled:
-            self._came[move.wait].append((tensor, move.rows))
+                self._due[wait].append((lane.post(sends[wait], receives[wait]), coming[wait]))
         return filled
 
-    def arrived(self, step: int) -> list[tuple[Tensor, Spans]]:
-        """Wait for what is due in a step; return what came, in the order in which it was started."""
-        for pending in self._due.pop(step, []):
+    def arrived(self, step: int, but: int = 0) -> Iterator[Came]:
+        """Wait for what is due in a step, but not for the latest few posts; yield what came, in the order of posts."""
+        due = self._due[step]
+        while len(due) > but:
+            pending, coming = due.pop(0)
             pending.wait()
-        return self._came.pop(step, [])
+            while coming:
+                yield coming.pop(0)
 
 
 def _is_far(move: Transfer) -> bool:
     return move.wait != move.post + 1
+
+
+def _pair(like: Tensor, rows: int, dtype: torch.dtype) -> Pair:
+    """Return room for some rows of keys and of values."""
+    first, second = (like.new_empty(rows, *like.shape[1:], dtype=dtype) for _ in range(2))
+    return first, second
 
 
 def _rows(buffer: Tensor, rows: Spans) -> Tensor:
@@ -190,45 +204,41 @@ class Total:
     """The sum of the gradients of some rows of a source's keys and values.
 
     Args:
-        like: [..., 2, b, hk, d], gives shape and device.
+        like: keys, [..., b, hk, d]: gives shape, type and device.
         summed: which of the source's rows.
         held: rows of the source that the blocks' keys count through.
-        whole: a buffer that holds a part of the sum already; None: nothing yet.
+        home: holds a part of the sum already, and is added to; None: nothing yet.
     """
 
-    def __init__(self, like: Tensor, summed: Spans, held: Spans, whole: Tensor | None = None) -> None:
-        self._summed, self._held = summed, held
-        self._is_empty = whole is None
-        shape, dtype = (size(summed), *like.shape[1:]), accumulation(like.dtype)
-        self.whole = like.new_empty(shape, dtype=dtype) if whole is None else whole
+    def __init__(self, like: Tensor, summed: Spans, held: Spans, home: Pair | None = None) -> None:
+        self._like, self._summed, self._held = like, summed, held
+        self._sum = home
 
     def add(self, batch: Span, keys: Span, dk: Tensor, dv: Tensor) -> None:
-        """Add a block's gradients; `keys` counts through what is held."""
+        """Add a block's gradients; `keys` counts through what is held. They may become the sum, and change later."""
         rows = self._rows(keys)
-        if self._is_empty and rows.size == self.whole.shape[0] and batch.size == self.whole.shape[2]:
-            self.whole[:, 0], self.whole[:, 1] = dk, dv
-        else:
-            part = self._filled()[rows.slice(), :, batch.slice()]
-            part[:, 0].add_(dk)
-            part[:, 1].add_(dv)
-        self._is_empty = False
+        if self._sum is None and rows.size == size(self._summed) and batch.size == self._like.shape[1]:
+            dtype = accumulation(self._like.dtype)
+            self._sum = dk.to(dtype).contiguous(), dv.to(dtype).contiguous()
+            return
+        for whole, grad in zip(self.close(), (dk, dv), strict=True):
+            whole[rows.slice(), batch.slice()].add_(grad)
 
-    def take(self, came: Tensor, rows: Spans) -> None:
-        """Add what another rank has summed of some of the source's rows."""
-        whole, begin = self._filled(), 0
-        for span in located(self._summed, rows):
-            whole[span.slice()].add_(came[begin : begin + span.size])
-            begin += span.size
+    def take(self, sums: Iterable[Came]) -> None:
+        """Add what other ranks have summed of some of the source's rows."""
+        for pair, rows in sums:
+            begin = 0
+            for span in located(self._summed, rows):
+                for whole, came in zip(self.close(), pair, strict=True):
+                    whole[span.slice()].add_(came[begin : begin + span.size])
+                begin += span.size
 
-    def close(self) -> Tensor:
+    def close(self) -> Pair:
         """Return the sum."""
-        return self._filled()
-
-    def _filled(self) -> Tensor:
-        if self._is_empty:
-            self.whole.zero_()
-            self._is_empty = False
-        return self.whole
+        if self._sum is None:
+            first, second = _pair(self._like, size(self._summed), accumulation(self._like.dtype))
+            self._sum = first.zero_(), second.zero_()
+        return self._sum
 
     def _rows(self, keys: Span) -> Span:
         """Turn a span of what is held into one of what is summed."""

@@ -6,6 +6,7 @@ A `Spread` belongs to a layer; a `Share` is it for the tokens of one call: this 
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from megatron.longseq.attention.attend import attend, attend_backward
@@ -14,7 +15,7 @@ from megatron.longseq.attention.heads import Heads
 from megatron.longseq.attention.kernels.kernel import Kernel
 from megatron.longseq.attention.lanes import Exchange
 from megatron.longseq.attention.layout import Layout, Mesh
-from megatron.longseq.attention.ring import RingLanes, Saved, Total, ring_backward, ring_forward
+from megatron.longseq.attention.ring import Pair, RingLanes, Saved, Total, ring_backward, ring_forward
 from megatron.longseq.attention.ringplan import Ring, Step, plan_gathered, plan_ring
 from megatron.longseq.attention.ringtiles import Mask
 from megatron.longseq.attention.segment import Segment
@@ -73,19 +74,19 @@ class Share(Protocol):
         """The segment, in the rows that a store keeps of it."""
         ...
 
-    def collect(self, kv: Tensor) -> Tensor:
-        """Return what is kept of a segment's keys and values [n, 2, b, hk, d] for it and for later segments."""
+    def collect(self, kv: Pair) -> Pair:
+        """Return what is kept of a segment's keys and values [n, b, hk, d] for it and for later segments."""
         ...
 
-    def forward(self, q: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, keys: Pair) -> tuple[Tensor, Tensor]:
         """Return (out, lse); `keys`: what was collected up to this segment's end."""
         ...
 
-    def backward(self, saved: Saved, grad_out: Tensor, home: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return dq and the gradient of `keys`, in the accumulation type and added to `home`, in place, if given."""
+    def backward(self, saved: Saved, grad_out: Tensor, home: Pair | None) -> tuple[Tensor, Pair]:
+        """Return dq and the gradients of `keys`, in the accumulation type and added to `home`, in place, if given."""
         ...
 
-    def distribute(self, grads: Tensor) -> Tensor:
+    def distribute(self, grads: Pair) -> Pair:
         """Return the gradient of `collect`: a segment's rows to the rank's own."""
         ...
 
@@ -100,19 +101,19 @@ class RingShare:
     lanes: RingLanes
     segment: Segment
 
-    def collect(self, kv: Tensor) -> Tensor:
+    def collect(self, kv: Pair) -> Pair:
         """See `Share.collect`: the rank's own."""
         return kv
 
-    def forward(self, q: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, keys: Pair) -> tuple[Tensor, Tensor]:
         """See `Share.forward`."""
         return ring_forward(self.kernel, q, keys, self.steps, self.lanes, self.scale)
 
-    def backward(self, saved: Saved, grad_out: Tensor, home: Tensor | None) -> tuple[Tensor, Tensor]:
+    def backward(self, saved: Saved, grad_out: Tensor, home: Pair | None) -> tuple[Tensor, Pair]:
         """See `Share.backward`."""
         return ring_backward(self.kernel, saved, grad_out, self.steps, self.lanes, self.scale, home)
 
-    def distribute(self, grads: Tensor) -> Tensor:
+    def distribute(self, grads: Pair) -> Pair:
         """See `Share.distribute`: they have come home already."""
         return grads
 
@@ -134,35 +135,33 @@ class GatheredShare:
         """See `Share`."""
         return Segment(0, self.index, self.layout.lengths)
 
-    def collect(self, kv: Tensor) -> Tensor:
+    def collect(self, kv: Pair) -> Pair:
         """See `Share.collect`: everyone's, by position."""
-        came = self.exchange.all_gather(kv.contiguous())
-        whole = kv.new_empty(came.shape[0] * came.shape[1], *kv.shape[1:])
-        begin = 0
-        for source, rows in self.layout.gathered(range(self.index, self.index + 1)):
-            whole[begin : begin + rows.size] = came[source, rows.slice()]
-            begin += rows.size
-        return whole
+        came = self.exchange.all_gather(torch.stack(kv, dim=1))
+        order = self.layout.gathered(range(self.index, self.index + 1))
+        keys, values = (torch.cat([came[source, rows.slice(), which] for source, rows in order]) for which in (0, 1))
+        return keys, values
 
-    def forward(self, q: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, keys: Pair) -> tuple[Tensor, Tensor]:
         """See `Share.forward`."""
-        return attend(self.kernel, q, keys[:, 0], keys[:, 1], self.tiles, self.scale)
+        return attend(self.kernel, q, *keys, self.tiles, self.scale)
 
-    def backward(self, saved: Saved, grad_out: Tensor, home: Tensor | None) -> tuple[Tensor, Tensor]:
+    def backward(self, saved: Saved, grad_out: Tensor, home: Pair | None) -> tuple[Tensor, Pair]:
         """See `Share.backward`."""
         q, keys, out, lse = saved
-        everything = (Span(0, keys.shape[0]),)
-        total = Total(keys, everything, everything, home)
-        given = (q, keys[:, 0], keys[:, 1], out, lse)
-        dq = attend_backward(self.kernel, given, grad_out, self.tiles, self.scale, total.add)
+        everything = (Span(0, keys[0].shape[0]),)
+        total = Total(keys[0], everything, everything, home)
+        dq = attend_backward(self.kernel, (q, *keys, out, lse), grad_out, self.tiles, self.scale, total.add)
         return dq, total.close()
 
-    def distribute(self, grads: Tensor) -> Tensor:
+    def distribute(self, grads: Pair) -> Pair:
         """See `Share.distribute`."""
-        ranks = self.layout.mesh.ring
-        parts = grads.new_empty(ranks, grads.shape[0] // ranks, *grads.shape[1:])
+        ranks, dk = self.layout.mesh.ring, grads[0]
+        parts = dk.new_empty(ranks, dk.shape[0] // ranks, 2, *dk.shape[1:])
         begin = 0
         for source, rows in self.layout.gathered(range(self.index, self.index + 1)):
-            parts[source, rows.slice()] = grads[begin : begin + rows.size]
+            for which, grad in enumerate(grads):
+                parts[source, rows.slice(), which] = grad[begin : begin + rows.size]
             begin += rows.size
-        return self.exchange.reduce_scatter(parts)
+        own = self.exchange.reduce_scatter(parts)
+        return own[:, 0], own[:, 1]

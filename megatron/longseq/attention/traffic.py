@@ -1,7 +1,7 @@
 """What context parallelism sends for the attention of one layer: exact formulas, ours and other implementations'.
 
 Bytes and messages are summed over the C context-parallel ranks of one tensor-parallel rank, and over a sequence's
-segments. A message of the ring carries keys and values (or both gradients); an all-to-all, an all-gather or a
+segments. In a ring keys and values (or both gradients) are a message each; an all-to-all, an all-gather or a
 reduce-scatter counts as one message a rank.
 """
 
@@ -103,11 +103,11 @@ def ring(setup: Setup, inner: int | None = None) -> Volume:
     """
     mesh, elements = setup.layout.mesh, setup.key_elements(ring_rows(setup.layout))
     inner = inner or mesh.ring
-    hops = mesh.ulysses * setup.segments * mesh.ring * (mesh.ring - 1)
+    hops = 2 * mesh.ulysses * setup.segments * mesh.ring * (mesh.ring - 1)
     # In its own window a rank's front half comes home from the last rank, its second from the window's first; the two
     # are one message where these are one rank, and the window's first rank has no second half out.
     near = mesh.ring // inner * (inner**2 - 2) if inner > 1 else 0
-    grads = mesh.ulysses * setup.segments * (near + mesh.ring * (mesh.ring - inner))
+    grads = 2 * mesh.ulysses * setup.segments * (near + mesh.ring * (mesh.ring - inner))
     keys = elements * setup.item
     return Volume(keys, keys + elements * setup.grad_item, hops, hops + grads)
 

@@ -15,6 +15,7 @@ from megatron.longseq.attention.heads import Heads
 from megatron.longseq.attention.lanes import Exchange
 from megatron.longseq.attention.layout import Arrival
 from megatron.longseq.attention.merge import accumulation
+from megatron.longseq.attention.ring import Pair
 from megatron.longseq.attention.store import alone
 
 
@@ -34,38 +35,45 @@ class Ulysses:
     arrivals: Sequence[Arrival]
     exchange: Exchange | None
 
-    def scatter_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return this rank's heads of the group's tokens: q [U n, b, hq / U, d] and keys and values together.
+    def scatter_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Pair]:
+        """Return this rank's heads of the group's tokens: q [U n, b, hq / U, d], and keys and values.
 
         Args:
             q: [n, b, hq, d].
-            k, v: [n, b, hk, d]. Together they become [U n, 2, b, max(hk, U) / U, d].
+            k, v: [n, b, hk, d]. They become [U n, b, max(hk, U) / U, d].
         """
         if self.exchange is None:
-            return alone(q), torch.stack((k, v), dim=1)
+            return alone(q), (alone(k).contiguous(), alone(v).contiguous())
+        own = self.heads.shared(self.ranks)
         came = self.exchange.all_to_all(self._to_heads(q, k, v))
-        return self._ordered(came, self.heads.shared(self.ranks))
+        mine, keys, values = (self._ordered(part) for part in came.split((own.query, own.kv, own.kv), dim=3))
+        return mine, (keys, values)
 
     def gather_outputs(self, out: Tensor) -> Tensor:
         """[U n, b, hq / U, d] to [n, b, hq, d]: the way back."""
         if self.exchange is None:
             return out
-        return _joined(self.exchange.all_to_all(self._to_sources(out)))
+        return _joined(self.exchange.all_to_all(self._to_sources([out])))
 
     def scatter_gradient(self, grad: Tensor) -> Tensor:
         """[n, b, hq, d] to [U n, b, hq / U, d]: the gradient of `gather_outputs`."""
         if self.exchange is None:
             return grad
         came = self.exchange.all_to_all(self._to_heads(grad))
-        return torch.cat([came[arrival.source, arrival.rows.slice()] for arrival in self.arrivals])
+        return self._ordered(came)
 
-    def gather_gradients(self, dq: Tensor, dkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of `scatter_heads`, in dq's type; dkv [U n, 2, b, max(hk, U) / U, d] of any."""
+    def gather_gradients(self, grads: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of `scatter_heads`, in dq's type.
+
+        Args:
+            grads: dq [U n, b, hq / U, d], dk and dv [U n, b, max(hk, U) / U, d], of any type; the list is emptied, so
+                that each tensor can be freed once it is packed.
+        """
+        dtype = grads[0].dtype
         if self.exchange is None:
-            own = dkv.to(dq.dtype)
-            return dq, own[:, 0], own[:, 1]
-        both = self._to_sources(dq, dkv[:, 0], dkv[:, 1])
-        came = self.exchange.all_to_all(both)
+            dq, dk, dv = (grads.pop(0).to(dtype) for _ in range(3))
+            return dq, dk, dv
+        came = self.exchange.all_to_all(self._to_sources(grads))
         own = self.heads.shared(self.ranks)
         grad_q, grad_k, grad_v = came.split((own.query, own.kv, own.kv), dim=3)
         return _joined(grad_q), self._summed(grad_k), self._summed(grad_v)
@@ -81,31 +89,24 @@ class Ulysses:
             part.unflatten(0, (owners, -1)).copy_(heads.unsqueeze(1))
         return sent
 
-    def _ordered(self, came: Tensor, own: Heads) -> tuple[Tensor, Tensor]:
-        """Take the fused tensor apart, tokens in the order of `arrivals`."""
-        ranks, tokens, batch, _, dim = came.shape
-        q = came.new_empty(ranks * tokens, batch, own.query, dim)
-        kv = came.new_empty(ranks * tokens, 2, batch, own.kv, dim)
-        begin = 0
-        for source, rows in self.arrivals:
-            part, end = came[source, rows.slice()], begin + rows.size
-            q[begin:end] = part[:, :, : own.query]
-            kv[begin:end] = part[:, :, own.query :].unflatten(2, (2, own.kv)).transpose(1, 2)
-            begin = end
-        return q, kv
+    def _ordered(self, came: Tensor) -> Tensor:
+        """[U, n, b, h, d] to [U n, b, h, d], tokens in the order of `arrivals`."""
+        return torch.cat([came[source, rows.slice()] for source, rows in self.arrivals])
 
-    def _to_sources(self, *tensors: Tensor) -> Tensor:
+    def _to_sources(self, tensors: list[Tensor]) -> Tensor:
         """[U n, b, h, d] each, to [U, n, b, all heads, d] in the first one's type: every token to whom it came from."""
         first = tensors[0]
         tokens, heads = first.shape[0] // self.ranks, sum(x.shape[2] for x in tensors)
         sent = first.new_empty(self.ranks, tokens, first.shape[1], heads, first.shape[3])
-        begin = 0
-        for source, rows in self.arrivals:
-            head, end = 0, begin + rows.size
-            for x in tensors:
-                sent[source, rows.slice(), :, head : head + x.shape[2]] = x[begin:end]
-                head += x.shape[2]
-            begin = end
+        del first
+        head = 0
+        while tensors:
+            x = tensors.pop(0)
+            begin, end = 0, head + x.shape[2]
+            for source, rows in self.arrivals:
+                sent[source, rows.slice(), :, head:end] = x[begin : begin + rows.size]
+                begin += rows.size
+            head = end
         return sent
 
     def _summed(self, grads: Tensor) -> Tensor:

@@ -34,12 +34,17 @@ def ways(args: Namespace) -> dict[str, Way]:
     """Return how layers are spread, by the names that --cp-comm-type gives.
 
     Raises:
-        ValueError: a name that upstream does not know.
+        ValueError: a name that upstream does not know, not one for each layer, or sizes that do not fit.
     """
     kinds = list(dict.fromkeys(args.cp_comm_type))
     strange = [kind for kind in kinds if kind not in KINDS]
     if strange:
         raise ValueError(f"--cp-comm-type {' '.join(strange)}: give {', '.join(KINDS)}, one for all layers or one each")
+    if len(args.cp_comm_type) not in (1, args.num_layers):
+        raise ValueError(
+            f"--cp-comm-type {' '.join(args.cp_comm_type)}: {len(args.cp_comm_type)} for --num-layers "
+            f"{args.num_layers}; give one for all layers, or one each"
+        )
     return {kind: _way(kind, args) for kind in kinds}
 
 

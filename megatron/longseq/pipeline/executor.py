@@ -169,7 +169,8 @@ class Executor:
 
     def _release(self, action: Action) -> None:
         """Free what the action has made superfluous."""
-        if action.kind is Kind.FORWARD and not self.step.forward_only:
+        # The last stage sends its loss nowhere; it may be a view, which upstream refuses to deallocate.
+        if action.kind is Kind.FORWARD and not self.step.forward_only and not self._is_last(action):
             schedules.deallocate_output_tensor(self.alive[_unit(action)][1], self.config.deallocate_pipeline_outputs)
         last = self.pipeline.segments - 1 if self.step.forward_only else 0
         kind = Kind.FORWARD if self.step.forward_only else Kind.BACKWARD

@@ -73,6 +73,14 @@ NOT_IN_SCHEDULES: Refusals = {
         lambda a: a.fine_grained_activation_offloading or a.cpu_offloading_num_layers,
         "upstream's own schedules take offloaded activations back, in the order of whole micro-batches",
     ),
+    "--tensor-parallel-num-weight-shards": (
+        lambda a: a.gtp_weight_remat_size > 1,
+        "gathers of weights and sums of gradients that run into the next action are not proven with them",
+    ),
+    "--expert-tensor-parallel-num-weight-shards": (
+        lambda a: a.expert_gtp_weight_remat_size > 1,
+        "gathers of weights and sums of gradients that run into the next action are not proven with them",
+    ),
     "--use-megatron-fsdp": (
         lambda a: a.use_megatron_fsdp or a.use_torch_fsdp2,
         "its gathers and reductions follow the backwards of whole micro-batches",

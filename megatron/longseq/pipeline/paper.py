@@ -3,6 +3,7 @@
 Published figures are facts of arXiv 2406.03488 and of the figures and tables in its authors' repository.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -84,6 +85,7 @@ HALF = (
 )
 
 
+@functools.cache  # ten seconds of simulations, of constants
 def markdown() -> str:
     """Return the documentation's three tables: all schedules, published beside simulated, and the way to half."""
     return "\n\n".join((_schedules(), _published(), _half(32), _half(16)))

@@ -44,7 +44,7 @@ def parse(text: str, model: CostModel, segments: int, *, multiple: int = 1, alig
         text: "even", "balanced" or lengths "N1,N2,...".
         model: what tokens and cells cost; its shape says how long the sequence is.
         segments: segments per sequence K.
-        multiple: every length must be a multiple of it: the tensor-parallel size under --sequence-parallel, else 1.
+        multiple: every length must be a multiple of it, see `layout.length_multiple`.
         align: for "balanced", a multiple of `multiple` for the lengths; None chooses (see `balanced`).
 
     Raises:
@@ -81,7 +81,8 @@ def given(model: CostModel, lengths: Sequence[int], segments: int, *, multiple: 
         if length < 1 or length % multiple:
             raise ValueError(
                 f"--seq1f1b-partition {text}: {length} is not a positive multiple of {multiple} "
-                "(under --sequence-parallel the tensor-parallel ranks share every segment equally)"
+                "(every segment is shared equally by context-parallel ranks, two chunks each, and under "
+                "--sequence-parallel by tensor-parallel ones)"
             )
     if sum(lengths) != total:
         raise ValueError(
@@ -161,7 +162,7 @@ def _units(total: int, segments: int, multiple: int) -> int:
         raise ValueError(f"{segments} segments in multiples of {multiple}: both must be at least 1")
     if total % multiple:
         raise ValueError(
-            f"--seq-length {total} is not a multiple of {multiple} (the tensor-parallel ranks share every segment); "
+            f"--seq-length {total} is not a multiple of {multiple} (the ranks that share every segment); "
             f"the nearest that is: {round(total / multiple) * multiple}"
         )
     if total // multiple < segments:

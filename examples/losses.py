@@ -1,0 +1,73 @@
+"""Runs' losses side by side, from their logs; the first is what the others are compared with.
+
+    python -m examples.losses NAME=LOG NAME=LOG ... [--tolerance 1e-5]
+
+Ends with status 1 if a loss differs from the first run's by more than the tolerance, relatively.
+"""
+
+import argparse
+import re
+import statistics
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+STEP = re.compile(r"iteration +(\d+)/ *\d+ .*?elapsed time per iteration \(ms\): (\S+) .*?lm loss: (\S+) ")
+
+
+class Step(NamedTuple):
+    """One step of a log."""
+
+    seconds: float
+    loss: float
+
+
+def read(log: Path) -> dict[int, Step]:
+    """Return the steps of a log by their number.
+
+    Raises:
+        ValueError: there is none.
+    """
+    steps = {int(m[1]): Step(float(m[2]) / 1000, float(m[3])) for m in STEP.finditer(log.read_text())}
+    if not steps:
+        raise ValueError(f"{log}: no training step in it; read its end")
+    return steps
+
+
+def table(runs: dict[str, dict[int, Step]]) -> list[str]:
+    """Return the losses, a row per step, and below them what a step took (the first one, which sets up, left out)."""
+    width = max(12, *(len(name) + 2 for name in runs))
+    first = next(iter(runs.values()))
+    rows = ["  step" + "".join(f"{name:>{width}}" for name in runs)]
+    rows += [f"{step:6d}" + "".join(f"{run[step].loss:{width}.6f}" for run in runs.values()) for step in sorted(first)]
+    medians = [statistics.median([s.seconds for _, s in sorted(run.items())[1:]] or [0.0]) for run in runs.values()]
+    return [*rows, "s/step" + "".join(f"{median:{width}.2f}" for median in medians)]
+
+
+def main() -> int:
+    """Print the table and what follows from it."""
+    parser = argparse.ArgumentParser(prog="python -m examples.losses", description=__doc__)
+    parser.add_argument("logs", nargs="+", metavar="NAME=LOG")
+    parser.add_argument("--tolerance", type=float, default=1e-5, help="largest relative difference (default 1e-5)")
+    args = parser.parse_args()
+    try:
+        runs = {name: read(Path(log)) for name, _, log in (given.partition("=") for given in args.logs)}
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    (reference, first), *others = runs.items()
+    for name, run in others:
+        if run.keys() != first.keys():
+            print(f"error: {name} has steps {sorted(run)}, {reference} has {sorted(first)}", file=sys.stderr)
+            return 1
+    print("\n".join(table(runs)))
+    apart = [abs(run[step].loss / first[step].loss - 1) for _, run in others for step in first]
+    beyond = [difference for difference in apart if not difference <= args.tolerance]  # NaN is beyond
+    if beyond:
+        print(f"error: the losses differ by {beyond[0]:.1e}; rounding explains {args.tolerance:.0e}", file=sys.stderr)
+        return 1
+    print(f"the largest relative difference is {max(apart, default=0.0):.1e}: rounding")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""A job about attention over real groups: what torch.distributed is given, beside what lanes say that they sent."""
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron.longseq.attention.groups import open_spreads
+from megatron.longseq.attention.lanes import Sent
+from megatron.longseq.attention.spread import Spread
+from megatron.longseq.attention.ways import Way
+from tests.regression.planted import wrapped
+from tests.unit.context_run import Problem, Ranks
+
+LANES = ("keys", "grads", "far_keys", "far_grads")
+
+
+def given_to_torch(stack: ExitStack) -> dict[str, Sent]:
+    """Count calls of torch.distributed: what leaves this rank."""
+    sent = {"ring": Sent(), "all-to-all": Sent(), "gather": Sent()}
+
+    def batch(original: Any, operations: Any) -> Any:
+        for operation in operations:
+            if operation.op is dist.isend:
+                sent["ring"].count(operation.tensor.nbytes)
+        return original(operations)
+
+    def all_to_all(original: Any, output: Any, given: Any, **named: Any) -> Any:
+        sent["all-to-all"].count(given.nbytes - given.nbytes // named["group"].size())
+        return original(output, given, **named)
+
+    def all_gather(original: Any, output: Any, given: Any, **named: Any) -> Any:
+        sent["gather"].count(given.nbytes * (named["group"].size() - 1))
+        return original(output, given, **named)
+
+    for name, function in (
+        ("batch_isend_irecv", batch),
+        ("all_to_all_single", all_to_all),
+        ("all_gather_into_tensor", all_gather),
+    ):
+        stack.enter_context(wrapped(dist, name, function))
+    return sent
+
+
+def said(spread: Spread) -> dict[str, Sent]:
+    """What a spread's own counters say, alike."""
+    around = [getattr(spread.ring, name).sent for name in LANES]
+    ring = Sent(sum(one.bytes for one in around), sum(one.messages for one in around))
+    exchanged = spread.ulysses.sent if spread.ulysses else Sent()  # type: ignore[attr-defined]
+    gathered = spread.gather.sent if spread.gather else Sent()  # type: ignore[attr-defined]
+    return {"ring": ring, "all-to-all": exchanged, "gather": gathered}
+
+
+def attend(problems: list[Problem]) -> list[Any]:
+    """Run each problem on this rank; return (this rank's differences, what torch was given, what lanes said)."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, found = dist.get_rank(), []
+    for problem in problems:
+        ways = {"way": Way(problem.mesh, problem.gathers)}
+        spread = open_spreads(dist.group.WORLD, ways, problem.inner)["way"]
+        inputs = problem.inputs()
+        ranks = Ranks(problem, inputs, [spread] * problem.mesh.size)
+        with ExitStack() as stack:
+            given = given_to_torch(stack)
+            ranks.forward_of(rank)
+            ranks.backward_of(rank)
+        wrong = 0.0
+        out, *grads = problem.expected(inputs)
+        for part in ranks.parts[rank]:
+            assert part.out is not None
+            results = (part.out.detach(), *(leaf.grad for leaf in part.leaves))
+            for result, right in zip(results, (out, *grads), strict=True):
+                assert result is not None
+                wrong = max(wrong, float((result - right[part.at]).abs().max()))
+        found.append((wrong, given, said(spread)))
+    dist.destroy_process_group()
+    return found

@@ -1,0 +1,48 @@
+"""Attention over real groups of ranks: right, and as many bytes and messages as the formulas say."""
+
+from megatron.longseq.attention.lanes import Sent
+from megatron.longseq.attention.layout import Mesh
+from megatron.longseq.attention.traffic import Volume, all_to_all, gathered, ring
+from tests.distributed.context_bed import attend
+from tests.pool import RankPool
+from tests.unit.context_run import Problem
+
+SEGMENTS = (32, 16, 16)
+
+
+def whole(volume: Volume) -> Sent:
+    return Sent(volume.bytes, volume.forward_messages + volume.backward_messages)
+
+
+def test_bytes_and_messages_given_to_torch_are_the_formulas(ranks: RankPool) -> None:
+    problems = [
+        Problem(Mesh(1, 4)),
+        Problem(Mesh(4, 1)),
+        Problem(Mesh(2, 2), (4, 1)),
+        Problem(Mesh(2, 2), lengths=SEGMENTS, window=20),
+        Problem(Mesh(2, 2), lengths=SEGMENTS),
+        Problem(Mesh(1, 4), inner=2),
+        Problem(Mesh(1, 4), gathers=True),
+        Problem(Mesh(1, 4), lengths=SEGMENTS, gathers=True),
+    ]
+    results = ranks.run(4, attend, problems, timeout=240)
+    for index, problem in enumerate(problems):
+        of_ranks = [result[index] for result in results]
+        assert max(wrong for wrong, _, _ in of_ranks) <= 1e-12
+        given, said = (
+            {name: Sent(sum(x[name].bytes for x in all_), sum(x[name].messages for x in all_)) for name in all_[0]}
+            for all_ in zip(*((given, said) for _, given, said in of_ranks), strict=True)
+        )
+        setup = problem.setup
+        if problem.gathers:
+            formula = gathered(setup, kept=len(problem.lengths) > 1)
+            assert said["gather"] == whole(formula) and said["ring"] == given["ring"] == Sent()
+            grads = given["all-to-all"]  # gradients are scattered by an all-to-all, and added in the order of ranks
+            assert Sent(given["gather"].bytes + grads.bytes, given["gather"].messages + grads.messages) == whole(
+                formula
+            )
+            continue
+        assert said == given
+        assert given["all-to-all"] == whole(all_to_all(setup))
+        if problem.window is None:
+            assert given["ring"] == whole(ring(setup, problem.inner))

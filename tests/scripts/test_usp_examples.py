@@ -1,0 +1,198 @@
+"""The scripts of examples/usp: the paper's launches have the paper's flags; upstream's validation and ours pass."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.pool import RankPool
+from tests.scripts.fakes import ROOT
+
+# (model, sequence, tensor / Ulysses / ring): GPUs, query groups, ffn size, padded vocabulary, micro-batches
+PAPER = {
+    ("8B", "64k", "1/8/2"): (16, 8, 14336, 128256, 1),
+    ("8B", "64k", "1/4/4"): (16, 8, 14336, 128256, 1),
+    ("8B", "64k", "1/2/8"): (16, 8, 14336, 128256, 1),
+    ("8B", "64k", "1/1/16"): (16, 8, 14336, 128256, 1),
+    ("8B", "64k", "8/1/2"): (16, 8, 14336, 129024, 1),
+    ("8B", "208k", "8/1/2"): (16, 8, 14336, 129024, 1),
+    ("7B", "64k", "4/2/1"): (8, 32, 11008, 32256, 16),
+    ("7B", "30k", "1/8/1"): (8, 32, 11008, 32000, 16),
+    ("7B", "30k", "1/1/8"): (8, 32, 11008, 32000, 16),
+}
+
+
+def paper(*words: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))}
+    return subprocess.run(
+        ["bash", str(ROOT / "examples/usp/paper.sh"), *words],
+        env={**environment, "VENV": sys.prefix},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def composed(*words: str) -> list[str]:
+    done = paper(*words)
+    assert done.returncode == 0, done.stderr
+    return shlex.split(done.stdout, comments=True)
+
+
+def script_flags(words: list[str]) -> list[str]:
+    return words[next(at for at, word in enumerate(words) if word.endswith("examples/pretrain_gpt.py")) + 1 :]
+
+
+def validated(jobs: list[tuple[list[str], int]]) -> list[dict[str, Any]]:
+    """Parse and validate flags as on the first rank of jobs of these sizes; no group is made. Runs on a rank."""
+    import torch
+
+    import patches
+
+    patches.start()
+    from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
+    from megatron.training import arguments
+
+    from megatron.longseq.attention.ways import ways
+    from patches.usp.conditions import spreads_local_attention
+
+    found = []
+    for flags, world in jobs:
+        os.environ["WORLD_SIZE"] = str(world)
+        sys.argv = ["pretrain_gpt.py", *flags]
+        args = arguments.validate_args(arguments.parse_args())
+        assert not torch.distributed.is_initialized()
+        (way,) = ways(args).values()
+        names = "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups seq_length bf16 "
+        names += "tensor_model_parallel_size sequence_parallel data_parallel_size transformer_impl mock_data "
+        names += "hidden_dropout attention_dropout use_distributed_optimizer"
+        found.append(
+            {
+                **{name: getattr(args, name) for name in names.split()},
+                "spread": (way.mesh.ulysses, way.mesh.ring),
+                "ours": spreads_local_attention(args),
+                "padded_vocab_size": vocab_size_with_padding(args.vocab_size, args, logging_enabled=False),
+                "microbatches": args.global_batch_size // (args.micro_batch_size * args.data_parallel_size),
+            }
+        )
+    return found
+
+
+def test_the_papers_configurations_are_legal(ranks: RankPool) -> None:
+    jobs = []
+    for words, (world, *_) in PAPER.items():
+        command = composed(*words, "--dry-run")
+        nodes = 1 if "--standalone" in command else int(command[command.index("--nnodes") + 1])
+        assert nodes * int(command[command.index("--nproc-per-node") + 1]) == world
+        jobs.append((script_flags(command), world))
+    (found,) = ranks.run(1, validated, jobs, timeout=120)
+    for (name, args), (_, groups, ffn, vocabulary, microbatches) in zip(
+        zip(PAPER, found, strict=True), PAPER.values(), strict=True
+    ):
+        _, seq, layout = name
+        tensor, ulysses, ring = map(int, layout.split("/"))
+        expected = {
+            "num_layers": 32,
+            "hidden_size": 4096,
+            "ffn_hidden_size": ffn,
+            "num_attention_heads": 32,
+            "num_query_groups": groups,
+            "seq_length": int(seq.removesuffix("k")) * 1024,
+            "tensor_model_parallel_size": tensor,
+            "sequence_parallel": tensor > 1,
+            "data_parallel_size": 1,
+            "spread": (ulysses, ring),
+            "ours": True,
+            "padded_vocab_size": vocabulary,
+            "microbatches": microbatches,
+            "bf16": True,
+            "mock_data": True,
+            "transformer_impl": "local",
+            "use_distributed_optimizer": True,
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+        }
+        assert {key: args[key] for key in expected} == expected, name
+
+
+def test_further_flags_and_options_go_through() -> None:
+    further = ["--seq1f1b-splits", "4", "--data-path", "my text", "--tokenizer-type", "GPT2BPETokenizer"]
+    options = ["--slurm", "--slurm-arg", "--partition=big one", "--dry-run"]
+    words = composed("8B", "64k", "1/4/4", *options, "--", *further)
+    assert words[words.index("sbatch") + 1 :][:2] == ["--nodes", "2"] and "--partition=big one" in words
+    flags = script_flags(words)
+    assert flags[-6:] == further and "--mock-data" not in flags and flags.count("--tokenizer-type") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("70B", "64k", "1/4/4"), "no model 70B"),
+        (("8B", "long", "1/4/4"), "long is no sequence length"),
+        (("8B", "64k", "4x4"), "4x4 is no layout"),
+        (("8B", "64k", "1/4/2"), "1/4/2: the product is not 16, the GPUs of 8B"),
+        (("8B", "64k"), "--dry-run is no layout"),
+    ],
+)
+def test_what_the_paper_does_not_have_is_refused_with_what_it_has(words: tuple[str, ...], message: str) -> None:
+    done = paper(*words, "--dry-run")
+    assert done.returncode == 2 and not done.stdout
+    assert message in done.stderr and "8B 208k: 8/1/2" in done.stderr
+
+
+def example(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "examples/usp/run.sh", "--run-dir", str(folder), *words],
+        cwd=ROOT,
+        env={**os.environ, "VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_the_laptops_run_shows_equal_losses(tmp_path: Path) -> None:
+    done = example(tmp_path / "run", "--steps", "3")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert ": rounding" in done.stdout and "s/step" in done.stdout
+    chosen = "> attention over 4 context-parallel ranks (a2a+p2p): Ulysses 2 x ring 2"
+    logs = {name: (tmp_path / "run" / name / "log.txt").read_text() for name in ("one", "hybrid", "segments")}
+    assert [chosen in log for log in logs.values()] == [False, True, True]
+    again = example(tmp_path / "run")
+    assert again.returncode == 2 and "holds a run already" in again.stderr
+
+
+LINE = (
+    "iteration {:8d}/       3 | consumed samples: 4 | elapsed time per iteration (ms): {:.1f} | lm loss: {:.6E} | "
+    "loss scale: 1.0 | grad norm: 1.500 |\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("other", "status", "message"),
+    [
+        ([5.0, 4.0, 3.000001], 0, "the largest relative difference is 3.3e-07: rounding"),
+        ([5.0, 4.001, 3.0], 1, "differ by 2.5e-04; rounding explains 1e-05"),
+        ([5.0, float("nan"), 3.0], 1, "differ by nan"),
+        ([float("nan"), 4.0, 3.0], 1, "differ by nan"),
+        ([5.0, 4.0], 1, "other has steps [1, 2], one has [1, 2, 3]"),
+        ([], 2, "no training step in it"),
+    ],
+)
+def test_losses_that_differ_are_told(tmp_path: Path, other: list[float], status: int, message: str) -> None:
+    for name, losses in (("one", [5.0, 4.0, 3.0]), ("other", other)):
+        lines = [LINE.format(step, 9000 if step == 1 else 2000, loss) for step, loss in enumerate(losses, 1)]
+        (tmp_path / name).write_text("".join(lines))
+    logs = [f"{name}={tmp_path / name}" for name in ("one", "other")]
+    command = [sys.executable, "-m", "examples.losses", *logs]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == status and message in done.stdout + done.stderr
+    if status == 0:
+        assert "s/step        2.00        2.00" in done.stdout

@@ -1,0 +1,186 @@
+"""One layer's attention on emulated context-parallel ranks, forward and backward apart, and the dense result of it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.longseq.attention.blocks import Documents
+from megatron.longseq.attention.context import Call, Result, asked, context_attention, first_result
+from megatron.longseq.attention.heads import Heads
+from megatron.longseq.attention.kernels.cpu import CpuFlash
+from megatron.longseq.attention.kernels.kernel import Kernel
+from megatron.longseq.attention.layout import Layout, Mesh
+from megatron.longseq.attention.segment import Segment
+from megatron.longseq.attention.spread import Spread
+from megatron.longseq.attention.store import PrefixStore
+from megatron.longseq.attention.traffic import Setup
+from tests.unit.attention_bed import SCALE, qkv
+from tests.unit.context_bed import dense, on_all, spreads
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is computed.
+
+    Attributes:
+        mesh: the ranks.
+        heads: of queries, and of keys and values.
+        lengths: tokens of every segment; more than one: computed one after another, through a store.
+        batch, dim: of the tensors.
+        window, documents: see `context.asked`.
+        gathers, inner: all-gather instead of a ring; ranks of a window of a double ring.
+        dtype: of the inputs.
+        kernel: of the blocks.
+    """
+
+    mesh: Mesh
+    heads: tuple[int, int] = (4, 2)
+    lengths: tuple[int, ...] = (64,)
+    batch: int = 2
+    dim: int = 8
+    window: int | None = None
+    documents: Documents | None = None
+    gathers: bool = False
+    inner: int | None = None
+    dtype: torch.dtype = torch.float64
+    kernel: Kernel = field(default_factory=CpuFlash)
+
+    @property
+    def layout(self) -> Layout:
+        """Of the tokens."""
+        return Layout(self.mesh, self.lengths)
+
+    @property
+    def setup(self) -> Setup:
+        """As the formulas of traffic see it."""
+        sizes = {torch.float64: (8, 8), torch.float32: (4, 4), torch.bfloat16: (2, 4)}[self.dtype]
+        return Setup(self.layout, Heads(*self.heads), self.batch, self.dim, *sizes)
+
+    def inputs(self, seed: int = 0) -> list[Tensor]:
+        """q, k, v and the gradient of the output, of the whole sequence."""
+        return qkv(sum(self.lengths), self.batch, self.heads, self.dim, seed=seed, dtype=self.dtype)
+
+    def spreads(self) -> list[Spread]:
+        """Every rank's."""
+        return spreads(self.mesh, window=self.inner, gathers=self.gathers)
+
+    def positions(self, rank: int, segment: int) -> Tensor:
+        """Positions of a rank's tokens, in its order."""
+        return torch.cat([torch.arange(*span) for span in self.layout.positions(rank, segment)])
+
+    def expected(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """out, dq, dk, dv by the formula, in float64."""
+        q, k, v, grad = (x.double() for x in inputs)
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = dense(*leaves, SCALE, self.window, self.documents)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+@dataclass
+class Part:
+    """A segment's tokens on one rank."""
+
+    at: Tensor
+    leaves: list[Tensor]
+    out: Tensor | None = None
+    result: Result | None = None
+
+
+class Ranks:
+    """All ranks of a problem.
+
+    Args:
+        problem: what is computed.
+        inputs: of the whole sequence, see `Problem.inputs`.
+        joined: spreads of `Problem.spreads`, to look at what they sent.
+        repeats: run every forward twice, as recomputation does: keeping the result of the first.
+        cut: turns a rank's q, k, v into the leaves given to attention.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        inputs: Sequence[Tensor],
+        joined: Sequence[Spread] | None = None,
+        *,
+        repeats: bool = False,
+        cut: Callable[[list[Tensor]], list[Tensor]] = lambda leaves: leaves,
+    ) -> None:
+        self.problem, self.repeats, self.cut = problem, repeats, cut
+        self.spreads = list(joined or problem.spreads())
+        self.grad = inputs[3]
+        self.stores = [PrefixStore() if len(problem.lengths) > 1 else None for _ in self.spreads]
+        self.parts = []
+        for rank in range(problem.mesh.size):
+            places = [problem.positions(rank, segment) for segment in range(len(problem.lengths))]
+            self.parts.append([Part(at, [x[at].clone().requires_grad_() for x in inputs[:3]]) for at in places])
+
+    def on_each(self, job: Callable[[int], Any]) -> list[Any]:
+        """Run a job on every rank at the same time."""
+        return on_all([lambda rank=rank: job(rank) for rank in range(len(self.spreads))])
+
+    def forward(self) -> "Ranks":
+        """Forward of every segment on every rank."""
+        self.on_each(self.forward_of)
+        return self
+
+    def backward(self) -> "Ranks":
+        """Backward of every segment, last to first, on every rank."""
+        self.on_each(self.backward_of)
+        return self
+
+    def forward_of(self, rank: int) -> None:
+        """One rank's forwards."""
+        for segment, part in enumerate(self.parts[rank]):
+            q, k, v = self.cut(part.leaves)
+            if self.repeats:
+                part.out, part.result = first_result(q, k, v, self.call(rank, segment, q, k))
+            else:
+                part.out = context_attention(q, k, v, self.call(rank, segment, q, k))
+
+    def backward_of(self, rank: int) -> None:
+        """One rank's backwards."""
+        for segment, part in reversed(list(enumerate(self.parts[rank]))):
+            if self.repeats:
+                q, k, v = self.cut(part.leaves)
+                first, part.out = part.out, context_attention(q, k, v, self.call(rank, segment, q, k), part.result)
+                assert first is not None and torch.equal(part.out, first)
+            self.call(rank, segment, *part.leaves[:2])  # announces the segment to the store
+            assert part.out is not None
+            part.out.backward(self.grad[part.at])
+        store = self.stores[rank]
+        if store is not None:
+            store.assert_empty()
+
+    def call(self, rank: int, segment: int, q: Tensor, k: Tensor) -> Call:
+        """The call of a segment, which becomes current."""
+        problem, store = self.problem, self.stores[rank]
+        if store is not None:
+            store.current = Segment(0, segment, problem.lengths)
+        options: dict[str, Any] = {"window": problem.window, "documents": problem.documents}
+        return asked(q, k, self.spreads[rank], problem.kernel, SCALE, **options, layer=1, store=store)
+
+    def results(self) -> list[Tensor]:
+        """out, dq, dk, dv of the whole sequence."""
+        leaves = self.parts[0][0].leaves
+        whole = [torch.full_like(self.grad, torch.nan)]
+        whole += [leaf.new_full((self.grad.shape[0], *leaf.shape[1:]), torch.nan) for leaf in leaves]
+        for part in (part for parts in self.parts for part in parts):
+            assert part.out is not None
+            for place, piece in zip(whole, (part.out.detach(), *(leaf.grad for leaf in part.leaves)), strict=True):
+                assert piece is not None
+                place[part.at] = piece
+        return whole
+
+
+def run(problem: Problem, **kwargs: Any) -> list[Tensor]:
+    """out, dq, dk, dv of a problem's own inputs."""
+    return Ranks(problem, problem.inputs(), **kwargs).forward().backward().results()
+
+
+def alone(problem: Problem) -> Problem:
+    """The same attention on one rank, unsegmented: one kernel call a tile."""
+    return replace(problem, mesh=Mesh(1, 1), lengths=(sum(problem.lengths),), gathers=False, inner=None)

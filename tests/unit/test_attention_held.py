@@ -1,0 +1,128 @@
+"""What a rank holds while it attends: no step's own output, and three buffers of keys however long the ring."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from megatron.longseq.attention.kernels.cpu import CpuFlash
+from megatron.longseq.attention.layout import Mesh
+from tests.unit import context_bed
+from tests.unit.context_run import Problem, Ranks
+
+ROWS = 32  # of a rank, in every ring
+KEY_HEADS = 2  # tell tensors of keys and of values from others
+
+
+class Held(TorchDispatchMode):
+    """Tensors that were made under it and are still there: all, and those of keys, values and their gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int, bool]] = {}
+        self.peak_bytes = self.peak_keys = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                keys = tensor.dim() == 4 and tensor.shape[2] == KEY_HEADS and tensor.dtype == torch.float32
+                before = self.alive.get(storage._cdata)
+                known = before is not None and before[2] and not before[0].expired()  # or another at its place
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes(), keys or known
+        self.alive = {place: kept for place, kept in self.alive.items() if not kept[0].expired()}
+        self.peak_bytes = max(self.peak_bytes, sum(size for _, size, _ in self.alive.values()))
+        self.peak_keys = max(self.peak_keys, sum(keys for _, _, keys in self.alive.values()))
+        return result
+
+
+@dataclass
+class Watched(CpuFlash):
+    """A kernel that counts, on every rank, how many of its outputs are there when it is called again."""
+
+    most: int = 0
+    outs: dict[int, list[StorageWeakRef]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def forward(self, *args: Any) -> Any:
+        mine = self.outs.setdefault(threading.get_ident(), [])
+        mine[:] = [ref for ref in mine if not ref.expired()]
+        self.most = max(self.most, len(mine))
+        out, lse = super().forward(*args)
+        mine.append(StorageWeakRef(out.untyped_storage()))
+        return out, lse
+
+
+@contextmanager
+def unseen_messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Copies that the emulated wire makes are not the rank's."""
+    put, wait = context_bed.Wire.put, context_bed.ThreadLane.post
+
+    def hidden(function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            with _disable_current_modes():
+                return function(*args)
+
+        return call
+
+    with monkeypatch.context() as patched:
+        patched.setattr(context_bed.Wire, "put", hidden(put))
+        patched.setattr(context_bed.ThreadLane, "post", hidden(wait))
+        yield
+
+
+def problem_of(ranks: int, **more: Any) -> Problem:
+    return Problem(Mesh(1, ranks), (4, KEY_HEADS), (ROWS * ranks,), batch=1, dtype=torch.float32, **more)
+
+
+def held(problem: Problem, backward: bool) -> tuple[int, int]:
+    """Most bytes, and most buffers of keys, that any rank had made and held in one direction."""
+    ranks = Ranks(problem, problem.inputs())
+
+    def watched(job: Any) -> list[Held]:
+        def run(rank: int) -> Held:
+            with Held() as seen:
+                job(rank)
+            return seen
+
+        return ranks.on_each(run)
+
+    forward = watched(ranks.forward_of)
+    seen = watched(ranks.backward_of) if backward else forward
+    return max(one.peak_bytes for one in seen), max(one.peak_keys for one in seen)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_longer_ring_holds_no_more(monkeypatch: pytest.MonkeyPatch, backward: bool) -> None:
+    with unseen_messages(monkeypatch):
+        short, longer = (held(problem_of(ranks), backward) for ranks in ((8, 16) if backward else (4, 16)))
+    assert short == longer
+    # Keys and values. Forward: its own, the step's, those on their way. Backward: gradients of its own, of the step, on
+    # their way here, and on their way home, too.
+    assert longer[1] == 2 * (8 if backward else 3)
+
+
+@pytest.mark.parametrize("inner", [2, 4])
+def test_a_double_ring_holds_two_buffers_more(monkeypatch: pytest.MonkeyPatch, inner: int) -> None:
+    """Those on their way from window to window: out and in."""
+    with unseen_messages(monkeypatch):
+        assert held(problem_of(16, inner=inner), backward=False)[1] == 2 * 5
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_no_steps_own_output_is_kept(ranks: int) -> None:
+    kernel = Watched()
+    problem = replace(problem_of(ranks), kernel=kernel)
+    Ranks(problem, problem.inputs()).forward()
+    assert kernel.most == 1  # the first step's, into which the others are merged

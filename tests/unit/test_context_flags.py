@@ -1,0 +1,323 @@
+"""The flags of context parallelism: what they spread, what is chosen, and what is refused by name with the reason."""
+
+import os
+import sys
+from argparse import Namespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.longseq.attention.flags import (
+    NOT_WITH_CONTEXT,
+    check_context_numbers,
+    refuse_unserved_context,
+    wants_context,
+)
+from megatron.longseq.attention.layout import Mesh
+from megatron.longseq.attention.ways import Way, check_ways, choose_for, comm_type, mesh_of_sizes, ways
+from tests.distributed.flags import TINY, flags
+from tests.pool import RankPool
+from tests.unit.test_pipeline_flags import args
+
+SERVED = {"attention_dropout": 0.0}
+MODEL = {"num_layers": 4, "num_attention_heads": 8, "group_query_attention": True, "num_query_groups": 2}
+
+# Every way to ask for what attention over context-parallel ranks cannot serve: (flag in the message, values, why)
+ASKED: list[tuple[str, dict[str, Any], str]] = [
+    ("--attention-dropout", {"attention_dropout": 0.1}, "give 0"),
+    ("--multi-latent-attention", {"multi_latent_attention": True}, "differ in size"),
+    ("--is-hybrid-model", {"is_hybrid_model": True}, "recurrent"),
+    ("--is-hybrid-model", {"hybrid_layer_pattern": "M*-"}, "recurrent"),
+    ("--is-hybrid-model", {"linear_attention_freq": 2}, "recurrent"),
+    ("--experimental-attention-variant", {"experimental_attention_variant": "dsa"}, "core attention of its own"),
+    ("--softmax-type", {"softmax_type": "learnable"}, "plain softmax"),
+    ("--qk-clip", {"qk_clip": True}, "logits"),
+    ("--qk-clip", {"log_max_attention_logit": True}, "logits"),
+    ("--window-size", {"window_size": (8, 8)}, "not causal"),
+    (
+        "--reset-attention-mask",
+        {"reset_attention_mask": True, "create_attention_mask_in_dataloader": False},
+        "--no-create-attention-mask-in-dataloader",
+    ),
+    (
+        "--reset-attention-mask with more than 2 pipeline stages",
+        {"reset_attention_mask": True, "pipeline_model_parallel_size": 4},
+        "--seq1f1b-splits 2 or more",
+    ),
+    ("--sft", {"sft": True}, "THD"),
+    ("--dataloader-inter-document-masking", {"dataloader_inter_document_masking": True}, "--reset-attention-mask"),
+    ("--mtp-num-layers", {"mtp_num_layers": 1}, "shifted tokens"),
+    ("--hybrid-context-parallel", {"hybrid_context_parallel": True}, "from batch to batch"),
+    ("--cuda-graph-impl", {"cuda_graph_impl": "local"}, "graph"),
+]
+
+
+def refused(given: Namespace) -> list[str]:
+    """The lines of the refusal, none where there is none."""
+    try:
+        refuse_unserved_context(given)
+    except ValueError as error:
+        return str(error).splitlines()[1:]
+    return []
+
+
+@pytest.mark.parametrize(("flag", "values", "why"), ASKED)
+def test_refuses_by_name_and_reason(flag: str, values: dict[str, Any], why: str) -> None:
+    lines = refused(args(**SERVED | values))
+    assert len(lines) == 1 and lines[0].startswith(f"  {flag} with --context-parallel-size: ") and why in lines[0]
+
+
+def test_every_refusal_is_tried() -> None:
+    assert {flag for flag, _, _ in ASKED} == set(NOT_WITH_CONTEXT)
+
+
+def test_all_reasons_are_told_at_once() -> None:
+    lines = refused(args(attention_dropout=0.1, sft=True, mtp_num_layers=1))
+    assert [line.split()[0] for line in lines] == ["--attention-dropout", "--sft", "--mtp-num-layers"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"window_size": (8, 0)},
+        {"window_size": (-1, -1)},
+        {"hidden_dropout": 0.1},
+        {"reset_attention_mask": True},
+        {"reset_attention_mask": True, "pipeline_model_parallel_size": 2},
+        {"reset_attention_mask": True, "pipeline_model_parallel_size": 4, "seq1f1b_splits": 2},
+        {"create_attention_mask_in_dataloader": False},
+        {"recompute_granularity": "full"},
+        {"calculate_per_token_loss": True},
+        {"num_experts": 4},
+        {"seq1f1b_splits": 4},
+    ],
+    ids=str,
+)
+def test_what_is_served_is_let_through(values: dict[str, Any]) -> None:
+    assert refused(args(**SERVED | values)) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"context_parallel_size": 4, "ring_window": 0}, "--ring-window 0: give at least 1"),
+        ({"ring_window": 2}, "--ring-window: --context-parallel-size is 1, so it would change nothing"),
+        ({"context_parallel_auto": True}, "--context-parallel-auto: --context-parallel-size is 1"),
+        ({"context_parallel_placement": "context-first"}, "--context-parallel-placement: --context-parallel-size is 1"),
+    ],
+)
+def test_flags_that_mean_nothing_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_context_numbers(args(**values))
+
+
+def test_flags_that_mean_something_pass() -> None:
+    check_context_numbers(args())
+    check_context_numbers(args(context_parallel_size=2, context_parallel_auto=True, ring_window=1))
+    check_context_numbers(Namespace())  # a script's own namespace, without our flags
+    assert [wants_context(given) for given in (args(), args(context_parallel_size=2), Namespace())] == [0, 1, 0]
+
+
+HYBRID = {"cp_comm_type": ["a2a+p2p"], "hierarchical_context_parallel_sizes": [2, 4]}
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ({}, {"p2p": Way(Mesh(1, 8))}),
+        ({"cp_comm_type": ["a2a"]}, {"a2a": Way(Mesh(8, 1))}),
+        ({"cp_comm_type": ["all_gather"]}, {"all_gather": Way(Mesh(1, 8), gathers=True)}),
+        (HYBRID, {"a2a+p2p": Way(Mesh(2, 4))}),
+        (
+            HYBRID | {"context_parallel_placement": "context-first"},
+            {"a2a+p2p": Way(Mesh(2, 4, "context-first"))},
+        ),
+        (
+            HYBRID | {"cp_comm_type": ["p2p", "a2a+p2p", "p2p", "a2a"]},
+            {"p2p": Way(Mesh(1, 8)), "a2a+p2p": Way(Mesh(2, 4)), "a2a": Way(Mesh(8, 1))},
+        ),
+    ],
+    ids=str,
+)
+def test_what_the_flags_spread(values: dict[str, Any], wanted: dict[str, Way]) -> None:
+    given = args(**MODEL | {"context_parallel_size": 8} | values)
+    assert check_ways(given, (64, 32)) == ways(given) == wanted
+
+
+def test_the_kind_of_a_layer() -> None:
+    assert [comm_type(given, 3) for given in (None, "a2a", ["a2a"], ["p2p", "p2p", "a2a", "p2p"])] == [
+        "p2p",
+        "a2a",
+        "a2a",
+        "a2a",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"cp_comm_type": ["ring"]}, r"--cp-comm-type ring: give p2p, a2a, a2a\+p2p, all_gather, one for all layers"),
+        ({"cp_comm_type": ["p2p", "a2a"]}, "--cp-comm-type p2p a2a: 2 for --num-layers 4; give one for all"),
+        ({"cp_comm_type": ["a2a+p2p"]}, "--hierarchical-context-parallel-sizes nothing: give two sizes"),
+        (HYBRID | {"hierarchical_context_parallel_sizes": [2, 2]}, "sizes 2 2: give two sizes.* product is .*-size 8"),
+        (HYBRID | {"hierarchical_context_parallel_sizes": [2, 2, 2]}, "sizes 2 2 2: give two sizes"),
+        ({"hierarchical_context_parallel_sizes": [2, 4]}, r"is used by --cp-comm-type a2a\+p2p alone; give both"),
+        ({"context_parallel_placement": "context-first"}, r"placement places --cp-comm-type a2a\+p2p alone; give both"),
+        ({"ring_window": 3}, r"a ring of 8 ranks in windows of 3: give a window of \[1, 2, 4, 8\]"),
+        (HYBRID | {"ring_window": 8}, "a ring of 4 ranks in windows of 8"),
+        ({"ring_window": 2, "cp_comm_type": ["a2a"]}, "--ring-window 2: no layer's keys go round a ring"),
+        ({"ring_window": 2, "cp_comm_type": ["all_gather"]}, "--ring-window 2: no layer's keys go round a ring"),
+        (
+            {"cp_comm_type": ["a2a"], "num_attention_heads": 12, "num_query_groups": 12},
+            "12 query heads cannot be shared by 8 ranks. Legal here: .*a2a.p2p --hierarchical-.*-sizes 4 2",
+        ),
+        (
+            {"cp_comm_type": ["a2a"], "num_attention_heads": 24, "num_query_groups": 6},
+            "neither does 8 divide the 6 heads of keys and values, nor they it",
+        ),
+        ({"cp_comm_type": ["a2a"], "tensor_model_parallel_size": 2}, "with 4 query heads and 1 of keys and values"),
+        (
+            {
+                "sequence_parallel": True,
+                "tensor_model_parallel_size": 3,
+                "num_attention_heads": 6,
+                "num_query_groups": 3,
+            },
+            "segment 0 of 2 has 64 tokens.*3 tensor-parallel ranks, so give multiples of 48",
+        ),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_ways(args(**MODEL | {"context_parallel_size": 8} | values), (64, 32))
+
+
+def test_segments_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match="segment 1 of 2 has 24 tokens: it is cut into 2 chunks for each of 8"):
+        check_ways(args(**MODEL, context_parallel_size=8), (32, 24))
+
+
+@pytest.mark.parametrize(
+    ("size", "node", "values", "kind", "sizes"),
+    [
+        (8, 8, {}, "a2a", None),
+        (8, 4, {}, "a2a+p2p", [4, 2]),
+        (8, 2, {}, "a2a+p2p", [2, 4]),
+        (8, 1, {}, "p2p", None),
+        (8, 8, {"tensor_model_parallel_size": 2}, "a2a+p2p", [4, 2]),  # 4 query heads a rank, 4 places of a node
+        (4, 8, {"num_attention_heads": 6, "num_query_groups": 6}, "a2a+p2p", [2, 2]),
+        (4, 8, {"group_query_attention": False}, "a2a", None),
+        (2, 8, {"num_attention_heads": 7, "group_query_attention": False}, "p2p", None),
+    ],
+)
+def test_the_largest_all_to_all_inside_a_node_is_chosen(
+    size: int, node: int, values: dict[str, Any], kind: str, sizes: list[int] | None
+) -> None:
+    given = args(**MODEL | {"context_parallel_size": size} | values)
+    choose_for(given, node)
+    assert (given.cp_comm_type, given.hierarchical_context_parallel_sizes) == ([kind], sizes)
+    (way,) = check_ways(given, (128,)).values()
+    assert way.mesh.size == size
+    if sizes:
+        assert mesh_of_sizes(given) == Mesh(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "--context-parallel-auto: --context-parallel-size is 1"),
+        ({"context_parallel_size": 4, "cp_comm_type": ["a2a"]}, "--context-parallel-auto chooses --cp-comm-type"),
+        (
+            {"context_parallel_size": 4, "hierarchical_context_parallel_sizes": [2, 2]},
+            "and --hierarchical-context-parallel-sizes itself; leave them out",
+        ),
+    ],
+    ids=str,
+)
+def test_nothing_is_chosen_twice(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose_for(args(**MODEL | values), 8)
+
+
+def what_upstreams_validation_says(cases: list[list[str]]) -> list[tuple[str | None, Any, Any]]:
+    """Parse and validate each command line as one of four ranks would; return what is refused and what is set."""
+    os.environ |= {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+    import patches
+
+    patches.start()
+    from megatron.training import arguments
+
+    told: list[tuple[str | None, Any, Any]] = []
+    for case in cases:
+        sys.argv = ["pretrain_gpt.py", *case]
+        message, parsed = None, None
+        try:
+            parsed = arguments.parse_args()
+            arguments.validate_args(parsed)
+        except ValueError as error:
+            message = str(error)
+        told.append(
+            (
+                message,
+                getattr(parsed, "cp_comm_type", None),
+                getattr(parsed, "hierarchical_context_parallel_sizes", None),
+            )
+        )
+        assert not torch.distributed.is_initialized()
+    return told
+
+
+def told(ranks: RankPool, *cases: str) -> list[tuple[str | None, Any, Any]]:
+    """Of the tiny model; all cases under the same patches."""
+    lines = [flags(TINY, case) for case in cases]
+    result: list[tuple[str | None, Any, Any]] = ranks.run(1, what_upstreams_validation_says, lines, timeout=120)[0]
+    return result
+
+
+CP4 = "--context-parallel-size 4"
+
+
+def assert_told(ranks: RankPool, cases: dict[str, str | None]) -> None:
+    """Check what is refused, and that the rest passes."""
+    for case, (message, _, _), want in zip(cases, told(ranks, *cases), cases.values(), strict=True):
+        assert (message is None) == (want is None), (case, message)
+        assert want is None or (message is not None and want in message), (case, message)
+
+
+def test_upstreams_validation_refuses_what_context_cannot_serve(ranks: RankPool) -> None:
+    hybrid = f"{CP4} --cp-comm-type a2a+p2p"
+    cases: dict[str, str | None] = {
+        CP4: None,
+        f"{hybrid} --hierarchical-context-parallel-sizes 2 2": None,
+        f"{hybrid} --hierarchical-context-parallel-sizes 2 2 --context-parallel-placement context-first": None,
+        hybrid: "--hierarchical-context-parallel-sizes nothing: give two sizes",
+        f"{hybrid} --hierarchical-context-parallel-sizes 4 2": "whose product is --context-parallel-size 4",
+        f"{CP4} --attention-dropout 0.1": "--attention-dropout with --context-parallel-size: weights are dropped by no",
+        f"{CP4} --softmax-type learnable": "--softmax-type with --context-parallel-size: the attention kernels",
+        f"{CP4} --window-size 8,8": "--window-size with --context-parallel-size: a window that reaches to the right",
+        f"{CP4} --cp-comm-type ring": "--cp-comm-type ring: give p2p",
+        f"{CP4} --cp-comm-type p2p a2a": "2 for --num-layers 4",
+        f"{CP4} --cp-comm-type a2a --num-attention-heads 6 --num-query-groups 3 --kv-channels 16": "Legal here:",
+        f"{CP4} --ring-window 3": "a ring of 4 ranks in windows of 3",
+        "--ring-window 2": "--ring-window: --context-parallel-size is 1",
+        "--context-parallel-auto": "--context-parallel-auto: --context-parallel-size is 1",
+        f"{CP4} --context-parallel-auto --cp-comm-type a2a": "--context-parallel-auto chooses --cp-comm-type",
+    }
+    assert_told(ranks, cases)
+
+
+def test_upstreams_validation_refuses_segments_that_ranks_cannot_share(ranks: RankPool) -> None:
+    cases: dict[str, str | None] = {
+        f"{CP4} --ring-window 2 --seq1f1b-splits 4": None,
+        f"{CP4} --seq1f1b-splits 4 --seq1f1b-partition 24,16,16,8": None,
+        f"{CP4} --seq1f1b-splits 4 --seq1f1b-partition 16,16,20,12": "20 is not a positive multiple of 8 (every",
+    }
+    assert_told(ranks, cases)
+
+
+def test_auto_chooses_before_upstream_validates(ranks: RankPool) -> None:
+    found = told(ranks, f"{CP4} --context-parallel-auto", f"{CP4} --context-parallel-auto --num-attention-heads 2")
+    assert found == [(None, ["a2a"], None), (None, ["a2a+p2p"], [2, 2])]

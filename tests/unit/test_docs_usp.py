@@ -1,0 +1,67 @@
+"""The page about USP keeps its word: its tables are the code's."""
+
+import re
+from argparse import ArgumentParser
+from pathlib import Path
+
+import pytest
+
+from megatron.longseq.attention import flags, page
+from megatron.longseq.attention.__main__ import main
+from megatron.longseq.attention.heads import Heads
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "usp.md").read_text()
+COMMAND = "write it anew: python -m megatron.longseq.attention"
+LLAMA3 = "--context-parallel-size 16 --num-attention-heads 32 --num-query-groups 8 --seq-length 65536"
+FEW = "--context-parallel-size 8 --num-attention-heads 32 --num-query-groups 4 --seq-length 65536"
+
+
+def between(name: str) -> str:
+    """What stands between a pair of the page's markers."""
+    (text,) = re.findall(rf"<!-- {name}: begin -->\n(.*?)\n<!-- {name}: end -->", PAGE, re.DOTALL)
+    return text
+
+
+def cells(table: str) -> list[list[str]]:
+    return [re.split(r" (?<!\\)\| ", line.strip("| ")) for line in table.splitlines()[2:]]
+
+
+def test_the_flags_are_those_of_the_parser() -> None:
+    assert between("flags") == page.own_flags(), f"{COMMAND} flags"
+    parser = ArgumentParser(add_help=False)
+    flags.add_context_arguments(parser)
+    listed = [re.match(r"`(--[\w-]+)", row[0])[1] for row in cells(between("flags"))]
+    assert listed == [name for action in parser._actions for name in action.option_strings]
+
+
+def test_the_refusals_are_those_of_the_code() -> None:
+    assert between("refusals") == page.refusals(), f"{COMMAND} flags"
+    rows = [(row[0].strip("`"), row[1]) for row in cells(between("refusals"))]
+    assert rows == [(flag, why) for flag, (_, why) in flags.NOT_WITH_CONTEXT.items()]
+
+
+def test_every_refusals_table_is_in_the_page() -> None:
+    """A table that flags.py gains must be listed, too."""
+    tables = [value for name, value in vars(flags).items() if name.startswith("NOT_")]
+    assert tables == [flags.NOT_WITH_CONTEXT]
+
+
+@pytest.mark.parametrize(("name", "command"), [("meshes", LLAMA3), ("few", FEW)])
+def test_the_bytes_are_the_formulas(name: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["meshes", *command.split()]) == 0
+    assert between(name) == capsys.readouterr().out.strip(), f"{COMMAND} meshes {command}"
+
+
+def test_what_is_sent_is_less_than_the_others_send() -> None:
+    """The goals: 0.75 of a ring's bytes, and 0.65 of an all-to-all with key heads repeated, at 32, 4, 8."""
+    sent = {row[0]: (float(row[4]), float(row[5])) for row in cells(page.meshes(8, Heads(32, 4), 65536))}
+    assert list(sent) == ["1 x 8", "2 x 4", "4 x 2", "8 x 1"]
+    assert all(ours < others for ours, others in sent.values())
+    assert sent["1 x 8"][0] <= 0.75 * sent["1 x 8"][1] and sent["8 x 1"][0] <= 0.65 * sent["8 x 1"][1]
+
+
+def test_impossible_heads_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    heads = ["--num-attention-heads", "7", "--num-query-groups", "2"]
+    assert main(["meshes", "--context-parallel-size", "4", *heads, "--seq-length", "64"]) == 1
+    assert "7 query heads cannot share 2 heads" in capsys.readouterr().err
