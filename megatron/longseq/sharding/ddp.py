@@ -1,0 +1,193 @@
+"""Upstream's data-parallel wrapper with model states sharded by a strategy."""
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed.param_and_grad_buffer import group_params_for_buffers
+from megatron.core.optimizer.param_layout import FullParamLayout, PerBufferParamLayout
+
+from megatron.longseq.sharding.bucketgroup import ShardedBucketGroup
+from megatron.longseq.sharding.core import Sharding
+from megatron.longseq.sharding.layout import by_unit, lay_out, unit_of
+from megatron.longseq.sharding.stores import ParamStore
+from megatron.longseq.sharding.strategy import Level
+from megatron.longseq.sharding.units import Unit, Uses
+
+Named = list[tuple[str, torch.nn.Parameter]]
+
+
+class ShardedDataParallel(DistributedDataParallel):
+    """A model chunk whose parameters, gradients and optimizer states are sharded each where the strategy says.
+
+    Its buffers' memory comes from `BufferMemory`, which `_ParamAndGradBuffer` must have been given (patch
+    paro.buffers).
+
+    Args:
+        config, ddp_config, module, pg_collection: as upstream's; the collection's `intra_dp_cp` is the group over
+            which the optimizer shards, and of several instances.
+        sharding: how.
+        bucket_size: elements after which a bucket ends, at a unit's border; where parameters are sharded, every unit
+            is a bucket.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        ddp_config: Any,
+        module: torch.nn.Module,
+        *,
+        sharding: Sharding,
+        bucket_size: int,
+        pg_collection: Any = None,
+    ) -> None:
+        named = [(name, param) for name, param in module.named_parameters()]
+        trained = [(name, param) for name, param in named if param.requires_grad]
+        layout = _layout(trained, sharding, bucket_size, ddp_config)
+        super().__init__(config, ddp_config, module, pg_collection=pg_collection, full_param_layout=layout)
+        self.sharding = sharding
+        self._shard_groups({param: unit_of(name) for name, param in trained})
+        self.uses: Uses | None = None
+        if sharding.strategy.params is not Level.NONE:
+            self._shard_units([(name, param) for name, param in named if not param.requires_grad])
+
+    def scale_gradients(self, scaling_factor: Any) -> None:
+        """See upstream."""
+        for group in self.bucket_groups:
+            group.grads.scale(scaling_factor)
+
+    def broadcast_params(self) -> None:
+        """See upstream."""
+        super().broadcast_params()
+        self.take_parts()
+
+    def make_whole(self) -> None:
+        """Have all parameters whole, each until its next use is over."""
+        if self.uses is not None:
+            self.uses.make_whole()
+
+    def take_parts(self) -> None:
+        """Keep this rank's parts of whole parameters that something else has written."""
+        for store in self._stores():
+            store.take_part()
+
+    def release_all(self) -> None:
+        """Give whole parameters back: the optimizer is about to write this rank's parts."""
+        if self.uses is not None:
+            self.uses.release_all()
+
+    def _stores(self) -> list[ParamStore]:
+        units = [] if self.uses is None else self.uses.units
+        return list({id(store): store for unit in units for store in unit.stores}.values())
+
+    def _make_backward_post_hook(self, param: torch.nn.Parameter) -> Any:
+        """Return upstream's hook, between what a sharded bucket does before and after a gradient is added."""
+        add = super()._make_backward_post_hook(param)
+
+        def hook(*unused: Any) -> None:
+            group = self.param_to_bucket_group[param]
+            group.before_grad()
+            add(*unused)
+            if group.reduces_each_microbatch:
+                group.after_grad(param)
+
+        return hook
+
+    def _shard_groups(self, unit_names: dict[torch.nn.Parameter, str]) -> None:
+        """Put a sharded bucket group in every one's place."""
+        groups = []
+        for buffer in self.buffers:
+            for bucket in buffer.buckets:
+                label = f"{bucket.bucket_id} ({unit_names[bucket.params_list[0]]})"
+                memory, place = buffer.longseq_memory, bucket.bucket_id
+                stores = memory.grads[place], memory.params[place]
+                stores[1].take_part()
+                groups.append(ShardedBucketGroup(bucket, self.ddp_config, buffer.data_parallel_group, *stores, label))
+                groups[-1].unit = unit_names[bucket.params_list[0]]
+        self.bucket_groups = groups
+        for group in groups:
+            for param in group.params:
+                self.param_to_bucket_group[param] = group
+        if self.ddp_config.overlap_param_gather:
+            for group, following in zip(groups[1:], groups, strict=False):
+                group.next_param_gather_bucket_group = following
+
+    def _shard_units(self, frozen: Named) -> None:
+        """Have parameters whole only while they are used, frozen ones too."""
+        stores: dict[str, list[ParamStore]] = {}
+        for group in self.bucket_groups:
+            stores.setdefault(group.unit, []).append(group.store)
+        for name, params in by_unit(frozen).items():
+            stores.setdefault(name, []).extend(_frozen_stores(params, self.sharding))
+        tied = _tied(self.module)
+        if tied is not None:
+            shared = [group.store for group in self.bucket_groups if tied.weight in group.params]
+            stores.setdefault(tied.name, []).extend(shared)
+        self.uses = Uses(
+            [
+                Unit(name, self.module.get_submodule(name), kept, not name.endswith("embedding"))
+                for name, kept in stores.items()
+            ]
+        )
+        self._watch_state()
+
+    def _watch_state(self) -> None:
+        """Have whole parameters where a checkpoint reads or writes them."""
+        inner = self.module
+        while hasattr(inner, "module"):
+            inner = inner.module
+        shown = inner.sharded_state_dict
+
+        def sharded_state_dict(*args: Any, **kwargs: Any) -> Any:
+            self.make_whole()
+            return shown(*args, **kwargs)
+
+        inner.sharded_state_dict = sharded_state_dict  # upstream unwraps a model before it asks for this
+        inner.register_state_dict_pre_hook(lambda *unused: self.make_whole())
+        inner.register_load_state_dict_pre_hook(lambda *unused: self.make_whole())
+        inner.register_load_state_dict_post_hook(lambda *unused: self.take_parts())
+
+
+class _Tied:
+    """The output layer that computes with the embedding's weight."""
+
+    def __init__(self, name: str, weight: torch.nn.Parameter) -> None:
+        self.name, self.weight = name, weight
+
+
+def _tied(chunk: torch.nn.Module) -> _Tied | None:
+    for name, module in chunk.named_modules():
+        if getattr(module, "share_embeddings_and_output_weights", False) and module.pre_process and module.post_process:
+            return _Tied(f"{name}.output_layer".lstrip("."), module.shared_embedding_or_output_weight())
+    return None
+
+
+def _layout(trained: Named, sharding: Sharding, bucket_size: int, ddp_config: Any) -> FullParamLayout:
+    """Return where trained parameters lie, for every one of upstream's buffers."""
+    names = {param: name for name, param in trained}
+    at_least = 0 if sharding.strategy.params is not Level.NONE else bucket_size
+    padding = 2**16 if ddp_config.pad_buckets_for_high_nccl_busbw else 1
+    grouped = group_params_for_buffers([param for _, param in trained], ddp_config.grad_reduce_in_fp32)
+    shards = sharding.groups.shards(sharding.strategy.optimizer)
+    layouts = {}
+    for key, (params, indices) in grouped.items():
+        made = lay_out([(names[param], param) for param in params], sharding.groups.ranks, at_least, padding=padding)
+        layouts[key] = PerBufferParamLayout(made.places, made.bounds, made.used, indices, shards)
+    return FullParamLayout(layouts)
+
+
+def _frozen_stores(params: Named, sharding: Sharding) -> list[ParamStore]:
+    """Move a unit's frozen parameters into buckets, one of each type."""
+    stores = []
+    for dtype in {param.dtype: None for _, param in params}:
+        of_type = [(name, param) for name, param in params if param.dtype == dtype]
+        made = lay_out(of_type, sharding.groups.ranks, sum(param.numel() for _, param in of_type))
+        store = ParamStore(sharding, made.bounds[-1][1], dtype, of_type[0][1].device)
+        for _, param in of_type:
+            first, end, _ = made.places[param]
+            view = store.whole.flat[first:end].view(param.shape)
+            view.copy_(param.data)
+            param.data = view
+        store.take_part()
+        stores.append(store)
+    return stores

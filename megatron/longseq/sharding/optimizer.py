@@ -1,0 +1,106 @@
+"""Upstream's distributed optimizer where gradients or parameters are not whole buffers."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import Range
+
+from megatron.longseq.sharding.ddp import ShardedDataParallel
+from megatron.longseq.sharding.strategy import Level
+
+
+def adopt(optimizer: Any) -> None:
+    """Have upstream's optimizer read the gradients, and write the parameters, that this rank keeps.
+
+    Upstream finds an element by its place in a parameter or in a whole bucket; here places begin where this rank's
+    part does.
+    """
+    if optimizer.is_stub_optimizer:
+        return
+    chunks = [chunk for chunk in optimizer.model_chunks if isinstance(chunk, ShardedDataParallel)]
+    optimizer.start_param_sync_for_bucket_group_subset = lambda: _sync_all(chunks)
+    strategy = chunks[0].sharding.strategy
+    if strategy.grads is not Level.NONE:
+        _around(optimizer, "_copy_model_grads_to_main_grads", lambda: _rebased(optimizer, "param", _from_zero))
+    if strategy.params is not Level.NONE:
+        _point_at_parts(optimizer, chunks)
+        _around(optimizer, "_copy_main_params_to_model_params", lambda: _writing_parts(optimizer, chunks))
+
+
+def _sync_all(chunks: list[ShardedDataParallel]) -> None:
+    """Send all buckets' new parameters, and only then wait: links work side by side."""
+    for chunk in chunks:
+        for group in chunk.bucket_groups:
+            group.store.sync(group.label)
+            group.param_gather_dispatched = True
+    for chunk in chunks:
+        for group in chunk.bucket_groups:
+            group.store.finish_sync()
+
+
+def _around(optimizer: Any, name: str, context: Callable[[], Any]) -> None:
+    """Re-bind a method on the optimizer to run in a context."""
+    method = getattr(optimizer, name)
+
+    @wraps(method)
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with context():
+            return method(*args, **kwargs)
+
+    setattr(optimizer, name, inside)
+
+
+def _from_zero(span: Any, first: int) -> Any:
+    return Range(0, span.size)
+
+
+@contextmanager
+def _rebased(optimizer: Any, key: str, moved: Callable[[Any, int], Any], firsts: Any = None) -> Iterator[None]:
+    """Let places of a kind be those in what this rank holds."""
+    find = optimizer._get_model_param_range_map
+
+    def rebased(param: torch.nn.Parameter) -> dict[str, Any]:
+        found = dict(find(param))
+        found[key] = moved(found[key], 0 if firsts is None else firsts[param])
+        return found
+
+    optimizer._get_model_param_range_map = rebased
+    try:
+        yield
+    finally:
+        optimizer._get_model_param_range_map = find
+
+
+@contextmanager
+def _writing_parts(optimizer: Any, chunks: list[ShardedDataParallel]) -> Iterator[None]:
+    """Let upstream write into this rank's parts."""
+    firsts, buckets = {}, []
+    for chunk in chunks:
+        chunk.release_all()
+        for group in chunk.bucket_groups:
+            firsts.update(dict.fromkeys(group.params, group.store.held.start))
+            buckets.append((group.bucket, group.bucket.param_data))
+            group.bucket.param_data = group.store.part
+    try:
+        with _rebased(optimizer, "gbuf_world_in_bucket", _moved, firsts):
+            yield
+    finally:
+        for bucket, whole in buckets:
+            bucket.param_data = whole
+
+
+def _moved(span: Any, first: int) -> Any:
+    return Range(span.start - first, span.end - first)
+
+
+def _point_at_parts(optimizer: Any, chunks: list[ShardedDataParallel]) -> None:
+    """Let main parameters that are views of float32 parameters be views of this rank's parts."""
+    stores = {param: group.store for chunk in chunks for group in chunk.bucket_groups for param in group.params}
+    for params, shards in zip(optimizer.model_fp32_groups, optimizer.shard_fp32_groups, strict=True):
+        for param, shard in zip(params, shards, strict=True):
+            span = optimizer._get_model_param_range_map(param)["gbuf_world_in_bucket"]
+            store = stores[param]
+            shard.data = store.part[span.start - store.held.start : span.end - store.held.start]

@@ -1,0 +1,191 @@
+"""Where a bucket's gradients and parameters lie: whole while layers use them, this rank's part in between.
+
+Layers, fused kernels and upstream's hooks hold views of the whole bucket for good. Its memory comes and goes under
+them: the storage is resized, no view is bound anew.
+"""
+
+import torch
+from torch import Tensor
+
+from megatron.longseq.sharding.collectives import Region
+from megatron.longseq.sharding.core import Sharding, cut
+from megatron.longseq.sharding.lanes import Handle
+from megatron.longseq.sharding.strategy import Level
+
+IN_FLIGHT = 2  # whole buckets of gradients on the wire: the one that is sent, and the one that waits for it
+
+
+class Whole:
+    """The memory of a whole bucket, which comes and goes under its views."""
+
+    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.flat = torch.empty(numel, dtype=dtype, device=device).zero_()
+        self._bytes = self.flat.nbytes
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the bucket has memory."""
+        return self.flat.untyped_storage().size() > 0 or self._bytes == 0
+
+    def take(self) -> None:
+        """Give the bucket memory; its content is anything."""
+        if not self.is_there:
+            self.flat.untyped_storage().resize_(self._bytes)
+
+    def free(self) -> None:
+        """Give its memory back: nothing may be queued any more that reads it, but on the current stream."""
+        self.flat.untyped_storage().resize_(0)
+
+
+class GradStore:
+    """Gradients of a bucket.
+
+    At level N they accumulate in the whole bucket. Else they do so in this rank's part, and the whole is scratch that
+    holds one micro-batch's.
+
+    Args:
+        sharding: how.
+        numel: elements of the bucket.
+        dtype: in which gradients accumulate.
+        device: where.
+    """
+
+    def __init__(self, sharding: Sharding, numel: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.sharding, self.level, self.numel = sharding, sharding.strategy.grads, numel
+        self.whole = Whole(numel, dtype, device)
+        self.held = sharding.span(self.level, numel)
+        self.part = self.whole.flat
+        if self.level is not Level.NONE:
+            self.part = torch.zeros(len(self.held), dtype=dtype, device=device)
+            self.whole.free()
+        self._reducing: Handle | None = None
+
+    @property
+    def owned(self) -> Tensor:
+        """A view of the sums that this rank's optimizer reads; right after `finish`."""
+        return cut(self.part, self.sharding.span(self.sharding.strategy.optimizer, self.numel), self.held.start)
+
+    def open(self) -> None:
+        """Have the whole bucket there, zero if it was not: a gradient is about to be added."""
+        if self._reducing is not None:
+            self.settle()
+        if not self.whole.is_there:
+            self.whole.take()
+            self.whole.flat.zero_()
+
+    def reduce(self, label: str) -> None:
+        """Start adding a micro-batch's gradients, which are all in the whole bucket, to the parts of all ranks."""
+        waiting = self.sharding.in_flight
+        while len(waiting) >= IN_FLIGHT:
+            waiting[0].settle()
+        wire = self._on_wire(self.whole.flat)
+
+        def add() -> None:
+            self.part.add_(cut(wire, self.held))
+
+        self._reducing = self._submit("grads", self.sharding.region(wire), add, label, None)
+        waiting.append(self)
+
+    def settle(self) -> None:
+        """Wait for the micro-batch on the wire, and free the scratch."""
+        if self._reducing is not None:
+            self._reducing.wait()
+            self._reducing = None
+            self.sharding.in_flight.remove(self)
+            self.whole.free()
+
+    def finish(self, label: str) -> Handle:
+        """Start making the sums of all ranks of what has accumulated; it is in `owned` when the handle is done."""
+        wire = self._on_wire(self.part)
+        region = self.sharding.region(wire) if self.level is Level.NONE else Region(None, wire)
+
+        def back() -> None:
+            if wire is not self.part:
+                self.part.copy_(wire)
+
+        return self._submit("finish_grads", region, back, label, self._reducing)
+
+    def scale(self, factor: float | Tensor) -> None:
+        """Multiply what has accumulated."""
+        self.part.mul_(factor)
+
+    def zero(self) -> None:
+        """Forget what has accumulated."""
+        self.settle()
+        self.part.zero_()
+
+    def _on_wire(self, flat: Tensor) -> Tensor:
+        return flat if self.sharding.wire is None else flat.to(self.sharding.wire)
+
+    def _submit(self, term, region, after, label, behind) -> Handle:  # type: ignore[no-untyped-def]
+        phases = self.sharding.phases(term, self.numel * region.part.element_size())
+        return self.sharding.lanes.submit(phases, region, after=after, behind=behind, label=f"gradients of {label}")
+
+
+class ParamStore:
+    """Parameters of a bucket, trained or frozen.
+
+    At level N they are whole at all times. Else this rank keeps its part, and the whole is gathered for every use.
+
+    Args:
+        sharding: how.
+        numel: elements of the bucket.
+        dtype: of the parameters.
+        device: where.
+    """
+
+    def __init__(self, sharding: Sharding, numel: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.sharding, self.level, self.numel = sharding, sharding.strategy.params, numel
+        self.whole = Whole(numel, dtype, device)
+        self.held = sharding.span(self.level, numel)
+        self.part = self.whole.flat
+        if self.level is not Level.NONE:
+            self.part = torch.zeros(len(self.held), dtype=dtype, device=device)
+        self.syncing: Handle | None = None
+        self._gathering: Handle | None = None
+        self._users: set[str] = set()
+
+    def take_part(self) -> None:
+        """Keep this rank's part of the whole, which somebody else has written."""
+        if self.level is not Level.NONE:
+            self.part.copy_(cut(self.whole.flat, self.held))
+
+    def sync(self, label: str) -> Handle:
+        """Start sending what the optimizer has written into the part, as far as ranks keep more than they trained."""
+        size = self.numel * self.part.element_size()
+        region = Region(None, self.part) if self.level is not Level.NONE else self.sharding.region(self.part)
+        phases = self.sharding.phases("finish_params", size)
+        self.syncing = self.sharding.lanes.submit(phases, region, label=f"parameters of {label}")
+        return self.syncing
+
+    def finish_sync(self) -> None:
+        """Wait for `sync`."""
+        if self.syncing is not None:
+            self.syncing.wait()
+            self.syncing = None
+
+    def gather(self, user: str) -> None:
+        """Start making the bucket whole for a user, if it is not."""
+        if self.level is Level.NONE:
+            return
+        self._users.add(user)
+        if self.whole.is_there:
+            return
+        self.whole.take()
+        cut(self.whole.flat, self.held).copy_(self.part)
+        phases = self.sharding.phases("params", self.whole.flat.nbytes)
+        region = self.sharding.region(self.whole.flat)
+        self._gathering = self.sharding.lanes.submit(phases, region, label=f"parameters for {user}")
+
+    def wait(self) -> None:
+        """Have the bucket whole."""
+        if self._gathering is not None:
+            self._gathering.wait()
+            self._gathering = None
+
+    def release(self, user: str) -> None:
+        """Give the whole bucket back, once the last user has."""
+        self._users.discard(user)
+        if self.level is not Level.NONE and not self._users:
+            self.wait()
+            self.whole.free()
