@@ -146,9 +146,9 @@ class ShardedBucketGroup(_ParamAndGradBucketGroup):
 
     def start_param_sync(self, force_sync: bool = False) -> None:
         """Start sending what the optimizer wrote; wait for it where upstream would."""
-        if not self.param_gather_dispatched or self.store.syncing is None:
+        if not self.param_gather_dispatched:
             self.store.sync(self.label)
-        self.param_gather_dispatched = True
+            self.param_gather_dispatched = True
         if force_sync or not self.ddp_config.overlap_param_gather:
             self.store.finish_sync()
 

@@ -54,8 +54,8 @@ class _Job:
 class Handle:
     """A job on its way."""
 
-    def __init__(self, wait: Callable[[], None]) -> None:
-        self._wait = wait
+    def __init__(self, wait: Callable[[], None], job: _Job) -> None:
+        self._wait, self.job = wait, job
 
     def wait(self) -> None:
         """Return when the job is done; on a GPU, have the current stream go on when it is. Again: no more to do.
@@ -104,7 +104,9 @@ class Lanes:
         self._lock = Lock()
         self._is_closed = False
 
-    def submit(self, phases: Phases, region: Region, label: str, after: After | None = None) -> Handle:
+    def submit(
+        self, phases: Phases, region: Region, label: str, after: After | None = None, behind: Handle | None = None
+    ) -> Handle:
         """Start a job when what the caller's stream has been given so far is done. Nobody touches the region meanwhile.
 
         Args:
@@ -113,6 +115,7 @@ class Lanes:
             label: which bucket it is, for messages.
             after: called on the last phase's lane after it, for instance to add the result to an accumulator: on a GPU
                 in the lane's stream, else in its thread. It neither submits nor waits.
+            behind: another job, which has to be done first.
 
         Raises:
             ValueError: a phase cannot run on the region; nothing was started.
@@ -129,13 +132,16 @@ class Lanes:
         self._count += 1
         job.missing = max(len(phases), 1)
         job.done = self._lanes[Track.BETWEEN].mark()
+        if behind is not None:
+            self._put_all(self._order.flush(behind.job.number))
+            job.done = behind.job.done
         self._jobs[job.number] = job
         self._oldest.append(job)
         turns = self._order.submit(phases)
         if not phases:
             self._put(job, Track.BETWEEN, None)
         self._put_all(turns)
-        return Handle(partial(self._wait, job))
+        return Handle(partial(self._wait, job), job)
 
     def close(self) -> None:
         """End lanes when all jobs have ended; all ranks at the same place. Errors are those that `wait` raises."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron.longseq.sharding.collectives import Region
 from megatron.longseq.sharding.core import Sharding, cut
-from megatron.longseq.sharding.lanes import Handle
+from megatron.longseq.sharding.lanes import After, Handle
 from megatron.longseq.sharding.strategy import Level
 
 IN_FLIGHT = 2  # whole buckets of gradients on the wire: the one that is sent, and the one that waits for it
@@ -117,9 +117,9 @@ class GradStore:
     def _on_wire(self, flat: Tensor) -> Tensor:
         return flat if self.sharding.wire is None else flat.to(self.sharding.wire)
 
-    def _submit(self, term, region, after, label, behind) -> Handle:  # type: ignore[no-untyped-def]
+    def _submit(self, term: str, region: Region, after: After, label: str, behind: Handle | None) -> Handle:
         phases = self.sharding.phases(term, self.numel * region.part.element_size())
-        return self.sharding.lanes.submit(phases, region, after=after, behind=behind, label=f"gradients of {label}")
+        return self.sharding.lanes.submit(phases, region, f"gradients of {label}", after, behind)
 
 
 class ParamStore:
@@ -150,13 +150,13 @@ class ParamStore:
         if self.level is not Level.NONE:
             self.part.copy_(cut(self.whole.flat, self.held))
 
-    def sync(self, label: str) -> Handle:
+    def sync(self, label: str) -> None:
         """Start sending what the optimizer has written into the part, as far as ranks keep more than they trained."""
         size = self.numel * self.part.element_size()
         region = Region(None, self.part) if self.level is not Level.NONE else self.sharding.region(self.part)
         phases = self.sharding.phases("finish_params", size)
-        self.syncing = self.sharding.lanes.submit(phases, region, label=f"parameters of {label}")
-        return self.syncing
+        if phases:
+            self.syncing = self.sharding.lanes.submit(phases, region, f"parameters of {label}")
 
     def finish_sync(self) -> None:
         """Wait for `sync`."""
@@ -175,7 +175,7 @@ class ParamStore:
         cut(self.whole.flat, self.held).copy_(self.part)
         phases = self.sharding.phases("params", self.whole.flat.nbytes)
         region = self.sharding.region(self.whole.flat)
-        self._gathering = self.sharding.lanes.submit(phases, region, label=f"parameters for {user}")
+        self._gathering = self.sharding.lanes.submit(phases, region, f"parameters for {user}")
 
     def wait(self) -> None:
         """Have the bucket whole."""
