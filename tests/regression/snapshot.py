@@ -85,7 +85,7 @@ def _part(shard: Any) -> Part:
     import torch
 
     data = shard.data.detach()
-    data = (data.float() if data.dtype is torch.bfloat16 else data).cpu().numpy().copy()
+    data = (data.float() if data.dtype is torch.bfloat16 else data).cpu().clone().numpy()  # shares no memory
     data = data.reshape((1,) * shard.prepend_axis_num + data.shape)
     return Part(shard.key, tuple(shard.global_shape), tuple(shard.global_offset), data)
 

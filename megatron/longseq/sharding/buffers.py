@@ -48,8 +48,11 @@ class BufferMemory:
 
     def _whole(self, buffer: Any, bucket: int, numel: int, kind: BufferType) -> Whole:
         if kind is BufferType.GRAD:
+            for other in list(self.grads.values())[:-1]:
+                other.close()  # the next view of it is at most one bucket away
             if bucket not in self.grads:
                 self.grads[bucket] = GradStore(self._sharding, numel, buffer.grad_dtype, self._device)
+            self.grads[bucket].whole.take()  # only memory that is there can be cut
             return self.grads[bucket].whole
         if bucket not in self.params:
             self.params[bucket] = ParamStore(self._sharding, numel, buffer.param_dtype, self._device)

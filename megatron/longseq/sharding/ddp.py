@@ -1,5 +1,6 @@
 """Upstream's data-parallel wrapper with model states sharded by a strategy."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,34 +21,42 @@ Named = list[tuple[str, torch.nn.Parameter]]
 class ShardedDataParallel(DistributedDataParallel):
     """A model chunk whose parameters, gradients and optimizer states are sharded each where the strategy says.
 
-    Its buffers' memory comes from `BufferMemory`, which `_ParamAndGradBuffer` must have been given (patch
-    paro.buffers).
+    Upstream's own becomes one as it is made (patch paro.wrapper), wherever upstream makes it. Its buffers' memory comes
+    from `BufferMemory` (patch paro.buffers).
 
-    Args:
-        config, ddp_config, module, pg_collection: as upstream's; the collection's `intra_dp_cp` is the group over
-            which the optimizer shards, and of several instances.
+    Attributes:
         sharding: how.
-        bucket_size: elements after which a bucket ends, at a unit's border; where parameters are sharded, every unit
-            is a bucket.
+        uses: gathers parameters and gives them back; None: they are whole at all times.
     """
 
-    def __init__(
+    sharding: Sharding
+    uses: Uses | None
+
+    def open(
         self,
+        init: Callable[..., None],
         config: Any,
         ddp_config: Any,
         module: torch.nn.Module,
-        *,
         sharding: Sharding,
         bucket_size: int,
         pg_collection: Any = None,
     ) -> None:
-        named = [(name, param) for name, param in module.named_parameters()]
+        """Do what upstream's constructor does, and shard what it has made.
+
+        Args:
+            init: upstream's constructor.
+            config, ddp_config, module, pg_collection: as upstream's.
+            sharding: how.
+            bucket_size: elements after which a bucket ends, at a unit's border; where parameters are sharded, every
+                unit is a bucket. Neither depends on the pipeline stage.
+        """
+        named = list(module.named_parameters())
         trained = [(name, param) for name, param in named if param.requires_grad]
         layout = _layout(trained, sharding, bucket_size, ddp_config)
-        super().__init__(config, ddp_config, module, pg_collection=pg_collection, full_param_layout=layout)
-        self.sharding = sharding
+        init(self, config, ddp_config, module, pg_collection=pg_collection, full_param_layout=layout)
+        self.sharding, self.uses = sharding, None
         self._shard_groups({param: unit_of(name) for name, param in trained})
-        self.uses: Uses | None = None
         if sharding.strategy.params is not Level.NONE:
             self._shard_units([(name, param) for name, param in named if not param.requires_grad])
 
@@ -101,6 +110,7 @@ class ShardedDataParallel(DistributedDataParallel):
                 label = f"{bucket.bucket_id} ({unit_names[bucket.params_list[0]]})"
                 memory, place = buffer.longseq_memory, bucket.bucket_id
                 stores = memory.grads[place], memory.params[place]
+                stores[0].close()
                 stores[1].take_part()
                 groups.append(ShardedBucketGroup(bucket, self.ddp_config, buffer.data_parallel_group, *stores, label))
                 groups[-1].unit = unit_names[bucket.params_list[0]]
@@ -172,7 +182,9 @@ def _layout(trained: Named, sharding: Sharding, bucket_size: int, ddp_config: An
     layouts = {}
     for key, (params, indices) in grouped.items():
         made = lay_out([(names[param], param) for param in params], sharding.groups.ranks, at_least, padding=padding)
-        layouts[key] = PerBufferParamLayout(made.places, made.bounds, made.used, indices, shards)
+        # Padding counts as used: upstream's fully reshardable checkpoints leave it out between buckets, and then look
+        # parameters up as if it were there (its issue 504), which mixes up tensors as soon as a bucket is padded.
+        layouts[key] = PerBufferParamLayout(made.places, made.bounds, made.sizes, indices, shards)
     return FullParamLayout(layouts)
 
 

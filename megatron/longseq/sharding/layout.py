@@ -27,12 +27,15 @@ class Buckets:
     Attributes:
         places: (first element, one after the last, bucket) in the buffer, of every parameter.
         bounds: (first element, one after the last) of every bucket, padded.
-        used: elements of every bucket without the padding at its end.
     """
 
     places: dict[torch.nn.Parameter, tuple[int, int, int]] = field(default_factory=dict)
     bounds: list[tuple[int, int]] = field(default_factory=list)
-    used: list[int] = field(default_factory=list)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Elements of every bucket."""
+        return [end - begin for begin, end in self.bounds]
 
 
 def lay_out(
@@ -72,7 +75,6 @@ def by_unit(params: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, list[
 
 
 def _close(made: Buckets, begin: int, end: int, whole: int) -> int:
-    made.used.append(end - begin)
     made.bounds.append((begin, _up(end, whole)))
     return made.bounds[-1][1]
 

@@ -21,6 +21,7 @@ def adopt(optimizer: Any) -> None:
     if optimizer.is_stub_optimizer:
         return
     chunks = [chunk for chunk in optimizer.model_chunks if isinstance(chunk, ShardedDataParallel)]
+    assert chunks, [type(c) for c in optimizer.model_chunks]
     optimizer.start_param_sync_for_bucket_group_subset = lambda: _sync_all(chunks)
     strategy = chunks[0].sharding.strategy
     if strategy.grads is not Level.NONE:

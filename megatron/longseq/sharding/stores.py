@@ -20,21 +20,25 @@ class Whole:
 
     def __init__(self, numel: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.flat = torch.empty(numel, dtype=dtype, device=device).zero_()
-        self._bytes = self.flat.nbytes
-
-    @property
-    def is_there(self) -> bool:
-        """Whether the bucket has memory."""
-        return self.flat.untyped_storage().size() > 0 or self._bytes == 0
+        self.is_there = True
 
     def take(self) -> None:
-        """Give the bucket memory; its content is anything."""
-        if not self.is_there:
-            self.flat.untyped_storage().resize_(self._bytes)
+        """Give the bucket memory; its content is anything, if it had none."""
+        if self._memory().resizable():
+            self._memory().resize_(self.flat.numel() * self.flat.element_size())
+        self.is_there = True
 
     def free(self) -> None:
-        """Give its memory back: nothing may be queued any more that reads it, but on the current stream."""
-        self.flat.untyped_storage().resize_(0)
+        """Give its memory back: nothing may be queued any more that reads it, but on the current stream.
+
+        Memory that something else was given a share of, as a checkpoint's writer may be on a CPU, stays where it is.
+        """
+        if self._memory().resizable():
+            self._memory().resize_(0)
+        self.is_there = False
+
+    def _memory(self) -> torch.UntypedStorage:
+        return self.flat.untyped_storage()
 
 
 class GradStore:
@@ -56,14 +60,18 @@ class GradStore:
         self.held = sharding.span(self.level, numel)
         self.part = self.whole.flat
         if self.level is not Level.NONE:
-            self.part = torch.zeros(len(self.held), dtype=dtype, device=device)
-            self.whole.free()
+            self.part = torch.empty(len(self.held), dtype=dtype, device=device).zero_()
         self._reducing: Handle | None = None
 
     @property
     def owned(self) -> Tensor:
         """A view of the sums that this rank's optimizer reads; right after `finish`."""
         return cut(self.part, self.sharding.span(self.sharding.strategy.optimizer, self.numel), self.held.start)
+
+    def close(self) -> None:
+        """Free the scratch: nothing has been added to it."""
+        if self.level is not Level.NONE:
+            self.whole.free()
 
     def open(self) -> None:
         """Have the whole bucket there, zero if it was not: a gradient is about to be added."""
@@ -140,7 +148,7 @@ class ParamStore:
         self.held = sharding.span(self.level, numel)
         self.part = self.whole.flat
         if self.level is not Level.NONE:
-            self.part = torch.zeros(len(self.held), dtype=dtype, device=device)
+            self.part = torch.empty(len(self.held), dtype=dtype, device=device).zero_()
         self.syncing: Handle | None = None
         self._gathering: Handle | None = None
         self._users: set[str] = set()

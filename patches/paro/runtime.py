@@ -1,0 +1,152 @@
+"""The open sharding of this process, from where upstream makes its groups to where it wraps models."""
+
+import functools
+from argparse import Namespace
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+
+class _Held:
+    """What this process has opened; upstream hands nothing from one place to the other."""
+
+    sharding: Any = None
+    optimizer_groups: Any = None
+
+
+def current_sharding() -> Any:
+    """Return the `Sharding` of this process.
+
+    Raises:
+        RuntimeError: a model is wrapped before upstream has made its groups.
+    """
+    if _Held.sharding is None:
+        raise RuntimeError("sharding (--paro): a model is wrapped before initialize_model_parallel has run")
+    return _Held.sharding
+
+
+def with_sharding_groups(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `initialize_model_parallel`: then make the groups of the strategy, and the lanes that run its phases."""
+
+    @functools.wraps(original)
+    def initialize_model_parallel(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args
+
+        result = original(*args, **kwargs)
+        _Held.sharding, _Held.optimizer_groups = _open(get_args())
+        return result
+
+    return initialize_model_parallel
+
+
+def with_shard_group(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Wrap upstream's choice of groups for its wrapper, or for its optimizer: over which ranks a bucket is cut."""
+
+    @functools.wraps(original)
+    def setup_process_groups(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        found, groups = original(*args, **kwargs), _Held.optimizer_groups
+        found["intra_dp_cp_group"] = groups.shards
+        found["inter_dist_opt_group"] = groups.replicas
+        found["intra_dist_opt_group"] = groups.statistics
+        if "intra_dp_cp_group_gloo" in found:
+            found["intra_dp_cp_group_gloo"] = None  # in upstream's order, which is not that of shards
+        return found
+
+    return setup_process_groups
+
+
+def with_bucket_memory(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the making of a buffer: its memory comes bucket by bucket."""
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        import torch
+
+        from megatron.longseq.sharding.buffers import BufferMemory, WithoutMemory
+
+        device = torch.zeros(0, device=torch.cuda.current_device()).device
+        self.longseq_memory = BufferMemory(current_sharding(), device)
+        with WithoutMemory():
+            original(self, *args, **kwargs)
+
+    return __init__
+
+
+def with_bucket_views(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the cutting of a view out of a buffer."""
+
+    @functools.wraps(original)
+    def _get(self: Any, shape: Any, start_index: int, buffer_type: Any) -> Any:
+        return self.longseq_memory.view(self, shape, start_index, buffer_type)
+
+    return _get
+
+
+def with_sharded_wrapper(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap the constructor of upstream's data-parallel wrapper, which is called in more than one place."""
+
+    @functools.wraps(original)
+    def __init__(
+        self: Any,
+        config: Any,
+        ddp_config: Any,
+        module: Any,
+        disable_bucketing: bool = False,
+        pg_collection: Any = None,
+        full_param_layout: Any = None,
+    ) -> None:
+        from megatron.training import get_args
+
+        from megatron.longseq.sharding.ddp import ShardedDataParallel
+
+        sharding = current_sharding()
+        size = get_args().ddp_bucket_size or max(40_000_000, 1_000_000 * sharding.groups.ranks)
+        self.__class__ = ShardedDataParallel
+        self.open(original, config, ddp_config, module, sharding, size, pg_collection)
+
+    return __init__
+
+
+def with_parts(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the making of the distributed optimizer: it reads and writes what this rank keeps."""
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        from megatron.longseq.sharding.optimizer import adopt
+
+        original(self, *args, **kwargs)
+        adopt(self)
+
+    return __init__
+
+
+def _open(flags: Namespace) -> tuple[Any, Any]:
+    import torch
+    from megatron.core import parallel_state
+
+    from megatron.longseq.sharding.collectives import Collectives, open_groups
+    from megatron.longseq.sharding.core import Sharding
+    from megatron.longseq.sharding.lanes import Lanes
+    from megatron.longseq.sharding.optimizergroups import open_optimizer_groups
+    from megatron.longseq.sharding.ring import Mode
+    from megatron.longseq.sharding.settings import sharding
+
+    asked = sharding(flags)
+    timeout = timedelta(minutes=flags.distributed_timeout_minutes)
+    data_parallel = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    communicators = open_groups(data_parallel, asked.groups, timeout)
+    runner = Collectives(asked.groups, communicators, average=flags.ddp_average_in_collective)
+    device = torch.zeros(0, device=torch.cuda.current_device()).device
+    mode = Mode(asked.collectives)
+    lanes = Lanes(runner, device, torch.distributed.get_rank(), is_overlapped=mode is Mode.OVERLAPPED)
+    opened = Sharding(
+        asked.strategy,
+        asked.groups,
+        communicators.member,
+        lanes,
+        is_flat=lambda phases, size: mode is Mode.FLAT,
+        wire=torch.bfloat16 if flags.paro_wire == "bf16" and flags.accumulate_allreduce_grads_in_fp32 else None,
+        passes=flags.seq1f1b_splits,
+        overlaps_grads=flags.overlap_grad_reduce,
+    )
+    return opened, open_optimizer_groups(data_parallel, asked.groups, asked.strategy.optimizer, timeout)
