@@ -20,8 +20,7 @@ def adopt(optimizer: Any) -> None:
     """
     if optimizer.is_stub_optimizer:
         return
-    chunks = [chunk for chunk in optimizer.model_chunks if isinstance(chunk, ShardedDataParallel)]
-    assert chunks, [type(c) for c in optimizer.model_chunks]
+    chunks = list(optimizer.model_chunks)
     optimizer.start_param_sync_for_bucket_group_subset = lambda: _sync_all(chunks)
     strategy = chunks[0].sharding.strategy
     if strategy.grads is not Level.NONE:
@@ -31,15 +30,22 @@ def adopt(optimizer: Any) -> None:
         _around(optimizer, "_copy_main_params_to_model_params", lambda: _writing_parts(optimizer, chunks))
 
 
+def _send_all(chunks: list[ShardedDataParallel]) -> None:
+    """Start sending all buckets' new parameters: links work side by side."""
+    for chunk in chunks:
+        for group in chunk.bucket_groups:
+            if not group.param_gather_dispatched:
+                group.store.sync(group.label)
+                group.param_gather_dispatched = True
+
+
 def _sync_all(chunks: list[ShardedDataParallel]) -> None:
-    """Send all buckets' new parameters, and only then wait: links work side by side."""
+    """Send all buckets' new parameters; parts that are gathered for every use are waited for there."""
+    _send_all(chunks)
     for chunk in chunks:
         for group in chunk.bucket_groups:
-            group.store.sync(group.label)
-            group.param_gather_dispatched = True
-    for chunk in chunks:
-        for group in chunk.bucket_groups:
-            group.store.finish_sync()
+            if group.store.level is Level.NONE:
+                group.store.finish_sync()
 
 
 def _around(optimizer: Any, name: str, context: Callable[[], Any]) -> None:
@@ -91,6 +97,7 @@ def _writing_parts(optimizer: Any, chunks: list[ShardedDataParallel]) -> Iterato
     finally:
         for bucket, whole in buckets:
             bucket.param_data = whole
+    _send_all(chunks)  # at once, whatever upstream overlaps: the first unit is gathered before upstream's own hook
 
 
 def _moved(span: Any, first: int) -> Any:
