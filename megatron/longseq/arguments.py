@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron.longseq.attention.flags import add_context_arguments, check_context_numbers
 from megatron.longseq.pipeline.flags import add_pipeline_arguments, check_pipeline_numbers
+from megatron.longseq.sharding.flags import add_sharding_arguments, check_sharding_numbers
 
 
 def add_longseq_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -14,6 +15,7 @@ def add_longseq_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     _add_record_arguments(parser)
     add_pipeline_arguments(parser)
     add_context_arguments(parser)
+    add_sharding_arguments(parser)
     return parser
 
 
@@ -26,6 +28,7 @@ def validate_longseq_arguments(args: argparse.Namespace) -> None:
     _validate_record_arguments(args)
     check_pipeline_numbers(args)
     check_context_numbers(args)
+    check_sharding_numbers(args)
 
 
 def write_arguments_file(args: argparse.Namespace) -> None:

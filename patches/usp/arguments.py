@@ -2,12 +2,12 @@
 
 import functools
 import inspect
-import os
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
 from megatron.longseq.attention.flags import refuse_unserved_context
+from patches.launch import node_ranks
 from patches.usp.conditions import spreads_attention, spreads_local_attention
 
 
@@ -24,7 +24,7 @@ def with_context_plan(original: Callable[..., Any]) -> Callable[..., Any]:
 
         is_chosen = args.context_parallel_auto
         if is_chosen:
-            choose_for(args, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            choose_for(args, node_ranks() or 1)
         if spreads_attention(args):
             ways(args)  # upstream would refuse sizes that do not fit, too, without a word of which would
         result = original(args, defaults or {})
