@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from patches.launch import node_ranks
+
 _KIB = 1024
 
 
@@ -228,7 +230,7 @@ def cpu_stands_in_for_cuda(ranks_on_this_host: int | None = None) -> Iterator[No
     """
     if torch.cuda.is_available():
         raise RuntimeError("The cpu patch was asked for where a CUDA device is available; it never acts there.")
-    ranks = ranks_on_this_host or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = ranks_on_this_host or node_ranks() or 1
     twins = _twins(ranks)
     random = {name: twins[name] for name in ("get_rng_state", "set_rng_state", "manual_seed", "manual_seed_all")}
     with ExitStack() as stack:

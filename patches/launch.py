@@ -1,0 +1,17 @@
+"""What the launcher tells a process through its environment."""
+
+import os
+
+
+def node_ranks() -> int | None:
+    """Return how many ranks this node runs, as torchrun says; None where nobody says.
+
+    Raises:
+        ValueError: LOCAL_WORLD_SIZE is no number of ranks.
+    """
+    text = os.environ.get("LOCAL_WORLD_SIZE")
+    if text is None:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"LOCAL_WORLD_SIZE={text}: it says how many ranks a node runs; unset it, or give 1 or more.")
+    return int(text)

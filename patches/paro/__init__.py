@@ -1,0 +1,22 @@
+"""System `paro`: parameters, gradients and optimizer states each sharded nowhere, inside a group, or globally."""
+
+from patches.record import Record
+
+_ASKED_FOR = "patches.paro.conditions:shards"
+
+RECORDS = (
+    Record(
+        id="paro.arguments",
+        system="paro",
+        action="wrap",
+        target="megatron.training.arguments:validate_args",
+        impl="patches.paro.arguments:with_sharding",
+        reads=("megatron.training.initialize:_initialize_distributed",),
+        why="--paro has to set upstream's distributed optimizer, its instances and the form of its checkpoints before "
+        "upstream validates its flags, and what sharding cannot serve has to be refused before any process group "
+        "exists.",
+        when=_ASKED_FOR,
+        test="tests/unit/test_sharding_flags.py::test_upstreams_validation_refuses_what_sharding_cannot_serve",
+        remove_when="upstream calls hooks before and after validating its arguments",
+    ),
+)

@@ -1,0 +1,45 @@
+"""Upstream's validation of its flags, with what --paro sets before it and our refusals around it."""
+
+import functools
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+from megatron.longseq.sharding.flags import refuse_unserved_sharding
+from megatron.longseq.sharding.settings import Sharding, confirm, resolve, told, widths
+from patches.launch import node_ranks
+
+
+def with_sharding(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `validate_args`: refuse, set upstream's flags, let upstream validate, refuse what that has brought about.
+
+    The first refusal comes before upstream's own assertions, which would blame flags that --paro has set.
+
+    Raises:
+        ValueError: flags that do not go together, or groups that the ranks do not make.
+    """
+
+    @functools.wraps(original)
+    def validate_args(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
+        refuse_unserved_sharding(args)
+        found = resolve(args, node_ranks())
+        _refuse_missing(found)
+        result = original(args, defaults or {})
+        refuse_unserved_sharding(args)
+        confirm(args, found)
+        if args.rank == 0:
+            print(f"> {told(found, widths(args))}", flush=True)
+        return result
+
+    return validate_args
+
+
+def _refuse_missing(found: Sharding) -> None:
+    """Upstream makes the groups of several optimizer instances with a package that its wheel does not bring."""
+    from megatron.core import parallel_state  # type: ignore[import-untyped]
+
+    if found.instances > 1 and not parallel_state.HAVE_EINOPS:
+        raise ValueError(
+            f"--paro {found.strategy}: optimizer states that are not sharded globally make {found.instances} instances "
+            "of upstream's distributed optimizer, whose groups upstream makes with einops; pip install einops."
+        )
