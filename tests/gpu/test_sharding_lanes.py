@@ -1,8 +1,10 @@
 """Lanes on a GPU: streams that wait for the caller's and for each other, overlap, and keep what they work on."""
 
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -83,7 +85,8 @@ def test_memory_is_not_given_away_before_the_end() -> None:
 
     def start(mine: Lanes) -> None:
         part = torch.ones(1 << 20, device="cuda")
-        mine.submit((SCATTER_INSIDE, SCATTER_BETWEEN), Region(None, part), "x", lambda: total.add_(part))
+        held = weakref.ref(part)  # what comes after must not be what keeps it
+        mine.submit((SCATTER_INSIDE, SCATTER_BETWEEN), Region(None, part), "x", lambda: total.add_(held()))
 
     with lanes() as mine:
         start(mine)
@@ -122,7 +125,7 @@ def over_nccl() -> list[bool]:
                 torch.cuda._sleep(LONG // 10)
                 bucket.add_(1)
                 region = region_of(bucket, groups, 0)
-                handles.append(mine.submit(ALL_REDUCE, region, f"bucket {number}", lambda b=bucket: total.add_(b)))
+                handles.append(mine.submit(ALL_REDUCE, region, f"bucket {number}", partial(total.add_, bucket)))
             for handle in handles:
                 handle.wait()
             right += [bool((bucket == number + 1).all()) for number, bucket in enumerate(buckets)]
