@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron.longseq.sharding.flags import refuse_unserved_sharding
-from megatron.longseq.sharding.settings import Sharding, confirm, resolve, told, widths
+from megatron.longseq.sharding.settings import confirm, resolve, told, widths
 from patches.launch import node_ranks
 
 
@@ -23,7 +23,6 @@ def with_sharding(original: Callable[..., Any]) -> Callable[..., Any]:
     def validate_args(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
         refuse_unserved_sharding(args)
         found = resolve(args, node_ranks())
-        _refuse_missing(found)
         result = original(args, defaults or {})
         refuse_unserved_sharding(args)
         confirm(args, found)
@@ -32,14 +31,3 @@ def with_sharding(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return validate_args
-
-
-def _refuse_missing(found: Sharding) -> None:
-    """Upstream makes the groups of several optimizer instances with a package that its wheel does not bring."""
-    from megatron.core import parallel_state  # type: ignore[import-untyped]
-
-    if found.instances > 1 and not parallel_state.HAVE_EINOPS:
-        raise ValueError(
-            f"--paro {found.strategy}: optimizer states that are not sharded globally make {found.instances} instances "
-            "of upstream's distributed optimizer, whose groups upstream makes with einops; pip install einops."
-        )

@@ -21,7 +21,7 @@ INSTEAD = {
 # flag: (is it asked for?, why no sharding of ours can serve it)
 NOT_WITH_PARO: Refusals = {
     "--num-distributed-optimizer-instances": (
-        lambda a: a.num_distributed_optimizer_instances != 1 and not is_resolved(a),
+        lambda a: a.num_distributed_optimizer_instances != 1,
         "the triplet's last letter and --paro-group-size say how many there are; leave it out",
     ),
     "--use-megatron-fsdp": (

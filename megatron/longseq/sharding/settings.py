@@ -147,7 +147,6 @@ def resolve(args: Namespace, node_ranks: int | None) -> Sharding:
     if args.bf16:
         args.accumulate_allreduce_grads_in_fp32 = True
     args.use_distributed_optimizer = True
-    args.num_distributed_optimizer_instances = found.instances
     args.dist_ckpt_optim_fully_reshardable = True
     return found
 
@@ -161,7 +160,7 @@ def confirm(args: Namespace, found: Sharding) -> None:
     wanted = {
         "data_parallel_size": found.groups.ranks // args.context_parallel_size,
         "use_distributed_optimizer": True,
-        "num_distributed_optimizer_instances": found.instances,
+        "num_distributed_optimizer_instances": 1,
         "dist_ckpt_optim_fully_reshardable": True,
         "grad_reduce_in_bf16": False,
     }
