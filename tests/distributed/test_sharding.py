@@ -14,11 +14,39 @@ from tests.regression.arm import Run, run_arm
 
 ASYNC = "--overlap-grad-reduce --overlap-param-gather"
 RUNNING = ["NNN", "NNI", "NNG", "NII", "NIG", "III", "IIG", "IGG", "NGG", "GGG"]
+FLAT = "--paro-collectives flat"
+PAIRS = "--paro-group-size 2"
+BUCKETS = "--ddp-bucket-size 20000"  # several, where layers are no buckets of their own
 
 CASES = {
-    **{name: (4, "", f"--paro {name}") for name in RUNNING},
-    **{f"{name}, overlap": (4, "", f"--paro {name} {ASYNC}") for name in RUNNING},
-    **{f"{name}, flat": (4, "", f"--paro {name} --paro-collectives flat") for name in ("NNN", "NNG", "NGG", "GGG")},
+    **{name: (4, "", f"--paro {name} {PAIRS}") for name in RUNNING},
+    **{f"{name}, overlap": (4, "", f"--paro {name} {PAIRS} {ASYNC}") for name in RUNNING},
+    **{f"{name}, flat": (4, "", f"--paro {name} {FLAT}") for name in ("NNN", "NNG", "NGG", "GGG")},
+    "NIG, serial": (4, "", f"--paro NIG {PAIRS} --paro-collectives hierarchical {ASYNC}"),
+    "IIG, one group": (4, "", f"--paro IIG --paro-group-size 4 {ASYNC}"),
+    "IIG, groups of one": (4, "", f"--paro IIG --paro-group-size 1 {ASYNC}"),
+    "NIG, one micro-batch": (4, "--global-batch-size 4", f"--paro NIG {PAIRS} {ASYNC}"),
+    "GGG, full recompute": (4, "", f"--paro GGG {PAIRS} {ASYNC} {FULL}"),
+    "IIG, recompute of two layers": (
+        4,
+        "",
+        f"--paro IIG {PAIRS} {ASYNC} {FULL.replace('layers 1', 'layers 2')}",
+    ),
+    "IIG, selective recompute": (4, "", f"--paro IIG {PAIRS} {ASYNC} {SELECTIVE}"),
+    "IIG, tied": (4, "--tied", f"--paro IIG {PAIRS} {ASYNC}"),
+    "IGG, PP 2, tied": (4, "--tied", f"--paro IGG --paro-group-size 1 {ASYNC} {PP2}"),
+    "NIG, PP 2, tied": (4, "--tied", f"--paro NIG {PAIRS} {ASYNC} {PP2}"),
+    "GGG, PP 2": (4, "", f"--paro GGG {PAIRS} {PP2}"),
+    "IIG, PP 2, V 2": (4, "", f"--paro IIG {PAIRS} {ASYNC} {PP2} {VPP}"),
+    "NIG, TP 2, sequence parallel": (4, "", f"--paro NIG {PAIRS} {ASYNC} {TP2} --sequence-parallel"),
+    "GGG, TP 2, sequence parallel": (4, "", f"--paro GGG {PAIRS} {ASYNC} {TP2} --sequence-parallel"),
+    "IIG, C 2": (4, "", f"--paro IIG {PAIRS} {ASYNC} --context-parallel-size 2"),
+    "NIG, segments": (4, "", f"--paro NIG {PAIRS} {ASYNC} --seq1f1b-splits 3"),
+    "IIG, segments, PP 2": (4, "", f"--paro IIG {PAIRS} {ASYNC} {PP2} --seq1f1b-splits 2"),
+    "NNG, zero bubble, PP 2": (4, "", f"--paro NNG {PAIRS} {ASYNC} {PP2} --zero-bubble --seq1f1b-splits 2"),
+    "IIG, mixture of experts": (4, MOE, f"--paro IIG {PAIRS} {ASYNC}"),
+    "NIG, per-token loss": (4, "--calculate-per-token-loss", f"--paro NIG {PAIRS} {ASYNC}"),
+    "NIG, average in collectives": (4, "", f"--paro NIG {PAIRS} {ASYNC} --ddp-average-in-collective"),
 }
 
 
@@ -27,7 +55,5 @@ def test_equals_upstream_in_float64(
     ranks: RankPool, start: Start, upstream: Callable[..., Run], case: str, tell: Callable[[str], None]
 ) -> None:
     world, model, own = CASES[case]
-    own += " --ddp-bucket-size 20000"
-    own = own if "flat" in own and "I" not in own.split()[1] else f"{own} --paro-group-size 2"
-    run = run_arm(ranks, "O", world, start(model) + flags(own), float64=True, snapshots=(1, 4))
+    run = run_arm(ranks, "O", world, start(model) + flags(own, BUCKETS), float64=True, snapshots=(1, 4))
     assert_equal(run, upstream(model), f"sharding, {case}", tell)
