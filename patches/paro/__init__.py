@@ -19,4 +19,17 @@ RECORDS = (
         test="tests/unit/test_sharding_flags.py::test_upstreams_validation_refuses_what_sharding_cannot_serve",
         remove_when="upstream calls hooks before and after validating its arguments",
     ),
+    Record(
+        id="paro.partial-layers",
+        system="paro",
+        action="wrap",
+        target="megatron.training.checkpointing:_build_sharded_state_dict_metadata",
+        impl="patches.paro.partial:by_layer",
+        reads=("megatron.core.transformer.transformer_block:TransformerBlock.sharded_state_dict",),
+        why="Upstream stacks all layers' tensors in a checkpoint, and refuses to write the optimizer states of those "
+        "layers alone that are trained.",
+        when="patches.paro.conditions:freezes",
+        test="tests/distributed/test_partial.py::test_is_saved_and_resumed",
+        remove_when="upstream writes layers apart by default, as it announces",
+    ),
 )
