@@ -15,9 +15,9 @@ from tests.pool import RankFailure, RankPool
 from tests.regression.arm import Run, run_arm
 from tests.regression.tensors import logical_tensors
 
-LAST = r"layers\.3\.mlp|final_layernorm"
-FIRST = r"layers\.0\.mlp"
-NORMS = "norm"  # a part of the fused qkv layer has it in its name, too, where TransformerEngine is
+LAST = r"layers\.3\.mlp\.linear_fc\d\.weight|final_layernorm"
+FIRST = r"layers\.0\.mlp\.linear_fc\d\.weight"
+NORMS = "norm"
 EMBEDDING = "embedding"
 STEPS = 3
 RESHARDABLE = "--dist-ckpt-optim-fully-reshardable"
