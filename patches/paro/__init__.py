@@ -12,7 +12,7 @@ RECORDS = (
         target="megatron.training.arguments:validate_args",
         impl="patches.paro.arguments:with_sharding",
         reads=("megatron.training.initialize:_initialize_distributed",),
-        why="--paro has to set upstream's distributed optimizer, its instances and the form of its checkpoints before "
+        why="--paro has to set upstream's distributed optimizer and the form of its checkpoints before "
         "upstream validates its flags, and what sharding cannot serve has to be refused before any process group "
         "exists.",
         when=_ASKED_FOR,
