@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 
 from megatron.longseq.attention.groups import open_spreads
-from megatron.longseq.attention.lanes import Sent
 from megatron.longseq.attention.spread import Spread
 from megatron.longseq.attention.ways import Way
+from megatron.longseq.ranks import Sent
 from tests.regression.planted import wrapped
 from tests.unit.context_run import Problem, Ranks
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from megatron.longseq.attention.blocks import Documents
-from megatron.longseq.attention.lanes import Message, Sent
+from megatron.longseq.attention.lanes import Message
 from megatron.longseq.attention.layout import Mesh
 from megatron.longseq.attention.ring import RingLanes
 from megatron.longseq.attention.spread import Spread
+from megatron.longseq.ranks import Sent
 
 PATIENCE = 30.0  # seconds until a message that does not come is an error
 

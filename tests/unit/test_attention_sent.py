@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from megatron.longseq.attention.heads import Heads
-from megatron.longseq.attention.lanes import Sent
 from megatron.longseq.attention.layout import Layout, Mesh
 from megatron.longseq.attention.ringplan import Ring, plan_traffic
 from megatron.longseq.attention.ringtiles import Mask
@@ -23,6 +22,7 @@ from megatron.longseq.attention.traffic import (
     peer_ring,
     ring,
 )
+from megatron.longseq.ranks import Sent
 from tests.unit.context_run import Problem, Ranks
 from tests.unit.test_attention_context import DOCUMENTS, MESHES
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +11,7 @@ from megatron.longseq.attention.layout import Mesh
 from megatron.longseq.attention.ring import RingLanes
 from megatron.longseq.attention.spread import Spread
 from megatron.longseq.attention.ways import Way
+from megatron.longseq.ranks import everyones
 
 LANES = ("keys", "grads", "far_keys", "far_grads")
 
@@ -66,13 +66,6 @@ def open_spreads(
         plain = made[key]
         spreads[name] = Spread(mesh, rank, plain.ulysses, plain.ring, plain.gather if way.gathers else None, window)
     return spreads
-
-
-def everyones(mine: Sequence[int]) -> list[tuple[int, ...]]:
-    """Return the ranks of every such group of the job, in the same order on every rank: a collective."""
-    lists: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(lists, tuple(mine))
-    return sorted(set(lists))
 
 
 def _ulysses(mesh: Mesh, ranks: Sequence[int]) -> list[tuple[int, ...]]:

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron.longseq.ranks import Sent
+
 Message = tuple[int, Tensor]  # (index of the other rank in the group, contiguous tensor)
 
 
@@ -41,24 +43,6 @@ class Exchange(Protocol):
     def reduce_scatter(self, parts: Tensor) -> Tensor:
         """[ranks, ...]: return the sum over ranks of entry `own rank`."""
         ...
-
-
-@dataclass
-class Sent:
-    """What left this rank.
-
-    Attributes:
-        bytes: of all messages and collectives, what stays on the rank left out.
-        messages: point-to-point messages, or collectives.
-    """
-
-    bytes: int = 0
-    messages: int = 0
-
-    def count(self, size: int) -> None:
-        """Add one message."""
-        self.bytes += size
-        self.messages += 1
 
 
 class _Works:

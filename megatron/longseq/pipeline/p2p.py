@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron.longseq.pipeline.action import Action, Kind, Pipeline, source, target
 from megatron.longseq.pipeline.outbox import Outbox
 from megatron.longseq.pipeline.watch import Wait, Watch
+from megatron.longseq.ranks import everyones
 
 TAKEN = "a receive of its output"
 WHAT = {Kind.FORWARD: "its hidden states", Kind.BACKWARD: "its gradient"}
@@ -59,7 +60,7 @@ def open_lanes(group: dist.ProcessGroup, virtual: int, timeout: timedelta | None
     mine, backend = dist.get_process_group_ranks(group), dist.get_backend(group)
     wraps = (False, True) if virtual > 1 else (False,)
     lanes = {}
-    for ranks in _pipelines(mine):  # torch wants every rank at the making of every group
+    for ranks in everyones(mine):  # torch wants every rank at the making of every group
         for kind in (Kind.FORWARD, Kind.BACKWARD):
             for wrap in wraps:
                 lane = dist.new_group(list(ranks), timeout=timeout, backend=backend)
@@ -69,13 +70,6 @@ def open_lanes(group: dist.ProcessGroup, virtual: int, timeout: timedelta | None
         for sender, receiver in _edges(len(mine), kind, wrap):
             _greet(lane, mine, sender, receiver)
     return Lanes(group, lanes, Outbox(backend))
-
-
-def _pipelines(mine: list[int]) -> list[tuple[int, ...]]:
-    """Return the ranks of every pipeline of the job, in the same order on every rank."""
-    everyones: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, tuple(mine))
-    return sorted(set(everyones))
 
 
 def _edges(size: int, kind: Kind, wrap: bool) -> list[tuple[int, int]]:
