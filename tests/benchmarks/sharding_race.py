@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.longseq.sharding.collectives import Collectives, Communicators, Region, open_groups
+from megatron.longseq.sharding.collectives import Collectives, Region, open_groups
 from megatron.longseq.sharding.groups import Groups
 from megatron.longseq.sharding.lanes import Lanes, Runner
 from megatron.longseq.sharding.phases import Kind, Phase, Scope

@@ -238,7 +238,7 @@ def refuse_unable(user: int, find: Callable[[str], str | None]) -> None:
         why += [f"no {tool}" for tool in missing]
         raise BedError(
             f"two nodes on one machine: {', '.join(why)}. Network namespaces and token buckets need root "
-            "(CAP_NET_ADMIN and CAP_SYS_ADMIN in a container), iproute2's ip and tc, and procps' sysctl: run as root, install them"
+            "(in a container CAP_NET_ADMIN and CAP_SYS_ADMIN), iproute2 and procps: run as root, install them"
         )
 
 
