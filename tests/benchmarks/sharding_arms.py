@@ -265,8 +265,8 @@ def text(results: Sequence[Result], links: Links, groups: Groups, microbatches: 
     clock = predicted(results, links, groups, microbatches)
     numel = results[0].ranks[0].numel
     lines = [
-        f"{numel / 1e6:.2f} million parameters in float32, {microbatches} micro-batches a step: median seconds of a step",
-        "(of a round; predicted: the formula's communication, none hidden, and what the first arm takes beside its own)",
+        f"{numel / 1e6:.2f} million parameters, float32, {microbatches} micro-batches a step: median seconds of a step",
+        "(least to most of rounds; predicted: communication by formula, none hidden, and what the first arm takes beside)",
     ]
     for result in results:
         counted, formula = sent_and_formula(result, groups, microbatches)
