@@ -29,6 +29,12 @@ class Region(NamedTuple):
     part: Tensor
 
 
+def region_of(whole: Tensor, groups: Groups, member: int) -> Region:
+    """Return a whole bucket of n equal shards as a rank's region; sizes are checked when it is used."""
+    width = whole.numel() // groups.size
+    return Region(whole, whole.narrow(0, member % groups.size * width, width))
+
+
 class Communicators(NamedTuple):
     """A rank's place in its data-parallel group, and process groups of that.
 

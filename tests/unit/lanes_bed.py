@@ -1,0 +1,97 @@
+"""Fake collectives for lanes: ranks are threads that meet, and fail where one brings something else than another."""
+
+import random
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron.longseq.sharding.collectives import Region
+from megatron.longseq.sharding.groups import Groups
+from megatron.longseq.sharding.phases import Phase, Scope
+
+LIMIT = 20.0  # seconds after which a test that waits has failed
+
+
+def bucket(number: int) -> Region:
+    """Return a region that says which bucket it is."""
+    return Region(None, torch.tensor([number]))
+
+
+class Meeting:
+    """Where fake ranks meet: those of a scope's group go on when all of them are there, with the same collective."""
+
+    def __init__(self, groups: Groups) -> None:
+        self.groups = groups
+        self._there: dict[Any, dict[int, Any]] = defaultdict(dict)
+        self._turns: dict[Any, int] = defaultdict(int)
+        self._change = threading.Condition()
+
+    def members(self, member: int, scope: Scope) -> tuple[int, ...]:
+        """Return who takes part."""
+        ranks = range(self.groups.ranks)
+        rings = {
+            Scope.INSIDE: self.groups.inside(ranks),
+            Scope.BETWEEN: self.groups.between(ranks),
+            Scope.FLAT: (tuple(ranks),),
+        }
+        return next(ring for ring in rings[scope] if member in ring)
+
+    def come(self, member: int, phase: Phase, what: Any) -> None:
+        """Wait for the others; fail where they bring something else, or do not come."""
+        ring = self.members(member, phase.scope)
+        with self._change:
+            turn = self._turns[member, phase.scope]
+            self._turns[member, phase.scope] += 1
+            there = self._there[phase.scope, ring, turn]
+            there[member] = (phase, what)
+            self._change.notify_all()
+            if not self._change.wait_for(lambda: len(there) == len(ring), LIMIT):
+                raise TimeoutError(f"of {ring} only {sorted(there)} came to {phase} {what}")
+        assert len(set(there.values())) == 1, f"ranks bring different collectives: {there}"
+
+
+class Fake:
+    """A runner of one rank: notes what runs, late at random, and calls what a test planted."""
+
+    def __init__(self, meeting: Meeting | None = None, member: int = 0, seed: int | None = None) -> None:
+        self.meeting, self.member = meeting, member
+        self.delays = random.Random(seed) if seed is not None else None
+        self.ran: dict[str, list[tuple[int, Phase]]] = defaultdict(list)
+        self.planted: Callable[[Phase, int], None] = lambda phase, number: None
+
+    def check(self, phase: Phase, region: Region) -> None:
+        """Find nothing wrong."""
+
+    def run(self, phase: Phase, region: Region) -> None:
+        """Note it by thread."""
+        number = int(region.part.item())
+        if self.delays:
+            time.sleep(self.delays.choice([0, 0, 0.001, 0.004]))
+        self.planted(phase, number)
+        self.ran[threading.current_thread().name].append((number, phase))
+        if self.meeting:
+            self.meeting.come(self.member, phase, number)
+
+
+def on_ranks(ranks: int, act: Callable[[int], None]) -> None:
+    """Run a function on so many threads, and raise what one raised."""
+    errors: list[BaseException] = []
+
+    def guarded(rank: int) -> None:
+        try:
+            act(rank)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(rank,), daemon=True) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(2 * LIMIT)
+    if errors:
+        raise errors[0]
+    assert not any(thread.is_alive() for thread in threads), "a rank hangs"
