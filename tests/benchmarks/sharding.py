@@ -21,7 +21,8 @@ from typing import Any
 
 from megatron.longseq.sharding.groups import Groups
 from tests.benchmarks import sharding_arms as training
-from tests.benchmarks.sharding_race import race_on_this_rank
+from tests.benchmarks import sharding_steps as steps
+from tests.benchmarks.sharding_race import probe_on_this_rank, race_on_this_rank
 from tests.benchmarks.sharding_report import heats, links_of, measured, summary, text
 from tests.benchmarks.twonodes import Bed, BedError, two_nodes
 from tests.benchmarks.twonodes_check import Pace, add_rates, confirm, measure, rates_of, shown
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(bed: Bed, given: argparse.Namespace) -> dict[str, Any]:
     pace = measure(bed)
     print(f"links of a node: {shown(pace.rates)} (asked {shown(bed.rates)})")
-    confirm(bed, pace)
+    confirm(bed, pace, given.tolerance)
     found: dict[str, Any] = {"asked": vars(bed.rates), "measured": vars(pace.rates)}
     if "collectives" in given.only:
         found |= _race(bed, pace, given)
@@ -56,7 +57,9 @@ def _run(bed: Bed, given: argparse.Namespace) -> dict[str, Any]:
 def _race(bed: Bed, pace: Pace, given: argparse.Namespace) -> dict[str, Any]:
     groups, links = Groups(bed.world_size, bed.ranks), links_of(pace, bed.ranks)
     program = heats(groups, links, [int(size * 2**20) for size in given.sizes], given.rounds)
-    results = measured(bed.run(race_on_this_rank, groups.size, program, timeout=3600), groups, links)
+    probed = bed.run(probe_on_this_rank, groups.size)[0]
+    print(f"links of a rank: {links}\nas the runtime probes them: {probed}")
+    results = measured(bed.run(race_on_this_rank, groups.size, program, timeout=3600), groups, links, probed)
     print(text(results))
     return summary(results)
 
@@ -66,8 +69,8 @@ def _train(bed: Bed, pace: Pace, given: argparse.Namespace) -> dict[str, Any]:
     contestants = [arm for arm in training.arms(groups.size) if not given.arms or arm.name in given.arms]
     count = given.microbatches
     results = training.train(bed, contestants, rounds=given.training_rounds, steps=given.steps, microbatches=count)
-    print(training.text(results, links, groups, count))
-    return training.summary(results, links, groups, count)
+    print(steps.text(results, links, groups, count))
+    return steps.summary(results, links, groups, count)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,12 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.longseq.sharding.collectives import Collectives, Region, open_groups
+from megatron.longseq.sharding.collectives import Collectives, Region, open_groups, region_of
 from megatron.longseq.sharding.groups import Groups
 from megatron.longseq.sharding.lanes import Lanes, Runner
 from megatron.longseq.sharding.phases import Kind, Phase, Scope
+from megatron.longseq.sharding.probe import probe
 from megatron.longseq.sharding.ring import Mode, Piece, Run, ring_steps, whole
-from megatron.longseq.sharding.strategy import Level
+from megatron.longseq.sharding.ringtime import Links
 
 GLOO, RING = "gloo", "ring"
 LOGICAL = "logical"  # gloo, flat over ranks in logical order: what a strategy with groups falls back to
@@ -101,6 +102,18 @@ class RingMessages:
                 target.add_(into)
 
 
+def probe_on_this_rank(size: int) -> Links:
+    """Measure links as the runtime does at a start; all ranks return the same.
+
+    Args:
+        size: of a group.
+    """
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    groups = Groups(dist.get_world_size(), size)
+    return probe(groups, open_groups(dist.group.WORLD, groups), torch.device("cpu"))
+
+
 def race_on_this_rank(size: int, heats: Sequence[Heat]) -> list[Timed]:
     """Run every heat, its arms in turns, each round in another order; before that each once, its result looked at.
 
@@ -178,7 +191,7 @@ class Race:
         """Return a function that runs an arm on a message."""
         groups, lanes = self.tracks[arm.way, arm.mode]
         phases = whole(kind, groups, arm.mode)
-        regions = [self._region(groups, bucket) for bucket in message.chunk(arm.buckets)]
+        regions = [region_of(bucket, groups, self.member) for bucket in message.chunk(arm.buckets)]
 
         def run() -> None:
             handles = [lanes.submit(phases, region, f"bucket {at}") for at, region in enumerate(regions)]
@@ -186,10 +199,6 @@ class Race:
                 handle.wait()
 
         return run
-
-    def _region(self, groups: Groups, bucket: Tensor) -> Region:
-        numel, owned = bucket.numel() // groups.ranks, groups.owned(Level.GROUP, self.member)
-        return Region(bucket, bucket[owned.start * numel : owned.stop * numel])
 
     def _prove(self, heat: Heat, arm: Arm) -> None:
         """Run an arm once on whole numbers and compare with what they come to."""

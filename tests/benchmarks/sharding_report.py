@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron.longseq.sharding.groups import Groups
+from megatron.longseq.sharding.linkfit import pick
 from megatron.longseq.sharding.phases import Kind
 from megatron.longseq.sharding.ring import Mode
-from megatron.longseq.sharding.ringtime import Choice, Link, Links, choose, seconds
+from megatron.longseq.sharding.ringtime import Choice, Link, Links, seconds
 from tests.benchmarks.sharding_race import GLOO, LOGICAL, RING, Arm, Heat, Timed
 from tests.benchmarks.twonodes_check import Pace
 
@@ -40,14 +41,20 @@ def heats(groups: Groups, links: Links, sizes: Sequence[int], rounds: int) -> li
 
 def arms(kind: Kind, groups: Groups, links: Links, size: int) -> tuple[Arm, ...]:
     """Return who takes part in a heat."""
-    cut = min(BUCKETS, key=lambda count: predicted(kind, Mode.OVERLAPPED, groups, links, size, count))
-    modes = ((Mode.FLAT, 1), (Mode.HIERARCHICAL, 1), (Mode.OVERLAPPED, cut))
+    best = min(BUCKETS, key=lambda count: predicted(kind, Mode.OVERLAPPED, groups, links, size, count))
+    modes = ((Mode.FLAT, 1), (Mode.HIERARCHICAL, 1), (Mode.OVERLAPPED, best))
     return (Arm(LOGICAL, Mode.FLAT, 1), *(Arm(way, mode, buckets) for way in WAYS for mode, buckets in modes))
 
 
 def predicted(kind: Kind, mode: Mode, groups: Groups, links: Links, size: int, buckets: int) -> float:
     """Return the clock's seconds of a message that is cut evenly."""
     return seconds(kind, mode, groups, links, [size / groups.ranks / buckets] * buckets)
+
+
+def cut(heat: Heat, groups: Groups) -> list[float]:
+    """Return bytes of a shard of every bucket of a heat's overlapped arms."""
+    buckets = max(arm.buckets for arm in heat.arms)
+    return [heat.size / groups.ranks / buckets] * buckets
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class Measured:
         heat: which.
         seconds: of every arm, by round: of the slowest rank.
         predicted: seconds of every mode.
-        choice: what `choose` would run.
+        choice: what the runtime would run of the message in the overlapped arm's buckets.
     """
 
     heat: Heat
@@ -85,8 +92,15 @@ class Measured:
         return (LOGICAL if self.choice.mode is Mode.FLAT else GLOO), self.choice.mode
 
 
-def measured(ranks: Sequence[Sequence[Timed]], groups: Groups, links: Links) -> list[Measured]:
-    """Return the heats of a race, from what every rank timed."""
+def measured(ranks: Sequence[Sequence[Timed]], groups: Groups, links: Links, probed: Links) -> list[Measured]:
+    """Return the heats of a race.
+
+    Args:
+        ranks: what every one timed.
+        groups: the ranks.
+        links: of a rank; predictions take them.
+        probed: the same as the runtime measures them; it chooses by those.
+    """
     found: dict[Heat, dict[Arm, list[float]]] = {}
     for same in zip(*ranks, strict=True):
         rounds = zip(*(one.seconds for one in same), strict=True)
@@ -96,7 +110,7 @@ def measured(ranks: Sequence[Sequence[Timed]], groups: Groups, links: Links) -> 
             heat,
             seconds,
             {arm.mode: predicted(heat.kind, arm.mode, groups, links, heat.size, arm.buckets) for arm in heat.arms},
-            choose(heat.kind, groups, links, heat.size, buckets=BUCKETS),
+            pick(heat.kind, groups, probed, cut(heat, groups)),
         )
         for heat, seconds in found.items()
     ]
@@ -110,7 +124,7 @@ def text(results: Sequence[Measured]) -> str:
     ]
     for one in results:
         kind, size, chosen = one.heat.kind, one.heat.size, one.choice
-        lines.append(f"{kind} {size / 2**20:g} MiB, {one.heat.rounds} rounds; choose: {chosen.mode} {chosen.buckets}")
+        lines.append(f"{kind} {size / 2**20:g} MiB, {one.heat.rounds} rounds; the runtime picks {chosen.mode}")
         for arm, found in one.seconds.items():
             middle, least, most = (1e3 * pick(found) for pick in (statistics.median, min, max))
             lines.append(

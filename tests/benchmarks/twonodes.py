@@ -13,7 +13,9 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -218,11 +220,13 @@ def two_nodes(pool: RankPool, rates: Rates, ranks: int = 2) -> Iterator[Bed]:
     listed = [line.split()[0] for line in _run(["ip", "netns", "list"]).splitlines() if line.strip()]
     pair = nodes(os.getpid())
     _remove([*abandoned(listed, _is_alive), *(node.name for node in pair if node.name in listed)])
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         for line in commands(pair, rates):
             _run(line)
         yield Bed(pool, pair, rates, ranks)
     finally:
+        signal.signal(signal.SIGTERM, before)
         _remove([node.name for node in pair if os.path.exists(f"/run/netns/{node.name}")])
 
 

@@ -108,16 +108,16 @@ def carried(bed: Bed, size: int) -> tuple[Counters, Counters]:
     return rest.since(talk), Counters((sent,) * nodes, (sent * (bed.ranks - 1),) * nodes)
 
 
-def confirm(bed: Bed, pace: Pace) -> None:
-    """Refuse a bed whose links are not as asked.
+def confirm(bed: Bed, pace: Pace, tolerance: float) -> None:
+    """Refuse a bed whose links are further from what was asked than a share of it.
 
     Raises:
         BedError: by how much.
     """
-    if pace.rates.off(bed.rates) > TOLERANCE:
+    if pace.rates.off(bed.rates) > tolerance:
         raise BedError(
             f"links of {shown(pace.rates)} were measured where {shown(bed.rates)} were asked, more than "
-            f"{TOLERANCE:.0%} off: this machine is busy, or too slow for them. Wait, or give lower --between"
+            f"{tolerance:.0%} off: this machine is busy, or too slow for them. Wait, or give lower --between"
         )
 
 
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             links, ring = carried(bed, 2**24)
             print(f"an all-gather of {2**24} bytes: links carry {links}, its ring sends {ring}")
-            confirm(bed, pace)
+            confirm(bed, pace, given.tolerance)
     except BedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -152,6 +152,7 @@ def add_rates(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--between", type=float, default=BETWEEN / 1e6, help="MB/s of a node's cable (default %(default)s)"
     )
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="share that links may be off (%(default)s)")
     parser.add_argument("--ratio", type=float, default=RATIO, help="loopback over cable (default %(default)s)")
 
 
