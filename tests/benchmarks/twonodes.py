@@ -197,9 +197,7 @@ def run_in_node(place: tuple[tuple[Node, ...], int, int], name: str, arguments: 
         "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": CABLE,
     }
-    os.environ.pop(
-        "TORCHELASTIC_USE_AGENT_STORE", None
-    )  # the launcher is in neither node: the first rank keeps the store
+    del os.environ["TORCHELASTIC_USE_AGENT_STORE"]  # the pool is in neither node: the first rank keeps the store
     module, function = name.split(":")
     return getattr(importlib.import_module(module), function)(*arguments)
 
@@ -226,8 +224,8 @@ def two_nodes(pool: RankPool, rates: Rates, ranks: int = 2) -> Iterator[Bed]:
             _run(line)
         yield Bed(pool, pair, rates, ranks)
     finally:
-        signal.signal(signal.SIGTERM, before)
         _remove([node.name for node in pair if os.path.exists(f"/run/netns/{node.name}")])
+        signal.signal(signal.SIGTERM, before)
 
 
 def refuse_unable(user: int, find: Callable[[str], str | None]) -> None:

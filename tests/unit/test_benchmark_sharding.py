@@ -146,7 +146,7 @@ def test_a_bed_that_is_asked_to_end_goes(tmp_path):
 def test_a_half_made_bed_goes_and_the_command_that_failed_is_named(tmp_path, monkeypatch):
     half = commands(nodes(os.getpid()), RATES)[:4]
     monkeypatch.setattr(twonodes, "commands", lambda pair, rates: [*half, ["tc", "-n", pair[0].name, "nonsense"]])
-    with pytest.raises(BedError, match="nonsense.*status"), two_nodes(RankPool(tmp_path), RATES):
+    with pytest.raises(BedError, match=r"nonsense.*status"), two_nodes(RankPool(tmp_path), RATES):
         raise AssertionError("no bed was made")
     assert not made()
 
@@ -234,9 +234,7 @@ def trained(arm, seconds, sent=None, loss=5.0):
     starts = [sum(spans[:number]) for number in range(len(spans) + 1)]
 
     def rank():
-        total = [
-            seen(**{scope: number * count for scope, count in (sent or {}).items()}) for number in range(len(starts))
-        ]
+        sums = [{scope: number * count for scope, count in (sent or {}).items()} for number in range(len(starts))]
         return training.Trained(starts, [seen(**each) for each in sums], [3000, 1000], [loss] * len(starts))
 
     ranks = [rank() for _ in range(4)]
