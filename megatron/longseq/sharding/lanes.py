@@ -17,7 +17,7 @@ from megatron.longseq.sharding.lanekinds import Done, Lane, lane_for
 from megatron.longseq.sharding.order import Order, Track, Turn
 from megatron.longseq.sharding.phases import Phase, Phases
 
-After = Callable[[], None]
+After = Callable[[], object]
 
 
 class LaneError(RuntimeError):

@@ -1,0 +1,94 @@
+"""Lanes over gloo: every way of a collective is the plain sum, to the bit however late ranks are, and counted."""
+
+from collections.abc import Callable
+from itertools import product
+
+import pytest
+import torch
+
+from megatron.longseq.sharding.groups import Groups
+from megatron.longseq.sharding.phases import Kind, Scope
+from megatron.longseq.sharding.ring import Mode, whole
+from megatron.longseq.sharding.traffic import volume
+from tests.distributed.lanes_bed import Case, Result, collect, one_stays_away, places, probed
+from tests.pool import RankPool
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+WAYS = tuple(product(Kind, Mode))
+WHOLE_NUMBERS = [Case(kind, mode, 2, dtype, mean) for kind, mode in WAYS for dtype in DTYPES for mean in (False, True)]
+WHOLE_NUMBERS += [Case(kind, mode, size, shard=1) for kind, mode in WAYS for size in (1, 4)]
+PAIRS = [Case(kind, mode, size, torch.bfloat16) for kind, mode in WAYS for size in (1, 2)]
+
+
+@pytest.mark.parametrize(("ranks_", "cases"), [(4, WHOLE_NUMBERS), (2, PAIRS)], ids=["4 ranks", "2 ranks"])
+def test_each_way_is_the_plain_collective_and_sends_the_formulas_bytes(
+    ranks: RankPool, ranks_: int, cases: list[Case]
+) -> None:
+    results: list[list[Result]] = ranks.run(ranks_, collect, cases)
+    for index, case in enumerate(cases):
+        groups = Groups(ranks_, case.size)
+        phases = whole(case.kind, groups, case.mode)
+        shard = case.shard * case.dtype.itemsize * case.buckets
+        formula = volume(phases, groups, shard, case.buckets)
+        for result in (of_rank[index] for of_rank in results):
+            assert result.is_right, case
+            assert result.sent == result.given, case
+            assert {scope: sent.bytes for scope, sent in result.sent.items()} == {
+                Scope.INSIDE: formula.inside,
+                Scope.BETWEEN: formula.between,
+                Scope.FLAT: formula.flat,
+            }, case
+            assert sum(sent.messages for sent in result.sent.values()) == formula.collectives, case
+
+
+def test_overlapped_ones_are_the_serial_ones_to_the_bit(ranks: RankPool) -> None:
+    ways = [(Mode.HIERARCHICAL, 1), (Mode.OVERLAPPED, 1), (Mode.OVERLAPPED, 1), (Mode.OVERLAPPED, 5)]
+    problems = [*product((Kind.REDUCE_SCATTER, Kind.ALL_REDUCE), (torch.float32, torch.bfloat16))]
+    cases = [
+        Case(kind, mode, 2, dtype, buckets=6, shard=1000, is_whole=False, lag=lag)
+        for kind, dtype in problems
+        for mode, lag in ways
+    ]
+    for of_rank in ranks.run(4, collect, cases):
+        for at in range(0, len(cases), len(ways)):
+            serial, *others = of_rank[at : at + len(ways)]
+            assert len({len(serial.buckets), *map(len, serial.buckets)}) == 2 and len(set(serial.buckets)) == 6
+            assert all(other.buckets == serial.buckets for other in others), cases[at]
+
+
+@pytest.mark.parametrize(
+    ("lists", "size", "inside", "between"),
+    [
+        ([(0, 1, 2, 3)], 2, [[0, 1], [0, 1], [2, 3], [2, 3]], [[0, 2], [1, 3], [0, 2], [1, 3]]),
+        ([(0, 2), (1, 3)], 1, [None] * 4, [[0, 2], [1, 3], [0, 2], [1, 3]]),
+        ([(0, 1), (2, 3)], 2, [[0, 1], [0, 1], [2, 3], [2, 3]], [None] * 4),
+    ],
+)
+def test_every_data_parallel_group_has_its_own_in_logical_order(
+    ranks: RankPool, lists: list[tuple[int, ...]], size: int, inside: list, between: list
+) -> None:
+    for rank, (member, logical, right, named) in enumerate(ranks.run(4, places, lists, size)):
+        own = next(one for one in lists if rank in one)
+        assert (own[member], logical) == (rank, right)
+        assert named.pop("flat") == list(Groups(len(own), size).ordered(own))
+        assert named == {
+            name: want[rank] for name, want in (("inside", inside), ("between", between)) if want[rank] is not None
+        }
+
+
+def test_a_rank_that_stays_away_is_an_error_in_time(ranks: RankPool) -> None:
+    (said, seconds), _ = ranks.run(2, one_stays_away, timeout=60)
+    assert said.startswith("rank 0: reduce-scatter inside of bucket 5 of gradients failed: RuntimeError")
+    assert 0.9 < seconds < 20
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_all_ranks_measure_the_same_links(ranks: RankPool, size: int, tell: Callable[[str], None]) -> None:
+    (links, timed, seconds), *others = ranks.run(4, probed, size)
+    assert all(other[:2] == (links, timed) for other in others)
+    assert 1e6 < links.inside.bandwidth < 1e13 and 0 <= links.inside.latency < 0.1
+    assert (links.between.bandwidth < 1e13) is (size < 4) and 1 <= links.channels <= size
+    scopes = [Scope.INSIDE, Scope.BETWEEN, Scope.FLAT] if size == 2 else [Scope.INSIDE, Scope.FLAT]
+    assert [(one.phase.scope, one.shard) for one in timed] == [(s, n) for s in scopes for n in (2**10, 2**12)]
+    assert all(one.phase.kind is Kind.REDUCE_SCATTER and one.seconds > 0 for one in timed)
+    tell(f"links of 4 gloo ranks in groups of {size}: {links}, probed in {seconds:.2f} s")

@@ -1,0 +1,138 @@
+"""Lanes on a GPU: streams that wait for the caller's and for each other, overlap, and keep what they work on."""
+
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron.longseq.sharding.collectives import Collectives, Communicators, Region, region_of
+from megatron.longseq.sharding.groups import Groups
+from megatron.longseq.sharding.lanes import LaneError, Lanes
+from megatron.longseq.sharding.phases import (
+    GATHER_INSIDE,
+    REDUCE_BETWEEN,
+    SCATTER_BETWEEN,
+    SCATTER_INSIDE,
+    Phase,
+    Scope,
+)
+from tests.pool import RankPool
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+LONG = 100_000_000  # cycles: some 50 ms
+ALL_REDUCE = (SCATTER_INSIDE, REDUCE_BETWEEN, GATHER_INSIDE)
+
+
+class Slow:
+    """A runner whose phases take long, and then double what is there and add 1."""
+
+    def check(self, phase: Phase, region: Region) -> None:
+        """Find nothing wrong."""
+
+    def run(self, phase: Phase, region: Region) -> None:
+        """Run on the current stream."""
+        torch.cuda._sleep(LONG)
+        region.part.mul_(2).add_(1)
+
+
+@contextmanager
+def lanes(*, is_overlapped: bool = True) -> Iterator[Lanes]:
+    with closing(Lanes(Slow(), torch.device("cuda", 0), 0, is_overlapped=is_overlapped)) as made:
+        yield made
+
+
+def test_phases_wait_for_the_caller_and_the_caller_for_them() -> None:
+    part, total = torch.zeros(1 << 20, device="cuda"), torch.zeros(1 << 20, device="cuda")
+    with lanes() as mine:
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        torch.cuda._sleep(LONG)
+        part.fill_(1)
+        handle = mine.submit(ALL_REDUCE, Region(None, part), "x", lambda: total.add_(part))
+        handle.wait()
+        result, added = part.clone(), total.clone()
+        waited = time.perf_counter() - begin
+        torch.cuda.synchronize()
+        taken = time.perf_counter() - begin
+        assert (result == 15).all() and (added == 15).all()  # ((1 * 2 + 1) * 2 + 1) * 2 + 1
+        assert waited < taken / 2, "the host does not wait"
+
+
+@pytest.mark.parametrize("phases", [(SCATTER_INSIDE, SCATTER_BETWEEN), ALL_REDUCE], ids=["scatter", "all-reduce"])
+def test_lanes_overlap(phases: tuple[Phase, ...], tell: Callable[[str], None]) -> None:
+    seconds = {}
+    for is_overlapped in (False, True):
+        with lanes(is_overlapped=is_overlapped) as mine:
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            parts = [torch.zeros(1, device="cuda") for _ in range(6)]
+            for handle in [mine.submit(phases, Region(None, part), "x") for part in parts]:
+                handle.wait()
+            torch.cuda.synchronize()
+            seconds[is_overlapped] = time.perf_counter() - begin
+        assert all(part.item() == 2 ** len(phases) - 1 for part in parts)
+    tell(f"6 jobs of {len(phases)} phases on streams: overlapped {seconds[False] / seconds[True]:.2f} times as fast")
+    assert seconds[True] < 0.85 * seconds[False]
+
+
+def test_memory_is_not_given_away_before_the_end() -> None:
+    total = torch.zeros(1 << 20, device="cuda")
+
+    def start(mine: Lanes) -> None:
+        part = torch.ones(1 << 20, device="cuda")
+        held = weakref.ref(part)  # what comes after must not be what keeps it
+        mine.submit((SCATTER_INSIDE, SCATTER_BETWEEN), Region(None, part), "x", lambda: total.add_(held()))
+
+    with lanes() as mine:
+        start(mine)
+        for _ in range(8):
+            torch.full((1 << 20,), 99.0, device="cuda")
+    torch.cuda.synchronize()
+    assert (total == 7).all()
+
+
+def test_a_phase_that_raises_is_named_at_once() -> None:
+    class Broken(Slow):
+        def run(self, phase: Phase, region: Region) -> None:
+            raise OSError("gone")
+
+    with closing(Lanes(Broken(), torch.device("cuda", 0), 0, is_overlapped=True)) as mine:
+        region = Region(None, torch.zeros(1, device="cuda"))
+        with pytest.raises(LaneError, match="rank 0: reduce-scatter inside of bucket 5 failed: OSError: gone"):
+            mine.submit((SCATTER_INSIDE,), region, "bucket 5")
+
+
+def over_nccl() -> list[bool]:
+    """Run all phases over NCCL on one rank, on groups that a job would not make."""
+    torch.cuda.set_device(0)
+    dist.init_process_group("nccl")
+    groups, device = Groups(1, 1), torch.device("cuda", 0)
+    scopes = {scope: dist.new_group([0]) for scope in Scope}
+    communicators = Communicators(0, scopes, dist.new_group([0]))
+    right = []
+    for is_overlapped in (False, True):
+        collectives = Collectives(groups, communicators, average=True)
+        with closing(Lanes(collectives, device, 0, is_overlapped=is_overlapped)) as mine:
+            total = torch.zeros(1 << 20, device=device)
+            buckets = [torch.full((1 << 20,), float(number), device=device) for number in range(4)]
+            handles = []
+            for number, bucket in enumerate(buckets):
+                torch.cuda._sleep(LONG // 10)
+                bucket.add_(1)
+                region = region_of(bucket, groups, 0)
+                handles.append(mine.submit(ALL_REDUCE, region, f"bucket {number}", partial(total.add_, bucket)))
+            for handle in handles:
+                handle.wait()
+            right += [bool((bucket == number + 1).all()) for number, bucket in enumerate(buckets)]
+            right += [bool((total == 10).all()), sum(sent.messages for sent in collectives.sent.values()) == 12]
+    dist.destroy_process_group()
+    return right
+
+
+def test_over_nccl(ranks: RankPool) -> None:
+    assert ranks.run(1, over_nccl, timeout=300) == [[True] * 12]

@@ -1,0 +1,135 @@
+"""Links from measured times: found again from the clock's own, robust to noise; and flat unless another way wins."""
+
+import random
+from math import inf
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron.longseq.sharding.groups import Groups
+from megatron.longseq.sharding.linkfit import Timed, apart, fit_link, fit_links, pick
+from megatron.longseq.sharding.phases import Kind, Phase, Scope, needed
+from megatron.longseq.sharding.ring import Mode
+from megatron.longseq.sharding.ringtime import Link, Links, choose, seconds
+
+SHARDS = (2**12, 2**16, 2**20)
+kinds = st.sampled_from(list(Kind))
+speeds = st.floats(1e6, 1e12)
+
+
+def clocked(kind: Kind, groups: Groups, links: Links, noise: float = 0.0) -> list[Timed]:
+    """Return the times that links would take, each off by a random factor."""
+    off = random.Random(0)
+    return [
+        Timed(phase, shard, links.seconds(phase, groups, shard) * (1 + noise) ** off.uniform(-1, 1))
+        for phase in needed(tuple(Phase(kind, scope) for scope in Scope), groups)
+        for shard in SHARDS
+    ]
+
+
+@given(kinds, st.integers(2, 8), st.integers(2, 8), speeds, st.floats(2, 20), st.floats(0, 1e-3), st.data())
+def test_links_are_found_again(
+    kind: Kind, size: int, count: int, speed: float, ratio: float, latency: float, data: st.DataObject
+) -> None:
+    groups = Groups(size * count, size)
+    links = Links(
+        Link(speed, latency / ratio), Link(speed / ratio / size / count, latency), data.draw(st.integers(1, size))
+    )
+    timed = clocked(kind, groups, links)
+    found = fit_links(groups, timed)
+    assert found.channels == links.channels
+    for one in timed:
+        assert found.seconds(one.phase, groups, one.shard) == pytest.approx(one.seconds, rel=1e-6)
+    assert apart(groups, found, timed) < 1e-10
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_flat_ring_that_shares_a_link_is_told_from_one_that_does_not(channels: int) -> None:
+    groups, links = Groups(8, 4), Links(Link(1e10, 1e-5), Link(1e8, 5e-5), channels)
+    found = fit_links(groups, clocked(Kind.ALL_GATHER, groups, links, noise=0.1))
+    assert found.channels == channels
+    for ours, theirs in ((found.inside, links.inside), (found.between, links.between)):
+        assert ours.bandwidth == pytest.approx(theirs.bandwidth, rel=0.25)
+        assert ours.latency == pytest.approx(theirs.latency, rel=0.25)
+
+
+def test_links_that_nothing_goes_over_cost_nothing() -> None:
+    flat = Groups(4, 4)
+    links = fit_links(flat, clocked(Kind.ALL_GATHER, flat, Links(Link(1e9, 1e-5), Link(1.0))))
+    assert links.between == Link(inf) and links.inside.bandwidth == pytest.approx(1e9)
+    assert fit_links(Groups(1, 1), []) == Links(Link(inf), Link(inf))
+
+
+@given(st.lists(st.tuples(st.sampled_from([1, 10, 100, 1000]), st.floats(0.01, 100)), min_size=1, max_size=5))
+def test_no_link_is_nearer_to_noisy_times(points: list[tuple[int, float]]) -> None:
+    """Also where larger messages were faster, or so much slower that the latency would be negative."""
+    groups, phase = Groups(2, 2), Phase(Kind.ALL_GATHER, Scope.INSIDE)
+    link = fit_link(groups, [Timed(phase, size, time) for size, time in points])
+    assert link is not None and link.latency >= 0 and link.bandwidth > 0
+
+    def off(latency: float, per_byte: float) -> float:
+        return sum((1 - (max(latency, 0) + size * max(per_byte, 0)) / time) ** 2 for size, time in points)
+
+    ours = off(link.latency, 1 / link.bandwidth)
+    for more in (-1e-1, -1e-3, 0, 1e-3, 1e-1):
+        for larger in (-1e-2, -1e-4, 0, 1e-4, 1e-2):
+            assert ours <= off(link.latency + more, 1 / link.bandwidth + larger) + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("times", "link"),
+    [
+        ((1.0, 1.0), Link(inf, 1.0)),  # size does not matter
+        ((2.0, 1.0), Link(inf, 1.2)),  # larger is faster: no bandwidth explains it
+        ((1.0, 10.0), Link(1.0)),
+        ((1.0, 200.0), Link(401 / 420)),  # (1 + 1/400) / (1 + 10/200): the latency would be negative
+        ((3.0,), Link(1 / 3)),  # one size says nothing of latency
+    ],
+)
+def test_figures_by_hand(times: tuple[float, ...], link: Link) -> None:
+    groups, phase = Groups(2, 2), Phase(Kind.ALL_GATHER, Scope.INSIDE)
+    found = fit_link(groups, [Timed(phase, 10**index, time) for index, time in enumerate(times)])
+    assert found is not None
+    assert found.latency == pytest.approx(link.latency, abs=1e-12)
+    assert 1 / found.bandwidth == pytest.approx(1 / link.bandwidth, abs=1e-12)
+
+
+def test_a_time_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="times must be positive"):
+        fit_link(Groups(2, 2), [Timed(Phase(Kind.ALL_GATHER, Scope.INSIDE), 8, 0.0)])
+
+
+FAR = Links(Link(1e10, 1e-6), Link(5e8, 1e-6), channels=1)
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_equal_buckets_are_chosen_for_as_a_message_is(kind: Kind) -> None:
+    groups = Groups(16, 4)
+    for size in (2**10, 2**16, 2**24, 2**28):
+        whole = choose(kind, groups, FAR, size, buckets=(8,))
+        ours = pick(kind, groups, FAR, [size / 16 / 8] * 8)
+        if whole.mode is Mode.OVERLAPPED:
+            assert (ours.mode, ours.seconds) == (whole.mode, whole.seconds)
+    assert pick(kind, groups, FAR, [2**24] * 8).mode is Mode.OVERLAPPED
+
+
+@settings(deadline=None)
+@given(
+    kinds, st.integers(1, 4), st.integers(1, 4), st.lists(st.floats(1, 1e8), min_size=1, max_size=6), st.floats(0, 0.5)
+)
+def test_never_slower_than_flat_and_flat_within_the_margin(
+    kind: Kind, size: int, count: int, shards: list[float], margin: float
+) -> None:
+    groups = Groups(size * count, size)
+    choice = pick(kind, groups, FAR, shards, margin=margin)
+    times = {mode: seconds(kind, mode, groups, FAR, shards) for mode in Mode}
+    assert choice.seconds == times[choice.mode] and choice.flat == times[Mode.FLAT]
+    if choice.mode is Mode.FLAT:
+        assert min(times.values()) * (1 + margin) >= choice.flat
+    else:
+        assert choice.seconds == min(times.values()) and choice.speedup > 1 + margin
+
+
+def test_one_bucket_overlaps_with_nothing() -> None:
+    assert pick(Kind.ALL_GATHER, Groups(16, 4), FAR, [2**24]).mode is Mode.HIERARCHICAL

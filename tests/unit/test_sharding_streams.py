@@ -1,0 +1,135 @@
+"""Lanes on streams, whatever order a GPU takes that events allow; tests/gpu has the same on a real one."""
+
+import random
+import weakref
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+
+from megatron.longseq.sharding.collectives import Region
+from megatron.longseq.sharding.lanes import LaneError, Lanes
+from megatron.longseq.sharding.phases import (
+    GATHER_BETWEEN,
+    GATHER_INSIDE,
+    REDUCE_BETWEEN,
+    SCATTER_BETWEEN,
+    SCATTER_INSIDE,
+    Phase,
+)
+from tests.unit.streams_bed import Machine, machine
+
+__all__ = ["machine"]
+GPU = torch.device("cuda", 0)
+ALL_REDUCE = (SCATTER_INSIDE, REDUCE_BETWEEN, GATHER_INSIDE)
+JOBS = [(SCATTER_INSIDE, SCATTER_BETWEEN), ALL_REDUCE, (GATHER_BETWEEN, GATHER_INSIDE), ()]
+
+
+class Doubling:
+    """A runner whose phases give the current stream work: what is there, twice and 1 more, in two steps."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.running: set[Phase] = set()
+        self.together = 0
+
+    def check(self, phase: Phase, region: Region) -> None:
+        """Find nothing wrong."""
+
+    def run(self, phase: Phase, region: Region) -> None:
+        """Give the stream work; only the device holds what it works on."""
+        part = weakref.ref(region.part)
+
+        def begin() -> None:
+            self.running.add(phase)
+            self.together = max(self.together, len({one.scope for one in self.running}))
+            assert part() is not None, "given away before the end"
+            part().mul_(2)  # type: ignore[union-attr]
+
+        def end() -> None:
+            self.running.discard(phase)
+            part().add_(1)  # type: ignore[union-attr]
+
+        self.machine.do(begin)
+        self.machine.do(end)
+
+
+def writing(part: torch.Tensor, value: int) -> Callable[[], None]:
+    held = weakref.ref(part)
+    return lambda: held().fill_(value)  # type: ignore[union-attr]
+
+
+def reading(part: torch.Tensor, seen: list[int]) -> Callable[[], None]:
+    held = weakref.ref(part)
+    return lambda: seen.append(int(held()))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("is_overlapped", [True, False])
+def test_any_order_that_events_allow_is_right(machine: Machine, is_overlapped: bool) -> None:
+    together = [one_order(machine, seed, is_overlapped) for seed in range(60)]
+    assert max(together) == 1 + is_overlapped
+
+
+def one_order(machine: Machine, seed: int, is_overlapped: bool) -> int:
+    """Run six jobs in one order; return how many lanes worked at once."""
+    order, runner = random.Random(seed), Doubling(machine)
+    lanes = Lanes(runner, GPU, 0, is_overlapped=is_overlapped, lag=1 + seed % 3)
+    after: list[int] = []
+    seen: list[int] = []
+    parts, handles, right = [], [], []
+    for number in range(6):
+        part = torch.zeros(1)
+        machine.do(writing(part, number))
+        phases = JOBS[(number + seed) % 4]
+        note = reading(part, after)
+        handles.append(lanes.submit(phases, Region(None, part), f"bucket {number}", partial(machine.do, note)))
+        parts.append(part)
+        right.append((number + 1) * 2 ** len(phases) - 1)
+        machine.run(order, order.randrange(8))
+    for handle, part in zip(handles, parts, strict=True):
+        handle.wait()
+        machine.do(reading(part, seen))
+    machine.run(order)
+    assert seen == right and sorted(after) == sorted(right)
+    return runner.together
+
+
+def test_a_stream_that_does_not_wait_sees_too_little(machine: Machine) -> None:
+    """The orders that are tried would show it."""
+    seen: list[int] = []
+    for seed in range(30):
+        part = torch.zeros(1)
+        lanes = Lanes(Doubling(machine), GPU, 0, is_overlapped=True)
+        lanes.submit(JOBS[0], Region(None, part), "x")
+        machine.do(reading(part, seen))
+        machine.run(random.Random(seed))
+    assert set(seen) - {3}
+
+
+def test_memory_is_kept_until_it_is_waited_for_or_seen_to_be_done(machine: Machine) -> None:
+    lanes, order = Lanes(Doubling(machine), GPU, 0, is_overlapped=True), random.Random(0)
+    part = torch.zeros(1)
+    held = weakref.ref(part)
+    lanes.submit(JOBS[0], Region(None, part), "nobody waits")
+    del part
+    assert held() is not None
+    machine.run(order)
+    lanes.submit(JOBS[0], Region(None, torch.zeros(1)), "next")
+    assert held() is None
+    machine.run(order)
+
+
+def test_a_phase_that_raises_is_named_at_once(machine: Machine) -> None:
+    runner = Doubling(machine)
+
+    def run(phase: Phase, region: Region) -> None:
+        raise OSError("gone")
+
+    lanes = Lanes(runner, GPU, 0, is_overlapped=True)
+    runner.run = run  # type: ignore[method-assign]
+    region = Region(None, torch.zeros(1))
+    with pytest.raises(LaneError, match="rank 0: reduce-scatter inside of bucket 5 failed: OSError: gone"):
+        lanes.submit(JOBS[0], region, "bucket 5")
+    with pytest.raises(LaneError, match="bucket 6 did not run"):
+        lanes.submit(JOBS[0], region, "bucket 6")
