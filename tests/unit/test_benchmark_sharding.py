@@ -209,6 +209,7 @@ def test_ratios_go_the_right_way_and_take_like_with_like():
     assert slow_flat["ring_overlapped_over_flat"] == pytest.approx(slow_flat["overlapped_over_flat_predicted"])
     late = report.summary(race(lambda arm: 2.0 if (arm.way, arm.mode) == (GLOO, Mode.OVERLAPPED) else 1.0))
     assert late["overlapped_over_serial"] == pytest.approx(late["overlapped_over_serial_predicted"] / 2)
+    assert late["ring_overlapped_over_flat"] == pytest.approx(late["overlapped_over_flat_predicted"])
     assert late["chosen_over_flat_least"] < 0.95  # the runtime picks overlapped, and it is slower than flat
 
 
