@@ -170,6 +170,7 @@ def places(lists: Sequence[Sequence[int]], size: int) -> tuple[int, int, int, di
     assert mine is not None
     groups = Groups(mine.size(), size)
     made = open_groups(mine, groups)
+    assert made.logical not in made.scopes.values(), "two threads would use one group"
     named = {str(scope): dist.get_process_group_ranks(group) for scope, group in made.scopes.items()}
     for group in (*made.scopes.values(), made.logical):
         dist.barrier(group)
