@@ -150,15 +150,17 @@ def summary(results: Sequence[Measured]) -> dict[str, object]:
     ours = (GLOO, Mode.OVERLAPPED)
 
     def clock(under: Mode) -> float:
-        return _mean(one.predicted[under] / one.predicted[Mode.OVERLAPPED] for one in large)
+        return statistics.geometric_mean(one.predicted[under] / one.predicted[Mode.OVERLAPPED] for one in large)
 
     def ratio(over: tuple[str, Mode], under: tuple[str, Mode]) -> float:
-        return _mean(statistics.median(one.ratios(over, under)) for one in large)
+        return statistics.geometric_mean(statistics.median(one.ratios(over, under)) for one in large)
 
     return {
         "overlapped_over_flat": ratio(ours, (GLOO, Mode.FLAT)),
         "overlapped_over_serial": ratio(ours, (GLOO, Mode.HIERARCHICAL)),
-        "overlapped_over_best_flat": _mean(statistics.median(one.ratios(ours, one.best_flat)) for one in large),
+        "overlapped_over_best_flat": statistics.geometric_mean(
+            statistics.median(one.ratios(ours, one.best_flat)) for one in large
+        ),
         "overlapped_over_flat_predicted": clock(Mode.FLAT),
         "overlapped_over_serial_predicted": clock(Mode.HIERARCHICAL),
         "ring_overlapped_over_flat": ratio((RING, Mode.OVERLAPPED), (RING, Mode.FLAT)),
@@ -172,10 +174,6 @@ def summary(results: Sequence[Measured]) -> dict[str, object]:
         },
         "large_bytes": largest,
     }
-
-
-def _mean(values: "Sequence[float] | object") -> float:
-    return statistics.geometric_mean(values)  # type: ignore[arg-type]
 
 
 def _spread(values: Sequence[float]) -> str:
