@@ -82,16 +82,14 @@ class RingMessages:
         """Run a phase in place."""
         assert region.whole is not None, "whole buckets alone are given"
         shards = region.whole.view(self._groups.ranks, -1)
-        group, spare = self._scopes[phase.scope], None
+        group = self._scopes[phase.scope]
 
         def piece(of: Piece) -> Tensor:
             return shards[of.begin : of.end].view(-1)
 
         for step in ring_steps(self._groups, Run(0, 0, 0, phase), self._member):
             target = piece(step.receive)
-            if step.receive.adds:
-                spare = torch.empty_like(target) if spare is None else spare
-            into = spare if step.receive.adds else target
+            into = torch.empty_like(target) if step.receive.adds else target
             works = [
                 dist.isend(piece(step.send), step.send.peer, group=group),
                 dist.irecv(into, step.receive.peer, group=group),
