@@ -90,9 +90,10 @@ class RingMessages:
         for step in ring_steps(self._groups, Run(0, 0, 0, phase), self._member):
             target = piece(step.receive)
             into = torch.empty_like(target) if step.receive.adds else target
+            # Received first: gloo says that it is ready over the same connection, and that would wait behind the send.
             works = [
-                dist.isend(piece(step.send), step.send.peer, group=group),
                 dist.irecv(into, step.receive.peer, group=group),
+                dist.isend(piece(step.send), step.send.peer, group=group),
             ]
             for work in works:
                 work.wait()
