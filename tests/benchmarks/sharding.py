@@ -1,6 +1,6 @@
 """PaRO on two nodes: flat, serial hierarchical and overlapped collectives, and training under sharding strategies.
 
-    python -m tests.benchmarks.sharding [--between 50] [--ratio 10] [--rounds 5] [--sizes 1 4 16 64]
+    python -m tests.benchmarks.sharding [--between 40] [--ratio 10] [--rounds 3] [--sizes 1 4 16 64]
 
 Two nodes of two ranks are made on this machine (see `twonodes`; it takes root). A node's cable to the other has
 --between MB/s, its loopback --ratio times as much; both are shared by its ranks, so links are --ratio times slower
@@ -23,7 +23,7 @@ from megatron.longseq.sharding.groups import Groups
 from tests.benchmarks import sharding_arms as training
 from tests.benchmarks import sharding_steps as steps
 from tests.benchmarks.sharding_race import probe_on_this_rank, race_on_this_rank
-from tests.benchmarks.sharding_report import heats, links_of, measured, summary, text
+from tests.benchmarks.sharding_report import BUCKETS, heats, links_of, measured, summary, text
 from tests.benchmarks.twonodes import Bed, BedError, two_nodes
 from tests.benchmarks.twonodes_check import Pace, add_rates, confirm, measure, rates_of, shown
 from tests.pool import RankPool
@@ -56,8 +56,9 @@ def _run(bed: Bed, given: argparse.Namespace) -> dict[str, Any]:
 
 def _race(bed: Bed, pace: Pace, given: argparse.Namespace) -> dict[str, Any]:
     groups, links = Groups(bed.world_size, bed.ranks), links_of(pace, bed.ranks)
-    program = heats(groups, links, [int(size * 2**20) for size in given.sizes], given.rounds)
     probed = bed.run(probe_on_this_rank, groups.size)[0]
+    sizes = [int(size * 2**20) for size in given.sizes]
+    program = heats(groups, links, probed, sizes, given.rounds, given.buckets)
     print(f"links of a rank: {links}\nas the runtime probes them: {probed}")
     results = measured(bed.run(race_on_this_rank, groups.size, program, timeout=3600), groups, links, probed)
     print(text(results))
@@ -83,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_rates(parser)
     parser.add_argument("--only", nargs="+", choices=["collectives", "training"], default=["collectives", "training"])
-    parser.add_argument("--rounds", type=int, default=5, help="at the largest size; smaller ones have more")
+    parser.add_argument("--rounds", type=int, default=3, help="at the largest size; smaller ones have twice as many")
+    parser.add_argument("--buckets", type=int, nargs="+", default=BUCKETS, help="to choose from (default: %(default)s)")
     parser.add_argument("--sizes", type=float, nargs="+", default=[1, 4, 16, 64], help="MiB of a message")
     names = [arm.name for arm in training.arms(2)]
     parser.add_argument("--arms", nargs="+", choices=names, help="that train (default: all)")

@@ -23,38 +23,39 @@ def links_of(pace: Pace, ranks: int) -> Links:
     return Links(inside, between, channels=ranks)
 
 
-def heats(groups: Groups, links: Links, sizes: Sequence[int], rounds: int) -> list[Heat]:
-    """Return what to race: every kind at every size, each mode in the buckets that the clock likes best.
+def heats(
+    groups: Groups, links: Links, probed: Links, sizes: Sequence[int], rounds: int, buckets: Sequence[int] = BUCKETS
+) -> list[Heat]:
+    """Return what to race: every kind at every size, overlapped in the buckets that the clock likes best.
 
     Args:
         groups: the ranks.
-        links: of a rank.
+        links: of a rank; predictions take them.
+        probed: the same as the runtime measures them; where it would run flat by them, that takes part too.
         sizes: bytes of messages.
-        rounds: at the largest size; at smaller ones more, up to four times as many.
+        rounds: at the largest size; at smaller ones twice as many.
+        buckets: numbers of them to choose from.
     """
-
-    def many(size: int) -> int:
-        return rounds * min(4, max(sizes) // size)
-
-    return [Heat(kind, size, arms(kind, groups, links, size), many(size)) for kind in Kind for size in sizes]
-
-
-def arms(kind: Kind, groups: Groups, links: Links, size: int) -> tuple[Arm, ...]:
-    """Return who takes part in a heat."""
-    best = min(BUCKETS, key=lambda count: predicted(kind, Mode.OVERLAPPED, groups, links, size, count))
-    modes = ((Mode.FLAT, 1), (Mode.HIERARCHICAL, 1), (Mode.OVERLAPPED, best))
-    return (Arm(LOGICAL, Mode.FLAT, 1), *(Arm(way, mode, buckets) for way in WAYS for mode, buckets in modes))
+    program = []
+    for kind in Kind:
+        for size in sizes:
+            best = min(buckets, key=lambda count: predicted(kind, Mode.OVERLAPPED, groups, links, size, count))
+            modes = ((Mode.FLAT, 1), (Mode.HIERARCHICAL, 1), (Mode.OVERLAPPED, best))
+            arms = [Arm(way, mode, count) for way in WAYS for mode, count in modes]
+            if pick(kind, groups, probed, cut(size, groups, best)).mode is Mode.FLAT:
+                arms.append(Arm(LOGICAL, Mode.FLAT, 1))
+            program.append(Heat(kind, size, tuple(arms), rounds if size == max(sizes) else 2 * rounds))
+    return program
 
 
 def predicted(kind: Kind, mode: Mode, groups: Groups, links: Links, size: int, buckets: int) -> float:
     """Return the clock's seconds of a message that is cut evenly."""
-    return seconds(kind, mode, groups, links, [size / groups.ranks / buckets] * buckets)
+    return seconds(kind, mode, groups, links, cut(size, groups, buckets))
 
 
-def cut(heat: Heat, groups: Groups) -> list[float]:
-    """Return bytes of a shard of every bucket of a heat's overlapped arms."""
-    buckets = max(arm.buckets for arm in heat.arms)
-    return [heat.size / groups.ranks / buckets] * buckets
+def cut(size: int, groups: Groups, buckets: int) -> list[float]:
+    """Return bytes of a shard of every bucket of a message."""
+    return [size / groups.ranks / buckets] * buckets
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def measured(ranks: Sequence[Sequence[Timed]], groups: Groups, links: Links, pro
             heat,
             seconds,
             {arm.mode: predicted(heat.kind, arm.mode, groups, links, heat.size, arm.buckets) for arm in heat.arms},
-            pick(heat.kind, groups, probed, cut(heat, groups)),
+            pick(heat.kind, groups, probed, cut(heat.size, groups, max(arm.buckets for arm in heat.arms))),
         )
         for heat, seconds in found.items()
     ]
