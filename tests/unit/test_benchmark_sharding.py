@@ -11,7 +11,7 @@ import pytest
 from megatron.longseq.sharding.groups import Groups
 from megatron.longseq.sharding.phases import Kind
 from megatron.longseq.sharding.ring import Mode
-from megatron.longseq.sharding.ringtime import Link, Links
+from megatron.longseq.sharding.ringtime import Choice, Link, Links
 from tests.benchmarks import sharding_arms as training
 from tests.benchmarks import sharding_report as report
 from tests.benchmarks import sharding_steps as steps
@@ -186,11 +186,13 @@ def test_a_heat_has_all_kinds_and_ways_and_small_messages_more_rounds():
         assert all(heat.size % (4 * GROUPS.ranks * arm.buckets) == 0 for arm in heat.arms)
 
 
-def test_where_the_runtime_would_run_flat_that_takes_part():
-    slow_inside = Links(Link(1e6), Link(25e6), channels=2)
-    for heat in report.heats(GROUPS, report.links_of(PACE, 2), slow_inside, [2**20], 1, buckets=[3]):
+def test_where_the_runtime_would_run_flat_that_takes_part(monkeypatch):
+    """Two groups of two have no links by which it would, so that is said for it."""
+    links = report.links_of(PACE, 2)
+    monkeypatch.setattr(report, "pick", lambda *_: Choice(Mode.FLAT, 1, 1.0, 1.0))
+    for heat in report.heats(GROUPS, links, links, [2**20], 1, buckets=[4]):
         assert heat.arms[-1] == (LOGICAL, Mode.FLAT, 1)
-        assert {arm.buckets for arm in heat.arms} == {1, 3}
+        assert {arm.buckets for arm in heat.arms} == {1, 4}
 
 
 def test_the_slowest_rank_is_what_counts():
