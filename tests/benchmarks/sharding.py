@@ -7,6 +7,10 @@ Two nodes of two ranks are made on this machine (see `twonodes`; it takes root).
 between nodes link by link and rank by rank. What they really do is measured first; a bed that is off is refused, and
 predictions take the measured rates.
 
+Collectives travel in two ways: gloo's own, as the runtime calls them, and message by message, as the plan of the ring
+has them. gloo's reduce-scatter sends an all-reduce's bytes, flat or not, and its pairs of ranks often work one way at a
+time; messages do neither, so their ratios are those of the order alone, and their flat ring is the one to beat.
+
 Arms of a ratio run in turns in one job, in another order each round; a ratio is the median of its rounds'. The last
 line is one JSON object.
 """
