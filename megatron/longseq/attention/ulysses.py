@@ -45,7 +45,7 @@ class Ulysses:
         """
         if self.exchange is None:
             return alone(q), (alone(k).contiguous(), alone(v).contiguous())
-        room = self._to_heads(q, k, v)
+        room = self._to_heads(q, k, v)  # once exchanged, its content is needed no more
         mine, keys, values = self._ordered(self.exchange.all_to_all(room), room, self._widths())
         return mine, (keys, values)
 
@@ -78,7 +78,10 @@ class Ulysses:
         room = self._to_sources(grads)
         came = self.exchange.all_to_all(room).split(self._widths(), dim=3)
         rooms = _cut(room, [part.shape for part in came])
-        return _joined(came[0], rooms[0]), self._summed(came[1], rooms[1]), self._summed(came[2], rooms[2])
+        if self.heads.kv < self.ranks:
+            return _joined(came[0], rooms[0]), self._summed(came[1]), self._summed(came[2])
+        dq, dk, dv = (_joined(part, place) for part, place in zip(came, rooms, strict=True))
+        return dq, dk, dv
 
     def _widths(self) -> list[int]:
         """Return this rank's heads of queries, of keys, and of values."""
@@ -97,7 +100,7 @@ class Ulysses:
         return sent
 
     def _ordered(self, came: Tensor, room: Tensor, widths: list[int]) -> list[Tensor]:
-        """[U, n, b, all heads, d] to [U n, b, h, d] for each of some widths, tokens in the order of `arrivals`."""
+        """[U, n, b, all heads, d] to [U n, b, h, d] for each of some widths, tokens as in `arrivals`; all in `room`."""
         parts = came.split(widths, dim=3)
         placed = [place.flatten(0, 1) for place in _cut(room, [part.shape for part in parts])]
         for part, place in zip(parts, placed, strict=True):
@@ -120,10 +123,8 @@ class Ulysses:
             head = end
         return sent
 
-    def _summed(self, grads: Tensor, room: Tensor) -> Tensor:
-        """[U, n, b, max(hk, U) / U, d] to [n, b, hk, d]: what the ranks that share a head found, added."""
-        if self.heads.kv >= self.ranks:
-            return _joined(grads, room)
+    def _summed(self, grads: Tensor) -> Tensor:
+        """[U, n, b, 1, d] to [n, b, hk, d], hk fewer than U: what the ranks that share a head found, added."""
         shared = grads.unflatten(0, (self.heads.kv, -1)).squeeze(4)
         return shared.sum(1, dtype=accumulation(grads.dtype)).to(grads.dtype).permute(1, 2, 0, 3)
 
