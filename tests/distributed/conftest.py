@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.equality import Start
+from tests.distributed import sharding_bed
 from tests.distributed.flags import EVALUATED, TINY, flags
 from tests.pool import RankPool
 from tests.regression.arm import Run, run_arm
@@ -37,3 +38,9 @@ def upstream(ranks: RankPool, start: Start) -> Callable[[str], Run]:
         return run_arm(ranks, "U", 1, start(model), float64=True, snapshots=(1, 4), mutant=twist)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def sharded_run(ranks: RankPool) -> Callable[[str], list[sharding_bed.Seen]]:
+    """Return a function that trains (once per case) under a sharding strategy, and what every rank noted."""
+    return functools.cache(functools.partial(sharding_bed.train, ranks))
