@@ -30,8 +30,8 @@ TOKENS = 16  # of a sample
 
 ASYNC = "--overlap-grad-reduce --overlap-param-gather"
 RUNNING = ["NNN", "NNI", "NNG", "NII", "NIG", "III", "IIG", "IGG", "NGG", "GGG"]
-PAIRS = "--paro-group-size 2"
-SERIAL = f"{PAIRS} --paro-collectives hierarchical"
+PAIRS = "--paro-group-size 2 --paro-links 100 1"  # overlapped collectives are taken, whatever links there are
+SERIAL = "--paro-group-size 2 --paro-collectives hierarchical"
 FLAT = "--paro-collectives flat"
 HALF = "--bf16 --grad-reduce-in-bf16"
 BUCKETS = "--ddp-bucket-size 8000"  # several, where layers are no buckets of their own
@@ -47,7 +47,7 @@ MORE = {
     **{f"{name}, bf16": f"{PAIRS} {ASYNC} --bf16" for name in RUNNING},
     **{f"{name}, flat, overlap": f"{FLAT} {ASYNC}" for name in ("NNN", "NNG", "NGG", "GGG")},
     **{f"{name}, TP 2": f"{PAIRS} {ASYNC} {TP2}" for name in RUNNING},
-    **{f"{name}, PP 2": f"--paro-group-size 1 {ASYNC} {PP2}" for name in RUNNING},
+    **{f"{name}, PP 2": f"--paro-group-size 1 --paro-links 100 1 {ASYNC} {PP2}" for name in RUNNING},
 }
 
 
@@ -89,11 +89,12 @@ class Seen:
 
 
 def train(pool: RankPool, case: str, planted: str | None = None) -> list[Seen]:
-    """Train one of the cases on four ranks; `planted` is `module:function` of an error. Returns what every rank noted.
-    """
+    """Train one of the cases on four ranks; `planted` is `module:function` of an error. Returns what every rank noted."""
     samples = groups_of(case).ranks  # of a step with one micro-batch
     words = flags(MODEL, BUCKETS, f"--train-samples {sum(STEPS) * samples} --paro {case[:3]}", (CASES | MORE)[case])
-    words += ["--step-batch-size-schedule", schedule]
+    begins = [sum(STEPS[:step]) * samples * TOKENS for step in range(len(STEPS))]
+    sizes = (f"{begin}:{count * samples}" for begin, count in zip(begins, STEPS, strict=True))
+    words += ["--step-batch-size-schedule", " ".join(sizes)]
     return pool.run(4, train_on_this_rank, words, planted)
 
 

@@ -1,7 +1,7 @@
-"""What every part of the runtime shares: the strategy, the ranks, the lanes that run collectives, and what they send."""
+"""What the runtime shares: the strategy, the ranks, the lanes that run collectives, and what they send."""
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +12,8 @@ from megatron.longseq.ranks import Sent
 from megatron.longseq.sharding.collectives import Region
 from megatron.longseq.sharding.groups import Groups
 from megatron.longseq.sharding.lanes import Lanes
-from megatron.longseq.sharding.phases import Phases, Scope, chosen
+from megatron.longseq.sharding.phases import Decide, Phases, Scope, chosen
 from megatron.longseq.sharding.strategy import Level, Strategy
-
-Decide = Callable[[Phases, int], bool]
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 Bytes are those of rings: n - 1 of n shards for a gather or a scatter, twice that for an all-reduce.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron.longseq.sharding.groups import Groups
 from megatron.longseq.sharding.memory import MEGATRON, Model, Widths
-from megatron.longseq.sharding.phases import Phases, Scope, chosen, program
+from megatron.longseq.sharding.phases import Decide, Phases, Scope, chosen, program
 from megatron.longseq.sharding.strategy import Strategy
 
 
@@ -143,7 +143,7 @@ def bucket_traffic(
     microbatches: int,
     *,
     passes: int = 1,
-    is_flat: Callable[[Phases, int], bool] = lambda phases, size: False,
+    is_flat: Decide = lambda phases, size: False,
 ) -> Traffic:
     """Return what a rank sends in a step, exactly: bucket by bucket, as the runtime does.
 
@@ -154,7 +154,7 @@ def bucket_traffic(
         widths: bytes of an element.
         microbatches: of a step, A.
         passes: that make up a micro-batch: its segments.
-        is_flat: whether phases of a bucket of some bytes run as the flat collective that they are (`phases.chosen`).
+        is_flat: which collectives are flat, see `phases.chosen`.
     """
 
     def sent(term: str, bucket: Bucket, width: int) -> Traffic:
