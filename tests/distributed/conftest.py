@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.equality import Start
 from tests.distributed import sharding_bed
+from tests.distributed.equality import Start
 from tests.distributed.flags import EVALUATED, TINY, flags
 from tests.pool import RankPool
 from tests.regression.arm import Run, run_arm

@@ -22,10 +22,10 @@ MODEL = """
 --num-layers 2 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64 --swiglu --normalization RMSNorm
 --position-embedding-type rope --disable-bias-linear --untie-embeddings-and-output-weights --hidden-dropout 0
 --attention-dropout 0 --seq-length 16 --max-position-embeddings 16 --micro-batch-size 1 --lr 1e-3
---tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 64 --mock-data --split 90,5,5 --lr-decay-samples 100
---eval-iters 0 --eval-interval 1000 --log-interval 1000 --num-workers 0 --seed 1
+--tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 64 --mock-data --split 90,5,5
+--lr-decay-samples 100 --eval-iters 0 --eval-interval 1000 --log-interval 1000 --num-workers 0 --seed 1
 """
-STEPS = (1, 1, 4, 1)  # micro-batches of each: a batch grows in a run
+STEPS = (1, 1, 4)  # micro-batches of each: a batch grows in a run
 TOKENS = 16  # of a sample
 
 ASYNC = "--overlap-grad-reduce --overlap-param-gather"
@@ -71,7 +71,7 @@ class Seen:
         buckets: of the model.
         numel: elements of trained parameters, without padding.
         microbatches: of every step.
-        sent: until the beginning of every step, and until the end of the run.
+        sent: until the end of every step.
         held: after every step.
         units: the most units whose sharded parameters were whole at once, in any step.
         gradients: the same, of buckets of sharded gradients.
@@ -89,7 +89,7 @@ class Seen:
 
 
 def train(pool: RankPool, case: str, planted: str | None = None) -> list[Seen]:
-    """Train one of the cases on four ranks; `planted` is `module:function` of an error. Returns what every rank noted."""
+    """Train one of the cases on four ranks, `planted` being `module:function` of an error; return what each noted."""
     samples = groups_of(case).ranks  # of a step with one micro-batch
     words = flags(MODEL, BUCKETS, f"--train-samples {sum(STEPS) * samples} --paro {case[:3]}", (CASES | MORE)[case])
     begins = [sum(STEPS[:step]) * samples * TOKENS for step in range(len(STEPS))]
@@ -114,7 +114,6 @@ def train_on_this_rank(words: list[str], planted: str | None = None) -> Seen:
     from megatron.training import training
 
     from megatron.longseq.gpt import main
-    from patches.paro.runtime import current_sharding
 
     seen = Seen()
     with ExitStack() as stack:
@@ -124,7 +123,6 @@ def train_on_this_rank(words: list[str], planted: str | None = None) -> Seen:
         stack.enter_context(wrapped(training, "train_step", _noting(seen)))
         with _early_end():
             main()
-    seen.sent.append(_traffic(current_sharding()))
     return seen
 
 
@@ -132,13 +130,16 @@ def _noting(seen: Seen) -> Callable[..., Any]:
     def step(original: Any, forward_step: Any, data: Any, model: Any, optimizer: Any, *rest: Any, **named: Any) -> Any:
         from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-        sharding = model[0].sharding
-        if not seen.sent:
+        if not seen.microbatches:
             _introduce(seen, model)
         seen.microbatches.append(get_num_microbatches())
-        seen.sent.append(_traffic(sharding))
         with _watching(seen, model):
             result = original(forward_step, data, model, optimizer, *rest, **named)
+        for chunk in model:
+            for group in chunk.bucket_groups:
+                if group.store.syncing is not None:
+                    group.store.syncing.wait()
+        seen.sent.append(_traffic(model[0].sharding))
         seen.held.append(_held(model, optimizer))
         return result
 

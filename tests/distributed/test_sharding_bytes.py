@@ -38,10 +38,10 @@ def wrong(case: str, ranks: list[Seen]) -> list[str]:
     found = []
     for seen in ranks:
         assert tuple(seen.microbatches) == STEPS
-        # The second step and the third: parameters of the first forward are there from the start. What a step leaves
-        # to the next forward to send counts there.
+        # Parameters of the first step's first forward are there from the start. What a step leaves to the next forward
+        # to send is that one's.
         for step in (1, 2):
-            sent, said = less(seen.sent[step + 1], seen.sent[step]), formula(case, seen, STEPS[step])
+            sent, said = less(seen.sent[step], seen.sent[step - 1]), formula(case, seen, STEPS[step])
             if sent != said:
                 found.append(f"rank {seen.member}, step {step + 1}: sent {sent}, formula {said}")
     return found
@@ -53,7 +53,7 @@ def test_bytes_sent_equal_the_formula(
 ) -> None:
     ranks = sharded_run(case)
     assert not wrong(case, ranks)
-    one, four = (less(ranks[0].sent[step + 1], ranks[0].sent[step]) for step in (1, 2))
+    one, four = (less(ranks[0].sent[step], ranks[0].sent[step - 1]) for step in (1, 2))
     assert one.inside + one.between + one.flat > 0
     tell(f"bytes    {case}: a rank's step of 1 micro-batch {_told(one)}; of 4 {_told(four)}: as the formula")
 

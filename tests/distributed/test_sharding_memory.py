@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from megatron.longseq.sharding.memory import Model, memory
+from megatron.longseq.sharding.stores import IN_FLIGHT
 from megatron.longseq.sharding.strategy import Level, Strategy
 from tests.distributed.sharding_bed import CASES, MORE, STEPS, Seen, groups_of
 
@@ -44,5 +45,10 @@ def test_a_rank_holds_what_the_formula_says(
 def test_few_buckets_are_whole_at_once(sharded_run: Callable[[str], list[Seen]], case: str) -> None:
     strategy = Strategy.parse(case[:3])
     for seen in sharded_run(case):
-        assert seen.units == (2 if strategy.params > Level.NONE else 0)
-        assert 0 < seen.gradients <= 2 if strategy.grads > Level.NONE else not seen.gradients
+        assert seen.units == (2 if strategy.params > Level.NONE else 0)  # the one in use, and the one that comes
+        assert seen.gradients == (gradients(case, seen) if strategy.grads > Level.NONE else 0)
+
+
+def gradients(case: str, seen: Seen) -> int:
+    """Return how many buckets of gradients are whole: the one that fills, and those that are sent as they are."""
+    return 1 if "flat" in case or seen.widths.grad_wire != seen.widths.grad else 1 + IN_FLIGHT
