@@ -217,5 +217,4 @@ def _watching(seen: Seen, model: list[Any]) -> Iterator[None]:
         look()
 
     with wrapped(Whole, "take", take) if wholes else nullcontext():
-        look()
         yield

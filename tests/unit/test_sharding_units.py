@@ -130,12 +130,14 @@ def test_two_forwards_before_their_backwards() -> None:
     assert model.take() == BACKWARD * 2
 
 
-def test_whole_until_the_next_use_is_over() -> None:
+def test_all_are_whole_until_the_first_use() -> None:
     model = Model()
     model.uses.make_whole()
     assert model.take() == ["+a", "+b", "+c"]
     model.step()
-    assert model.take() == ["-a", "-b", "-c", *BACKWARD]
+    assert model.take() == ["-a", "-b", "-c", *FORWARD, *BACKWARD]
+    model.step()
+    assert model.take() == [*FORWARD, *BACKWARD]
     model.uses.make_whole()
     model.uses.release_all()
     assert model.take() == ["+a", "+b", "+c", "-a", "-b", "-c"]

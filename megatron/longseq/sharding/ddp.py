@@ -72,7 +72,7 @@ class ShardedDataParallel(DistributedDataParallel):
         self.take_parts()
 
     def make_whole(self) -> None:
-        """Have all parameters whole, each until its next use is over."""
+        """Have all parameters whole, until the first is used."""
         if self.uses is not None:
             self.uses.make_whole()
 

@@ -53,12 +53,14 @@ class Uses:
         self.units = list(units)
         self._order: list[Unit] = []
         self._is_waiting = False
+        self._are_whole = True  # as the model was made
         for unit in self.units:
             unit.module.register_forward_pre_hook(self._entering(unit), prepend=True)
             unit.module.register_forward_hook(self._leaving(unit))
 
     def make_whole(self) -> None:
-        """Have all parameters whole; every unit's go when its next use is over."""
+        """Have all parameters whole, until the first is used."""
+        self._are_whole = True
         for unit in self.units:
             self._gather(unit)
         for unit in self.units:
@@ -66,6 +68,7 @@ class Uses:
 
     def release_all(self) -> None:
         """Give all whole parameters back."""
+        self._are_whole = False
         for unit in self.units:
             self._release(unit)
 
@@ -112,6 +115,8 @@ class Uses:
                 self._release(unit)
 
     def _open(self, unit: Unit, state: State) -> None:
+        if self._are_whole:
+            self.release_all()
         unit.state = state
         self._gather(unit)
         self._wait(unit)
