@@ -1,7 +1,7 @@
 """Upstream's data-parallel wrapper with model states sharded by a strategy."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -59,7 +59,7 @@ class ShardedDataParallel(DistributedDataParallel):
         self.sharding, self.uses = sharding, None
         self._shard_groups({param: unit_of(name) for name, param in trained})
         if sharding.strategy.params is not Level.NONE:
-            self._shard_units([(name, param) for name, param in named if not param.requires_grad])
+            self._shard_units(named)
 
     def scale_gradients(self, scaling_factor: Any) -> None:
         """See upstream."""
@@ -124,7 +124,6 @@ class ShardedDataParallel(DistributedDataParallel):
                 stores[0].close()
                 stores[1].take_part()
                 groups.append(ShardedBucketGroup(bucket, self.ddp_config, buffer.data_parallel_group, *stores, label))
-                groups[-1].unit = unit_names[bucket.params_list[0]]
         self.bucket_groups = groups
         for group in groups:
             for param in group.params:
@@ -133,13 +132,13 @@ class ShardedDataParallel(DistributedDataParallel):
             for group, following in zip(groups[1:], groups, strict=False):
                 group.next_param_gather_bucket_group = following
 
-    def _shard_units(self, frozen: Named) -> None:
+    def _shard_units(self, named: Named) -> None:
         """Have parameters whole only while they are used, frozen ones too."""
         stores: dict[str, list[ParamStore]] = {}
-        for group in self.bucket_groups:
-            stores.setdefault(group.unit, []).append(group.store)
-        for name, params in by_unit(frozen).items():
-            stores.setdefault(name, []).extend(_frozen_stores(params, self.sharding))
+        for unit, params in by_unit(named).items():
+            trained = {self.param_to_bucket_group[param]: None for _, param in params if param.requires_grad}
+            frozen = [(name, param) for name, param in params if not param.requires_grad]
+            stores[unit] = [group.store for group in trained] + _frozen_stores(frozen, self.sharding)
         tied = _tied(self.module)
         if tied is not None:
             shared = [group.store for group in self.bucket_groups if tied.weight in group.params]
@@ -169,11 +168,11 @@ class ShardedDataParallel(DistributedDataParallel):
         inner.register_load_state_dict_post_hook(lambda *unused: self.take_parts())
 
 
-class _Tied:
+class _Tied(NamedTuple):
     """The output layer that computes with the embedding's weight."""
 
-    def __init__(self, name: str, weight: torch.nn.Parameter) -> None:
-        self.name, self.weight = name, weight
+    name: str
+    weight: torch.nn.Parameter
 
 
 def _tied(chunk: torch.nn.Module) -> _Tied | None:
