@@ -33,6 +33,7 @@ RUNNING = ["NNN", "NNI", "NNG", "NII", "NIG", "III", "IIG", "IGG", "NGG", "GGG"]
 PAIRS = "--paro-group-size 2 --paro-links 100 1"  # overlapped collectives are taken, whatever links there are
 SERIAL = "--paro-group-size 2 --paro-collectives hierarchical"
 FLAT = "--paro-collectives flat"
+PART = r"--train-only layers\.1\.mlp"  # nothing below, no backward
 HALF = "--bf16 --grad-reduce-in-bf16"
 BUCKETS = "--ddp-bucket-size 8000"  # several, where layers are no buckets of their own
 
@@ -40,8 +41,11 @@ CASES = {
     **{name: f"{PAIRS} {ASYNC}" for name in RUNNING},
     **{f"{name}, flat": FLAT for name in ("NNN", "NNG", "NGG", "GGG")},
     "NIG, bf16 on the wire": f"{PAIRS} {ASYNC} {HALF}",
+    "ING": f"{PAIRS} {ASYNC} {PART}",
 }
 MORE = {
+    "ING, serial": f"{SERIAL} {PART}",
+    "ING, bf16": f"{PAIRS} {PART} --bf16",
     **{f"{name}, serial": SERIAL for name in RUNNING},
     **{f"{name}, bf16 on the wire": f"{PAIRS} {HALF}" for name in RUNNING if name != "NIG"},
     **{f"{name}, bf16": f"{PAIRS} {ASYNC} --bf16" for name in RUNNING},
@@ -70,6 +74,7 @@ class Seen:
         widths: bytes of an element.
         buckets: of the model.
         numel: elements of trained parameters, without padding.
+        all: elements of all parameters.
         microbatches: of every step.
         sent: until the end of every step.
         held: after every step.
@@ -81,6 +86,7 @@ class Seen:
     widths: Widths = field(default_factory=Widths)
     buckets: list[Bucket] = field(default_factory=list)
     numel: int = 0
+    all: int = 0
     microbatches: list[int] = field(default_factory=list)
     sent: list[Traffic] = field(default_factory=list)
     held: list[Held] = field(default_factory=list)
@@ -130,8 +136,6 @@ def _noting(seen: Seen) -> Callable[..., Any]:
     def step(original: Any, forward_step: Any, data: Any, model: Any, optimizer: Any, *rest: Any, **named: Any) -> Any:
         from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-        if not seen.microbatches:
-            _introduce(seen, model)
         seen.microbatches.append(get_num_microbatches())
         with _watching(seen, model):
             result = original(forward_step, data, model, optimizer, *rest, **named)
@@ -140,6 +144,8 @@ def _noting(seen: Seen) -> Callable[..., Any]:
                 if group.store.syncing is not None:
                     group.store.syncing.wait()
         seen.sent.append(_traffic(model[0].sharding))
+        if not seen.buckets:
+            _introduce(seen, model)
         seen.held.append(_held(model, optimizer))
         return result
 
@@ -155,12 +161,18 @@ def _introduce(seen: Seen, model: list[Any]) -> None:
     seen.widths = widths(get_args())
     seen.buckets = [bucket for chunk in model for bucket in chunk.described()]
     seen.numel = sum(param.numel() for chunk in model for param in chunk.parameters() if param.requires_grad)
+    seen.all = sum(param.numel() for chunk in model for param in chunk.parameters())
 
 
 def _traffic(sharding: Any) -> Traffic:
     sent = sharding.sent
     each = [sent[scope].bytes for scope in (Scope.INSIDE, Scope.BETWEEN, Scope.FLAT)]
     return Traffic(*each, sum(scope.messages for scope in sent.values()))
+
+
+def stores_of(chunk: Any) -> list[Any]:
+    """Return where a chunk's parameters lie, frozen ones too."""
+    return [group.store for group in chunk.bucket_groups] + (chunk._stores() if chunk.uses is not None else [])
 
 
 def _held(model: list[Any], optimizer: Any) -> Held:
@@ -174,10 +186,11 @@ def _held(model: list[Any], optimizer: Any) -> Held:
             setattr(held, kind, getattr(held, kind) + storage.nbytes())
 
     for chunk in model:
+        for store in stores_of(chunk):
+            count("params", store.part)
+            count("whole", store.whole.flat)
         for group in chunk.bucket_groups:
-            count("params", group.store.part)
             count("grads", group.grads.part)
-            count("whole", group.store.whole.flat)
             count("whole", group.grads.whole.flat)
             for param in group.params:
                 count("whole", param.data)

@@ -75,6 +75,15 @@ def test_buckets_are_those_of_the_model(sharded_run: Callable[[str], list[Seen]]
     assert all(bucket.is_trained for bucket in seen.buckets)
 
 
+def test_frozen_layers_below_what_is_trained_are_gathered_once(sharded_run: Callable[[str], list[Seen]]) -> None:
+    """The first layer and the embedding have no backward; what is above the trained feed-forward has one."""
+    (seen, *_) = sharded_run("ING")
+    trained = [bucket for bucket in seen.buckets if bucket.is_trained]
+    frozen = [bucket for bucket in seen.buckets if not bucket.is_trained]
+    assert [(bucket.numel, bucket.gathers) for bucket in trained] == [(3 * 64 * 32 + 128, 2)]
+    assert [bucket.gathers for bucket in frozen] == [2, 1, 1, 2, 2], frozen
+
+
 @contextmanager
 def reduced_twice() -> Iterator[Planted]:
     """A bucket's gradients of the second step are sent once more, to nowhere: no loss shows it."""

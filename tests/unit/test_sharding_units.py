@@ -114,6 +114,16 @@ def test_a_unit_without_backward_is_gathered_once() -> None:
     assert taken.count("+a") == 1 and taken.count("+b") == 2
 
 
+def test_a_unit_that_no_backward_reaches_is_gathered_once() -> None:
+    model = Model()
+    model.layers[0].requires_grad_(False)
+    model.uses.units[0].is_reached = False  # as at the start
+    for _ in range(2):
+        x = model.layers[0](torch.ones(2, 4)).detach()
+        model.layers[2](model.layers[1](x)).sum().backward()
+    assert model.take().count("+a") == 2
+
+
 def test_evaluation_gathers_once() -> None:
     model = Model()
     with torch.no_grad():

@@ -87,13 +87,13 @@ class ShardedDataParallel(DistributedDataParallel):
             self.uses.release_all()
 
     def described(self) -> list[Bucket]:
-        """Return the buckets as `traffic.bucket_traffic` takes them."""
+        """Return the buckets as `traffic.bucket_traffic` takes them, once a first step has shown what is gathered."""
         uses = [] if self.uses is None else [(unit, store) for unit in self.uses.units for store in unit.stores]
         trained = {id(group.store): group.store for group in self.bucket_groups}
         stores = trained | {id(store): store for _, store in uses}
         gathers = dict.fromkeys(stores, 0)
         for unit, store in uses:
-            gathers[id(store)] += 1 + unit.has_backward
+            gathers[id(store)] += 1 + unit.is_reached
         return [Bucket(store.numel, gathers[key], key in trained) for key, store in stores.items()]
 
     def _stores(self) -> list[ParamStore]:

@@ -32,12 +32,14 @@ class Unit:
         module: it.
         stores: of its parameters; a tied weight's is in two units.
         has_backward: whether its backward reads them (an embedding's does not).
+        is_reached: whether a backward has; frozen layers below all that is trained have none.
     """
 
     name: str
     module: torch.nn.Module
     stores: Sequence[ParamStore]
     has_backward: bool = True
+    is_reached: bool = False
     state: State = field(default=State.NOTHING)
 
 
@@ -45,7 +47,7 @@ class Uses:
     """Gathers and releases the parameters of a model chunk's units, as forward and backward pass through them.
 
     Args:
-        units: in any order; forward tells in which they follow.
+        units: in any order; the first forward tells in which they follow, the first backward which it reaches.
         before_gather: called with a unit before its parameters are gathered: what a step still sends comes first.
     """
 
@@ -98,6 +100,7 @@ class Uses:
         """Have a unit whole inside a backward; those whose backward was before it are done."""
         if state is State.BACKWARD and unit.state is State.BACKWARD:
             return
+        unit.is_reached = True
         self._release_done(unit)
         self._open(unit, state)
         self._prefetch(unit, -1)
@@ -126,7 +129,7 @@ class Uses:
         if not 0 <= at < len(self._order):
             return
         following = self._order[at]
-        if direction > 0 or following.has_backward:
+        if direction > 0 or following.is_reached:
             self._gather(following)
 
     def _gather(self, unit: Unit) -> None:
