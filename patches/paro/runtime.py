@@ -155,6 +155,7 @@ def _open(flags: Namespace) -> tuple[Any, Any]:
         wire=torch.bfloat16 if flags.paro_wire == "bf16" and flags.accumulate_allreduce_grads_in_fp32 else None,
         passes=flags.seq1f1b_splits,
         overlaps_grads=flags.overlap_grad_reduce,
+        sent=runner.sent,
     )
     return opened, open_optimizer_groups(data_parallel, asked.groups, asked.strategy.optimizer, timeout)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed import sharding_bed
 from tests.distributed.equality import SNAPSHOTS, Start
 from tests.distributed.flags import EVALUATED, TINY, flags
 from tests.pool import RankPool
@@ -37,3 +38,9 @@ def upstream(ranks: RankPool, start: Start) -> Callable[[str], Run]:
         return run_arm(ranks, "U", 1, start(model), float64=True, snapshots=SNAPSHOTS, mutant=twist)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def sharded_run(ranks: RankPool) -> Callable[[str], list[sharding_bed.Seen]]:
+    """Return a function that trains (once per case) under a sharding strategy, and what every rank noted."""
+    return functools.cache(functools.partial(sharding_bed.train, ranks))

@@ -2,7 +2,7 @@
 
 A mutant is a context manager that is applied inside the ranks of arm O. It yields a `Planted` that counts how often it
 acted; one that never acted proves nothing, and the suite calls that an error. Those of context parallelism are in
-`mutants_usp.py`.
+`mutants_usp.py`, those of sharding in `mutants_paro.py`.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tests.regression import mutants_usp
+from tests.regression import mutants_paro, mutants_usp
 from tests.regression.planted import Planted, wrapped
 
 MICRO_BATCHES = 4  # per step and rank, in the cases that use dropped_micro_batch
@@ -215,5 +215,6 @@ MUTANTS: dict[str, Callable[[], Any]] = {
         lost_prefix_gradient,
         mean_of_segment_means,
         *mutants_usp.ALL,
+        *mutants_paro.ALL,
     )
 }

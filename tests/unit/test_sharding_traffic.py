@@ -15,7 +15,7 @@ from megatron.longseq.sharding.phases import Kind, Scope, program
 from megatron.longseq.sharding.ring import Mode
 from megatron.longseq.sharding.ringtime import Link, Links
 from megatron.longseq.sharding.strategy import ALL, RUNNING, VALID, Level, Strategy
-from megatron.longseq.sharding.traffic import Traffic, traffic
+from megatron.longseq.sharding.traffic import Bucket, Traffic, bucket_traffic, traffic
 
 # 7B, m = 8, n = 64, A = 8, bytes 2/2/12, 200 and 25 GB/s: memory GB, GB inside, GB between, seconds of a step.
 TABLE = """
@@ -258,6 +258,49 @@ def test_buckets_count_collectives_and_whole_ones_in_flight() -> None:
         name: memory(Strategy.parse(name), groups, model, bucket=100).buckets for name in ("NNG", "NIG", "INI", "IIG")
     }
     assert held == {"NNG": 0, "NIG": 800, "INI": 400, "IIG": 1200}
+
+
+@pytest.mark.parametrize("strategy", ALL, ids=str)
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_buckets_send_what_the_model_does_that_they_make(strategy: Strategy, is_flat: bool) -> None:
+    groups, sizes = Groups(6, 2), (60, 120, 6)
+    made = traffic(strategy, groups, Model(186, 186), buckets=3, is_flat=is_flat).step(5)
+    buckets = [Bucket(size) for size in sizes]
+    assert bucket_traffic(strategy, groups, buckets, MEGATRON, 5, is_flat=lambda phases, size: is_flat) == made
+
+
+def test_a_bucket_sends_by_how_it_is_used() -> None:
+    """GGG, 4 ranks in pairs, 8 elements of 2 bytes: a gather or a scatter sends 4 bytes between and 8 inside."""
+    groups, strategy = Groups(4, 2), Strategy.parse("GGG")
+
+    def sent(bucket: Bucket, **named: int) -> Traffic:
+        return bucket_traffic(strategy, groups, [bucket], MEGATRON, 3, **named)
+
+    assert sent(Bucket(8)) == Traffic(8, 4, 0, 2) * (3 * 2 + 3)
+    assert sent(Bucket(8, gathers=1)) == Traffic(8, 4, 0, 2) * (3 + 3)
+    assert sent(Bucket(8, is_trained=False)) == Traffic(8, 4, 0, 2) * (3 * 2)
+    assert sent(Bucket(8), passes=2) == Traffic(8, 4, 0, 2) * (3 * 2 * 2 + 3)
+
+
+def test_each_bucket_is_flat_or_not_by_its_own_bytes() -> None:
+    """NNG of bf16 parameters and fp32 gradients on the wire: each term goes by its own bytes."""
+    asked = []
+
+    def is_flat(phases: tuple, size: int) -> bool:
+        asked.append((phases[0].kind, size))
+        return size >= 200
+
+    sent = bucket_traffic(
+        Strategy.parse("NNG"),
+        Groups(4, 2),
+        [Bucket(40), Bucket(64)],
+        replace(MEGATRON, grad_wire=4),
+        2,
+        is_flat=is_flat,
+    )
+    scatter, gather = Kind.REDUCE_SCATTER, Kind.ALL_GATHER
+    assert asked == [(scatter, 160), (gather, 80), (scatter, 256), (gather, 128)]
+    assert sent == Traffic(80 + 40 + 64, 40 + 20 + 32, 3 * 64, 2 + 2 + 1 + 2)
 
 
 def test_uneven_parameters_are_padded_to_whole_shards() -> None:

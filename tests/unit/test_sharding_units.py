@@ -114,6 +114,16 @@ def test_a_unit_without_backward_is_gathered_once() -> None:
     assert taken.count("+a") == 1 and taken.count("+b") == 2
 
 
+def test_a_unit_that_no_backward_reaches_is_gathered_once() -> None:
+    model = Model()
+    model.layers[0].requires_grad_(False)
+    model.uses.units[0].is_reached = False  # as at the start
+    for _ in range(2):
+        x = model.layers[0](torch.ones(2, 4)).detach()
+        model.layers[2](model.layers[1](x)).sum().backward()
+    assert model.take().count("+a") == 2
+
+
 def test_evaluation_gathers_once() -> None:
     model = Model()
     with torch.no_grad():
@@ -130,12 +140,14 @@ def test_two_forwards_before_their_backwards() -> None:
     assert model.take() == BACKWARD * 2
 
 
-def test_whole_until_the_next_use_is_over() -> None:
+def test_all_are_whole_until_the_first_use() -> None:
     model = Model()
     model.uses.make_whole()
     assert model.take() == ["+a", "+b", "+c"]
     model.step()
-    assert model.take() == ["-a", "-b", "-c", *BACKWARD]
+    assert model.take() == ["-a", "-b", "-c", *FORWARD, *BACKWARD]
+    model.step()
+    assert model.take() == [*FORWARD, *BACKWARD]
     model.uses.make_whole()
     model.uses.release_all()
     assert model.take() == ["+a", "+b", "+c", "-a", "-b", "-c"]

@@ -1,17 +1,18 @@
 """What the runtime shares: the strategy, the ranks, the lanes that run collectives, and what they send."""
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron.longseq.ranks import Sent
 from megatron.longseq.sharding.collectives import Region
-from megatron.longseq.sharding.decide import Decide
 from megatron.longseq.sharding.groups import Groups
 from megatron.longseq.sharding.lanes import Lanes
-from megatron.longseq.sharding.phases import Phases, Program, program
+from megatron.longseq.sharding.phases import Decide, Phases, Scope, chosen
 from megatron.longseq.sharding.strategy import Level, Strategy
 
 
@@ -29,6 +30,7 @@ class Sharding:
         wire: type of gradients on the wire; None: that in which they accumulate.
         passes: backward passes that make up a micro-batch: its segments.
         overlaps_grads: --overlap-grad-reduce.
+        sent: what this rank has sent.
         in_flight: buckets whose scratch is on the wire (`GradStore`), in order.
     """
 
@@ -40,18 +42,12 @@ class Sharding:
     wire: torch.dtype | None = None
     passes: int = 1
     overlaps_grads: bool = False
+    sent: Mapping[Scope, Sent] = field(default_factory=dict)
     in_flight: deque[Any] = field(default_factory=deque)
 
     def phases(self, term: str, size: int) -> Phases:
         """Return the phases of a term of `Program`, for a bucket of some bytes."""
-        hierarchical, flat = (getattr(plan, term) for plan in self._programs())
-        return flat if flat != hierarchical and self.is_flat(flat, size) else hierarchical
-
-    def _programs(self) -> tuple[Program, Program]:
-        return (
-            program(self.strategy, self.groups),
-            program(self.strategy, self.groups, is_flat=True),
-        )
+        return chosen(self.strategy, self.groups, term, size, self.is_flat)
 
     def span(self, level: Level, numel: int) -> range:
         """Return which elements of a bucket this rank holds of a state at a level."""

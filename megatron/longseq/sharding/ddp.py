@@ -13,6 +13,7 @@ from megatron.longseq.sharding.core import Sharding
 from megatron.longseq.sharding.layout import by_unit, lay_out, unit_of
 from megatron.longseq.sharding.stores import GradStore, ParamStore
 from megatron.longseq.sharding.strategy import Level
+from megatron.longseq.sharding.traffic import Bucket
 from megatron.longseq.sharding.units import Unit, Uses
 
 Named = list[tuple[str, torch.nn.Parameter]]
@@ -73,7 +74,7 @@ class ShardedDataParallel(DistributedDataParallel):
         self.take_parts()
 
     def make_whole(self) -> None:
-        """Have all parameters whole, each until its next use is over."""
+        """Have all parameters whole, until the first is used."""
         if self.uses is not None:
             self.uses.make_whole()
 
@@ -86,6 +87,16 @@ class ShardedDataParallel(DistributedDataParallel):
         """Give whole parameters back: the optimizer is about to write this rank's parts."""
         if self.uses is not None:
             self.uses.release_all()
+
+    def described(self) -> list[Bucket]:
+        """Return the buckets as `traffic.bucket_traffic` takes them, once a first step has shown what is gathered."""
+        uses = [] if self.uses is None else [(unit, store) for unit in self.uses.units for store in unit.stores]
+        trained = {id(group.store): group.store for group in self.bucket_groups}
+        stores = trained | {id(store): store for _, store in uses}
+        gathers = dict.fromkeys(stores, 0)
+        for unit, store in uses:
+            gathers[id(store)] += 1 + unit.is_reached
+        return [Bucket(store.numel, gathers[key], key in trained) for key, store in stores.items()]
 
     def _stores(self) -> list[ParamStore]:
         units = [] if self.uses is None else self.uses.units

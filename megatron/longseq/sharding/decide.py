@@ -1,18 +1,15 @@
 """Whether a bucket's collective runs over all ranks at once, or inside and between groups."""
 
-from collections.abc import Callable
 from functools import cache
 
 from megatron.longseq.sharding.groups import Groups
 from megatron.longseq.sharding.linkfit import pick
-from megatron.longseq.sharding.phases import Phases
+from megatron.longseq.sharding.phases import Decide, Phases
 from megatron.longseq.sharding.ring import Mode
 from megatron.longseq.sharding.ringtime import Link, Links
 
 GIGABYTE = 1e9
 BUCKETS = 8  # of which a message is taken to consist: phases of neighbours overlap, but for the first and the last
-
-Decide = Callable[[Phases, int], bool]
 
 
 def given_links(inside: float, between: float, groups: Groups) -> Links:

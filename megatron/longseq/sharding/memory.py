@@ -86,14 +86,16 @@ def memory(
         model: its parameters.
         widths: bytes of an element.
         bucket: elements of the largest bucket; 0: leave whole buckets out, as the paper does.
-        in_flight: whole buckets at a time: the one in use, and the one before or after it on the wire.
+        in_flight: buckets at a time: of parameters, the one in use and the one that comes; of gradients, those on the
+            wire, in the type that they are sent in, beside the one that fills.
     """
     shard, trainable = model.shard(groups), model.trainable_shard(groups)
     parts = {level: groups.ranks // groups.shards(level) for level in Level}
-    whole = widths.param * (strategy.params > Level.NONE) + widths.grad * (strategy.grads > Level.NONE)
+    whole = in_flight * widths.param if strategy.params > Level.NONE else 0
+    whole += widths.grad + in_flight * widths.grad_wire if strategy.grads > Level.NONE else 0
     return Memory(
         params=parts[strategy.params] * shard * widths.param,
         grads=parts[strategy.grads] * trainable * widths.grad,
         optimizer=parts[strategy.optimizer] * trainable * widths.optimizer,
-        buckets=in_flight * bucket * whole,
+        buckets=bucket * whole,
     )

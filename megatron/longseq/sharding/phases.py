@@ -4,6 +4,7 @@ A state is held at one level and wanted at another. Between groups, ranks of one
 group, all its ranks theirs. Flat, both become one collective over all ranks, where both are there.
 """
 
+from collections.abc import Callable
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -51,6 +52,7 @@ class Phase(NamedTuple):
 
 
 Phases = tuple[Phase, ...]
+Decide = Callable[[Phases, int], bool]  # whether phases that are one flat collective run as that; of a bucket's bytes
 
 GATHER_INSIDE = Phase(Kind.ALL_GATHER, Scope.INSIDE)
 GATHER_BETWEEN = Phase(Kind.ALL_GATHER, Scope.BETWEEN)
@@ -128,3 +130,17 @@ def program(strategy: Strategy, groups: Groups, *, is_flat: bool = False) -> Pro
         gather(strategy.optimizer, strategy.params),
     )
     return Program(*(needed(flat(term) if is_flat else term, groups) for term in terms))
+
+
+def chosen(strategy: Strategy, groups: Groups, term: str, size: int, is_flat: Decide) -> Phases:
+    """Return the phases that a bucket takes.
+
+    Args:
+        strategy: the triplet.
+        groups: the ranks.
+        term: of `Program`.
+        size: the bucket's bytes.
+        is_flat: see `Decide`; it is given the flat collective.
+    """
+    apart, together = (getattr(program(strategy, groups, is_flat=one), term) for one in (False, True))
+    return together if together != apart and is_flat(together, size) else apart

@@ -12,7 +12,7 @@ from megatron.longseq.sharding.core import Sharding, cut
 from megatron.longseq.sharding.lanes import After, Handle
 from megatron.longseq.sharding.strategy import Level
 
-IN_FLIGHT = 2  # whole buckets of gradients on the wire: the one that is sent, and the one that waits for it
+IN_FLIGHT = 2  # buckets of gradients on the wire, beside the one that fills: one inside groups, one between them
 
 
 class Whole:
@@ -87,6 +87,8 @@ class GradStore:
         while len(waiting) >= IN_FLIGHT:
             waiting[0].settle()
         wire = self._on_wire(self.whole.flat)
+        if wire is not self.whole.flat:
+            self.whole.free()  # the copy was made in the current stream
 
         def add() -> None:
             self.part.add_(cut(wire, self.held))

@@ -3,11 +3,12 @@
 Bytes are those of rings: n - 1 of n shards for a gather or a scatter, twice that for an all-reduce.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron.longseq.sharding.groups import Groups
 from megatron.longseq.sharding.memory import MEGATRON, Model, Widths
-from megatron.longseq.sharding.phases import Phases, Scope, program
+from megatron.longseq.sharding.phases import Decide, Phases, Scope, chosen, program
 from megatron.longseq.sharding.strategy import Strategy
 
 
@@ -116,3 +117,54 @@ def traffic(
         finish_grads=volume(terms.finish_grads, groups, trained * widths.grad_wire, buckets),
         finish_params=volume(terms.finish_params, groups, trained * widths.param, buckets),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """A bucket of a model-parallel rank.
+
+    Attributes:
+        numel: elements, padded to n shards.
+        gathers: how often a pass gathers its parameters, where they are sharded: before forward and before backward;
+            an embedding's before forward alone, a weight that the output layer shares with it three times.
+        is_trained: whether it has gradients.
+    """
+
+    numel: int
+    gathers: int = 2
+    is_trained: bool = True
+
+
+def bucket_traffic(
+    strategy: Strategy,
+    groups: Groups,
+    buckets: Iterable[Bucket],
+    widths: Widths,
+    microbatches: int,
+    *,
+    passes: int = 1,
+    is_flat: Decide = lambda phases, size: False,
+) -> Traffic:
+    """Return what a rank sends in a step, exactly: bucket by bucket, as the runtime does.
+
+    Args:
+        strategy: the triplet.
+        groups: the ranks.
+        buckets: all of the rank's.
+        widths: bytes of an element.
+        microbatches: of a step, A.
+        passes: that make up a micro-batch: its segments.
+        is_flat: which collectives are flat, see `phases.chosen`.
+    """
+
+    def sent(term: str, bucket: Bucket, width: int) -> Traffic:
+        phases = chosen(strategy, groups, term, bucket.numel * width, is_flat)
+        return volume(phases, groups, bucket.numel // groups.ranks * width)
+
+    total = Traffic()
+    for bucket in buckets:
+        total += sent("params", bucket, widths.param) * (bucket.gathers * passes * microbatches)
+        if bucket.is_trained:
+            total += sent("grads", bucket, widths.grad_wire) * microbatches
+            total += sent("finish_grads", bucket, widths.grad_wire) + sent("finish_params", bucket, widths.param)
+    return total

@@ -34,6 +34,7 @@ class Unit:
         stores: of its parameters; a tied weight's is in two units.
         has_backward: whether its backward reads them (an embedding's does not).
         grads: of buckets that its backward adds to.
+        is_reached: whether a backward has; frozen layers below all that is trained have none.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Unit:
     stores: Sequence[ParamStore]
     has_backward: bool = True
     grads: Sequence[GradStore] = ()
+    is_reached: bool = False
     state: State = field(default=State.NOTHING)
 
 
@@ -48,7 +50,7 @@ class Uses:
     """Gathers and releases the parameters of a model chunk's units, as forward and backward pass through them.
 
     Args:
-        units: in any order; forward tells in which they follow.
+        units: in any order; the first forward tells in which they follow, the first backward which it reaches.
         before_gather: called with a unit before its parameters are gathered: what a step still sends comes first.
     """
 
@@ -56,12 +58,14 @@ class Uses:
         self.units = list(units)
         self._order: list[Unit] = []
         self._is_waiting = False
+        self._are_whole = True  # as the model was made
         for unit in self.units:
             unit.module.register_forward_pre_hook(self._entering(unit), prepend=True)
             unit.module.register_forward_hook(self._leaving(unit))
 
     def make_whole(self) -> None:
-        """Have all parameters whole; every unit's go when its next use is over."""
+        """Have all parameters whole, until the first is used."""
+        self._are_whole = True
         for unit in self.units:
             self._gather(unit)
         for unit in self.units:
@@ -69,6 +73,7 @@ class Uses:
 
     def release_all(self) -> None:
         """Give all whole parameters back."""
+        self._are_whole = False
         for unit in self.units:
             self._release(unit)
 
@@ -103,6 +108,7 @@ class Uses:
         """Have a unit whole inside a backward; those whose backward was before it are done."""
         if state is State.BACKWARD and unit.state is State.BACKWARD:
             return
+        unit.is_reached = True
         self._release_done(unit)
         self._open(unit, state)
         self._prefetch(unit, -1)
@@ -120,6 +126,8 @@ class Uses:
                 self._release(unit)
 
     def _open(self, unit: Unit, state: State) -> None:
+        if self._are_whole:
+            self.release_all()
         unit.state = state
         self._gather(unit)
         self._wait(unit)
@@ -129,7 +137,7 @@ class Uses:
         if not 0 <= at < len(self._order):
             return
         following = self._order[at]
-        if direction > 0 or following.has_backward:
+        if direction > 0 or following.is_reached:
             self._gather(following)
 
     def _gather(self, unit: Unit) -> None:

@@ -1,0 +1,111 @@
+"""Bytes that a run sends, counted at the collective calls, are those of the formula: all of them, in every step."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from megatron.longseq.sharding.collectives import Region
+from megatron.longseq.sharding.strategy import Strategy
+from megatron.longseq.sharding.traffic import Traffic, bucket_traffic
+from tests.distributed.sharding_bed import CASES, MORE, STEPS, Seen, groups_of, train
+from tests.pool import RankPool
+from tests.regression.planted import Planted, wrapped
+
+ALL = [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)]
+
+
+def formula(case: str, seen: Seen, microbatches: int) -> Traffic:
+    """Return what the formula says of one step of a rank."""
+    is_flat = "flat" in case
+    return bucket_traffic(
+        Strategy.parse(case[:3]),
+        groups_of(case),
+        seen.buckets,
+        seen.widths,
+        microbatches,
+        is_flat=lambda phases, size: is_flat,
+    )
+
+
+def less(after: Traffic, before: Traffic) -> Traffic:
+    return after + before * -1
+
+
+def wrong(case: str, ranks: list[Seen]) -> list[str]:
+    """Return every difference between what was sent and the formula."""
+    found = []
+    for seen in ranks:
+        assert tuple(seen.microbatches) == STEPS
+        # Parameters of the first step's first forward are there from the start. What a step leaves to the next forward
+        # to send is that one's.
+        for step in (1, 2):
+            sent, said = less(seen.sent[step], seen.sent[step - 1]), formula(case, seen, STEPS[step])
+            if sent != said:
+                found.append(f"rank {seen.member}, step {step + 1}: sent {sent}, formula {said}")
+    return found
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_bytes_sent_equal_the_formula(
+    sharded_run: Callable[[str], list[Seen]], case: str, tell: Callable[[str], None]
+) -> None:
+    ranks = sharded_run(case)
+    assert not wrong(case, ranks)
+    one, four = (less(ranks[0].sent[step], ranks[0].sent[step - 1]) for step in (1, 2))
+    assert one.inside + one.between + one.flat > 0
+    tell(f"bytes    {case}: a rank's step of 1 micro-batch {_told(one)}; of 4 {_told(four)}: as the formula")
+
+
+def _told(sent: Traffic) -> str:
+    return f"{sent.inside} inside, {sent.between} between, {sent.flat} flat in {sent.collectives} calls"
+
+
+def test_buckets_are_those_of_the_model(sharded_run: Callable[[str], list[Seen]]) -> None:
+    """Embedding (gathered before forward alone), layers, last norm, output layer: hidden size 32, feed-forward 64."""
+    layer = 32 + 32 * 3 * 32 + 32 * 32 + 32 + 3 * 64 * 32
+    (seen, *_) = sharded_run("GGG, flat")
+    assert [(bucket.numel, bucket.gathers) for bucket in seen.buckets] == [
+        (128 * 32, 2),
+        (128, 2),
+        *[(-(-layer // 128) * 128, 2)] * 2,
+        (128 * 32, 1),
+    ]
+    assert all(bucket.is_trained for bucket in seen.buckets)
+
+
+def test_frozen_layers_below_what_is_trained_are_gathered_once(sharded_run: Callable[[str], list[Seen]]) -> None:
+    """The first layer and the embedding have no backward; what is above the trained feed-forward has one."""
+    (seen, *_) = sharded_run("ING")
+    trained = [bucket for bucket in seen.buckets if bucket.is_trained]
+    frozen = [bucket for bucket in seen.buckets if not bucket.is_trained]
+    assert [(bucket.numel, bucket.gathers) for bucket in trained] == [(3 * 64 * 32 + 128, 2)]
+    assert [bucket.gathers for bucket in frozen] == [2, 1, 1, 2, 2], frozen
+
+
+@contextmanager
+def reduced_twice() -> Iterator[Planted]:
+    """A bucket's gradients of the second step are sent once more, to nowhere: no loss shows it."""
+    from megatron.longseq.sharding.core import Sharding
+    from megatron.longseq.sharding.stores import GradStore
+
+    planted = Planted()
+
+    def finish(original: Any, self: Any, label: str) -> Any:
+        planted.times += 1
+        if planted.times == 8:
+            copy = self.part.clone()
+            region = Region(None, copy)
+            phases = Sharding.phases(self.sharding, "finish_grads", copy.nbytes)
+            self.sharding.lanes.submit(phases, region, f"gradients of {label} again").wait()
+        return original(self, label)
+
+    with wrapped(GradStore, "finish", finish):
+        yield planted
+
+
+def test_a_collective_too_many_is_seen(ranks: RankPool) -> None:
+    seen = train(ranks, "IIG", f"{__name__}:reduced_twice")
+    found = wrong("IIG", seen)
+    assert len(found) == 4 and all("step 2" in line for line in found), found

@@ -1,0 +1,55 @@
+"""What a rank holds between steps is what the formula says, and whole buckets come and go."""
+
+from collections.abc import Callable
+
+import pytest
+
+from megatron.longseq.sharding.memory import Model, memory
+from megatron.longseq.sharding.stores import IN_FLIGHT
+from megatron.longseq.sharding.strategy import Level, Strategy
+from tests.distributed.sharding_bed import CASES, MORE, STEPS, Seen, groups_of
+
+ALL = [
+    pytest.param(case, marks=[pytest.mark.slow] * (case in MORE))
+    for case in (*CASES, *MORE)
+    if "serial" not in case and "flat, overlap" not in case
+]
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_a_rank_holds_what_the_formula_says(
+    sharded_run: Callable[[str], list[Seen]], case: str, tell: Callable[[str], None]
+) -> None:
+    strategy, groups, ranks = Strategy.parse(case[:3]), groups_of(case), sharded_run(case)
+    for seen in ranks:
+        padded = sum(bucket.numel for bucket in seen.buckets)
+        trained = sum(bucket.numel for bucket in seen.buckets if bucket.is_trained)
+        said = memory(strategy, groups, Model(padded, trained), seen.widths)
+        assert len(seen.held) == len(STEPS)
+        for held in seen.held:
+            assert (held.params, held.grads, held.whole) == (said.params, said.grads, 0)
+            assert held.optimizer <= said.optimizer  # it has states of parameters alone, and none of padding
+    seen = ranks[0]
+    copies = groups.ranks // groups.shards(strategy.optimizer)
+    if "TP 2" not in case and "PP 2" not in case:
+        states = sum(one.held[-1].optimizer for one in ranks)
+        assert states == copies * seen.numel * seen.widths.optimizer
+    told = memory(strategy, groups, Model(seen.all, seen.numel), seen.widths)
+    held = seen.held[-1]
+    tell(
+        f"memory   {case}: bytes of a rank's parameters {held.params} ({told.params} by the formula), gradients "
+        f"{held.grads} ({told.grads}), optimizer states {held.optimizer} ({told.optimizer})"
+    )
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_few_buckets_are_whole_at_once(sharded_run: Callable[[str], list[Seen]], case: str) -> None:
+    strategy = Strategy.parse(case[:3])
+    for seen in sharded_run(case):
+        assert seen.units == (2 if strategy.params > Level.NONE else 0)  # the one in use, and the one that comes
+        assert seen.gradients == (gradients(case, seen) if strategy.grads > Level.NONE else 0)
+
+
+def gradients(case: str, seen: Seen) -> int:
+    """Return how many buckets of gradients are whole: the one that fills, and those that are sent as they are."""
+    return 1 if "flat" in case or seen.widths.grad_wire != seen.widths.grad else 1 + IN_FLIGHT

@@ -1,0 +1,194 @@
+"""Planted errors of sharded parameters, gradients and optimizer states; see `mutants.py`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from tests.regression.planted import Planted, wrapped
+
+
+@contextmanager
+def dropped_inter_group_sync() -> Iterator[Planted]:
+    """What ends a step's gradients leaves out its phases between groups: each group trains on its own samples."""
+    from megatron.longseq.sharding.core import Sharding
+    from megatron.longseq.sharding.phases import Scope
+
+    planted = Planted()
+
+    def phases(original: Any, self: Any, term: str, size: int) -> Any:
+        found = original(self, term, size)
+        if term != "finish_grads":
+            return found
+        inside = tuple(phase for phase in found if phase.scope is Scope.INSIDE)
+        planted.times += inside != found
+        return inside
+
+    with wrapped(Sharding, "phases", phases):
+        yield planted
+
+
+@contextmanager
+def double_counted_norm() -> Iterator[Planted]:
+    """The norm is a sum over all ranks, though each group holds a whole copy of what it is a sum of."""
+    import torch.distributed as dist
+
+    planted = Planted()
+
+    def everyone(groups: Any) -> Any:
+        planted.times += groups.statistics.size() < dist.get_world_size()
+        return groups._replace(statistics=dist.group.WORLD)
+
+    with _optimizer_groups(everyone):
+        yield planted
+
+
+@contextmanager
+def norm_of_own_shard() -> Iterator[Planted]:
+    """The norm is that of this rank's shard, as if it held the whole."""
+    planted = Planted()
+
+    def alone(groups: Any) -> Any:
+        planted.times += groups.statistics.size() > groups.replicas.size()
+        return groups._replace(statistics=groups.replicas)
+
+    with _optimizer_groups(alone):
+        yield planted
+
+
+@contextmanager
+def wrong_shard() -> Iterator[Planted]:
+    """The optimizer takes the shard of its rank, and not that of its logical rank."""
+    from megatron.longseq.sharding import optimizergroups
+
+    planted = Planted()
+
+    def copies_of(original: Any, members: Any, *rest: Any) -> Any:
+        copies = original(members, *rest)
+        planted.times += copies != [tuple(members)]
+        return [tuple(members)] if len(copies) == 1 else copies
+
+    with wrapped(optimizergroups, "copies_of", copies_of):
+        yield planted
+
+
+@contextmanager
+def stale_part() -> Iterator[Planted]:
+    """In the third step parameters are gathered from what a rank had before the others' new ones came."""
+    from megatron.longseq.sharding.stores import ParamStore
+
+    planted = Planted()
+    steps: dict[int, int] = {}
+    before: dict[int, Tensor] = {}
+
+    def sync(original: Any, self: Any, label: str) -> None:
+        steps[id(self)] = steps.get(id(self), 0) + 1
+        before[id(self)] = self.part.clone()
+        original(self, label)
+
+    def gather(original: Any, self: Any, user: str) -> None:
+        part = self.part
+        if steps.get(id(self)) == 2:
+            planted.times += 1
+            self.part = before[id(self)]
+        original(self, user)
+        self.part = part
+
+    with wrapped(ParamStore, "sync", sync), wrapped(ParamStore, "gather", gather):
+        yield planted
+
+
+@contextmanager
+def old_contents() -> Iterator[Planted]:
+    """In the third step's first forward memory comes back, and nothing is gathered: it holds what it held before."""
+    from megatron.longseq.sharding.stores import ParamStore
+
+    planted = Planted()
+    steps: dict[int, int] = {}
+    old: dict[int, Tensor] = {}
+
+    def sync(original: Any, self: Any, label: str) -> None:
+        steps[id(self)] = steps.get(id(self), 0) + 1
+        original(self, label)
+
+    def release(original: Any, self: Any, user: str) -> None:
+        if self.whole.is_there and self._gathering is None and steps.get(id(self), 0) < 2:
+            old[id(self)] = self.whole.flat.clone()
+        original(self, user)
+
+    def gather(original: Any, self: Any, user: str) -> None:
+        if self.whole.is_there or steps.get(id(self)) != 2:
+            original(self, user)
+            return
+        planted.times += 1
+        steps[id(self)] += 1
+        self._users.add(user)
+        self.whole.take()
+        self.whole.flat.copy_(old[id(self)])
+
+    with (
+        wrapped(ParamStore, "sync", sync),
+        wrapped(ParamStore, "release", release),
+        wrapped(ParamStore, "gather", gather),
+    ):
+        yield planted
+
+
+@contextmanager
+def lost_reduction() -> Iterator[Planted]:
+    """One micro-batch's gradients of one bucket reach no rank's sums."""
+    from megatron.longseq.sharding.stores import GradStore
+
+    planted, calls = Planted(), 0
+
+    def reduce(original: Any, self: Any, label: str) -> None:
+        nonlocal calls
+        calls += 1
+        if calls != 12:
+            original(self, label)
+            return
+        planted.times += 1
+        self.whole.free()
+
+    with wrapped(GradStore, "reduce", reduce):
+        yield planted
+
+
+@contextmanager
+def scaled_twice() -> Iterator[Planted]:
+    """Gradients are divided by the number of ranks twice. Adam does not mind a scale."""
+    from megatron.longseq.sharding.bucketgroup import ShardedBucketGroup
+
+    planted = Planted()
+
+    def check_and_scale(original: Any, self: Any) -> None:
+        planted.times += self.bucket.gradient_scaling_factor != 1.0
+        original(self)
+        original(self)
+
+    with wrapped(ShardedBucketGroup, "_check_and_scale", check_and_scale):
+        yield planted
+
+
+@contextmanager
+def _optimizer_groups(change: Any) -> Iterator[None]:
+    from megatron.longseq.sharding import optimizergroups
+
+    def opened(original: Any, *args: Any, **named: Any) -> Any:
+        return change(original(*args, **named))
+
+    with wrapped(optimizergroups, "open_optimizer_groups", opened):
+        yield
+
+
+ALL = (
+    dropped_inter_group_sync,
+    double_counted_norm,
+    norm_of_own_shard,
+    wrong_shard,
+    stale_part,
+    old_contents,
+    lost_reduction,
+    scaled_twice,
+)

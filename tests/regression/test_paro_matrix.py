@@ -1,0 +1,87 @@
+"""Every sharding strategy that runs, on ranks in two groups of two, against upstream's plain data parallelism.
+
+With `-m slow`: single precision and bf16, one micro-batch and four, alone and with tensor or pipeline parallelism; and
+bf16 on the wire. Double precision is in `tests/distributed/test_sharding.py`, one case of each kind in `cases/`.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+
+from tests.pool import RankPool
+from tests.regression import report
+from tests.regression.case import ArmPlan, Case
+from tests.regression.suite import Suite
+
+RUNNING = ("NNN", "NNI", "NNG", "NII", "NIG", "III", "IIG", "IGG", "NGG", "GGG")
+GROUPS = "--paro-group-size 2 --paro-links 100 1"
+OVERLAP = "--overlap-grad-reduce --overlap-param-gather"
+BUCKETS = "--ddp-bucket-size 20000"
+LAYOUTS = {
+    "": (),
+    "TP 2": ("--tensor-model-parallel-size", "2", "--sequence-parallel"),
+    "PP 2": ("--pipeline-model-parallel-size", "2"),
+}
+WIRE = "--grad-reduce-in-bf16"
+
+
+class Square(NamedTuple):
+    """One of the matrix: a strategy, an arithmetic, micro-batches of a rank's step, a layout, what is sent."""
+
+    strategy: str
+    arithmetic: str
+    microbatches: int
+    layout: str = ""
+    wire: str = ""
+
+    def __str__(self) -> str:
+        parts = (self.strategy, self.arithmetic, f"A {self.microbatches}", self.layout, self.wire and "bf16 wire")
+        return ", ".join(part for part in parts if part)
+
+    @property
+    def case(self) -> Case:
+        """The same as a case."""
+        layout, samples = LAYOUTS[self.layout], 4 * self.microbatches
+        world = 8 if layout else 4  # four data-parallel ranks
+        own = (*layout, "--paro", self.strategy, *GROUPS.split(), *OVERLAP.split(), *BUCKETS.split())
+        is_half = self.arithmetic == "bf16"
+        return Case(
+            name=str(self),
+            proves="",
+            model="untied",
+            flags=("--micro-batch-size", "1", "--global-batch-size", str(samples), *self.wire.split()),
+            steps=8,
+            arithmetic=self.arithmetic,
+            klass="E2" if is_half else "E1",
+            oracle=False,
+            learns=0.3,
+            mutants=(),
+            seeds=(1, 2, 3) if is_half else (1,),
+            floor=(ArmPlan("U", world // 2, layout), ArmPlan("U", world // 4, layout)),
+            u=ArmPlan("U", world, layout),
+            o=ArmPlan("O", world, own),
+        )
+
+
+def squares() -> Iterator[Square]:
+    """Return the matrix; squares that share upstream's runs lie side by side."""
+    for arithmetic in ("float32", "bf16"):
+        for microbatches in (1, 4):
+            yield from (Square(strategy, arithmetic, microbatches) for strategy in RUNNING)
+        for layout in ("TP 2", "PP 2"):
+            yield from (Square(strategy, arithmetic, 4, layout) for strategy in RUNNING)
+    yield from (Square(strategy, "bf16", 4, "", WIRE) for strategy in RUNNING)
+
+
+@pytest.fixture(scope="module")
+def suite(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Suite:
+    return Suite(ranks, tmp_path_factory.mktemp("paro"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("square", squares(), ids=str)
+def test_equals_plain_data_parallelism(square: Square, suite: Suite) -> None:
+    outcome = suite.run_case(square.case)
+    print(report.line(outcome))
+    assert outcome.passed, report.line(outcome)
