@@ -94,7 +94,7 @@ def run_arm(
         float64: run in double precision.
         mutant: `module:function` of a planted error (a context manager), to prove that the comparison sees it.
         keep_food: return the batches too.
-        snapshots: iterations after which weights and optimizer states are kept.
+        snapshots: iterations after which weights and optimizer states are kept; a loaded checkpoint's: as loaded.
         timeout: seconds.
 
     Raises:

@@ -54,7 +54,8 @@ class Recorder:
 
     Args:
         keep_food: keep the batches themselves too, for the oracle (one data-parallel rank).
-        snapshots: iterations after which this rank's parts of weights and optimizer states are kept.
+        snapshots: iterations after which this rank's parts of weights and optimizer states are kept; that of a loaded
+            checkpoint is taken before the first step.
     """
 
     def __init__(self, keep_food: bool = False, snapshots: Collection[int] = ()) -> None:
@@ -74,6 +75,8 @@ class Recorder:
         ) -> Any:
             tasting = self._taste(data_iterator)
             iteration = get_args().curr_iteration + 1
+            if not self.steps and iteration - 1 in self.snapshots:
+                self.parts[iteration - 1] = parts_of_this_rank(model, optimizer)
             learning_rate = optimizer.param_groups[0]["lr"] if optimizer.param_groups else None
             with exact_norm(optimizer) as norm:
                 result = train_step(forward_step, data_iterator, model, optimizer, *rest, **named)
