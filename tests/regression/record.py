@@ -154,7 +154,9 @@ def _join(steps: list[Step]) -> Step:
     curve: Step = {}
     for name in ("iteration", "loss", "grad_norm", "learning_rate", "skipped"):
         values = {step[name] for step in steps if step[name] is not None}
-        if len(values) != 1 and not (values and all(math.isnan(value) for value in values)):
+        if name == "grad_norm" and not values and all(step["skipped"] for step in steps):
+            values = {None}  # upstream leaves a step that overflows before it has a norm
+        elif len(values) != 1 and not (values and all(math.isnan(value) for value in values)):
             raise Torn(f"step {steps[0]['iteration']}: ranks disagree on {name}: {sorted(values)}")
         curve[name] = values.pop()
     samples = sorted(sample for step in steps for sample in step["samples"])
