@@ -1,4 +1,4 @@
-"""Checkpoints of all sharding strategies: what one saves, any other loads, and goes on as upstream would without a break.
+"""Checkpoints of all sharding strategies: any other goes on from what one saves, as upstream would without a break.
 
 A chain of short runs, each under another strategy, number of ranks or layout, hands its checkpoint on to the next one.
 The reference is one run of upstream's on one rank.

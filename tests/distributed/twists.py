@@ -104,7 +104,7 @@ def counted_forwards_without_the_schedule() -> Iterator[Planted]:
 
 @contextmanager
 def nan_gradient_on_rank_one() -> Iterator[Planted]:
-    """In the third step, one element of one gradient of rank 1 is NaN before anything is reduced."""
+    """In the fifth step, one element of one gradient of rank 1 is NaN before anything is reduced."""
     from megatron.training import get_args
 
     from megatron.longseq import gpt
@@ -112,7 +112,7 @@ def nan_gradient_on_rank_one() -> Iterator[Planted]:
     planted, watched = Planted(), set[int]()
 
     def spoil(grad: torch.Tensor) -> torch.Tensor:
-        if get_args().curr_iteration != 2:
+        if get_args().curr_iteration != 4:
             return grad
         planted.times += 1
         spoilt = grad.clone()
@@ -160,4 +160,26 @@ def killed_in_the_second_save() -> Iterator[Planted]:
         return original(*args, **named)
 
     with wrapped(FileSystemWriterAsync, "write_preloaded_data_multithread", write):
+        yield planted
+
+
+@contextmanager
+def counted_frozen_without_memory() -> Iterator[Planted]:
+    """Nothing is changed; `times` counts frozen parameters that have no memory when the optimizer begins its step.
+
+    Raises:
+        AssertionError: one has.
+    """
+    from megatron.longseq.sharding.ddp import ShardedDataParallel
+
+    planted = Planted()
+
+    def release_all(original: Any, chunk: Any) -> None:
+        original(chunk)
+        for name, param in chunk.named_parameters():
+            if not param.requires_grad:
+                assert param.untyped_storage().nbytes() == 0, f"{name} is frozen, sharded and whole between its uses"
+                planted.times += 1
+
+    with wrapped(ShardedDataParallel, "release_all", release_all):
         yield planted
