@@ -105,6 +105,19 @@ RECORDS = (
         remove_when="upstream's optimizer finds its shards through its buckets",
     ),
     Record(
+        id="paro.manifest",
+        system="paro",
+        action="wrap",
+        target="megatron.training.checkpointing:_load_base_checkpoint",
+        impl="patches.paro.checkpoints:with_manifest",
+        reads=("megatron.training.checkpointing:load_checkpoint",),
+        why="Optimizer states in a form that sharding cannot read fail deep inside upstream, on missing tensors or "
+        "sizes of buckets, and do not say which run saved them.",
+        when=_ASKED_FOR,
+        test="tests/distributed/test_sharding_refused_checkpoints.py::test_bound_optimizer_states_are_refused",
+        remove_when="upstream names the form that it finds and the one that it needs",
+    ),
+    Record(
         id="paro.partial-layers",
         system="paro",
         action="wrap",
