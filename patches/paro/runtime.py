@@ -126,8 +126,10 @@ def _open(flags: Namespace) -> tuple[Any, Any]:
 
     from megatron.longseq.sharding.collectives import Collectives, open_groups
     from megatron.longseq.sharding.core import Sharding
+    from megatron.longseq.sharding.decide import decide, given_links
     from megatron.longseq.sharding.lanes import Lanes
     from megatron.longseq.sharding.optimizergroups import open_optimizer_groups
+    from megatron.longseq.sharding.probe import probe
     from megatron.longseq.sharding.ring import Mode
     from megatron.longseq.sharding.settings import sharding
 
@@ -137,16 +139,28 @@ def _open(flags: Namespace) -> tuple[Any, Any]:
     communicators = open_groups(data_parallel, asked.groups, timeout)
     runner = Collectives(asked.groups, communicators, average=flags.ddp_average_in_collective)
     device = torch.zeros(0, device=torch.cuda.current_device()).device
-    mode = Mode(asked.collectives)
+    mode, links = Mode(asked.collectives), None
+    if mode is Mode.OVERLAPPED:  # measured while nothing else runs
+        given = flags.paro_links
+        links = given_links(*given, asked.groups) if given else probe(asked.groups, communicators, device)
+        _tell(links, "given" if given else "measured")
     lanes = Lanes(runner, device, torch.distributed.get_rank(), is_overlapped=mode is Mode.OVERLAPPED)
     opened = Sharding(
         asked.strategy,
         asked.groups,
         communicators.member,
         lanes,
-        is_flat=lambda phases, size: mode is Mode.FLAT,
+        is_flat=decide(mode, asked.groups, links),
         wire=torch.bfloat16 if flags.paro_wire == "bf16" and flags.accumulate_allreduce_grads_in_fp32 else None,
         passes=flags.seq1f1b_splits,
         overlaps_grads=flags.overlap_grad_reduce,
     )
     return opened, open_optimizer_groups(data_parallel, asked.groups, asked.strategy.optimizer, timeout)
+
+
+def _tell(links: Any, origin: str) -> None:
+    import torch
+
+    if torch.distributed.get_rank() == 0:
+        said = f"{links.inside.bandwidth / 1e9:.3g} GB/s inside groups, {links.between.bandwidth / 1e9:.3g} between"
+        print(f"> PaRO: a rank's links, {origin}: {said}; a flat ring leaves a group by {links.channels}", flush=True)

@@ -15,14 +15,16 @@ from tests.regression.arm import Run, run_arm
 ASYNC = "--overlap-grad-reduce --overlap-param-gather"
 RUNNING = ["NNN", "NNI", "NNG", "NII", "NIG", "III", "IIG", "IGG", "NGG", "GGG"]
 FLAT = "--paro-collectives flat"
-PAIRS = "--paro-group-size 2"
+LINKS = "--paro-links 100 1"  # so that overlapped collectives are taken, whatever this machine's links are
+PAIRS = f"--paro-group-size 2 {LINKS}"
 BUCKETS = "--ddp-bucket-size 20000"  # several, where layers are no buckets of their own
 
 CASES = {
     **{name: (4, "", f"--paro {name} {PAIRS}") for name in RUNNING},
     **{f"{name}, overlap": (4, "", f"--paro {name} {PAIRS} {ASYNC}") for name in RUNNING},
     **{f"{name}, flat": (4, "", f"--paro {name} {FLAT}") for name in ("NNN", "NNG", "NGG", "GGG")},
-    "NIG, serial": (4, "", f"--paro NIG {PAIRS} --paro-collectives hierarchical {ASYNC}"),
+    "NIG, serial": (4, "", f"--paro NIG --paro-group-size 2 --paro-collectives hierarchical {ASYNC}"),
+    "NIG, measured links": (4, "", f"--paro NIG --paro-group-size 2 {ASYNC}"),
     "IIG, one group": (4, "", f"--paro IIG --paro-group-size 4 {ASYNC}"),
     "IIG, groups of one": (4, "", f"--paro IIG --paro-group-size 1 {ASYNC}"),
     "NIG, one micro-batch": (4, "--global-batch-size 4", f"--paro NIG {PAIRS} {ASYNC}"),

@@ -1,7 +1,6 @@
-"""What every part of the runtime shares: the strategy, the ranks, the lanes that run collectives, and what they send."""
+"""What the runtime shares: the strategy, the ranks, the lanes that run collectives, and what they send."""
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,12 +8,11 @@ import torch
 from torch import Tensor
 
 from megatron.longseq.sharding.collectives import Region
+from megatron.longseq.sharding.decide import Decide
 from megatron.longseq.sharding.groups import Groups
 from megatron.longseq.sharding.lanes import Lanes
 from megatron.longseq.sharding.phases import Phases, Program, program
 from megatron.longseq.sharding.strategy import Level, Strategy
-
-Decide = Callable[[Phases, int], bool]
 
 
 @dataclass(frozen=True)

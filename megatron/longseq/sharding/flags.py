@@ -186,6 +186,15 @@ def add_sharding_arguments(parser: ArgumentParser) -> None:
         help="one collective over all ranks, or one inside groups and one between them, one after the other or at the "
         f"same time on different buckets; default {DEFAULT_COLLECTIVES}",
     )
+    group.add_argument(
+        "--paro-links",
+        type=float,
+        nargs=2,
+        metavar=("INSIDE", "BETWEEN"),
+        help="GB/s that a rank sends inside its group, and to other groups: where that says that one collective over "
+        "all ranks is as fast, overlapped ones are not taken; default: measured at the start, so that a sum may be "
+        "ordered otherwise in the next run",
+    )
 
 
 def wants_sharding(args: Namespace) -> bool:
@@ -206,7 +215,9 @@ def check_sharding_numbers(args: Namespace) -> None:
     """
     size, collectives = getattr(args, "paro_group_size", None), getattr(args, "paro_collectives", None)
     if not wants_sharding(args):
-        for flag, given in (("--paro-group-size", size), ("--paro-collectives", collectives)):
+        links = getattr(args, "paro_links", None)
+        given_flags = (("--paro-group-size", size), ("--paro-collectives", collectives), ("--paro-links", links))
+        for flag, given in given_flags:
             if given is not None:
                 raise ValueError(f"{flag} {given}: --paro is not given, so it would change nothing; give both.")
         return
@@ -220,6 +231,11 @@ def check_sharding_numbers(args: Namespace) -> None:
             f"--paro-group-size {size}: --paro {strategy} with --paro-collectives flat has no groups, so it would "
             "change nothing; leave it out."
         )
+    links = getattr(args, "paro_links", None)
+    if links is not None and (collectives or DEFAULT_COLLECTIVES) != "overlapped":
+        raise ValueError(f"--paro-links {links}: --paro-collectives {collectives} does not ask for them; leave it out.")
+    if links is not None and min(links) <= 0:
+        raise ValueError(f"--paro-links {links}: give positive speeds, in GB/s.")
     if getattr(args, "yaml_cfg", None) is not None:
         raise ValueError("--paro with --yaml-cfg: upstream does not validate flags from a YAML file; give them here.")
 
