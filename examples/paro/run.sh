@@ -55,7 +55,7 @@ main() {
   logs=("upstream=$dir/upstream/log.txt")
   for triplet in "${triplets[@]}"; do
     train $((${#logs[@]} + 2)) "$triplet" "--paro $triplet ${GROUPS_OF_TWO[*]}" --paro "$triplet" "${GROUPS_OF_TWO[@]}"
-    grep -h "^> PaRO " "$dir/$triplet/log.txt" || die "$dir/$triplet/log.txt does not say that PaRO ran"
+    grep -o '> PaRO .*' "$dir/$triplet/log.txt" || die "$dir/$triplet/log.txt does not say that PaRO ran"
     logs+=("$triplet=$dir/$triplet/log.txt")
   done
   say "[$count/$count] the same losses?"

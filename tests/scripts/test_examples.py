@@ -50,7 +50,8 @@ def validated(job: tuple[list[str], int]) -> dict[str, Any]:
     from megatron.training import arguments
 
     sys.argv = ["pretrain_gpt.py", *flags]
-    args = arguments.validate_args(arguments.parse_args())
+    args = arguments.parse_args()  # applies the records that these flags ask for, of validate_args, too
+    args = arguments.validate_args(args)
     assert not torch.distributed.is_initialized()
 
     from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding

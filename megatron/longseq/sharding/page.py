@@ -70,6 +70,7 @@ def own_flags() -> str:
     rows = []
     for action in parser._actions:
         takes = action.metavar or "|".join(action.choices or ())
+        takes = takes if isinstance(takes, str) else " ".join(takes)
         rows.append([f"`{action.option_strings[0]} {takes}`".replace("|", r"\|"), action.help or ""])
     return str(Table(["flag", ""], rows))
 
