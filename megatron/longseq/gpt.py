@@ -21,12 +21,16 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from megatron.longseq.partial import add_partial_arguments, check_partial_pattern, freezing
+from megatron.longseq.pipeline.flags import wants_our_schedule
+
 Batch = dict[str, torch.Tensor | None]
 
 
 # What Megatron-LM's own pretrain_gpt.py serves and this one does not: refused, never silently left out.
 UNSERVED: dict[str, Callable[[Any], bool]] = {
     "--sft": lambda args: args.sft,
+    "--freeze-all-layers": lambda args: args.freeze_all_layers,
     "--fim-data": lambda args: args.fim_data,
     "--dataloader-inter-document-masking": lambda args: args.dataloader_inter_document_masking,
     "--hybrid-context-parallel": lambda args: args.hybrid_context_parallel,
@@ -173,7 +177,12 @@ datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # every r
 
 def main() -> None:
     """Parse the flags, describe the model, and hand both to upstream's `pretrain`."""
-    args = parse_and_validate_args()
+    args = parse_and_validate_args(extra_args_provider=add_partial_arguments)
     refuse_unserved(args)
-    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    model = gpt_config_from_args(args)
+    if args.train_only is not None:
+        check_partial_pattern(args.train_only)
+        needs_backward = args.recompute_granularity is not None or wants_our_schedule(args)
+        model.pre_wrap_hooks.append(freezing(args.train_only, needs_backward))
+    config = pretrain_cfg_container_from_args(args, model)
     pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)

@@ -5,7 +5,7 @@ import os
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -134,11 +134,6 @@ def _nothing(*_: Any, **__: Any) -> None:
     """Stand in for an entry point that orders or frees GPU work: the CPU has none."""
 
 
-@contextmanager
-def _on_stream(stream: Any) -> Iterator[None]:
-    yield
-
-
 def _twins(ranks_on_this_host: int) -> dict[str, Any]:
     """Every `torch.cuda` name that upstream's training path reads, with its CPU twin."""
     generator = torch.default_generator
@@ -158,7 +153,7 @@ def _twins(ranks_on_this_host: int) -> dict[str, Any]:
         "memory_stats": _memory_stats,
         "Stream": CpuStream,
         "Event": CpuEvent,
-        "stream": _on_stream,
+        "stream": nullcontext,  # may be entered again, as CUDA's
         "current_stream": lambda device=None: stream,
         "default_stream": lambda device=None: stream,
         "manual_seed": lambda seed: generator.manual_seed(int(seed)) and None,

@@ -17,12 +17,15 @@ def choose_patches(parse_args: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap upstream's `parse_args`: our flags beside the script's own, then the patches that the flags ask for."""
 
     told = ""
+    script: Provider | None = None
 
     @functools.wraps(parse_args)
     def parse(extra_args_provider: Provider | None = None, ignore_unknown_args: bool = False) -> Any:
+        nonlocal script
+        script = extra_args_provider or script  # upstream parses again, without the script's flags, inside `pretrain`
+
         def provider(parser: ArgumentParser) -> ArgumentParser:
-            parser = extra_args_provider(parser) if extra_args_provider else parser
-            return arguments.add_longseq_arguments(parser)
+            return arguments.add_longseq_arguments(script(parser) if script else parser)
 
         args = parse_args(provider, ignore_unknown_args)
         if getattr(args, "yaml_cfg", None) is not None:

@@ -34,7 +34,11 @@ class GroupStepAdam(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; count one step per group that had one."""
+        """Update every parameter that has a gradient; count one step per group that had one, or has no parameters.
+
+        Upstream saves the groups of rank 0 for all ranks. It has every group, and where all its parameters are frozen,
+        nothing in them.
+        """
         for group, states in self._states_with_gradient():
             for state in states:
                 if state:  # an empty one is torch's to fill, from step 0
@@ -44,6 +48,8 @@ class GroupStepAdam(torch.optim.Adam):
         for group, states in self._states_with_gradient():
             for state in states:
                 group["step"] = int(state.pop("step"))
+            if not group["params"]:
+                group["step"] = group.get("step", 0) + 1
         return result
 
     def _states_with_gradient(self) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:

@@ -12,7 +12,7 @@ RECORDS = (
         target="megatron.training.arguments:validate_args",
         impl="patches.paro.arguments:with_sharding",
         reads=("megatron.training.initialize:_initialize_distributed",),
-        why="--paro has to set upstream's distributed optimizer, its instances and the form of its checkpoints before "
+        why="--paro has to set upstream's distributed optimizer and the form of its checkpoints before "
         "upstream validates its flags, and what sharding cannot serve has to be refused before any process group "
         "exists.",
         when=_ASKED_FOR,
@@ -103,5 +103,18 @@ RECORDS = (
         when=_ASKED_FOR,
         test="tests/distributed/test_sharding.py::test_equals_upstream_in_float64",
         remove_when="upstream's optimizer finds its shards through its buckets",
+    ),
+    Record(
+        id="paro.partial-layers",
+        system="paro",
+        action="wrap",
+        target="megatron.training.checkpointing:_build_sharded_state_dict_metadata",
+        impl="patches.paro.partial:by_layer",
+        reads=("megatron.core.transformer.transformer_block:TransformerBlock.sharded_state_dict",),
+        why="Upstream stacks all layers' tensors in a checkpoint, and refuses to write the optimizer states of those "
+        "layers alone that are trained.",
+        when="patches.paro.conditions:freezes",
+        test="tests/distributed/test_partial.py::test_is_saved_and_resumed",
+        remove_when="upstream writes layers apart by default, as it announces",
     ),
 )

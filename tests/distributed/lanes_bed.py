@@ -204,6 +204,6 @@ def probed(size: int) -> tuple[Any, Any, float]:
     began = time.monotonic()
     links = probe(groups, communicators, CPU)
     seconds = time.monotonic() - began
-    timed = measure(groups, communicators, CPU, kind=Kind.REDUCE_SCATTER, sizes=(2**12, 2**14), budget=0.001)
+    timed = measure(groups, communicators, CPU, kind=Kind.REDUCE_SCATTER, sizes=(2**12, 2**14, 2**26), budget=0.001)
     dist.destroy_process_group()
     return links, timed, seconds

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import product
+from math import inf
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from megatron.longseq.sharding.groups import Groups
 from megatron.longseq.sharding.phases import Kind, Scope
 from megatron.longseq.sharding.ring import Mode, whole
+from megatron.longseq.sharding.ringtime import Link
 from megatron.longseq.sharding.traffic import volume
 from tests.distributed.lanes_bed import Case, Result, collect, one_stays_away, places, probed
 from tests.pool import RankPool
@@ -86,8 +88,7 @@ def test_a_rank_that_stays_away_is_an_error_in_time(ranks: RankPool) -> None:
 def test_all_ranks_measure_the_same_links(ranks: RankPool, size: int, tell: Callable[[str], None]) -> None:
     (links, timed, seconds), *others = ranks.run(4, probed, size)
     assert all(other[:2] == (links, timed) for other in others)
-    assert 1e6 < links.inside.bandwidth < 1e13 and 0 <= links.inside.latency < 0.1
-    assert (links.between.bandwidth < 1e13) is (size < 4) and 1 <= links.channels <= size
+    assert links.inside != Link(inf) and (links.between == Link(inf)) is (size == 4) and 1 <= links.channels <= size
     scopes = [Scope.INSIDE, Scope.BETWEEN, Scope.FLAT] if size == 2 else [Scope.INSIDE, Scope.FLAT]
     assert [(one.phase.scope, one.shard) for one in timed] == [(s, n) for s in scopes for n in (2**10, 2**12)]
     assert all(one.phase.kind is Kind.REDUCE_SCATTER and one.seconds > 0 for one in timed)

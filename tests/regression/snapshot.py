@@ -65,6 +65,8 @@ def parts_of_this_rank(model: list[Any], optimizer: Any) -> list[Part]:
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True),
     }
+    if getattr(get_args(), "train_only", None) is not None:  # only some layers have optimizer states
+        metadata["non_homogeneous_layers"] = True
     chunks = unwrap_model(model)
     names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
     state = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, chunks, strict=True)}

@@ -40,7 +40,10 @@ def test_streams_events_and_memory_answer() -> None:
     with patches.applied("cpu.device"):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        on_stream = torch.cuda.stream(stream)
+        with on_stream:
+            pass
+        with on_stream:  # upstream enters one context for several buckets
             first, second = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             first.record()
             second.record(stream)

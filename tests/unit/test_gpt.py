@@ -8,6 +8,7 @@ import pytest
 
 QUIET: dict[str, Any] = {
     "sft": False,
+    "freeze_all_layers": False,
     "fim_data": False,
     "dataloader_inter_document_masking": False,
     "hybrid_context_parallel": False,
@@ -18,6 +19,7 @@ QUIET: dict[str, Any] = {
 }
 ASKED: dict[str, dict[str, Any]] = {
     "--sft": {"sft": True},
+    "--freeze-all-layers": {"freeze_all_layers": True},
     "--fim-data": {"fim_data": True},
     "--dataloader-inter-document-masking": {"dataloader_inter_document_masking": True},
     "--hybrid-context-parallel": {"hybrid_context_parallel": True},
@@ -57,3 +59,25 @@ def test_loss_is_the_sum_over_valid_tokens(monkeypatch: pytest.MonkeyPatch) -> N
     assert logged["lm loss"].tolist() == [21.0, 3.0]
     nothing, none, _ = gpt.loss_func(torch.zeros_like(mask), losses)
     assert (nothing.item(), none.item()) == (0.0, 0)
+
+
+def test_a_parameters_name_is_the_models_whatever_the_stage() -> None:
+    import torch
+
+    from megatron.longseq.partial import model_name
+
+    stage = torch.nn.Module()
+    stage.decoder = torch.nn.Module()
+    stage.decoder.layers = torch.nn.ModuleList([torch.nn.Linear(1, 1) for _ in range(2)])
+    for index, layer in enumerate(stage.decoder.layers):
+        layer.layer_number = 3 + index  # from 1, through the model
+    assert [model_name(stage, name) for name, _ in stage.named_parameters()] == [
+        "decoder.layers.2.weight",
+        "decoder.layers.2.bias",
+        "decoder.layers.3.weight",
+        "decoder.layers.3.bias",
+    ]
+    assert model_name(stage, "output_layer.weight") == "output_layer.weight"
+    stage.share_embeddings_and_output_weights = True
+    assert model_name(stage, "output_layer.weight") == "embedding.word_embeddings.weight"
+    assert model_name(stage, "output_layer.bias") == "output_layer.bias"

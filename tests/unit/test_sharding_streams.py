@@ -111,12 +111,12 @@ def test_memory_is_kept_until_it_is_waited_for_or_seen_to_be_done(machine: Machi
     lanes, order = Lanes(Doubling(machine), GPU, 0, is_overlapped=True), random.Random(0)
     part = torch.zeros(1)
     held = weakref.ref(part)
-    lanes.submit(JOBS[0], Region(None, part), "nobody waits")
+    handle = lanes.submit(JOBS[0], Region(None, part), "nobody waits")
     del part
     assert held() is not None
     machine.run(order)
     lanes.submit(JOBS[0], Region(None, torch.zeros(1)), "next")
-    assert held() is None
+    assert held() is None and handle
     machine.run(order)
 
 

@@ -48,7 +48,7 @@ class StreamEvent:
     """A point in a stream of a GPU."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._event = torch.cuda.Event()
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._event.record(stream)
 
     def wait(self) -> None:
@@ -57,7 +57,7 @@ class StreamEvent:
 
     def is_done(self) -> bool:
         """See `Done.is_done`."""
-        return self._event.query()
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
 
 
 class StreamLane:
@@ -70,7 +70,7 @@ class StreamLane:
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.name = name
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def mark(self) -> Done:
         """See `Lane.mark`: a point in the current stream."""

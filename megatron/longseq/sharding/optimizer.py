@@ -9,6 +9,7 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import Range
 
 from megatron.longseq.sharding.ddp import ShardedDataParallel
+from megatron.longseq.sharding.stores import ParamStore
 from megatron.longseq.sharding.strategy import Level
 
 
@@ -24,16 +25,16 @@ def adopt(optimizer: Any) -> None:
     optimizer.start_param_sync_for_bucket_group_subset = lambda: _sync_all(chunks)
     strategy = chunks[0].sharding.strategy
     if strategy.grads is not Level.NONE:
-        _around(optimizer, "_copy_model_grads_to_main_grads", lambda: _rebased(optimizer, "param", _from_zero))
+        _around(optimizer, "_copy_model_grads_to_main_grads", lambda: _rebased(optimizer, "param", _all_of_it))
     if strategy.params is not Level.NONE:
         _point_at_parts(optimizer, chunks)
         _around(optimizer, "_copy_main_params_to_model_params", lambda: _writing_parts(optimizer, chunks))
 
 
 def _send_all(chunks: list[ShardedDataParallel]) -> None:
-    """Start sending all buckets' new parameters: links work side by side."""
+    """Start sending all buckets' new parameters, in the order in which the next forward reads them."""
     for chunk in chunks:
-        for group in chunk.bucket_groups:
+        for group in reversed(chunk.bucket_groups):
             if not group.param_gather_dispatched:
                 group.store.sync(group.label)
                 group.param_gather_dispatched = True
@@ -60,19 +61,19 @@ def _around(optimizer: Any, name: str, context: Callable[[], Any]) -> None:
     setattr(optimizer, name, inside)
 
 
-def _from_zero(span: Any, first: int) -> Any:
+def _all_of_it(param: torch.nn.Parameter, span: Any) -> Any:
+    """A gradient is what this rank owns of it (`ShardedBucketGroup`)."""
     return Range(0, span.size)
 
 
 @contextmanager
-def _rebased(optimizer: Any, key: str, moved: Callable[[Any, int], Any], firsts: Any = None) -> Iterator[None]:
-    """Let places of a kind be those in what this rank holds."""
+def _rebased(optimizer: Any, kind: str, place: Callable[[torch.nn.Parameter, Any], Any]) -> Iterator[None]:
+    """Let a parameter's places of a kind be those in what this rank holds."""
     find = optimizer._get_model_param_range_map
 
     def rebased(param: torch.nn.Parameter) -> dict[str, Any]:
-        found = dict(find(param))
-        found[key] = moved(found[key], 0 if firsts is None else firsts[param])
-        return found
+        found = find(param)
+        return {**found, kind: place(param, found[kind])}
 
     optimizer._get_model_param_range_map = rebased
     try:
@@ -83,30 +84,38 @@ def _rebased(optimizer: Any, key: str, moved: Callable[[Any, int], Any], firsts:
 
 @contextmanager
 def _writing_parts(optimizer: Any, chunks: list[ShardedDataParallel]) -> Iterator[None]:
-    """Let upstream write into this rank's parts."""
-    firsts, buckets = {}, []
+    """Let upstream write into this rank's parts, and send them at once, whatever upstream overlaps.
+
+    The first unit is gathered before upstream's own hook would send.
+    """
+    stores = _stores(chunks)
+    groups = [group for chunk in chunks for group in chunk.bucket_groups]
+    wholes = [group.bucket.param_data for group in groups]
+
+    def place(param: torch.nn.Parameter, span: Any) -> Any:
+        first = stores[param].held.start
+        return Range(span.start - first, span.end - first)
+
     for chunk in chunks:
         chunk.release_all()
-        for group in chunk.bucket_groups:
-            firsts.update(dict.fromkeys(group.params, group.store.held.start))
-            buckets.append((group.bucket, group.bucket.param_data))
-            group.bucket.param_data = group.store.part
+    for group in groups:
+        group.bucket.param_data = group.store.part
     try:
-        with _rebased(optimizer, "gbuf_world_in_bucket", _moved, firsts):
+        with _rebased(optimizer, "gbuf_world_in_bucket", place):
             yield
     finally:
-        for bucket, whole in buckets:
-            bucket.param_data = whole
-    _send_all(chunks)  # at once, whatever upstream overlaps: the first unit is gathered before upstream's own hook
+        for group, whole in zip(groups, wholes, strict=True):
+            group.bucket.param_data = whole
+    _send_all(chunks)
 
 
-def _moved(span: Any, first: int) -> Any:
-    return Range(span.start - first, span.end - first)
+def _stores(chunks: list[ShardedDataParallel]) -> dict[torch.nn.Parameter, ParamStore]:
+    return {param: group.store for chunk in chunks for group in chunk.bucket_groups for param in group.params}
 
 
 def _point_at_parts(optimizer: Any, chunks: list[ShardedDataParallel]) -> None:
     """Let main parameters that are views of float32 parameters be views of this rank's parts."""
-    stores = {param: group.store for chunk in chunks for group in chunk.bucket_groups for param in group.params}
+    stores = _stores(chunks)
     for params, shards in zip(optimizer.model_fp32_groups, optimizer.shard_fp32_groups, strict=True):
         for param, shard in zip(params, shards, strict=True):
             span = optimizer._get_model_param_range_map(param)["gbuf_world_in_bucket"]
