@@ -8,7 +8,6 @@ from typing import NamedTuple
 from megatron.longseq.sharding.cost import Job, Work, fastest, rank
 from megatron.longseq.sharding.flags import (
     INSTEAD,
-    NOT_WITH_INSTANCES,
     NOT_WITH_PARO,
     NOT_WITH_SHARDED_GRADIENTS,
     NOT_WITH_SHARDED_PARAMETERS,
@@ -44,7 +43,6 @@ TRAININGS = (Training("full", 1.0), Training("partial, 1 of 16", 1 / 16), Traini
 MICROBATCHES = (1, 4, 16, 64)
 REFUSALS: dict[str, Refusals] = {
     "any triplet": NOT_WITH_PARO,
-    "optimizer states N or I": NOT_WITH_INSTANCES,
     "gradients I or G": NOT_WITH_SHARDED_GRADIENTS,
     "parameters I or G": NOT_WITH_SHARDED_PARAMETERS,
 }
