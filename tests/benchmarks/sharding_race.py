@@ -1,7 +1,8 @@
 """The ranks' side of the race of collectives: flat, serial hierarchical and overlapped, in turns, in one job.
 
 Messages travel in two ways. "gloo": gloo's own collectives, as the runtime calls them. "ring": every message of
-`ring.ring_steps`, sent one by one; flat, serial and overlapped then differ in nothing but their order.
+`ring.ring_steps`, sent one by one, as the runtime does on gloo; flat, serial and overlapped then differ in nothing but
+their order.
 """
 
 import time
@@ -13,12 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.longseq.sharding.collectives import Collectives, Region, open_groups, region_of
+from megatron.longseq.sharding.collectives import Collectives, open_groups, region_of
 from megatron.longseq.sharding.groups import Groups
 from megatron.longseq.sharding.lanes import Lanes, Runner
-from megatron.longseq.sharding.phases import Kind, Phase, Scope
+from megatron.longseq.sharding.messages import RingMessages
+from megatron.longseq.sharding.phases import Kind
 from megatron.longseq.sharding.probe import probe
-from megatron.longseq.sharding.ring import Mode, Piece, Run, ring_steps, whole
+from megatron.longseq.sharding.ring import Mode, whole
 from megatron.longseq.sharding.ringtime import Links
 
 GLOO, RING = "gloo", "ring"
@@ -61,44 +63,6 @@ class Timed:
     heat: Heat
     arm: Arm
     seconds: list[float]
-
-
-class RingMessages:
-    """Runs phases message by message, as `ring_steps` has it.
-
-    Args:
-        groups: the ranks; data-parallel rank r is global rank r.
-        member: this one.
-        scopes: process groups; the flat ring's too, whose neighbours are neighbours.
-    """
-
-    def __init__(self, groups: Groups, member: int, scopes: dict[Scope, dist.ProcessGroup]) -> None:
-        self._groups, self._member, self._scopes = groups, member, scopes
-
-    def check(self, phase: Phase, region: Region) -> None:
-        """Everything can run: whole buckets alone are given."""
-
-    def run(self, phase: Phase, region: Region) -> None:
-        """Run a phase in place."""
-        assert region.whole is not None, "whole buckets alone are given"
-        shards = region.whole.view(self._groups.ranks, -1)
-        group = self._scopes[phase.scope]
-
-        def piece(of: Piece) -> Tensor:
-            return shards[of.begin : of.end].view(-1)
-
-        for step in ring_steps(self._groups, Run(0, 0, 0, phase), self._member):
-            target = piece(step.receive)
-            into = torch.empty_like(target) if step.receive.adds else target
-            # Received first: gloo says that it is ready over the same connection, and that would wait behind the send.
-            works = [
-                dist.irecv(into, step.receive.peer, group=group),
-                dist.isend(piece(step.send), step.send.peer, group=group),
-            ]
-            for work in works:
-                work.wait()
-            if step.receive.adds:
-                target.add_(into)
 
 
 def probe_on_this_rank(size: int) -> Links:
@@ -151,8 +115,7 @@ class Race:
         self.member = dist.get_rank()
         alone = Groups(groups.ranks, groups.ranks)  # --paro-collectives flat: no groups, so shards lie in ranks' order
         made, natural = open_groups(dist.group.WORLD, groups), open_groups(dist.group.WORLD, alone)
-        scopes = {**made.scopes, Scope.FLAT: natural.scopes[Scope.FLAT]}
-        gloo, ring = Collectives(groups, made), RingMessages(groups, self.member, scopes)
+        gloo, ring = Collectives(groups, made), RingMessages(groups, made)
         self.tracks = {
             (GLOO, Mode.FLAT): self._track(alone, Collectives(alone, natural), Mode.FLAT),
             (LOGICAL, Mode.FLAT): self._track(groups, gloo, Mode.FLAT),
