@@ -58,7 +58,12 @@ class Square(NamedTuple):
             learns=0.3,
             mutants=(),
             seeds=(1, 2, 3) if is_half else (1,),
-            floor=(ArmPlan("U", world // 2, layout), ArmPlan("U", world // 4, layout)),
+            floor=(
+                ArmPlan("U", world // 2, layout),
+                ArmPlan("U", world // 2, (*layout, "--micro-batch-size", "2")),
+                ArmPlan("U", world // 4, layout),
+                ArmPlan("U", world, (*layout, "--use-distributed-optimizer")),
+            ),
             u=ArmPlan("U", world, layout),
             o=ArmPlan("O", world, own),
         )
