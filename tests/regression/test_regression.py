@@ -21,7 +21,7 @@ SLOW = {
     *("seq1f1b-dp", "seq1f1b-zero-bubble"),
     *("usp-bf16", "usp-float32", "usp-pipeline", "usp-ring", "usp-ring-recompute", "usp-tensor", "usp-ulysses"),
     "usp-multi-query",
-    *("paro-bf16", "paro-bf16-wire"),
+    *("paro-bf16", "paro-bf16-wire", "paro-igg-pipeline", "paro-nng"),
 }
 
 
