@@ -86,7 +86,7 @@ def suite(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Suite:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("square", squares(), ids=str)
+@pytest.mark.parametrize("square", tuple(squares()), ids=str)
 def test_equals_plain_data_parallelism(square: Square, suite: Suite) -> None:
     outcome = suite.run_case(square.case)
     print(report.line(outcome))
