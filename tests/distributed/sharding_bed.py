@@ -215,10 +215,11 @@ def _watching(seen: Seen, model: list[Any]) -> Iterator[None]:
     kinds: dict[int, tuple[str, str]] = {}
     wholes: dict[int, Whole] = {}
     for chunk in model:
-        for group in chunk.bucket_groups:
-            for kind, store, name in (("units", group.store, group.unit), ("gradients", group.grads, group.label)):
-                if store.level:
-                    kinds[id(store.whole)], wholes[id(store.whole)] = (kind, name), store.whole
+        units = [] if chunk.uses is None else chunk.uses.units
+        stores = [("units", unit.name, store) for unit in units for store in unit.stores]
+        stores += [("gradients", group.label, group.grads) for group in chunk.bucket_groups if group.grads.level]
+        for kind, name, store in stores:
+            kinds[id(store.whole)], wholes[id(store.whole)] = (kind, name), store.whole
 
     def look() -> None:
         for kind in ("units", "gradients"):

@@ -23,6 +23,7 @@ LAYOUTS = {
     "TP 2": ("--tensor-model-parallel-size", "2", "--sequence-parallel"),
     "PP 2": ("--pipeline-model-parallel-size", "2"),
 }
+SHARDED = f"--use-distributed-optimizer --overlap-grad-reduce {BUCKETS}"  # norms, too, are sums over shards
 WIRE = "--grad-reduce-in-bf16"
 
 
@@ -58,7 +59,12 @@ class Square(NamedTuple):
             learns=0.3,
             mutants=(),
             seeds=(1, 2, 3) if is_half else (1,),
-            floor=(ArmPlan("U", world // 2, layout), ArmPlan("U", world // 4, layout)),
+            floor=(
+                ArmPlan("U", world // 2, layout),
+                ArmPlan("U", world // 2, (*layout, "--micro-batch-size", "2")),
+                ArmPlan("U", world // 4, layout),
+                ArmPlan("U", world, (*layout, *SHARDED.split())),
+            ),
             u=ArmPlan("U", world, layout),
             o=ArmPlan("O", world, own),
         )
@@ -80,7 +86,7 @@ def suite(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Suite:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("square", squares(), ids=str)
+@pytest.mark.parametrize("square", tuple(squares()), ids=str)
 def test_equals_plain_data_parallelism(square: Square, suite: Suite) -> None:
     outcome = suite.run_case(square.case)
     print(report.line(outcome))

@@ -457,10 +457,10 @@ def test_upstreams_validation_takes_what_paro_sets(ranks: RankPool) -> None:
         f"--paro III --paro-group-size 2 {TP2}",
     )
     names = dict.fromkeys(SET)
-    assert plain[1] == names | dict(zip(SET, (2, 2, "overlapped", "fp32", 2, False), strict=True))
+    assert plain[1] == names | dict(zip(SET, (2, 2, "overlapped", "fp32", 1, False), strict=True))
     assert bf16[1] == names | dict(zip(SET, (2, 2, "overlapped", "fp32", 1, True), strict=True))
     assert wire[1] == names | dict(zip(SET, (2, 2, "overlapped", "bf16", 1, True), strict=True))
-    assert whole[1] == names | dict(zip(SET, (4, 1, "flat", "fp32", 4, False), strict=True))
+    assert whole[1] == names | dict(zip(SET, (4, 1, "flat", "fp32", 1, False), strict=True))
     assert tensor[1] == names | dict(zip(SET, (2, 1, "overlapped", "fp32", 1, False), strict=True))
     assert wire[2] == (
         "> PaRO NIG: 4 data-parallel rank(s) in 2 group(s) of 2, overlapped collectives; bytes per parameter: held 2 + "

@@ -142,5 +142,6 @@ def chosen(strategy: Strategy, groups: Groups, term: str, size: int, is_flat: De
         size: the bucket's bytes.
         is_flat: see `Decide`; it is given the flat collective.
     """
-    apart, together = (getattr(program(strategy, groups, is_flat=one), term) for one in (False, True))
+    apart: Phases = getattr(program(strategy, groups), term)
+    together: Phases = getattr(program(strategy, groups, is_flat=True), term)
     return together if together != apart and is_flat(together, size) else apart
