@@ -49,7 +49,8 @@ def test_skips_the_same_steps_as_upstream(ranks: RankPool, upstream: Callable[[s
     assert [step["learning_rate"] for step in ours.curve] == [step["learning_rate"] for step in theirs.curve]
     for a, b in zip(ours.curve, theirs.curve, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
+        if not b["skipped"]:
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
 
 
 @pytest.fixture(scope="module")
