@@ -118,7 +118,8 @@ def test_what_one_strategy_saves_another_goes_on_with(
 
 def test_the_chain_ends_where_the_undisturbed_run_does(chain: Chain, undisturbed: Run) -> None:
     ours, theirs = logical_tensors(chain(NAMES[-1]).checkpoint(TRAINED)), undisturbed.snapshots[TRAINED].tensors
-    assert ours.keys() == theirs.keys()
+    main = {name for name in ours if name.startswith("optimizer.state.param.")}  # upstream's plain optimizer has none
+    assert ours.keys() - main == theirs.keys()
     for name, expected in theirs.items():
         assert numpy.linalg.norm(ours[name].numpy() - expected) <= 10 * RELATIVE * numpy.linalg.norm(expected), name
 

@@ -16,11 +16,13 @@ ASYNC = "--overlap-grad-reduce --overlap-param-gather"
 PAIRS = "--paro-group-size 2"
 # Scaled losses overflow in float16 until the scale is small enough, which takes a few halvings. One micro-batch: where
 # gradients are sharded, each is divided by the ranks before it is added, so that a sum of several overflows later.
-HALF = "--fp16 --initial-loss-scale 2097152 --hysteresis 1 --train-iters 7 --lr 1e-3 --global-batch-size 4"
+HALF = (
+    "--fp16 --initial-loss-scale 2097152 --hysteresis 1 --train-iters 7 --lr 1e-4 --min-lr 1e-5 --global-batch-size 4"
+)
 SPOILT = "tests.distributed.twists:nan_gradient_on_rank_one"
 BY_DEFAULT = ["NII", "IIG", "GGG"]
 ENDED = "upstream ended with status 16"  # resume to tell a passing fault from a lasting one
-SAVED = "iter_0000005"
+SAVED = "iter_0000004"
 RUNNING = ["NNN", "NNI", "NNG", "NII", "NIG", "III", "IIG", "IGG", "NGG", "GGG", "ING"]
 CASES = [pytest.param(name, marks=[] if name in BY_DEFAULT else pytest.mark.slow) for name in RUNNING]
 
@@ -47,7 +49,8 @@ def test_skips_the_same_steps_as_upstream(ranks: RankPool, upstream: Callable[[s
     assert [step["learning_rate"] for step in ours.curve] == [step["learning_rate"] for step in theirs.curve]
     for a, b in zip(ours.curve, theirs.curve, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
+        if not b["skipped"]:
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
 
 
 @pytest.fixture(scope="module")
