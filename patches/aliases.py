@@ -10,7 +10,7 @@ import functools
 import sys
 import types
 from collections import deque
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,8 @@ _SKIPPED = frozenset({*sys.stdlib_module_names, "patches", "torch", "torchgen", 
 _SCALARS = frozenset({int, float, str, bytes, bool, complex, type(None), types.ModuleType})
 _CACHED = type(functools.lru_cache(lambda: None))
 _Path = tuple["_Path | None", str, Any]  # how the holder was reached, a format, what goes into it
-_Leads = Iterator[tuple[str, Any, Any]]
+_Leads = list[tuple[str, Any, Any]]  # what a value holds, each with how to append it to a name
+_Reader = Callable[[Any], _Leads]
 
 
 @dataclass(frozen=True)
@@ -56,24 +57,27 @@ def scan(originals: Sequence[Original], installed: frozenset[int] = frozenset())
     needles = {id(thing): original.record for original in originals for thing in (original.raw, original.core)}
     modules = _modules()
     names = {module.__name__ for module in modules}
-    seen, hits = set(installed), []
+    seen, hits, readers = set(installed), [], _Readers()
     # Breadth first: what is reached in several ways is looked into by the shortest, so the depth limit cuts no corner.
-    queue: deque[tuple[Any, str, _Path, int]] = deque()
+    queue: deque[tuple[_Leads, str, _Path | None, int]] = deque()
     for module in modules:
-        name, depth = module.__name__, 0 if _is_deep(module) else _DEPTH
-        queue.extend(
-            (v, name, (None, "{}", k), depth) for k, v in list(vars(module).items()) if type(v) not in _SCALARS
-        )
+        held, depth = list(vars(module).items()), 0
+        if not _is_deep(module):
+            held, depth = [(name, value) for name, value in held if id(value) in needles], _DEPTH
+        queue.append(([("{}", name, value) for name, value in held], module.__name__, None, depth))
     while queue:
-        value, name, path, depth = queue.popleft()
-        kind = type(value)
-        record = needles.get(id(value))
-        if record is not None:
-            hits.append(Hit(record, name, f"{name}:{_render(path)}"))
-        elif depth < _DEPTH and id(value) not in seen and not _belongs_elsewhere(value, kind, name, names):
-            seen.add(id(value))
-            leads = _leads(value, kind)
-            queue.extend((v, name, (path, form, key), depth + 1) for form, key, v in leads if type(v) not in _SCALARS)
+        leads, name, before, depth = queue.popleft()
+        for form, key, value in leads:
+            kind, number = type(value), id(value)
+            if kind in _SCALARS:
+                continue
+            if number in needles:
+                hits.append(Hit(needles[number], name, f"{name}:{_render((before, form, key))}"))
+            elif depth < _DEPTH and number not in seen and not _belongs_elsewhere(value, kind, name, names):
+                seen.add(number)
+                reader = readers[kind]
+                if reader and (inner := reader(value)):
+                    queue.append((inner, name, (before, form, key), depth + 1))
     return hits
 
 
@@ -100,44 +104,73 @@ def _belongs_elsewhere(value: Any, kind: type, module: str, names: Set[str]) -> 
     return issubclass(kind, type) and value.__module__ != module and value.__module__ in names
 
 
-def _leads(value: Any, kind: type) -> _Leads:
-    """What `value` holds, each with how to append it to a name.
+class _Readers(dict[type, "_Reader | None"]):
+    """By type, the function that lists what a value of it holds; None: nothing.
 
     Goes by `type(value)`: an isinstance check would ask `__class__`, which proxies answer with code of their own.
     """
-    if kind is types.FunctionType:
-        yield from _function_leads(value)
-    elif issubclass(kind, type):
-        yield from ((".__bases__", "", base) for base in value.__bases__)
-        yield from ((".{}", name, inner) for name, inner in list(vars(value).items()))
-    elif kind in (staticmethod, classmethod, types.MethodType):
-        yield "", "", value.__func__
-    elif kind is property:
-        yield from (("", "", part) for part in (value.fget, value.fset, value.fdel))
-    elif kind in (functools.partial, functools.partialmethod):
-        yield " (partial)", "", value.func
-        yield from ((" (partial argument {})", i, inner) for i, inner in enumerate(value.args))
-        yield from ((" (partial argument {})", k, inner) for k, inner in value.keywords.items())
-    elif kind is _CACHED:
-        yield " (cached)", "", value.__wrapped__
-    elif issubclass(kind, dict):
-        yield from (("[{!r}]", key, inner) for key, inner in list(dict.items(value)))
-    elif issubclass(kind, list | tuple | set | frozenset):
-        yield from (("[{}]", i, inner) for i, inner in enumerate(list(value)))
-    elif kind.__module__.partition(".")[0] not in _SKIPPED:
-        yield from ((".{}", name, inner) for name, inner in _instance_dict(value))
+
+    def __missing__(self, kind: type) -> "_Reader | None":
+        reader = _BY_TYPE.get(kind) or next((reads for base, reads in _BY_BASE.items() if issubclass(kind, base)), None)
+        if reader is None and kind.__module__.partition(".")[0] not in _SKIPPED:
+            reader = _of_instance
+        self[kind] = reader
+        return reader
 
 
-def _function_leads(function: types.FunctionType) -> _Leads:
-    yield from ((" (default argument {})", i, inner) for i, inner in enumerate(function.__defaults__ or ()))
-    yield from ((" (default argument {})", k, inner) for k, inner in (function.__kwdefaults__ or {}).items())
+def _of_class(value: Any) -> _Leads:
+    return [
+        *((".__bases__", "", base) for base in value.__bases__),
+        *[(".{}", name, inner) for name, inner in list(vars(value).items())],
+    ]
+
+
+def _of_method(value: Any) -> _Leads:
+    return [("", "", value.__func__)]
+
+
+def _of_property(value: Any) -> _Leads:
+    return [("", "", part) for part in (value.fget, value.fset, value.fdel)]
+
+
+def _of_partial(value: Any) -> _Leads:
+    return [
+        (" (partial)", "", value.func),
+        *((" (partial argument {})", i, inner) for i, inner in enumerate(value.args)),
+        *((" (partial argument {})", k, inner) for k, inner in value.keywords.items()),
+    ]
+
+
+def _of_cached(value: Any) -> _Leads:
+    return [(" (cached)", "", value.__wrapped__)]
+
+
+def _of_dict(value: Any) -> _Leads:
+    return [("[{!r}]", key, inner) for key, inner in list(dict.items(value))]
+
+
+def _of_container(value: Any) -> _Leads:
+    return [("[{}]", i, inner) for i, inner in enumerate(list(value))]
+
+
+def _of_instance(value: Any) -> _Leads:
+    return [(".{}", name, inner) for name, inner in _instance_dict(value)]
+
+
+def _of_function(function: types.FunctionType) -> _Leads:
+    leads: _Leads = []
+    if function.__defaults__:
+        leads += [(" (default argument {})", i, inner) for i, inner in enumerate(function.__defaults__)]
+    if function.__kwdefaults__:
+        leads += [(" (default argument {})", k, inner) for k, inner in function.__kwdefaults__.items()]
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
-            yield " (closure variable {})", name, cell.cell_contents
+            leads.append((" (closure variable {})", name, cell.cell_contents))
         except ValueError:  # a cell that is not filled yet
             continue
     if "__wrapped__" in vars(function):
-        yield " (wrapped function)", "", vars(function)["__wrapped__"]
+        leads.append((" (wrapped function)", "", vars(function)["__wrapped__"]))
+    return leads
 
 
 def _instance_dict(value: Any) -> list[tuple[str, Any]]:
@@ -146,3 +179,17 @@ def _instance_dict(value: Any) -> list[tuple[str, Any]]:
     except AttributeError:
         return []
     return list(fields.items()) if type(fields) is dict else []
+
+
+_BY_TYPE: dict[type, _Reader] = {
+    types.FunctionType: _of_function,
+    **dict.fromkeys((staticmethod, classmethod, types.MethodType), _of_method),
+    property: _of_property,
+    **dict.fromkeys((functools.partial, functools.partialmethod), _of_partial),
+    _CACHED: _of_cached,
+}
+_BY_BASE: dict[type, _Reader] = {
+    type: _of_class,
+    dict: _of_dict,
+    **dict.fromkeys((list, tuple, set, frozenset), _of_container),
+}

@@ -1,5 +1,6 @@
 """Imported once by the fork server: every rank is then forked from a process that has paid for all of this."""
 
+import argparse
 import functools
 import gc
 import importlib
@@ -10,7 +11,7 @@ warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402
 import torch.utils.tensorboard  # noqa: E402
-from megatron.training import training  # noqa: E402, F401
+from megatron.training import argument_utils, arguments, training  # noqa: E402, F401
 
 import megatron.longseq.gpt  # noqa: E402
 import megatron.longseq.pipeline.runner  # noqa: E402, F401
@@ -23,6 +24,13 @@ for record in ledger.RECORDS:
     importlib.import_module(record.impl.partition(":")[0])
     for place in record.upstream_places:
         upstream.symbol(place)
+
+# Every rank builds upstream's parser, whose help texts come from parsing the sources of upstream's classes: done once.
+factory = argument_utils.ArgumentGroupFactory
+read_docstrings, reader = factory._get_field_docstrings, object.__new__(factory)
+docstrings = functools.cache(lambda kind: read_docstrings(reader, kind))
+factory._get_field_docstrings = lambda _, kind: docstrings(kind)
+arguments.add_megatron_arguments(argparse.ArgumentParser())
 
 torch.set_num_threads(1)
 gc.collect()

@@ -49,7 +49,7 @@ main() {
   train 2 1f1b "upstream's 1F1B"
   train 3 seq1f1b "Seq1F1B, four segments: --seq1f1b-splits 4" --seq1f1b-splits 4 --pipeline-trace "$dir/trace"
   say "[4/4] the same losses?"
-  "$PY" -m examples.seq1f1b.losses "$dir/1f1b/log.txt" "$dir/seq1f1b/log.txt" --tolerance "$tolerance"
+  "$PY" -m examples.losses "1F1B=$dir/1f1b/log.txt" "Seq1F1B=$dir/seq1f1b/log.txt" --tolerance "$tolerance"
   "$PY" -m megatron.longseq.pipeline draw --measured "$dir/trace" --output "$dir/timeline.png"
   say "Measured above simulated: $dir/timeline.png"
 }

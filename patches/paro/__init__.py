@@ -12,7 +12,7 @@ RECORDS = (
         target="megatron.training.arguments:validate_args",
         impl="patches.paro.arguments:with_sharding",
         reads=("megatron.training.initialize:_initialize_distributed",),
-        why="--paro has to set upstream's distributed optimizer, its instances and the form of its checkpoints before "
+        why="--paro has to set upstream's distributed optimizer and the form of its checkpoints before "
         "upstream validates its flags, and what sharding cannot serve has to be refused before any process group "
         "exists.",
         when=_ASKED_FOR,
@@ -103,6 +103,19 @@ RECORDS = (
         when=_ASKED_FOR,
         test="tests/distributed/test_sharding.py::test_equals_upstream_in_float64",
         remove_when="upstream's optimizer finds its shards through its buckets",
+    ),
+    Record(
+        id="paro.manifest",
+        system="paro",
+        action="wrap",
+        target="megatron.training.checkpointing:_load_base_checkpoint",
+        impl="patches.paro.checkpoints:with_manifest",
+        reads=("megatron.training.checkpointing:load_checkpoint",),
+        why="Optimizer states in a form that sharding cannot read fail deep inside upstream, on missing tensors or "
+        "sizes of buckets, and do not say which run saved them.",
+        when=_ASKED_FOR,
+        test="tests/distributed/test_sharding_refused_checkpoints.py::test_bound_optimizer_states_are_refused",
+        remove_when="upstream names the form that it finds and the one that it needs",
     ),
     Record(
         id="paro.partial-layers",

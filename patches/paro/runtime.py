@@ -124,10 +124,11 @@ def _open(flags: Namespace) -> tuple[Any, Any]:
     import torch
     from megatron.core import parallel_state
 
-    from megatron.longseq.sharding.collectives import Collectives, open_groups
+    from megatron.longseq.sharding.collectives import open_groups
     from megatron.longseq.sharding.core import Sharding
     from megatron.longseq.sharding.decide import decide, given_links
     from megatron.longseq.sharding.lanes import Lanes
+    from megatron.longseq.sharding.messages import runner_for
     from megatron.longseq.sharding.optimizergroups import open_optimizer_groups
     from megatron.longseq.sharding.probe import probe
     from megatron.longseq.sharding.ring import Mode
@@ -137,7 +138,7 @@ def _open(flags: Namespace) -> tuple[Any, Any]:
     timeout = timedelta(minutes=flags.distributed_timeout_minutes)
     data_parallel = parallel_state.get_data_parallel_group(with_context_parallel=True)
     communicators = open_groups(data_parallel, asked.groups, timeout)
-    runner = Collectives(asked.groups, communicators, average=flags.ddp_average_in_collective)
+    runner = runner_for(asked.groups, communicators, average=flags.ddp_average_in_collective)
     device = torch.zeros(0, device=torch.cuda.current_device()).device
     mode, links = Mode(asked.collectives), None
     if mode is Mode.OVERLAPPED:  # measured while nothing else runs

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import sharding_bed
-from tests.distributed.equality import Start
+from tests.distributed.equality import SNAPSHOTS, Start
 from tests.distributed.flags import EVALUATED, TINY, flags
 from tests.pool import RankPool
 from tests.regression.arm import Run, run_arm
@@ -35,7 +35,7 @@ def upstream(ranks: RankPool, start: Start) -> Callable[[str], Run]:
 
     @functools.cache
     def run(model: str, twist: str | None = None) -> Run:
-        return run_arm(ranks, "U", 1, start(model), float64=True, snapshots=(1, 4), mutant=twist)
+        return run_arm(ranks, "U", 1, start(model), float64=True, snapshots=SNAPSHOTS, mutant=twist)
 
     return run
 

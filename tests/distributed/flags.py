@@ -19,7 +19,7 @@ SELECTIVE = "--recompute-granularity selective --recompute-modules core_attn mlp
 OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 DOCUMENTS = "--reset-position-ids --reset-attention-mask --eod-mask-loss"
 MOE = "--num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type none --moe-ffn-hidden-size 64"
-EVALUATED = "--eval-iters 1 --eval-interval 3"  # a step follows on the evaluation
+EVALUATED = "--train-iters 3 --eval-iters 1 --eval-interval 2"  # a step follows on the evaluation
 
 
 def flags(*texts: str) -> list[str]:

@@ -15,6 +15,7 @@ from megatron.longseq.ranks import Sent
 from megatron.longseq.sharding.collectives import Collectives, Communicators, Region, open_groups, region_of
 from megatron.longseq.sharding.groups import Groups
 from megatron.longseq.sharding.lanes import LaneError, Lanes
+from megatron.longseq.sharding.messages import RingMessages
 from megatron.longseq.sharding.phases import SCATTER_INSIDE, Kind, Phase, Scope
 from megatron.longseq.sharding.probe import measure, probe
 from megatron.longseq.sharding.ring import Mode, whole
@@ -35,6 +36,7 @@ class Case(NamedTuple):
     shard: int = 24
     is_whole: bool = True  # the data are small whole numbers
     lag: int = 1
+    messages: bool = False  # rings of messages, else the backend's own collectives
 
 
 class Result(NamedTuple):
@@ -109,6 +111,12 @@ def given_to_torch(communicators: Communicators) -> Iterator[dict[Scope, Sent]]:
             ("all_reduce", lambda ranks, tensor: 2 * (tensor.numel() // ranks) * tensor.element_size()),
         ):
             stack.enter_context(wrapped(dist, name, count(piece)))
+
+        def isend(original: Any, tensor: Tensor, peer: int, group: Any) -> Any:
+            given[scopes[id(group)]].bytes += tensor.nbytes
+            return original(tensor, peer, group=group)
+
+        stack.enter_context(wrapped(dist, "isend", isend))
         yield given
 
 
@@ -127,7 +135,8 @@ def collect(cases: Sequence[Case]) -> list[Result]:
 def _collect(case: Case, communicators: Communicators, late: random.Random) -> Result:
     groups, member = Groups(dist.get_world_size(), case.size), communicators.member
     phases = whole(case.kind, groups, case.mode)
-    collectives = Collectives(groups, communicators, average=case.average)
+    kind = RingMessages if case.messages else Collectives
+    collectives = kind(groups, communicators, average=case.average)
     runner = Late(collectives, late.randrange(1000))
     overlapped = case.mode is Mode.OVERLAPPED
     data = [contents(case, number, groups.ranks) for number in range(case.buckets)]
@@ -204,6 +213,6 @@ def probed(size: int) -> tuple[Any, Any, float]:
     began = time.monotonic()
     links = probe(groups, communicators, CPU)
     seconds = time.monotonic() - began
-    timed = measure(groups, communicators, CPU, kind=Kind.REDUCE_SCATTER, sizes=(2**12, 2**14), budget=0.001)
+    timed = measure(groups, communicators, CPU, kind=Kind.REDUCE_SCATTER, sizes=(2**12, 2**14, 2**26), budget=0.001)
     dist.destroy_process_group()
     return links, timed, seconds

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.equality import Start, assert_equal, worst
+from tests.distributed.equality import SNAPSHOTS, Start, assert_equal, worst
 from tests.distributed.flags import DOCUMENTS, FULL, MOE, OVERLAP, PP2, SELECTIVE, TINY, TP2, VPP, flags
 from tests.pool import RankPool
 from tests.regression.arm import Run, run_arm
@@ -68,10 +68,10 @@ SEGMENTS = {
     "DP 2": (4, "", f"{CP2} {OVERLAP} --seq1f1b-splits 2"),
 }
 
-# A regression case or a neighbour above covers the others; -m slow runs them.
+# A regression case or a neighbour above covers the others (the double ring: QUICK_SEGMENTS, and whole sequences in
+# test_context_lanes.py); -m slow runs them.
 QUICK = {
     "2 x 2, context-first",
-    "double ring",
     "a kind for each layer",
     "sliding window",
     "full recompute, documents",
@@ -97,7 +97,7 @@ def test_equals_upstream_in_float64(
     ranks: RankPool, start: Start, upstream: Callable[..., Run], case: str, tell: Callable[[str], None]
 ) -> None:
     world, model, own = CASES[case]
-    run = run_arm(ranks, "O", world, start(model) + flags(own), float64=True, snapshots=(1, 4))
+    run = run_arm(ranks, "O", world, start(model) + flags(own), float64=True, snapshots=SNAPSHOTS)
     assert_equal(run, upstream(model), f"context, {case}", tell)
 
 
@@ -114,7 +114,7 @@ def test_segments_equal_upstream_in_float64(
     ranks: RankPool, start: Start, upstream: Callable[..., Run], case: str, tell: Callable[[str], None]
 ) -> None:
     world, model, own = SEGMENTS[case]
-    run = run_arm(ranks, "O", world, start(model) + flags(own), float64=True, snapshots=(1, 4))
+    run = run_arm(ranks, "O", world, start(model) + flags(own), float64=True, snapshots=SNAPSHOTS)
     assert_equal(run, upstream(model), f"context and segments, {case}", tell)
 
 
@@ -133,7 +133,7 @@ def test_any_mask(
 ) -> None:
     place = f"tests.distributed.twists:{twist}"
     world, own = MASKED[name]
-    run = run_arm(ranks, "O", world, start("") + flags(own), float64=True, snapshots=(1, 4), mutant=place)
+    run = run_arm(ranks, "O", world, start("") + flags(own), float64=True, snapshots=SNAPSHOTS, mutant=place)
     assert run.planted > 0
     assert_equal(run, upstream("", place), f"context, {twist}, {name}", tell)
 
@@ -142,7 +142,7 @@ def test_a_loss_of_ones_own_tokens_is_another(ranks: RankPool, start: Start, ups
     """Without the record each rank divides by the valid tokens of its own part: the report is right, gradients not."""
     twist = "tests.distributed.twists:empty_ranks"
     run = run_arm(
-        ranks, "O", 2, start("") + flags(CP2), float64=True, snapshots=(1, 4), mutant=f"{twist}_without_the_record"
+        ranks, "O", 2, start("") + flags(CP2), float64=True, snapshots=SNAPSHOTS, mutant=f"{twist}_without_the_record"
     )
     reference = upstream("", twist)
     assert "usp.loss" not in run.header["patches"] and "usp.core-attention" in run.header["patches"]

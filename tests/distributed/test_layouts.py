@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.flags import TINY, flags
+from tests.distributed.flags import EVALUATED, TINY, flags
 from tests.pool import RankPool
 from tests.regression.arm import Run, run_arm
 
@@ -44,14 +44,18 @@ LAYOUTS = {
 }
 # What a regression case or a neighbour above proves, too; -m slow runs it.
 SLOW = {
-    "TP 2",  # TP 2 x PP 2, sequence parallel
+    "TP 2",  # TP 2 x PP 2, sequence parallel, tied
     "TP 2, sequence parallel",  # tensor-sequence.toml, single-precision.toml, half-precision.toml
     "PP 2",  # pipeline.toml
     "PP 2, two virtual stages",  # tied-virtual-stages.toml
     "DP 2, distributed optimizer",  # data-parallel.toml, data-overlap.toml
     "DP 2, distributed optimizer, overlap",  # data-parallel.toml
-    "TP 2 x PP 2",  # tensor-pipeline.toml
-    "PP 2 x DP 2",  # with distributed optimizer and overlap
+    "PP 4",  # tied; pipeline.toml
+    "DP 2",  # with overlapped gradients
+    "TP 2 x PP 2",  # with sequence parallelism, tied
+    "TP 2 x PP 2, sequence parallel",  # tied; tensor-sequence.toml, pipeline.toml
+    "PP 2 x DP 2, distributed optimizer, overlap",  # tied; data-parallel.toml, pipeline.toml
+    "PP 2 x DP 2",  # with distributed optimizer and overlap, tied
     "full recompute",  # recompute.toml
     "selective recompute",  # with TP 2, sequence parallel
 }
@@ -59,8 +63,8 @@ TIED = {"PP 4", "TP 2 x PP 2, sequence parallel", "PP 2 x DP 2, distributed opti
 NOISY_SLOW = {"TP 2, sequence parallel", "TP 2 x PP 2"}  # single-precision.toml, half-precision.toml
 NOISY = ["TP 2, sequence parallel", "PP 2", "DP 2, distributed optimizer, overlap", "TP 2 x PP 2"]
 ARITHMETIC = {"float64": "", "float32": "", "bf16": "--bf16"}
-EVALUATED = "--eval-iters 1 --eval-interval 3"  # a step follows on the evaluation
 RELATIVE = 1e-9
+STEPS = 3  # those of EVALUATED
 
 
 def in_float64() -> Iterator[Any]:
@@ -116,7 +120,7 @@ def rounding_error(ranks: RankPool, start: Start, single: Callable[[str, bool], 
 
 def worst(run: Run, reference: Run, name: str) -> float:
     """Return the largest difference of one quantity over the steps, relative to the reference."""
-    assert len(run.curve) == len(reference.curve) == 4
+    assert len(run.curve) == len(reference.curve) == STEPS
     assert [step["samples"] for step in run.curve] == [step["samples"] for step in reference.curve]
     assert [step["tokens"] for step in run.curve] == [step["tokens"] for step in reference.curve]
     return max(abs(a[name] - b[name]) / abs(b[name]) for a, b in zip(run.curve, reference.curve, strict=True))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.distributed.equality import Start, assert_equal
+from tests.distributed.equality import SNAPSHOTS, Start, assert_equal
 from tests.distributed.flags import FULL, MOE, PP2, SELECTIVE, TP2, VPP, flags
 from tests.pool import RankPool
 from tests.regression.arm import Run, run_arm
@@ -52,10 +52,33 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+# What these prove, a neighbour proves, too, or a regression case (paro-*.toml); -m slow runs the others.
+QUICK = {
+    "NNN, overlap",
+    "NII",
+    "NIG, overlap",
+    "III, overlap",
+    "IIG",
+    "IGG, overlap",
+    "GGG, flat",
+    "NNG, flat",
+    "NIG, measured links",
+    "IIG, recompute of two layers",
+    "IIG, tied",
+    "IGG, PP 2, tied",
+    "IIG, PP 2, V 2",
+    "GGG, TP 2, sequence parallel",
+    "IIG, C 2",
+    "NIG, segments",
+    "NNG, zero bubble, PP 2",
+    "NIG, average in collectives",
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in CASES])
 def test_equals_upstream_in_float64(
     ranks: RankPool, start: Start, upstream: Callable[..., Run], case: str, tell: Callable[[str], None]
 ) -> None:
     world, model, own = CASES[case]
-    run = run_arm(ranks, "O", world, start(model) + flags(own, BUCKETS), float64=True, snapshots=(1, 4))
+    run = run_arm(ranks, "O", world, start(model) + flags(own, BUCKETS), float64=True, snapshots=SNAPSHOTS)
     assert_equal(run, upstream(model), f"sharding, {case}", tell)

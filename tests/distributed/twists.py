@@ -1,5 +1,6 @@
 """What a script may do differently, planted into both arms of a comparison: see `run_arm(mutant=...)`."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -98,4 +99,87 @@ def counted_forwards_without_the_schedule() -> Iterator[Planted]:
 
     SESSION.ledger = tuple(record for record in SESSION.ledger if record.id != "seq1f1b.schedule")
     with counted_forwards() as planted:
+        yield planted
+
+
+@contextmanager
+def nan_gradient_on_rank_one() -> Iterator[Planted]:
+    """In the fifth step, one element of one gradient of rank 1 is NaN before anything is reduced."""
+    from megatron.training import get_args
+
+    from megatron.longseq import gpt
+
+    planted, watched = Planted(), set[int]()
+
+    def spoil(grad: torch.Tensor) -> torch.Tensor:
+        if get_args().curr_iteration != 4:
+            return grad
+        planted.times += 1
+        spoilt = grad.clone()
+        spoilt.view(-1)[-1] = torch.nan
+        return spoilt
+
+    def forward_step(original: Any, data_iterator: Any, model: Any, *rest: Any, **named: Any) -> Any:
+        if torch.distributed.get_rank() == 1 and id(model) not in watched:
+            watched.add(id(model))
+            next(p for name, p in model.named_parameters() if name.endswith("mlp.linear_fc2.weight")).register_hook(
+                spoil
+            )
+        return original(data_iterator, model, *rest, **named)
+
+    with wrapped(gpt, "forward_step", forward_step):
+        yield planted
+
+
+@contextmanager
+def counted_parameter_sends() -> Iterator[Planted]:
+    """Nothing is changed; `times` counts the elements of buckets whose parameters are sent after a step."""
+    from megatron.longseq.sharding.stores import ParamStore
+
+    planted = Planted()
+
+    def sync(original: Any, store: Any, label: str) -> None:
+        planted.times += store.numel
+        original(store, label)
+
+    with wrapped(ParamStore, "sync", sync):
+        yield planted
+
+
+@contextmanager
+def killed_in_the_second_save() -> Iterator[Planted]:
+    """Rank 1 dies while it writes the second checkpoint."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    planted = Planted()
+
+    def write(original: Any, *args: Any, **named: Any) -> Any:
+        planted.times += 1
+        if planted.times == 2 and torch.distributed.get_rank() == 1:
+            os._exit(9)
+        return original(*args, **named)
+
+    with wrapped(FileSystemWriterAsync, "write_preloaded_data_multithread", write):
+        yield planted
+
+
+@contextmanager
+def counted_frozen_without_memory() -> Iterator[Planted]:
+    """Nothing is changed; `times` counts frozen parameters that have no memory when the optimizer begins its step.
+
+    Raises:
+        AssertionError: one has.
+    """
+    from megatron.longseq.sharding.ddp import ShardedDataParallel
+
+    planted = Planted()
+
+    def release_all(original: Any, chunk: Any) -> None:
+        original(chunk)
+        for name, param in chunk.named_parameters():
+            if not param.requires_grad:
+                assert param.untyped_storage().nbytes() == 0, f"{name} is frozen, sharded and whole between its uses"
+                planted.times += 1
+
+    with wrapped(ShardedDataParallel, "release_all", release_all):
         yield planted

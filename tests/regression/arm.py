@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import platform
+import queue
 import sys
 import time
 from collections.abc import Iterator
@@ -94,7 +95,7 @@ def run_arm(
         float64: run in double precision.
         mutant: `module:function` of a planted error (a context manager), to prove that the comparison sees it.
         keep_food: return the batches too.
-        snapshots: iterations after which weights and optimizer states are kept.
+        snapshots: iterations after which weights and optimizer states are kept; a loaded checkpoint's: as loaded.
         timeout: seconds.
 
     Raises:
@@ -142,6 +143,7 @@ def train_on_this_rank(job: Job) -> Result:
 
             stack.enter_context(double_precision())
         planted = stack.enter_context(_mutant(job.mutant)) if job.mutant else None
+        stack.enter_context(_write_results_in_this_process())
         from megatron.training import training
 
         from megatron.longseq.gpt import main
@@ -166,6 +168,21 @@ def _early_end() -> Iterator[None]:
     except SystemExit as end:
         if end.code not in (0, None):
             raise RuntimeError(f"upstream ended with status {end.code}") from end
+
+
+@contextmanager
+def _write_results_in_this_process() -> Iterator[None]:
+    """Give upstream's checkpoint writer, which hands results to the process that it runs in, a queue of this process.
+
+    It would start another Python on every rank for that queue, which takes longer than the whole run.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async as writer
+
+    before, writer._results_queue = writer._results_queue, queue.Queue()
+    try:
+        yield
+    finally:
+        writer._results_queue = before
 
 
 def _header(arm: Arm) -> dict[str, Any]:

@@ -54,7 +54,8 @@ class Recorder:
 
     Args:
         keep_food: keep the batches themselves too, for the oracle (one data-parallel rank).
-        snapshots: iterations after which this rank's parts of weights and optimizer states are kept.
+        snapshots: iterations after which this rank's parts of weights and optimizer states are kept; that of a loaded
+            checkpoint is taken before the first step.
     """
 
     def __init__(self, keep_food: bool = False, snapshots: Collection[int] = ()) -> None:
@@ -74,6 +75,8 @@ class Recorder:
         ) -> Any:
             tasting = self._taste(data_iterator)
             iteration = get_args().curr_iteration + 1
+            if not self.steps and iteration - 1 in self.snapshots:
+                self.parts[iteration - 1] = parts_of_this_rank(model, optimizer)
             learning_rate = optimizer.param_groups[0]["lr"] if optimizer.param_groups else None
             with exact_norm(optimizer) as norm:
                 result = train_step(forward_step, data_iterator, model, optimizer, *rest, **named)
@@ -151,7 +154,9 @@ def _join(steps: list[Step]) -> Step:
     curve: Step = {}
     for name in ("iteration", "loss", "grad_norm", "learning_rate", "skipped"):
         values = {step[name] for step in steps if step[name] is not None}
-        if len(values) != 1 and not (values and all(math.isnan(value) for value in values)):
+        if name == "grad_norm" and not values and all(step["skipped"] for step in steps):
+            values = {None}  # upstream leaves a step that overflows before it has a norm
+        elif len(values) != 1 and not (values and all(math.isnan(value) for value in values)):
             raise Torn(f"step {steps[0]['iteration']}: ranks disagree on {name}: {sorted(values)}")
         curve[name] = values.pop()
     samples = sorted(sample for step in steps for sample in step["samples"])

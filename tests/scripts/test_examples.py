@@ -50,7 +50,8 @@ def validated(job: tuple[list[str], int]) -> dict[str, Any]:
     from megatron.training import arguments
 
     sys.argv = ["pretrain_gpt.py", *flags]
-    args = arguments.validate_args(arguments.parse_args())
+    args = arguments.parse_args()  # applies the records that these flags ask for, of validate_args, too
+    args = arguments.validate_args(args)
     assert not torch.distributed.is_initialized()
 
     from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
@@ -159,29 +160,7 @@ def example(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_the_laptops_run_shows_equal_losses_and_a_picture(tmp_path: Path) -> None:
     done = example(tmp_path / "run", "--steps", "4")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert done.stdout.count("e-0") + done.stdout.count("e+0") >= 4 and ": rounding" in done.stdout
+    assert "1F1B     Seq1F1B" in done.stdout and ": rounding" in done.stdout
     assert (tmp_path / "run/timeline.png").read_bytes().startswith(b"\x89PNG")
     again = example(tmp_path / "run")
     assert again.returncode == 2 and "holds a run already" in again.stderr
-
-
-LINE = "iteration {:8d}/       3 | consumed samples: 4 | lm loss: {:.6E} | loss scale: 1.0 | grad norm: 1.500 |\n"
-
-
-@pytest.mark.parametrize(
-    ("other", "status", "message"),
-    [
-        ([5.0, 4.0, 3.000001], 0, "the largest difference is 3.3e-07: rounding"),
-        ([5.0, 4.001, 3.0], 1, "differ by 2.5e-04; rounding explains 1e-05"),
-        ([5.0, float("nan"), 3.0], 1, "differ by nan"),
-        ([float("nan"), 4.0, 3.0], 1, "differ by nan"),
-        ([5.0, 4.0], 1, "not whole"),
-        ([], 2, "no training step in it"),
-    ],
-)
-def test_losses_that_differ_are_told(tmp_path: Path, other: list[float], status: int, message: str) -> None:
-    for name, losses in (("one", [5.0, 4.0, 3.0]), ("other", other)):
-        (tmp_path / name).write_text("".join(LINE.format(step, loss) for step, loss in enumerate(losses, 1)))
-    command = [sys.executable, "-m", "examples.seq1f1b.losses", str(tmp_path / "one"), str(tmp_path / "other")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == status and message in done.stdout + done.stderr

@@ -65,7 +65,8 @@ def validated(jobs: list[tuple[list[str], int]]) -> list[dict[str, Any]]:
     for flags, world in jobs:
         os.environ["WORLD_SIZE"] = str(world)
         sys.argv = ["pretrain_gpt.py", *flags]
-        args = arguments.validate_args(arguments.parse_args())
+        args = arguments.parse_args()  # applies the records that these flags ask for, of validate_args, too
+        args = arguments.validate_args(args)
         assert not torch.distributed.is_initialized()
         (way,) = ways(args).values()
         names = "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups seq_length bf16 "

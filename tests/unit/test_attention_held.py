@@ -1,4 +1,6 @@
-"""What a rank holds while it attends: no step's own output, and three buffers of keys however long the ring."""
+"""What a rank holds while it attends: no step's own output, three buffers of keys however long the ring, and of an
+exchange what leaves and what comes.
+"""
 
 import threading
 from collections.abc import Iterator
@@ -13,8 +15,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from megatron.longseq.attention.heads import Heads
 from megatron.longseq.attention.kernels.cpu import CpuFlash
-from megatron.longseq.attention.layout import Mesh
+from megatron.longseq.attention.layout import Layout, Mesh
+from megatron.longseq.attention.ulysses import Ulysses
 from tests.unit import context_bed
 from tests.unit.context_run import Problem, Ranks
 
@@ -126,3 +130,39 @@ def test_no_steps_own_output_is_kept(ranks: int) -> None:
     problem = replace(problem_of(ranks), kernel=kernel)
     Ranks(problem, problem.inputs()).forward()
     assert kernel.most == 1  # the first step's, into which the others are merged
+
+
+class Echo:
+    """An exchange that brings what was sent, and remembers where that lay."""
+
+    place = 0
+
+    def all_to_all(self, sent: Tensor) -> Tensor:
+        self.place = sent.untyped_storage().data_ptr()
+        return sent.clone()
+
+
+@pytest.mark.parametrize("kv", [8, 4])
+def test_what_came_is_unpacked_where_it_was_packed(kv: int) -> None:
+    arrivals, echo = Layout(Mesh(4, 1), (4 * ROWS,)).arrivals(range(1)), Echo()
+    exchange = Ulysses(4, Heads(8, kv), arrivals, echo)  # type: ignore[arg-type]
+    q, k, v = (torch.randn(ROWS, 1, heads, 8) for heads in (8, kv, kv))
+
+    def lie_there(*results: Tensor) -> bool:
+        return all(result.untyped_storage().data_ptr() == echo.place for result in results)
+
+    heads, keys = exchange.scatter_heads(q, k, v)
+    assert lie_there(heads, *keys) and all(x.is_contiguous() for x in (heads, *keys))
+    assert lie_there(exchange.gather_outputs(heads))
+    assert lie_there(exchange.scatter_gradient(q))
+    assert lie_there(*exchange.gather_gradients([heads, *keys]))
+
+
+def test_a_segments_queries_keep_nothing_else_alive() -> None:
+    """Its keys came with them, and stand in the store."""
+    problem = Problem(Mesh(2, 1), (4, KEY_HEADS), (32, 16, 16))
+    for parts in Ranks(problem, problem.inputs()).forward().parts:
+        for part in parts:
+            assert part.out is not None
+            q = part.out.grad_fn.saved_tensors[0]  # type: ignore[union-attr]
+            assert q.untyped_storage().nbytes() == q.nbytes

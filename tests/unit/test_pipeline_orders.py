@@ -15,6 +15,11 @@ STAGES = (2, 3, 4, 8, 16)
 MICROBATCHES = (1, 2, 3, 5, 8, 32)
 SEGMENTS = (1, 2, 3, 4, 8)
 GRID = [(p, m, k) for p in STAGES for m in MICROBATCHES for k in SEGMENTS if p * m * k <= 2048]
+# Every size of stages, and of the others the ends and an odd one in between; -m slow goes through all of GRID.
+QUICK = [(p, m, k) for p, m, k in GRID if m in (1, 3, 8, 32) and k in (1, 3, 8)]
+GRIDS = pytest.mark.parametrize(
+    "grid", [pytest.param(QUICK, id="quick"), pytest.param(GRID, id="whole", marks=pytest.mark.slow)]
+)
 
 
 def bubble_seconds(schedule, costs):
@@ -72,9 +77,10 @@ def test_seq1f1b_in_full():
     ]
 
 
+@GRIDS
 @pytest.mark.parametrize("slack", [0, 1])
-def test_seq1f1b_bubble_and_memory(slack):
-    for stages, microbatches, segments in GRID:
+def test_seq1f1b_bubble_and_memory(slack, grid):
+    for stages, microbatches, segments in grid:
         pipeline = Pipeline(stages, microbatches, segments)
         proof = prove(one_f_one_b(pipeline, slack))
         bubble = simulate(proof.schedule, uniform_costs(pipeline)).bubble
@@ -113,8 +119,9 @@ def test_interleaved_at_full_size():
 
 @pytest.mark.parametrize("forward, backward, weight", [(1, 1, 1), (1, 1.5, 0.5), (1, 1.7, 0.53), (2, 1, 2), (1, 2, 0)])
 @pytest.mark.parametrize("slack", [0, 1])
-def test_zero_bubble_reaches_its_closed_form(forward, backward, weight, slack):
-    for stages, microbatches, segments in GRID:
+@GRIDS
+def test_zero_bubble_reaches_its_closed_form(forward, backward, weight, slack, grid):
+    for stages, microbatches, segments in grid:
         pipeline = Pipeline(stages, microbatches, segments)
         if pipeline.units < 3 * stages + segments or pipeline.units > 64:
             continue
@@ -125,8 +132,9 @@ def test_zero_bubble_reaches_its_closed_form(forward, backward, weight, slack):
         assert max(proof.peak_units) <= max(prove(one_f_one_b(pipeline, slack)).peak_units)
 
 
-def test_zero_bubble_is_legal_where_the_pipe_never_fills():
-    for stages, microbatches, segments in GRID:
+@GRIDS
+def test_zero_bubble_is_legal_where_the_pipe_never_fills(grid):
+    for stages, microbatches, segments in grid:
         pipeline = Pipeline(stages, microbatches, segments)
         if pipeline.units > 64:
             continue
@@ -150,9 +158,10 @@ def test_zero_bubble_as_in_its_paper():
     assert max(prove(zb_h1(pipeline)).peak_units) == 4
 
 
+@GRIDS
 @pytest.mark.parametrize("virtual", [1, 2, 4])
-def test_forward_only_takes_any_number_of_microbatches(virtual):
-    for stages, microbatches, segments in GRID:
+def test_forward_only_takes_any_number_of_microbatches(virtual, grid):
+    for stages, microbatches, segments in grid:
         if microbatches * segments <= 24:
             proof = prove(forward_only(Pipeline(stages, microbatches, segments, virtual)))
             assert proof.schedule.is_forward_only and set(proof.peak_units) == {0}

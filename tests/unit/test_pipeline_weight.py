@@ -1,6 +1,7 @@
 """The split backward: bitwise upstream's gradients, no weight product in B, all of them in W."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -36,7 +37,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# Each has neighbours with the same and more; -m slow runs them.
+SLOW = {
+    "biases",  # TP, biases, bf16
+    "TP",  # TP, biases, bf16; TP, last stage
+    "TP + SP",  # TP + SP, last stage, biases; TP + SP, full recompute
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
 def test_gradients_are_bitwise_upstreams(ranks: RankPool, name: str) -> None:
     case = CASES[name]
     assert ranks.run(case.tp, weight_bed.differing, case) == [[]] * case.tp
@@ -67,9 +76,18 @@ PARALLEL = {
 }
 
 
-@pytest.mark.parametrize("first", ["same", "fused"])
-@pytest.mark.parametrize("sync", ["after", "ready"])
-@pytest.mark.parametrize("name", PARALLEL)
+def _parallel() -> list[Any]:
+    """By default every wrapper with both ways to reduce and both first steps; all their pairs with "overlap" alone."""
+    quick = {("after", "same"), ("ready", "fused")}
+    return [
+        pytest.param(name, sync, first, marks=[pytest.mark.slow] * ((sync, first) not in quick and name != "overlap"))
+        for name in PARALLEL
+        for sync in ("after", "ready")
+        for first in ("same", "fused")
+    ]
+
+
+@pytest.mark.parametrize(("name", "sync", "first"), _parallel())
 def test_data_parallel_gradients_are_bitwise_upstreams(ranks: RankPool, name: str, sync: str, first: str) -> None:
     """Three steps, because upstream's wrapper learns in the first what to expect; also after and before its own."""
     case = replace(PARALLEL[name], sync=sync, first=first)

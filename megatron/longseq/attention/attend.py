@@ -138,9 +138,12 @@ def attend_backward_(
     tiles: Sequence[Tile],
     scale: float,
     key_grads: KeyGrads,
-    dq: Tensor,
-) -> None:
-    """As `attend_backward` of a part of a row's keys: adds to `dq`, in the accumulation type, in place."""
+    dq: Tensor | None,
+) -> Tensor | None:
+    """As `attend_backward` of a part of a row's keys: adds to `dq`, in the accumulation type, in place; return it.
+
+    Where there is none yet, the first block's begins the sum.
+    """
     q, k, v, out, lse = saved
     dtype = accumulation(q.dtype) if kernel.wide else q.dtype
     for tile in tiles:
@@ -157,5 +160,11 @@ def attend_backward_(
                 lse[batch, :, rows],
                 Scores(scale, block.causal, block.window),
             )
-            dq[rows, batch].add_(grad_q)
             key_grads(tile.batch, block.keys, grad_k, grad_v)
+            if dq is None and grad_q.shape == q.shape:
+                dq = grad_q.to(accumulation(q.dtype))
+                continue
+            if dq is None:
+                dq = torch.zeros_like(q, dtype=accumulation(q.dtype))
+            dq[rows, batch].add_(grad_q)
+    return dq

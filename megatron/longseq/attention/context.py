@@ -21,7 +21,7 @@ from megatron.longseq.attention.ring import Pair
 from megatron.longseq.attention.ringtiles import Mask
 from megatron.longseq.attention.segment import Segment
 from megatron.longseq.attention.spread import Share, Spread
-from megatron.longseq.attention.store import PrefixStore
+from megatron.longseq.attention.store import PrefixStore, alone
 from megatron.longseq.attention.ulysses import Ulysses
 
 
@@ -179,7 +179,8 @@ class ContextAttention(torch.autograd.Function):
         elif call.segment.forward_only:
             call.store.close(call.layer, call.segment)
         else:
-            ctx.save_for_backward(heads, out, lse)
+            # Keys and values stand in the store: q must not keep the buffer alive in which all three came.
+            ctx.save_for_backward(alone(heads), out, lse)
         return call.exchange.gather_outputs(out).flatten(2)
 
     @staticmethod

@@ -33,7 +33,7 @@ class Exchange(Protocol):
     """Collectives among the ranks of a group."""
 
     def all_to_all(self, sent: Tensor) -> Tensor:
-        """[ranks, ...]: entry i goes to rank i; return what came, entry i from rank i."""
+        """[ranks, ...]: entry i goes to rank i; return what came, entry i from rank i. `sent` is the caller's again."""
         ...
 
     def all_gather(self, own: Tensor) -> Tensor:

@@ -93,19 +93,20 @@ def ring_backward(
         total = Total(own[0], steps[0].summed, steps[0].held, home)
         dq = attend_backward(kernel, (q, *own, out, lse), grad_out, steps[0].begun, scale, total.add)
         return dq, total.close()
-    dq = torch.zeros_like(q, dtype=accumulation(q.dtype))
+    dq: Tensor | None = None
     post = _Post(lanes.grads, lanes.far_grads)
     mine = Total(own[0], steps[0].summed, steps[0].held, home)
     for index, step, held in _keys_round(own, steps, lanes):
         total = Total(own[0], step.summed, step.held) if index else mine
         tiles = (*step.begun, *step.added)
-        attend_backward_(kernel, (q, *held, out, lse), grad_out, tiles, scale, total.add, dq)
+        dq = attend_backward_(kernel, (q, *held, out, lse), grad_out, tiles, scale, total.add, dq)
         del held
         total.take(post.arrived(index))
         post.start(step.grads_out, total.close(), step.summed, step.grads_in, own[0], accumulation(q.dtype))
         mine.take(post.arrived(len(steps), but=HOMING))
         del total
     mine.take(post.arrived(len(steps)))
+    assert dq is not None, "in step 0 a rank has its own keys"
     return dq.to(q.dtype), mine.close()
 
 

@@ -2,7 +2,8 @@
 
 Queries, keys and values travel in one collective, outputs in a second; in backward their gradients likewise. Key heads
 fewer than ranks are sent to all ranks whose query heads want them, straight from where they lie, and the gradients that
-come back are added up. What is unpacked comes out in the ring's order (`Layout.arrivals`).
+come back are added up. What is unpacked comes out in the ring's order (`Layout.arrivals`), and lies where what was sent
+lay: an exchange takes room for what leaves and for what comes, and no more.
 """
 
 from collections.abc import Sequence
@@ -44,23 +45,24 @@ class Ulysses:
         """
         if self.exchange is None:
             return alone(q), (alone(k).contiguous(), alone(v).contiguous())
-        own = self.heads.shared(self.ranks)
-        came = self.exchange.all_to_all(self._to_heads(q, k, v))
-        mine, keys, values = (self._ordered(part) for part in came.split((own.query, own.kv, own.kv), dim=3))
+        room = self._to_heads(q, k, v)  # once exchanged, its content is needed no more
+        mine, keys, values = self._ordered(self.exchange.all_to_all(room), room, self._widths())
         return mine, (keys, values)
 
     def gather_outputs(self, out: Tensor) -> Tensor:
         """[U n, b, hq / U, d] to [n, b, hq, d]: the way back."""
         if self.exchange is None:
             return out
-        return _joined(self.exchange.all_to_all(self._to_sources([out])))
+        room = self._to_sources([out])
+        return _joined(self.exchange.all_to_all(room), room)
 
     def scatter_gradient(self, grad: Tensor) -> Tensor:
         """[n, b, hq, d] to [U n, b, hq / U, d]: the gradient of `gather_outputs`."""
         if self.exchange is None:
             return grad
-        came = self.exchange.all_to_all(self._to_heads(grad))
-        return self._ordered(came)
+        room = self._to_heads(grad)
+        (mine,) = self._ordered(self.exchange.all_to_all(room), room, [room.shape[3]])
+        return mine
 
     def gather_gradients(self, grads: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of `scatter_heads`, in dq's type.
@@ -73,10 +75,18 @@ class Ulysses:
         if self.exchange is None:
             dq, dk, dv = (grads.pop(0).to(dtype) for _ in range(3))
             return dq, dk, dv
-        came = self.exchange.all_to_all(self._to_sources(grads))
+        room = self._to_sources(grads)
+        came = self.exchange.all_to_all(room).split(self._widths(), dim=3)
+        rooms = _cut(room, [part.shape for part in came])
+        if self.heads.kv < self.ranks:
+            return _joined(came[0], rooms[0]), self._summed(came[1]), self._summed(came[2])
+        dq, dk, dv = (_joined(part, place) for part, place in zip(came, rooms, strict=True))
+        return dq, dk, dv
+
+    def _widths(self) -> list[int]:
+        """Return this rank's heads of queries, of keys, and of values."""
         own = self.heads.shared(self.ranks)
-        grad_q, grad_k, grad_v = came.split((own.query, own.kv, own.kv), dim=3)
-        return _joined(grad_q), self._summed(grad_k), self._summed(grad_v)
+        return [own.query, own.kv, own.kv]
 
     def _to_heads(self, *tensors: Tensor) -> Tensor:
         """[n, b, h, d] each, to [U, n, b, shares, d]: to every rank the heads that it computes with; the one copy."""
@@ -89,9 +99,13 @@ class Ulysses:
             part.unflatten(0, (owners, -1)).copy_(heads.unsqueeze(1))
         return sent
 
-    def _ordered(self, came: Tensor) -> Tensor:
-        """[U, n, b, h, d] to [U n, b, h, d], tokens in the order of `arrivals`."""
-        return torch.cat([came[source, rows.slice()] for source, rows in self.arrivals])
+    def _ordered(self, came: Tensor, room: Tensor, widths: list[int]) -> list[Tensor]:
+        """[U, n, b, all heads, d] to [U n, b, h, d] for each of some widths, tokens as in `arrivals`; all in `room`."""
+        parts = came.split(widths, dim=3)
+        placed = [place.flatten(0, 1) for place in _cut(room, [part.shape for part in parts])]
+        for part, place in zip(parts, placed, strict=True):
+            torch.cat([part[source, rows.slice()] for source, rows in self.arrivals], out=place)
+        return placed
 
     def _to_sources(self, tensors: list[Tensor]) -> Tensor:
         """[U n, b, h, d] each, to [U, n, b, all heads, d] in the first one's type: every token to whom it came from."""
@@ -110,13 +124,18 @@ class Ulysses:
         return sent
 
     def _summed(self, grads: Tensor) -> Tensor:
-        """[U, n, b, max(hk, U) / U, d] to [n, b, hk, d]: what the ranks that share a head found, added."""
-        if self.heads.kv >= self.ranks:
-            return _joined(grads)
+        """[U, n, b, 1, d] to [n, b, hk, d], hk fewer than U: what the ranks that share a head found, added."""
         shared = grads.unflatten(0, (self.heads.kv, -1)).squeeze(4)
         return shared.sum(1, dtype=accumulation(grads.dtype)).to(grads.dtype).permute(1, 2, 0, 3)
 
 
-def _joined(came: Tensor) -> Tensor:
-    """[U, n, b, h, d] to [n, b, U h, d]."""
-    return came.permute(1, 2, 0, 3, 4).flatten(2, 3)
+def _joined(came: Tensor, room: Tensor) -> Tensor:
+    """[U, n, b, h, d] to [n, b, U h, d], in `room`."""
+    ordered = came.permute(1, 2, 0, 3, 4)
+    return room.view(ordered.shape).copy_(ordered).flatten(2, 3)
+
+
+def _cut(room: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Return contiguous tensors that lie one after another in a buffer and fill it."""
+    pieces = room.view(-1).split([shape.numel() for shape in shapes])
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]

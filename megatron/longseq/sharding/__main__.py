@@ -1,8 +1,11 @@
-"""Command line of sharding strategies: the page's `table`, or `choose` for sizes of your own."""
+"""Command line of sharding strategies: the page's `table`, or `choose` for sizes of your own; `draw` of how they work,
+`flags` of a training run.
+"""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron.longseq.sharding import page
 from megatron.longseq.sharding.cost import Job, Work
@@ -17,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         print(args.run(args))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -28,6 +31,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     table = commands.add_parser("table", help="markdown: every strategy, which to take, and what is refused")
     table.set_defaults(run=lambda args: page.page())
+    flags = commands.add_parser("flags", help="markdown: our flags of a training run, and what is refused")
+    flags.set_defaults(run=lambda args: f"{page.own_flags()}\n\n{page.refusals()}")
+    draw = commands.add_parser("draw", help="who holds what, two links over time, what every strategy holds and sends")
+    draw.add_argument("--output", type=Path, required=True, metavar="FILE", help="picture (.svg, .png)")
+    draw.set_defaults(run=_draw)
     choose = commands.add_parser("choose", help="markdown: the strategies that fit, the fastest first")
     choose.add_argument("--params", type=float, required=True, help="of a tensor- and pipeline-parallel rank")
     choose.add_argument("--trainable", type=float, help="of them trained (default: all)")
@@ -65,6 +73,23 @@ def _choose(args: argparse.Namespace) -> str:
     )
     limit = None if args.memory_gb is None else args.memory_gb * 1e9
     return f"{page.setting(job)}\n\n{page.ranked(job, limit)}"
+
+
+def _draw(args: argparse.Namespace) -> str:
+    """Write beside the file first: an error leaves no half file, and an old one stands until the new is whole."""
+    file: Path = args.output
+    if not file.absolute().parent.is_dir():
+        raise ValueError(f"--output {file}: there is no folder {file.absolute().parent}; make it first")
+    from megatron.longseq.sharding.draw import draw  # takes half a second, which the tables need not wait for
+    from megatron.longseq.sharding.picture import scene
+
+    half = file.with_name(f".{file.stem}.half{file.suffix}")
+    try:
+        draw(scene(), half)
+        half.replace(file)
+    finally:
+        half.unlink(missing_ok=True)
+    return str(file)
 
 
 if __name__ == "__main__":

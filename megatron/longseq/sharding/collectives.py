@@ -122,6 +122,10 @@ class Collectives:
             ValueError: see `check`.
         """
         self.check(phase, region)
+        self._sent[phase.scope].count(self._send(phase, region))
+
+    def _send(self, phase: Phase, region: Region) -> int:
+        """Run a phase; return the bytes that this rank sends, as rings send them."""
         group = self._communicators.scopes[phase.scope]
         more, less = self._tensors(phase.scope, region)
         if phase.kind is Kind.ALL_GATHER:
@@ -131,7 +135,7 @@ class Collectives:
         else:
             dist.all_reduce(more, op=self._op, group=group)
         times = 2 if phase.kind is Kind.ALL_REDUCE else 1
-        self._sent[phase.scope].count(more.nbytes // group.size() * (group.size() - 1) * times)
+        return more.nbytes // group.size() * (group.size() - 1) * times
 
     def _tensors(self, scope: Scope, region: Region) -> tuple[Tensor, Tensor]:
         """Return what a scope's ranks have together, and this rank's own piece of that."""

@@ -11,7 +11,7 @@ from megatron.core.optimizer.param_layout import FullParamLayout, PerBufferParam
 from megatron.longseq.sharding.bucketgroup import ShardedBucketGroup
 from megatron.longseq.sharding.core import Sharding
 from megatron.longseq.sharding.layout import by_unit, lay_out, unit_of
-from megatron.longseq.sharding.stores import ParamStore
+from megatron.longseq.sharding.stores import GradStore, ParamStore
 from megatron.longseq.sharding.strategy import Level
 from megatron.longseq.sharding.traffic import Bucket
 from megatron.longseq.sharding.units import Unit, Uses
@@ -58,8 +58,10 @@ class ShardedDataParallel(DistributedDataParallel):
         init(self, config, ddp_config, module, pg_collection=pg_collection, full_param_layout=layout)
         self.sharding, self.uses = sharding, None
         self._shard_groups({param: unit_of(name) for name, param in trained})
+        if sharding.strategy.params is not Level.NONE or sharding.strategy.grads is not Level.NONE:
+            self._watch_units(named)
         if sharding.strategy.params is not Level.NONE:
-            self._shard_units(named)
+            self._watch_state()
 
     def scale_gradients(self, scaling_factor: Any) -> None:
         """See upstream."""
@@ -132,24 +134,28 @@ class ShardedDataParallel(DistributedDataParallel):
             for group, following in zip(groups[1:], groups, strict=False):
                 group.next_param_gather_bucket_group = following
 
-    def _shard_units(self, named: Named) -> None:
-        """Have parameters whole only while they are used, frozen ones too."""
-        stores: dict[str, list[ParamStore]] = {}
+    def _watch_units(self, named: Named) -> None:
+        """Have parameters whole, frozen ones too, and scratch there, only while units use them."""
+        units: dict[str, _Stores] = {}
         for unit, params in by_unit(named).items():
-            trained = {self.param_to_bucket_group[param]: None for _, param in params if param.requires_grad}
+            groups = {self.param_to_bucket_group[param]: None for _, param in params if param.requires_grad}
+            units[unit] = _Stores([group.grads for group in groups], [group.store for group in groups])
             frozen = [(name, param) for name, param in params if not param.requires_grad]
-            stores[unit] = [group.store for group in trained] + _frozen_stores(frozen, self.sharding)
+            if self.sharding.strategy.params is not Level.NONE:
+                units[unit].params.extend(_frozen_stores(frozen, self.sharding))
         tied = _tied(self.module)
-        if tied is not None:
-            shared = [group.store for group in self.bucket_groups if tied.weight in group.params]
-            stores.setdefault(tied.name, []).extend(shared)
+        if tied is not None:  # the output layer computes with the embedding's weight
+            mine, there = units.setdefault(tied.layer, _Stores([], [])), units[tied.embedding]
+            mine.grads.extend(there.grads)
+            mine.params.extend(there.params)
+        if self.sharding.strategy.params is Level.NONE:
+            units = {name: _Stores(kept.grads, []) for name, kept in units.items()}
         self.uses = Uses(
             [
-                Unit(name, self.module.get_submodule(name), kept, not name.endswith("embedding"))
-                for name, kept in stores.items()
+                Unit(name, self.module.get_submodule(name), kept.params, not name.endswith("embedding"), kept.grads)
+                for name, kept in units.items()
             ]
         )
-        self._watch_state()
 
     def _watch_state(self) -> None:
         """Have whole parameters where a checkpoint reads or writes them."""
@@ -168,17 +174,24 @@ class ShardedDataParallel(DistributedDataParallel):
         inner.register_load_state_dict_post_hook(lambda *unused: self.take_parts())
 
 
-class _Tied(NamedTuple):
-    """The output layer that computes with the embedding's weight."""
+class _Stores(NamedTuple):
+    """What a unit uses."""
 
-    name: str
-    weight: torch.nn.Parameter
+    grads: list[GradStore]
+    params: list[ParamStore]
+
+
+class _Tied(NamedTuple):
+    """Names of the unit that computes with another one's weight, and of that."""
+
+    layer: str
+    embedding: str
 
 
 def _tied(chunk: torch.nn.Module) -> _Tied | None:
     for name, module in chunk.named_modules():
         if getattr(module, "share_embeddings_and_output_weights", False) and module.pre_process and module.post_process:
-            return _Tied(f"{name}.output_layer".lstrip("."), module.shared_embedding_or_output_weight())
+            return _Tied(f"{name}.output_layer".lstrip("."), f"{name}.embedding".lstrip("."))
     return None
 
 

@@ -120,15 +120,6 @@ NOT_WITH_PARO: Refusals = {
     "--fake-process-group": (lambda a: a.fake_process_group, "nothing is sent, so nothing would be whole"),
 }
 
-# flag: (is it asked for?, why optimizer states that are not sharded globally cannot serve it)
-NOT_WITH_INSTANCES: Refusals = {
-    "--zero-bubble": (
-        lambda a: a.zero_bubble,
-        "optimizers side by side would reduce the first step's gradients before the weight gradients are there; give a "
-        "triplet that ends in G",
-    ),
-}
-
 # flag: (is it asked for?, why sharded gradients cannot serve it)
 NOT_WITH_SHARDED_GRADIENTS: Refusals = {
     "--save-wgrads-interval": (
@@ -142,6 +133,10 @@ NOT_WITH_SHARDED_GRADIENTS: Refusals = {
     "--defer-embedding-wgrad-compute": (
         lambda a: a.defer_embedding_wgrad_compute,
         "a gradient that comes after the last micro-batch would miss its reductions",
+    ),
+    "--zero-bubble": (
+        lambda a: a.zero_bubble,
+        "weight gradients that come late would miss their micro-batch's reduction; give a triplet with N in the middle",
     ),
 }
 
@@ -202,11 +197,6 @@ def wants_sharding(args: Namespace) -> bool:
     return getattr(args, "paro", None) is not None
 
 
-def is_resolved(args: Namespace) -> bool:
-    """Whether upstream's flags were set from ours before: arguments may be validated twice."""
-    return getattr(args, "paro_groups", None) is not None
-
-
 def check_sharding_numbers(args: Namespace) -> None:
     """Refuse triplets and numbers that mean nothing or do not run, as soon as they are parsed.
 
@@ -253,8 +243,6 @@ def refuse_unserved_sharding(args: Namespace) -> None:
     """
     strategy = Strategy.parse(args.paro)
     tables = [NOT_WITH_PARO]
-    if strategy.optimizer < Level.GLOBAL:
-        tables.append(NOT_WITH_INSTANCES)
     if strategy.grads > Level.NONE:
         tables.append(NOT_WITH_SHARDED_GRADIENTS)
     if strategy.params > Level.NONE:

@@ -9,6 +9,7 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import Range
 
 from megatron.longseq.sharding.ddp import ShardedDataParallel
+from megatron.longseq.sharding.restore import matching_weights
 from megatron.longseq.sharding.stores import ParamStore
 from megatron.longseq.sharding.strategy import Level
 
@@ -23,6 +24,7 @@ def adopt(optimizer: Any) -> None:
         return
     chunks = list(optimizer.model_chunks)
     optimizer.start_param_sync_for_bucket_group_subset = lambda: _sync_all(chunks)
+    _around(optimizer, "load_parameter_state_from_fully_reshardable", lambda: matching_weights(optimizer, chunks))
     strategy = chunks[0].sharding.strategy
     if strategy.grads is not Level.NONE:
         _around(optimizer, "_copy_model_grads_to_main_grads", lambda: _rebased(optimizer, "param", _all_of_it))

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.longseq.sharding.collectives import Collectives, Communicators, region_of
 from megatron.longseq.sharding.groups import Groups
 from megatron.longseq.sharding.linkfit import Timed, fit_links
+from megatron.longseq.sharding.messages import runner_for
 from megatron.longseq.sharding.phases import Kind, Phase, Scope, needed
 from megatron.longseq.sharding.ringtime import Links
 
@@ -43,7 +44,7 @@ def measure(
     Returns:
         Medians, of the slowest rank.
     """
-    collectives = Collectives(groups, communicators)
+    collectives = runner_for(groups, communicators)
     timed: list[Timed] = []
     for phase in needed(tuple(Phase(kind, scope) for scope in (Scope.INSIDE, Scope.BETWEEN, Scope.FLAT)), groups):
         once = _timer(groups, communicators, collectives, device, phase)

@@ -27,11 +27,6 @@ class Sharding:
     collectives: Collectives
 
     @property
-    def instances(self) -> int:
-        """Upstream's distributed optimizers side by side: a state is cut over all ranks, a group, or the rank alone."""
-        return self.groups.ranks // self.groups.shards(self.strategy.optimizer)
-
-    @property
     def same_as(self) -> Strategy:
         """The strategy without groups that this is, where a group is a rank or all ranks; else itself."""
         if 1 < self.groups.size < self.groups.ranks:

@@ -169,7 +169,7 @@ class ParamStore:
             self.syncing = self.sharding.lanes.submit(phases, region, f"parameters of {label}")
 
     def finish_sync(self) -> None:
-        """Wait for `sync`."""
+        """Wait for `sync`, if it has begun."""
         if self.syncing is not None:
             self.syncing.wait()
             self.syncing = None

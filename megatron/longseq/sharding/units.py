@@ -1,7 +1,8 @@
 """Parameters that are whole only while they are used: gathered before a unit's forward and its backward.
 
 A unit is what is gathered at once: a transformer layer, the embedding, the output layer. While one computes, the next
-one's parameters come; they go once the unit after it, in the same direction, has begun.
+one's parameters come; they go once the unit after it, in the same direction, has begun. Scratch for gradients is there
+from the beginning of a unit's backward on: fused kernels write into it before any hook of a parameter runs.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron.longseq.sharding.stores import ParamStore
+from megatron.longseq.sharding.stores import GradStore, ParamStore
 
 
 class State(Enum):
@@ -32,6 +33,7 @@ class Unit:
         module: it.
         stores: of its parameters; a tied weight's is in two units.
         has_backward: whether its backward reads them (an embedding's does not).
+        grads: of buckets that its backward adds to.
         is_reached: whether a backward has; frozen layers below all that is trained have none.
     """
 
@@ -39,6 +41,7 @@ class Unit:
     module: torch.nn.Module
     stores: Sequence[ParamStore]
     has_backward: bool = True
+    grads: Sequence[GradStore] = ()
     is_reached: bool = False
     state: State = field(default=State.NOTHING)
 
@@ -88,13 +91,18 @@ class Uses:
 
     def _leaving(self, unit: Unit) -> Any:
         def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
-            if unit.has_backward:
-                for tensor in _tensors(output):
-                    tensor.register_hook(lambda grad: self._begin(unit, State.BACKWARD))
+            for tensor in _tensors(output):
+                tensor.register_hook(lambda grad: self._begin_backward(unit))
             if not _in_backward():
                 self._release(unit)
 
         return hook
+
+    def _begin_backward(self, unit: Unit) -> None:
+        for grads in unit.grads:
+            grads.open()
+        if unit.has_backward:
+            self._begin(unit, State.BACKWARD)
 
     def _begin(self, unit: Unit, state: State) -> None:
         """Have a unit whole inside a backward; those whose backward was before it are done."""

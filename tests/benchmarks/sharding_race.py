@@ -1,0 +1,178 @@
+"""The ranks' side of the race of collectives: flat, serial hierarchical and overlapped, in turns, in one job.
+
+Messages travel in two ways. "gloo": gloo's own collectives, as the runtime calls them. "ring": every message of
+`ring.ring_steps`, sent one by one, as the runtime does on gloo; flat, serial and overlapped then differ in nothing but
+their order.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.longseq.sharding.collectives import Collectives, open_groups, region_of
+from megatron.longseq.sharding.groups import Groups
+from megatron.longseq.sharding.lanes import Lanes, Runner
+from megatron.longseq.sharding.messages import RingMessages
+from megatron.longseq.sharding.phases import Kind
+from megatron.longseq.sharding.probe import probe
+from megatron.longseq.sharding.ring import Mode, whole
+from megatron.longseq.sharding.ringtime import Links
+
+GLOO, RING = "gloo", "ring"
+LOGICAL = "logical"  # gloo, flat over ranks in logical order: what a strategy with groups falls back to
+
+
+class Arm(NamedTuple):
+    """One way to run a collective.
+
+    Attributes:
+        way: GLOO, RING or LOGICAL.
+        mode: flat, hierarchical or overlapped.
+        buckets: into which the message is cut.
+    """
+
+    way: str
+    mode: Mode
+    buckets: int
+
+
+class Heat(NamedTuple):
+    """A collective of some bytes, and the arms that run it, each so many times."""
+
+    kind: Kind
+    size: int
+    arms: tuple[Arm, ...]
+    rounds: int
+
+
+@dataclass
+class Timed:
+    """Seconds of every round of an arm, on one rank.
+
+    Attributes:
+        heat: which collective.
+        arm: which way.
+        seconds: by round.
+    """
+
+    heat: Heat
+    arm: Arm
+    seconds: list[float]
+
+
+def probe_on_this_rank(size: int) -> Links:
+    """Measure links as the runtime does at a start; all ranks return the same.
+
+    Args:
+        size: of a group.
+    """
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    groups = Groups(dist.get_world_size(), size)
+    return probe(groups, open_groups(dist.group.WORLD, groups), torch.device("cpu"))
+
+
+def race_on_this_rank(size: int, heats: Sequence[Heat]) -> list[Timed]:
+    """Run every heat, its arms in turns, each round in another order; before that each once, its result looked at.
+
+    Args:
+        size: of a group.
+        heats: what to run.
+
+    Raises:
+        ValueError: a wrong result.
+    """
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    return Race(Groups(dist.get_world_size(), size)).run(heats)
+
+
+class Track(NamedTuple):
+    """What an arm runs on.
+
+    Attributes:
+        groups: how ranks are grouped, and so in which order shards lie.
+        lanes: run phases.
+    """
+
+    groups: Groups
+    lanes: Lanes
+
+
+class Race:
+    """Holds a rank's process groups and lanes.
+
+    Args:
+        groups: all ranks.
+    """
+
+    def __init__(self, groups: Groups) -> None:
+        self.member = dist.get_rank()
+        alone = Groups(groups.ranks, groups.ranks)  # --paro-collectives flat: no groups, so shards lie in ranks' order
+        made, natural = open_groups(dist.group.WORLD, groups), open_groups(dist.group.WORLD, alone)
+        gloo, ring = Collectives(groups, made), RingMessages(groups, made)
+        self.tracks = {
+            (GLOO, Mode.FLAT): self._track(alone, Collectives(alone, natural), Mode.FLAT),
+            (LOGICAL, Mode.FLAT): self._track(groups, gloo, Mode.FLAT),
+        }
+        for mode in Mode:
+            self.tracks.setdefault((GLOO, mode), self._track(groups, gloo, mode))
+            self.tracks[RING, mode] = self._track(groups, ring, mode)
+
+    def _track(self, groups: Groups, runner: Runner, mode: Mode) -> Track:
+        is_overlapped = mode is Mode.OVERLAPPED
+        return Track(groups, Lanes(runner, torch.device("cpu"), self.member, is_overlapped=is_overlapped))
+
+    def run(self, heats: Sequence[Heat]) -> list[Timed]:
+        """See `race_on_this_rank`."""
+        results = []
+        for heat in heats:
+            timed = [Timed(heat, arm, []) for arm in heat.arms]
+            for one in timed:
+                self._prove(heat, one.arm)
+            for number in range(heat.rounds):
+                cut = number * len(timed) // heat.rounds
+                for one in [*timed[cut:], *timed[:cut]]:
+                    one.seconds.append(self._time(heat, one.arm))
+            results += timed
+        return results
+
+    def _time(self, heat: Heat, arm: Arm) -> float:
+        run = self._ready(heat.kind, arm, torch.zeros(heat.size // 4))
+        dist.barrier()
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    def _ready(self, kind: Kind, arm: Arm, message: Tensor) -> Callable[[], None]:
+        """Return a function that runs an arm on a message."""
+        groups, lanes = self.tracks[arm.way, arm.mode]
+        phases = whole(kind, groups, arm.mode)
+        regions = [region_of(bucket, groups, self.member) for bucket in message.chunk(arm.buckets)]
+
+        def run() -> None:
+            handles = [lanes.submit(phases, region, f"bucket {at}") for at, region in enumerate(regions)]
+            for handle in handles:
+                handle.wait()
+
+        return run
+
+    def _prove(self, heat: Heat, arm: Arm) -> None:
+        """Run an arm once on whole numbers and compare with what they come to."""
+        groups = self.tracks[arm.way, arm.mode].groups
+        mine, is_gather = groups.logical(self.member), heat.kind is Kind.ALL_GATHER
+        places = torch.arange(heat.size // 4, dtype=torch.float32).remainder_(1021).view(arm.buckets, groups.ranks, -1)
+        message = torch.full_like(places, -1.0) if is_gather else places * (self.member + 1)
+        if is_gather:
+            message[:, mine] = places[:, mine]
+        self._ready(heat.kind, arm, message.view(-1))()
+        expected = places if is_gather else places * sum(range(1, groups.ranks + 1))
+        if heat.kind is Kind.REDUCE_SCATTER:
+            message, expected = message[:, mine], expected[:, mine]
+        if not torch.equal(message, expected):
+            raise ValueError(f"rank {self.member}: {heat.kind} of {heat.size} bytes by {arm} is wrong")

@@ -1,0 +1,145 @@
+"""Checkpoints of all sharding strategies: any other goes on from what one saves, as upstream would without a break.
+
+A chain of short runs, each under another strategy, number of ranks or layout, hands its checkpoint on to the next one.
+The reference is one run of upstream's on one rank.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import pytest
+
+from tests.distributed.flags import PP2, TINY, TP2, flags
+from tests.pool import RankPool
+from tests.regression.arm import Arm, Run, run_arm
+from tests.regression.snapshot import Snapshot
+from tests.regression.tensors import logical_tensors
+
+RELATIVE = 1e-9
+ASYNC = "--overlap-grad-reduce --overlap-param-gather"
+PAIRS = "--paro-group-size 2"
+BUCKETS = "--ddp-bucket-size 20000"
+RESHARDABLE = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
+
+
+@dataclass(frozen=True)
+class Link:
+    """A run of the chain."""
+
+    arm: Arm
+    ranks: int
+    layout: str
+
+
+CHAIN = {
+    "upstream, DP 2": Link("U", 2, RESHARDABLE),
+    "NIG": Link("O", 4, f"--paro NIG {PAIRS} {ASYNC}"),
+    "III, DP 2": Link("O", 2, "--paro III --paro-group-size 2"),
+    "GGG": Link("O", 4, f"--paro GGG {PAIRS} {ASYNC}"),
+    "NNN": Link("O", 4, f"--paro NNN {PAIRS}"),
+    "IGG, TP 2": Link("O", 4, f"--paro IGG --paro-group-size 1 {TP2} {ASYNC}"),
+    "NNI": Link("O", 4, f"--paro NNI {PAIRS} {ASYNC}"),
+    "ING, three ranks": Link("O", 3, f"--paro ING --paro-group-size 3 {ASYNC}"),
+    "NGG, PP 2": Link("O", 4, f"--paro NGG {PAIRS} {PP2} {ASYNC}"),
+    "IIG": Link("O", 4, f"--paro IIG {PAIRS} {ASYNC}"),
+    "NNG, one group": Link("O", 4, f"--paro NNG --paro-group-size 4 {ASYNC}"),
+    "NII": Link("O", 4, f"--paro NII {PAIRS}"),
+    "upstream, one rank": Link("U", 1, RESHARDABLE),
+}
+NAMES = list(CHAIN)
+TRAINED = len(CHAIN) + 1  # every run makes two steps, and hands on the checkpoint between them
+STEPS = f"{TINY} --global-batch-size 12 --train-iters {TRAINED} --save-interval 1 {BUCKETS}"
+RESUMED = ["NIG", "GGG", "IIG"]
+
+Chain = Callable[[str], Run]
+
+
+def train(ranks: RankPool, link: Link, folder: Path | None, loaded: Path | None, first: int, steps: int) -> Run:
+    """Run a link from a checkpoint of `first` steps, and keep what it has loaded."""
+    line = flags(STEPS, link.layout, f"--exit-interval {first + steps}")
+    if loaded is not None:
+        line += ["--load", str(loaded), "--ckpt-step", str(first)]
+    return run_arm(ranks, link.arm, link.ranks, line, folder, float64=True, snapshots=(first,) if first else ())
+
+
+@pytest.fixture(scope="module")
+def chain(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """Return a function that runs the chain up to a link, each link once."""
+    folders = tmp_path_factory.mktemp("chain")
+
+    @functools.cache
+    def run(name: str) -> Run:
+        at = NAMES.index(name)
+        loaded = run(NAMES[at - 1]).folder if at else None
+        return train(ranks, CHAIN[name], folders / str(at), loaded, at, 2)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ranks: RankPool) -> Run:
+    """Return upstream's run on one rank, without a break."""
+    return run_arm(ranks, "U", 1, flags(STEPS), float64=True, snapshots=(TRAINED,))
+
+
+def assert_goes_on(run: Run, undisturbed: Run, first: int, steps: int) -> float:
+    """Hold the steps after `first` to those of the run without a break; return the largest relative difference."""
+    expected = undisturbed.curve[first : first + steps]
+    assert [step["iteration"] for step in run.curve] == list(range(first + 1, first + steps + 1))
+    apart = 0.0
+    for ours, theirs in zip(run.curve, expected, strict=True):
+        assert ours["samples"] == theirs["samples"] and ours["learning_rate"] == theirs["learning_rate"]
+        apart = max(apart, *(abs(ours[name] / theirs[name] - 1) for name in ("loss", "grad_norm")))
+    assert apart <= RELATIVE
+    return apart
+
+
+def assert_loaded(loaded: Snapshot, checkpoint: Path) -> None:
+    """Hold weights and optimizer states, right after they were loaded, to the bits that were saved."""
+    saved = logical_tensors(checkpoint)
+    assert loaded.tensors.keys() == saved.keys() and not loaded.torn
+    assert any(name.startswith("optimizer.state.exp_avg_sq.") for name in saved)
+    assert [name for name, array in loaded.tensors.items() if not numpy.array_equal(array, saved[name].numpy())] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_one_strategy_saves_another_goes_on_with(
+    chain: Chain, undisturbed: Run, name: str, tell: Callable[[str], None]
+) -> None:
+    at, run = NAMES.index(name), chain(name)
+    apart = assert_goes_on(run, undisturbed, at, 2)
+    tell(f"checkpoint {at} goes on under {name}: largest relative difference of loss and norm {apart:.1e}")
+    if at:
+        assert_loaded(run.snapshots[at], chain(NAMES[at - 1]).checkpoint(at))
+
+
+def test_the_chain_ends_where_the_undisturbed_run_does(chain: Chain, undisturbed: Run) -> None:
+    ours, theirs = logical_tensors(chain(NAMES[-1]).checkpoint(TRAINED)), undisturbed.snapshots[TRAINED].tensors
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        assert numpy.linalg.norm(ours[name].numpy() - expected) <= 10 * RELATIVE * numpy.linalg.norm(expected), name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in RESUMED else pytest.mark.slow) for name in NAMES],
+)
+def test_resumes_bitwise_under_the_same_strategy(ranks: RankPool, chain: Chain, tmp_path: Path, name: str) -> None:
+    run, between = chain(name), NAMES.index(name) + 1
+    resumed = train(ranks, CHAIN[name], tmp_path, run.folder, between, 1)
+    assert resumed.curve == run.curve[1:]
+    one, other = (logical_tensors(each.checkpoint(between + 1)) for each in (run, resumed))
+    assert one.keys() == other.keys() and [name for name in one if not one[name].equal(other[name])] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("saver", NAMES)
+@pytest.mark.parametrize("loader", NAMES)
+def test_every_pair(ranks: RankPool, chain: Chain, undisturbed: Run, saver: str, loader: str) -> None:
+    saved, between = chain(saver), NAMES.index(saver) + 1
+    run = train(ranks, CHAIN[loader], None, saved.folder, between, 1)
+    assert_loaded(run.snapshots[between], saved.checkpoint(between))
+    assert_goes_on(run, undisturbed, between, 1)

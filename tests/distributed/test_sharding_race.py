@@ -1,0 +1,74 @@
+"""The race of collectives on ranks without a bed: every arm is right, and what it sends is seen at the calls."""
+
+from collections import Counter
+
+import pytest
+
+from megatron.longseq.sharding.groups import Groups
+from megatron.longseq.sharding.phases import Kind
+from megatron.longseq.sharding.ring import Mode, whole
+from megatron.longseq.sharding.traffic import volume
+from tests.benchmarks.calls import Seen, watching
+from tests.benchmarks.sharding_race import GLOO, LOGICAL, RING, Arm, Heat, race_on_this_rank
+from tests.pool import RankFailure
+
+GROUPS = Groups(4, 2)
+SIZE = 2**18  # bytes; its smallest pieces are no small talk
+FLAT = (Arm(GLOO, Mode.FLAT, 1), Arm(LOGICAL, Mode.FLAT, 2))
+GROUPED = (Arm(GLOO, Mode.HIERARCHICAL, 1), Arm(GLOO, Mode.OVERLAPPED, 4))
+RINGS = tuple(Arm(RING, mode, buckets) for mode, buckets in zip(Mode, (1, 2, 4), strict=True))
+
+
+def watched(heats: list[Heat]) -> Seen:
+    """Race in view of everyone; runs on a rank."""
+    with watching() as seen:
+        race_on_this_rank(GROUPS.size, heats)
+    return seen
+
+
+def out_of_order(heats: list[Heat]) -> None:
+    """Race with rings whose messages land one shard off; runs on a rank."""
+    from tests.benchmarks import sharding_race
+
+    steps = sharding_race.ring_steps
+
+    def twisted(*args):
+        return tuple(
+            step._replace(receive=step.receive._replace(begin=step.send.begin, end=step.send.end))
+            for step in steps(*args)
+        )
+
+    sharding_race.ring_steps = twisted
+    race_on_this_rank(GROUPS.size, heats)
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_every_arm_is_right_and_timed_in_every_round(ranks, kind):
+    """On every rank an arm's result is compared with what it should be before it is timed."""
+    results = ranks.run(4, race_on_this_rank, GROUPS.size, [Heat(kind, SIZE, FLAT + GROUPED + RINGS, 2)])
+    for timed in results:
+        assert [one.arm for one in timed] == [*FLAT, *GROUPED, *RINGS]
+        assert all(len(one.seconds) == 2 and min(one.seconds) > 0 for one in timed)
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_a_ring_that_is_wrong_is_noticed(ranks, kind):
+    with pytest.raises(RankFailure, match="is wrong"):
+        ranks.run(4, out_of_order, [Heat(kind, SIZE, RINGS[:1], 1)])
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_calls_in_lanes_are_seen_and_are_the_formula_s(ranks, kind):
+    results = ranks.run(4, watched, [Heat(kind, SIZE, FLAT + GROUPED, 2)])
+    shard, times = SIZE // GROUPS.ranks, 3  # once to be looked at, twice to be timed
+    for rank, seen in enumerate(results):
+        inside, between = (rank // 2 * 2, rank // 2 * 2 + 1), (rank % 2, rank % 2 + 2)
+        sent, calls = Counter(), 0
+        for arm in FLAT + GROUPED:
+            one = volume(whole(kind, GROUPS, arm.mode), GROUPS, shard)
+            order = (0, 1, 2, 3) if arm.way == GLOO else (0, 2, 1, 3)
+            for members, size in ((inside, one.inside), (between, one.between), (order, one.flat)):
+                sent[members] += times * size
+            calls += times * arm.buckets * one.collectives
+        assert seen.bytes == sent
+        assert sum(seen.collectives.values()) == calls
