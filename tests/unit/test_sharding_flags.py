@@ -100,6 +100,7 @@ WITH_SHARDED_PARAMETERS: list[tuple[str, dict[str, Any], str]] = [
     ("--fp8-format", {"fp4": "e2m1"}, "whole copies"),
     ("--save-params-interval", {"save_params_interval": 1}, "whole parameters"),
     ("--log-params-norm", {"log_params_norm": True}, "whole parameters"),
+    ("--async-save", {"async_save": True}, "given back between"),
     (
         "--check-weight-hash-across-dp-replicas-interval",
         {"check_weight_hash_across_dp_replicas_interval": 1},
@@ -179,7 +180,6 @@ def test_all_reasons_are_told_at_once() -> None:
         {"recompute_granularity": "full"},
         {"seq1f1b_splits": 4},
         {"non_persistent_ckpt_type": "global"},
-        {"async_save": True},
         {"skip_train": True},
     ],
     ids=str,

@@ -152,6 +152,11 @@ NOT_WITH_SHARDED_PARAMETERS: Refusals = {
         lambda a: a.check_weight_hash_across_dp_replicas_interval is not None,
         "ranks hold different parts of the parameters",
     ),
+    "--async-save": (
+        lambda a: a.async_save,
+        "its writer is handed memory of whole parameters while training goes on, and that memory is given back between "
+        "uses",
+    ),
     "--load-main-params-from-ckpt": (
         lambda a: a.load_main_params_from_ckpt,
         "main parameters are cut from whole parameters, which no rank holds",
