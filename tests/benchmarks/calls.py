@@ -24,11 +24,11 @@ _RINGS = {
 
 
 class Seen:
-    """What a rank has sent, as rings send it: of n pieces all but one, twice that for an all-reduce.
+    """What a rank has sent, message by message or as rings send it: of n pieces all but one, twice for an all-reduce.
 
     Attributes:
         bytes: by the ranks that took part.
-        collectives: calls, by the same.
+        collectives: calls and messages, by the same.
     """
 
     def __init__(self) -> None:
@@ -42,6 +42,11 @@ class Seen:
         Raises:
             NotImplementedError: a large one that is no such ring.
         """
+        if name == "recv_":
+            return
+        if name == "send":
+            self._count(args[1], sum(tensor.nbytes for tensor in _tensors(args[0])))
+            return
         if name not in _RINGS:
             if max((tensor.nbytes for tensor in _tensors(args)), default=0) >= SMALL:
                 raise NotImplementedError(
@@ -49,12 +54,16 @@ class Seen:
                 )
             return
         whole, group, rounds = _RINGS[name]
-        ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(args[group])))
+        ranks = dist.ProcessGroup.unbox(args[group]).size()
         size = sum(tensor.nbytes for tensor in _tensors(args[whole]))
         if size >= SMALL:
-            with self._lock:
-                self.bytes[ranks] += size // len(ranks) * (len(ranks) - 1) * rounds
-                self.collectives[ranks] += 1
+            self._count(args[group], size // ranks * (ranks - 1) * rounds)
+
+    def _count(self, group: Any, size: int) -> None:
+        ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(group)))
+        with self._lock:
+            self.bytes[ranks] += size
+            self.collectives[ranks] += 1
 
     def __sub__(self, before: "Seen") -> "Seen":
         rest = Seen()

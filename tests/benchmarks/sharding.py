@@ -7,9 +7,9 @@ Two nodes of two ranks are made on this machine (see `twonodes`; it takes root).
 between nodes link by link and rank by rank. What they really do is measured first; a bed that is off is refused, and
 predictions take the measured rates.
 
-Collectives travel in two ways: gloo's own, as the runtime calls them, and message by message, as the plan of the ring
-has them. gloo's reduce-scatter sends an all-reduce's bytes, flat or not, and its pairs of ranks often work one way at a
-time; messages do neither, so their ratios are those of the order alone, and their flat ring is the one to beat.
+Collectives travel in two ways: message by message, as the plan of the ring has them and the runtime does on gloo, and
+by gloo's own. gloo's reduce-scatter sends an all-reduce's bytes, flat or not, and its pairs of ranks often work one way
+at a time; messages do neither, so their ratios are those of the order alone, and their flat ring is the one to beat.
 
 Arms of a ratio run in turns in one job, in another order each round; a ratio is the median of its rounds'. The last
 line is one JSON object.
@@ -62,7 +62,7 @@ def _race(bed: Bed, pace: Pace, given: argparse.Namespace) -> dict[str, Any]:
     groups, links = Groups(bed.world_size, bed.ranks), links_of(pace, bed.ranks)
     probed = bed.run(probe_on_this_rank, groups.size)[0]
     sizes = [int(size * 2**20) for size in given.sizes]
-    program = heats(groups, links, probed, sizes, given.rounds, given.buckets)
+    program = heats(groups, links, sizes, given.rounds, given.buckets)
     print(f"links of a rank: {links}\nas the runtime probes them: {probed}")
     results = measured(bed.run(race_on_this_rank, groups.size, program, timeout=3600), groups, links, probed)
     print(text(results))

@@ -15,6 +15,7 @@ import torch
 
 from megatron.longseq.sharding.memory import Widths
 from megatron.longseq.sharding.ring import Mode
+from megatron.longseq.sharding.traffic import Bucket
 from tests.benchmarks.calls import Seen, watching
 from tests.benchmarks.twonodes import Bed
 
@@ -53,7 +54,8 @@ class Arm:
 def arm(strategy: str, mode: Mode, size: int) -> Arm:
     """Return an arm of ours."""
     grouped = "" if mode is Mode.FLAT else f"--paro-group-size {size} "
-    flags = f"--paro {strategy} {grouped}--paro-collectives {mode} {OVERLAP}"
+    links = "--paro-links 10 1 " if mode is Mode.OVERLAPPED else ""  # the same choice in every round
+    flags = f"--paro {strategy} {grouped}--paro-collectives {mode} {links}{OVERLAP}"
     return Arm(f"{strategy} {mode}", strategy, mode, flags)
 
 
@@ -76,19 +78,19 @@ class Trained:
     Attributes:
         starts: when each step began, seconds of this machine's clock.
         seen: collectives of every step, as they began: those between two steps' beginnings.
-        buckets: elements of each: trained parameters, with padding.
+        buckets: what formulas count.
         losses: of every step.
     """
 
     starts: list[float] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
-    buckets: list[int] = field(default_factory=list)
+    buckets: list[Bucket] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
     @property
     def numel(self) -> int:
         """Elements of all buckets: trained parameters, with padding."""
-        return sum(self.buckets)
+        return sum(bucket.numel for bucket in self.buckets)
 
     def seconds(self) -> list[float]:
         """Return the seconds of every step that counts, to the next one's beginning."""
@@ -120,17 +122,21 @@ def train_on_this_rank(flags: Sequence[str]) -> Trained:
 def _watched(train_step: Callable[..., Any], found: Trained, seen: Seen) -> Callable[..., Any]:
     def step(forward_step_func: Any, data_iterator: Any, model: Any, *args: Any, **named: Any) -> Any:
         if not found.starts:
-            found.buckets = [
-                bucket.grad_data.numel() for chunk in model for buffer in chunk.buffers for bucket in buffer.buckets
-            ]
             torch.distributed.barrier()
         found.starts.append(time.perf_counter())
         found.seen.append(seen.copy())
         result = train_step(forward_step_func, data_iterator, model, *args, **named)
         found.losses.append(float(result[0]["lm loss"]))
+        found.buckets = [bucket for chunk in model for bucket in _buckets(chunk)]
         return result
 
     return step
+
+
+def _buckets(chunk: Any) -> list[Bucket]:
+    if hasattr(chunk, "described"):  # ours
+        return list(chunk.described())
+    return [Bucket(bucket.grad_data.numel()) for buffer in chunk.buffers for bucket in buffer.buckets]
 
 
 @dataclass(frozen=True)

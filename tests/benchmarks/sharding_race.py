@@ -24,14 +24,13 @@ from megatron.longseq.sharding.ring import Mode, whole
 from megatron.longseq.sharding.ringtime import Links
 
 GLOO, RING = "gloo", "ring"
-LOGICAL = "logical"  # gloo, flat over ranks in logical order: what a strategy with groups falls back to
 
 
 class Arm(NamedTuple):
     """One way to run a collective.
 
     Attributes:
-        way: GLOO, RING or LOGICAL.
+        way: GLOO or RING.
         mode: flat, hierarchical or overlapped.
         buckets: into which the message is cut.
     """
@@ -118,7 +117,6 @@ class Race:
         gloo, ring = Collectives(groups, made), RingMessages(groups, made)
         self.tracks = {
             (GLOO, Mode.FLAT): self._track(alone, Collectives(alone, natural), Mode.FLAT),
-            (LOGICAL, Mode.FLAT): self._track(groups, gloo, Mode.FLAT),
         }
         for mode in Mode:
             self.tracks.setdefault((GLOO, mode), self._track(groups, gloo, mode))

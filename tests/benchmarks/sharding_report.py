@@ -9,7 +9,7 @@ from megatron.longseq.sharding.linkfit import pick
 from megatron.longseq.sharding.phases import Kind
 from megatron.longseq.sharding.ring import Mode
 from megatron.longseq.sharding.ringtime import Choice, Link, Links, seconds
-from tests.benchmarks.sharding_race import GLOO, LOGICAL, RING, Arm, Heat, Timed
+from tests.benchmarks.sharding_race import GLOO, RING, Arm, Heat, Timed
 from tests.benchmarks.twonodes_check import Pace
 
 BUCKETS = (1, 2, 4, 8, 16)
@@ -24,14 +24,13 @@ def links_of(pace: Pace, ranks: int) -> Links:
 
 
 def heats(
-    groups: Groups, links: Links, probed: Links, sizes: Sequence[int], rounds: int, buckets: Sequence[int] = BUCKETS
+    groups: Groups, links: Links, sizes: Sequence[int], rounds: int, buckets: Sequence[int] = BUCKETS
 ) -> list[Heat]:
     """Return what to race: every kind at every size, overlapped in the buckets that the clock likes best.
 
     Args:
         groups: the ranks.
         links: of a rank; predictions take them.
-        probed: the same as the runtime measures them; where it would run flat by them, that takes part too.
         sizes: bytes of messages.
         rounds: at the largest size; at smaller ones twice as many.
         buckets: numbers of them to choose from.
@@ -42,8 +41,6 @@ def heats(
             best = min(buckets, key=lambda count: predicted(kind, Mode.OVERLAPPED, groups, links, size, count))
             modes = ((Mode.FLAT, 1), (Mode.HIERARCHICAL, 1), (Mode.OVERLAPPED, best))
             arms = [Arm(way, mode, count) for way in WAYS for mode, count in modes]
-            if pick(kind, groups, probed, cut(size, groups, best)).mode is Mode.FLAT:
-                arms.append(Arm(LOGICAL, Mode.FLAT, 1))
             program.append(Heat(kind, size, tuple(arms), rounds if size == max(sizes) else 2 * rounds))
     return program
 
@@ -90,7 +87,7 @@ class Measured:
     @property
     def chosen(self) -> tuple[str, Mode]:
         """The arm that the runtime would run."""
-        return (LOGICAL if self.choice.mode is Mode.FLAT else GLOO), self.choice.mode
+        return RING, self.choice.mode
 
 
 def measured(ranks: Sequence[Sequence[Timed]], groups: Groups, links: Links, probed: Links) -> list[Measured]:
@@ -120,8 +117,8 @@ def measured(ranks: Sequence[Sequence[Timed]], groups: Groups, links: Links, pro
 def text(results: Sequence[Measured]) -> str:
     """Return the tables."""
     lines = [
-        "milliseconds, median over rounds (predicted by the clock). gloo: its own collectives, as the runtime calls",
-        "them; ring: message by message; logical: gloo, flat over ranks in logical order",
+        "milliseconds, median over rounds (predicted by the clock). ring: message by message, as the runtime does on",
+        "gloo; gloo: its own collectives",
     ]
     for one in results:
         kind, size, chosen = one.heat.kind, one.heat.size, one.choice
@@ -148,7 +145,7 @@ def summary(results: Sequence[Measured]) -> dict[str, object]:
     """Return the figures of the JSON line: geometric means over the kinds, at the largest size."""
     largest = max(one.heat.size for one in results)
     large = [one for one in results if one.heat.size == largest]
-    ours = (GLOO, Mode.OVERLAPPED)
+    ours = (RING, Mode.OVERLAPPED)
 
     def clock(under: Mode) -> float:
         return statistics.geometric_mean(one.predicted[under] / one.predicted[Mode.OVERLAPPED] for one in large)
@@ -157,19 +154,19 @@ def summary(results: Sequence[Measured]) -> dict[str, object]:
         return statistics.geometric_mean(statistics.median(one.ratios(over, under)) for one in large)
 
     return {
-        "overlapped_over_flat": ratio(ours, (GLOO, Mode.FLAT)),
-        "overlapped_over_serial": ratio(ours, (GLOO, Mode.HIERARCHICAL)),
+        "overlapped_over_flat": ratio(ours, (RING, Mode.FLAT)),
+        "overlapped_over_serial": ratio(ours, (RING, Mode.HIERARCHICAL)),
         "overlapped_over_best_flat": statistics.geometric_mean(
             statistics.median(one.ratios(ours, one.best_flat)) for one in large
         ),
         "overlapped_over_flat_predicted": clock(Mode.FLAT),
         "overlapped_over_serial_predicted": clock(Mode.HIERARCHICAL),
-        "ring_overlapped_over_flat": ratio((RING, Mode.OVERLAPPED), (RING, Mode.FLAT)),
-        "ring_overlapped_over_serial": ratio((RING, Mode.OVERLAPPED), (RING, Mode.HIERARCHICAL)),
-        "chosen_over_flat_least": min(statistics.median(one.ratios(one.chosen, (GLOO, Mode.FLAT))) for one in results),
+        "gloo_overlapped_over_flat": ratio((GLOO, Mode.OVERLAPPED), (GLOO, Mode.FLAT)),
+        "gloo_overlapped_over_serial": ratio((GLOO, Mode.OVERLAPPED), (GLOO, Mode.HIERARCHICAL)),
+        "chosen_over_flat_least": min(statistics.median(one.ratios(one.chosen, one.best_flat)) for one in results),
         "by_kind": {
             one.heat.kind: [
-                statistics.median(one.ratios(ours, (GLOO, mode))) for mode in (Mode.FLAT, Mode.HIERARCHICAL)
+                statistics.median(one.ratios(ours, (RING, mode))) for mode in (Mode.FLAT, Mode.HIERARCHICAL)
             ]
             for one in large
         },

@@ -10,7 +10,7 @@ from megatron.longseq.sharding.memory import Model
 from megatron.longseq.sharding.ring import Mode
 from megatron.longseq.sharding.ringtime import Links
 from megatron.longseq.sharding.strategy import Strategy
-from megatron.longseq.sharding.traffic import traffic
+from megatron.longseq.sharding.traffic import bucket_traffic
 from tests.benchmarks.calls import Seen
 from tests.benchmarks.sharding_arms import WIDTHS, Result
 
@@ -33,9 +33,9 @@ def sent_and_formula(result: Result, groups: Groups, microbatches: int) -> tuple
     Raises:
         ValueError: ranks, or steps, differ in what they send.
     """
-    numel, strategy = result.ranks[0].numel, Strategy.parse(result.arm.strategy)
-    sends = traffic(strategy, groups, Model(numel, numel), WIDTHS, is_flat=result.arm.mode is Mode.FLAT)
-    step = sends.step(microbatches)
+    strategy, is_flat = Strategy.parse(result.arm.strategy), result.arm.mode is Mode.FLAT
+    buckets = result.ranks[0].buckets
+    step = bucket_traffic(strategy, groups, buckets, WIDTHS, microbatches, is_flat=lambda phases, size: is_flat)
     formula = {"inside": step.inside, "between": step.between, "all": step.flat}
     counted = [by_scope(seen, groups) for rank in result.ranks for seen in rank.sent()]
     if any(one != counted[0] for one in counted):

@@ -9,12 +9,12 @@ from megatron.longseq.sharding.phases import Kind
 from megatron.longseq.sharding.ring import Mode, whole
 from megatron.longseq.sharding.traffic import volume
 from tests.benchmarks.calls import Seen, watching
-from tests.benchmarks.sharding_race import GLOO, LOGICAL, RING, Arm, Heat, race_on_this_rank
+from tests.benchmarks.sharding_race import GLOO, RING, Arm, Heat, race_on_this_rank
 from tests.pool import RankFailure
 
 GROUPS = Groups(4, 2)
 SIZE = 2**18  # bytes; its smallest pieces are no small talk
-FLAT = (Arm(GLOO, Mode.FLAT, 1), Arm(LOGICAL, Mode.FLAT, 2))
+FLAT = (Arm(GLOO, Mode.FLAT, 1),)
 GROUPED = (Arm(GLOO, Mode.HIERARCHICAL, 1), Arm(GLOO, Mode.OVERLAPPED, 4))
 RINGS = tuple(Arm(RING, mode, buckets) for mode, buckets in zip(Mode, (1, 2, 4), strict=True))
 
@@ -28,9 +28,9 @@ def watched(heats: list[Heat]) -> Seen:
 
 def out_of_order(heats: list[Heat]) -> None:
     """Race with rings whose messages land one shard off; runs on a rank."""
-    from tests.benchmarks import sharding_race
+    from megatron.longseq.sharding import messages
 
-    steps = sharding_race.ring_steps
+    steps = messages.ring_steps
 
     def twisted(*args):
         return tuple(
@@ -38,7 +38,7 @@ def out_of_order(heats: list[Heat]) -> None:
             for step in steps(*args)
         )
 
-    sharding_race.ring_steps = twisted
+    messages.ring_steps = twisted
     race_on_this_rank(GROUPS.size, heats)
 
 
@@ -59,16 +59,18 @@ def test_a_ring_that_is_wrong_is_noticed(ranks, kind):
 
 @pytest.mark.parametrize("kind", Kind)
 def test_calls_in_lanes_are_seen_and_are_the_formula_s(ranks, kind):
-    results = ranks.run(4, watched, [Heat(kind, SIZE, FLAT + GROUPED, 2)])
+    results = ranks.run(4, watched, [Heat(kind, SIZE, FLAT + GROUPED + RINGS, 2)])
     shard, times = SIZE // GROUPS.ranks, 3  # once to be looked at, twice to be timed
     for rank, seen in enumerate(results):
         inside, between = (rank // 2 * 2, rank // 2 * 2 + 1), (rank % 2, rank % 2 + 2)
         sent, calls = Counter(), 0
-        for arm in FLAT + GROUPED:
-            one = volume(whole(kind, GROUPS, arm.mode), GROUPS, shard)
+        for arm in FLAT + GROUPED + RINGS:
+            phases = whole(kind, GROUPS, arm.mode)
+            one = volume(phases, GROUPS, shard)
             order = (0, 1, 2, 3) if arm.way == GLOO else (0, 2, 1, 3)
             for members, size in ((inside, one.inside), (between, one.between), (order, one.flat)):
                 sent[members] += times * size
-            calls += times * arm.buckets * one.collectives
+            messages = sum(phase.steps(GROUPS) for phase in phases)
+            calls += times * arm.buckets * (messages if arm.way == RING else one.collectives)
         assert seen.bytes == sent
         assert sum(seen.collectives.values()) == calls

@@ -11,14 +11,15 @@ import pytest
 from megatron.longseq.sharding.groups import Groups
 from megatron.longseq.sharding.phases import Kind
 from megatron.longseq.sharding.ring import Mode
-from megatron.longseq.sharding.ringtime import Choice, Link, Links
+from megatron.longseq.sharding.ringtime import Link, Links
+from megatron.longseq.sharding.traffic import Bucket
 from tests.benchmarks import sharding_arms as training
 from tests.benchmarks import sharding_report as report
 from tests.benchmarks import sharding_steps as steps
 from tests.benchmarks import twonodes
 from tests.benchmarks.calls import Seen
 from tests.benchmarks.sharding import _parser, _rounded
-from tests.benchmarks.sharding_race import GLOO, LOGICAL, RING, Timed
+from tests.benchmarks.sharding_race import GLOO, RING, Timed
 from tests.benchmarks.twonodes import (
     BedError,
     Counters,
@@ -162,7 +163,7 @@ def test_links_are_a_rank_s_shares_and_a_flat_ring_fills_all_of_them():
 def race(factor):
     """Return a made-up race: every arm takes what the clock says, times a factor of the arm."""
     links = report.links_of(PACE, 2)
-    heats = report.heats(GROUPS, links, links, [2**22, 2**26], 2)
+    heats = report.heats(GROUPS, links, [2**22, 2**26], 2)
 
     def seconds(heat, arm):
         return report.predicted(heat.kind, arm.mode, GROUPS, links, heat.size, arm.buckets) * factor(arm)
@@ -176,7 +177,7 @@ def race(factor):
 
 def test_a_heat_has_all_kinds_and_ways_and_small_messages_more_rounds():
     links = report.links_of(PACE, 2)
-    heats = report.heats(GROUPS, links, links, [2**20, 2**25, 2**26], 3)
+    heats = report.heats(GROUPS, links, [2**20, 2**25, 2**26], 3)
     assert [(heat.kind, heat.size, heat.rounds) for heat in heats] == [
         (kind, size, rounds) for kind in Kind for size, rounds in ((2**20, 6), (2**25, 6), (2**26, 3))
     ]
@@ -184,15 +185,6 @@ def test_a_heat_has_all_kinds_and_ways_and_small_messages_more_rounds():
         assert {(arm.way, arm.mode) for arm in heat.arms} == {(way, mode) for way in (GLOO, RING) for mode in Mode}
         assert all((arm.buckets > 1) == (arm.mode is Mode.OVERLAPPED) for arm in heat.arms)
         assert all(heat.size % (4 * GROUPS.ranks * arm.buckets) == 0 for arm in heat.arms)
-
-
-def test_where_the_runtime_would_run_flat_that_takes_part(monkeypatch):
-    """Two groups of two have no links by which it would, so that is said for it."""
-    links = report.links_of(PACE, 2)
-    monkeypatch.setattr(report, "pick", lambda *_: Choice(Mode.FLAT, 1, 1.0, 1.0))
-    for heat in report.heats(GROUPS, links, links, [2**20], 1, buckets=[4]):
-        assert heat.arms[-1] == (LOGICAL, Mode.FLAT, 1)
-        assert {arm.buckets for arm in heat.arms} == {1, 4}
 
 
 def test_the_slowest_rank_is_what_counts():
@@ -212,13 +204,13 @@ def test_a_race_that_goes_by_the_clock_has_the_clock_s_ratios():
 
 
 def test_ratios_go_the_right_way_and_take_like_with_like():
-    slow_flat = report.summary(race(lambda arm: 2.0 if arm == (GLOO, Mode.FLAT, 1) else 1.0))
+    slow_flat = report.summary(race(lambda arm: 2.0 if arm == (RING, Mode.FLAT, 1) else 1.0))
     assert slow_flat["overlapped_over_flat"] == pytest.approx(2 * slow_flat["overlapped_over_flat_predicted"])
     assert slow_flat["overlapped_over_best_flat"] == pytest.approx(slow_flat["overlapped_over_flat_predicted"])
-    assert slow_flat["ring_overlapped_over_flat"] == pytest.approx(slow_flat["overlapped_over_flat_predicted"])
-    late = report.summary(race(lambda arm: 2.0 if (arm.way, arm.mode) == (GLOO, Mode.OVERLAPPED) else 1.0))
+    assert slow_flat["gloo_overlapped_over_flat"] == pytest.approx(slow_flat["overlapped_over_flat_predicted"])
+    late = report.summary(race(lambda arm: 2.0 if (arm.way, arm.mode) == (RING, Mode.OVERLAPPED) else 1.0))
     assert late["overlapped_over_serial"] == pytest.approx(late["overlapped_over_serial_predicted"] / 2)
-    assert late["ring_overlapped_over_flat"] == pytest.approx(late["overlapped_over_flat_predicted"])
+    assert late["gloo_overlapped_over_flat"] == pytest.approx(late["overlapped_over_flat_predicted"])
     assert late["chosen_over_flat_least"] < 0.95  # the runtime picks overlapped, and it is slower than flat
 
 
@@ -245,7 +237,9 @@ def trained(arm, seconds, sent=None, loss=5.0):
 
     def rank():
         sums = [{scope: number * count for scope, count in (sent or {}).items()} for number in range(len(starts))]
-        return training.Trained(starts, [seen(**each) for each in sums], [3000, 1000], [loss] * len(starts))
+        return training.Trained(
+            starts, [seen(**each) for each in sums], [Bucket(3000), Bucket(1000)], [loss] * len(starts)
+        )
 
     ranks = [rank() for _ in range(4)]
     return training.Result(arm, [ranks[0].seconds()] * 3, ranks)
