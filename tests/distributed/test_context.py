@@ -76,6 +76,7 @@ QUICK = {
     "sliding window",
     "full recompute, documents",
     "selective recompute",
+    "TP 2, sequence parallel",
     "PP 2, V 2",
 }
 QUICK_SEGMENTS = {
@@ -83,7 +84,6 @@ QUICK_SEGMENTS = {
     "PP 2, zero bubble",
     "PP 2, full recompute",
     "PP 2, documents",
-    "TP 2, sequence parallel",
 }
 
 

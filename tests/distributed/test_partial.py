@@ -96,7 +96,20 @@ def of_layer(stacked: Mapping[str, Any], name: str) -> Any:
     return stacked[name] if found is None else stacked[found[1] + found[3]][int(found[2])]
 
 
-@pytest.mark.parametrize(("pattern", "world", "layout", "tied"), LAYOUTS.values(), ids=LAYOUTS)
+# Their neighbours prove them, too; -m slow runs them.
+SLOW = {
+    "the last layer, PP 4",
+    "the first layer, virtual stages",
+    "the first layer, selective recompute",
+    "norms, DP 2",
+    "the tied embedding, PP 2",
+}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "world", "layout", "tied"),
+    [pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, case in LAYOUTS.items()],
+)
 def test_layout_equals_one_process_in_float64(
     ranks: RankPool, start: Start, single: Train, pattern: str, world: int, layout: str, tied: bool
 ) -> None:

@@ -67,7 +67,6 @@ QUICK = {
     "IIG, tied",
     "IGG, PP 2, tied",
     "IIG, PP 2, V 2",
-    "GGG, TP 2, sequence parallel",
     "IIG, C 2",
     "NIG, segments",
     "NNG, zero bubble, PP 2",

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import numpy
+import pytest
 
 from tests.distributed.flags import TINY, flags
 from tests.pool import RankPool
@@ -27,6 +28,7 @@ def gradients(pool: RankPool, arm: Arm, microbatches: int, own: str) -> numpy.nd
     return numpy.concatenate([moments[name].ravel() for name in sorted(moments)])
 
 
+@pytest.mark.slow  # half a minute; paro-bf16-wire.toml holds the wire to upstream's own noise
 def test_micro_batches_add_up_in_float32(ranks: RankPool, tell: Callable[[str], None]) -> None:
     errors: dict[str, list[float]] = {"upstream": [], "NIG": []}
     for microbatches in (FEW, MANY):

@@ -103,8 +103,10 @@ def stale_part() -> Iterator[Planted]:
 def old_contents() -> Iterator[Planted]:
     """In the third step's first forward memory comes back, and nothing is gathered: it holds what it held before."""
     from megatron.longseq.sharding.stores import ParamStore
+    from megatron.longseq.sharding.units import Uses
 
     planted = Planted()
+    is_shown: list[bool] = []
     steps: dict[int, int] = {}
     old: dict[int, Tensor] = {}
 
@@ -118,7 +120,7 @@ def old_contents() -> Iterator[Planted]:
         original(self, user)
 
     def gather(original: Any, self: Any, user: str) -> None:
-        if self.whole.is_there or steps.get(id(self)) != 2:
+        if self.whole.is_there or steps.get(id(self)) != 2 or is_shown:
             original(self, user)
             return
         planted.times += 1
@@ -127,7 +129,13 @@ def old_contents() -> Iterator[Planted]:
         self.whole.take()
         self.whole.flat.copy_(old[id(self)])
 
+    def make_whole(original: Any, self: Any) -> None:
+        is_shown.append(True)  # to a checkpoint's writer; training gathers anew
+        original(self)
+        is_shown.pop()
+
     with (
+        wrapped(Uses, "make_whole", make_whole),
         wrapped(ParamStore, "sync", sync),
         wrapped(ParamStore, "release", release),
         wrapped(ParamStore, "gather", gather),
