@@ -106,6 +106,8 @@ class GradStore:
 
     def finish(self, label: str) -> Handle:
         """Start making the sums of all ranks of what has accumulated; it is in `owned` when the handle is done."""
+        if self.sharding.wire is not None:
+            self.settle()  # what is copied for the wire has to hold the last micro-batch
         wire = self._on_wire(self.part)
         region = self.sharding.region(wire) if self.level is Level.NONE else Region(None, wire)
 
