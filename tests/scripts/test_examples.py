@@ -1,9 +1,6 @@
 """The examples' scripts: the paper's launches have the paper's flags, which upstream's validation and ours accept."""
 
-import os
-import shlex
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,48 +8,23 @@ import pytest
 
 from megatron.longseq.pipeline.paper import MODELS
 from tests.pool import RankPool
-from tests.scripts.fakes import ROOT
+from tests.scripts import example_scripts
+from tests.scripts.example_scripts import script_flags, validated_args
 
 GPUS = {"2.7B": 8, "7B": 32, "13B": 32, "30B": 64}
 
 
-def paper(*words: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))}
-    return subprocess.run(
-        ["bash", str(ROOT / "examples/seq1f1b/paper.sh"), *words],
-        env={**environment, "VENV": sys.prefix},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
-def composed(*words: str) -> list[str]:
-    done = paper(*words)
-    assert done.returncode == 0, done.stderr
-    return shlex.split(done.stdout, comments=True)
-
-
-def script_flags(words: list[str]) -> list[str]:
-    return words[next(at for at, word in enumerate(words) if word.endswith("examples/pretrain_gpt.py")) + 1 :]
+paper, composed, example = (
+    partial(run, "seq1f1b") for run in (example_scripts.paper, example_scripts.composed, example_scripts.example)
+)
 
 
 def validated(job: tuple[list[str], int]) -> dict[str, Any]:
     """Parse and validate flags as on the first rank of a job of that size; no process group is made. Runs on a rank."""
-    import torch
-
     import patches
 
-    flags, world = job
-    os.environ["WORLD_SIZE"] = str(world)
     patches.start()
-    from megatron.training import arguments
-
-    sys.argv = ["pretrain_gpt.py", *flags]
-    args = arguments.parse_args()  # applies the records that these flags ask for, of validate_args, too
-    args = arguments.validate_args(args)
-    assert not torch.distributed.is_initialized()
+    args = validated_args(*job)
 
     from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
 
@@ -142,18 +114,6 @@ def test_what_the_paper_does_not_have_is_refused_with_what_it_has(words: tuple[s
     done = paper(*words)
     assert done.returncode == 2 and not done.stdout
     assert message in done.stderr and "2.7B (8 GPUs), 7B (32), 13B (32), 30B (64)" in done.stderr
-
-
-def example(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", "examples/seq1f1b/run.sh", "--run-dir", str(folder), *words],
-        cwd=ROOT,
-        env={**os.environ, "VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
 
 
 @pytest.mark.slow

@@ -2,9 +2,7 @@
 
 import os
 import re
-import shlex
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,8 @@ from megatron.longseq.sharding.groups import Groups
 from megatron.longseq.sharding.memory import Model, memory
 from megatron.longseq.sharding.strategy import RUNNING, Strategy
 from tests.pool import RankPool
+from tests.scripts import example_scripts
+from tests.scripts.example_scripts import script_flags, validated_args
 from tests.scripts.fakes import ROOT
 
 # model: GPUs, layers, hidden size, ffn size, heads, parameters
@@ -23,47 +23,23 @@ MODELS = {
 }
 
 
-def paper(*words: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))}
-    return subprocess.run(
-        ["bash", str(ROOT / "examples/paro/paper.sh"), *words],
-        env={**environment, "VENV": sys.prefix},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
-def composed(*words: str) -> list[str]:
-    done = paper(*words)
-    assert done.returncode == 0, done.stderr
-    return shlex.split(done.stdout, comments=True)
-
-
-def script_flags(words: list[str]) -> list[str]:
-    return words[next(at for at, word in enumerate(words) if word.endswith("examples/pretrain_gpt.py")) + 1 :]
+paper, composed, example = (
+    partial(run, "paro") for run in (example_scripts.paper, example_scripts.composed, example_scripts.example)
+)
 
 
 def validated(jobs: list[tuple[list[str], int]]) -> list[dict[str, Any]]:
     """Parse and validate flags as on the first rank of jobs of these sizes; no group is made. Runs on a rank."""
-    import torch
-
     import patches
 
     os.environ["LOCAL_WORLD_SIZE"] = "8"
     patches.start()
-    from megatron.training import arguments
 
     from megatron.longseq.sharding.settings import sharding
 
     found = []
     for flags, world in jobs:
-        os.environ["WORLD_SIZE"] = str(world)
-        sys.argv = ["pretrain_gpt.py", *flags]
-        args = arguments.parse_args()  # applies the records that these flags ask for, of validate_args, too
-        args = arguments.validate_args(args)
-        assert not torch.distributed.is_initialized()
+        args = validated_args(flags, world)
         names = "num_layers hidden_size ffn_hidden_size num_attention_heads seq_length bf16 paro_wire mock_data "
         names += "grad_reduce_in_bf16 accumulate_allreduce_grads_in_fp32 overlap_grad_reduce overlap_param_gather "
         names += "data_parallel_size use_distributed_optimizer recompute_granularity"
@@ -142,18 +118,6 @@ def test_the_folders_memory_is_the_formulas() -> None:
         for (world, *_, params), cell in zip(MODELS.values(), cells, strict=True):
             held = memory(Strategy.parse(name), Groups(world, 8), Model(params, params))
             assert cell == f"{held.total / 1e9:.1f}", name
-
-
-def example(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", "examples/paro/run.sh", "--run-dir", str(folder), *words],
-        cwd=ROOT,
-        env={**os.environ, "VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
 
 
 @pytest.mark.slow

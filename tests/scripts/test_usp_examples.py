@@ -1,15 +1,16 @@
 """The scripts of examples/usp: the paper's launches have the paper's flags; upstream's validation and ours pass."""
 
-import os
-import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.pool import RankPool
+from tests.scripts import example_scripts
+from tests.scripts.example_scripts import script_flags, validated_args
 from tests.scripts.fakes import ROOT
 
 # (model, sequence, tensor / Ulysses / ring): GPUs, query groups, ffn size, padded vocabulary, micro-batches
@@ -26,48 +27,24 @@ PAPER = {
 }
 
 
-def paper(*words: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))}
-    return subprocess.run(
-        ["bash", str(ROOT / "examples/usp/paper.sh"), *words],
-        env={**environment, "VENV": sys.prefix},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
-def composed(*words: str) -> list[str]:
-    done = paper(*words)
-    assert done.returncode == 0, done.stderr
-    return shlex.split(done.stdout, comments=True)
-
-
-def script_flags(words: list[str]) -> list[str]:
-    return words[next(at for at, word in enumerate(words) if word.endswith("examples/pretrain_gpt.py")) + 1 :]
+paper, composed, example = (
+    partial(run, "usp") for run in (example_scripts.paper, example_scripts.composed, example_scripts.example)
+)
 
 
 def validated(jobs: list[tuple[list[str], int]]) -> list[dict[str, Any]]:
     """Parse and validate flags as on the first rank of jobs of these sizes; no group is made. Runs on a rank."""
-    import torch
-
     import patches
 
     patches.start()
     from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
-    from megatron.training import arguments
 
     from megatron.longseq.attention.ways import ways
     from patches.usp.conditions import spreads_local_attention
 
     found = []
     for flags, world in jobs:
-        os.environ["WORLD_SIZE"] = str(world)
-        sys.argv = ["pretrain_gpt.py", *flags]
-        args = arguments.parse_args()  # applies the records that these flags ask for, of validate_args, too
-        args = arguments.validate_args(args)
-        assert not torch.distributed.is_initialized()
+        args = validated_args(flags, world)
         (way,) = ways(args).values()
         names = "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups seq_length bf16 "
         names += "tensor_model_parallel_size sequence_parallel data_parallel_size transformer_impl mock_data "
@@ -144,18 +121,6 @@ def test_what_the_paper_does_not_have_is_refused_with_what_it_has(words: tuple[s
     done = paper(*words, "--dry-run")
     assert done.returncode == 2 and not done.stdout
     assert message in done.stderr and "8B 208k: 8/1/2" in done.stderr
-
-
-def example(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", "examples/usp/run.sh", "--run-dir", str(folder), *words],
-        cwd=ROOT,
-        env={**os.environ, "VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from megatron.longseq.sharding.flags import (
 from megatron.longseq.sharding.groups import Groups
 from megatron.longseq.sharding.memory import Widths
 from megatron.longseq.sharding.settings import (
-    Sharding,
+    Settings,
     confirm,
     data_parallel_ranks,
     members,
@@ -356,15 +356,15 @@ def test_data_parallel_groups_are_upstreams(sizes: tuple[int, int, int], mapping
 
 
 def test_the_line_that_is_told() -> None:
-    found = Sharding(Strategy.parse("NIG"), Groups(16, 8), "overlapped")
+    found = Settings(Strategy.parse("NIG"), Groups(16, 8), "overlapped")
     assert told(found, Widths()) == (
         "PaRO NIG: 16 data-parallel rank(s) in 2 group(s) of 8, overlapped collectives; bytes per parameter: held 2 + "
         "0.5 + 0.75, sent 1.75 inside + 0 between groups per micro-batch, 1.75 inside + 0.25 between groups per step"
     )
-    flat = told(Sharding(Strategy.parse("NNG"), Groups(16, 16), "flat"), Widths())
+    flat = told(Settings(Strategy.parse("NNG"), Groups(16, 16), "flat"), Widths())
     assert flat.endswith("0 inside + 0 between groups + 3.75 flat per step")
     for size, other in ((1, "NNG"), (16, "NGG")):
-        assert f"PaRO NIG (here as {other}): " in told(Sharding(found.strategy, Groups(16, size), "flat"), Widths())
+        assert f"PaRO NIG (here as {other}): " in told(Settings(found.strategy, Groups(16, size), "flat"), Widths())
 
 
 Told = tuple[str | None, dict[str, Any], str]

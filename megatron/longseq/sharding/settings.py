@@ -13,7 +13,7 @@ BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True, slots=True)
-class Sharding:
+class Settings:
     """What a run does.
 
     Attributes:
@@ -110,7 +110,7 @@ def node_group_size(args: Namespace, node_ranks: int | None) -> int:
     return sizes.pop()
 
 
-def sharding(args: Namespace, node_ranks: int | None = None) -> Sharding:
+def sharding(args: Namespace, node_ranks: int | None = None) -> Settings:
     """Return what the flags ask for; once they are resolved (see `resolve`), without knowing of nodes.
 
     Raises:
@@ -121,10 +121,10 @@ def sharding(args: Namespace, node_ranks: int | None = None) -> Sharding:
     size = args.paro_group_size
     if size is None:
         size = node_group_size(args, node_ranks) if needs_groups(strategy, collectives) and ranks > 1 else ranks
-    return Sharding(strategy, Groups(ranks, size), collectives)
+    return Settings(strategy, Groups(ranks, size), collectives)
 
 
-def resolve(args: Namespace, node_ranks: int | None) -> Sharding:
+def resolve(args: Namespace, node_ranks: int | None) -> Settings:
     """Write what the flags come to into the arguments, and set upstream's flags that carry it.
 
     Gradients accumulate in fp32 under --bf16, whatever they are sent in: upstream's --grad-reduce-in-bf16 would do both
@@ -146,7 +146,7 @@ def resolve(args: Namespace, node_ranks: int | None) -> Sharding:
     return found
 
 
-def confirm(args: Namespace, found: Sharding) -> None:
+def confirm(args: Namespace, found: Settings) -> None:
     """Check that upstream's validation has left what `resolve` set, and name the type that gradients are sent in.
 
     Raises:
@@ -186,7 +186,7 @@ def widths(args: Namespace) -> Widths:
     )
 
 
-def told(found: Sharding, sizes: Widths) -> str:
+def told(found: Settings, sizes: Widths) -> str:
     """Return one line: the strategy, and what it holds and sends in bytes per parameter of a model-parallel rank."""
     ranks = found.groups.ranks
     model = Model(ranks, ranks)  # a shard of one element: bytes of a rank, divided by n, are bytes per parameter
