@@ -24,7 +24,9 @@ def adopt(optimizer: Any) -> None:
         return
     chunks = list(optimizer.model_chunks)
     optimizer.start_param_sync_for_bucket_group_subset = lambda: _sync_all(chunks)
-    _around(optimizer, "load_parameter_state_from_fully_reshardable", lambda: matching_weights(optimizer, chunks))
+    _around(
+        optimizer, "load_parameter_state_from_fully_reshardable", lambda: matching_weights(optimizer, _stores(chunks))
+    )
     strategy = chunks[0].sharding.strategy
     if strategy.grads is not Level.NONE:
         _around(optimizer, "_copy_model_grads_to_main_grads", lambda: _rebased(optimizer, "param", _all_of_it))

@@ -1,28 +1,31 @@
 """Loaded optimizer states belong to the loaded weights, or loading fails."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from megatron.longseq.sharding.core import cut
-from megatron.longseq.sharding.ddp import ShardedDataParallel
+from megatron.longseq.sharding.stores import ParamStore
 
 APART = 0.02  # of a tensor's norm: far above what rounding to bf16 changes, far below what another tensor would
 
 
 @contextmanager
-def matching_weights(optimizer: Any, chunks: list[ShardedDataParallel]) -> Iterator[None]:
+def matching_weights(optimizer: Any, stores: Mapping[torch.nn.Parameter, ParamStore]) -> Iterator[None]:
     """Hold main parameters, which are loaded inside, to the weights, which were loaded before.
 
     Upstream's distributed optimizer, with several padded buckets, writes tensors of other parameters into a fully
     reshardable checkpoint (its issue 504), without a word.
 
+    Args:
+        optimizer: upstream's.
+        stores: of its parameters.
+
     Raises:
         ValueError: on a rank that holds a part of such a parameter; it names the first one.
     """
-    stores = {param: group.store for chunk in chunks for group in chunk.bucket_groups for param in group.params}
     weights = {}
     for param, store in stores.items():
         if param in optimizer.model_param_group_index_map:
