@@ -1,6 +1,6 @@
 """PaRO on two nodes: flat, serial hierarchical and overlapped collectives, and training under sharding strategies.
 
-    python -m tests.benchmarks.sharding [--between 40] [--ratio 10] [--rounds 3] [--sizes 1 4 16 64]
+    python -m tests.benchmarks.sharding [--between 20] [--ratio 10] [--rounds 3] [--sizes 1 4 16 64]
 
 Two nodes of two ranks are made on this machine (see `twonodes`; it takes root). A node's cable to the other has
 --between MB/s, its loopback --ratio times as much; both are shared by its ranks, so links are --ratio times slower

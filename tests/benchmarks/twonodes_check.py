@@ -19,7 +19,7 @@ from tests.benchmarks.twonodes import Bed, BedError, Counters, Rates, two_nodes
 from tests.pool import RankPool
 
 TOLERANCE = 0.1
-BETWEEN = 40e6
+BETWEEN = 20e6
 RATIO = 10.0
 SECONDS = 0.5  # that a measurement keeps a link busy
 TIMES = 3
