@@ -15,3 +15,8 @@ def node_ranks() -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"LOCAL_WORLD_SIZE={text}: it says how many ranks a node runs; unset it, or give 1 or more.")
     return int(text)
+
+
+def has_one_queue() -> bool:
+    """Whether work of all streams reaches a GPU through one queue, as CUDA_DEVICE_MAX_CONNECTIONS says."""
+    return os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1"

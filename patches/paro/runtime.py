@@ -6,6 +6,11 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+ONE_QUEUE = (
+    "> PaRO: with CUDA_DEVICE_MAX_CONNECTIONS=1, which upstream asks for with tensor or context parallelism before "
+    "Blackwell, a collective that waits for another one holds up compute, too. Leave it unset where neither is used"
+)
+
 
 class _Held:
     """What this process has opened; upstream hands nothing from one place to the other."""
@@ -124,15 +129,17 @@ def _open(flags: Namespace) -> tuple[Any, Any]:
     import torch
     from megatron.core import parallel_state
 
-    from megatron.longseq.sharding.collectives import open_groups
+    from megatron.longseq.sharding.collectives import open_groups, options_like
     from megatron.longseq.sharding.core import Sharding
     from megatron.longseq.sharding.decide import decide, given_links
+    from megatron.longseq.sharding.lanekinds import lane_for
     from megatron.longseq.sharding.lanes import Lanes
     from megatron.longseq.sharding.messages import runner_for
     from megatron.longseq.sharding.optimizergroups import open_optimizer_groups
     from megatron.longseq.sharding.probe import probe
     from megatron.longseq.sharding.ring import Mode
     from megatron.longseq.sharding.settings import sharding
+    from patches.launch import has_one_queue
 
     asked = sharding(flags)
     timeout = timedelta(minutes=flags.distributed_timeout_minutes)
@@ -145,7 +152,11 @@ def _open(flags: Namespace) -> tuple[Any, Any]:
         given = flags.paro_links
         links = given_links(*given, asked.groups) if given else probe(asked.groups, communicators, device)
         _tell(links, "given" if given else "measured")
-    lanes = Lanes(runner, device, torch.distributed.get_rank(), is_overlapped=mode is Mode.OVERLAPPED)
+    options = options_like(data_parallel)
+    make = functools.partial(lane_for, is_urgent=options is not None and options.is_high_priority_stream)
+    lanes = Lanes(runner, device, torch.distributed.get_rank(), is_overlapped=mode is Mode.OVERLAPPED, make=make)
+    if device.type == "cuda" and has_one_queue() and torch.distributed.get_rank() == 0:
+        print(ONE_QUEUE, flush=True)
     opened = Sharding(
         asked.strategy,
         asked.groups,

@@ -28,6 +28,10 @@ def with_plan(original: Callable[..., Any]) -> Callable[..., Any]:
         from megatron.longseq.pipeline.plan import plan_from_args
 
         refuse_unserved(args)
+        if args.seq1f1b_splits > 1:
+            # TransformerEngine's layers let the backward of their first forward overwrite what fused weight gradients
+            # have added up. Of segments that backward is a micro-batch's last; with this they add in every one.
+            args.disable_parameter_transpose_cache = True
         plan = plan_from_args(args)
         if args.rampup_batch_size is None:  # otherwise each size is proven when it comes
             per_microbatch = args.micro_batch_size * args.data_parallel_size

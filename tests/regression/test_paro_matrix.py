@@ -23,7 +23,7 @@ LAYOUTS = {
     "TP 2": ("--tensor-model-parallel-size", "2", "--sequence-parallel"),
     "PP 2": ("--pipeline-model-parallel-size", "2"),
 }
-SHARDED = f"--use-distributed-optimizer --overlap-grad-reduce {BUCKETS}"  # norms, too, are sums over shards
+SHARDED = "--use-distributed-optimizer --overlap-grad-reduce"  # norms, too, are sums over shards
 WIRE = "--grad-reduce-in-bf16"
 
 
@@ -63,7 +63,8 @@ class Square(NamedTuple):
                 ArmPlan("U", world // 2, layout),
                 ArmPlan("U", world // 2, (*layout, "--micro-batch-size", "2")),
                 ArmPlan("U", world // 4, layout),
-                ArmPlan("U", world, (*layout, *SHARDED.split())),
+                # With TP, small buckets are padded, and upstream's checkpoints of those are wrong (its issue 504).
+                ArmPlan("U", world, (*layout, *SHARDED.split(), *BUCKETS.split() * (self.layout != "TP 2"))),
             ),
             u=ArmPlan("U", world, layout),
             o=ArmPlan("O", world, own),

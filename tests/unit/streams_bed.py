@@ -20,11 +20,17 @@ class Stream:
     def synchronize(self) -> None:
         """Let it be: `Machine.run` is what runs."""
 
+    def wait_stream(self, other: "Stream") -> None:
+        """Wait for all that another one was given."""
+        event = Event()
+        event.record(other)
+        self.work.append(event)
+
 
 class Event:
     """A point in a stream."""
 
-    def __init__(self, machine: "Machine") -> None:
+    def __init__(self, machine: "Machine | None" = None) -> None:
         self.machine, self.is_reached = machine, False
 
     def record(self, stream: Stream) -> None:
@@ -33,6 +39,7 @@ class Event:
 
     def wait(self) -> None:
         """Have the current stream wait."""
+        assert self.machine is not None
         self.machine.current.work.append(self)
 
     def query(self) -> bool:
@@ -47,7 +54,7 @@ class Machine:
         self.current = Stream()
         self.streams = [self.current]
 
-    def stream(self, device: torch.device) -> Stream:
+    def stream(self, device: torch.device, priority: int = 0) -> Stream:
         """Make one."""
         self.streams.append(Stream(device))
         return self.streams[-1]
@@ -88,4 +95,5 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(torch.cuda, "Event", lambda: Event(made))
     monkeypatch.setattr(torch.cuda, "stream", made.on)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: made.current)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device=None: made.streams[0])
     return made

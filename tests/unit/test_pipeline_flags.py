@@ -389,6 +389,26 @@ def test_upstreams_validation_refuses_what_segments_cannot_serve(ranks: RankPool
         assert want is None or (message is not None and want in message)
 
 
+def overwrites(case: list[str]) -> bool:
+    """Whether TransformerEngine's layers may overwrite what fused weight gradients have added. Runs on a rank."""
+    import patches
+
+    patches.start()
+    from megatron.training import arguments
+    from megatron.training.argument_utils import core_transformer_config_from_args
+
+    sys.argv = ["pretrain_gpt.py", *case]
+    config = core_transformer_config_from_args(arguments.validate_args(arguments.parse_args()))
+    return not config.disable_parameter_transpose_cache
+
+
+@pytest.mark.parametrize(
+    ("case", "may"), [("", True), ("--seq1f1b-slack 1", True), ("--seq1f1b-splits 2 --seq1f1b-slack 1", False)]
+)
+def test_fused_weight_gradients_of_segments_are_added_up(ranks: RankPool, case: str, may: bool) -> None:
+    assert ranks.run(1, overwrites, flags(TINY, case), timeout=60) == [may]
+
+
 def chosen_by(case: list[str]) -> dict[str, Any]:
     """Return what the flags apply, and whether upstream's own function stays in its places. Runs on a rank."""
     from megatron.core import pipeline_parallel

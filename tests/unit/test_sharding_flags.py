@@ -10,6 +10,7 @@ import torch
 
 from megatron.longseq.sharding.flags import (
     INSTEAD,
+    NOT_WITH_COPIES_OF_OPTIMIZER_STATES,
     NOT_WITH_PARO,
     NOT_WITH_SHARDED_GRADIENTS,
     NOT_WITH_SHARDED_PARAMETERS,
@@ -76,6 +77,7 @@ ASKED: list[tuple[str, dict[str, Any], str]] = [
     ("--expert-tensor-parallel-num-weight-shards", {"expert_gtp_weight_remat_size": 2}, "by itself"),
     ("--expert-model-parallel-size", {"expert_model_parallel_size": 2}, EXPERTS),
     ("--expert-tensor-parallel-size", {"expert_tensor_parallel_size": 2}, EXPERTS),
+    ("--save-wgrads-interval", {"save_wgrads_interval": 1}, "whole gradients"),
     ("--init-model-with-meta-device", {"init_model_with_meta_device": True}, "from their values"),
     ("--ckpt-format", {"ckpt_format": "torch"}, "torch_dist"),
     ("--ckpt-format", {"ckpt_format": "fsdp_dtensor"}, "torch_dist"),
@@ -90,7 +92,6 @@ ASKED: list[tuple[str, dict[str, Any], str]] = [
     ("--fake-process-group", {"fake_process_group": True}, "nothing is sent"),
 ]
 WITH_SHARDED_GRADIENTS: list[tuple[str, dict[str, Any], str]] = [
-    ("--save-wgrads-interval", {"save_wgrads_interval": 1}, "whole gradients"),
     ("--delay-wgrad-compute", {"delay_wgrad_compute": True}, "come late"),
     ("--defer-embedding-wgrad-compute", {"defer_embedding_wgrad_compute": True}, "after the last micro-batch"),
     ("--zero-bubble", {"zero_bubble": True}, "N in the middle"),
@@ -107,6 +108,9 @@ WITH_SHARDED_PARAMETERS: list[tuple[str, dict[str, Any], str]] = [
         "different parts",
     ),
     ("--load-main-params-from-ckpt", {"load_main_params_from_ckpt": True}, "main parameters"),
+]
+WITH_COPIES_OF_OPTIMIZER_STATES: list[tuple[str, dict[str, Any], str]] = [
+    ("--ddp-average-in-collective", {"ddp_average_in_collective": True}, "end with G"),
 ]
 
 
@@ -151,18 +155,26 @@ def test_sharded_parameters_refuse_more(flag: str, values: dict[str, Any], why: 
     assert refused(args("NIG", **values)) == refused(args("NNN", **values)) == []
 
 
+@pytest.mark.parametrize(("flag", "values", "why"), WITH_COPIES_OF_OPTIMIZER_STATES)
+def test_copies_of_optimizer_states_refuse_more(flag: str, values: dict[str, Any], why: str) -> None:
+    for paro in ("NNN", "NNI", "NII", "III"):
+        assert_refused(paro, flag, values, why)
+    assert refused(args("NIG", **values)) == refused(args("GGG", **values)) == []
+
+
 def test_every_refusal_is_tried() -> None:
     for tried, table in (
         (ASKED, NOT_WITH_PARO),
         (WITH_SHARDED_GRADIENTS, NOT_WITH_SHARDED_GRADIENTS),
         (WITH_SHARDED_PARAMETERS, NOT_WITH_SHARDED_PARAMETERS),
+        (WITH_COPIES_OF_OPTIMIZER_STATES, NOT_WITH_COPIES_OF_OPTIMIZER_STATES),
     ):
         assert {flag for flag, _, _ in tried} == set(table)
 
 
 def test_all_reasons_are_told_at_once() -> None:
     lines = refused(args("GGG", nccl_ub=True, log_params_norm=True, save_wgrads_interval=1))
-    assert [line.split()[0] for line in lines] == ["--use-nccl-ub", "--save-wgrads-interval", "--log-params-norm"]
+    assert [line.split()[0] for line in lines] == ["--save-wgrads-interval", "--use-nccl-ub", "--log-params-norm"]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +184,6 @@ def test_all_reasons_are_told_at_once() -> None:
         {"overlap_grad_reduce": True, "overlap_param_gather": True, "use_distributed_optimizer": True},
         {"bf16": True, "grad_reduce_in_bf16": True},
         {"fp16": True},
-        {"ddp_average_in_collective": True},
         {"calculate_per_token_loss": True},
         {"expert_tensor_parallel_size": 2, "tensor_model_parallel_size": 2},
         {"num_experts": 4},

@@ -1,16 +1,18 @@
 """What is on its way when: the end of a step takes a copy for the wire only of sums that are complete."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 
+from megatron.longseq.sharding import stores
 from megatron.longseq.sharding.collectives import Region
 from megatron.longseq.sharding.core import Sharding
 from megatron.longseq.sharding.groups import Groups
 from megatron.longseq.sharding.phases import Phases
-from megatron.longseq.sharding.stores import GradStore
+from megatron.longseq.sharding.stores import GradStore, Whole
 from megatron.longseq.sharding.strategy import Strategy
 
 
@@ -43,18 +45,17 @@ class LazyLanes:
         return self.jobs[-1]
 
 
+def opened(triplet: str, wire: torch.dtype | None = None) -> tuple[Sharding, LazyLanes]:
+    lanes = LazyLanes()
+    strategy, groups = Strategy.parse(triplet), Groups(4, 2)
+    made = Sharding(strategy, groups, 1, lanes, is_flat=lambda phases, size: False, wire=wire)  # type: ignore[arg-type]
+    return made, lanes
+
+
 @pytest.mark.parametrize("wire", [None, torch.bfloat16])
 @pytest.mark.parametrize("triplet", ["NII", "NIG", "NGG"])
 def test_all_micro_batches_are_in_what_ends_a_step(triplet: str, wire: torch.dtype | None) -> None:
-    lanes = LazyLanes()
-    sharding = Sharding(
-        Strategy.parse(triplet),
-        Groups(4, 2),
-        1,
-        lanes,
-        is_flat=lambda phases, size: False,
-        wire=wire,  # type: ignore[arg-type]
-    )
+    sharding, lanes = opened(triplet, wire)
     store = GradStore(sharding, 128, torch.float32, "cpu")
     store.close()
     for value in (1.0, 2.0, 4.0):
@@ -67,3 +68,49 @@ def test_all_micro_batches_are_in_what_ends_a_step(triplet: str, wire: torch.dty
     assert lanes.jobs[-1].region.part.eq(7.0).all()  # what was sent last
     store.zero()
     assert not store.part.any() and not store.whole.is_there
+
+
+@pytest.mark.parametrize("wire", [None, torch.bfloat16])
+def test_micro_batches_are_scaled_as_they_are_added(wire: torch.dtype | None) -> None:
+    sharding, _ = opened("NIG", wire)
+    store = GradStore(sharding, 128, torch.float32, "cpu")
+    store.close()
+    for value in (1.0, 2.0):
+        store.open()
+        store.whole.flat += value
+        store.reduce("a bucket", 0.25)
+    store.finish("a bucket").wait()
+    assert store.owned.eq(0.75).all()
+
+
+def test_two_copies_for_the_wire_live_at_most_and_what_is_owned_comes_back() -> None:
+    sharding, lanes = opened("NNG", torch.bfloat16)
+    buckets = [GradStore(sharding, 128, torch.float32, "cpu") for _ in range(5)]
+    for number, store in enumerate(buckets):
+        store.part.fill_(number)
+        store.finish(f"bucket {number}")
+        lanes.jobs[-1].region.part.fill_(10 + number)  # the sum over ranks
+        assert sum(job.after is not None for job in lanes.jobs) <= 2
+    for job in lanes.jobs:
+        job.wait()
+    for number, store in enumerate(buckets):
+        assert store.owned.numel() == 32 and store.owned.eq(10 + number).all()
+        assert store.part.sum() == 32 * (10 + number) + 96 * number  # the rest is nobody's to read
+
+
+def test_memory_is_asked_for_and_given_back_in_the_main_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    made: list[Whole] = []
+
+    @contextmanager
+    def in_main_stream(device: torch.device) -> Iterator[None]:
+        yield
+        sizes.append(made[0].flat.untyped_storage().nbytes() if made else -1)
+
+    monkeypatch.setattr(stores, "in_main_stream", in_main_stream)
+    made.append(Whole(8, torch.float32, "cpu"))
+    made[0].take()
+    assert sizes == [-1], "it is there"
+    made[0].free()
+    made[0].take()
+    assert sizes == [-1, 0, 32]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron.longseq.sharding.collectives import Region
+from megatron.longseq.sharding.lanekinds import in_main_stream
 from megatron.longseq.sharding.lanes import LaneError, Lanes
 from megatron.longseq.sharding.phases import (
     GATHER_BETWEEN,
@@ -133,3 +134,29 @@ def test_a_phase_that_raises_is_named_at_once(machine: Machine) -> None:
         lanes.submit(JOBS[0], region, "bucket 5")
     with pytest.raises(LaneError, match="bucket 6 did not run"):
         lanes.submit(JOBS[0], region, "bucket 6")
+
+
+@pytest.mark.parametrize("is_given_back", [True, False])
+def test_memory_that_a_hook_gives_back_is_used_again_only_after_lanes(machine: Machine, is_given_back: bool) -> None:
+    """Hooks of parameters run in another stream than layers; both use one pool, which is the layers'."""
+    seen: list[int] = []
+    hooks = machine.stream(GPU)
+    for seed in range(40):
+        lanes, part = Lanes(Doubling(machine), GPU, 0, is_overlapped=True), torch.zeros(1)
+        with machine.on(hooks):
+            note = reading(part, seen)
+            lanes.submit(JOBS[0], Region(None, part), "x", partial(machine.do, note)).wait()
+            if is_given_back:
+                with in_main_stream(GPU):
+                    assert machine.current is machine.streams[0]
+        machine.do(writing(part, 99))  # another bucket's gradients, by a layer
+        machine.run(random.Random(seed))
+    assert (set(seen) == {3}) is is_given_back
+
+
+def test_without_a_gpu_there_is_no_other_stream(machine: Machine) -> None:
+    hooks = machine.stream(GPU)
+    with machine.on(hooks), in_main_stream(torch.device("cpu")):
+        assert machine.current is hooks
+    with in_main_stream(GPU):
+        assert not any(stream.work for stream in machine.streams)

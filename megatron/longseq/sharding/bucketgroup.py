@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+from torch import Tensor
 
 from megatron.longseq.sharding.core import Sharding
 from megatron.longseq.sharding.lanes import Handle
@@ -31,6 +32,7 @@ class ShardedBucketGroup(_ParamAndGradBucketGroup):
         self.bucket, self.grads, self.store, self.label = bucket, grads, params, label
         self._views = {param: param.main_grad for param in bucket.params_list}
         self._counts = dict.fromkeys(bucket.params_list, 0)
+        self._norms: list[Tensor] = []
         self._finishing: Handle | None = None
         self._is_started = False
 
@@ -69,8 +71,11 @@ class ShardedBucketGroup(_ParamAndGradBucketGroup):
             return
         if self.reduces_each_microbatch:
             self._reduce_rest()
+            self._check(torch.stack(self._norms) if self._norms else None)
+            self._norms.clear()
         else:
-            self._check_and_scale()
+            self._check(self.bucket.grad_data)
+            self._scale()
         self._is_started = True
         self._finishing = self.grads.finish(self.label)
 
@@ -93,6 +98,7 @@ class ShardedBucketGroup(_ParamAndGradBucketGroup):
         super().reset()
         self._is_started = False
         self.grads.zero()
+        self._norms.clear()
         self._counts = dict.fromkeys(self._counts, 0)
         for param, view in self._views.items():
             param.main_grad = view
@@ -103,10 +109,15 @@ class ShardedBucketGroup(_ParamAndGradBucketGroup):
                 f"rank {torch.distributed.get_rank()}: bucket {self.label} had a gradient after the step's last "
                 "micro-batch: with --overlap-grad-reduce, all backwards but the last run inside no_sync()"
             )
-        self._check_and_scale()
         passes = self.sharding.passes
         self._counts = {param: count - passes for param, count in self._counts.items()}
-        self.grads.reduce(self.label)
+        if self._is_checked:
+            self._norms.append(self.bucket.grad_data.norm(p=2))
+        factor = self.bucket.gradient_scaling_factor
+        if self.bucket.grad_data.dtype is torch.float16:  # the ranks' sum would overflow
+            self._scale()
+            factor = 1.0
+        self.grads.reduce(self.label, factor)
         if not self.sharding.overlaps_grads:
             self.grads.settle()
         elif self.is_last_microbatch:
@@ -122,10 +133,21 @@ class ShardedBucketGroup(_ParamAndGradBucketGroup):
                 "second letter) are reduced when all are there. Keep gradients whole (N), or freeze those parameters."
             )
 
-    def _check_and_scale(self) -> None:
-        config = self.ddp_config
-        if config.check_for_nan_in_grad or config.check_for_large_grads:
-            self.check_grads(config.check_for_nan_in_grad, config.check_for_large_grads)
+    @property
+    def _is_checked(self) -> bool:
+        return bool(self.ddp_config.check_for_nan_in_grad or self.ddp_config.check_for_large_grads)
+
+    def _check(self, values: Tensor | None) -> None:
+        """Look for what is no number in this rank's gradients, or norms of its micro-batches: the host waits, once."""
+        if not self._is_checked or values is None:
+            return
+        grads, self.bucket.grad_data = self.bucket.grad_data, values
+        try:
+            self.check_grads(self.ddp_config.check_for_nan_in_grad, self.ddp_config.check_for_large_grads)
+        finally:
+            self.bucket.grad_data = grads
+
+    def _scale(self) -> None:
         if self.bucket.gradient_scaling_factor != 1.0:
             with torch.no_grad():
                 self.bucket.grad_data.mul_(self.bucket.gradient_scaling_factor)

@@ -6,8 +6,9 @@ a rank's part where the next phase looks for it, and a gather starts from there.
 
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -72,13 +73,25 @@ def open_groups(data_parallel: dist.ProcessGroup, groups: Groups, timeout: timed
             if scope is not None and len(ranks) == 1:
                 continue
             name = f"paro-{scope or 'logical'}"
-            made = dist.new_group(list(ranks), timeout=timeout, backend=backend, sort_ranks=False, group_desc=name)
+            made = dist.new_group(
+                list(ranks), timeout, backend, options_like(data_parallel), sort_ranks=False, group_desc=name
+            )
             if me in ranks and scope is None:
                 logical = made
             elif me in ranks and scope is not None:
                 scopes[scope] = made
     assert logical is not None, "this rank's own group is among everyone's"
     return Communicators(mine.index(me), scopes, logical)
+
+
+def options_like(group: dist.ProcessGroup) -> Any:
+    """Return NCCL's options for a group that is to have those of another (upstream's flags set them); else None."""
+    if dist.get_backend(group) != "nccl":
+        return None
+    theirs = group._get_backend(torch.device("cuda")).options
+    ours = dist.ProcessGroupNCCL.Options(is_high_priority_stream=theirs.is_high_priority_stream)
+    ours.config = theirs.config
+    return ours
 
 
 class Collectives:

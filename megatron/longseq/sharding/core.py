@@ -32,6 +32,7 @@ class Sharding:
         overlaps_grads: --overlap-grad-reduce.
         sent: what this rank has sent.
         in_flight: buckets whose scratch is on the wire (`GradStore`), in order.
+        copies: jobs that send copies of sums in the type of the wire, in order.
     """
 
     strategy: Strategy
@@ -44,6 +45,7 @@ class Sharding:
     overlaps_grads: bool = False
     sent: Mapping[Scope, Sent] = field(default_factory=dict)
     in_flight: deque[Any] = field(default_factory=deque)
+    copies: deque[Any] = field(default_factory=deque)
 
     def phases(self, term: str, size: int) -> Phases:
         """Return the phases of a term of `Program`, for a bucket of some bytes."""

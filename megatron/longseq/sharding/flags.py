@@ -54,6 +54,10 @@ NOT_WITH_PARO: Refusals = {
         lambda a: a.reuse_grad_buf_for_mxfp8_param_ag,
         "parameters and gradients are sharded apart, so neither has room for the other",
     ),
+    "--save-wgrads-interval": (
+        lambda a: a.save_wgrads_interval is not None,
+        "no rank holds whole gradients at the end of a step",
+    ),
     "--use-nccl-ub": (lambda a: a.nccl_ub, "its registered memory cannot be given back between uses"),
     "--use-sharp": (lambda a: a.use_sharp, "it serves upstream's own groups, and collectives run over ours"),
     "--create-all-gather-group": (
@@ -122,10 +126,6 @@ NOT_WITH_PARO: Refusals = {
 
 # flag: (is it asked for?, why sharded gradients cannot serve it)
 NOT_WITH_SHARDED_GRADIENTS: Refusals = {
-    "--save-wgrads-interval": (
-        lambda a: a.save_wgrads_interval is not None,
-        "no rank holds whole gradients at the end of a step",
-    ),
     "--delay-wgrad-compute": (
         lambda a: a.delay_wgrad_compute,
         "weight gradients that come late would miss their micro-batch's reduction",
@@ -160,6 +160,14 @@ NOT_WITH_SHARDED_PARAMETERS: Refusals = {
     "--load-main-params-from-ckpt": (
         lambda a: a.load_main_params_from_ckpt,
         "main parameters are cut from whole parameters, which no rank holds",
+    ),
+}
+
+# flag: (is it asked for?, why optimizer states that are not sharded over all ranks cannot serve it)
+NOT_WITH_COPIES_OF_OPTIMIZER_STATES: Refusals = {
+    "--ddp-average-in-collective": (
+        lambda a: a.ddp_average_in_collective,
+        "upstream then averages over the ranks that optimizer states are sharded over; leave it out, or end with G",
     ),
 }
 
@@ -252,6 +260,8 @@ def refuse_unserved_sharding(args: Namespace) -> None:
         tables.append(NOT_WITH_SHARDED_GRADIENTS)
     if strategy.params > Level.NONE:
         tables.append(NOT_WITH_SHARDED_PARAMETERS)
+    if strategy.optimizer is not Level.GLOBAL:
+        tables.append(NOT_WITH_COPIES_OF_OPTIMIZER_STATES)
     lines = [
         f"  {flag} with --paro {strategy}: {why}"
         for table in tables

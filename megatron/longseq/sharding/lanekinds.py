@@ -5,10 +5,11 @@ given everything at once; a thread does it itself, as gloo's collectives end bef
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from queue import SimpleQueue
 from threading import Event, Thread, current_thread
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -66,11 +67,12 @@ class StreamLane:
     Args:
         name: said nowhere: streams have none.
         device: the GPU.
+        is_urgent: its kernels come before those of other streams that are ready.
     """
 
-    def __init__(self, name: str, device: torch.device) -> None:
+    def __init__(self, name: str, device: torch.device, *, is_urgent: bool = False) -> None:
         self.name = name
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device, priority=-1 if is_urgent else 0)  # type: ignore[no-untyped-call]
 
     def mark(self) -> Done:
         """See `Lane.mark`: a point in the current stream."""
@@ -165,6 +167,30 @@ def _end(queue: _Queue, thread: Thread, seconds: float | None) -> None:
         thread.join(seconds)
 
 
-def lane_for(device: torch.device, name: str) -> Lane:
+@contextmanager
+def in_main_stream(device: torch.device) -> Iterator[None]:
+    """Ask for memory, or give it back, as the main stream of a GPU, whichever is the current one.
+
+    What either was given before comes first for the other: memory of a stream that computes is nobody else's until that
+    has caught up.
+    """
+    main, current = _streams(device)
+    if main is current or main == current:
+        yield
+        return
+    main.wait_stream(current)
+    with torch.cuda.stream(main):
+        yield
+    current.wait_stream(main)
+
+
+def _streams(device: torch.device) -> tuple[Any, Any]:
+    """Return the main and the current stream; there are none but on a GPU."""
+    if device.type != "cuda":
+        return None, None
+    return torch.cuda.default_stream(device), torch.cuda.current_stream(device)
+
+
+def lane_for(device: torch.device, name: str, *, is_urgent: bool = False) -> Lane:
     """Return a lane for collectives on a device's tensors: a stream of a GPU, else a thread."""
-    return StreamLane(name, device) if device.type == "cuda" else ThreadLane(name)
+    return StreamLane(name, device, is_urgent=is_urgent) if device.type == "cuda" else ThreadLane(name)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from megatron.longseq.sharding.cost import Job, Work, fastest, rank
 from megatron.longseq.sharding.flags import (
     INSTEAD,
+    NOT_WITH_COPIES_OF_OPTIMIZER_STATES,
     NOT_WITH_PARO,
     NOT_WITH_SHARDED_GRADIENTS,
     NOT_WITH_SHARDED_PARAMETERS,
@@ -45,6 +46,7 @@ REFUSALS: dict[str, Refusals] = {
     "any triplet": NOT_WITH_PARO,
     "gradients I or G": NOT_WITH_SHARDED_GRADIENTS,
     "parameters I or G": NOT_WITH_SHARDED_PARAMETERS,
+    "optimizer states N or I": NOT_WITH_COPIES_OF_OPTIMIZER_STATES,
 }
 LIMITS = (2e9, 5e9, 10e9, 20e9, 40e9, None)
 

@@ -28,7 +28,7 @@ def measure(
     sizes: Sequence[int] = SIZES,
     budget: float = BUDGET,
 ) -> tuple[Timed, ...]:
-    """Time a collective inside groups, between them and over all ranks; the same figures on all ranks of the group.
+    """Time a collective inside groups, between them and over all ranks; the same figures on all ranks of the job.
 
     All ranks call this at the same time, so where those of a node share a link, each gets its share. The caller is
     alone on the communicators: lanes do not run yet.
@@ -54,15 +54,15 @@ def measure(
         for index, size in enumerate(sizes):
             if index >= 2 and last * size / sizes[index - 1] > budget:
                 break
-            first = _agree(once(size), communicators, device)
+            first = _agree(once(size), device)
             repeats = min(REPEATS, max(1, int(budget / first)))
-            last = _agree(median(once(size) for _ in range(repeats)), communicators, device)
+            last = _agree(median(once(size) for _ in range(repeats)), device)
             timed.append(Timed(phase, _shard(size, groups) * 4, last))
     return tuple(timed)
 
 
 def probe(groups: Groups, communicators: Communicators, device: torch.device) -> Links:
-    """Return the speed of links as all ranks of the data-parallel group measure it together, the same on each."""
+    """Return the speed of links as all ranks of the job measure it together, the same on each."""
     return fit_links(groups, measure(groups, communicators, device))
 
 
@@ -92,8 +92,11 @@ def _timer(
     return once
 
 
-def _agree(seconds: float, communicators: Communicators, device: torch.device) -> float:
-    """Return the slowest rank's time, on all ranks; they go on together."""
+def _agree(seconds: float, device: torch.device) -> float:
+    """Return the slowest rank's time, on all ranks of the job; they go on together.
+
+    Those of other data-parallel groups, too: parameters that tensor-parallel ranks all have are summed alike there.
+    """
     slowest = torch.tensor([seconds], dtype=torch.float64, device=device)
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=communicators.logical)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     return float(slowest.item())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron.longseq.sharding.collectives import Region
 from megatron.longseq.sharding.core import Sharding, cut
+from megatron.longseq.sharding.lanekinds import in_main_stream
 from megatron.longseq.sharding.lanes import After, Handle
 from megatron.longseq.sharding.strategy import Level
 
@@ -16,25 +17,33 @@ IN_FLIGHT = 2  # buckets of gradients on the wire, beside the one that fills: on
 
 
 class Whole:
-    """The memory of a whole bucket, which comes and goes under its views."""
+    """The memory of a whole bucket, which comes and goes under its views.
+
+    On a GPU it is the main stream's, in which layers compute and most of it is asked for and given back. Upstream makes
+    its wrapper in another one, and autograd then runs the hooks of parameters in that.
+    """
 
     def __init__(self, numel: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        self.flat = torch.empty(numel, dtype=dtype, device=device).zero_()
+        with in_main_stream(torch.device(device)):
+            self.flat = torch.empty(numel, dtype=dtype, device=device)
+        self.flat.zero_()
         self.is_there = True
 
     def take(self) -> None:
-        """Give the bucket memory; its content is anything, if it had none."""
-        if self._memory().resizable():
-            self._memory().resize_(self.flat.numel() * self.flat.element_size())
+        """Give the bucket memory, if it has none; its content then is anything."""
+        if not self.is_there and self._memory().resizable():
+            with in_main_stream(self.flat.device):
+                self._memory().resize_(self.flat.numel() * self.flat.element_size())
         self.is_there = True
 
     def free(self) -> None:
-        """Give its memory back: nothing may be queued any more that reads it, but on the current stream.
+        """Give its memory back: nothing may be queued any more that reads it, but on the current and the main stream.
 
         Memory that something else was given a share of, as a checkpoint's writer may be on a CPU, stays where it is.
         """
         if self._memory().resizable():
-            self._memory().resize_(0)
+            with in_main_stream(self.flat.device):
+                self._memory().resize_(0)
         self.is_there = False
 
     def _memory(self) -> torch.UntypedStorage:
@@ -66,7 +75,11 @@ class GradStore:
     @property
     def owned(self) -> Tensor:
         """A view of the sums that this rank's optimizer reads; right after `finish`."""
-        return cut(self.part, self.sharding.span(self.sharding.strategy.optimizer, self.numel), self.held.start)
+        return cut(self.part, self._owned_span, self.held.start)
+
+    @property
+    def _owned_span(self) -> range:
+        return self.sharding.span(self.sharding.strategy.optimizer, self.numel)
 
     def close(self) -> None:
         """Free the scratch: nothing has been added to it."""
@@ -81,8 +94,13 @@ class GradStore:
             self.whole.take()
             self.whole.flat.zero_()
 
-    def reduce(self, label: str) -> None:
-        """Start adding a micro-batch's gradients, which are all in the whole bucket, to the parts of all ranks."""
+    def reduce(self, label: str, factor: float = 1.0) -> None:
+        """Start adding a micro-batch's gradients, which are all in the whole bucket, to the parts of all ranks.
+
+        Args:
+            label: of the bucket.
+            factor: that their sum over ranks is multiplied with.
+        """
         waiting = self.sharding.in_flight
         while len(waiting) >= IN_FLIGHT:
             waiting[0].settle()
@@ -91,7 +109,7 @@ class GradStore:
             self.whole.free()  # the copy was made in the current stream
 
         def add() -> None:
-            self.part.add_(cut(wire, self.held))
+            self.part.add_(cut(wire, self.held), alpha=factor)
 
         self._reducing = self._submit("grads", self.sharding.region(wire), add, label, None)
         waiting.append(self)
@@ -108,14 +126,20 @@ class GradStore:
         """Start making the sums of all ranks of what has accumulated; it is in `owned` when the handle is done."""
         if self.sharding.wire is not None:
             self.settle()  # what is copied for the wire has to hold the last micro-batch
+        copies = self.sharding.copies
+        while len(copies) >= IN_FLIGHT:
+            copies.popleft().wait()
         wire = self._on_wire(self.part)
         region = self.sharding.region(wire) if self.level is Level.NONE else Region(None, wire)
+        owned = self.owned
 
         def back() -> None:
-            if wire is not self.part:
-                self.part.copy_(wire)
+            owned.copy_(cut(wire, self._owned_span, self.held.start))
 
-        return self._submit("finish_grads", region, back, label, self._reducing)
+        if wire is self.part:
+            return self._submit("finish_grads", region, None, label, self._reducing)
+        copies.append(self._submit("finish_grads", region, back, label, self._reducing))
+        return copies[-1]
 
     def scale(self, factor: float | Tensor) -> None:
         """Multiply what has accumulated."""
@@ -129,7 +153,7 @@ class GradStore:
     def _on_wire(self, flat: Tensor) -> Tensor:
         return flat if self.sharding.wire is None else flat.to(self.sharding.wire)
 
-    def _submit(self, term: str, region: Region, after: After, label: str, behind: Handle | None) -> Handle:
+    def _submit(self, term: str, region: Region, after: After | None, label: str, behind: Handle | None) -> Handle:
         phases = self.sharding.phases(term, self.numel * region.part.element_size())
         return self.sharding.lanes.submit(phases, region, f"gradients of {label}", after, behind)
 

@@ -1,0 +1,43 @@
+"""Process groups of our own have what upstream's flags gave to its own."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megatron.longseq.sharding.collectives import options_like
+from patches.launch import has_one_queue
+
+NCCL = pytest.mark.skipif(not dist.is_nccl_available(), reason="needs a torch with NCCL")
+
+
+def group(options: Any) -> Any:
+    return SimpleNamespace(_get_backend=lambda device: SimpleNamespace(options={"cuda": options}[device.type]))
+
+
+@NCCL
+def test_ours_have_upstreams_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "get_backend", lambda group: "nccl")
+    theirs = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    theirs.config.cga_cluster_size, theirs.config.max_ctas, theirs.config.min_ctas = 2, 16, 4
+    ours = options_like(group(theirs))
+    assert ours is not theirs, "torch writes each group's ranks and name into its own"
+    assert ours.is_high_priority_stream
+    assert (ours.config.cga_cluster_size, ours.config.max_ctas, ours.config.min_ctas) == (2, 16, 4)
+    assert not options_like(group(dist.ProcessGroupNCCL.Options())).is_high_priority_stream
+
+
+def test_other_backends_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "get_backend", lambda group: "gloo")
+    assert options_like(group(None)) is None
+
+
+@pytest.mark.parametrize(("text", "said"), [(None, False), ("1", True), ("8", False)])
+def test_the_launcher_says_whether_a_gpu_has_one_queue(
+    text: str | None, said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    if text is not None:
+        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", text)
+    assert has_one_queue() is said
