@@ -398,7 +398,8 @@ def overwrites(case: list[str]) -> bool:
     from megatron.training.argument_utils import core_transformer_config_from_args
 
     sys.argv = ["pretrain_gpt.py", *case]
-    config = core_transformer_config_from_args(arguments.validate_args(arguments.parse_args()))
+    args = arguments.parse_args()  # puts our records in
+    config = core_transformer_config_from_args(arguments.validate_args(args))
     return not config.disable_parameter_transpose_cache
 
 
