@@ -21,6 +21,7 @@ from megatron.longseq.sharding.phases import (
     Phase,
     Scope,
 )
+from megatron.longseq.sharding.stores import Whole
 from tests.pool import RankPool
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -94,6 +95,25 @@ def test_memory_is_not_given_away_before_the_end() -> None:
             torch.full((1 << 20,), 99.0, device="cuda")
     torch.cuda.synchronize()
     assert (total == 7).all()
+
+
+def test_memory_that_a_hook_gives_back_is_used_again_only_after_lanes() -> None:
+    """As hooks of parameters do, which run in the stream that upstream's wrapper was made in."""
+    size, hooks = 1 << 20, torch.cuda.Stream()
+    totals = []
+    with lanes() as mine:
+        for _ in range(4):
+            whole, total = Whole(size, torch.float32, "cuda"), torch.zeros(size, device="cuda")
+            whole.flat.fill_(1)
+            hooks.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(hooks):
+                handle = mine.submit((SCATTER_INSIDE,), Region(None, whole.flat), "x", partial(total.add_, whole.flat))
+                handle.wait()
+                whole.free()
+            other = torch.full((size,), 99.0, device="cuda")  # most likely the same memory
+            totals.append((total, other))
+    torch.cuda.synchronize()
+    assert all((total == 3).all() for total, _ in totals)
 
 
 def test_a_phase_that_raises_is_named_at_once() -> None:
