@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 
@@ -30,3 +31,13 @@ def everyones(mine: Sequence[int]) -> list[tuple[int, ...]]:
     lists: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(lists, tuple(mine))
     return sorted(set(lists))
+
+
+def options_like(group: dist.ProcessGroup) -> Any:
+    """Return NCCL's options for a group that is to have those of another (upstream's flags set them); else None."""
+    if dist.get_backend(group) != "nccl":
+        return None
+    theirs = group._get_backend(torch.device("cuda")).options
+    ours = dist.ProcessGroupNCCL.Options(is_high_priority_stream=theirs.is_high_priority_stream)
+    ours.config = theirs.config
+    return ours

@@ -129,7 +129,8 @@ def _open(flags: Namespace) -> tuple[Any, Any]:
     import torch
     from megatron.core import parallel_state
 
-    from megatron.longseq.sharding.collectives import open_groups, options_like
+    from megatron.longseq.ranks import options_like
+    from megatron.longseq.sharding.collectives import open_groups
     from megatron.longseq.sharding.core import Sharding
     from megatron.longseq.sharding.decide import decide, given_links
     from megatron.longseq.sharding.lanekinds import lane_for

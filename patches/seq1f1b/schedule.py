@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.longseq.pipeline.flags import refuse_unserved, wants_our_schedule
+from patches.launch import has_one_queue
 
 
 def asked_for(args: Namespace) -> bool:
@@ -25,17 +26,17 @@ def with_plan(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def validate_args(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
         result = original(args, defaults or {})
-        from megatron.longseq.pipeline.plan import plan_from_args
-
         refuse_unserved(args)
         if args.seq1f1b_splits > 1:
             # TransformerEngine's layers let the backward of their first forward overwrite what fused weight gradients
             # have added up. Of segments that backward is a micro-batch's last; with this they add in every one.
             args.disable_parameter_transpose_cache = True
-        plan = plan_from_args(args)
+        plan = _plan(args)
         if args.rampup_batch_size is None:  # otherwise each size is proven when it comes
             per_microbatch = args.micro_batch_size * args.data_parallel_size
             plan.schedule(args.global_batch_size // per_microbatch)
+            if plan.one_queue:
+                plan.posts(args.global_batch_size // per_microbatch)
         if args.rank == 0:
             print(f"> {plan}", flush=True)
         return result
@@ -57,17 +58,24 @@ def with_our_schedule(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_forward_backward_func
 
 
+def _plan(args: Namespace) -> Any:
+    import torch
+
+    from megatron.longseq.pipeline.plan import plan_from_args
+
+    return plan_from_args(args, one_queue=torch.cuda.is_available() and has_one_queue())
+
+
 def _runner() -> Any:
     from megatron.training import get_args
 
-    from megatron.longseq.pipeline.plan import plan_from_args
     from megatron.longseq.pipeline.runner import PipelineRunner
     from patches.usp.conditions import spreads_segments
     from patches.usp.runtime import current_context
 
     args = get_args()
     return PipelineRunner(
-        plan=plan_from_args(args),
+        plan=_plan(args),
         packs_documents=args.reset_attention_mask and args.seq1f1b_splits > 1,
         context=current_context() if spreads_segments(args) else None,
         patience=args.pipeline_patience,

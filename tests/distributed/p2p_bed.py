@@ -62,7 +62,8 @@ def exchange(stages: int, virtual: int, lengths: tuple[int, ...], microbatches: 
     """
     from megatron.longseq.pipeline.action import Action, Kind, Pipeline
     from megatron.longseq.pipeline.orders import forward_only, make
-    from megatron.longseq.pipeline.p2p import AHEAD, Mailbox, open_lanes
+    from megatron.longseq.pipeline.p2p import Mailbox, open_lanes
+    from megatron.longseq.pipeline.posts import AHEAD, plan_posts
     from megatron.longseq.pipeline.watch import Watch
 
     dist.init_process_group("gloo")
@@ -79,8 +80,8 @@ def exchange(stages: int, virtual: int, lengths: tuple[int, ...], microbatches: 
         return torch.full((lengths[action.segment], 1, 2), float(code + 1e6 * mine))
 
     for schedule in (make(pipeline, **options), forward_only(pipeline), make(pipeline, **options)):
-        order = schedule.orders[rank]
-        mail = Mailbox(lanes, pipeline, order, lambda segment: (lengths[segment], 1, 2), torch.empty, watch)
+        order, posts = schedule.orders[rank], plan_posts(schedule)[rank]
+        mail = Mailbox(lanes, schedule, posts, lambda segment: (lengths[segment], 1, 2), torch.empty, watch)
         for index, action in enumerate(order):
             mail.post()
             ahead = list(mail.posted)
@@ -151,6 +152,7 @@ def meet_a_dead_peer(first: str) -> str:
     from megatron.longseq.pipeline.action import Pipeline
     from megatron.longseq.pipeline.orders import make
     from megatron.longseq.pipeline.p2p import Mailbox, open_lanes
+    from megatron.longseq.pipeline.posts import plan_posts
     from megatron.longseq.pipeline.watch import Watch
 
     if os.environ["RANK"] == "1":
@@ -164,14 +166,16 @@ def meet_a_dead_peer(first: str) -> str:
         os.kill(os.getpid(), 9)
     time.sleep(1.0)
     pipeline = Pipeline(2, 1, 2)
-    order = make(pipeline).orders[0]
-    mail = Mailbox(lanes, pipeline, order, lambda _: (2, 1, 2), torch.empty, Watch(0))
+    schedule = make(pipeline)
+    order, posts = schedule.orders[0], plan_posts(schedule)[0]
+    mail = Mailbox(lanes, schedule, posts, lambda _: (2, 1, 2), torch.empty, Watch(0))
     try:
         if first == "send":
             mail.send(order[1], torch.zeros(2, 1, 2))
             mail.close()
         else:
-            mail.post()
+            for _ in order[:3]:
+                mail.post()
             mail.take(order[2])
     except RuntimeError as error:
         return f"{type(error).__name__}: {error}"
@@ -183,14 +187,16 @@ def finish_before_the_peer_begins() -> None:
     from megatron.longseq.pipeline.action import Pipeline
     from megatron.longseq.pipeline.orders import forward_only
     from megatron.longseq.pipeline.p2p import Mailbox, open_lanes
+    from megatron.longseq.pipeline.posts import plan_posts
     from megatron.longseq.pipeline.watch import Watch
 
     dist.init_process_group("gloo")
     lanes, rank, pipeline = open_lanes(dist.group.WORLD, 1), dist.get_rank(), Pipeline(2, 1, 2)
-    order = forward_only(pipeline).orders[rank]
+    schedule = forward_only(pipeline)
+    order, posts = schedule.orders[rank], plan_posts(schedule)[rank]
     with Watch(1.0) as watch:
         time.sleep(1.7 * rank)
-        mail = Mailbox(lanes, pipeline, order, lambda _: (2, 1, 2), torch.empty, watch)
+        mail = Mailbox(lanes, schedule, posts, lambda _: (2, 1, 2), torch.empty, watch)
         for action in order:
             mail.post()
             mail.take(action)
@@ -203,6 +209,7 @@ def wait_beyond_the_limit() -> str:
     from megatron.longseq.pipeline.action import Pipeline
     from megatron.longseq.pipeline.orders import make
     from megatron.longseq.pipeline.p2p import Mailbox, open_lanes
+    from megatron.longseq.pipeline.posts import plan_posts
     from megatron.longseq.pipeline.watch import Watch
 
     dist.init_process_group("gloo")
@@ -210,8 +217,11 @@ def wait_beyond_the_limit() -> str:
     if dist.get_rank() == 1:
         time.sleep(3)
         return ""
-    mail = Mailbox(lanes, pipeline, make(pipeline).orders[0], lambda _: (2, 1, 2), torch.empty, Watch(0))
-    mail.post()
+    schedule = make(pipeline)
+    order, posts = schedule.orders[0], plan_posts(schedule)[0]
+    mail = Mailbox(lanes, schedule, posts, lambda _: (2, 1, 2), torch.empty, Watch(0))
+    for _ in order[:3]:
+        mail.post()
     try:
         mail.take(next(iter(mail.posted)))
     except RuntimeError as error:

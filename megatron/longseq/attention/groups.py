@@ -11,7 +11,7 @@ from megatron.longseq.attention.layout import Mesh
 from megatron.longseq.attention.ring import RingLanes
 from megatron.longseq.attention.spread import Spread
 from megatron.longseq.attention.ways import Way
-from megatron.longseq.ranks import everyones
+from megatron.longseq.ranks import everyones, options_like
 
 LANES = ("keys", "grads", "far_keys", "far_grads")
 
@@ -25,7 +25,7 @@ def reordered(group: dist.ProcessGroup, mesh: Mesh, timeout: timedelta | None = 
     made = None
     for ranks in everyones(mine):
         ordered = list(mesh.ordered(ranks))
-        new = dist.new_group(ordered, timeout=timeout, backend=dist.get_backend(group), sort_ranks=False)
+        new = dist.new_group(ordered, timeout, dist.get_backend(group), options_like(group), sort_ranks=False)
         if ranks == tuple(mine):
             made = new
     assert made is not None, "this rank's own group is among everyone's"
@@ -46,7 +46,7 @@ def open_spreads(
     Returns:
         A spread for each name.
     """
-    mine, backend = tuple(dist.get_process_group_ranks(group)), dist.get_backend(group)
+    mine, is_gloo = tuple(dist.get_process_group_ranks(group)), dist.get_backend(group) == "gloo"
     rank, lists = group.rank(), everyones(mine)
     spreads: dict[str, Spread] = {}
     made: dict[tuple[int, int], Spread] = {}
@@ -55,10 +55,10 @@ def open_spreads(
         key = (mesh.ulysses, mesh.ring)
         if key not in made:
             place = mesh.place(rank)
-            exchanges = _make([g for ranks in lists for g in _ulysses(mesh, ranks)], ("all",), backend, timeout)
+            exchanges = _make([g for ranks in lists for g in _ulysses(mesh, ranks)], ("all",), group, timeout)
             rings = [g for ranks in lists for g in _rings(mesh, ranks)]
             # One communicator keeps the order of posting. On a GPU that would make keys wait for gradients.
-            lanes = _make(rings, ("keys",) if backend == "gloo" else LANES, backend, timeout)
+            lanes = _make(rings, ("keys",) if is_gloo else LANES, group, timeout)
             assert mine[rank] == dist.get_rank(), place
             ring = RingLanes(*(GroupLane(lanes.get(lane, lanes["keys"])) for lane in LANES))
             ulysses = GroupExchange(exchanges["all"]) if mesh.ulysses > 1 else None
@@ -77,13 +77,13 @@ def _rings(mesh: Mesh, ranks: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def _make(
-    groups: Sequence[tuple[int, ...]], names: Sequence[str], backend: str, timeout: timedelta | None
+    groups: Sequence[tuple[int, ...]], names: Sequence[str], like: dist.ProcessGroup, timeout: timedelta | None
 ) -> dict[str, dist.ProcessGroup]:
-    """Make groups, one for each name; return this rank's."""
+    """Make groups, one for each name, of the kind of another; return this rank's."""
     mine = {}
     for ranks in groups:
         for name in names:
-            group = dist.new_group(list(ranks), timeout=timeout, backend=backend)
+            group = dist.new_group(list(ranks), timeout, dist.get_backend(like), options_like(like))
             if dist.get_rank() in ranks:
                 mine[name] = group
                 _greet(group)

@@ -185,6 +185,10 @@ def _earlier_piece(run: Run, piece: Span, window: int, rectangular: bool) -> _Wi
         keys = Span(max(piece.begin, strip.begin - window), piece.end)
         if rows.size > 0 and keys.size > 0:
             cut = rows.end - 1 - window > keys.begin
+            if cut and rows.size > keys.size + 1:  # flash on a GPU would cut such a block on the right, too
+                border = keys.begin + window + 1  # rows before it see all of the keys
+                yield Span(rows.begin, border), (Block(keys, causal=False),)
+                rows, keys = Span(border, rows.end), Span(border - window, keys.end)
             # The kernel's window is aligned at the last row and the last key; their positions are this far apart.
             yield rows, (Block(keys, causal=False, window=window - (rows.end - keys.end) if cut else None),)
 

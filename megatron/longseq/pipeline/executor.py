@@ -13,6 +13,7 @@ from megatron.longseq.pipeline.action import Action, Kind, Pipeline, Schedule
 from megatron.longseq.pipeline.chunk import Chunk, Replay
 from megatron.longseq.pipeline.gradsync import GradSync
 from megatron.longseq.pipeline.p2p import Lanes, Mailbox
+from megatron.longseq.pipeline.posts import Posts
 from megatron.longseq.pipeline.recorder import Recorder
 from megatron.longseq.pipeline.watch import Watch
 from megatron.longseq.pipeline.weight import WeightStore
@@ -52,6 +53,7 @@ class Executor:
         rank: this rank's place in the pipeline.
         chunks: this rank's model chunks, by virtual stage.
         lanes: the pipeline's communicators.
+        posts: when this rank posts receives.
         shape: segment -> shape of its hidden states on this rank.
         step: what the training loop asks.
         watch: told of every wait.
@@ -63,6 +65,7 @@ class Executor:
     rank: int
     chunks: Sequence[Chunk]
     lanes: Lanes
+    posts: Posts
     shape: Callable[[int], tuple[int, ...]]
     step: Step
     watch: Watch
@@ -90,8 +93,8 @@ class Executor:
         sync = GradSync(self.config, [chunk.module for chunk in self.chunks], self.order, self.rank)
         mail = Mailbox(
             self.lanes,
-            self.pipeline,
-            self.order,
+            self.schedule,
+            self.posts,
             self.shape,
             self._empty,
             self.watch,

@@ -6,6 +6,7 @@ rank to the first that virtual stages need, each have a communicator of their ow
 the order of posting, and a gradient must not wait behind a hidden state that is not due yet.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,15 +16,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron.longseq.pipeline.action import Action, Kind, Pipeline, source, target
+from megatron.longseq.pipeline.action import Action, Kind, Schedule, source, target
 from megatron.longseq.pipeline.outbox import Outbox
+from megatron.longseq.pipeline.posts import Posts
 from megatron.longseq.pipeline.watch import Wait, Watch
-from megatron.longseq.ranks import everyones
+from megatron.longseq.ranks import everyones, options_like
 
 TAKEN = "a receive of its output"
 WHAT = {Kind.FORWARD: "its hidden states", Kind.BACKWARD: "its gradient"}
 TIMED = {Kind.FORWARD: "forward", Kind.BACKWARD: "backward"}
-AHEAD = 2  # receives posted early, per direction: one in use by the running action's successor, one on its way
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def open_lanes(group: dist.ProcessGroup, virtual: int, timeout: timedelta | None
     for ranks in everyones(mine):  # torch wants every rank at the making of every group
         for kind in (Kind.FORWARD, Kind.BACKWARD):
             for wrap in wraps:
-                lane = dist.new_group(list(ranks), timeout=timeout, backend=backend)
+                lane = dist.new_group(list(ranks), timeout, backend, options_like(group))
                 if ranks == tuple(mine):
                     lanes[kind, wrap] = lane
     for (kind, wrap), lane in lanes.items():
@@ -91,7 +92,6 @@ def _greet(lane: dist.ProcessGroup, ranks: Sequence[int], sender: int, receiver:
 class _Posted:
     """A receive on its way."""
 
-    peer: int
     wait: Wait
     tensor: torch.Tensor
     works: tuple[Any, ...]
@@ -103,8 +103,8 @@ class Mailbox:
 
     Args:
         lanes: the communicators.
-        pipeline: the sizes.
-        order: this rank's actions.
+        schedule: what all ranks run.
+        posts: when this one posts receives (`posts`).
         shape: segment -> shape of its hidden states on this rank.
         make: makes an empty tensor of a shape, with the type and device of the hidden states.
         watch: told of every wait.
@@ -117,8 +117,8 @@ class Mailbox:
     def __init__(
         self,
         lanes: Lanes,
-        pipeline: Pipeline,
-        order: Sequence[Action],
+        schedule: Schedule,
+        posts: Posts,
         shape: Callable[[int], tuple[int, ...]],
         make: Callable[[tuple[int, ...]], torch.Tensor],
         watch: Watch,
@@ -126,32 +126,24 @@ class Mailbox:
         timers: Any = None,
     ) -> None:
         self.starts, self.timers = starts, timers
-        self.lanes, self.pipeline, self.shape, self.make, self.watch = lanes, pipeline, shape, make, watch
+        self.lanes, self.pipeline, self.shape, self.make, self.watch = lanes, schedule.pipeline, shape, make, watch
         self.rank = dist.get_rank(lanes.group)
         self.ranks = dist.get_process_group_ranks(lanes.group)
-        self.index = {action: index for index, action in enumerate(order)}
+        self.index = {action: index for index, action in enumerate(schedule.orders[self.rank])}
         self.last_sent: Wait | None = None
         self.device_waits = dist.get_backend(lanes.group) == "nccl"
-        self.due = self._by_lane(order)
+        self.due = deque(posts)
         self.posted: dict[Action, _Posted] = {}
-        self.waiting: dict[Any, int] = dict.fromkeys(self.due, 0)
-
-    def _by_lane(self, order: Sequence[Action]) -> dict[Any, Iterator[tuple[Action, int]]]:
-        due: dict[Any, list[tuple[Action, int]]] = {}
-        for action in order:
-            origin = source(self.pipeline, self.rank, action)
-            if origin is not None and origin[0] != self.rank:
-                due.setdefault((action.kind, origin[0]), []).append((action, origin[0]))
-        return {key: iter(messages) for key, messages in due.items()}
 
     def post(self) -> None:
-        """Post receives until every direction has `AHEAD` of them on the way; call it before each action."""
-        for key, messages in self.due.items():
-            while self.waiting[key] < AHEAD and (message := next(messages, None)):
-                self._post(key, *message)
+        """Post the receives that are due; call it before each action."""
+        for action in self.due.popleft():
+            self._post(action)
 
-    def _post(self, key: Any, action: Action, peer: int) -> None:
-        tensor = self.make(self.shape(action.segment))
+    def _post(self, action: Action) -> None:
+        sender = source(self.pipeline, self.rank, action)
+        assert sender is not None, f"{action} receives nothing"
+        tensor, peer = self.make(self.shape(action.segment)), sender[0]
         lane, wait = self.lanes.lane(action.kind, peer, self.rank), self._wait(action, peer, WHAT[action.kind])
         starts, works = None, []
         with self.watch.receive(wait):
@@ -159,8 +151,7 @@ class Mailbox:
                 starts = torch.empty(self.starts or (), dtype=torch.int32, device=tensor.device)
                 works.append(dist.irecv(starts, self.ranks[peer], group=lane))
             works.append(dist.irecv(tensor, self.ranks[peer], group=lane))
-        self.posted[action] = _Posted(peer, wait, tensor, tuple(works), starts)
-        self.waiting[key] += 1
+        self.posted[action] = _Posted(wait, tensor, tuple(works), starts)
 
     def _wait(self, action: Action, peer: int, what: str) -> Wait:
         return Wait(dist.get_rank(), self.index[action], len(self.index), action, self.ranks[peer], what)
@@ -177,7 +168,6 @@ class Mailbox:
         posted = self.posted.pop(action, None)
         if posted is None:
             return None, None
-        self.waiting[action.kind, posted.peer] -= 1
         with self._timed(f"{TIMED[action.kind]}-recv"), self.watch.receive(posted.wait):
             for work in posted.works:
                 work.wait()
@@ -222,6 +212,6 @@ class Mailbox:
         """
         with self.watch.receive(self.last_sent) if self.last_sent is not None else nullcontext():
             self.lanes.outbox.close()
-        left = [str(action) for action in self.posted] + [str(m[0]) for due in self.due.values() for m in due]
+        left = [str(action) for action in (*self.posted, *(action for due in self.due for action in due))]
         if left:
             raise RuntimeError(f"pipeline rank {self.rank} ends its step without having received the {left[0]}")

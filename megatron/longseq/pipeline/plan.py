@@ -9,6 +9,7 @@ from megatron.longseq.attention.layout import length_multiple
 from megatron.longseq.pipeline import orders, partition
 from megatron.longseq.pipeline.action import Pipeline, Schedule
 from megatron.longseq.pipeline.cost import CostModel, ModelShape, fit, flops, read_samples, seconds, segment_costs
+from megatron.longseq.pipeline.posts import AHEAD, Posts, ends_in_one_queue, plan_posts
 from megatron.longseq.pipeline.proof import prove
 from megatron.longseq.pipeline.simulate import Costs
 
@@ -25,6 +26,7 @@ class Plan:
         zero_bubble: whether weight gradients are actions of their own.
         group: micro-batches that a virtual stage runs in a row (interleaved only); None: the fewest that are legal.
         costs: of every stage's segments, which a zero-bubble order is fitted to; None: all alike.
+        one_queue: whether all streams of a GPU share a queue (CUDA_DEVICE_MAX_CONNECTIONS=1).
     """
 
     stages: int
@@ -34,6 +36,7 @@ class Plan:
     zero_bubble: bool = False
     group: int | None = None
     costs: Costs | None = field(default=None, repr=False)
+    one_queue: bool = False
 
     def schedule(self, microbatches: int, forward_only: bool = False) -> Schedule:
         """Return the proven schedule of a step.
@@ -42,6 +45,14 @@ class Plan:
             ValueError: there is none for this number of micro-batches; says which numbers have one.
         """
         return _proven(self, microbatches, forward_only)
+
+    def posts(self, microbatches: int, forward_only: bool = False) -> tuple[Posts, ...]:
+        """Return per rank when it posts its receives in such a step.
+
+        Raises:
+            ValueError: in one queue, ranks would wait for each other in a circle.
+        """
+        return _posts(self, microbatches, forward_only)
 
 
 @functools.lru_cache(maxsize=64)
@@ -57,8 +68,29 @@ def _proven(plan: Plan, microbatches: int, forward_only: bool) -> Schedule:
     return schedule
 
 
-def plan_from_args(args: Namespace) -> Plan:
+@functools.lru_cache(maxsize=64)
+def _posts(plan: Plan, microbatches: int, forward_only: bool) -> tuple[Posts, ...]:
+    schedule = _proven(plan, microbatches, forward_only)
+    if not plan.one_queue:
+        return plan_posts(schedule)
+    for ahead in range(1, AHEAD + 1):  # in one queue, a receive behind another one keeps compute waiting
+        posts = plan_posts(schedule, ahead)
+        if ends_in_one_queue(schedule, posts):
+            return posts
+    raise ValueError(
+        "CUDA_DEVICE_MAX_CONNECTIONS=1 has a GPU start all work in the order in which it is given, and in that order "
+        f"the ranks of {schedule.name} ({schedule.pipeline}) would wait for each other's messages in a circle: give "
+        "fewer segments or virtual stages, or less --seq1f1b-slack, or leave the variable unset where upstream lets "
+        "you (without tensor and context parallelism, or from Blackwell on)."
+    )
+
+
+def plan_from_args(args: Namespace, *, one_queue: bool = False) -> Plan:
     """Read the plan from upstream's validated arguments.
+
+    Args:
+        args: them.
+        one_queue: whether all streams of a GPU share a queue.
 
     Raises:
         ValueError: the partition does not fit the sequence.
@@ -73,6 +105,7 @@ def plan_from_args(args: Namespace) -> Plan:
         zero_bubble=args.zero_bubble,
         group=args.microbatch_group_size_per_vp_stage if virtual > 1 else None,
         costs=_costs(args, lengths) if args.zero_bubble else None,
+        one_queue=one_queue,
     )
 
 

@@ -1,5 +1,6 @@
 """Upstream's forward-backward function for our schedules: `pretrain` calls it once per training or evaluation step."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -111,7 +112,7 @@ class PipelineRunner:
     def _prepare(self, modules: list[torch.nn.Module], group: torch.distributed.ProcessGroup) -> None:
         if self.lanes is None:
             self.lanes = open_lanes(group, self.plan.virtual, self.timeout)
-            self.watch = Watch(self.patience)
+            self.watch = Watch(self.patience, prepare=_on_this_device())
             self.watch.start()
         if [chunk.module for chunk in self.chunks] == modules:
             return
@@ -137,9 +138,17 @@ class PipelineRunner:
             rank=groups.pp.rank(),
             chunks=self.chunks,
             lanes=self.lanes,
+            posts=self.plan.posts(microbatches, step.forward_only)[groups.pp.rank()],
             shape=lambda segment: (self.plan.lengths[segment] // split, step.micro_batch_size, config.hidden_size),
             step=step,
             watch=self.watch,
             weights=self.weights if schedule.splits_weights else None,
             recorder=Recorder(DeviceClock() if torch.cuda.is_available() else HostClock()) if traced else None,
         )
+
+
+def _on_this_device() -> Callable[[], None]:
+    """Return what a thread calls first: a new one would open a context on the first GPU of the node."""
+    if not torch.cuda.is_available():
+        return lambda: None
+    return functools.partial(torch.cuda.set_device, torch.cuda.current_device())

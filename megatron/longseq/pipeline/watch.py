@@ -109,6 +109,7 @@ class Watch:
         seconds: how long a wait may be before it is told; 0: never.
         say: where the sentences go.
         clock: seconds, any origin.
+        prepare: what the thread calls first.
 
     Raises:
         ValueError: negative seconds.
@@ -119,11 +120,12 @@ class Watch:
         seconds: float = 60.0,
         say: Callable[[str], None] = _to_stderr,
         clock: Callable[[], float] = time.monotonic,
+        prepare: Callable[[], object] = lambda: None,
     ) -> None:
         if seconds < 0:
             raise ValueError(f"a watch cannot wait {seconds} s: give seconds, or 0 for none")
         self.seconds = seconds
-        self._say, self._clock = say, clock
+        self._say, self._clock, self._prepare = say, clock, prepare
         # Each attribute is written by the executor's thread alone, whole, and read by the watching thread.
         self._blocked: _Open | None = None
         self._outstanding: tuple[_Open, ...] = ()
@@ -219,5 +221,6 @@ class Watch:
         return (still[0], max(still[0].since, self._progress)) if still else None
 
     def _run(self) -> None:
+        self._prepare()
         while not self._end.wait(min(self.seconds / 8, 5.0)):
             self.check()

@@ -6,13 +6,12 @@ a rank's part where the next phase looks for it, and a gather starts from there.
 
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.longseq.ranks import Sent, everyones
+from megatron.longseq.ranks import Sent, everyones, options_like
 from megatron.longseq.sharding.groups import Groups
 from megatron.longseq.sharding.phases import Kind, Phase, Scope
 
@@ -82,16 +81,6 @@ def open_groups(data_parallel: dist.ProcessGroup, groups: Groups, timeout: timed
                 scopes[scope] = made
     assert logical is not None, "this rank's own group is among everyone's"
     return Communicators(mine.index(me), scopes, logical)
-
-
-def options_like(group: dist.ProcessGroup) -> Any:
-    """Return NCCL's options for a group that is to have those of another (upstream's flags set them); else None."""
-    if dist.get_backend(group) != "nccl":
-        return None
-    theirs = group._get_backend(torch.device("cuda")).options
-    ours = dist.ProcessGroupNCCL.Options(is_high_priority_stream=theirs.is_high_priority_stream)
-    ours.config = theirs.config
-    return ours
 
 
 class Collectives:

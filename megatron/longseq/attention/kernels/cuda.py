@@ -29,7 +29,18 @@ class _Arguments(NamedTuple):
     right: int
 
     @classmethod
-    def of(cls, scores: Scores) -> "_Arguments":
+    def of(cls, scores: Scores, q: Tensor, k: Tensor) -> "_Arguments":
+        """Return the arguments for [s, b, h, d].
+
+        Raises:
+            ValueError: a block that the kernels would cut on the right, too: they take what is not causal for a window
+                of as many keys as there are, from the diagonal on.
+        """
+        if scores.window is not None and not scores.causal and q.shape[0] > k.shape[0] + 1:
+            raise ValueError(
+                f"a sliding window over {k.shape[0]} keys for {q.shape[0]} rows: flash kernels hide keys from the "
+                "first rows of such a block; plan it as two, as `ringtiles` does"
+            )
         left = -1 if scores.window is None else scores.window
         return cls(scores.scale, scores.causal, left, 0 if scores.causal else -1)
 
@@ -47,7 +58,7 @@ class CudaFlash(ABC):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
-        out, lse = self._forward(_batch_first(q), _batch_first(k), _batch_first(v), _Arguments.of(scores))
+        out, lse = self._forward(_batch_first(q), _batch_first(k), _batch_first(v), _Arguments.of(scores, q, k))
         if scores.causal and q.shape[0] > k.shape[0]:
             lse = lse.masked_fill(lse == torch.inf, -torch.inf)
         return out.transpose(0, 1), lse
@@ -58,7 +69,7 @@ class CudaFlash(ABC):
         """See `Kernel.backward`."""
         tensors = [_batch_first(x) for x in (grad_out, q, k, v, out)]
         lse = lse.masked_fill(lse == -torch.inf, torch.inf).contiguous()
-        dq, dk, dv = self._backward(tensors, lse, _Arguments.of(scores))
+        dq, dk, dv = self._backward(tensors, lse, _Arguments.of(scores, q, k))
         return dq.transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)
 
     @abstractmethod

@@ -1,0 +1,152 @@
+"""Receives are posted early, never before what they depend on, and end in one queue where that is said."""
+
+from collections import deque
+from collections.abc import Iterator
+from itertools import product
+
+import pytest
+
+from megatron.longseq.pipeline.action import Action, Kind, Pipeline, Schedule, source
+from megatron.longseq.pipeline.orders import forward_only, make
+from megatron.longseq.pipeline.plan import Plan
+from megatron.longseq.pipeline.posts import AHEAD, ends_in_one_queue, plan_posts
+
+F, B = Kind.FORWARD, Kind.BACKWARD
+
+
+def schedules() -> list[Schedule]:
+    made = []
+    for stages, splits, virtual, slack in product((2, 3, 4), (1, 4), (1, 2), (0, 3)):
+        pipeline = Pipeline(stages, 8, splits, virtual)
+        try:
+            made += [make(pipeline, slack=slack), forward_only(pipeline)]
+        except ValueError:
+            continue
+    made += [make(Pipeline(4, 8, 2), zero_bubble=True)]
+    return made
+
+
+def ancestors(schedule: Schedule, rank: int, action: Action) -> set[tuple[int, Action]]:
+    """All that an action comes after, worked out by walking back."""
+    before = [dict(zip(order[1:], order, strict=False)) for order in schedule.orders]
+    seen: set[tuple[int, Action]] = set()
+    open_ends = [(rank, action)]
+    while open_ends:
+        rank, action = open_ends.pop()
+        steps = [source(schedule.pipeline, rank, action)]
+        steps += [(rank, before[rank][action])] if action in before[rank] else []
+        for step in steps:
+            if step is not None and step not in seen:
+                seen.add(step)
+                open_ends.append(step)
+    return seen
+
+
+@pytest.mark.parametrize("schedule", schedules()[::5], ids=lambda one: f"{one.name} {one.pipeline}")
+def test_nothing_is_posted_before_what_it_depends_on_is_issued(schedule: Schedule) -> None:
+    for rank, (order, posts) in enumerate(zip(schedule.orders, plan_posts(schedule), strict=True)):
+        for index, early in enumerate(posts):
+            for action in early:
+                sender = source(schedule.pipeline, rank, action)
+                assert sender is not None
+                needed = {a for place, a in (sender, *ancestors(schedule, *sender)) if place == rank}
+                assert needed <= set(order[:index])
+
+
+def test_every_message_is_posted_once_in_order_and_in_time() -> None:
+    for schedule in schedules():
+        pipeline = schedule.pipeline
+        for rank, (order, posts) in enumerate(zip(schedule.orders, plan_posts(schedule), strict=True)):
+            on_the_way: list[Action] = []
+            due: dict[object, list[Action]] = {}
+            for action in order:
+                sender = source(pipeline, rank, action)
+                if sender is not None and sender[0] != rank:
+                    due.setdefault((action.kind, sender[0]), []).append(action)
+            for action, early in zip(order, posts, strict=True):
+                for one in early:
+                    assert due[one.kind, source(pipeline, rank, one)[0]].pop(0) == one  # type: ignore[index]
+                on_the_way += early
+                for lane in due:
+                    alike = [a for a in on_the_way if (a.kind, source(pipeline, rank, a)[0]) == lane]  # type: ignore[index]
+                    assert len(alike) <= AHEAD
+                sender = source(pipeline, rank, action)
+                if sender is not None and sender[0] != rank:
+                    on_the_way.remove(action)
+            assert not on_the_way and not any(due.values())
+
+
+def test_a_first_stage_waits_for_no_gradient_before_its_last_warm_up_forward() -> None:
+    schedule = make(Pipeline(2, 4))
+    assert schedule.orders[0][:3] == (Action(F, 0), Action(F, 1), Action(B, 0))
+    assert plan_posts(schedule)[0][:4] == ((), (Action(B, 0),), (Action(B, 1),), ())
+
+
+Channel = tuple[int, int, Kind]
+Given = tuple[str, Action, Channel]
+
+
+def given(schedule: Schedule, rank: int, ahead: int) -> Iterator[Given]:
+    """What a rank gives its GPU, in order."""
+    pipeline = schedule.pipeline
+    origins = {
+        (other, theirs): source(pipeline, other, theirs)
+        for other, order in enumerate(schedule.orders)
+        for theirs in order
+    }
+    for action, early in zip(schedule.orders[rank], plan_posts(schedule, ahead)[rank], strict=True):
+        for one in early:
+            yield "receive", one, (origins[rank, one][0], rank, one.kind)  # type: ignore[index]
+        sender = origins[rank, action]
+        if sender is not None and sender[0] != rank:
+            yield "wait", action, (sender[0], rank, action.kind)
+        for (other, theirs), origin in origins.items():
+            if other != rank and origin == (rank, action):
+                yield "send", theirs, (rank, other, action.kind)
+
+
+def rendezvous(schedule: Schedule, ahead: int) -> bool:
+    """Whether a step ends in one queue, said in another way: each stream holds the message that is under way."""
+    queues = [deque(given(schedule, rank, ahead)) for rank in range(schedule.pipeline.stages)]
+    ran: dict[str, set[tuple[Action, Channel]]] = {"send": set(), "receive": set()}
+    busy: dict[tuple[str, Channel], tuple[Action, Channel]] = {}
+
+    def goes(what: str, action: Action, channel: Channel) -> bool:
+        message, done = (action, channel), ran["send"] & ran["receive"]
+        if what == "wait":
+            return message in done
+        if busy.get((what, channel), message) not in {*done, message}:
+            return False
+        busy[what, channel] = message
+        ran[what].add(message)
+        return True
+
+    while any(queues):
+        if not any(queue and goes(*queue[0]) and queue.popleft() for queue in queues):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("virtual", [1, 2])
+def test_one_queue_is_said_to_end_where_it_does(virtual: int) -> None:
+    seen = set()
+    for stages, splits, slack, ahead in product((2, 3), (1, 4, 8), (0, 1, 4), (1, 2)):
+        try:
+            schedule = make(Pipeline(stages, 4, splits, virtual), slack=slack)
+        except ValueError:
+            continue
+        ends = ends_in_one_queue(schedule, plan_posts(schedule, ahead))
+        assert ends is rendezvous(schedule, ahead), (stages, splits, slack, ahead)
+        seen.add(ends)
+    assert seen == {True, False}
+
+
+def test_a_plan_takes_what_ends_in_one_queue_or_says_what_to_give() -> None:
+    plain = Plan(2, 1, (8, 8, 8, 8), one_queue=True)
+    assert plain.posts(8) == plan_posts(plain.schedule(8), 1)
+    slack = Plan(2, 1, (8, 8, 8, 8), slack=4, one_queue=True)
+    assert slack.posts(8) == plan_posts(slack.schedule(8), 2)
+    circle = Plan(2, 2, (8,) * 8, one_queue=True)
+    with pytest.raises(ValueError, match=r"CUDA_DEVICE_MAX_CONNECTIONS=1.*fewer segments or virtual stages"):
+        circle.posts(4)
+    assert Plan(2, 2, (8,) * 8).posts(4) == plan_posts(circle.schedule(4))
