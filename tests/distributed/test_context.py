@@ -72,8 +72,6 @@ SEGMENTS = {
 # test_context_lanes.py); -m slow runs them.
 QUICK = {
     "2 x 2, context-first",
-    "a kind for each layer",
-    "sliding window",
     "full recompute, documents",
     "selective recompute",
     "TP 2, sequence parallel",
@@ -82,8 +80,6 @@ QUICK = {
 QUICK_SEGMENTS = {
     "double ring",
     "PP 2, zero bubble",
-    "PP 2, full recompute",
-    "PP 2, documents",
 }
 
 
@@ -121,7 +117,7 @@ def test_segments_equal_upstream_in_float64(
 @pytest.mark.parametrize(
     ("twist", "name"),
     [
-        ("empty_ranks", "2 x 2"),
+        pytest.param("empty_ranks", "2 x 2", marks=pytest.mark.slow),
         ("empty_ranks", "segments, PP 2, gathered"),
         pytest.param("empty_ranks", "PP 2", marks=pytest.mark.slow),
         pytest.param("empty_ranks", "segments", marks=pytest.mark.slow),

@@ -150,11 +150,11 @@ def lost_reduction() -> Iterator[Planted]:
 
     planted, calls = Planted(), 0
 
-    def reduce(original: Any, self: Any, label: str) -> None:
+    def reduce(original: Any, self: Any, label: str, factor: float) -> None:
         nonlocal calls
         calls += 1
         if calls != 12:
-            original(self, label)
+            original(self, label, factor)
             return
         planted.times += 1
         self.whole.free()
@@ -167,15 +167,20 @@ def lost_reduction() -> Iterator[Planted]:
 def scaled_twice() -> Iterator[Planted]:
     """Gradients are divided by the number of ranks twice. Adam does not mind a scale."""
     from megatron.longseq.sharding.bucketgroup import ShardedBucketGroup
+    from megatron.longseq.sharding.stores import GradStore
 
     planted = Planted()
 
-    def check_and_scale(original: Any, self: Any) -> None:
+    def scale(original: Any, self: Any) -> None:
         planted.times += self.bucket.gradient_scaling_factor != 1.0
         original(self)
         original(self)
 
-    with wrapped(ShardedBucketGroup, "_check_and_scale", check_and_scale):
+    def reduce(original: Any, self: Any, label: str, factor: float) -> None:
+        planted.times += factor != 1.0
+        original(self, label, factor * factor)
+
+    with wrapped(ShardedBucketGroup, "_scale", scale), wrapped(GradStore, "reduce", reduce):
         yield planted
 
 

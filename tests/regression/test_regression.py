@@ -27,6 +27,7 @@ SLOW = {
     "tensor-pipeline",  # test_layouts.py: TP 2 x PP 2, sequence parallel, tied
     "seq1f1b-recompute",  # test_seq1f1b.py: full recompute, zero bubble; its mutant is one of seq1f1b.toml's too
     *("paro-bf16", "paro-bf16-wire", "paro-igg-pipeline", "paro-nng"),
+    "paro-resume",  # test_sharding_checkpoints.py resumes to the bit, too
 }
 
 

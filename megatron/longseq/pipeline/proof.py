@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron.longseq.pipeline.action import Action, Kind, Pipeline, Schedule, ScheduleError, source, target
 from megatron.longseq.pipeline.simulate import simulate, uniform_costs
@@ -50,6 +51,7 @@ class Proof:
         )
 
 
+@lru_cache(maxsize=32)
 def prove(schedule: Schedule) -> Proof:
     """Check a schedule.
 
