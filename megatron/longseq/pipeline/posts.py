@@ -4,8 +4,9 @@ On a GPU a receive that is posted runs until its message is there. One that depe
 issued yet would outlast everything that waits for the whole device: a timer, a kernel's first load, an autotuner.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from megatron.longseq.pipeline.action import Action, Kind, Schedule, source, target
 
@@ -84,39 +85,32 @@ class _Message:
         return _Message(self.lane, self.number, not self.is_sent)
 
 
-@dataclass
-class _Queue:
-    """What a rank gives its GPU, in order: ends of messages, and None where layers wait for what was received."""
-
-    work: list[tuple[_Message, bool]] = field(default_factory=list)  # (message, whether it must be done to go on)
-    at: int = 0
-
-
 def ends_in_one_queue(schedule: Schedule, posts: Sequence[Posts]) -> bool:
     """Return whether a step ends where all streams of a GPU share one queue (CUDA_DEVICE_MAX_CONNECTIONS=1).
 
     Work is then started in the order in which it was given: a message behind an unfinished one of its own stream keeps
     what comes after it, also of other streams, from starting. What runs already goes on.
     """
-    queues = [_Queue(list(_given(schedule, rank, posts[rank]))) for rank in range(schedule.pipeline.stages)]
+    queues = [deque(_given(schedule, rank, posts[rank])) for rank in range(schedule.pipeline.stages)]
     running: set[_Message] = set()
     moved = True
     while moved:
         moved = False
         for queue in queues:
-            while queue.at < len(queue.work):
-                message, is_awaited = queue.work[queue.at]
+            while queue:
+                message, is_awaited = queue[0]
                 first = _Message(message.lane, message.number - 1, message.is_sent)
                 waits_for = message if is_awaited else first
                 if waits_for.number >= 0 and not {waits_for, waits_for.other_end} <= running:
                     break
                 running.add(message)
-                queue.at += 1
+                queue.popleft()
                 moved = True
-    return all(queue.at == len(queue.work) for queue in queues)
+    return not any(queues)
 
 
 def _given(schedule: Schedule, rank: int, posts: Posts) -> Iterator[tuple[_Message, bool]]:
+    """Yield what a rank gives its GPU, in order: ends of messages, and whether one must be done to go on."""
     pipeline = schedule.pipeline
     numbers: dict[tuple[Kind, int, int], int] = {}
     received: dict[Action, _Message] = {}

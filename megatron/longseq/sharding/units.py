@@ -51,7 +51,6 @@ class Uses:
 
     Args:
         units: in any order; the first forward tells in which they follow, the first backward which it reaches.
-        before_gather: called with a unit before its parameters are gathered: what a step still sends comes first.
     """
 
     def __init__(self, units: Sequence[Unit]) -> None:
