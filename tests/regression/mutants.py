@@ -187,17 +187,16 @@ def lost_prefix_gradient() -> Iterator[Planted]:
 @contextmanager
 def mean_of_segment_means() -> Iterator[Planted]:
     """A segment's loss is divided by its own length and the number of segments, as if all were equally long."""
-    from megatron.longseq.pipeline.chunk import Chunk
+    from megatron.longseq.pipeline.outputs import Outputs
 
     planted = Planted()
 
-    def assemble(original: Any, self: Any, losses: torch.Tensor) -> torch.Tensor:
-        segment = self.store.current
+    def add(original: Any, self: Any, segment: Any, losses: torch.Tensor) -> torch.Tensor:
         factor = segment.total / (segment.count * segment.tokens)
         planted.times += factor != 1
-        return original(self, losses * factor + (losses * (1 - factor)).detach())  # the reported loss is right
+        return original(self, segment, losses * factor + (losses * (1 - factor)).detach())  # the report is right
 
-    with wrapped(Chunk, "_assemble", assemble):
+    with wrapped(Outputs, "add", add):
         yield planted
 
 

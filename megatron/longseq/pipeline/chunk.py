@@ -29,6 +29,7 @@ from megatron.longseq.attention.prefix import segment_attention
 from megatron.longseq.attention.segment import Segment
 from megatron.longseq.attention.store import PrefixStore
 from megatron.longseq.attention.ways import comm_type
+from megatron.longseq.pipeline.outputs import Outputs
 
 ALONG_SEQUENCE = ("input_ids", "position_ids", "labels", "loss_mask", "padding_mask")  # [micro-batch, sequence]
 UNSERVED = ("decoder_input", "inference_context", "inference_params", "packed_seq_params", "output_processor")
@@ -45,7 +46,7 @@ class Chunk:
         packs_documents: whether attention masks hold document borders (upstream's --reset-attention-mask); otherwise a
             mask given by the script must be the plain causal one.
         store: keys and values of earlier segments.
-        pieces: micro-batch -> outputs of its earlier segments (last stage).
+        outputs: outputs of segments and their gradients (last stage).
         starts: micro-batch -> first position of every token's document, [micro-batch, sequence].
         documents: micro-batch -> the same as attention plans by it.
     """
@@ -55,7 +56,7 @@ class Chunk:
     packs_documents: bool = False
     context: ContextParallel | None = None
     store: PrefixStore = field(default_factory=PrefixStore)
-    pieces: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    outputs: Outputs = field(default_factory=Outputs)
     starts: dict[int, torch.Tensor] = field(default_factory=dict)
     documents: dict[int, Documents] = field(default_factory=dict)
     kernels: Kernels = field(default_factory=lambda: Kernels("segments"))
@@ -105,7 +106,7 @@ class Chunk:
 
     def leave(self, microbatch: int) -> None:
         """Forget a micro-batch whose last action is done."""
-        self.pieces.pop(microbatch, None)
+        self.outputs.leave(microbatch)
         self.starts.pop(microbatch, None)
         self.documents.pop(microbatch, None)
 
@@ -116,7 +117,7 @@ class Chunk:
             RuntimeError: names what is left.
         """
         self.store.assert_empty()
-        left = sorted({*self.pieces, *self.documents})
+        left = sorted({*self.outputs.wholes, *self.outputs.gradients, *self.documents})
         if left:
             raise RuntimeError(f"micro-batches {left} were never finished")
 
@@ -128,7 +129,7 @@ class Chunk:
             given = signature.bind(*args, **kwargs)
             self._cut(given.arguments)
             output = original(*given.args, **given.kwargs)
-            return self._assemble(output) if model.post_process else output
+            return self.outputs.add(self._here(), output) if model.post_process else output
 
         return forward
 
@@ -170,21 +171,6 @@ class Chunk:
     def _here(self) -> Segment:
         """Return the current segment as this rank has it: its share of every segment, one after another."""
         return self.store.announced(0).shared(self._ranks())
-
-    def _assemble(self, output: torch.Tensor) -> torch.Tensor:
-        """Put a segment's output, [micro-batch, segment, ...], into its place in the whole sequence's.
-
-        The loss function of the script then sees the whole loss mask: what it divides by is the micro-batch's, for any
-        split and any mask. Earlier segments stand there as constants, so that at the last segment its report is the
-        micro-batch's; later ones are zero, and no gradient flows outside the segment.
-        """
-        segment = self._here()
-        pieces = self.pieces.setdefault(segment.microbatch, [])
-        rest = segment.total - segment.end
-        tail = [output.new_zeros(output.shape[0], rest, *output.shape[2:])] if rest else []
-        whole = torch.cat([*pieces, output, *tail], dim=1)
-        pieces.append(output.detach())
-        return whole
 
     def _rotary_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(max_seq_len: int, offset: int = 0, **kwargs: Any) -> Any:

@@ -71,9 +71,9 @@ class Executor:
     watch: Watch
     weights: WeightStore | None = None
     recorder: Recorder | None = None
-    alive: dict[Unit, tuple[Any, Any]] = field(
+    alive: dict[Unit, tuple[Any, Any, Any]] = field(
         default_factory=dict
-    )  # unit -> its input and output, forward to backward
+    )  # unit -> its input, its output, and a loss with a graph of its own; forward to backward
     reports: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -126,8 +126,9 @@ class Executor:
         if received is not None and not self.step.forward_only:
             received.requires_grad_()
         is_first = action.microbatch == 0 and action.segment == 0
+        is_part, ends = self._is_part(action), action.segment == self.pipeline.segments - 1
         output, tokens = schedules.forward_step(
-            self.step.forward_step_func,
+            self._without_loss(chunk) if is_part and not ends else self.step.forward_step_func,
             data,
             chunk.module,
             self.pipeline.microbatches,
@@ -141,21 +142,37 @@ class Executor:
             ),
             current_microbatch=action.microbatch,
             vp_stage=action.vstage if self.pipeline.virtual > 1 else None,
-            is_last_stage=self._is_last(action),
+            is_last_stage=self._is_last(action) and ends,  # the loss needs the outputs of all segments
         )
-        if action.segment == self.pipeline.segments - 1:  # until then the report is of a part of the micro-batch
-            self.reports += reports
-            self.tokens += tokens
+        self.reports += reports
+        self.tokens += tokens
         if not self.step.forward_only:
-            self.alive[_unit(action)] = received, output
+            left, loss = (chunk.outputs.take_root(), output) if is_part and ends else (output, None)
+            self.alive[_unit(action)] = received, left, loss
         return output
+
+    def _without_loss(self, chunk: Chunk) -> Callable[..., Any]:
+        """Return the script's forward step for a segment before the last: it returns the root of the graph."""
+
+        def forward_step(*args: Any) -> tuple[torch.Tensor, None]:
+            self.step.forward_step_func(*args)
+            return chunk.outputs.take_root(), None
+
+        return forward_step
 
     def _backward(self, action: Action, received: torch.Tensor | None) -> torch.Tensor | None:
         self._enter(action)
         if self.weights is not None:
             self.weights.begin(_unit(action))
-        entered, left = self.alive.pop(_unit(action))
+        entered, left, loss = self.alive.pop(_unit(action))
+        if loss is not None:
+            schedules.backward_step(None, loss, None, self.config)  # scaled by upstream; leaves every output's gradient
+            del loss
+        if self._is_part(action):
+            received = torch.ones_like(left)  # the root of a segment; with None upstream would scale it as a loss
         gradient = schedules.backward_step(entered, left, received, self.config)
+        if gradient is None and entered is not None:  # the loss does not depend on the input
+            gradient = torch.zeros_like(entered)
         if self.weights is not None:
             self.weights.end()
         return gradient
@@ -190,6 +207,10 @@ class Executor:
 
     def _is_last(self, action: Action) -> bool:
         return self.pipeline.stage(self.rank, action.vstage) == self.pipeline.depth - 1
+
+    def _is_part(self, action: Action) -> bool:
+        """Whether it puts out a part of what the loss function is given."""
+        return self._is_last(action) and self.pipeline.segments > 1
 
     def _starts_shape(self) -> tuple[int, int] | None:
         chunk = self.chunks[0]

@@ -1,0 +1,146 @@
+"""Loss functions that are no sums over tokens, planted into both arms: see `run_arm(mutant=...)`.
+
+`times` counts the calls of the loss function.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.regression.planted import Planted, wrapped
+
+type Tensor = torch.Tensor
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Sum over the context-parallel ranks. Each rank's part has its gradient, which upstream adds up over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:
+        from megatron.core import mpu
+
+        total = part.clone()
+        dist.all_reduce(total, group=mpu.get_context_parallel_group())
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+def _mean(mask: Tensor, losses: Tensor) -> Tensor:
+    pair: Tensor = _SumOverRanks.apply(torch.stack([(losses * mask).sum(), mask.sum()]))
+    return pair[0] / pair[1]
+
+
+def _squared_mean(mask: Tensor, losses: Tensor) -> Tensor:
+    return _mean(mask, losses) ** 2
+
+
+def _log_of_mean(mask: Tensor, losses: Tensor) -> Tensor:
+    return _mean(mask, losses).log()
+
+
+def _neighbours(mask: Tensor, losses: Tensor) -> Tensor:
+    """Mean, and what neighbouring tokens differ by: a pair may lie on both sides of a segment's border."""
+    return losses.mean() + (losses[:, 1:] - losses[:, :-1]).square().mean()
+
+
+def _maximum(mask: Tensor, losses: Tensor) -> Tensor:
+    return losses.mean() + losses.max()
+
+
+def _first_tokens(mask: Tensor, losses: Tensor) -> Tensor:
+    """No token of a short last segment adds to it."""
+    return losses[:, :40].mean() ** 2
+
+
+def _constant(mask: Tensor, losses: Tensor) -> Tensor:
+    return losses.detach().mean() + 0
+
+
+def _teacher_and_student(labels: Tensor, logits: Tensor) -> Tensor:
+    """Squared divergence of the logits, [micro-batch, sequence, vocabulary], from those of a teacher."""
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.rand(logits.shape[-1], logits.shape[-1], generator=generator, dtype=torch.float64)
+    teacher = (noise + 6 * torch.eye(logits.shape[-1], dtype=torch.float64))[labels].log_softmax(-1)
+    student = logits.log_softmax(-1)
+    return torch.nn.functional.kl_div(student, teacher, log_target=True, reduction="sum") ** 2 / labels.numel() ** 2
+
+
+@contextmanager
+def _planted(loss: Callable[[Tensor, Tensor], Tensor], per_token: bool = False) -> Iterator[Planted]:
+    from megatron.longseq import gpt
+
+    planted = Planted()
+
+    def loss_func(_: Any, mask: Tensor, losses: Tensor) -> tuple[Any, ...]:
+        planted.times += 1
+        value = loss(mask, losses)
+        report = {"lm loss": torch.stack([value.detach(), value.new_ones(())])}
+        tokens = mask.sum().to(torch.int)
+        return (value * _SumOverRanks.apply(tokens), tokens, report) if per_token else (value, report)
+
+    with wrapped(gpt, "loss_func", loss_func):
+        yield planted
+
+
+squared_mean = partial(_planted, _squared_mean)
+squared_mean_per_token = partial(_planted, _squared_mean, per_token=True)
+log_of_mean = partial(_planted, _log_of_mean)
+neighbours = partial(_planted, _neighbours)
+maximum = partial(_planted, _maximum)
+first_tokens = partial(_planted, _first_tokens)
+constant = partial(_planted, _constant)
+
+
+@contextmanager
+def _forward_step(step: Callable[..., Any], loss: AbstractContextManager[Planted]) -> Iterator[Planted]:
+    from megatron.longseq import gpt
+
+    with ExitStack() as stack:
+        planted = stack.enter_context(loss)
+        stack.enter_context(wrapped(gpt, "forward_step", step))
+        yield planted
+
+
+@contextmanager
+def logits() -> Iterator[Planted]:
+    """The script asks the model for logits, not for losses."""
+    from megatron.core.utils import get_attr_wrapped_model
+
+    from megatron.longseq import gpt
+
+    def forward_step(_: Any, data: Any, model: torch.nn.Module) -> Any:
+        batch = gpt.get_batch(data, get_attr_wrapped_model(model, "vp_stage"))
+        tokens, positions, mask, labels = (
+            batch.get(name) for name in ("tokens", "position_ids", "attention_mask", "labels")
+        )
+        return model(tokens, positions, mask), partial(gpt.loss_func, labels)
+
+    with _forward_step(forward_step, _planted(_teacher_and_student)) as planted:
+        yield planted
+
+
+@contextmanager
+def busy_script() -> Iterator[Planted]:
+    """Between model and loss the script writes into the output, hooks its gradient, checks it and makes a tuple."""
+
+    def forward_step(original: Any, data: Any, model: torch.nn.Module) -> Any:
+        output, loss = original(data, model)
+        mask = loss.args[0]
+        if output.dim() != 2:  # hidden states
+            return output, loss
+        assert output.shape == mask.shape and output.log().isfinite().all()
+        if output.requires_grad:
+            output.register_hook(lambda grad: grad * mask)
+        output *= 1.5 - mask / 2
+        output[:, ::2] *= 1.25
+        return (output, mask), lambda pair: loss(pair[0])
+
+    with _forward_step(forward_step, squared_mean()) as planted:
+        yield planted

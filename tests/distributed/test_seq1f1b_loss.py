@@ -1,0 +1,60 @@
+"""Under Seq1F1B the loss may be any function of the model's whole output: it runs once per micro-batch."""
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.distributed.equality import SNAPSHOTS, Start, assert_equal
+from tests.distributed.flags import FULL, OVERLAP, PP2, TP2, VPP, flags
+from tests.pool import RankPool
+from tests.regression.arm import Run, run_arm
+
+K2, K3 = "--seq1f1b-splits 2", "--seq1f1b-splits 3 --seq1f1b-partition 37,26,1"
+CP2 = "--context-parallel-size 2"
+PER_TOKEN = "--calculate-per-token-loss"
+type Case = tuple[int, str, str, str, int]
+
+# ranks, loss function of `losses`, model flags of both arms, flags of arm O, ranks that compute one micro-batch's loss
+CASES: list[Case] = [
+    (1, "squared_mean", "", K2, 1),
+    (2, "log_of_mean", "", f"{PP2} {VPP} {K3}", 1),
+    (2, "neighbours", "", f"{PP2} {K3}", 1),
+    (4, "squared_mean", "", f"{PP2} {CP2} {K2}", 2),
+    (2, "busy_script", "", f"{PP2} {K3} --zero-bubble", 1),
+    (2, "logits", "", f"{PP2} {K3}", 1),
+    (2, "squared_mean_per_token", PER_TOKEN, f"{PP2} {K3}", 1),
+]
+SLOW: list[Case] = [
+    (1, "maximum", "", K3, 1),
+    (2, "maximum", "", f"{PP2} {VPP} {K2}", 1),
+    (2, "neighbours", "", f"{PP2} {VPP} {FULL} {K2}", 1),
+    (1, "logits", "", K2, 1),
+    (2, "logits", "", f"{PP2} {VPP} {K3}", 1),
+    (4, "squared_mean_per_token", PER_TOKEN, f"{PP2} {CP2} {K2}", 2),
+    (4, "squared_mean_per_token", "", f"{PP2} {CP2} {K2}", 2),
+    (4, "squared_mean", "", f"{PP2} {OVERLAP} {K3}", 1),
+    (4, "squared_mean", "", f"{PP2} {TP2} --sequence-parallel {K2}", 2),
+    (2, "busy_script", "", f"{PP2} {VPP} {K2}", 1),
+    (2, "squared_mean_per_token", "", f"{PP2} {K2}", 1),
+    (2, "first_tokens", "", f"{PP2} {K3}", 1),
+    (1, "first_tokens", "", K3, 1),
+]
+
+
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)], ids=str)
+def test_any_function_of_the_output(
+    ranks: RankPool, start: Start, upstream: Callable[..., Run], case: Case, tell: Callable[[str], None]
+) -> None:
+    world, loss, model, own, holders = case
+    place = f"tests.distributed.losses:{loss}"
+    reference = upstream(model, place)
+    run = run_arm(ranks, "O", world, start(model) + flags(own), float64=True, snapshots=SNAPSHOTS, mutant=place)
+    assert_equal(run, reference, f"Seq1F1B, {loss}, {own}", tell)
+    assert run.planted == reference.planted * holders  # once per micro-batch, and of an evaluation's
+
+
+@pytest.mark.parametrize(("world", "own"), [(1, K2), (2, f"{PP2} {K3}"), (2, f"{PP2} --zero-bubble")])
+def test_loss_that_does_not_depend_on_the_output(ranks: RankPool, start: Start, world: int, own: str) -> None:
+    """The gradients are zero then, on every stage, as upstream's are on one."""
+    run = run_arm(ranks, "O", world, start("") + flags(own), float64=True, mutant="tests.distributed.losses:constant")
+    assert all(step["grad_norm"] == 0 for step in run.curve) and len(run.curve) == 3
