@@ -27,7 +27,7 @@ MODEL = """
 """
 TRAINING = """
 --micro-batch-size 4 --global-batch-size 16 --lr 4e-3 --min-lr 4e-4 --lr-decay-style cosine --lr-warmup-iters 10
---weight-decay 0.1 --clip-grad 1.0 --bf16 --seed 1 --num-workers 0 --split 95,5,0 --log-interval 5 --log-throughput
+--weight-decay 0.1 --clip-grad 1.0 --bf16 --seed 1 --split 95,5,0 --log-interval 5 --log-throughput
 --transformer-impl local --no-rope-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion
 --no-masked-softmax-fusion
 """

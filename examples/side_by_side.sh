@@ -15,7 +15,7 @@ MODEL=(
 )
 TRAINING=(
   --micro-batch-size 1 --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine --weight-decay 0.1 --clip-grad 1.0 --seed 1
-  --num-workers 0 --split '95,5,0' --eval-iters 0 --eval-interval 1000 --log-interval 1
+  --split '95,5,0' --eval-iters 0 --eval-interval 1000 --log-interval 1
   --transformer-impl local --no-rope-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion
   --no-masked-softmax-fusion
 )

@@ -48,6 +48,9 @@ def _prepare(rank: int, world_size: int, port: int, log: Path) -> None:
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is the parent's: no port can be lost between two processes
     }
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # as torchrun's ranks have it; this one came from a fork server
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)

@@ -1,4 +1,8 @@
-"""Command lines for small models in tests: RMSNorm, RoPE, GQA, SwiGLU, mock data, four layers."""
+"""Command lines for small models in tests: RMSNorm, RoPE, GQA, SwiGLU, mock data, four layers.
+
+They read data in the rank itself: two workers per data set (upstream's default, which the examples run with) make a
+training of four steps half as long again. Tests of what workers change give `--num-workers 2` after these flags.
+"""
 
 TINY = """
 --num-layers 4 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2

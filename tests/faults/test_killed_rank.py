@@ -19,8 +19,9 @@ STEPS, SAVED = 12, 4
 
 
 def launch(folder: Path) -> subprocess.Popen[str]:
-    """Start two pipeline ranks through the launcher; checkpoints every four steps; resumes by itself."""
+    """Start two pipeline ranks with data workers through the launcher; they save every four steps and resume."""
     own = flags(f"--pipeline-model-parallel-size 2 --train-iters {STEPS} --save-interval {SAVED} --log-interval 1")
+    own += flags("--seq1f1b-splits 2 --exit-signal-handler --num-workers 2")
     folders = ["--save", folder / "checkpoints", "--load", folder / "checkpoints", "--tensorboard-dir", folder / "tb"]
     command = ["bash", "scripts/launch.sh", "--local", "--nproc", "2", "--run-dir", folder]
     command += ["--", "examples/pretrain_gpt.py", *flags(TINY), *own, *folders]

@@ -252,18 +252,17 @@ class Replay:
 
     Args:
         samples: the script's iterator.
-        is_first: tells whether the running unit is its micro-batch's first segment.
     """
 
-    def __init__(self, samples: Iterator[Any], is_first: Callable[[], bool]) -> None:
-        self.samples, self.is_first = samples, is_first
+    def __init__(self, samples: Iterator[Any]) -> None:
+        self.samples = samples
         self.drawn: list[Any] = []
         self.next = 0
 
-    def rewind(self) -> None:
-        """Begin a unit: at a first segment new samples are drawn, at a later one the same come again."""
+    def rewind(self, is_first: bool) -> None:
+        """Begin a unit: at the first segment of a micro-batch new samples are drawn, at a later one the same come."""
         self.next = 0
-        if self.is_first():
+        if is_first:
             self.drawn = []
 
     def __iter__(self) -> "Replay":

@@ -80,8 +80,7 @@ class Executor:
         self.config = get_model_config(self.chunks[0].module)
         self.order = self.schedule.orders[self.rank]
         self.tokens = torch.zeros([], dtype=torch.int, device=self._device())
-        self.data = [self._replayed(vstage, samples) for vstage, samples in enumerate(self.step.data)]
-        self.at: Action | None = None
+        self.data = [None if samples is None else Replay(samples) for samples in self.step.data]
 
     @property
     def pipeline(self) -> Pipeline:
@@ -121,7 +120,7 @@ class Executor:
     def _forward(self, action: Action, received: torch.Tensor | None) -> torch.Tensor:
         chunk, data = self._enter(action), self.data[action.vstage]
         if data is not None:
-            data.rewind()
+            data.rewind(is_first=action.segment == 0)
         reports: list[Any] = []
         if received is not None and not self.step.forward_only:
             received.requires_grad_()
@@ -184,7 +183,6 @@ class Executor:
     def _enter(self, action: Action) -> Chunk:
         chunk = self.chunks[action.vstage]
         chunk.enter(action.microbatch, action.segment, self.step.forward_only)
-        self.at = action
         return chunk
 
     def _release(self, action: Action) -> None:
@@ -215,11 +213,6 @@ class Executor:
     def _starts_shape(self) -> tuple[int, int] | None:
         chunk = self.chunks[0]
         return (self.step.micro_batch_size, sum(chunk.lengths)) if chunk.packs_documents else None
-
-    def _replayed(self, vstage: int, samples: Iterator[Any] | None) -> Replay | None:
-        if samples is None:
-            return None
-        return Replay(samples, lambda: self.at is not None and self.at.segment == 0)
 
     def _recorded(self, action: Action) -> contextlib.AbstractContextManager[Any]:
         return self.recorder.action(action) if self.recorder is not None else contextlib.nullcontext()
