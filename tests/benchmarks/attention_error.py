@@ -70,11 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(tokens: int, rings: Sequence[int]) -> tuple[dict[str, Errors], dict[str, dict[str, list[float]]]]:
-    """Return the errors of one call, and every ring's over them, by kind and result."""
+def measure(
+    tokens: int, rings: Sequence[int], kinds: Sequence[str] = tuple(KERNELS)
+) -> tuple[dict[str, Errors], dict[str, dict[str, list[float]]]]:
+    """Return the errors of one call, and every ring's over them, by kind (of `KERNELS`) and result."""
     calls: dict[str, Errors] = {}
     ratios: dict[str, dict[str, list[float]]] = {}
-    for kind, (dtype, kernel) in KERNELS.items():
+    for kind in kinds:
+        dtype, kernel = KERNELS[kind]
         torch.manual_seed(0)
         problem = Problem(Mesh(1, 1), (4, 2), (tokens,), batch=1, dim=64, dtype=dtype, kernel=kernel())
         inputs = problem.inputs()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.distributed.equality import RELATIVE
 from tests.distributed.flags import TINY, flags
 from tests.pool import RankFailure, RankPool
 from tests.regression.arm import Run, run_arm
@@ -97,11 +98,11 @@ def test_checkpoint_loads_into_another_layout(
     resumed = resume(ranks, halves(both).stopped, tmp_path, f"{both} {layout}", world)
     for ours, theirs in zip(resumed.curve, undisturbed.curve[HALF:], strict=True):
         assert ours["samples"] == theirs["samples"]
-        assert abs(ours["loss"] / theirs["loss"] - 1) < 1e-9
-        assert abs(ours["grad_norm"] / theirs["grad_norm"] - 1) < 1e-9
+        assert abs(ours["loss"] / theirs["loss"] - 1) < RELATIVE
+        assert abs(ours["grad_norm"] / theirs["grad_norm"] - 1) < RELATIVE
     apart = distances(resumed.checkpoint(WHOLE), undisturbed.checkpoint(WHOLE))
     tell(f"checkpoint of DP 2 resumed on {world} ranks, {layout}: largest tensor distance {max(apart.values()):.1e}")
-    assert max(apart.values()) < 1e-8
+    assert max(apart.values()) < 10 * RELATIVE
 
 
 def test_bound_optimizer_state_is_refused_in_another_layout(ranks: RankPool, halves: Callable[[str], Halves]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.distributed.equality import RELATIVE
 from tests.distributed.flags import EVALUATED, TINY, flags
 from tests.pool import RankPool
 from tests.regression.arm import Run, run_arm
@@ -63,7 +64,6 @@ TIED = {"PP 4", "TP 2 x PP 2, sequence parallel", "PP 2 x DP 2, distributed opti
 NOISY_SLOW = {"TP 2, sequence parallel", "TP 2 x PP 2"}  # single-precision.toml, half-precision.toml
 NOISY = ["TP 2, sequence parallel", "PP 2", "DP 2, distributed optimizer, overlap", "TP 2 x PP 2"]
 ARITHMETIC = {"float64": "", "float32": "", "bf16": "--bf16"}
-RELATIVE = 1e-9
 STEPS = 3  # those of EVALUATED
 
 

@@ -30,7 +30,7 @@ def test_a_hang_ends_at_the_limit(ranks: RankPool) -> None:
 
 def test_what_a_rank_started_ends_with_it(ranks: RankPool) -> None:
     helpers = ranks.run(2, jobs.start_helper)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(map(_alive, helpers)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(_alive, helpers))

@@ -14,6 +14,7 @@ import pytest
 from megatron.longseq.pipeline.action import Kind, Pipeline
 from megatron.longseq.pipeline.compare import replay
 from megatron.longseq.pipeline.trace import read_measured
+from tests.distributed.equality import RELATIVE
 from tests.distributed.flags import TINY, flags
 from tests.distributed.probes import run_probed
 from tests.pool import RankPool
@@ -50,8 +51,7 @@ def test_validation_losses_are_upstreams(
 ) -> None:
     ours, theirs = validation(ranks, "O", layout, own), losses(layout)
     assert len(ours) == len(theirs) == 5
-    assert max(abs(a / b - 1) for a, b in zip(ours[:1], theirs[:1], strict=True)) < 1e-12  # the same weights
-    assert max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True)) < 1e-9
+    assert max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True)) < RELATIVE
     assert theirs[2] < theirs[0] - 0.1
 
 
@@ -75,14 +75,14 @@ def test_checkpoints_go_both_ways(ranks: RankPool, tmp_path: Path) -> None:
     returned = run_arm(ranks, "U", 2, [*base, *from_ours], float64=True, timeout=60)
     for run in (resumed, returned):
         assert [step["iteration"] for step in run.curve] == [3, 4]
-        assert distance(run, theirs) < 1e-9
+        assert distance(run, theirs) < RELATIVE
     one, other = (logical_tensors(run.checkpoint(2)) for run in (theirs, ours))
     assert (
         one.keys() == other.keys() and len(one) == 27
     )  # 9 weights, stacked over layers, and Adam's two moments of each
     assert all(one[name].shape == other[name].shape and one[name].dtype == other[name].dtype for name in one)
     norms = {name: float(tensor.double().norm()) for name, tensor in one.items()}
-    assert max(float((one[n] - other[n]).double().norm()) / norms[n] for n in one if norms[n]) < 1e-8
+    assert max(float((one[n] - other[n]).double().norm()) / norms[n] for n in one if norms[n]) < 10 * RELATIVE
 
 
 def distance(run: Run, whole: Run) -> float:
@@ -112,14 +112,19 @@ def gap(one: Run, other: Run) -> float:
     return float(numpy.sqrt(numpy.mean(numpy.square(apart))))
 
 
-def test_half_precision_stays_near_upstreams(ranks: RankPool, tell: Callable[[str], None]) -> None:
+def test_half_precision_stays_near_upstreams(ranks: RankPool, tmp_path: Path, tell: Callable[[str], None]) -> None:
     base = flags(TINY, PP2, "--bf16")
-    theirs = run_arm(ranks, "U", 2, base, timeout=60)
-    ours = run_arm(ranks, "O", 2, base + flags(K3), timeout=60)
-    apart = [abs(a["loss"] / b["loss"] - 1) for a, b in zip(ours.curve, theirs.curve, strict=True)]
-    tell(f"bf16: losses of 3 segments are {apart[0]:.1e} to {max(apart):.1e} off upstream's, relatively")
-    assert apart[0] < 1e-4  # a mean over tokens of what is rounded to 2**-8
-    assert 0 < max(apart) < 2**-7  # after steps that magnify it
+    start = flags(f"--load {tmp_path} --finetune --no-load-optim --no-load-rng")
+    run_arm(ranks, "U", 2, base + flags("--train-iters 1 --lr 0 --min-lr 0 --weight-decay 0"), tmp_path, timeout=60)
+    theirs = run_arm(ranks, "U", 2, base + start, timeout=60)
+    ours = run_arm(ranks, "O", 2, base + flags(K3) + start, timeout=60)
+    exact = run_arm(ranks, "U", 2, [*(flag for flag in base if flag != "--bf16"), *start], float64=True, timeout=60)
+    apart, error = (
+        max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(run.curve, theirs.curve, strict=True))
+        for run in (ours, exact)
+    )
+    tell(f"bf16: losses of 3 segments are {apart:.1e} off upstream's, and those {error:.1e} off float64's, relatively")
+    assert 0 < apart <= 3 * error  # as in test_layouts
     assert theirs.curve[-1]["loss"] < theirs.curve[0]["loss"] - 0.1
 
 
@@ -169,4 +174,4 @@ def test_whole_logits_are_collected(ranks: RankPool, layout: str, own: str) -> N
     assert len(theirs[1]) == len(ours[1]) == 4
     for mine, yours in zip(ours[1], theirs[1], strict=True):
         assert mine.shape == yours.shape == (1, 64, 256)
-        assert numpy.abs(mine - yours).max() < 1e-12 * numpy.abs(yours).max()
+        assert numpy.abs(mine - yours).max() < RELATIVE * numpy.abs(yours).max()

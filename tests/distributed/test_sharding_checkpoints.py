@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy
 import pytest
 
+from tests.distributed.equality import RELATIVE
 from tests.distributed.flags import PP2, TINY, TP2, flags
 from tests.pool import RankPool
 from tests.regression.arm import Arm, Run, run_arm
 from tests.regression.snapshot import Snapshot
 from tests.regression.tensors import logical_tensors
 
-RELATIVE = 1e-9
 ASYNC = "--overlap-grad-reduce --overlap-param-gather"
 PAIRS = "--paro-group-size 2"
 BUCKETS = "--ddp-bucket-size 20000"

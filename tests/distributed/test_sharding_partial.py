@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy
 import pytest
 
+from tests.distributed.equality import RELATIVE
 from tests.distributed.flags import FULL, PP2, TINY, flags
 from tests.pool import RankPool
 from tests.regression.arm import Run, run_arm
 from tests.regression.tensors import logical_tensors
 
 STEPS = 3
-RELATIVE = 1e-9
 ASYNC = "--overlap-grad-reduce --overlap-param-gather"
 PAIRS = "--paro-group-size 2"
 SOME = r"layers\.(1|3)\.mlp|final_layernorm"  # between frozen layers, and in layers of which a part is frozen

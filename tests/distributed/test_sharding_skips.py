@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.distributed.equality import RELATIVE
 from tests.distributed.flags import OVERLAP, TINY, flags
 from tests.pool import RankFailure, RankPool
 from tests.regression.arm import Run, run_arm
@@ -44,13 +45,17 @@ def test_skips_the_same_steps_as_upstream(ranks: RankPool, upstream: Callable[[s
     ours = run_arm(ranks, "O", 4, flags(TINY, HALF, f"--paro {name} {PAIRS} {ASYNC}"), mutant=SPOILT)
     assert ours.planted == theirs.planted > 0
     skipped = [step["skipped"] for step in theirs.curve]
-    assert skipped == [1, 1, 0, 0, 1, 0, 0]
+    # The first scale overflows, a halved one does not; the fifth step is the spoilt one. When the scale is small enough
+    # is for this processor's rounding to say, for both alike.
+    assert (skipped[0], skipped[3], skipped[4], skipped[-1]) == (1, 0, 1, 0)
     assert [step["skipped"] for step in ours.curve] == skipped
     assert [step["learning_rate"] for step in ours.curve] == [step["learning_rate"] for step in theirs.curve]
     for a, b in zip(ours.curve, theirs.curve, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+        # float16 rounds by 2**-11. A loss is a mean over tokens; behind a gradient are sixteen products, each rounded,
+        # one after another (four layers of four).
+        assert a["loss"] == pytest.approx(b["loss"], rel=2**-10)
         if not b["skipped"]:
-            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=16 * 2**-11)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +79,7 @@ def test_nan_in_one_ranks_gradient_ends_the_run(
     assert "found NaN in local grad norm for bucket" in found
     saved = logical_tensors(tmp_path / SAVED)
     weights = [tensor for tensor in upstreams_end if not tensor.startswith("optimizer.")]
-    assert weights and all((saved[w] - upstreams_end[w]).norm() <= 1e-9 * upstreams_end[w].norm() for w in weights)
+    assert weights and all((saved[w] - upstreams_end[w]).norm() <= RELATIVE * upstreams_end[w].norm() for w in weights)
 
 
 def test_nan_that_is_not_looked_for_is_in_every_ranks_norm(ranks: RankPool) -> None:

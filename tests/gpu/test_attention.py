@@ -129,4 +129,3 @@ def test_what_splitting_costs(kernel: Kernel, tell: Callable[[str], None]) -> No
     for count in (2, 4, 8):
         cost = milliseconds([32768 // count] * count) / whole
         tell(f"{torch.cuda.get_device_name()}, {kernel.name}, 32k tokens: {count} segments cost {cost:.3f} of one call")
-        assert cost < 1.5

@@ -102,6 +102,20 @@ class Split:
         return [outs, *grads]
 
 
+def assert_close(
+    results: Sequence[Tensor], expected: Sequence[Tensor], terms: int, dtype: torch.dtype = torch.float64
+) -> None:
+    """Hold results, computed in `dtype`, to `expected` but for another order of the same sums.
+
+    A result is behind four sums one after another (scores, softmax, then out, or the gradients of scores and of inputs)
+    of at most `terms` terms each: tokens, or a head's dimension. A sum of n terms errs by at most n eps times the sum
+    of their magnitudes, which for terms of random sign is about sqrt(n) times the sum itself.
+    """
+    largest = max(1.0, *(x[x.isfinite()].abs().max().item() for x in expected if x.isfinite().any()))
+    found, most = worst(results, expected), 4 * terms * torch.finfo(dtype).eps * math.sqrt(terms) * largest
+    assert found <= most, f"differs by {found:.1e}; the order of sums explains {most:.1e}"
+
+
 def worst(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Largest difference of any element."""
     assert all(a.shape == b.shape for a, b in zip(results, expected, strict=True))

@@ -17,7 +17,7 @@ from megatron.longseq.attention.kernels.cuda import CudaFlash, FlashAttn, TorchC
 from megatron.longseq.attention.kernels.kernel import Kernel, Scores
 from megatron.longseq.attention.kernels.reference import Reference, visible
 from megatron.longseq.attention.merge import merge_
-from tests.unit.attention_bed import tensors, worst
+from tests.unit.attention_bed import assert_close, tensors, worst
 
 HEADS = {"MHA": (4, 4), "GQA": (4, 2), "MQA": (4, 1)}
 SIZES = [(1, 1), (1, 9), (7, 7), (5, 12), (7, 12), (12, 5), (33, 70)]
@@ -108,13 +108,15 @@ def exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[
     return torch.einsum("bhst,tbhd->sbhd", weights, v), scores.logsumexp(-1)
 
 
-def expected(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scores: Scores) -> list[Tensor]:
-    """out, lse, dq, dk, dv by autograd."""
-    leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
+def expected(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scores: Scores, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    """out, lse, dq, dk, dv by autograd in a type."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
     blind = max(0, q.shape[0] - k.shape[0]) if scores.causal else 0
     mask = visible(q.shape[0], k.shape[0], scores, q.device)
     out, lse = exact(leaves[0][blind:], *leaves[1:], mask[blind:], scores.scale)
-    grads = torch.autograd.grad(out, leaves, grad[blind:].double())
+    grads = torch.autograd.grad(out, leaves, grad[blind:].to(dtype))
     pad = torch.nn.functional.pad
     full = pad(out.detach(), (0, 0) * 3 + (blind, 0))
     return [full, pad(lse.detach(), (blind, 0), value=-torch.inf), *grads]
@@ -134,8 +136,8 @@ def test_forward_and_backward_of_a_block(kernel: Kernel, heads: str, scores: Sco
         got, got_lse = kernel.forward(q, k, v, scores)
         assert got.dtype == got_lse.dtype == torch.float64 and got.shape == q.shape
         assert torch.equal(got_lse == -torch.inf, lse == -torch.inf)
-        assert worst([got, got_lse.exp()], [out, lse.exp()]) < 1e-13 * max(1.0, lse.exp().max().item())
-        assert worst(kernel.backward(grad, q, k, v, got, got_lse, scores), grads) < 1e-13
+        assert_close([got, got_lse.exp()], [out, lse.exp()], max(8, sk))
+        assert_close(kernel.backward(grad, q, k, v, got, got_lse, scores), grads, max(8, sq, sk))
 
 
 def test_mask_of_the_reference_is_bottom_right() -> None:
@@ -158,13 +160,13 @@ def test_parts_of_the_keys_merge_to_the_whole(kernel: Kernel, heads: str, parts:
     merged, total = torch.zeros_like(q), torch.full_like(lse, -torch.inf)  # rows that saw nothing yet
     for keys, values in zip(k.split(parts), v.split(parts), strict=True):
         merge_(merged, total, *kernel.forward(q, keys, values, scores))
-    assert worst([merged, total], [out, lse]) < 1e-13
+    assert_close([merged, total], [out, lse], 20)
     pieces = [
         kernel.backward(grad, q, keys, values, merged, total, scores)
         for keys, values in zip(k.split(parts), v.split(parts), strict=True)
     ]
     dq, dk, dv = zip(*pieces, strict=True)
-    assert worst([sum(dq), torch.cat(dk), torch.cat(dv)], grads) < 1e-13  # type: ignore[list-item]
+    assert_close([sum(dq), torch.cat(dk), torch.cat(dv)], grads, 20)  # type: ignore[list-item]
 
 
 def test_merge_of_rows_without_keys_and_of_huge_scores() -> None:
@@ -181,7 +183,9 @@ def test_merge_of_rows_without_keys_and_of_huge_scores() -> None:
     out = torch.full((len(cases), 1, 1, 2), 3.0)
     merge_(out, lse, torch.full((len(cases), 1, 1, 2), 7.0), torch.tensor([c[1] for c in cases]).view(1, 1, -1))
     assert torch.equal(lse.flatten(), torch.tensor([case[2] for case in cases]))
-    assert torch.allclose(out[:, 0, 0, 0], torch.tensor([3.0 + 4.0 * case[3] for case in cases]), atol=1e-6)
+    assert torch.allclose(
+        out[:, 0, 0, 0], torch.tensor([3.0 + 4.0 * case[3] for case in cases]), atol=0, rtol=4 * 2**-24
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -189,14 +193,18 @@ def test_merge_of_rows_without_keys_and_of_huge_scores() -> None:
 def test_types_of_results_and_error(dtype: torch.dtype, scores: Scores) -> None:
     q, k, v, grad = tensors([(40, 1, 4, 16), (70, 1, 2, 16), (70, 1, 2, 16), (40, 1, 4, 16)], dtype=dtype)
     results = expected(q, k, v, grad, scores)
+    formula = expected(q, k, v, grad, scores, dtype)  # of this type throughout, as this processor rounds it
     for kernel in (CpuFlash(), Reference()):
         out, lse = kernel.forward(q, k, v, scores)
         grads = kernel.backward(grad, q, k, v, out, lse, scores)
         assert {x.dtype for x in (out, *grads)} == {dtype} and lse.dtype == torch.float32
-        assert worst([out, lse, *grads], results) < 32 * torch.finfo(dtype).eps
+        # Kernels sum in another order and rescale what they have: four times as many roundings are no surprise.
+        assert worst([out, lse, *grads], results) <= 4 * worst(formula, results)
     exactly = Reference(compute=torch.float64)
     out, _ = exactly.forward(q, k, v, scores)
-    assert torch.equal(out, results[0].to(dtype))
+    torch.testing.assert_close(
+        out, results[0].to(dtype), rtol=torch.finfo(dtype).eps, atol=0
+    )  # a tie may go either way
 
 
 def test_heads_that_lie_across_memory(kernel: Kernel) -> None:
@@ -207,28 +215,23 @@ def test_heads_that_lie_across_memory(kernel: Kernel) -> None:
     grads = kernel.backward(grad, q, k, v, out, lse, scores)
     q, k, v, grad, out = (x.mT.contiguous().mT for x in (q, k, v, grad, out))
     assert q.stride(-1) != 1
-    assert worst(kernel.forward(q, k, v, scores), [out, lse]) < 1e-13
-    assert worst(kernel.backward(grad, q, k, v, out, lse, scores), grads) < 1e-13
+    assert_close(kernel.forward(q, k, v, scores), [out, lse], 9)
+    assert_close(kernel.backward(grad, q, k, v, out, lse, scores), grads, 9)
     ones = torch.ones(()).expand(9, 2, 4, 8).double()
-    assert (
-        worst(
-            kernel.backward(ones, q, k, v, out, lse, scores),
-            kernel.backward(ones.contiguous(), q, k, v, out, lse, scores),
-        )
-        < 1e-13
-    )
+    whole = kernel.backward(ones.contiguous(), q, k, v, out, lse, scores)
+    assert_close(kernel.backward(ones, q, k, v, out, lse, scores), whole, 9)
 
 
 def test_strided_views_are_taken_as_they_are() -> None:
-    """Slices of a fused projection and of a longer buffer give the bits of their copies."""
+    """Slices of a fused projection and of a longer buffer give what their copies do, whose alignment is another."""
     fused, buffer, grad = tensors([(30, 2, 4, 24), (50, 2, 8, 8), (30, 2, 4, 8)], dtype=torch.float32)
     q, k, v = fused[..., :8], buffer[:40, :, :4], buffer[10:, :, 4:]
     scores, cpu = Scores(0.3, True), CpuFlash()
     out, lse = cpu.forward(q, k, v, scores)
     copies = [x.contiguous() for x in (q, k, v)]
-    assert torch.equal(out, cpu.forward(*copies, scores)[0])
+    assert_close([out], cpu.forward(*copies, scores)[:1], 40, torch.float32)
     grads = cpu.backward(grad, q, k, v, out, lse, scores)
-    assert all(map(torch.equal, grads, cpu.backward(grad, *copies, out, lse, scores)))
+    assert_close(grads, cpu.backward(grad, *copies, out, lse, scores), 40, torch.float32)
 
 
 def test_choice_says_what_and_why() -> None:

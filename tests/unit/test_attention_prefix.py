@@ -1,5 +1,6 @@
 """Attention by segments against unsplit attention: results, order, memory, recomputation, dropout."""
 
+import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
@@ -19,13 +20,12 @@ from megatron.longseq.attention.kernels.reference import Reference
 from megatron.longseq.attention.prefix import segment_attention
 from megatron.longseq.attention.segment import Segment, segments
 from megatron.longseq.attention.store import PrefixOrderError, PrefixStore
-from tests.unit.attention_bed import SCALE, Split, oracle, plain, qkv, seen, worst
+from tests.unit.attention_bed import SCALE, Split, assert_close, oracle, plain, qkv, seen
 from tests.unit.test_attention_blocks import dense, packed
 
 HEADS = {"MHA": (4, 4), "GQA": (4, 2), "MQA": (4, 1)}
 LENGTHS = [[12], [6, 6], [5, 4, 3], [7, 3, 1, 1], [1, 1, 10], [3, 2, 1, 1, 1, 2, 1, 1]]
 KERNELS = {"cpu": CpuFlash(), "reference": Reference()}
-CLOSE = 1e-13
 CPU = ("cpu.device", "cpu.rng-read", "cpu.rng-write")
 
 
@@ -51,7 +51,7 @@ RECOMPUTE: dict[str, Callable[..., Tensor]] = {
 def test_equals_unsplit_attention(kernel: str, heads: str, lengths: list[int], window: int | None) -> None:
     inputs, store = qkv(12, 2, HEADS[heads]), PrefixStore()
     split = Split(inputs, lengths, store, KERNELS[kernel], window=window).run()
-    assert worst(split.results(), oracle(inputs, seen(12, window))) < CLOSE
+    assert_close(split.results(), oracle(inputs, seen(12, window)), 12)
     store.assert_empty()
 
 
@@ -76,7 +76,7 @@ def test_equals_unsplit_attention_inside_documents(
     lengths, documents, window = packing
     inputs, store = qkv(sum(lengths), 2, (2, 1), 4), PrefixStore()
     split = Split(inputs, lengths, store, KERNELS[kernel], window=window, documents=documents).run()
-    assert worst(split.results(), oracle(inputs, dense(documents, window))) < CLOSE
+    assert_close(split.results(), oracle(inputs, dense(documents, window)), sum(lengths))
     store.assert_empty()
 
 
@@ -107,7 +107,7 @@ def test_micro_batches_in_flight_and_recomputation(recompute: str, lengths: list
     store.assert_empty()
     for number, split in enumerate(runs):
         inputs = qkv(12, 2, (4, 2), seed=10 * (number // 2) + number % 2)
-        assert worst(split.results(), oracle(inputs, seen(12))) < CLOSE
+        assert_close(split.results(), oracle(inputs, seen(12)), 12)
 
 
 @pytest.mark.parametrize("recompute", ["none", "reentrant", "not reentrant", "upstream"])
@@ -145,7 +145,7 @@ def test_whole_layers_recomputed(recompute: str) -> None:
             outs[segment.index].backward(grad[segment.begin : segment.end])
     store.assert_empty()
     got = [torch.cat([o.detach() for o in outs]), torch.cat([p.grad for p in leaves]), *(p.grad for p in parameters)]
-    assert worst(got, expected) < 1e-12  # type: ignore[arg-type]
+    assert_close(got, expected, 2 * 3 * 16)  # type: ignore[arg-type]  # two layers of three products 16 wide or longer
 
 
 def test_forward_only_frees_at_the_last_segment() -> None:
@@ -158,7 +158,7 @@ def test_forward_only_frees_at_the_last_segment() -> None:
                 split.forward(index)
         store.assert_empty()
         outs = torch.cat([out for out in split.outs if out is not None])
-        assert worst([outs], oracle(inputs, seen(12))[:1]) < CLOSE
+        assert_close([outs], oracle(inputs, seen(12))[:1], 12)
     assert store.allocated_bytes() == 2 * 12 * 2 * 2 * 8 * 8
 
 
@@ -180,7 +180,8 @@ def test_dropout_draws_the_same_mask_in_backward(recompute: str, lengths: list[i
     inputs, store = qkv(12, 2, (4, 2)), PrefixStore()
     own = torch.Generator().manual_seed(5).get_state()
     kept = _kept_weights(lengths, own, 0.4)
-    assert 0.2 < (kept[..., 0] == 0).double().mean() < 0.6
+    dropped = (kept[..., 0] == 0).double()  # four standard deviations around what was asked for
+    assert abs(dropped.mean() - 0.4) < 4 * math.sqrt(0.4 * 0.6 / dropped.numel())
     tracker = [own]
 
     @contextmanager
@@ -214,7 +215,7 @@ def test_dropout_draws_the_same_mask_in_backward(recompute: str, lengths: list[i
     leaves = [x.clone().requires_grad_() for x in inputs[:3]]
     out = plain(*leaves, seen(12), kept=kept)
     expected = [out.detach(), *torch.autograd.grad(out, leaves, inputs[3])]
-    assert worst(split.results(), expected) < CLOSE
+    assert_close(split.results(), expected, 12)
     store.assert_empty()
 
 
@@ -284,7 +285,7 @@ def test_what_is_left_is_named_and_forgotten() -> None:
     store.assert_empty()
     assert store.bytes() == 0 and store.current is None
     inputs = qkv(12, 1, (2, 1))
-    assert worst(Split(inputs, [8, 4], store, CpuFlash()).run().results(), oracle(inputs, seen(12))) < CLOSE
+    assert_close(Split(inputs, [8, 4], store, CpuFlash()).run().results(), oracle(inputs, seen(12)), 12)
 
 
 def test_bytes_are_those_of_the_formula_and_steady() -> None:
@@ -368,7 +369,11 @@ def _relative(results: list[Tensor], exact: list[Tensor]) -> list[float]:
 
 
 def test_bfloat16_error_is_that_of_one_call(monkeypatch: pytest.MonkeyPatch, tell: Callable[[str], None]) -> None:
-    """Against float64: at most 1.1 times the error of one unsplit bfloat16 call; bfloat16 accumulators are worse."""
+    """Against float64, beside one unsplit bfloat16 call on this processor; bfloat16 accumulators are worse.
+
+    Segments round more often: out once more and every part of a gradient once, and together the parts of a sum are
+    no larger than it. Each is as large as rounding the exact result, and independent errors add up by their squares.
+    """
     tokens = 2048
     inputs = qkv(tokens, 1, (2, 1), 64, dtype=torch.bfloat16)
     exact = oracle(inputs, seen(tokens))
@@ -377,13 +382,14 @@ def test_bfloat16_error_is_that_of_one_call(monkeypatch: pytest.MonkeyPatch, tel
         lengths = [tokens // count] * count
         return _relative(Split(inputs, lengths, PrefixStore(), CpuFlash()).run().results(), exact)
 
-    one = errors(1)
-    assert min(one) > 1e-3 and max(one) < 2e-2
+    one, least = errors(1), _relative([x.bfloat16() for x in exact], exact)
+    assert all(floor <= x for x, floor in zip(one, least, strict=True)), "nothing in bfloat16 is nearer"
+    most = [math.sqrt(1 + 2 * (floor / x) ** 2) for x, floor in zip(one, least, strict=True)]
     split = {count: [a / b for a, b in zip(errors(count), one, strict=True)] for count in (4, 8)}
     monkeypatch.setattr(store_module, "accumulation", lambda dtype: dtype)
     coarse = [a / b for a, b in zip(errors(8), one, strict=True)]
     for count, ratios in [*split.items(), ("8 and bfloat16 accumulators", coarse)]:
         figures = " ".join(f"{x:.3f}" for x in ratios)
         tell(f"bfloat16 error over one call's, segments {count}, of out, dq, dk, dv: {figures}")
-    assert max(map(max, split.values())) < 1.1
-    assert coarse[2] > 1.02 * split[8][2] and coarse[3] > 1.02 * split[8][3]
+    assert all(x < limit for ratios in split.values() for x, limit in zip(ratios, most, strict=True)), (split, most)
+    assert coarse[2] > split[8][2] and coarse[3] > split[8][3]

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -55,9 +54,8 @@ def test_list():
     assert len(rows) == 2 + len(ledger.RECORDS) and len({row.count("|") for row in rows}) == 1
 
 
-def test_verify_is_quick_and_imports_neither_torch_nor_megatron():
+def test_verify_imports_neither_torch_nor_megatron():
     probe = "import sys; from patches.cli import main; c = main(['verify']); print(c, sorted(set(sys.modules) & BAD))"
-    began = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", probe.replace("BAD", "{'torch', 'megatron', 'megatron.core', 'numpy'}")],
         cwd=ROOT,
@@ -66,7 +64,6 @@ def test_verify_is_quick_and_imports_neither_torch_nor_megatron():
         check=True,
     )
     assert done.stdout.splitlines()[-1] == "0 []"
-    assert time.perf_counter() - began < 5, "about a second on a quiet machine"
 
 
 def test_verify_passes_over_a_copy_a_wheel_file_and_the_installed_one(copy, tmp_path):

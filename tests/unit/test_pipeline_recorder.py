@@ -11,6 +11,7 @@ from megatron.longseq.pipeline import recorder as module
 from megatron.longseq.pipeline.action import Action, Kind, Pipeline
 from megatron.longseq.pipeline.recorder import DeviceClock, HostClock, Recorder, aligned
 from megatron.longseq.pipeline.timeline import Span, Timeline
+from tests.counted import calls
 
 FIRST, SECOND = Action(Kind.FORWARD, 0), Action(Kind.BACKWARD, 0, 1)
 
@@ -25,7 +26,7 @@ def recorder(request):
 
 
 def test_spans_are_in_order_in_unix_time_and_as_long_as_the_actions(recorder: Recorder) -> None:
-    before = time.time()
+    before, moments = time.time(), [time.perf_counter()]
     recorder.start_step()
     with recorder.action(FIRST):
         time.sleep(0.05)
@@ -33,12 +34,15 @@ def test_spans_are_in_order_in_unix_time_and_as_long_as_the_actions(recorder: Re
     recorder.begin(SECOND)
     recorder.end()
     first, second = recorder.finish()
+    moments.append(time.perf_counter())
     assert (first.action, second.action) == (FIRST, SECOND)
-    slack = 0.01
+    # A rank ties its clock to Unix time by reading both, one after the other, inside of what is measured here.
+    slack = moments[1] - moments[0]
     assert before - slack <= first.start <= second.end <= time.time() + slack
     if not torch.cuda.is_available() or isinstance(recorder._clock, HostClock):  # a device does not sleep with its host
-        assert 0.05 - 1e-3 <= first.end - first.start < 0.5
-        assert second.start - first.end >= 0.02 - 1e-3
+        tick = 1e-6 + 2**-23 * slack * 1e3  # elapsed times are float32 milliseconds in torch.cuda's events
+        assert 0.05 - tick <= first.end - first.start <= slack - 0.02 + tick
+        assert second.start - first.end >= 0.02 - tick
 
 
 def test_a_step_knows_nothing_of_the_one_before(recorder: Recorder) -> None:
@@ -61,13 +65,14 @@ def test_a_step_that_was_given_up_leaves_nothing(recorder: Recorder) -> None:
         pass
     recorder.begin(FIRST)
     time.sleep(0.01)
+    moment = time.perf_counter()
     recorder.start_step()
     again = time.time()
     with recorder.action(SECOND):
         pass
     (span,) = recorder.finish()
     assert span.action == SECOND
-    assert span.start > again - 1e-3
+    assert span.start > again - (time.perf_counter() - moment), "both clocks were read in this time"
     with pytest.raises(RuntimeError, match="no step was started"):
         recorder.finish()
 
@@ -128,13 +133,13 @@ def test_device_spans_say_when_the_device_ran_and_the_host_waits_once(monkeypatc
 
 
 def test_a_moved_wall_clock_bends_no_span(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder(HostClock())
+    recorder, began = Recorder(HostClock()), time.perf_counter()
     recorder.start_step()
     recorder.begin(FIRST)
     monkeypatch.setattr(module.time, "time", lambda: 0.0)
     recorder.end()
     (span,) = recorder.finish()
-    assert 0 <= span.end - span.start < 1
+    assert 0 <= span.end - span.start <= time.perf_counter() - began
 
 
 def test_aligned_ranks_count_from_the_first_start() -> None:
@@ -144,13 +149,18 @@ def test_aligned_ranks_count_from_the_first_start() -> None:
     assert aligned([(), ()]) == ((), ())
 
 
-def test_recording_costs_little(tell) -> None:
+def test_an_action_costs_the_same_calls_after_thousands(tell) -> None:
+    """Seconds are the machine's; calls of functions, Python's and C's, are counted."""
+
+    def actions(count: int) -> None:
+        for _ in range(count):
+            with recorder.action(FIRST):
+                pass
+
     recorder = Recorder(HostClock())
     recorder.start_step()
     start = time.perf_counter()
-    for _ in range(10_000):
-        with recorder.action(FIRST):
-            pass
-    each = (time.perf_counter() - start) / 10_000
-    tell(f"recorder: {each * 1e6:.1f} us per action on the host's clock")
-    assert each < 1e-4
+    first = calls(lambda: actions(10))
+    actions(5_000)
+    assert calls(lambda: actions(10)) == first
+    tell(f"recorder: {first / 10:.0f} calls and {(time.perf_counter() - start) / 5_020 * 1e6:.1f} us per action")
