@@ -89,6 +89,25 @@ def _planted(loss: Callable[[Tensor, Tensor], Tensor], per_token: bool = False) 
         yield planted
 
 
+@contextmanager
+def own_parameter() -> Iterator[Planted]:
+    """The loss function multiplies by a parameter of the model that no forward uses, and adds a norm that one uses."""
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    models = []
+
+    def init(original: Any, model: Any, *args: Any, **named: Any) -> None:
+        original(model, *args, **named)
+        model.longseq_scale = torch.nn.Parameter(torch.ones(()))
+        models.append(model)
+
+    def scaled(mask: Tensor, losses: Tensor) -> Tensor:
+        return _mean(mask, losses) * models[0].longseq_scale + models[0].output_layer.weight.square().mean()
+
+    with wrapped(GPTModel, "__init__", init), _planted(scaled) as planted:
+        yield planted
+
+
 squared_mean = partial(_planted, _squared_mean)
 squared_mean_per_token = partial(_planted, _squared_mean, per_token=True)
 log_of_mean = partial(_planted, _log_of_mean)

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.distributed.equality import SNAPSHOTS, Start, assert_equal
-from tests.distributed.flags import FULL, OVERLAP, PP2, TP2, VPP, flags
+from tests.distributed.equality import RELATIVE, SNAPSHOTS, Start, assert_equal, worst
+from tests.distributed.flags import FULL, OVERLAP, PP2, TINY, TP2, VPP, flags
 from tests.pool import RankPool
 from tests.regression.arm import Run, run_arm
 
@@ -58,3 +58,11 @@ def test_loss_that_does_not_depend_on_the_output(ranks: RankPool, start: Start, 
     """The gradients are zero then, on every stage, as upstream's are on one."""
     run = run_arm(ranks, "O", world, start("") + flags(own), float64=True, mutant="tests.distributed.losses:constant")
     assert all(step["grad_norm"] == 0 for step in run.curve) and len(run.curve) == 3
+
+
+def test_parameters_of_the_loss_alone(ranks: RankPool) -> None:
+    """A bucket that hooks reduce in the last backward waits for the gradients that came with the loss, too."""
+    base, place = flags(TINY, "--train-iters 3 --overlap-grad-reduce"), "tests.distributed.losses:own_parameter"
+    theirs = run_arm(ranks, "U", 1, base, float64=True, mutant=place)
+    ours = run_arm(ranks, "O", 1, base + flags(K3), float64=True, mutant=place)
+    assert worst(ours, theirs, "loss") < RELATIVE and worst(ours, theirs, "grad_norm") < RELATIVE

@@ -11,6 +11,7 @@ from megatron.core.utils import get_model_config
 
 from megatron.longseq.pipeline.action import Action, Kind, Pipeline, Schedule
 from megatron.longseq.pipeline.chunk import Chunk, Replay
+from megatron.longseq.pipeline.gradsums import GradSums
 from megatron.longseq.pipeline.gradsync import GradSync
 from megatron.longseq.pipeline.p2p import Lanes, Mailbox
 from megatron.longseq.pipeline.posts import Posts
@@ -59,6 +60,7 @@ class Executor:
         watch: told of every wait.
         weights: deferred weight gradients, where the schedule has them.
         recorder: told when each action begins and ends.
+        sums: per virtual stage, what sums gradients over a micro-batch's segments; empty: upstream's buffers do.
     """
 
     schedule: Schedule
@@ -71,6 +73,7 @@ class Executor:
     watch: Watch
     weights: WeightStore | None = None
     recorder: Recorder | None = None
+    sums: Sequence[GradSums] = ()
     alive: dict[Unit, tuple[Any, Any, Any]] = field(
         default_factory=dict
     )  # unit -> its input, its output, and a loss with a graph of its own; forward to backward
@@ -81,6 +84,7 @@ class Executor:
         self.order = self.schedule.orders[self.rank]
         self.tokens = torch.zeros([], dtype=torch.int, device=self._device())
         self.data = [None if samples is None else Replay(samples) for samples in self.step.data]
+        self.sync = GradSync(self.config, [chunk.module for chunk in self.chunks], self.order, self.rank)
 
     @property
     def pipeline(self) -> Pipeline:
@@ -89,7 +93,6 @@ class Executor:
 
     def run(self) -> list[Any]:
         """Run all actions; returns what the script's loss function reported, per micro-batch (last stage only)."""
-        sync = GradSync(self.config, [chunk.module for chunk in self.chunks], self.order, self.rank)
         mail = Mailbox(
             self.lanes,
             self.schedule,
@@ -101,18 +104,18 @@ class Executor:
             self.config.timers,
         )
         run = {Kind.FORWARD: self._forward, Kind.BACKWARD: self._backward, Kind.WEIGHT: self._weight}
-        with sync.paused(forward_only=self.step.forward_only):
+        with self.sync.paused(forward_only=self.step.forward_only):
             for index, action in enumerate(self.order):
                 mail.post()
                 received, starts = mail.take(action)
-                sync.before(index)
+                self.sync.before(index)
                 if starts is not None:
                     self.chunks[action.vstage].learn_documents(action.microbatch, starts)
                 with self._recorded(action):
                     output = run[action.kind](action, received)
                 mail.send(action, output, self.chunks[action.vstage].starts.get(action.microbatch))
                 self._release(action)
-                sync.after(index)
+                self.sync.after(index)
             mail.close()
             self._assert_finished()
         return self.reports
@@ -161,11 +164,14 @@ class Executor:
 
     def _backward(self, action: Action, received: torch.Tensor | None) -> torch.Tensor | None:
         self._enter(action)
+        if self.sums:
+            self.sums[action.vstage].open()
         if self.weights is not None:
             self.weights.begin(_unit(action))
         entered, left, loss = self.alive.pop(_unit(action))
         if loss is not None:
-            schedules.backward_step(None, loss, None, self.config)  # scaled by upstream; leaves every output's gradient
+            with self.sync.around_loss(action):  # upstream scales it, and it leaves the gradient of every output
+                schedules.backward_step(None, loss, None, self.config)
             del loss
         if self._is_part(action):
             received = torch.ones_like(left)  # the root of a segment; with None upstream would scale it as a loss
@@ -178,6 +184,8 @@ class Executor:
 
     def _weight(self, action: Action, received: torch.Tensor | None) -> None:
         assert self.weights is not None, "the schedule has weight actions, but no weight gradient is deferred"
+        if self.sums:
+            self.sums[action.vstage].open()
         self.weights.run(_unit(action))
 
     def _enter(self, action: Action) -> Chunk:
@@ -194,6 +202,9 @@ class Executor:
         kind = Kind.FORWARD if self.step.forward_only else Kind.BACKWARD
         if action.kind is kind and action.segment == last:
             self.chunks[action.vstage].leave(action.microbatch)
+        ends = Kind.BACKWARD if self.weights is None else Kind.WEIGHT
+        if self.sums and action.kind is ends and action.segment == 0:  # backwards of a micro-batch follow one another
+            self.sums[action.vstage].close()
 
     def _assert_finished(self) -> None:
         if self.alive:

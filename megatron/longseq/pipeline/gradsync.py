@@ -34,6 +34,7 @@ class GradSync:
         forwards = [index for index, action in enumerate(order) if action.kind is Kind.FORWARD]
         self.splits_weights = any(action.kind is Kind.WEIGHT for action in order)
         self.hooked = {} if self.splits_weights else self._hooked(order, backwards, rank)
+        self.ends = {vstage: order[index].microbatch for index, vstage in self.hooked.items()}
         self.aligned = {} if self.splits_weights else self._aligned(order, backwards, rank)
         self.gathered = self._gathered(order, forwards, rank)
 
@@ -98,6 +99,23 @@ class GradSync:
             self.done.add(vstage)
         if len(self.modules) > 1 and (index in self.aligned or index in self.hooked):
             self._pause()
+
+    @contextlib.contextmanager
+    def around_loss(self, action: Action) -> Iterator[None]:
+        """Around the backward of a loss that has a graph of its own, which begins the backward `action`.
+
+        Parameters that the loss function uses itself have their gradient there. In the last micro-batch their hooks
+        have to count, or a bucket with hooks that reduce it would wait for them; upstream knows from its first step how
+        often each parameter's hook counts.
+        """
+        ends = self.ends.get(action.vstage) == action.microbatch
+        if ends:
+            self._resume()
+        try:
+            yield
+        finally:
+            if ends:
+                self._pause()
 
     def _pause(self) -> None:
         contexts = self.config.no_sync_func

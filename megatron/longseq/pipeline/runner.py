@@ -14,6 +14,7 @@ from megatron.longseq.attention.core import ContextParallel
 from megatron.longseq.pipeline.action import Schedule
 from megatron.longseq.pipeline.chunk import Chunk
 from megatron.longseq.pipeline.executor import Executor, Step
+from megatron.longseq.pipeline.gradsums import GradSums
 from megatron.longseq.pipeline.p2p import Lanes, open_lanes
 from megatron.longseq.pipeline.plan import Plan
 from megatron.longseq.pipeline.recorder import DeviceClock, HostClock, Recorder
@@ -45,6 +46,7 @@ class PipelineRunner:
     trace_step: int | None = None
     lanes: Lanes | None = None
     chunks: list[Chunk] = field(default_factory=list)
+    sums: list[GradSums] = field(default_factory=list)
     weights: WeightStore = field(default_factory=WeightStore)
     split: Attachment | None = None
     watch: Watch | None = None
@@ -116,12 +118,13 @@ class PipelineRunner:
             self.watch.start()
         if [chunk.module for chunk in self.chunks] == modules:
             return
-        for chunk in self.chunks:
-            chunk.detach()
+        for attached in (*self.chunks, *self.sums):
+            attached.detach()
         self.chunks = [Chunk(module, self.plan.lengths, self.packs_documents, self.context) for module in modules]
         if len(self.plan.lengths) > 1:
             for chunk in self.chunks:
                 chunk.attach()
+            self.sums = [GradSums(module) for module in modules]
         if self.split is not None:
             self.split.detach()
         if self.plan.zero_bubble:
@@ -143,6 +146,7 @@ class PipelineRunner:
             step=step,
             watch=self.watch,
             weights=self.weights if schedule.splits_weights else None,
+            sums=self.sums,
             recorder=Recorder(DeviceClock() if torch.cuda.is_available() else HostClock()) if traced else None,
         )
 
