@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron.longseq.pipeline.flags import refuse_unserved, wants_our_schedule
 from patches.launch import has_one_queue
+from patches.seq1f1b.batches import prove_batches
 
 
 def asked_for(args: Namespace) -> bool:
@@ -17,7 +18,7 @@ def asked_for(args: Namespace) -> bool:
 
 
 def with_plan(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `validate_args`: then refuse what our schedules cannot serve, and prove the schedule that will run.
+    """Wrap `validate_args`: then refuse what our schedules cannot serve, and prove the schedules that will run.
 
     Raises:
         ValueError: flags that do not go together, a partition that does not fit, or micro-batches without a schedule.
@@ -32,13 +33,9 @@ def with_plan(original: Callable[..., Any]) -> Callable[..., Any]:
             # have added up. Of segments that backward is a micro-batch's last; with this they add in every one.
             args.disable_parameter_transpose_cache = True
         plan = _plan(args)
-        if args.rampup_batch_size is None:  # otherwise each size is proven when it comes
-            per_microbatch = args.micro_batch_size * args.data_parallel_size
-            plan.schedule(args.global_batch_size // per_microbatch)
-            if plan.one_queue:
-                plan.posts(args.global_batch_size // per_microbatch)
+        warnings = prove_batches(args, plan)
         if args.rank == 0:
-            print(f"> {plan}", flush=True)
+            print("\n".join([f"> {plan}", *(f"> WARNING: {line}" for line in warnings)]), flush=True)
         return result
 
     return validate_args

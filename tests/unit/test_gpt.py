@@ -1,10 +1,14 @@
 """The GPT script's own parts that need no run."""
 
 import argparse
+import re
+from argparse import Namespace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from megatron.longseq.unserved import UNSERVED, refuse_unserved
 
 QUIET: dict[str, Any] = {
     "sft": False,
@@ -16,7 +20,29 @@ QUIET: dict[str, Any] = {
     "per_dataset_sequences_path": None,
     "mtp_num_layers": None,
     "pipeline_model_parallel_size": 1,
+    "tensor_model_parallel_size": 1,
+    "inprocess_restart": False,
+    "dataloader_type": None,
+    "dataloader_fast_cache_load": False,
+    "dataloader_defer_npy_index_mmap": False,
+    "data_cache_path": None,
+    "data_path": None,
+    "full_validation": False,
+    "eval_micro_batch_size": None,
+    "rampup_batch_size": None,
+    "position_embedding_type": "learned_absolute",
+    "apply_residual_connection_post_layernorm": False,
+    "openai_gelu": False,
 }
+CACHED: dict[str, Any] = {"data_cache_path": "caches"}
+SERVED: list[dict[str, Any]] = [
+    {"dataloader_fast_cache_load": True, **CACHED},
+    {"dataloader_defer_npy_index_mmap": True, "data_path": ["some"], **CACHED},
+    {"full_validation": True, "eval_micro_batch_size": 4},
+    {"full_validation": True, "eval_micro_batch_size": 1, "tensor_model_parallel_size": 2},
+    {"mtp_num_layers": 1},
+    {"dataloader_type": "cyclic", "position_embedding_type": "yarn"},
+]
 ASKED: dict[str, dict[str, Any]] = {
     "--sft": {"sft": True},
     "--freeze-all-layers": {"freeze_all_layers": True},
@@ -26,17 +52,33 @@ ASKED: dict[str, dict[str, Any]] = {
     "--logits-load-dir": {"logits_load_dir": "somewhere"},
     "--per-dataset-sequences-path": {"per_dataset_sequences_path": "file.json"},
     "--mtp-num-layers with pipeline stages": {"mtp_num_layers": 1, "pipeline_model_parallel_size": 2},
+    "--inprocess-restart": {"inprocess_restart": True},
+    "--dataloader-type external": {"dataloader_type": "external"},
+    "--dataloader-fast-cache-load": {"dataloader_fast_cache_load": True, "data_path": ["some"], **CACHED},
+    "--dataloader-defer-npy-index-mmap": {"dataloader_defer_npy_index_mmap": True},
+    "--full-validation with --eval-micro-batch-size": {
+        "full_validation": True,
+        "eval_micro_batch_size": 2,
+        "tensor_model_parallel_size": 2,
+    },
+    "--rampup-batch-size": {"rampup_batch_size": [2, 2, 8]},
+    "--position-embedding-type relative": {"position_embedding_type": "relative"},
+    "--apply-residual-connection-post-layernorm": {"apply_residual_connection_post_layernorm": True},
+    "--openai-gelu": {"openai_gelu": True},
 }
 
 
 @pytest.mark.parametrize("flag", ASKED)
 def test_a_flag_that_would_be_ignored_is_refused(flag: str) -> None:
-    from megatron.longseq.gpt import UNSERVED, refuse_unserved
-
     assert set(ASKED) == set(UNSERVED)
-    refuse_unserved(SimpleNamespace(**QUIET))
-    with pytest.raises(ValueError, match=f"{flag}.*patches run"):
-        refuse_unserved(SimpleNamespace(**{**QUIET, **ASKED[flag]}))
+    refuse_unserved(Namespace(**QUIET))
+    with pytest.raises(ValueError, match=f"\n  {flag}: {re.escape(UNSERVED[flag][1])}$"):
+        refuse_unserved(Namespace(**{**QUIET, **ASKED[flag]}))
+
+
+@pytest.mark.parametrize("values", SERVED, ids=str)
+def test_what_the_script_serves_is_let_through(values: dict[str, Any]) -> None:
+    refuse_unserved(Namespace(**{**QUIET, **values}))
 
 
 def test_every_attribute_exists_in_upstreams_parser() -> None:
@@ -51,7 +93,9 @@ def test_loss_is_the_sum_over_valid_tokens(monkeypatch: pytest.MonkeyPatch) -> N
 
     from megatron.longseq import gpt
 
-    monkeypatch.setattr(gpt, "get_args", lambda: SimpleNamespace(check_for_nan_in_loss_and_grad=False))
+    monkeypatch.setattr(
+        gpt, "get_args", lambda: SimpleNamespace(check_for_nan_in_loss_and_grad=False, check_for_spiky_loss=False)
+    )
     losses = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
     mask = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
     total, tokens, logged = gpt.loss_func(mask, losses)
@@ -59,6 +103,33 @@ def test_loss_is_the_sum_over_valid_tokens(monkeypatch: pytest.MonkeyPatch) -> N
     assert logged["lm loss"].tolist() == [21.0, 3.0]
     nothing, none, _ = gpt.loss_func(torch.zeros_like(mask), losses)
     assert (nothing.item(), none.item()) == (0.0, 0)
+
+
+def test_a_spike_of_the_loss_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from megatron.longseq import gpt
+
+    given = SimpleNamespace(check_for_nan_in_loss_and_grad=False, check_for_spiky_loss=True)
+    asked: list[dict[str, Any]] = []
+    rerun = SimpleNamespace(validate_result=lambda **named: asked.append(named), is_unexpectedly_large=max)
+    monkeypatch.setattr(gpt, "get_args", lambda: given)
+    monkeypatch.setattr(gpt, "get_rerun_state_machine", lambda: rerun)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 3)
+    gpt.loss_func(torch.ones(1, 2), torch.tensor([[1.0, 2.0]]))
+    (call,) = asked
+    assert (
+        call["result"].item() == 3.0 and not call["fatal"] and "spike in the forward loss of rank 3" in call["message"]
+    )
+    assert call["rejection_func"].keywords == {"threshold": 10.0, "context": "loss"}
+
+
+def test_a_batch_of_another_size_is_refused() -> None:
+    from megatron.longseq import gpt
+
+    gpt._check_size((2, 64), (2, 64), rank=3)
+    with pytest.raises(ValueError, match=r"rank 3: .* samples of size \[3, 64\], but .* expect \[2, 64\]"):
+        gpt._check_size((3, 64), (2, 64), rank=3)
 
 
 def test_a_parameters_name_is_the_models_whatever_the_stage() -> None:

@@ -346,9 +346,13 @@ def test_layers_whose_attention_is_another_are_refused_and_nothing_is_bound() ->
         Chunk(nn.Linear(1, 1), (32, 32)).attach()
 
 
-def messages_of_upstreams_validation(cases: list[list[str]]) -> list[str | None]:
+def messages_of_upstreams_validation(cases: list[list[str]], world: int = 1) -> list[str | None]:
     """Parse and validate each command line as upstream's scripts do; return what is refused. Runs on a rank."""
+    import os
+
     import patches
+
+    os.environ["WORLD_SIZE"] = str(world)
 
     patches.start()
     from megatron.training import arguments

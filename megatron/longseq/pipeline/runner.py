@@ -83,6 +83,7 @@ class PipelineRunner:
         modules = model if isinstance(model, list) else [model]
         self._prepare(modules, p2p_communicator.pp_group if p2p_communicator is not None else groups.pp)
         config = get_model_config(modules[0])
+        _refuse_config(config)
         if config.timers is not None:
             config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
         data = data_iterator if isinstance(data_iterator, list) else [data_iterator]
@@ -148,6 +149,24 @@ class PipelineRunner:
             weights=self.weights if schedule.splits_weights else None,
             sums=self.sums,
             recorder=Recorder(DeviceClock() if torch.cuda.is_available() else HostClock()) if traced else None,
+        )
+
+
+def _refuse_config(config: Any) -> None:
+    """Refuse what a script or a layout of layers sets in the configuration, past the flags.
+
+    Raises:
+        ValueError: names the field and the reason.
+    """
+    if config.mtp_standalone:
+        raise ValueError(
+            "our pipeline schedules do not serve multi-token prediction in a pipeline stage of its own: upstream's "
+            "messages then differ in size from stage to stage. Put its layers into the last decoder layers' stage."
+        )
+    if config.num_microbatches_with_partial_activation_checkpoints is not None:
+        raise ValueError(
+            "our pipeline schedules recompute every micro-batch alike; leave "
+            "num_microbatches_with_partial_activation_checkpoints out of the model's configuration."
         )
 
 
