@@ -18,4 +18,32 @@ RECORDS = (
         remove_when="upstream shuts its data loaders down at exit, or its workers end when their rank exits",
         stage="start",
     ),
+    Record(
+        id="data.arguments",
+        system="data",
+        action="wrap",
+        target="megatron.training.arguments:validate_args",
+        impl="patches.data.arguments:with_usable_data",
+        reads=(
+            "megatron.core.datasets.blended_megatron_dataset_config:convert_split_vector_to_split_matrix",
+            "megatron.core.datasets.blended_megatron_dataset_builder:BlendedMegatronDatasetBuilder._build_megatron_dataset_splits",
+        ),
+        why="Upstream does not look whether --split gives every part a document, nor whether the files of a data set "
+        "belong together, before it builds samples on some of the ranks while the others wait.",
+        when="patches.data.arguments:reads_data",
+        test="tests/unit/test_data_usable.py::test_upstreams_validation_refuses_a_split_without_documents",
+        remove_when="upstream checks its data sets when it validates its arguments",
+    ),
+    Record(
+        id="data.epochs",
+        system="data",
+        action="wrap",
+        target="megatron.core.datasets.gpt_dataset:GPTDataset._get_num_epochs",
+        impl="patches.data.arguments:without_endless_loop",
+        why="Upstream adds up the tokens of an epoch until they suffice, without end where an epoch has none.",
+        when="patches.conditions:always",
+        test="tests/unit/test_data_usable.py::test_the_loop_over_epochs_ends",
+        remove_when="upstream refuses a split without tokens",
+        stage="start",
+    ),
 )

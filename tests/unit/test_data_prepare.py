@@ -103,7 +103,8 @@ def test_inspect_and_flags_print_statistics_a_document_and_the_flags(tmp_path, c
     shown = capsysbinary.readouterr().out.decode()
     assert "2 documents, 12 tokens (uint16)" in shown and shown.endswith("document 1: 8 tokens\nzwölf\n")
     assert main(["flags", out]) == 0
-    flags = f"--data-path {out} --tokenizer-type NullTokenizer --vocab-size 257 --null-tokenizer-eod-id 256\n"
+    flags = f"--data-path {out} --tokenizer-type NullTokenizer --vocab-size 257 --null-tokenizer-eod-id 256 "
+    flags += "--split 1,1,0\n"  # upstream's default would leave validation and test without a document
     assert capsysbinary.readouterr().out.decode() == flags
     assert main(["inspect", out, "--document", "2"]) == 1
     assert b"holds documents 0 to 1" in capsysbinary.readouterr().err

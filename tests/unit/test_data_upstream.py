@@ -26,6 +26,7 @@ def upstream_arguments(prefix: str, capsys) -> argparse.Namespace:
     assert main(["flags", prefix]) == 0
     parser = _add_tokenizer_args(argparse.ArgumentParser())
     parser.add_argument("--data-path", nargs="*")
+    parser.add_argument("--split")
     args = parser.parse_args(capsys.readouterr().out.split())
     args.make_vocab_size_divisible_by, args.tensor_model_parallel_size, args.rank = 128, 1, 0
     return args

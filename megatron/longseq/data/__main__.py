@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron.longseq.data import DataError, corpus, manifest
+from megatron.longseq.data import DataError, corpus, manifest, splits
 from megatron.longseq.data.encode import Options
 from megatron.longseq.data.pool import available_cores
 from megatron.longseq.data.prepare import Request, prepare
@@ -107,7 +107,20 @@ def _prepare(args: argparse.Namespace) -> None:
         raise DataError(f"{error.filename or args.output}: {error.strerror or error}") from error
     if made:
         _statistics(args.output)
+        _warn_of_few(manifest.read(args.output)["documents"])
         _flags(argparse.Namespace(prefix=args.output))
+
+
+def _warn_of_few(documents: int) -> None:
+    bare = splits.without_documents(splits.DEFAULT, documents)
+    if not bare:
+        return
+    without = {1: "; there is nothing to validate on", 2: "; there is no test"}.get(documents, "")
+    print(
+        f"warning: of {documents} document(s) upstream's default --split {splits.DEFAULT} gives {' and '.join(bare)} "
+        f"none, and a run with it is refused. The flags below give another one{without}. A text file is one document: "
+        "prepare .jsonl, one document a line, for more of them."
+    )
 
 
 def _tokenizer(args: argparse.Namespace) -> TokenizerSpec:
@@ -119,7 +132,8 @@ def _tokenizer(args: argparse.Namespace) -> TokenizerSpec:
 
 
 def _flags(args: argparse.Namespace) -> None:
-    print(shlex.join(manifest.training_flags(args.prefix, manifest.read(args.prefix)["tokenizer"])))
+    content = manifest.read(args.prefix)
+    print(shlex.join(manifest.training_flags(args.prefix, content["tokenizer"], content["documents"])))
 
 
 def _statistics(prefix: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.longseq.data import DataError
+from megatron.longseq.data import DataError, splits
 from megatron.longseq.data.corpus import SourceFile
 from megatron.longseq.data.encode import Options
 from megatron.longseq.data.tokenizer import TokenizerSpec
@@ -83,13 +83,17 @@ def length_statistics(lengths: NDArray[np.int64]) -> dict[str, float]:
     return {"min": int(lengths.min()), "mean": mean, "p50": p50, "p90": p90, "p99": p99, "max": int(lengths.max())}
 
 
-def training_flags(prefix: str, tokenizer: dict[str, Any]) -> list[str]:
-    """Return upstream's flags for an output: training needs its vocabulary's size and eod, never its text."""
+def training_flags(prefix: str, tokenizer: dict[str, Any], documents: int) -> list[str]:
+    """Return upstream's flags for an output: training needs its vocabulary's size and eod, never its text.
+
+    Few documents need a `--split` too: upstream's default would leave validation or test without any.
+    """
     return [
         *("--data-path", prefix),
         *("--tokenizer-type", "NullTokenizer"),
         *("--vocab-size", str(tokenizer["vocab_size"])),
         *("--null-tokenizer-eod-id", str(tokenizer["eod_id"])),
+        *splits.fitting(documents),
     ]
 
 
@@ -109,7 +113,7 @@ def compose(
         **counts,
         "tokenizer": made.tokenizer,
         "options": made.options,
-        "flags": training_flags(prefix, made.tokenizer),
+        "flags": training_flags(prefix, made.tokenizer, len(lengths)),
         "inputs": {"files": len(sizes), "bytes": sum(sizes), "sha256_of_stamps": made.inputs_digest},
         "input_stamps": made.files,
     }

@@ -1,0 +1,64 @@
+"""Data that cannot give a run its samples are refused when the flags are parsed, and at the loop that would not end."""
+
+import functools
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+DATA_FLAGS = (
+    "data_path",
+    "data_args_path",
+    "train_data_path",
+    "valid_data_path",
+    "test_data_path",
+    "per_split_data_args_path",
+)
+
+
+def reads_data(args: Namespace) -> bool:
+    """Whether the flags name indexed data; --dataloader-fast-cache-load trusts what was checked when it was cached."""
+    if args.mock_data or getattr(args, "dataloader_fast_cache_load", False):
+        return False
+    return any(getattr(args, name, None) is not None for name in DATA_FLAGS)
+
+
+def with_usable_data(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `validate_args`: then look at the data that the flags name.
+
+    Raises:
+        ValueError: see `megatron.longseq.data.usable`.
+    """
+
+    @functools.wraps(original)
+    def validate_args(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
+        result = original(args, defaults or {})
+        from megatron.training.utils import get_blend_and_blend_per_split
+
+        from megatron.longseq.data.usable import Wanted, refuse_unusable
+
+        blend, per_part = get_blend_and_blend_per_split(args)
+        refuse_unusable(Wanted(blend, per_part, args.split, args.seq_length, args.full_validation))
+        return result
+
+    return validate_args
+
+
+def without_endless_loop(original: Callable[..., int]) -> Callable[..., int]:
+    """Wrap `GPTDataset._get_num_epochs`, which adds up the tokens of an epoch until they suffice.
+
+    Raises:
+        ValueError: an epoch has no tokens; names the data and the split.
+    """
+
+    @functools.wraps(original)
+    def _get_num_epochs(self: Any, num_tokens_per_epoch: int) -> int:
+        if num_tokens_per_epoch <= 0 and self.num_samples is not None:
+            raise ValueError(
+                f"the {self.index_split.name} split gets no tokens of {self.dataset_path} ({len(self.indices)} "
+                f"documents), and {self.num_samples} samples are asked of it: upstream would count epochs without "
+                "end. Give another --split, or data for each split (--train-data-path, --valid-data-path, "
+                "--test-data-path)."
+            )
+        return original(self, num_tokens_per_epoch)
+
+    return _get_num_epochs
