@@ -193,7 +193,7 @@ class Executor:
 
     def _starts_shape(self) -> tuple[int, int] | None:
         chunk = self.chunks[0]
-        return (self.step.micro_batch_size, sum(chunk.lengths)) if chunk.packs_documents else None
+        return (self.step.micro_batch_size, sum(chunk.lengths)) if chunk.tells_documents else None
 
     def _replayed(self, vstage: int, samples: Iterator[Any] | None) -> Replay | None:
         if samples is None:
