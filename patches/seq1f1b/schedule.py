@@ -73,7 +73,8 @@ def _runner() -> Any:
     args = get_args()
     return PipelineRunner(
         plan=_plan(args),
-        packs_documents=args.reset_attention_mask and args.seq1f1b_splits > 1,
+        needs_mask=args.reset_attention_mask,
+        tells_documents=args.create_attention_mask_in_dataloader,
         context=current_context() if spreads_segments(args) else None,
         patience=args.pipeline_patience,
         timeout=timedelta(minutes=args.distributed_timeout_minutes),

@@ -57,9 +57,10 @@ def _open(flags: Namespace) -> Any:
     if flags.context_parallel_placement != "head-first":
         group = reordered(group, spread["a2a+p2p"].mesh, timeout)
         parallel_state._CONTEXT_PARALLEL_GROUP = group
+    stages = flags.pipeline_model_parallel_size * (flags.virtual_pipeline_model_parallel_size or 1)
     return ContextParallel(
         open_spreads(group, spread, flags.ring_window, timeout),
-        MaskReader(GroupExchange(group), group.rank(), flags.reset_attention_mask),
+        MaskReader(GroupExchange(group), group.rank(), needs_mask=flags.reset_attention_mask, stages=stages),
     )
 
 

@@ -16,7 +16,7 @@ from tests.pool import RankFailure, RankPool
 from tests.regression.arm import Job, run_arm
 
 PP2 = "--pipeline-model-parallel-size 2"
-MICROBATCHES, TOKENS, HIDDEN, DOUBLE = 8, 64, 64, 8
+MICROBATCHES, TOKENS, HIDDEN, DOUBLE, INT32 = 8, 64, 64, 8, 4
 
 
 @pytest.mark.parametrize(
@@ -24,13 +24,18 @@ MICROBATCHES, TOKENS, HIDDEN, DOUBLE = 8, 64, 64, 8
     [
         (4, 1, "--seq1f1b-splits 3 --seq1f1b-partition 37,26,1", (37, 26, 1)),
         (2, 2, "--seq1f1b-splits 2 --seq1f1b-partition 41,23", (41, 23)),
+        (2, 1, "--seq1f1b-splits 2 --seq1f1b-partition even --no-create-attention-mask-in-dataloader", (32, 32)),
         (2, 1, "--seq1f1b-slack 1", (64,)),
     ],
 )
 def test_messages_and_bytes_are_the_plans(
     ranks: RankPool, stages: int, virtual: int, own: str, lengths: tuple[int, ...]
 ) -> None:
-    """Over every boundary of stages go 2 * M * K messages a step: every segment's hidden states, and their gradient."""
+    """Over every boundary of stages go 2 * M * K messages a step: every segment's hidden states, and their gradient.
+
+    With segments and masks from the loader, every micro-batch's documents go ahead: an int32 per token.
+    """
+    tells = len(lengths) > 1 and "no-create-attention-mask" not in own
     layout = f"--pipeline-model-parallel-size {stages} --train-iters 2 --distributed-timeout-minutes 3"
     layout += " --num-layers-per-virtual-pipeline-stage 1" if virtual > 1 else ""
     steps = run_probed(ranks, "O", stages, flags(TINY, layout, own), "tests.distributed.p2p_bed:traffic")
@@ -38,19 +43,24 @@ def test_messages_and_bytes_are_the_plans(
         for rank, mine in enumerate(steps):
             sent, received = mine[step]["isend"], mine[step]["irecv"]
             wanted: Counter[tuple[int, int]] = Counter()
+            documents = {"isend": Counter[tuple[int, int]](), "irecv": Counter[tuple[int, int]]()}
             for boundary in range(stages * virtual - 1):
                 ends = boundary % stages, (boundary + 1) % stages
                 for end, peer in (ends, ends[::-1]):
                     if end == rank:
-                        wanted.update({(peer, n * HIDDEN * DOUBLE): MICROBATCHES for n in lengths})
+                        for tokens in lengths:
+                            wanted[peer, tokens * HIDDEN * DOUBLE] += MICROBATCHES
+                        way = "isend" if end == ends[0] else "irecv"
+                        documents[way][peer, TOKENS * INT32] += MICROBATCHES * tells
             # A rank sends forward what its peer sends back: both directions have the same messages.
-            assert Counter(sent) == Counter(received) == wanted
+            assert Counter(sent) == wanted + documents["isend"]
+            assert Counter(received) == wanted + documents["irecv"]
             assert mine[step]["timeout"] == timedelta(minutes=3)
             assert not mine[step]["_communicate_shapes"] and not mine[step]["synchronize"] and not mine[step]["barrier"]
     messages = sum(len(mine[0]["isend"]) for mine in steps)
-    assert messages == 2 * MICROBATCHES * len(lengths) * (stages * virtual - 1)
+    assert messages == (2 * len(lengths) + tells) * MICROBATCHES * (stages * virtual - 1)
     total = sum(size for mine in steps for _, size in mine[0]["isend"])
-    assert total == 2 * MICROBATCHES * TOKENS * HIDDEN * DOUBLE * (stages * virtual - 1)
+    assert total == (2 * HIDDEN * DOUBLE + INT32 * tells) * MICROBATCHES * TOKENS * (stages * virtual - 1)
 
 
 @pytest.mark.parametrize(

@@ -183,3 +183,64 @@ def counted_frozen_without_memory() -> Iterator[Planted]:
 
     with wrapped(ShardedDataParallel, "release_all", release_all):
         yield planted
+
+
+@contextmanager
+def own_masks() -> Iterator[Planted]:
+    """The script makes attention masks itself, of another kind in every micro-batch; the first is the plain causal one.
+
+    Plain, no mask at all, documents of every sequence, documents of one sequence for all, and documents written in
+    place into a tensor that was handed before.
+    """
+    with _own_masks(always=True) as planted:
+        yield planted
+
+
+@contextmanager
+def masks_of_tokens() -> Iterator[Planted]:
+    """As `own_masks`, but the script has a mask on stages that have tokens alone."""
+    with _own_masks(always=False) as planted:
+        yield planted
+
+
+@contextmanager
+def _own_masks(*, always: bool) -> Iterator[Planted]:
+    from megatron.longseq import gpt
+
+    planted, again = Planted(), {}
+
+    def cut(original: Any, batch: Any, **where: Any) -> Any:
+        tokens, labels = batch.get("tokens"), batch.get("labels")
+        if tokens is not None or labels is not None:
+            # The same on the first and on the last stage: labels are the tokens that follow.
+            content = tokens[:, 1:] if tokens is not None else labels[:, :-1]
+            kind = int(content[0].sum()) + FIRST_IS_PLAIN
+            assert planted.times or kind % 5 == 0, "the first mask is to be the plain one"
+            mask = _mask_of_kind(kind % 5, content, again)
+            batch["attention_mask"] = mask if always or tokens is not None else None
+            planted.times += 1
+        return original(batch, **where)
+
+    with wrapped(gpt, "get_batch_on_this_cp_rank", cut):
+        yield planted
+
+
+FIRST_IS_PLAIN = 1  # shifts the kinds so that the first micro-batch of the tests' data has a plain mask
+
+
+def _mask_of_kind(kind: int, content: torch.Tensor, again: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    size = content.shape[1] + 1
+    sequences = 1 if kind == 3 else content.shape[0]
+    mask = torch.ones(sequences, 1, size, size, dtype=torch.bool).triu(1)
+    if kind == 1:
+        return None
+    if kind > 1:
+        for sequence in range(sequences):
+            border = 1 + int(content[sequence, 0]) % (size - 2)
+            for start in (border, (border + size) // 2):
+                mask[sequence, 0, start:, :start] = True
+    if kind == 4:
+        whole = again.setdefault("mask", torch.empty_like(mask))
+        whole.data.copy_(mask)  # unseen by autograd, as a copy from NumPy is
+        return whole
+    return mask

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -57,57 +57,103 @@ def test_every_rank_learns_where_every_document_starts(mesh: tuple[int, int], le
         ),
         (torch.zeros(1, 1, 64, 64, dtype=torch.bool), "for a sequence of 64 tokens; expected [b, 1, 16, 64]"),
         (torch.zeros(16, 64, dtype=torch.bool), "an attention mask of (16, 64)"),
-        (
-            torch.zeros(1, 1, 16, 64, dtype=torch.bool),
-            "not causal within packed documents: sequence 0, position 16 sees",
-        ),
     ],
 )
-def test_masks_of_other_shapes_or_kinds_are_refused(mask: Tensor, words: str) -> None:
+def test_masks_of_other_shapes_are_refused(mask: Tensor, words: str) -> None:
     layout = Layout(Mesh(2, 2), (64,))
     with pytest.raises(ValueError, match=re.escape(words)):
         whole_starts(mask, layout, 2, exchanges(4)[2])
 
 
-def test_a_micro_batchs_mask_is_read_once_for_all_layers() -> None:
+def test_a_wrong_row_of_one_rank_is_an_error_of_all() -> None:
+    """An error of the one alone would leave the others in the collective."""
+    layout, mask = Layout(Mesh(2, 2), (64,)), hidden(PACKED)
+    mask[1, 0, 20, 3] ^= True
+
+    def job(rank: int, way: ThreadExchange) -> None:
+        with pytest.raises(ValueError, match="not causal within packed documents: sequence 1, position 20; a position"):
+            whole_starts(rows(mask, layout, rank), layout, rank, way)
+
+    on_ranks(layout, job)
+
+
+OTHER = Documents((packed([40, 24]),) * 3)
+PLAIN = Documents((packed([64]),) * 3)
+
+
+def read(masks: Callable[[MaskReader], Iterator[Tensor | None]], **flags: Any) -> list[tuple[list[Any], int]]:
+    """Return, per rank of four, the documents that three layers are told of each mask, and how often masks were read.
+
+    Args:
+        masks: given a reader, masks of whole sequences, one after the other.
+        flags: of the reader.
+    """
     layout = Layout(Mesh(2, 2), (64,))
-    other = Documents((packed([64]),) * 3)
 
-    def job(rank: int, way: ThreadExchange) -> tuple[list[Documents | None], list[int]]:
-        reader, found, sent = MaskReader(way, rank, packs_documents=True), [], []
-        for documents in (PACKED, other, PACKED):
-            mask = rows(hidden(documents), layout, rank)
-            for _layer in range(3):
-                found.append(reader.documents(mask, layout))
-                sent.append(way.sent.messages)
-        return found, sent
+    def job(rank: int, way: ThreadExchange) -> tuple[list[Any], int]:
+        reader, found = MaskReader(way, rank, **flags), []
+        mine = torch.empty(0)
+        for mask in masks(reader):
+            own = None if mask is None else rows(mask, layout, rank)
+            if own is not None and own.shape == mine.shape:
+                mine.data.copy_(own)  # the same tensor again, changed behind autograd's back
+            elif own is not None:
+                mine = own
+            told = [reader.documents(None if mask is None else mine, layout, 3, layer) for layer in range(3)]
+            assert told[0] == told[1] == told[2]
+            found.append(told[0])
+        return found, way.sent.messages
 
-    for found, sent in on_ranks(layout, job):
-        assert found == [PACKED] * 3 + [other] * 3 + [PACKED] * 3
-        assert sent == [1] * 3 + [2] * 3 + [3] * 3
+    return on_ranks(layout, job)
 
 
-def test_a_plain_mask_is_looked_at_once_in_a_run() -> None:
+def test_every_mask_is_read_once_for_all_layers() -> None:
+    """Also one that comes after none, and one that is changed in place and handed again."""
+
+    def masks(_: MaskReader) -> Iterator[Tensor | None]:
+        yield from (hidden(PLAIN), None, hidden(PACKED), hidden(OTHER), None, hidden(PLAIN), hidden(PACKED))
+
+    for found, sent in read(masks):
+        assert found == [None, None, PACKED, OTHER, None, None, PACKED]
+        assert sent == 5
+
+
+def test_a_changed_mask_is_read_again_for_a_layer_that_has_not_seen_it() -> None:
+    """Virtual stages: the layers of the next chunk are handed the same tensor, changed in place."""
+    layout = Layout(Mesh(1, 1), (64,))
+
+    def job(rank: int, way: ThreadExchange) -> None:
+        reader, mask = MaskReader(way, rank), hidden(PACKED)
+        assert reader.documents(mask, layout, 3, "chunk 0") == PACKED
+        assert reader.documents(mask, layout, 3, "another layer of chunk 0") == PACKED
+        mask.copy_(hidden(OTHER))
+        assert reader.documents(mask, layout, 3, "chunk 1") == OTHER
+
+    on_ranks(layout, job)
+
+
+def test_a_mask_of_one_sequence_is_that_of_all() -> None:
     layout = Layout(Mesh(1, 2), (64,))
-    plain = hidden(Documents((packed([64]),)))
+    one = Documents((packed([10, 54]),))
 
-    def job(rank: int, way: ThreadExchange) -> int:
-        reader = MaskReader(way, rank, packs_documents=False)
-        for _ in range(3):
-            assert reader.documents(rows(plain, layout, rank), layout) is None
-        assert reader.documents(None, layout) is None
-        return way.sent.messages
+    def job(rank: int, way: ThreadExchange) -> None:
+        reader, mask = MaskReader(way, rank), rows(hidden(one), layout, rank)
+        assert reader.documents(mask, layout, 2, 0) == Documents(one.runs * 2)
+        with pytest.raises(ValueError, match="an attention mask of 3 sequences for a micro-batch of 2"):
+            reader.documents(rows(hidden(PACKED), layout, rank), layout, 2, 0)
 
-    assert on_ranks(layout, job) == [1, 1]
+    on_ranks(layout, job)
 
 
-def test_documents_without_the_flag_and_the_flag_without_a_mask_are_refused() -> None:
+def test_documents_that_other_stages_do_not_hear_of_and_a_missing_mask_are_refused() -> None:
     layout = Layout(Mesh(1, 2), (64,))
 
     def job(rank: int, way: ThreadExchange) -> None:
-        with pytest.raises(ValueError, match="separates documents, but --reset-attention-mask is not given; give it"):
-            MaskReader(way, rank, packs_documents=False).documents(rows(hidden(PACKED), layout, rank), layout)
+        reader = MaskReader(way, rank, stages=4)
+        assert reader.documents(rows(hidden(PLAIN), layout, rank), layout, 3, 0) is None
+        with pytest.raises(ValueError, match=r"with 4 pipeline stages .* between the first and the last get no batch"):
+            reader.documents(rows(hidden(PACKED), layout, rank), layout, 3, 0)
         with pytest.raises(ValueError, match="--reset-attention-mask is given, but this stage has no attention mask"):
-            MaskReader(way, rank, packs_documents=True).documents(None, layout)
+            MaskReader(way, rank, needs_mask=True).documents(None, layout, 3, 0)
 
     on_ranks(layout, job)

@@ -88,24 +88,26 @@ def attention_window(config: Any, layer: int) -> int | None:
     return config.window_size[0] if has_window and config.window_size[0] >= 0 else None
 
 
-def attend_once(q: Tensor, k: Tensor, v: Tensor, kept: Kept, key: Any, make_call: Callable[[Any], Call]) -> Tensor:
+def attend_once(
+    q: Tensor, k: Tensor, v: Tensor, kept: Kept, key: Any, make_call: Callable[[Call | None], Call]
+) -> Tensor:
     """Run attention, but not again where upstream recomputes activations.
 
     Args:
         q, k, v: see `context_attention`.
         kept: between a forward and its repetition.
         key: of this call, the same in the repetition.
-        make_call: returns the call; given the documents of the first forward, in its repetition.
+        make_call: returns the call; given the call of the first forward, in its repetition.
     """
     if not is_checkpointing():
         return context_attention(q, k, v, make_call(None))
     if not torch.is_grad_enabled():
         call = make_call(None)
         out, result = first_result(q, k, v, call)
-        kept.put(key, (result, call.documents))
+        kept.put(key, (result, call))
         return out
-    result, documents = kept.take(key)
-    return context_attention(q, k, v, make_call(documents), result)
+    result, first = kept.take(key)
+    return context_attention(q, k, v, make_call(first), result)
 
 
 class ContextParallelAttention(MegatronModule):
@@ -168,10 +170,12 @@ class ContextParallelAttention(MegatronModule):
         context = self.context
         kernel = context.kernels.of(query, value)
 
-        def make_call(documents: Any) -> Call:
-            if documents is None:
+        def make_call(first: Call | None) -> Call:
+            if first is not None:  # the mask may be another by now
+                documents = first.documents
+            else:
                 layout = Layout(self.spread.mesh, (query.shape[0] * self.spread.mesh.size,))
-                documents = context.masks.documents(attention_mask, layout)
+                documents = context.masks.documents(attention_mask, layout, query.shape[1], id(self))
             return asked(query, key, self.spread, kernel, self.scale, window=self.window, documents=documents)
 
         return attend_once(query, key, value, context.kept, id(self), make_call)

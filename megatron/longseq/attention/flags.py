@@ -37,8 +37,8 @@ NOT_WITH_CONTEXT: Refusals = {
         "documents are read from the mask, which --no-create-attention-mask-in-dataloader leaves out",
     ),
     "--reset-attention-mask with more than 2 pipeline stages": (
-        lambda a: a.reset_attention_mask and a.pipeline_model_parallel_size > 2 and a.seq1f1b_splits == 1,
-        "upstream gives middle stages no mask; --seq1f1b-splits 2 or more does",
+        lambda a: a.reset_attention_mask and a.seq1f1b_splits == 1 and _stages(a) > 2,
+        "virtual ones included; upstream gives middle stages no mask; --seq1f1b-splits 2 or more does",
     ),
     "--sft": (lambda a: a.sft, "packed sequences in THD form are not read yet; --reset-attention-mask packs documents"),
     "--dataloader-inter-document-masking": (
@@ -49,6 +49,10 @@ NOT_WITH_CONTEXT: Refusals = {
     "--hybrid-context-parallel": (lambda a: a.hybrid_context_parallel, "it changes the ranks from batch to batch"),
     "--cuda-graph-impl": (lambda a: a.cuda_graph_impl != "none", "messages between ranks are no part of a graph"),
 }
+
+
+def _stages(args: Namespace) -> int:
+    return args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1)  # type: ignore[no-any-return]
 
 
 def add_context_arguments(parser: ArgumentParser) -> None:

@@ -22,9 +22,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.longseq.attention.blocks import Documents
 from megatron.longseq.attention.context import Call, Kept, asked
 from megatron.longseq.attention.core import ContextParallel, Kernels, attend_once, attention_scale, attention_window
-from megatron.longseq.attention.documents import document_starts, documents_of
+from megatron.longseq.attention.documents import document_starts, packed
 from megatron.longseq.attention.layout import Layout, Mesh
-from megatron.longseq.attention.masks import whole_starts
+from megatron.longseq.attention.masks import for_batch, whole_starts
 from megatron.longseq.attention.prefix import segment_attention
 from megatron.longseq.attention.segment import Segment
 from megatron.longseq.attention.store import PrefixStore
@@ -43,26 +43,28 @@ class Chunk:
         module: the chunk as upstream's schedules get it, wrapped by DDP and Float16Module.
         lengths: tokens per segment.
         context: groups of context parallelism; None: every rank has whole segments.
-        packs_documents: whether attention masks hold document borders (upstream's --reset-attention-mask); otherwise a
-            mask given by the script must be the plain causal one.
+        needs_mask: whether every micro-batch must have an attention mask (upstream's --reset-attention-mask).
+        takes_documents: whether masks may separate documents: there is one stage, or all hear of them.
+        tells_documents: whether a micro-batch's documents are sent from stage to stage.
         store: keys and values of earlier segments.
         outputs: outputs of segments and their gradients (last stage).
         starts: micro-batch -> first position of every token's document, [micro-batch, sequence].
-        documents: micro-batch -> the same as attention plans by it.
+        documents: micro-batch -> the same as attention plans by it; None: every sequence is one document.
     """
 
     module: torch.nn.Module
     lengths: Sequence[int]
-    packs_documents: bool = False
+    needs_mask: bool = False
+    takes_documents: bool = True
+    tells_documents: bool = False
     context: ContextParallel | None = None
     store: PrefixStore = field(default_factory=PrefixStore)
     outputs: Outputs = field(default_factory=Outputs)
     starts: dict[int, torch.Tensor] = field(default_factory=dict)
-    documents: dict[int, Documents] = field(default_factory=dict)
+    documents: dict[int, Documents | None] = field(default_factory=dict)
     kernels: Kernels = field(default_factory=lambda: Kernels("segments"))
     kept: Kept = field(default_factory=Kept)
     bound: list[torch.nn.Module] = field(default_factory=list)
-    seen_mask: bool = False
 
     def attach(self) -> None:
         """Bind `forward` anew on the model, its rotary embedding and its core attentions.
@@ -102,7 +104,7 @@ class Chunk:
 
     def learn_documents(self, microbatch: int, starts: torch.Tensor) -> None:
         """Take the documents of a micro-batch, from its mask or from the stage before."""
-        self.starts[microbatch], self.documents[microbatch] = starts, documents_of(starts)
+        self.starts[microbatch], self.documents[microbatch] = starts, packed(starts)
 
     def leave(self, microbatch: int) -> None:
         """Forget a micro-batch whose last action is done."""
@@ -127,41 +129,48 @@ class Chunk:
 
         def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
             given = signature.bind(*args, **kwargs)
-            self._cut(given.arguments)
+            self._cut(given.arguments, model)
             output = original(*given.args, **given.kwargs)
             return self.outputs.add(self._here(), output) if model.post_process else output
 
         return forward
 
-    def _cut(self, given: dict[str, Any]) -> None:
+    def _cut(self, given: dict[str, Any], model: GPTModel) -> None:
         segment = self._here()
         unserved = [name for name in UNSERVED if given.get(name) is not None]
         if unserved:
             raise ValueError(f"--seq1f1b-splits cannot cut {', '.join(unserved)} into segments; leave it out.")
-        mask = given.get("attention_mask")
-        if mask is not None:
-            self._read_mask(mask)
-            given["attention_mask"] = None
+        if segment.index == 0:
+            self._read_mask(given.get("attention_mask"), _sequences(given, model))
+        given["attention_mask"] = None
         for name in ALONG_SEQUENCE:
             if given.get(name) is not None:
                 given[name] = given[name][:, segment.begin : segment.end]
 
-    def _read_mask(self, mask: torch.Tensor) -> None:
-        segment = self.store.current
-        if self.packs_documents and segment.microbatch not in self.documents:
-            self.learn_documents(segment.microbatch, self._starts(mask))
-        elif not self.packs_documents and not self.seen_mask:
-            self.seen_mask = True  # the same for all micro-batches: upstream's dataset makes it once
-            if self._starts(mask).any():
+    def _read_mask(self, mask: torch.Tensor | None, batch: int) -> None:
+        """Learn the documents of a micro-batch, at its first segment, from the mask that the script hands this stage.
+
+        A stage that is handed none goes by the stage before (`learn_documents`).
+        """
+        microbatch = self._here().microbatch
+        if mask is None:
+            if self.needs_mask and microbatch not in self.documents:
                 raise ValueError(
-                    "the script's attention mask separates documents, but --reset-attention-mask is not given; give "
-                    "it, so that --seq1f1b-splits reads the mask of every micro-batch."
+                    f"micro-batch {microbatch}: --reset-attention-mask is given, but the script hands the model no "
+                    "attention mask; hand it the batch's."
                 )
+            return
+        self.learn_documents(microbatch, for_batch(self._starts(mask), batch).contiguous())
+        if self.documents[microbatch] is not None and not self.takes_documents:
+            raise ValueError(
+                f"micro-batch {microbatch}: the script's attention mask separates documents, and they are not handed "
+                "from stage to stage under --no-create-attention-mask-in-dataloader; leave that flag out."
+            )
 
     def _starts(self, mask: torch.Tensor) -> torch.Tensor:
-        """Return the position at which every token's document starts, [micro-batch, sequence]."""
+        """Return the position at which every token's document starts, [sequences of the mask, sequence], int32."""
         if self.context is None:
-            return document_starts(mask).to(torch.int32).contiguous()
+            return document_starts(mask).to(torch.int32)
         masks = self.context.masks
         return whole_starts(mask, Layout(Mesh(self._ranks(), 1), tuple(self.lengths)), masks.rank, masks.exchange)
 
@@ -226,6 +235,14 @@ class Chunk:
             return attend_once(query, key, value, self.kept, (layer, segment.microbatch, segment.index), make_call)
 
         return forward
+
+
+def _sequences(given: dict[str, Any], model: GPTModel) -> int:
+    """Return the number of sequences in a micro-batch."""
+    for name in ALONG_SEQUENCE:
+        if given.get(name) is not None:
+            return given[name].shape[0]  # type: ignore[no-any-return]
+    return model.decoder.input_tensor.shape[1]  # type: ignore[no-any-return]
 
 
 def _refuse_attention(name: str, attention: torch.nn.Module) -> None:

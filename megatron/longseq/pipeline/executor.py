@@ -223,7 +223,7 @@ class Executor:
 
     def _starts_shape(self) -> tuple[int, int] | None:
         chunk = self.chunks[0]
-        return (self.step.micro_batch_size, sum(chunk.lengths)) if chunk.packs_documents else None
+        return (self.step.micro_batch_size, sum(chunk.lengths)) if chunk.tells_documents else None
 
     def _recorded(self, action: Action) -> contextlib.AbstractContextManager[Any]:
         return self.recorder.action(action) if self.recorder is not None else contextlib.nullcontext()

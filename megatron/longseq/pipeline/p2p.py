@@ -109,8 +109,8 @@ class Mailbox:
         make: makes an empty tensor of a shape, with the type and device of the hidden states.
         watch: told of every wait.
         starts: shape [micro-batch, sequence] of the documents' starts, which go ahead of the hidden states of a
-            micro-batch's first segment: upstream gives no batch to stages between the first and the last. None: there
-            are no documents.
+            micro-batch's first segment: upstream gives no batch to stages between the first and the last. None: no
+            documents are sent.
         timers: upstream's, which get the time of the waits under upstream's names; None: nobody asks.
     """
 
@@ -200,7 +200,8 @@ class Mailbox:
         self.last_sent = self._wait(action, goal[0], TAKEN)
         with self.watch.receive(self.last_sent):
             if self._tells_documents(action):
-                assert starts is not None, f"{action}: the documents are not known"
+                if starts is None:  # no stage so far was handed a mask: every sequence is one document
+                    starts = torch.zeros(self.starts or (), dtype=torch.int32, device=message.device)
                 self.lanes.outbox.add(dist.isend(starts, self.ranks[goal[0]], group=lane), starts)
             self.lanes.outbox.add(dist.isend(message, self.ranks[goal[0]], group=lane), message)
 

@@ -29,7 +29,8 @@ class PipelineRunner:
 
     Attributes:
         plan: what the flags ask.
-        packs_documents: whether attention masks separate documents.
+        needs_mask: whether every micro-batch must have an attention mask (--reset-attention-mask).
+        tells_documents: whether the documents of every micro-batch are sent from stage to stage, with segments.
         context: groups of context parallelism, which segments need; None: there is one context-parallel rank.
         patience: seconds after which a waiting rank says what it waits for.
         timeout: after which a message between stages that does not come is an error; None: the backend's own.
@@ -38,7 +39,8 @@ class PipelineRunner:
     """
 
     plan: Plan
-    packs_documents: bool = False
+    needs_mask: bool = False
+    tells_documents: bool = False
     context: ContextParallel | None = None
     patience: float = 60.0
     timeout: timedelta | None = None
@@ -121,7 +123,7 @@ class PipelineRunner:
             return
         for attached in (*self.chunks, *self.sums):
             attached.detach()
-        self.chunks = [Chunk(module, self.plan.lengths, self.packs_documents, self.context) for module in modules]
+        self.chunks = [self._chunk(module) for module in modules]
         if len(self.plan.lengths) > 1:
             for chunk in self.chunks:
                 chunk.attach()
@@ -130,6 +132,17 @@ class PipelineRunner:
             self.split.detach()
         if self.plan.zero_bubble:
             self.split = attach(modules, self.weights)
+
+    def _chunk(self, module: torch.nn.Module) -> Chunk:
+        tells = self.tells_documents and self.plan.stages > 1 and len(self.plan.lengths) > 1
+        return Chunk(
+            module,
+            self.plan.lengths,
+            needs_mask=self.needs_mask,
+            takes_documents=tells or self.plan.stages == 1,
+            tells_documents=tells,
+            context=self.context,
+        )
 
     def _executor(self, step: Step, microbatches: int, config: Any, groups: Any) -> Executor:
         schedule = self.plan.schedule(microbatches, step.forward_only)
