@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from patches import cpu, entry, local, log, paro, seq1f1b, usp
+from patches import cpu, entry, local, log, paro, recompute, seq1f1b, usp
 from patches.errors import Conflict, LedgerError
 from patches.record import Record
 
@@ -100,5 +100,14 @@ def of_systems(*systems: str) -> tuple[Record, ...]:
 
 
 RECORDS: tuple[Record, ...] = checked(
-    (*cpu.RECORDS, *local.RECORDS, *entry.RECORDS, *log.RECORDS, *seq1f1b.RECORDS, *usp.RECORDS, *paro.RECORDS)
+    (
+        *cpu.RECORDS,
+        *local.RECORDS,
+        *entry.RECORDS,
+        *log.RECORDS,
+        *recompute.RECORDS,
+        *seq1f1b.RECORDS,
+        *usp.RECORDS,
+        *paro.RECORDS,
+    )
 )

@@ -20,7 +20,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron.longseq.attention.blocks import Documents
-from megatron.longseq.attention.context import Call, Kept, asked
+from megatron.longseq.attention.context import Call, asked
 from megatron.longseq.attention.core import ContextParallel, Kernels, attend_once, attention_scale, attention_window
 from megatron.longseq.attention.documents import document_starts, documents_of
 from megatron.longseq.attention.layout import Layout, Mesh
@@ -59,7 +59,6 @@ class Chunk:
     starts: dict[int, torch.Tensor] = field(default_factory=dict)
     documents: dict[int, Documents] = field(default_factory=dict)
     kernels: Kernels = field(default_factory=lambda: Kernels("segments"))
-    kept: Kept = field(default_factory=Kept)
     bound: list[torch.nn.Module] = field(default_factory=list)
     seen_mask: bool = False
 
@@ -105,6 +104,7 @@ class Chunk:
 
     def leave(self, microbatch: int) -> None:
         """Forget a micro-batch whose last action is done."""
+        self.store.leave(microbatch)
         self.pieces.pop(microbatch, None)
         self.starts.pop(microbatch, None)
         self.documents.pop(microbatch, None)
@@ -237,7 +237,7 @@ class Chunk:
                     store=self.store,
                 )
 
-            return attend_once(query, key, value, self.kept, (layer, segment.microbatch, segment.index), make_call)
+            return attend_once(query, key, value, context.kept, make_call)
 
         return forward
 
