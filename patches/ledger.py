@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from patches import cpu, data, entry, local, log, paro, seq1f1b, usp
+from patches import cpu, data, entry, local, log, paro, recompute, seq1f1b, usp
 from patches.errors import Conflict, LedgerError
 from patches.record import Record
 
@@ -106,6 +106,7 @@ RECORDS: tuple[Record, ...] = checked(
         *entry.RECORDS,
         *data.RECORDS,
         *log.RECORDS,
+        *recompute.RECORDS,
         *seq1f1b.RECORDS,
         *usp.RECORDS,
         *paro.RECORDS,

@@ -28,7 +28,6 @@ from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron.longseq.partial import add_partial_arguments, check_partial_pattern, freezing
-from megatron.longseq.pipeline.flags import wants_our_schedule
 from megatron.longseq.unserved import refuse_unserved, without_effect
 
 Batch = dict[str, torch.Tensor | None]
@@ -209,7 +208,6 @@ def main() -> None:
     model = model_config(args)
     if args.train_only is not None:
         check_partial_pattern(args.train_only)
-        needs_backward = args.recompute_granularity is not None or wants_our_schedule(args)
-        model.pre_wrap_hooks.append(freezing(args.train_only, needs_backward))
+        model.pre_wrap_hooks.append(freezing(args.train_only))
     config = pretrain_cfg_container_from_args(args, model)
     pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)

@@ -62,12 +62,11 @@ def model_name(chunk: nn.Module, name: str) -> str:
     return name if number is None else f"{found['list']}{number - 1}{found['rest']}"
 
 
-def freezing(pattern: str, needs_backward: bool) -> Callable[[Chunks], Chunks]:
+def freezing(pattern: str) -> Callable[[Chunks], Chunks]:
     """Return a hook for upstream's `pre_wrap_hooks` that freezes every parameter without the pattern in its name.
 
     Args:
         pattern: --train-only.
-        needs_backward: whether layers below what is trained run backward, too (see `let_gradients_pass`).
     """
 
     def freeze(chunks: Chunks) -> Chunks:
@@ -76,8 +75,6 @@ def freezing(pattern: str, needs_backward: bool) -> Callable[[Chunks], Chunks]:
             param.requires_grad_(re.search(pattern, name) is not None)
         count = over_the_model(count_of(chunks))
         refuse_all_or_nothing(pattern, count, [name for name, _ in names])
-        if needs_backward:
-            let_gradients_pass(chunks)
         if dist.get_rank() == 0:
             print(
                 f"> --train-only {pattern}: {count.trained:,} of {count.all:,} parameters are trained "
@@ -131,19 +128,3 @@ def refuse_all_or_nothing(pattern: str, count: Count, names: list[str]) -> None:
             f"--train-only {pattern}: found in every parameter's name, so nothing would be frozen; leave it out, or "
             f"give a narrower one; names are {some}, ..."
         )
-
-
-def let_gradients_pass(chunks: Chunks) -> None:
-    """Let a frozen embedding's output want a gradient.
-
-    Recomputation runs a layer again where its input wants one, and would otherwise drop the gradients of what is
-    trained inside, without a word; and our schedules await the backward of every forward.
-    """
-    for chunk in chunks:
-        embedding = getattr(chunk, "embedding", None)
-        if embedding is not None and not any(param.requires_grad for param in embedding.parameters()):
-            embedding.register_forward_hook(_want_gradient)
-
-
-def _want_gradient(module: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
-    return output.requires_grad_() if torch.is_grad_enabled() and not output.requires_grad else output

@@ -39,12 +39,25 @@ RECORDS = (
         reads=(
             "megatron.core.transformer.attention:Attention.forward",
             "megatron.core.transformer.dot_product_attention:DotProductAttention.forward",
-            "megatron.core.tensor_parallel.random:CheckpointFunction",
         ),
         why="Upstream's core attention without TransformerEngine refuses context parallelism.",
         when="patches.usp.conditions:spreads_local_attention",
         test="tests/distributed/test_context.py::test_equals_upstream_in_float64",
         remove_when="upstream's DotProductAttention serves context parallelism",
+    ),
+    Record(
+        id="usp.kept",
+        system="usp",
+        action="wrap",
+        target="megatron.core.tensor_parallel.random:checkpoint",
+        aliases=("megatron.core.tensor_parallel:checkpoint",),
+        impl="patches.usp.runtime:with_kept_attention",
+        reads=("megatron.core.tensor_parallel.random:CheckpointFunction",),
+        why="Attention over ranks is not to run a second time where activations are computed again: its result is kept "
+        "with the function that upstream keeps for that, and goes with it.",
+        when="patches.usp.conditions:recomputes_spread_attention",
+        test="tests/unit/test_attention_kept.py::test_attention_of_a_recomputed_layer_runs_once",
+        remove_when="upstream hands a recomputed function what its first forward left",
     ),
     Record(
         id="usp.loss",

@@ -4,6 +4,7 @@ from argparse import Namespace
 
 from megatron.longseq.attention.flags import wants_context
 from patches.conditions import no_cuda
+from patches.recompute.frozen import recomputes
 
 
 def context_parallel(args: Namespace) -> bool:
@@ -24,3 +25,8 @@ def spreads_segments(args: Namespace) -> bool:
 def spreads_attention(args: Namespace) -> bool:
     """Whether any attention over context-parallel ranks is ours."""
     return spreads_local_attention(args) or spreads_segments(args)
+
+
+def recomputes_spread_attention(args: Namespace) -> bool:
+    """Whether our attention over context-parallel ranks runs in layers that upstream computes again in backward."""
+    return spreads_attention(args) and recomputes(args)

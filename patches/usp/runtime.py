@@ -74,3 +74,13 @@ def with_context_attention(original: Callable[..., Any]) -> Callable[..., Any]:
         return functools.partial(ContextParallelAttention, context=current_context)
 
     return core_attention
+
+
+def with_kept_attention(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `checkpoint(function, distribute_saved_activations, *inputs)`: attention's results lie with the function."""
+
+    @functools.wraps(original)
+    def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
+        return original(current_context().kept.with_results(function), *args)
+
+    return checkpoint

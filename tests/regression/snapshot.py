@@ -65,14 +65,24 @@ def parts_of_this_rank(model: list[Any], optimizer: Any) -> list[Part]:
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True),
     }
-    if getattr(get_args(), "train_only", None) is not None:  # only some layers have optimizer states
-        metadata["non_homogeneous_layers"] = True
     chunks = unwrap_model(model)
+    if _is_anything_frozen(chunks):  # only some layers have optimizer states
+        metadata["non_homogeneous_layers"] = True
     names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
     state = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, chunks, strict=True)}
     state["optimizer"] = optimizer.sharded_state_dict(state, metadata=metadata)
     apply_factories(state)
     return [_part(leaf) for leaf in _leaves(state) if isinstance(leaf, ShardedTensor) and leaf.data is not None]
+
+
+def _is_anything_frozen(chunks: list[Any]) -> bool:
+    """Return whether any rank's part of the model has a frozen parameter."""
+    import torch
+
+    frozen = any(not param.requires_grad for chunk in chunks for param in chunk.parameters())
+    seen = torch.tensor([frozen], dtype=torch.int32, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(seen)
+    return bool(seen.item())
 
 
 def _leaves(value: Any) -> list[Any]:

@@ -3,12 +3,13 @@
 One autograd node per call: heads are exchanged, attention runs over the ring, outputs are exchanged back. Kept for
 backward are q, keys and values as they lie after the exchange, out and log-sum-exp; with segments, keys and values
 stand once in the store. Where upstream computes activations again, out and log-sum-exp of the first forward are kept
-and attention is not run a second time.
+with the function that upstream repeats, and attention is not run a second time.
 """
 
+import functools
 from collections import deque
-from collections.abc import Hashable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,33 +22,36 @@ from megatron.longseq.attention.ring import Pair
 from megatron.longseq.attention.ringtiles import Mask
 from megatron.longseq.attention.segment import Segment
 from megatron.longseq.attention.spread import Share, Spread
-from megatron.longseq.attention.store import PrefixStore, alone
+from megatron.longseq.attention.store import PrefixStore, alone, awaits_backward
 from megatron.longseq.attention.ulysses import Ulysses
 
 
 @dataclass
 class Kept:
-    """Results of forwards that will be computed again, each until it is; first in, first out under one key."""
+    """Results of forwards that will be computed again.
 
-    results: dict[Hashable, deque[Any]] = field(default_factory=dict)
+    They lie with the function that runs twice, and nowhere else. Upstream keeps that function in a node of autograd:
+    when the node goes, because its backward is done or because there will be none, so do the results.
 
-    def put(self, key: Hashable, result: Any) -> None:
-        """Keep a result."""
-        self.results.setdefault(key, deque()).append(result)
+    Attributes:
+        now: results of the function that is running, in the order of its calls; None: no such function is.
+    """
 
-    def take(self, key: Hashable) -> Any:
-        """Return the oldest result and forget it.
+    now: deque[Any] | None = field(default=None, init=False)
 
-        Raises:
-            RuntimeError: there is none.
-        """
-        queue = self.results.get(key)
-        if not queue:
-            raise RuntimeError(f"attention is computed again, but nothing was kept of its first forward ({key})")
-        result = queue.popleft()
-        if not queue:
-            del self.results[key]
-        return result
+    def with_results(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function with room for the results of its first run, which its second run takes."""
+        results: deque[Any] = deque()
+
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            outer, self.now = self.now, results
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.now = outer
+
+        return run
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,8 @@ def context_attention(q: Tensor, k: Tensor, v: Tensor, call: Call, result: Resul
             f"layer {call.layer}: values {tuple(v.shape)} beside keys {tuple(k.shape)}; over context-parallel ranks "
             "they travel together and have one shape"
         )
+    if not awaits_backward(q, k, v):
+        call = replace(call, segment=replace(call.segment, forward_only=True))
     return ContextAttention.apply(q, k, v, call, result)  # type: ignore[no-any-return,no-untyped-call]
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.random import is_checkpointing
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
@@ -88,26 +87,23 @@ def attention_window(config: Any, layer: int) -> int | None:
     return config.window_size[0] if has_window and config.window_size[0] >= 0 else None
 
 
-def attend_once(
-    q: Tensor, k: Tensor, v: Tensor, kept: Kept, key: Any, make_call: Callable[[Call | None], Call]
-) -> Tensor:
+def attend_once(q: Tensor, k: Tensor, v: Tensor, kept: Kept, make_call: Callable[[Call | None], Call]) -> Tensor:
     """Run attention, but not again where upstream recomputes activations.
 
     Args:
         q, k, v: see `context_attention`.
         kept: between a forward and its repetition.
-        key: of this call, the same in the repetition.
         make_call: returns the call; given the call of the first forward, in its repetition.
     """
-    if not is_checkpointing():
-        return context_attention(q, k, v, make_call(None))
-    if not torch.is_grad_enabled():
+    if kept.now is not None and not torch.is_grad_enabled():
         call = make_call(None)
         out, result = first_result(q, k, v, call)
-        kept.put(key, (result, call))
+        kept.now.append((result, call))
         return out
-    result, first = kept.take(key)
-    return context_attention(q, k, v, make_call(first), result)
+    if kept.now:
+        result, first = kept.now.popleft()
+        return context_attention(q, k, v, make_call(first), result)
+    return context_attention(q, k, v, make_call(None))
 
 
 class ContextParallelAttention(MegatronModule):
@@ -178,4 +174,4 @@ class ContextParallelAttention(MegatronModule):
                 documents = context.masks.documents(attention_mask, layout, query.shape[1], id(self))
             return asked(query, key, self.spread, kernel, self.scale, window=self.window, documents=documents)
 
-        return attend_once(query, key, value, context.kept, id(self), make_call)
+        return attend_once(query, key, value, context.kept, make_call)

@@ -7,7 +7,7 @@ with what later segments left for it. A forward that runs again in backward (rec
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from megatron.longseq.attention.blocks import Documents, Span, Tile, plan_causal
 from megatron.longseq.attention.kernels.kernel import Kernel
 from megatron.longseq.attention.merge import accumulation
 from megatron.longseq.attention.segment import Segment
-from megatron.longseq.attention.store import PrefixStore, Slot, alone
+from megatron.longseq.attention.store import PrefixStore, Slot, alone, awaits_backward
 
 Fork = Callable[[], AbstractContextManager[Any]]
 
@@ -71,6 +71,8 @@ def segment_attention(  # noqa: PLR0913
     segment = store.announced(layer)
     if q.shape[0] != segment.tokens:
         raise ValueError(f"layer {layer}, {segment}: {q.shape[0]} queries for {segment.tokens} of {segment.lengths}")
+    if not awaits_backward(q, k, v):
+        segment = replace(segment, forward_only=True)
     tiles = plan_causal(
         Span(segment.begin, segment.end),
         q.shape[1],
@@ -111,6 +113,7 @@ class PrefixAttention(torch.autograd.Function):
         with _replayed(q, ctx.generator):
             saved = (q, *slot.tensors, out, lse)
             dq = attend_backward(call.kernel, saved, grad.view_as(out), call.tiles, call.scale, collect)
+        assert dq is not None, "a segment has rows"
         dk, dv = collect.own(0), collect.own(1)
         call.store.close(call.layer, call.segment)
         return dq, dk, dv, None

@@ -161,6 +161,13 @@ class PrefixStore:
         if slot.left == 0:
             self._free(layer, segment.microbatch)
 
+    def leave(self, microbatch: int) -> None:
+        """Free what no backward has asked for, when a micro-batch is done: layers whose output needed no gradient."""
+        for layer, mb in list(self._slots):
+            slot = self._slots[layer, mb]
+            if mb == microbatch and slot.written == slot.left == len(slot.lengths):
+                self._free(layer, mb)
+
     def bytes(self) -> int:
         """Return the bytes held in slots."""
         return self._pool.used_bytes
@@ -209,6 +216,13 @@ class PrefixStore:
     def _count(self) -> None:
         self.peak_bytes = max(self.peak_bytes, self.bytes())
         self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes())
+
+
+def awaits_backward(*inputs: Tensor) -> bool:
+    """Return whether a backward of these inputs may follow: outside of autograd, as in the first forward of what is
+    computed again, that is not known.
+    """
+    return not torch.is_grad_enabled() or any(x.requires_grad for x in inputs)
 
 
 def alone(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron.longseq.attention.blocks import Documents
-from megatron.longseq.attention.context import Call, Kept, asked
+from megatron.longseq.attention.context import Call, asked
 from megatron.longseq.attention.core import ContextParallel, Kernels, attend_once, attention_scale, attention_window
 from megatron.longseq.attention.documents import document_starts, packed
 from megatron.longseq.attention.layout import Layout, Mesh
@@ -63,7 +63,6 @@ class Chunk:
     starts: dict[int, torch.Tensor] = field(default_factory=dict)
     documents: dict[int, Documents | None] = field(default_factory=dict)
     kernels: Kernels = field(default_factory=lambda: Kernels("segments"))
-    kept: Kept = field(default_factory=Kept)
     bound: list[torch.nn.Module] = field(default_factory=list)
 
     def attach(self) -> None:
@@ -108,6 +107,7 @@ class Chunk:
 
     def leave(self, microbatch: int) -> None:
         """Forget a micro-batch whose last action is done."""
+        self.store.leave(microbatch)
         self.outputs.leave(microbatch)
         self.starts.pop(microbatch, None)
         self.documents.pop(microbatch, None)
@@ -232,7 +232,7 @@ class Chunk:
                     store=self.store,
                 )
 
-            return attend_once(query, key, value, self.kept, (layer, segment.microbatch, segment.index), make_call)
+            return attend_once(query, key, value, context.kept, make_call)
 
         return forward
 

@@ -1,0 +1,47 @@
+"""Recomputation where the layers below are frozen: a function whose inputs need no gradient runs as it is.
+
+A recomputed function is one node of autograd, and the node's backward runs only if an input needs a gradient. Where
+none does, autograd itself finds what is trained inside; and where nothing is, it keeps nothing.
+"""
+
+import functools
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+from typing import Any
+
+
+def recomputes(args: Namespace) -> bool:
+    """Whether upstream recomputes activations."""
+    return getattr(args, "recompute_granularity", None) is not None
+
+
+def unless_inputs_are_frozen(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `checkpoint(function, distribute_saved_activations, *inputs)`."""
+
+    @functools.wraps(original)
+    def checkpoint(function: Callable[..., Any], distribute_saved_activations: bool, *inputs: Any) -> Any:
+        if _are_frozen(inputs):
+            return function(*inputs)
+        return original(function, distribute_saved_activations, *inputs)
+
+    return checkpoint
+
+
+def kept_if_inputs_are_frozen(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `CheckpointWithoutOutput.checkpoint(run_function, *inputs)`."""
+
+    @functools.wraps(original)
+    def checkpoint(self: Any, run_function: Callable[..., Any], *inputs: Any) -> Any:
+        if not _are_frozen(inputs):
+            return original(self, run_function, *inputs)
+        self.outputs = ()  # upstream then discards nothing; without a `ctx` it computes nothing again
+        return run_function(*inputs)
+
+    return checkpoint
+
+
+def _are_frozen(inputs: Iterable[Any]) -> bool:
+    """Return whether autograd records, and no input needs a gradient."""
+    import torch
+
+    return torch.is_grad_enabled() and not any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
