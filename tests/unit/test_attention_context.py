@@ -17,8 +17,9 @@ from megatron.longseq.attention.kernels.reference import Reference
 from megatron.longseq.attention.lanes import Message
 from megatron.longseq.attention.layout import Mesh
 from tests.unit.attention_bed import SCALE, worst
-from tests.unit.context_run import Problem, alone, run
+from tests.unit.context_run import Problem, run
 from tests.unit.test_attention_blocks import packed
+from tests.unit.test_attention_grouped import repeated
 
 MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4), (2, 4), (4, 2), (8, 1), (1, 8)]
 HEADS = {"MHA": (8, 8), "GQA": (8, 4), "few": (8, 2), "MQA": (8, 1)}
@@ -91,7 +92,7 @@ def test_slices_of_a_fused_projection(mesh: tuple[int, int], lengths: tuple[int,
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1.1), (torch.bfloat16, 1.1)])
 @pytest.mark.parametrize("mesh", [(1, 4), (4, 1), (2, 2)], ids=str)
-def test_errors_are_those_of_one_call_on_the_whole_sequence(
+def test_errors_are_those_of_one_call_of_pytorchs_on_the_whole_sequence(
     mesh: tuple[int, int], dtype: torch.dtype, most: float
 ) -> None:
     problem = Problem(Mesh(*mesh), (4, 2), (256,), batch=1, dim=32, dtype=dtype)
@@ -102,7 +103,7 @@ def test_errors_are_those_of_one_call_on_the_whole_sequence(
         assert all(result.dtype == dtype for result in results)
         return [float((a.double() - b).norm() / b.norm()) for a, b in zip(results, expected, strict=True)]
 
-    once = errors(run(alone(problem)))
+    once = errors(repeated(inputs))
     ours = errors(run(problem))
     assert all(one < (1e-6 if dtype == torch.float32 else 0.01) for one in once)
     assert all(our <= most * one for our, one in zip(ours, once, strict=True)), (ours, once)
