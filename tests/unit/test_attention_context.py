@@ -18,8 +18,9 @@ from megatron.longseq.attention.kernels.reference import Reference
 from megatron.longseq.attention.lanes import Message
 from megatron.longseq.attention.layout import Mesh
 from tests.unit.attention_bed import SCALE, assert_close
-from tests.unit.context_run import Problem, alone, run
+from tests.unit.context_run import Problem, run
 from tests.unit.test_attention_blocks import packed
+from tests.unit.test_attention_grouped import repeated
 
 MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4), (2, 4), (4, 2), (8, 1), (1, 8)]
 HEADS = {"MHA": (8, 8), "GQA": (8, 4), "few": (8, 2), "MQA": (8, 1)}
@@ -92,7 +93,9 @@ def test_slices_of_a_fused_projection(mesh: tuple[int, int], lengths: tuple[int,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mesh", [(1, 4), (4, 1), (2, 2)], ids=str)
-def test_errors_are_those_of_one_call_on_the_whole_sequence(mesh: tuple[int, int], dtype: torch.dtype) -> None:
+def test_errors_are_those_of_one_call_of_pytorchs_on_the_whole_sequence(
+    mesh: tuple[int, int], dtype: torch.dtype
+) -> None:
     """Beside one call on this processor there are further roundings alone, each as large as rounding the exact result.
 
     One more of out and one more of a gradient's parts; and in float32 three of every merge in a ring, of blocks whose
@@ -106,7 +109,7 @@ def test_errors_are_those_of_one_call_on_the_whole_sequence(mesh: tuple[int, int
         assert all(result.dtype == dtype for result in results)
         return [float((a.double() - b).norm() / b.norm()) for a, b in zip(results, expected, strict=True)]
 
-    once, ours, least = (errors(x) for x in (run(alone(problem)), run(problem), [x.to(dtype) for x in expected]))
+    once, ours, least = (errors(x) for x in (repeated(inputs), run(problem), [x.to(dtype) for x in expected]))
     ring = problem.mesh.ring
     more = 2 + 3 * ring * (ring - 1) * (dtype == torch.float32)
     assert all(one < math.sqrt(256) * torch.finfo(dtype).eps for one in once), "a random sum of 256 roundings"

@@ -1,4 +1,7 @@
-"""Attention by tiles: blocks run through a kernel, partial results merged, gradients handed out block by block."""
+"""Attention by tiles: blocks run through a kernel, partial results merged, gradients handed out block by block.
+
+There is one loop for the forward and one for the backward, whether the tiles are all that their rows see or a part.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -10,11 +13,20 @@ from megatron.longseq.attention.kernels.kernel import Kernel, Scores
 from megatron.longseq.attention.merge import accumulation, merge_
 
 KeyGrads = Callable[[Span, Span, Tensor, Tensor], None]  # (sequences, keys, dk, dv)
+Result = tuple[Tensor, Tensor]  # out, log-sum-exp
 
 
 def attend(
-    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], scale: float
-) -> tuple[Tensor, Tensor]:
+    kernel: Kernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: Sequence[Tile],
+    scale: float,
+    *,
+    is_part: bool = False,
+    result: Result | None = None,
+) -> Result:
     """Return (out [sq, b, hq, dv] in q's type, contiguous; lse [b, hq, sq]) of tiles that cover every row once.
 
     Args:
@@ -24,64 +36,41 @@ def attend(
         v: [keys, b, hk, dv].
         tiles: see `blocks`.
         scale: factor of the scores.
+        is_part: results of further keys will be merged into this one: out is left in the accumulation type, lse is in
+            float64 (see `merge_`).
+        result: of earlier keys, as `is_part` returns it: merged into in place, and returned. Tiles may then leave rows
+            out.
     """
-    if len(tiles) == 1:
-        out, lse = _tile(kernel, q, k, v, tiles[0], scale)
-        return out.to(q.dtype).contiguous(), lse
-    out = q.new_empty(*q.shape[:3], v.shape[-1])
-    lse = q.new_empty(q.shape[1], q.shape[2], q.shape[0], dtype=accumulation(q.dtype))
+    is_part = is_part or result is not None
+    begins = result is None
     for tile in tiles:
         rows, batch = tile.rows.slice(), tile.batch.slice()
-        out[rows, batch], lse[batch, :, rows] = _tile(kernel, q, k, v, tile, scale)
-    return out, lse
-
-
-def attend_first(
-    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], scale: float
-) -> tuple[Tensor, Tensor]:
-    """As `attend`, but other keys' results will be added by `attend_more_`: out in the accumulation type, lse in
-    float64 (see `merge_`).
-    """
-    if len(tiles) == 1:
-        out, lse = _tile(kernel, q, k, v, tiles[0], scale, is_part=True)
-        return out.to(accumulation(q.dtype)).contiguous(), lse.double()
-    out = q.new_empty(*q.shape[:3], v.shape[-1], dtype=accumulation(q.dtype))
-    lse = q.new_empty(q.shape[1], q.shape[2], q.shape[0], dtype=torch.float64)
-    for tile in tiles:
-        rows, batch = tile.rows.slice(), tile.batch.slice()
-        out[rows, batch], lse[batch, :, rows] = _tile(kernel, q, k, v, tile, scale, is_part=True)
-    return out, lse
-
-
-def attend_more_(
-    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], scale: float, out: Tensor, lse: Tensor
-) -> None:
-    """Merge what some rows get from further keys into their `out` and `lse`, in place; arguments as of `attend`."""
-    for tile in tiles:
-        rows, batch = tile.rows.slice(), tile.batch.slice()
-        merge_(out[rows, batch], lse[batch, :, rows], *_tile(kernel, q, k, v, tile, scale, is_part=True))
-
-
-def _tile(
-    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float, *, is_part: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Return (out, lse) of one tile; out in the accumulation type where blocks were merged."""
-    batch = tile.batch.slice()
-    parts = len(tile.blocks) > 1
-    # Parts rounded to bfloat16 before they are merged and rounded again cost up to a quarter more error.
-    dtype = accumulation(q.dtype) if (parts or is_part) and kernel.wide else q.dtype
-    rows = q[tile.rows.slice(), batch].to(dtype)
-    merged: tuple[Tensor, Tensor] | None = None
-    for block in tile.blocks:
-        keys = block.keys.slice()
-        scores = Scores(scale, block.causal, block.window)
-        out, lse = kernel.forward(rows, k[keys, batch].to(dtype), v[keys, batch].to(dtype), scores)
-        if merged is None:
-            merged = (out.to(accumulation(q.dtype)) if parts else out, lse)
-        else:
-            merge_(*merged, out, lse)
-    assert merged is not None, "a tile has at least one block"
-    return merged
+        dtype = _type(kernel, q, is_part or len(tile.blocks) > 1)
+        given = q[rows, batch].to(dtype)
+        merged = (result[0][rows, batch], result[1][batch, :, rows]) if result is not None and not begins else None
+        for block in tile.blocks:
+            keys = block.keys.slice()
+            scores = Scores(scale, block.causal, block.window)
+            out, lse = kernel.forward(given, k[keys, batch].to(dtype), v[keys, batch].to(dtype), scores)
+            if merged is None:
+                merged = (out.to(accumulation(q.dtype)) if len(tile.blocks) > 1 else out, lse)
+            else:
+                merge_(*merged, out, lse)
+        if not begins:
+            continue
+        assert merged is not None, "a tile has at least one block"
+        out_type = accumulation(q.dtype) if is_part else q.dtype
+        lse_type = torch.float64 if is_part else accumulation(q.dtype)
+        if len(tiles) == 1:
+            return merged[0].to(out_type).contiguous(), merged[1].to(lse_type)
+        if result is None:
+            result = (
+                q.new_empty(*q.shape[:3], v.shape[-1], dtype=out_type),
+                q.new_empty(q.shape[1], q.shape[2], q.shape[0], dtype=lse_type),
+            )
+        result[0][rows, batch], result[1][batch, :, rows] = merged
+    assert result is not None, "there is at least one tile"
+    return result
 
 
 def attend_backward(
@@ -91,8 +80,15 @@ def attend_backward(
     tiles: Sequence[Tile],
     scale: float,
     key_grads: KeyGrads,
-) -> Tensor:
-    """Return dq [sq, b, hq, d] in q's type; hand every block's dk and dv to `key_grads`.
+    *,
+    is_part: bool = False,
+    dq: Tensor | None = None,
+) -> Tensor | None:
+    """Return dq [sq, b, hq, d] in q's type, None where there are no tiles; hand every block's dk and dv out.
+
+    Where a gradient is a sum of several blocks' or of several query heads' of a group, a wide kernel is given float32,
+    so that no part of the sum is rounded: for as long as a tile is computed, q, k, v, out and the gradient are there in
+    float32, too.
 
     Args:
         kernel: computes a block.
@@ -101,54 +97,18 @@ def attend_backward(
         tiles: those of the forward, or a part of them.
         scale: factor of the scores.
         key_grads: called with (sequences, keys, dk, dv) as often as keys are seen; adds them up.
+        is_part: gradients from further keys will be added to this one: dq is left in the accumulation type.
+        dq: from other keys, in the accumulation type: added to in place, and returned. Tiles may then leave rows out.
     """
     q, k, v, out, lse = saved
-    dq: Tensor | None = None if len(tiles) == 1 else torch.zeros_like(q)
+    is_part = is_part or dq is not None
+    total_type = accumulation(q.dtype) if is_part else q.dtype
     for tile in tiles:
         rows, batch = tile.rows.slice(), tile.batch.slice()
-        part: Tensor | None = None
-        for block in tile.blocks:
-            keys = block.keys.slice()
-            grad_q, grad_k, grad_v = kernel.backward(
-                grad_out[rows, batch],
-                q[rows, batch],
-                k[keys, batch],
-                v[keys, batch],
-                out[rows, batch],
-                lse[batch, :, rows],
-                Scores(scale, block.causal, block.window),
-            )
-            key_grads(tile.batch, block.keys, grad_k, grad_v)
-            if part is None:
-                part = grad_q if len(tile.blocks) == 1 else grad_q.to(accumulation(q.dtype))
-            else:
-                part.add_(grad_q)
-        assert part is not None, "a tile has at least one block"
-        if dq is None:
-            return part.to(q.dtype)
-        dq[rows, batch] = part
-    assert dq is not None
-    return dq
-
-
-def attend_backward_(
-    kernel: Kernel,
-    saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    grad_out: Tensor,
-    tiles: Sequence[Tile],
-    scale: float,
-    key_grads: KeyGrads,
-    dq: Tensor | None,
-) -> Tensor | None:
-    """As `attend_backward` of a part of a row's keys: adds to `dq`, in the accumulation type, in place; return it.
-
-    Where there is none yet, the first block's begins the sum.
-    """
-    q, k, v, out, lse = saved
-    dtype = accumulation(q.dtype) if kernel.wide else q.dtype
-    for tile in tiles:
-        rows, batch = tile.rows.slice(), tile.batch.slice()
+        several = len(tile.blocks) > 1
+        dtype = _type(kernel, q, is_part or several or q.shape[2] != k.shape[2])
         given = [x[rows, batch].to(dtype) for x in (grad_out, q, out)]
+        part: Tensor | None = None
         for block in tile.blocks:
             keys = block.keys.slice()
             grad_q, grad_k, grad_v = kernel.backward(
@@ -161,10 +121,24 @@ def attend_backward_(
                 Scores(scale, block.causal, block.window),
             )
             key_grads(tile.batch, block.keys, grad_k, grad_v)
-            if dq is None and grad_q.shape == q.shape:
-                dq = grad_q.to(accumulation(q.dtype))
-                continue
-            if dq is None:
-                dq = torch.zeros_like(q, dtype=accumulation(q.dtype))
-            dq[rows, batch].add_(grad_q)
+            if part is None:
+                part = grad_q.to(accumulation(q.dtype)) if several else grad_q
+            else:
+                part.add_(grad_q)
+        assert part is not None, "a tile has at least one block"
+        if dq is None and part.shape == q.shape:
+            dq = part.to(total_type)
+            continue
+        if dq is None:
+            dq = torch.zeros_like(q, dtype=total_type)
+        dq[rows, batch].add_(part)
     return dq
+
+
+def _type(kernel: Kernel, q: Tensor, is_part: bool) -> torch.dtype:
+    """Return the type to compute a block in.
+
+    Parts rounded to bfloat16 before they are added and rounded again cost up to a quarter more error. PyTorch's CPU
+    operator adds up the gradients of a group's query heads in the type that it is given: up to twice the error.
+    """
+    return accumulation(q.dtype) if is_part and kernel.wide else q.dtype

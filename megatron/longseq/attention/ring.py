@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron.longseq.attention.attend import attend, attend_backward, attend_backward_, attend_first, attend_more_
+from megatron.longseq.attention.attend import attend, attend_backward
 from megatron.longseq.attention.blocks import Span
 from megatron.longseq.attention.kernels.kernel import Kernel
 from megatron.longseq.attention.lanes import Lane, Message, Pending
@@ -60,9 +60,9 @@ def ring_forward(
     result: tuple[Tensor, Tensor] | None = None
     for _, step, held in _keys_round(own, steps, lanes):
         if result is None:
-            result = attend_first(kernel, q, *held, step.begun, scale)
+            result = attend(kernel, q, *held, step.begun, scale, is_part=True)
         if step.added:
-            attend_more_(kernel, q, *held, step.added, scale, *result)
+            attend(kernel, q, *held, step.added, scale, result=result)
         del held
     assert result is not None, "in step 0 a rank has its own keys"
     return result[0].to(q.dtype), result[1].to(accumulation(q.dtype))
@@ -91,15 +91,16 @@ def ring_backward(
     q, own, out, lse = saved
     if _is_alone(steps):
         total = Total(own[0], steps[0].summed, steps[0].held, home)
-        dq = attend_backward(kernel, (q, *own, out, lse), grad_out, steps[0].begun, scale, total.add)
-        return dq, total.close()
+        whole = attend_backward(kernel, (q, *own, out, lse), grad_out, steps[0].begun, scale, total.add)
+        assert whole is not None, "a rank has its own keys"
+        return whole, total.close()
     dq: Tensor | None = None
     post = _Post(lanes.grads, lanes.far_grads)
     mine = Total(own[0], steps[0].summed, steps[0].held, home)
     for index, step, held in _keys_round(own, steps, lanes):
         total = Total(own[0], step.summed, step.held) if index else mine
         tiles = (*step.begun, *step.added)
-        dq = attend_backward_(kernel, (q, *held, out, lse), grad_out, tiles, scale, total.add, dq)
+        dq = attend_backward(kernel, (q, *held, out, lse), grad_out, tiles, scale, total.add, is_part=True, dq=dq)
         del held
         total.take(post.arrived(index))
         post.start(step.grads_out, total.close(), step.summed, step.grads_in, own[0], accumulation(q.dtype))

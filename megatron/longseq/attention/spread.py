@@ -152,6 +152,7 @@ class GatheredShare:
         everything = (Span(0, keys[0].shape[0]),)
         total = Total(keys[0], everything, everything, home)
         dq = attend_backward(self.kernel, (q, *keys, out, lse), grad_out, self.tiles, self.scale, total.add)
+        assert dq is not None, "a segment has rows"
         return dq, total.close()
 
     def distribute(self, grads: Pair) -> Pair:

@@ -61,7 +61,10 @@ class CpuFlash:
             def place(_: Span, keys: Span, grad_k: Tensor, grad_v: Tensor) -> None:
                 dk[keys.slice()], dv[keys.slice()] = grad_k, grad_v
 
-            return attend_backward(self, (q, k, v, out, lse), grad_out, _two_blocks(q, k), scores.scale, place), dk, dv
+            saved = q, k, v, out, lse
+            whole = attend_backward(self, saved, grad_out, _two_blocks(q, k), scores.scale, place)
+            assert whole is not None, "there are rows"
+            return whole, dk, dv
         grads = _backward(
             *(_heads_first(x) for x in (grad_out, q, k, v, out)),
             lse,
