@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron.longseq import arguments
+from megatron.longseq.attention import unlike
 from patches import digest, session
+from patches.conditions import no_cuda
 from patches.errors import RankMismatch
 
 Provider = Callable[[ArgumentParser], ArgumentParser]
@@ -40,9 +42,21 @@ def choose_patches(parse_args: Callable[..., Any]) -> Callable[..., Any]:
                 "\n".join(f"> {line}" for line in digest.report(session.SESSION.records, session.SESSION.hashes)),
                 flush=True,
             )
+            _tell_unlike(args)
         return args
 
     return parse
+
+
+def _tell_unlike(args: Any) -> None:
+    """Say where upstream's attention and ours make two models of the same flags."""
+    if not all(hasattr(args, name) for name in unlike.READ):  # of a YAML file that leaves flags out
+        return
+    is_local = args.transformer_impl == "local" or no_cuda(args)
+    is_ours = getattr(args, "seq1f1b_splits", 1) > 1 or (args.context_parallel_size > 1 and is_local)
+    text = unlike.warning(args, is_ours=is_ours, is_local=is_local, on_gpu=not no_cuda(args))
+    if text is not None:
+        print(text, flush=True)
 
 
 def _keep_our_flags(args: Any) -> None:
