@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.longseq.pipeline.action import Action, Kind, Pipeline, Schedule, ScheduleError
+from megatron.longseq.pipeline.action import Action, Kind, Pipeline, Schedule, ScheduleError, source, target
 from megatron.longseq.pipeline.orders import forward_only, make
 from megatron.longseq.pipeline.proof import prove
 
@@ -98,16 +98,60 @@ def test_a_weight_gradient_before_its_backward():
 def test_sends_out_of_order():
     """Both micro-batches are legal on rank 1 itself, but rank 0 sends the other one first."""
     pipeline = Pipeline(2, 2)
-    orders = (
-        (Action(F, 0), Action(F, 1), Action(B, 0), Action(B, 1)),
-        (Action(F, 1), Action(F, 0), Action(B, 0), Action(B, 1)),
-    )
+    forwards = (Action(F, 0), Action(F, 1))
+    orders = ((*forwards, Action(B, 0), Action(B, 1)), (*forwards, Action(B, 1), Action(B, 0)))
     message = (
-        "rank 0, action 0 sends the input of the forward of micro-batch 0, segment 0, but rank 1 receives in another "
-        "order: its action 0 awaits the input of the forward of micro-batch 1, segment 0"
+        "rank 1, action 2 sends the input of the backward of micro-batch 1, segment 0, but rank 0 receives in another "
+        "order: its action 2 awaits the input of the backward of micro-batch 0, segment 0"
     )
     with pytest.raises(ScheduleError, match=message):
         prove(Schedule("crossed", pipeline, orders))
+
+
+def swapped_everywhere(schedule: Schedule, one: Action, other: Action) -> Schedule:
+    """Exchange two actions on every rank, so that the order of messages stays one."""
+    names = {one: other, other: one}
+    orders = tuple(tuple(names.get(action, action) for action in order) for order in schedule.orders)
+    return replace(schedule, orders=orders)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"slack": 1}, {"zero_bubble": True}])
+@pytest.mark.parametrize("stages", [1, 3])
+def test_samples_of_two_micro_batches_do_not_mix(kwargs, stages):
+    """F00 F10 F01 F11: each unit has its keys, but a data iterator gives one micro-batch after the other."""
+    schedule = make(Pipeline(stages, 4, 2), **kwargs)
+    orders = []
+    for order in schedule.orders:
+        forwards = [action for action in order if action.kind is F]
+        mixed = [forwards[0], forwards[2], forwards[1], forwards[3], *forwards[4:]]
+        orders.append((*mixed, *(action for action in order if action.kind is not F)))
+    message = "rank 0, action 1: the forward of micro-batch 1, segment 0 runs where the forward of .* segment 1 is due"
+    with pytest.raises(ScheduleError, match=message):
+        prove(replace(schedule, orders=tuple(orders)))
+
+
+def test_micro_batches_run_in_the_order_of_the_data():
+    pipeline = Pipeline(2, 2)
+    order = (Action(F, 1), Action(F, 0), Action(B, 1), Action(B, 0))
+    with pytest.raises(ScheduleError, match="rank 0, action 0: the forward of micro-batch 1, segment 0 runs where the"):
+        prove(Schedule("backwards", pipeline, (order, order)))
+
+
+def test_virtual_stages_draw_each_for_itself():
+    schedule = forward_only(Pipeline(2, 4, 2, 2))
+    one, other = Action(F, 0, 1, 1), Action(F, 1, 0, 1)
+    prove(schedule)
+    with pytest.raises(ScheduleError, match="virtual stage 1 runs where the forward of micro-batch 0, segment 1, virt"):
+        prove(swapped_everywhere(schedule, one, other))
+
+
+def test_backwards_of_two_micro_batches_may_mix():
+    """What a backward uses is kept by micro-batch."""
+    forwards = [Action(F, m, s) for m in (0, 1) for s in (0, 1)]
+    order = (*forwards, Action(B, 0, 1), Action(B, 1, 1), Action(B, 1, 0), Action(B, 0, 0))
+    schedule = Schedule("mixed", Pipeline(2, 2, 2), (order, order))
+    prove(schedule)
+    assert executed(schedule)
 
 
 def test_gradients_out_of_order():
@@ -169,8 +213,104 @@ def test_two_swapped_actions_are_refused_or_legal_by_plain_rules(data):
     assert refused == breaks_a_rule(mutant)
 
 
+class Rank:
+    """What one rank of the executor keeps: samples, keys, activations and gradients, by virtual stage."""
+
+    def __init__(self, schedule: Schedule, rank: int) -> None:
+        self.pipeline, self.rank, self.at = schedule.pipeline, rank, 0
+        virtual = range(self.pipeline.virtual)
+        self.data = [iter(range(self.pipeline.microbatches)) for _ in virtual]
+        self.drawn: list[int | None] = [None for _ in virtual]
+        self.written: dict[tuple[int, int], int] = {}  # (virtual stage, micro-batch) -> segments whose keys are there
+        self.left: dict[tuple[int, int], int] = {}  # -> segments whose backward is to come
+        self.products: set[Action] = set()
+        self.losses: list[int] = []
+
+    def run(self, action: Action, is_evaluation: bool, splits_weights: bool) -> None:
+        """Do what the executor does; an AssertionError is an error of its run."""
+        slot = action.vstage, action.microbatch
+        if action.kind is F:
+            if action.segment == 0:
+                self.drawn[action.vstage] = next(self.data[action.vstage])
+            assert self.drawn[action.vstage] == action.microbatch, "other samples"
+            assert self.written.get(slot, 0) == action.segment, "keys are missing"
+            self.written[slot] = action.segment + 1
+            self.left[slot] = self.pipeline.segments
+            if action.segment == self.pipeline.segments - 1:
+                self.losses += [action.microbatch] if action.vstage == self.pipeline.virtual - 1 else []
+                if is_evaluation:
+                    del self.written[slot], self.left[slot]
+        elif action.kind is B:
+            assert self.written[slot] == self.pipeline.segments and action.segment == self.left[slot] - 1
+            self.left[slot] -= 1
+            if not self.left[slot]:
+                del self.written[slot], self.left[slot]
+            if splits_weights:
+                self.products.add(replace(action, kind=W))
+        else:
+            self.products.remove(action)
+
+
+def executed(schedule: Schedule) -> bool:
+    """Run all ranks with first-in-first-out messages per direction and pair of ranks; whether they end rightly."""
+    pipeline = schedule.pipeline
+    ranks = [Rank(schedule, rank) for rank in range(pipeline.stages)]
+    lanes: dict[tuple[Kind, int, int], list[Action]] = {}
+    moved = True
+    while moved:
+        moved = False
+        for rank, order in zip(ranks, schedule.orders, strict=True):
+            while rank.at < len(order):
+                action = order[rank.at]
+                sender, receiver = source(pipeline, rank.rank, action), target(pipeline, rank.rank, action)
+                if sender is not None and sender[0] != rank.rank:
+                    lane = lanes.setdefault((action.kind, sender[0], rank.rank), [])
+                    if not lane:
+                        break
+                    assert lane.pop(0) == action, "another message"
+                elif sender is not None:
+                    assert sender[1] in order[: rank.at], "its input is not there"
+                rank.run(action, schedule.is_forward_only, schedule.splits_weights)
+                if receiver is not None and receiver[0] != rank.rank:
+                    lanes.setdefault((action.kind, rank.rank, receiver[0]), []).append(receiver[1])
+                rank.at, moved = rank.at + 1, True
+    assert all(rank.at == len(order) for rank, order in zip(ranks, schedule.orders, strict=True)), "it never ends"
+    assert not any(lanes.values()), "messages are left"
+    assert not any(rank.written or rank.left or rank.products for rank in ranks), "something is left"
+    return all(rank.losses == list(range(pipeline.microbatches)) for rank in ranks)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_what_the_proof_accepts_runs_in_a_model_of_the_executor(data):
+    """Exchange actions on one rank or on all: what is accepted draws the right samples, has its keys, and ends."""
+    stages, microbatches, segments = (data.draw(st.integers(1, 3)) for _ in range(3))
+    virtual = data.draw(st.sampled_from([1, 1, 2])) if stages > 1 else 1
+    pipeline = Pipeline(stages, microbatches + stages * (virtual > 1), segments, virtual)
+    kwargs = data.draw(st.sampled_from([{}, {"slack": 1}] + ([{"zero_bubble": True}] if virtual == 1 else [])))
+    try:
+        schedule = forward_only(pipeline) if data.draw(st.booleans()) else make(pipeline, **kwargs)
+    except ScheduleError:
+        return
+    for _ in range(data.draw(st.integers(0, 3))):
+        rank = data.draw(st.integers(0, stages - 1))
+        order = list(schedule.orders[rank])
+        first = data.draw(st.integers(0, len(order) - 1))
+        second = data.draw(st.integers(max(first - 3, 0), min(first + 3, len(order) - 1)))
+        if data.draw(st.booleans()):
+            schedule = swapped_everywhere(schedule, order[first], order[second])
+        else:
+            order[first], order[second] = order[second], order[first]
+            schedule = changed(schedule, rank, order)
+    try:
+        prove(schedule)
+    except ScheduleError:
+        return
+    assert executed(schedule)
+
+
 def breaks_a_rule(schedule: Schedule) -> bool:
-    """Whether a one-virtual-stage schedule is illegal: local order, order per direction, or a run that gets stuck."""
+    """Whether a one-virtual-stage schedule is illegal: local order, data, order per direction, or a stuck run."""
     last, stages = schedule.pipeline.segments - 1, schedule.pipeline.stages
     lanes = []
     for order in schedule.orders:
@@ -184,6 +324,8 @@ def breaks_a_rule(schedule: Schedule) -> bool:
             }[kind]
             if any(at[needed] > number for needed in before):
                 return True
+        if [action for action in order if action.kind is F] != sorted(action for action in order if action.kind is F):
+            return True
         lanes.append([[action for action in order if action.kind is kind] for kind in (F, B)])
     if any(lane != lanes[0] for lane in lanes):
         return True

@@ -57,7 +57,8 @@ def prove(schedule: Schedule) -> Proof:
 
     Raises:
         ScheduleError: an action is missing, twice or of no unit of the pipeline; it runs before what it needs of its
-            own rank; two ranks disagree on the order of the messages between them; or ranks wait for each other in a
+            own rank; a virtual stage's forwards do not go through the micro-batches one by one, as its data iterator
+            does; two ranks disagree on the order of the messages between them; or ranks wait for each other in a
             circle. The message names rank, index and action.
     """
     pipeline = schedule.pipeline
@@ -70,6 +71,7 @@ def prove(schedule: Schedule) -> Proof:
     for rank, order in enumerate(schedule.orders):
         _check_complete(rank, order, wanted)
         _check_order(pipeline, rank, order)
+        _check_data(pipeline, rank, order)
     _check_messages(schedule)
     costs = uniform_costs(pipeline)
     simulate(schedule, costs)
@@ -135,6 +137,27 @@ def _needs(pipeline: Pipeline, rank: int, action: Action) -> Iterator[tuple[Acti
     sender = source(pipeline, rank, action)
     if sender is not None and sender[0] == rank:
         yield sender[1], "gives its input"
+
+
+def _check_data(pipeline: Pipeline, rank: int, order: Sequence[Action]) -> None:
+    """Require that each virtual stage runs the segments of one micro-batch forward after the other, from 0 to M - 1.
+
+    A virtual stage draws a micro-batch's samples from its data iterator with the first segment, keeps them for the
+    other segments alone, and reports losses in this order. Backwards need no such rule: what they use is kept per
+    micro-batch.
+    """
+    expected = dict.fromkeys(range(pipeline.virtual), 0)
+    for index, action in enumerate(order):
+        if action.kind is not Kind.FORWARD:
+            continue
+        unit = expected[action.vstage]
+        if (action.microbatch, action.segment) != divmod(unit, pipeline.segments):
+            wanted = Action(Kind.FORWARD, *divmod(unit, pipeline.segments), action.vstage)
+            raise ScheduleError(
+                f"rank {rank}, action {index}: the {action} runs where the {wanted} is due: on each virtual stage "
+                "micro-batches run forward one after the other, as the data iterator gives them"
+            )
+        expected[action.vstage] += 1
 
 
 def _check_messages(schedule: Schedule) -> None:
