@@ -32,7 +32,7 @@ run_check() {
       "$PY" -m mypy --follow-imports=silent "${files[@]}"
       ;;
     shell)
-      mapfile -t files < <(find scripts examples -name '*.sh' -o -name '*.sbatch')
+      mapfile -t files < <(find scripts examples tests -name '*.sh' -o -name '*.sbatch')
       shellcheck --external-sources .ci/run "${files[@]}"
       ;;
     patches) "$PY" -m patches verify ;;

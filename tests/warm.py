@@ -1,6 +1,7 @@
 """Imported once by the fork server: every rank is then forked from a process that has paid for all of this."""
 
 import argparse
+import contextlib
 import functools
 import gc
 import importlib
@@ -10,12 +11,14 @@ warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402
-import torch.utils.tensorboard  # noqa: E402
 from megatron.training import argument_utils, arguments, training  # noqa: E402, F401
 
 import megatron.longseq.gpt  # noqa: E402
 import megatron.longseq.pipeline.runner  # noqa: E402, F401
 from patches import ledger, source  # noqa: E402
+
+with contextlib.suppress(ImportError):  # a machine that is only there to measure may lack it
+    import torch.utils.tensorboard
 
 # Every rank verifies the same upstream: parsed once, by its bytes.
 source.syntax_tree = functools.cache(source.syntax_tree)
