@@ -5,7 +5,6 @@ from torch import Tensor
 
 from megatron.longseq.attention.blocks import Documents, Run
 
-
 STRIP_ELEMENTS = 2**24  # of a mask that are compared at once: bounds the memory that reading takes
 
 NOT_DOCUMENTS = "the attention mask is not causal within packed documents"
