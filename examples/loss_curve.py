@@ -17,6 +17,10 @@ class Curves:
 def read(folder: Path) -> Curves:
     """Read what upstream's writer left in `folder`; where runs overlap (a resume), the later one counts.
 
+    At the end of a run upstream evaluates once more, on further batches of the held-out text, and writes the result
+    under the same name and step as the evaluation during training. Of one run the first counts: it is the one that the
+    log calls "validation loss at iteration N".
+
     Raises:
         ValueError: there is no training loss in it.
     """
@@ -26,10 +30,13 @@ def read(folder: Path) -> Curves:
 
     found: dict[str, dict[int, float]] = {"lm loss": {}, "lm loss validation": {}}
     for file in sorted(folder.glob("events.*"), key=lambda path: path.stat().st_mtime):
+        written: dict[str, dict[int, float]] = {tag: {} for tag in found}
         for event in EventFileLoader(str(file)).Load():
             for value in event.summary.value:
-                if value.tag in found:
-                    found[value.tag][event.step] = value.tensor.float_val[0]
+                if value.tag in written:
+                    written[value.tag].setdefault(event.step, value.tensor.float_val[0])
+        for tag, points in written.items():
+            found[tag].update(points)
     if not found["lm loss"]:
         raise ValueError(
             f"no 'lm loss' in the TensorBoard files of {folder}: was the run started with --tensorboard-dir?"
@@ -49,7 +56,7 @@ def draw(curves: Curves, png: Path, resumed_at: int | None = None) -> None:
     if curves.held_out:
         axes.plot(*zip(*curves.held_out, strict=True), "o-", color="#d55e00", markersize=5, label="held-out loss")
         step, loss = curves.held_out[-1]
-        axes.annotate(f"{loss:.2f}", (step, loss), textcoords="offset points", xytext=(-8, 12), color="#d55e00")
+        axes.annotate(f"{loss:.4f}", (step, loss), textcoords="offset points", xytext=(-8, 12), color="#d55e00")
     if resumed_at is not None:
         axes.axvline(resumed_at, color="0.6", linestyle="--", linewidth=1)
         top = max(loss for _, loss in curves.train)

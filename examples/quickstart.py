@@ -33,7 +33,7 @@ TRAINING = """
 """
 STEP = re.compile(r"iteration +(\d+)/ *(\d+) .*?lm loss: ([\d.E+-]+)")
 SPEED = re.compile(r"tokens/s: ([\d.]+)")
-HELD_OUT = re.compile(r"validation loss at iteration (\d+) \|.*?lm loss value: ([\d.E+-]+)")
+HELD_OUT = re.compile(r"validation loss at iteration (\d+)( on validation set)? \|.*?lm loss value: ([\d.E+-]+)")
 STAGES = re.compile(
     r"\]: *((?:> initializing torch distributed|> building train|loading checkpoint|saving checkpoint).*)"
 )
@@ -133,7 +133,9 @@ def show(line: str) -> None:
     if match := STEP.search(line):
         say(f"      step {int(match[1]):4d}/{match[2]}   loss {float(match[3]):.4f}")
     elif match := HELD_OUT.search(line):
-        say(f"      step {int(match[1]):4d}       held-out loss {float(match[2]):.4f}")
+        # The second kind ends a run: the same weights, on the batches that follow those of the first.
+        name = "held-out loss, further batches" if match[2] else "held-out loss"
+        say(f"      step {int(match[1]):4d}       {name} {float(match[3]):.4f}")
     elif line.startswith("[rank0]") and (match := STAGES.search(line)):
         say(f"      {match[1].strip(' >.')}")
 
@@ -179,8 +181,8 @@ def report(plan: Plan, seconds: float) -> None:
         f"{plan.steps // 2} from its checkpoint."
     )
     say(
-        f"  loss {first:.3f} -> {last:.3f}, held-out {curves.held_out[-1][1]:.3f}; "
-        f"{sorted(speeds)[len(speeds) // 2]:.0f} tokens/s"
+        f"  training loss {first:.3f} at step 1 -> {last:.3f} over the last 10 steps, held-out loss "
+        f"{curves.held_out[-1][1]:.4f}; {sorted(speeds)[len(speeds) // 2]:.0f} tokens/s"
     )
     say(f"Where:     {where}/   loss.png, loss.svg, log.txt, arguments.json, tensorboard/, checkpoints/, ranks/")
     python = Path(sys.executable)

@@ -50,6 +50,25 @@ RECORDS = (
         stage="start",
     ),
     Record(
+        id="cpu.warmup",
+        system="cpu",
+        action="wrap",
+        target="megatron.training.initialize:set_jit_fusion_options",
+        impl="patches.cpu.rng:without_trace",
+        reads=(
+            "megatron.training.initialize:_warmup_jit_function",
+            "megatron.core.transformer.moe.router:Router.__init__",
+        ),
+        why="Before the model is made, upstream warms fused functions up with random tensors whose sizes follow the "
+        "layout. On a GPU they come from CUDA's generator, and the weights of routers from the CPU's; here both are "
+        "one, so a router's weights would depend on the layout.",
+        when=_NO_CUDA,
+        test="tests/distributed/test_initial_weights.py::test_initial_weights_are_those_of_one_rank",
+        remove_when="upstream draws a router's weights from a tracker, or warms up without random numbers",
+        aliases=("megatron.training.training:set_jit_fusion_options",),
+        stage="start",
+    ),
+    Record(
         id="cpu.initialize",
         system="cpu",
         action="wrap",

@@ -15,4 +15,21 @@ RECORDS = (
         test="tests/distributed/test_log.py::test_log_line_tells_tokens_flops_and_memory",
         remove_when="upstream's log line carries tokens per second and peak memory",
     ),
+    Record(
+        id="log.params-norm",
+        system="log",
+        action="wrap",
+        target="megatron.training.utils.common_utils:calc_params_l2_norm",
+        aliases=(
+            "megatron.training.utils:calc_params_l2_norm",
+            "megatron.training.training:calc_params_l2_norm",
+        ),
+        impl="patches.log.norm:of_gathered",
+        reads=("megatron.core.distributed.distributed_data_parallel:DistributedDataParallel.start_param_sync",),
+        why="With --overlap-param-gather and without --bf16, --log-params-norm reads parameters of which a rank has "
+        "its own shard of this step alone, and the others of the step before.",
+        when="patches.log.norm:is_early",
+        test="tests/distributed/test_log_figures.py::test_figures_are_those_of_one_rank",
+        remove_when="upstream waits for the gather before it takes the norm",
+    ),
 )

@@ -105,6 +105,19 @@ RECORDS = (
         remove_when="upstream's optimizer finds its shards through its buckets",
     ),
     Record(
+        id="paro.params-norm",
+        system="paro",
+        action="wrap",
+        target="megatron.training.utils.common_utils:_get_param_data",
+        impl="patches.paro.runtime:of_one_copy",
+        reads=("megatron.training.utils.common_utils:calc_params_l2_norm",),
+        why="--log-params-norm adds up main parameters over all data-parallel ranks, of which several hold the same "
+        "ones unless optimizer states are sharded globally.",
+        when=_ASKED_FOR,
+        test="tests/distributed/test_log_figures.py::test_figures_are_those_of_one_rank",
+        remove_when="upstream adds up over the ranks that its optimizer is sharded over",
+    ),
+    Record(
         id="paro.manifest",
         system="paro",
         action="wrap",

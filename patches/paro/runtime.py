@@ -125,6 +125,19 @@ def with_parts(original: Callable[..., Any]) -> Callable[..., Any]:
     return __init__
 
 
+def of_one_copy(original: Callable[..., tuple[Any, bool]]) -> Callable[..., tuple[Any, bool]]:
+    """Wrap upstream's choice of what a parameter adds to their norm: of equal main parameters, one rank's alone."""
+
+    @functools.wraps(original)
+    def _get_param_data(*args: Any, **kwargs: Any) -> tuple[Any, bool]:
+        data, is_sharded = original(*args, **kwargs)
+        if is_sharded and _Held.optimizer_groups.replicas.rank() != 0:
+            return None, True
+        return data, is_sharded
+
+    return _get_param_data
+
+
 def _open(flags: Namespace) -> tuple[Any, Any]:
     import torch
     from megatron.core import parallel_state

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,11 @@ def test_quickstart_trains_resumes_and_tells(tmp_path: Path) -> None:
     log = (tmp_path / "log.txt").read_text()
     assert f"at iteration {STEPS // 2}" in log and "tokens/s" in log
     last = done.stdout[done.stdout.index("\nDone") :]
-    assert "held-out" in last and "Where:" in last and "Try next:" in last
+    assert "Where:" in last and "Try next:" in last
+    shown = re.findall(r"held-out loss ([\d.]+)", done.stdout)
+    further = re.findall(r"held-out loss, further batches ([\d.]+)", done.stdout)
+    assert shown == [f"{loss:.4f}" for _, loss in curves.held_out] + shown[3:4]  # the report repeats the last one
+    assert len(further) == 1 and further[0] != shown[-1]  # another quantity, under another name
 
     again = quickstart(tmp_path)
     assert again.returncode == 0
@@ -59,6 +64,16 @@ def test_a_resumed_curve_takes_the_later_values(tmp_path: Path) -> None:
     assert loss_curve.read(tmp_path).train == [(1, 11.0), (2, 12.0), (3, 23.0), (4, 24.0), (5, 25.0), (6, 26.0)]
 
 
+def test_of_two_evaluations_at_the_end_the_curve_takes_the_one_during_training(tmp_path: Path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(tmp_path) as writer:
+        writer.add_scalar("lm loss", 1.0, 8)
+        writer.add_scalar("lm loss validation", 2.1443, 8)
+        writer.add_scalar("lm loss validation", 2.1830, 8)
+    assert [(step, round(loss, 4)) for step, loss in loss_curve.read(tmp_path).held_out] == [(8, 2.1443)]
+
+
 def test_progress_lines(capsys) -> None:  # type: ignore[no-untyped-def]
     show("[rank1]: [time] iteration        5/     320 | consumed: 80 | lm loss: 4.112900E+00 | loss scale: 1.0 |")
     show("[rank1]: validation loss at iteration 80 | lm loss value: 2.629600E+00 | lm loss PPL: 1.3E+01 |")
@@ -67,4 +82,5 @@ def test_progress_lines(capsys) -> None:  # type: ignore[no-untyped-def]
     assert capsys.readouterr().out.splitlines() == [
         "      step    5/320   loss 4.1129",
         "      step   80       held-out loss 2.6296",
+        "      step   80       held-out loss, further batches 2.6000",
     ]

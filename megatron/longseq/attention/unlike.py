@@ -35,8 +35,8 @@ def warning(args: Namespace, *, is_ours: bool, is_local: bool, on_gpu: bool) -> 
     listed = "".join(f"\n>   - {reason}" for reason in reasons)
     if is_ours:
         return (
-            "> WARNING: with --seq1f1b-splits 1 and --context-parallel-size 1 these flags would train another model, so "
-            f"losses of such a run are not comparable with this one's. Upstream's attention runs there:{listed}"
+            "> WARNING: with --seq1f1b-splits 1 and --context-parallel-size 1 these flags would train another model, "
+            f"so losses of such a run are not comparable with this one's. Upstream's attention runs there:{listed}"
         )
     return (
         "> WARNING: with --seq1f1b-splits or --context-parallel-size above 1 these flags would train another model, so "

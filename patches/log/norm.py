@@ -1,0 +1,24 @@
+"""The norm of the parameters that a step has made, where their gather still runs when it is asked for."""
+
+import functools
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+
+def is_early(args: Namespace) -> bool:
+    """Whether --log-params-norm would read parameters that are not gathered yet; in bf16 it reads main parameters."""
+    return bool(args.log_params_norm and args.overlap_param_gather and not args.bf16)
+
+
+def of_gathered(original: Callable[..., float]) -> Callable[..., float]:
+    """Wrap `calc_params_l2_norm`: first have the parameters of all ranks; the next forward then waits for none."""
+
+    @functools.wraps(original)
+    def calc_params_l2_norm(model: Any, *args: Any, **kwargs: Any) -> float:
+        for chunk in model if isinstance(model, list) else [model]:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+        return original(model, *args, **kwargs)
+
+    return calc_params_l2_norm
