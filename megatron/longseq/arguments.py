@@ -2,10 +2,10 @@
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 from megatron.longseq.attention.flags import add_context_arguments, check_context_numbers
+from megatron.longseq.folders import refuse_unwritable
 from megatron.longseq.pipeline.flags import add_pipeline_arguments, check_pipeline_numbers
 from megatron.longseq.sharding.flags import add_sharding_arguments, check_sharding_numbers
 
@@ -50,11 +50,5 @@ def _add_record_arguments(parser: argparse.ArgumentParser) -> None:
 def _validate_record_arguments(args: argparse.Namespace) -> None:
     if getattr(args, "arguments_file", None) is None:
         return
-    folder = Path(args.arguments_file).absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(
-            f"--arguments-file {args.arguments_file}: {folder} is no folder that this process may write to; "
-            "name a file in a writable folder."
-        )
+    flag = f"--arguments-file {args.arguments_file}"
+    refuse_unwritable(flag, Path(args.arguments_file).absolute().parent, "name a file in a writable folder")

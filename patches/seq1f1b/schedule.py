@@ -7,9 +7,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from megatron.longseq.pipeline.flags import refuse_unserved, wants_our_schedule
+from megatron.longseq.pipeline.flags import check_trace_step, refuse_unserved, wants_our_schedule
 from patches.launch import has_one_queue
 from patches.seq1f1b.batches import prove_batches
+from patches.seq1f1b.stages import refuse_stages
 
 
 def asked_for(args: Namespace) -> bool:
@@ -28,6 +29,8 @@ def with_plan(original: Callable[..., Any]) -> Callable[..., Any]:
     def validate_args(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
         result = original(args, defaults or {})
         refuse_unserved(args)
+        refuse_stages(args)
+        check_trace_step(args)
         if args.seq1f1b_splits > 1:
             # TransformerEngine's layers let the backward of their first forward overwrite what fused weight gradients
             # have added up. Of segments that backward is a micro-batch's last; with this they add in every one.

@@ -2,8 +2,10 @@
 
 import argparse
 import functools
+import math
 import sys
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,17 +13,21 @@ import torch
 from torch import nn
 
 from megatron.longseq.arguments import add_longseq_arguments
-from megatron.longseq.pipeline.chunk import Chunk
+from megatron.longseq.attention.core import refuse_window
+from megatron.longseq.pipeline.chunk import Chunk, _refuse_further
 from megatron.longseq.pipeline.cost import ModelShape
 from megatron.longseq.pipeline.flags import (
     NOT_IN_SCHEDULES,
     NOT_IN_SEGMENTS,
     NOT_WITH_ZERO_BUBBLE,
     check_pipeline_numbers,
+    check_trace_step,
     refuse_unserved,
     wants_our_schedule,
 )
 from megatron.longseq.pipeline.plan import model_shape, plan_from_args, stage_layers
+from megatron.longseq.pipeline.runner import PipelineRunner
+from patches.seq1f1b.stages import refuse_stages
 from tests.distributed.flags import TINY, flags
 from tests.pool import RankPool
 
@@ -36,6 +42,7 @@ VALIDATED = {
 MOE = {"num_experts": 4, "moe_router_load_balancing_type": "none"}
 SEGMENTS = {"seq1f1b_splits": 4}
 SLACK = {"seq1f1b_slack": 1}
+SMALL_PIPE = {"pipeline_model_parallel_size": 2}
 ZERO_BUBBLE = {"zero_bubble": True, "transformer_impl": "local"}
 
 # Every way to ask for what segments cannot serve: (flag in the message, values, why)
@@ -57,6 +64,7 @@ ASKED: list[tuple[str, dict[str, Any], str]] = [
         "read from the mask",
     ),
     ("--sft", {"sft": True}, "THD"),
+    ("--dataloader-inter-document-masking", {"dataloader_inter_document_masking": True}, "THD"),
     ("--fp8-format", {"fp8": "hybrid"}, "scaling factors"),
     ("--fp8-format", {"fp4": "e2m1"}, "scaling factors"),
     ("--tp-comm-overlap", {"tp_comm_overlap": True}, "whole sequence"),
@@ -83,6 +91,12 @@ ASKED: list[tuple[str, dict[str, Any], str]] = [
 IN_SCHEDULES: list[tuple[str, dict[str, Any], str]] = [
     ("--overlap-moe-expert-parallel-comm", {"overlap_moe_expert_parallel_comm": True}, "one action"),
     ("--defer-embedding-wgrad-compute", {"defer_embedding_wgrad_compute": True}, "first in, first out"),
+    ("--decoder-seq-length", {"decoder_seq_length": 32}, "one sequence length"),
+    (
+        "--full-validation with --eval-micro-batch-size",
+        {"full_validation": True, "eval_micro_batch_size": 2, "pipeline_model_parallel_size": 2},
+        "one sample at a time",
+    ),
     ("--variable-seq-lengths", {"variable_seq_lengths": True}, "known from the plan"),
     ("--moe-paged-stash", {"moe_paged_stash": True}, "pages"),
     ("--hybrid-context-parallel", {"hybrid_context_parallel": True}, "schedule of upstream's own"),
@@ -196,12 +210,119 @@ def test_what_segments_serve_is_let_through(values: dict[str, Any]) -> None:
         ({"seq1f1b_slack": -1}, "--seq1f1b-slack -1: give at least 0"),
         ({"pipeline_trace_step": 0}, "--pipeline-trace-step 0: give at least 1"),
         ({"pipeline_patience": 0.0}, "--pipeline-patience 0.0: give seconds, more than 0"),
+        ({"pipeline_patience": math.nan}, "--pipeline-patience nan: give seconds, more than 0"),
+        ({"pipeline_patience": math.inf}, r"--pipeline-patience inf: give seconds, more than 0 and at most 1e\+08"),
+        ({"pipeline_trace": "/dev/null/trace"}, "--pipeline-trace /dev/null/trace: /dev/null is no folder"),
+        ({"seq1f1b_layer_seconds": "file"}, "--seq1f1b-layer-seconds file: it balances segments, and neither"),
+        (SEGMENTS | {"seq1f1b_layer_seconds": "file", "seq1f1b_partition": "even"}, "file: it balances segments"),
         ({"seq1f1b_partition": "40,24"}, "--seq1f1b-partition 40,24: lists segments, but --seq1f1b-splits is 1"),
     ],
 )
 def test_numbers_that_mean_nothing_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_pipeline_numbers(args(**values))
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "No such file or directory"),
+        ("folder", "Is a directory"),
+        ("", "not a JSON list"),
+        ("{}", "0 different segments cannot settle"),
+        ("[[0, 8, 1]]", "not a JSON list"),
+        ("[[0, 8, NaN, 1]]", "must be finite and above 0"),
+        ("[[8, 0, 1, 1]]", "a segment needs 0 <= begin < end"),
+        ("[[0, 8, 1, 1], [0, 16, 2, 2]]", "2 different segments cannot settle"),
+        ("\udcff", "not a JSON list"),
+    ],
+)
+def test_a_file_of_seconds_that_cannot_be_read_is_refused_by_name(
+    tmp_path: Path, content: str | None, why: str
+) -> None:
+    file = tmp_path / "seconds.json"
+    if content == "folder":
+        file.mkdir()
+    elif content is not None:
+        file.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=f"--seq1f1b-layer-seconds {file}: .*{why}.*; give a file that python -m"):
+        check_pipeline_numbers(args(**SEGMENTS, seq1f1b_layer_seconds=str(file)))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"train_iters": 2}, "--pipeline-trace-step 3: --train-iters ends this run after 2 steps at most"),
+        ({"train_samples": 16, "global_batch_size": 8}, "--train-samples ends this run after 2 steps"),
+        ({"train_iters": 9, "exit_interval": 2}, "--exit-interval ends this run after 2 steps"),
+        ({"train_iters": 9, "skip_train": True}, "--skip-train leaves none"),
+    ],
+    ids=str,
+)
+def test_a_measured_step_past_the_end_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_trace_step(args(pipeline_trace="here", **values))
+    check_trace_step(args(**values))
+    check_trace_step(args(pipeline_trace="here", pipeline_trace_step=2, **values | {"skip_train": False}))
+
+
+def test_a_measured_step_that_a_resumed_run_does_not_reach_is_told_at_its_end(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    runner = PipelineRunner(plan=None, trace_step=3, steps=2)  # type: ignore[arg-type]
+    runner._say_what_was_not_traced()
+    assert "WARNING: --pipeline-trace-step 3: this run ended after 2 training steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (SMALL_PIPE | {"num_layers": 4, "decoder_first_pipeline_num_layers": 0}, "stage 0 of 2 has no transformer"),
+        (
+            SMALL_PIPE | {"num_layers": 1, "account_for_embedding_in_pipeline_split": True},
+            r"stage 0 of 2 has no transformer .*\[0, 1\]",
+        ),
+        (SMALL_PIPE | {"pipeline_model_parallel_layout": "E|ttttL"}, r"stage 0 of 2 has no .*\[0, 4\]"),
+        (
+            {"pipeline_model_parallel_size": 3, "pipeline_model_parallel_layout": "Ett||ttL"},
+            r"stage 1 of 3 has no .*\[2, 0, 2\]",
+        ),
+    ],
+    ids=str,
+)
+def test_zero_bubble_refuses_a_stage_without_layers(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"--zero-bubble: pipeline {message}"):
+        refuse_stages(args(**values, **ZERO_BUBBLE))
+    refuse_stages(args(**values, **SEGMENTS))
+
+
+def test_a_last_stage_without_layers_has_the_output_layers_weight_gradient() -> None:
+    refuse_stages(args(**SMALL_PIPE, pipeline_model_parallel_layout="Etttt|L", **ZERO_BUBBLE))
+
+
+def test_prediction_of_further_tokens_in_a_stage_of_its_own_is_refused() -> None:
+    with pytest.raises(ValueError, match="multi-token prediction in stage 1"):
+        refuse_stages(args(pipeline_model_parallel_size=3, pipeline_model_parallel_layout="Etttt|m|L", **SLACK))
+    refuse_stages(args(pipeline_model_parallel_size=3, pipeline_model_parallel_layout="Ett|tt|mL", **SLACK))
+
+
+@pytest.mark.parametrize("kind", ["no_mask", "padding", "padding_causal", "arbitrary"])
+def test_a_mask_handed_to_a_layer_past_the_flags_is_refused(kind: str) -> None:
+    from megatron.core.transformer.enums import AttnMaskType
+
+    with pytest.raises(ValueError, match=f"--seq1f1b-splits, layer 3: attention with mask type {kind} is not served"):
+        _refuse_further(3, None, AttnMaskType[kind])
+    for name in ("attention_mask", "attention_bias", "packed_seq_params"):
+        with pytest.raises(ValueError, match=f"layer 3: {name} handed to one layer"):
+            _refuse_further(3, **{name: torch.zeros(1)})
+    _refuse_further(3, None, AttnMaskType.causal, attention_bias=None, packed_seq_params=None)
+
+
+def test_a_window_that_a_script_sets_is_refused_if_it_reaches_to_the_right() -> None:
+    with pytest.raises(ValueError, match=r"layer 1: a window of \(4, 4\) reaches to the right"):
+        refuse_window(Namespace(window_size=(4, 4)), "layer 1")
+    for window in (None, (4, 0), (-1, -1), [4, -1]):
+        refuse_window(Namespace(window_size=window), "layer 1")
 
 
 def test_numbers_that_mean_something_pass() -> None:
@@ -334,9 +455,13 @@ def test_layers_whose_attention_is_another_are_refused_and_nothing_is_bound() ->
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     causal, blind = _bare(SelfAttention, core_attention=nn.Identity()), _bare(SelfAttention)
-    causal.attn_mask_type, blind.attn_mask_type = AttnMaskType.causal, AttnMaskType.no_mask
+    causal.attn_mask_type, blind.attn_mask_type = AttnMaskType.causal, AttnMaskType.padding
+    causal.config = blind.config = Namespace(window_size=None)
     first = _bare(TransformerLayer, self_attention=causal)
-    for attention, message in ((_bare(CrossAttention), "decoder.1 has CrossAttention"), (blind, "is not causal")):
+    for attention, message in (
+        (_bare(CrossAttention), "decoder.1 has CrossAttention"),
+        (blind, "mask type padding is not served"),
+    ):
         layers = nn.ModuleList([first, _bare(TransformerLayer, self_attention=attention)])
         model = _bare(GPTModel, decoder=layers)
         with pytest.raises(ValueError, match=message):
@@ -361,7 +486,8 @@ def messages_of_upstreams_validation(cases: list[list[str]], world: int = 1) -> 
     for case in cases:
         sys.argv = ["pretrain_gpt.py", *case]
         try:
-            arguments.validate_args(arguments.parse_args())
+            given = arguments.parse_args()  # first: it puts our validation in the place of upstream's
+            arguments.validate_args(given)
             told.append(None)
         except ValueError as error:
             told.append(str(error))

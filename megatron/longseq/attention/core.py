@@ -87,6 +87,37 @@ def attention_window(config: Any, layer: int) -> int | None:
     return config.window_size[0] if has_window and config.window_size[0] >= 0 else None
 
 
+def refuse_mask_type(kind: AttnMaskType | None, where: str) -> None:
+    """Refuse a mask that is not the causal one, which is what our attention computes whatever it is handed.
+
+    Args:
+        kind: of a module, or handed to its forward; None: the module's.
+        where: for the message: the layer.
+
+    Raises:
+        ValueError: names the layer and the type.
+    """
+    if kind not in (None, AttnMaskType.causal, AttnMaskType.causal_bottom_right):
+        raise ValueError(
+            f"{where}: attention with mask type {kind.name} is not served, only causal; leave attn_mask_type out, or "
+            "train this model without --seq1f1b-splits and --context-parallel-size."
+        )
+
+
+def refuse_window(config: Any, where: str) -> None:
+    """Refuse a window that reaches to the right, which a script may set past --window-size.
+
+    Raises:
+        ValueError: names the layer and the window.
+    """
+    window = config.window_size
+    if window is not None and window[1] not in (0, -1):
+        raise ValueError(
+            f"{where}: a window of {tuple(window)} reaches to the right and is not causal; give (left, 0) as the "
+            "configuration's window_size."
+        )
+
+
 def attend_once(q: Tensor, k: Tensor, v: Tensor, kept: Kept, make_call: Callable[[Call | None], Call]) -> Tensor:
     """Run attention, but not again where upstream recomputes activations.
 
@@ -145,19 +176,28 @@ class ContextParallelAttention(MegatronModule):
                 f"{dropout} over context-parallel ranks; causal self-attention without dropout is served"
             )
         self.layer_number = max(1, layer_number)
+        refuse_mask_type(attn_mask_type, f"layer {layer_number}")
+        refuse_window(config, f"layer {layer_number}")
         self.context = context()
         self.spread = self.context.spread(cp_comm_type)
         self.scale = softmax_scale or attention_scale(config)
         self.window = attention_window(config, self.layer_number)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **further: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        **further: Any,
     ) -> Tensor:
         """Return [n, b, hq * d] of q [n, b, hq, d] and k, v [n, b, hk, d], this rank's tokens.
 
         Raises:
-            ValueError: a bias, or packed sequences in THD form.
+            ValueError: a bias, packed sequences in THD form, or a mask that is not causal.
         """
+        refuse_mask_type(attn_mask_type, f"layer {self.layer_number}")
         if any(further.get(name) is not None for name in ("attention_bias", "packed_seq_params")):
             raise ValueError(
                 f"layer {self.layer_number}: attention over context-parallel ranks takes no bias and no "

@@ -21,7 +21,15 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron.longseq.attention.blocks import Documents
 from megatron.longseq.attention.context import Call, asked
-from megatron.longseq.attention.core import ContextParallel, Kernels, attend_once, attention_scale, attention_window
+from megatron.longseq.attention.core import (
+    ContextParallel,
+    Kernels,
+    attend_once,
+    attention_scale,
+    attention_window,
+    refuse_mask_type,
+    refuse_window,
+)
 from megatron.longseq.attention.documents import document_starts, packed
 from megatron.longseq.attention.layout import Layout, Mesh
 from megatron.longseq.attention.masks import for_batch, whole_starts
@@ -194,7 +202,10 @@ class Chunk:
         config, layer = attention.config, attention.layer_number
         scale, window, fork = attention_scale(config), attention_window(config, layer), _fork(config)
 
-        def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        def forward(
+            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **named: Any
+        ) -> torch.Tensor:
+            _refuse_further(layer, *rest, **named)
             kernel = self.kernels.of(query, value, config.attention_dropout if attention.training else 0.0)
             return segment_attention(
                 query,
@@ -216,7 +227,10 @@ class Chunk:
         scale, window = attention_scale(config), attention_window(config, layer)
         spread = context.spread(comm_type(config.cp_comm_type, layer))
 
-        def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        def forward(
+            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **named: Any
+        ) -> torch.Tensor:
+            _refuse_further(layer, *rest, **named)
             segment = self.store.announced(layer)
 
             def make_call(_: Any) -> Call:
@@ -248,12 +262,32 @@ def _sequences(given: dict[str, Any], model: GPTModel) -> int:
 def _refuse_attention(name: str, attention: torch.nn.Module) -> None:
     """Refuse a layer whose tokens would see those of earlier segments in another way than by core attention."""
     if isinstance(attention, SelfAttention):
-        if attention.attn_mask_type is AttnMaskType.no_mask:
-            raise ValueError(f"--seq1f1b-splits: the attention of layer {name} is not causal; use --seq1f1b-splits 1.")
+        refuse_mask_type(attention.attn_mask_type, f"--seq1f1b-splits, layer {name}")
+        refuse_window(attention.config, f"--seq1f1b-splits, layer {name}")
     elif not isinstance(attention, IdentityOp):
         raise ValueError(
             f"--seq1f1b-splits serves SelfAttention; layer {name} has {type(attention).__name__}, which would see the "
             "tokens of one segment alone. Train it with --seq1f1b-splits 1."
+        )
+
+
+def _refuse_further(
+    layer: int,
+    attention_mask: torch.Tensor | None = None,
+    attn_mask_type: AttnMaskType | None = None,
+    attention_bias: torch.Tensor | None = None,
+    packed_seq_params: Any = None,
+    **_: Any,
+) -> None:
+    """Refuse what a script hands to core attention past the flags; names and order are upstream's."""
+    where = f"--seq1f1b-splits, layer {layer}"
+    refuse_mask_type(attn_mask_type, where)
+    given = {"attention_mask": attention_mask, "attention_bias": attention_bias, "packed_seq_params": packed_seq_params}
+    unserved = [name for name, value in given.items() if value is not None]
+    if unserved:
+        raise ValueError(
+            f"{where}: {', '.join(unserved)} handed to one layer cannot be cut into segments; documents are read from "
+            "the mask that the model is given."
         )
 
 

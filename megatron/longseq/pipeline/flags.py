@@ -2,9 +2,15 @@
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from megatron.longseq.folders import refuse_unwritable
+from megatron.longseq.pipeline.cost import fit, read_samples
+
 Refusals = dict[str, tuple[Callable[[Namespace], Any], str]]
+
+LONGEST_PATIENCE = 1e8  # seconds, three years: threads of Python wait no longer than some 9e9
 
 # flag: (is it asked for?, why a sequence in segments cannot serve it)
 NOT_IN_SEGMENTS: Refusals = {
@@ -36,6 +42,10 @@ NOT_IN_SEGMENTS: Refusals = {
         "documents are read from the mask, which --no-create-attention-mask-in-dataloader leaves out",
     ),
     "--sft": (lambda a: a.sft, "packed sequences in THD form are not cut into segments"),
+    "--dataloader-inter-document-masking": (
+        lambda a: a.dataloader_inter_document_masking,
+        "packed sequences in THD form are not cut into segments; --reset-attention-mask packs documents",
+    ),
     "--fp8-format": (lambda a: a.fp8 or a.fp4, "scaling factors that follow micro-batches are not proven for segments"),
     "--tp-comm-overlap": (lambda a: a.tp_comm_overlap, "its buffers have the shape of a whole sequence"),
     "--moe-router-load-balancing-type": (
@@ -61,6 +71,14 @@ NOT_IN_SCHEDULES: Refusals = {
     "--defer-embedding-wgrad-compute": (
         lambda a: a.defer_embedding_wgrad_compute,
         "it pairs activations and gradients first in, first out; segments come back in reverse",
+    ),
+    "--decoder-seq-length": (
+        lambda a: a.decoder_seq_length not in (None, a.seq_length),
+        "every stage has the hidden states of one sequence length",
+    ),
+    "--full-validation with --eval-micro-batch-size": (
+        lambda a: a.full_validation and (a.eval_micro_batch_size or 1) > 1 and a.pipeline_model_parallel_size > 1,
+        "upstream reads a full validation set one sample at a time; give --eval-micro-batch-size 1",
     ),
     "--variable-seq-lengths": (lambda a: a.variable_seq_lengths, "shapes are known from the plan, not negotiated"),
     "--moe-paged-stash": (lambda a: a.moe_paged_stash, "pages follow upstream's own schedules"),
@@ -178,8 +196,58 @@ def check_pipeline_numbers(args: Namespace) -> None:
     partition = getattr(args, "seq1f1b_partition", "balanced")
     if getattr(args, "seq1f1b_splits", 1) == 1 and partition not in ("even", "balanced"):
         raise ValueError(f"--seq1f1b-partition {partition}: lists segments, but --seq1f1b-splits is 1; give both.")
-    if getattr(args, "pipeline_patience", 1.0) <= 0:
-        raise ValueError(f"--pipeline-patience {args.pipeline_patience}: give seconds, more than 0.")
+    if not 0 < getattr(args, "pipeline_patience", 1.0) <= LONGEST_PATIENCE:
+        raise ValueError(
+            f"--pipeline-patience {args.pipeline_patience}: give seconds, more than 0 and at most "
+            f"{LONGEST_PATIENCE:.0e}."
+        )
+    if getattr(args, "pipeline_trace", None) is not None:
+        folder = Path(args.pipeline_trace)
+        refuse_unwritable(f"--pipeline-trace {args.pipeline_trace}", folder, "name a folder that is writable, or new")
+    _check_layer_seconds(args)
+
+
+def _check_layer_seconds(args: Namespace) -> None:
+    """Refuse a file of measurements that nothing would read, or that cannot be read."""
+    file = getattr(args, "seq1f1b_layer_seconds", None)
+    if file is None:
+        return
+    if not args.zero_bubble and (args.seq1f1b_splits == 1 or args.seq1f1b_partition != "balanced"):
+        raise ValueError(
+            f"--seq1f1b-layer-seconds {file}: it balances segments, and neither --seq1f1b-splits above 1 with "
+            "--seq1f1b-partition balanced nor --zero-bubble is given; leave it out."
+        )
+    try:
+        fit(read_samples(Path(file)))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--seq1f1b-layer-seconds {file}: {getattr(error, 'strerror', None) or error}; give a file that python -m "
+            "megatron.longseq.pipeline fit has read, a list of [begin, end, forward seconds, backward seconds]."
+        ) from error
+
+
+def check_trace_step(args: Namespace) -> None:
+    """Refuse a measured step that a run does not reach, once upstream has validated its arguments.
+
+    Raises:
+        ValueError: names the flag and how many steps there are.
+    """
+    if args.pipeline_trace is None:
+        return
+    if args.skip_train:
+        raise ValueError("--pipeline-trace: a training step is measured, and --skip-train leaves none; leave one out.")
+    samples = None if args.train_samples is None or args.step_batch_size_schedule else args.train_samples
+    steps = {
+        "--train-iters": args.train_iters,
+        "--train-samples": samples and samples // args.global_batch_size,
+        "--exit-interval": args.exit_interval,
+    }
+    for flag, most in steps.items():
+        if most and args.pipeline_trace_step > most:
+            raise ValueError(
+                f"--pipeline-trace-step {args.pipeline_trace_step}: {flag} ends this run after {most} steps at most, "
+                f"so nothing would be written; give {most} or less."
+            )
 
 
 def refuse_unserved(args: Namespace) -> None:

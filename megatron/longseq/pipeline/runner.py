@@ -1,5 +1,6 @@
 """Upstream's forward-backward function for our schedules: `pretrain` calls it once per training or evaluation step."""
 
+import atexit
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -104,6 +105,7 @@ class PipelineRunner:
         reports = executor.run()
         if not forward_only:
             if executor.recorder is not None and self.trace is not None:
+                atexit.unregister(self._say_what_was_not_traced)
                 self.trace(executor.schedule, executor.rank, executor.recorder.finish())
             if config.finalize_model_grads_func is not None:
                 tokens = executor.tokens if config.calculate_per_token_loss else None
@@ -114,11 +116,20 @@ class PipelineRunner:
             config.timers("forward-backward").stop()
         return reports
 
+    def _say_what_was_not_traced(self) -> None:
+        print(
+            f"> WARNING: --pipeline-trace-step {self.trace_step}: this run ended after {self.steps} training steps of "
+            "its own, so no timeline was written.",
+            flush=True,
+        )
+
     def _prepare(self, modules: list[torch.nn.Module], group: torch.distributed.ProcessGroup) -> None:
         if self.lanes is None:
             self.lanes = open_lanes(group, self.plan.virtual, self.timeout)
             self.watch = Watch(self.patience, prepare=_on_this_device())
             self.watch.start()
+            if self.trace is not None and torch.distributed.get_rank() == 0:
+                atexit.register(self._say_what_was_not_traced)
         if [chunk.module for chunk in self.chunks] == modules:
             return
         for attached in (*self.chunks, *self.sums):
