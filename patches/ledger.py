@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from patches import cpu, data, entry, local, log, paro, recompute, seq1f1b, usp
+from patches import checkpoint, cpu, data, entry, local, log, paro, recompute, seq1f1b, usp
 from patches.errors import Conflict, LedgerError
 from patches.record import Record
 
@@ -105,6 +105,7 @@ RECORDS: tuple[Record, ...] = checked(
         *local.RECORDS,
         *entry.RECORDS,
         *data.RECORDS,
+        *checkpoint.RECORDS,
         *log.RECORDS,
         *recompute.RECORDS,
         *seq1f1b.RECORDS,

@@ -35,6 +35,19 @@ RECORDS = (
         remove_when="upstream checks its data sets when it validates its arguments",
     ),
     Record(
+        id="data.indices",
+        system="data",
+        action="wrap",
+        target="megatron.core.datasets.gpt_dataset:GPTDataset._build_document_sample_shuffle_indices",
+        impl="patches.data.indices:with_fitting_indices",
+        why="Upstream names cached sample indices by the path of the data, not by what is in them: it reads other data "
+        "of that path through them, wrongly or until an index is out of range.",
+        when="patches.conditions:always",
+        test="tests/unit/test_data_stale.py::test_indices_of_other_data_are_refused",
+        remove_when="the names of cached indices depend on the data's content",
+        stage="start",
+    ),
+    Record(
         id="data.epochs",
         system="data",
         action="wrap",

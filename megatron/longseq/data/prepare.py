@@ -14,6 +14,7 @@ from typing import Any
 from megatron.longseq.data import DataError, manifest, write
 from megatron.longseq.data.corpus import SourceFile, changed_files
 from megatron.longseq.data.encode import MOST_SHOWN, Options, ShardRecord, finished, shard_dtype
+from megatron.longseq.data.packed import refuse_packed
 from megatron.longseq.data.pool import encode_all
 from megatron.longseq.data.progress import Progress
 from megatron.longseq.data.shards import Shard, default_shard_bytes, plan
@@ -59,6 +60,8 @@ def prepare(request: Request, say: Say = print) -> bool:
         shutil.rmtree(folder, ignore_errors=True)
         say(f"{request.prefix}: nothing to do, made from the same inputs, options and tokenizer")
         return False
+    if not request.options.skip_malformed:
+        refuse_packed(request.files)
     with _locked(folder):
         shards = plan(request.files, request.shard_bytes or default_shard_bytes(request.files))
         done = _resume(folder, shards, wanted.key, request, say)

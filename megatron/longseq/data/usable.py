@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from megatron.longseq.data.index import Index, read_index
 from megatron.longseq.data.splits import NAMES, fitting, shares
 
@@ -113,3 +115,30 @@ def _refuse_short(index: Index, share: range, name: str, sequence: int) -> None:
             f"{sequence + 1} tokens of one sample (--seq-length {sequence}), and each sample is taken once here "
             "(--full-validation, or several data sets without weights). Give longer data, or a shorter --seq-length."
         )
+
+
+def fits(lengths: np.ndarray, documents: np.ndarray, samples: np.ndarray, sequence: int) -> bool:
+    """Whether sample indices belong to data of these document lengths.
+
+    Args:
+        lengths: tokens of each document.
+        documents: the documents in the order in which they are read.
+        samples: [samples + 1, 2], where each sample begins: a place in `documents`, and a token of that document.
+        sequence: tokens per sample, by which one begins after another. The last sample may be shorter.
+    """
+    if not len(documents):
+        return len(samples) == 1
+    if int(documents.max()) >= len(lengths):
+        return False
+
+    def reached(row: int) -> int | None:
+        place, token = (int(number) for number in samples[row])
+        if place >= len(documents) or token > int(lengths[documents[place]]):
+            return None
+        return int(lengths[documents[:place]].sum(dtype=np.int64)) + token
+
+    last = len(samples) - 1
+    end = reached(last)
+    if end is None or not (last - 1) * sequence < end <= last * sequence:
+        return False
+    return last < 1 or reached(last - 1) == (last - 1) * sequence

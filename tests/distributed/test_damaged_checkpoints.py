@@ -1,0 +1,101 @@
+"""Checkpoints that cannot be loaded: every failure names the file or the setting, and what helps; none has status 0."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.flags import TINY, flags
+from tests.pool import RankFailure, RankPool
+from tests.regression.arm import run_arm
+
+PARO = "--paro NIG"
+ITERATION, TRACKER = "iter_0000002", "latest_checkpointed_iteration.txt"
+MORE = f"{TINY} --train-iters 3"
+
+
+@pytest.fixture(scope="module")
+def saved(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with checkpoints of the first and the second step."""
+    folder = tmp_path_factory.mktemp("saved")
+    run_arm(ranks, "O", 2, flags(TINY, PARO, "--train-iters 3 --exit-interval 2 --save-interval 1"), folder)
+    return folder
+
+
+def _largest(folder: Path) -> Path:
+    return max((folder / ITERATION).glob("*.distcp"), key=lambda path: path.stat().st_size)
+
+
+def _halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+FIRST = "The newest whole checkpoint is iter_0000001: give --ckpt-step 1"
+DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "empty-tracker": (
+        lambda f: (f / TRACKER).write_bytes(b""),
+        [f"{TRACKER} holds b'', not the number of an iteration", "is iter_0000002: write that number into"],
+    ),
+    "garbage-tracker": (lambda f: (f / TRACKER).write_bytes(b"\0\xff\0"), ["holds b'\\x00\\xff\\x00', not the number"]),
+    "words-in-tracker": (lambda f: (f / TRACKER).write_text("latest"), ["holds b'latest', not the number"]),
+    "negative-tracker": (lambda f: (f / TRACKER).write_text("-5"), ["holds b'-5', not the number"]),
+    "tracker-ahead": (
+        lambda f: (f / TRACKER).write_text("7"),
+        ["there is no checkpoint", "iter_0000007, and latest_checkp", "is iter_0000002: give --ckpt-step 2"],
+    ),
+    "no-description": (lambda f: (f / ITERATION / "metadata.json").unlink(), ["metadata.json is missing", FIRST]),
+    "cut-description": (lambda f: _halve(f / ITERATION / "metadata.json"), ["metadata.json cannot be read", FIRST]),
+    "no-list": (lambda f: (f / ITERATION / ".metadata").unlink(), [".metadata is missing", FIRST]),
+    "cut-list": (lambda f: _halve(f / ITERATION / ".metadata"), [".metadata cannot be read", FIRST]),
+    "cut-tensors": (lambda f: _halve(_largest(f)), [".distcp has", "it was cut short", FIRST]),
+    "empty-tensors": (lambda f: _largest(f).write_bytes(b""), [".distcp has 0 bytes", FIRST]),
+    "no-tensors": (lambda f: _largest(f).unlink(), [".distcp cannot be read (No such file", FIRST]),
+    "nothing-whole": (
+        lambda f: [_halve(path) for path in f.glob("iter_*/.metadata")],
+        [".metadata cannot be read", "No other whole checkpoint is in"],
+    ),
+}
+
+
+FAST = ("empty-tracker", "tracker-ahead", "no-description", "cut-tensors", "nothing-whole")  # one of each kind
+
+
+@pytest.mark.parametrize(
+    "damage", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in DAMAGES]
+)
+def test_a_damaged_checkpoint_is_named(ranks: RankPool, saved: Path, tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(saved, folder)
+    harm, said = DAMAGES[damage]
+    harm(folder)
+    with pytest.raises(RankFailure) as failure:
+        run_arm(ranks, "O", 2, [*flags(MORE, PARO), "--load", str(folder)], timeout=60)
+    last = str(failure.value).split("--- end of its output")[0]
+    assert "\nValueError: rank " in last
+    for words in said:
+        assert words in last, last[-3000:]
+
+
+def test_what_is_advised_helps(ranks: RankPool, saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(saved, folder)
+    _halve(_largest(folder))
+    run = run_arm(ranks, "O", 2, [*flags(MORE, PARO, "--ckpt-step 1"), "--load", str(folder)], timeout=60)
+    assert [step["iteration"] for step in run.curve] == [2, 3]
+    (folder / TRACKER).unlink()  # as upstream has it: without a tracker there is nothing to load
+    run = run_arm(ranks, "O", 2, [*flags(MORE, PARO), "--load", str(folder)], timeout=60)
+    assert [step["iteration"] for step in run.curve] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ("--lr 5e-3", r"--lr is 0\.005, was 0\.01\. .*--no-load-optim"),
+        ("--min-lr 1e-4 --override-opt-param-scheduler", r"--min-lr is 0\.0001, was 0\.001\. "),
+        ("--lr 5e-3 --min-lr 1e-4", r"--lr is 0\.005, was 0\.01; --min-lr is 0\.0001, was 0\.001\. "),
+    ],
+)
+def test_other_learning_rates_are_refused_by_name(ranks: RankPool, saved: Path, other: str, said: str) -> None:
+    with pytest.raises(RankFailure, match=f"ValueError: the optimizer cannot go on from the checkpoint: {said}"):
+        run_arm(ranks, "O", 2, [*flags(MORE, PARO, other), "--load", str(saved)], timeout=60)
