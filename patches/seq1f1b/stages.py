@@ -22,8 +22,8 @@ def refuse_stages(args: Namespace) -> None:
     if args.zero_bubble and empty:
         raise ValueError(
             f"--zero-bubble: pipeline stage {empty[0]} of {len(layers)} has no transformer layer, so no weight "
-            f"gradient to compute apart (layers per stage: {layers}). Give each stage but the last a layer, by --num-layers, "
-            "--decoder-first-pipeline-num-layers, --pipeline-model-parallel-layout or the --account-for-... flags."
+            f"gradient to compute apart (layers per stage: {layers}). Give each stage but the last a layer, by "
+            "--num-layers, --decoder-first-pipeline-num-layers, --pipeline-model-parallel-layout or the --account-for-... flags."
         )
 
 
