@@ -39,6 +39,10 @@ UNSERVED: Refusals = {
         lambda a: a.dataloader_defer_npy_index_mmap and a.data_cache_path is None,
         "it wants --data-cache-path with every cache built",
     ),
+    "--full-validation without --multiple-validation-sets": (
+        lambda a: a.full_validation and not a.multiple_validation_sets,
+        "upstream's evaluation ends in a TypeError with one validation set; give both",
+    ),
     "--full-validation with --eval-micro-batch-size": (
         lambda a: (
             a.full_validation

@@ -23,8 +23,7 @@ def refuse_stages(args: Namespace) -> None:
         raise ValueError(
             f"--zero-bubble: pipeline stage {empty[0]} of {len(layers)} has no transformer layer, so no weight "
             f"gradient to compute apart (layers per stage: {layers}). Give each stage but the last a layer, by "
-            "--num-layers, --decoder-first-pipeline-num-layers, --pipeline-model-parallel-layout or the "
-            "--account-for-... flags."
+            "--num-layers, --decoder-first-pipeline-num-layers, --pipeline-model-parallel-layout or --account-for-..."
         )
 
 

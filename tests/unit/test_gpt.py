@@ -28,6 +28,7 @@ QUIET: dict[str, Any] = {
     "data_cache_path": None,
     "data_path": None,
     "full_validation": False,
+    "multiple_validation_sets": False,
     "eval_micro_batch_size": None,
     "rampup_batch_size": None,
     "position_embedding_type": "learned_absolute",
@@ -35,11 +36,12 @@ QUIET: dict[str, Any] = {
     "openai_gelu": False,
 }
 CACHED: dict[str, Any] = {"data_cache_path": "caches"}
+SETS: dict[str, Any] = {"multiple_validation_sets": True}
 SERVED: list[dict[str, Any]] = [
     {"dataloader_fast_cache_load": True, **CACHED},
     {"dataloader_defer_npy_index_mmap": True, "data_path": ["some"], **CACHED},
-    {"full_validation": True, "eval_micro_batch_size": 4},
-    {"full_validation": True, "eval_micro_batch_size": 1, "tensor_model_parallel_size": 2},
+    {"full_validation": True, **SETS, "eval_micro_batch_size": 4},
+    {"full_validation": True, **SETS, "eval_micro_batch_size": 1, "tensor_model_parallel_size": 2},
     {"mtp_num_layers": 1},
     {"dataloader_type": "cyclic", "position_embedding_type": "yarn"},
 ]
@@ -56,8 +58,10 @@ ASKED: dict[str, dict[str, Any]] = {
     "--dataloader-type external": {"dataloader_type": "external"},
     "--dataloader-fast-cache-load": {"dataloader_fast_cache_load": True, "data_path": ["some"], **CACHED},
     "--dataloader-defer-npy-index-mmap": {"dataloader_defer_npy_index_mmap": True},
+    "--full-validation without --multiple-validation-sets": {"full_validation": True, "eval_micro_batch_size": 1},
     "--full-validation with --eval-micro-batch-size": {
         "full_validation": True,
+        **SETS,
         "eval_micro_batch_size": 2,
         "tensor_model_parallel_size": 2,
     },

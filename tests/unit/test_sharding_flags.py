@@ -1,5 +1,6 @@
 """The flags of PaRO: what they set among upstream's, what a group is by default, and what is refused and why."""
 
+import math
 import os
 import sys
 from argparse import Namespace
@@ -213,6 +214,8 @@ def test_what_is_served_is_let_through(values: dict[str, Any]) -> None:
         ({"paro": "GNG"}, "--paro GNG does not run: --paro GGG holds less"),
         ({"paro": "GIG"}, "--paro GIG does not run: --paro IIG gathers parameters inside a group alone"),
         ({"paro": "NIG", "paro_group_size": 0}, "--paro-group-size 0: give at least 1"),
+        ({"paro": "NIG", "paro_links": [math.nan, 1.0]}, "nan, 1.0]: give positive, finite speeds"),
+        ({"paro": "NIG", "paro_links": [1.0, math.inf]}, "1.0, inf]: give positive, finite speeds"),
         (
             {"paro": "NNG", "paro_group_size": 2, "paro_collectives": "flat"},
             "--paro-group-size 2: --paro NNG with --paro-collectives flat has no groups",

@@ -1,5 +1,6 @@
 """The flags of PaRO, and what its sharding cannot serve. Everything else about data parallelism is upstream's flags."""
 
+import math
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -237,8 +238,8 @@ def check_sharding_numbers(args: Namespace) -> None:
     links = getattr(args, "paro_links", None)
     if links is not None and (collectives or DEFAULT_COLLECTIVES) != "overlapped":
         raise ValueError(f"--paro-links {links}: --paro-collectives {collectives} does not ask for them; leave it out.")
-    if links is not None and min(links) <= 0:
-        raise ValueError(f"--paro-links {links}: give positive speeds, in GB/s.")
+    if links is not None and not all(0 < link < math.inf for link in links):
+        raise ValueError(f"--paro-links {links}: give positive, finite speeds, in GB/s.")
     if getattr(args, "yaml_cfg", None) is not None:
         raise ValueError("--paro with --yaml-cfg: upstream does not validate flags from a YAML file; give them here.")
 
