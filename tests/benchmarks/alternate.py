@@ -5,6 +5,7 @@ the background hits all of them alike. Upstream's schedule and ours are called b
 attention is the same flash operator for both, so that the schedule is all that differs.
 """
 
+import functools
 import gc
 import os
 import sys
@@ -94,6 +95,13 @@ class _Keeper:
         self.tensor = tensor
 
 
+def stored_bytes(runner: Any, kept: Kept) -> int:
+    """Return the bytes of segments' keys, values and their gradients that autograd does not keep as well."""
+    slots = [slot for chunk in runner.chunks for slot in chunk.store._slots.values()] if runner else []
+    storages = [x.untyped_storage() for slot in slots for part in (*slot.parts, *slot.grads.values()) for x in part]
+    return sum(storage.nbytes() for storage in storages if not kept.holders.get(storage.data_ptr()))
+
+
 @dataclass(frozen=True)
 class Job:
     """What the ranks are told.
@@ -165,7 +173,7 @@ class _Race:
         with ExitStack() as stack:
             if self.job.count_bytes:
                 self.kept = Kept(parameter for chunk in model for parameter in chunk.parameters())
-                self.kept.further = lambda: sum(chunk.store.bytes() for chunk in runner.chunks) if runner else 0
+                self.kept.further = functools.partial(stored_bytes, runner, self.kept)
                 stack.enter_context(self.kept.counting())
             start = time.perf_counter()
             if runner is None:

@@ -68,7 +68,7 @@ def store_bytes(notes: Notes) -> Iterator[None]:
     def call(original: Any, runner: Any, **named: Any) -> Any:
         result = original(runner, **named)
         stores = [chunk.store for chunk in runner.chunks]
-        totals = [(s.bytes(), s.allocated_bytes(), s.peak_bytes, s.peak_allocated_bytes) for s in stores]
+        totals = [(s.bytes(), s.peak_bytes) for s in stores]
         notes.append((named.get("forward_only", False), tuple(map(sum, zip(*totals, strict=True)))))
         return result
 

@@ -172,15 +172,15 @@ def segment_without_offset() -> Iterator[Planted]:
 @contextmanager
 def lost_prefix_gradient() -> Iterator[Planted]:
     """What later segments add to the gradients of earlier segments' keys and values is lost."""
-    from megatron.longseq.attention.prefix import _Collect
+    from megatron.longseq.attention.store import Slot
 
     planted = Planted()
 
-    def add(original: Any, self: Any, keys: Any, batch: Any, grads: Any) -> None:
+    def add(original: Any, self: Any, batch: Any, keys: Any, grads: Any) -> None:
         planted.times += 1
-        original(self, keys, batch, tuple(torch.zeros_like(grad) for grad in grads))
+        original(self, batch, keys, tuple(torch.zeros_like(grad) for grad in grads))
 
-    with wrapped(_Collect, "_add", add):
+    with wrapped(Slot, "add", add):
         yield planted
 
 

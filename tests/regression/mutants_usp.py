@@ -180,11 +180,11 @@ def lost_segment_gradient() -> Iterator[Planted]:
     def with_store(original: Any, call: Any, store: Any, *rest: Any) -> Any:
         rows = context._rows(call)
         slot = store.read(call.layer, rows)
-        before = None if slot.grads is None else slot.grads[0][: rows.begin].clone()
+        before = {index: grads[0].clone() for index, grads in slot.grads.items()}
         result = original(call, store, *rest)
-        if rows.begin:
+        for index, (total, *_) in slot.grads.items():
             planted.times += 1
-            slot.grads[0][: rows.begin] = 0 if before is None else before
+            total.copy_(before.get(index, torch.zeros_like(total)))
         return result
 
     with wrapped(context, "_with_store", with_store):

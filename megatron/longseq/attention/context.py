@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.longseq.attention.blocks import Documents
+from megatron.longseq.attention.blocks import Documents, Span
 from megatron.longseq.attention.heads import Heads, check_heads
 from megatron.longseq.attention.kernels.kernel import Kernel
 from megatron.longseq.attention.ring import Pair
 from megatron.longseq.attention.ringtiles import Mask
 from megatron.longseq.attention.segment import Segment
 from megatron.longseq.attention.spread import Share, Spread
-from megatron.longseq.attention.store import PrefixStore, alone, awaits_backward
+from megatron.longseq.attention.store import Collect, PrefixStore, alone, awaits_backward
 from megatron.longseq.attention.ulysses import Ulysses
 
 
@@ -160,8 +160,8 @@ def _keys(kv: Pair, call: Call) -> Pair:
     if call.store is None:
         return keys
     rows = _rows(call)
-    whole = call.store.write(call.layer, rows, *keys).tensors
-    return whole[0][: rows.end], whole[1][: rows.end]
+    whole = call.store.write(call.layer, rows, *keys).seen(rows)
+    return whole[0], whole[1]
 
 
 def _rows(call: Call) -> Segment:
@@ -211,23 +211,20 @@ def _without_store(call: Call, saved: list[Tensor], grad_out: Tensor) -> tuple[T
     """Return dq and the gradients of keys and values; empties what was saved."""
     heads, out, lse, k, v = saved
     saved.clear()
-    return call.share.backward((heads, call.share.collect((k, v)), out, lse), grad_out, None)
+    return call.share.backward((heads, call.share.collect((k, v)), out, lse), grad_out)
 
 
 def _with_store(call: Call, store: PrefixStore, saved: list[Tensor], grad_out: Tensor) -> tuple[Tensor, Pair]:
     """Leave earlier segments their gradients in the store; return dq and the gradients of the segment's own rows."""
     rows = _rows(call)
     slot = store.read(call.layer, rows)
-    if rows.is_last:
-        store.open_grads(slot, rows.total)
-        assert slot.grads is not None
-        for grad in slot.grads:
-            grad.zero_()
-    assert slot.grads is not None, "the last segment's backward opened them"
     q, out, lse = saved
     saved.clear()
-    k, v, dk, dv = (x[: rows.end] for x in (*slot.tensors, *slot.grads))
-    dq, _ = call.share.backward((q, (k, v), out, lse), grad_out, (dk, dv))
-    own = dk[rows.begin :].clone(), dv[rows.begin :].clone()
+    k, v = slot.seen(rows)
+    dq, (dk, dv) = call.share.backward((q, (k, v), out, lse), grad_out)
+    collect = Collect(slot, rows)
+    collect(Span(0, dk.shape[1]), Span(0, rows.end), dk, dv)
+    own_k, own_v = collect.own()
+    store.count(slot)
     store.close(call.layer, rows)
-    return dq, own
+    return dq, (own_k, own_v)

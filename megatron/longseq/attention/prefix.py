@@ -1,8 +1,9 @@
 """Attention of one segment of a sequence to its own keys and to those of the segments before it.
 
-Per segment, autograd keeps q, out and lse; keys and values stand once in the store's buffers. Backward adds what
-earlier segments' keys and values get into accumulators, in float32, and returns the segment's own gradient together
-with what later segments left for it. A forward that runs again in backward (recomputation) writes the same slot again.
+Per segment, autograd keeps q, out and lse; keys and values stand once in the store. While a layer attends, those of all
+segments up to this one lie side by side, for the kernel. Backward adds what earlier segments' keys and values get into
+accumulators, in float32, and returns the segment's own gradient together with what later segments left for it. A
+forward that runs again in backward (recomputation) finds its keys and values in the store.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,9 +17,8 @@ from torch import Tensor
 from megatron.longseq.attention.attend import attend, attend_backward
 from megatron.longseq.attention.blocks import Documents, Span, Tile, plan_causal
 from megatron.longseq.attention.kernels.kernel import Kernel
-from megatron.longseq.attention.merge import accumulation
 from megatron.longseq.attention.segment import Segment
-from megatron.longseq.attention.store import PrefixStore, Slot, alone, awaits_backward
+from megatron.longseq.attention.store import Collect, PrefixStore, alone, awaits_backward
 
 Fork = Callable[[], AbstractContextManager[Any]]
 
@@ -93,7 +93,8 @@ class PrefixAttention(torch.autograd.Function):
         ctx.call = call
         with call.fork() if call.kernel.dropout else nullcontext():
             ctx.generator = _generator_state(q) if call.kernel.dropout else None
-            out, lse = attend(call.kernel, q, *slot.tensors, call.tiles, call.scale)
+            k, v = slot.seen(call.segment)
+            out, lse = attend(call.kernel, q, k, v, call.tiles, call.scale)
         if call.segment.forward_only:
             call.store.close(call.layer, call.segment)
         else:
@@ -107,64 +108,15 @@ class PrefixAttention(torch.autograd.Function):
         call: _Call = ctx.call
         q, out, lse = ctx.saved_tensors
         slot = call.store.read(call.layer, call.segment)
-        if call.segment.is_last:
-            call.store.open_grads(slot, call.segment.begin)
-        collect = _Collect(slot, call.segment)
+        collect = Collect(slot, call.segment)
         with _replayed(q, ctx.generator):
-            saved = (q, *slot.tensors, out, lse)
-            dq = attend_backward(call.kernel, saved, grad.view_as(out), call.tiles, call.scale, collect)
+            k, v = slot.seen(call.segment)
+            dq = attend_backward(call.kernel, (q, k, v, out, lse), grad.view_as(out), call.tiles, call.scale, collect)
         assert dq is not None, "a segment has rows"
-        dk, dv = collect.own(0), collect.own(1)
+        dk, dv = collect.own()
+        call.store.count(slot)
         call.store.close(call.layer, call.segment)
-        return dq, dk, dv, None
-
-
-class _Collect:
-    """Sums blocks' dk and dv: those of earlier segments in the slot's accumulators, the segment's own aside."""
-
-    def __init__(self, slot: Slot, segment: Segment) -> None:
-        self._slot, self._segment = slot, segment
-        self._parts: list[tuple[slice, slice, tuple[Tensor, Tensor]]] = []
-
-    def __call__(self, batch: Span, keys: Span, dk: Tensor, dv: Tensor) -> None:
-        border = self._segment.begin
-        before = max(0, min(border, keys.end) - keys.begin)
-        if before:
-            self._add(Span(keys.begin, keys.begin + before), batch, (dk[:before], dv[:before]))
-        if before < keys.size:
-            rows = slice(keys.begin + before - border, keys.end - border)
-            self._parts.append((rows, batch.slice(), (dk[before:], dv[before:])))
-
-    def _add(self, keys: Span, batch: Span, grads: tuple[Tensor, Tensor]) -> None:
-        slot = self._slot
-        assert slot.grads is not None, "a segment with keys before it is not the only one"
-        for total, grad in zip(slot.grads, grads, strict=True):
-            if slot.untouched and grad.shape == total.shape:
-                total.copy_(grad)
-                continue
-            if slot.untouched:
-                total.zero_()
-            total[keys.slice(), batch.slice()].add_(grad)
-        slot.untouched = False
-
-    def own(self, which: int) -> Tensor:
-        """Return the segment's own dk (0) or dv (1): its blocks' and what later segments left, cast once."""
-        slot, segment = self._slot, self._segment
-        like = slot.tensors[which]
-        left = None
-        if not segment.is_last and slot.grads is not None:
-            if slot.untouched:
-                slot.grads[0].zero_(), slot.grads[1].zero_()
-                slot.untouched = False
-            left = slot.grads[which][segment.begin : segment.end]
-        whole = (segment.tokens, *like.shape[1:])
-        if len(self._parts) == 1 and self._parts[0][2][which].shape == whole:
-            part = self._parts[0][2][which]
-            return alone(part) if left is None else torch.add(left, part).to(like.dtype)
-        total = left if left is not None else torch.zeros(whole, dtype=accumulation(like.dtype), device=like.device)
-        for rows, batch, parts in self._parts:
-            total[rows, batch].add_(parts[which])
-        return total.to(like.dtype, copy=left is not None)
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None
 
 
 def _generator_state(q: Tensor) -> Tensor:

@@ -75,7 +75,6 @@ def ring_backward(
     steps: Sequence[Step],
     lanes: RingLanes,
     scale: float,
-    home: Pair | None = None,
 ) -> tuple[Tensor, Pair]:
     """Return (dq [n, b, hq, d] in q's type, the gradients of `own` in the accumulation type).
 
@@ -86,17 +85,16 @@ def ring_backward(
         steps: those of the forward.
         lanes: to the other ranks.
         scale: factor of the scores.
-        home: gradients that `own` has already, in the accumulation type: added to, in place, and returned.
     """
     q, own, out, lse = saved
     if _is_alone(steps):
-        total = Total(own[0], steps[0].summed, steps[0].held, home)
+        total = Total(own[0], steps[0].summed, steps[0].held)
         whole = attend_backward(kernel, (q, *own, out, lse), grad_out, steps[0].begun, scale, total.add)
         assert whole is not None, "a rank has its own keys"
         return whole, total.close()
     dq: Tensor | None = None
     post = _Post(lanes.grads, lanes.far_grads)
-    mine = Total(own[0], steps[0].summed, steps[0].held, home)
+    mine = Total(own[0], steps[0].summed, steps[0].held)
     for index, step, held in _keys_round(own, steps, lanes):
         total = Total(own[0], step.summed, step.held) if index else mine
         tiles = (*step.begun, *step.added)
@@ -209,12 +207,11 @@ class Total:
         like: keys, [..., b, hk, d]: gives shape, type and device.
         summed: which of the source's rows.
         held: rows of the source that the blocks' keys count through.
-        home: holds a part of the sum already, and is added to; None: nothing yet.
     """
 
-    def __init__(self, like: Tensor, summed: Spans, held: Spans, home: Pair | None = None) -> None:
+    def __init__(self, like: Tensor, summed: Spans, held: Spans) -> None:
         self._like, self._summed, self._held = like, summed, held
-        self._sum = home
+        self._sum: Pair | None = None
 
     def add(self, batch: Span, keys: Span, dk: Tensor, dv: Tensor) -> None:
         """Add a block's gradients; `keys` counts through what is held. They may become the sum, and change later."""

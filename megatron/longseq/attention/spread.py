@@ -82,8 +82,8 @@ class Share(Protocol):
         """Return (out, lse); `keys`: what was collected up to this segment's end."""
         ...
 
-    def backward(self, saved: Saved, grad_out: Tensor, home: Pair | None) -> tuple[Tensor, Pair]:
-        """Return dq and the gradients of `keys`, in the accumulation type and added to `home`, in place, if given."""
+    def backward(self, saved: Saved, grad_out: Tensor) -> tuple[Tensor, Pair]:
+        """Return dq and the gradients of `keys`, in the accumulation type."""
         ...
 
     def distribute(self, grads: Pair) -> Pair:
@@ -109,9 +109,9 @@ class RingShare:
         """See `Share.forward`."""
         return ring_forward(self.kernel, q, keys, self.steps, self.lanes, self.scale)
 
-    def backward(self, saved: Saved, grad_out: Tensor, home: Pair | None) -> tuple[Tensor, Pair]:
+    def backward(self, saved: Saved, grad_out: Tensor) -> tuple[Tensor, Pair]:
         """See `Share.backward`."""
-        return ring_backward(self.kernel, saved, grad_out, self.steps, self.lanes, self.scale, home)
+        return ring_backward(self.kernel, saved, grad_out, self.steps, self.lanes, self.scale)
 
     def distribute(self, grads: Pair) -> Pair:
         """See `Share.distribute`: they have come home already."""
@@ -146,11 +146,11 @@ class GatheredShare:
         """See `Share.forward`."""
         return attend(self.kernel, q, *keys, self.tiles, self.scale)
 
-    def backward(self, saved: Saved, grad_out: Tensor, home: Pair | None) -> tuple[Tensor, Pair]:
+    def backward(self, saved: Saved, grad_out: Tensor) -> tuple[Tensor, Pair]:
         """See `Share.backward`."""
         q, keys, out, lse = saved
         everything = (Span(0, keys[0].shape[0]),)
-        total = Total(keys[0], everything, everything, home)
+        total = Total(keys[0], everything, everything)
         dq = attend_backward(self.kernel, (q, *keys, out, lse), grad_out, self.tiles, self.scale, total.add)
         assert dq is not None, "a segment has rows"
         return dq, total.close()

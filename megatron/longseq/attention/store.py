@@ -1,50 +1,23 @@
-"""Keys and values of earlier segments, and the gradients that later segments leave them, on one pipeline stage."""
+"""Keys and values of earlier segments, and the gradients that later segments leave them, on one pipeline stage.
 
-from collections import defaultdict
+Each segment's lie in tensors of their own: they come with its forward and go with its backward, and so do the
+gradients. There is no pool: memory that a segment gives back serves whatever is allocated next, of any layer, virtual
+stage, training or evaluation.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from megatron.longseq.attention.blocks import Span
 from megatron.longseq.attention.merge import accumulation
 from megatron.longseq.attention.segment import Segment
-
-_Kind = tuple[torch.Size, torch.dtype, torch.device]
 
 
 class PrefixOrderError(RuntimeError):
     """A segment came out of order, or without being announced."""
-
-
-class Pool:
-    """Buffers that are given back and taken again: no allocation once every shape has been seen."""
-
-    def __init__(self) -> None:
-        self._free: dict[_Kind, list[Tensor]] = defaultdict(list)
-        self.used_bytes = 0
-        self.free_bytes = 0
-
-    def take(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return a buffer with any content."""
-        free = self._free[shape, dtype, device]
-        if free:
-            buffer = free.pop()
-            self.free_bytes -= buffer.nbytes
-        else:
-            buffer = torch.empty(shape, dtype=dtype, device=device)
-        self.used_bytes += buffer.nbytes
-        return buffer
-
-    def give(self, buffer: Tensor) -> None:
-        """Take a buffer back."""
-        self._free[buffer.shape, buffer.dtype, buffer.device].append(buffer)
-        self.used_bytes -= buffer.nbytes
-        self.free_bytes += buffer.nbytes
-
-    def trim(self) -> None:
-        """Let go of the buffers that nobody uses."""
-        self._free.clear()
-        self.free_bytes = 0
 
 
 @dataclass(slots=True)
@@ -53,26 +26,96 @@ class Slot:
 
     Attributes:
         lengths: rows of every segment.
-        tensors: [N, ...], written up to the end of segment `written` - 1: keys and values, apart or together.
-        written: segments whose forward has run.
+        parts: of every segment that was written and whose backward is to come, its keys and values [n, ...].
         left: segments whose backward is to come.
-        grads: of every tensor's first rows, in the accumulation type, from the last segment's backward on.
-        untouched: nothing was added to `grads` yet, their content is arbitrary.
+        grads: by segment, the sum of what later segments left it, in the accumulation type.
+        written: segments whose forward has run.
+        counted: bytes that the store has counted of it.
     """
 
     lengths: tuple[int, ...]
-    tensors: tuple[Tensor, ...]
-    written: int = 0
+    parts: list[tuple[Tensor, ...]] = field(default_factory=list)
     left: int = field(init=False)
-    grads: tuple[Tensor, ...] | None = None
-    untouched: bool = True
+    grads: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    written: int = 0
+    counted: int = 0
 
     def __post_init__(self) -> None:
         self.left = len(self.lengths)
 
-    def buffers(self) -> tuple[Tensor, ...]:
-        """Return every buffer of the slot."""
-        return (*self.tensors, *(self.grads or ()))
+    def seen(self, segment: Segment) -> tuple[Tensor, ...]:
+        """Return all keys and values up to a segment's end, each as one tensor: a copy, unless there is one part."""
+        parts = self.parts[: segment.index + 1]
+        return parts[0] if len(parts) == 1 else tuple(torch.cat(rows) for rows in zip(*parts, strict=True))
+
+    def add(self, batch: Span, keys: Span, grads: Sequence[Tensor]) -> None:
+        """Add gradients of some sequences' keys (and values) to what their segments are left."""
+        begin = 0
+        for index, length in enumerate(self.lengths):
+            rows = Span(max(keys.begin, begin) - begin, min(keys.end, begin + length) - begin)
+            if rows.size > 0:
+                first = begin + rows.begin - keys.begin
+                self._add(index, batch, rows, [grad[first : first + rows.size] for grad in grads])
+            begin += length
+
+    def _add(self, index: int, batch: Span, rows: Span, grads: Sequence[Tensor]) -> None:
+        if index not in self.grads:
+            part = self.parts[index]
+            totals = tuple(torch.empty_like(x, dtype=accumulation(x.dtype)) for x in part)
+            self.grads[index] = totals
+            if all(total.shape == grad.shape for total, grad in zip(totals, grads, strict=True)):
+                for total, grad in zip(totals, grads, strict=True):
+                    total.copy_(grad)
+                return
+            for total in totals:
+                total.zero_()
+        for total, grad in zip(self.grads[index], grads, strict=True):
+            total[rows.slice(), batch.slice()].add_(grad)
+
+    def bytes(self) -> int:
+        """Return what its tensors take."""
+        held = (*self.parts, *self.grads.values())
+        return sum(x.nbytes for tensors in held for x in tensors)
+
+
+class Collect:
+    """Sums a segment's dk and dv over its blocks: those of earlier segments in the slot, the segment's own aside."""
+
+    def __init__(self, slot: Slot, segment: Segment) -> None:
+        self._slot, self._segment = slot, segment
+        self._own: tuple[Tensor, ...] | None = slot.grads.get(segment.index)
+
+    def __call__(self, batch: Span, keys: Span, dk: Tensor, dv: Tensor) -> None:
+        """Take a block's gradients [keys, sequences, ...]."""
+        border = self._segment.begin
+        before = max(0, min(border, keys.end) - keys.begin)
+        if before:
+            self._slot.add(batch, Span(keys.begin, keys.begin + before), (dk[:before], dv[:before]))
+        if before < keys.size:
+            rows = Span(keys.begin + before - border, keys.end - border)
+            self._add_own(batch, rows, (dk[before:], dv[before:]))
+
+    def own(self) -> tuple[Tensor, ...]:
+        """Return the segment's own dk and dv: its blocks' and what later segments left, not rounded yet."""
+        if self._own is None:
+            self._own = self._zeros()
+        return self._own
+
+    def _add_own(self, batch: Span, rows: Span, grads: tuple[Tensor, ...]) -> None:
+        part = self._slot.parts[self._segment.index]
+        if self._own is None and all(x.shape == grad.shape for x, grad in zip(part, grads, strict=True)):
+            self._own = tuple(alone(grad) for grad in grads)  # added to further, it is taken over below
+            return
+        if self._own is None:
+            self._own = self._zeros()
+        wide = tuple(x if x.dtype == accumulation(x.dtype) else x.to(accumulation(x.dtype)) for x in self._own)
+        for total, grad in zip(wide, grads, strict=True):
+            total[rows.slice(), batch.slice()].add_(grad)
+        self._own = wide
+
+    def _zeros(self) -> tuple[Tensor, ...]:
+        part = self._slot.parts[self._segment.index]
+        return tuple(torch.zeros_like(x, dtype=accumulation(x.dtype)) for x in part)
 
 
 class PrefixStore:
@@ -84,15 +127,13 @@ class PrefixStore:
             which recomputation runs forwards again; autograd may run them in threads of its own, so it is a plain
             attribute.
         peak_bytes: most bytes ever held in slots at once.
-        peak_allocated_bytes: most bytes ever held in slots and in the pool behind them.
     """
 
     def __init__(self) -> None:
         self.current: Segment | None = None
         self.peak_bytes = 0
-        self.peak_allocated_bytes = 0
         self._slots: dict[tuple[int, int], Slot] = {}
-        self._pool = Pool()
+        self._bytes = 0
 
     def announced(self, layer: int) -> Segment:
         """Return the current segment.
@@ -114,20 +155,22 @@ class PrefixStore:
             PrefixOrderError: not this segment's turn.
             ValueError: shapes that do not fit the segment or the micro-batch.
         """
-        slot = self._slots.get((layer, segment.microbatch)) or self._open(layer, segment, tensors)
+        slot = self._slots.get((layer, segment.microbatch)) or self._open(layer, segment)
         recomputed = slot.written == segment.count and segment.index == slot.left - 1 and not segment.forward_only
         if segment.lengths != slot.lengths or not (segment.index == slot.written or recomputed):
             raise PrefixOrderError(f"layer {layer}, {segment}: forward out of order; {_state(slot)}")
-        here = slice(segment.begin, segment.end)
-        for buffer, new in zip(slot.tensors, tensors, strict=True):
-            if new.shape != buffer[here].shape or new.dtype != buffer.dtype:
+        like = slot.parts[0] if slot.parts else tensors
+        for first, new in zip(like, tensors, strict=True):
+            expected = (segment.tokens, *first.shape[1:])
+            if new.shape != expected or new.dtype != first.dtype:
                 raise ValueError(
                     f"layer {layer}, {segment}: keys or values are {new.dtype} {tuple(new.shape)}, expected "
-                    f"{buffer.dtype} {tuple(buffer[here].shape)}: {segment.tokens} tokens of the segment's "
-                    f"{segment.lengths}"
+                    f"{first.dtype} {expected}: {segment.tokens} tokens of the segment's {segment.lengths}"
                 )
-            buffer[here].copy_(new)
-        slot.written = max(slot.written, segment.index + 1)
+        if not recomputed:
+            slot.parts.append(tuple(alone(x.detach()).contiguous() for x in tensors))
+            slot.written += 1
+            self.count(slot)
         return slot
 
     def read(self, layer: int, segment: Segment) -> Slot:
@@ -146,20 +189,25 @@ class PrefixStore:
             raise PrefixOrderError(f"layer {layer}, {segment}: backward out of order; {_state(slot)}")
         return slot
 
-    def open_grads(self, slot: Slot, rows: int) -> None:
-        """Take the accumulators of the first rows' gradients."""
-        if rows:
-            slot.grads = tuple(
-                self._pool.take(torch.Size((rows, *x.shape[1:])), accumulation(x.dtype), x.device) for x in slot.tensors
-            )
-            self._count()
-
     def close(self, layer: int, segment: Segment) -> None:
-        """Count a backward as done (in a forward-only pass a forward); free the slot after the last."""
+        """Count a backward as done and free the segment's part (in a forward-only pass, count a forward, and free all
+        after the last).
+        """
         slot = self._slots[layer, segment.microbatch]
         slot.left -= 1
+        if not segment.forward_only:
+            del slot.parts[segment.index]
+            slot.grads.pop(segment.index, None)
+        self.count(slot)
         if slot.left == 0:
             self._free(layer, segment.microbatch)
+
+    def count(self, slot: Slot) -> None:
+        """Count what a slot holds now."""
+        held = slot.bytes()
+        self._bytes += held - slot.counted
+        slot.counted = held
+        self.peak_bytes = max(self.peak_bytes, self._bytes)
 
     def leave(self, microbatch: int) -> None:
         """Free what no backward has asked for, when a micro-batch is done: layers whose output needed no gradient."""
@@ -170,19 +218,11 @@ class PrefixStore:
 
     def bytes(self) -> int:
         """Return the bytes held in slots."""
-        return self._pool.used_bytes
-
-    def allocated_bytes(self) -> int:
-        """Return the bytes held in slots and kept for the next ones."""
-        return self._pool.used_bytes + self._pool.free_bytes
+        return self._bytes
 
     def reset_peak(self) -> None:
-        """Count peaks from now on."""
-        self.peak_bytes, self.peak_allocated_bytes = self.bytes(), self.allocated_bytes()
-
-    def trim(self) -> None:
-        """Let go of the buffers that no slot uses."""
-        self._pool.trim()
+        """Count the peak from now on."""
+        self.peak_bytes = self.bytes()
 
     def assert_empty(self) -> None:
         """Check, at the end of a step, that every segment came back.
@@ -201,21 +241,14 @@ class PrefixStore:
             self._free(layer, microbatch)
         self.current = None
 
-    def _open(self, layer: int, segment: Segment, tensors: tuple[Tensor, ...]) -> Slot:
+    def _open(self, layer: int, segment: Segment) -> Slot:
         if segment.index:
             raise PrefixOrderError(f"layer {layer}, {segment}: forward, but segment 0 of this micro-batch never came")
-        whole = tuple(self._pool.take(torch.Size((segment.total, *x.shape[1:])), x.dtype, x.device) for x in tensors)
-        slot = self._slots[layer, segment.microbatch] = Slot(segment.lengths, whole)
-        self._count()
+        slot = self._slots[layer, segment.microbatch] = Slot(segment.lengths)
         return slot
 
     def _free(self, layer: int, microbatch: int) -> None:
-        for buffer in self._slots.pop((layer, microbatch)).buffers():
-            self._pool.give(buffer)
-
-    def _count(self) -> None:
-        self.peak_bytes = max(self.peak_bytes, self.bytes())
-        self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes())
+        self._bytes -= self._slots.pop((layer, microbatch)).counted
 
 
 def awaits_backward(*inputs: Tensor) -> bool:

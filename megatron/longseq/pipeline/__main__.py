@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron.longseq.pipeline import page
 from megatron.longseq.pipeline.compare import Cluster, Result, Setup, attempt, layer_samples, replay, run, table, usual
 from megatron.longseq.pipeline.cost import CostModel, ModelShape, fit, flops, read_samples, seconds, write_samples
+from megatron.longseq.pipeline.memory import METHODS, Recompute
 from megatron.longseq.pipeline.paper import markdown
 from megatron.longseq.pipeline.timeline import Timeline
 from megatron.longseq.pipeline.trace import read_measured, write_trace
@@ -72,6 +73,13 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tensor-model-parallel-size", type=int, default=1)
     group.add_argument("--sequence-parallel", action="store_true", help="lengths are multiples of the size above")
     group.add_argument("--latency", type=float, default=0.0, help="seconds of a message between stages (default 0)")
+    group.add_argument(
+        "--recompute-granularity",
+        choices=("full", "selective"),
+        help="upstream's flag: what backward computes again, for the column of bytes kept (its time is not counted)",
+    )
+    group.add_argument("--recompute-method", choices=METHODS, default="uniform", help="upstream's, with full")
+    group.add_argument("--recompute-num-layers", type=int, default=1, help="upstream's, with full (default 1)")
     group.add_argument("--device-tflops", type=float, default=150.0, help="assumed speed of a device (default 150)")
     group.add_argument(
         "--layer-seconds",
@@ -160,7 +168,8 @@ def _setup(args: argparse.Namespace) -> Setup:
 
 def _cluster(args: argparse.Namespace) -> Cluster:
     multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
-    return Cluster(args.stages, args.microbatches, multiple, args.latency)
+    recompute = Recompute(args.recompute_granularity, args.recompute_method, args.recompute_num_layers)
+    return Cluster(args.stages, args.microbatches, multiple, args.latency, recompute)
 
 
 def _model(args: argparse.Namespace) -> CostModel:

@@ -1,12 +1,13 @@
 """Schedules of one model side by side: bubble, step time and memory; and a measured step against its simulation."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from statistics import median
 
 from megatron.longseq.pipeline.action import Kind, Pipeline, Schedule
 from megatron.longseq.pipeline.cost import CostModel, Sample, segment_costs
+from megatron.longseq.pipeline.memory import Recompute, head_bytes, kept, peak_bytes
 from megatron.longseq.pipeline.orders import make
 from megatron.longseq.pipeline.partition import Partition, paper_partition, parse
 from megatron.longseq.pipeline.proof import prove
@@ -48,12 +49,14 @@ class Cluster:
         microbatches: micro-batches per step M.
         multiple: every segment's length is a multiple of it: the tensor-parallel size under sequence parallelism.
         latency: seconds of a message between stages.
+        recompute: activations that backward computes again.
     """
 
     stages: int
     microbatches: int
     multiple: int = 1
     latency: float = 0.0
+    recompute: Recompute = field(default_factory=Recompute)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,7 @@ class Result:
         sequences: activations alive on the fullest rank at its worst moment, in units of one sequence's activations of
             one rank's layers. A segment counts from its forward to its backward; where weight gradients are actions of
             their own, to that action (then it is an upper bound: attention's part is free before).
+        kept: bytes kept for backward on the fullest rank, of bf16 (see `memory`).
         floor: the bubble that no order can remove, because the last stage has the head on top: 1 - mean / slowest rank.
     """
 
@@ -74,6 +78,7 @@ class Result:
     partition: Partition
     timeline: Timeline
     sequences: float
+    kept: float
     floor: float
 
 
@@ -93,7 +98,15 @@ def run(setup: Setup, model: CostModel, cluster: Cluster) -> Result:
     timeline = replace(simulate(schedule, costs, cluster.latency), name=str(setup))
     busy = [sum(span.end - span.start for span in spans) for spans in timeline.spans]
     floor = 1 - sum(busy) / len(busy) / max(busy)
-    return Result(setup, partition, timeline, max(prove(schedule).peak_live(partition.lengths)), floor)
+    sequences = max(prove(schedule).peak_live(partition.lengths))
+    return Result(setup, partition, timeline, sequences, _kept(schedule, model, cluster, partition), floor)
+
+
+def _kept(schedule: Schedule, model: CostModel, cluster: Cluster, partition: Partition) -> float:
+    depth, in_segments = schedule.pipeline.depth, schedule.pipeline.segments > 1
+    layers = model.shape.num_layers // depth
+    stage = kept(model.shape, layers, cluster.recompute, in_segments=in_segments)
+    return max(peak_bytes(schedule, partition.lengths, [stage] * depth, head_bytes(model.shape)))
 
 
 def usual(setup: Setup) -> list[Setup]:
@@ -120,11 +133,14 @@ def attempt(setups: Iterable[Setup], model: CostModel, cluster: Cluster) -> list
 
 
 def table(results: Sequence[Result | str]) -> str:
-    """Return a markdown table; throughput is relative to the first set-up. Reasons of the impossible follow below."""
+    """Return a markdown table; throughput and bytes kept for backward are relative to the first set-up's.
+
+    Reasons of the impossible follow below.
+    """
     done = [result for result in results if isinstance(result, Result)]
     lines = [
-        "| schedule | bubble | step (s) | throughput | sequences | segments (tokens) |",
-        "|---|--:|--:|--:|--:|---|",
+        "| schedule | bubble | step (s) | throughput | sequences | segments (tokens) | bytes kept |",
+        "|---|--:|--:|--:|--:|---|--:|",
     ]
     for result in done:
         timeline = result.timeline
@@ -135,6 +151,7 @@ def table(results: Sequence[Result | str]) -> str:
             f"{done[0].timeline.makespan / timeline.makespan:.3f}x",
             f"{result.sequences:.2f}",
             ", ".join(map(str, result.partition.lengths)),
+            f"{result.kept / done[0].kept:.2f}x",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     if done and done[0].floor >= 0.0005:
