@@ -3,7 +3,6 @@
 import ast
 import importlib.metadata
 import json
-import resource
 import sys
 from pathlib import Path
 
@@ -70,9 +69,6 @@ def test_who_takes_part():
         ("one process", 1),
         ("two processes, half the heads each", 2),
     ]
-
-
-PAGE = resource.getpagesize()
 
 
 def canned(contestant, cpu, seconds=(1.0, 1.0), peak=100, error=1e-6, size=SIZE):
@@ -189,8 +185,9 @@ def test_peak_sees_memory_that_is_gone_again():
         peak = Peak()
         found = parts()
         del found
-        # Of each part all but the pages at its ends, which it may share; and less than one part of other memory.
-        assert 12 * (2**21 - 2 * PAGE) <= peak.bytes() < 13 * 2**21
+        # To one part: pages at ends are shared, and each CPU counts some on its own (twice the number of CPUs, at least
+        # 32) before the kernel's counter has them.
+        assert 11 * 2**21 < peak.bytes() < 13 * 2**21
         del last
 
 
