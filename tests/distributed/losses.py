@@ -135,7 +135,8 @@ def logits() -> Iterator[Planted]:
     from megatron.longseq import gpt
 
     def forward_step(_: Any, data: Any, model: torch.nn.Module) -> Any:
-        batch = gpt.get_batch(data, get_attr_wrapped_model(model, "vp_stage"))
+        size = gpt.get_args().micro_batch_size
+        batch = gpt.get_batch(data, get_attr_wrapped_model(model, "vp_stage"), size)
         tokens, positions, mask, labels = (
             batch.get(name) for name in ("tokens", "position_ids", "attention_mask", "labels")
         )
