@@ -8,7 +8,8 @@ from typing import Any
 
 def is_early(args: Namespace) -> bool:
     """Whether --log-params-norm would read parameters that are not gathered yet; in bf16 it reads main parameters."""
-    return bool(args.log_params_norm and args.overlap_param_gather and not args.bf16)
+    early = getattr(args, "log_params_norm", False) and getattr(args, "overlap_param_gather", False)
+    return bool(early and not args.bf16)
 
 
 def of_gathered(original: Callable[..., float]) -> Callable[..., float]:

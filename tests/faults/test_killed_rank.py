@@ -78,11 +78,13 @@ def test_killed_rank_is_named_and_the_run_resumes(tmp_path: Path, tell: Callable
     assert re.search(rf"rank 1 \(host \S+, pid {victim.pid}\) died of signal 9 \(SIGKILL\)", said), said[-3000:]
     left = [pid for pid in everyone if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
     assert not left and not ranks_of(disturbed)
-    assert (disturbed / "checkpoints/latest_checkpointed_iteration.txt").read_text() == str(SAVED)
+    # On a busy machine the kill may come one checkpoint later.
+    saved = int((disturbed / "checkpoints/latest_checkpointed_iteration.txt").read_text())
+    assert saved % SAVED == 0 and 0 < saved < STEPS
 
     resumed, _ = (process := launch(disturbed)).communicate(timeout=240)
     assert process.returncode == 0, resumed[-3000:]
-    assert f"at iteration {SAVED}" in resumed
+    assert f"at iteration {saved}" in resumed
     expected, got = loss_curve.read(undisturbed / "tb").train, loss_curve.read(disturbed / "tb").train
     assert [step for step, _ in got] == list(range(1, STEPS + 1))
     assert got == expected
