@@ -2,7 +2,7 @@
 
 import gc
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,6 +41,37 @@ def few_matrices() -> Iterator[Planted]:
 def norms() -> Iterator[Planted]:
     """Train the norms alone."""
     with _frozen_when_built(NORMS) as planted:
+        yield planted
+
+
+@contextmanager
+def first_tokens() -> Iterator[Planted]:
+    """Train the embedding of the first 20 tokens of every sequence alone, as a prompt would be trained."""
+    with _embedded(lambda positions: positions < 20) as planted:
+        yield planted
+
+
+@contextmanager
+def last_tokens() -> Iterator[Planted]:
+    """Train the embedding of the last 4 tokens of every sequence alone."""
+    with _embedded(lambda positions: positions >= 60) as planted:
+        yield planted
+
+
+@contextmanager
+def _embedded(trained: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[Planted]:
+    """Where none of a segment's positions is trained, its embedding needs no gradient."""
+    from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+
+    planted = Planted()
+
+    def forward(original: Any, embedding: Any, input_ids: Any, position_ids: Any, *rest: Any, **named: Any) -> Any:
+        output = original(embedding, input_ids, position_ids, *rest, **named)
+        rows = trained(position_ids[0])[:, None, None]
+        planted.times += 1
+        return torch.where(rows, output, output.detach()) if rows.any() else output.detach()
+
+    with _frozen_when_built(r"word_embeddings"), wrapped(LanguageModelEmbedding, "forward", forward):
         yield planted
 
 

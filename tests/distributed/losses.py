@@ -131,11 +131,13 @@ def _forward_step(step: Callable[..., Any], loss: AbstractContextManager[Planted
 def logits() -> Iterator[Planted]:
     """The script asks the model for logits, not for losses."""
     from megatron.core.utils import get_attr_wrapped_model
+    from megatron.training import get_args
 
     from megatron.longseq import gpt
 
     def forward_step(_: Any, data: Any, model: torch.nn.Module) -> Any:
-        size = gpt.get_args().micro_batch_size
+        args = get_args()
+        size = args.micro_batch_size if model.training else args.eval_micro_batch_size
         batch = gpt.get_batch(data, get_attr_wrapped_model(model, "vp_stage"), size)
         tokens, positions, mask, labels = (
             batch.get(name) for name in ("tokens", "position_ids", "attention_mask", "labels")

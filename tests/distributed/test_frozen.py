@@ -31,6 +31,12 @@ CASES = {
     "K 2, few matrices, full recompute": (2, "few_matrices", f"{PP2} {FULL} --seq1f1b-splits 2"),
     "K 3, V 2, norms": (2, "norms", f"{PP2} {VPP} --seq1f1b-splits 3"),
     "K 2, zero bubble": (2, "upper_half", f"{PP2} --seq1f1b-splits 2 --zero-bubble"),
+    "K 2, the first tokens alone": (1, "first_tokens", "--seq1f1b-splits 2"),
+    "K 3, the first tokens alone, PP 2, zero bubble": (2, "first_tokens", f"{PP2} --seq1f1b-splits 3 --zero-bubble"),
+    "K 2, the first tokens alone, CP 2, full recompute": (2, "first_tokens", f"{CP2} {FULL} --seq1f1b-splits 2"),
+    "K 3, the last tokens alone, full recompute": (1, "last_tokens", f"{FULL} --seq1f1b-splits 3"),
+    "K 2, the last tokens alone, PP 2, V 2": (2, "last_tokens", f"{PP2} {VPP} --seq1f1b-splits 2"),
+    "K 3, the last tokens alone, selective recompute": (1, "last_tokens", f"{SELECTIVE} --seq1f1b-splits 3"),
     "K 2, without autograd": (1, "lower_half_without_autograd", "--seq1f1b-splits 2"),
     "whole sequences, few matrices, full recompute": (2, "few_matrices", f"{PP2} {FULL}"),
     "whole sequences, few matrices, groups of layers": (1, "few_matrices", GROUPS),
@@ -41,6 +47,8 @@ QUICK = {
     "K 3, the first stage frozen, full recompute",
     "K 2, stages in the middle frozen",
     "K 2, few matrices, full recompute",
+    "K 2, the first tokens alone",
+    "K 3, the last tokens alone, full recompute",
 }
 
 
@@ -49,7 +57,7 @@ def test_frozen_layers_equal_upstream_in_float64(
     ranks: RankPool, start: Start, upstream: Callable[..., Run], case: str, tell: Callable[[str], None]
 ) -> None:
     world, how, own = CASES[case]
-    few = how in ("few_matrices", "norms")
+    few = how in ("few_matrices", "norms", "first_tokens", "last_tokens")
     model = FAST if few else ""
     run = run_arm(ranks, "O", world, start(model) + flags(own), float64=True, snapshots=SNAPSHOTS, mutant=PLACE + how)
     assert run.planted > 0

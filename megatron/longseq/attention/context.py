@@ -22,7 +22,7 @@ from megatron.longseq.attention.ring import Pair
 from megatron.longseq.attention.ringtiles import Mask
 from megatron.longseq.attention.segment import Segment
 from megatron.longseq.attention.spread import Share, Spread
-from megatron.longseq.attention.store import Collect, PrefixStore, alone, awaits_backward
+from megatron.longseq.attention.store import Collect, PrefixStore, alone, differentiable
 from megatron.longseq.attention.ulysses import Ulysses
 
 
@@ -141,9 +141,8 @@ def context_attention(q: Tensor, k: Tensor, v: Tensor, call: Call, result: Resul
             f"layer {call.layer}: values {tuple(v.shape)} beside keys {tuple(k.shape)}; over context-parallel ranks "
             "they travel together and have one shape"
         )
-    if not awaits_backward(q, k, v):
-        call = replace(call, segment=replace(call.segment, forward_only=True))
-    return ContextAttention.apply(q, k, v, call, result)  # type: ignore[no-any-return,no-untyped-call]
+    q, segment = differentiable(call.store, call.layer, call.segment, q, k, v)
+    return ContextAttention.apply(q, k, v, replace(call, segment=segment), result)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def first_result(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Result]:

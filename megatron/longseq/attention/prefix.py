@@ -8,7 +8,7 @@ forward that runs again in backward (recomputation) finds its keys and values in
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from megatron.longseq.attention.attend import attend, attend_backward
 from megatron.longseq.attention.blocks import Documents, Span, Tile, plan_causal
 from megatron.longseq.attention.kernels.kernel import Kernel
 from megatron.longseq.attention.segment import Segment
-from megatron.longseq.attention.store import Collect, PrefixStore, alone, awaits_backward
+from megatron.longseq.attention.store import Collect, PrefixStore, alone, differentiable
 
 Fork = Callable[[], AbstractContextManager[Any]]
 
@@ -71,8 +71,7 @@ def segment_attention(  # noqa: PLR0913
     segment = store.announced(layer)
     if q.shape[0] != segment.tokens:
         raise ValueError(f"layer {layer}, {segment}: {q.shape[0]} queries for {segment.tokens} of {segment.lengths}")
-    if not awaits_backward(q, k, v):
-        segment = replace(segment, forward_only=True)
+    q, segment = differentiable(store, layer, segment, q, k, v)
     tiles = plan_causal(
         Span(segment.begin, segment.end),
         q.shape[1],

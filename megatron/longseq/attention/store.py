@@ -6,7 +6,7 @@ stage, training or evaluation.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class Slot:
         lengths: rows of every segment.
         parts: of every segment that was written and whose backward is to come, its keys and values [n, ...].
         left: segments whose backward is to come.
+        frozen: the first segments, in which nothing needs a gradient: no backward of theirs will come.
         grads: by segment, the sum of what later segments left it, in the accumulation type.
         written: segments whose forward has run.
         counted: bytes that the store has counted of it.
@@ -36,12 +37,18 @@ class Slot:
     lengths: tuple[int, ...]
     parts: list[tuple[Tensor, ...]] = field(default_factory=list)
     left: int = field(init=False)
+    frozen: int = 0
     grads: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     written: int = 0
     counted: int = 0
 
     def __post_init__(self) -> None:
         self.left = len(self.lengths)
+
+    @property
+    def next_backward(self) -> int:
+        """The segment whose backward is next, once all forwards have run."""
+        return self.frozen + self.left - 1
 
     def seen(self, segment: Segment) -> tuple[Tensor, ...]:
         """Return all keys and values up to a segment's end, each as one tensor: a copy, unless there is one part."""
@@ -53,7 +60,7 @@ class Slot:
         begin = 0
         for index, length in enumerate(self.lengths):
             rows = Span(max(keys.begin, begin) - begin, min(keys.end, begin + length) - begin)
-            if rows.size > 0:
+            if rows.size > 0 and index >= self.frozen:
                 first = begin + rows.begin - keys.begin
                 self._add(index, batch, rows, [grad[first : first + rows.size] for grad in grads])
             begin += length
@@ -156,7 +163,7 @@ class PrefixStore:
             ValueError: shapes that do not fit the segment or the micro-batch.
         """
         slot = self._slots.get((layer, segment.microbatch)) or self._open(layer, segment)
-        recomputed = slot.written == segment.count and segment.index == slot.left - 1 and not segment.forward_only
+        recomputed = slot.written == segment.count and segment.index == slot.next_backward and not segment.forward_only
         if segment.lengths != slot.lengths or not (segment.index == slot.written or recomputed):
             raise PrefixOrderError(f"layer {layer}, {segment}: forward out of order; {_state(slot)}")
         like = slot.parts[0] if slot.parts else tensors
@@ -185,17 +192,24 @@ class PrefixStore:
         current = self.announced(layer)
         if (current.microbatch, current.index) != (segment.microbatch, segment.index):
             raise PrefixOrderError(f"layer {layer}, {segment}: backward, but the current segment is {self.current}")
-        if slot.written != segment.count or segment.index != slot.left - 1:
+        if slot.written != segment.count or segment.index != slot.next_backward:
             raise PrefixOrderError(f"layer {layer}, {segment}: backward out of order; {_state(slot)}")
         return slot
 
+    def awaits(self, layer: int, microbatch: int) -> bool:
+        """Return whether keys of this micro-batch are kept that may need a gradient."""
+        slot = self._slots.get((layer, microbatch))
+        return slot is not None and slot.written > slot.frozen
+
     def close(self, layer: int, segment: Segment) -> None:
-        """Count a backward as done and free the segment's part (in a forward-only pass, count a forward, and free all
-        after the last).
+        """Count a backward as done and free the segment's part (where no backward will come, count a forward, and free
+        all after the last).
         """
         slot = self._slots[layer, segment.microbatch]
         slot.left -= 1
-        if not segment.forward_only:
+        if segment.forward_only:
+            slot.frozen += 1
+        else:
             del slot.parts[segment.index]
             slot.grads.pop(segment.index, None)
         self.count(slot)
@@ -258,6 +272,22 @@ def awaits_backward(*inputs: Tensor) -> bool:
     return not torch.is_grad_enabled() or any(x.requires_grad for x in inputs)
 
 
+def differentiable(
+    store: PrefixStore | None, layer: int, segment: Segment, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Segment]:
+    """Return the queries and the segment of an attention, made such that autograd runs its backward if one is needed.
+
+    Keys of earlier segments may need a gradient where nothing of this segment does: a script may train the first tokens
+    of a sequence alone (a prompt). Autograd does not see those keys, so the queries then stand for them. Where neither
+    needs a gradient the segment is forward-only.
+    """
+    if segment.forward_only or awaits_backward(q, k, v):
+        return q, segment
+    if store is not None and store.awaits(layer, segment.microbatch):
+        return q.detach().requires_grad_(), segment
+    return q, replace(segment, forward_only=True)
+
+
 def alone(x: Tensor) -> Tensor:
     """Return a tensor that keeps no larger storage alive than its own: a slice of a fused projection is copied."""
     return x if x.untyped_storage().nbytes() == x.nbytes else x.clone(memory_format=torch.contiguous_format)
@@ -269,5 +299,6 @@ def _state(slot: Slot) -> str:
     if slot.written < count:
         return f"forward of {slot.written} of {count} segments ran, segment {slot.written} of {slot.lengths} is next"
     return (
-        f"all {count} forwards and {count - slot.left} backwards ran, the backward of segment {slot.left - 1} is next"
+        f"all {count} forwards and {count - slot.left - slot.frozen} backwards ran, the backward of segment "
+        f"{slot.next_backward} is next"
     )
