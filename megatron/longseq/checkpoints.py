@@ -1,11 +1,14 @@
 """What is wrong with a checkpoint that upstream could not load, looked for in its files after the failure."""
 
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 TRACKER = "latest_checkpointed_iteration.txt"
+MODEL_FILE = "model_optim_rng.pt"  # of --ckpt-format torch, per model-parallel rank
+ZIP = b"PK\x03\x04"  # what torch.save's files begin with
 FLAGS = {"max_lr": "--lr", "min_lr": "--min-lr"}  # by the parameter groups' names
 
 
@@ -60,10 +63,33 @@ def _instead(folder: Path, how: str = "", without: Path | None = None) -> str:
     return f"No other whole checkpoint is in {folder}: give another --load"
 
 
+def fault_of_file(file: Path) -> str | None:
+    """Return what is wrong with one file of a checkpoint of --ckpt-format torch, and what to do; None if nothing is."""
+    wrong = _wrong_file(file)
+    place = file.parents[1]
+    return None if wrong is None else f"{wrong} {_instead(place.parent, without=place)}."
+
+
+def _wrong_file(file: Path) -> str | None:
+    """Hold a file of torch.save to its form: a zip archive, whose directory is written last."""
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(len(ZIP))
+    except OSError as error:
+        return f"{file} cannot be read ({error.strerror}): the checkpoint was not finished, or not copied whole."
+    if not head:
+        return f"{file} is empty: its writing was interrupted, or it was not copied whole."
+    if head == ZIP and not zipfile.is_zipfile(file):
+        return f"{file} was cut short ({file.stat().st_size:,} bytes are left of it)."
+    return None
+
+
 def _wrong_inside(place: Path) -> str | None:
-    """Return what is wrong with the files of one distributed checkpoint; None for other formats."""
-    if any(place.glob("mp_rank_*")):
-        return None
+    """Return what is wrong with the files of one checkpoint."""
+    ranks = sorted(place.glob("mp_rank_*"))
+    if ranks:
+        files = [file for rank in ranks for file in (rank / MODEL_FILE, *sorted(rank.glob("*.pt")))]
+        return next(filter(None, map(_wrong_file, files)), None)
     about = place / "metadata.json"
     try:
         json.loads(about.read_text("utf-8"))

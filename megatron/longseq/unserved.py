@@ -8,9 +8,16 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron.longseq.data.splits import parts_with_data
+
 Refusals = dict[str, tuple[Callable[[Namespace], Any], str]]
 
 _THEIRS = "Megatron-LM's own script serves it, under the same patches: python -m patches run PATH/pretrain_gpt.py ..."
+
+
+def _has_data(args: Namespace, part: str) -> bool:
+    return parts_with_data(args)[part]
+
 
 # flag: (is it asked for?, why this script cannot serve it)
 UNSERVED: Refusals = {
@@ -42,6 +49,28 @@ UNSERVED: Refusals = {
     "--full-validation without --multiple-validation-sets": (
         lambda a: a.full_validation and not a.multiple_validation_sets,
         "upstream's evaluation ends in a TypeError with one validation set; give both",
+    ),
+    "--multiple-validation-sets without --full-validation": (
+        lambda a: a.multiple_validation_sets and not a.full_validation,
+        "upstream does not implement it; give both",
+    ),
+    "--multiple-validation-sets with test data": (
+        lambda a: a.multiple_validation_sets and a.full_validation and _has_data(a, "test"),
+        "upstream's evaluation of the test data ends in a TypeError, after the whole training; give no test data "
+        "(leave --test-data-path out, or end --split with 0)",
+    ),
+    "--data-path or --mock-data": (
+        lambda a: not any(parts_with_data(a).values()),
+        "no data are given; give one of them, --train-data-path and its like, or a file that names data",
+    ),
+    "--train-data-path or --skip-train": (
+        lambda a: not a.skip_train and any(parts_with_data(a).values()) and not _has_data(a, "train"),
+        "no training data are given; give one of them, or a --split that does not begin with 0",
+    ),
+    "--eval-iters without validation data": (
+        lambda a: a.eval_iters > 0 and any(parts_with_data(a).values()) and not _has_data(a, "valid"),
+        "upstream's evaluation ends in a TypeError; give --eval-iters 0, or validation data (--valid-data-path, or a "
+        "--split whose second number is not 0)",
     ),
     "--full-validation with --eval-micro-batch-size": (
         lambda a: (

@@ -30,4 +30,31 @@ RECORDS = (
         remove_when="upstream says which setting of a parameter group differs from the checkpoint's",
         stage="start",
     ),
+    Record(
+        id="checkpoint.status",
+        system="checkpoint",
+        action="wrap",
+        target="megatron.training.checkpointing:load_checkpoint",
+        aliases=("megatron.training.training:load_checkpoint",),
+        impl="patches.checkpoint.loading:with_failure_status",
+        why="Upstream ends with status 0, as a finished run does, where it gives up loading: under "
+        "--exit-on-missing-checkpoint, and where a checkpoint has no state of the random numbers.",
+        when="patches.conditions:always",
+        test="tests/distributed/test_damaged_checkpoints.py::test_giving_up_is_a_failure",
+        remove_when="upstream ends with a status where it gives up loading",
+        stage="start",
+    ),
+    Record(
+        id="checkpoint.optimizer-file",
+        system="checkpoint",
+        action="wrap",
+        target="megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_parameter_state",
+        impl="patches.checkpoint.loading:with_named_file",
+        why="With --ckpt-format torch the distributed optimizer has a file of its own, and where that is cut short "
+        "upstream's error names no file.",
+        when="patches.conditions:always",
+        test="tests/distributed/test_damaged_checkpoints.py::test_a_damaged_file_of_torch_is_named",
+        remove_when="upstream checks the files of a checkpoint",
+        stage="start",
+    ),
 )

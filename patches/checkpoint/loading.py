@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron.longseq.checkpoints import fault, other_settings
+from megatron.longseq.checkpoints import fault, fault_of_file, other_settings
 
 
 def with_named_faults(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -32,7 +32,53 @@ def with_named_faults(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_here(load_dir: Any) -> bool:
-    return load_dir is not None and Path(load_dir).is_dir()
+    return load_dir is not None and "://" not in str(load_dir)
+
+
+def with_failure_status(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `load_checkpoint`: where upstream gives up, the process fails and does not end as a finished run does.
+
+    Raises:
+        ValueError: on every rank that gives up; upstream's own lines before it say why.
+    """
+
+    @functools.wraps(original)
+    def load_checkpoint(*args: Any, **named: Any) -> Any:
+        try:
+            return original(*args, **named)
+        except SystemExit as end:
+            if end.code not in (None, 0):
+                raise
+            from megatron.training import get_args
+
+            flags = get_args()
+            missing = "--exit-on-missing-checkpoint: there is none" if flags.exit_on_missing_checkpoint else ""
+            raise ValueError(
+                f"rank {flags.rank}: no checkpoint was loaded from --load {flags.load}. "
+                f"{missing or 'The lines before this one say why'}."
+            ) from end
+
+    return load_checkpoint
+
+
+def with_named_file(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the reading of the optimizer's own file (--ckpt-format torch): where it fails, say what is wrong with it.
+
+    Raises:
+        ValueError: the file is missing, empty or cut short; what upstream raised is its cause.
+    """
+
+    @functools.wraps(original)
+    def load_parameter_state(self: Any, filename: str, *rest: Any, **named: Any) -> Any:
+        try:
+            return original(self, filename, *rest, **named)
+        except Exception as error:
+            found = fault_of_file(Path(filename)) if _is_here(filename) else None
+            if found is None:
+                raise
+            raise ValueError(found) from error
+
+    return load_parameter_state
 
 
 def with_named_groups(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -32,15 +32,41 @@ def with_usable_data(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def validate_args(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
         result = original(args, defaults or {})
-        from megatron.training.utils import get_blend_and_blend_per_split
-
         from megatron.longseq.data.usable import Wanted, refuse_unusable
 
-        blend, per_part = get_blend_and_blend_per_split(args)
-        refuse_unusable(Wanted(blend, per_part, args.split, args.seq_length, args.full_validation))
+        blend, per_part = _blends(args)
+        refuse_unusable(
+            Wanted(blend, per_part, args.split, args.seq_length, args.full_validation, args.multiple_validation_sets)
+        )
         return result
 
     return validate_args
+
+
+def _blends(args: Namespace) -> tuple[Any, Any]:
+    """Return the data that the flags name, as upstream reads them.
+
+    Raises:
+        ValueError: a file that should name data is missing or holds something else; says which, and what it should.
+    """
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    flags = {
+        "data_args_path": "prefixes of data (or a weight before each of them), separated by white space",
+        "per_split_data_args_path": "a JSON object with the keys train, valid and test, each of which holds prefixes "
+        "of data (or a weight before each of them), or null",
+    }
+    try:
+        return get_blend_and_blend_per_split(args)  # type: ignore[no-any-return]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        for name, content in flags.items():
+            file = getattr(args, name)
+            if file is not None:
+                what = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {file}: {what}. The file has to hold {content}."
+                ) from error
+        raise
 
 
 def without_endless_loop(original: Callable[..., int]) -> Callable[..., int]:

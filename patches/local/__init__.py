@@ -67,10 +67,23 @@ RECORDS = (
         action="wrap",
         target="megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_parameter_state_from_dp_reshardable",
         impl="patches.local.adam:without_grad",
-        why="Of upstream's four loaders of optimizer state this one alone copies into fp32 parameters under autograd, "
-        "which refuses the in-place write.",
+        why="This loader of optimizer state copies into fp32 parameters under autograd, which refuses the in-place "
+        "write.",
         when="patches.conditions:always",
         test="tests/distributed/test_checkpoints.py::test_distributed_optimizer_resumes_exactly",
+        remove_when="the loader carries the no_grad of its sisters",
+        stage="start",
+    ),
+    Record(
+        id="local.adam-load-file",
+        system="local",
+        action="wrap",
+        target="megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_parameter_state",
+        impl="patches.local.adam:without_grad",
+        why="With --ckpt-format torch the distributed optimizer reads a file of its own, and copies into fp32 "
+        "parameters under autograd, which refuses the in-place write.",
+        when="patches.conditions:always",
+        test="tests/distributed/test_checkpoints.py::test_distributed_optimizer_resumes_from_a_file_of_its_own",
         remove_when="the loader carries the no_grad of its sisters",
         stage="start",
     ),

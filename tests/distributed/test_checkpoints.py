@@ -74,6 +74,14 @@ def test_distributed_optimizer_resumes_exactly(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_distributed_optimizer_resumes_from_a_file_of_its_own(ranks: RankPool, tmp_path: Path) -> None:
+    base = flags(STEPS, DISTRIBUTED_OPTIMIZER, "--ckpt-format torch --train-iters 3 --save-interval 2")
+    undisturbed = run_arm(ranks, "O", 2, base, tmp_path / "whole")
+    run_arm(ranks, "O", 2, [*base, "--exit-interval", "2"], tmp_path / "stopped")
+    resumed = run_arm(ranks, "O", 2, [*base, "--load", str(tmp_path / "stopped")])
+    assert resumed.curve == undisturbed.curve[2:]
+
+
 def test_plain_optimizer_resumes_exactly(ranks: RankPool, halves: Callable[[str], Halves], tmp_path: Path) -> None:
     undisturbed, resumed = halves(PP).undisturbed, resume(ranks, halves(PP).stopped, tmp_path, PP)
     assert resumed.curve == undisturbed.curve[HALF:]

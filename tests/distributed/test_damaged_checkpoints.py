@@ -1,5 +1,6 @@
 """Checkpoints that cannot be loaded: every failure names the file or the setting, and what helps; none has status 0."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -99,3 +100,53 @@ def test_what_is_advised_helps(ranks: RankPool, saved: Path, tmp_path: Path) -> 
 def test_other_learning_rates_are_refused_by_name(ranks: RankPool, saved: Path, other: str, said: str) -> None:
     with pytest.raises(RankFailure, match=f"ValueError: the optimizer cannot go on from the checkpoint: {said}"):
         run_arm(ranks, "O", 2, [*flags(MORE, PARO, other), "--load", str(saved)], timeout=60)
+
+
+TORCH = "--use-distributed-optimizer --ckpt-format torch"
+
+
+@pytest.fixture(scope="module")
+def saved_by_torch(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with checkpoints of --ckpt-format torch, without random states."""
+    folder = tmp_path_factory.mktemp("torch")
+    more = flags(MORE, TORCH, "--exit-interval 2 --save-interval 1 --no-save-rng")
+    run_arm(ranks, "O", 1, more, folder)
+    return folder
+
+
+def _fails(ranks: RankPool, words: list[str], said: str) -> None:
+    """One rank fails, with a message and not by a status of 0."""
+    with pytest.raises(RankFailure) as failure:
+        run_arm(ranks, "O", 1, words, timeout=60)
+    last = str(failure.value).split("--- end of its output")[0]
+    assert re.search(f"\nValueError: {said}", last), last[-3000:]
+
+
+MODEL, OPTIMIZER = "mp_rank_00/model_optim_rng.pt", "mp_rank_00/distrib_optim.pt"
+OF_TORCH: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "cut-model": (MODEL, _halve, f"rank 0: .*{MODEL} was cut short"),
+    "empty-model": (MODEL, lambda path: path.write_bytes(b""), f"rank 0: .*{MODEL} is empty"),
+    "no-model": (MODEL, Path.unlink, f"rank 0: .*{MODEL} cannot be read .No such file"),
+    "cut-optimizer": (OPTIMIZER, _halve, f".*{OPTIMIZER} was cut short"),
+    "empty-optimizer": (OPTIMIZER, lambda path: path.write_bytes(b""), f".*{OPTIMIZER} is empty"),
+    "no-optimizer": (OPTIMIZER, Path.unlink, f".*{OPTIMIZER} cannot be read .No such file"),
+}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [pytest.param(name, marks=() if name.startswith("cut") else pytest.mark.slow) for name in OF_TORCH],
+)
+def test_a_damaged_file_of_torch_is_named(ranks: RankPool, saved_by_torch: Path, tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(saved_by_torch, folder)
+    name, harm, said = OF_TORCH[damage]
+    harm(folder / ITERATION / name)
+    _fails(ranks, [*flags(MORE, TORCH), "--load", str(folder)], f"{said}.* The newest whole .* --ckpt-step 1")
+
+
+def test_giving_up_is_a_failure(ranks: RankPool, saved_by_torch: Path, tmp_path: Path) -> None:
+    _fails(ranks, [*flags(MORE, TORCH), "--load", str(saved_by_torch)], "rank 0: no checkpoint .* The lines before")
+    missing = flags(MORE, "--exit-on-missing-checkpoint --load")
+    _fails(ranks, [*missing, str(tmp_path)], "rank 0: no checkpoint was .*: there is none")
+    _fails(ranks, [*flags(MORE, "--ckpt-step 3 --load"), str(tmp_path / "no")], "rank 0: there is no checkpoint .*/no")

@@ -152,6 +152,8 @@ def damaged(folder: Path) -> dict[str, str]:
 def test_upstreams_validation_refuses_a_split_without_documents(ranks: RankPool, tmp_path: Path) -> None:
     ten, one = index_of(tmp_path, "ten", [300] * 10), index_of(tmp_path, "one", [300])
     empty, mute = index_of(tmp_path, "empty", []), index_of(tmp_path, "mute", [300] * 8 + [0] * 2)
+    for name, content in {"blank": "\n", "list": "[]", "half": f'{{"train": "{ten}"}}'}.items():
+        (tmp_path / name).write_text(content)
     cases: dict[str, str | None] = {
         f"--data-path {ten} --split 8,1,1": None,
         f"--data-path {ten} --split 1,0,0": None,
@@ -165,6 +167,15 @@ def test_upstreams_validation_refuses_a_split_without_documents(ranks: RankPool,
         f"--data-path {empty} --split 1,0,0": f"{empty} holds no documents",
         f"--data-path {mute} --split 8,1,1": f"valid: documents 8 to 8 of {mute} hold no token",
         f"--train-data-path {ten} --valid-data-path {one}": None,
+        f"--train-data-path {ten} --valid-data-path 0 {one}": None,  # upstream reads no weight of a single prefix
+        f"--train-data-path {ten} --valid-data-path 0 {one} 1 {ten}": f"{one} has the weight 0",
+        f"--train-data-path {ten} --valid-data-path 0 {one} 1 {ten} --multiple-validation-sets": None,
+        f"--data-args-path {tmp_path}/none": f"--data-args-path {tmp_path}/none: No such file or directory. The file",
+        f"--data-args-path {tmp_path}/blank": f"--data-args-path {tmp_path}/blank: ValueError: not enough values",
+        f"--per-split-data-args-path {tmp_path}": f"{tmp_path}: Is a directory. The file has to hold a JSON object",
+        f"--per-split-data-args-path {tmp_path}/blank": f"{tmp_path}/blank: JSONDecodeError: Expecting value",
+        f"--per-split-data-args-path {tmp_path}/list": f"{tmp_path}/list: TypeError: list indices must be",
+        f"--per-split-data-args-path {tmp_path}/half": f"{tmp_path}/half: KeyError: 'valid'. The file has to hold",
         f"--train-data-path {ten} --valid-data-path {empty}": f"the valid data: {empty} holds no documents",
         f"--data-path {ten} --split 8,1,1 --full-validation --seq-length 64": None,
         f"--data-path {ten} --split 8,1,1 --full-validation --seq-length 512 --max-position-embeddings 512": (

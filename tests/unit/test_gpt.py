@@ -27,6 +27,15 @@ QUIET: dict[str, Any] = {
     "dataloader_defer_npy_index_mmap": False,
     "data_cache_path": None,
     "data_path": None,
+    "data_args_path": None,
+    "train_data_path": None,
+    "valid_data_path": None,
+    "test_data_path": None,
+    "per_split_data_args_path": None,
+    "mock_data": False,
+    "split": None,
+    "skip_train": False,
+    "eval_iters": 100,
     "full_validation": False,
     "multiple_validation_sets": False,
     "eval_micro_batch_size": None,
@@ -35,12 +44,28 @@ QUIET: dict[str, Any] = {
     "apply_residual_connection_post_layernorm": False,
     "openai_gelu": False,
 }
+MOCK: dict[str, Any] = {"mock_data": True}
 CACHED: dict[str, Any] = {"data_cache_path": "caches"}
-SETS: dict[str, Any] = {"multiple_validation_sets": True}
+SETS: dict[str, Any] = {"multiple_validation_sets": True, "split": "1,1,0"}
+OWN: dict[str, Any] = {"mock_data": False, "train_data_path": ["some"]}  # data for each part
 SERVED: list[dict[str, Any]] = [
     {"dataloader_fast_cache_load": True, **CACHED},
     {"dataloader_defer_npy_index_mmap": True, "data_path": ["some"], **CACHED},
     {"full_validation": True, **SETS, "eval_micro_batch_size": 4},
+    {
+        "full_validation": True,
+        "multiple_validation_sets": True,
+        "eval_micro_batch_size": 1,
+        **OWN,
+        "valid_data_path": [""],
+    },
+    {**OWN, "eval_iters": 0},
+    {**OWN, "valid_data_path": ["some"]},
+    {**OWN, "train_data_path": None, "test_data_path": ["some"], "eval_iters": 0, "skip_train": True},
+    {"mock_data": False, "data_path": ["some"]},
+    {"mock_data": False, "data_args_path": "file", "split": "9, 1"},
+    {"mock_data": False, "per_split_data_args_path": "s3://somewhere/file.json"},
+    {"split": "1", "eval_iters": 0},
     {"full_validation": True, **SETS, "eval_micro_batch_size": 1, "tensor_model_parallel_size": 2},
     {"mtp_num_layers": 1},
     {"dataloader_type": "cyclic", "position_embedding_type": "yarn"},
@@ -65,6 +90,15 @@ ASKED: dict[str, dict[str, Any]] = {
         "eval_micro_batch_size": 2,
         "tensor_model_parallel_size": 2,
     },
+    "--multiple-validation-sets without --full-validation": {"multiple_validation_sets": True},
+    "--multiple-validation-sets with test data": {
+        "full_validation": True,
+        "multiple_validation_sets": True,
+        "eval_micro_batch_size": 1,
+    },
+    "--data-path or --mock-data": {"mock_data": False},
+    "--train-data-path or --skip-train": {"split": "0,1,1"},
+    "--eval-iters without validation data": {"split": "1,0,1"},
     "--rampup-batch-size": {"rampup_batch_size": [2, 2, 8]},
     "--position-embedding-type relative": {"position_embedding_type": "relative"},
     "--apply-residual-connection-post-layernorm": {"apply_residual_connection_post_layernorm": True},
@@ -75,14 +109,14 @@ ASKED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("flag", ASKED)
 def test_a_flag_that_would_be_ignored_is_refused(flag: str) -> None:
     assert set(ASKED) == set(UNSERVED)
-    refuse_unserved(Namespace(**QUIET))
+    refuse_unserved(Namespace(**{**QUIET, **MOCK}))
     with pytest.raises(ValueError, match=f"\n  {flag}: {re.escape(UNSERVED[flag][1])}$"):
-        refuse_unserved(Namespace(**{**QUIET, **ASKED[flag]}))
+        refuse_unserved(Namespace(**{**QUIET, **MOCK, **ASKED[flag]}))
 
 
 @pytest.mark.parametrize("values", SERVED, ids=str)
 def test_what_the_script_serves_is_let_through(values: dict[str, Any]) -> None:
-    refuse_unserved(Namespace(**{**QUIET, **values}))
+    refuse_unserved(Namespace(**{**QUIET, **MOCK, **values}))
 
 
 def test_every_attribute_exists_in_upstreams_parser() -> None:

@@ -24,6 +24,7 @@ class Wanted:
         split: upstream's --split.
         sequence: tokens per sample.
         full_validation: --full-validation: validation takes each of its samples once.
+        separate_validation: --multiple-validation-sets: validation data are not blended, so their weights are not read.
     """
 
     blend: Blend | None
@@ -31,6 +32,7 @@ class Wanted:
     split: str | None
     sequence: int
     full_validation: bool = False
+    separate_validation: bool = False
 
 
 def refuse_unusable(wanted: Wanted) -> None:
@@ -57,8 +59,10 @@ def refuse_unusable(wanted: Wanted) -> None:
     for name, blend in zip(NAMES, wanted.per_part or (), strict=False):
         if blend is None:
             continue
-        _refuse_weights(blend, f"the {name} data")
-        once = (len(blend[0]) > 1 and blend[1] is None) or (wanted.full_validation and name == "valid")
+        is_blended = len(blend[0]) > 1 and not (wanted.separate_validation and name == "valid")
+        if is_blended:
+            _refuse_weights(blend, f"the {name} data")
+        once = (is_blended and blend[1] is None) or (wanted.full_validation and name == "valid")
         for index in [index for prefix in blend[0] if (index := _index(prefix)) is not None]:
             _refuse_empty(index, f"the {name} data")
             _refuse_short(index, range(index.documents), name, wanted.sequence if once else 0)
