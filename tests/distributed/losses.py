@@ -150,7 +150,7 @@ def logits() -> Iterator[Planted]:
 
 @contextmanager
 def busy_script() -> Iterator[Planted]:
-    """Between model and loss the script writes into the output, hooks its gradient, checks it and makes a tuple."""
+    """Between model and loss the script writes into output and batch, hooks a gradient, checks it and makes a tuple."""
 
     def forward_step(original: Any, data: Any, model: torch.nn.Module) -> Any:
         output, loss = original(data, model)
@@ -159,10 +159,70 @@ def busy_script() -> Iterator[Planted]:
             return output, loss
         assert output.shape == mask.shape and output.log().isfinite().all()
         if output.requires_grad:
-            output.register_hook(lambda grad: grad * mask)
+            ones = torch.ones_like(mask)  # upstream's output is a view here, whose hook a later write makes void
+            output.register_hook(lambda grad: grad * ones)
         output *= 1.5 - mask / 2
         output[:, ::2] *= 1.25
+        mask[:, 1::2] *= 0.5
         return (output, mask), lambda pair: loss(pair[0])
 
     with _forward_step(forward_step, squared_mean()) as planted:
         yield planted
+
+
+@contextmanager
+def second_call() -> Iterator[Planted]:
+    """The script calls the model twice in a forward step."""
+
+    def forward_step(original: Any, data: Any, model: torch.nn.Module) -> Any:
+        def twice(*args: Any, **named: Any) -> Tensor:
+            return model(*args, **named) + model(*args, **named)  # type: ignore[no-any-return]
+
+        twice.__dict__.update(vp_stage=None, training=model.training)
+        return original(data, twice)
+
+    with _forward_step(forward_step, squared_mean()) as planted:
+        yield planted
+
+
+@contextmanager
+def pooled() -> Iterator[Planted]:
+    """The model itself takes the mean over the sequence."""
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    def forward(original: Any, model: torch.nn.Module, *args: Any, **named: Any) -> Tensor:
+        return original(model, *args, **named).mean(1)  # type: ignore[no-any-return]
+
+    with wrapped(GPTModel, "forward", forward), _planted(_maximum) as planted:
+        yield planted
+
+
+@contextmanager
+def one_step_fails() -> Iterator[Planted]:
+    """The loss function raises once, in the third micro-batch of the second step; the script then runs that step anew.
+
+    It does so with further samples.
+    """
+    from megatron.longseq import gpt
+    from megatron.longseq.pipeline.runner import PipelineRunner
+
+    planted = Planted()
+
+    def loss_func(original: Any, *args: Any) -> Any:
+        planted.times += 1
+        if planted.times == FAILS:
+            raise FloatingPointError("planted")
+        return original(*args)
+
+    def step(original: Any, runner: Any, **named: Any) -> Any:
+        try:
+            return original(runner, **named)
+        except FloatingPointError:
+            named["model"][0].zero_grad_buffer()
+            return original(runner, **named)
+
+    with wrapped(gpt, "loss_func", loss_func), wrapped(PipelineRunner, "__call__", step):
+        yield planted
+
+
+FAILS = 11  # micro-batches of a step are 8

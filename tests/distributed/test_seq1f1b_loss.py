@@ -1,12 +1,13 @@
 """Under Seq1F1B the loss may be any function of the model's whole output: it runs once per micro-batch."""
 
+import re
 from collections.abc import Callable
 
 import pytest
 
 from tests.distributed.equality import RELATIVE, SNAPSHOTS, Start, assert_equal, worst
-from tests.distributed.flags import FULL, OVERLAP, PP2, TINY, TP2, VPP, flags
-from tests.pool import RankPool
+from tests.distributed.flags import EVALUATED, FULL, OVERLAP, PP2, TINY, TP2, VPP, flags
+from tests.pool import RankFailure, RankPool
 from tests.regression.arm import Run, run_arm
 
 K2, K3 = "--seq1f1b-splits 2", "--seq1f1b-splits 3 --seq1f1b-partition 37,26,1"
@@ -66,3 +67,22 @@ def test_parameters_of_the_loss_alone(ranks: RankPool) -> None:
     theirs = run_arm(ranks, "U", 1, base, float64=True, mutant=place)
     ours = run_arm(ranks, "O", 1, base + flags(K3), float64=True, mutant=place)
     assert worst(ours, theirs, "loss") < RELATIVE and worst(ours, theirs, "grad_norm") < RELATIVE
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("second_call", "micro-batch 0, segment 0 of 3: the script's forward step calls the model that it was given a"),
+        ("pooled", "the model returns (1,) for a segment of 37 tokens; --seq1f1b-splits puts the segments' outputs"),
+    ],
+)
+def test_what_segments_cannot_serve_is_refused(ranks: RankPool, script: str, words: str) -> None:
+    with pytest.raises(RankFailure, match=re.escape(words)):
+        run_arm(ranks, "O", 1, flags(TINY, K3, "--train-iters 1"), mutant=f"tests.distributed.losses:{script}")
+
+
+def test_nothing_is_left_of_a_step_that_failed(ranks: RankPool) -> None:
+    """With whole sequences nothing is kept from action to action, but for deferred weight gradients."""
+    base, place = flags(TINY, EVALUATED, "--zero-bubble"), "tests.distributed.losses:one_step_fails"
+    whole, parts = (run_arm(ranks, "O", 1, base + flags(own), float64=True, mutant=place) for own in ("", K3))
+    assert worst(parts, whole, "loss") < RELATIVE and worst(parts, whole, "grad_norm") < RELATIVE

@@ -54,6 +54,15 @@ def test_a_micro_batch_is_rounded_once(dtype: torch.dtype, is_last: bool) -> Non
     assert "register_grad_ready" not in vars(group)
 
 
+def test_a_step_that_failed_leaves_upstreams_buffers() -> None:
+    module = wrapped_model(torch.bfloat16)
+    main, sums = module.weight.main_grad, GradSums(module)
+    sums.open()
+    module.weight.main_grad.add_(1)
+    sums.reset()
+    assert module.weight.main_grad is main and main.eq(1).all() and not sums.mains
+
+
 def test_other_buffers_are_left_alone() -> None:
     module = wrapped_model(torch.float32)
     main, sums = module.weight.main_grad, GradSums(module)

@@ -40,6 +40,7 @@ from megatron.longseq.attention.ways import comm_type
 from megatron.longseq.pipeline.outputs import Outputs
 
 ALONG_SEQUENCE = ("input_ids", "position_ids", "labels", "loss_mask", "padding_mask")  # [micro-batch, sequence]
+MASK_DIMENSIONS = 4  # of an attention mask, [micro-batch, 1, sequence, sequence]
 UNSERVED = ("decoder_input", "inference_context", "inference_params", "packed_seq_params", "output_processor")
 
 
@@ -58,6 +59,7 @@ class Chunk:
         outputs: outputs of segments and their gradients (last stage).
         starts: micro-batch -> first position of every token's document, [micro-batch, sequence].
         documents: micro-batch -> the same as attention plans by it; None: every sequence is one document.
+        has_run: whether the model has run since `enter`.
     """
 
     module: torch.nn.Module
@@ -72,6 +74,7 @@ class Chunk:
     documents: dict[int, Documents | None] = field(default_factory=dict)
     kernels: Kernels = field(default_factory=lambda: Kernels("segments"))
     bound: list[torch.nn.Module] = field(default_factory=list)
+    has_run: bool = False
 
     def attach(self) -> None:
         """Bind `forward` anew on the model, its rotary embedding and its core attentions.
@@ -108,6 +111,7 @@ class Chunk:
     def enter(self, microbatch: int, segment: int, forward_only: bool) -> None:
         """Say which segment the next forward or backward is of, recomputation included."""
         self.store.current = Segment(microbatch, segment, tuple(self.lengths), forward_only)
+        self.has_run = False
 
     def learn_documents(self, microbatch: int, starts: torch.Tensor) -> None:
         """Take the documents of a micro-batch, from its mask or from the stage before."""
@@ -119,6 +123,13 @@ class Chunk:
         self.outputs.leave(microbatch)
         self.starts.pop(microbatch, None)
         self.documents.pop(microbatch, None)
+
+    def reset(self) -> None:
+        """Forget every micro-batch, after a step that did not end."""
+        self.store.reset()
+        self.outputs = Outputs()
+        self.starts.clear()
+        self.documents.clear()
 
     def assert_empty(self) -> None:
         """Check at the end of a step that every segment was taken back.
@@ -137,11 +148,20 @@ class Chunk:
 
         def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
             given = signature.bind(*args, **kwargs)
+            self._refuse_second_call()
             self._cut(given.arguments, model)
             output = original(*given.args, **given.kwargs)
             return self.outputs.add(self._here(), output) if model.post_process else output
 
         return forward
+
+    def _refuse_second_call(self) -> None:
+        if self.has_run:
+            raise RuntimeError(
+                f"{self._here()}: the script's forward step calls the model that it was given a second time; "
+                "--seq1f1b-splits needs one call per forward step. Train it with --seq1f1b-splits 1."
+            )
+        self.has_run = True
 
     def _cut(self, given: dict[str, Any], model: GPTModel) -> None:
         segment = self._here()
@@ -301,12 +321,16 @@ def _fork(config: Any) -> Callable[[], contextlib.AbstractContextManager[None]]:
 class Replay:
     """A data iterator that gives every segment of a micro-batch the same samples.
 
+    The script may write into what it is given: with several segments each gets copies of its own. Attention masks, the
+    tensors of four dimensions, are not copied: they are large, and read for the first segment alone.
+
     Args:
         samples: the script's iterator.
+        segments: how often the samples of a micro-batch are drawn.
     """
 
-    def __init__(self, samples: Iterator[Any]) -> None:
-        self.samples = samples
+    def __init__(self, samples: Iterator[Any], segments: int) -> None:
+        self.samples, self.segments = samples, segments
         self.drawn: list[Any] = []
         self.next = 0
 
@@ -324,4 +348,16 @@ class Replay:
             self.drawn.append(next(self.samples))
         sample = self.drawn[self.next]
         self.next += 1
-        return dict(sample) if isinstance(sample, dict) else sample
+        return _copied(sample) if self.segments > 1 else sample
+
+
+def _copied(sample: Any) -> Any:
+    """Copy containers and tensors, pinned ones into pinned memory."""
+    if isinstance(sample, dict):
+        return {name: _copied(value) for name, value in sample.items()}
+    if type(sample) in (list, tuple):
+        return type(sample)(_copied(value) for value in sample)
+    if not isinstance(sample, torch.Tensor) or sample.dim() >= MASK_DIMENSIONS:
+        return sample
+    copy = sample.clone()
+    return copy.pin_memory() if sample.is_pinned() else copy

@@ -83,7 +83,7 @@ class Executor:
         self.config = get_model_config(self.chunks[0].module)
         self.order = self.schedule.orders[self.rank]
         self.tokens = torch.zeros([], dtype=torch.int, device=self._device())
-        self.data = [None if samples is None else Replay(samples) for samples in self.step.data]
+        self.data = [None if samples is None else Replay(samples, self.pipeline.segments) for samples in self.step.data]
         self.sync = GradSync(self.config, [chunk.module for chunk in self.chunks], self.order, self.rank)
 
     @property
@@ -92,7 +92,18 @@ class Executor:
         return self.schedule.pipeline
 
     def run(self) -> list[Any]:
-        """Run all actions; returns what the script's loss function reported, per micro-batch (last stage only)."""
+        """Run all actions; returns what the script's loss function reported, per micro-batch (last stage only).
+
+        After an exception nothing of the step is kept: a script on one stage may catch it and go on.
+        """
+        try:
+            return self._run()
+        except BaseException:
+            for part in (*self.chunks, *self.sums, *([] if self.weights is None else [self.weights])):
+                part.reset()
+            raise
+
+    def _run(self) -> list[Any]:
         mail = Mailbox(
             self.lanes,
             self.schedule,

@@ -52,6 +52,12 @@ class GradSums:
         for param in list(self.mains):
             self._add(param)
 
+    def reset(self) -> None:
+        """Give parameters upstream's buffers back, after a step that did not end; what was summed is dropped."""
+        for param, main in self.mains.items():
+            param.main_grad = main
+        self.mains.clear()
+
     @torch.no_grad()
     def _add(self, param: torch.nn.Parameter) -> None:
         main = self.mains.pop(param, None)

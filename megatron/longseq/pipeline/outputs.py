@@ -72,7 +72,17 @@ class Outputs:
         Returns:
             At the last segment the outputs of all; before, ones. Both are [micro-batch, whole sequence, ...], have
             memory of their own and need a gradient where `output` does.
+
+        Raises:
+            ValueError: the output has no row per token.
         """
+        if not isinstance(output, torch.Tensor) or output.dim() < 2 or output.shape[1] != segment.tokens:
+            found = f"{tuple(output.shape)}" if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
+            raise ValueError(
+                f"the model returns {found} for a segment of {segment.tokens} tokens; --seq1f1b-splits puts the "
+                "segments' outputs, [micro-batch, segment, ...], together for the loss function. Compute what pools or "
+                "gathers tokens in the loss function, or train with --seq1f1b-splits 1."
+            )
         microbatch, index = segment.microbatch, segment.index
         self.root = _Root.apply(output, lambda: self._take(microbatch, index))
         shape = (output.shape[0], segment.total, *output.shape[2:])
