@@ -26,6 +26,7 @@ def validate_longseq_arguments(args: argparse.Namespace) -> None:
         ValueError: names the flag, the reason and what to do.
     """
     _validate_record_arguments(args)
+    _check_save(args)
     check_pipeline_numbers(args)
     check_context_numbers(args)
     check_sharding_numbers(args)
@@ -51,4 +52,13 @@ def _validate_record_arguments(args: argparse.Namespace) -> None:
     if getattr(args, "arguments_file", None) is None:
         return
     flag = f"--arguments-file {args.arguments_file}"
+    if not args.arguments_file or Path(args.arguments_file).is_dir():
+        raise ValueError(f"{flag}: names no file; give one, in a writable folder.")
     refuse_unwritable(flag, Path(args.arguments_file).absolute().parent, "name a file in a writable folder")
+
+
+def _check_save(args: argparse.Namespace) -> None:
+    """Refuse a place for checkpoints that is none, which upstream finds out when it saves the first one."""
+    save = getattr(args, "save", None)
+    if save and "://" not in save and getattr(args, "rank", 0) == 0:
+        refuse_unwritable(f"--save {save}", Path(save), "name a folder that is writable, or new")

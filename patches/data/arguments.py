@@ -16,7 +16,10 @@ DATA_FLAGS = (
 
 
 def reads_data(args: Namespace) -> bool:
-    """Whether the flags name indexed data; --dataloader-fast-cache-load trusts what was checked when it was cached."""
+    """Whether the flags name indexed data; --dataloader-fast-cache-load trusts what was checked when it was cached.
+
+    Flags from a YAML file of upstream may leave out any of them.
+    """
     if getattr(args, "mock_data", False) or getattr(args, "dataloader_fast_cache_load", False):
         return False
     return any(getattr(args, name, None) is not None for name in DATA_FLAGS)

@@ -7,9 +7,12 @@ from typing import Any
 
 
 def is_early(args: Namespace) -> bool:
-    """Whether --log-params-norm would read parameters that are not gathered yet; in bf16 it reads main parameters."""
-    early = getattr(args, "log_params_norm", False) and getattr(args, "overlap_param_gather", False)
-    return bool(early and not args.bf16)
+    """Whether --log-params-norm would read parameters that are not gathered yet; in bf16 it reads main parameters.
+
+    Flags from a YAML file of upstream may leave out any of them.
+    """
+    log, overlap, bf16 = (getattr(args, name, False) for name in ("log_params_norm", "overlap_param_gather", "bf16"))
+    return bool(log and overlap and not bf16)
 
 
 def of_gathered(original: Callable[..., float]) -> Callable[..., float]:

@@ -12,6 +12,7 @@ import torch
 from megatron.longseq import arguments as longseq_arguments
 from patches import digest, engine, ledger, session
 from patches.errors import RankMismatch
+from patches.record import Record
 from tests.unit.patch_bed import record
 
 pytest_plugins = ["tests.unit.patch_bed"]
@@ -201,3 +202,8 @@ def test_the_end_of_a_process_is_quiet():
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 3
     assert "Error" not in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("one", session.SESSION.ledger, ids=lambda one: one.id)
+def test_every_predicate_answers_for_flags_that_a_yaml_file_leaves_out(one: Record) -> None:
+    assert session.wanted(one, Namespace()) in (True, False)

@@ -42,6 +42,8 @@ def test_a_size_that_is_no_whole_number_of_micro_batches_matters_if_it_comes() -
     entries = [(0, 4), (8, 6), (100, 8)]
     with pytest.raises(ValueError, match="batch size 6 is no multiple of 4"):
         reached_sizes(entries, 4, steps=3)
+    with pytest.raises(ValueError, match="no batch size is a multiple of 4"):
+        reached_sizes([], 4)
     with pytest.raises(ValueError, match="batch size 0 is no multiple"):
         reached_sizes([(0, 0)], 4)
     assert reached_sizes(entries, 4, steps=2) == [4]

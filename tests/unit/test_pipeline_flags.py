@@ -213,6 +213,8 @@ def test_what_segments_serve_is_let_through(values: dict[str, Any]) -> None:
         ({"pipeline_patience": math.nan}, "--pipeline-patience nan: give seconds, more than 0"),
         ({"pipeline_patience": math.inf}, r"--pipeline-patience inf: give seconds, more than 0 and at most 1e\+08"),
         ({"pipeline_trace": "/dev/null/trace"}, "--pipeline-trace /dev/null/trace: /dev/null is no folder"),
+        ({"pipeline_trace": ""}, "--pipeline-trace is empty"),
+        ({"pipeline_trace_step": 4}, "--pipeline-trace-step 4: --pipeline-trace is not given"),
         ({"seq1f1b_layer_seconds": "file"}, "--seq1f1b-layer-seconds file: it balances segments, and neither"),
         (SEGMENTS | {"seq1f1b_layer_seconds": "file", "seq1f1b_partition": "even"}, "file: it balances segments"),
         ({"seq1f1b_partition": "40,24"}, "--seq1f1b-partition 40,24: lists segments, but --seq1f1b-splits is 1"),
@@ -235,6 +237,7 @@ def test_numbers_that_mean_nothing_are_refused(values: dict[str, Any], message: 
         ("[[8, 0, 1, 1]]", "a segment needs 0 <= begin < end"),
         ("[[0, 8, 1, 1], [0, 16, 2, 2]]", "2 different segments cannot settle"),
         ("\udcff", "not a JSON list"),
+        ("[" * 100_000, "not a JSON list"),
     ],
 )
 def test_a_file_of_seconds_that_cannot_be_read_is_refused_by_name(
@@ -327,7 +330,8 @@ def test_a_window_that_a_script_sets_is_refused_if_it_reaches_to_the_right() -> 
 
 def test_numbers_that_mean_something_pass() -> None:
     check_pipeline_numbers(args())
-    check_pipeline_numbers(args(seq1f1b_splits=8, seq1f1b_slack=3, pipeline_trace_step=1, pipeline_patience=0.5))
+    check_pipeline_numbers(args(seq1f1b_splits=8, seq1f1b_slack=3, pipeline_patience=0.5))
+    check_pipeline_numbers(args(pipeline_trace="here", pipeline_trace_step=1))
     check_pipeline_numbers(args(seq1f1b_splits=2, seq1f1b_partition="40,24"))
     check_pipeline_numbers(Namespace())  # a script's own namespace, without our flags
 

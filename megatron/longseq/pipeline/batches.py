@@ -19,8 +19,11 @@ def reached_sizes(
         samples: samples of the run; None: as many as `steps` take. With neither the run has no end.
 
     Raises:
-        ValueError: a batch size that comes is no whole number of micro-batches, or smaller than the one before.
+        ValueError: there is no entry; or a batch size that comes is no whole number of micro-batches, or smaller than
+            the one before.
     """
+    if not entries:
+        raise ValueError(f"no batch size is a multiple of {samples_per_round}, the samples of one micro-batch")
     sizes: list[int] = []
     consumed = taken = 0
     ends = [threshold for threshold, _ in entries[1:]]

@@ -203,7 +203,7 @@ def read_samples(file: Path) -> list[Sample]:
     """
     try:
         return [Sample(int(a), int(b), float(c), float(d)) for a, b, c, d in json.loads(file.read_text())]
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{file}: not a JSON list of [begin, end, forward seconds, backward seconds] ({error})"
         ) from error

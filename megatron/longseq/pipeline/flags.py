@@ -10,6 +10,7 @@ from megatron.longseq.pipeline.cost import fit, read_samples
 
 Refusals = dict[str, tuple[Callable[[Namespace], Any], str]]
 
+TRACED = 3  # the step that is measured, where no other is asked for
 LONGEST_PATIENCE = 1e8  # seconds, three years: threads of Python wait no longer than some 9e9
 
 # flag: (is it asked for?, why a sequence in segments cannot serve it)
@@ -163,7 +164,7 @@ def add_pipeline_arguments(parser: ArgumentParser) -> None:
         help="write when each action of one training step began and ended, per rank, to this folder",
     )
     group.add_argument(
-        "--pipeline-trace-step", type=int, default=3, metavar="N", help="which step of this run that is, from 1"
+        "--pipeline-trace-step", type=int, default=TRACED, metavar="N", help="which step of this run that is, from 1"
     )
     group.add_argument(
         "--pipeline-patience",
@@ -200,6 +201,13 @@ def check_pipeline_numbers(args: Namespace) -> None:
         raise ValueError(
             f"--pipeline-patience {args.pipeline_patience}: give seconds, more than 0 and at most "
             f"{LONGEST_PATIENCE:.0e}."
+        )
+    if getattr(args, "pipeline_trace", None) == "":
+        raise ValueError("--pipeline-trace is empty; name a folder, or leave it out.")
+    if getattr(args, "pipeline_trace", None) is None and getattr(args, "pipeline_trace_step", TRACED) != TRACED:
+        raise ValueError(
+            f"--pipeline-trace-step {args.pipeline_trace_step}: --pipeline-trace is not given, so nothing would be "
+            "written; give both."
         )
     if getattr(args, "pipeline_trace", None) is not None:
         folder = Path(args.pipeline_trace)

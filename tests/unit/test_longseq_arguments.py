@@ -1,0 +1,28 @@
+"""What every system's flags share: files and folders that a run writes to are looked at when flags are parsed."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from megatron.longseq.arguments import validate_longseq_arguments
+
+
+@pytest.mark.parametrize("save", ["", "new/folder", "msc://bucket/folder", None])
+def test_a_place_for_checkpoints_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: str | None) -> None:
+    monkeypatch.chdir(tmp_path)
+    validate_longseq_arguments(Namespace(save=save, rank=0))
+
+
+def test_a_place_for_checkpoints_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for save in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match=f"--save {save}: {tmp_path}/file is no folder that this process may"):
+            validate_longseq_arguments(Namespace(save=str(save), rank=0))
+        validate_longseq_arguments(Namespace(save=str(save), rank=1))  # rank 0 says it for all
+
+
+@pytest.mark.parametrize("file", ["", "."])
+def test_an_arguments_file_that_is_no_file_is_refused(file: str) -> None:
+    with pytest.raises(ValueError, match=f"--arguments-file {file}: names no file"):
+        validate_longseq_arguments(Namespace(arguments_file=file))
