@@ -161,10 +161,10 @@ def stale_keys() -> Iterator[Planted]:
 
     planted = Planted()
 
-    def keys_round(original: Any, own: Tensor, *rest: Any) -> Iterator[Any]:
+    def keys_round(original: Any, own: tuple[Tensor, Tensor], *rest: Any) -> Iterator[Any]:
         for index, step, held in original(own, *rest):
             planted.times += index > 0
-            yield index, step, held if index == 0 else own[: held.shape[0]]
+            yield index, step, tuple(mine[: came.shape[0]] for mine, came in zip(own, held, strict=True))
 
     with wrapped(ring, "_keys_round", keys_round):
         yield planted
