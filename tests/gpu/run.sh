@@ -20,11 +20,15 @@ done
 check='import sys; sys.version_info >= (3, 12) or sys.exit(1)'
 [[ $dry == yes ]] || check+='; import torch'
 [[ $dry == yes || $device == cpu ]] || check+='; torch.cuda.is_available() or sys.exit(1)'
+candidates=(python3.12 python3.13 python3 python /opt/conda/bin/python "$ROOT/.venv/bin/python")
+candidates+=("${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[2-9]*/bin/python)
+[[ -z ${PYTHON:-} ]] || candidates=("$PYTHON")
 python=
-for one in ${PYTHON:+"$PYTHON"} python3.12 python3.13 python3 python /opt/conda/bin/python; do
+for one in "${candidates[@]}"; do
   if path=$(type -P "$one") && "$path" -c "$check" >/dev/null 2>&1; then python=$path; break; fi
 done
-[[ -n $python ]] || die "no Python from 3.12 on with PyTorch${device:+ for $device} was found: PYTHON=/path/to/python names one"
+[[ $dry == yes ]] && wanted="Python from 3.12 on" || wanted="Python from 3.12 on with PyTorch for $device"
+[[ -n $python ]] || die "no $wanted was found (looked at: ${candidates[*]}): PYTHON=/path/to/python names one"
 
 # Beside the system's Python, never into it: what it lacks, from the folder alone.
 if [[ $dry == no && -d $wheels ]]; then
