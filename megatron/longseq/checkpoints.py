@@ -71,7 +71,7 @@ def fault_of_file(file: Path) -> str | None:
 
 
 def _wrong_file(file: Path) -> str | None:
-    """Hold a file of torch.save to its form: a zip archive, whose directory is written last."""
+    """Check that a file of torch.save is whole. It is a zip archive, whose directory is written last."""
     try:
         with file.open("rb") as stream:
             head = stream.read(len(ZIP))
@@ -101,7 +101,7 @@ def _wrong_inside(place: Path) -> str | None:
 
 
 def _wrong_tensors(place: Path) -> str | None:
-    """Hold the files with tensors to what the list of tensors says of them."""
+    """Compare the size of each file of tensors with what the checkpoint's `.metadata` lists in it."""
     from torch.distributed.checkpoint import FileSystemReader
 
     listed = place / ".metadata"

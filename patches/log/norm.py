@@ -1,4 +1,4 @@
-"""The norm of the parameters that a step has made, where their gather still runs when it is asked for."""
+"""The norm of a step's parameters, where their all-gather still runs when upstream computes the norm."""
 
 import functools
 from argparse import Namespace
@@ -16,7 +16,7 @@ def is_early(args: Namespace) -> bool:
 
 
 def of_gathered(original: Callable[..., float]) -> Callable[..., float]:
-    """Wrap `calc_params_l2_norm`: first have the parameters of all ranks; the next forward then waits for none."""
+    """Wrap `calc_params_l2_norm`: wait for the all-gather of parameters first. The next forward finds it done."""
 
     @functools.wraps(original)
     def calc_params_l2_norm(model: Any, *args: Any, **kwargs: Any) -> float:

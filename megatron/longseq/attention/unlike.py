@@ -1,4 +1,4 @@
-"""Where the same flags make another model of upstream's attention than of ours: said once, when flags are parsed.
+"""Flags under which upstream's attention and ours compute different models. A run warns of them once, at its start.
 
 Ours (`--seq1f1b-splits` above 1, `--context-parallel-size` above 1 without TransformerEngine) keeps documents apart in
 every layer, beside any window.
@@ -21,7 +21,7 @@ READ = (
 
 
 def warning(args: Namespace, *, is_ours: bool, is_local: bool, on_gpu: bool) -> str | None:
-    """Return what to say of a run's flags; None: both make the same model of them.
+    """Return a warning about a run's flags; None if both attentions compute the same model.
 
     Args:
         args: upstream's parsed arguments, not validated yet.
@@ -55,7 +55,7 @@ def _window(args: Namespace, is_local: bool) -> list[str]:
 
 
 def _documents(args: Namespace, is_local: bool, on_gpu: bool) -> list[str]:
-    """Ours keeps documents apart always; upstream's does not in these cases."""
+    """Return the cases in which upstream's attention sees other documents. Ours never does."""
     if not args.reset_attention_mask:
         return []
     flag = "--reset-attention-mask"

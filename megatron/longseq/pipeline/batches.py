@@ -10,7 +10,7 @@ def reached_sizes(
 ) -> list[int]:
     """Return the batch sizes of a run from its first step on, in the order in which they come.
 
-    An entry that a step passes over, or that begins after the last step, does not come.
+    Entries that no step of the run reaches are left out.
 
     Args:
         entries: the schedule, by rising threshold; the first is 0.
