@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/pretrain_gpt.py --pipeline-model-parallel-size 2 --num-layers 4 ...
 
-What a Megatron user would look for (get_batch, loss_func, forward_step, datasets) is in `megatron/longseq/gpt.py`.
+What a Megatron user looks for (get_batch, loss_func, forward_step, datasets) is in `megatron/longseq/pretrain_gpt.py`.
 Everything stands behind the guard: upstream's checkpoint writer spawns helpers, and each imports this file again.
 """
 
@@ -16,6 +16,6 @@ if __name__ == "__main__":
 
     patches.start()  # before upstream is imported: without CUDA its imports already ask for a device
 
-    from megatron.longseq.gpt import main
+    from megatron.longseq.pretrain_gpt import main
 
     main()

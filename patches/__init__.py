@@ -4,7 +4,7 @@ Importing this package imports neither torch nor megatron. `start()` and `select
 run uses, `applied(...)` is what a test uses; `python -m patches --help` lists the tools.
 """
 
+from patches.engine.session import applied, select_and_apply, start
 from patches.errors import PatchError
-from patches.session import applied, select_and_apply, start
 
 __all__ = ["PatchError", "applied", "select_and_apply", "start"]

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from patches import bump, ledger, lock, verify, wheel
+from patches import ledger
 from patches.errors import PatchError
 from patches.record import Record
-from patches.source import ImportPath, Upstream
+from patches.upstream import bump, lock, verify, wheel
+from patches.upstream.source import ImportPath, Upstream
 
 
 def main(argv: Sequence[str] | None = None) -> int:

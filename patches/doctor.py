@@ -5,13 +5,14 @@ import importlib.util
 import platform
 import sys
 
-from patches import digest, verify
+from patches.engine import digest
+from patches.engine.session import SESSION
 from patches.errors import PatchError
 from patches.ledger import RECORDS
-from patches.lock import read
-from patches.session import SESSION
-from patches.source import ImportPath, Upstream
-from patches.wheel import NAME, installed
+from patches.upstream import verify
+from patches.upstream.lock import read
+from patches.upstream.source import ImportPath, Upstream
+from patches.upstream.wheel import NAME, installed
 
 OPTIONAL = {"transformer-engine": "transformer_engine", "apex": "apex", "flash-attn": "flash_attn"}
 
@@ -67,7 +68,7 @@ def _start_set() -> bool:
             "the undo left something behind",
             where=", ".join(wrong),
             why="these places do not hold what they held before",
-            todo="this is a fault of patches/engine.py: report it",
+            todo="this is a fault of patches/engine/apply.py: report it",
         )
     print("undo: exact")
     return True

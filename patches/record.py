@@ -17,7 +17,7 @@ _ID = re.compile(r"[a-z0-9_]+\.[a-z0-9][a-z0-9-]*")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One change to upstream, declared; `patches.engine` carries it out and undoes it.
+    """One change to upstream, declared; `patches.engine.apply` carries it out and undoes it.
 
     Attributes:
         id: unique, `system.short-name`.

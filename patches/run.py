@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from patches import session, wheel
+from patches.engine import session
 from patches.errors import PatchError
-from patches.source import ImportPath
+from patches.upstream import wheel
+from patches.upstream.source import ImportPath
 
 Choice = Literal["tree", "wheel"]
 PROJECT = Path(__file__).resolve().parents[1]

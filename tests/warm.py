@@ -13,9 +13,8 @@ import torch  # noqa: E402
 import torch._dynamo  # noqa: E402
 from megatron.training import argument_utils, arguments, training  # noqa: E402, F401
 
-import megatron.longseq.gpt  # noqa: E402
-import megatron.longseq.pipeline.runner  # noqa: E402, F401
-from patches import ledger, source  # noqa: E402
+from patches import ledger  # noqa: E402
+from patches.upstream import source  # noqa: E402
 
 with contextlib.suppress(ImportError):  # a machine that is only there to measure may lack it
     import torch.utils.tensorboard

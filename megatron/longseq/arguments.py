@@ -4,10 +4,10 @@ import argparse
 import json
 from pathlib import Path
 
-from megatron.longseq.attention.flags import add_context_arguments, check_context_numbers
+from megatron.longseq.attention.arguments import add_context_arguments, check_context_numbers
 from megatron.longseq.folders import refuse_unwritable
-from megatron.longseq.pipeline.flags import add_pipeline_arguments, check_pipeline_numbers
-from megatron.longseq.sharding.flags import add_sharding_arguments, check_sharding_numbers
+from megatron.longseq.pipeline.arguments import add_pipeline_arguments, check_pipeline_numbers
+from megatron.longseq.sharding.arguments import add_sharding_arguments, check_sharding_numbers
 
 
 def add_longseq_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""Upstream's flags that our GPT script (`megatron.longseq.gpt`) refuses, and those that change nothing in its run.
+"""Upstream's flags that our GPT script (`megatron.longseq.pretrain_gpt`) refuses, and those without effect in its run.
 
 `tests/unit/test_upstream_flags.py` walks upstream's whole parser: each flag is read by what our script runs, is refused
 here, or stands in `WITHOUT_EFFECT` with its reason.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from patches.launch import node_ranks
+from patches.environment import node_ranks
 
 _KIB = 1024
 

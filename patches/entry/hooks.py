@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron.longseq import arguments
-from megatron.longseq.attention import unlike
-from patches import digest, session
+from megatron.longseq.attention.plan import differences as unlike
 from patches.conditions import no_cuda
+from patches.engine import digest, session
 from patches.errors import RankMismatch
 
 Provider = Callable[[ArgumentParser], ArgumentParser]

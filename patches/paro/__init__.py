@@ -135,7 +135,7 @@ RECORDS = (
         system="paro",
         action="wrap",
         target="megatron.training.checkpointing:_build_sharded_state_dict_metadata",
-        impl="patches.paro.partial:by_layer",
+        impl="patches.paro.freeze:by_layer",
         reads=("megatron.core.transformer.transformer_block:TransformerBlock.sharded_state_dict",),
         why="Upstream stacks all layers' tensors in a checkpoint, and refuses to write the optimizer states of those "
         "layers alone that are trained.",

@@ -5,9 +5,9 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from megatron.longseq.sharding.flags import refuse_unserved_sharding
-from megatron.longseq.sharding.settings import confirm, resolve, told, widths
-from patches.launch import node_ranks
+from megatron.longseq.sharding.arguments import refuse_unserved_sharding
+from megatron.longseq.sharding.plan.from_args import confirm, resolve, told, widths
+from patches.environment import node_ranks
 
 
 def with_sharding(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,7 +5,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from megatron.longseq.sharding.manifest import loads_optimizer, refuse_bound_states, told
+from megatron.longseq.sharding.runtime.checkpoint import loads_optimizer, refuse_bound_states, told
 
 
 def with_manifest(original: Callable[..., Any]) -> Callable[..., Any]:

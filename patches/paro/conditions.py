@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from megatron.longseq.sharding.flags import wants_sharding
+from megatron.longseq.sharding.arguments import wants_sharding
 
 
 def shards(args: Namespace) -> bool:

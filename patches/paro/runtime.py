@@ -67,7 +67,7 @@ def with_bucket_memory(original: Callable[..., Any]) -> Callable[..., Any]:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         import torch
 
-        from megatron.longseq.sharding.buffers import BufferMemory, WithoutMemory
+        from megatron.longseq.sharding.runtime.buffers import BufferMemory, WithoutMemory
 
         device = torch.zeros(0, device=torch.cuda.current_device()).device
         self.longseq_memory = BufferMemory(current_sharding(), device)
@@ -102,7 +102,7 @@ def with_sharded_wrapper(original: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         from megatron.training import get_args
 
-        from megatron.longseq.sharding.ddp import ShardedDataParallel
+        from megatron.longseq.sharding.runtime.ddp import ShardedDataParallel
 
         sharding = current_sharding()
         size = get_args().ddp_bucket_size or max(40_000_000, 1_000_000 * sharding.groups.ranks)
@@ -117,7 +117,7 @@ def with_parts(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        from megatron.longseq.sharding.optimizer import adopt
+        from megatron.longseq.sharding.runtime.optimizer import adopt
 
         original(self, *args, **kwargs)
         adopt(self)
@@ -142,18 +142,18 @@ def _open(flags: Namespace) -> tuple[Any, Any]:
     import torch
     from megatron.core import parallel_state
 
-    from megatron.longseq.ranks import options_like
-    from megatron.longseq.sharding.collectives import open_groups
-    from megatron.longseq.sharding.core import Sharding
-    from megatron.longseq.sharding.decide import decide, given_links
-    from megatron.longseq.sharding.lanekinds import lane_for
-    from megatron.longseq.sharding.lanes import Lanes
-    from megatron.longseq.sharding.messages import runner_for
-    from megatron.longseq.sharding.optimizergroups import open_optimizer_groups
-    from megatron.longseq.sharding.probe import probe
-    from megatron.longseq.sharding.ring import Mode
-    from megatron.longseq.sharding.settings import sharding
-    from patches.launch import has_one_queue
+    from megatron.longseq.distributed import options_like
+    from megatron.longseq.sharding.plan.flat_or_hierarchical import decide, given_links
+    from megatron.longseq.sharding.plan.from_args import sharding
+    from megatron.longseq.sharding.plan.ring import Mode
+    from megatron.longseq.sharding.runtime.collectives import open_groups
+    from megatron.longseq.sharding.runtime.comm_queue import Lanes
+    from megatron.longseq.sharding.runtime.comm_streams import lane_for
+    from megatron.longseq.sharding.runtime.gloo_ring import runner_for
+    from megatron.longseq.sharding.runtime.process_groups import open_optimizer_groups
+    from megatron.longseq.sharding.runtime.state import Sharding
+    from megatron.longseq.sharding.tools.probe_links import probe
+    from patches.environment import has_one_queue
 
     asked = sharding(flags)
     timeout = timedelta(minutes=flags.distributed_timeout_minutes)

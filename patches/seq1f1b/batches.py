@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron.longseq.pipeline.batches import reached_sizes
+from megatron.longseq.pipeline.plan.batch_sizes import reached_sizes
 
 
 class Batch(NamedTuple):

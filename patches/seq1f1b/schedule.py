@@ -7,8 +7,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from megatron.longseq.pipeline.flags import check_trace_step, refuse_unserved, wants_our_schedule
-from patches.launch import has_one_queue
+from megatron.longseq.pipeline.arguments import check_trace_step, refuse_unserved, wants_our_schedule
+from patches.environment import has_one_queue
 from patches.seq1f1b.batches import prove_batches
 from patches.seq1f1b.stages import refuse_stages
 
@@ -61,7 +61,7 @@ def with_our_schedule(original: Callable[..., Any]) -> Callable[..., Any]:
 def _plan(args: Namespace) -> Any:
     import torch
 
-    from megatron.longseq.pipeline.plan import plan_from_args
+    from megatron.longseq.pipeline.plan.from_args import plan_from_args
 
     return plan_from_args(args, one_queue=torch.cuda.is_available() and has_one_queue())
 
@@ -69,7 +69,7 @@ def _plan(args: Namespace) -> Any:
 def _runner() -> Any:
     from megatron.training import get_args
 
-    from megatron.longseq.pipeline.runner import PipelineRunner
+    from megatron.longseq.pipeline.forward_backward import PipelineRunner
     from patches.usp.conditions import spreads_segments
     from patches.usp.runtime import current_context
 
@@ -89,7 +89,7 @@ def _runner() -> Any:
 def _write_trace(folder: Path, schedule: Any, rank: int, spans: Any) -> None:
     from megatron.core import mpu
 
-    from megatron.longseq.pipeline.trace import write_measured
+    from megatron.longseq.pipeline.tools.chrome_trace import write_measured
 
     if mpu.get_data_parallel_rank(with_context_parallel=True) == 0 and mpu.get_tensor_model_parallel_rank() == 0:
         write_measured(folder, rank, schedule.pipeline, f"{schedule.name}, measured", spans)

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from megatron.longseq.pipeline.plan import stage_layers
+from megatron.longseq.pipeline.plan.from_args import stage_layers
 
 
 def refuse_stages(args: Namespace) -> None:

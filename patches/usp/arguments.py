@@ -6,8 +6,8 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from megatron.longseq.attention.flags import refuse_unserved_context
-from patches.launch import node_ranks
+from megatron.longseq.attention.arguments import refuse_unserved_context
+from patches.environment import node_ranks
 from patches.usp.conditions import spreads_attention, spreads_local_attention
 
 
@@ -20,7 +20,7 @@ def with_context_plan(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def validate_args(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
-        from megatron.longseq.attention.ways import check_ways, choose_for, ways
+        from megatron.longseq.attention.plan.comm_type import check_ways, choose_for, ways
 
         is_chosen = args.context_parallel_auto
         if is_chosen:
@@ -49,7 +49,7 @@ def with_context_plan(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _lengths(args: Namespace) -> tuple[int, ...]:
-    from megatron.longseq.pipeline.plan import segment_lengths
+    from megatron.longseq.pipeline.plan.from_args import segment_lengths
 
     return segment_lengths(args)
 

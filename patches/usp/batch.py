@@ -16,7 +16,7 @@ def by_segment(original: Callable[..., Any]) -> Callable[..., Any]:
     def cut_by_segment(batch: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         from megatron.training import get_args
 
-        from megatron.longseq.pipeline.plan import segment_lengths
+        from megatron.longseq.pipeline.plan.from_args import segment_lengths
 
         flags = get_args()
         cut = {name: value for name, value in batch.items() if _is_cut(value, flags.seq_length)}

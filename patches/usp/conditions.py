@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from megatron.longseq.attention.flags import wants_context
+from megatron.longseq.attention.arguments import wants_context
 from patches.conditions import no_cuda
 from patches.recompute.frozen import recomputes
 

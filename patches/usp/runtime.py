@@ -46,11 +46,11 @@ def with_context_groups(original: Callable[..., Any]) -> Callable[..., Any]:
 def _open(flags: Namespace) -> Any:
     from megatron.core import parallel_state
 
-    from megatron.longseq.attention.core import ContextParallel
-    from megatron.longseq.attention.groups import open_spreads, reordered
-    from megatron.longseq.attention.lanes import GroupExchange
-    from megatron.longseq.attention.masks import MaskReader
-    from megatron.longseq.attention.ways import ways
+    from megatron.longseq.attention.module import ContextParallel
+    from megatron.longseq.attention.plan.comm_type import ways
+    from megatron.longseq.attention.runtime.comm import GroupExchange
+    from megatron.longseq.attention.runtime.masks import MaskReader
+    from megatron.longseq.attention.runtime.process_groups import open_spreads, reordered
 
     timeout = timedelta(minutes=flags.distributed_timeout_minutes)
     spread, group = ways(flags), parallel_state.get_context_parallel_group()
@@ -69,7 +69,7 @@ def with_context_attention(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def core_attention(self: Any) -> Any:
-        from megatron.longseq.attention.core import ContextParallelAttention
+        from megatron.longseq.attention.module import ContextParallelAttention
 
         return functools.partial(ContextParallelAttention, context=current_context)
 

@@ -128,7 +128,7 @@ def run_on_this_rank(job: Job) -> list[Measured]:
     patches.start()
     from megatron.training import training
 
-    from megatron.longseq.gpt import main
+    from megatron.longseq.pretrain_gpt import main
 
     race = _Race(job, training.get_forward_backward_func)
     training.get_forward_backward_func = lambda **_: race.forward_backward
@@ -202,8 +202,8 @@ class _Race:
     def _runner(self, segments: int) -> Any:
         from megatron.training import get_args
 
-        from megatron.longseq.pipeline.plan import plan_from_args
-        from megatron.longseq.pipeline.runner import PipelineRunner
+        from megatron.longseq.pipeline.forward_backward import PipelineRunner
+        from megatron.longseq.pipeline.plan.from_args import plan_from_args
 
         if segments == 0:
             return None

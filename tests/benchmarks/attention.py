@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from megatron.longseq.attention.heads import Heads
+from megatron.longseq.attention.plan.heads import Heads
 from tests.benchmarks.attention_contest import ONE_PROCESS, OURS, PEERS, Contestant, Size, contestants
 from tests.benchmarks.attention_race import Job, run_on_this_rank
 from tests.benchmarks.attention_report import rows, sent_bytes, summary, text

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from megatron.longseq.attention.blocks import Span
-from megatron.longseq.attention.heads import Heads
-from megatron.longseq.attention.layout import Layout, Mesh
+from megatron.longseq.attention.plan.heads import Heads
+from megatron.longseq.attention.plan.layout import Layout, Mesh
+from megatron.longseq.attention.plan.tiles import Span
 
 OURS, ONE_PROCESS = "ours", "one process"
 HALVES = "two processes, half the heads each"  # no exchange at all: what two ranks could reach here

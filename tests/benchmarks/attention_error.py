@@ -27,8 +27,8 @@ import torch
 from matplotlib import pyplot
 from torch import Tensor
 
-from megatron.longseq.attention.kernels.cpu import CpuFlash
-from megatron.longseq.attention.layout import Mesh
+from megatron.longseq.attention.kernels.torch_cpu import CpuFlash
+from megatron.longseq.attention.plan.layout import Mesh
 from tests.unit.context_run import Problem, Ranks, alone
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.longseq.attention.heads import Heads
+from megatron.longseq.attention.plan.heads import Heads
 from tests.benchmarks import ours, peers
 from tests.benchmarks.attention_contest import (
     HALVES,

@@ -5,8 +5,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from megatron.longseq.attention.layout import Layout
-from megatron.longseq.attention.traffic import Setup, peer_ring, ring
+from megatron.longseq.attention.plan.comm_volume import Setup, peer_ring, ring
+from megatron.longseq.attention.plan.layout import Layout
 from tests.benchmarks.attention_contest import (
     HALVES,
     ONE_PROCESS,

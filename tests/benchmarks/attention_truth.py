@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.longseq.attention.blocks import Span
+from megatron.longseq.attention.plan.tiles import Span
 from tests.benchmarks.attention_contest import Size
 
 ROWS = 128  # of the score matrix at once

@@ -4,10 +4,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.longseq.attention.context import asked, context_attention
-from megatron.longseq.attention.groups import open_spreads
-from megatron.longseq.attention.kernels.choice import choose
-from megatron.longseq.attention.ways import Way
+from megatron.longseq.attention.kernels.select import choose
+from megatron.longseq.attention.plan.comm_type import Way
+from megatron.longseq.attention.runtime.function import asked, context_attention
+from megatron.longseq.attention.runtime.process_groups import open_spreads
 from tests.benchmarks.attention_contest import Contestant
 from tests.benchmarks.peers import Attend
 

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-from megatron.longseq.pipeline.action import Kind, Pipeline
-from megatron.longseq.pipeline.orders import one_f_one_b
-from megatron.longseq.pipeline.proof import prove
-from megatron.longseq.pipeline.simulate import Costs, simulate
+from megatron.longseq.pipeline.plan.generators import one_f_one_b
+from megatron.longseq.pipeline.plan.schedule import Kind, Pipeline
+from megatron.longseq.pipeline.plan.simulate import Costs, simulate
+from megatron.longseq.pipeline.plan.validate import prove
 from tests.benchmarks.alternate import Contestant, Job, Measured, run_on_this_rank
 from tests.pool import RankPool
 

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron.longseq.sharding.groups import Groups
+from megatron.longseq.sharding.plan.rank_groups import Groups
 from tests.benchmarks import sharding_arms as training
 from tests.benchmarks import sharding_steps as steps
 from tests.benchmarks.sharding_race import probe_on_this_rank, race_on_this_rank

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from megatron.longseq.sharding.memory import Widths
-from megatron.longseq.sharding.ring import Mode
-from megatron.longseq.sharding.traffic import Bucket
+from megatron.longseq.sharding.plan.comm_volume import Bucket
+from megatron.longseq.sharding.plan.memory import Widths
+from megatron.longseq.sharding.plan.ring import Mode
 from tests.benchmarks.calls import Seen, watching
 from tests.benchmarks.twonodes import Bed
 
@@ -112,7 +112,7 @@ def train_on_this_rank(flags: Sequence[str]) -> Trained:
         patches.start()
         from megatron.training import training
 
-        from megatron.longseq.gpt import main
+        from megatron.longseq.pretrain_gpt import main
 
         training.train_step = _watched(training.train_step, found, seen)
         main()

@@ -14,14 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.longseq.sharding.collectives import Collectives, open_groups, region_of
-from megatron.longseq.sharding.groups import Groups
-from megatron.longseq.sharding.lanes import Lanes, Runner
-from megatron.longseq.sharding.messages import RingMessages
-from megatron.longseq.sharding.phases import Kind
-from megatron.longseq.sharding.probe import probe
-from megatron.longseq.sharding.ring import Mode, whole
-from megatron.longseq.sharding.ringtime import Links
+from megatron.longseq.sharding.plan.collectives import Kind
+from megatron.longseq.sharding.plan.rank_groups import Groups
+from megatron.longseq.sharding.plan.ring import Mode, whole
+from megatron.longseq.sharding.plan.time_model import Links
+from megatron.longseq.sharding.runtime.collectives import Collectives, open_groups, region_of
+from megatron.longseq.sharding.runtime.comm_queue import Lanes, Runner
+from megatron.longseq.sharding.runtime.gloo_ring import RingMessages
+from megatron.longseq.sharding.tools.probe_links import probe
 
 GLOO, RING = "gloo", "ring"
 

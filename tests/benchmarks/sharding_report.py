@@ -4,11 +4,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron.longseq.sharding.groups import Groups
-from megatron.longseq.sharding.linkfit import pick
-from megatron.longseq.sharding.phases import Kind
-from megatron.longseq.sharding.ring import Mode
-from megatron.longseq.sharding.ringtime import Choice, Link, Links, seconds
+from megatron.longseq.sharding.plan.collectives import Kind
+from megatron.longseq.sharding.plan.linkfit import pick
+from megatron.longseq.sharding.plan.rank_groups import Groups
+from megatron.longseq.sharding.plan.ring import Mode
+from megatron.longseq.sharding.plan.time_model import Choice, Link, Links, seconds
 from tests.benchmarks.sharding_race import GLOO, RING, Arm, Heat, Timed
 from tests.benchmarks.twonodes_check import Pace
 

@@ -4,13 +4,13 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from megatron.longseq.sharding.cost import Job, Work, predict
-from megatron.longseq.sharding.groups import Groups
-from megatron.longseq.sharding.memory import Model
-from megatron.longseq.sharding.ring import Mode
-from megatron.longseq.sharding.ringtime import Links
-from megatron.longseq.sharding.strategy import Strategy
-from megatron.longseq.sharding.traffic import bucket_traffic
+from megatron.longseq.sharding.plan.comm_volume import bucket_traffic
+from megatron.longseq.sharding.plan.cost import Job, Work, predict
+from megatron.longseq.sharding.plan.memory import Model
+from megatron.longseq.sharding.plan.rank_groups import Groups
+from megatron.longseq.sharding.plan.ring import Mode
+from megatron.longseq.sharding.plan.strategy import Strategy
+from megatron.longseq.sharding.plan.time_model import Links
 from tests.benchmarks.calls import Seen
 from tests.benchmarks.sharding_arms import WIDTHS, Result
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron.longseq.attention.groups import open_spreads
-from megatron.longseq.attention.spread import Spread
-from megatron.longseq.attention.ways import Way
-from megatron.longseq.ranks import Sent
+from megatron.longseq.attention.plan.comm_type import Way
+from megatron.longseq.attention.runtime.process_groups import open_spreads
+from megatron.longseq.attention.runtime.strategies import Spread
+from megatron.longseq.distributed import Sent
 from tests.regression.planted import wrapped
 from tests.unit.attention_bed import assert_close
 from tests.unit.context_run import Problem, Ranks

@@ -139,7 +139,7 @@ def _frozen_when_built(trained: str) -> Iterator[Planted]:
 
 
 def _freeze(model: torch.nn.Module, trained: str) -> int:
-    from megatron.longseq.partial import model_name
+    from megatron.longseq.freeze import model_name
 
     count = 0
     for name, param in model.named_parameters():

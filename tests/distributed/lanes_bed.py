@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.longseq.ranks import Sent
-from megatron.longseq.sharding.collectives import Collectives, Communicators, Region, open_groups, region_of
-from megatron.longseq.sharding.groups import Groups
-from megatron.longseq.sharding.lanes import LaneError, Lanes
-from megatron.longseq.sharding.messages import RingMessages
-from megatron.longseq.sharding.phases import SCATTER_INSIDE, Kind, Phase, Scope
-from megatron.longseq.sharding.probe import measure, probe
-from megatron.longseq.sharding.ring import Mode, whole
+from megatron.longseq.distributed import Sent
+from megatron.longseq.sharding.plan.collectives import SCATTER_INSIDE, Kind, Phase, Scope
+from megatron.longseq.sharding.plan.rank_groups import Groups
+from megatron.longseq.sharding.plan.ring import Mode, whole
+from megatron.longseq.sharding.runtime.collectives import Collectives, Communicators, Region, open_groups, region_of
+from megatron.longseq.sharding.runtime.comm_queue import LaneError, Lanes
+from megatron.longseq.sharding.runtime.gloo_ring import RingMessages
+from megatron.longseq.sharding.tools.probe_links import measure, probe
 from tests.regression.planted import wrapped
 
 CPU = torch.device("cpu")

@@ -74,7 +74,7 @@ def _teacher_and_student(labels: Tensor, logits: Tensor) -> Tensor:
 
 @contextmanager
 def _planted(loss: Callable[[Tensor, Tensor], Tensor], per_token: bool = False) -> Iterator[Planted]:
-    from megatron.longseq import gpt
+    from megatron.longseq import pretrain_gpt as gpt
 
     planted = Planted()
 
@@ -119,7 +119,7 @@ constant = partial(_planted, _constant)
 
 @contextmanager
 def _forward_step(step: Callable[..., Any], loss: AbstractContextManager[Planted]) -> Iterator[Planted]:
-    from megatron.longseq import gpt
+    from megatron.longseq import pretrain_gpt as gpt
 
     with ExitStack() as stack:
         planted = stack.enter_context(loss)
@@ -133,7 +133,7 @@ def logits() -> Iterator[Planted]:
     from megatron.core.utils import get_attr_wrapped_model
     from megatron.training import get_args
 
-    from megatron.longseq import gpt
+    from megatron.longseq import pretrain_gpt as gpt
 
     def forward_step(_: Any, data: Any, model: torch.nn.Module) -> Any:
         args = get_args()
@@ -203,8 +203,8 @@ def one_step_fails() -> Iterator[Planted]:
 
     It does so with further samples.
     """
-    from megatron.longseq import gpt
-    from megatron.longseq.pipeline.runner import PipelineRunner
+    from megatron.longseq import pretrain_gpt as gpt
+    from megatron.longseq.pipeline.forward_backward import PipelineRunner
 
     planted = Planted()
 

@@ -21,7 +21,7 @@ def traffic(notes: Notes) -> Iterator[None]:
     from megatron.core import mpu
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-    from megatron.longseq.pipeline.runner import PipelineRunner
+    from megatron.longseq.pipeline.forward_backward import PipelineRunner
 
     step: dict[str, list[Any]] = {}
 
@@ -60,11 +60,11 @@ def exchange(stages: int, virtual: int, lengths: tuple[int, ...], microbatches: 
     Every rank dawdles differently, so that messages wait for receives and receives for messages. With more ranks than
     stages there are several pipelines, whose ranks take turns as upstream's do.
     """
-    from megatron.longseq.pipeline.action import Action, Kind, Pipeline
-    from megatron.longseq.pipeline.orders import forward_only, make
-    from megatron.longseq.pipeline.p2p import Mailbox, open_lanes
-    from megatron.longseq.pipeline.posts import AHEAD, plan_posts
-    from megatron.longseq.pipeline.watch import Watch
+    from megatron.longseq.pipeline.plan.generators import forward_only, make
+    from megatron.longseq.pipeline.plan.receives import AHEAD, plan_posts
+    from megatron.longseq.pipeline.plan.schedule import Action, Kind, Pipeline
+    from megatron.longseq.pipeline.runtime.hang_report import Watch
+    from megatron.longseq.pipeline.runtime.p2p import Mailbox, open_lanes
 
     dist.init_process_group("gloo")
     pipelines = dist.get_world_size() // stages
@@ -116,7 +116,7 @@ def dying_stage() -> Iterator[Planted]:
 
 @contextmanager
 def _at_forward(number: int, act: Any) -> Iterator[Planted]:
-    from megatron.longseq import gpt
+    from megatron.longseq import pretrain_gpt as gpt
 
     planted, calls = Planted(), 0
 
@@ -149,11 +149,11 @@ def train_as_a_mortal(job: Job) -> None:
 
 def meet_a_dead_peer(first: str) -> str:
     """Rank 1 dies once the lanes are open; rank 0 then sends to it, or posts a receive; return what it is told."""
-    from megatron.longseq.pipeline.action import Pipeline
-    from megatron.longseq.pipeline.orders import make
-    from megatron.longseq.pipeline.p2p import Mailbox, open_lanes
-    from megatron.longseq.pipeline.posts import plan_posts
-    from megatron.longseq.pipeline.watch import Watch
+    from megatron.longseq.pipeline.plan.generators import make
+    from megatron.longseq.pipeline.plan.receives import plan_posts
+    from megatron.longseq.pipeline.plan.schedule import Pipeline
+    from megatron.longseq.pipeline.runtime.hang_report import Watch
+    from megatron.longseq.pipeline.runtime.p2p import Mailbox, open_lanes
 
     if os.environ["RANK"] == "1":
         child = os.fork()
@@ -184,11 +184,11 @@ def meet_a_dead_peer(first: str) -> str:
 
 def finish_before_the_peer_begins() -> None:
     """Rank 0 has only sends in an evaluation, and rank 1 comes 1.7 seconds late to take them."""
-    from megatron.longseq.pipeline.action import Pipeline
-    from megatron.longseq.pipeline.orders import forward_only
-    from megatron.longseq.pipeline.p2p import Mailbox, open_lanes
-    from megatron.longseq.pipeline.posts import plan_posts
-    from megatron.longseq.pipeline.watch import Watch
+    from megatron.longseq.pipeline.plan.generators import forward_only
+    from megatron.longseq.pipeline.plan.receives import plan_posts
+    from megatron.longseq.pipeline.plan.schedule import Pipeline
+    from megatron.longseq.pipeline.runtime.hang_report import Watch
+    from megatron.longseq.pipeline.runtime.p2p import Mailbox, open_lanes
 
     dist.init_process_group("gloo")
     lanes, rank, pipeline = open_lanes(dist.group.WORLD, 1), dist.get_rank(), Pipeline(2, 1, 2)
@@ -206,11 +206,11 @@ def finish_before_the_peer_begins() -> None:
 
 def wait_beyond_the_limit() -> str:
     """Rank 1 sends nothing for as long as rank 0's messages may take; return what rank 0 is told."""
-    from megatron.longseq.pipeline.action import Pipeline
-    from megatron.longseq.pipeline.orders import make
-    from megatron.longseq.pipeline.p2p import Mailbox, open_lanes
-    from megatron.longseq.pipeline.posts import plan_posts
-    from megatron.longseq.pipeline.watch import Watch
+    from megatron.longseq.pipeline.plan.generators import make
+    from megatron.longseq.pipeline.plan.receives import plan_posts
+    from megatron.longseq.pipeline.plan.schedule import Pipeline
+    from megatron.longseq.pipeline.runtime.hang_report import Watch
+    from megatron.longseq.pipeline.runtime.p2p import Mailbox, open_lanes
 
     dist.init_process_group("gloo")
     lanes, pipeline = open_lanes(dist.group.WORLD, 1, timedelta(seconds=1)), Pipeline(2, 1, 2)

@@ -33,7 +33,7 @@ def _on_this_rank(arm: Arm, flags: list[str], probe: str) -> Notes:
 
         stack.enter_context(double_precision())
         stack.enter_context(getattr(importlib.import_module(module), name)(notes))
-        from megatron.longseq.gpt import main
+        from megatron.longseq.pretrain_gpt import main
 
         with _early_end():
             main()
@@ -63,7 +63,7 @@ def evaluations(notes: Notes) -> Iterator[None]:
 @contextmanager
 def store_bytes(notes: Notes) -> Iterator[None]:
     """Note after every step of ours whether it was one of evaluation, and what the chunks' stores hold."""
-    from megatron.longseq.pipeline.runner import PipelineRunner
+    from megatron.longseq.pipeline.forward_backward import PipelineRunner
 
     def call(original: Any, runner: Any, **named: Any) -> Any:
         result = original(runner, **named)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from megatron.longseq.sharding.groups import Groups
-from megatron.longseq.sharding.memory import Widths
-from megatron.longseq.sharding.phases import Scope
-from megatron.longseq.sharding.traffic import Bucket, Traffic
+from megatron.longseq.sharding.plan.collectives import Scope
+from megatron.longseq.sharding.plan.comm_volume import Bucket, Traffic
+from megatron.longseq.sharding.plan.memory import Widths
+from megatron.longseq.sharding.plan.rank_groups import Groups
 from tests.distributed.flags import PP2, TP2, flags
 from tests.pool import RankPool
 from tests.regression.arm import _early_end
@@ -122,7 +122,7 @@ def train_on_this_rank(words: list[str], planted: str | None = None) -> Seen:
     patches.start()
     from megatron.training import training
 
-    from megatron.longseq.gpt import main
+    from megatron.longseq.pretrain_gpt import main
 
     seen = Seen()
     with ExitStack() as stack:
@@ -158,7 +158,7 @@ def _noting(seen: Seen) -> Callable[..., Any]:
 def _introduce(seen: Seen, model: list[Any]) -> None:
     from megatron.training import get_args
 
-    from megatron.longseq.sharding.settings import widths
+    from megatron.longseq.sharding.plan.from_args import widths
 
     seen.member = model[0].sharding.member
     seen.widths = widths(get_args())
@@ -213,7 +213,7 @@ def _held(model: list[Any], optimizer: Any) -> Held:
 @contextmanager
 def _watching(seen: Seen, model: list[Any]) -> Iterator[None]:
     """Note how many units and buckets are whole at once."""
-    from megatron.longseq.sharding.stores import Whole
+    from megatron.longseq.sharding.runtime.bucket_storage import Whole
 
     kinds: dict[int, tuple[str, str]] = {}
     wholes: dict[int, Whole] = {}

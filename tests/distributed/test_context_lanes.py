@@ -1,8 +1,8 @@
 """Attention over real groups of ranks: right, and as many bytes and messages as the formulas say."""
 
-from megatron.longseq.attention.layout import Mesh
-from megatron.longseq.attention.traffic import Volume, all_to_all, gathered, ring
-from megatron.longseq.ranks import Sent
+from megatron.longseq.attention.plan.comm_volume import Volume, all_to_all, gathered, ring
+from megatron.longseq.attention.plan.layout import Mesh
+from megatron.longseq.distributed import Sent
 from tests.distributed.context_bed import attend
 from tests.pool import RankPool
 from tests.unit.context_run import Problem

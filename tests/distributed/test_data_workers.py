@@ -33,7 +33,7 @@ def train_and_count(words: list[str]) -> tuple[int, int]:
     with patched("O"):
         from megatron.training import training
 
-        from megatron.longseq.gpt import main
+        from megatron.longseq.pretrain_gpt import main
 
         gc.disable()  # a circle of references stays until the collector runs, which at exit is too late
         with wrapped(training, "build_train_valid_test_data_iterators", build), _early_end():

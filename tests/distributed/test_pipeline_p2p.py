@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from megatron.longseq.pipeline.action import Action, Kind, Pipeline, target
-from megatron.longseq.pipeline.p2p import Lanes
+from megatron.longseq.pipeline.plan.schedule import Action, Kind, Pipeline, target
+from megatron.longseq.pipeline.runtime.p2p import Lanes
 from tests.distributed import p2p_bed
 from tests.distributed.flags import TINY, flags
 from tests.distributed.probes import run_probed

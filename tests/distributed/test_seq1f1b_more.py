@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy
 import pytest
 
-from megatron.longseq.pipeline.action import Kind, Pipeline
-from megatron.longseq.pipeline.compare import replay
-from megatron.longseq.pipeline.trace import read_measured
+from megatron.longseq.pipeline.plan.schedule import Kind, Pipeline
+from megatron.longseq.pipeline.tools.chrome_trace import read_measured
+from megatron.longseq.pipeline.tools.compare import replay
 from tests.distributed.equality import RELATIVE
 from tests.distributed.flags import TINY, flags
 from tests.distributed.probes import run_probed
@@ -103,7 +103,7 @@ def test_dropout_differs_no_more_than_other_masks_do(ranks: RankPool, tell: Call
     tell(f"dropout 0.1: loss of segments is {apart:.3f} off upstream's, upstream's own masks make {noise:.3f}")
     assert 0 < apart < 3 * noise
     assert ours.curve[-1]["loss"] < ours.curve[0]["loss"] - 0.5
-    assert "WARNING:megatron.longseq.attention.core:segments: attention kernel reference (" in log
+    assert "WARNING:megatron.longseq.attention.module:segments: attention kernel reference (" in log
 
 
 def gap(one: Run, other: Run) -> float:

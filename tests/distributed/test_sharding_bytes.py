@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from megatron.longseq.sharding.collectives import Region
-from megatron.longseq.sharding.strategy import Strategy
-from megatron.longseq.sharding.traffic import Traffic, bucket_traffic
+from megatron.longseq.sharding.plan.comm_volume import Traffic, bucket_traffic
+from megatron.longseq.sharding.plan.strategy import Strategy
+from megatron.longseq.sharding.runtime.collectives import Region
 from tests.distributed.sharding_bed import CASES, MORE, STEPS, Seen, groups_of, train
 from tests.pool import RankPool
 from tests.regression.planted import Planted, wrapped
@@ -88,8 +88,8 @@ def test_frozen_layers_below_what_is_trained_are_gathered_once(sharded_run: Call
 @contextmanager
 def reduced_twice() -> Iterator[Planted]:
     """A bucket's gradients of the second step are sent once more, to nowhere: no loss shows it."""
-    from megatron.longseq.sharding.core import Sharding
-    from megatron.longseq.sharding.stores import GradStore
+    from megatron.longseq.sharding.runtime.bucket_storage import GradStore
+    from megatron.longseq.sharding.runtime.state import Sharding
 
     planted = Planted()
 

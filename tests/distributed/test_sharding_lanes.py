@@ -7,12 +7,12 @@ from math import inf
 import pytest
 import torch
 
-from megatron.longseq.ranks import Sent
-from megatron.longseq.sharding.groups import Groups
-from megatron.longseq.sharding.phases import Kind, Scope
-from megatron.longseq.sharding.ring import Mode, whole
-from megatron.longseq.sharding.ringtime import Link
-from megatron.longseq.sharding.traffic import volume
+from megatron.longseq.distributed import Sent
+from megatron.longseq.sharding.plan.collectives import Kind, Scope
+from megatron.longseq.sharding.plan.comm_volume import volume
+from megatron.longseq.sharding.plan.rank_groups import Groups
+from megatron.longseq.sharding.plan.ring import Mode, whole
+from megatron.longseq.sharding.plan.time_model import Link
 from tests.distributed.lanes_bed import Case, Result, collect, one_stays_away, places, probed
 from tests.pool import RankPool
 

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron.longseq.sharding.memory import Model, memory
-from megatron.longseq.sharding.stores import IN_FLIGHT
-from megatron.longseq.sharding.strategy import Level, Strategy
+from megatron.longseq.sharding.plan.memory import Model, memory
+from megatron.longseq.sharding.plan.strategy import Level, Strategy
+from megatron.longseq.sharding.runtime.bucket_storage import IN_FLIGHT
 from tests.distributed.sharding_bed import CASES, MORE, STEPS, Seen, groups_of
 
 ALL = [

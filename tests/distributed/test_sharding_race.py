@@ -4,10 +4,10 @@ from collections import Counter
 
 import pytest
 
-from megatron.longseq.sharding.groups import Groups
-from megatron.longseq.sharding.phases import Kind
-from megatron.longseq.sharding.ring import Mode, whole
-from megatron.longseq.sharding.traffic import volume
+from megatron.longseq.sharding.plan.collectives import Kind
+from megatron.longseq.sharding.plan.comm_volume import volume
+from megatron.longseq.sharding.plan.rank_groups import Groups
+from megatron.longseq.sharding.plan.ring import Mode, whole
 from tests.benchmarks.calls import Seen, watching
 from tests.benchmarks.sharding_race import GLOO, RING, Arm, Heat, race_on_this_rank
 from tests.pool import RankFailure
@@ -28,7 +28,7 @@ def watched(heats: list[Heat]) -> Seen:
 
 def out_of_order(heats: list[Heat]) -> None:
     """Race with rings whose messages land one shard off; runs on a rank."""
-    from megatron.longseq.sharding import messages
+    from megatron.longseq.sharding.runtime import gloo_ring as messages
 
     steps = messages.ring_steps
 

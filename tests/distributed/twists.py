@@ -27,7 +27,7 @@ def empty_ranks() -> Iterator[Planted]:
 @contextmanager
 def empty_ranks_without_the_record() -> Iterator[Planted]:
     """As `empty_ranks`, and the ledger has no record `usp.loss`."""
-    from patches.session import SESSION
+    from patches.engine.session import SESSION
 
     SESSION.ledger = tuple(record for record in SESSION.ledger if record.id != "usp.loss")
     with empty_ranks() as planted:
@@ -37,7 +37,7 @@ def empty_ranks_without_the_record() -> Iterator[Planted]:
 @contextmanager
 def _masked(silent: slice) -> Iterator[Planted]:
     """Change the loss mask of the whole sequence, before a context-parallel rank takes its part."""
-    from megatron.longseq import gpt
+    from megatron.longseq import pretrain_gpt as gpt
 
     planted = Planted()
 
@@ -63,7 +63,7 @@ def mean_loss() -> Iterator[Planted]:
     The mean is a view of another tensor: right for upstream wherever it does not deallocate the loss, which is on one
     stage and with virtual stages.
     """
-    from megatron.longseq import gpt
+    from megatron.longseq import pretrain_gpt as gpt
 
     planted = Planted()
 
@@ -80,7 +80,7 @@ def mean_loss() -> Iterator[Planted]:
 @contextmanager
 def counted_forwards() -> Iterator[Planted]:
     """Nothing is changed; `times` counts the script's forward steps."""
-    from megatron.longseq import gpt
+    from megatron.longseq import pretrain_gpt as gpt
 
     planted = Planted()
 
@@ -95,7 +95,7 @@ def counted_forwards() -> Iterator[Planted]:
 @contextmanager
 def counted_forwards_without_the_schedule() -> Iterator[Planted]:
     """As `counted_forwards`, and the ledger has no record `seq1f1b.schedule`: its flags are parsed, but not served."""
-    from patches.session import SESSION
+    from patches.engine.session import SESSION
 
     SESSION.ledger = tuple(record for record in SESSION.ledger if record.id != "seq1f1b.schedule")
     with counted_forwards() as planted:
@@ -107,7 +107,7 @@ def nan_gradient_on_rank_one() -> Iterator[Planted]:
     """In the fifth step, one element of one gradient of rank 1 is NaN before anything is reduced."""
     from megatron.training import get_args
 
-    from megatron.longseq import gpt
+    from megatron.longseq import pretrain_gpt as gpt
 
     planted, watched = Planted(), set[int]()
 
@@ -134,7 +134,7 @@ def nan_gradient_on_rank_one() -> Iterator[Planted]:
 @contextmanager
 def counted_parameter_sends() -> Iterator[Planted]:
     """Nothing is changed; `times` counts the elements of buckets whose parameters are sent after a step."""
-    from megatron.longseq.sharding.stores import ParamStore
+    from megatron.longseq.sharding.runtime.bucket_storage import ParamStore
 
     planted = Planted()
 
@@ -170,7 +170,7 @@ def counted_frozen_without_memory() -> Iterator[Planted]:
     Raises:
         AssertionError: one has.
     """
-    from megatron.longseq.sharding.ddp import ShardedDataParallel
+    from megatron.longseq.sharding.runtime.ddp import ShardedDataParallel
 
     planted = Planted()
 
@@ -205,7 +205,7 @@ def masks_of_tokens() -> Iterator[Planted]:
 
 @contextmanager
 def _own_masks(*, always: bool) -> Iterator[Planted]:
-    from megatron.longseq import gpt
+    from megatron.longseq import pretrain_gpt as gpt
 
     planted, again = Planted(), {}
 

@@ -42,7 +42,7 @@ if __name__ == "__main__":
     patches.start()
     import os
 
-    from megatron.longseq import gpt
+    from megatron.longseq import pretrain_gpt as gpt
 
     calls, step = [], gpt.forward_step
 

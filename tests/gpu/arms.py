@@ -97,8 +97,8 @@ def train_on_this_rank(arm: Arm, flags: list[str], float64: bool) -> Trained:
             stack.enter_context(double_precision())
         from megatron.training import training
 
-        from megatron.longseq.gpt import main
-        from patches.session import SESSION
+        from megatron.longseq.pretrain_gpt import main
+        from patches.engine.session import SESSION
 
         training.train_step = _noting(training.train_step, trained)
         main()

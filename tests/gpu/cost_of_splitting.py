@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from megatron.longseq.pipeline.action import Pipeline
-from megatron.longseq.pipeline.cost import Coefficients, Sample, fit, flops, seconds, segment_costs
-from megatron.longseq.pipeline.orders import one_f_one_b
-from megatron.longseq.pipeline.partition import parse
-from megatron.longseq.pipeline.simulate import Costs, simulate
+from megatron.longseq.pipeline.plan.generators import one_f_one_b
+from megatron.longseq.pipeline.plan.partition import parse
+from megatron.longseq.pipeline.plan.schedule import Pipeline
+from megatron.longseq.pipeline.plan.segment_cost import Coefficients, Sample, fit, flops, seconds, segment_costs
+from megatron.longseq.pipeline.plan.simulate import Costs, simulate
 from tests.gpu.stack import Measured, Sizes, build, forget, measure, one_rank
 
 Known = dict[str, Measured]

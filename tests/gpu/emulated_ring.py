@@ -20,17 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.longseq.attention.attend import attend, attend_backward
-from megatron.longseq.attention.blocks import Span, plan_causal
-from megatron.longseq.attention.heads import Heads
-from megatron.longseq.attention.kernels.choice import choose
-from megatron.longseq.attention.kernels.kernel import Kernel
-from megatron.longseq.attention.lanes import Message
-from megatron.longseq.attention.layout import Layout, Mesh
-from megatron.longseq.attention.ring import RingLanes, ring_backward, ring_forward
-from megatron.longseq.attention.ringplan import Ring, plan_ring
-from megatron.longseq.attention.ringtiles import Mask
-from megatron.longseq.attention.ulysses import Ulysses
+from megatron.longseq.attention.kernels.base import Kernel
+from megatron.longseq.attention.kernels.select import choose
+from megatron.longseq.attention.plan.heads import Heads
+from megatron.longseq.attention.plan.layout import Layout, Mesh
+from megatron.longseq.attention.plan.ring_schedule import Ring, plan_ring
+from megatron.longseq.attention.plan.ring_tiles import Mask
+from megatron.longseq.attention.plan.tiles import Span, plan_causal
+from megatron.longseq.attention.runtime.comm import Message
+from megatron.longseq.attention.runtime.ring import RingLanes, ring_backward, ring_forward
+from megatron.longseq.attention.runtime.tiled import attend, attend_backward
+from megatron.longseq.attention.runtime.ulysses import Ulysses
 
 # Dense bf16 FLOP/s, from the makers' data sheets.
 PEAK = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12}

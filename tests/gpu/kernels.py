@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.longseq.attention.blocks import Documents, Run
-from megatron.longseq.attention.kernels.cpu import CpuFlash
-from megatron.longseq.attention.kernels.cuda import FlashAttn, TorchCudaFlash
-from megatron.longseq.attention.kernels.kernel import Kernel, Scores
+from megatron.longseq.attention.kernels.base import Kernel, Scores
+from megatron.longseq.attention.kernels.flash_cuda import FlashAttn, TorchCudaFlash
 from megatron.longseq.attention.kernels.reference import Reference, visible
-from megatron.longseq.attention.store import PrefixStore
+from megatron.longseq.attention.kernels.torch_cpu import CpuFlash
+from megatron.longseq.attention.plan.tiles import Documents, Run
+from megatron.longseq.attention.runtime.kv_cache import PrefixStore
 from tests.gpu.emulated_ring import seconds
 from tests.gpu.figures import Report
 from tests.unit.attention_bed import Split, oracle, qkv, seen, tensors

@@ -18,9 +18,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from megatron.longseq.attention.blocks import Documents, Run
-from megatron.longseq.attention.kernels.choice import choose
-from megatron.longseq.attention.layout import Mesh
+from megatron.longseq.attention.kernels.select import choose
+from megatron.longseq.attention.plan.layout import Mesh
+from megatron.longseq.attention.plan.tiles import Documents, Run
 from tests.gpu.figures import Report
 from tests.gpu.kernels import relative
 from tests.unit.context_run import Problem, Ranks, alone

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megatron.longseq.pipeline.cost import cells, flops
+from megatron.longseq.pipeline.plan.segment_cost import cells, flops
 from tests.gpu.cost_of_splitting import layers_that_fit
 from tests.gpu.emulated_ring import PEAK
 from tests.gpu.figures import Report

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from megatron.longseq.pipeline.action import Action, Kind
-from megatron.longseq.pipeline.chunk import Chunk
-from megatron.longseq.pipeline.cost import ModelShape
-from megatron.longseq.pipeline.recorder import DeviceClock, HostClock, Recorder
-from megatron.longseq.pipeline.timeline import Span
+from megatron.longseq.pipeline.plan.schedule import Action, Kind
+from megatron.longseq.pipeline.plan.segment_cost import ModelShape
+from megatron.longseq.pipeline.plan.timeline import Span
+from megatron.longseq.pipeline.runtime.segmented_model import Chunk
+from megatron.longseq.pipeline.runtime.step_timer import DeviceClock, HostClock, Recorder
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.longseq.attention.kernels.choice import choose
-from megatron.longseq.attention.kernels.cuda import FlashAttn, TorchCudaFlash, load_flash_attn
-from megatron.longseq.attention.kernels.kernel import Kernel, Scores
+from megatron.longseq.attention.kernels.base import Kernel, Scores
+from megatron.longseq.attention.kernels.flash_cuda import FlashAttn, TorchCudaFlash, load_flash_attn
 from megatron.longseq.attention.kernels.reference import Reference
-from megatron.longseq.attention.merge import merge_
-from megatron.longseq.attention.store import PrefixStore
+from megatron.longseq.attention.kernels.select import choose
+from megatron.longseq.attention.runtime.kv_cache import PrefixStore
+from megatron.longseq.attention.runtime.merge import merge_
 from tests.unit.attention_bed import Split, oracle, qkv, seen, tensors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from examples import loss_curve
-from patches import ledger, session
+from patches import ledger
+from patches.engine import session
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 ROOT = Path(__file__).resolve().parents[2]

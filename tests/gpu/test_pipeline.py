@@ -44,7 +44,7 @@ def test_full_recompute_changes_nothing(ranks: RankPool) -> None:
 
 
 def test_a_measured_timeline_of_the_device(ranks: RankPool, tmp_path) -> None:
-    from megatron.longseq.pipeline.trace import read_measured
+    from megatron.longseq.pipeline.tools.chrome_trace import read_measured
 
     trace = ["--pipeline-trace", str(tmp_path), *flags("--seq1f1b-splits 4 --pipeline-trace-step 2 --bf16")]
     run = run_arm(ranks, "O", 1, [*flags(TINY, GPU), *trace], timeout=300)

@@ -10,10 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.longseq.sharding.collectives import Collectives, Communicators, Region, region_of
-from megatron.longseq.sharding.groups import Groups
-from megatron.longseq.sharding.lanes import LaneError, Lanes
-from megatron.longseq.sharding.phases import (
+from megatron.longseq.sharding.plan.collectives import (
     GATHER_INSIDE,
     REDUCE_BETWEEN,
     SCATTER_BETWEEN,
@@ -21,7 +18,10 @@ from megatron.longseq.sharding.phases import (
     Phase,
     Scope,
 )
-from megatron.longseq.sharding.stores import Whole
+from megatron.longseq.sharding.plan.rank_groups import Groups
+from megatron.longseq.sharding.runtime.bucket_storage import Whole
+from megatron.longseq.sharding.runtime.collectives import Collectives, Communicators, Region, region_of
+from megatron.longseq.sharding.runtime.comm_queue import LaneError, Lanes
 from tests.pool import RankPool
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

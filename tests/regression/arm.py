@@ -122,7 +122,8 @@ def run_arm(
 def patched(arm: Arm) -> Iterator[Any]:
     """Open the ledger as the arm has it; yields what was applied."""
     import patches
-    from patches import ledger, session
+    from patches import ledger
+    from patches.engine import session
 
     if arm == "O":
         yield patches.start()
@@ -146,7 +147,7 @@ def train_on_this_rank(job: Job) -> Result:
         stack.enter_context(_write_results_in_this_process())
         from megatron.training import training
 
-        from megatron.longseq.gpt import main
+        from megatron.longseq.pretrain_gpt import main
 
         training.train_step = recorder.wrap(training.train_step)
         with _early_end():
@@ -186,8 +187,8 @@ def _write_results_in_this_process() -> Iterator[None]:
 
 
 def _header(arm: Arm) -> dict[str, Any]:
-    from patches.digest import combined
-    from patches.session import SESSION
+    from patches.engine.digest import combined
+    from patches.engine.session import SESSION
 
     applied = sorted(SESSION.hashes)
     foreign = [name for name in applied if not name.startswith(("cpu.", "local."))]

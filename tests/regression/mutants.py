@@ -20,7 +20,7 @@ MICRO_BATCHES = 4  # per step and rank, in the cases that use dropped_micro_batc
 @contextmanager
 def dropped_micro_batch() -> Iterator[Planted]:
     """One micro-batch of the second step adds nothing to the gradients; the reported loss is right."""
-    from megatron.longseq import gpt
+    from megatron.longseq import pretrain_gpt as gpt
 
     planted, calls = Planted(), 0
 
@@ -43,7 +43,7 @@ def scaled_loss() -> Iterator[Planted]:
 
     Adam does not mind a scale, so the loss curve hardly moves; the reported loss of each step is right.
     """
-    from megatron.longseq import gpt
+    from megatron.longseq import pretrain_gpt as gpt
 
     planted = Planted()
 
@@ -75,7 +75,7 @@ def rope_without_offset() -> Iterator[Planted]:
 @contextmanager
 def leaking_mask() -> Iterator[Planted]:
     """Tokens see the documents before their own in the same sequence: the mask is causal and no more."""
-    from megatron.longseq import gpt
+    from megatron.longseq import pretrain_gpt as gpt
 
     planted = Planted()
 
@@ -154,7 +154,7 @@ def late_learning_rate() -> Iterator[Planted]:
 @contextmanager
 def segment_without_offset() -> Iterator[Planted]:
     """Every segment counts its rotary positions from 0."""
-    from megatron.longseq.pipeline.chunk import Chunk
+    from megatron.longseq.pipeline.runtime.segmented_model import Chunk
 
     planted = Planted()
 
@@ -172,7 +172,7 @@ def segment_without_offset() -> Iterator[Planted]:
 @contextmanager
 def lost_prefix_gradient() -> Iterator[Planted]:
     """What later segments add to the gradients of earlier segments' keys and values is lost."""
-    from megatron.longseq.attention.store import Slot
+    from megatron.longseq.attention.runtime.kv_cache import Slot
 
     planted = Planted()
 
@@ -187,7 +187,7 @@ def lost_prefix_gradient() -> Iterator[Planted]:
 @contextmanager
 def mean_of_segment_means() -> Iterator[Planted]:
     """A segment's loss is divided by its own length and the number of segments, as if all were equally long."""
-    from megatron.longseq.pipeline.outputs import Outputs
+    from megatron.longseq.pipeline.runtime.outputs import Outputs
 
     planted = Planted()
 

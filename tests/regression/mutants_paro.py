@@ -12,8 +12,8 @@ from tests.regression.planted import Planted, wrapped
 @contextmanager
 def dropped_inter_group_sync() -> Iterator[Planted]:
     """What ends a step's gradients leaves out its phases between groups: each group trains on its own samples."""
-    from megatron.longseq.sharding.core import Sharding
-    from megatron.longseq.sharding.phases import Scope
+    from megatron.longseq.sharding.plan.collectives import Scope
+    from megatron.longseq.sharding.runtime.state import Sharding
 
     planted = Planted()
 
@@ -60,7 +60,7 @@ def norm_of_own_shard() -> Iterator[Planted]:
 @contextmanager
 def wrong_shard() -> Iterator[Planted]:
     """The optimizer takes the shard of its rank, and not that of its logical rank."""
-    from megatron.longseq.sharding import optimizergroups
+    from megatron.longseq.sharding.runtime import process_groups as optimizergroups
 
     planted = Planted()
 
@@ -76,7 +76,7 @@ def wrong_shard() -> Iterator[Planted]:
 @contextmanager
 def stale_part() -> Iterator[Planted]:
     """In the third step parameters are gathered from what a rank had before the others' new ones came."""
-    from megatron.longseq.sharding.stores import ParamStore
+    from megatron.longseq.sharding.runtime.bucket_storage import ParamStore
 
     planted = Planted()
     steps: dict[int, int] = {}
@@ -102,8 +102,8 @@ def stale_part() -> Iterator[Planted]:
 @contextmanager
 def old_contents() -> Iterator[Planted]:
     """In the third step's first forward memory comes back, and nothing is gathered: it holds what it held before."""
-    from megatron.longseq.sharding.stores import ParamStore
-    from megatron.longseq.sharding.units import Uses
+    from megatron.longseq.sharding.runtime.bucket_storage import ParamStore
+    from megatron.longseq.sharding.runtime.unit_hooks import Uses
 
     planted = Planted()
     is_shown: list[bool] = []
@@ -146,7 +146,7 @@ def old_contents() -> Iterator[Planted]:
 @contextmanager
 def lost_reduction() -> Iterator[Planted]:
     """One micro-batch's gradients of one bucket reach no rank's sums."""
-    from megatron.longseq.sharding.stores import GradStore
+    from megatron.longseq.sharding.runtime.bucket_storage import GradStore
 
     planted, calls = Planted(), 0
 
@@ -166,8 +166,8 @@ def lost_reduction() -> Iterator[Planted]:
 @contextmanager
 def scaled_twice() -> Iterator[Planted]:
     """Gradients are divided by the number of ranks twice. Adam does not mind a scale."""
-    from megatron.longseq.sharding.bucketgroup import ShardedBucketGroup
-    from megatron.longseq.sharding.stores import GradStore
+    from megatron.longseq.sharding.runtime.bucket_group import ShardedBucketGroup
+    from megatron.longseq.sharding.runtime.bucket_storage import GradStore
 
     planted = Planted()
 
@@ -186,7 +186,7 @@ def scaled_twice() -> Iterator[Planted]:
 
 @contextmanager
 def _optimizer_groups(change: Any) -> Iterator[None]:
-    from megatron.longseq.sharding import optimizergroups
+    from megatron.longseq.sharding.runtime import process_groups as optimizergroups
 
     def opened(original: Any, *args: Any, **named: Any) -> Any:
         return change(original(*args, **named))

@@ -13,7 +13,7 @@ from tests.regression.planted import Planted, wrapped
 @contextmanager
 def zigzag_off_by_one() -> Iterator[Planted]:
     """Every rank of a ring takes its tokens for those of its neighbour."""
-    from megatron.longseq.attention.layout import Layout
+    from megatron.longseq.attention.plan.layout import Layout
 
     planted = Planted()
 
@@ -28,7 +28,7 @@ def zigzag_off_by_one() -> Iterator[Planted]:
 @contextmanager
 def unflipped_arrivals() -> Iterator[Planted]:
     """After the all-to-all the second halves stay in the order of ranks: the zigzag's tokens are in disorder."""
-    from megatron.longseq.attention.layout import Layout
+    from megatron.longseq.attention.plan.layout import Layout
 
     planted = Planted()
 
@@ -60,7 +60,7 @@ def rope_of_local_positions() -> Iterator[Planted]:
 @contextmanager
 def leaking_documents() -> Iterator[Planted]:
     """Attention over context-parallel ranks does not hear of documents."""
-    from megatron.longseq.attention.masks import MaskReader
+    from megatron.longseq.attention.runtime.masks import MaskReader
 
     planted = Planted()
 
@@ -115,7 +115,7 @@ def loss_over_own_tokens() -> Iterator[Planted]:
 @contextmanager
 def replicas_not_summed() -> Iterator[Planted]:
     """Of the gradients that several ranks have found of one key head, the first rank's alone is kept."""
-    from megatron.longseq.attention.ulysses import Ulysses
+    from megatron.longseq.attention.runtime.ulysses import Ulysses
 
     planted = Planted()
 
@@ -134,7 +134,8 @@ def replicas_not_summed() -> Iterator[Planted]:
 @contextmanager
 def lost_last_hop() -> Iterator[Planted]:
     """What comes home to a rank, gradients of its own keys that others found, is not added."""
-    from megatron.longseq.attention import ring, spread
+    from megatron.longseq.attention.runtime import ring
+    from megatron.longseq.attention.runtime import strategies as spread
 
     planted, steps = Planted(), 0
 
@@ -157,7 +158,7 @@ def lost_last_hop() -> Iterator[Planted]:
 @contextmanager
 def stale_keys() -> Iterator[Planted]:
     """A step of the ring computes with the keys that were there before: its message was not waited for."""
-    from megatron.longseq.attention import ring
+    from megatron.longseq.attention.runtime import ring
 
     planted = Planted()
 
@@ -173,7 +174,7 @@ def stale_keys() -> Iterator[Planted]:
 @contextmanager
 def lost_segment_gradient() -> Iterator[Planted]:
     """Over context-parallel ranks too: what a segment adds to the gradients of earlier segments' keys is lost."""
-    from megatron.longseq.attention import context
+    from megatron.longseq.attention.runtime import function as context
 
     planted = Planted()
 

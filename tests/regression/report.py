@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from patches.lock import PATH as LOCK
-from patches.wheel import installed
+from patches.upstream.lock import PATH as LOCK
+from patches.upstream.wheel import installed
 from tests.regression import picture
 from tests.regression.judge import Verdict
 from tests.regression.suite import Outcome

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron.longseq.pipeline.paper import MODELS
+from megatron.longseq.pipeline.tools.paper import MODELS
 from tests.pool import RankPool
 from tests.scripts import example_scripts
 from tests.scripts.example_scripts import script_flags, validated_args
@@ -28,7 +28,7 @@ def validated(job: tuple[list[str], int]) -> dict[str, Any]:
 
     from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
 
-    from megatron.longseq.pipeline.plan import plan_from_args
+    from megatron.longseq.pipeline.plan.from_args import plan_from_args
 
     plan = plan_from_args(args)
     names = "num_layers hidden_size num_attention_heads seq_length sequence_parallel bf16 data_parallel_size mock_data "

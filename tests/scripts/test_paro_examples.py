@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from megatron.longseq.sharding.groups import Groups
-from megatron.longseq.sharding.memory import Model, memory
-from megatron.longseq.sharding.strategy import RUNNING, Strategy
+from megatron.longseq.sharding.plan.memory import Model, memory
+from megatron.longseq.sharding.plan.rank_groups import Groups
+from megatron.longseq.sharding.plan.strategy import RUNNING, Strategy
 from tests.pool import RankPool
 from tests.scripts import example_scripts
 from tests.scripts.example_scripts import script_flags, validated_args
@@ -35,7 +35,7 @@ def validated(jobs: list[tuple[list[str], int]]) -> list[dict[str, Any]]:
     os.environ["LOCAL_WORLD_SIZE"] = "8"
     patches.start()
 
-    from megatron.longseq.sharding.settings import sharding
+    from megatron.longseq.sharding.plan.from_args import sharding
 
     found = []
     for flags, world in jobs:

@@ -39,7 +39,7 @@ def validated(jobs: list[tuple[list[str], int]]) -> list[dict[str, Any]]:
     patches.start()
     from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
 
-    from megatron.longseq.attention.ways import ways
+    from megatron.longseq.attention.plan.comm_type import ways
     from patches.usp.conditions import spreads_local_attention
 
     found = []

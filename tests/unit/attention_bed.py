@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.longseq.attention.kernels.kernel import Kernel
-from megatron.longseq.attention.prefix import segment_attention
-from megatron.longseq.attention.segment import Segment, segments
-from megatron.longseq.attention.store import PrefixStore
+from megatron.longseq.attention.kernels.base import Kernel
+from megatron.longseq.attention.runtime.kv_cache import PrefixStore
+from megatron.longseq.attention.runtime.segment_attention import segment_attention
+from megatron.longseq.segment import Segment, segments
 
 SCALE = 0.3
 

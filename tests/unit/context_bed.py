@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.longseq.attention.blocks import Documents
-from megatron.longseq.attention.lanes import Message
-from megatron.longseq.attention.layout import Mesh
-from megatron.longseq.attention.ring import RingLanes
-from megatron.longseq.attention.spread import Spread
-from megatron.longseq.ranks import Sent
+from megatron.longseq.attention.plan.layout import Mesh
+from megatron.longseq.attention.plan.tiles import Documents
+from megatron.longseq.attention.runtime.comm import Message
+from megatron.longseq.attention.runtime.ring import RingLanes
+from megatron.longseq.attention.runtime.strategies import Spread
+from megatron.longseq.distributed import Sent
 
 PATIENCE = 30.0  # seconds until a message that does not come is an error
 

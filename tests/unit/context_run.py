@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.longseq.attention.blocks import Documents
-from megatron.longseq.attention.context import Call, Result, asked, context_attention, first_result
-from megatron.longseq.attention.heads import Heads
-from megatron.longseq.attention.kernels.cpu import CpuFlash
-from megatron.longseq.attention.kernels.kernel import Kernel
-from megatron.longseq.attention.layout import Layout, Mesh
-from megatron.longseq.attention.segment import Segment
-from megatron.longseq.attention.spread import Spread
-from megatron.longseq.attention.store import PrefixStore
-from megatron.longseq.attention.traffic import Setup
+from megatron.longseq.attention.kernels.base import Kernel
+from megatron.longseq.attention.kernels.torch_cpu import CpuFlash
+from megatron.longseq.attention.plan.comm_volume import Setup
+from megatron.longseq.attention.plan.heads import Heads
+from megatron.longseq.attention.plan.layout import Layout, Mesh
+from megatron.longseq.attention.plan.tiles import Documents
+from megatron.longseq.attention.runtime.function import Call, Result, asked, context_attention, first_result
+from megatron.longseq.attention.runtime.kv_cache import PrefixStore
+from megatron.longseq.attention.runtime.strategies import Spread
+from megatron.longseq.segment import Segment
 from tests.unit.attention_bed import SCALE, qkv
 from tests.unit.context_bed import dense, on_all, spreads
 

@@ -92,8 +92,8 @@ def _upstreams() -> Any:
 def _ours(virtual: int) -> Any:
     import torch.distributed as dist
 
-    from megatron.longseq.pipeline.plan import Plan
-    from megatron.longseq.pipeline.runner import PipelineRunner
+    from megatron.longseq.pipeline.forward_backward import PipelineRunner
+    from megatron.longseq.pipeline.plan.from_args import Plan
 
     return PipelineRunner(Plan(dist.get_world_size(), virtual, (SEQUENCE,)))
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from megatron.longseq.sharding.collectives import Region
-from megatron.longseq.sharding.groups import Groups
-from megatron.longseq.sharding.phases import Phase, Scope
+from megatron.longseq.sharding.plan.collectives import Phase, Scope
+from megatron.longseq.sharding.plan.rank_groups import Groups
+from megatron.longseq.sharding.runtime.collectives import Region
 
 LIMIT = 20.0  # seconds after which a test that waits has failed
 

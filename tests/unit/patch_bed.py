@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from patches import lock, session
+from patches.engine import session
 from patches.record import Record
-from patches.source import Upstream
+from patches.upstream import lock
+from patches.upstream.source import Upstream
 
 
 class Bed:

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron.longseq.attention.blocks import Documents, Run, Span, Tile, plan_causal
-from megatron.longseq.attention.documents import document_starts, documents_of
-from megatron.longseq.attention.kernels.kernel import Scores
+from megatron.longseq.attention.kernels.base import Scores
 from megatron.longseq.attention.kernels.reference import visible
+from megatron.longseq.attention.plan.tiles import Documents, Run, Span, Tile, plan_causal
+from megatron.longseq.attention.runtime.packed_documents import document_starts, documents_of
 from tests.unit.attention_bed import seen
 
 

@@ -7,11 +7,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from megatron.longseq.attention.__main__ import main
-from megatron.longseq.attention.heads import Heads
-from megatron.longseq.attention.layout import Layout, Mesh
-from megatron.longseq.attention.picture import scene
-from megatron.longseq.attention.traffic import Setup, all_to_all, peer_all_to_all, peer_ring, ring
+from megatron.longseq.attention.plan.comm_volume import Setup, all_to_all, peer_all_to_all, peer_ring, ring
+from megatron.longseq.attention.plan.heads import Heads
+from megatron.longseq.attention.plan.layout import Layout, Mesh
+from megatron.longseq.attention.tools.cli import main
+from megatron.longseq.attention.tools.picture import scene
 
 ROOT = Path(__file__).resolve().parents[2]
 MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (2, 4), (4, 2), (1, 8), (3, 2)]
@@ -121,7 +121,7 @@ def test_a_length_that_does_not_divide_is_refused(capsys: pytest.CaptureFixture[
 
 def test_tables_import_neither_torch_nor_upstream() -> None:
     code = (
-        "import sys; from megatron.longseq.attention.__main__ import main; failed = main(['table']); "
+        "import sys; from megatron.longseq.attention.tools.cli import main; failed = main(['table']); "
         "heavy = ('torch', 'megatron.core', 'megatron.training', 'matplotlib'); "
         "sys.exit(failed or any(name in sys.modules for name in heavy))"
     )

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.longseq.attention.blocks import Documents
-from megatron.longseq.attention.context import asked, context_attention
-from megatron.longseq.attention.kernels.cpu import CpuFlash
 from megatron.longseq.attention.kernels.reference import Reference
-from megatron.longseq.attention.lanes import Message
-from megatron.longseq.attention.layout import Mesh
+from megatron.longseq.attention.kernels.torch_cpu import CpuFlash
+from megatron.longseq.attention.plan.layout import Mesh
+from megatron.longseq.attention.plan.tiles import Documents
+from megatron.longseq.attention.runtime.comm import Message
+from megatron.longseq.attention.runtime.function import asked, context_attention
 from tests.unit.attention_bed import SCALE, assert_close
 from tests.unit.context_run import Problem, run
 from tests.unit.test_attention_blocks import packed

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron.longseq.attention.layout import Mesh
+from megatron.longseq.attention.plan.layout import Mesh
 from tests.unit.attention_bed import SCALE
 from tests.unit.context_run import Problem, run
 

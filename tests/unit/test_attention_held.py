@@ -15,10 +15,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from megatron.longseq.attention.heads import Heads
-from megatron.longseq.attention.kernels.cpu import CpuFlash
-from megatron.longseq.attention.layout import Layout, Mesh
-from megatron.longseq.attention.ulysses import Ulysses
+from megatron.longseq.attention.kernels.torch_cpu import CpuFlash
+from megatron.longseq.attention.plan.heads import Heads
+from megatron.longseq.attention.plan.layout import Layout, Mesh
+from megatron.longseq.attention.runtime.ulysses import Ulysses
 from tests.unit import context_bed
 from tests.unit.context_run import Problem, Ranks
 

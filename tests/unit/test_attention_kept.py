@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import patches
-from megatron.longseq.attention.context import Call, Kept, asked
-from megatron.longseq.attention.core import attend_once
-from megatron.longseq.attention.layout import Mesh
+from megatron.longseq.attention.module import attend_once
+from megatron.longseq.attention.plan.layout import Mesh
+from megatron.longseq.attention.runtime.function import Call, Kept, asked
 from patches.usp import runtime
 from tests.unit.attention_bed import SCALE
 from tests.unit.context_bed import spreads

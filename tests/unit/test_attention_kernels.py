@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.longseq.attention.kernels import choice
-from megatron.longseq.attention.kernels.choice import Need, choose
-from megatron.longseq.attention.kernels.cpu import CpuFlash
-from megatron.longseq.attention.kernels.cuda import CudaFlash, FlashAttn, TorchCudaFlash
-from megatron.longseq.attention.kernels.kernel import Kernel, Scores
+from megatron.longseq.attention.kernels import select as choice
+from megatron.longseq.attention.kernels.base import Kernel, Scores
+from megatron.longseq.attention.kernels.flash_cuda import CudaFlash, FlashAttn, TorchCudaFlash
 from megatron.longseq.attention.kernels.reference import Reference, visible
-from megatron.longseq.attention.merge import merge_
+from megatron.longseq.attention.kernels.select import Need, choose
+from megatron.longseq.attention.kernels.torch_cpu import CpuFlash
+from megatron.longseq.attention.runtime.merge import merge_
 from tests.unit.attention_bed import assert_close, tensors, worst
 
 HEADS = {"MHA": (4, 4), "GQA": (4, 2), "MQA": (4, 1)}

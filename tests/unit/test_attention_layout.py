@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.longseq.attention.blocks import Span
-from megatron.longseq.attention.heads import Heads, check_heads, choose, flags, legal_meshes
-from megatron.longseq.attention.layout import Layout, Mesh, length_multiple
-from megatron.longseq.attention.spans import Spans, common, located, minus, size, union
+from megatron.longseq.attention.plan.heads import Heads, check_heads, choose, flags, legal_meshes
+from megatron.longseq.attention.plan.layout import Layout, Mesh, length_multiple
+from megatron.longseq.attention.plan.ranges import Spans, common, located, minus, size, union
+from megatron.longseq.attention.plan.tiles import Span
 
 MESHES = [Mesh(ulysses, ring) for ulysses, ring in product(range(1, 9), repeat=2)]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.longseq.attention.blocks import Documents
-from megatron.longseq.attention.layout import Layout, Mesh
-from megatron.longseq.attention.masks import MaskReader, whole_starts
+from megatron.longseq.attention.plan.layout import Layout, Mesh
+from megatron.longseq.attention.plan.tiles import Documents
+from megatron.longseq.attention.runtime.masks import MaskReader, whole_starts
 from tests.unit.context_bed import ThreadExchange, Wire, on_all
 from tests.unit.test_attention_blocks import dense, packed
 

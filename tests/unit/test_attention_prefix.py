@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import patches
-from megatron.longseq.attention import store as store_module
-from megatron.longseq.attention.blocks import Documents
-from megatron.longseq.attention.kernels.cpu import CpuFlash
 from megatron.longseq.attention.kernels.reference import Reference
-from megatron.longseq.attention.prefix import segment_attention
-from megatron.longseq.attention.segment import Segment, segments
-from megatron.longseq.attention.store import PrefixOrderError, PrefixStore
+from megatron.longseq.attention.kernels.torch_cpu import CpuFlash
+from megatron.longseq.attention.plan.tiles import Documents
+from megatron.longseq.attention.runtime import kv_cache as store_module
+from megatron.longseq.attention.runtime.kv_cache import PrefixOrderError, PrefixStore
+from megatron.longseq.attention.runtime.segment_attention import segment_attention
+from megatron.longseq.segment import Segment, segments
 from tests.unit.attention_bed import SCALE, Split, assert_close, oracle, plain, qkv, seen
 from tests.unit.test_attention_blocks import dense, packed
 

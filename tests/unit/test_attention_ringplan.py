@@ -11,15 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron.longseq.attention.blocks import Documents, Span, Tile
-from megatron.longseq.attention.heads import Heads
-from megatron.longseq.attention.kernels.kernel import Scores
+from megatron.longseq.attention.kernels.base import Scores
 from megatron.longseq.attention.kernels.reference import visible
-from megatron.longseq.attention.layout import Layout, Mesh
-from megatron.longseq.attention.ringplan import Ring, Step, Traffic, plan_gathered, plan_ring, plan_traffic
-from megatron.longseq.attention.ringtiles import Mask, plan_shard
-from megatron.longseq.attention.spans import size
-from megatron.longseq.attention.traffic import (
+from megatron.longseq.attention.plan.comm_volume import (
     Setup,
     Volume,
     all_to_all,
@@ -29,6 +23,12 @@ from megatron.longseq.attention.traffic import (
     peer_ring,
     ring,
 )
+from megatron.longseq.attention.plan.heads import Heads
+from megatron.longseq.attention.plan.layout import Layout, Mesh
+from megatron.longseq.attention.plan.ranges import size
+from megatron.longseq.attention.plan.ring_schedule import Ring, Step, Traffic, plan_gathered, plan_ring, plan_traffic
+from megatron.longseq.attention.plan.ring_tiles import Mask, plan_shard
+from megatron.longseq.attention.plan.tiles import Documents, Span, Tile
 from tests.unit.test_attention_blocks import dense, packed
 from tests.unit.test_attention_layout import numbers
 

@@ -7,13 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.longseq.attention.heads import Heads
-from megatron.longseq.attention.layout import Layout, Mesh
-from megatron.longseq.attention.ringplan import Ring, plan_traffic
-from megatron.longseq.attention.ringtiles import Mask
-from megatron.longseq.attention.spans import size
-from megatron.longseq.attention.spread import Spread
-from megatron.longseq.attention.traffic import (
+from megatron.longseq.attention.plan.comm_volume import (
     Setup,
     Volume,
     all_to_all,
@@ -22,7 +16,13 @@ from megatron.longseq.attention.traffic import (
     peer_ring,
     ring,
 )
-from megatron.longseq.ranks import Sent
+from megatron.longseq.attention.plan.heads import Heads
+from megatron.longseq.attention.plan.layout import Layout, Mesh
+from megatron.longseq.attention.plan.ranges import size
+from megatron.longseq.attention.plan.ring_schedule import Ring, plan_traffic
+from megatron.longseq.attention.plan.ring_tiles import Mask
+from megatron.longseq.attention.runtime.strategies import Spread
+from megatron.longseq.distributed import Sent
 from tests.unit.context_run import Problem, Ranks
 from tests.unit.test_attention_context import DOCUMENTS, MESHES
 

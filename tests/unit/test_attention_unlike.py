@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron.longseq.attention.unlike import warning
+from megatron.longseq.attention.plan.differences import warning
 from tests.distributed.flags import DOCUMENTS, PP2, TINY, VPP, flags
 from tests.pool import RankPool
 from tests.regression.arm import run_arm

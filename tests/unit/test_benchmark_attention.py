@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.longseq.attention.heads import Heads
-from megatron.longseq.attention.layout import Mesh
+from megatron.longseq.attention.plan.heads import Heads
+from megatron.longseq.attention.plan.layout import Mesh
 from tests.benchmarks import peers
 from tests.benchmarks.attention import main
 from tests.benchmarks.attention_contest import (

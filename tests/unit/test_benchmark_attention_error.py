@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.longseq.attention.kernels.cpu import CpuFlash
-from megatron.longseq.attention.kernels.kernel import Kernel
+from megatron.longseq.attention.kernels.base import Kernel
 from megatron.longseq.attention.kernels.reference import Reference
+from megatron.longseq.attention.kernels.torch_cpu import CpuFlash
 from tests.benchmarks.attention_error import GOAL, KERNELS, RESULTS, Narrow, draw, main, measure
 from tests.unit.test_attention_cli import drawn
 

@@ -8,11 +8,11 @@ from argparse import Namespace
 
 import pytest
 
-from megatron.longseq.sharding.groups import Groups
-from megatron.longseq.sharding.phases import Kind
-from megatron.longseq.sharding.ring import Mode
-from megatron.longseq.sharding.ringtime import Link, Links
-from megatron.longseq.sharding.traffic import Bucket
+from megatron.longseq.sharding.plan.collectives import Kind
+from megatron.longseq.sharding.plan.comm_volume import Bucket
+from megatron.longseq.sharding.plan.rank_groups import Groups
+from megatron.longseq.sharding.plan.ring import Mode
+from megatron.longseq.sharding.plan.time_model import Link, Links
 from tests.benchmarks import sharding_arms as training
 from tests.benchmarks import sharding_report as report
 from tests.benchmarks import sharding_steps as steps

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.longseq.attention.flags import (
+from megatron.longseq.attention.arguments import (
     NOT_WITH_CONTEXT,
     check_context_numbers,
     refuse_unserved_context,
     wants_context,
 )
-from megatron.longseq.attention.layout import Mesh
-from megatron.longseq.attention.ways import Way, check_ways, choose_for, comm_type, mesh_of_sizes, ways
+from megatron.longseq.attention.plan.comm_type import Way, check_ways, choose_for, comm_type, mesh_of_sizes, ways
+from megatron.longseq.attention.plan.layout import Mesh
 from tests.distributed.flags import TINY, flags
 from tests.pool import RankPool
 from tests.unit.test_pipeline_flags import args

@@ -151,7 +151,7 @@ def test_rotary_positions_are_cut_as_upstream_cuts_batches(ranks: int, monkeypat
     from megatron.core.models.common.embeddings import rotary_pos_embedding, yarn_rotary_pos_embedding
     from megatron.core.utils import get_batch_on_this_cp_rank
 
-    from megatron.longseq.attention.layout import Layout, Mesh
+    from megatron.longseq.attention.plan.layout import Layout, Mesh
 
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: group.size())
     monkeypatch.setattr(torch.distributed, "get_rank", lambda group: group.rank())

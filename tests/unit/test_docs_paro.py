@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron.longseq.sharding import flags, page
-from megatron.longseq.sharding.__main__ import main
-from megatron.longseq.sharding.strategy import ALL, RUNNING
+from megatron.longseq.sharding import arguments as flags
+from megatron.longseq.sharding.plan.strategy import ALL, RUNNING
+from megatron.longseq.sharding.tools import tables as page
+from megatron.longseq.sharding.tools.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "paro.md").read_text()

@@ -4,7 +4,9 @@ import re
 from argparse import ArgumentParser
 from pathlib import Path
 
-from megatron.longseq.pipeline import flags, page, paper
+from megatron.longseq.pipeline import arguments as flags
+from megatron.longseq.pipeline.tools import paper
+from megatron.longseq.pipeline.tools import tables as page
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "seq1f1b.md").read_text()

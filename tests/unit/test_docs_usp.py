@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron.longseq.attention import flags, page
-from megatron.longseq.attention.__main__ import main
-from megatron.longseq.attention.heads import Heads
+from megatron.longseq.attention import arguments as flags
+from megatron.longseq.attention.plan.heads import Heads
+from megatron.longseq.attention.tools import tables as page
+from megatron.longseq.attention.tools.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "usp.md").read_text()

@@ -129,7 +129,7 @@ def test_every_attribute_exists_in_upstreams_parser() -> None:
 def test_loss_is_the_sum_over_valid_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from megatron.longseq import gpt
+    from megatron.longseq import pretrain_gpt as gpt
 
     monkeypatch.setattr(
         gpt, "get_args", lambda: SimpleNamespace(check_for_nan_in_loss_and_grad=False, check_for_spiky_loss=False)
@@ -146,7 +146,7 @@ def test_loss_is_the_sum_over_valid_tokens(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_spike_of_the_loss_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from megatron.longseq import gpt
+    from megatron.longseq import pretrain_gpt as gpt
 
     given = SimpleNamespace(check_for_nan_in_loss_and_grad=False, check_for_spiky_loss=True)
     asked: list[dict[str, Any]] = []
@@ -163,7 +163,7 @@ def test_a_spike_of_the_loss_is_reported(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_batch_of_another_size_is_refused() -> None:
-    from megatron.longseq import gpt
+    from megatron.longseq import pretrain_gpt as gpt
 
     gpt._check_size((2, 64), (2, 64), rank=3)
     with pytest.raises(ValueError, match=r"rank 3: .* samples of size \[3, 64\], but .* expect \[2, 64\]"):
@@ -173,7 +173,7 @@ def test_a_batch_of_another_size_is_refused() -> None:
 def test_a_parameters_name_is_the_models_whatever_the_stage() -> None:
     import torch
 
-    from megatron.longseq.partial import model_name
+    from megatron.longseq.freeze import model_name
 
     stage = torch.nn.Module()
     stage.decoder = torch.nn.Module()

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from patches import aliases, engine
+from patches.engine import alias_scan as aliases
+from patches.engine import apply as engine
 from patches.errors import StaleAlias, UnknownTarget
 from tests.unit.patch_bed import record
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from patches import bump, ledger, lock, wheel
-from patches.source import ImportPath, Upstream
+from patches import ledger
+from patches.upstream import bump, lock, wheel
+from patches.upstream.source import ImportPath, Upstream
 from tests.unit.patch_bed import record
 
 pytest_plugins = ["tests.unit.patch_bed"]
@@ -124,7 +125,7 @@ def test_verify_of_nothing(tmp_path, name, text):
 
 
 def test_the_lock_and_the_ledger_have_to_name_the_same_symbols():
-    from patches import verify
+    from patches.upstream import verify
 
     known = lock.read()
     more = lock.Lock(known.version, known.record_sha256, known.symbols | {"megatron.core:left_over": "0"})

@@ -2,7 +2,9 @@
 
 import pytest
 
-from patches import engine, session
+from patches.engine import apply as engine
+from patches.engine import session
+from patches.engine.session import Session
 from patches.errors import (
     BadImplementation,
     Conflict,
@@ -12,7 +14,6 @@ from patches.errors import (
     StaleAlias,
     UnknownTarget,
 )
-from patches.session import Session
 from tests.unit.patch_bed import record
 
 pytest_plugins = ["tests.unit.patch_bed"]

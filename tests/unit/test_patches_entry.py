@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from megatron.longseq import arguments as longseq_arguments
-from patches import digest, engine, ledger, session
+from patches import ledger
+from patches.engine import apply as engine
+from patches.engine import digest, session
 from patches.errors import RankMismatch
 from patches.record import Record
 from tests.unit.patch_bed import record

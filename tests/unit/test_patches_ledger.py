@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from patches import digest, engine, ledger, lock, wheel
+from patches import ledger
+from patches.engine import apply as engine
+from patches.engine import digest
+from patches.engine.place import implementation, load
 from patches.errors import Conflict, LedgerError, PatchError, RankMismatch
-from patches.place import implementation, load
+from patches.upstream import lock, wheel
 from tests.unit.patch_bed import record
 
 pytest_plugins = ["tests.unit.patch_bed"]
@@ -62,16 +65,16 @@ def test_malformed_records(fields, text):
 
 
 def test_contradictions_in_the_ledger():
-    one = record("a:f", "patches.place:load")
+    one = record("a:f", "patches.engine.place:load")
     assert ledger.checked([one]) == (one,)
     with pytest.raises(LedgerError, match="its id is used twice"):
         ledger.checked([one, one])
     with pytest.raises(Conflict, match="both replace it"):
-        ledger.checked([one, record("a:f", "patches.place:load", id="planted.two")])
+        ledger.checked([one, record("a:f", "patches.engine.place:load", id="planted.two")])
     with pytest.raises(LedgerError, match=r"patches\.nowhere, which does not exist"):
         ledger.checked([record("a:f", "patches.nowhere:f")])
     with pytest.raises(LedgerError, match="which does not exist"):
-        ledger.checked([record("a:f", "patches.place:load", when="planted_nowhere:f")])
+        ledger.checked([record("a:f", "patches.engine.place:load", when="planted_nowhere:f")])
 
 
 def test_ids_are_found():

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from patches import run, wheel
+from patches import run
+from patches.upstream import wheel
 
 ROOT = Path(__file__).parents[2]
 

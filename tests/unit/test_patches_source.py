@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from patches.errors import UnknownTarget
-from patches.source import ImportPath, Upstream
+from patches.upstream.source import ImportPath, Upstream
 
 pytest_plugins = ["tests.unit.patch_bed"]
 
@@ -148,7 +148,7 @@ def test_a_loaded_module_is_read_where_it_was_loaded_from(bed, tmp_path):
 
 
 def test_the_lock_holds_for_the_wheels_of_other_pythons(tmp_path):
-    from patches.wheel import Distribution, Folder
+    from patches.upstream.wheel import Distribution, Folder
 
     sources = {"megatron/core/a.py": "x"}
     builds = [{**sources, f"megatron/core/helpers_cpp.cpython-{v}.so": v} for v in ("312", "313")]

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron.longseq.pipeline import paper
-from megatron.longseq.pipeline.__main__ import main
-from megatron.longseq.pipeline.action import Kind, Pipeline
-from megatron.longseq.pipeline.compare import Cluster, Setup, run
-from megatron.longseq.pipeline.cost import (
+from megatron.longseq.pipeline.plan.generators import make
+from megatron.longseq.pipeline.plan.schedule import Kind, Pipeline
+from megatron.longseq.pipeline.plan.segment_cost import (
     Coefficients,
     CostModel,
     Line,
@@ -22,9 +20,11 @@ from megatron.longseq.pipeline.cost import (
     read_samples,
     segment_costs,
 )
-from megatron.longseq.pipeline.orders import make
-from megatron.longseq.pipeline.simulate import simulate, uniform_costs
-from megatron.longseq.pipeline.trace import write_measured
+from megatron.longseq.pipeline.plan.simulate import simulate, uniform_costs
+from megatron.longseq.pipeline.tools import paper
+from megatron.longseq.pipeline.tools.chrome_trace import write_measured
+from megatron.longseq.pipeline.tools.cli import main
+from megatron.longseq.pipeline.tools.compare import Cluster, Setup, run
 
 SHAPE = ["--num-layers", "32", "--hidden-size", "4096", "--num-attention-heads", "32", "--padded-vocab-size", "51200"]
 SIZES = ["--stages", "4", "--microbatches", "8", "--segments", "4"]
@@ -40,7 +40,7 @@ def rows(text: str) -> dict[str, list[str]]:
 
 def test_planning_imports_neither_torch_nor_upstream():
     code = (
-        "import sys; from megatron.longseq.pipeline.__main__ import main; failed = main(['compare']); "
+        "import sys; from megatron.longseq.pipeline.tools.cli import main; failed = main(['compare']); "
         "heavy = ('torch', 'megatron.core', 'megatron.training', 'matplotlib'); "
         "sys.exit(failed or any(name in sys.modules for name in heavy))"
     )
@@ -207,7 +207,7 @@ def test_a_failed_drawing_leaves_the_old_file(tmp_path, monkeypatch):
         half.write_text("half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("megatron.longseq.pipeline.__main__.write_trace", fail)
+    monkeypatch.setattr("megatron.longseq.pipeline.tools.cli.write_trace", fail)
     assert main(["draw", *SIZES, "--output", str(file)]) == 1
     assert file.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 

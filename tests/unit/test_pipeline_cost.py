@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.longseq.pipeline.cost import (
+from megatron.longseq.pipeline.plan.segment_cost import (
     Coefficients,
     Line,
     ModelShape,

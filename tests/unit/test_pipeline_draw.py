@@ -8,13 +8,13 @@ from xml.etree import ElementTree
 
 import pytest
 
-from megatron.longseq.pipeline.action import Action, Kind, Pipeline, ScheduleError
-from megatron.longseq.pipeline.compare import replay
-from megatron.longseq.pipeline.draw import COLOURS, draw
-from megatron.longseq.pipeline.orders import make
-from megatron.longseq.pipeline.simulate import simulate, uniform_costs
-from megatron.longseq.pipeline.timeline import Span, Timeline
-from megatron.longseq.pipeline.trace import read_measured, write_measured, write_trace
+from megatron.longseq.pipeline.plan.generators import make
+from megatron.longseq.pipeline.plan.schedule import Action, Kind, Pipeline, ScheduleError
+from megatron.longseq.pipeline.plan.simulate import simulate, uniform_costs
+from megatron.longseq.pipeline.plan.timeline import Span, Timeline
+from megatron.longseq.pipeline.tools.chrome_trace import read_measured, write_measured, write_trace
+from megatron.longseq.pipeline.tools.compare import replay
+from megatron.longseq.pipeline.tools.figure import COLOURS, draw
 
 
 def timeline(stages=2, microbatches=4, segments=2, virtual=1, **flags) -> Timeline:

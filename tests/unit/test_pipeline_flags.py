@@ -13,10 +13,8 @@ import torch
 from torch import nn
 
 from megatron.longseq.arguments import add_longseq_arguments
-from megatron.longseq.attention.core import refuse_window
-from megatron.longseq.pipeline.chunk import Chunk, _refuse_further
-from megatron.longseq.pipeline.cost import ModelShape
-from megatron.longseq.pipeline.flags import (
+from megatron.longseq.attention.module import refuse_window
+from megatron.longseq.pipeline.arguments import (
     NOT_IN_SCHEDULES,
     NOT_IN_SEGMENTS,
     NOT_WITH_ZERO_BUBBLE,
@@ -25,8 +23,10 @@ from megatron.longseq.pipeline.flags import (
     refuse_unserved,
     wants_our_schedule,
 )
-from megatron.longseq.pipeline.plan import model_shape, plan_from_args, stage_layers
-from megatron.longseq.pipeline.runner import PipelineRunner
+from megatron.longseq.pipeline.forward_backward import PipelineRunner
+from megatron.longseq.pipeline.plan.from_args import model_shape, plan_from_args, stage_layers
+from megatron.longseq.pipeline.plan.segment_cost import ModelShape
+from megatron.longseq.pipeline.runtime.segmented_model import Chunk, _refuse_further
 from patches.seq1f1b.stages import refuse_stages
 from tests.distributed.flags import TINY, flags
 from tests.pool import RankPool
@@ -552,7 +552,7 @@ def chosen_by(case: list[str]) -> dict[str, Any]:
 
     own = schedules.get_forward_backward_func
     import patches
-    from patches.session import SESSION
+    from patches.engine.session import SESSION
 
     patches.start()
     sys.argv = ["pretrain_gpt.py", *case]

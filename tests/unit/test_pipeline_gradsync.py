@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from megatron.longseq.pipeline.action import Action, Kind, Pipeline, ScheduleError
-from megatron.longseq.pipeline.gradsync import GradSync
-from megatron.longseq.pipeline.orders import make
+from megatron.longseq.pipeline.plan.generators import make
+from megatron.longseq.pipeline.plan.schedule import Action, Kind, Pipeline, ScheduleError
+from megatron.longseq.pipeline.runtime.grad_sync import GradSync
 from tests.pool import RankPool
 from tests.unit.gradsync_bed import Event, Model, calls_of_a_step
 

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron.longseq.pipeline.action import Pipeline
-from megatron.longseq.pipeline.cost import ModelShape
-from megatron.longseq.pipeline.memory import Recompute, head_bytes, kept, layer_elements, peak_bytes
-from megatron.longseq.pipeline.orders import make
+from megatron.longseq.pipeline.plan.generators import make
+from megatron.longseq.pipeline.plan.memory import Recompute, head_bytes, kept, layer_elements, peak_bytes
+from megatron.longseq.pipeline.plan.schedule import Pipeline
+from megatron.longseq.pipeline.plan.segment_cost import ModelShape
 from tests.benchmarks.alternate import Contestant, Job, run_on_this_rank
 from tests.benchmarks.pipeline import MODEL, UPSTREAM
 from tests.pool import RankPool

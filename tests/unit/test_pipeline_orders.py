@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron.longseq.pipeline import orders
-from megatron.longseq.pipeline.action import Action, Kind, Pipeline, Schedule, ScheduleError
-from megatron.longseq.pipeline.orders import forward_only, interleaved, make, one_f_one_b, zb_h1
-from megatron.longseq.pipeline.proof import prove
-from megatron.longseq.pipeline.simulate import simulate, uniform_costs
+from megatron.longseq.pipeline.plan import generators as orders
+from megatron.longseq.pipeline.plan.generators import forward_only, interleaved, make, one_f_one_b, zb_h1
+from megatron.longseq.pipeline.plan.schedule import Action, Kind, Pipeline, Schedule, ScheduleError
+from megatron.longseq.pipeline.plan.simulate import simulate, uniform_costs
+from megatron.longseq.pipeline.plan.validate import prove
 
 STAGES = (2, 3, 4, 8, 16)
 MICROBATCHES = (1, 2, 3, 5, 8, 32)

@@ -6,10 +6,10 @@ from itertools import product
 
 import pytest
 
-from megatron.longseq.pipeline.action import Action, Kind, Pipeline, Schedule, source
-from megatron.longseq.pipeline.orders import forward_only, make
-from megatron.longseq.pipeline.plan import Plan
-from megatron.longseq.pipeline.posts import AHEAD, ends_in_one_queue, plan_posts
+from megatron.longseq.pipeline.plan.from_args import Plan
+from megatron.longseq.pipeline.plan.generators import forward_only, make
+from megatron.longseq.pipeline.plan.receives import AHEAD, ends_in_one_queue, plan_posts
+from megatron.longseq.pipeline.plan.schedule import Action, Kind, Pipeline, Schedule, source
 
 F, B = Kind.FORWARD, Kind.BACKWARD
 

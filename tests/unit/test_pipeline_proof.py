@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.longseq.pipeline.action import Action, Kind, Pipeline, Schedule, ScheduleError, source, target
-from megatron.longseq.pipeline.orders import forward_only, make
-from megatron.longseq.pipeline.proof import prove
+from megatron.longseq.pipeline.plan.generators import forward_only, make
+from megatron.longseq.pipeline.plan.schedule import Action, Kind, Pipeline, Schedule, ScheduleError, source, target
+from megatron.longseq.pipeline.plan.validate import prove
 
 F, B, W = Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import patches
-from megatron.longseq.pipeline import recorder as module
-from megatron.longseq.pipeline.action import Action, Kind, Pipeline
-from megatron.longseq.pipeline.recorder import DeviceClock, HostClock, Recorder, aligned
-from megatron.longseq.pipeline.timeline import Span, Timeline
+from megatron.longseq.pipeline.plan.schedule import Action, Kind, Pipeline
+from megatron.longseq.pipeline.plan.timeline import Span, Timeline
+from megatron.longseq.pipeline.runtime import step_timer as module
+from megatron.longseq.pipeline.runtime.step_timer import DeviceClock, HostClock, Recorder, aligned
 from tests.counted import calls
 
 FIRST, SECOND = Action(Kind.FORWARD, 0), Action(Kind.BACKWARD, 0, 1)

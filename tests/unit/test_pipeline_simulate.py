@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.longseq.pipeline.action import Kind, Pipeline, Schedule, ScheduleError, source, target
-from megatron.longseq.pipeline.orders import forward_only, make
-from megatron.longseq.pipeline.simulate import Costs, simulate, uniform_costs
+from megatron.longseq.pipeline.plan.generators import forward_only, make
+from megatron.longseq.pipeline.plan.schedule import Kind, Pipeline, Schedule, ScheduleError, source, target
+from megatron.longseq.pipeline.plan.simulate import Costs, simulate, uniform_costs
 from tests.counted import calls
 
 

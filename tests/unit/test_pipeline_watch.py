@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from megatron.longseq.pipeline.action import Action, Kind
-from megatron.longseq.pipeline.watch import BrokenReceive, Wait, Watch
+from megatron.longseq.pipeline.plan.schedule import Action, Kind
+from megatron.longseq.pipeline.runtime.hang_report import BrokenReceive, Wait, Watch
 from tests.counted import calls
 
 WAIT = Wait(3, 16, 64, Action(Kind.BACKWARD, 2, 1), 4, "its gradient")

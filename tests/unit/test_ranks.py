@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron.longseq.ranks import options_like
-from patches.launch import has_one_queue
+from megatron.longseq.distributed import options_like
+from patches.environment import has_one_queue
 
 NCCL = pytest.mark.skipif(not dist.is_nccl_available(), reason="needs a torch with NCCL")
 

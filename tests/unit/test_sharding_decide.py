@@ -2,12 +2,12 @@
 
 import pytest
 
-from megatron.longseq.sharding.decide import decide, given_links
-from megatron.longseq.sharding.groups import Groups
-from megatron.longseq.sharding.optimizergroups import copies_of
-from megatron.longseq.sharding.phases import Kind, Phase, Scope
-from megatron.longseq.sharding.ring import Mode
-from megatron.longseq.sharding.strategy import Level
+from megatron.longseq.sharding.plan.collectives import Kind, Phase, Scope
+from megatron.longseq.sharding.plan.flat_or_hierarchical import decide, given_links
+from megatron.longseq.sharding.plan.rank_groups import Groups
+from megatron.longseq.sharding.plan.ring import Mode
+from megatron.longseq.sharding.plan.strategy import Level
+from megatron.longseq.sharding.runtime.process_groups import copies_of
 
 FLAT_SCATTER = (Phase(Kind.REDUCE_SCATTER, Scope.FLAT),)
 GROUPS = Groups(16, 8)

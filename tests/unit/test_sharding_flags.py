@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.longseq.sharding.flags import (
+from megatron.longseq.sharding.arguments import (
     INSTEAD,
     NOT_WITH_COPIES_OF_OPTIMIZER_STATES,
     NOT_WITH_PARO,
@@ -19,9 +19,7 @@ from megatron.longseq.sharding.flags import (
     refuse_unserved_sharding,
     wants_sharding,
 )
-from megatron.longseq.sharding.groups import Groups
-from megatron.longseq.sharding.memory import Widths
-from megatron.longseq.sharding.settings import (
+from megatron.longseq.sharding.plan.from_args import (
     Settings,
     confirm,
     data_parallel_ranks,
@@ -31,7 +29,9 @@ from megatron.longseq.sharding.settings import (
     told,
     widths,
 )
-from megatron.longseq.sharding.strategy import RUNNING, VALID, Strategy
+from megatron.longseq.sharding.plan.memory import Widths
+from megatron.longseq.sharding.plan.rank_groups import Groups
+from megatron.longseq.sharding.plan.strategy import RUNNING, VALID, Strategy
 from tests.distributed.flags import TINY, TP2, flags
 from tests.pool import RankPool
 from tests.unit.test_pipeline_flags import args as parsed
@@ -492,7 +492,7 @@ def test_an_unknown_node_is_refused(ranks: RankPool) -> None:
 
 @pytest.mark.parametrize("text", ["two", "0", "-1", ""])
 def test_a_node_of_no_ranks_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from patches.launch import node_ranks
+    from patches.environment import node_ranks
 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
     assert node_ranks() == 16

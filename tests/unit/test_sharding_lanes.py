@@ -14,11 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.longseq.sharding.collectives import Collectives, Communicators, Region, region_of
-from megatron.longseq.sharding.groups import Groups
-from megatron.longseq.sharding.lanekinds import ThreadLane
-from megatron.longseq.sharding.lanes import Handle, LaneError, Lanes
-from megatron.longseq.sharding.phases import (
+from megatron.longseq.sharding.plan.collectives import (
     GATHER_BETWEEN,
     GATHER_INSIDE,
     REDUCE_BETWEEN,
@@ -29,6 +25,10 @@ from megatron.longseq.sharding.phases import (
     Phases,
     Scope,
 )
+from megatron.longseq.sharding.plan.rank_groups import Groups
+from megatron.longseq.sharding.runtime.collectives import Collectives, Communicators, Region, region_of
+from megatron.longseq.sharding.runtime.comm_queue import Handle, LaneError, Lanes
+from megatron.longseq.sharding.runtime.comm_streams import ThreadLane
 from tests.unit.lanes_bed import LIMIT, Fake, Meeting, bucket, on_ranks
 
 CPU = torch.device("cpu")
@@ -265,7 +265,7 @@ def test_threads_end_with_the_lanes_that_nobody_has(is_overlapped: bool) -> None
 def test_a_process_ends_though_a_collective_does_not() -> None:
     script = """
 import threading
-from megatron.longseq.sharding.lanekinds import ThreadLane
+from megatron.longseq.sharding.runtime.comm_streams import ThreadLane
 begun = threading.Event()
 lane = ThreadLane("stuck")
 lane.put(lambda: (begun.set(), threading.Event().wait()), None)

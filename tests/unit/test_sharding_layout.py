@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.longseq.sharding.layout import BUCKET_ALIGNMENT, PARAM_ALIGNMENT, by_unit, lay_out, unit_of
+from megatron.longseq.sharding.runtime.bucket_layout import BUCKET_ALIGNMENT, PARAM_ALIGNMENT, by_unit, lay_out, unit_of
 
 NAMES = {
     "module.embedding.word_embeddings.weight": "module.embedding",

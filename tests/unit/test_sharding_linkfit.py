@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.longseq.sharding.groups import Groups
-from megatron.longseq.sharding.linkfit import Timed, apart, fit_link, fit_links, pick
-from megatron.longseq.sharding.phases import Kind, Phase, Scope, needed
-from megatron.longseq.sharding.ring import Mode
-from megatron.longseq.sharding.ringtime import Link, Links, choose, seconds
+from megatron.longseq.sharding.plan.collectives import Kind, Phase, Scope, needed
+from megatron.longseq.sharding.plan.linkfit import Timed, apart, fit_link, fit_links, pick
+from megatron.longseq.sharding.plan.rank_groups import Groups
+from megatron.longseq.sharding.plan.ring import Mode
+from megatron.longseq.sharding.plan.time_model import Link, Links, choose, seconds
 
 SHARDS = (2**12, 2**16, 2**20)
 kinds = st.sampled_from(list(Kind))

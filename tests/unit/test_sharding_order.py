@@ -6,9 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.longseq.sharding.groups import Groups
-from megatron.longseq.sharding.order import Order, Track, Turn
-from megatron.longseq.sharding.phases import (
+from megatron.longseq.sharding.plan.collectives import (
     GATHER_BETWEEN,
     GATHER_INSIDE,
     REDUCE_BETWEEN,
@@ -19,8 +17,10 @@ from megatron.longseq.sharding.phases import (
     Phases,
     Scope,
 )
-from megatron.longseq.sharding.ring import Mode, schedule, whole
-from megatron.longseq.sharding.ringtime import Link, Links, simulate
+from megatron.longseq.sharding.plan.overlap_order import Order, Track, Turn
+from megatron.longseq.sharding.plan.rank_groups import Groups
+from megatron.longseq.sharding.plan.ring import Mode, schedule, whole
+from megatron.longseq.sharding.plan.time_model import Link, Links, simulate
 
 GROUPS = Groups(6, 3)
 ALL_REDUCE = (SCATTER_INSIDE, REDUCE_BETWEEN, GATHER_INSIDE)

@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from megatron.longseq.sharding.__main__ import main
-from megatron.longseq.sharding.cost import Work, fastest
-from megatron.longseq.sharding.memory import Model
-from megatron.longseq.sharding.page import (
+from megatron.longseq.sharding.plan.cost import Work, fastest
+from megatron.longseq.sharding.plan.memory import Model
+from megatron.longseq.sharding.plan.ring import Mode
+from megatron.longseq.sharding.plan.strategy import RUNNING, VALID
+from megatron.longseq.sharding.tools.cli import main
+from megatron.longseq.sharding.tools.tables import (
     LIMITS,
     MICROBATCHES,
     PARAMS,
@@ -19,8 +21,6 @@ from megatron.longseq.sharding.page import (
     setting,
     strategies,
 )
-from megatron.longseq.sharding.ring import Mode
-from megatron.longseq.sharding.strategy import RUNNING, VALID
 
 
 def cells(table: str) -> list[list[str]]:

@@ -6,15 +6,15 @@ from xml.etree import ElementTree
 
 import pytest
 
-from megatron.longseq.sharding.__main__ import main
-from megatron.longseq.sharding.memory import memory
-from megatron.longseq.sharding.page import SEVEN_B
-from megatron.longseq.sharding.phases import Scope
-from megatron.longseq.sharding.picture import BUCKETS, LINKS, NODES, STATES, scene
-from megatron.longseq.sharding.ring import Mode
-from megatron.longseq.sharding.ringtime import seconds
-from megatron.longseq.sharding.strategy import RUNNING, Level
-from megatron.longseq.sharding.traffic import traffic
+from megatron.longseq.sharding.plan.collectives import Scope
+from megatron.longseq.sharding.plan.comm_volume import traffic
+from megatron.longseq.sharding.plan.memory import memory
+from megatron.longseq.sharding.plan.ring import Mode
+from megatron.longseq.sharding.plan.strategy import RUNNING, Level
+from megatron.longseq.sharding.plan.time_model import seconds
+from megatron.longseq.sharding.tools.cli import main
+from megatron.longseq.sharding.tools.picture import BUCKETS, LINKS, NODES, STATES, scene
+from megatron.longseq.sharding.tools.tables import SEVEN_B
 
 ROOT = Path(__file__).resolve().parents[2]
 

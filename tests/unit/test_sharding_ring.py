@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.longseq.sharding.groups import Groups
-from megatron.longseq.sharding.phases import Kind, Scope
-from megatron.longseq.sharding.ring import Mode, Plan, Step, plan_ring, whole
-from megatron.longseq.sharding.ringproof import PlanError, equals_flat, execute, prove
-from megatron.longseq.sharding.ringtime import Choice, Link, Links, choose, seconds, simulate
-from megatron.longseq.sharding.traffic import volume
+from megatron.longseq.sharding.plan.collectives import Kind, Scope
+from megatron.longseq.sharding.plan.comm_volume import volume
+from megatron.longseq.sharding.plan.rank_groups import Groups
+from megatron.longseq.sharding.plan.ring import Mode, Plan, Step, plan_ring, whole
+from megatron.longseq.sharding.plan.ring_proof import PlanError, equals_flat, execute, prove
+from megatron.longseq.sharding.plan.time_model import Choice, Link, Links, choose, seconds, simulate
 
 GROUPS = Groups(6, 3)
 kinds, modes = st.sampled_from(list(Kind)), st.sampled_from(list(Mode))

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.longseq.sharding import stores
-from megatron.longseq.sharding.collectives import Region
-from megatron.longseq.sharding.core import Sharding
-from megatron.longseq.sharding.groups import Groups
-from megatron.longseq.sharding.phases import Phases
-from megatron.longseq.sharding.stores import GradStore, Whole
-from megatron.longseq.sharding.strategy import Strategy
+from megatron.longseq.sharding.plan.collectives import Phases
+from megatron.longseq.sharding.plan.rank_groups import Groups
+from megatron.longseq.sharding.plan.strategy import Strategy
+from megatron.longseq.sharding.runtime import bucket_storage as stores
+from megatron.longseq.sharding.runtime.bucket_storage import GradStore, Whole
+from megatron.longseq.sharding.runtime.collectives import Region
+from megatron.longseq.sharding.runtime.state import Sharding
 
 
 class Job:

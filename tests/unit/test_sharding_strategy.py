@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.longseq.sharding.cost import predict
-from megatron.longseq.sharding.groups import Groups, legal_sizes, node_size
-from megatron.longseq.sharding.memory import Model, memory
-from megatron.longseq.sharding.page import SEVEN_B
-from megatron.longseq.sharding.strategy import ALL, KNOWN_AS, RUNNING, VALID, Level, Strategy, check
-from megatron.longseq.sharding.traffic import traffic
+from megatron.longseq.sharding.plan.comm_volume import traffic
+from megatron.longseq.sharding.plan.cost import predict
+from megatron.longseq.sharding.plan.memory import Model, memory
+from megatron.longseq.sharding.plan.rank_groups import Groups, legal_sizes, node_size
+from megatron.longseq.sharding.plan.strategy import ALL, KNOWN_AS, RUNNING, VALID, Level, Strategy, check
+from megatron.longseq.sharding.tools.tables import SEVEN_B
 
 ROOT = Path(__file__).resolve().parents[2]
 FOURTEEN = set(["NNN", "NNI", "INI", "NII", "III", "NNG", "ING", "GNG", "NIG", "IIG", "GIG", "NGG", "IGG", "GGG"])

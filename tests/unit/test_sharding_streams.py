@@ -8,10 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from megatron.longseq.sharding.collectives import Region
-from megatron.longseq.sharding.lanekinds import in_main_stream
-from megatron.longseq.sharding.lanes import LaneError, Lanes
-from megatron.longseq.sharding.phases import (
+from megatron.longseq.sharding.plan.collectives import (
     GATHER_BETWEEN,
     GATHER_INSIDE,
     REDUCE_BETWEEN,
@@ -19,6 +16,9 @@ from megatron.longseq.sharding.phases import (
     SCATTER_INSIDE,
     Phase,
 )
+from megatron.longseq.sharding.runtime.collectives import Region
+from megatron.longseq.sharding.runtime.comm_queue import LaneError, Lanes
+from megatron.longseq.sharding.runtime.comm_streams import in_main_stream
 from tests.unit.streams_bed import Machine, machine
 
 __all__ = ["machine"]

@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.longseq.sharding.cost import Job, Work, fastest, predict, rank
-from megatron.longseq.sharding.groups import Groups
-from megatron.longseq.sharding.memory import MEGATRON, PAPER, Model, memory
-from megatron.longseq.sharding.page import PARAMS, SEVEN_B
-from megatron.longseq.sharding.phases import Kind, Scope, program
-from megatron.longseq.sharding.ring import Mode
-from megatron.longseq.sharding.ringtime import Link, Links
-from megatron.longseq.sharding.strategy import ALL, RUNNING, VALID, Level, Strategy
-from megatron.longseq.sharding.traffic import Bucket, Traffic, bucket_traffic, traffic
+from megatron.longseq.sharding.plan.collectives import Kind, Scope, program
+from megatron.longseq.sharding.plan.comm_volume import Bucket, Traffic, bucket_traffic, traffic
+from megatron.longseq.sharding.plan.cost import Job, Work, fastest, predict, rank
+from megatron.longseq.sharding.plan.memory import MEGATRON, PAPER, Model, memory
+from megatron.longseq.sharding.plan.rank_groups import Groups
+from megatron.longseq.sharding.plan.ring import Mode
+from megatron.longseq.sharding.plan.strategy import ALL, RUNNING, VALID, Level, Strategy
+from megatron.longseq.sharding.plan.time_model import Link, Links
+from megatron.longseq.sharding.tools.tables import PARAMS, SEVEN_B
 
 # 7B, m = 8, n = 64, A = 8, bytes 2/2/12, 200 and 25 GB/s: memory GB, GB inside, GB between, seconds of a step.
 TABLE = """

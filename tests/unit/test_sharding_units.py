@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron.longseq.sharding.units import Unit, Uses
+from megatron.longseq.sharding.runtime.unit_hooks import Unit, Uses
 
 
 class FakeStore:

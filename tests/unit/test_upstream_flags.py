@@ -198,7 +198,7 @@ def data_config(case: list[str]) -> dict[str, Any]:
     patches.start()
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron.longseq import gpt
+    from megatron.longseq import pretrain_gpt as gpt
 
     sys.argv = ["pretrain_gpt.py", *case]
     made = gpt.dataset_config(parse_and_validate_args())
@@ -251,7 +251,7 @@ def keywords(function: Any, kind: str) -> set[str]:
 def test_every_field_of_the_data_set_is_given_or_listed() -> None:
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
-    from megatron.longseq.gpt import dataset_config
+    from megatron.longseq.pretrain_gpt import dataset_config
 
     fields = {field.name for field in dataclasses.fields(GPTDatasetConfig)}
     assert fields - keywords(dataset_config, "GPTDatasetConfig") == NOT_FROM_FLAGS.keys()
@@ -276,7 +276,7 @@ def test_every_field_of_the_model_is_given_or_listed() -> None:
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.models.gpt import GPTModelConfig
 
-    from megatron.longseq.gpt import model_config
+    from megatron.longseq.pretrain_gpt import model_config
 
     given = re.findall(r"kwargs\[\"(\w+)\"\]", inspect.getsource(gpt_config_from_args))
     given += re.findall(r"model\.(\w+) =", inspect.getsource(model_config))

@@ -137,7 +137,7 @@ def fused_step(case: Case, model: Any, step: int) -> list[torch.Tensor]:
 
 def split_step(case: Case, model: Any, step: int) -> list[torch.Tensor]:
     """The same micro-batches through the case's order of B and W."""
-    from megatron.longseq.pipeline.weight import WeightStore, attach, grad_ready
+    from megatron.longseq.pipeline.runtime.weight_grad import WeightStore, attach, grad_ready
 
     store, inputs, words = WeightStore(), [], case.order.split()
     last_backward, last_weight = (max(i for i, word in enumerate(words) if word[0] == kind) for kind in "BW")
@@ -245,7 +245,7 @@ class Counted(TorchDispatchMode):
 
 def counted(case: Case) -> dict[str, Any]:
     """Count the products of upstream's backward, of B and of W."""
-    from megatron.longseq.pipeline.weight import WeightStore, attach
+    from megatron.longseq.pipeline.runtime.weight_grad import WeightStore, attach
 
     with world(case):
         model, store = model_of(case), WeightStore()
@@ -274,7 +274,7 @@ def counted(case: Case) -> dict[str, Any]:
 
 def reduced_early(case: Case) -> tuple[int, int]:
     """Number of buckets, and how many are being reduced when the last weight's product begins."""
-    from megatron.longseq.pipeline import weight
+    from megatron.longseq.pipeline.runtime import weight_grad as weight
 
     with world(case):
         model, seen = model_of(case), []
@@ -294,7 +294,7 @@ def reduced_early(case: Case) -> tuple[int, int]:
 
 def used_twice() -> bool:
     """One linear, called twice in a forward, as upstream's multi-token prediction calls the head."""
-    from megatron.longseq.pipeline.weight import WeightStore, attach
+    from megatron.longseq.pipeline.runtime.weight_grad import WeightStore, attach
 
     case = Case()
     with world(case):
@@ -321,7 +321,7 @@ def attaching() -> None:
     """What `attach` leaves, refuses and undoes."""
     import pytest
 
-    from megatron.longseq.pipeline.weight import WeightStore, attach, grad_ready
+    from megatron.longseq.pipeline.runtime.weight_grad import WeightStore, attach, grad_ready
 
     case = Case(tied=True)
     with world(case):
@@ -357,7 +357,7 @@ def attaching() -> None:
 def _refusals(model: Any, store: Any, linears: list[Any]) -> None:
     import pytest
 
-    from megatron.longseq.pipeline.weight import attach
+    from megatron.longseq.pipeline.runtime.weight_grad import attach
 
     with pytest.raises(ValueError, match="--transformer-impl local"):
         attach(torch.nn.Linear(2, 2), store)
@@ -380,7 +380,7 @@ def store_keeping() -> None:
     """Units in and out of order, and tensors that somebody wrote into."""
     import pytest
 
-    from megatron.longseq.pipeline.weight import WeightStore, attach
+    from megatron.longseq.pipeline.runtime.weight_grad import WeightStore, attach
 
     case = Case()
     with world(case):
@@ -420,7 +420,7 @@ def changed_tensors() -> None:
     """A run ends its unit, and notices that a tensor of the unit was written to."""
     import pytest
 
-    from megatron.longseq.pipeline.weight import WeightStore, attach
+    from megatron.longseq.pipeline.runtime.weight_grad import WeightStore, attach
 
     case = Case()
     with world(case):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as drop
 
-from megatron.longseq.attention.kernels.kernel import Scores
-from megatron.longseq.attention.merge import accumulation
+from megatron.longseq.attention.kernels.base import Scores
+from megatron.longseq.attention.runtime.merge import accumulation
 
 
 def visible(rows: int, keys: int, scores: Scores, device: torch.device) -> Tensor:

@@ -1,0 +1,116 @@
+"""The flags of context parallelism, and what our attention refuses. Sizes and kinds are upstream's own flags."""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from typing import Any, get_args
+
+from megatron.longseq.attention.plan.layout import Placement
+
+Refusals = dict[str, tuple[Callable[[Namespace], Any], str]]
+
+# flag: (is it asked for?, why our attention cannot serve it over context-parallel ranks)
+NOT_WITH_CONTEXT: Refusals = {
+    "--attention-dropout": (
+        lambda a: a.attention_dropout > 0,
+        "weights are dropped by no flash kernel, and each rank would drop others; give 0",
+    ),
+    "--multi-latent-attention": (
+        lambda a: a.multi_latent_attention,
+        "its keys and values differ in size, and travel together here",
+    ),
+    "--is-hybrid-model": (
+        lambda a: a.is_hybrid_model or a.hybrid_layer_pattern or a.linear_attention_freq,
+        "recurrent layers are no attention",
+    ),
+    "--experimental-attention-variant": (
+        lambda a: a.experimental_attention_variant is not None,
+        "it has a core attention of its own",
+    ),
+    "--softmax-type": (lambda a: a.softmax_type != "vanilla", "the attention kernels know the plain softmax alone"),
+    "--qk-clip": (lambda a: a.qk_clip or a.log_max_attention_logit, "the attention kernels do not keep the logits"),
+    "--window-size": (
+        lambda a: a.window_size is not None and a.window_size[1] not in (0, -1),
+        "a window that reaches to the right is not causal",
+    ),
+    "--reset-attention-mask": (
+        lambda a: a.reset_attention_mask and not a.create_attention_mask_in_dataloader,
+        "documents are read from the mask, which --no-create-attention-mask-in-dataloader leaves out",
+    ),
+    "--reset-attention-mask with more than 2 pipeline stages": (
+        lambda a: a.reset_attention_mask and a.seq1f1b_splits == 1 and _stages(a) > 2,
+        "virtual ones included; upstream gives middle stages no mask; --seq1f1b-splits 2 or more does",
+    ),
+    "--sft": (lambda a: a.sft, "packed sequences in THD form are not read yet; --reset-attention-mask packs documents"),
+    "--dataloader-inter-document-masking": (
+        lambda a: a.dataloader_inter_document_masking,
+        "packed sequences in THD form are not read yet; --reset-attention-mask packs documents",
+    ),
+    "--mtp-num-layers": (lambda a: a.mtp_num_layers, "its shifted tokens are not proven with it"),
+    "--hybrid-context-parallel": (lambda a: a.hybrid_context_parallel, "it changes the ranks from batch to batch"),
+    "--cuda-graph-impl": (lambda a: a.cuda_graph_impl != "none", "messages between ranks are no part of a graph"),
+}
+
+
+def _stages(args: Namespace) -> int:
+    return args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1)  # type: ignore[no-any-return]
+
+
+def add_context_arguments(parser: ArgumentParser) -> None:
+    """Add the group of context parallelism."""
+    group = parser.add_argument_group(title="longseq: context parallelism (Ulysses x ring)")
+    group.add_argument(
+        "--context-parallel-auto",
+        action="store_true",
+        help="choose --cp-comm-type: the largest all-to-all (Ulysses) that heads allow inside a node, a ring across",
+    )
+    group.add_argument(
+        "--context-parallel-placement",
+        choices=get_args(Placement),
+        default="head-first",
+        help="a2a+p2p: which ranks are neighbours, those of an all-to-all (head-first) or those of a ring",
+    )
+    group.add_argument(
+        "--ring-window",
+        type=int,
+        metavar="W",
+        help="send keys round windows of W ranks and, meanwhile, from window to window (double ring)",
+    )
+
+
+def wants_context(args: Namespace) -> bool:
+    """Whether attention is spread over ranks."""
+    return getattr(args, "context_parallel_size", 1) > 1
+
+
+def check_context_numbers(args: Namespace) -> None:
+    """Refuse numbers that mean nothing, as soon as they are parsed.
+
+    Raises:
+        ValueError: names the flag and what it takes.
+    """
+    window = getattr(args, "ring_window", None)
+    if window is not None and window < 1:
+        raise ValueError(f"--ring-window {window}: give at least 1.")
+    if not wants_context(args):
+        for flag, given in (
+            ("--context-parallel-auto", getattr(args, "context_parallel_auto", False)),
+            ("--ring-window", window is not None),
+            ("--context-parallel-placement", getattr(args, "context_parallel_placement", "head-first") != "head-first"),
+        ):
+            if given:
+                raise ValueError(f"{flag}: --context-parallel-size is 1, so it would change nothing; give both.")
+
+
+def refuse_unserved_context(args: Namespace) -> None:
+    """Refuse what our attention cannot serve over ranks, once upstream has validated its arguments.
+
+    Raises:
+        ValueError: lists every flag with the reason.
+    """
+    lines = [
+        f"  {flag} with --context-parallel-size: {why}"
+        for flag, (is_asked, why) in NOT_WITH_CONTEXT.items()
+        if is_asked(args)
+    ]
+    if lines:
+        raise ValueError("These flags do not go together:\n" + "\n".join(lines))

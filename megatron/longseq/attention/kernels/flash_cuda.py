@@ -1,0 +1,201 @@
+"""Flash attention on CUDA devices: the flash-attn package's, or PyTorch's own copy of it."""
+
+import importlib
+import inspect
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron.longseq.attention.kernels.base import Scores, dense
+
+HEAD_DIM_STEP, HEAD_DIM_LIMIT = 8, 256
+_FORWARD = ("q", "k", "v", "dropout_p", "softmax_scale", "causal", "window_size_left", "window_size_right")
+_BACKWARD = ("dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv", *_FORWARD[3:])
+
+
+def _batch_first(x: Tensor) -> Tensor:
+    """[s, b, h, d] to [b, s, h, d], a view where the last dimension is contiguous."""
+    return dense(x).transpose(0, 1)
+
+
+class _Arguments(NamedTuple):
+    """Scores in flash attention's words: a window of -1 is none."""
+
+    scale: float
+    causal: bool
+    left: int
+    right: int
+
+    @classmethod
+    def of(cls, scores: Scores, q: Tensor, k: Tensor) -> "_Arguments":
+        """Return the arguments for [s, b, h, d].
+
+        Raises:
+            ValueError: a block that the kernels would cut on the right, too: they take what is not causal for a window
+                of as many keys as there are, from the diagonal on.
+        """
+        if scores.window is not None and not scores.causal and q.shape[0] > k.shape[0] + 1:
+            raise ValueError(
+                f"a sliding window over {k.shape[0]} keys for {q.shape[0]} rows: flash kernels hide keys from the "
+                "first rows of such a block; plan it as two, as `ringtiles` does"
+            )
+        left = -1 if scores.window is None else scores.window
+        return cls(scores.scale, scores.causal, left, 0 if scores.causal else -1)
+
+
+class CudaFlash(ABC):
+    """bfloat16 and float16, head size a multiple of 8 up to 256, K/V heads fewer than query heads.
+
+    Both kernels are bottom-right aligned, know windows, take [b, s, h, d] of any strides with the last one 1, and mark
+    a row that sees no key with a log-sum-exp of +inf (split over keys: -inf).
+    """
+
+    rectangular = True
+    wide = False
+    dropout = 0.0
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+        """See `Kernel.forward`."""
+        out, lse = self._forward(_batch_first(q), _batch_first(k), _batch_first(v), _Arguments.of(scores, q, k))
+        if scores.causal and q.shape[0] > k.shape[0]:
+            lse = lse.masked_fill(lse == torch.inf, -torch.inf)
+        return out.transpose(0, 1), lse
+
+    def backward(
+        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Kernel.backward`."""
+        tensors = [_batch_first(x) for x in (grad_out, q, k, v, out)]
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf).contiguous()
+        dq, dk, dv = self._backward(tensors, lse, _Arguments.of(scores, q, k))
+        return dq.transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)
+
+    @abstractmethod
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, how: _Arguments) -> tuple[Tensor, Tensor]:
+        """[b, s, h, d] to (out [b, s, h, d], lse [b, h, s])."""
+
+    @abstractmethod
+    def _backward(self, tensors: list[Tensor], lse: Tensor, how: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+        """(grad_out, q, k, v, out) and lse to (dq, dk, dv), all [b, s, h, d]."""
+
+
+class TorchCudaFlash(CudaFlash):
+    """The copy inside PyTorch."""
+
+    name = "torch CUDA flash"
+
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, how: _Arguments) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q,
+            k,
+            v,
+            None,  # cumulative lengths: of packed batches alone
+            None,
+            q.shape[1],
+            k.shape[1],
+            0.0,  # dropout
+            how.causal,
+            False,  # debug mask
+            scale=how.scale,
+            window_size_left=how.left,
+            window_size_right=how.right,
+        )
+        return out, lse
+
+    def _backward(self, tensors: list[Tensor], lse: Tensor, how: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+        grad_out, q, k, v, out = tensors
+        seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # not read without dropout
+        return torch.ops.aten._flash_attention_backward(
+            grad_out,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            None,
+            None,
+            q.shape[1],
+            k.shape[1],
+            0.0,
+            how.causal,
+            seed,
+            seed,
+            scale=how.scale,
+            window_size_left=how.left,
+            window_size_right=how.right,
+        )
+
+
+class FlashAttn(CudaFlash):
+    """The flash-attn package, version 2.7 or later (its functions' arguments are checked, not its number)."""
+
+    name = "flash_attn"
+
+    def __init__(self) -> None:
+        self._functions = load_flash_attn()
+
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, how: _Arguments) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = self._functions[0](
+            q,
+            k,
+            v,
+            dropout_p=0.0,
+            softmax_scale=how.scale,
+            causal=how.causal,
+            window_size_left=how.left,
+            window_size_right=how.right,
+            softcap=0.0,
+            alibi_slopes=None,
+            return_softmax=False,
+        )
+        return out, lse
+
+    def _backward(self, tensors: list[Tensor], lse: Tensor, how: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+        grad_out, q, k, v, out = tensors
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        self._functions[1](
+            grad_out,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            dq,
+            dk,
+            dv,
+            dropout_p=0.0,
+            softmax_scale=how.scale,
+            causal=how.causal,
+            window_size_left=how.left,
+            window_size_right=how.right,
+            softcap=0.0,
+            alibi_slopes=None,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+        return dq, dk, dv
+
+
+def load_flash_attn() -> tuple[Any, Any]:
+    """Return flash-attn's block forward and backward.
+
+    Raises:
+        ImportError: not installed, broken, or with other arguments than those of version 2.7.
+    """
+    module = importlib.import_module("flash_attn.flash_attn_interface")
+    functions = []
+    for name, wanted in (("_flash_attn_forward", _FORWARD), ("_flash_attn_backward", _BACKWARD)):
+        plain = getattr(module, name, None)
+        if plain is None:
+            raise ImportError(f"flash_attn has no {name}")
+        names = _parameters(plain)
+        if names[: len(wanted)] != list(wanted):
+            raise ImportError(f"flash_attn's {name} takes {', '.join(names)}; version 2.7 or later is needed")
+        functions.append(getattr(module, f"_wrapped{name}", plain))
+    return functions[0], functions[1]
+
+
+def _parameters(function: Any) -> list[str]:
+    """Return a function's parameter names; of the function behind it for a torch custom operator."""
+    return list(inspect.signature(getattr(function, "_init_fn", function)).parameters)

@@ -1,0 +1,144 @@
+"""Which Ulysses degrees attention heads allow, what the all-to-all sends of them, and which degree to take."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megatron.longseq.attention.plan.layout import Mesh
+
+
+class HeadRange(NamedTuple):
+    """Heads [begin, end)."""
+
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Attention heads of one tensor-parallel rank.
+
+    Attributes:
+        query: query heads Hq.
+        kv: heads of keys and values Hk.
+
+    Raises:
+        ValueError: query heads that cannot share the key heads evenly.
+    """
+
+    query: int
+    kv: int
+
+    def __post_init__(self) -> None:
+        if self.query < 1 or self.kv < 1 or self.query % self.kv:
+            raise ValueError(f"{self.query} query heads cannot share {self.kv} heads of keys and values evenly")
+
+    @classmethod
+    def of(cls, heads: int, groups: int | None = None, tensor: int = 1) -> "Heads":
+        """Return the heads of one of `tensor` tensor-parallel ranks, which hold at least one key head, as upstream.
+
+        Args:
+            heads: --num-attention-heads.
+            groups: --num-query-groups; None: as many as heads.
+            tensor: --tensor-model-parallel-size.
+
+        Raises:
+            ValueError: heads that do not divide.
+        """
+        groups = heads if groups is None else groups
+        if heads % tensor or (groups % tensor and tensor % groups):
+            raise ValueError(
+                f"{heads} attention heads in {groups} query groups cannot be shared by {tensor} tensor-parallel ranks"
+            )
+        return cls(heads // tensor, max(groups // tensor, 1))
+
+    def allows(self, ulysses: int) -> bool:
+        """Return whether a Ulysses degree gives every rank whole heads that belong together."""
+        return self.query % ulysses == 0 and (self.kv % ulysses == 0 or ulysses % self.kv == 0)
+
+    def replicas(self, ulysses: int) -> int:
+        """Return to how many ranks of a Ulysses group a key head is sent: their gradients of it are added up."""
+        return max(self.kv, ulysses) // self.kv
+
+    def shared(self, ulysses: int) -> "Heads":
+        """Return the heads that a rank has after the all-to-all."""
+        return Heads(self.query // ulysses, max(self.kv, ulysses) // ulysses)
+
+    def sent(self, ulysses: int) -> int:
+        """Return heads that a token of the fused queries, keys and values has in the all-to-all, to all ranks."""
+        return self.query + 2 * max(self.kv, ulysses)
+
+    def query_heads(self, ulysses: int, index: int) -> HeadRange:
+        """Return the query heads that a rank of a Ulysses group computes."""
+        share = self.query // ulysses
+        return HeadRange(index * share, (index + 1) * share)
+
+    def kv_heads(self, ulysses: int, index: int) -> HeadRange:
+        """Return the key heads that a rank of a Ulysses group computes with: those of its query heads."""
+        begin = index * self.kv // ulysses
+        return HeadRange(begin, begin + self.shared(ulysses).kv)
+
+
+def legal_meshes(size: int, heads: Heads) -> tuple[tuple[int, int], ...]:
+    """Return every legal (Ulysses, ring) of a context-parallel size, by ascending Ulysses degree; (1, C) always is."""
+    return tuple(
+        (degree, size // degree) for degree in range(1, size + 1) if size % degree == 0 and heads.allows(degree)
+    )
+
+
+def check_heads(mesh: Mesh, heads: Heads) -> None:
+    """Refuse a Ulysses degree that the heads do not allow.
+
+    Raises:
+        ValueError: what is wrong, and the legal choices.
+    """
+    if heads.allows(mesh.ulysses):
+        return
+    if heads.query % mesh.ulysses:
+        why = f"{heads.query} query heads cannot be shared by {mesh.ulysses} ranks"
+    else:
+        why = f"neither does {mesh.ulysses} divide the {heads.kv} heads of keys and values, nor they it"
+    choices = "; ".join(flags(Mesh(*pair)) for pair in legal_meshes(mesh.size, heads))
+    raise ValueError(
+        f"Ulysses over {mesh.ulysses} of {mesh.size} context-parallel ranks, with {heads.query} query heads and "
+        f"{heads.kv} of keys and values on a tensor-parallel rank: {why}. Legal here: {choices}"
+    )
+
+
+def flags(mesh: Mesh) -> str:
+    """Return the flags of a mesh."""
+    words = [f"--context-parallel-size {mesh.size}"]
+    if mesh.ring == 1:
+        words.append("--cp-comm-type a2a")
+    elif mesh.ulysses == 1:
+        words.append("--cp-comm-type p2p")
+    else:
+        words.append(f"--cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes {mesh.ulysses} {mesh.ring}")
+        if mesh.placement != "head-first":
+            words.append(f"--context-parallel-placement {mesh.placement}")
+    return " ".join(words)
+
+
+def choose(size: int, heads: int, groups: int | None, node_size: int, tensor: int = 1) -> Mesh:
+    """Return the mesh with the largest legal Ulysses degree whose groups stay inside a node; the ring goes across.
+
+    Args:
+        size: --context-parallel-size.
+        heads: --num-attention-heads.
+        groups: --num-query-groups; None: as many as heads.
+        node_size: ranks of a node; ranks of a tensor-parallel group are neighbours, context-parallel ones come next.
+        tensor: --tensor-model-parallel-size.
+
+    Raises:
+        ValueError: sizes below 1, or heads that do not divide.
+    """
+    if min(size, heads, node_size, tensor) < 1:
+        raise ValueError(
+            f"context parallel {size}, {heads} heads, {node_size} ranks a node, tensor parallel {tensor}: "
+            "each must be at least 1"
+        )
+    inside = [
+        mesh
+        for mesh in legal_meshes(size, Heads.of(heads, groups, tensor))
+        if mesh[0] == 1 or node_size % (mesh[0] * tensor) == 0
+    ]
+    return Mesh(*inside[-1])

@@ -1,0 +1,87 @@
+"""Command line of attention over context-parallel ranks: `meshes` that heads allow, `table` of what they send beside
+others, `draw` of how they work, `flags` of a training run.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron.longseq.attention.plan.heads import Heads
+from megatron.longseq.attention.plan.layout import Mesh
+from megatron.longseq.attention.tools import tables as page
+from megatron.longseq.attention.tools import volumes
+from megatron.longseq.attention.tools.picture import scene
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status: 0 done, 1 refused."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m megatron.longseq.attention", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    meshes = commands.add_parser(
+        "meshes", help="markdown: every legal U x R, its flags, and what a rank sends per layer"
+    )
+    _add_sizes(meshes, needed=True)
+    meshes.set_defaults(run=_meshes)
+    table = commands.add_parser(
+        "table", help="markdown: bytes and messages of a layer over U x R, beside other implementations and the paper"
+    )
+    _add_sizes(table, needed=False)
+    table.set_defaults(run=_table)
+    draw = commands.add_parser("draw", help="chunks before and after the all-to-all, and the blocks of every ring step")
+    draw.add_argument("--output", type=Path, required=True, metavar="FILE", help="picture (.svg, .png)")
+    draw.add_argument(
+        "--hierarchical-context-parallel-sizes", type=int, nargs=2, default=(2, 4), metavar=("U", "R"), help="2 4"
+    )
+    draw.set_defaults(run=_draw)
+    ours = commands.add_parser("flags", help="markdown: our flags of a training run, and what is refused")
+    ours.set_defaults(run=lambda args: print(f"{page.own_flags()}\n\n{page.refusals()}"))
+    return parser
+
+
+def _add_sizes(parser: argparse.ArgumentParser, *, needed: bool) -> None:
+    """Upstream's flags; with defaults where they are not needed: 32 heads, 4 of keys, 8 ranks."""
+    size, heads, groups, tokens = (None,) * 4 if needed else (8, 32, 4, 32768)
+    parser.add_argument("--context-parallel-size", type=int, required=needed, default=size)
+    parser.add_argument("--num-attention-heads", type=int, required=needed, default=heads)
+    parser.add_argument("--num-query-groups", type=int, default=groups, help=f"default: {groups or 'as many as heads'}")
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    parser.add_argument("--kv-channels", type=int, default=128, help="of a head (default 128)")
+    parser.add_argument("--seq-length", type=int, required=needed, default=tokens)
+
+
+def _meshes(args: argparse.Namespace) -> None:
+    print(page.meshes(args.context_parallel_size, _heads(args), args.seq_length, args.kv_channels))
+
+
+def _table(args: argparse.Namespace) -> None:
+    print(volumes.markdown(args.context_parallel_size, _heads(args), args.seq_length, args.kv_channels))
+
+
+def _heads(args: argparse.Namespace) -> Heads:
+    return Heads.of(args.num_attention_heads, args.num_query_groups, args.tensor_model_parallel_size)
+
+
+def _draw(args: argparse.Namespace) -> None:
+    """Write beside the file first: an error leaves no half file, and an old one stands until the new is whole."""
+    file, shown = args.output, scene(Mesh(*args.hierarchical_context_parallel_sizes))
+    if not file.absolute().parent.is_dir():
+        raise ValueError(f"--output {file}: there is no folder {file.absolute().parent}; make it first")
+    from megatron.longseq.attention.tools.figure import draw  # takes half a second, which the tables need not wait for
+
+    half = file.with_name(f".{file.stem}.half{file.suffix}")
+    try:
+        draw(shown, half)
+        half.replace(file)
+    finally:
+        half.unlink(missing_ok=True)

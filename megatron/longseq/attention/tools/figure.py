@@ -1,0 +1,130 @@
+"""The method in one picture: chunks on ranks before and after the all-to-all, and the blocks of every ring step."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+from matplotlib import pyplot
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Patch, Polygon, Rectangle
+
+from megatron.longseq.attention.tools.picture import Cell, Scene, Sending
+
+SUFFIXES = (".svg", ".png")
+# Okabe and Ito's colours: told apart by every kind of colour vision.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
+_EMPTY, _LINE = "#EFEFEF", "#FFFFFF"
+_WIDE, _ROW, _MARGIN, _GAP = 12.0, 0.24, 0.55, 0.30  # inches
+_HEAD, _FOOT, _LEGEND = 0.42, 0.36, 0.34  # inches above a panel, below a step, at the bottom
+
+
+def draw(scene: Scene, file: Path) -> None:
+    """Write the picture, as SVG or PNG by the file's suffix.
+
+    Raises:
+        ValueError: another suffix, or more ring indices than there are colours.
+    """
+    if file.suffix not in SUFFIXES:
+        raise ValueError(f"{file}: a picture is written as {' or '.join(SUFFIXES)}, not {file.suffix or 'no suffix'}")
+    ranks, ring = scene.mesh.size, scene.mesh.ring
+    if ring > len(COLOURS):
+        raise ValueError(f"a ring of {ring} ranks: {len(COLOURS)} at most can be told apart in a picture")
+    side = min((_WIDE - _MARGIN - _GAP * ring) / ring, 2.6)
+    above = _HEAD + _ROW * ranks
+    tall = above + _HEAD + side + _FOOT + _LEGEND
+    style: Any = {"font.size": 8.5, "svg.hashsalt": "longseq", "svg.fonttype": "none"}
+    with pyplot.rc_context(style):
+        figure = pyplot.figure(figsize=(_WIDE, tall))
+        half = (_WIDE - 2 * _MARGIN - _GAP) / 2
+        for index, held in enumerate((scene.before, scene.after)):
+            box = (_MARGIN + index * (half + _MARGIN), tall - above, half, _ROW * ranks)
+            _holdings(_axes(figure, box), scene, held, shared=index > 0)
+        for index, (cells, sendings) in enumerate(scene.steps):
+            box = (_MARGIN + index * (side + _GAP), _LEGEND + _FOOT, side, side)
+            _step(_axes(figure, box), scene, index, cells, sendings)
+        _legend(figure, ring)
+        figure.savefig(file, dpi=140, metadata={"Date": None} if file.suffix == ".svg" else None)
+        pyplot.close(figure)
+
+
+def _axes(figure: Any, box: tuple[float, float, float, float]) -> Any:
+    width, height = figure.get_size_inches()
+    axes = figure.add_axes((box[0] / width, box[1] / height, box[2] / width, box[3] / height))
+    axes.set_facecolor(_EMPTY)
+    axes.tick_params(length=0, labelsize=7.5)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    return axes
+
+
+def _holdings(axes: Any, scene: Scene, held: tuple[tuple[int, ...], ...], *, shared: bool) -> None:
+    """Rows are ranks, columns chunks; a bar's height is the share of the heads."""
+    mesh, chunks = scene.mesh, 2 * scene.mesh.size
+    axes.set_xlim(0, chunks)
+    axes.set_ylim(mesh.size, 0)
+    for rank, numbers in enumerate(held):
+        place = mesh.place(rank)
+        height = 1 / mesh.ulysses if shared else 1.0
+        top = rank + (place.ulysses * height if shared else 0)
+        for chunk in numbers:
+            name = f"{'after' if shared else 'before'}-{rank}-{chunk}"
+            colour = _colour(place.ring, 0 if shared else place.ulysses, mesh.ulysses)
+            axes.add_patch(Rectangle((chunk, top), 1, height, facecolor=colour, linewidth=0, gid=name))
+            if not shared:
+                axes.text(chunk + 0.5, rank + 0.5, str(chunk), ha="center", va="center", fontsize=6.5, color="white")
+    axes.set_xticks([])
+    axes.set_yticks([rank + 0.5 for rank in range(mesh.size)], [f"rank {rank}" for rank in range(mesh.size)])
+    for line in range(1, chunks):
+        axes.axvline(line, color=_LINE, linewidth=0.6)
+    for line in range(1, mesh.size):
+        axes.axhline(line, color=_LINE, linewidth=2.2 if line % mesh.ulysses == 0 else 0.8)
+    text = f"data on {mesh.ulysses} x {mesh.ring} ranks (Ulysses x ring): two of {chunks} chunks each, all heads"
+    if shared:
+        text = f"after the all-to-all: a Ulysses group's chunks, 1/{mesh.ulysses} of the heads"
+    axes.set_title(text, loc="left", fontweight="bold", fontsize=9.5, pad=4)
+
+
+def _step(axes: Any, scene: Scene, index: int, cells: tuple[Cell, ...], sendings: tuple[Sending, ...]) -> None:
+    """Rows are queries, columns keys; what no step computes is masked."""
+    chunks = 2 * scene.mesh.size
+    axes.set_xlim(0, chunks)
+    axes.set_ylim(chunks, 0)
+    for cell in cells:
+        corners = [(cell.key, cell.query), (cell.key, cell.query + 1), (cell.key + 1, cell.query + 1)]
+        if cell.key != cell.query:
+            corners.append((cell.key + 1, cell.query))
+        colour, name = COLOURS[cell.ring], f"step-{index}-{cell.ring}-{cell.query}-{cell.key}"
+        axes.add_patch(Polygon(corners, facecolor=colour, edgecolor=colour, linewidth=0.3, gid=name))
+    for line in range(scene.mesh.ulysses, chunks, scene.mesh.ulysses):
+        axes.axvline(line, color=_LINE, linewidth=0.6)
+        axes.axhline(line, color=_LINE, linewidth=0.6)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_title(f"ring, step {index}", loc="left", fontweight="bold", fontsize=9.5, pad=4)
+    parts = [f"{one.sender}→{one.receiver} {_part(one.part)}" for one in sendings]
+    words = f"keys sent: {', '.join(parts)}" if parts else "nothing is sent"
+    axes.set_xlabel(words, fontsize=7.2, loc="left", labelpad=3)
+    if index == 0:
+        axes.set_ylabel("queries", fontsize=8)
+
+
+def _part(part: float) -> str:
+    return {1.0: "all", 0.5: "half"}.get(part, f"{part:.2f}")
+
+
+def _colour(ring: int, ulysses: int, count: int) -> tuple[float, ...]:
+    """A ring index's colour, closer to white for later members of a Ulysses group."""
+    share = 0.45 * ulysses / count
+    return tuple(part + (1 - part) * share for part in to_rgb(COLOURS[ring]))
+
+
+def _legend(figure: Any, ring: int) -> None:
+    handles = [Patch(facecolor=COLOURS[index], label=f"ring index {index}") for index in range(ring)]
+    handles.append(Patch(facecolor=_EMPTY, label="not held; not computed in this step"))
+    handles.append(Patch(alpha=0, label="steps: queries down, keys across, both in order of position"))
+    place = (_MARGIN / figure.get_size_inches()[0], 0.0)
+    style: Any = {"frameon": False, "fontsize": 8, "borderaxespad": 0.2, "borderpad": 0.3, "handlelength": 1.4}
+    figure.legend(handles=handles, loc="lower left", bbox_to_anchor=place, ncols=len(handles), **style)

@@ -1,0 +1,289 @@
+"""The flags of our pipeline schedules, and what they refuse."""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron.longseq.folders import refuse_unwritable
+from megatron.longseq.pipeline.plan.segment_cost import fit, read_samples
+
+Refusals = dict[str, tuple[Callable[[Namespace], Any], str]]
+
+TRACED = 3  # the step that is measured, where no other is asked for
+LONGEST_PATIENCE = 1e8  # seconds, three years: threads of Python wait no longer than some 9e9
+
+# flag: (is it asked for?, why a sequence in segments cannot serve it)
+NOT_IN_SEGMENTS: Refusals = {
+    "--multi-latent-attention": (
+        lambda a: a.multi_latent_attention,
+        "earlier segments' keys are kept per head, not as latents",
+    ),
+    "--mtp-num-layers": (lambda a: a.mtp_num_layers, "its labels reach beyond the end of a segment"),
+    "--is-hybrid-model": (
+        lambda a: a.is_hybrid_model or a.hybrid_layer_pattern or a.linear_attention_freq,
+        "recurrent layers would have to hand their state from segment to segment",
+    ),
+    "--experimental-attention-variant": (
+        lambda a: a.experimental_attention_variant is not None,
+        "its core attention cannot take keys of earlier segments",
+    ),
+    "--softmax-type": (lambda a: a.softmax_type != "vanilla", "the attention kernels know the plain softmax alone"),
+    "--position-embedding-type mrope": (
+        lambda a: a.position_embedding_type == "mrope",
+        "its positions are not those of one sequence",
+    ),
+    "--qk-clip": (lambda a: a.qk_clip or a.log_max_attention_logit, "the attention kernels do not keep the logits"),
+    "--window-size": (
+        lambda a: a.window_size is not None and a.window_size[1] not in (0, -1),
+        "a window that reaches to the right sees tokens of later segments",
+    ),
+    "--reset-attention-mask": (
+        lambda a: a.reset_attention_mask and not a.create_attention_mask_in_dataloader,
+        "documents are read from the mask, which --no-create-attention-mask-in-dataloader leaves out",
+    ),
+    "--sft": (lambda a: a.sft, "packed sequences in THD form are not cut into segments"),
+    "--dataloader-inter-document-masking": (
+        lambda a: a.dataloader_inter_document_masking,
+        "packed sequences in THD form are not cut into segments; --reset-attention-mask packs documents",
+    ),
+    "--fp8-format": (lambda a: a.fp8 or a.fp4, "scaling factors that follow micro-batches are not proven for segments"),
+    "--tp-comm-overlap": (lambda a: a.tp_comm_overlap, "its buffers have the shape of a whole sequence"),
+    "--moe-router-load-balancing-type": (
+        lambda a: a.num_experts and _balances(a),
+        "balance is a statistic of the whole micro-batch; use --moe-router-load-balancing-type none",
+    ),
+    "--moe-z-loss-coeff": (
+        lambda a: a.num_experts and a.moe_z_loss_coeff,
+        "this auxiliary loss is a mean over the whole micro-batch",
+    ),
+    "--moe-expert-capacity-factor": (
+        lambda a: a.num_experts and (a.moe_expert_capacity_factor or a.moe_expert_rank_capacity_factor),
+        "capacity would be a segment's, and other tokens would be dropped",
+    ),
+}
+
+# flag: (is it asked for?, why none of our schedules can serve it)
+NOT_IN_SCHEDULES: Refusals = {
+    "--overlap-moe-expert-parallel-comm": (
+        lambda a: a.overlap_moe_expert_parallel_comm,
+        "it runs a forward and a backward as one action",
+    ),
+    "--defer-embedding-wgrad-compute": (
+        lambda a: a.defer_embedding_wgrad_compute,
+        "it pairs activations and gradients first in, first out; segments come back in reverse",
+    ),
+    "--decoder-seq-length": (
+        lambda a: a.decoder_seq_length not in (None, a.seq_length),
+        "every stage has the hidden states of one sequence length",
+    ),
+    "--full-validation with --eval-micro-batch-size": (
+        lambda a: a.full_validation and (a.eval_micro_batch_size or 1) > 1 and a.pipeline_model_parallel_size > 1,
+        "upstream reads a full validation set one sample at a time; give --eval-micro-batch-size 1",
+    ),
+    "--variable-seq-lengths": (lambda a: a.variable_seq_lengths, "shapes are known from the plan, not negotiated"),
+    "--moe-paged-stash": (lambda a: a.moe_paged_stash, "pages follow upstream's own schedules"),
+    "--hybrid-context-parallel": (lambda a: a.hybrid_context_parallel, "it is a schedule of upstream's own"),
+    "--cuda-graph-impl": (
+        lambda a: a.cuda_graph_impl != "none",
+        "upstream's own schedules make the graphs, and a graph has one shape where segments have several",
+    ),
+    "--fine-grained-activation-offloading": (
+        lambda a: a.fine_grained_activation_offloading or a.cpu_offloading_num_layers,
+        "upstream's own schedules take offloaded activations back, in the order of whole micro-batches",
+    ),
+    "--tensor-parallel-num-weight-shards": (
+        lambda a: a.gtp_weight_remat_size > 1,
+        "gathers of weights and sums of gradients that run into the next action are not proven with them",
+    ),
+    "--expert-tensor-parallel-num-weight-shards": (
+        lambda a: a.expert_gtp_weight_remat_size > 1,
+        "gathers of weights and sums of gradients that run into the next action are not proven with them",
+    ),
+    "--use-megatron-fsdp": (
+        lambda a: a.use_megatron_fsdp or a.use_torch_fsdp2,
+        "its gathers and reductions follow the backwards of whole micro-batches",
+    ),
+}
+
+# flag: (is it asked for?, why --zero-bubble cannot serve it)
+NOT_WITH_ZERO_BUBBLE: Refusals = {
+    "--num-layers-per-virtual-pipeline-stage": (
+        lambda a: _virtual(a) > 1,
+        "ZB-H1 is an order for one stage per rank",
+    ),
+    "--transformer-impl": (
+        lambda a: a.transformer_impl != "local",
+        "input and weight gradient are split in upstream's own linear layers; give --transformer-impl local",
+    ),
+    "--num-experts": (lambda a: a.num_experts, "expert layers compute both gradients at once"),
+    "--delay-wgrad-compute": (lambda a: a.delay_wgrad_compute, "both would defer the same gradients"),
+    "--num-distributed-optimizer-instances": (
+        lambda a: a.num_distributed_optimizer_instances > 1,
+        "upstream would reduce its first step's gradients twice where their hooks wait for the weight gradients",
+    ),
+}
+
+
+def add_pipeline_arguments(parser: ArgumentParser) -> None:
+    """Add the group of the pipeline schedules; virtual stages are upstream's own flags."""
+    group = parser.add_argument_group(title="longseq: pipeline schedules (Seq1F1B)")
+    group.add_argument(
+        "--seq1f1b-splits",
+        type=int,
+        default=1,
+        metavar="K",
+        help="cut every sequence into K segments that pass the pipeline one after the other; 1: upstream's schedule",
+    )
+    group.add_argument(
+        "--seq1f1b-partition",
+        default="balanced",
+        metavar="even|balanced|N1,N2,...",
+        help="tokens per segment: of equal length, of equal cost of forward and backward, or as listed",
+    )
+    group.add_argument(
+        "--seq1f1b-layer-seconds",
+        metavar="FILE",
+        help="balance by what a layer was measured to take (python -m megatron.longseq.pipeline fit), not by FLOPs",
+    )
+    group.add_argument(
+        "--seq1f1b-slack",
+        type=int,
+        default=0,
+        metavar="E",
+        help="run E more segments forward before the first backward, per stage downstream: less bubble, more memory",
+    )
+    group.add_argument(
+        "--zero-bubble",
+        action="store_true",
+        help="compute weight gradients apart from input gradients, where a rank would wait otherwise (ZB-H1)",
+    )
+    group.add_argument(
+        "--pipeline-trace",
+        metavar="FOLDER",
+        help="write when each action of one training step began and ended, per rank, to this folder",
+    )
+    group.add_argument(
+        "--pipeline-trace-step", type=int, default=TRACED, metavar="N", help="which step of this run that is, from 1"
+    )
+    group.add_argument(
+        "--pipeline-patience",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="a rank that waits longer than this for another stage says what it waits for",
+    )
+
+
+def wants_our_schedule(args: Namespace) -> bool:
+    """Whether the flags ask for a schedule of ours; otherwise upstream's own function runs."""
+    return bool(
+        getattr(args, "seq1f1b_splits", 1) > 1
+        or getattr(args, "seq1f1b_slack", 0)
+        or getattr(args, "zero_bubble", False)
+        or getattr(args, "pipeline_trace", None)
+    )
+
+
+def check_pipeline_numbers(args: Namespace) -> None:
+    """Refuse numbers that mean nothing, as soon as they are parsed.
+
+    Raises:
+        ValueError: names the flag and what it takes.
+    """
+    for flag, least in (("seq1f1b_splits", 1), ("seq1f1b_slack", 0), ("pipeline_trace_step", 1)):
+        if getattr(args, flag, least) < least:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give at least {least}.")
+    partition = getattr(args, "seq1f1b_partition", "balanced")
+    if getattr(args, "seq1f1b_splits", 1) == 1 and partition not in ("even", "balanced"):
+        raise ValueError(f"--seq1f1b-partition {partition}: lists segments, but --seq1f1b-splits is 1; give both.")
+    if not 0 < getattr(args, "pipeline_patience", 1.0) <= LONGEST_PATIENCE:
+        raise ValueError(
+            f"--pipeline-patience {args.pipeline_patience}: give seconds, more than 0 and at most "
+            f"{LONGEST_PATIENCE:.0e}."
+        )
+    if getattr(args, "pipeline_trace", None) == "":
+        raise ValueError("--pipeline-trace is empty; name a folder, or leave it out.")
+    if getattr(args, "pipeline_trace", None) is None and getattr(args, "pipeline_trace_step", TRACED) != TRACED:
+        raise ValueError(
+            f"--pipeline-trace-step {args.pipeline_trace_step}: --pipeline-trace is not given, so nothing would be "
+            "written; give both."
+        )
+    if getattr(args, "pipeline_trace", None) is not None:
+        folder = Path(args.pipeline_trace)
+        refuse_unwritable(f"--pipeline-trace {args.pipeline_trace}", folder, "name a folder that is writable, or new")
+    _check_layer_seconds(args)
+
+
+def _check_layer_seconds(args: Namespace) -> None:
+    """Refuse a file of measurements that nothing would read, or that cannot be read."""
+    file = getattr(args, "seq1f1b_layer_seconds", None)
+    if file is None:
+        return
+    if not args.zero_bubble and (args.seq1f1b_splits == 1 or args.seq1f1b_partition != "balanced"):
+        raise ValueError(
+            f"--seq1f1b-layer-seconds {file}: it balances segments, and neither --seq1f1b-splits above 1 with "
+            "--seq1f1b-partition balanced nor --zero-bubble is given; leave it out."
+        )
+    try:
+        fit(read_samples(Path(file)))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--seq1f1b-layer-seconds {file}: {getattr(error, 'strerror', None) or error}; give a file that python -m "
+            "megatron.longseq.pipeline fit has read, a list of [begin, end, forward seconds, backward seconds]."
+        ) from error
+
+
+def check_trace_step(args: Namespace) -> None:
+    """Refuse a measured step that a run does not reach, once upstream has validated its arguments.
+
+    Raises:
+        ValueError: names the flag and how many steps there are.
+    """
+    if args.pipeline_trace is None:
+        return
+    if args.skip_train:
+        raise ValueError("--pipeline-trace: a training step is measured, and --skip-train leaves none; leave one out.")
+    samples = None if args.train_samples is None or args.step_batch_size_schedule else args.train_samples
+    steps = {
+        "--train-iters": args.train_iters,
+        "--train-samples": samples and samples // args.global_batch_size,
+        "--exit-interval": args.exit_interval,
+    }
+    for flag, most in steps.items():
+        if most and args.pipeline_trace_step > most:
+            raise ValueError(
+                f"--pipeline-trace-step {args.pipeline_trace_step}: {flag} ends this run after {most} steps at most, "
+                f"so nothing would be written; give {most} or less."
+            )
+
+
+def refuse_unserved(args: Namespace) -> None:
+    """Refuse what our schedules cannot serve, once upstream has validated its arguments.
+
+    Raises:
+        ValueError: lists every flag with the reason.
+    """
+    tables = [("our pipeline schedules", NOT_IN_SCHEDULES)]
+    if args.seq1f1b_splits > 1:
+        tables.append(("--seq1f1b-splits", NOT_IN_SEGMENTS))
+    if args.zero_bubble:
+        tables.append(("--zero-bubble", NOT_WITH_ZERO_BUBBLE))
+    lines = [
+        f"  {flag} with {what}: {why}" for what, table in tables for flag, (asked, why) in table.items() if asked(args)
+    ]
+    if lines:
+        raise ValueError("These flags do not go together:\n" + "\n".join(lines))
+
+
+def _virtual(args: Namespace) -> int:
+    return args.virtual_pipeline_model_parallel_size or 1
+
+
+def _balances(args: Namespace) -> bool:
+    """Whether the router looks at all tokens of a micro-batch: for an auxiliary loss, or to route by."""
+    kinds, losses = args.moe_router_load_balancing_type, args.moe_aux_loss_coeff
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    losses = losses if isinstance(losses, list) else [losses] * len(kinds)
+    routes = any(kind in ("sinkhorn", "quantile_balancing") for kind in kinds)
+    return routes or any(kind != "none" and loss for kind, loss in zip(kinds, losses, strict=False))

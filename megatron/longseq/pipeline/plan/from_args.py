@@ -1,0 +1,190 @@
+"""What the flags ask of the pipeline: segment lengths, and for every number of micro-batches a proven schedule."""
+
+import functools
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron.longseq.attention.plan.layout import length_multiple
+from megatron.longseq.pipeline.plan import generators as orders
+from megatron.longseq.pipeline.plan import partition
+from megatron.longseq.pipeline.plan.receives import AHEAD, Posts, ends_in_one_queue, plan_posts
+from megatron.longseq.pipeline.plan.schedule import Pipeline, Schedule
+from megatron.longseq.pipeline.plan.segment_cost import (
+    CostModel,
+    ModelShape,
+    fit,
+    flops,
+    read_samples,
+    seconds,
+    segment_costs,
+)
+from megatron.longseq.pipeline.plan.simulate import Costs
+from megatron.longseq.pipeline.plan.validate import prove
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How steps are run; the same on every rank, for it follows from the arguments alone.
+
+    Attributes:
+        stages: pipeline-parallel size.
+        virtual: virtual stages per rank.
+        lengths: tokens per segment.
+        slack: extra units of warm-up per downstream stage.
+        zero_bubble: whether weight gradients are actions of their own.
+        group: micro-batches that a virtual stage runs in a row (interleaved only); None: the fewest that are legal.
+        costs: of every stage's segments, which a zero-bubble order is fitted to; None: all alike.
+        one_queue: whether all streams of a GPU share a queue (CUDA_DEVICE_MAX_CONNECTIONS=1).
+    """
+
+    stages: int
+    virtual: int
+    lengths: tuple[int, ...]
+    slack: int = 0
+    zero_bubble: bool = False
+    group: int | None = None
+    costs: Costs | None = field(default=None, repr=False)
+    one_queue: bool = False
+
+    def schedule(self, microbatches: int, forward_only: bool = False) -> Schedule:
+        """Return the proven schedule of a step.
+
+        Raises:
+            ValueError: there is none for this number of micro-batches; says which numbers have one.
+        """
+        return _proven(self, microbatches, forward_only)
+
+    def posts(self, microbatches: int, forward_only: bool = False) -> tuple[Posts, ...]:
+        """Return per rank when it posts its receives in such a step.
+
+        Raises:
+            ValueError: in one queue, ranks would wait for each other in a circle.
+        """
+        return _posts(self, microbatches, forward_only)
+
+
+@functools.lru_cache(maxsize=64)
+def _proven(plan: Plan, microbatches: int, forward_only: bool) -> Schedule:
+    pipeline = Pipeline(plan.stages, microbatches, len(plan.lengths), plan.virtual)
+    if forward_only:
+        schedule = orders.forward_only(pipeline, plan.group)
+    else:
+        schedule = orders.make(
+            pipeline, slack=plan.slack, zero_bubble=plan.zero_bubble, group=plan.group, costs=plan.costs
+        )
+    prove(schedule)
+    return schedule
+
+
+@functools.lru_cache(maxsize=64)
+def _posts(plan: Plan, microbatches: int, forward_only: bool) -> tuple[Posts, ...]:
+    schedule = _proven(plan, microbatches, forward_only)
+    if not plan.one_queue:
+        return plan_posts(schedule)
+    for ahead in range(1, AHEAD + 1):  # in one queue, a receive behind another one keeps compute waiting
+        posts = plan_posts(schedule, ahead)
+        if ends_in_one_queue(schedule, posts):
+            return posts
+    raise ValueError(
+        "CUDA_DEVICE_MAX_CONNECTIONS=1 has a GPU start all work in the order in which it is given, and in that order "
+        f"the ranks of {schedule.name} ({schedule.pipeline}) would wait for each other's messages in a circle: give "
+        "fewer segments or virtual stages, or less --seq1f1b-slack, or leave the variable unset where upstream lets "
+        "you (without tensor and context parallelism, or from Blackwell on)."
+    )
+
+
+def plan_from_args(args: Namespace, *, one_queue: bool = False) -> Plan:
+    """Read the plan from upstream's validated arguments.
+
+    Args:
+        args: them.
+        one_queue: whether all streams of a GPU share a queue.
+
+    Raises:
+        ValueError: the partition does not fit the sequence.
+    """
+    stages, virtual = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size or 1
+    lengths = segment_lengths(args)
+    return Plan(
+        stages=stages,
+        virtual=virtual,
+        lengths=lengths,
+        slack=args.seq1f1b_slack,
+        zero_bubble=args.zero_bubble,
+        group=args.microbatch_group_size_per_vp_stage if virtual > 1 else None,
+        costs=_costs(args, lengths) if args.zero_bubble else None,
+        one_queue=one_queue,
+    )
+
+
+def _costs(args: Namespace, lengths: tuple[int, ...]) -> Costs | None:
+    """Return what every stage's segments cost; None where a layout names the layers of each stage."""
+    if args.pipeline_model_parallel_layout is not None:
+        return None
+    layers = stage_layers(args)
+    return segment_costs(cost_model(args), lengths, len(layers), layers=layers)
+
+
+def stage_layers(args: Namespace) -> list[int]:
+    """Return the layers of every pipeline rank as upstream deals them, without virtual stages and layouts."""
+    stages = args.pipeline_model_parallel_size
+    first, last = args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers
+    embedding, loss = int(args.account_for_embedding_in_pipeline_split), int(args.account_for_loss_in_pipeline_split)
+    if first is None and last is None:
+        layers = [(args.num_layers + embedding + loss) // stages] * stages
+        layers[0] -= embedding
+        layers[-1] -= loss
+        return layers
+    ends = (first is not None) + (last is not None)
+    middle = [(args.num_layers - (first or 0) - (last or 0)) // max(stages - ends, 1)] * (stages - ends)
+    return [*([] if first is None else [first]), *middle, *([] if last is None else [last])]
+
+
+def segment_lengths(args: Namespace) -> tuple[int, ...]:
+    """Return the tokens of each segment, as `--seq1f1b-splits` and `--seq1f1b-partition` say.
+
+    Raises:
+        ValueError: the partition does not fit the sequence.
+    """
+    if args.seq1f1b_splits == 1:
+        return (args.seq_length,)
+    multiple = length_multiple(
+        args.context_parallel_size, args.tensor_model_parallel_size if args.sequence_parallel else 1
+    )
+    return partition.parse(args.seq1f1b_partition, cost_model(args), args.seq1f1b_splits, multiple=multiple).lengths
+
+
+def cost_model(args: Namespace) -> CostModel:
+    """Return what a layer costs: measured, where `--seq1f1b-layer-seconds` names a file, else in FLOPs."""
+    shape = model_shape(args)
+    if args.seq1f1b_layer_seconds is None:
+        return flops(shape)
+    return seconds(shape, fit(read_samples(Path(args.seq1f1b_layer_seconds)), shape.window))
+
+
+def model_shape(args: Namespace) -> ModelShape:
+    """Describe the model to the cost formulas, from upstream's validated arguments."""
+    window, skip = args.window_size, args.window_attn_skip_freq
+    layers = range(1, args.num_layers + 1)
+    has_window = window is not None and window[0] >= 0
+    windowed = tuple(_has_window(skip, layer) for layer in layers) if has_window and skip is not None else ()
+    return ModelShape(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        seq_length=args.seq_length,
+        padded_vocab_size=getattr(args, "padded_vocab_size", None) or args.vocab_size or 0,
+        ffn_hidden_size=(args.moe_ffn_hidden_size if args.num_experts else None) or args.ffn_hidden_size,
+        num_query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
+        kv_channels=args.kv_channels,
+        swiglu=args.swiglu,
+        moe_router_topk=args.moe_router_topk if args.num_experts else 1,
+        window=window[0] if has_window else None,
+        windowed=windowed,
+    )
+
+
+def _has_window(skip: int | list[int], layer: int) -> bool:
+    """Whether a layer, counted from 1, has the window: as upstream reads --window-attn-skip-freq."""
+    return layer % skip != 0 if isinstance(skip, int) else bool(skip[layer - 1])

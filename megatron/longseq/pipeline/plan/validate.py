@@ -1,0 +1,197 @@
+"""The proof: a schedule computes every gradient once, in a legal order, and ends."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from megatron.longseq.pipeline.plan.schedule import Action, Kind, Pipeline, Schedule, ScheduleError, source, target
+from megatron.longseq.pipeline.plan.simulate import simulate, uniform_costs
+
+Edge = tuple[Kind, int, int]  # direction, sending rank, receiving rank: one communicator each, first in, first out
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What is known of a schedule that `prove` accepted.
+
+    Attributes:
+        schedule: the schedule.
+        runs_blocking: whether it also ends where sends block, with upstream's fused p2p (see `simulate`). Where it
+            does not, it needs sends that do not wait for their receivers.
+        peak_units: per rank the most units (a segment on a virtual stage) that are alive at once: from forward to
+            backward, or to weight gradient where the schedule has them. 0 in a schedule of forwards alone.
+    """
+
+    schedule: Schedule
+    runs_blocking: bool
+    peak_units: tuple[int, ...]
+
+    def peak_live(self, lengths: Sequence[int] | None = None, weight_share: float = 1.0) -> tuple[float, ...]:
+        """Return per rank the peak of living activations, in activations of one whole sequence on all its stages.
+
+        Args:
+            lengths: tokens per segment; None: equal lengths.
+            weight_share: share of a unit's activations that lives until its weight gradient, where the schedule has
+                weight gradients; the rest is freed by the backward.
+
+        Raises:
+            ValueError: not one length per segment, or a share outside 0..1.
+        """
+        pipeline = self.schedule.pipeline
+        lengths = (1,) * pipeline.segments if lengths is None else lengths
+        if len(lengths) != pipeline.segments or min(lengths) < 0 or not sum(lengths):
+            raise ValueError(f"{pipeline.segments} segments need as many lengths from 0, not {list(lengths)}")
+        if not 0 <= weight_share <= 1:
+            raise ValueError(f"the share that lives until the weight gradient is from 0 to 1, not {weight_share}")
+        freed = _freed(self.schedule, weight_share)
+        whole = sum(lengths) * pipeline.virtual
+        return tuple(
+            max(_live(order, {kind: freed[kind] / whole for kind in Kind}, lengths), default=0.0)
+            for order in self.schedule.orders
+        )
+
+
+@lru_cache(maxsize=32)
+def prove(schedule: Schedule) -> Proof:
+    """Check a schedule.
+
+    Raises:
+        ScheduleError: an action is missing, twice or of no unit of the pipeline; it runs before what it needs of its
+            own rank; a virtual stage's forwards do not go through the micro-batches one by one, as its data iterator
+            does; two ranks disagree on the order of the messages between them; or ranks wait for each other in a
+            circle. The message names rank, index and action.
+    """
+    pipeline = schedule.pipeline
+    if len(schedule.orders) != pipeline.stages:
+        raise ScheduleError(f"{schedule.name} has {len(schedule.orders)} orders for {pipeline.stages} ranks")
+    kinds = [Kind.FORWARD]
+    if not schedule.is_forward_only:
+        kinds += [Kind.BACKWARD, Kind.WEIGHT] if schedule.splits_weights else [Kind.BACKWARD]
+    wanted = set(_all_actions(pipeline, kinds))
+    for rank, order in enumerate(schedule.orders):
+        _check_complete(rank, order, wanted)
+        _check_order(pipeline, rank, order)
+        _check_data(pipeline, rank, order)
+    _check_messages(schedule)
+    costs = uniform_costs(pipeline)
+    simulate(schedule, costs)
+    freed = _freed(schedule, 1.0)
+    ones = (1,) * pipeline.segments
+    peaks = tuple(round(max(_live(order, freed, ones), default=0)) for order in schedule.orders)
+    return Proof(schedule, _ends(schedule), peaks)
+
+
+def _ends(schedule: Schedule) -> bool:
+    try:
+        simulate(schedule, uniform_costs(schedule.pipeline), blocking=True)
+    except ScheduleError:
+        return False
+    return True
+
+
+def _all_actions(pipeline: Pipeline, kinds: list[Kind]) -> Iterator[Action]:
+    for kind in kinds:
+        for microbatch in range(pipeline.microbatches):
+            for segment in range(pipeline.segments):
+                for vstage in range(pipeline.virtual):
+                    yield Action(kind, microbatch, segment, vstage)
+
+
+def _check_complete(rank: int, order: Sequence[Action], wanted: set[Action]) -> None:
+    """Require every action exactly once."""
+    first: dict[Action, int] = {}
+    for index, action in enumerate(order):
+        if action not in wanted:
+            raise ScheduleError(f"rank {rank}, action {index}: the {action} is of no unit of the pipeline")
+        if action in first:
+            raise ScheduleError(f"rank {rank}, action {index}: the {action} ran before, as action {first[action]}")
+        first[action] = index
+    missing = wanted - first.keys()
+    if missing:
+        raise ScheduleError(f"rank {rank} never runs the {min(missing)} (it has {len(order)} actions)")
+
+
+def _check_order(pipeline: Pipeline, rank: int, order: Sequence[Action]) -> None:
+    """Require that what an action needs of its own rank ran before it."""
+    index = {action: number for number, action in enumerate(order)}
+    for action, number in index.items():
+        for needed, why in _needs(pipeline, rank, action):
+            if index[needed] > number:
+                raise ScheduleError(
+                    f"rank {rank}, action {number}: the {action} runs before the {needed} (action {index[needed]}), "
+                    f"which {why}"
+                )
+
+
+def _needs(pipeline: Pipeline, rank: int, action: Action) -> Iterator[tuple[Action, str]]:
+    """Yield what `action` needs of its own rank, and why."""
+    microbatch, segment, vstage = action.microbatch, action.segment, action.vstage
+    if action.kind is Kind.FORWARD and segment > 0:
+        yield Action(Kind.FORWARD, microbatch, segment - 1, vstage), "gives the keys of the tokens before"
+    if action.kind is Kind.BACKWARD:
+        yield Action(Kind.FORWARD, microbatch, segment, vstage), "gives its activations"
+        if segment < pipeline.segments - 1:
+            yield Action(Kind.BACKWARD, microbatch, segment + 1, vstage), "adds to the gradients of its keys"
+    if action.kind is Kind.WEIGHT:
+        yield Action(Kind.BACKWARD, microbatch, segment, vstage), "gives the gradients of its outputs"
+    sender = source(pipeline, rank, action)
+    if sender is not None and sender[0] == rank:
+        yield sender[1], "gives its input"
+
+
+def _check_data(pipeline: Pipeline, rank: int, order: Sequence[Action]) -> None:
+    """Require that each virtual stage runs the segments of one micro-batch forward after the other, from 0 to M - 1.
+
+    A virtual stage draws a micro-batch's samples from its data iterator with the first segment, keeps them for the
+    other segments alone, and reports losses in this order. Backwards need no such rule: what they use is kept per
+    micro-batch.
+    """
+    expected = dict.fromkeys(range(pipeline.virtual), 0)
+    for index, action in enumerate(order):
+        if action.kind is not Kind.FORWARD:
+            continue
+        unit = expected[action.vstage]
+        if (action.microbatch, action.segment) != divmod(unit, pipeline.segments):
+            wanted = Action(Kind.FORWARD, *divmod(unit, pipeline.segments), action.vstage)
+            raise ScheduleError(
+                f"rank {rank}, action {index}: the {action} runs where the {wanted} is due: on each virtual stage "
+                "micro-batches run forward one after the other, as the data iterator gives them"
+            )
+        expected[action.vstage] += 1
+
+
+def _check_messages(schedule: Schedule) -> None:
+    """Require that on every edge the sender sends in the order in which the receiver receives."""
+    pipeline = schedule.pipeline
+    sent: dict[Edge, list[tuple[int, Action]]] = {}
+    received: dict[Edge, list[tuple[int, Action]]] = {}
+    for rank, order in enumerate(schedule.orders):
+        for index, action in enumerate(order):
+            receiver, sender = target(pipeline, rank, action), source(pipeline, rank, action)
+            if receiver is not None:
+                sent.setdefault((action.kind, rank, receiver[0]), []).append((index, receiver[1]))
+            if sender is not None:
+                received.setdefault((action.kind, sender[0], rank), []).append((index, action))
+    for edge, messages in sent.items():
+        for (index, message), (awaits, awaited) in zip(messages, received[edge], strict=True):
+            if message != awaited:
+                raise ScheduleError(
+                    f"rank {edge[1]}, action {index} sends the input of the {message}, but rank {edge[2]} receives in "
+                    f"another order: its action {awaits} awaits the input of the {awaited}"
+                )
+
+
+def _freed(schedule: Schedule, weight_share: float) -> dict[Kind, float]:
+    """Return the units that an action of each kind adds to those alive."""
+    if schedule.is_forward_only:
+        return dict.fromkeys(Kind, 0.0)
+    share = weight_share if schedule.splits_weights else 0.0
+    return {Kind.FORWARD: 1.0, Kind.BACKWARD: share - 1.0, Kind.WEIGHT: -share}
+
+
+def _live(order: Sequence[Action], change: dict[Kind, float], lengths: Sequence[int]) -> Iterator[float]:
+    """Yield what is alive after each action."""
+    alive = 0.0
+    for action in order:
+        alive += change[action.kind] * lengths[action.segment]
+        yield alive

@@ -1,0 +1,363 @@
+"""One model chunk (virtual stage) of a rank, made to run segment by segment without its code knowing.
+
+Nothing of upstream is replaced: on the chunk's own instances `forward` is bound anew, so parameters, their names and
+checkpoints stay as they are. The model is given its slice of the batch, rotary positions start where the segment
+starts, and core attention sees the keys of earlier segments (`megatron.longseq.attention.runtime.segment_attention`).
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from megatron.longseq.attention.module import (
+    ContextParallel,
+    Kernels,
+    attend_once,
+    attention_scale,
+    attention_window,
+    refuse_mask_type,
+    refuse_window,
+)
+from megatron.longseq.attention.plan.comm_type import comm_type
+from megatron.longseq.attention.plan.layout import Layout, Mesh
+from megatron.longseq.attention.plan.tiles import Documents
+from megatron.longseq.attention.runtime.function import Call, asked
+from megatron.longseq.attention.runtime.kv_cache import PrefixStore
+from megatron.longseq.attention.runtime.masks import for_batch, whole_starts
+from megatron.longseq.attention.runtime.packed_documents import document_starts, packed
+from megatron.longseq.attention.runtime.segment_attention import segment_attention
+from megatron.longseq.pipeline.runtime.outputs import Outputs
+from megatron.longseq.segment import Segment
+
+ALONG_SEQUENCE = ("input_ids", "position_ids", "labels", "loss_mask", "padding_mask")  # [micro-batch, sequence]
+MASK_DIMENSIONS = 4  # of an attention mask, [micro-batch, 1, sequence, sequence]
+UNSERVED = ("decoder_input", "inference_context", "inference_params", "packed_seq_params", "output_processor")
+
+
+@dataclass
+class Chunk:
+    """A model chunk under segments.
+
+    Attributes:
+        module: the chunk as upstream's schedules get it, wrapped by DDP and Float16Module.
+        lengths: tokens per segment.
+        context: groups of context parallelism; None: every rank has whole segments.
+        needs_mask: whether every micro-batch must have an attention mask (upstream's --reset-attention-mask).
+        takes_documents: whether masks may separate documents: there is one stage, or all hear of them.
+        tells_documents: whether a micro-batch's documents are sent from stage to stage.
+        store: keys and values of earlier segments.
+        outputs: outputs of segments and their gradients (last stage).
+        starts: micro-batch -> first position of every token's document, [micro-batch, sequence].
+        documents: micro-batch -> the same as attention plans by it; None: every sequence is one document.
+        has_run: whether the model has run since `enter`.
+    """
+
+    module: torch.nn.Module
+    lengths: Sequence[int]
+    needs_mask: bool = False
+    takes_documents: bool = True
+    tells_documents: bool = False
+    context: ContextParallel | None = None
+    store: PrefixStore = field(default_factory=PrefixStore)
+    outputs: Outputs = field(default_factory=Outputs)
+    starts: dict[int, torch.Tensor] = field(default_factory=dict)
+    documents: dict[int, Documents | None] = field(default_factory=dict)
+    kernels: Kernels = field(default_factory=lambda: Kernels("segments"))
+    bound: list[torch.nn.Module] = field(default_factory=list)
+    has_run: bool = False
+
+    def attach(self) -> None:
+        """Bind `forward` anew on the model, its rotary embedding and its core attentions.
+
+        Raises:
+            ValueError: this is no GPT model of causal self-attention layers; nothing was bound.
+        """
+        models = [module for module in self.module.modules() if isinstance(module, GPTModel)]
+        if len(models) != 1:
+            raise ValueError(
+                f"--seq1f1b-splits serves GPTModel; this chunk is {type(self.module).__name__} with {len(models)} of "
+                "them inside. Train it with --seq1f1b-splits 1."
+            )
+        for name, module in self.module.named_modules():
+            if isinstance(module, TransformerLayer):
+                _refuse_attention(name, module.self_attention)
+        self._bind(models[0], self._model_forward(models[0]))
+        rotary = getattr(models[0], "rotary_pos_emb", None)
+        if rotary is not None:
+            self._bind(rotary, self._rotary_forward(rotary.forward))
+        for module in self.module.modules():
+            if isinstance(module, SelfAttention):
+                self._bind(module.core_attention, self._attention_forward(module))
+
+    def detach(self) -> None:
+        """Give the instances back the `forward` of their classes."""
+        while self.bound:
+            del self.bound.pop().forward
+
+    def _bind(self, module: torch.nn.Module, forward: Callable[..., Any]) -> None:
+        module.forward = forward
+        self.bound.append(module)
+
+    def enter(self, microbatch: int, segment: int, forward_only: bool) -> None:
+        """Say which segment the next forward or backward is of, recomputation included."""
+        self.store.current = Segment(microbatch, segment, tuple(self.lengths), forward_only)
+        self.has_run = False
+
+    def learn_documents(self, microbatch: int, starts: torch.Tensor) -> None:
+        """Take the documents of a micro-batch, from its mask or from the stage before."""
+        self.starts[microbatch], self.documents[microbatch] = starts, packed(starts)
+
+    def leave(self, microbatch: int) -> None:
+        """Forget a micro-batch whose last action is done."""
+        self.store.leave(microbatch)
+        self.outputs.leave(microbatch)
+        self.starts.pop(microbatch, None)
+        self.documents.pop(microbatch, None)
+
+    def reset(self) -> None:
+        """Forget every micro-batch, after a step that did not end."""
+        self.store.reset()
+        self.outputs = Outputs()
+        self.starts.clear()
+        self.documents.clear()
+
+    def assert_empty(self) -> None:
+        """Check at the end of a step that every segment was taken back.
+
+        Raises:
+            RuntimeError: names what is left.
+        """
+        self.store.assert_empty()
+        left = sorted({*self.outputs.wholes, *self.outputs.gradients, *self.documents})
+        if left:
+            raise RuntimeError(f"micro-batches {left} were never finished")
+
+    def _model_forward(self, model: GPTModel) -> Callable[..., torch.Tensor]:
+        original = model.forward
+        signature = inspect.signature(original)
+
+        def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+            given = signature.bind(*args, **kwargs)
+            self._refuse_second_call()
+            self._cut(given.arguments, model)
+            output = original(*given.args, **given.kwargs)
+            return self.outputs.add(self._here(), output) if model.post_process else output
+
+        return forward
+
+    def _refuse_second_call(self) -> None:
+        if self.has_run:
+            raise RuntimeError(
+                f"{self._here()}: the script's forward step calls the model that it was given a second time; "
+                "--seq1f1b-splits needs one call per forward step. Train it with --seq1f1b-splits 1."
+            )
+        self.has_run = True
+
+    def _cut(self, given: dict[str, Any], model: GPTModel) -> None:
+        segment = self._here()
+        unserved = [name for name in UNSERVED if given.get(name) is not None]
+        if unserved:
+            raise ValueError(f"--seq1f1b-splits cannot cut {', '.join(unserved)} into segments; leave it out.")
+        if segment.index == 0:
+            self._read_mask(given.get("attention_mask"), _sequences(given, model))
+        given["attention_mask"] = None
+        for name in ALONG_SEQUENCE:
+            if given.get(name) is not None:
+                given[name] = given[name][:, segment.begin : segment.end]
+
+    def _read_mask(self, mask: torch.Tensor | None, batch: int) -> None:
+        """Learn the documents of a micro-batch, at its first segment, from the mask that the script hands this stage.
+
+        A stage that is handed none goes by the stage before (`learn_documents`).
+        """
+        microbatch = self._here().microbatch
+        if mask is None:
+            if self.needs_mask and microbatch not in self.documents:
+                raise ValueError(
+                    f"micro-batch {microbatch}: --reset-attention-mask is given, but the script hands the model no "
+                    "attention mask; hand it the batch's."
+                )
+            return
+        self.learn_documents(microbatch, for_batch(self._starts(mask), batch).contiguous())
+        if self.documents[microbatch] is not None and not self.takes_documents:
+            raise ValueError(
+                f"micro-batch {microbatch}: the script's attention mask separates documents, and they are not handed "
+                "from stage to stage under --no-create-attention-mask-in-dataloader; leave that flag out."
+            )
+
+    def _starts(self, mask: torch.Tensor) -> torch.Tensor:
+        """Return the position at which every token's document starts, [sequences of the mask, sequence], int32."""
+        if self.context is None:
+            return document_starts(mask).to(torch.int32)
+        masks = self.context.masks
+        return whole_starts(mask, Layout(Mesh(self._ranks(), 1), tuple(self.lengths)), masks.rank, masks.exchange)
+
+    def _ranks(self) -> int:
+        return 1 if self.context is None else self.context.size
+
+    def _here(self) -> Segment:
+        """Return the current segment as this rank has it: its share of every segment, one after another."""
+        return self.store.announced(0).shared(self._ranks())
+
+    def _rotary_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(max_seq_len: int, offset: int = 0, **kwargs: Any) -> Any:
+            # Upstream cuts what this returns for the context-parallel rank, as it cut the segment's tokens.
+            return original(max_seq_len, offset=offset + self.store.announced(0).begin, **kwargs)
+
+        return forward
+
+    def _attention_forward(self, attention: SelfAttention) -> Callable[..., torch.Tensor]:
+        if self.context is not None:
+            return self._context_forward(attention, self.context)
+        config, layer = attention.config, attention.layer_number
+        scale, window, fork = attention_scale(config), attention_window(config, layer), _fork(config)
+
+        def forward(
+            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **named: Any
+        ) -> torch.Tensor:
+            _refuse_further(layer, *rest, **named)
+            kernel = self.kernels.of(query, value, config.attention_dropout if attention.training else 0.0)
+            return segment_attention(
+                query,
+                key,
+                value,
+                self.store,
+                layer,
+                kernel,
+                scale,
+                window=window,
+                documents=self.documents.get(self.store.announced(layer).microbatch),
+                fork=fork,
+            )
+
+        return forward
+
+    def _context_forward(self, attention: SelfAttention, context: ContextParallel) -> Callable[..., torch.Tensor]:
+        config, layer = attention.config, attention.layer_number
+        scale, window = attention_scale(config), attention_window(config, layer)
+        spread = context.spread(comm_type(config.cp_comm_type, layer))
+
+        def forward(
+            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **named: Any
+        ) -> torch.Tensor:
+            _refuse_further(layer, *rest, **named)
+            segment = self.store.announced(layer)
+
+            def make_call(_: Any) -> Call:
+                return asked(
+                    query,
+                    key,
+                    spread,
+                    self.kernels.of(query, value),
+                    scale,
+                    window=window,
+                    documents=self.documents.get(segment.microbatch),
+                    layer=layer,
+                    store=self.store,
+                )
+
+            return attend_once(query, key, value, context.kept, make_call)
+
+        return forward
+
+
+def _sequences(given: dict[str, Any], model: GPTModel) -> int:
+    """Return the number of sequences in a micro-batch."""
+    for name in ALONG_SEQUENCE:
+        if given.get(name) is not None:
+            return given[name].shape[0]  # type: ignore[no-any-return]
+    return model.decoder.input_tensor.shape[1]  # type: ignore[no-any-return]
+
+
+def _refuse_attention(name: str, attention: torch.nn.Module) -> None:
+    """Refuse a layer whose tokens would see those of earlier segments in another way than by core attention."""
+    if isinstance(attention, SelfAttention):
+        refuse_mask_type(attention.attn_mask_type, f"--seq1f1b-splits, layer {name}")
+        refuse_window(attention.config, f"--seq1f1b-splits, layer {name}")
+    elif not isinstance(attention, IdentityOp):
+        raise ValueError(
+            f"--seq1f1b-splits serves SelfAttention; layer {name} has {type(attention).__name__}, which would see the "
+            "tokens of one segment alone. Train it with --seq1f1b-splits 1."
+        )
+
+
+def _refuse_further(
+    layer: int,
+    attention_mask: torch.Tensor | None = None,
+    attn_mask_type: AttnMaskType | None = None,
+    attention_bias: torch.Tensor | None = None,
+    packed_seq_params: Any = None,
+    **_: Any,
+) -> None:
+    """Refuse what a script hands to core attention past the flags; names and order are upstream's."""
+    where = f"--seq1f1b-splits, layer {layer}"
+    refuse_mask_type(attn_mask_type, where)
+    given = {"attention_mask": attention_mask, "attention_bias": attention_bias, "packed_seq_params": packed_seq_params}
+    unserved = [name for name, value in given.items() if value is not None]
+    if unserved:
+        raise ValueError(
+            f"{where}: {', '.join(unserved)} handed to one layer cannot be cut into segments; documents are read from "
+            "the mask that the model is given."
+        )
+
+
+def _fork(config: Any) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Return the random state that upstream's core attention draws from."""
+    if config.sequence_parallel:
+        return contextlib.nullcontext
+    return lambda: tensor_parallel.get_cuda_rng_tracker().fork()  # type: ignore[no-any-return]
+
+
+class Replay:
+    """A data iterator that gives every segment of a micro-batch the same samples.
+
+    The script may write into what it is given: with several segments each gets copies of its own. Attention masks, the
+    tensors of four dimensions, are not copied: they are large, and read for the first segment alone.
+
+    Args:
+        samples: the script's iterator.
+        segments: how often the samples of a micro-batch are drawn.
+    """
+
+    def __init__(self, samples: Iterator[Any], segments: int) -> None:
+        self.samples, self.segments = samples, segments
+        self.drawn: list[Any] = []
+        self.next = 0
+
+    def rewind(self, is_first: bool) -> None:
+        """Begin a unit: at the first segment of a micro-batch new samples are drawn, at a later one the same come."""
+        self.next = 0
+        if is_first:
+            self.drawn = []
+
+    def __iter__(self) -> "Replay":
+        return self
+
+    def __next__(self) -> Any:
+        if self.next == len(self.drawn):
+            self.drawn.append(next(self.samples))
+        sample = self.drawn[self.next]
+        self.next += 1
+        return _copied(sample) if self.segments > 1 else sample
+
+
+def _copied(sample: Any) -> Any:
+    """Copy containers and tensors, pinned ones into pinned memory."""
+    if isinstance(sample, dict):
+        return {name: _copied(value) for name, value in sample.items()}
+    if type(sample) in (list, tuple):
+        return type(sample)(_copied(value) for value in sample)
+    if not isinstance(sample, torch.Tensor) or sample.dim() >= MASK_DIMENSIONS:
+        return sample
+    copy = sample.clone()
+    return copy.pin_memory() if sample.is_pinned() else copy

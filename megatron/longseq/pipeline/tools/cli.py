@@ -1,0 +1,253 @@
+"""Command line of pipeline schedules: `draw` one, `compare` several, `fit` a layer, `table` of the paper's sizes."""
+
+import argparse
+import ast
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron.longseq.pipeline.plan.memory import METHODS, Recompute
+from megatron.longseq.pipeline.plan.segment_cost import (
+    CostModel,
+    ModelShape,
+    fit,
+    flops,
+    read_samples,
+    seconds,
+    write_samples,
+)
+from megatron.longseq.pipeline.plan.timeline import Timeline
+from megatron.longseq.pipeline.tools import tables as page
+from megatron.longseq.pipeline.tools.chrome_trace import read_measured, write_trace
+from megatron.longseq.pipeline.tools.compare import (
+    Cluster,
+    Result,
+    Setup,
+    attempt,
+    layer_samples,
+    replay,
+    run,
+    table,
+    usual,
+)
+from megatron.longseq.pipeline.tools.paper import markdown
+
+SUFFIXES = (".svg", ".png", ".json")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status: 0 done, 1 refused."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m megatron.longseq.pipeline", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    draw = commands.add_parser("draw", help="a schedule's simulated timeline, or a measured one above its simulation")
+    draw.add_argument(
+        "--measured", type=Path, metavar="FOLDER", help="what a run measured; the sizes are taken from it"
+    )
+    draw.set_defaults(run=_draw)
+    compare = commands.add_parser(
+        "compare", help="the usual schedules and yours of one model, as a table and a picture"
+    )
+    compare.add_argument("--rows", metavar="N1,N2,...", help="rows of the table to draw, from 1 (default: all of them)")
+    compare.set_defaults(run=_compare)
+    for command, needed in ((draw, True), (compare, False)):
+        command.add_argument(
+            "--output", type=Path, required=needed, metavar="FILE", help="picture (.svg, .png) or trace (.json)"
+        )
+        _add_schedule_arguments(command)
+        _add_model_arguments(command)
+    profile = commands.add_parser("fit", help="what one layer takes, from a measured step: for --seq1f1b-layer-seconds")
+    profile.add_argument("--measured", type=Path, required=True, metavar="FOLDER", help="what a run measured")
+    profile.add_argument("--lengths", required=True, metavar="N1,N2,...", help="tokens per segment of that run")
+    profile.add_argument("--layers-per-stage", type=int, required=True, help="layers of a virtual stage")
+    profile.add_argument("--window-size", metavar="LEFT,0", help="keys before the query's own that it sees")
+    profile.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON")
+    profile.set_defaults(run=_fit)
+    paper = commands.add_parser("table", help="markdown: the paper's configurations, simulated beside published")
+    paper.set_defaults(run=lambda args: print(markdown()))
+    ours = commands.add_parser("flags", help="markdown: the flags of a training run, and what they refuse")
+    ours.set_defaults(run=lambda args: print(f"{page.flags()}\n\n{page.refusals()}"))
+    return parser
+
+
+def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("schedule")
+    group.add_argument("--stages", type=int, default=4, help="pipeline-parallel size (default 4)")
+    group.add_argument("--microbatches", type=int, default=8, help="micro-batches per step (default 8)")
+    group.add_argument("--segments", type=int, default=1, help="segments per sequence (default 1: upstream's 1F1B)")
+    group.add_argument("--virtual", type=int, default=1, help="virtual stages per rank (default 1)")
+    group.add_argument("--slack", type=int, default=0, help="extra forwards per stage that follows (default 0)")
+    group.add_argument("--zero-bubble", action="store_true", help="weight gradients as actions of their own")
+    group.add_argument("--partition", default="balanced", help="even, balanced (default), paper, or lengths N1,N2,...")
+    group.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    group.add_argument("--sequence-parallel", action="store_true", help="lengths are multiples of the size above")
+    group.add_argument("--latency", type=float, default=0.0, help="seconds of a message between stages (default 0)")
+    group.add_argument(
+        "--recompute-granularity",
+        choices=("full", "selective"),
+        help="upstream's flag: what backward computes again, for the column of bytes kept (its time is not counted)",
+    )
+    group.add_argument("--recompute-method", choices=METHODS, default="uniform", help="upstream's, with full")
+    group.add_argument("--recompute-num-layers", type=int, default=1, help="upstream's, with full (default 1)")
+    group.add_argument("--device-tflops", type=float, default=150.0, help="assumed speed of a device (default 150)")
+    group.add_argument(
+        "--layer-seconds",
+        type=Path,
+        metavar="FILE",
+        help="JSON: measurements of a real layer, [[begin, end, forward seconds, backward seconds], ...]; "
+        "they take the place of FLOPs and speed",
+    )
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model", "upstream's flags; without them: a layer per stage and no head")
+    group.add_argument("--num-layers", type=int, help="default: one per stage and virtual stage")
+    group.add_argument("--hidden-size", type=int, default=4096)
+    group.add_argument("--num-attention-heads", type=int, default=32)
+    group.add_argument("--seq-length", type=int, default=32768)
+    for flag in ("--padded-vocab-size", "--ffn-hidden-size", "--num-query-groups", "--kv-channels"):
+        group.add_argument(flag, type=int, default=0)
+    group.add_argument("--swiglu", action="store_true")
+    group.add_argument("--moe-router-topk", type=int, default=1, help="experts that a token visits (default 1)")
+    group.add_argument("--window-size", metavar="LEFT,0", help="keys before the query's own that it sees")
+    group.add_argument("--window-attn-skip-freq", help="every Nth layer has no window, or a list [1,1,0,...]: 1 has it")
+
+
+def _draw(args: argparse.Namespace) -> None:
+    _check_output(args.output)
+    if args.measured is not None:
+        measured = read_measured(args.measured)
+        _write([measured, replay(measured)], args.output)
+        return
+    result = run(_setup(args), _model(args), _cluster(args))
+    _write([result.timeline], args.output)
+    print(table([result]))
+
+
+def _compare(args: argparse.Namespace) -> None:
+    if args.output is not None:
+        _check_output(args.output)
+    results = attempt(usual(_setup(args)), _model(args), _cluster(args))
+    timelines = _chosen([result.timeline for result in results if isinstance(result, Result)], args.rows)
+    print(table(results))
+    if args.output is not None:
+        _write(timelines, args.output)
+
+
+def _chosen(timelines: list[Timeline], rows: str | None) -> list[Timeline]:
+    if rows is None:
+        return timelines
+    try:
+        numbers = [int(word) for word in rows.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(1 <= number <= len(timelines) for number in numbers):
+        raise ValueError(f"--rows {rows}: give rows of the table, numbers from 1 to {len(timelines)}, such as 1,4")
+    return [timelines[number - 1] for number in numbers]
+
+
+def _check_output(file: Path) -> None:
+    if file.suffix not in SUFFIXES:
+        raise ValueError(
+            f"--output {file}: a timeline is written as {', '.join(SUFFIXES)}, chosen by the file's suffix"
+        )
+    if not file.absolute().parent.is_dir():
+        raise ValueError(f"--output {file}: there is no folder {file.absolute().parent}; make it first")
+
+
+def _write(timelines: Sequence[Timeline], file: Path) -> None:
+    """Write beside the file first: an error leaves no half file, and an old one stands until the new is whole."""
+    half = file.with_name(f".{file.stem}.half{file.suffix}")
+    try:
+        if file.suffix == ".json":
+            write_trace(timelines, half)
+        else:
+            from megatron.longseq.pipeline.tools.figure import (
+                draw,  # takes half a second, which the tables need not wait for
+            )
+
+            draw(timelines, half)
+        half.replace(file)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def _setup(args: argparse.Namespace) -> Setup:
+    partition = args.partition if args.segments > 1 else "even"
+    return Setup(args.segments, partition, args.virtual, args.slack, args.zero_bubble)
+
+
+def _cluster(args: argparse.Namespace) -> Cluster:
+    multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    recompute = Recompute(args.recompute_granularity, args.recompute_method, args.recompute_num_layers)
+    return Cluster(args.stages, args.microbatches, multiple, args.latency, recompute)
+
+
+def _model(args: argparse.Namespace) -> CostModel:
+    layers = max(args.stages * args.virtual, 1) if args.num_layers is None else args.num_layers
+    left = _window(args.window_size)
+    shape = ModelShape(
+        num_layers=layers,
+        hidden_size=args.hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        seq_length=args.seq_length,
+        padded_vocab_size=args.padded_vocab_size,
+        ffn_hidden_size=args.ffn_hidden_size,
+        num_query_groups=args.num_query_groups,
+        kv_channels=args.kv_channels,
+        swiglu=args.swiglu,
+        moe_router_topk=args.moe_router_topk,
+        window=left,
+        windowed=_pattern(args.window_attn_skip_freq, layers),
+    )
+    if args.layer_seconds is not None:
+        return seconds(shape, fit(read_samples(args.layer_seconds), left))
+    speed = args.device_tflops * 1e12 * args.tensor_model_parallel_size
+    if not speed > 0:
+        raise ValueError(f"--device-tflops {args.device_tflops} on {args.tensor_model_parallel_size} devices: no speed")
+    return flops(shape, speed)
+
+
+def _window(text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        left, right = (int(word) for word in text.strip("()").split(","))
+    except ValueError:
+        raise ValueError(f"--window-size {text}: give two numbers LEFT,0") from None
+    if right != 0:
+        raise ValueError(f"--window-size {text}: a causal model sees nothing to the right; give {left},0")
+    return None if left == -1 else left
+
+
+def _pattern(text: str | None, layers: int) -> tuple[bool, ...]:
+    """Per layer whether it has the window, by upstream's rule: every Nth has not, or a list of 1 (has) and 0."""
+    if text is None:
+        return ()
+    try:
+        value = ast.literal_eval(text)
+        if isinstance(value, int) and value > 0:
+            return tuple(layer % value != 0 for layer in range(1, layers + 1))
+        return tuple(bool(int(flag)) for flag in value)
+    except (ValueError, SyntaxError, TypeError):
+        raise ValueError(
+            f"--window-attn-skip-freq {text}: give a number from 1, or the list of all {layers} layers written out"
+        ) from None
+
+
+def _fit(args: argparse.Namespace) -> None:
+    if not args.output.absolute().parent.is_dir():
+        raise ValueError(f"--output {args.output}: there is no folder {args.output.absolute().parent}; make it first")
+    lengths = [int(word) for word in args.lengths.split(",")]
+    samples = layer_samples(read_measured(args.measured), lengths, args.layers_per_stage)
+    print(fit(samples, _window(args.window_size)))
+    write_samples(args.output, samples)

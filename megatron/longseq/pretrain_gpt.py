@@ -1,0 +1,213 @@
+"""What a GPT pretraining script hands to upstream's `pretrain`: batches, loss, forward step and datasets.
+
+Upstream's wheel ships the loop but not its `pretrain_gpt.py`; this is ours, on upstream's flags. The patch ledger
+must be open before this module is imported (`examples/pretrain_gpt.py` does that).
+"""
+
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.enums import ModelType
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.utils import (
+    StragglerDetector,
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
+from megatron.training import get_args, get_timers, pretrain, print_rank_0
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.models.gpt import GPTModelConfig
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from megatron.longseq.freeze import add_partial_arguments, check_partial_pattern, freezing
+from megatron.longseq.unserved import refuse_unserved, without_effect
+
+Batch = dict[str, torch.Tensor | None]
+
+SPIKE = 10.0  # --check-for-spiky-loss: a loss this many times the largest one so far, as in Megatron-LM's own script
+stragglers = StragglerDetector()  # --log-straggler: upstream's training configures this single instance
+
+
+def get_batch(data_iterator: Any, vp_stage: int | None, micro_batch_size: int) -> Batch:
+    """Return this rank's share of the next micro-batch; tensors are [micro-batch, sequence / context-parallel size].
+
+    Only the first and the last pipeline stage hold data; the others get an empty dict.
+
+    Args:
+        data_iterator: gives samples on the first tensor-parallel rank.
+        vp_stage: virtual pipeline stage.
+        micro_batch_size: sequences that the other tensor-parallel ranks receive.
+
+    Raises:
+        ValueError: the samples have another size.
+    """
+    if not is_first_or_last_pipeline_stage(vp_stage):
+        return {}
+    args, tp_rank = get_args(), mpu.get_tensor_model_parallel_rank()
+    batch: Batch = {}
+    if tp_rank == 0:
+        sample = next(data_iterator)
+        keys = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+        batch = {key: sample[key].cuda(non_blocking=True) if key in sample else None for key in keys}
+        if args.tensor_model_parallel_size > 1:
+            _check_size(tuple(sample["tokens"].shape), (micro_batch_size, args.seq_length), args.rank)
+    sizes = {"micro_batch_size": micro_batch_size, "seq_length": args.seq_length}
+    stage = {
+        "is_pipeline_first_stage": mpu.is_pipeline_first_stage(),
+        "is_pipeline_last_stage": mpu.is_pipeline_last_stage(),
+        "pipeline_model_parallel_size": args.pipeline_model_parallel_size,
+        "mtp_on_this_rank": False,
+    }
+    group = {
+        "tp_rank": tp_rank,
+        "broadcast_group": mpu.get_tensor_model_parallel_group(),
+        "broadcast_src_rank": mpu.get_tensor_model_parallel_src_rank(),
+        "cp_size": args.context_parallel_size,
+    }
+    content = {
+        "create_attention_mask_in_dataloader": args.create_attention_mask_in_dataloader,
+        "has_cu_seqlens": False,
+        "is_hybrid_cp": False,
+    }
+    batch = get_batch_on_this_tp_rank(batch, **sizes, **stage, **group, **content)
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+
+
+def _check_size(given: tuple[int, ...], expected: tuple[int, int], rank: int) -> None:
+    if given != expected:
+        raise ValueError(
+            f"rank {rank}: the data loader gives samples of size {list(given)}, but the other "
+            f"tensor-parallel ranks expect {list(expected)} ([micro-batch, sequence]). Give a data set whose batches "
+            "are all of one size."
+        )
+
+
+def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Sum the token losses of one micro-batch over its valid tokens.
+
+    Args:
+        loss_mask: [micro-batch, sequence], 1 where the token counts.
+        losses: [micro-batch, sequence], cross entropy per token.
+
+    Returns:
+        The sum, the number of valid tokens, and the pair that upstream's log averages over the global batch. For the
+        gradient upstream divides the sum by the number at once, so every micro-batch weighs the same whatever its mask;
+        with --calculate-per-token-loss it divides by the total of the global batch instead.
+    """
+    mask = loss_mask.reshape(-1).float()
+    total = (losses.reshape(-1).float() * mask).sum()
+    tokens = mask.sum().detach().to(torch.int)
+    args, rerun = get_args(), get_rerun_state_machine()
+    if args.check_for_nan_in_loss_and_grad:
+        for name, is_bad in (("NaN", torch.isnan), ("Inf", torch.isinf)):
+            rerun.validate_result(
+                result=total,
+                rejection_func=is_bad,
+                message=f"{name} in the forward loss of rank {torch.distributed.get_rank()}",
+                tolerance=0.0,
+                fatal=True,
+            )
+    if args.check_for_spiky_loss:
+        rerun.validate_result(
+            result=total,
+            rejection_func=partial(rerun.is_unexpectedly_large, threshold=SPIKE, context="loss"),
+            message=f"spike in the forward loss of rank {torch.distributed.get_rank()}",
+            tolerance=0.0,
+            fatal=False,
+        )
+    return total, tokens, {"lm loss": torch.stack([total.detach(), tokens.to(total.dtype)])}
+
+
+def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    """Run one micro-batch through this rank's model chunk; upstream's schedules call this."""
+    args, timers = get_args(), get_timers()
+    size = args.micro_batch_size if model.training else args.eval_micro_batch_size
+    timers("batch-generator", log_level=2).start()
+    with stragglers(bdata=True):
+        batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"), size)
+    timers("batch-generator").stop()
+    names = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
+    tokens, position_ids, attention_mask, labels, loss_mask = (batch.get(name) for name in names)
+    with stragglers:
+        output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
+    return output, partial(loss_func, loss_mask)
+
+
+def dataset_config(args: Any) -> GPTDatasetConfig:
+    """Describe the corpus to upstream's dataset builder, from upstream's own data flags."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        full_validation=args.full_validation,
+        multiple_validation_sets=args.multiple_validation_sets,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+    )
+
+
+def datasets_provider(samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+    """Build the train, validation and test sets on the ranks that read data.
+
+    Args:
+        samples: samples wanted of each split.
+        vp_stage: virtual pipeline stage that asks.
+    """
+    args = get_args()
+    print_rank_0("> building train, validation and test datasets ...")
+
+    def reads_data() -> bool:
+        return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
+
+    dataset = MockGPTDataset if args.mock_data else GPTDataset
+    return BlendedMegatronDatasetBuilder(dataset, samples, reads_data, dataset_config(args)).build()
+
+
+datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it; reads_data() decides
+
+
+def model_config(args: Any) -> GPTModelConfig:
+    """Describe the model to upstream's builder, from upstream's own flags."""
+    model = gpt_config_from_args(args)
+    model.rope_scaling_factor = args.rope_scaling_factor  # upstream's function leaves this flag out
+    return model
+
+
+def main() -> None:
+    """Parse the flags, describe the model, and hand both to upstream's `pretrain`."""
+    args = parse_and_validate_args(extra_args_provider=add_partial_arguments)
+    refuse_unserved(args)
+    if args.rank == 0:
+        for line in without_effect(sys.argv[1:]):
+            print(f"> WARNING: {line}", flush=True)
+    model = model_config(args)
+    if args.train_only is not None:
+        check_partial_pattern(args.train_only)
+        model.pre_wrap_hooks.append(freezing(args.train_only))
+    config = pretrain_cfg_container_from_args(args, model)
+    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)

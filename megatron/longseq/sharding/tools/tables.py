@@ -1,0 +1,193 @@
+"""The tables of the page about PaRO, as Markdown: from the flags and the formulas."""
+
+from argparse import ArgumentParser
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from megatron.longseq.sharding.arguments import (
+    INSTEAD,
+    NOT_WITH_COPIES_OF_OPTIMIZER_STATES,
+    NOT_WITH_PARO,
+    NOT_WITH_SHARDED_GRADIENTS,
+    NOT_WITH_SHARDED_PARAMETERS,
+    Refusals,
+    add_sharding_arguments,
+)
+from megatron.longseq.sharding.plan.comm_volume import Traffic, traffic
+from megatron.longseq.sharding.plan.cost import Job, Work, fastest, rank
+from megatron.longseq.sharding.plan.memory import MEGATRON, Model
+from megatron.longseq.sharding.plan.rank_groups import Groups
+from megatron.longseq.sharding.plan.ring import Mode
+from megatron.longseq.sharding.plan.strategy import ALL, KNOWN_AS, RUNNING, VALID, Strategy
+from megatron.longseq.sharding.plan.time_model import Link, Links
+
+PARAMS = 6_740_000_000
+SEVEN_B = Job(
+    groups=Groups(64, 8),
+    model=Model(PARAMS, PARAMS),
+    work=Work(microbatches=8),
+    links=Links(Link(200e9), Link(25e9), channels=8),
+    widths=MEGATRON,
+    mode=Mode.HIERARCHICAL,
+)
+
+
+class Training(NamedTuple):
+    """A kind of training: its name and one of how many parameters is trained."""
+
+    name: str
+    share: float
+
+
+TRAININGS = (Training("full", 1.0), Training("partial, 1 of 16", 1 / 16), Training("adapters, 3 of 1000", 3 / 1000))
+MICROBATCHES = (1, 4, 16, 64)
+REFUSALS: dict[str, Refusals] = {
+    "any triplet": NOT_WITH_PARO,
+    "gradients I or G": NOT_WITH_SHARDED_GRADIENTS,
+    "parameters I or G": NOT_WITH_SHARDED_PARAMETERS,
+    "optimizer states N or I": NOT_WITH_COPIES_OF_OPTIMIZER_STATES,
+}
+LIMITS = (2e9, 5e9, 10e9, 20e9, 40e9, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A Markdown table."""
+
+    head: Sequence[str]
+    rows: Iterable[Sequence[str]]
+
+    def __str__(self) -> str:
+        lines = [self.head, ["---"] * len(self.head), *self.rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def own_flags() -> str:
+    """Return our flags and their help."""
+    parser = ArgumentParser(add_help=False)
+    add_sharding_arguments(parser)
+    rows = []
+    for action in parser._actions:
+        takes = action.metavar or "|".join(action.choices or ())
+        takes = takes if isinstance(takes, str) else " ".join(takes)
+        rows.append([f"`{action.option_strings[0]} {takes}`".replace("|", r"\|"), action.help or ""])
+    return str(Table(["flag", ""], rows))
+
+
+def refusals() -> str:
+    """Return the flags that do not go together with ours, with which triplets, and why."""
+    rows = [[f"`{flag}`", triplets, why] for triplets, flags in REFUSALS.items() for flag, (_, why) in flags.items()]
+    return str(Table(["refused", "with", "why"], rows))
+
+
+def setting(job: Job) -> str:
+    """Return one sentence that says what a table's figures hold for."""
+    groups, links = job.groups, job.links
+    return (
+        f"{job.model.params / 1e9:.2f} billion parameters, {groups.ranks} data-parallel ranks in groups of "
+        f"{groups.size}, {links.inside.bandwidth / 1e9:g} GB/s a rank inside groups and "
+        f"{links.between.bandwidth / 1e9:g} between; {job.widths.param} bytes a parameter, {job.widths.grad} a "
+        f"gradient ({job.widths.grad_wire} on the wire), {job.widths.optimizer} of optimizer states; {job.mode} "
+        "collectives, none hidden behind compute."
+    )
+
+
+def strategies(job: Job = SEVEN_B) -> str:
+    """Return every valid strategy, the fastest first: what it holds, sends and takes."""
+    head = ["strategy", "known as", "memory GB", "GB inside, a step", "between", "flat", "collectives", "seconds"]
+    rows = []
+    for prediction in rank(job, VALID):
+        name = str(prediction.strategy)
+        sent = _step(prediction.strategy, job)
+        rows.append(
+            [
+                f"**{name}**" if prediction.strategy in RUNNING else name,
+                KNOWN_AS.get(name, ""),
+                f"{prediction.memory / 1e9:.1f}",
+                f"{sent.inside / 1e9:.1f}",
+                f"{sent.between / 1e9:.2f}",
+                f"{sent.flat / 1e9:.1f}",
+                f"{sent.collectives}",
+                f"{prediction.seconds.communication:.2f}",
+            ]
+        )
+    return str(Table(head, rows))
+
+
+def _step(strategy: Strategy, job: Job) -> Traffic:
+    terms = traffic(strategy, job.groups, job.model, job.widths, buckets=job.buckets, is_flat=job.mode is Mode.FLAT)
+    return terms.step(job.work.microbatches)
+
+
+def refused() -> str:
+    """Return every strategy that is refused, and the one that dominates it."""
+    rows = [[str(one), str(one.better), (one.refusal() or "").split(": ", 1)[1]] for one in ALL if not one.is_valid]
+    return str(Table(["refused", "give", "why"], rows))
+
+
+def not_run() -> str:
+    """Return every valid strategy that does not run, and what to give instead."""
+    return str(Table(["not run", "instead"], INSTEAD.items()))
+
+
+def guideline(job: Job = SEVEN_B, limits: Sequence[float | None] = LIMITS) -> str:
+    """Return which running strategy is fastest, for full, partial and adapter training, by memory and micro-batches.
+
+    A cell has the strategy, GB that it holds, and seconds of a step's communication.
+
+    Args:
+        job: its model's trained share and its work are those of the table's rows and columns.
+        limits: bytes of a rank's model states; None: none.
+    """
+    head = ["trained", "limit GB", *(f"A = {count}" for count in MICROBATCHES)]
+    rows = []
+    for training in TRAININGS:
+        model = Model(job.model.params, max(1, round(job.model.params * training.share)))
+        for limit in limits:
+            cells = [_cell(replace(job, model=model, work=Work(count)), limit) for count in MICROBATCHES]
+            rows.append([training.name, "none" if limit is None else f"{limit / 1e9:g}", *cells])
+    return str(Table(head, rows))
+
+
+def _cell(job: Job, limit: float | None) -> str:
+    try:
+        best = fastest(job, RUNNING, limit)
+    except ValueError:
+        return "none fits"
+    return f"{best.strategy} ({best.memory / 1e9:.1f}, {best.seconds.communication:.2f})"
+
+
+def ranked(job: Job, limit: float | None) -> str:
+    """Return the running strategies of a job that fit, the fastest first.
+
+    Raises:
+        ValueError: none fits.
+    """
+    first = fastest(job, RUNNING, limit)
+    rows = [
+        [
+            f"--paro {one.strategy}",
+            f"{one.memory / 1e9:.2f}",
+            f"{one.seconds.step:.4g}",
+            f"{one.seconds.communication:.4g}",
+            f"{one.seconds.step / first.seconds.step:.2f}" if first.seconds.step else "",
+        ]
+        for one in rank(job, RUNNING, limit)
+    ]
+    return str(Table(["flags", "memory GB", "step s", "communication s", "of the fastest"], rows))
+
+
+def page() -> str:
+    """Return all tables with what they hold for."""
+    return "\n\n".join(
+        [
+            f"{setting(SEVEN_B)} {SEVEN_B.work.microbatches} micro-batches a step.",
+            strategies(),
+            "Which one is fastest: GB that it holds and seconds of communication in a step of A micro-batches.",
+            guideline(),
+            "Refused:",
+            refused(),
+            not_run(),
+        ]
+    )

@@ -1,0 +1,147 @@
+"""What is applied in this process. `SESSION` is the only state of this package."""
+
+import atexit
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from patches import ledger
+from patches.engine import apply as engine
+from patches.engine import digest
+from patches.engine.place import load
+from patches.errors import PatchError
+from patches.record import Record, Stage
+from patches.upstream.lock import Lock
+
+
+class Session:
+    """A stack of applied sets over one ledger.
+
+    Args:
+        records: the ledger to choose from.
+        lock: the fingerprints; None reads upstream.lock when first needed.
+    """
+
+    def __init__(self, records: Sequence[Record] = ledger.RECORDS, lock: Lock | None = None) -> None:
+        self.ledger, self.lock = tuple(records), lock
+        self.stack: list[engine.Applied] = []
+        self._stages: dict[Stage, engine.Applied] = {}
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """The active records in the order of their application."""
+        return tuple(record for applied in self.stack for record in applied.records)
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Per active record its hash, see `patches.engine.digest.hashes`."""
+        return digest.hashes(self.stack)
+
+    def apply(self, records: Sequence[Record]) -> engine.Applied:
+        """Apply records; those that are active already are skipped. See `patches.engine.apply.apply` for the errors."""
+        applied = engine.apply(records, active=self.records, lock=self.lock)
+        self.stack.append(applied)
+        return applied
+
+    def undo(self, applied: engine.Applied) -> None:
+        """Undo a set; sets on top of it that share a place have to be undone first (ForeignChange says so)."""
+        if applied not in self.stack:
+            return
+        try:
+            applied.undo()
+        finally:
+            if not applied.bindings and not applied.contexts:
+                self.stack.remove(applied)
+                self._stages = {stage: a for stage, a in self._stages.items() if a is not applied}
+
+    def leave(self) -> None:
+        """Put everything back without asking, at the end of the process.
+
+        A context manager that Python finds open when it takes its modules down fails there, with a traceback on stderr.
+        """
+        while self.stack:
+            self.stack.pop().roll_back()
+
+    def start(self) -> engine.Applied:
+        """Apply the records of stage `start` that this machine asks for; call it before upstream is imported.
+
+        A second call returns the first one's handle.
+        """
+        return self._stage("start", None)
+
+    def select_and_apply(self, args: Namespace) -> engine.Applied:
+        """Apply the records of stage `flags` that the parsed arguments ask for; the same choice again is a no-op.
+
+        Raises:
+            PatchError: patches were chosen before in this process, for arguments that ask for others.
+        """
+        return self._stage("flags", args)
+
+    def _stage(self, stage: Stage, args: Namespace | None) -> engine.Applied:
+        done = self._stages.get(stage)
+        chosen = [r for r in self.ledger if r.stage == stage and wanted(r, args)]
+        if done is None:
+            done = self._stages[stage] = self.apply(chosen)
+        elif not set(done.records) <= set(chosen) <= set(self.records):
+            raise PatchError(
+                "the patches of this process were already chosen, for other flags",
+                where=" ".join(sys.argv[:1]) or "this process",
+                why=f"chosen: {_ids(done.records)}; the flags now ask for: {_ids(chosen)}",
+                todo="parse one set of flags per process; in tests, use `with patches.applied(...)`",
+            )
+        return done
+
+
+def wanted(record: Record, args: Namespace | None) -> bool:
+    """Ask the record's predicate.
+
+    Raises:
+        PatchError: the predicate cannot be loaded, or failed on these arguments.
+    """
+    predicate = load(record.when, f"the predicate of {record.id}")
+    try:
+        return bool(predicate(args))
+    except Exception as error:
+        raise PatchError(
+            f"the predicate of {record.id} failed",
+            where=record.when,
+            why=f"{type(error).__name__}: {error}",
+            todo="a predicate has to answer for every set of parsed arguments; correct it",
+        ) from error
+
+
+def _ids(records: Sequence[Record]) -> str:
+    return ", ".join(record.id for record in records) or "none"
+
+
+SESSION = Session()
+
+
+def start() -> engine.Applied:
+    """`Session.start` of this process; what is applied is put back when the process ends."""
+    atexit.unregister(SESSION.leave)  # a second call registers nothing a second time
+    atexit.register(SESSION.leave)
+    return SESSION.start()
+
+
+def select_and_apply(args: Namespace) -> engine.Applied:
+    """`Session.select_and_apply` of this process."""
+    return SESSION.select_and_apply(args)
+
+
+@contextmanager
+def applied(records: Sequence[Record | str] | Record | str, args: Namespace | None = None) -> Iterator[engine.Applied]:
+    """Apply records (or ids of the ledger) inside a `with` block.
+
+    Args:
+        records: what to apply, in this order.
+        args: when given, only the records whose predicate accepts these arguments.
+    """
+    listed = [records] if isinstance(records, Record | str) else records
+    chosen = [ledger.by_id(r) if isinstance(r, str) else r for r in listed]
+    handle = SESSION.apply([r for r in chosen if args is None or wanted(r, args)])
+    try:
+        yield handle
+    finally:
+        SESSION.undo(handle)

@@ -1,0 +1,94 @@
+"""What another upstream means for each patch: same, changed, gone, perhaps fixed there."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from patches.errors import UnknownTarget
+from patches.record import Record
+from patches.upstream.lock import Lock
+from patches.upstream.source import Symbol, Upstream
+
+State = Literal["same", "new", "changed", "fixed upstream?", "gone"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One record against another upstream; `details` has a line or a diff per place that is not the same."""
+
+    record: Record
+    state: State
+    details: tuple[str, ...] = ()
+
+
+def verdicts(records: Iterable[Record], lock: Lock, there: Upstream, here: Upstream) -> list[Verdict]:
+    """Judge every record.
+
+    Args:
+        records: the ledger.
+        lock: the fingerprints the patches were written against.
+        there: the other upstream.
+        here: the present one, to draw a diff from where it still matches the lock.
+    """
+    return [_verdict(record, lock, there, here) for record in records]
+
+
+def _verdict(record: Record, lock: Lock, there: Upstream, here: Upstream) -> Verdict:
+    details, gone, known = [], False, True
+    for place in record.upstream_places:
+        try:
+            symbol = there.symbol(place)
+        except UnknownTarget as error:
+            gone = True
+            details.append(f"{place}: {error.why} ({error.where})")
+            continue
+        if place not in lock.symbols:
+            known = False
+            details.append(f"{place}: not in the lock yet ({symbol.path}:{symbol.line})")
+        elif symbol.fingerprint != lock.symbols[place]:
+            details.append(_difference(place, lock, symbol, here))
+    state: State = "same"
+    if gone:
+        state = "gone"
+    elif not known:
+        state = "new"
+    elif details:
+        state = "fixed upstream?" if record.link else "changed"
+        if record.link:
+            details.append(f"this patch backports {record.link}: see whether it is in, then remove the record")
+    return Verdict(record, state, tuple(details))
+
+
+def _difference(place: str, lock: Lock, new: Symbol, here: Upstream) -> str:
+    try:
+        old = here.symbol(place)
+    except UnknownTarget:
+        old = None
+    if old is None or old.fingerprint != lock.symbols[place]:
+        return f"{place}: changed ({new.path}:{new.line}); the locked source is not installed, so there is no diff"
+    return diff(old, new)
+
+
+def diff(old: Symbol, new: Symbol) -> str:
+    """A unified diff of two symbols' sources."""
+    lines = difflib.unified_diff(
+        old.text.split("\n"),
+        new.text.split("\n"),
+        f"{old.path}:{old.line} {old.place}",
+        f"{new.path}:{new.line} {new.place}",
+        lineterm="",
+    )
+    return "\n".join(lines)
+
+
+def lines(found: Sequence[Verdict]) -> list[str]:
+    """The report: one line per patch, what changed below it, a summary at the end."""
+    out = []
+    for verdict in found:
+        out.append(f"{verdict.state:16} {verdict.record.id}")
+        out += [f"    {line}" for detail in verdict.details for line in detail.split("\n")]
+        if verdict.state in ("changed", "gone", "fixed upstream?"):
+            out += [f"    can go: {verdict.record.remove_when}", f"    test: {verdict.record.test}"]
+    counts = {state: sum(v.state == state for v in found) for state in dict.fromkeys(v.state for v in found)}
+    return [*out, "patches: " + (", ".join(f"{n} {state}" for state, n in counts.items()) or "none")]

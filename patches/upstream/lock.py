@@ -1,0 +1,104 @@
+"""`upstream.lock`: the upstream the patches are written against, as data."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from patches.errors import Drift, PatchError, UnknownTarget
+from patches.record import Record
+from patches.upstream.source import Symbol, Upstream
+from patches.upstream.wheel import NAME, Distribution
+
+PATH = Path(__file__).parents[1] / "upstream.lock"
+
+
+@dataclass(frozen=True)
+class Lock:
+    """Wheel version, hash of its RECORD (see `Distribution.record_sha256`), fingerprint of each patched place."""
+
+    version: str
+    record_sha256: str
+    symbols: dict[str, str] = field(default_factory=dict)
+
+    def check(self, symbol: Symbol) -> None:
+        """Compare one symbol of a tree with the lock.
+
+        Raises:
+            Drift: the symbol is not in the lock, or its source differs.
+        """
+        known = self.symbols.get(symbol.place)
+        if known is None:
+            raise Drift(
+                f"{symbol.place} has no fingerprint in the lock",
+                where=f"{symbol.path}:{symbol.line}",
+                why="a patch of an upstream symbol is only applied to source that was read when it was written",
+                todo="read the source, then write the lock anew: python -m patches bump --write",
+            )
+        if known != symbol.fingerprint:
+            raise Drift(
+                f"{symbol.place} is not the source its patch was written against",
+                where=f"{symbol.path}:{symbol.line}",
+                why=f"its fingerprint is {symbol.fingerprint[:12]}, the lock says {known[:12]} ({NAME} {self.version})",
+                todo=f"restore the wheel: pip install --force-reinstall --no-deps {NAME}=={self.version}; "
+                "with a Megatron tree of your own: python -m patches run --megatron wheel SCRIPT ...; "
+                "to move to this source: python -m patches bump WHEEL_OR_FOLDER",
+            )
+
+
+def fingerprints(records: Iterable[Record], upstream: Upstream) -> tuple[dict[str, str], list[UnknownTarget]]:
+    """Fingerprint every upstream place of the records; those that are gone come back as errors."""
+    symbols, gone = {}, []
+    for place in sorted({place for record in records for place in record.upstream_places}):
+        try:
+            symbols[place] = upstream.symbol(place).fingerprint
+        except UnknownTarget as error:
+            gone.append(error)
+    return symbols, gone
+
+
+def make(records: Iterable[Record], distribution: Distribution) -> Lock:
+    """The lock of these records over this wheel.
+
+    Raises:
+        PatchError: the tree has no RECORD (a checkout cannot be locked).
+        UnknownTarget: a place is gone.
+    """
+    if distribution.record_sha256 is None:
+        raise PatchError(
+            "a checkout cannot be locked",
+            where=distribution.tree.label,
+            why="the lock names a released wheel, by the RECORD it carries",
+            todo="give the wheel file, or a folder it was installed or unpacked to",
+        )
+    symbols, gone = fingerprints(records, Upstream(distribution.tree))
+    for error in gone:
+        raise error
+    return Lock(distribution.version, distribution.record_sha256, symbols)
+
+
+def read(path: Path | None = None) -> Lock:
+    """Read a lock file, upstream.lock by default.
+
+    Raises:
+        PatchError: missing or malformed.
+    """
+    path = path or PATH
+    try:
+        data = json.loads(path.read_text())
+        return Lock(data["version"], data["record_sha256"], dict(data["symbols"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PatchError(
+            "the lock of upstream cannot be read",
+            where=str(path),
+            why=f"{type(error).__name__}: {error}",
+            todo="restore patches/upstream.lock from the repository",
+        ) from error
+
+
+def write(lock: Lock, path: Path | None = None) -> None:
+    """Write a lock file, in one step, sorted, so that diffs are small."""
+    path = path or PATH
+    scratch = path.with_name(path.name + ".new")
+    scratch.write_text(json.dumps({"wheel": NAME, **asdict(lock)}, indent=2, sort_keys=True) + "\n")
+    scratch.replace(path)

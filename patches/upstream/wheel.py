@@ -1,0 +1,194 @@
+"""Upstream as a distribution: a folder (site-packages, unpacked wheel, checkout) or a wheel file, and its RECORD."""
+
+import base64
+import csv
+import hashlib
+import importlib.metadata
+import re
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from patches.errors import PatchError
+from patches.upstream.source import Source
+
+NAME = "megatron-core"
+COMPILED = ".so"  # the dataset helper: one build per Python version and machine
+_DIST_INFO = re.compile(r"megatron_core-([^/]+)\.dist-info/RECORD")
+_VERSION = re.compile(r"^(MAJOR|MINOR|PATCH) = (\d+)$", re.MULTILINE)
+
+
+class Tree(Protocol):
+    """Files below one root, named with forward slashes; also a `Finder` of modules' sources."""
+
+    label: str
+
+    def read(self, path: str) -> bytes | None:
+        """The bytes of a file, or None where there is none."""
+
+    def where(self, path: str) -> str:
+        """How to name a file in a message."""
+
+    def records(self) -> list[str]:
+        """The paths of all megatron-core RECORD files at the root."""
+
+    def find(self, module: str) -> Source | None:
+        """The module's source, or None."""
+
+
+class Folder:
+    """A folder that holds `megatron/`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.label = root, str(root)
+
+    def read(self, path: str) -> bytes | None:
+        """The bytes of a file, or None where there is none."""
+        file = self.root / path
+        return file.read_bytes() if file.is_file() else None
+
+    def where(self, path: str) -> str:
+        """How to name a file in a message."""
+        return str(self.root / path)
+
+    def records(self) -> list[str]:
+        """The paths of all megatron-core RECORD files at the root."""
+        return [str(p.relative_to(self.root)) for p in sorted(self.root.glob("megatron_core-*.dist-info/RECORD"))]
+
+    def find(self, module: str) -> Source | None:
+        """The module's source, or None."""
+        return _find(self, module)
+
+
+class WheelFile:
+    """A `.whl`, read in place."""
+
+    def __init__(self, path: Path) -> None:
+        self.label = str(path)
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except zipfile.BadZipFile as error:
+            raise _unusable(path, f"it is not a wheel file: {error}") from error
+        self._names = set(self._zip.namelist())
+
+    def read(self, path: str) -> bytes | None:
+        """The bytes of a file, or None where there is none."""
+        return self._zip.read(path) if path in self._names else None
+
+    def where(self, path: str) -> str:
+        """How to name a file in a message."""
+        return f"{self.label}!{path}"
+
+    def records(self) -> list[str]:
+        """The paths of all megatron-core RECORD files at the root."""
+        return sorted(name for name in self._names if _DIST_INFO.fullmatch(name))
+
+    def find(self, module: str) -> Source | None:
+        """The module's source, or None."""
+        return _find(self, module)
+
+
+def _find(tree: Tree, module: str) -> Source | None:
+    stem = module.replace(".", "/")
+    for path in (f"{stem}/__init__.py", f"{stem}.py"):
+        data = tree.read(path)
+        if data is not None:
+            return Source(module, tree.where(path), data)
+    return None
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """A tree with what its RECORD says: `files` maps each file under `megatron/` to its sha256 (urlsafe base64).
+
+    `files` is None for a checkout, which has no RECORD.
+    """
+
+    tree: Tree
+    version: str
+    files: dict[str, str] | None
+
+    @property
+    def record_sha256(self) -> str | None:
+        """Hash of the part of RECORD that is the same on every machine and Python: upstream's own sources, sorted."""
+        if self.files is None:
+            return None
+        sources = ((path, digest) for path, digest in sorted(self.files.items()) if not path.endswith(COMPILED))
+        return hashlib.sha256("".join(f"{path},{digest}\n" for path, digest in sources).encode()).hexdigest()
+
+    def altered(self) -> Iterator[tuple[str, str]]:
+        """(path, `missing` or `changed`) of every file that differs from RECORD."""
+        for path, expected in sorted((self.files or {}).items()):
+            data = self.tree.read(path)
+            if data is None:
+                yield path, "missing"
+            elif _record_hash(data) != expected:
+                yield path, "changed"
+
+
+def _record_hash(data: bytes) -> str:
+    return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+
+
+def open_distribution(path: Path) -> Distribution:
+    """Read upstream from a wheel file or a folder.
+
+    Raises:
+        PatchError: there is no upstream there, or more than one.
+    """
+    if not path.exists():
+        raise _unusable(path, "there is no such file or folder")
+    tree: Tree = Folder(path) if path.is_dir() else WheelFile(path)
+    records = tree.records()
+    if len(records) > 1:
+        raise _unusable(path, f"it holds more than one megatron-core: {', '.join(records)}")
+    if records:
+        match = _DIST_INFO.fullmatch(records[0])
+        assert match is not None
+        return Distribution(tree, match[1], _upstream_rows((tree.read(records[0]) or b"").decode()))
+    info = tree.read("megatron/core/package_info.py")
+    if info is None:
+        raise _unusable(path, "it holds neither a megatron_core-*.dist-info nor megatron/core")
+    numbers = dict(_VERSION.findall(info.decode()))
+    return Distribution(tree, ".".join(numbers.get(k, "?") for k in ("MAJOR", "MINOR", "PATCH")), None)
+
+
+def installed() -> Distribution:
+    """The megatron-core of this interpreter.
+
+    Raises:
+        PatchError: none is installed, or it came without a RECORD.
+    """
+    try:
+        found = importlib.metadata.distribution(NAME)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise PatchError(
+            f"{NAME} is not installed",
+            where="this Python interpreter",
+            why="upstream is a pinned wheel, not part of this repository",
+            todo=f"install it: pip install {NAME}==VERSION, with the version that patches/upstream.lock names",
+        ) from error
+    root = Path(str(found.locate_file("")))
+    record = found.read_text("RECORD")
+    if record is None:
+        raise _unusable(root, f"the installed {NAME} has no RECORD, so its files cannot be checked")
+    return Distribution(Folder(root), found.version, _upstream_rows(record))
+
+
+def _upstream_rows(record: str) -> dict[str, str]:
+    rows = {}
+    for row in csv.reader(record.splitlines()):
+        if len(row) == 3 and row[0].startswith("megatron/") and "__pycache__" not in row[0]:
+            rows[row[0]] = row[1].removeprefix("sha256=")
+    return rows
+
+
+def _unusable(path: Path, why: str) -> PatchError:
+    return PatchError(
+        "no upstream Megatron to read",
+        where=str(path),
+        why=why,
+        todo="name a megatron_core wheel file, a folder it was unpacked or installed to, or a Megatron-LM checkout",
+    )
