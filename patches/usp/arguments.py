@@ -20,20 +20,20 @@ def with_context_plan(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def validate_args(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
-        from megatron.longseq.attention.plan.comm_type import check_ways, choose_for, ways
+        from megatron.longseq.attention.plan.comm_type import validate_comm_types, choose_comm_type, comm_types
 
         is_chosen = args.context_parallel_auto
         if is_chosen:
-            choose_for(args, node_ranks() or 1)
+            choose_comm_type(args, node_ranks() or 1)
         if spreads_attention(args):
-            ways(args)  # upstream would refuse sizes that do not fit, too, without a word of which would
+            comm_types(args)  # upstream would refuse sizes that do not fit, too, without a word of which would
         result = original(args, defaults or {})
         if not spreads_attention(args):
             _refuse_ours_alone(args)
             return result
         refuse_unserved_context(args)
         _refuse_order(args)
-        spread = check_ways(args, _lengths(args))
+        spread = validate_comm_types(args, _lengths(args))
         if args.rank == 0:
             for name, way in spread.items():
                 keys = ", keys gathered" if way.gathers else ""

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from megatron.longseq.attention.plan.comm_volume import Setup, peer_ring, ring
+from megatron.longseq.attention.plan.comm_volume import LayerShape, peer_ring, ring
 from megatron.longseq.attention.plan.layout import Layout
 from tests.benchmarks.attention_contest import (
     HALVES,
@@ -135,11 +135,11 @@ def over_best_peer(
 def speedups(table: Sequence[Row], who: str = OURS) -> list[Ratio]:
     """Return one process's seconds over those of our best on 2 ranks (or another's), for every size that it ran at."""
     found = []
-    for alone in (row for row in table if row.contestant.who == ONE_PROCESS):
-        pairs = [row for row in table if row.size == alone.size and row.contestant.ranks == 2]
+    for without_base in (row for row in table if row.contestant.who == ONE_PROCESS):
+        pairs = [row for row in table if row.size == without_base.size and row.contestant.ranks == 2]
         mine = best((row for row in pairs if row.contestant.who == who), lambda row: row.seconds)
         if mine:
-            found.append(ratio(alone, mine, lambda row: row.seconds))
+            found.append(ratio(without_base, mine, lambda row: row.seconds))
     return found
 
 
@@ -181,7 +181,7 @@ def ring_bytes(sent: dict[tuple[Contestant, Size], int], item: int) -> list[Rati
     for (one, size), mine in sent.items():
         if one.who != OURS or one.mesh.ulysses > 1:
             continue
-        setup = Setup(Layout(one.mesh, (size.length,)), size.heads, dim=size.dim, item=item)
+        setup = LayerShape(Layout(one.mesh, (size.length,)), size.heads, dim=size.dim, item=item)
         formula = ring(setup).bytes, peer_ring(setup).bytes
         rings = {str(other): count for (other, its), count in sent.items() if _is_rival(other, its, one, size)}
         name = min(rings, key=lambda key: rings[key], default="formula")
@@ -237,9 +237,9 @@ _HEAD = f"  {'':32} {'CPU s':>8} {'spread':>15} {'wall s':>8} {'peak MiB':>9}  l
 def _line(row: Row, tolerance: float) -> str:
     wrong = row.wrong(tolerance)
     verdict = f"WRONG: {', '.join(wrong)}" if wrong else "right"
-    spread = f"{min(row.cpu_seconds):.3f} to {max(row.cpu_seconds):.3f}"
+    strategy = f"{min(row.cpu_seconds):.3f} to {max(row.cpu_seconds):.3f}"
     return (
-        f"  {row.contestant!s:32} {statistics.median(row.cpu_seconds):8.3f} {spread:>15} "
+        f"  {row.contestant!s:32} {statistics.median(row.cpu_seconds):8.3f} {strategy:>15} "
         f"{statistics.median(row.seconds):8.3f} {statistics.median(row.peak_bytes) / MIB:9.1f}  "
         f"{' '.join(f'{error:.1e}' for error in row.errors)}  {verdict}"
     )

@@ -1,9 +1,9 @@
 """Attention over real groups of ranks: right, and as many bytes and messages as the formulas say."""
 
-from megatron.longseq.attention.plan.comm_volume import Volume, all_to_all, gathered, ring
+from megatron.longseq.attention.plan.comm_volume import Volume, all_to_all, all_gather, ring
 from megatron.longseq.attention.plan.layout import Mesh
 from megatron.longseq.distributed import Sent
-from tests.distributed.context_bed import attend
+from tests.distributed.context_bed import tiled_forward
 from tests.pool import RankPool
 from tests.unit.context_run import Problem
 
@@ -25,7 +25,7 @@ def test_bytes_and_messages_given_to_torch_are_the_formulas(ranks: RankPool) -> 
         Problem(Mesh(1, 4), gathers=True),
         Problem(Mesh(1, 4), lengths=SEGMENTS, gathers=True),
     ]
-    results = ranks.run(4, attend, problems, timeout=240)
+    results = ranks.run(4, tiled_forward, problems, timeout=240)
     for index, problem in enumerate(problems):
         of_ranks = [result[index] for result in results]
         given, said = (
@@ -34,7 +34,7 @@ def test_bytes_and_messages_given_to_torch_are_the_formulas(ranks: RankPool) -> 
         )
         setup = problem.setup
         if problem.gathers:
-            formula = gathered(setup, kept=len(problem.lengths) > 1)
+            formula = all_gather(setup, kept=len(problem.lengths) > 1)
             assert said["gather"] == whole(formula) and said["ring"] == given["ring"] == Sent()
             grads = given["all-to-all"]  # gradients are scattered by an all-to-all, and added in the order of ranks
             assert Sent(given["gather"].bytes + grads.bytes, given["gather"].messages + grads.messages) == whole(

@@ -18,12 +18,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from megatron.longseq.attention.kernels.select import choose
+from megatron.longseq.attention.kernels.select import select_kernel
 from megatron.longseq.attention.plan.layout import Mesh
-from megatron.longseq.attention.plan.tiles import Documents, Run
+from megatron.longseq.attention.plan.tiles import Documents, DocumentSpan
 from tests.gpu.figures import Report
 from tests.gpu.kernels import relative
-from tests.unit.context_run import Problem, Ranks, alone
+from tests.unit.context_run import Problem, Ranks, without_base
 
 MESHES = [(1, 2), (1, 4), (2, 1), (4, 1), (2, 2), (2, 4)]  # Ulysses x ring
 MERGED = 3 + 4**2  # roundings of one merge, in squares: three of the result, one of a log-sum-exp up to 8
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device, report = torch.device(options.device), Report()
     tokens, dim = (64, 16) if options.tiny else (2048, 64)
     for dtype in (torch.float32, torch.bfloat16):
-        kernel = choose(device, dtype, dim).kernel
+        kernel = select_kernel(device, dtype, dim).kernel
         problem = Problem(Mesh(1, 1), (8, 4), (tokens,), batch=2, dim=dim, dtype=dtype, kernel=kernel)
         inputs = [x.to(device) for x in problem.inputs()]
         for mask, kwargs in masks(tokens).items():
@@ -63,7 +63,7 @@ def compare(report: Report, problem: Problem, inputs: Sequence[Tensor], mask: st
     """Compare every mesh with attention in float64, beside one call on the whole sequence."""
     exact = problem.expected([x.cpu() for x in inputs])
     floor = relative([x.to(problem.dtype) for x in exact], exact)
-    once = relative(run(alone(problem), inputs), exact)
+    once = relative(run(without_base(problem), inputs), exact)
     for mesh in MESHES:
         one = replace(problem, mesh=Mesh(*mesh))
         found = relative(run(one, inputs), exact)
@@ -93,8 +93,8 @@ class OneDevice(Ranks):
             super().backward_of(rank)
 
 
-def _runs(*ends: int) -> tuple[Run, ...]:
-    return tuple(Run(begin, end, begin) for begin, end in pairwise(ends))
+def _runs(*ends: int) -> tuple[DocumentSpan, ...]:
+    return tuple(DocumentSpan(begin, end, begin) for begin, end in pairwise(ends))
 
 
 if __name__ == "__main__":

@@ -32,13 +32,13 @@ def unflipped_arrivals() -> Iterator[Planted]:
 
     planted = Planted()
 
-    def arrivals(original: Any, self: Any, segments: range) -> Any:
+    def received_rows(original: Any, self: Any, segments: range) -> Any:
         planted.times += self.mesh.ulysses > 1
         rows = sorted({arrival.rows for arrival in original(self, segments)})
         arrival_of = type(original(self, segments)[0])
         return tuple(arrival_of(source, span) for span in rows for source in range(self.mesh.ulysses))
 
-    with wrapped(Layout, "arrivals", arrivals):
+    with wrapped(Layout, "arrivals", received_rows):
         yield planted
 
 
@@ -119,7 +119,7 @@ def replicas_not_summed() -> Iterator[Planted]:
 
     planted = Planted()
 
-    def summed(original: Any, self: Any, grads: Tensor) -> Tensor:
+    def grad_rows(original: Any, self: Any, grads: Tensor) -> Tensor:
         ranks = self.ranks // self.heads.kv
         if ranks > 1:
             planted.times += 1
@@ -135,7 +135,7 @@ def replicas_not_summed() -> Iterator[Planted]:
 def lost_last_hop() -> Iterator[Planted]:
     """What comes home to a rank, gradients of its own keys that others found, is not added."""
     from megatron.longseq.attention.runtime import ring
-    from megatron.longseq.attention.runtime import strategies as spread
+    from megatron.longseq.attention.runtime import strategies as strategy
 
     planted, steps = Planted(), 0
 
@@ -151,7 +151,7 @@ def lost_last_hop() -> Iterator[Planted]:
         planted.times += 1
         return []
 
-    with wrapped(spread, "ring_backward", ring_backward), wrapped(ring._Post, "arrived", arrived):
+    with wrapped(strategy, "ring_backward", ring_backward), wrapped(ring._Transfers, "arrived", arrived):
         yield planted
 
 
@@ -178,11 +178,11 @@ def lost_segment_gradient() -> Iterator[Planted]:
 
     planted = Planted()
 
-    def with_store(original: Any, call: Any, store: Any, *rest: Any) -> Any:
+    def with_store(original: Any, call: Any, cache: Any, *rest: Any) -> Any:
         rows = context._rows(call)
-        slot = store.read(call.layer, rows)
+        slot = cache.read(call.layer, rows)
         before = {index: grads[0].clone() for index, grads in slot.grads.items()}
-        result = original(call, store, *rest)
+        result = original(call, cache, *rest)
         for index, (total, *_) in slot.grads.items():
             planted.times += 1
             total.copy_(before.get(index, torch.zeros_like(total)))

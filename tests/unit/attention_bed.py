@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron.longseq.attention.kernels.base import Kernel
-from megatron.longseq.attention.runtime.kv_cache import PrefixStore
+from megatron.longseq.attention.runtime.kv_cache import SegmentKVCache
 from megatron.longseq.attention.runtime.segment_attention import segment_attention
 from megatron.longseq.segment import Segment, segments
 
@@ -60,7 +60,7 @@ class Split:
     """One sequence (micro-batch) run through a store: forward and backward of any of its segments, when asked."""
 
     def __init__(
-        self, inputs: Sequence[Tensor], lengths: Sequence[int], store: PrefixStore, kernel: Kernel, **kwargs: Any
+        self, inputs: Sequence[Tensor], lengths: Sequence[int], cache: SegmentKVCache, kernel: Kernel, **kwargs: Any
     ) -> None:
         self.wrap: Wrap = kwargs.pop("wrap", lambda function, *args: function(*args))
         self.layer = kwargs.pop("layer", 1)
@@ -68,21 +68,21 @@ class Split:
         self.leaves = [[x[s.begin : s.end].clone().requires_grad_() for x in inputs[:3]] for s in self.units]
         self.grads = [inputs[3][s.begin : s.end] for s in self.units]
         self.outs: list[Tensor | None] = [None] * len(self.units)
-        self.store, self.kernel, self.kwargs = store, kernel, kwargs
+        self.cache, self.kernel, self.kwargs = cache, kernel, kwargs
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def tiled_forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Run attention of whatever segment is current."""
-        return segment_attention(q, k, v, self.store, self.layer, self.kernel, SCALE, **self.kwargs)
+        return segment_attention(q, k, v, self.cache, self.layer, self.kernel, SCALE, **self.kwargs)
 
     def forward(self, index: int) -> Segment:
         """Run the forward of a segment, as an executor does."""
-        self.store.current = self.units[index]
-        self.outs[index] = self.wrap(self.attend, *self.leaves[index])
+        self.cache.current = self.units[index]
+        self.outs[index] = self.wrap(self.tiled_forward, *self.leaves[index])
         return self.units[index]
 
     def backward(self, index: int) -> None:
         """Run the backward of a segment, as an executor does."""
-        self.store.current = self.units[index]
+        self.cache.current = self.units[index]
         out = self.outs[index]
         assert out is not None
         out.backward(self.grads[index])

@@ -14,8 +14,8 @@ from torch import Tensor
 from megatron.longseq.attention.plan.layout import Mesh
 from megatron.longseq.attention.plan.tiles import Documents
 from megatron.longseq.attention.runtime.comm import Message
-from megatron.longseq.attention.runtime.ring import RingLanes
-from megatron.longseq.attention.runtime.strategies import Spread
+from megatron.longseq.attention.runtime.ring import RingChannels
+from megatron.longseq.attention.runtime.strategies import CPStrategy
 from megatron.longseq.distributed import Sent
 
 PATIENCE = 30.0  # seconds until a message that does not come is an error
@@ -60,7 +60,7 @@ class _Arrival:
 
 @dataclass
 class ThreadLane:
-    """See `lanes.Lane`. Until it is waited for, what is sent must not change and what is received must not be used."""
+    """See `channels.P2PChannel`. Until it is waited for, what is sent must not change and what is received must not be used."""
 
     wire: Wire
     rank: int
@@ -79,7 +79,7 @@ class ThreadLane:
 
 @dataclass
 class ThreadExchange:
-    """See `lanes.Exchange`."""
+    """See `channels.GroupCollectives`."""
 
     wire: Wire
     rank: int
@@ -104,24 +104,24 @@ class ThreadExchange:
         return torch.stack([self.wire.get(peer, self.rank) for peer in range(self.size)])
 
 
-def spreads(mesh: Mesh, *, window: int | None = None, gathers: bool = False) -> list[Spread]:
+def strategies(mesh: Mesh, *, window: int | None = None, gathers: bool = False) -> list[CPStrategy]:
     """Return every rank's spread, connected with the others'."""
     wires: dict[Any, Wire] = defaultdict(Wire)
     made = []
     for rank in range(mesh.size):
         place = mesh.place(rank)
-        lanes = [
+        channels = [
             ThreadLane(wires["ring", place.ulysses, name], place.ring)
             for name in ("keys", "grads", "far_keys", "far_grads")
         ]
         exchange = ThreadExchange(wires["ulysses", place.ring], place.ulysses, mesh.ulysses)
         gather = ThreadExchange(wires["gather", place.ulysses], place.ring, mesh.ring)
         made.append(
-            Spread(
+            CPStrategy(
                 mesh,
                 rank,
                 ulysses=exchange if mesh.ulysses > 1 else None,
-                ring=RingLanes(*lanes),
+                ring=RingChannels(*channels),
                 gather=gather if gathers else None,
                 window=window,
             )

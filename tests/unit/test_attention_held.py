@@ -90,7 +90,7 @@ def problem_of(ranks: int, **more: Any) -> Problem:
     return Problem(Mesh(1, ranks), (4, KEY_HEADS), (ROWS * ranks,), batch=1, dtype=torch.float32, **more)
 
 
-def held(problem: Problem, backward: bool) -> tuple[int, int]:
+def kv_rows(problem: Problem, backward: bool) -> tuple[int, int]:
     """Most bytes, and most buffers of keys, that any rank had made and held in one direction."""
     ranks = Ranks(problem, problem.inputs())
 
@@ -144,8 +144,8 @@ class Echo:
 
 @pytest.mark.parametrize("kv", [8, 4])
 def test_what_came_is_unpacked_where_it_was_packed(kv: int) -> None:
-    arrivals, echo = Layout(Mesh(4, 1), (4 * ROWS,)).arrivals(range(1)), Echo()
-    exchange = Ulysses(4, Heads(8, kv), arrivals, echo)  # type: ignore[arg-type]
+    received_rows, echo = Layout(Mesh(4, 1), (4 * ROWS,)).received_rows(range(1)), Echo()
+    exchange = Ulysses(4, Heads(8, kv), received_rows, echo)  # type: ignore[arg-type]
     q, k, v = (torch.randn(ROWS, 1, heads, 8) for heads in (8, kv, kv))
 
     def lie_there(*results: Tensor) -> bool:

@@ -12,10 +12,10 @@ from torch import Tensor
 import patches
 from megatron.longseq.attention.module import attend_once
 from megatron.longseq.attention.plan.layout import Mesh
-from megatron.longseq.attention.runtime.function import Call, Kept, asked
+from megatron.longseq.attention.runtime.function import AttentionCall, RecomputeCache, make_call
 from patches.usp import runtime
 from tests.unit.attention_bed import SCALE
-from tests.unit.context_bed import spreads
+from tests.unit.context_bed import strategies
 from tests.unit.test_attention_context import Counting
 
 RECORDS = ("cpu.device", "cpu.rng-read", "cpu.rng-write", "recompute.checkpoint", "usp.kept")
@@ -25,17 +25,17 @@ TOKENS, WIDTH = 37, 16  # a number of tokens that nothing else has
 class Layers:
     """Two attention layers in one recomputed function, with a projection each."""
 
-    def __init__(self, kept: Kept) -> None:
+    def __init__(self, kept: RecomputeCache) -> None:
         torch.manual_seed(0)
-        self.kernel, self.kept, self.spread = Counting(), kept, spreads(Mesh(1, 1))[0]
+        self.kernel, self.kept, self.strategy = Counting(), kept, strategies(Mesh(1, 1))[0]
         self.weights = [torch.randn(WIDTH, WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(2)]
 
     def __call__(self, x: Tensor) -> Tensor:
         for weight in self.weights:
             q = (x @ weight).unflatten(2, (2, -1))
 
-            def make_call(_: Any, q: Tensor = q) -> Call:
-                return asked(q, q, self.spread, self.kernel, SCALE)
+            def make_call(_: Any, q: Tensor = q) -> AttentionCall:
+                return make_call(q, q, self.strategy, self.kernel, SCALE)
 
             x = x + attend_once(q, q, q, self.kept, make_call)
         return x
@@ -43,7 +43,7 @@ class Layers:
 
 @pytest.fixture
 def layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Layers]:
-    kept = Kept()
+    kept = RecomputeCache()
     monkeypatch.setattr(runtime, "current_context", lambda: SimpleNamespace(kept=kept))
     with patches.applied(RECORDS):
         yield Layers(kept)
@@ -69,7 +69,7 @@ def gradients(layers: Layers, out: Tensor, *further: Tensor) -> list[Tensor]:
 
 def alive() -> int:
     """Tensors with a row, or a column, for each token."""
-    gc.collect()
+    gc.gather_kv()
     return sum(1 for x in gc.get_objects() if type(x) is Tensor and TOKENS in x.shape)
 
 
@@ -164,7 +164,7 @@ def test_nothing_is_left_and_nobody_takes_anothers(layers: Layers, event: Callab
     before = alive()
     for _ in range(3):
         event(layers)
-        assert layers.kept.now is None
+        assert layers.kept.active is None
     assert alive() == before
     found = gradients(layers, recomputed(layers, one), one)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

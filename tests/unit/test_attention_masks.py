@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron.longseq.attention.plan.layout import Layout, Mesh
 from megatron.longseq.attention.plan.tiles import Documents
-from megatron.longseq.attention.runtime.masks import MaskReader, whole_starts
+from megatron.longseq.attention.runtime.masks import MaskReader, gather_document_starts
 from tests.unit.context_bed import ThreadExchange, Wire, on_all
 from tests.unit.test_attention_blocks import dense, packed
 
@@ -44,7 +44,7 @@ def on_ranks(layout: Layout, job: Callable[[int, ThreadExchange], Any]) -> list[
 def test_every_rank_learns_where_every_document_starts(mesh: tuple[int, int], lengths: tuple[int, ...]) -> None:
     layout, mask = Layout(Mesh(*mesh), lengths), hidden(PACKED)
     starts = torch.stack([torch.cat([torch.full((r.end - r.begin,), r.start) for r in runs]) for runs in PACKED.runs])
-    for found in on_ranks(layout, lambda rank, way: whole_starts(rows(mask, layout, rank), layout, rank, way)):
+    for found in on_ranks(layout, lambda rank, way: gather_document_starts(rows(mask, layout, rank), layout, rank, way)):
         assert found.dtype == torch.int32 and torch.equal(found, starts.int())
 
 
@@ -62,7 +62,7 @@ def test_every_rank_learns_where_every_document_starts(mesh: tuple[int, int], le
 def test_masks_of_other_shapes_are_refused(mask: Tensor, words: str) -> None:
     layout = Layout(Mesh(2, 2), (64,))
     with pytest.raises(ValueError, match=re.escape(words)):
-        whole_starts(mask, layout, 2, exchanges(4)[2])
+        gather_document_starts(mask, layout, 2, exchanges(4)[2])
 
 
 def test_a_wrong_row_of_one_rank_is_an_error_of_all() -> None:
@@ -72,7 +72,7 @@ def test_a_wrong_row_of_one_rank_is_an_error_of_all() -> None:
 
     def job(rank: int, way: ThreadExchange) -> None:
         with pytest.raises(ValueError, match="not causal within packed documents: sequence 1, position 20; a position"):
-            whole_starts(rows(mask, layout, rank), layout, rank, way)
+            gather_document_starts(rows(mask, layout, rank), layout, rank, way)
 
     on_ranks(layout, job)
 

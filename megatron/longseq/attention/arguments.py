@@ -1,4 +1,4 @@
-"""The flags of context parallelism, and what our attention refuses. Sizes and kinds are upstream's own flags."""
+"""Flags of context parallelism, and the flags that our attention refuses."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from megatron.longseq.attention.plan.layout import Placement
 
 Refusals = dict[str, tuple[Callable[[Namespace], Any], str]]
 
-# flag: (is it asked for?, why our attention cannot serve it over context-parallel ranks)
+# flag: (whether the arguments use it, why our attention does not serve it over context-parallel ranks)
 NOT_WITH_CONTEXT: Refusals = {
     "--attention-dropout": (
         lambda a: a.attention_dropout > 0,
@@ -56,7 +56,7 @@ def _stages(args: Namespace) -> int:
 
 
 def add_context_arguments(parser: ArgumentParser) -> None:
-    """Add the group of context parallelism."""
+    """Add the flags of context parallelism; sizes and communication types are upstream's own flags."""
     group = parser.add_argument_group(title="longseq: context parallelism (Ulysses x ring)")
     group.add_argument(
         "--context-parallel-auto",
@@ -78,15 +78,15 @@ def add_context_arguments(parser: ArgumentParser) -> None:
 
 
 def wants_context(args: Namespace) -> bool:
-    """Whether attention is spread over ranks."""
+    """Return whether attention is distributed over context-parallel ranks."""
     return getattr(args, "context_parallel_size", 1) > 1
 
 
 def check_context_numbers(args: Namespace) -> None:
-    """Refuse numbers that mean nothing, as soon as they are parsed.
+    """Refuse values without a meaning right after parsing.
 
     Raises:
-        ValueError: names the flag and what it takes.
+        ValueError: Names the flag and the values it takes.
     """
     window = getattr(args, "ring_window", None)
     if window is not None and window < 1:
@@ -102,15 +102,15 @@ def check_context_numbers(args: Namespace) -> None:
 
 
 def refuse_unserved_context(args: Namespace) -> None:
-    """Refuse what our attention cannot serve over ranks, once upstream has validated its arguments.
+    """Refuse flags that our attention does not serve over ranks, after upstream has validated its arguments.
 
     Raises:
-        ValueError: lists every flag with the reason.
+        ValueError: Lists every such flag with the reason.
     """
     lines = [
         f"  {flag} with --context-parallel-size: {why}"
-        for flag, (is_asked, why) in NOT_WITH_CONTEXT.items()
-        if is_asked(args)
+        for flag, (is_used, why) in NOT_WITH_CONTEXT.items()
+        if is_used(args)
     ]
     if lines:
         raise ValueError("These flags do not go together:\n" + "\n".join(lines))

@@ -14,17 +14,17 @@ from torch import Tensor
 
 from megatron.longseq.attention.kernels.base import Kernel
 from megatron.longseq.attention.kernels.reference import Reference
-from megatron.longseq.attention.kernels.select import choose
+from megatron.longseq.attention.kernels.select import select_kernel
 from megatron.longseq.attention.plan.layout import Layout
-from megatron.longseq.attention.runtime.function import Call, Kept, asked, context_attention, first_result
+from megatron.longseq.attention.runtime.function import AttentionCall, RecomputeCache, make_call, context_attention, forward_for_recompute
 from megatron.longseq.attention.runtime.masks import MaskReader
-from megatron.longseq.attention.runtime.strategies import Spread
+from megatron.longseq.attention.runtime.strategies import CPStrategy
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Kernels:
+class KernelSelector:
     """Kernels by what they are wanted for; the choice is logged once.
 
     Attributes:
@@ -38,7 +38,7 @@ class Kernels:
         """Return the kernel for some tensors."""
         wanted = (query.device, query.dtype, query.shape[-1], value.shape[-1], dropout)
         if wanted not in self.chosen:
-            choice = choose(*wanted[:3], value_dim=wanted[3], dropout=dropout)
+            choice = select_kernel(*wanted[:3], value_dim=wanted[3], dropout=dropout)
             level = logging.WARNING if choice.kernel.name == Reference.name else logging.INFO
             log_single_rank(logger, level, f"{self.who}: {choice.why}")
             self.chosen[wanted] = choice.kernel
@@ -55,25 +55,25 @@ class ContextParallel:
         kept: results of forwards that recomputation repeats.
     """
 
-    spreads: dict[str, Spread]
+    strategies: dict[str, CPStrategy]
     masks: MaskReader
-    kept: Kept = field(default_factory=Kept)
-    kernels: Kernels = field(default_factory=lambda: Kernels("context parallelism"))
+    kept: RecomputeCache = field(default_factory=RecomputeCache)
+    kernels: KernelSelector = field(default_factory=lambda: KernelSelector("context parallelism"))
 
     @property
     def size(self) -> int:
         """Context-parallel ranks."""
-        return next(iter(self.spreads.values())).mesh.size
+        return next(iter(self.strategies.values())).mesh.size
 
-    def spread(self, comm_type: str | None) -> Spread:
+    def strategy(self, comm_type: str | None) -> CPStrategy:
         """Return the spread of a layer.
 
         Raises:
             ValueError: no layer was to have that type.
         """
-        if (comm_type or "p2p") not in self.spreads:
-            raise ValueError(f"--cp-comm-type {comm_type}: groups are open for {', '.join(self.spreads)} alone")
-        return self.spreads[comm_type or "p2p"]
+        if (comm_type or "p2p") not in self.strategies:
+            raise ValueError(f"--cp-comm-type {comm_type}: groups are open for {', '.join(self.strategies)} alone")
+        return self.strategies[comm_type or "p2p"]
 
 
 def attention_scale(config: Any) -> float:
@@ -118,7 +118,7 @@ def refuse_window(config: Any, where: str) -> None:
         )
 
 
-def attend_once(q: Tensor, k: Tensor, v: Tensor, kept: Kept, make_call: Callable[[Call | None], Call]) -> Tensor:
+def attend_once(q: Tensor, k: Tensor, v: Tensor, kept: RecomputeCache, make_call: Callable[[AttentionCall | None], AttentionCall]) -> Tensor:
     """Run attention, but not again where upstream recomputes activations.
 
     Args:
@@ -126,13 +126,13 @@ def attend_once(q: Tensor, k: Tensor, v: Tensor, kept: Kept, make_call: Callable
         kept: between a forward and its repetition.
         make_call: returns the call; given the call of the first forward, in its repetition.
     """
-    if kept.now is not None and not torch.is_grad_enabled():
+    if kept.active is not None and not torch.is_grad_enabled():
         call = make_call(None)
-        out, result = first_result(q, k, v, call)
-        kept.now.append((result, call))
+        out, result = forward_for_recompute(q, k, v, call)
+        kept.active.append((result, call))
         return out
-    if kept.now:
-        result, first = kept.now.popleft()
+    if kept.active:
+        result, first = kept.active.popleft()
         return context_attention(q, k, v, make_call(first), result)
     return context_attention(q, k, v, make_call(None))
 
@@ -179,7 +179,7 @@ class ContextParallelAttention(MegatronModule):
         refuse_mask_type(attn_mask_type, f"layer {layer_number}")
         refuse_window(config, f"layer {layer_number}")
         self.context = context()
-        self.spread = self.context.spread(cp_comm_type)
+        self.strategy = self.context.strategy(cp_comm_type)
         self.scale = softmax_scale or attention_scale(config)
         self.window = attention_window(config, self.layer_number)
 
@@ -206,12 +206,12 @@ class ContextParallelAttention(MegatronModule):
         context = self.context
         kernel = context.kernels.of(query, value)
 
-        def make_call(first: Call | None) -> Call:
+        def make_call(first: AttentionCall | None) -> AttentionCall:
             if first is not None:  # the mask may be another by now
                 documents = first.documents
             else:
-                layout = Layout(self.spread.mesh, (query.shape[0] * self.spread.mesh.size,))
+                layout = Layout(self.strategy.mesh, (query.shape[0] * self.strategy.mesh.size,))
                 documents = context.masks.documents(attention_mask, layout, query.shape[1], id(self))
-            return asked(query, key, self.spread, kernel, self.scale, window=self.window, documents=documents)
+            return make_call(query, key, self.strategy, kernel, self.scale, window=self.window, documents=documents)
 
         return attend_once(query, key, value, context.kept, make_call)

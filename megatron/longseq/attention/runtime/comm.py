@@ -13,7 +13,7 @@ from megatron.longseq.distributed import Sent
 Message = tuple[int, Tensor]  # (index of the other rank in the group, contiguous tensor)
 
 
-class Pending(Protocol):
+class Work(Protocol):
     """Messages on their way."""
 
     def wait(self) -> None:
@@ -21,15 +21,15 @@ class Pending(Protocol):
         ...
 
 
-class Lane(Protocol):
+class P2PChannel(Protocol):
     """Point-to-point messages among the ranks of a ring; of one pair of ranks they arrive in the order of posting."""
 
-    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Work:
         """Start sending, and receiving into the tensors given; none of them is touched before `wait`."""
         ...
 
 
-class Exchange(Protocol):
+class GroupCollectives(Protocol):
     """Collectives among the ranks of a group."""
 
     def all_to_all(self, sent: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class _Works:
 
 
 @dataclass
-class GroupLane:
+class ProcessGroupP2P:
     """A lane over a process group of its own.
 
     Attributes:
@@ -69,8 +69,8 @@ class GroupLane:
     group: dist.ProcessGroup
     sent: Sent = field(default_factory=Sent)
 
-    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
-        """See `Lane.post`."""
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Work:
+        """See `P2PChannel.post`."""
         for _, tensor in sends:
             self.sent.count(tensor.nbytes)
         operations = [
@@ -83,7 +83,7 @@ class GroupLane:
 
 
 @dataclass
-class GroupExchange:
+class ProcessGroupCollectives:
     """Collectives over a process group.
 
     Attributes:
@@ -95,14 +95,14 @@ class GroupExchange:
     sent: Sent = field(default_factory=Sent)
 
     def all_to_all(self, sent: Tensor) -> Tensor:
-        """See `Exchange.all_to_all`."""
+        """See `GroupCollectives.all_to_all`."""
         self.sent.count(sent[1:].nbytes)
         came = torch.empty_like(sent)
         dist.all_to_all_single(came, sent, group=self.group)
         return came
 
     def all_gather(self, own: Tensor) -> Tensor:
-        """See `Exchange.all_gather`."""
+        """See `GroupCollectives.all_gather`."""
         size = self.group.size()
         self.sent.count(own.nbytes * (size - 1))
         gathered = own.new_empty(size * own.shape[0], *own.shape[1:])
@@ -110,5 +110,5 @@ class GroupExchange:
         return gathered.view(size, *own.shape)
 
     def reduce_scatter(self, parts: Tensor) -> Tensor:
-        """See `Exchange.reduce_scatter`; added in the order of ranks, so that a run can be repeated to the bit."""
+        """See `GroupCollectives.reduce_scatter`; added in the order of ranks, so that a run can be repeated to the bit."""
         return self.all_to_all(parts).sum(0)

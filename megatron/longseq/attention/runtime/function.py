@@ -18,16 +18,16 @@ from torch import Tensor
 from megatron.longseq.attention.kernels.base import Kernel
 from megatron.longseq.attention.plan.heads import Heads, check_heads
 from megatron.longseq.attention.plan.ring_tiles import Mask
-from megatron.longseq.attention.plan.tiles import Documents, Span
-from megatron.longseq.attention.runtime.kv_cache import Collect, PrefixStore, alone, differentiable
-from megatron.longseq.attention.runtime.ring import Pair
-from megatron.longseq.attention.runtime.strategies import Share, Spread
+from megatron.longseq.attention.plan.tiles import Documents, TokenRange
+from megatron.longseq.attention.runtime.kv_cache import SegmentGradAccumulator, SegmentKVCache, without_base, differentiable
+from megatron.longseq.attention.runtime.ring import KV
+from megatron.longseq.attention.runtime.strategies import CPCall, CPStrategy
 from megatron.longseq.attention.runtime.ulysses import Ulysses
 from megatron.longseq.segment import Segment
 
 
 @dataclass
-class Kept:
+class RecomputeCache:
     """Results of forwards that will be computed again.
 
     They lie with the function that runs twice, and nowhere else. Upstream keeps that function in a node of autograd:
@@ -39,23 +39,23 @@ class Kept:
 
     now: deque[Any] | None = field(default=None, init=False)
 
-    def with_results(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function with room for the results of its first run, which its second run takes."""
         results: deque[Any] = deque()
 
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
-            outer, self.now = self.now, results
+            outer, self.active = self.active, results
             try:
                 return function(*args, **kwargs)
             finally:
-                self.now = outer
+                self.active = outer
 
         return run
 
 
 @dataclass(frozen=True)
-class Call:
+class AttentionCall:
     """What is asked of one call, apart from its tensors.
 
     Attributes:
@@ -68,28 +68,28 @@ class Call:
     """
 
     exchange: Ulysses
-    share: Share
+    share: CPCall
     segment: Segment
     layer: int
-    store: PrefixStore | None
+    cache: SegmentKVCache | None
     documents: Documents | None
 
 
 Result = tuple[Tensor, Tensor]  # out before it is exchanged back, log-sum-exp
 
 
-def asked(  # noqa: PLR0913
+def make_call(  # noqa: PLR0913
     q: Tensor,
     k: Tensor,
-    spread: Spread,
+    strategy: CPStrategy,
     kernel: Kernel,
     scale: float,
     *,
     window: int | None = None,
     documents: Documents | None = None,
     layer: int = 0,
-    store: PrefixStore | None = None,
-) -> Call:
+    cache: SegmentKVCache | None = None,
+) -> AttentionCall:
     """Plan causal attention of this rank's tokens to the tokens of all ranks.
 
     Args:
@@ -108,8 +108,8 @@ def asked(  # noqa: PLR0913
         ValueError: shapes, heads or documents that do not fit.
         PrefixOrderError: no segment is current.
     """
-    ranks = spread.mesh.size
-    segment = store.announced(layer) if store is not None else Segment(0, 0, (q.shape[0] * ranks,))
+    ranks = strategy.mesh.size
+    segment = cache.current_segment(layer) if cache is not None else Segment(0, 0, (q.shape[0] * ranks,))
     if kernel.dropout:
         raise ValueError(f"layer {layer}: no dropout of attention weights over context-parallel ranks")
     if q.shape[0] * ranks != segment.tokens or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
@@ -118,19 +118,19 @@ def asked(  # noqa: PLR0913
             f"{segment.tokens} tokens on {ranks} context-parallel ranks"
         )
     heads = Heads(q.shape[2], k.shape[2])
-    check_heads(spread.mesh, heads)
-    share = spread.share(kernel, scale, segment, Mask(q.shape[1], window, documents))
-    return Call(spread.exchange(heads, segment), share, segment, layer, store, documents)
+    check_heads(strategy.mesh, heads)
+    share = strategy.share(kernel, scale, segment, Mask(q.shape[1], window, documents))
+    return AttentionCall(strategy.exchange(heads, segment), share, segment, layer, cache, documents)
 
 
-def context_attention(q: Tensor, k: Tensor, v: Tensor, call: Call, result: Result | None = None) -> Tensor:
-    """Return attention [n, b, hq * d], see `asked`.
+def context_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, result: Result | None = None) -> Tensor:
+    """Return attention [n, b, hq * d], see `make_call`.
 
     Args:
         q: [n, b, hq, d], rotary positions already applied.
         k, v: [n, b, hk, d].
         call: what is asked.
-        result: of `first_result`, when this forward is a repetition: attention itself is not computed again.
+        result: of `forward_for_recompute`, when this forward is a repetition: attention itself is not computed again.
 
     Raises:
         ValueError: values of another shape than keys.
@@ -141,11 +141,11 @@ def context_attention(q: Tensor, k: Tensor, v: Tensor, call: Call, result: Resul
             f"layer {call.layer}: values {tuple(v.shape)} beside keys {tuple(k.shape)}; over context-parallel ranks "
             "they travel together and have one shape"
         )
-    q, segment = differentiable(call.store, call.layer, call.segment, q, k, v)
+    q, segment = differentiable(call.cache, call.layer, call.segment, q, k, v)
     return ContextAttention.apply(q, k, v, replace(call, segment=segment), result)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def first_result(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Result]:
+def forward_for_recompute(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Result]:
     """As `context_attention` without autograd, for a forward that will be repeated: also return what to keep of it."""
     with torch.no_grad():
         heads, kv = call.exchange.scatter_heads(q, k, v)
@@ -153,17 +153,17 @@ def first_result(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, R
         return call.exchange.gather_outputs(result[0]).flatten(2), result
 
 
-def _keys(kv: Pair, call: Call) -> Pair:
+def _keys(kv: KV, call: AttentionCall) -> KV:
     """Return the keys and values that are seen from here; write the segment's own into the store."""
-    keys = call.share.collect(kv)
-    if call.store is None:
+    keys = call.share.gather_kv(kv)
+    if call.cache is None:
         return keys
     rows = _rows(call)
-    whole = call.store.write(call.layer, rows, *keys).seen(rows)
+    whole = call.cache.write(call.layer, rows, *keys).seen(rows)
     return whole[0], whole[1]
 
 
-def _rows(call: Call) -> Segment:
+def _rows(call: AttentionCall) -> Segment:
     """Return the call's segment in rows of the store."""
     return Segment(call.segment.microbatch, call.segment.index, call.share.segment.lengths, call.segment.forward_only)
 
@@ -174,56 +174,56 @@ class ContextAttention(torch.autograd.Function):
     clear_saved_tensors_on_access = True
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call, result: Result | None) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, result: Result | None) -> Tensor:
         """Exchange, attend, exchange back."""
         heads, kv = call.exchange.scatter_heads(q, k, v)
         out, lse = call.share.forward(heads, _keys(kv, call)) if result is None else result
         ctx.call = call
-        if call.store is None:
+        if call.cache is None:
             ctx.save_for_backward(heads, out, lse, *kv)
         elif call.segment.forward_only:
-            call.store.close(call.layer, call.segment)
+            call.cache.close(call.layer, call.segment)
         else:
             # Keys and values stand in the store: q must not keep the buffer alive in which all three came.
-            ctx.save_for_backward(alone(heads), out, lse)
+            ctx.save_for_backward(without_base(heads), out, lse)
         return call.exchange.gather_outputs(out).flatten(2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The same way back."""
-        call: Call = ctx.call
+        call: AttentionCall = ctx.call
         grad_out = call.exchange.scatter_gradient(grad.unflatten(2, (call.exchange.heads.query, -1)))
         # What is no longer needed is let go at once: the exchange that follows needs as much again.
         saved = list(ctx.saved_tensors)
-        if call.store is None:
+        if call.cache is None:
             dq, grads = _without_store(call, saved, grad_out)
         else:
-            dq, grads = _with_store(call, call.store, saved, grad_out)
+            dq, grads = _with_store(call, call.cache, saved, grad_out)
         del grad_out
-        three = [dq, *call.share.distribute(grads)]
+        three = [dq, *call.share.reduce_kv_grads(grads)]
         del dq, grads
         return *call.exchange.gather_gradients(three), None, None
 
 
-def _without_store(call: Call, saved: list[Tensor], grad_out: Tensor) -> tuple[Tensor, Pair]:
+def _without_store(call: AttentionCall, saved: list[Tensor], grad_out: Tensor) -> tuple[Tensor, KV]:
     """Return dq and the gradients of keys and values; empties what was saved."""
     heads, out, lse, k, v = saved
     saved.clear()
-    return call.share.backward((heads, call.share.collect((k, v)), out, lse), grad_out)
+    return call.share.backward((heads, call.share.gather_kv((k, v)), out, lse), grad_out)
 
 
-def _with_store(call: Call, store: PrefixStore, saved: list[Tensor], grad_out: Tensor) -> tuple[Tensor, Pair]:
+def _with_store(call: AttentionCall, cache: SegmentKVCache, saved: list[Tensor], grad_out: Tensor) -> tuple[Tensor, KV]:
     """Leave earlier segments their gradients in the store; return dq and the gradients of the segment's own rows."""
     rows = _rows(call)
-    slot = store.read(call.layer, rows)
+    slot = cache.read(call.layer, rows)
     q, out, lse = saved
     saved.clear()
     k, v = slot.seen(rows)
     dq, (dk, dv) = call.share.backward((q, (k, v), out, lse), grad_out)
-    collect = Collect(slot, rows)
-    collect(Span(0, dk.shape[1]), Span(0, rows.end), dk, dv)
+    collect = SegmentGradAccumulator(slot, rows)
+    collect(TokenRange(0, dk.shape[1]), TokenRange(0, rows.end), dk, dv)
     own_k, own_v = collect.own()
-    store.count(slot)
-    store.close(call.layer, rows)
+    cache.count(slot)
+    cache.close(call.layer, rows)
     return dq, (own_k, own_v)

@@ -11,17 +11,17 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from megatron.longseq.attention.plan.tiles import Span
-from megatron.longseq.attention.runtime.merge import accumulation
+from megatron.longseq.attention.plan.tiles import TokenRange
+from megatron.longseq.attention.runtime.merge import accumulation_dtype
 from megatron.longseq.segment import Segment
 
 
-class PrefixOrderError(RuntimeError):
+class SegmentOrderError(RuntimeError):
     """A segment came out of order, or without being announced."""
 
 
 @dataclass(slots=True)
-class Slot:
+class LayerCache:
     """What one layer keeps of one micro-batch.
 
     Attributes:
@@ -55,20 +55,20 @@ class Slot:
         parts = self.parts[: segment.index + 1]
         return parts[0] if len(parts) == 1 else tuple(torch.cat(rows) for rows in zip(*parts, strict=True))
 
-    def add(self, batch: Span, keys: Span, grads: Sequence[Tensor]) -> None:
+    def add(self, batch: TokenRange, keys: TokenRange, grads: Sequence[Tensor]) -> None:
         """Add gradients of some sequences' keys (and values) to what their segments are left."""
         begin = 0
         for index, length in enumerate(self.lengths):
-            rows = Span(max(keys.begin, begin) - begin, min(keys.end, begin + length) - begin)
+            rows = TokenRange(max(keys.begin, begin) - begin, min(keys.end, begin + length) - begin)
             if rows.size > 0 and index >= self.frozen:
                 first = begin + rows.begin - keys.begin
                 self._add(index, batch, rows, [grad[first : first + rows.size] for grad in grads])
             begin += length
 
-    def _add(self, index: int, batch: Span, rows: Span, grads: Sequence[Tensor]) -> None:
+    def _add(self, index: int, batch: TokenRange, rows: TokenRange, grads: Sequence[Tensor]) -> None:
         if index not in self.grads:
             part = self.parts[index]
-            totals = tuple(torch.empty_like(x, dtype=accumulation(x.dtype)) for x in part)
+            totals = tuple(torch.empty_like(x, dtype=accumulation_dtype(x.dtype)) for x in part)
             self.grads[index] = totals
             if all(total.shape == grad.shape for total, grad in zip(totals, grads, strict=True)):
                 for total, grad in zip(totals, grads, strict=True):
@@ -85,21 +85,21 @@ class Slot:
         return sum(x.nbytes for tensors in held for x in tensors)
 
 
-class Collect:
+class SegmentGradAccumulator:
     """Sums a segment's dk and dv over its blocks: those of earlier segments in the slot, the segment's own aside."""
 
-    def __init__(self, slot: Slot, segment: Segment) -> None:
+    def __init__(self, slot: LayerCache, segment: Segment) -> None:
         self._slot, self._segment = slot, segment
         self._own: tuple[Tensor, ...] | None = slot.grads.get(segment.index)
 
-    def __call__(self, batch: Span, keys: Span, dk: Tensor, dv: Tensor) -> None:
+    def __call__(self, batch: TokenRange, keys: TokenRange, dk: Tensor, dv: Tensor) -> None:
         """Take a block's gradients [keys, sequences, ...]."""
         border = self._segment.begin
         before = max(0, min(border, keys.end) - keys.begin)
         if before:
-            self._slot.add(batch, Span(keys.begin, keys.begin + before), (dk[:before], dv[:before]))
+            self._slot.add(batch, TokenRange(keys.begin, keys.begin + before), (dk[:before], dv[:before]))
         if before < keys.size:
-            rows = Span(keys.begin + before - border, keys.end - border)
+            rows = TokenRange(keys.begin + before - border, keys.end - border)
             self._add_own(batch, rows, (dk[before:], dv[before:]))
 
     def own(self) -> tuple[Tensor, ...]:
@@ -108,24 +108,24 @@ class Collect:
             self._own = self._zeros()
         return self._own
 
-    def _add_own(self, batch: Span, rows: Span, grads: tuple[Tensor, ...]) -> None:
+    def _add_own(self, batch: TokenRange, rows: TokenRange, grads: tuple[Tensor, ...]) -> None:
         part = self._slot.parts[self._segment.index]
         if self._own is None and all(x.shape == grad.shape for x, grad in zip(part, grads, strict=True)):
-            self._own = tuple(alone(grad) for grad in grads)  # added to further, it is taken over below
+            self._own = tuple(without_base(grad) for grad in grads)  # added to further, it is taken over below
             return
         if self._own is None:
             self._own = self._zeros()
-        wide = tuple(x if x.dtype == accumulation(x.dtype) else x.to(accumulation(x.dtype)) for x in self._own)
+        wide = tuple(x if x.dtype == accumulation_dtype(x.dtype) else x.to(accumulation_dtype(x.dtype)) for x in self._own)
         for total, grad in zip(wide, grads, strict=True):
             total[rows.slice(), batch.slice()].add_(grad)
         self._own = wide
 
     def _zeros(self) -> tuple[Tensor, ...]:
         part = self._slot.parts[self._segment.index]
-        return tuple(torch.zeros_like(x, dtype=accumulation(x.dtype)) for x in part)
+        return tuple(torch.zeros_like(x, dtype=accumulation_dtype(x.dtype)) for x in part)
 
 
-class PrefixStore:
+class SegmentKVCache:
     """Slots of (layer, micro-batch), from the forward of the first segment to its backward (in a forward-only pass, to
     the forward of the last segment).
 
@@ -139,23 +139,23 @@ class PrefixStore:
     def __init__(self) -> None:
         self.current: Segment | None = None
         self.peak_bytes = 0
-        self._slots: dict[tuple[int, int], Slot] = {}
+        self._slots: dict[tuple[int, int], LayerCache] = {}
         self._bytes = 0
 
-    def announced(self, layer: int) -> Segment:
+    def current_segment(self, layer: int) -> Segment:
         """Return the current segment.
 
         Raises:
             PrefixOrderError: none was announced.
         """
         if self.current is None:
-            raise PrefixOrderError(
+            raise SegmentOrderError(
                 f"layer {layer}: attention runs, but no segment is current; set store.current before every forward and "
                 "every backward of a segment"
             )
         return self.current
 
-    def write(self, layer: int, segment: Segment, *tensors: Tensor) -> Slot:
+    def write(self, layer: int, segment: Segment, *tensors: Tensor) -> LayerCache:
         """Write a segment's keys and values [n, ...]; again and alike where a backward recomputes them.
 
         Raises:
@@ -165,7 +165,7 @@ class PrefixStore:
         slot = self._slots.get((layer, segment.microbatch)) or self._open(layer, segment)
         recomputed = slot.written == segment.count and segment.index == slot.next_backward and not segment.forward_only
         if segment.lengths != slot.lengths or not (segment.index == slot.written or recomputed):
-            raise PrefixOrderError(f"layer {layer}, {segment}: forward out of order; {_state(slot)}")
+            raise SegmentOrderError(f"layer {layer}, {segment}: forward out of order; {_state(slot)}")
         like = slot.parts[0] if slot.parts else tensors
         for first, new in zip(like, tensors, strict=True):
             expected = (segment.tokens, *first.shape[1:])
@@ -175,12 +175,12 @@ class PrefixStore:
                     f"{first.dtype} {expected}: {segment.tokens} tokens of the segment's {segment.lengths}"
                 )
         if not recomputed:
-            slot.parts.append(tuple(alone(x.detach()).contiguous() for x in tensors))
+            slot.parts.append(tuple(without_base(x.detach()).contiguous() for x in tensors))
             slot.written += 1
             self.count(slot)
         return slot
 
-    def read(self, layer: int, segment: Segment) -> Slot:
+    def read(self, layer: int, segment: Segment) -> LayerCache:
         """Return the slot for the backward of a segment.
 
         Raises:
@@ -188,12 +188,12 @@ class PrefixStore:
         """
         slot = self._slots.get((layer, segment.microbatch))
         if slot is None:
-            raise PrefixOrderError(f"layer {layer}, {segment}: backward, but nothing is kept of this micro-batch")
-        current = self.announced(layer)
+            raise SegmentOrderError(f"layer {layer}, {segment}: backward, but nothing is kept of this micro-batch")
+        current = self.current_segment(layer)
         if (current.microbatch, current.index) != (segment.microbatch, segment.index):
-            raise PrefixOrderError(f"layer {layer}, {segment}: backward, but the current segment is {self.current}")
+            raise SegmentOrderError(f"layer {layer}, {segment}: backward, but the current segment is {self.current}")
         if slot.written != segment.count or segment.index != slot.next_backward:
-            raise PrefixOrderError(f"layer {layer}, {segment}: backward out of order; {_state(slot)}")
+            raise SegmentOrderError(f"layer {layer}, {segment}: backward out of order; {_state(slot)}")
         return slot
 
     def awaits(self, layer: int, microbatch: int) -> bool:
@@ -216,7 +216,7 @@ class PrefixStore:
         if slot.left == 0:
             self._free(layer, segment.microbatch)
 
-    def count(self, slot: Slot) -> None:
+    def count(self, slot: LayerCache) -> None:
         """Count what a slot holds now."""
         held = slot.bytes()
         self._bytes += held - slot.counted
@@ -247,7 +247,7 @@ class PrefixStore:
         if self._slots:
             left = [f"layer {layer}, micro-batch {mb}: {_state(slot)}" for (layer, mb), slot in self._slots.items()]
             shown = "; ".join(left[:8]) + (f"; and {len(left) - 8} more" if len(left) > 8 else "")
-            raise PrefixOrderError(f"keys and values of earlier segments are left at the end of the step: {shown}")
+            raise SegmentOrderError(f"keys and values of earlier segments are left at the end of the step: {shown}")
 
     def reset(self) -> None:
         """Forget every slot, after a step that did not end."""
@@ -255,17 +255,17 @@ class PrefixStore:
             self._free(layer, microbatch)
         self.current = None
 
-    def _open(self, layer: int, segment: Segment) -> Slot:
+    def _open(self, layer: int, segment: Segment) -> LayerCache:
         if segment.index:
-            raise PrefixOrderError(f"layer {layer}, {segment}: forward, but segment 0 of this micro-batch never came")
-        slot = self._slots[layer, segment.microbatch] = Slot(segment.lengths)
+            raise SegmentOrderError(f"layer {layer}, {segment}: forward, but segment 0 of this micro-batch never came")
+        slot = self._slots[layer, segment.microbatch] = LayerCache(segment.lengths)
         return slot
 
     def _free(self, layer: int, microbatch: int) -> None:
         self._bytes -= self._slots.pop((layer, microbatch)).counted
 
 
-def awaits_backward(*inputs: Tensor) -> bool:
+def may_need_backward(*inputs: Tensor) -> bool:
     """Return whether a backward of these inputs may follow: outside of autograd, as in the first forward of what is
     computed again, that is not known.
     """
@@ -273,7 +273,7 @@ def awaits_backward(*inputs: Tensor) -> bool:
 
 
 def differentiable(
-    store: PrefixStore | None, layer: int, segment: Segment, q: Tensor, k: Tensor, v: Tensor
+    cache: SegmentKVCache | None, layer: int, segment: Segment, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Segment]:
     """Return the queries and the segment of an attention, made such that autograd runs its backward if one is needed.
 
@@ -281,19 +281,19 @@ def differentiable(
     of a sequence alone (a prompt). Autograd does not see those keys, so the queries then stand for them. Where neither
     needs a gradient the segment is forward-only.
     """
-    if segment.forward_only or awaits_backward(q, k, v):
+    if segment.forward_only or may_need_backward(q, k, v):
         return q, segment
-    if store is not None and store.awaits(layer, segment.microbatch):
+    if cache is not None and cache.awaits(layer, segment.microbatch):
         return q.detach().requires_grad_(), segment
     return q, replace(segment, forward_only=True)
 
 
-def alone(x: Tensor) -> Tensor:
+def without_base(x: Tensor) -> Tensor:
     """Return a tensor that keeps no larger storage alive than its own: a slice of a fused projection is copied."""
     return x if x.untyped_storage().nbytes() == x.nbytes else x.clone(memory_format=torch.contiguous_format)
 
 
-def _state(slot: Slot) -> str:
+def _state(slot: LayerCache) -> str:
     """Say how far a slot is."""
     count = len(slot.lengths)
     if slot.written < count:

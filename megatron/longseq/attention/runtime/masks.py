@@ -9,11 +9,11 @@ from torch import Tensor
 
 from megatron.longseq.attention.plan.layout import Layout
 from megatron.longseq.attention.plan.tiles import Documents
-from megatron.longseq.attention.runtime.comm import Exchange
-from megatron.longseq.attention.runtime.packed_documents import NOT_DOCUMENTS, RULE, packed, read_rows
+from megatron.longseq.attention.runtime.comm import GroupCollectives
+from megatron.longseq.attention.runtime.packed_documents import NOT_DOCUMENTS, RULE, packed, read_document_starts
 
 
-def whole_starts(mask: Tensor, layout: Layout, rank: int, exchange: Exchange) -> Tensor:
+def gather_document_starts(mask: Tensor, layout: Layout, rank: int, exchange: GroupCollectives) -> Tensor:
     """Return the position at which every token's document starts, [b, sequence], int32; every rank calls it.
 
     Args:
@@ -33,7 +33,7 @@ def whole_starts(mask: Tensor, layout: Layout, rank: int, exchange: Exchange) ->
         )
     starts, row = [], 0
     for span in _spans(layout, rank):
-        starts.append(read_rows(mask[:, :, row : row + span.size], span.begin))
+        starts.append(read_document_starts(mask[:, :, row : row + span.size], span.begin))
         row += span.size
     # Rows that are wrong travel, too: an error of one rank alone would leave the others in the collective.
     gathered = exchange.all_gather(torch.cat(starts, dim=1).to(torch.int32).contiguous())
@@ -53,7 +53,7 @@ def _spans(layout: Layout, rank: int) -> list:
     return [span for segment in range(len(layout.lengths)) for span in layout.positions(rank, segment)]
 
 
-def for_batch(starts: Tensor, batch: int) -> Tensor:
+def expand_to_batch(starts: Tensor, batch: int) -> Tensor:
     """Return the starts of every sequence of a batch, [batch, sequence]; a mask of one sequence is that of all.
 
     Raises:
@@ -78,7 +78,7 @@ class MaskReader:
         stages: pipeline stages, virtual ones included. Upstream gives those between the first and the last no batch.
     """
 
-    exchange: Exchange
+    exchange: GroupCollectives
     rank: int
     needs_mask: bool = False
     stages: int = 1
@@ -91,7 +91,7 @@ class MaskReader:
         """Return the documents of a micro-batch; None: every sequence is one. All context-parallel ranks call it.
 
         Args:
-            mask: rows of this rank, see `whole_starts`; None: causal attention to the whole sequence.
+            mask: rows of this rank, see `gather_document_starts`; None: causal attention to the whole sequence.
             layout: of the tokens.
             batch: sequences of the micro-batch.
             layer: who asks.
@@ -110,8 +110,8 @@ class MaskReader:
         version = 0 if mask.is_inference() else mask._version
         if self._last is None or self._last() is not mask or version != self._version or layer in self._served:
             self._served.clear()
-            starts = whole_starts(mask, layout, self.rank, self.exchange)
-            self._documents = self._checked(packed(for_batch(starts, batch)))
+            starts = gather_document_starts(mask, layout, self.rank, self.exchange)
+            self._documents = self._checked(packed(expand_to_batch(starts, batch)))
             self._last, self._version = weakref.ref(mask), version
         self._served.add(layer)
         return self._documents

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron.longseq.attention.plan.tiles import Documents, Run
+from megatron.longseq.attention.plan.tiles import Documents, DocumentSpan
 
 STRIP_ELEMENTS = 2**24  # of a mask that are compared at once: bounds the memory that reading takes
 
@@ -22,7 +22,7 @@ def document_starts(attention_mask: Tensor, begin: int = 0) -> Tensor:
     Raises:
         ValueError: the mask is not that of causal attention inside documents that follow one another; says where.
     """
-    starts = read_rows(attention_mask, begin)
+    starts = read_document_starts(attention_mask, begin)
     if (starts < 0).any():
         sequence, row = (int(at[0]) for at in torch.nonzero(starts < 0, as_tuple=True))
         seen = ~attention_mask[sequence, 0, row]
@@ -34,7 +34,7 @@ def document_starts(attention_mask: Tensor, begin: int = 0) -> Tensor:
     return starts
 
 
-def read_rows(attention_mask: Tensor, begin: int = 0) -> Tensor:
+def read_document_starts(attention_mask: Tensor, begin: int = 0) -> Tensor:
     """As `document_starts`, but -1 in rows that are not those of documents; does not wait for the device.
 
     Raises:
@@ -69,13 +69,13 @@ def packed(starts: Tensor) -> Documents | None:
     """Return the documents of whole sequences; None: each of them is one. Waits for the device.
 
     Raises:
-        ValueError: see `documents_of`.
+        ValueError: see `documents_from_starts`.
     """
-    documents = documents_of(starts)
+    documents = documents_from_starts(starts)
     return documents if any(len(runs) > 1 for runs in documents.runs) else None
 
 
-def documents_of(starts: Tensor, begin: int = 0) -> Documents:
+def documents_from_starts(starts: Tensor, begin: int = 0) -> Documents:
     """Return the documents of the positions from `begin` on; waits for the device, so once a micro-batch.
 
     Args:
@@ -90,5 +90,5 @@ def documents_of(starts: Tensor, begin: int = 0) -> Documents:
         values, sizes = torch.unique_consecutive(row, return_counts=True)
         ends = (begin + sizes.cumsum(0)).tolist()
         runs = zip([begin, *ends[:-1]], ends, values.tolist(), strict=True)
-        sequences.append(tuple(Run(*run) for run in runs))
+        sequences.append(tuple(DocumentSpan(*run) for run in runs))
     return Documents(tuple(sequences))

@@ -6,17 +6,17 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron.longseq.attention.plan.comm_type import Way
+from megatron.longseq.attention.plan.comm_type import CommType
 from megatron.longseq.attention.plan.layout import Mesh
-from megatron.longseq.attention.runtime.comm import GroupExchange, GroupLane
-from megatron.longseq.attention.runtime.ring import RingLanes
-from megatron.longseq.attention.runtime.strategies import Spread
+from megatron.longseq.attention.runtime.comm import ProcessGroupCollectives, ProcessGroupP2P
+from megatron.longseq.attention.runtime.ring import RingChannels
+from megatron.longseq.attention.runtime.strategies import CPStrategy
 from megatron.longseq.distributed import everyones, options_like
 
-LANES = ("keys", "grads", "far_keys", "far_grads")
+CHANNELS = ("keys", "grads", "far_keys", "far_grads")
 
 
-def reordered(group: dist.ProcessGroup, mesh: Mesh, timeout: timedelta | None = None) -> dist.ProcessGroup:
+def reorder_context_group(group: dist.ProcessGroup, mesh: Mesh, timeout: timedelta | None = None) -> dist.ProcessGroup:
     """Return the context-parallel group once more, its ranks in the mesh's order (`Mesh.ordered`).
 
     Every rank of the job calls this at the same time. Data and rotary positions are cut by the rank in this group.
@@ -32,9 +32,9 @@ def reordered(group: dist.ProcessGroup, mesh: Mesh, timeout: timedelta | None = 
     return made
 
 
-def open_spreads(
-    group: dist.ProcessGroup, ways: Mapping[str, Way], window: int | None, timeout: timedelta | None = None
-) -> dict[str, Spread]:
+def open_strategies(
+    group: dist.ProcessGroup, comm_types: Mapping[str, CommType], window: int | None, timeout: timedelta | None = None
+) -> dict[str, CPStrategy]:
     """Make the communicators of all context-parallel groups; every rank of the job calls this at the same time.
 
     Args:
@@ -48,9 +48,9 @@ def open_spreads(
     """
     mine, is_gloo = tuple(dist.get_process_group_ranks(group)), dist.get_backend(group) == "gloo"
     rank, lists = group.rank(), everyones(mine)
-    spreads: dict[str, Spread] = {}
-    made: dict[tuple[int, int], Spread] = {}
-    for name, way in ways.items():
+    strategies: dict[str, CPStrategy] = {}
+    made: dict[tuple[int, int], CPStrategy] = {}
+    for name, way in comm_types.items():
         mesh = way.mesh
         key = (mesh.ulysses, mesh.ring)
         if key not in made:
@@ -58,14 +58,14 @@ def open_spreads(
             exchanges = _make([g for ranks in lists for g in _ulysses(mesh, ranks)], ("all",), group, timeout)
             rings = [g for ranks in lists for g in _rings(mesh, ranks)]
             # One communicator keeps the order of posting. On a GPU that would make keys wait for gradients.
-            lanes = _make(rings, ("keys",) if is_gloo else LANES, group, timeout)
+            channels = _make(rings, ("keys",) if is_gloo else CHANNELS, group, timeout)
             assert mine[rank] == dist.get_rank(), place
-            ring = RingLanes(*(GroupLane(lanes.get(lane, lanes["keys"])) for lane in LANES))
-            ulysses = GroupExchange(exchanges["all"]) if mesh.ulysses > 1 else None
-            made[key] = Spread(mesh, rank, ulysses, ring, GroupExchange(lanes["keys"]))
+            ring = RingChannels(*(ProcessGroupP2P(channels.get(lane, channels["keys"])) for lane in CHANNELS))
+            ulysses = ProcessGroupCollectives(exchanges["all"]) if mesh.ulysses > 1 else None
+            made[key] = CPStrategy(mesh, rank, ulysses, ring, ProcessGroupCollectives(channels["keys"]))
         plain = made[key]
-        spreads[name] = Spread(mesh, rank, plain.ulysses, plain.ring, plain.gather if way.gathers else None, window)
-    return spreads
+        strategies[name] = CPStrategy(mesh, rank, plain.ulysses, plain.ring, plain.gather if way.gathers else None, window)
+    return strategies
 
 
 def _ulysses(mesh: Mesh, ranks: Sequence[int]) -> list[tuple[int, ...]]:

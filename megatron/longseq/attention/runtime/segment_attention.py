@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from megatron.longseq.attention.kernels.base import Kernel
-from megatron.longseq.attention.plan.tiles import Documents, Span, Tile, plan_causal
-from megatron.longseq.attention.runtime.kv_cache import Collect, PrefixStore, alone, differentiable
-from megatron.longseq.attention.runtime.tiled import attend, attend_backward
+from megatron.longseq.attention.plan.tiles import Documents, TokenRange, Tile, plan_causal
+from megatron.longseq.attention.runtime.kv_cache import SegmentGradAccumulator, SegmentKVCache, without_base, differentiable
+from megatron.longseq.attention.runtime.tiled import tiled_forward, tiled_backward
 from megatron.longseq.segment import Segment
 
 Fork = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
+class _SegmentCall:
     """What a segment's attention is asked, apart from its tensors."""
 
-    store: PrefixStore
+    cache: SegmentKVCache
     layer: int
     segment: Segment
     kernel: Kernel
@@ -40,7 +40,7 @@ def segment_attention(  # noqa: PLR0913
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    store: PrefixStore,
+    cache: SegmentKVCache,
     layer: int,
     kernel: Kernel,
     scale: float,
@@ -68,53 +68,53 @@ def segment_attention(  # noqa: PLR0913
             last to the first.
         ValueError: shapes that do not fit the segment, documents of other positions.
     """
-    segment = store.announced(layer)
+    segment = cache.current_segment(layer)
     if q.shape[0] != segment.tokens:
         raise ValueError(f"layer {layer}, {segment}: {q.shape[0]} queries for {segment.tokens} of {segment.lengths}")
-    q, segment = differentiable(store, layer, segment, q, k, v)
+    q, segment = differentiable(cache, layer, segment, q, k, v)
     tiles = plan_causal(
-        Span(segment.begin, segment.end),
+        TokenRange(segment.begin, segment.end),
         q.shape[1],
         rectangular=kernel.rectangular,
         window=window,
         documents=documents,
     )
-    return PrefixAttention.apply(q, k, v, _Call(store, layer, segment, kernel, scale, tiles, fork))
+    return SegmentAttention.apply(q, k, v, _SegmentCall(cache, layer, segment, kernel, scale, tiles, fork))
 
 
-class PrefixAttention(torch.autograd.Function):
+class SegmentAttention(torch.autograd.Function):
     """See `segment_attention`."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: _Call) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: _SegmentCall) -> Tensor:
         """Write the segment's keys and values, attend to all up to its end."""
-        slot = call.store.write(call.layer, call.segment, k, v)
+        slot = call.cache.write(call.layer, call.segment, k, v)
         ctx.call = call
         with call.fork() if call.kernel.dropout else nullcontext():
             ctx.generator = _generator_state(q) if call.kernel.dropout else None
             k, v = slot.seen(call.segment)
-            out, lse = attend(call.kernel, q, k, v, call.tiles, call.scale)
+            out, lse = tiled_forward(call.kernel, q, k, v, call.tiles, call.scale)
         if call.segment.forward_only:
-            call.store.close(call.layer, call.segment)
+            call.cache.close(call.layer, call.segment)
         else:
-            ctx.save_for_backward(alone(q), out, lse)
+            ctx.save_for_backward(without_base(q), out, lse)
         return out.flatten(2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """Leave earlier segments their gradients, return this one's."""
-        call: _Call = ctx.call
+        call: _SegmentCall = ctx.call
         q, out, lse = ctx.saved_tensors
-        slot = call.store.read(call.layer, call.segment)
-        collect = Collect(slot, call.segment)
+        slot = call.cache.read(call.layer, call.segment)
+        collect = SegmentGradAccumulator(slot, call.segment)
         with _replayed(q, ctx.generator):
             k, v = slot.seen(call.segment)
-            dq = attend_backward(call.kernel, (q, k, v, out, lse), grad.view_as(out), call.tiles, call.scale, collect)
+            dq = tiled_backward(call.kernel, (q, k, v, out, lse), grad.view_as(out), call.tiles, call.scale, collect)
         assert dq is not None, "a segment has rows"
         dk, dv = collect.own()
-        call.store.count(slot)
-        call.store.close(call.layer, call.segment)
+        call.cache.count(slot)
+        call.cache.close(call.layer, call.segment)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None
 
 

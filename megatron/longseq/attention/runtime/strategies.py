@@ -1,6 +1,6 @@
 """How one layer's attention is spread over context-parallel ranks, and the part of it behind the all-to-all.
 
-A `Spread` belongs to a layer; a `Share` is it for the tokens of one call: this rank's queries, and everyone's keys.
+A `CPStrategy` belongs to a layer; a `CPCall` is it for the tokens of one call: this rank's queries, and everyone's keys.
 """
 
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from torch import Tensor
 from megatron.longseq.attention.kernels.base import Kernel
 from megatron.longseq.attention.plan.heads import Heads
 from megatron.longseq.attention.plan.layout import Layout, Mesh
-from megatron.longseq.attention.plan.ring_schedule import Ring, Step, plan_gathered, plan_ring
+from megatron.longseq.attention.plan.ring_schedule import Ring, RingStep, plan_all_gather, plan_ring_attention
 from megatron.longseq.attention.plan.ring_tiles import Mask
-from megatron.longseq.attention.plan.tiles import Span, Tile
-from megatron.longseq.attention.runtime.comm import Exchange
-from megatron.longseq.attention.runtime.ring import Pair, RingLanes, Saved, Total, ring_backward, ring_forward
-from megatron.longseq.attention.runtime.tiled import attend, attend_backward
+from megatron.longseq.attention.plan.tiles import TokenRange, Tile
+from megatron.longseq.attention.runtime.comm import GroupCollectives
+from megatron.longseq.attention.runtime.ring import KV, RingChannels, Saved, GradAccumulator, ring_backward, ring_forward
+from megatron.longseq.attention.runtime.tiled import tiled_forward, tiled_backward
 from megatron.longseq.attention.runtime.ulysses import Ulysses
 from megatron.longseq.segment import Segment
 
 
 @dataclass(frozen=True)
-class Spread:
+class CPStrategy:
     """Where a layer's attention is computed.
 
     Attributes:
@@ -37,25 +37,25 @@ class Spread:
 
     mesh: Mesh
     rank: int
-    ulysses: Exchange | None = None
-    ring: RingLanes | None = None
-    gather: Exchange | None = None
+    ulysses: GroupCollectives | None = None
+    ring: RingChannels | None = None
+    gather: GroupCollectives | None = None
     window: int | None = None
 
     def exchange(self, heads: Heads, segment: Segment) -> Ulysses:
         """Return the all-to-alls of a segment's tokens."""
-        arrivals = Layout(self.mesh, segment.lengths).arrivals(range(segment.index, segment.index + 1))
-        return Ulysses(self.mesh.ulysses, heads, arrivals, self.ulysses)
+        received_rows = Layout(self.mesh, segment.lengths).received_rows(range(segment.index, segment.index + 1))
+        return Ulysses(self.mesh.ulysses, heads, received_rows, self.ulysses)
 
     def share(self, kernel: Kernel, scale: float, segment: Segment, mask: Mask) -> "Share":
         """Return how a segment's queries attend to the keys up to its end."""
         layout, place = Layout(self.mesh, segment.lengths), self.mesh.place(self.rank)
         own, seen = range(segment.index, segment.index + 1), range(segment.index + 1)
         if self.gather is not None:
-            tiles = plan_gathered(layout, place.ring, own, mask, rectangular=kernel.rectangular)
-            return GatheredShare(kernel, scale, tiles, self.gather, layout, segment.index, place.ring)
+            tiles = plan_all_gather(layout, place.ring, own, mask, rectangular=kernel.rectangular)
+            return AllGatherCall(kernel, scale, tiles, self.gather, layout, segment.index, place.ring)
         assert self.ring is not None, "a ring has lanes, if only among one rank"
-        steps = plan_ring(
+        steps = plan_ring_attention(
             Ring(self.mesh.ring, self.window or self.mesh.ring),
             layout.shards(own),
             layout.shards(seen),
@@ -63,10 +63,10 @@ class Spread:
             place.ring,
             rectangular=kernel.rectangular,
         )
-        return RingShare(kernel, scale, steps, self.ring, segment.shared(self.mesh.ring))
+        return RingCall(kernel, scale, steps, self.ring, segment.per_rank(self.mesh.ring))
 
 
-class Share(Protocol):
+class CPCall(Protocol):
     """One call's attention over a ring."""
 
     @property
@@ -74,93 +74,93 @@ class Share(Protocol):
         """The segment, in the rows that a store keeps of it."""
         ...
 
-    def collect(self, kv: Pair) -> Pair:
+    def gather_kv(self, kv: KV) -> KV:
         """Return what is kept of a segment's keys and values [n, b, hk, d] for it and for later segments."""
         ...
 
-    def forward(self, q: Tensor, keys: Pair) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, keys: KV) -> tuple[Tensor, Tensor]:
         """Return (out, lse); `keys`: what was collected up to this segment's end."""
         ...
 
-    def backward(self, saved: Saved, grad_out: Tensor) -> tuple[Tensor, Pair]:
+    def backward(self, saved: Saved, grad_out: Tensor) -> tuple[Tensor, KV]:
         """Return dq and the gradients of `keys`, in the accumulation type."""
         ...
 
-    def distribute(self, grads: Pair) -> Pair:
+    def reduce_kv_grads(self, grads: KV) -> KV:
         """Return the gradient of `collect`: a segment's rows to the rank's own."""
         ...
 
 
 @dataclass(frozen=True)
-class RingShare:
+class RingCall:
     """Keys go round."""
 
     kernel: Kernel
     scale: float
-    steps: tuple[Step, ...]
-    lanes: RingLanes
+    steps: tuple[RingStep, ...]
+    channels: RingChannels
     segment: Segment
 
-    def collect(self, kv: Pair) -> Pair:
-        """See `Share.collect`: the rank's own."""
+    def gather_kv(self, kv: KV) -> KV:
+        """See `CPCall.collect`: the rank's own."""
         return kv
 
-    def forward(self, q: Tensor, keys: Pair) -> tuple[Tensor, Tensor]:
-        """See `Share.forward`."""
-        return ring_forward(self.kernel, q, keys, self.steps, self.lanes, self.scale)
+    def forward(self, q: Tensor, keys: KV) -> tuple[Tensor, Tensor]:
+        """See `CPCall.forward`."""
+        return ring_forward(self.kernel, q, keys, self.steps, self.channels, self.scale)
 
-    def backward(self, saved: Saved, grad_out: Tensor) -> tuple[Tensor, Pair]:
-        """See `Share.backward`."""
-        return ring_backward(self.kernel, saved, grad_out, self.steps, self.lanes, self.scale)
+    def backward(self, saved: Saved, grad_out: Tensor) -> tuple[Tensor, KV]:
+        """See `CPCall.backward`."""
+        return ring_backward(self.kernel, saved, grad_out, self.steps, self.channels, self.scale)
 
-    def distribute(self, grads: Pair) -> Pair:
-        """See `Share.distribute`: they have come home already."""
+    def reduce_kv_grads(self, grads: KV) -> KV:
+        """See `CPCall.distribute`: they have come home already."""
         return grads
 
 
 @dataclass(frozen=True)
-class GatheredShare:
+class AllGatherCall:
     """Every rank gathers all keys, by position; gradients are scattered back, summed in the order of ranks."""
 
     kernel: Kernel
     scale: float
     tiles: tuple[Tile, ...]
-    exchange: Exchange
+    exchange: GroupCollectives
     layout: Layout
     index: int
     ring: int
 
     @property
     def segment(self) -> Segment:
-        """See `Share`."""
+        """See `CPCall`."""
         return Segment(0, self.index, self.layout.lengths)
 
-    def collect(self, kv: Pair) -> Pair:
-        """See `Share.collect`: everyone's, by position."""
+    def gather_kv(self, kv: KV) -> KV:
+        """See `CPCall.collect`: everyone's, by position."""
         came = self.exchange.all_gather(torch.stack(kv, dim=1))
-        order = self.layout.gathered(range(self.index, self.index + 1))
+        order = self.layout.all_gather_order(range(self.index, self.index + 1))
         keys, values = (torch.cat([came[source, rows.slice(), which] for source, rows in order]) for which in (0, 1))
         return keys, values
 
-    def forward(self, q: Tensor, keys: Pair) -> tuple[Tensor, Tensor]:
-        """See `Share.forward`."""
-        return attend(self.kernel, q, *keys, self.tiles, self.scale)
+    def forward(self, q: Tensor, keys: KV) -> tuple[Tensor, Tensor]:
+        """See `CPCall.forward`."""
+        return tiled_forward(self.kernel, q, *keys, self.tiles, self.scale)
 
-    def backward(self, saved: Saved, grad_out: Tensor) -> tuple[Tensor, Pair]:
-        """See `Share.backward`."""
+    def backward(self, saved: Saved, grad_out: Tensor) -> tuple[Tensor, KV]:
+        """See `CPCall.backward`."""
         q, keys, out, lse = saved
-        everything = (Span(0, keys[0].shape[0]),)
-        total = Total(keys[0], everything, everything)
-        dq = attend_backward(self.kernel, (q, *keys, out, lse), grad_out, self.tiles, self.scale, total.add)
+        everything = (TokenRange(0, keys[0].shape[0]),)
+        total = GradAccumulator(keys[0], everything, everything)
+        dq = tiled_backward(self.kernel, (q, *keys, out, lse), grad_out, self.tiles, self.scale, total.add)
         assert dq is not None, "a segment has rows"
         return dq, total.close()
 
-    def distribute(self, grads: Pair) -> Pair:
-        """See `Share.distribute`."""
+    def reduce_kv_grads(self, grads: KV) -> KV:
+        """See `CPCall.distribute`."""
         ranks, dk = self.layout.mesh.ring, grads[0]
         parts = dk.new_empty(ranks, dk.shape[0] // ranks, 2, *dk.shape[1:])
         begin = 0
-        for source, rows in self.layout.gathered(range(self.index, self.index + 1)):
+        for source, rows in self.layout.all_gather_order(range(self.index, self.index + 1)):
             for which, grad in enumerate(grads):
                 parts[source, rows.slice(), which] = grad[begin : begin + rows.size]
             begin += rows.size

@@ -2,7 +2,7 @@
 
 Queries, keys and values travel in one collective, outputs in a second; in backward their gradients likewise. Key heads
 fewer than ranks are sent to all ranks whose query heads want them, straight from where they lie, and the gradients that
-come back are added up. What is unpacked comes out in the ring's order (`Layout.arrivals`), and lies where what was sent
+come back are added up. What is unpacked comes out in the ring's order (`Layout.received_rows`), and lies where what was sent
 lay: an exchange takes room for what leaves and for what comes, and no more.
 """
 
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from megatron.longseq.attention.plan.heads import Heads
-from megatron.longseq.attention.plan.layout import Arrival
-from megatron.longseq.attention.runtime.comm import Exchange
-from megatron.longseq.attention.runtime.kv_cache import alone
-from megatron.longseq.attention.runtime.merge import accumulation
-from megatron.longseq.attention.runtime.ring import Pair
+from megatron.longseq.attention.plan.layout import ReceivedRows
+from megatron.longseq.attention.runtime.comm import GroupCollectives
+from megatron.longseq.attention.runtime.kv_cache import without_base
+from megatron.longseq.attention.runtime.merge import accumulation_dtype
+from megatron.longseq.attention.runtime.ring import KV
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Ulysses:
 
     ranks: int
     heads: Heads
-    arrivals: Sequence[Arrival]
-    exchange: Exchange | None
+    received_rows: Sequence[ReceivedRows]
+    exchange: GroupCollectives | None
 
-    def scatter_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Pair]:
+    def scatter_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, KV]:
         """Return this rank's heads of the group's tokens: q [U n, b, hq / U, d], and keys and values.
 
         Args:
@@ -44,7 +44,7 @@ class Ulysses:
             k, v: [n, b, hk, d]. They become [U n, b, max(hk, U) / U, d].
         """
         if self.exchange is None:
-            return alone(q), (alone(k).contiguous(), alone(v).contiguous())
+            return without_base(q), (without_base(k).contiguous(), without_base(v).contiguous())
         room = self._to_heads(q, k, v)  # once exchanged, its content is needed no more
         mine, keys, values = self._ordered(self.exchange.all_to_all(room), room, self._widths())
         return mine, (keys, values)
@@ -85,7 +85,7 @@ class Ulysses:
 
     def _widths(self) -> list[int]:
         """Return this rank's heads of queries, of keys, and of values."""
-        own = self.heads.shared(self.ranks)
+        own = self.heads.per_rank(self.ranks)
         return [own.query, own.kv, own.kv]
 
     def _to_heads(self, *tensors: Tensor) -> Tensor:
@@ -100,11 +100,11 @@ class Ulysses:
         return sent
 
     def _ordered(self, came: Tensor, room: Tensor, widths: list[int]) -> list[Tensor]:
-        """[U, n, b, all heads, d] to [U n, b, h, d] for each of some widths, tokens as in `arrivals`; all in `room`."""
+        """[U, n, b, all heads, d] to [U n, b, h, d] for each of some widths, tokens as in `received_rows`; all in `room`."""
         parts = came.split(widths, dim=3)
         placed = [place.flatten(0, 1) for place in _cut(room, [part.shape for part in parts])]
         for part, place in zip(parts, placed, strict=True):
-            torch.cat([part[source, rows.slice()] for source, rows in self.arrivals], out=place)
+            torch.cat([part[source, rows.slice()] for source, rows in self.received_rows], out=place)
         return placed
 
     def _to_sources(self, tensors: list[Tensor]) -> Tensor:
@@ -117,7 +117,7 @@ class Ulysses:
         while tensors:
             x = tensors.pop(0)
             begin, end = 0, head + x.shape[2]
-            for source, rows in self.arrivals:
+            for source, rows in self.received_rows:
                 sent[source, rows.slice(), :, head:end] = x[begin : begin + rows.size]
                 begin += rows.size
             head = end
@@ -126,7 +126,7 @@ class Ulysses:
     def _summed(self, grads: Tensor) -> Tensor:
         """[U, n, b, 1, d] to [n, b, hk, d], hk fewer than U: what the ranks that share a head found, added."""
         shared = grads.unflatten(0, (self.heads.kv, -1)).squeeze(4)
-        return shared.sum(1, dtype=accumulation(grads.dtype)).to(grads.dtype).permute(1, 2, 0, 3)
+        return shared.sum(1, dtype=accumulation_dtype(grads.dtype)).to(grads.dtype).permute(1, 2, 0, 3)
 
 
 def _joined(came: Tensor, room: Tensor) -> Tensor:
