@@ -198,10 +198,10 @@ def data_config(case: list[str]) -> dict[str, Any]:
     patches.start()
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron.longseq import pretrain_gpt as gpt
+    from megatron.longseq import pretrain_gpt
 
     sys.argv = ["pretrain_gpt.py", *case]
-    made = gpt.dataset_config(parse_and_validate_args())
+    made = pretrain_gpt.dataset_config(parse_and_validate_args())
     return {field.name: getattr(made, field.name) for field in dataclasses.fields(made) if field.name != "tokenizer"}
 
 
