@@ -12,7 +12,7 @@ ZIP = b"PK\x03\x04"  # what torch.save's files begin with
 FLAGS = {"max_lr": "--lr", "min_lr": "--min-lr"}  # by the parameter groups' names
 
 
-def fault(folder: Path, step: int | None = None) -> str | None:
+def find_fault(folder: Path, step: int | None = None) -> str | None:
     """Return what is wrong with the checkpoint that a run would load from `folder`, and what to do; None if nothing is.
 
     Args:
@@ -63,7 +63,7 @@ def _instead(folder: Path, how: str = "", without: Path | None = None) -> str:
     return f"No other whole checkpoint is in {folder}: give another --load"
 
 
-def fault_of_file(file: Path) -> str | None:
+def find_file_fault(file: Path) -> str | None:
     """Return what is wrong with one file of a checkpoint of --ckpt-format torch, and what to do; None if nothing is."""
     wrong = _wrong_file(file)
     place = file.parents[1]
@@ -125,7 +125,7 @@ def _wrong_tensors(place: Path) -> str | None:
     return None
 
 
-def other_settings(keys: Sequence[str], wanted: Sequence[Any], saved: Sequence[Mapping[str, Any]]) -> str:
+def explain_group_mismatch(keys: Sequence[str], wanted: Sequence[Any], saved: Sequence[Mapping[str, Any]]) -> str:
     """Say by which settings a parameter group is not among the saved ones.
 
     Args:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 
 @dataclass
-class Sent:
+class SentCounter:
     """What left this rank.
 
     Attributes:
@@ -26,14 +26,14 @@ class Sent:
         self.messages += 1
 
 
-def everyones(mine: Sequence[int]) -> list[tuple[int, ...]]:
+def all_groups(mine: Sequence[int]) -> list[tuple[int, ...]]:
     """Return the ranks of every such group of the job, in the same order on every rank: a collective."""
     lists: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(lists, tuple(mine))
     return sorted(set(lists))
 
 
-def options_like(group: dist.ProcessGroup) -> Any:
+def same_backend_options(group: dist.ProcessGroup) -> Any:
     """Return NCCL's options for a group that is to have those of another (upstream's flags set them); else None."""
     if dist.get_backend(group) != "nccl":
         return None

@@ -17,14 +17,14 @@ Chunks = list[nn.Module]
 _LAYER = re.compile(r"(?P<list>(?:.*\.)?layers\.)(?P<index>\d+)(?P<rest>\..*)")
 
 
-class Count(NamedTuple):
+class ParamCount(NamedTuple):
     """Elements of all parameters of the model, or of some ranks' part of it."""
 
     trained: int
     all: int
 
 
-def add_partial_arguments(parser: ArgumentParser) -> ArgumentParser:
+def add_freeze_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add the flag to a training script's parser and return the parser."""
     group = parser.add_argument_group(title="longseq: training a part of the parameters")
     group.add_argument(
@@ -36,7 +36,7 @@ def add_partial_arguments(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
-def check_partial_pattern(pattern: str | None) -> None:
+def check_train_only(pattern: str | None) -> None:
     """Refuse what is no regular expression.
 
     Raises:
@@ -48,7 +48,7 @@ def check_partial_pattern(pattern: str | None) -> None:
         raise ValueError(f"--train-only {pattern}: {error}; give a regular expression of Python's re.") from error
 
 
-def model_name(chunk: nn.Module, name: str) -> str:
+def global_param_name(chunk: nn.Module, name: str) -> str:
     """Return what a parameter of a pipeline stage is called in the whole model, however that is cut into stages.
 
     Layers carry their number in the model, and an output layer that is the embedding's copy its name.
@@ -62,7 +62,7 @@ def model_name(chunk: nn.Module, name: str) -> str:
     return name if number is None else f"{found['list']}{number - 1}{found['rest']}"
 
 
-def freezing(pattern: str) -> Callable[[Chunks], Chunks]:
+def freeze_hook(pattern: str) -> Callable[[Chunks], Chunks]:
     """Return a hook for upstream's `pre_wrap_hooks` that freezes every parameter without the pattern in its name.
 
     Args:
@@ -70,11 +70,13 @@ def freezing(pattern: str) -> Callable[[Chunks], Chunks]:
     """
 
     def freeze(chunks: Chunks) -> Chunks:
-        names = [(model_name(chunk, name), param) for chunk in chunks for name, param in chunk.named_parameters()]
+        names = [
+            (global_param_name(chunk, name), param) for chunk in chunks for name, param in chunk.named_parameters()
+        ]
         for name, param in names:
             param.requires_grad_(re.search(pattern, name) is not None)
-        count = over_the_model(count_of(chunks))
-        refuse_all_or_nothing(pattern, count, [name for name, _ in names])
+        count = sum_over_model_parallel(count_params(chunks))
+        check_count(pattern, count, [name for name, _ in names])
         if dist.get_rank() == 0:
             print(
                 f"> --train-only {pattern}: {count.trained:,} of {count.all:,} parameters are trained "
@@ -86,8 +88,8 @@ def freezing(pattern: str) -> Callable[[Chunks], Chunks]:
     return freeze
 
 
-def count_of(chunks: Chunks) -> Count:
-    """Count this rank's parameters, leaving out those that another rank of the model counts."""
+def count_params(chunks: Chunks) -> ParamCount:
+    """ParamCount this rank's parameters, leaving out those that another rank of the model counts."""
     from megatron.core import mpu
     from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
     from megatron.core.transformer.module import param_is_not_shared
@@ -100,19 +102,19 @@ def count_of(chunks: Chunks) -> Count:
         elements = param.numel() * (mpu.get_expert_model_parallel_world_size() if is_expert else 1)
         every += elements
         trained += elements * param.requires_grad
-    return Count(trained, every)
+    return ParamCount(trained, every)
 
 
-def over_the_model(count: Count) -> Count:
+def sum_over_model_parallel(count: ParamCount) -> ParamCount:
     """Return the sum over the ranks that share one model: tensor-parallel ones and pipeline stages."""
     from megatron.core import mpu
 
     total = torch.tensor(count, dtype=torch.int64, device=torch.cuda.current_device())
     dist.all_reduce(total, group=mpu.get_model_parallel_group())
-    return Count(*total.tolist())
+    return ParamCount(*total.tolist())
 
 
-def refuse_all_or_nothing(pattern: str, count: Count, names: list[str]) -> None:
+def check_count(pattern: str, count: ParamCount, names: list[str]) -> None:
     """Refuse a pattern that freezes everything, or nothing.
 
     Raises:

@@ -27,7 +27,7 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from megatron.longseq.freeze import add_partial_arguments, check_partial_pattern, freezing
+from megatron.longseq.freeze import add_freeze_arguments, check_train_only, freeze_hook
 from megatron.longseq.unserved import refuse_unserved, without_effect
 
 Batch = dict[str, torch.Tensor | None]
@@ -200,14 +200,14 @@ def model_config(args: Any) -> GPTModelConfig:
 
 def main() -> None:
     """Parse the flags, describe the model, and hand both to upstream's `pretrain`."""
-    args = parse_and_validate_args(extra_args_provider=add_partial_arguments)
+    args = parse_and_validate_args(extra_args_provider=add_freeze_arguments)
     refuse_unserved(args)
     if args.rank == 0:
         for line in without_effect(sys.argv[1:]):
             print(f"> WARNING: {line}", flush=True)
     model = model_config(args)
     if args.train_only is not None:
-        check_partial_pattern(args.train_only)
-        model.pre_wrap_hooks.append(freezing(args.train_only))
+        check_train_only(args.train_only)
+        model.pre_wrap_hooks.append(freeze_hook(args.train_only))
     config = pretrain_cfg_container_from_args(args, model)
     pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)

@@ -86,13 +86,13 @@ def _sizes(given: argparse.Namespace, who: tuple[str, ...]) -> tuple[tuple[Size,
     if any(max(given.ranks) % ranks for ranks in given.ranks) or min(given.ranks) < 2:
         raise SystemExit(f"--ranks {given.ranks}: give numbers from 2 that divide the largest of them")
     together = tuple(one for ranks in sorted(given.ranks) for one in contestants(who, ranks))
-    without_base = tuple(contestants((ONE_PROCESS,), 1)) if OURS in who and 2 in given.ranks else ()
+    alone = tuple(contestants((ONE_PROCESS,), 1)) if OURS in who and 2 in given.ranks else ()
     speedup_length = SPEEDUP_LENGTH if SPEEDUP_LENGTH in given.lengths else max(given.lengths)
     sizes = []
     for length in sorted(given.lengths):
         for kv in given.kv_heads:
             rounds = max(1, given.rounds * min(given.lengths) // length)
-            more = without_base if length == speedup_length else ()
+            more = alone if length == speedup_length else ()
             sizes.append((Size(length, Heads(QUERY_HEADS, kv)), (*more, *together), rounds))
     return tuple(sizes)
 

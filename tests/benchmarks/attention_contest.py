@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from megatron.longseq.attention.plan.heads import Heads
 from megatron.longseq.attention.plan.layout import Layout, Mesh
-from megatron.longseq.attention.plan.tiles import TokenRange
+from megatron.longseq.attention.plan.ranges import TokenRange
 
 OURS, ONE_PROCESS = "ours", "one process"
 HALVES = "two processes, half the heads each"  # no exchange at all: what two ranks could reach here
@@ -110,7 +110,7 @@ def contestants(who: tuple[str, ...], ranks: int) -> list[Contestant]:
     return [one for one in found if one.who in who]
 
 
-def kv_rows(contestant: Contestant, length: int, rank: int) -> list[TokenRange]:
+def held(contestant: Contestant, length: int, rank: int) -> list[TokenRange]:
     """Return the positions that a rank holds, in its order, in the contestant's own layout.
 
     yunchang cuts the sequence into the ring's zigzag first and each of its shards into U in a row; all others take

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from megatron.longseq.attention.kernels.torch_cpu import CpuFlash
 from megatron.longseq.attention.plan.layout import Mesh
-from tests.unit.context_run import Problem, Ranks, without_base
+from tests.unit.context_run import Problem, Ranks, alone
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURE = ROOT / "docs" / "pictures" / "ring-error.svg"
@@ -82,7 +82,7 @@ def measure(
         problem = Problem(Mesh(1, 1), (4, 2), (tokens,), batch=1, dim=64, dtype=dtype, kernel=kernel())
         inputs = problem.inputs()
         exact = problem.expected(inputs)
-        calls[kind] = errors(without_base(problem), inputs, exact)
+        calls[kind] = errors(alone(problem), inputs, exact)
         found = [errors(replace(problem, mesh=Mesh(1, ring)), inputs, exact) for ring in rings]
         ratios[kind] = {name: [one[name] / calls[kind][name] for one in found] for name in RESULTS}
     return calls, ratios

@@ -135,11 +135,11 @@ def over_best_peer(
 def speedups(table: Sequence[Row], who: str = OURS) -> list[Ratio]:
     """Return one process's seconds over those of our best on 2 ranks (or another's), for every size that it ran at."""
     found = []
-    for without_base in (row for row in table if row.contestant.who == ONE_PROCESS):
-        pairs = [row for row in table if row.size == without_base.size and row.contestant.ranks == 2]
+    for alone in (row for row in table if row.contestant.who == ONE_PROCESS):
+        pairs = [row for row in table if row.size == alone.size and row.contestant.ranks == 2]
         mine = best((row for row in pairs if row.contestant.who == who), lambda row: row.seconds)
         if mine:
-            found.append(ratio(without_base, mine, lambda row: row.seconds))
+            found.append(ratio(alone, mine, lambda row: row.seconds))
     return found
 
 
@@ -237,9 +237,9 @@ _HEAD = f"  {'':32} {'CPU s':>8} {'spread':>15} {'wall s':>8} {'peak MiB':>9}  l
 def _line(row: Row, tolerance: float) -> str:
     wrong = row.wrong(tolerance)
     verdict = f"WRONG: {', '.join(wrong)}" if wrong else "right"
-    strategy = f"{min(row.cpu_seconds):.3f} to {max(row.cpu_seconds):.3f}"
+    spread = f"{min(row.cpu_seconds):.3f} to {max(row.cpu_seconds):.3f}"
     return (
-        f"  {row.contestant!s:32} {statistics.median(row.cpu_seconds):8.3f} {strategy:>15} "
+        f"  {row.contestant!s:32} {statistics.median(row.cpu_seconds):8.3f} {spread:>15} "
         f"{statistics.median(row.seconds):8.3f} {statistics.median(row.peak_bytes) / MIB:9.1f}  "
         f"{' '.join(f'{error:.1e}' for error in row.errors)}  {verdict}"
     )

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.longseq.attention.plan.tiles import TokenRange
+from megatron.longseq.attention.plan.ranges import TokenRange
 from tests.benchmarks.attention_contest import Size
 
 ROWS = 128  # of the score matrix at once

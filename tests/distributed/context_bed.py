@@ -9,17 +9,17 @@ import torch.distributed as dist
 from megatron.longseq.attention.plan.comm_type import CommType
 from megatron.longseq.attention.runtime.process_groups import open_strategies
 from megatron.longseq.attention.runtime.strategies import CPStrategy
-from megatron.longseq.distributed import Sent
+from megatron.longseq.distributed import SentCounter
 from tests.regression.planted import wrapped
 from tests.unit.attention_bed import assert_close
 from tests.unit.context_run import Problem, Ranks
 
-CHANNELS = ("keys", "grads", "far_keys", "far_grads")
+CHANNELS = ("kv", "grads", "far_kv", "far_grads")
 
 
-def given_to_torch(stack: ExitStack) -> dict[str, Sent]:
+def given_to_torch(stack: ExitStack) -> dict[str, SentCounter]:
     """Count calls of torch.distributed: what leaves this rank."""
-    sent = {"ring": Sent(), "all-to-all": Sent(), "gather": Sent()}
+    sent = {"ring": SentCounter(), "all-to-all": SentCounter(), "gather": SentCounter()}
 
     def batch(original: Any, operations: Any) -> Any:
         for operation in operations:
@@ -44,16 +44,16 @@ def given_to_torch(stack: ExitStack) -> dict[str, Sent]:
     return sent
 
 
-def said(strategy: CPStrategy) -> dict[str, Sent]:
+def said(strategy: CPStrategy) -> dict[str, SentCounter]:
     """What a spread's own counters say, alike."""
     around = [getattr(strategy.ring, name).sent for name in CHANNELS]
-    ring = Sent(sum(one.bytes for one in around), sum(one.messages for one in around))
-    exchanged = strategy.ulysses.sent if strategy.ulysses else Sent()  # type: ignore[attr-defined]
-    gathered = strategy.gather.sent if strategy.gather else Sent()  # type: ignore[attr-defined]
+    ring = SentCounter(sum(one.bytes for one in around), sum(one.messages for one in around))
+    exchanged = strategy.ulysses.sent if strategy.ulysses else SentCounter()  # type: ignore[attr-defined]
+    gathered = strategy.gather.sent if strategy.gather else SentCounter()  # type: ignore[attr-defined]
     return {"ring": ring, "all-to-all": exchanged, "gather": gathered}
 
 
-def tiled_forward(problems: list[Problem]) -> list[Any]:
+def attend(problems: list[Problem]) -> list[Any]:
     """Run each problem on this rank, and compare its results; return (what torch was given, what lanes said)."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

@@ -12,7 +12,7 @@ import pytest
 from tests.distributed.equality import RELATIVE, SNAPSHOTS, Start, assert_equal, worst
 from tests.distributed.flags import DOCUMENTS, FULL, MOE, OVERLAP, PP2, SELECTIVE, TINY, TP2, VPP, flags
 from tests.pool import RankPool
-from tests.regression.arm import DocumentSpan, run_arm
+from tests.regression.arm import Run, run_arm
 
 CP2, CP4 = "--context-parallel-size 2", "--context-parallel-size 4"
 HYBRID = f"{CP4} --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2"
@@ -90,7 +90,7 @@ def cases(names: Iterable[str], quick: set[str]) -> list[Any]:
 
 @pytest.mark.parametrize("case", cases(CASES, QUICK))
 def test_equals_upstream_in_float64(
-    ranks: RankPool, start: Start, upstream: Callable[..., DocumentSpan], case: str, tell: Callable[[str], None]
+    ranks: RankPool, start: Start, upstream: Callable[..., Run], case: str, tell: Callable[[str], None]
 ) -> None:
     world, model, own = CASES[case]
     run = run_arm(ranks, "O", world, start(model) + flags(own), float64=True, snapshots=SNAPSHOTS)
@@ -107,7 +107,7 @@ MASKED = {
 
 @pytest.mark.parametrize("case", cases(SEGMENTS, QUICK_SEGMENTS))
 def test_segments_equal_upstream_in_float64(
-    ranks: RankPool, start: Start, upstream: Callable[..., DocumentSpan], case: str, tell: Callable[[str], None]
+    ranks: RankPool, start: Start, upstream: Callable[..., Run], case: str, tell: Callable[[str], None]
 ) -> None:
     world, model, own = SEGMENTS[case]
     run = run_arm(ranks, "O", world, start(model) + flags(own), float64=True, snapshots=SNAPSHOTS)
@@ -125,7 +125,7 @@ def test_segments_equal_upstream_in_float64(
     ],
 )
 def test_any_mask(
-    ranks: RankPool, start: Start, upstream: Callable[..., DocumentSpan], twist: str, name: str, tell: Callable[[str], None]
+    ranks: RankPool, start: Start, upstream: Callable[..., Run], twist: str, name: str, tell: Callable[[str], None]
 ) -> None:
     place = f"tests.distributed.twists:{twist}"
     world, own = MASKED[name]
@@ -134,7 +134,7 @@ def test_any_mask(
     assert_equal(run, upstream("", place), f"context, {twist}, {name}", tell)
 
 
-def test_a_loss_of_ones_own_tokens_is_another(ranks: RankPool, start: Start, upstream: Callable[..., DocumentSpan]) -> None:
+def test_a_loss_of_ones_own_tokens_is_another(ranks: RankPool, start: Start, upstream: Callable[..., Run]) -> None:
     """Without the record each rank divides by the valid tokens of its own part: the report is right, gradients not."""
     twist = "tests.distributed.twists:empty_ranks"
     run = run_arm(

@@ -11,7 +11,7 @@ import pytest
 from tests.distributed.equality import SNAPSHOTS, Start, assert_equal
 from tests.distributed.flags import FULL, PP2, PP4, TINY, VPP, flags
 from tests.pool import RankFailure, RankPool
-from tests.regression.arm import DocumentSpan, run_arm
+from tests.regression.arm import Run, run_arm
 
 CP2 = "--context-parallel-size 2"
 PAIRS = "--micro-batch-size 2"
@@ -39,7 +39,7 @@ QUICK = {"segments, PP 2, V 2, known on the first stage alone", "context", "cont
 
 @pytest.mark.parametrize("case", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in CASES])
 def test_documents_of_every_batch(
-    ranks: RankPool, start: Start, upstream: Callable[..., DocumentSpan], case: str, tell: Callable[[str], None]
+    ranks: RankPool, start: Start, upstream: Callable[..., Run], case: str, tell: Callable[[str], None]
 ) -> None:
     world, twist, model, own = CASES[case]
     place = f"tests.distributed.twists:{twist}"

@@ -24,12 +24,12 @@ from megatron.longseq.attention.kernels.base import Kernel
 from megatron.longseq.attention.kernels.select import select_kernel
 from megatron.longseq.attention.plan.heads import Heads
 from megatron.longseq.attention.plan.layout import Layout, Mesh
+from megatron.longseq.attention.plan.ranges import TokenRange
 from megatron.longseq.attention.plan.ring_schedule import Ring, plan_ring_attention
-from megatron.longseq.attention.plan.ring_tiles import Mask
-from megatron.longseq.attention.plan.tiles import TokenRange, plan_causal
+from megatron.longseq.attention.plan.tiles import Mask, plan_causal
 from megatron.longseq.attention.runtime.comm import Message
 from megatron.longseq.attention.runtime.ring import RingChannels, ring_backward, ring_forward
-from megatron.longseq.attention.runtime.tiled import tiled_forward, tiled_backward
+from megatron.longseq.attention.runtime.tiled import tiled_backward, tiled_forward
 from megatron.longseq.attention.runtime.ulysses import Ulysses
 
 # Dense bf16 FLOP/s, from the makers' data sheets.
@@ -94,7 +94,7 @@ def _settle(device: torch.device) -> None:
 def whole(sizes: Sizes, kernel: Kernel) -> Callable[[], None]:
     """Return a run of one flash call on the whole sequence."""
     q, (k, v), grad = sizes.tensors(sizes.tokens)
-    tiles, scale = plan_causal(TokenRange(0, sizes.tokens), 1, rectangular=kernel.rectangular), sizes.dim**-0.5
+    tiles, scale = plan_causal(TokenRange(0, sizes.tokens), Mask(1), rectangular=kernel.rectangular), sizes.dim**-0.5
 
     def run() -> None:
         out, lse = tiled_forward(kernel, q, k, v, tiles, scale)
@@ -181,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _rows(sizes: Sizes, kernel: Kernel, options: argparse.Namespace, peak: float | None) -> list[dict[str, Any]]:
-    without_base = seconds(whole(sizes, kernel), sizes.device, options.rounds)
+    alone = seconds(whole(sizes, kernel), sizes.device, options.rounds)
     rows = []
     for ranks in options.ranks:
         runs = ring(sizes, kernel, ranks)
@@ -192,8 +192,8 @@ def _rows(sizes: Sizes, kernel: Kernel, options: argparse.Namespace, peak: float
             "groups": sizes.groups,
             "ranks": ranks,
             "block": sizes.tokens // (2 * ranks),
-            "overhead": together / without_base - 1,
-            "flash_seconds": without_base,
+            "overhead": together / alone - 1,
+            "flash_seconds": alone,
             "layer_mfu": flops / taken / peak if peak else None,
         }
         rows.append(row)

@@ -23,7 +23,7 @@ from megatron.longseq.attention.kernels.base import Kernel, Scores
 from megatron.longseq.attention.kernels.flash_cuda import FlashAttn, TorchCudaFlash
 from megatron.longseq.attention.kernels.reference import Reference, visible_mask
 from megatron.longseq.attention.kernels.torch_cpu import CpuFlash
-from megatron.longseq.attention.plan.tiles import Documents, DocumentSpan
+from megatron.longseq.attention.plan.ranges import Documents, DocumentSpan
 from megatron.longseq.attention.runtime.kv_cache import SegmentKVCache
 from tests.gpu.emulated_ring import seconds
 from tests.gpu.figures import Report
@@ -108,6 +108,8 @@ def blocks(
         worst, allowed = 0.0, 0.0
         right = True
         for rows, keys in sizes:
+            if scores.causal and scores.window is None and not kernel.rectangular:
+                rows = keys  # noqa: PLW2901
             shapes = [(rows, 2, hq, 64), (keys, 2, hk, 64), (keys, 2, hk, 64), (rows, 2, hq, 64)]
             given = [x.to(device) for x in tensors(shapes, seed=rows, dtype=dtype)]
             exact = formula(*(x.double() for x in given), scores)
@@ -162,8 +164,8 @@ def _runs(*ends: int) -> tuple[DocumentSpan, ...]:
 
 
 def _documents_mask(causal: Tensor, documents: Documents) -> Tensor:
-    masks = causal.repeat(len(documents.runs), 1, 1, 1)
-    for mask, runs in zip(masks, documents.runs, strict=True):
+    masks = causal.repeat(len(documents.spans), 1, 1, 1)
+    for mask, runs in zip(masks, documents.spans, strict=True):
         for run in runs:
             mask[:, run.begin : run.end, : run.start] = False
     return masks

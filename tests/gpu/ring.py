@@ -20,10 +20,10 @@ from torch import Tensor
 
 from megatron.longseq.attention.kernels.select import select_kernel
 from megatron.longseq.attention.plan.layout import Mesh
-from megatron.longseq.attention.plan.tiles import Documents, DocumentSpan
+from megatron.longseq.attention.plan.ranges import Documents, DocumentSpan
 from tests.gpu.figures import Report
 from tests.gpu.kernels import relative
-from tests.unit.context_run import Problem, Ranks, without_base
+from tests.unit.context_run import Problem, Ranks, alone
 
 MESHES = [(1, 2), (1, 4), (2, 1), (4, 1), (2, 2), (2, 4)]  # Ulysses x ring
 MERGED = 3 + 4**2  # roundings of one merge, in squares: three of the result, one of a log-sum-exp up to 8
@@ -63,7 +63,7 @@ def compare(report: Report, problem: Problem, inputs: Sequence[Tensor], mask: st
     """Compare every mesh with attention in float64, beside one call on the whole sequence."""
     exact = problem.expected([x.cpu() for x in inputs])
     floor = relative([x.to(problem.dtype) for x in exact], exact)
-    once = relative(run(without_base(problem), inputs), exact)
+    once = relative(run(alone(problem), inputs), exact)
     for mesh in MESHES:
         one = replace(problem, mesh=Mesh(*mesh))
         found = relative(run(one, inputs), exact)

@@ -60,7 +60,7 @@ def rope_of_local_positions() -> Iterator[Planted]:
 @contextmanager
 def leaking_documents() -> Iterator[Planted]:
     """Attention over context-parallel ranks does not hear of documents."""
-    from megatron.longseq.attention.runtime.masks import MaskReader
+    from megatron.longseq.attention.runtime.packed_documents import MaskReader
 
     planted = Planted()
 
@@ -119,7 +119,7 @@ def replicas_not_summed() -> Iterator[Planted]:
 
     planted = Planted()
 
-    def grad_rows(original: Any, self: Any, grads: Tensor) -> Tensor:
+    def summed(original: Any, self: Any, grads: Tensor) -> Tensor:
         ranks = self.ranks // self.heads.kv
         if ranks > 1:
             planted.times += 1
@@ -127,7 +127,7 @@ def replicas_not_summed() -> Iterator[Planted]:
             grads[torch.arange(len(grads)) % ranks != 0] = 0
         return original(self, grads)  # type: ignore[no-any-return]
 
-    with wrapped(Ulysses, "_summed", summed):
+    with wrapped(Ulysses, "_sum_replicas", summed):
         yield planted
 
 
@@ -144,14 +144,14 @@ def lost_last_hop() -> Iterator[Planted]:
         steps = len(plan)
         return original(kernel, saved, grad, plan, *rest)
 
-    def arrived(original: Any, self: Any, step: int, *rest: Any, **kw: Any) -> Any:
+    def wait(original: Any, self: Any, step: int, *rest: Any, **kw: Any) -> Any:
         came = list(original(self, step, *rest, **kw))
         if not came or step != steps:
             return came
         planted.times += 1
         return []
 
-    with wrapped(strategy, "ring_backward", ring_backward), wrapped(ring._Transfers, "arrived", arrived):
+    with wrapped(strategy, "ring_backward", ring_backward), wrapped(ring._Transfers, "wait", wait):
         yield planted
 
 
@@ -178,8 +178,8 @@ def lost_segment_gradient() -> Iterator[Planted]:
 
     planted = Planted()
 
-    def with_store(original: Any, call: Any, cache: Any, *rest: Any) -> Any:
-        rows = context._rows(call)
+    def with_cache(original: Any, call: Any, cache: Any, *rest: Any) -> Any:
+        rows = context._cache_segment(call)
         slot = cache.read(call.layer, rows)
         before = {index: grads[0].clone() for index, grads in slot.grads.items()}
         result = original(call, cache, *rest)
@@ -188,7 +188,7 @@ def lost_segment_gradient() -> Iterator[Planted]:
             total.copy_(before.get(index, torch.zeros_like(total)))
         return result
 
-    with wrapped(context, "_with_store", with_store):
+    with wrapped(context, "_with_cache", with_cache):
         yield planted
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron.longseq.attention.kernels.base import Kernel
 from megatron.longseq.attention.runtime.kv_cache import SegmentKVCache
 from megatron.longseq.attention.runtime.segment_attention import segment_attention
-from megatron.longseq.segment import Segment, segments
+from megatron.longseq.segment import Segment
 
 SCALE = 0.3
 
@@ -19,6 +19,11 @@ def tensors(shapes: Sequence[tuple[int, ...]], seed: int = 0, dtype: torch.dtype
     """Random tensors of a seed."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def segments(microbatch: int, lengths: Sequence[int], forward_only: bool = False) -> list[Segment]:
+    """All segments of a micro-batch."""
+    return [Segment(microbatch, index, tuple(lengths), forward_only) for index in range(len(lengths))]
 
 
 def qkv(tokens: int, batch: int, heads: tuple[int, int], dim: int = 8, **kwargs: Any) -> list[Tensor]:
@@ -70,14 +75,14 @@ class Split:
         self.outs: list[Tensor | None] = [None] * len(self.units)
         self.cache, self.kernel, self.kwargs = cache, kernel, kwargs
 
-    def tiled_forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Run attention of whatever segment is current."""
         return segment_attention(q, k, v, self.cache, self.layer, self.kernel, SCALE, **self.kwargs)
 
     def forward(self, index: int) -> Segment:
         """Run the forward of a segment, as an executor does."""
         self.cache.current = self.units[index]
-        self.outs[index] = self.wrap(self.tiled_forward, *self.leaves[index])
+        self.outs[index] = self.wrap(self.attend, *self.leaves[index])
         return self.units[index]
 
     def backward(self, index: int) -> None:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from megatron.longseq.attention.plan.layout import Mesh
-from megatron.longseq.attention.plan.tiles import Documents
+from megatron.longseq.attention.plan.ranges import Documents
 from megatron.longseq.attention.runtime.comm import Message
 from megatron.longseq.attention.runtime.ring import RingChannels
 from megatron.longseq.attention.runtime.strategies import CPStrategy
-from megatron.longseq.distributed import Sent
+from megatron.longseq.distributed import SentCounter
 
 PATIENCE = 30.0  # seconds until a message that does not come is an error
 
@@ -59,12 +59,12 @@ class _Arrival:
 
 
 @dataclass
-class ThreadLane:
-    """See `channels.P2PChannel`. Until it is waited for, what is sent must not change and what is received must not be used."""
+class ThreadP2P:
+    """A `P2PChannel`. Until `wait`, sent tensors must not change, and received ones must not be used."""
 
     wire: Wire
     rank: int
-    sent: Sent = field(default_factory=Sent)
+    sent: SentCounter = field(default_factory=SentCounter)
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Any:
         copies = [(tensor, tensor.detach().clone()) for _, tensor in sends]
@@ -78,13 +78,13 @@ class ThreadLane:
 
 
 @dataclass
-class ThreadExchange:
-    """See `channels.GroupCollectives`."""
+class ThreadCollectives:
+    """See `comm.GroupCollectives`."""
 
     wire: Wire
     rank: int
     size: int
-    sent: Sent = field(default_factory=Sent)
+    sent: SentCounter = field(default_factory=SentCounter)
 
     def all_to_all(self, sent: Tensor) -> Tensor:
         assert sent.shape[0] == self.size and sent.is_contiguous()
@@ -111,11 +111,10 @@ def strategies(mesh: Mesh, *, window: int | None = None, gathers: bool = False) 
     for rank in range(mesh.size):
         place = mesh.place(rank)
         channels = [
-            ThreadLane(wires["ring", place.ulysses, name], place.ring)
-            for name in ("keys", "grads", "far_keys", "far_grads")
+            ThreadP2P(wires["ring", place.ulysses, name], place.ring) for name in ("kv", "grads", "far_kv", "far_grads")
         ]
-        exchange = ThreadExchange(wires["ulysses", place.ring], place.ulysses, mesh.ulysses)
-        gather = ThreadExchange(wires["gather", place.ulysses], place.ring, mesh.ring)
+        exchange = ThreadCollectives(wires["ulysses", place.ring], place.ulysses, mesh.ulysses)
+        gather = ThreadCollectives(wires["gather", place.ulysses], place.ring, mesh.ring)
         made.append(
             CPStrategy(
                 mesh,
@@ -152,7 +151,7 @@ def dense(
     if window is not None:
         seen &= position[None, :] >= position[:, None] - window
     masks = seen.expand(q.shape[1], -1, -1).clone()
-    for sequence, runs in enumerate(documents.runs if documents else ()):
+    for sequence, runs in enumerate(documents.spans if documents else ()):
         starts = torch.cat([torch.full((run.end - run.begin,), run.start) for run in runs])
         masks[sequence] &= position[None, :] >= starts[:, None]
     scores = torch.einsum("ibhd,jbhd->bhij", q, k) * scale

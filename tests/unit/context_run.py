@@ -12,8 +12,14 @@ from megatron.longseq.attention.kernels.torch_cpu import CpuFlash
 from megatron.longseq.attention.plan.comm_volume import LayerShape
 from megatron.longseq.attention.plan.heads import Heads
 from megatron.longseq.attention.plan.layout import Layout, Mesh
-from megatron.longseq.attention.plan.tiles import Documents
-from megatron.longseq.attention.runtime.function import AttentionCall, Result, make_call, context_attention, forward_for_recompute
+from megatron.longseq.attention.plan.ranges import Documents
+from megatron.longseq.attention.runtime.function import (
+    AttentionCall,
+    Result,
+    context_attention,
+    forward_for_recompute,
+    make_call,
+)
 from megatron.longseq.attention.runtime.kv_cache import SegmentKVCache
 from megatron.longseq.attention.runtime.strategies import CPStrategy
 from megatron.longseq.segment import Segment
@@ -181,6 +187,6 @@ def run(problem: Problem, **kwargs: Any) -> list[Tensor]:
     return Ranks(problem, problem.inputs(), **kwargs).forward().backward().results()
 
 
-def without_base(problem: Problem) -> Problem:
+def alone(problem: Problem) -> Problem:
     """The same attention on one rank, unsegmented: one kernel call a tile."""
     return replace(problem, mesh=Mesh(1, 1), lengths=(sum(problem.lengths),), gathers=False, inner=None)

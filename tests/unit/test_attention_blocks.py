@@ -4,13 +4,14 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron.longseq.attention.kernels.base import Scores
 from megatron.longseq.attention.kernels.reference import visible_mask
-from megatron.longseq.attention.plan.tiles import Documents, DocumentSpan, TokenRange, Tile, plan_causal
+from megatron.longseq.attention.plan.ranges import Documents, DocumentSpan, TokenRange
+from megatron.longseq.attention.plan.tiles import Mask, Tile, plan_causal
 from megatron.longseq.attention.runtime.packed_documents import document_starts, documents_from_starts
 from tests.unit.attention_bed import seen
 
@@ -24,7 +25,7 @@ def packed(lengths: list[int]) -> tuple[DocumentSpan, ...]:
 def dense(documents: Documents, window: int | None = None) -> Tensor:
     """Mask [b, 1, N, N] of documents, True where a key is seen."""
     masks = []
-    for runs in documents.runs:
+    for runs in documents.spans:
         mask = seen(runs[-1].end, window)
         for run in runs:
             mask[run.begin : run.end, : run.start] = False
@@ -56,11 +57,12 @@ def problems(draw: st.DrawFn) -> tuple[Documents, TokenRange, int | None]:
 
 
 @given(problems(), st.booleans())
-@settings(max_examples=300, deadline=None)
-def test_each_visible_score_is_computed_once(problem: tuple[Documents, TokenRange, int | None], rectangular: bool) -> None:
+def test_each_visible_score_is_computed_once(
+    problem: tuple[Documents, TokenRange, int | None], rectangular: bool
+) -> None:
     documents, span, window = problem
-    size, batch = documents.runs[0][-1].end, len(documents.runs)
-    tiles = plan_causal(span, batch, rectangular=rectangular, window=window, documents=documents)
+    size, batch = documents.spans[0][-1].end, len(documents.spans)
+    tiles = plan_causal(span, Mask(batch, window, documents), rectangular=rectangular)
     assert torch.equal(counted(tiles, span, batch, size), dense(documents, window)[:, :, span.slice()].long())
     for tile in tiles:
         first = tile.blocks[0]
@@ -68,22 +70,24 @@ def test_each_visible_score_is_computed_once(problem: tuple[Documents, TokenRang
 
 
 def test_windows_are_cut_into_strips() -> None:
-    tiles = plan_causal(TokenRange(4096, 8192), 1, rectangular=False, window=1000)
+    tiles = plan_causal(TokenRange(4096, 8192), Mask(1, 1000), rectangular=False)
     area = sum(tile.rows.size * block.keys.size for tile in tiles for block in tile.blocks)
     assert area < 1.6 * 4096 * 1000
     assert torch.equal(
-        counted(plan_causal(TokenRange(700, 2000), 1, rectangular=False, window=300), TokenRange(700, 2000), 1, 2000)[0, 0],
+        counted(plan_causal(TokenRange(700, 2000), Mask(1, 300), rectangular=False), TokenRange(700, 2000), 1, 2000)[
+            0, 0
+        ],
         seen(2000, 300)[700:].long(),
     )
 
 
 def test_blocks_outside_documents_are_not_computed() -> None:
     documents = Documents((packed([100, 28, 128]),))
-    tiles = plan_causal(TokenRange(128, 256), 1, rectangular=False, documents=documents)
+    tiles = plan_causal(TokenRange(128, 256), Mask(1, None, documents), rectangular=False)
     assert [(t.rows, [b.keys for b in t.blocks]) for t in tiles] == [(TokenRange(0, 128), [TokenRange(128, 256)])]
     same = Documents((packed([256]),) * 3)
-    assert plan_causal(TokenRange(64, 128), 3, rectangular=True, documents=same) == plan_causal(
-        TokenRange(64, 128), 3, rectangular=True
+    assert plan_causal(TokenRange(64, 128), Mask(3, None, same), rectangular=True) == plan_causal(
+        TokenRange(64, 128), Mask(3), rectangular=True
     )
 
 
@@ -100,7 +104,7 @@ def test_documents_from_a_mask(lengths: list[list[int]], rows: TokenRange) -> No
     if rows.size == 12:
         assert found == documents
     for position, start in enumerate(starts[0].tolist(), rows.begin):
-        assert max(run.start for run in documents.runs[0] if run.start <= position) == start
+        assert max(run.start for run in documents.spans[0] if run.start <= position) == start
 
 
 @pytest.mark.parametrize(
@@ -117,14 +121,14 @@ def test_other_masks_are_refused(row: int, key: int, hide: bool) -> None:
 
 def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="there is none"):
-        plan_causal(TokenRange(4, 4), 1, rectangular=True)
+        plan_causal(TokenRange(4, 4), Mask(1), rectangular=True)
     with pytest.raises(ValueError, match="window of -1"):
-        plan_causal(TokenRange(0, 4), 1, rectangular=True, window=-1)
+        plan_causal(TokenRange(0, 4), Mask(1, -1), rectangular=True)
     documents = Documents((packed([4]),))
     with pytest.raises(ValueError, match="documents of 1 sequences for a batch of 2"):
-        plan_causal(TokenRange(0, 4), 2, rectangular=True, documents=documents)
+        plan_causal(TokenRange(0, 4), Mask(2, None, documents), rectangular=True)
     with pytest.raises(ValueError, match="positions 0 to 5 are computed"):
-        plan_causal(TokenRange(0, 5), 1, rectangular=True, documents=documents)
+        plan_causal(TokenRange(0, 5), Mask(1, None, documents), rectangular=True)
     with pytest.raises(ValueError, match=re.escape("(4, 6, 3) (begin, end, start) does not continue (0, 4, 0)")):
         Documents(((DocumentSpan(0, 4, 0), DocumentSpan(4, 6, 3)),))
     with pytest.raises(ValueError, match=re.escape("expected bool [b, 1, rows, keys]")):

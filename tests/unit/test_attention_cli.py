@@ -11,7 +11,7 @@ from megatron.longseq.attention.plan.comm_volume import LayerShape, all_to_all, 
 from megatron.longseq.attention.plan.heads import Heads
 from megatron.longseq.attention.plan.layout import Layout, Mesh
 from megatron.longseq.attention.tools.cli import main
-from megatron.longseq.attention.tools.picture import scene
+from megatron.longseq.attention.tools.figure import scene
 
 ROOT = Path(__file__).resolve().parents[2]
 MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (2, 4), (4, 2), (1, 8), (3, 2)]

@@ -14,9 +14,9 @@ from torch import Tensor
 from megatron.longseq.attention.kernels.reference import Reference
 from megatron.longseq.attention.kernels.torch_cpu import CpuFlash
 from megatron.longseq.attention.plan.layout import Mesh
-from megatron.longseq.attention.plan.tiles import Documents
+from megatron.longseq.attention.plan.ranges import Documents
 from megatron.longseq.attention.runtime.comm import Message
-from megatron.longseq.attention.runtime.function import make_call, context_attention
+from megatron.longseq.attention.runtime.function import context_attention, make_call
 from tests.unit.attention_bed import SCALE, assert_close
 from tests.unit.context_run import Problem, run
 from tests.unit.test_attention_blocks import packed
@@ -185,7 +185,9 @@ def test_runs_are_bitwise_equal_whenever_messages_arrive(kind: str) -> None:
         late = []
         for strategy in problem.strategies():
             assert strategy.ring is not None
-            ring = replace(strategy.ring, **{name: Late(getattr(strategy.ring, name), dice) for name in vars(strategy.ring)})
+            ring = replace(
+                strategy.ring, **{name: Late(getattr(strategy.ring, name), dice) for name in vars(strategy.ring)}
+            )
             late.append(replace(strategy, ring=ring))
         assert all(torch.equal(a, b) for a, b in zip(run(problem, joined=late), expected, strict=True))
 

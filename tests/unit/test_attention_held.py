@@ -90,7 +90,7 @@ def problem_of(ranks: int, **more: Any) -> Problem:
     return Problem(Mesh(1, ranks), (4, KEY_HEADS), (ROWS * ranks,), batch=1, dtype=torch.float32, **more)
 
 
-def kv_rows(problem: Problem, backward: bool) -> tuple[int, int]:
+def held(problem: Problem, backward: bool) -> tuple[int, int]:
     """Most bytes, and most buffers of keys, that any rank had made and held in one direction."""
     ranks = Ranks(problem, problem.inputs())
 

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 import patches
-from megatron.longseq.attention.module import attend_once
 from megatron.longseq.attention.plan.layout import Mesh
-from megatron.longseq.attention.runtime.function import AttentionCall, RecomputeCache, make_call
+from megatron.longseq.attention.runtime.function import AttentionCall, RecomputeCache, attend_once, make_call
 from patches.usp import runtime
 from tests.unit.attention_bed import SCALE
 from tests.unit.context_bed import strategies
@@ -34,17 +33,17 @@ class Layers:
         for weight in self.weights:
             q = (x @ weight).unflatten(2, (2, -1))
 
-            def make_call(_: Any, q: Tensor = q) -> AttentionCall:
+            def call_for(_: Any, q: Tensor = q) -> AttentionCall:
                 return make_call(q, q, self.strategy, self.kernel, SCALE)
 
-            x = x + attend_once(q, q, q, self.kept, make_call)
+            x = x + attend_once(q, q, q, self.kept, call_for)
         return x
 
 
 @pytest.fixture
 def layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Layers]:
     kept = RecomputeCache()
-    monkeypatch.setattr(runtime, "current_context", lambda: SimpleNamespace(kept=kept))
+    monkeypatch.setattr(runtime, "current_context", lambda: SimpleNamespace(recompute_cache=kept))
     with patches.applied(RECORDS):
         yield Layers(kept)
 
@@ -69,7 +68,7 @@ def gradients(layers: Layers, out: Tensor, *further: Tensor) -> list[Tensor]:
 
 def alive() -> int:
     """Tensors with a row, or a column, for each token."""
-    gc.gather_kv()
+    gc.collect()
     return sum(1 for x in gc.get_objects() if type(x) is Tensor and TOKENS in x.shape)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -15,12 +15,12 @@ from torch.utils.checkpoint import checkpoint
 import patches
 from megatron.longseq.attention.kernels.reference import Reference
 from megatron.longseq.attention.kernels.torch_cpu import CpuFlash
-from megatron.longseq.attention.plan.tiles import Documents
+from megatron.longseq.attention.plan.ranges import Documents
 from megatron.longseq.attention.runtime import kv_cache as store_module
-from megatron.longseq.attention.runtime.kv_cache import SegmentOrderError, SegmentKVCache
+from megatron.longseq.attention.runtime.kv_cache import SegmentKVCache, SegmentOrderError
 from megatron.longseq.attention.runtime.segment_attention import segment_attention
-from megatron.longseq.segment import Segment, segments
-from tests.unit.attention_bed import SCALE, Split, assert_close, oracle, plain, qkv, seen
+from megatron.longseq.segment import Segment
+from tests.unit.attention_bed import SCALE, Split, assert_close, oracle, plain, qkv, seen, segments
 from tests.unit.test_attention_blocks import dense, packed
 
 HEADS = {"MHA": (4, 4), "GQA": (4, 2), "MQA": (4, 1)}
@@ -69,7 +69,6 @@ def packings(draw: st.DrawFn) -> tuple[list[int], Documents, int | None]:
 
 
 @given(packings(), st.sampled_from(sorted(KERNELS)))
-@settings(max_examples=80, deadline=None)
 def test_equals_unsplit_attention_inside_documents(
     packing: tuple[list[int], Documents, int | None], kernel: str
 ) -> None:
@@ -119,10 +118,10 @@ def test_whole_layers_recomputed(recompute: str) -> None:
     parameters = [p for layer in layers for p in layer.parameters()]
     x, grad = (torch.randn(tokens, 2, width, dtype=torch.float64) for _ in range(2))
 
-    def stack(x: Tensor, tiled_forward: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    def stack(x: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         for number, (project, back) in enumerate(layers):
             q, k, v = (y.unflatten(-1, (-1, 4)) for y in project(x).split([16, 8, 8], -1))
-            x = x + back(tiled_forward(number, q, k, v))
+            x = x + back(attend(number, q, k, v))
         return x
 
     leaf = x.clone().requires_grad_()
@@ -254,12 +253,12 @@ def test_what_was_not_announced_is_refused() -> None:
     inputs = qkv(12, 1, (2, 1))
     split = Split(inputs, [8, 4], cache, CpuFlash())
     with pytest.raises(SegmentOrderError, match=r"no segment is current; set store\.current"):
-        split.tiled_forward(*split.leaves[0])
+        split.attend(*split.leaves[0])
     cache.current = split.units[0]
     with pytest.raises(ValueError, match=r"4 queries for 8 of \(8, 4\)"):
-        split.tiled_forward(*split.leaves[1])
+        split.attend(*split.leaves[1])
     with pytest.raises(ValueError, match=r"keys or values are torch\.float64 "):
-        split.tiled_forward(split.leaves[0][0], *split.leaves[1][1:])
+        split.attend(split.leaves[0][0], *split.leaves[1][1:])
     cache.reset()
     split.forward(0)
     split.forward(1)

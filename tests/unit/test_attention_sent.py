@@ -10,8 +10,8 @@ import torch
 from megatron.longseq.attention.plan.comm_volume import (
     LayerShape,
     Volume,
-    all_to_all,
     all_gather,
+    all_to_all,
     peer_all_to_all,
     peer_ring,
     ring,
@@ -20,14 +20,14 @@ from megatron.longseq.attention.plan.heads import Heads
 from megatron.longseq.attention.plan.layout import Layout, Mesh
 from megatron.longseq.attention.plan.ranges import size
 from megatron.longseq.attention.plan.ring_schedule import Ring, plan_transfers
-from megatron.longseq.attention.plan.ring_tiles import Mask
+from megatron.longseq.attention.plan.tiles import Mask
 from megatron.longseq.attention.runtime.strategies import CPStrategy
-from megatron.longseq.distributed import Sent
+from megatron.longseq.distributed import SentCounter
 from tests.unit.context_run import Problem, Ranks
 from tests.unit.test_attention_context import DOCUMENTS, MESHES
 
 NOTHING = Volume(0, 0, 0, 0)
-CHANNELS = ("keys", "grads", "far_keys", "far_grads")
+CHANNELS = ("kv", "grads", "far_kv", "far_grads")
 
 
 def of_ring(strategy: CPStrategy) -> list[Any]:
@@ -42,10 +42,10 @@ def of_gather(strategy: CPStrategy) -> list[Any]:
     return [strategy.gather] if strategy.gather else []
 
 
-def total(strategies: Sequence[CPStrategy], of: Callable[[CPStrategy], list[Any]]) -> Sent:
+def total(strategies: Sequence[CPStrategy], of: Callable[[CPStrategy], list[Any]]) -> SentCounter:
     """Sum over ranks."""
     sent = [channel.sent for strategy in strategies for channel in of(strategy)]
-    return Sent(sum(one.bytes for one in sent), sum(one.messages for one in sent))
+    return SentCounter(sum(one.bytes for one in sent), sum(one.messages for one in sent))
 
 
 def counted(problem: Problem, **kwargs: Any) -> list[Volume]:

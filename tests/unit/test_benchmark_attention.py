@@ -64,8 +64,8 @@ def test_who_takes_part():
     assert {one.who for one in contestants(EVERYONE, 2)} == set(EVERYONE)
     assert [str(one) for one in contestants((YUNCHANG,), 2) if one.copies_self] == ["yunchang zigzag U2 R1"]
     assert contestants(EVERYONE, 1) == []
-    without_base = contestants((ONE_PROCESS,), 1)
-    assert [(str(one), one.ranks) for one in without_base] == [
+    alone = contestants((ONE_PROCESS,), 1)
+    assert [(str(one), one.ranks) for one in alone] == [
         ("one process", 1),
         ("two processes, half the heads each", 2),
     ]

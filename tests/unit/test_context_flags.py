@@ -14,7 +14,14 @@ from megatron.longseq.attention.arguments import (
     refuse_unserved_context,
     wants_context,
 )
-from megatron.longseq.attention.plan.comm_type import CommType, validate_comm_types, choose_comm_type, comm_type, mesh_of_sizes, comm_types
+from megatron.longseq.attention.plan.comm_type import (
+    CommType,
+    choose_comm_type,
+    comm_types,
+    layer_comm_type,
+    mesh_of_sizes,
+    validate_comm_types,
+)
 from megatron.longseq.attention.plan.layout import Mesh
 from tests.distributed.flags import TINY, flags
 from tests.pool import RankPool
@@ -147,7 +154,7 @@ def test_what_the_flags_spread(values: dict[str, Any], wanted: dict[str, CommTyp
 
 
 def test_the_kind_of_a_layer() -> None:
-    assert [comm_type(given, 3) for given in (None, "a2a", ["a2a"], ["p2p", "p2p", "a2a", "p2p"])] == [
+    assert [layer_comm_type(given, 3) for given in (None, "a2a", ["a2a"], ["p2p", "p2p", "a2a", "p2p"])] == [
         "p2p",
         "a2a",
         "a2a",

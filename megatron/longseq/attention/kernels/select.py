@@ -22,7 +22,6 @@ from megatron.longseq.attention.kernels.flash_cuda import (
 from megatron.longseq.attention.kernels.reference import Reference
 from megatron.longseq.attention.kernels.torch_cpu import CpuFlash
 
-
 logger = logging.getLogger(__name__)
 
 

@@ -103,7 +103,7 @@ def choose_mesh(size: int, heads: int, groups: int | None, node_size: int, tenso
         size: --context-parallel-size.
         heads: --num-attention-heads.
         groups: --num-query-groups; None: as many as heads.
-        node_size: ranks of a node. The ranks of a tensor-parallel group are neighbours, context-parallel ones come next.
+        node_size: ranks of a node. Ranks of a tensor-parallel group are neighbours, context-parallel ones come next.
         tensor: --tensor-model-parallel-size.
 
     Raises:

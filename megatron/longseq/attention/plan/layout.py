@@ -85,7 +85,9 @@ class Mesh:
             )
         if self.placement == "head-first":
             return tuple(members)
-        return tuple(members[ulysses * self.ring + ring] for ring in range(self.ring) for ulysses in range(self.ulysses))
+        return tuple(
+            members[ulysses * self.ring + ring] for ring in range(self.ring) for ulysses in range(self.ulysses)
+        )
 
     def ulysses_groups(self, ranks: Sequence[int]) -> list[tuple[int, ...]]:
         """Return the Ulysses group of every ring index, from global ranks as `ordered` returns them."""
@@ -178,7 +180,10 @@ class Layout:
         received, offset = [], 0
         for segment in segments:
             chunk = self.tokens(segment) // 2
-            first, second = TokenRange(offset, offset + chunk), TokenRange(offset + chunk, offset + self.tokens(segment))
+            first, second = (
+                TokenRange(offset, offset + chunk),
+                TokenRange(offset + chunk, offset + self.tokens(segment)),
+            )
             received += [ReceivedRows(rank, first) for rank in ranks]
             received += [ReceivedRows(rank, second) for rank in reversed(ranks)]
             offset = second.end

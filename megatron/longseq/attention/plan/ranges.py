@@ -71,7 +71,7 @@ def clip(ranges: TokenRanges, begin: int, end: int) -> TokenRanges:
 
 
 def count_before(ranges: TokenRanges, bound: int) -> int:
-    """Return how many positions of a set are smaller than a bound: the row of `bound` in a buffer that holds the set."""
+    """Return how many positions of a set are below a bound, which is the row of `bound` in a buffer of the set."""
     return sum(min(one.end, bound) - one.begin for one in ranges if one.begin < bound)
 
 

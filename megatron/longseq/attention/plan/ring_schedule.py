@@ -164,7 +164,7 @@ def _running_union(sets: Iterable[TokenRanges]) -> list[TokenRanges]:
 
 
 def _key_transfers(source: int, ranks: list[int], wanted: list[TokenRanges], inner: int) -> list[Transfer]:
-    """Send keys to the next rank of a window while a later one needs them, and from a window's first rank to the next's."""
+    """Send keys on inside a window while a later rank needs them, and from its first rank to the next window's."""
     transfers = []
     onward = _running_union(reversed(wanted))[::-1]  # what a step and all later ones need
     for begin in range(0, len(ranks), inner):

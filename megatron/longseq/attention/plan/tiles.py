@@ -179,7 +179,7 @@ def plan_tiles(queries: TokenRanges, keys: TokenRanges, mask: Mask, *, rectangul
 
 
 class _Rows(NamedTuple):
-    """Rows of queries that no window cuts, and the rows of their keys; `own`: these end with the rows' own positions."""
+    """Rows of queries that no window cuts, and rows of their keys; `own`: the last keys are those of the rows."""
 
     rows: TokenRange
     keys: TokenRange

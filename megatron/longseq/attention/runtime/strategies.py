@@ -1,6 +1,7 @@
-"""How one layer's attention is spread over context-parallel ranks, and the part of it behind the all-to-all.
+"""Strategies by which a layer's attention is distributed over context-parallel ranks.
 
-A `CPStrategy` belongs to a layer; a `CPCall` is it for the tokens of one call: this rank's queries, and everyone's keys.
+A `CPStrategy` belongs to a layer. A `CPCall` is the part of one call between the all-to-alls: this rank's queries and
+the keys of all ranks.
 """
 
 from dataclasses import dataclass
@@ -12,26 +13,33 @@ from torch import Tensor
 from megatron.longseq.attention.kernels.base import Kernel
 from megatron.longseq.attention.plan.heads import Heads
 from megatron.longseq.attention.plan.layout import Layout, Mesh
+from megatron.longseq.attention.plan.ranges import TokenRange
 from megatron.longseq.attention.plan.ring_schedule import Ring, RingStep, plan_all_gather, plan_ring_attention
-from megatron.longseq.attention.plan.ring_tiles import Mask
-from megatron.longseq.attention.plan.tiles import TokenRange, Tile
+from megatron.longseq.attention.plan.tiles import Mask, Tile
 from megatron.longseq.attention.runtime.comm import GroupCollectives
-from megatron.longseq.attention.runtime.ring import KV, RingChannels, Saved, GradAccumulator, ring_backward, ring_forward
-from megatron.longseq.attention.runtime.tiled import tiled_forward, tiled_backward
+from megatron.longseq.attention.runtime.ring import (
+    KV,
+    GradAccumulator,
+    RingChannels,
+    Saved,
+    ring_backward,
+    ring_forward,
+)
+from megatron.longseq.attention.runtime.tiled import tiled_backward, tiled_forward
 from megatron.longseq.attention.runtime.ulysses import Ulysses
 from megatron.longseq.segment import Segment
 
 
 @dataclass(frozen=True)
 class CPStrategy:
-    """Where a layer's attention is computed.
+    """How one layer's attention is distributed, with the communicators of this rank.
 
     Attributes:
         mesh: Ulysses and ring degrees.
-        rank: this context-parallel rank: it holds chunks `rank` and 2C - 1 - `rank` of every segment.
+        rank: context-parallel rank; it holds chunks `rank` and 2C - 1 - `rank` of every segment.
         ulysses: collectives of its Ulysses group; None: U is 1.
-        ring: lanes of its ring.
-        gather: collectives of its ring, where keys are gathered (--cp-comm-type all_gather) instead of going round.
+        ring: channels of its ring.
+        gather: collectives of its ring if keys are all-gathered (--cp-comm-type all_gather); None: they go round it.
         window: ranks of a window of a double ring (--ring-window); None: a plain ring.
     """
 
@@ -42,19 +50,19 @@ class CPStrategy:
     gather: GroupCollectives | None = None
     window: int | None = None
 
-    def exchange(self, heads: Heads, segment: Segment) -> Ulysses:
-        """Return the all-to-alls of a segment's tokens."""
-        received_rows = Layout(self.mesh, segment.lengths).received_rows(range(segment.index, segment.index + 1))
-        return Ulysses(self.mesh.ulysses, heads, received_rows, self.ulysses)
+    def plan_ulysses(self, heads: Heads, segment: Segment) -> Ulysses:
+        """Return the all-to-alls of a segment."""
+        rows = Layout(self.mesh, segment.lengths).received_rows(range(segment.index, segment.index + 1))
+        return Ulysses(self.mesh.ulysses, heads, rows, self.ulysses)
 
-    def share(self, kernel: Kernel, scale: float, segment: Segment, mask: Mask) -> "Share":
-        """Return how a segment's queries attend to the keys up to its end."""
+    def plan_call(self, kernel: Kernel, scale: float, segment: Segment, mask: Mask) -> "CPCall":
+        """Return the attention of a segment's queries to all keys up to the segment's end."""
         layout, place = Layout(self.mesh, segment.lengths), self.mesh.place(self.rank)
         own, seen = range(segment.index, segment.index + 1), range(segment.index + 1)
         if self.gather is not None:
             tiles = plan_all_gather(layout, place.ring, own, mask, rectangular=kernel.rectangular)
-            return AllGatherCall(kernel, scale, tiles, self.gather, layout, segment.index, place.ring)
-        assert self.ring is not None, "a ring has lanes, if only among one rank"
+            return AllGatherCall(kernel, scale, tiles, self.gather, layout, segment.index)
+        assert self.ring is not None, "every rank has a ring, if only of one rank"
         steps = plan_ring_attention(
             Ring(self.mesh.ring, self.window or self.mesh.ring),
             layout.shards(own),
@@ -67,33 +75,33 @@ class CPStrategy:
 
 
 class CPCall(Protocol):
-    """One call's attention over a ring."""
+    """Attention of one call over a ring."""
 
     @property
     def segment(self) -> Segment:
-        """The segment, in the rows that a store keeps of it."""
+        """The segment with lengths in rows of the KV cache."""
         ...
 
     def gather_kv(self, kv: KV) -> KV:
-        """Return what is kept of a segment's keys and values [n, b, hk, d] for it and for later segments."""
+        """Return the keys and values to cache of a segment, from this rank's [n, b, hk, d]."""
         ...
 
-    def forward(self, q: Tensor, keys: KV) -> tuple[Tensor, Tensor]:
-        """Return (out, lse); `keys`: what was collected up to this segment's end."""
+    def forward(self, q: Tensor, kv: KV) -> tuple[Tensor, Tensor]:
+        """Return (out, lse); `kv` is what `gather_kv` returned of all segments up to this one."""
         ...
 
     def backward(self, saved: Saved, grad_out: Tensor) -> tuple[Tensor, KV]:
-        """Return dq and the gradients of `keys`, in the accumulation type."""
+        """Return dq and the gradients of `kv` in the accumulation dtype."""
         ...
 
     def reduce_kv_grads(self, grads: KV) -> KV:
-        """Return the gradient of `collect`: a segment's rows to the rank's own."""
+        """Return the gradient of `gather_kv`: this rank's [n, b, hk, d]."""
         ...
 
 
 @dataclass(frozen=True)
 class RingCall:
-    """Keys go round."""
+    """Keys and values go round the ring."""
 
     kernel: Kernel
     scale: float
@@ -102,61 +110,60 @@ class RingCall:
     segment: Segment
 
     def gather_kv(self, kv: KV) -> KV:
-        """See `CPCall.collect`: the rank's own."""
+        """See `CPCall.gather_kv`: a rank caches its own."""
         return kv
 
-    def forward(self, q: Tensor, keys: KV) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, kv: KV) -> tuple[Tensor, Tensor]:
         """See `CPCall.forward`."""
-        return ring_forward(self.kernel, q, keys, self.steps, self.channels, self.scale)
+        return ring_forward(self.kernel, q, kv, self.steps, self.channels, self.scale)
 
     def backward(self, saved: Saved, grad_out: Tensor) -> tuple[Tensor, KV]:
         """See `CPCall.backward`."""
         return ring_backward(self.kernel, saved, grad_out, self.steps, self.channels, self.scale)
 
     def reduce_kv_grads(self, grads: KV) -> KV:
-        """See `CPCall.distribute`: they have come home already."""
+        """See `CPCall.reduce_kv_grads`: the ring has returned them to their owners."""
         return grads
 
 
 @dataclass(frozen=True)
 class AllGatherCall:
-    """Every rank gathers all keys, by position; gradients are scattered back, summed in the order of ranks."""
+    """Every rank gathers all keys in order of position; gradients are reduce-scattered in the order of ranks."""
 
     kernel: Kernel
     scale: float
     tiles: tuple[Tile, ...]
-    exchange: GroupCollectives
+    collectives: GroupCollectives
     layout: Layout
     index: int
-    ring: int
 
     @property
     def segment(self) -> Segment:
-        """See `CPCall`."""
+        """See `CPCall.segment`."""
         return Segment(0, self.index, self.layout.lengths)
 
     def gather_kv(self, kv: KV) -> KV:
-        """See `CPCall.collect`: everyone's, by position."""
-        came = self.exchange.all_gather(torch.stack(kv, dim=1))
+        """See `CPCall.gather_kv`: all ranks', in order of position."""
+        gathered = self.collectives.all_gather(torch.stack(kv, dim=1))
         order = self.layout.all_gather_order(range(self.index, self.index + 1))
-        keys, values = (torch.cat([came[source, rows.slice(), which] for source, rows in order]) for which in (0, 1))
-        return keys, values
+        k, v = (torch.cat([gathered[source, rows.slice(), which] for source, rows in order]) for which in (0, 1))
+        return k, v
 
-    def forward(self, q: Tensor, keys: KV) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, kv: KV) -> tuple[Tensor, Tensor]:
         """See `CPCall.forward`."""
-        return tiled_forward(self.kernel, q, *keys, self.tiles, self.scale)
+        return tiled_forward(self.kernel, q, *kv, self.tiles, self.scale)
 
     def backward(self, saved: Saved, grad_out: Tensor) -> tuple[Tensor, KV]:
         """See `CPCall.backward`."""
-        q, keys, out, lse = saved
-        everything = (TokenRange(0, keys[0].shape[0]),)
-        total = GradAccumulator(keys[0], everything, everything)
-        dq = tiled_backward(self.kernel, (q, *keys, out, lse), grad_out, self.tiles, self.scale, total.add)
+        q, kv, out, lse = saved
+        all_rows = (TokenRange(0, kv[0].shape[0]),)
+        grads = GradAccumulator(kv[0], all_rows, all_rows)
+        dq = tiled_backward(self.kernel, (q, *kv, out, lse), grad_out, self.tiles, self.scale, grads.add)
         assert dq is not None, "a segment has rows"
-        return dq, total.close()
+        return dq, grads.result()
 
     def reduce_kv_grads(self, grads: KV) -> KV:
-        """See `CPCall.distribute`."""
+        """See `CPCall.reduce_kv_grads`."""
         ranks, dk = self.layout.mesh.ring, grads[0]
         parts = dk.new_empty(ranks, dk.shape[0] // ranks, 2, *dk.shape[1:])
         begin = 0
@@ -164,5 +171,5 @@ class AllGatherCall:
             for which, grad in enumerate(grads):
                 parts[source, rows.slice(), which] = grad[begin : begin + rows.size]
             begin += rows.size
-        own = self.exchange.reduce_scatter(parts)
+        own = self.collectives.reduce_scatter(parts)
         return own[:, 0], own[:, 1]

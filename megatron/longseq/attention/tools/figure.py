@@ -118,7 +118,7 @@ def draw(scene: Scene, file: Path) -> None:
         half = (_WIDE - 2 * _MARGIN - _GAP) / 2
         for index, held in enumerate((scene.before, scene.after)):
             box = (_MARGIN + index * (half + _MARGIN), tall - above, half, _ROW * ranks)
-            _holdings(_axes(figure, box), scene, held, per_rank=index > 0)
+            _holdings(_axes(figure, box), scene, held, shared=index > 0)
         for index, (cells, sendings) in enumerate(scene.steps):
             box = (_MARGIN + index * (side + _GAP), _LEGEND + _FOOT, side, side)
             _step(_axes(figure, box), scene, index, cells, sendings)
