@@ -63,7 +63,7 @@ def evaluations(notes: Notes) -> Iterator[None]:
 @contextmanager
 def store_bytes(notes: Notes) -> Iterator[None]:
     """Note after every step of ours whether it was one of evaluation, and what the chunks' stores hold."""
-    from megatron.longseq.pipeline.forward_backward import PipelineRunner
+    from megatron.longseq.pipeline.forward_backward import ForwardBackward
 
     def call(original: Any, runner: Any, **named: Any) -> Any:
         result = original(runner, **named)
@@ -72,7 +72,7 @@ def store_bytes(notes: Notes) -> Iterator[None]:
         notes.append((named.get("forward_only", False), tuple(map(sum, zip(*totals, strict=True)))))
         return result
 
-    with wrapped(PipelineRunner, "__call__", call):
+    with wrapped(ForwardBackward, "__call__", call):
         yield
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy
 import pytest
 
-from megatron.longseq.pipeline.plan.schedule import Kind, Pipeline
+from megatron.longseq.pipeline.plan.schedule import ActionKind, Pipeline
 from megatron.longseq.pipeline.tools.chrome_trace import read_measured
 from megatron.longseq.pipeline.tools.compare import replay
 from tests.distributed.equality import RELATIVE
@@ -145,7 +145,7 @@ def test_every_rank_writes_its_measured_timeline(ranks: RankPool, tmp_path: Path
     assert measured.pipeline == pipeline and measured.name.endswith(", measured")
     assert 0 < measured.makespan < run.seconds and 0 <= measured.bubble < 1
     kinds = 3 if "zero" in own else 2
-    ends: dict[tuple[Kind, int, int, int], float] = {}
+    ends: dict[tuple[ActionKind, int, int, int], float] = {}
     for rank, spans in enumerate(measured.spans):
         assert len(spans) == kinds * pipeline.units * pipeline.virtual
         assert all(before.end <= after.start for before, after in pairwise(spans))
@@ -153,11 +153,11 @@ def test_every_rank_writes_its_measured_timeline(ranks: RankPool, tmp_path: Path
             action = span.action
             ends[action.kind, action.microbatch, action.segment, pipeline.stage(rank, action.vstage)] = span.end
     for (kind, microbatch, segment, stage), end in ends.items():
-        if kind is not Kind.FORWARD:
-            assert end > ends[Kind.FORWARD, microbatch, segment, stage]
-        if kind is Kind.BACKWARD and stage < pipeline.depth - 1:  # the ranks' clocks agree
+        if kind is not ActionKind.FORWARD:
+            assert end > ends[ActionKind.FORWARD, microbatch, segment, stage]
+        if kind is ActionKind.BACKWARD and stage < pipeline.depth - 1:  # the ranks' clocks agree
             assert end > ends[kind, microbatch, segment, stage + 1]
-        if kind is Kind.FORWARD and stage > 0:
+        if kind is ActionKind.FORWARD and stage > 0:
             assert end > ends[kind, microbatch, segment, stage - 1]
     order = [[span.action for span in spans] for spans in measured.spans]
     assert [[span.action for span in spans] for spans in replay(measured).spans] == order

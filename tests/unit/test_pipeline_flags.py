@@ -23,10 +23,10 @@ from megatron.longseq.pipeline.arguments import (
     refuse_unserved,
     wants_our_schedule,
 )
-from megatron.longseq.pipeline.forward_backward import PipelineRunner
+from megatron.longseq.pipeline.forward_backward import ForwardBackward
 from megatron.longseq.pipeline.plan.from_args import model_shape, plan_from_args, stage_layers
 from megatron.longseq.pipeline.plan.segment_cost import ModelShape
-from megatron.longseq.pipeline.runtime.segmented_model import Chunk, _refuse_further
+from megatron.longseq.pipeline.runtime.segmented_model import SegmentedModel, _refuse_further
 from patches.seq1f1b.stages import refuse_stages
 from tests.distributed.flags import TINY, flags
 from tests.pool import RankPool
@@ -272,8 +272,8 @@ def test_a_measured_step_past_the_end_is_refused(values: dict[str, Any], message
 def test_a_measured_step_that_a_resumed_run_does_not_reach_is_told_at_its_end(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    runner = PipelineRunner(plan=None, trace_step=3, steps=2)  # type: ignore[arg-type]
-    runner._say_what_was_not_traced()
+    runner = ForwardBackward(plan=None, trace_step=3, steps=2)  # type: ignore[arg-type]
+    runner._warn_of_missing_trace()
     assert "WARNING: --pipeline-trace-step 3: this run ended after 2 training steps" in capsys.readouterr().out
 
 
@@ -469,10 +469,10 @@ def test_layers_whose_attention_is_another_are_refused_and_nothing_is_bound() ->
         layers = nn.ModuleList([first, _bare(TransformerLayer, self_attention=attention)])
         model = _bare(GPTModel, decoder=layers)
         with pytest.raises(ValueError, match=message):
-            Chunk(model, (32, 32)).attach()
+            SegmentedModel(model, (32, 32)).attach()
         assert "forward" not in vars(model) and "forward" not in vars(causal.core_attention)
     with pytest.raises(ValueError, match="serves GPTModel; this chunk is Linear with 0 of them"):
-        Chunk(nn.Linear(1, 1), (32, 32)).attach()
+        SegmentedModel(nn.Linear(1, 1), (32, 32)).attach()
 
 
 def messages_of_upstreams_validation(cases: list[list[str]], world: int = 1) -> list[str | None]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron.longseq.attention.plan.layout import length_multiple
 from megatron.longseq.pipeline.plan import generators as orders
 from megatron.longseq.pipeline.plan import partition
-from megatron.longseq.pipeline.plan.receives import AHEAD, Posts, ends_in_one_queue, plan_posts
+from megatron.longseq.pipeline.plan.receives import AHEAD, ReceiveOrder, is_deadlock_free_on_one_queue, plan_receives
 from megatron.longseq.pipeline.plan.schedule import Pipeline, Schedule
 from megatron.longseq.pipeline.plan.segment_cost import (
     CostModel,
@@ -24,7 +24,7 @@ from megatron.longseq.pipeline.plan.validate import prove
 
 
 @dataclass(frozen=True)
-class Plan:
+class PipelinePlan:
     """How steps are run; the same on every rank, for it follows from the arguments alone.
 
     Attributes:
@@ -55,17 +55,17 @@ class Plan:
         """
         return _proven(self, microbatches, forward_only)
 
-    def posts(self, microbatches: int, forward_only: bool = False) -> tuple[Posts, ...]:
+    def receives(self, microbatches: int, forward_only: bool = False) -> tuple[ReceiveOrder, ...]:
         """Return per rank when it posts its receives in such a step.
 
         Raises:
             ValueError: in one queue, ranks would wait for each other in a circle.
         """
-        return _posts(self, microbatches, forward_only)
+        return _receives(self, microbatches, forward_only)
 
 
 @functools.lru_cache(maxsize=64)
-def _proven(plan: Plan, microbatches: int, forward_only: bool) -> Schedule:
+def _proven(plan: PipelinePlan, microbatches: int, forward_only: bool) -> Schedule:
     pipeline = Pipeline(plan.stages, microbatches, len(plan.lengths), plan.virtual)
     if forward_only:
         schedule = orders.forward_only(pipeline, plan.group)
@@ -78,14 +78,14 @@ def _proven(plan: Plan, microbatches: int, forward_only: bool) -> Schedule:
 
 
 @functools.lru_cache(maxsize=64)
-def _posts(plan: Plan, microbatches: int, forward_only: bool) -> tuple[Posts, ...]:
+def _receives(plan: PipelinePlan, microbatches: int, forward_only: bool) -> tuple[ReceiveOrder, ...]:
     schedule = _proven(plan, microbatches, forward_only)
     if not plan.one_queue:
-        return plan_posts(schedule)
+        return plan_receives(schedule)
     for ahead in range(1, AHEAD + 1):  # in one queue, a receive behind another one keeps compute waiting
-        posts = plan_posts(schedule, ahead)
-        if ends_in_one_queue(schedule, posts):
-            return posts
+        receives = plan_receives(schedule, ahead)
+        if is_deadlock_free_on_one_queue(schedule, receives):
+            return receives
     raise ValueError(
         "CUDA_DEVICE_MAX_CONNECTIONS=1 has a GPU start all work in the order in which it is given, and in that order "
         f"the ranks of {schedule.name} ({schedule.pipeline}) would wait for each other's messages in a circle: give "
@@ -94,7 +94,7 @@ def _posts(plan: Plan, microbatches: int, forward_only: bool) -> tuple[Posts, ..
     )
 
 
-def plan_from_args(args: Namespace, *, one_queue: bool = False) -> Plan:
+def plan_from_args(args: Namespace, *, one_queue: bool = False) -> PipelinePlan:
     """Read the plan from upstream's validated arguments.
 
     Args:
@@ -106,7 +106,7 @@ def plan_from_args(args: Namespace, *, one_queue: bool = False) -> Plan:
     """
     stages, virtual = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size or 1
     lengths = segment_lengths(args)
-    return Plan(
+    return PipelinePlan(
         stages=stages,
         virtual=virtual,
         lengths=lengths,

@@ -10,7 +10,15 @@ from collections import deque
 from itertools import chain
 from math import inf
 
-from megatron.longseq.pipeline.plan.schedule import Action, Kind, Pipeline, Schedule, ScheduleError, source, target
+from megatron.longseq.pipeline.plan.schedule import (
+    Action,
+    ActionKind,
+    Pipeline,
+    Schedule,
+    ScheduleError,
+    source,
+    target,
+)
 from megatron.longseq.pipeline.plan.simulate import Costs, uniform_costs
 
 _ROUNDING = 1e-6  # a weight gradient may end this share of itself after the arrival that it must not delay
@@ -137,7 +145,7 @@ def _alternate(pipeline: Pipeline, ahead: int, group: int) -> tuple[Action, ...]
 
 def _forwards(pipeline: Pipeline, group: int) -> list[Action]:
     return [
-        Action(Kind.FORWARD, microbatch, segment, vstage)
+        Action(ActionKind.FORWARD, microbatch, segment, vstage)
         for first in range(0, pipeline.microbatches, group)
         for vstage in range(pipeline.virtual)
         for microbatch in range(first, min(first + group, pipeline.microbatches))
@@ -147,7 +155,7 @@ def _forwards(pipeline: Pipeline, group: int) -> list[Action]:
 
 def _backwards(pipeline: Pipeline, group: int) -> list[Action]:
     return [
-        Action(Kind.BACKWARD, microbatch, segment, vstage)
+        Action(ActionKind.BACKWARD, microbatch, segment, vstage)
         for first in range(0, pipeline.microbatches, group)
         for vstage in reversed(range(pipeline.virtual))
         for microbatch in range(first, min(first + group, pipeline.microbatches))
@@ -173,7 +181,7 @@ class _Filler:
 
     def begins(self) -> float:
         """Return when the next forward or backward can begin, as far as is known: inf without input, or room."""
-        if not self._fused or (self._fused[0].kind is Kind.FORWARD and not self._room):
+        if not self._fused or (self._fused[0].kind is ActionKind.FORWARD and not self._room):
             return inf
         return self.arrivals.get(self._fused[0], inf)
 
@@ -189,20 +197,20 @@ class _Filler:
         """Run `action`, which `choose` returned, until `end`."""
         self.order.append(action)
         self.free = end
-        if action.kind is Kind.WEIGHT:
+        if action.kind is ActionKind.WEIGHT:
             self._weights.popleft()
             self._room += 1
             return
         self._fused.popleft()
-        if action.kind is Kind.FORWARD:
+        if action.kind is ActionKind.FORWARD:
             self._room -= 1
         else:
-            self._weights.append(Action(Kind.WEIGHT, action.microbatch, action.segment))
+            self._weights.append(Action(ActionKind.WEIGHT, action.microbatch, action.segment))
 
 
 def _fill(pipeline: Pipeline, ranks: list[_Filler], costs: Costs) -> None:
     """Run the step against the clock and let every rank place its actions."""
-    seconds = {kind: costs.table(kind, splits_weights=True) for kind in Kind}
+    seconds = {kind: costs.table(kind, splits_weights=True) for kind in ActionKind}
     for number, rank in enumerate(ranks):
         for action in _forwards(pipeline, 1) + _backwards(pipeline, 1):
             if source(pipeline, number, action) is None:

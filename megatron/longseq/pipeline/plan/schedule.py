@@ -12,7 +12,7 @@ class ScheduleError(ValueError):
     """A schedule that cannot be made for these sizes, or that would compute wrongly or never end."""
 
 
-class Kind(StrEnum):
+class ActionKind(StrEnum):
     """What an action computes."""
 
     FORWARD = "F"
@@ -20,7 +20,7 @@ class Kind(StrEnum):
     WEIGHT = "W"
 
 
-_WORDS = {Kind.FORWARD: "forward", Kind.BACKWARD: "backward", Kind.WEIGHT: "weight gradient"}
+_WORDS = {ActionKind.FORWARD: "forward", ActionKind.BACKWARD: "backward", ActionKind.WEIGHT: "weight gradient"}
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -34,7 +34,7 @@ class Action:
         vstage: virtual stage (upstream's model chunk) on this rank, from 0.
     """
 
-    kind: Kind
+    kind: ActionKind
     microbatch: int
     segment: int = 0
     vstage: int = 0
@@ -104,12 +104,12 @@ class Schedule:
     @property
     def splits_weights(self) -> bool:
         """Whether weight gradients are actions of their own (zero-bubble)."""
-        return any(action.kind is Kind.WEIGHT for order in self.orders for action in order)
+        return any(action.kind is ActionKind.WEIGHT for order in self.orders for action in order)
 
     @property
     def is_forward_only(self) -> bool:
         """Whether it has no backward actions (evaluation)."""
-        return all(action.kind is Kind.FORWARD for order in self.orders for action in order)
+        return all(action.kind is ActionKind.FORWARD for order in self.orders for action in order)
 
 
 def source(pipeline: Pipeline, rank: int, action: Action) -> tuple[int, Action] | None:
@@ -118,9 +118,9 @@ def source(pipeline: Pipeline, rank: int, action: Action) -> tuple[int, Action] 
     A forward receives hidden states from the stage before, a backward their gradient from the stage after.
     """
     stage = pipeline.stage(rank, action.vstage)
-    if action.kind is Kind.FORWARD and stage > 0:
+    if action.kind is ActionKind.FORWARD and stage > 0:
         peer, vstage = pipeline.place(stage - 1)
-    elif action.kind is Kind.BACKWARD and stage < pipeline.depth - 1:
+    elif action.kind is ActionKind.BACKWARD and stage < pipeline.depth - 1:
         peer, vstage = pipeline.place(stage + 1)
     else:
         return None
@@ -130,9 +130,9 @@ def source(pipeline: Pipeline, rank: int, action: Action) -> tuple[int, Action] 
 def target(pipeline: Pipeline, rank: int, action: Action) -> tuple[int, Action] | None:
     """Return the rank and action that receive the output of `action`, None where nobody does."""
     stage = pipeline.stage(rank, action.vstage)
-    if action.kind is Kind.FORWARD and stage < pipeline.depth - 1:
+    if action.kind is ActionKind.FORWARD and stage < pipeline.depth - 1:
         peer, vstage = pipeline.place(stage + 1)
-    elif action.kind is Kind.BACKWARD and stage > 0:
+    elif action.kind is ActionKind.BACKWARD and stage > 0:
         peer, vstage = pipeline.place(stage - 1)
     else:
         return None

@@ -4,10 +4,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron.longseq.pipeline.plan.schedule import Action, Kind, Pipeline, Schedule, ScheduleError, source, target
+from megatron.longseq.pipeline.plan.schedule import (
+    Action,
+    ActionKind,
+    Pipeline,
+    Schedule,
+    ScheduleError,
+    source,
+    target,
+)
 from megatron.longseq.pipeline.plan.simulate import simulate, uniform_costs
 
-Edge = tuple[Kind, int, int]  # direction, sending rank, receiving rank: one communicator each, first in, first out
+Edge = tuple[
+    ActionKind, int, int
+]  # direction, sending rank, receiving rank: one communicator each, first in, first out
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +56,7 @@ class Proof:
         freed = _freed(self.schedule, weight_share)
         whole = sum(lengths) * pipeline.virtual
         return tuple(
-            max(_live(order, {kind: freed[kind] / whole for kind in Kind}, lengths), default=0.0)
+            max(_live(order, {kind: freed[kind] / whole for kind in ActionKind}, lengths), default=0.0)
             for order in self.schedule.orders
         )
 
@@ -64,9 +74,9 @@ def prove(schedule: Schedule) -> Proof:
     pipeline = schedule.pipeline
     if len(schedule.orders) != pipeline.stages:
         raise ScheduleError(f"{schedule.name} has {len(schedule.orders)} orders for {pipeline.stages} ranks")
-    kinds = [Kind.FORWARD]
+    kinds = [ActionKind.FORWARD]
     if not schedule.is_forward_only:
-        kinds += [Kind.BACKWARD, Kind.WEIGHT] if schedule.splits_weights else [Kind.BACKWARD]
+        kinds += [ActionKind.BACKWARD, ActionKind.WEIGHT] if schedule.splits_weights else [ActionKind.BACKWARD]
     wanted = set(_all_actions(pipeline, kinds))
     for rank, order in enumerate(schedule.orders):
         _check_complete(rank, order, wanted)
@@ -89,7 +99,7 @@ def _ends(schedule: Schedule) -> bool:
     return True
 
 
-def _all_actions(pipeline: Pipeline, kinds: list[Kind]) -> Iterator[Action]:
+def _all_actions(pipeline: Pipeline, kinds: list[ActionKind]) -> Iterator[Action]:
     for kind in kinds:
         for microbatch in range(pipeline.microbatches):
             for segment in range(pipeline.segments):
@@ -126,14 +136,14 @@ def _check_order(pipeline: Pipeline, rank: int, order: Sequence[Action]) -> None
 def _needs(pipeline: Pipeline, rank: int, action: Action) -> Iterator[tuple[Action, str]]:
     """Yield what `action` needs of its own rank, and why."""
     microbatch, segment, vstage = action.microbatch, action.segment, action.vstage
-    if action.kind is Kind.FORWARD and segment > 0:
-        yield Action(Kind.FORWARD, microbatch, segment - 1, vstage), "gives the keys of the tokens before"
-    if action.kind is Kind.BACKWARD:
-        yield Action(Kind.FORWARD, microbatch, segment, vstage), "gives its activations"
+    if action.kind is ActionKind.FORWARD and segment > 0:
+        yield Action(ActionKind.FORWARD, microbatch, segment - 1, vstage), "gives the keys of the tokens before"
+    if action.kind is ActionKind.BACKWARD:
+        yield Action(ActionKind.FORWARD, microbatch, segment, vstage), "gives its activations"
         if segment < pipeline.segments - 1:
-            yield Action(Kind.BACKWARD, microbatch, segment + 1, vstage), "adds to the gradients of its keys"
-    if action.kind is Kind.WEIGHT:
-        yield Action(Kind.BACKWARD, microbatch, segment, vstage), "gives the gradients of its outputs"
+            yield Action(ActionKind.BACKWARD, microbatch, segment + 1, vstage), "adds to the gradients of its keys"
+    if action.kind is ActionKind.WEIGHT:
+        yield Action(ActionKind.BACKWARD, microbatch, segment, vstage), "gives the gradients of its outputs"
     sender = source(pipeline, rank, action)
     if sender is not None and sender[0] == rank:
         yield sender[1], "gives its input"
@@ -148,11 +158,11 @@ def _check_data(pipeline: Pipeline, rank: int, order: Sequence[Action]) -> None:
     """
     expected = dict.fromkeys(range(pipeline.virtual), 0)
     for index, action in enumerate(order):
-        if action.kind is not Kind.FORWARD:
+        if action.kind is not ActionKind.FORWARD:
             continue
         unit = expected[action.vstage]
         if (action.microbatch, action.segment) != divmod(unit, pipeline.segments):
-            wanted = Action(Kind.FORWARD, *divmod(unit, pipeline.segments), action.vstage)
+            wanted = Action(ActionKind.FORWARD, *divmod(unit, pipeline.segments), action.vstage)
             raise ScheduleError(
                 f"rank {rank}, action {index}: the {action} runs where the {wanted} is due: on each virtual stage "
                 "micro-batches run forward one after the other, as the data iterator gives them"
@@ -181,15 +191,15 @@ def _check_messages(schedule: Schedule) -> None:
                 )
 
 
-def _freed(schedule: Schedule, weight_share: float) -> dict[Kind, float]:
+def _freed(schedule: Schedule, weight_share: float) -> dict[ActionKind, float]:
     """Return the units that an action of each kind adds to those alive."""
     if schedule.is_forward_only:
-        return dict.fromkeys(Kind, 0.0)
+        return dict.fromkeys(ActionKind, 0.0)
     share = weight_share if schedule.splits_weights else 0.0
-    return {Kind.FORWARD: 1.0, Kind.BACKWARD: share - 1.0, Kind.WEIGHT: -share}
+    return {ActionKind.FORWARD: 1.0, ActionKind.BACKWARD: share - 1.0, ActionKind.WEIGHT: -share}
 
 
-def _live(order: Sequence[Action], change: dict[Kind, float], lengths: Sequence[int]) -> Iterator[float]:
+def _live(order: Sequence[Action], change: dict[ActionKind, float], lengths: Sequence[int]) -> Iterator[float]:
     """Yield what is alive after each action."""
     alive = 0.0
     for action in order:

@@ -7,7 +7,7 @@ starts, and core attention sees the keys of earlier segments (`megatron.longseq.
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,12 +40,11 @@ from megatron.longseq.pipeline.runtime.outputs import Outputs
 from megatron.longseq.segment import Segment
 
 ALONG_SEQUENCE = ("input_ids", "position_ids", "labels", "loss_mask", "padding_mask")  # [micro-batch, sequence]
-MASK_DIMENSIONS = 4  # of an attention mask, [micro-batch, 1, sequence, sequence]
 UNSERVED = ("decoder_input", "inference_context", "inference_params", "packed_seq_params", "output_processor")
 
 
 @dataclass
-class Chunk:
+class SegmentedModel:
     """A model chunk under segments.
 
     Attributes:
@@ -53,8 +52,8 @@ class Chunk:
         lengths: tokens per segment.
         context: groups of context parallelism; None: every rank has whole segments.
         needs_mask: whether every micro-batch must have an attention mask (upstream's --reset-attention-mask).
-        takes_documents: whether masks may separate documents: there is one stage, or all hear of them.
-        tells_documents: whether a micro-batch's documents are sent from stage to stage.
+        allows_documents: whether masks may separate documents: there is one stage, or all hear of them.
+        sends_documents: whether a micro-batch's documents are sent from stage to stage.
         store: keys and values of earlier segments.
         outputs: outputs of segments and their gradients (last stage).
         starts: micro-batch -> first position of every token's document, [micro-batch, sequence].
@@ -65,8 +64,8 @@ class Chunk:
     module: torch.nn.Module
     lengths: Sequence[int]
     needs_mask: bool = False
-    takes_documents: bool = True
-    tells_documents: bool = False
+    allows_documents: bool = True
+    sends_documents: bool = False
     context: ContextParallel | None = None
     store: PrefixStore = field(default_factory=PrefixStore)
     outputs: Outputs = field(default_factory=Outputs)
@@ -189,7 +188,7 @@ class Chunk:
                 )
             return
         self.learn_documents(microbatch, for_batch(self._starts(mask), batch).contiguous())
-        if self.documents[microbatch] is not None and not self.takes_documents:
+        if self.documents[microbatch] is not None and not self.allows_documents:
             raise ValueError(
                 f"micro-batch {microbatch}: the script's attention mask separates documents, and they are not handed "
                 "from stage to stage under --no-create-attention-mask-in-dataloader; leave that flag out."
@@ -316,48 +315,3 @@ def _fork(config: Any) -> Callable[[], contextlib.AbstractContextManager[None]]:
     if config.sequence_parallel:
         return contextlib.nullcontext
     return lambda: tensor_parallel.get_cuda_rng_tracker().fork()  # type: ignore[no-any-return]
-
-
-class Replay:
-    """A data iterator that gives every segment of a micro-batch the same samples.
-
-    The script may write into what it is given: with several segments each gets copies of its own. Attention masks, the
-    tensors of four dimensions, are not copied: they are large, and read for the first segment alone.
-
-    Args:
-        samples: the script's iterator.
-        segments: how often the samples of a micro-batch are drawn.
-    """
-
-    def __init__(self, samples: Iterator[Any], segments: int) -> None:
-        self.samples, self.segments = samples, segments
-        self.drawn: list[Any] = []
-        self.next = 0
-
-    def rewind(self, is_first: bool) -> None:
-        """Begin a unit: at the first segment of a micro-batch new samples are drawn, at a later one the same come."""
-        self.next = 0
-        if is_first:
-            self.drawn = []
-
-    def __iter__(self) -> "Replay":
-        return self
-
-    def __next__(self) -> Any:
-        if self.next == len(self.drawn):
-            self.drawn.append(next(self.samples))
-        sample = self.drawn[self.next]
-        self.next += 1
-        return _copied(sample) if self.segments > 1 else sample
-
-
-def _copied(sample: Any) -> Any:
-    """Copy containers and tensors, pinned ones into pinned memory."""
-    if isinstance(sample, dict):
-        return {name: _copied(value) for name, value in sample.items()}
-    if type(sample) in (list, tuple):
-        return type(sample)(_copied(value) for value in sample)
-    if not isinstance(sample, torch.Tensor) or sample.dim() >= MASK_DIMENSIONS:
-        return sample
-    copy = sample.clone()
-    return copy.pin_memory() if sample.is_pinned() else copy

@@ -6,17 +6,16 @@ from itertools import accumulate
 from statistics import median
 
 from megatron.longseq.pipeline.plan.generators import make
-from megatron.longseq.pipeline.plan.memory import Recompute, head_bytes, kept, peak_bytes
+from megatron.longseq.pipeline.plan.memory import Recompute, head_bytes, peak_bytes, stage_bytes
 from megatron.longseq.pipeline.plan.partition import Partition, paper_partition, parse
-from megatron.longseq.pipeline.plan.schedule import Kind, Pipeline, Schedule
+from megatron.longseq.pipeline.plan.schedule import ActionKind, Pipeline, Schedule
 from megatron.longseq.pipeline.plan.segment_cost import CostModel, Sample, segment_costs
-from megatron.longseq.pipeline.plan.simulate import Costs, Table, simulate
-from megatron.longseq.pipeline.plan.timeline import Timeline
+from megatron.longseq.pipeline.plan.simulate import Costs, Table, Timeline, simulate
 from megatron.longseq.pipeline.plan.validate import prove
 
 
 @dataclass(frozen=True, slots=True)
-class Setup:
+class ScheduleChoice:
     """What a user chooses.
 
     Attributes:
@@ -61,79 +60,79 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What the simulator says of a set-up.
+    """What the simulator says of a choice.
 
     Attributes:
-        setup: the choices.
+        choice: the choices.
         partition: the segments.
         timeline: when every action would run.
         sequences: activations alive on the fullest rank at its worst moment, in units of one sequence's activations of
             one rank's layers. A segment counts from its forward to its backward; where weight gradients are actions of
             their own, to that action (then it is an upper bound: attention's part is free before).
-        kept: bytes kept for backward on the fullest rank, of bf16 (see `memory`).
+        bytes_kept: bytes kept for backward on the fullest rank, in bf16 (see `plan.memory`).
         floor: the bubble that no order can remove, because the last stage has the head on top: 1 - mean / slowest rank.
     """
 
-    setup: Setup
+    choice: ScheduleChoice
     partition: Partition
     timeline: Timeline
     sequences: float
-    kept: float
+    bytes_kept: float
     floor: float
 
 
-def run(setup: Setup, model: CostModel, cluster: Cluster) -> Result:
-    """Simulate one set-up.
+def run(choice: ScheduleChoice, model: CostModel, cluster: Cluster) -> Result:
+    """Simulate one choice.
 
     Raises:
         ValueError: the sequence or the layers cannot be cut so, or there is no such schedule (ScheduleError).
     """
-    if setup.partition == "paper":
-        partition = paper_partition(model.shape, setup.segments, cluster.multiple)
+    if choice.partition == "paper":
+        partition = paper_partition(model.shape, choice.segments, cluster.multiple)
     else:
-        partition = parse(setup.partition, model, setup.segments, multiple=cluster.multiple)
-    pipeline = Pipeline(cluster.stages, cluster.microbatches, setup.segments, setup.virtual)
-    costs = segment_costs(model, partition.lengths, cluster.stages, setup.virtual)
-    schedule = make(pipeline, slack=setup.slack, zero_bubble=setup.zero_bubble, costs=costs)
-    timeline = replace(simulate(schedule, costs, cluster.latency), name=str(setup))
+        partition = parse(choice.partition, model, choice.segments, multiple=cluster.multiple)
+    pipeline = Pipeline(cluster.stages, cluster.microbatches, choice.segments, choice.virtual)
+    costs = segment_costs(model, partition.lengths, cluster.stages, choice.virtual)
+    schedule = make(pipeline, slack=choice.slack, zero_bubble=choice.zero_bubble, costs=costs)
+    timeline = replace(simulate(schedule, costs, cluster.latency), name=str(choice))
     busy = [sum(span.end - span.start for span in spans) for spans in timeline.spans]
     floor = 1 - sum(busy) / len(busy) / max(busy)
     sequences = max(prove(schedule).peak_live(partition.lengths))
-    return Result(setup, partition, timeline, sequences, _kept(schedule, model, cluster, partition), floor)
+    return Result(choice, partition, timeline, sequences, _kept(schedule, model, cluster, partition), floor)
 
 
 def _kept(schedule: Schedule, model: CostModel, cluster: Cluster, partition: Partition) -> float:
     depth, in_segments = schedule.pipeline.depth, schedule.pipeline.segments > 1
     layers = model.shape.num_layers // depth
-    stage = kept(model.shape, layers, cluster.recompute, in_segments=in_segments)
+    stage = stage_bytes(model.shape, layers, cluster.recompute, in_segments=in_segments)
     return max(peak_bytes(schedule, partition.lengths, [stage] * depth, head_bytes(model.shape)))
 
 
-def usual(setup: Setup) -> list[Setup]:
-    """Return the set-ups that `compare` shows: upstream's, the paper's and ours, up to the given one and beyond it."""
-    segments, slack = max(setup.segments, 2), max(setup.slack, 1)
-    ours = Setup(segments, "balanced")
-    setups = [Setup(), Setup(segments), Setup(segments, "paper"), ours]
-    setups += [replace(ours, slack=slack), replace(ours, zero_bubble=True)]
-    setups += [replace(ours, slack=slack, zero_bubble=True)]
-    if setup.virtual > 1:
-        setups += [Setup(virtual=setup.virtual), replace(ours, virtual=setup.virtual)]
-    return setups if setup in setups else [*setups, setup]
+def usual(choice: ScheduleChoice) -> list[ScheduleChoice]:
+    """Return the choices that `compare` shows: upstream's, the paper's and ours, up to the given one and beyond it."""
+    segments, slack = max(choice.segments, 2), max(choice.slack, 1)
+    ours = ScheduleChoice(segments, "balanced")
+    choices = [ScheduleChoice(), ScheduleChoice(segments), ScheduleChoice(segments, "paper"), ours]
+    choices += [replace(ours, slack=slack), replace(ours, zero_bubble=True)]
+    choices += [replace(ours, slack=slack, zero_bubble=True)]
+    if choice.virtual > 1:
+        choices += [ScheduleChoice(virtual=choice.virtual), replace(ours, virtual=choice.virtual)]
+    return choices if choice in choices else [*choices, choice]
 
 
-def attempt(setups: Iterable[Setup], model: CostModel, cluster: Cluster) -> list[Result | str]:
-    """Simulate each set-up; where there is no such schedule or cut, its place holds the reason."""
+def attempt(choices: Iterable[ScheduleChoice], model: CostModel, cluster: Cluster) -> list[Result | str]:
+    """Simulate each choice; where there is no such schedule or cut, its place holds the reason."""
     results: list[Result | str] = []
-    for setup in setups:
+    for choice in choices:
         try:
-            results.append(run(setup, model, cluster))
+            results.append(run(choice, model, cluster))
         except ValueError as error:
-            results.append(f"{setup}: {error}")
+            results.append(f"{choice}: {error}")
     return results
 
 
 def table(results: Sequence[Result | str]) -> str:
-    """Return a markdown table; throughput and bytes kept for backward are relative to the first set-up's.
+    """Return a markdown table; throughput and bytes kept for backward are relative to the first choice's.
 
     Reasons of the impossible follow below.
     """
@@ -145,13 +144,13 @@ def table(results: Sequence[Result | str]) -> str:
     for result in done:
         timeline = result.timeline
         cells = [
-            str(result.setup),
+            str(result.choice),
             f"{timeline.bubble:.1%}",
             f"{timeline.makespan:.4g}",
             f"{done[0].timeline.makespan / timeline.makespan:.3f}x",
             f"{result.sequences:.2f}",
             ", ".join(map(str, result.partition.lengths)),
-            f"{result.kept / done[0].kept:.2f}x",
+            f"{result.bytes_kept / done[0].bytes_kept:.2f}x",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     if done and done[0].floor >= 0.0005:
@@ -175,17 +174,17 @@ def replay(measured: Timeline) -> Timeline:
 def measured_costs(measured: Timeline) -> Costs:
     """Return the median seconds over the micro-batches, per stage, segment and kind."""
     pipeline = measured.pipeline
-    took: dict[tuple[Kind, int, int], list[float]] = {}
+    took: dict[tuple[ActionKind, int, int], list[float]] = {}
     for rank, spans in enumerate(measured.spans):
         for span in spans:
             place = (span.action.kind, pipeline.stage(rank, span.action.vstage), span.action.segment)
             took.setdefault(place, []).append(span.end - span.start)
 
-    def medians(kind: Kind) -> Table:
+    def medians(kind: ActionKind) -> Table:
         stages, segments = range(pipeline.depth), range(pipeline.segments)
         return tuple(tuple(median(took.get((kind, stage, segment), [0.0])) for segment in segments) for stage in stages)
 
-    return Costs(*(medians(kind) for kind in (Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT)))
+    return Costs(*(medians(kind) for kind in (ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.WEIGHT)))
 
 
 def layer_samples(measured: Timeline, lengths: Sequence[int], layers: int) -> list[Sample]:
