@@ -66,6 +66,15 @@ def test_evaluations_leave_memory_as_it_is(ranks: RankPool) -> None:
         assert len(set(evaluated)) == 1 and evaluated[0] == trained[1]
 
 
+@pytest.mark.parametrize("layout", ["", VPP])
+def test_a_batch_is_read_and_cut_once_per_micro_batch(ranks: RankPool, layout: str) -> None:
+    """Not once per segment, on no stage; a batch is cut where there is one, on the first and the last stage."""
+    base = flags(TINY, PP2, K3, layout, "--context-parallel-size 2 --train-iters 2 --global-batch-size 4")
+    virtual = 2 if layout else 1
+    for rank, (counts,) in enumerate(run_probed(ranks, "O", 4, base, f"{PROBES}:batches")):
+        assert counts == {"read": 2 * 4 * virtual, "cut": 2 * 4}, f"rank {rank}"
+
+
 def test_checkpoints_go_both_ways(ranks: RankPool, tmp_path: Path) -> None:
     base = flags(TINY, PP2, "--save-interval 2")
     theirs = run_arm(ranks, "U", 2, base, tmp_path / "U", float64=True, timeout=60)

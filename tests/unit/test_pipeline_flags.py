@@ -24,7 +24,8 @@ from megatron.longseq.pipeline.arguments import (
     wants_our_schedule,
 )
 from megatron.longseq.pipeline.forward_backward import ForwardBackward
-from megatron.longseq.pipeline.plan.from_args import model_shape, plan_from_args, stage_layers
+from megatron.longseq.pipeline.plan import partition
+from megatron.longseq.pipeline.plan.from_args import model_shape, plan_from_args, segment_lengths, stage_layers
 from megatron.longseq.pipeline.plan.segment_cost import ModelShape
 from megatron.longseq.pipeline.runtime.segmented_model import SegmentedModel, _refuse_further
 from patches.seq1f1b.stages import refuse_stages
@@ -139,6 +140,23 @@ def refused(given: Namespace) -> list[str]:
     except ValueError as error:
         return str(error).splitlines()[1:]
     return []
+
+
+def test_segment_lengths_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every micro-batch asks for them under context parallelism."""
+    file, calls = tmp_path / "layer.json", {"parse": 0, "read_text": 0}
+    file.write_text("[[0, 8, 1.0, 2.0], [8, 24, 2.5, 5.0], [24, 64, 9.0, 20.0]]")
+    given = args(**SMALL | SEGMENTS, seq1f1b_layer_seconds=str(file), context_parallel_size=2)
+    for owner, name in ((partition, "parse"), (Path, "read_text")):
+        original = getattr(owner, name)
+
+        def counted(*values: Any, original: Any = original, name: str = name, **named: Any) -> Any:
+            calls[name] += 1
+            return original(*values, **named)
+
+        monkeypatch.setattr(owner, name, counted)
+    lengths = {segment_lengths(given) for _ in range(5)}
+    assert len(lengths) == 1 and calls == {"parse": 1, "read_text": 1}
 
 
 @pytest.mark.parametrize(("flag", "values", "why"), ASKED)
