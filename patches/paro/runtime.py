@@ -142,7 +142,7 @@ def _open(flags: Namespace) -> tuple[Any, Any]:
     import torch
     from megatron.core import parallel_state
 
-    from megatron.longseq.distributed import options_like
+    from megatron.longseq.distributed import same_backend_options
     from megatron.longseq.sharding.plan.flat_or_hierarchical import decide, given_links
     from megatron.longseq.sharding.plan.from_args import sharding
     from megatron.longseq.sharding.plan.ring import Mode
@@ -166,7 +166,7 @@ def _open(flags: Namespace) -> tuple[Any, Any]:
         given = flags.paro_links
         links = given_links(*given, asked.groups) if given else probe(asked.groups, communicators, device)
         _tell(links, "given" if given else "measured")
-    options = options_like(data_parallel)
+    options = same_backend_options(data_parallel)
     make = functools.partial(lane_for, is_urgent=options is not None and options.is_high_priority_stream)
     lanes = Lanes(runner, device, torch.distributed.get_rank(), is_overlapped=mode is Mode.OVERLAPPED, make=make)
     if device.type == "cuda" and has_one_queue() and torch.distributed.get_rank() == 0:

@@ -4,7 +4,7 @@ import random
 from math import inf
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.longseq.sharding.plan.collectives import Kind, Phase, Scope, needed
@@ -114,7 +114,6 @@ def test_equal_buckets_are_chosen_for_as_a_message_is(kind: Kind) -> None:
     assert pick(kind, groups, FAR, [2**24] * 8).mode is Mode.OVERLAPPED
 
 
-@settings(deadline=None)
 @given(
     kinds, st.integers(1, 4), st.integers(1, 4), st.lists(st.floats(1, 1e8), min_size=1, max_size=6), st.floats(0, 0.5)
 )

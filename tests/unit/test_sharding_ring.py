@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.longseq.sharding.plan.collectives import Kind, Scope
@@ -39,7 +39,6 @@ def test_every_plan_up_to_8_groups_of_8_is_its_collective(kind: Kind, mode: Mode
         assert sum(proof.sent.values()) == 2 * (groups.ranks - 1) * (2 if kind is Kind.ALL_REDUCE else 1)
 
 
-@settings(max_examples=25, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 4), kinds, modes, st.integers(1, 5))
 def test_any_number_of_buckets(size: int, count: int, kind: Kind, mode: Mode, buckets: int) -> None:
     plan = plan_ring(Groups(size * count, size), kind, mode, buckets)
@@ -218,7 +217,6 @@ def test_the_published_times(
     assert ours == pytest.approx(closed - 8 * 3e-6 + paid + min(inside, between) * 0, rel=0.05)
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     st.integers(2, 5),
     st.integers(2, 5),
@@ -287,7 +285,6 @@ def test_it_wins_where_links_differ_and_falls_back_where_they_do_not(kind: Kind)
     assert choose(kind, Groups(1, 1), shared, 2**20).speedup == 1.0
 
 
-@settings(max_examples=30, deadline=None)
 @given(kinds, st.integers(1, 8), st.integers(1, 8), st.floats(1e6, 1e12), st.floats(1e6, 1e12), st.integers(1, 10**9))
 def test_what_is_chosen_is_never_predicted_to_be_slower_than_flat(
     kind: Kind, size: int, count: int, inside: float, between: float, message: int

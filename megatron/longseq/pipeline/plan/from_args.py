@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron.longseq.attention.plan.layout import length_multiple
-from megatron.longseq.pipeline.plan import generators
-from megatron.longseq.pipeline.plan import partition
+from megatron.longseq.pipeline.plan import generators, partition
 from megatron.longseq.pipeline.plan.receives import AHEAD, ReceiveOrder, is_deadlock_free_on_one_queue, plan_receives
 from megatron.longseq.pipeline.plan.schedule import Pipeline, Schedule
 from megatron.longseq.pipeline.plan.segment_cost import (

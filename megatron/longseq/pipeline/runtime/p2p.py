@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron.longseq.distributed import everyones, options_like
+from megatron.longseq.distributed import all_groups, same_backend_options
 from megatron.longseq.pipeline.plan.receives import ReceiveOrder
 from megatron.longseq.pipeline.plan.schedule import Action, ActionKind, Schedule, source, target
 from megatron.longseq.pipeline.runtime.hang_report import HangReporter, Wait
@@ -114,10 +114,10 @@ def open_channels(group: dist.ProcessGroup, virtual: int, timeout: timedelta | N
     mine, backend = dist.get_process_group_ranks(group), dist.get_backend(group)
     wraps = (False, True) if virtual > 1 else (False,)
     channels = {}
-    for ranks in everyones(mine):  # torch requires every rank to take part in creating every group
+    for ranks in all_groups(mine):  # torch requires every rank to take part in creating every group
         for kind in (ActionKind.FORWARD, ActionKind.BACKWARD):
             for wrap in wraps:
-                channel = dist.new_group(list(ranks), timeout, backend, options_like(group))
+                channel = dist.new_group(list(ranks), timeout, backend, same_backend_options(group))
                 if ranks == tuple(mine):
                     channels[kind, wrap] = channel
     for (kind, wrap), channel in channels.items():

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.longseq.distributed import Sent, everyones, options_like
+from megatron.longseq.distributed import SentCounter, all_groups, same_backend_options
 from megatron.longseq.sharding.plan.collectives import Kind, Phase, Scope
 from megatron.longseq.sharding.plan.rank_groups import Groups
 
@@ -63,7 +63,7 @@ def open_groups(data_parallel: dist.ProcessGroup, groups: Groups, timeout: timed
     """
     mine, backend = tuple(dist.get_process_group_ranks(data_parallel)), dist.get_backend(data_parallel)
     me, scopes, logical = dist.get_rank(), {}, None
-    for members in everyones(mine):
+    for members in all_groups(mine):
         everyone = groups.ordered(members)
         wanted: list[tuple[Scope | None, tuple[int, ...]]] = [(None, everyone), (Scope.FLAT, everyone)]
         wanted += [(Scope.INSIDE, ranks) for ranks in groups.inside(members)]
@@ -73,7 +73,7 @@ def open_groups(data_parallel: dist.ProcessGroup, groups: Groups, timeout: timed
                 continue
             name = f"paro-{scope or 'logical'}"
             made = dist.new_group(
-                list(ranks), timeout, backend, options_like(data_parallel), sort_ranks=False, group_desc=name
+                list(ranks), timeout, backend, same_backend_options(data_parallel), sort_ranks=False, group_desc=name
             )
             if me in ranks and scope is None:
                 logical = made
@@ -96,10 +96,10 @@ class Collectives:
         self._groups, self._communicators = groups, communicators
         self._group, self._number = divmod(communicators.member, groups.size)
         self._op = dist.ReduceOp.AVG if average else dist.ReduceOp.SUM
-        self._sent = {scope: Sent() for scope in Scope}
+        self._sent = {scope: SentCounter() for scope in Scope}
 
     @property
-    def sent(self) -> Mapping[Scope, Sent]:
+    def sent(self) -> Mapping[Scope, SentCounter]:
         """What this rank has sent, as rings send it: of n pieces all but one, twice that for an all-reduce."""
         return self._sent
 

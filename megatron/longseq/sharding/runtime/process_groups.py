@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from megatron.longseq.distributed import everyones
+from megatron.longseq.distributed import all_groups
 from megatron.longseq.sharding.plan.rank_groups import Groups
 from megatron.longseq.sharding.plan.strategy import Level
 
@@ -36,7 +36,7 @@ def open_optimizer_groups(
         level: over which ranks optimizer states are sharded.
         timeout: after which a collective that does not end is an error; None: the backend's own.
     """
-    lists, backend = everyones(dist.get_process_group_ranks(data_parallel)), dist.get_backend(data_parallel)
+    lists, backend = all_groups(dist.get_process_group_ranks(data_parallel)), dist.get_backend(data_parallel)
     copies = [copies_of(members, groups, level) for members in lists]
 
     def make(ranks: Sequence[int]) -> dist.ProcessGroup | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.longseq.distributed import Sent
+from megatron.longseq.distributed import SentCounter
 from megatron.longseq.sharding.plan.collectives import Decide, Phases, Scope, chosen
 from megatron.longseq.sharding.plan.rank_groups import Groups
 from megatron.longseq.sharding.plan.strategy import Level, Strategy
@@ -43,7 +43,7 @@ class Sharding:
     wire: torch.dtype | None = None
     passes: int = 1
     overlaps_grads: bool = False
-    sent: Mapping[Scope, Sent] = field(default_factory=dict)
+    sent: Mapping[Scope, SentCounter] = field(default_factory=dict)
     in_flight: deque[Any] = field(default_factory=deque)
     copies: deque[Any] = field(default_factory=deque)
 
