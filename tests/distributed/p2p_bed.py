@@ -32,9 +32,8 @@ def traffic(notes: Notes) -> Iterator[None]:
 
     def call(original: Any, runner: Any, **named: Any) -> Any:
         nonlocal step
-        runner._prepare(
-            named["model"], mpu.get_pipeline_model_parallel_group()
-        )  # the channels' first words do not count
+        # The channels' first messages do not count.
+        runner._prepare(named["model"], mpu.get_pipeline_model_parallel_group())
         step = {"isend": [], "irecv": [], "synchronize": [], "_communicate_shapes": [], "barrier": []}
         try:
             return original(runner, **named)

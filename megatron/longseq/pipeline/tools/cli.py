@@ -14,7 +14,6 @@ from megatron.longseq.pipeline.plan.segment_cost import (
     flops,
     read_samples,
     seconds,
-    write_samples,
 )
 from megatron.longseq.pipeline.plan.simulate import Timeline
 from megatron.longseq.pipeline.tools import tables as page
@@ -29,6 +28,7 @@ from megatron.longseq.pipeline.tools.compare import (
     run,
     table,
     usual,
+    write_samples,
 )
 from megatron.longseq.pipeline.tools.paper import markdown
 

@@ -1,29 +1,32 @@
-"""Schedules of one model side by side: bubble, step time and memory; and a measured step against its simulation."""
+"""Compare schedules of one model by bubble, step time and memory, and a measured step with its simulation."""
 
+import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from pathlib import Path
 from statistics import median
 
 from megatron.longseq.pipeline.plan.generators import make
 from megatron.longseq.pipeline.plan.memory import Recompute, head_bytes, peak_bytes, stage_bytes
-from megatron.longseq.pipeline.plan.partition import Partition, paper_partition, parse
+from megatron.longseq.pipeline.plan.partition import Partition, check_length, imbalance_of, parse
 from megatron.longseq.pipeline.plan.schedule import ActionKind, Pipeline, Schedule
-from megatron.longseq.pipeline.plan.segment_cost import CostModel, Sample, segment_costs
+from megatron.longseq.pipeline.plan.segment_cost import CostModel, Line, ModelShape, Sample, cells, segment_costs
 from megatron.longseq.pipeline.plan.simulate import Costs, Table, Timeline, simulate
 from megatron.longseq.pipeline.plan.validate import prove
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduleChoice:
-    """What a user chooses.
+    """The choices that determine a schedule.
 
     Attributes:
-        segments: segments per sequence K.
-        partition: "even", "balanced", lengths "N1,N2,...", or "paper" for the authors' own.
-        virtual: virtual stages per rank V.
-        slack: extra forwards per stage that follows, in segments.
-        zero_bubble: weight gradients as actions of their own.
+        segments: segments per sequence, K.
+        partition: "even", "balanced", lengths "N1,N2,...", or "paper" for that of the paper's authors.
+        virtual: virtual stages per rank, V.
+        slack: extra segments that run forward before the first backward, per downstream stage.
+        zero_bubble: whether weight gradients are actions of their own.
     """
 
     segments: int = 1
@@ -41,14 +44,14 @@ class ScheduleChoice:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Where it runs.
+    """The resources of a run.
 
     Attributes:
-        stages: pipeline-parallel size P.
-        microbatches: micro-batches per step M.
-        multiple: every segment's length is a multiple of it: the tensor-parallel size under sequence parallelism.
-        latency: seconds of a message between stages.
-        recompute: activations that backward computes again.
+        stages: pipeline-parallel size, P.
+        microbatches: micro-batches per step, M.
+        multiple: divides every segment's length: the tensor-parallel size under sequence parallelism.
+        latency: seconds that a message between stages takes.
+        recompute: which activations backward recomputes.
     """
 
     stages: int
@@ -60,17 +63,17 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What the simulator says of a choice.
+    """The simulation of one schedule.
 
     Attributes:
         choice: the choices.
         partition: the segments.
         timeline: when every action would run.
-        sequences: activations alive on the fullest rank at its worst moment, in units of one sequence's activations of
-            one rank's layers. A segment counts from its forward to its backward; where weight gradients are actions of
-            their own, to that action (then it is an upper bound: attention's part is free before).
+        sequences: peak of the live activations on the fullest rank, in units of one sequence's activations in one
+            rank's layers. A segment counts until its backward, or until its weight gradient if that is an action of its
+            own (an upper bound, since attention's activations are freed before).
         bytes_kept: bytes kept for backward on the fullest rank, in bf16 (see `plan.memory`).
-        floor: the bubble that no order can remove, because the last stage has the head on top: 1 - mean / slowest rank.
+        floor: bubble that no order can remove because the last stage also has the head: 1 - mean / slowest rank.
     """
 
     choice: ScheduleChoice
@@ -82,10 +85,10 @@ class Result:
 
 
 def run(choice: ScheduleChoice, model: CostModel, cluster: Cluster) -> Result:
-    """Simulate one choice.
+    """Simulate one schedule.
 
     Raises:
-        ValueError: the sequence or the layers cannot be cut so, or there is no such schedule (ScheduleError).
+        ValueError: the sequence or the layers cannot be divided so, or there is no such schedule (ScheduleError).
     """
     if choice.partition == "paper":
         partition = paper_partition(model.shape, choice.segments, cluster.multiple)
@@ -101,6 +104,30 @@ def run(choice: ScheduleChoice, model: CostModel, cluster: Cluster) -> Result:
     return Result(choice, partition, timeline, sequences, _kept(schedule, model, cluster, partition), floor)
 
 
+def paper_partition(shape: ModelShape, segments: int, multiple: int = 1) -> Partition:
+    """Return the partition of the paper's authors.
+
+    They balance forward FLOPs only, cut from the end of the sequence, and round every length but the first down. Their
+    model has a plain MLP, one key head per query head, three operations per softmax element, and counts the embedding
+    and the head as matrix products of every stage.
+    """
+    heads, hidden, total = shape.num_attention_heads, shape.hidden_size, shape.seq_length
+    check_length(total, segments, multiple)
+    cell = shape.num_layers * heads * (4 * shape.channels + 3)
+    token = shape.num_layers * (8 * hidden * heads * shape.channels + 4 * hidden * shape.ffn)
+    token += 4 * hidden * shape.padded_vocab_size
+    share = (cell * total**2 / 2 + token * total) / segments
+    lengths: list[int] = []
+    for _ in range(segments - 1):
+        end = total - sum(lengths)
+        slope = token + cell * end  # share = slope * length - cell * length^2 / 2: the smaller root
+        length = int((slope - math.sqrt(slope**2 - 2 * cell * share)) / cell) // multiple * multiple
+        lengths.insert(0, length)
+    lengths.insert(0, total - sum(lengths))
+    forward = Line(cell, token)
+    return Partition("paper", tuple(lengths), multiple, imbalance_of(lengths, lambda a, b: forward(cells(a, b), b - a)))
+
+
 def _kept(schedule: Schedule, model: CostModel, cluster: Cluster, partition: Partition) -> float:
     depth, in_segments = schedule.pipeline.depth, schedule.pipeline.segments > 1
     layers = model.shape.num_layers // depth
@@ -109,7 +136,7 @@ def _kept(schedule: Schedule, model: CostModel, cluster: Cluster, partition: Par
 
 
 def usual(choice: ScheduleChoice) -> list[ScheduleChoice]:
-    """Return the choices that `compare` shows: upstream's, the paper's and ours, up to the given one and beyond it."""
+    """Return the choices that `compare` shows by default, and the given one: upstream's, the paper's and ours."""
     segments, slack = max(choice.segments, 2), max(choice.slack, 1)
     ours = ScheduleChoice(segments, "balanced")
     choices = [ScheduleChoice(), ScheduleChoice(segments), ScheduleChoice(segments, "paper"), ours]
@@ -121,7 +148,7 @@ def usual(choice: ScheduleChoice) -> list[ScheduleChoice]:
 
 
 def attempt(choices: Iterable[ScheduleChoice], model: CostModel, cluster: Cluster) -> list[Result | str]:
-    """Simulate each choice; where there is no such schedule or cut, its place holds the reason."""
+    """Simulate each choice; the result of one without a schedule is the reason."""
     results: list[Result | str] = []
     for choice in choices:
         try:
@@ -132,9 +159,9 @@ def attempt(choices: Iterable[ScheduleChoice], model: CostModel, cluster: Cluste
 
 
 def table(results: Sequence[Result | str]) -> str:
-    """Return a markdown table; throughput and bytes kept for backward are relative to the first choice's.
+    """Return a markdown table; throughput and bytes kept for backward are relative to the first choice.
 
-    Reasons of the impossible follow below.
+    The reasons why choices have no schedule follow the table.
     """
     done = [result for result in results if isinstance(result, Result)]
     lines = [
@@ -160,10 +187,10 @@ def table(results: Sequence[Result | str]) -> str:
 
 
 def replay(measured: Timeline) -> Timeline:
-    """Return what the simulator predicts for a measured step: its own orders, each action at the median it took.
+    """Return the simulation of a measured step, with the same orders and the median time of each action.
 
     Raises:
-        ScheduleError: the measured orders are no schedule (a rank's file is of another step, say).
+        ScheduleError: the measured orders are not a schedule, for instance if a rank's file is of another step.
     """
     orders = tuple(tuple(span.action for span in spans) for spans in measured.spans)
     schedule = Schedule(measured.name, measured.pipeline, orders)
@@ -172,7 +199,7 @@ def replay(measured: Timeline) -> Timeline:
 
 
 def measured_costs(measured: Timeline) -> Costs:
-    """Return the median seconds over the micro-batches, per stage, segment and kind."""
+    """Return the median seconds over micro-batches, by stage, segment and kind."""
     pipeline = measured.pipeline
     took: dict[tuple[ActionKind, int, int], list[float]] = {}
     for rank, spans in enumerate(measured.spans):
@@ -188,15 +215,15 @@ def measured_costs(measured: Timeline) -> Costs:
 
 
 def layer_samples(measured: Timeline, lengths: Sequence[int], layers: int) -> list[Sample]:
-    """Return what one layer took per segment, for `cost.fit`: the mean over the stages that have layers alone.
+    """Return the time of one layer per segment, for `segment_cost.fit`: the mean over all stages but the last.
 
     Args:
-        measured: a step in segments.
+        measured: a measured step.
         lengths: tokens per segment of that step.
         layers: layers per model stage.
 
     Raises:
-        ValueError: lengths that are not the step's, or a number of layers below 1.
+        ValueError: there is not one length per segment, or the number of layers is below 1.
     """
     pipeline = measured.pipeline
     if len(lengths) != pipeline.segments or layers < 1:
@@ -215,3 +242,9 @@ def layer_samples(measured: Timeline, lengths: Sequence[int], layers: int) -> li
         Sample(end - length, end, per_layer(i, costs.forward), per_layer(i, costs.backward, costs.weight))
         for i, (end, length) in enumerate(zip(ends, lengths, strict=True))
     ]
+
+
+def write_samples(file: Path, samples: Sequence[Sample]) -> None:
+    """Write samples for `segment_cost.read_samples` as a JSON list, one sample per line."""
+    rows = [json.dumps([s.begin, s.end, s.forward, s.backward]) for s in samples]
+    file.write_text("[" + ",\n ".join(rows) + "]\n")
