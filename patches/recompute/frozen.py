@@ -1,8 +1,8 @@
 """Activation recomputation with frozen layers: a function whose inputs need no gradient runs without recomputation.
 
-A recomputed function is one autograd node, whose backward runs only if one of its inputs needs a gradient. If none does,
-the parameters that are trained inside would get no gradient. Run as it is, the function is recorded by autograd, which
-keeps nothing if nothing inside is trained.
+A recomputed function is one autograd node, whose backward runs only if one of its inputs needs a gradient. If none
+does, parameters that are trained inside would get no gradient. So autograd records the function itself, and keeps
+nothing if nothing inside is trained.
 """
 
 import functools
