@@ -45,7 +45,10 @@ def validation(ranks: RankPool, arm: str, layout: str, own: str = "") -> list[fl
     return [note["lm loss"] for note in last]
 
 
-@pytest.mark.parametrize(("layout", "own"), [("", K3), (VPP, K3), ("", f"{K3} --zero-bubble")])
+@pytest.mark.parametrize(
+    ("layout", "own"),
+    [(VPP, K3), *(pytest.param("", own, marks=pytest.mark.slow) for own in (K3, f"{K3} --zero-bubble"))],
+)
 def test_validation_losses_are_upstreams(
     ranks: RankPool, losses: Callable[[str], list[float]], layout: str, own: str
 ) -> None:
@@ -112,6 +115,7 @@ def gap(one: Run, other: Run) -> float:
     return float(numpy.sqrt(numpy.mean(numpy.square(apart))))
 
 
+@pytest.mark.slow  # as seq1f1b-bf16.toml, on one seed
 def test_half_precision_stays_near_upstreams(ranks: RankPool, tmp_path: Path, tell: Callable[[str], None]) -> None:
     base = flags(TINY, PP2, "--bf16")
     start = flags(f"--load {tmp_path} --finetune --no-load-optim --no-load-rng")
@@ -131,10 +135,10 @@ def test_half_precision_stays_near_upstreams(ranks: RankPool, tmp_path: Path, te
 @pytest.mark.parametrize(
     ("own", "pipeline"),
     [
-        (K3, Pipeline(2, 8, 3)),
+        pytest.param(K3, Pipeline(2, 8, 3), marks=pytest.mark.slow),
         (f"{VPP} --seq1f1b-splits 2", Pipeline(2, 8, 2, 2)),
         ("--seq1f1b-splits 2 --zero-bubble", Pipeline(2, 8, 2)),
-        ("", Pipeline(2, 8)),
+        pytest.param("", Pipeline(2, 8), marks=pytest.mark.slow),
     ],
 )
 def test_every_rank_writes_its_measured_timeline(ranks: RankPool, tmp_path: Path, own: str, pipeline: Pipeline) -> None:
@@ -163,7 +167,13 @@ def test_every_rank_writes_its_measured_timeline(ranks: RankPool, tmp_path: Path
     assert [[span.action for span in spans] for spans in replay(measured).spans] == order
 
 
-@pytest.mark.parametrize(("layout", "own"), [("", K3), (VPP, "--seq1f1b-splits 2 --seq1f1b-partition 41,23")])
+@pytest.mark.parametrize(
+    ("layout", "own"),
+    [
+        (VPP, "--seq1f1b-splits 2 --seq1f1b-partition 41,23"),
+        pytest.param("", K3, marks=pytest.mark.slow),
+    ],
+)
 def test_whole_logits_are_collected(ranks: RankPool, layout: str, own: str) -> None:
     base = flags(TINY, PP2, layout, "--train-iters 1")
     theirs, ours = (
