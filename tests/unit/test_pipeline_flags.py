@@ -212,7 +212,7 @@ def test_what_segments_serve_is_let_through(values: dict[str, Any]) -> None:
         ({"pipeline_patience": 0.0}, "--pipeline-patience 0.0: give seconds, more than 0"),
         ({"pipeline_patience": math.nan}, "--pipeline-patience nan: give seconds, more than 0"),
         ({"pipeline_patience": math.inf}, r"--pipeline-patience inf: give seconds, more than 0 and at most 1e\+08"),
-        ({"pipeline_trace": "/dev/null/trace"}, "--pipeline-trace /dev/null/trace: /dev/null is no folder"),
+        ({"pipeline_trace": "/dev/null/trace"}, "--pipeline-trace /dev/null/trace: /dev/null is not a folder"),
         ({"pipeline_trace": ""}, "--pipeline-trace is empty"),
         ({"pipeline_trace_step": 4}, "--pipeline-trace-step 4: --pipeline-trace is not given"),
         ({"seq1f1b_layer_seconds": "file"}, "--seq1f1b-layer-seconds file: it balances segments, and neither"),
