@@ -59,7 +59,7 @@ def in_float64() -> Iterator[Any]:
                 yield pytest.param(layout, model, marks=[pytest.mark.slow] * (name not in QUICK), id=name)
 
 
-@pytest.mark.parametrize(("layout", "model"), in_float64())
+@pytest.mark.parametrize(("layout", "model"), list(in_float64()))
 def test_layout_equals_one_process_in_float64(equal: Equal, layout: str, model: str) -> None:
     world, own = LAYOUTS[layout]
     equal(f"{layout} {model}", world, model, own)
