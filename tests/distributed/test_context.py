@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.equality import RELATIVE, SNAPSHOTS, Equal, Start, assert_steps_equal, worst
-from tests.distributed.flags import DOCUMENTS, FULL, MOE, OVERLAP, PP2, SELECTIVE, TINY, TP2, VPP, flags
+from tests.distributed.flags import DOCUMENTS, FULL, MOE, OVERLAP, PP2, SELECTIVE, TIED, TINY, TP2, VPP, flags
 from tests.pool import RankPool
 from tests.regression.arm import Run, run_arm
 
@@ -46,7 +46,7 @@ CASES = {
     "PP 2": (4, "", f"{CP2} {PP2}"),
     "PP 2, V 2": (4, "", f"{CP2} {PP2} {VPP} {FULL}"),
     "DP 2, distributed optimizer, overlap": (4, "", f"{CP2} {OVERLAP}"),
-    "tied embeddings": (2, "--tied", CP2),
+    "tied embeddings": (2, TIED, CP2),
     "mixture of experts": (2, MOE, CP2),
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.equality import Equal, Start, worst
-from tests.distributed.flags import flags
+from tests.distributed.flags import TIED, flags
 from tests.regression.trainings import Trainings
 
 TP = "--tensor-model-parallel-size 2"
@@ -52,7 +52,7 @@ QUICK_NOISY = [("PP 2", "bf16")]  # float32: single-precision.toml
 
 def in_float64() -> Iterator[Any]:
     """Every layout untied, and tied where it touches the embeddings (recomputation does not)."""
-    for model in ("", "--tied"):
+    for model in ("", TIED):
         for layout in LAYOUTS:
             name = f"{layout}-{'tied' if model else 'untied'}"
             if not (model and "recompute" in layout):
@@ -62,7 +62,7 @@ def in_float64() -> Iterator[Any]:
 @pytest.mark.parametrize(("layout", "model"), list(in_float64()))
 def test_layout_equals_one_process_in_float64(equal: Equal, layout: str, model: str) -> None:
     world, own = LAYOUTS[layout]
-    equal(f"{layout} {model}", world, model, own)
+    equal(f"{layout} {model}".strip(), world, model, own)
 
 
 @pytest.mark.parametrize(

@@ -101,8 +101,8 @@ def test_is_saved_and_resumed(ranks: RankPool, start: Start, tmp_path: Path, lay
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        (r"layers\.4\.", r"--train-only layers\.4\.: found in no parameter's name, so nothing would be trained"),
-        (".", "--train-only .: found in every parameter's name, so nothing would be frozen"),
+        (r"layers\.4\.", r"--train-only layers\.4\.: the pattern matches no parameter, so nothing would be trained"),
+        (".", "--train-only .: the pattern matches every parameter, so nothing would be frozen"),
         ("(", "--train-only (: missing ), unterminated subpattern"),
     ],
 )

@@ -7,7 +7,7 @@ by reassociation alone.
 import pytest
 
 from tests.distributed.equality import Equal
-from tests.distributed.flags import DOCUMENTS, FULL, MOE, OVERLAP, PP2, PP4, SELECTIVE, TINY, TP2, VPP, flags
+from tests.distributed.flags import DOCUMENTS, FULL, MOE, OVERLAP, PP2, PP4, SELECTIVE, TIED, TINY, TP2, VPP, flags
 from tests.pool import RankPool
 from tests.regression.arm import run_arm
 
@@ -42,8 +42,8 @@ CASES = {
     "full recompute, zero bubble": (2, "", f"{PP2} {FULL} --seq1f1b-splits 3 --zero-bubble"),
     "full recompute, V 2": (2, "", f"{PP2} {VPP} {FULL} --seq1f1b-splits 2"),
     "selective recompute": (2, "", f"{PP2} {SELECTIVE} --seq1f1b-splits 3"),
-    "tied embeddings": (2, "--tied", f"{PP2} --seq1f1b-splits 3"),
-    "tied embeddings, zero bubble": (2, "--tied", f"{PP2} --seq1f1b-splits 3 --zero-bubble"),
+    "tied embeddings": (2, TIED, f"{PP2} --seq1f1b-splits 3"),
+    "tied embeddings, zero bubble": (2, TIED, f"{PP2} --seq1f1b-splits 3 --zero-bubble"),
     "multi-query attention": (2, "--num-query-groups 1", f"{PP2} --seq1f1b-splits 3"),
     "sliding window": (2, "--window-size 10,0", f"{PP2} --seq1f1b-splits 3"),
     "sliding window, every other layer": (
