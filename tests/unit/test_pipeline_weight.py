@@ -75,8 +75,15 @@ PARALLEL = {
 }
 
 
-@pytest.mark.parametrize("first", ["same", "fused"])
-@pytest.mark.parametrize("name", PARALLEL)
+def _parallel() -> list[Any]:
+    """By default every wrapper after a step of its own, and "overlap" also from the first step on."""
+    slow = {name: [pytest.mark.slow] * (name != "overlap") for name in PARALLEL}
+    return [pytest.param(name, "fused") for name in PARALLEL] + [
+        pytest.param(name, "same", marks=slow[name]) for name in PARALLEL
+    ]
+
+
+@pytest.mark.parametrize(("name", "first"), _parallel())
 def test_data_parallel_gradients_are_bitwise_upstreams(ranks: RankPool, name: str, first: str) -> None:
     """Three steps, because upstream's wrapper learns in the first what to expect; also after and before its own."""
     assert ranks.run(2, weight_bed.differing, replace(PARALLEL[name], first=first), 3) == [[], []]
