@@ -1,6 +1,7 @@
 """The split backward: bitwise upstream's gradients, no weight product in B, all of them in W."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
