@@ -71,7 +71,7 @@ class Watched(CpuFlash):
 @contextmanager
 def unseen_messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Copies that the emulated wire makes are not the rank's."""
-    put, wait = context_bed.Wire.put, context_bed.ThreadLane.post
+    put, wait = context_bed.Wire.put, context_bed.ThreadP2P.post
 
     def hidden(function: Any) -> Any:
         def call(*args: Any) -> Any:
@@ -82,7 +82,7 @@ def unseen_messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     with monkeypatch.context() as patched:
         patched.setattr(context_bed.Wire, "put", hidden(put))
-        patched.setattr(context_bed.ThreadLane, "post", hidden(wait))
+        patched.setattr(context_bed.ThreadP2P, "post", hidden(wait))
         yield
 
 

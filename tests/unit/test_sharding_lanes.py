@@ -28,7 +28,7 @@ from megatron.longseq.sharding.plan.collectives import (
 from megatron.longseq.sharding.plan.rank_groups import Groups
 from megatron.longseq.sharding.runtime.collectives import Collectives, Communicators, Region, region_of
 from megatron.longseq.sharding.runtime.comm_queue import Handle, LaneError, Lanes
-from megatron.longseq.sharding.runtime.comm_streams import ThreadLane
+from megatron.longseq.sharding.runtime.comm_streams import ThreadP2P
 from tests.unit.lanes_bed import LIMIT, Fake, Meeting, bucket, on_ranks
 
 CPU = torch.device("cpu")
@@ -230,7 +230,7 @@ def test_closing_ends_what_was_submitted_and_refuses_more() -> None:
     mine.close()
     with pytest.raises(LaneError, match="rank 0: bucket 4 comes after lanes were closed"):
         mine.submit(SCATTER, bucket(4), "bucket 4")
-    lane = ThreadLane("one")
+    lane = ThreadP2P("one")
     lane.close()
     with pytest.raises(RuntimeError, match="lane one is closed"):
         lane.put(lambda: None, None)
@@ -265,9 +265,9 @@ def test_threads_end_with_the_lanes_that_nobody_has(is_overlapped: bool) -> None
 def test_a_process_ends_though_a_collective_does_not() -> None:
     script = """
 import threading
-from megatron.longseq.sharding.runtime.comm_streams import ThreadLane
+from megatron.longseq.sharding.runtime.comm_streams import ThreadP2P
 begun = threading.Event()
-lane = ThreadLane("stuck")
+lane = ThreadP2P("stuck")
 lane.put(lambda: (begun.set(), threading.Event().wait()), None)
 assert begun.wait(10)
 """
