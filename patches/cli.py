@@ -10,7 +10,7 @@ from pathlib import Path
 
 from patches import ledger
 from patches.errors import PatchError
-from patches.record import Record
+from patches.record import Callback, Record
 from patches.upstream import bump, lock, verify, wheel
 from patches.upstream.source import ImportPath, Upstream
 
@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("list", help="all patches")
     form = command.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="every field")
-    form.add_argument("--markdown", action="store_true", help="the table of the README")
+    form.add_argument("--markdown", action="store_true", help="the table of docs/patches.md")
     command.set_defaults(command=_list)
 
     command = commands.add_parser("verify", help="is upstream the one the patches were written against?")
@@ -80,16 +80,20 @@ def _list(options: argparse.Namespace) -> int:
     else:
         for record in ledger.RECORDS:
             print(f"{record.id:28} {record.action:8} {record.target}")
+            for callback in record.callbacks:
+                print(f"  {callback.id:26} callback {callback.impl}")
         print(f"{len(ledger.RECORDS)} patches on {wheel.NAME}=={known.version}")
     return 0
 
 
 def markdown(records: Sequence[Record]) -> str:
-    """The table of patches for the README."""
-    rows = [
-        [str(number), f"`{r.id}`", f"`{r.target}`", r.action, r.why, r.remove_when]
-        for number, r in enumerate(records, start=1)
-    ]
+    """The table of patches for docs/patches.md; the callbacks of a hook stand below it, without a number."""
+    rows = []
+    for number, record in enumerate(records, start=1):
+        rows.append(
+            [str(number), f"`{record.id}`", f"`{record.target}`", record.action, record.why, record.remove_when]
+        )
+        rows += [["", f"`{c.id}`", "", "callback", c.why, c.remove_when] for c in record.callbacks]
     head = ["", "patch", "upstream symbol", "action", "why", "can go when"]
     cells = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
@@ -121,15 +125,21 @@ def _verify(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     record = ledger.by_id(options.id)
     upstream = Upstream()
-    for name, value in asdict(record).items():
-        print(f"{name:12} {', '.join(value) if isinstance(value, tuple) else value}")
-    print()
-    ours = upstream.symbol(record.impl)
-    if record.action == "context":
-        print(f"{ours.path}:{ours.line}\n{ours.text}")
-    else:
-        print(bump.diff(upstream.symbol(record.target), ours))
+    print("\n".join(_fields(record)))
+    for part in record.parts:
+        if part is not record:
+            print("\n" + "\n".join(_fields(part)))
+        ours = upstream.symbol(part.impl)
+        if record.action == "context":
+            print(f"\n{ours.path}:{ours.line}\n{ours.text}")
+        else:
+            print(f"\n{bump.diff(upstream.symbol(record.target), ours)}")
     return 0
+
+
+def _fields(part: Record | Callback) -> list[str]:
+    values = {name: value for name, value in asdict(part).items() if name != "callbacks" and value}
+    return [f"{name:12} {', '.join(value) if isinstance(value, tuple) else value}" for name, value in values.items()]
 
 
 def _bump(options: argparse.Namespace) -> int:

@@ -1,12 +1,33 @@
 """All records, in the order they are applied: systems from the inside out, within a system as it lists them."""
 
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from patches import checkpoint, cpu, data, entry, local, log, paro, recompute, seq1f1b, usp
+from patches import checkpoint, cpu, data, entry, hooks, local, log, paro, recompute, seq1f1b, usp
 from patches.errors import Conflict, LedgerError
-from patches.record import Record
+from patches.record import Callback, Record
+
+
+def with_callbacks(records: Iterable[Record], callbacks: Iterable[Callback]) -> tuple[Record, ...]:
+    """Give every hook its callbacks, in the order in which they are listed.
+
+    Raises:
+        LedgerError: a callback names no hook, or a hook has no callback.
+    """
+    records, callbacks = tuple(records), tuple(callbacks)
+    known = {record.id for record in records if record.action == "hook"}
+    for callback in callbacks:
+        if callback.hook not in known:
+            raise _wrong(callback, f"there is no hook {callback.hook!r}", f"name one of {', '.join(sorted(known))}")
+    joined = []
+    for record in records:
+        own = tuple(callback for callback in callbacks if callback.hook == record.id)
+        if record.action == "hook" and not own:
+            raise _wrong(record, "no system registers a callback", "remove the hook")
+        joined.append(replace(record, callbacks=own) if own else record)
+    return tuple(joined)
 
 
 def checked(records: Iterable[Record]) -> tuple[Record, ...]:
@@ -19,49 +40,38 @@ def checked(records: Iterable[Record]) -> tuple[Record, ...]:
     records = tuple(records)
     seen: set[str] = set()
     for record in records:
-        if record.id in seen:
-            raise _wrong(record, "its id is used twice", "rename one of the two")
-        seen.add(record.id)
-        for name, place in (("impl", record.impl), ("when", record.when)):
-            module = place.partition(":")[0]
-            if not _exists(module):
-                raise _wrong(record, f"{name} names module {module}, which does not exist", f"correct its {name}")
+        for part in dict.fromkeys((record, *record.parts)):
+            if part.id in seen:
+                raise _wrong(part, "its id is used twice", "rename one of the two")
+            seen.add(part.id)
+        for part in record.parts:
+            for name, place in (("impl", part.impl), ("when", part.when)):
+                module = place.partition(":")[0]
+                if not _exists(module):
+                    raise _wrong(part, f"{name} names module {module}, which does not exist", f"correct its {name}")
     refuse_conflicts(records)
     return records
 
 
 def refuse_conflicts(records: Sequence[Record]) -> None:
-    """Refuse sets of which one member would silently drop another.
+    """Refuse two records on one place: what several systems do at one upstream function are callbacks of one hook.
 
     Raises:
-        Conflict: two replacements of one place (a target or an alias), a replacement after a wrap of the same place,
-            or two records that share a place but do not share all of them.
+        Conflict: two records share a place (a target or an alias).
     """
-    holders: dict[str, list[Record]] = {}
+    holders: dict[str, Record] = {}
     for record in records:
         if record.action == "context":
             continue
         for place in record.places:
-            for earlier in holders.setdefault(place, []):
-                reason = _clash(earlier, record)
-                if reason:
-                    raise Conflict(
-                        f"{earlier.id} and {record.id} cannot both have {place}",
-                        where=f"patches.{earlier.system} and patches.{record.system}",
-                        why=reason,
-                        todo="make one of them a wrap, or let one record do both jobs; for aliases, name the same ones",
-                    )
-            holders[place].append(record)
-
-
-def _clash(earlier: Record, later: Record) -> str | None:
-    if earlier.action == later.action == "replace":
-        return "both replace it, so the second would silently drop the first"
-    if later.action == "replace":
-        return f"{later.id} replaces it after {earlier.id} wrapped it, so the wrap would be lost"
-    if set(earlier.places) != set(later.places):
-        return "they share a place but not all of them (target and aliases), so some places would hold one patch only"
-    return None
+            earlier = holders.setdefault(place, record)
+            if earlier is not record:
+                raise Conflict(
+                    f"{earlier.id} and {record.id} cannot both have {place}",
+                    where=f"patches.{earlier.system} and patches.{record.system}",
+                    why="one place holds one patch, so that the order of what systems do there stands in one list",
+                    todo="make both of them callbacks of one hook (patches/hooks.py), and apply them together",
+                )
 
 
 def _exists(module: str) -> bool:
@@ -73,12 +83,12 @@ def _exists(module: str) -> bool:
     return importlib.util.find_spec(top) is not None
 
 
-def _wrong(record: Record, why: str, todo: str) -> LedgerError:
-    return LedgerError(f"patch record {record.id} is wrong", where=f"patches.{record.system}", why=why, todo=todo)
+def _wrong(part: Record | Callback, why: str, todo: str) -> LedgerError:
+    return LedgerError(f"patch {part.id} is wrong", where=f"patches.{part.system}", why=why, todo=todo)
 
 
 def by_id(identifier: str) -> Record:
-    """The record of that id.
+    """The record of that id; of a callback's id, its hook with that callback alone.
 
     Raises:
         LedgerError: there is none; the message lists what there is.
@@ -86,30 +96,48 @@ def by_id(identifier: str) -> Record:
     for record in RECORDS:
         if record.id == identifier:
             return record
+        found = record.only(tuple(part for part in record.parts if part.id == identifier))
+        if found is not None:
+            return found
     raise LedgerError(
         f"there is no patch {identifier!r}",
         where="the ledger",
-        why=f"it holds: {', '.join(r.id for r in RECORDS) or 'nothing'}",
+        why=f"it holds: {', '.join(dict.fromkeys(i for r in RECORDS for i in (r.id, *(p.id for p in r.parts))))}",
         todo="python -m patches list",
     )
 
 
 def of_systems(*systems: str) -> tuple[Record, ...]:
-    """The records of these systems, in ledger order."""
-    return tuple(record for record in RECORDS if record.system in systems)
+    """What these systems apply, in ledger order: their records, and hooks with their callbacks alone."""
+    return _with_parts(lambda part: part.system in systems, RECORDS)
 
+
+def merged(records: Iterable[Record]) -> list[Record]:
+    """Join hooks of one id, each of which may have some of its callbacks, in the ledger's order of callbacks."""
+    found: dict[str, Record] = {}
+    for record in records:
+        earlier = found.get(record.id, record)
+        both = by_id(record.id).only((*earlier.parts, *record.parts)) if earlier.parts != record.parts else None
+        found[record.id] = both or record
+    return list(found.values())
+
+
+def without(records: Iterable[Record], identifier: str) -> tuple[Record, ...]:
+    """The records without the one of that id, or without the callback of that id."""
+    kept = (record for record in records if record.id != identifier)
+    return _with_parts(lambda part: part.id != identifier, kept)
+
+
+def _with_parts(keep: Callable[[Record | Callback], bool], records: Iterable[Record]) -> tuple[Record, ...]:
+    found = (record.only(tuple(part for part in record.parts if keep(part))) for record in records)
+    return tuple(record for record in found if record is not None)
+
+
+_SYSTEMS = (cpu, local, entry, data, checkpoint, log, recompute, seq1f1b, usp, paro)
 
 RECORDS: tuple[Record, ...] = checked(
-    (
-        *cpu.RECORDS,
-        *local.RECORDS,
-        *entry.RECORDS,
-        *data.RECORDS,
-        *checkpoint.RECORDS,
-        *log.RECORDS,
-        *recompute.RECORDS,
-        *seq1f1b.RECORDS,
-        *usp.RECORDS,
-        *paro.RECORDS,
+    with_callbacks(
+        (*cpu.RECORDS, *local.RECORDS, *hooks.RECORDS, *(r for system in _SYSTEMS[2:] for r in system.RECORDS)),
+        (callback for system in _SYSTEMS for callback in getattr(system, "CALLBACKS", ())),
     )
 )

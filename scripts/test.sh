@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Sets up as quickstart.sh does and runs the checks and all tests; with arguments, pytest alone with these.
-#   bash scripts/test.sh                     everything
+# Sets up as quickstart.sh does and runs the checks and the tests; with arguments, pytest alone with these.
+#   bash scripts/test.sh                     what CI runs: every system, about ten minutes on two cores
+#   bash scripts/test.sh --all               everything: slow tests, all examples, all regression cases
 #   bash scripts/test.sh tests/scripts -x    a part
 set -euo pipefail
 # shellcheck source=scripts/lib/setup.sh
@@ -8,5 +9,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/setup.sh"
 
 setup_environment run data test dev
 cd "$ROOT"
-if (($# == 0)); then bash scripts/check.sh; fi
-exec "$PY" -m pytest "$@"
+if (($# == 0)) || [[ $* == --all ]]; then bash scripts/check.sh; fi
+exec "$PY" -m pytest --durations=20 "$@"

@@ -10,6 +10,17 @@ from tests.pool import RankPool
 FIGURES = pytest.StashKey[list[str]]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --all, which runs the tests marked slow too, with every example and to every case's last step."""
+    parser.addoption("--all", action="store_true", help="run everything: slow tests, all examples, full cases")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let --all lift the marker expression of pyproject.toml."""
+    if config.option.all and config.option.markexpr == "not slow":
+        config.option.markexpr = ""
+
+
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> RankPool:
     """Return the session's pool of gloo ranks, forked from one warm process."""

@@ -23,7 +23,8 @@ with contextlib.suppress(ImportError):  # a machine that is only there to measur
 source.syntax_tree = functools.cache(source.syntax_tree)
 upstream = source.Upstream()
 for record in ledger.RECORDS:
-    importlib.import_module(record.impl.partition(":")[0])
+    for part in record.parts:
+        importlib.import_module(part.impl.partition(":")[0])
     for place in record.upstream_places:
         upstream.symbol(place)
 

@@ -1,4 +1,4 @@
-"""Our command-line flags: one argument group per system, handed to upstream's parser through its own hook."""
+"""Add this project's command-line flags to upstream's parser, one argument group per system."""
 
 import argparse
 import json
@@ -11,7 +11,14 @@ from megatron.longseq.sharding.arguments import add_sharding_arguments, check_sh
 
 
 def add_longseq_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add every system's group of flags to upstream's parser and return the parser (upstream's hook wants it back)."""
+    """Add the flags of every system to upstream's parser.
+
+    Args:
+        parser: upstream's parser.
+
+    Returns:
+        The same parser, as upstream's `extra_args_provider` requires.
+    """
     _add_record_arguments(parser)
     add_pipeline_arguments(parser)
     add_context_arguments(parser)
@@ -20,10 +27,10 @@ def add_longseq_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
 
 
 def validate_longseq_arguments(args: argparse.Namespace) -> None:
-    """Refuse unsupported combinations of our flags right after parsing, before any process group exists.
+    """Refuse unsupported combinations of flags. Runs after parsing, before any process group exists.
 
     Raises:
-        ValueError: names the flag, the reason and what to do.
+        ValueError: a flag is not supported. The message names it, the reason and what to do.
     """
     _validate_record_arguments(args)
     _check_save(args)
@@ -33,7 +40,7 @@ def validate_longseq_arguments(args: argparse.Namespace) -> None:
 
 
 def write_arguments_file(args: argparse.Namespace) -> None:
-    """Write all arguments to `--arguments-file` as JSON, sorted; what JSON does not know stands there as text."""
+    """Write all arguments to `--arguments-file` as sorted JSON. Values without a JSON form are written as text."""
     path = Path(args.arguments_file)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(vars(args), indent=1, sort_keys=True, default=str) + "\n")
@@ -53,12 +60,12 @@ def _validate_record_arguments(args: argparse.Namespace) -> None:
         return
     flag = f"--arguments-file {args.arguments_file}"
     if not args.arguments_file or Path(args.arguments_file).is_dir():
-        raise ValueError(f"{flag}: names no file; give one, in a writable folder.")
-    refuse_unwritable(flag, Path(args.arguments_file).absolute().parent, "name a file in a writable folder")
+        raise ValueError(f"{flag}: this is not a file name. Give a file in a writable folder.")
+    refuse_unwritable(flag, Path(args.arguments_file).absolute().parent, "give a file in a writable folder")
 
 
 def _check_save(args: argparse.Namespace) -> None:
-    """Refuse a place for checkpoints that is none, which upstream finds out when it saves the first one."""
+    """Refuse a --save path that is not a writable folder. Upstream would fail only at its first save."""
     save = getattr(args, "save", None)
     if save and "://" not in save and getattr(args, "rank", 0) == 0:
-        refuse_unwritable(f"--save {save}", Path(save), "name a folder that is writable, or new")
+        refuse_unwritable(f"--save {save}", Path(save), "give a writable folder, or one that can be created")

@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint that upstream could not load, looked for in its files after the failure."""
+"""Explain why upstream could not load a checkpoint, by looking at its files after the failure."""
 
 import json
 import zipfile
@@ -7,26 +7,29 @@ from pathlib import Path
 from typing import Any
 
 TRACKER = "latest_checkpointed_iteration.txt"
-MODEL_FILE = "model_optim_rng.pt"  # of --ckpt-format torch, per model-parallel rank
-ZIP = b"PK\x03\x04"  # what torch.save's files begin with
-FLAGS = {"max_lr": "--lr", "min_lr": "--min-lr"}  # by the parameter groups' names
+MODEL_FILE = "model_optim_rng.pt"  # --ckpt-format torch, one per model-parallel rank
+ZIP = b"PK\x03\x04"  # first bytes of a file written by torch.save
+FLAGS = {"max_lr": "--lr", "min_lr": "--min-lr"}  # by the name of the setting in a parameter group
 
 
-def fault(folder: Path, step: int | None = None) -> str | None:
-    """Return what is wrong with the checkpoint that a run would load from `folder`, and what to do; None if nothing is.
+def find_fault(folder: Path, step: int | None = None) -> str | None:
+    """Find out what is wrong with the checkpoint that a run would load.
 
     Args:
         folder: upstream's --load.
         step: upstream's --ckpt-step.
+
+    Returns:
+        A message that names the damaged file and says what to do, or None if no fault is found.
     """
     tracker = folder / TRACKER
     if tracker.is_file():
         content = tracker.read_bytes()
-        latest = _iteration(content)
+        latest = _iteration_folder(content)
         if latest is None:
             return (
-                f"{tracker} holds {content[:40]!r}, not the number of an iteration: its writing was interrupted, or it "
-                f"was changed. {_instead(folder, f'write that number into {tracker.name}')}, or remove {tracker.name} "
+                f"{tracker} holds {content[:40]!r}, not an iteration number: writing it was interrupted, or it was "
+                f"changed. {_advice(folder, f'write that number into {tracker.name}')}, or remove {tracker.name} "
                 "to train from the beginning."
             )
     elif step:
@@ -35,16 +38,16 @@ def fault(folder: Path, step: int | None = None) -> str | None:
         return None
     name = f"iter_{step:07d}" if step else latest
     assert name is not None
-    place = folder / name
-    if not place.is_dir():
-        said = f"--ckpt-step {step} asks for it" if step else f"{tracker.name} names it"
-        return f"there is no checkpoint {place}, and {said}. {_instead(folder)}."
-    wrong = _wrong_inside(place)
-    return None if wrong is None else f"{wrong} {_instead(folder, without=place)}."
+    checkpoint = folder / name
+    if not checkpoint.is_dir():
+        reason = f"--ckpt-step {step} asks for it" if step else f"{tracker.name} names it"
+        return f"there is no checkpoint {checkpoint}, but {reason}. {_advice(folder)}."
+    fault = _folder_fault(checkpoint)
+    return None if fault is None else f"{fault} {_advice(folder, without=checkpoint)}."
 
 
-def _iteration(content: bytes) -> str | None:
-    """Return the name of the folder that a tracker file speaks of."""
+def _iteration_folder(content: bytes) -> str | None:
+    """Return the name of the checkpoint folder that a tracker file names, or None if the content is not valid."""
     try:
         text = content.decode("utf-8").strip()
         if text == "release":
@@ -54,84 +57,93 @@ def _iteration(content: bytes) -> str | None:
         return None
 
 
-def _instead(folder: Path, how: str = "", without: Path | None = None) -> str:
-    """Say which checkpoint of the folder is whole."""
-    for place in sorted(folder.glob("iter_*"), reverse=True):
-        number = place.name.removeprefix("iter_")
-        if place != without and number.isdecimal() and _wrong_inside(place) is None:
-            return f"The newest whole checkpoint is {place.name}: {how or f'give --ckpt-step {int(number)}'}"
-    return f"No other whole checkpoint is in {folder}: give another --load"
+def _advice(folder: Path, how: str = "", without: Path | None = None) -> str:
+    """Name the newest undamaged checkpoint of the folder, leaving out `without`."""
+    for checkpoint in sorted(folder.glob("iter_*"), reverse=True):
+        number = checkpoint.name.removeprefix("iter_")
+        if checkpoint != without and number.isdecimal() and _folder_fault(checkpoint) is None:
+            return f"The newest complete checkpoint is {checkpoint.name}: {how or f'give --ckpt-step {int(number)}'}"
+    return f"There is no other complete checkpoint in {folder}: give another --load"
 
 
-def fault_of_file(file: Path) -> str | None:
-    """Return what is wrong with one file of a checkpoint of --ckpt-format torch, and what to do; None if nothing is."""
-    wrong = _wrong_file(file)
-    place = file.parents[1]
-    return None if wrong is None else f"{wrong} {_instead(place.parent, without=place)}."
+def find_file_fault(file: Path) -> str | None:
+    """Find out what is wrong with one file of a checkpoint in --ckpt-format torch.
+
+    Returns:
+        A message that says what to do, or None if no fault is found.
+    """
+    fault = _file_fault(file)
+    checkpoint = file.parents[1]
+    return None if fault is None else f"{fault} {_advice(checkpoint.parent, without=checkpoint)}."
 
 
-def _wrong_file(file: Path) -> str | None:
-    """Check that a file of torch.save is whole. It is a zip archive, whose directory is written last."""
+def _file_fault(file: Path) -> str | None:
+    """Check that a file of torch.save is complete. It is a zip archive, and the archive's directory is written last."""
     try:
         with file.open("rb") as stream:
             head = stream.read(len(ZIP))
     except OSError as error:
-        return f"{file} cannot be read ({error.strerror}): the checkpoint was not finished, or not copied whole."
+        return f"{file} cannot be read ({error.strerror}): the checkpoint was not finished, or not copied completely."
     if not head:
-        return f"{file} is empty: its writing was interrupted, or it was not copied whole."
+        return f"{file} is empty: writing it was interrupted, or it was not copied completely."
     if head == ZIP and not zipfile.is_zipfile(file):
-        return f"{file} was cut short ({file.stat().st_size:,} bytes are left of it)."
+        return f"{file} is truncated to {file.stat().st_size:,} bytes."
     return None
 
 
-def _wrong_inside(place: Path) -> str | None:
-    """Return what is wrong with the files of one checkpoint."""
-    ranks = sorted(place.glob("mp_rank_*"))
+def _folder_fault(checkpoint: Path) -> str | None:
+    """Find out what is wrong with the files of one checkpoint."""
+    ranks = sorted(checkpoint.glob("mp_rank_*"))
     if ranks:
         files = [file for rank in ranks for file in (rank / MODEL_FILE, *sorted(rank.glob("*.pt")))]
-        return next(filter(None, map(_wrong_file, files)), None)
-    about = place / "metadata.json"
+        return next(filter(None, map(_file_fault, files)), None)
+    about = checkpoint / "metadata.json"
     try:
         json.loads(about.read_text("utf-8"))
     except FileNotFoundError:
-        return f"{about} is missing: the checkpoint was not finished, or not copied whole."
+        return f"{about} is missing: the checkpoint was not finished, or not copied completely."
     except (OSError, ValueError) as error:
-        return f"{about} cannot be read ({error}): the checkpoint was not finished, or not copied whole."
-    return _wrong_tensors(place) if (place / ".metadata").exists() or any(place.glob("*.distcp")) else None
+        return f"{about} cannot be read ({error}): the checkpoint was not finished, or not copied completely."
+    return (
+        _tensor_fault(checkpoint) if (checkpoint / ".metadata").exists() or any(checkpoint.glob("*.distcp")) else None
+    )
 
 
-def _wrong_tensors(place: Path) -> str | None:
-    """Compare the size of each file of tensors with what the checkpoint's `.metadata` lists in it."""
+def _tensor_fault(checkpoint: Path) -> str | None:
+    """Compare the sizes of the tensor files with the sizes that the checkpoint's `.metadata` lists."""
     from torch.distributed.checkpoint import FileSystemReader
 
-    listed = place / ".metadata"
+    listed = checkpoint / ".metadata"
     try:
-        parts = FileSystemReader(place).read_metadata().storage_data.values()
+        parts = FileSystemReader(checkpoint).read_metadata().storage_data.values()
     except FileNotFoundError:
-        return f"{listed} is missing: the checkpoint was not finished, or not copied whole (a name with a dot)."
+        return f"{listed} is missing: the checkpoint was not finished, or files that begin with a dot were not copied."
     except Exception as error:
-        return f"{listed} cannot be read ({error or type(error).__name__}): it was cut short or changed."
+        return f"{listed} cannot be read ({error or type(error).__name__}): it is truncated, or was changed."
     ends: dict[str, int] = {}
     for part in parts:
         ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
     for name, end in sorted(ends.items()):
         try:
-            with (place / name).open("rb") as stream:
+            with (checkpoint / name).open("rb") as stream:
                 size = stream.seek(0, 2)
         except OSError as error:
-            return f"{place / name} cannot be read ({error.strerror}); tensors of the checkpoint are in it."
+            return f"{checkpoint / name} cannot be read ({error.strerror}); it holds tensors of the checkpoint."
         if size < end:
-            return f"{place / name} has {size:,} bytes, and its tensors need {end:,}: it was cut short."
+            return f"{checkpoint / name} has {size:,} bytes, but its tensors need {end:,}: it is truncated."
     return None
 
 
-def other_settings(keys: Sequence[str], wanted: Sequence[Any], saved: Sequence[Mapping[str, Any]]) -> str:
-    """Say by which settings a parameter group is not among the saved ones.
+def explain_group_mismatch(keys: Sequence[str], wanted: Sequence[Any], saved: Sequence[Mapping[str, Any]]) -> str:
+    """Explain why a parameter group of this run is not among the saved ones.
 
     Args:
-        keys: the settings that tell groups apart.
+        keys: names of the settings by which upstream identifies a group.
         wanted: their values in this run.
-        saved: the checkpoint's groups.
+        saved: the parameter groups of the checkpoint.
+
+    Returns:
+        A message that names each setting that differs from the most similar saved group.
     """
 
     def differing(group: Mapping[str, Any]) -> list[str]:
@@ -140,8 +152,8 @@ def other_settings(keys: Sequence[str], wanted: Sequence[Any], saved: Sequence[M
 
     nearest = min((differing(group) for group in saved), key=len, default=["the checkpoint has no parameter groups"])
     return (
-        f"the optimizer cannot go on from the checkpoint: {'; '.join(nearest)}. Upstream's distributed optimizer "
-        "(--use-distributed-optimizer, --paro) finds its saved parameter groups by these values, also under "
-        "--override-opt-param-scheduler. Give them as they were; or give --no-load-optim: weights are read, and the "
-        "optimizer starts anew."
+        f"the optimizer cannot continue from the checkpoint: {'; '.join(nearest)}. Upstream's distributed optimizer "
+        "(--use-distributed-optimizer, --paro) identifies the saved parameter groups by these values, even with "
+        "--override-opt-param-scheduler. Give the saved values, or --no-load-optim to load the weights only and start "
+        "with new optimizer states."
     )

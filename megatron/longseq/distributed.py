@@ -1,4 +1,4 @@
-"""What every system's runtime needs beside process groups: everyone's groups, and a count of what left this rank."""
+"""Helpers for process groups that the runtimes of all systems share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,35 +9,52 @@ import torch.distributed as dist
 
 
 @dataclass
-class Sent:
-    """What left this rank.
+class SentCounter:
+    """Count the bytes and messages that this rank has sent.
 
     Attributes:
-        bytes: of all messages and collectives, what stays on the rank left out.
-        messages: point-to-point messages, or collectives.
+        bytes: payload of all messages and collectives. Data that stays on the rank is not counted.
+        messages: number of point-to-point messages or collectives.
     """
 
     bytes: int = 0
     messages: int = 0
 
     def count(self, size: int) -> None:
-        """Add one message."""
+        """Add one message of `size` bytes."""
         self.bytes += size
         self.messages += 1
 
 
-def everyones(mine: Sequence[int]) -> list[tuple[int, ...]]:
-    """Return the ranks of every such group of the job, in the same order on every rank: a collective."""
+def all_groups(mine: Sequence[int]) -> list[tuple[int, ...]]:
+    """Collect the groups that all ranks of the job belong to. This is a collective over the whole job.
+
+    Args:
+        mine: global ranks of the group that this rank belongs to.
+
+    Returns:
+        The ranks of every group, each group once, in the same order on every rank.
+    """
     lists: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(lists, tuple(mine))
     return sorted(set(lists))
 
 
-def options_like(group: dist.ProcessGroup) -> Any:
-    """Return NCCL's options for a group that is to have those of another (upstream's flags set them); else None."""
+def same_backend_options(group: dist.ProcessGroup) -> Any:
+    """Return options with which a new group behaves as an existing one.
+
+    Upstream's flags set NCCL options such as the stream priority on its own groups. Groups that this project creates
+    take the same ones.
+
+    Args:
+        group: the existing group.
+
+    Returns:
+        NCCL options, or None for any other backend.
+    """
     if dist.get_backend(group) != "nccl":
         return None
-    theirs = group._get_backend(torch.device("cuda")).options
-    ours = dist.ProcessGroupNCCL.Options(is_high_priority_stream=theirs.is_high_priority_stream)
-    ours.config = theirs.config
-    return ours
+    existing = group._get_backend(torch.device("cuda")).options
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=existing.is_high_priority_stream)
+    options.config = existing.config
+    return options

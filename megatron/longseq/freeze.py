@@ -1,7 +1,7 @@
-"""Training a part of the parameters: --train-only freezes the others before data parallelism sees them.
+"""Train only some of the parameters (--train-only) and freeze the others.
 
-Upstream keeps frozen parameters out of its gradient buffers and its optimizer, and a pipeline stage on which all are
-frozen takes part with an optimizer of nothing.
+Parameters are frozen before upstream wraps the model for data parallelism. Upstream then keeps frozen parameters out of
+its gradient buffers and its optimizer. A pipeline stage whose parameters are all frozen gets an empty optimizer.
 """
 
 import re
@@ -17,41 +17,48 @@ Chunks = list[nn.Module]
 _LAYER = re.compile(r"(?P<list>(?:.*\.)?layers\.)(?P<index>\d+)(?P<rest>\..*)")
 
 
-class Count(NamedTuple):
-    """Elements of all parameters of the model, or of some ranks' part of it."""
+class ParamCount(NamedTuple):
+    """Number of trained elements and of all elements, over the model or over a part of it."""
 
     trained: int
     all: int
 
 
-def add_partial_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """Add the flag to a training script's parser and return the parser."""
+def add_freeze_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add --train-only to the parser of a training script and return the parser."""
     group = parser.add_argument_group(title="longseq: training a part of the parameters")
     group.add_argument(
         "--train-only",
         metavar="REGEX",
-        help="freeze every parameter in whose name this pattern is not found; layers are numbered through the model, "
-        r"from 0, for instance 'layernorm|decoder\.layers\.(2|3)\.mlp'",
+        help="train the parameters whose name contains a match of this pattern, and freeze all others; layers are "
+        r"numbered over the whole model from 0, for example 'layernorm|decoder\.layers\.(2|3)\.mlp'",
     )
     return parser
 
 
-def check_partial_pattern(pattern: str | None) -> None:
-    """Refuse what is no regular expression.
+def check_train_only(pattern: str | None) -> None:
+    """Refuse a value of --train-only that is not a regular expression.
 
     Raises:
-        ValueError: says where it goes wrong.
+        ValueError: the pattern does not compile. The message says where.
     """
     try:
         re.compile(pattern or "")
     except re.error as error:
-        raise ValueError(f"--train-only {pattern}: {error}; give a regular expression of Python's re.") from error
+        raise ValueError(
+            f"--train-only {pattern}: {error}; give a regular expression in the syntax of Python's re module."
+        ) from error
 
 
-def model_name(chunk: nn.Module, name: str) -> str:
-    """Return what a parameter of a pipeline stage is called in the whole model, however that is cut into stages.
+def global_param_name(chunk: nn.Module, name: str) -> str:
+    """Return the name that a parameter has in the unpartitioned model, whatever the pipeline layout.
 
-    Layers carry their number in the model, and an output layer that is the embedding's copy its name.
+    Layers get their index in the whole model. An output layer that shares its weight with the embedding gets the name
+    of the embedding's weight.
+
+    Args:
+        chunk: the model chunk of this pipeline stage.
+        name: the parameter's name in `chunk`.
     """
     if name == "output_layer.weight" and getattr(chunk, "share_embeddings_and_output_weights", False):
         return "embedding.word_embeddings.weight"
@@ -62,19 +69,21 @@ def model_name(chunk: nn.Module, name: str) -> str:
     return name if number is None else f"{found['list']}{number - 1}{found['rest']}"
 
 
-def freezing(pattern: str) -> Callable[[Chunks], Chunks]:
-    """Return a hook for upstream's `pre_wrap_hooks` that freezes every parameter without the pattern in its name.
+def freeze_hook(pattern: str) -> Callable[[Chunks], Chunks]:
+    """Make a hook for upstream's `pre_wrap_hooks` that freezes all parameters that the pattern does not match.
 
     Args:
-        pattern: --train-only.
+        pattern: value of --train-only, searched in the names of `global_param_name`.
     """
 
     def freeze(chunks: Chunks) -> Chunks:
-        names = [(model_name(chunk, name), param) for chunk in chunks for name, param in chunk.named_parameters()]
+        names = [
+            (global_param_name(chunk, name), param) for chunk in chunks for name, param in chunk.named_parameters()
+        ]
         for name, param in names:
             param.requires_grad_(re.search(pattern, name) is not None)
-        count = over_the_model(count_of(chunks))
-        refuse_all_or_nothing(pattern, count, [name for name, _ in names])
+        count = sum_over_model_parallel(count_params(chunks))
+        check_count(pattern, count, [name for name, _ in names])
         if dist.get_rank() == 0:
             print(
                 f"> --train-only {pattern}: {count.trained:,} of {count.all:,} parameters are trained "
@@ -86,8 +95,8 @@ def freezing(pattern: str) -> Callable[[Chunks], Chunks]:
     return freeze
 
 
-def count_of(chunks: Chunks) -> Count:
-    """Count this rank's parameters, leaving out those that another rank of the model counts."""
+def count_params(chunks: Chunks) -> ParamCount:
+    """Count this rank's parameters. A parameter that several ranks of the model hold is counted on one of them."""
     from megatron.core import mpu
     from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
     from megatron.core.transformer.module import param_is_not_shared
@@ -100,31 +109,32 @@ def count_of(chunks: Chunks) -> Count:
         elements = param.numel() * (mpu.get_expert_model_parallel_world_size() if is_expert else 1)
         every += elements
         trained += elements * param.requires_grad
-    return Count(trained, every)
+    return ParamCount(trained, every)
 
 
-def over_the_model(count: Count) -> Count:
-    """Return the sum over the ranks that share one model: tensor-parallel ones and pipeline stages."""
+def sum_over_model_parallel(count: ParamCount) -> ParamCount:
+    """Sum the counts over the tensor- and pipeline-parallel ranks of one model replica."""
     from megatron.core import mpu
 
     total = torch.tensor(count, dtype=torch.int64, device=torch.cuda.current_device())
     dist.all_reduce(total, group=mpu.get_model_parallel_group())
-    return Count(*total.tolist())
+    return ParamCount(*total.tolist())
 
 
-def refuse_all_or_nothing(pattern: str, count: Count, names: list[str]) -> None:
-    """Refuse a pattern that freezes everything, or nothing.
+def check_count(pattern: str, count: ParamCount, names: list[str]) -> None:
+    """Refuse a pattern that freezes all parameters or none.
 
     Raises:
-        ValueError: on every rank; it lists this rank's first parameters.
+        ValueError: raised on every rank. The message lists the first parameters of this rank.
     """
     some = ", ".join(names[:5])
     if count.trained == 0:
         raise ValueError(
-            f"--train-only {pattern}: found in no parameter's name, so nothing would be trained; names are {some}, ..."
+            f"--train-only {pattern}: the pattern matches no parameter, so nothing would be trained. Parameters are "
+            f"{some}, ..."
         )
     if count.trained == count.all:
         raise ValueError(
-            f"--train-only {pattern}: found in every parameter's name, so nothing would be frozen; leave it out, or "
-            f"give a narrower one; names are {some}, ..."
+            f"--train-only {pattern}: the pattern matches every parameter, so nothing would be frozen. Leave the flag "
+            f"out, or give a narrower pattern. Parameters are {some}, ..."
         )

@@ -1,7 +1,7 @@
-"""What a GPT pretraining script hands to upstream's `pretrain`: batches, loss, forward step and datasets.
+"""Pretrain a GPT with upstream's `pretrain()`: batches, loss, forward step and datasets.
 
-Upstream's wheel ships the loop but not its `pretrain_gpt.py`; this is ours, on upstream's flags. The patch ledger
-must be open before this module is imported (`examples/pretrain_gpt.py` does that).
+Upstream's wheel contains the training loop but no `pretrain_gpt.py`. This module takes its place and reads upstream's
+flags. Call `patches.start()` before importing it, as `examples/pretrain_gpt.py` does.
 """
 
 import sys
@@ -27,27 +27,29 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from megatron.longseq.freeze import add_partial_arguments, check_partial_pattern, freezing
+from megatron.longseq.freeze import add_freeze_arguments, check_train_only, freeze_hook
 from megatron.longseq.unserved import refuse_unserved, without_effect
 
 Batch = dict[str, torch.Tensor | None]
 
-SPIKE = 10.0  # --check-for-spiky-loss: a loss this many times the largest one so far, as in Megatron-LM's own script
-stragglers = StragglerDetector()  # --log-straggler: upstream's training configures this single instance
+SPIKE = 10.0  # --check-for-spiky-loss: loss / largest loss so far; same value as in Megatron-LM's script
+stragglers = StragglerDetector()  # --log-straggler; a singleton that upstream's training loop configures
 
 
 def get_batch(data_iterator: Any, vp_stage: int | None, micro_batch_size: int) -> Batch:
-    """Return this rank's share of the next micro-batch; tensors are [micro-batch, sequence / context-parallel size].
-
-    Only the first and the last pipeline stage hold data; the others get an empty dict.
+    """Return this rank's part of the next micro-batch.
 
     Args:
-        data_iterator: gives samples on the first tensor-parallel rank.
-        vp_stage: virtual pipeline stage.
-        micro_batch_size: sequences that the other tensor-parallel ranks receive.
+        data_iterator: yields samples on tensor-parallel rank 0. Other ranks receive them by broadcast.
+        vp_stage: virtual pipeline stage of the model chunk.
+        micro_batch_size: number of sequences that the other tensor-parallel ranks expect.
+
+    Returns:
+        Tensors of shape [micro-batch, sequence / context-parallel size]. Pipeline stages between the first and the last
+        get an empty dict.
 
     Raises:
-        ValueError: the samples have another size.
+        ValueError: the samples do not have the expected size.
     """
     if not is_first_or_last_pipeline_stage(vp_stage):
         return {}
@@ -84,9 +86,9 @@ def get_batch(data_iterator: Any, vp_stage: int | None, micro_batch_size: int) -
 def _check_size(given: tuple[int, ...], expected: tuple[int, int], rank: int) -> None:
     if given != expected:
         raise ValueError(
-            f"rank {rank}: the data loader gives samples of size {list(given)}, but the other "
-            f"tensor-parallel ranks expect {list(expected)} ([micro-batch, sequence]). Give a data set whose batches "
-            "are all of one size."
+            f"rank {rank}: the data loader returns samples of size {list(given)}, but the other "
+            f"tensor-parallel ranks expect {list(expected)} ([micro-batch, sequence]). Use a data set whose batches "
+            "all have the same size."
         )
 
 
@@ -94,13 +96,13 @@ def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tens
     """Sum the token losses of one micro-batch over its valid tokens.
 
     Args:
-        loss_mask: [micro-batch, sequence], 1 where the token counts.
+        loss_mask: [micro-batch, sequence], 1 for tokens that count and 0 for others.
         losses: [micro-batch, sequence], cross entropy per token.
 
     Returns:
-        The sum, the number of valid tokens, and the pair that upstream's log averages over the global batch. For the
-        gradient upstream divides the sum by the number at once, so every micro-batch weighs the same whatever its mask;
-        with --calculate-per-token-loss it divides by the total of the global batch instead.
+        The sum, the number of valid tokens, and both as one tensor for upstream's log. By default upstream divides the
+        sum by the number of tokens of the micro-batch, so every micro-batch has the same weight. With
+        --calculate-per-token-loss it divides by the number of tokens in the global batch.
     """
     mask = loss_mask.reshape(-1).float()
     total = (losses.reshape(-1).float() * mask).sum()
@@ -127,7 +129,11 @@ def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tens
 
 
 def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-    """Run one micro-batch through this rank's model chunk; upstream's schedules call this."""
+    """Run the forward pass of one micro-batch on this rank's model chunk. Upstream's schedules call this.
+
+    Returns:
+        The output tensor, and the loss function that the last stage applies to it.
+    """
     args, timers = get_args(), get_timers()
     size = args.micro_batch_size if model.training else args.eval_micro_batch_size
     timers("batch-generator", log_level=2).start()
@@ -142,7 +148,7 @@ def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[torch.Tens
 
 
 def dataset_config(args: Any) -> GPTDatasetConfig:
-    """Describe the corpus to upstream's dataset builder, from upstream's own data flags."""
+    """Make the configuration of upstream's dataset builder from upstream's data flags."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     return GPTDatasetConfig(
         random_seed=args.seed,
@@ -172,11 +178,11 @@ def dataset_config(args: Any) -> GPTDatasetConfig:
 
 
 def datasets_provider(samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
-    """Build the train, validation and test sets on the ranks that read data.
+    """Build the training, validation and test sets on the ranks that read data.
 
     Args:
-        samples: samples wanted of each split.
-        vp_stage: virtual pipeline stage that asks.
+        samples: number of samples of each set.
+        vp_stage: virtual pipeline stage of the caller.
     """
     args = get_args()
     print_rank_0("> building train, validation and test datasets ...")
@@ -188,26 +194,26 @@ def datasets_provider(samples: list[int], vp_stage: int | None = None) -> tuple[
     return BlendedMegatronDatasetBuilder(dataset, samples, reads_data, dataset_config(args)).build()
 
 
-datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it; reads_data() decides
+datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # upstream then calls it on every rank
 
 
 def model_config(args: Any) -> GPTModelConfig:
-    """Describe the model to upstream's builder, from upstream's own flags."""
+    """Make the configuration of upstream's model builder from upstream's flags."""
     model = gpt_config_from_args(args)
-    model.rope_scaling_factor = args.rope_scaling_factor  # upstream's function leaves this flag out
+    model.rope_scaling_factor = args.rope_scaling_factor  # upstream's function does not copy this flag
     return model
 
 
 def main() -> None:
-    """Parse the flags, describe the model, and hand both to upstream's `pretrain`."""
-    args = parse_and_validate_args(extra_args_provider=add_partial_arguments)
+    """Parse the flags and run upstream's `pretrain()`."""
+    args = parse_and_validate_args(extra_args_provider=add_freeze_arguments)
     refuse_unserved(args)
     if args.rank == 0:
         for line in without_effect(sys.argv[1:]):
             print(f"> WARNING: {line}", flush=True)
     model = model_config(args)
     if args.train_only is not None:
-        check_partial_pattern(args.train_only)
-        model.pre_wrap_hooks.append(freezing(args.train_only))
+        check_train_only(args.train_only)
+        model.pre_wrap_hooks.append(freeze_hook(args.train_only))
     config = pretrain_cfg_container_from_args(args, model)
     pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)

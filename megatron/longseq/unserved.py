@@ -1,25 +1,23 @@
-"""Upstream's flags that our GPT script (`megatron.longseq.pretrain_gpt`) refuses, and those without effect in its run.
+"""Upstream's flags that `megatron.longseq.pretrain_gpt` refuses, and those that have no effect in it.
 
-`tests/unit/test_upstream_flags.py` walks upstream's whole parser: each flag is read by what our script runs, is refused
-here, or stands in `WITHOUT_EFFECT` with its reason.
+`tests/unit/test_upstream_flags.py` checks every flag of upstream's parser: it is read by the code that the script runs,
+refused here, or listed in `WITHOUT_EFFECT` with the reason.
 """
 
 from argparse import Namespace
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from megatron.longseq.data.splits import parts_with_data
+from megatron.longseq.refusals import Refusals, refused
 
-Refusals = dict[str, tuple[Callable[[Namespace], Any], str]]
-
-_THEIRS = "Megatron-LM's own script serves it, under the same patches: python -m patches run PATH/pretrain_gpt.py ..."
+_THEIRS = "use Megatron-LM's own script, which supports it: python -m patches run PATH/pretrain_gpt.py ..."
 
 
 def _has_data(args: Namespace, part: str) -> bool:
     return parts_with_data(args)[part]
 
 
-# flag: (is it asked for?, why this script cannot serve it)
+# flag: (whether the arguments ask for it, why this script does not support it)
 UNSERVED: Refusals = {
     "--sft": (lambda a: a.sft, _THEIRS),
     "--freeze-all-layers": (lambda a: a.freeze_all_layers, _THEIRS),
@@ -35,20 +33,20 @@ UNSERVED: Refusals = {
     ),
     "--dataloader-type external": (
         lambda a: a.dataloader_type == "external",
-        "this script gives upstream datasets, not a data loader; give single or cyclic",
+        "this script passes data sets to upstream, not a data loader; give single or cyclic",
     ),
     "--dataloader-fast-cache-load": (
         lambda a: a.dataloader_fast_cache_load and (a.data_cache_path is None or a.data_path is not None),
-        "it wants --data-cache-path with every cache built, and data sets by --train-data-path and its like or "
-        "--per-split-data-args-path, not by --data-path",
+        "it requires --data-cache-path with every cache built, and data sets given by --train-data-path, "
+        "--valid-data-path and --test-data-path or by --per-split-data-args-path, not by --data-path",
     ),
     "--dataloader-defer-npy-index-mmap": (
         lambda a: a.dataloader_defer_npy_index_mmap and a.data_cache_path is None,
-        "it wants --data-cache-path with every cache built",
+        "it requires --data-cache-path with every cache built",
     ),
     "--full-validation without --multiple-validation-sets": (
         lambda a: a.full_validation and not a.multiple_validation_sets,
-        "upstream's evaluation ends in a TypeError with one validation set; give both",
+        "upstream's evaluation fails with a TypeError if there is one validation set; give both",
     ),
     "--multiple-validation-sets without --full-validation": (
         lambda a: a.multiple_validation_sets and not a.full_validation,
@@ -56,21 +54,21 @@ UNSERVED: Refusals = {
     ),
     "--multiple-validation-sets with test data": (
         lambda a: a.multiple_validation_sets and a.full_validation and _has_data(a, "test"),
-        "upstream's evaluation of the test data ends in a TypeError, after the whole training; give no test data "
+        "upstream's evaluation of the test data fails with a TypeError at the end of training; give no test data "
         "(leave --test-data-path out, or end --split with 0)",
     ),
     "--data-path or --mock-data": (
         lambda a: not any(parts_with_data(a).values()),
-        "no data are given; give one of them, --train-data-path and its like, or a file that names data",
+        "no data is given; give one of them, --train-data-path, or a file that lists the data",
     ),
     "--train-data-path or --skip-train": (
         lambda a: not a.skip_train and any(parts_with_data(a).values()) and not _has_data(a, "train"),
-        "no training data are given; give one of them, or a --split that does not begin with 0",
+        "no training data is given; give one of them, or a --split whose first number is not 0",
     ),
     "--eval-iters without validation data": (
         lambda a: a.eval_iters > 0 and any(parts_with_data(a).values()) and not _has_data(a, "valid"),
-        "upstream's evaluation ends in a TypeError; give --eval-iters 0, or validation data (--valid-data-path, or a "
-        "--split whose second number is not 0)",
+        "upstream's evaluation fails with a TypeError; give --eval-iters 0, or validation data (--valid-data-path, or "
+        "a --split whose second number is not 0)",
     ),
     "--full-validation with --eval-micro-batch-size": (
         lambda a: (
@@ -78,30 +76,31 @@ UNSERVED: Refusals = {
             and a.eval_micro_batch_size > 1
             and a.tensor_model_parallel_size * a.pipeline_model_parallel_size > 1
         ),
-        "upstream reads a full validation set one sample at a time, and other ranks would expect more; give "
+        "upstream reads a full validation set one sample at a time, but other ranks would expect more; give "
         "--eval-micro-batch-size 1",
     ),
     "--rampup-batch-size": (
         lambda a: a.rampup_batch_size is not None,
-        "this upstream ignores it and trains with --global-batch-size throughout; give --step-batch-size-schedule",
+        "this version of upstream ignores it and always uses --global-batch-size; give --step-batch-size-schedule",
     ),
     "--position-embedding-type relative": (
         lambda a: a.position_embedding_type == "relative",
-        "upstream's GPTModel would train without any positions; give rope, yarn or learned_absolute",
+        "upstream's GPTModel would train without position embeddings; give rope, yarn or learned_absolute",
     ),
     "--apply-residual-connection-post-layernorm": (
         lambda a: a.apply_residual_connection_post_layernorm,
-        "this upstream's layers no longer read it; the residual is taken before the norm",
+        "the layers of this version of upstream do not read it; the residual is taken before the norm",
     ),
     "--openai-gelu": (
         lambda a: a.openai_gelu,
-        "this upstream's layers no longer read it; --squared-relu, --swiglu and --quick-geglu choose an activation",
+        "the layers of this version of upstream do not read it; --squared-relu, --swiglu and --quick-geglu "
+        "choose an activation",
     ),
 }
 
-# why: flags that nothing reads in a run of this script. A run says so where one of them is given.
+# reason: flags that nothing reads in a run of this script. The script prints a warning for each one that is given.
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
-    "this upstream reads it nowhere": (
+    "this version of upstream does not read it": (
         "--onnx-safe",
         "--exit-signal-handler-for-dataloader",
         "--use-flash-attn",
@@ -127,7 +126,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         *("--block-data-path", "--embedding-path", "--indexer-batch-size", "--indexer-log-interval"),
         *("--output-bert-embeddings", "--bert-embedder-type"),
     ),
-    "it belongs to models of images": (
+    "it belongs to vision models": (
         *("--num-classes", "--img-h", "--img-w", "--num-channels", "--patch-dim", "--classes-fraction"),
         *("--data-per-class-fraction", "--head-lr-mult", "--vision-backbone-type", "--swin-backbone-type"),
         *("--mask-type", "--mask-factor", "--iter-per-epoch", "--dino-local-img-size"),
@@ -135,7 +134,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         *("--dino-freeze-last-layer", "--dino-norm-last-layer", "--dino-warmup-teacher-temp"),
         *("--dino-teacher-temp", "--dino-warmup-teacher-temp-epochs"),
     ),
-    "it belongs to reinforcement learning, which has a script of its own": (
+    "it belongs to reinforcement learning, which has its own script": (
         *("--rl-prompts-per-eval", "--rl-generation-lag", "--rl-submission-granularity"),
         *("--rl-consumption-granularity", "--grpo-clamp-eps-lower", "--grpo-clamp-eps-upper", "--grpo-kl-beta"),
         *("--grpo-entropy-term-weight", "--grpo-filter-groups-with-same-reward", "--langrl-env-config"),
@@ -149,24 +148,24 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
 
 
 def refuse_unserved(args: Namespace) -> None:
-    """Refuse flags that this script would otherwise ignore.
+    """Refuse flags that the GPT script does not support and would otherwise ignore.
 
     Args:
         args: upstream's validated arguments.
 
     Raises:
-        ValueError: lists them, and says why and what to do.
+        ValueError: lists all unsupported flags with the reason and what to do.
     """
-    lines = [f"  {flag}: {why}" for flag, (is_asked, why) in UNSERVED.items() if is_asked(args)]
+    lines = refused(args, UNSERVED)
     if lines:
-        raise ValueError("examples/pretrain_gpt.py does not serve these flags:\n" + "\n".join(lines))
+        raise ValueError("examples/pretrain_gpt.py does not support these flags:\n" + "\n".join(lines))
 
 
 def without_effect(words: Sequence[str]) -> list[str]:
-    """Return one line per flag on the command line that changes nothing in a run of this script.
+    """Return one line for each given flag that has no effect in a run of the GPT script.
 
     Args:
-        words: the command line, as in `sys.argv[1:]`.
+        words: the command line, like `sys.argv[1:]`.
     """
     given = {word.partition("=")[0] for word in words}
     return [f"{flag}: {why}" for why, flags in WITHOUT_EFFECT.items() for flag in flags if flag in given]

@@ -1,22 +1,9 @@
 """System `checkpoint`: a checkpoint that cannot be loaded is named, with what is wrong with it and what helps."""
 
-from patches.record import Record
+from patches.hooks import OPTIMIZER_FILE, READ_CHECKPOINT
+from patches.record import Callback, Record
 
 RECORDS = (
-    Record(
-        id="checkpoint.faults",
-        system="checkpoint",
-        action="wrap",
-        target="megatron.training.checkpointing:_load_base_checkpoint",
-        impl="patches.checkpoint.loading:with_named_faults",
-        reads=("megatron.training.checkpointing:read_metadata",),
-        why="Upstream ends with status 0, as a finished run does, where the file that names the latest iteration is "
-        "empty or holds something else, and with errors that name no file where a checkpoint was cut short.",
-        when="patches.conditions:always",
-        test="tests/distributed/test_damaged_checkpoints.py::test_a_damaged_checkpoint_is_named",
-        remove_when="upstream checks the files of a checkpoint and fails with a status",
-        stage="start",
-    ),
     Record(
         id="checkpoint.groups",
         system="checkpoint",
@@ -44,17 +31,28 @@ RECORDS = (
         remove_when="upstream ends with a status where it gives up loading",
         stage="start",
     ),
-    Record(
+)
+
+CALLBACKS = (
+    Callback(
+        id="checkpoint.faults",
+        hook=READ_CHECKPOINT,
+        impl="patches.checkpoint.loading:with_named_faults",
+        reads=("megatron.training.checkpointing:read_metadata",),
+        why="Upstream ends with status 0, as a finished run does, where the file that names the latest iteration is "
+        "empty or holds something else, and with errors that name no file where a checkpoint was cut short.",
+        when="patches.conditions:always",
+        test="tests/distributed/test_damaged_checkpoints.py::test_a_damaged_checkpoint_is_named",
+        remove_when="upstream checks the files of a checkpoint and fails with a status",
+    ),
+    Callback(
         id="checkpoint.optimizer-file",
-        system="checkpoint",
-        action="wrap",
-        target="megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_parameter_state",
+        hook=OPTIMIZER_FILE,
         impl="patches.checkpoint.loading:with_named_file",
         why="With --ckpt-format torch the distributed optimizer has a file of its own, and where that is cut short "
         "upstream's error names no file.",
         when="patches.conditions:always",
         test="tests/distributed/test_damaged_checkpoints.py::test_a_damaged_file_of_torch_is_named",
         remove_when="upstream checks the files of a checkpoint",
-        stage="start",
     ),
 )

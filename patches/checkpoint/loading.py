@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron.longseq.checkpoints import fault, fault_of_file, other_settings
+from megatron.longseq.checkpoints import explain_group_mismatch, find_fault, find_file_fault
 
 
 def with_named_faults(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -23,7 +23,7 @@ def with_named_faults(original: Callable[..., Any]) -> Callable[..., Any]:
         except BaseException as error:  # upstream ends by sys.exit, and PyTorch's CheckpointException is no Exception
             if isinstance(error, KeyboardInterrupt) or not _is_here(load_dir):
                 raise
-            found = fault(Path(load_dir), getattr(args, "ckpt_step", None))
+            found = find_fault(Path(load_dir), getattr(args, "ckpt_step", None))
             if found is not None:
                 raise ValueError(f"rank {args.rank}: {found}") from error
             raise
@@ -73,7 +73,7 @@ def with_named_file(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return original(self, filename, *rest, **named)
         except Exception as error:
-            found = fault_of_file(Path(filename)) if _is_here(filename) else None
+            found = find_file_fault(Path(filename)) if _is_here(filename) else None
             if found is None:
                 raise
             raise ValueError(found) from error
@@ -99,6 +99,6 @@ def with_named_groups(original: Callable[..., Any]) -> Callable[..., Any]:
             if not isinstance(wanted, tuple) or len(wanted) != len(param_group_identifier_keys):
                 raise
             saved = state_dict["optimizer"]["param_groups"]
-            raise ValueError(other_settings(param_group_identifier_keys, wanted, saved)) from error
+            raise ValueError(explain_group_mismatch(param_group_identifier_keys, wanted, saved)) from error
 
     return load_state_dict

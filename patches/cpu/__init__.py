@@ -6,7 +6,8 @@ itself has for the CPU, and a tensor asked for on `cuda` is made on `cpu`. Upstr
 upstream refuses a CPU outright.
 """
 
-from patches.record import Record
+from patches.hooks import INITIALIZE, VALIDATE_ARGS
+from patches.record import Callback, Record
 
 _NO_CUDA = "patches.conditions:no_cuda"
 
@@ -68,30 +69,26 @@ RECORDS = (
         aliases=("megatron.training.training:set_jit_fusion_options",),
         stage="start",
     ),
-    Record(
+)
+
+CALLBACKS = (
+    Callback(
         id="cpu.initialize",
-        system="cpu",
-        action="wrap",
-        target="megatron.training.initialize:initialize_megatron",
+        hook=INITIALIZE,
         impl="patches.cpu.initialize:allow_no_cuda",
         why="pretrain() does not pass on upstream's own allow_no_cuda switch, and stops for want of CUDA.",
         when=_NO_CUDA,
         test="tests/unit/test_cpu_device.py::test_initialize_is_told_that_no_cuda_is_fine",
         remove_when="pretrain() passes allow_no_cuda on",
-        aliases=("megatron.training:initialize_megatron", "megatron.training.training:initialize_megatron"),
-        stage="start",
     ),
-    Record(
+    Callback(
         id="cpu.arguments",
-        system="cpu",
-        action="wrap",
-        target="megatron.training.arguments:validate_args",
+        hook=VALIDATE_ARGS,
         impl="patches.cpu.arguments:for_cpu",
         why="Flags that only a GPU can serve are given their CPU value where the result is the same (backend, "
         "fusions), and refused by name where it is not, before any process group exists.",
         when=_NO_CUDA,
         test="tests/unit/test_cpu_arguments.py::test_gpu_only_flags_are_refused_by_name",
         remove_when="upstream validates its flags against the device",
-        stage="start",
     ),
 )

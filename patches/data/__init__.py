@@ -1,6 +1,7 @@
 """System `data`: the processes that read samples, and the files that they read from."""
 
-from patches.record import Record
+from patches.hooks import VALIDATE_ARGS
+from patches.record import Callback, Record
 
 RECORDS = (
     Record(
@@ -17,22 +18,6 @@ RECORDS = (
         test="tests/distributed/test_data_workers.py::test_kept_iterators_do_not_keep_their_workers",
         remove_when="upstream shuts its data loaders down at exit, or its workers end when their rank exits",
         stage="start",
-    ),
-    Record(
-        id="data.arguments",
-        system="data",
-        action="wrap",
-        target="megatron.training.arguments:validate_args",
-        impl="patches.data.arguments:with_usable_data",
-        reads=(
-            "megatron.core.datasets.blended_megatron_dataset_config:convert_split_vector_to_split_matrix",
-            "megatron.core.datasets.blended_megatron_dataset_builder:BlendedMegatronDatasetBuilder._build_megatron_dataset_splits",
-        ),
-        why="Upstream does not look whether --split gives every part a document, nor whether the files of a data set "
-        "belong together, before it builds samples on some of the ranks while the others wait.",
-        when="patches.data.arguments:reads_data",
-        test="tests/unit/test_data_usable.py::test_upstreams_validation_refuses_a_split_without_documents",
-        remove_when="upstream checks its data sets when it validates its arguments",
     ),
     Record(
         id="data.indices",
@@ -58,5 +43,22 @@ RECORDS = (
         test="tests/unit/test_data_usable.py::test_the_loop_over_epochs_ends",
         remove_when="upstream refuses a split without tokens",
         stage="start",
+    ),
+)
+
+CALLBACKS = (
+    Callback(
+        id="data.arguments",
+        hook=VALIDATE_ARGS,
+        impl="patches.data.arguments:with_usable_data",
+        reads=(
+            "megatron.core.datasets.blended_megatron_dataset_config:convert_split_vector_to_split_matrix",
+            "megatron.core.datasets.blended_megatron_dataset_builder:BlendedMegatronDatasetBuilder._build_megatron_dataset_splits",
+        ),
+        why="Upstream does not look whether --split gives every part a document, nor whether the files of a data set "
+        "belong together, before it builds samples on some of the ranks while the others wait.",
+        when="patches.data.arguments:reads_data",
+        test="tests/unit/test_data_usable.py::test_upstreams_validation_refuses_a_split_without_documents",
+        remove_when="upstream checks its data sets when it validates its arguments",
     ),
 )

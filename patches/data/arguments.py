@@ -29,17 +29,19 @@ def with_usable_data(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `validate_args`: then look at the data that the flags name.
 
     Raises:
-        ValueError: see `megatron.longseq.data.usable`.
+        ValueError: see `megatron.longseq.data.validate`.
     """
 
     @functools.wraps(original)
     def validate_args(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
         result = original(args, defaults or {})
-        from megatron.longseq.data.usable import Wanted, refuse_unusable
+        from megatron.longseq.data.validate import DataRequest, check_datasets
 
         blend, per_part = _blends(args)
-        refuse_unusable(
-            Wanted(blend, per_part, args.split, args.seq_length, args.full_validation, args.multiple_validation_sets)
+        check_datasets(
+            DataRequest(
+                blend, per_part, args.split, args.seq_length, args.full_validation, args.multiple_validation_sets
+            )
         )
         return result
 

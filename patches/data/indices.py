@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron.longseq.data.usable import fits
+from megatron.longseq.data.validate import indices_match
 
 
 def with_fitting_indices(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -22,7 +22,7 @@ def with_fitting_indices(original: Callable[..., Any]) -> Callable[..., Any]:
         cached = getattr(sample_index, "filename", None)
         if cached is None or not _changed_since(self.dataset_path, cached):
             return built
-        if not fits(self.dataset.sequence_lengths, document_index, sample_index, self.config.sequence_length):
+        if not indices_match(self.dataset.sequence_lengths, document_index, sample_index, self.config.sequence_length):
             others = str(cached).removesuffix("sample_index.npy") + "*"
             raise ValueError(
                 f"{self.dataset_path} (.bin, .idx) changed after upstream had cached sample indices of it, and they "

@@ -48,7 +48,7 @@ class Applied:
             StaleAlias: everything is restored, but a module that was imported meanwhile still holds our object.
         """
         self._refuse_foreign_changes()
-        wraps = [b for b in self.bindings if b.record.action == "wrap"]
+        wraps = [b for b in self.bindings if b.record.action in ("wrap", "hook")]
         ours = [aliases.Original(b.record, b.after, underlying(b.after)) for b in wraps]
         self.roll_back()
         leftovers = aliases.scan(ours)
@@ -108,7 +108,7 @@ def apply(
     upstream is imported only has to come first.
 
     Args:
-        records: what to apply; those in `active` already are skipped.
+        records: what to apply; those in `active` already are skipped, and so are hooks whose callbacks are.
         active: what other calls have applied and not undone.
         lock: the fingerprints to hold the sources against; upstream.lock by default.
         upstream: where sources are read; by default where `import` finds them.
@@ -116,16 +116,13 @@ def apply(
     Raises:
         PatchError: says what was refused, where, why and what to do.
     """
-    todo = [record for record in records if record not in active]
+    todo = [record for record in records if not any(_holds(one, record) for one in active)]
     refuse_conflicts([*active, *todo])
     applied = Applied(tuple(todo), verified(todo, lock, upstream or Upstream()))
     try:
         for record in todo:
             _carry_out(applied, record)
-        # A wrap over a replacement has one of our functions as its original, which rightly stays in its own module.
-        ours = [implementation(r) for r in (*active, *todo) if r.action == "replace"]
-        originals = [o for o in applied.originals if not any(o.core is f for f in ours)]
-        hits = aliases.scan(originals, _installed(applied))
+        hits = aliases.scan(applied.originals, _installed(applied))
         if hits:
             raise _stale(hits, "the original is still in use under another name", "calls through it would go unpatched")
     except BaseException as error:
@@ -136,6 +133,10 @@ def apply(
             "a patch could not be put in place", _at(applied, todo), f"{type(error).__name__}: {error}"
         ) from error
     return applied
+
+
+def _holds(active: Record, wanted: Record) -> bool:
+    return active.id == wanted.id and {part.id for part in wanted.parts} <= {part.id for part in active.parts}
 
 
 def verified(records: Sequence[Record], lock: Lock | None, upstream: Upstream) -> dict[str, str]:
@@ -166,12 +167,12 @@ def _carry_out(applied: Applied, record: Record) -> None:
     target = resolve(record.target)
     raw = target.raw()
     core = underlying(raw)
-    new = wrapped(record, core) if record.action == "wrap" else implementation(record)
+    new = implementation(record) if record.action == "replace" else wrapped(record, core)
     value = like(raw, new)
     if value is raw:
         raise bad(f"{record.id} replaces its target by itself", record.impl, "the implementation is the original")
     places = [target, *(_alias(label, record, raw, core) for label in record.aliases)]
-    _refuse_second_replacement(applied, record, places)
+    _refuse_second_patch(applied, record, places)
     if target.own() is raw:  # an inherited object belongs to the base class, which rightly goes on holding it
         applied.originals.append(aliases.Original(record, raw, core))
     for place in places:
@@ -179,17 +180,17 @@ def _carry_out(applied: Applied, record: Record) -> None:
         applied.bind(record, place, underlying(value) if holds_core else value)
 
 
-def _refuse_second_replacement(applied: Applied, record: Record, places: Sequence[Place]) -> None:
-    """Two labels can name one place (a class under two modules), which no comparison of labels finds."""
+def _refuse_second_patch(applied: Applied, record: Record, places: Sequence[Place]) -> None:
+    """Refuse one place under two labels (a class under two modules), which no comparison of labels finds."""
     taken = {binding.place.key: binding for binding in applied.bindings}
     for place in places:
-        if record.action == "replace" and place.key in taken:
+        if place.key in taken:
             other = taken[place.key]
             raise Conflict(
                 f"{other.record.id} and {record.id} cannot both have {place.label}",
                 where=place.file(),
-                why=f"{other.place.label} is the same place, and the replacement would silently drop the earlier patch",
-                todo="make one of them a wrap, or let one record do both jobs",
+                why=f"{other.place.label} is the same place, and one place holds one patch",
+                todo="make both of them callbacks of one hook (patches/hooks.py)",
             )
 
 
@@ -212,7 +213,8 @@ def _alias(label: str, record: Record, raw: Any, core: Any) -> Place:
 
 def _at(applied: Applied, todo: Sequence[Record]) -> str:
     done = {b.record.id for b in applied.bindings} | {record.id for record in applied.contexts}
-    return next((f"{r.id} ({r.impl})" for r in todo if r.id not in done), "the alias scan")
+    late = (f"{r.id} ({', '.join(part.impl for part in r.parts)})" for r in todo if r.id not in done)
+    return next(late, "the alias scan")
 
 
 def _stale(hits: list[aliases.Hit], what: str, why: str) -> StaleAlias:

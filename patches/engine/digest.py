@@ -8,24 +8,29 @@ from pathlib import Path
 
 from patches.engine.apply import Applied
 from patches.errors import PatchError
-from patches.record import Record
+from patches.record import Callback, Record
 
 LENGTH = 12
 
 
 def hashes(sets: Iterable[Applied]) -> dict[str, str]:
-    """Per applied record, in order: a short hash of its wiring, its upstream sources and its implementation's source.
+    """Per applied record and callback, in order: a short hash of its wiring, its upstream sources and its own source.
 
     Paths do not go in, so machines with different installation folders agree.
     """
-    return {record.id: of(record, applied.fingerprints) for applied in sets for record in applied.records}
+    return {
+        part.id: of(record, part, applied.fingerprints)
+        for applied in sets
+        for record in applied.records
+        for part in record.parts
+    }
 
 
-def of(record: Record, fingerprints: Mapping[str, str]) -> str:
-    """The hash of one record over given fingerprints of upstream's places."""
-    wiring = [record.id, record.action, record.places, record.impl, record.when]
+def of(record: Record, part: Record | Callback, fingerprints: Mapping[str, str]) -> str:
+    """The hash of one record, or of one callback of a hook, over given fingerprints of upstream's places."""
+    wiring = [part.id, record.action, record.places, part.impl, part.when]
     sources = {place: fingerprints[place] for place in record.upstream_places}
-    return _short([wiring, sources, _source_sha256(record)])
+    return _short([wiring, sources, _source_sha256(part)])
 
 
 def combined(per_record: Mapping[str, str]) -> str:
@@ -47,18 +52,19 @@ def difference(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
 
 
 def report(records: Iterable[Record], per_record: Mapping[str, str]) -> list[str]:
-    """The lines for the log: one per patch, then the digest of all."""
-    lines = [f"patch {r.id}: {r.action} {r.target} [{per_record[r.id]}]" for r in records]
-    return [*lines, f"patches: {len(per_record)} applied, digest {combined(per_record)}"]
+    """The lines for the log: one per patch and callback of a hook, then the digest of all."""
+    records = list(records)
+    lines = [f"patch {p.id}: {r.action} {r.target} [{per_record[p.id]}]" for r in records for p in r.parts]
+    return [*lines, f"patches: {len(records)} applied, digest {combined(per_record)}"]
 
 
-def _source_sha256(record: Record) -> str:
-    module = record.impl.partition(":")[0]
+def _source_sha256(part: Record | Callback) -> str:
+    module = part.impl.partition(":")[0]
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         raise PatchError(
-            f"the implementation of {record.id} has no source file",
-            where=record.impl,
+            f"the implementation of {part.id} has no source file",
+            where=part.impl,
             why="its source is part of the digest that ranks and checkpoints compare",
             todo="keep implementations in Python files",
         )

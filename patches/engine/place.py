@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from patches.errors import BadImplementation, UnknownTarget
-from patches.record import Record
+from patches.record import Callback, Record
 
 ABSENT = object()
 Owner = types.ModuleType | type
@@ -106,13 +106,13 @@ def like(raw: Any, new: Any) -> Any:
     return type(raw)(new) if isinstance(raw, staticmethod | classmethod) else new
 
 
-def implementation(record: Record) -> Callable[..., Any]:
-    """Import what the record's `impl` names.
+def implementation(part: Record | Callback) -> Callable[..., Any]:
+    """Import what the `impl` of a record or callback names.
 
     Raises:
         BadImplementation: it does not exist or cannot be called.
     """
-    return load(record.impl, f"the implementation of {record.id}")
+    return load(part.impl, f"the implementation of {part.id}")
 
 
 def load(label: str, role: str) -> Callable[..., Any]:
@@ -137,15 +137,20 @@ def bad(what: str, label: str, why: str) -> BadImplementation:
 
 
 def wrapped(record: Record, original: Any) -> Any:
-    """Call a wrap's implementation with the original and mark the result with `__wrapped__`.
+    """Wrap the original in a wrap's implementation, or in the callbacks of a hook, the first one innermost.
+
+    Each function that comes about has the one inside of it as `__wrapped__`.
 
     Raises:
-        BadImplementation: it returns nothing callable, or the original itself.
+        BadImplementation: an implementation returns nothing callable, or the function that it was given.
     """
-    new = implementation(record)(original)
-    if not callable(new) or new is original:
-        why = "it returned the original" if new is original else f"it returned a {type(new).__name__}"
-        raise bad(f"the wrap {record.id} makes no new callable", record.impl, why)
-    if getattr(new, "__wrapped__", None) is not original:
-        functools.update_wrapper(new, original)
-    return new
+    inner = original
+    for part in record.parts:
+        new = implementation(part)(inner)
+        if not callable(new) or new is inner:
+            why = "it returned the original" if new is inner else f"it returned a {type(new).__name__}"
+            raise bad(f"the wrap {part.id} makes no new callable", part.impl, why)
+        if getattr(new, "__wrapped__", None) is not inner:
+            functools.update_wrapper(new, inner)
+        inner = new
+    return inner

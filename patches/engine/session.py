@@ -11,7 +11,7 @@ from patches.engine import apply as engine
 from patches.engine import digest
 from patches.engine.place import load
 from patches.errors import PatchError
-from patches.record import Record, Stage
+from patches.record import Callback, Record, Stage
 from patches.upstream.lock import Lock
 
 
@@ -35,7 +35,7 @@ class Session:
 
     @property
     def hashes(self) -> dict[str, str]:
-        """Per active record its hash, see `patches.engine.digest.hashes`."""
+        """Per active record and callback its hash, see `patches.engine.digest.hashes`."""
         return digest.hashes(self.stack)
 
     def apply(self, records: Sequence[Record]) -> engine.Applied:
@@ -80,39 +80,49 @@ class Session:
 
     def _stage(self, stage: Stage, args: Namespace | None) -> engine.Applied:
         done = self._stages.get(stage)
-        chosen = [r for r in self.ledger if r.stage == stage and wanted(r, args)]
+        selected = chosen([record for record in self.ledger if record.stage == stage], args)
         if done is None:
-            done = self._stages[stage] = self.apply(chosen)
-        elif not set(done.records) <= set(chosen) <= set(self.records):
+            done = self._stages[stage] = self.apply(selected)
+        elif not set(done.records) <= set(selected) <= set(self.records):
             raise PatchError(
                 "the patches of this process were already chosen, for other flags",
                 where=" ".join(sys.argv[:1]) or "this process",
-                why=f"chosen: {_ids(done.records)}; the flags now ask for: {_ids(chosen)}",
+                why=f"chosen: {_ids(done.records)}; the flags now ask for: {_ids(selected)}",
                 todo="parse one set of flags per process; in tests, use `with patches.applied(...)`",
             )
         return done
 
 
-def wanted(record: Record, args: Namespace | None) -> bool:
-    """Ask the record's predicate.
+def chosen(records: Sequence[Record], args: Namespace | None) -> list[Record]:
+    """Select the records whose predicates accept these arguments; of a hook, the callbacks whose predicates do.
+
+    Raises:
+        PatchError: a predicate cannot be loaded, or failed on these arguments.
+    """
+    found = (record.only(tuple(part for part in record.parts if wanted(part, args))) for record in records)
+    return [record for record in found if record is not None]
+
+
+def wanted(part: Record | Callback, args: Namespace | None) -> bool:
+    """Ask the predicate of a record or callback.
 
     Raises:
         PatchError: the predicate cannot be loaded, or failed on these arguments.
     """
-    predicate = load(record.when, f"the predicate of {record.id}")
+    predicate = load(part.when, f"the predicate of {part.id}")
     try:
         return bool(predicate(args))
     except Exception as error:
         raise PatchError(
-            f"the predicate of {record.id} failed",
-            where=record.when,
+            f"the predicate of {part.id} failed",
+            where=part.when,
             why=f"{type(error).__name__}: {error}",
             todo="a predicate has to answer for every set of parsed arguments; correct it",
         ) from error
 
 
 def _ids(records: Sequence[Record]) -> str:
-    return ", ".join(record.id for record in records) or "none"
+    return ", ".join(part.id for record in records for part in record.parts) or "none"
 
 
 SESSION = Session()
@@ -136,11 +146,11 @@ def applied(records: Sequence[Record | str] | Record | str, args: Namespace | No
 
     Args:
         records: what to apply, in this order.
-        args: when given, only the records whose predicate accepts these arguments.
+        args: when given, only the records and callbacks whose predicate accepts these arguments.
     """
     listed = [records] if isinstance(records, Record | str) else records
-    chosen = [ledger.by_id(r) if isinstance(r, str) else r for r in listed]
-    handle = SESSION.apply([r for r in chosen if args is None or wanted(r, args)])
+    named = ledger.merged([ledger.by_id(r) if isinstance(r, str) else r for r in listed])
+    handle = SESSION.apply(named if args is None else chosen(named, args))
     try:
         yield handle
     finally:

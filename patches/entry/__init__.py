@@ -1,8 +1,9 @@
 """System `entry`: our flags, the choice of patches, and the checks that all ranks and checkpoints agree on it."""
 
-from patches.record import Record
+from patches.hooks import INITIALIZE
+from patches.record import Callback, Record
 
-RECORDS: tuple[Record, ...] = (
+RECORDS = (
     Record(
         id="entry.parse-args",
         system="entry",
@@ -30,19 +31,6 @@ RECORDS: tuple[Record, ...] = (
         stage="start",
     ),
     Record(
-        id="entry.rank-agreement",
-        system="entry",
-        action="wrap",
-        target="megatron.training.initialize:initialize_megatron",
-        aliases=("megatron.training:initialize_megatron", "megatron.training.training:initialize_megatron"),
-        impl="patches.entry.hooks:agree_on_patches",
-        why="Upstream has no hook after torch.distributed is up, where ranks can compare what they run.",
-        when="patches.conditions:always",
-        test="tests/unit/test_patches_entry.py::test_ranks_that_differ_are_refused_on_every_rank",
-        remove_when="upstream calls a hook at the end of initialize_megatron",
-        stage="start",
-    ),
-    Record(
         id="entry.checkpoint-digest",
         system="entry",
         action="wrap",
@@ -53,5 +41,17 @@ RECORDS: tuple[Record, ...] = (
         test="tests/unit/test_patches_entry.py::test_checkpoint_of_other_patches_is_reported",
         remove_when="upstream lets a callback compare further arguments with the checkpoint's",
         stage="start",
+    ),
+)
+
+CALLBACKS = (
+    Callback(
+        id="entry.rank-agreement",
+        hook=INITIALIZE,
+        impl="patches.entry.hooks:agree_on_patches",
+        why="Upstream has no hook after torch.distributed is up, where ranks can compare what they run.",
+        when="patches.conditions:always",
+        test="tests/unit/test_patches_entry.py::test_ranks_that_differ_are_refused_on_every_rank",
+        remove_when="upstream calls a hook at the end of initialize_megatron",
     ),
 )

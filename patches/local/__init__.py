@@ -3,7 +3,8 @@
 With either of them installed upstream uses its kernels, the predicates are false, and none of this acts.
 """
 
-from patches.record import Record
+from patches.hooks import OPTIMIZER_FILE
+from patches.record import Callback, Record
 
 RECORDS = (
     Record(
@@ -74,17 +75,17 @@ RECORDS = (
         remove_when="the loader carries the no_grad of its sisters",
         stage="start",
     ),
-    Record(
+)
+
+CALLBACKS = (
+    Callback(
         id="local.adam-load-file",
-        system="local",
-        action="wrap",
-        target="megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_parameter_state",
+        hook=OPTIMIZER_FILE,
         impl="patches.local.adam:without_grad",
         why="With --ckpt-format torch the distributed optimizer reads a file of its own, and copies into fp32 "
         "parameters under autograd, which refuses the in-place write.",
         when="patches.conditions:always",
         test="tests/distributed/test_checkpoints.py::test_distributed_optimizer_resumes_from_a_file_of_its_own",
         remove_when="the loader carries the no_grad of its sisters",
-        stage="start",
     ),
 )

@@ -1,35 +1,11 @@
-"""System `paro`: parameters, gradients and optimizer states, each sharded not, inside a group, or globally."""
+"""System `paro`: parameters, gradients and optimizer states each sharded not, inside a group, or globally."""
 
-from patches.record import Record
+from patches.hooks import GROUPS, READ_CHECKPOINT, VALIDATE_ARGS
+from patches.record import Callback, Record
 
 _ASKED_FOR = "patches.paro.conditions:shards"
 
 RECORDS = (
-    Record(
-        id="paro.arguments",
-        system="paro",
-        action="wrap",
-        target="megatron.training.arguments:validate_args",
-        impl="patches.paro.arguments:with_sharding",
-        reads=("megatron.training.initialize:_initialize_distributed",),
-        why="--paro has to set upstream's distributed optimizer and the form of its checkpoints before "
-        "upstream validates its flags, and what sharding cannot serve has to be refused before any process group "
-        "exists.",
-        when=_ASKED_FOR,
-        test="tests/unit/test_sharding_flags.py::test_upstreams_validation_refuses_what_sharding_cannot_serve",
-        remove_when="upstream calls hooks before and after validating its arguments",
-    ),
-    Record(
-        id="paro.groups",
-        system="paro",
-        action="wrap",
-        target="megatron.core.parallel_state:initialize_model_parallel",
-        impl="patches.paro.runtime:with_sharding_groups",
-        why="Every rank has to make the groups of the strategy at the same time.",
-        when=_ASKED_FOR,
-        test="tests/distributed/test_sharding.py::test_equals_upstream_in_float64",
-        remove_when="upstream lets a caller add to its groups",
-    ),
     Record(
         id="paro.classes",
         system="paro",
@@ -46,8 +22,8 @@ RECORDS = (
             "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._copy_model_grads_to_main_grads",
             "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._copy_main_params_to_model_params",
         ),
-        why="Upstream's data-parallel wrapper, its buffers and the distributed optimizer are built in several places and "
-        "keep full buckets; subclasses of ours, in their place, keep shards and gather or reduce bucket by bucket.",
+        why="Upstream's data-parallel wrapper, its buffers and the distributed optimizer are built in several places "
+        "and keep full buckets; subclasses of ours, in their place, keep shards and gather or reduce bucket by bucket.",
         when=_ASKED_FOR,
         test="tests/distributed/test_sharding.py::test_equals_upstream_in_float64",
         remove_when="upstream takes the classes of its wrapper, buffer and optimizer from its caller",
@@ -66,19 +42,6 @@ RECORDS = (
         remove_when="upstream adds up over the ranks that its optimizer is sharded over",
     ),
     Record(
-        id="paro.manifest",
-        system="paro",
-        action="wrap",
-        target="megatron.training.checkpointing:_load_base_checkpoint",
-        impl="patches.paro.checkpoints:with_manifest",
-        reads=("megatron.training.checkpointing:load_checkpoint",),
-        why="Optimizer states in a form that sharding cannot read fail deep inside upstream, on missing tensors or "
-        "sizes of buckets, and do not say which run saved them.",
-        when=_ASKED_FOR,
-        test="tests/distributed/test_sharding_refused_checkpoints.py::test_bound_optimizer_states_are_refused",
-        remove_when="upstream names the form that it finds and the one that it needs",
-    ),
-    Record(
         id="paro.partial-layers",
         system="paro",
         action="wrap",
@@ -90,5 +53,40 @@ RECORDS = (
         when="patches.paro.conditions:freezes",
         test="tests/distributed/test_partial.py::test_is_saved_and_resumed",
         remove_when="upstream writes layers apart by default, as it announces",
+    ),
+)
+
+CALLBACKS = (
+    Callback(
+        id="paro.arguments",
+        hook=VALIDATE_ARGS,
+        impl="patches.paro.arguments:with_sharding",
+        reads=("megatron.training.initialize:_initialize_distributed",),
+        why="--paro has to set upstream's distributed optimizer and the form of its checkpoints before "
+        "upstream validates its flags, and what sharding cannot serve has to be refused before any process group "
+        "exists.",
+        when=_ASKED_FOR,
+        test="tests/unit/test_sharding_flags.py::test_upstreams_validation_refuses_what_sharding_cannot_serve",
+        remove_when="upstream calls hooks before and after validating its arguments",
+    ),
+    Callback(
+        id="paro.groups",
+        hook=GROUPS,
+        impl="patches.paro.runtime:with_sharding_groups",
+        why="Every rank has to make the groups of the strategy at the same time.",
+        when=_ASKED_FOR,
+        test="tests/distributed/test_sharding.py::test_equals_upstream_in_float64",
+        remove_when="upstream lets a caller add to its groups",
+    ),
+    Callback(
+        id="paro.manifest",
+        hook=READ_CHECKPOINT,
+        impl="patches.paro.checkpoints:with_manifest",
+        reads=("megatron.training.checkpointing:load_checkpoint",),
+        why="Optimizer states in a form that sharding cannot read fail deep inside upstream, on missing tensors or "
+        "sizes of buckets, and do not say which run saved them.",
+        when=_ASKED_FOR,
+        test="tests/distributed/test_sharding_refused_checkpoints.py::test_bound_optimizer_states_are_refused",
+        remove_when="upstream names the form that it finds and the one that it needs",
     ),
 )

@@ -1,4 +1,4 @@
-"""The sharded subclasses that take the place of upstream's wrapper, buffer and optimizer, under every name of theirs."""
+"""The sharded subclasses that take the place of upstream's wrapper, buffers and optimizer in all of its modules."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -61,12 +61,8 @@ def _rebind(classes: Mapping[int, type]) -> None:
     upstream are searched; modules that are loaded later import from them.
     """
     for module in [module for name, module in list(sys.modules.items()) if is_upstream(name)]:
-        spaces = [vars(module)]
-        spaces += [
-            value.__kwdefaults__
-            for value in vars(module).values()
-            if isinstance(value, FunctionType) and value.__kwdefaults__
-        ]
+        functions = [value for value in vars(module).values() if isinstance(value, FunctionType)]
+        spaces = [vars(module), *(function.__kwdefaults__ for function in functions if function.__kwdefaults__)]
         for space in spaces:
             for name, value in list(space.items()):
                 if id(value) in classes:

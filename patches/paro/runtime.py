@@ -61,7 +61,7 @@ def _open(args: Namespace) -> Any:
     import torch
     from megatron.core import parallel_state
 
-    from megatron.longseq.distributed import options_like
+    from megatron.longseq.distributed import same_backend_options
     from megatron.longseq.sharding.plan.collectives import CollectivesMode
     from megatron.longseq.sharding.plan.flat_or_hierarchical import flat_chooser, given_links
     from megatron.longseq.sharding.plan.from_args import sharding_plan
@@ -79,7 +79,7 @@ def _open(args: Namespace) -> Any:
     runner = runner_for(plan.groups, communicators, average=args.ddp_average_in_collective)
     device = torch.zeros(0, device=torch.cuda.current_device()).device
     is_overlapped = plan.collectives is CollectivesMode.OVERLAPPED
-    options = options_like(data_parallel)
+    options = same_backend_options(data_parallel)
     make = functools.partial(comm_queue_for, is_urgent=options is not None and options.is_high_priority_stream)
     queues = CommQueues(runner, device, torch.distributed.get_rank(), is_overlapped=is_overlapped, make=make)
     if torch.distributed.get_rank() == 0:

@@ -1,6 +1,7 @@
 """System `seq1f1b`: pipeline schedules over segments of a sequence, in place of upstream's own."""
 
-from patches.record import Record
+from patches.hooks import VALIDATE_ARGS
+from patches.record import Callback, Record
 
 _ASKED_FOR = "patches.seq1f1b.schedule:asked_for"
 
@@ -33,11 +34,12 @@ RECORDS = (
         test="tests/distributed/test_seq1f1b.py::test_flag_changes_the_schedule",
         remove_when="upstream lets a caller register a schedule, or ships sequence-level ones",
     ),
-    Record(
+)
+
+CALLBACKS = (
+    Callback(
         id="seq1f1b.arguments",
-        system="seq1f1b",
-        action="wrap",
-        target="megatron.training.arguments:validate_args",
+        hook=VALIDATE_ARGS,
         impl="patches.seq1f1b.schedule:with_plan",
         why="What the schedules cannot serve has to be refused once upstream has resolved its flags and before any "
         "process group exists.",

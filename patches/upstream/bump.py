@@ -89,6 +89,7 @@ def lines(found: Sequence[Verdict]) -> list[str]:
         out.append(f"{verdict.state:16} {verdict.record.id}")
         out += [f"    {line}" for detail in verdict.details for line in detail.split("\n")]
         if verdict.state in ("changed", "gone", "fixed upstream?"):
-            out += [f"    can go: {verdict.record.remove_when}", f"    test: {verdict.record.test}"]
+            for part in verdict.record.parts:
+                out += [f"    {part.id} can go: {part.remove_when}", f"    {part.id} test: {part.test}"]
     counts = {state: sum(v.state == state for v in found) for state in dict.fromkeys(v.state for v in found)}
     return [*out, "patches: " + (", ".join(f"{n} {state}" for state, n in counts.items()) or "none")]

@@ -1,35 +1,12 @@
 """System `usp`: attention over context-parallel ranks (Ulysses x ring) without TransformerEngine."""
 
-from patches.record import Record
+from patches.hooks import GROUPS, RECOMPUTE, VALIDATE_ARGS
+from patches.record import Callback, Record
 
 _SPREAD = "patches.usp.conditions:spreads_attention"
 _ASKED_FOR = "patches.usp.conditions:context_parallel"
 
 RECORDS = (
-    Record(
-        id="usp.arguments",
-        system="usp",
-        action="wrap",
-        target="megatron.training.arguments:validate_args",
-        impl="patches.usp.arguments:with_context_plan",
-        why="--context-parallel-auto has to choose before upstream validates its flags, and what our attention cannot "
-        "serve has to be refused after it and before any process group exists.",
-        when=_ASKED_FOR,
-        test="tests/unit/test_context_flags.py::test_upstreams_validation_refuses_what_context_cannot_serve",
-        remove_when="upstream calls hooks before and after validating its arguments",
-    ),
-    Record(
-        id="usp.groups",
-        system="usp",
-        action="wrap",
-        target="megatron.core.parallel_state:initialize_model_parallel",
-        impl="patches.usp.runtime:with_context_groups",
-        why="Every rank has to make the groups of the all-to-all and of the ring at the same time, and upstream's own "
-        "hierarchical groups want einops.",
-        when=_SPREAD,
-        test="tests/distributed/test_context.py::test_equals_upstream_in_float64",
-        remove_when="upstream hands its groups to core attention and lets a caller add to them",
-    ),
     Record(
         id="usp.core-attention",
         system="usp",
@@ -44,20 +21,6 @@ RECORDS = (
         when="patches.usp.conditions:spreads_local_attention",
         test="tests/distributed/test_context.py::test_equals_upstream_in_float64",
         remove_when="upstream's DotProductAttention serves context parallelism",
-    ),
-    Record(
-        id="usp.kept",
-        system="usp",
-        action="wrap",
-        target="megatron.core.tensor_parallel.random:checkpoint",
-        aliases=("megatron.core.tensor_parallel:checkpoint",),
-        impl="patches.usp.runtime:with_kept_attention",
-        reads=("megatron.core.tensor_parallel.random:CheckpointFunction",),
-        why="Attention over ranks is not to run a second time where activations are computed again: its result is kept "
-        "with the function that upstream keeps for that, and goes with it.",
-        when="patches.usp.conditions:recomputes_spread_attention",
-        test="tests/unit/test_attention_kept.py::test_attention_of_a_recomputed_layer_runs_once",
-        remove_when="upstream hands a recomputed function what its first forward left",
     ),
     Record(
         id="usp.loss",
@@ -82,5 +45,39 @@ RECORDS = (
         when="patches.usp.conditions:spreads_segments",
         test="tests/distributed/test_context.py::test_segments_equal_upstream_in_float64",
         remove_when="upstream takes the layout of a batch from its caller",
+    ),
+)
+
+CALLBACKS = (
+    Callback(
+        id="usp.arguments",
+        hook=VALIDATE_ARGS,
+        impl="patches.usp.arguments:with_context_plan",
+        why="--context-parallel-auto has to choose before upstream validates its flags, and what our attention cannot "
+        "serve has to be refused after it and before any process group exists.",
+        when=_ASKED_FOR,
+        test="tests/unit/test_context_flags.py::test_upstreams_validation_refuses_what_context_cannot_serve",
+        remove_when="upstream calls hooks before and after validating its arguments",
+    ),
+    Callback(
+        id="usp.groups",
+        hook=GROUPS,
+        impl="patches.usp.runtime:with_context_groups",
+        why="Every rank has to make the groups of the all-to-all and of the ring at the same time, and upstream's own "
+        "hierarchical groups want einops.",
+        when=_SPREAD,
+        test="tests/distributed/test_context.py::test_equals_upstream_in_float64",
+        remove_when="upstream hands its groups to core attention and lets a caller add to them",
+    ),
+    Callback(
+        id="usp.kept",
+        hook=RECOMPUTE,
+        impl="patches.usp.runtime:with_kept_attention",
+        reads=("megatron.core.tensor_parallel.random:CheckpointFunction",),
+        why="Attention over ranks is not to run a second time where activations are computed again: its result is kept "
+        "with the function that upstream keeps for that, and goes with it.",
+        when="patches.usp.conditions:recomputes_spread_attention",
+        test="tests/unit/test_attention_kept.py::test_attention_of_a_recomputed_layer_runs_once",
+        remove_when="upstream hands a recomputed function what its first forward left",
     ),
 )

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.longseq.attention.plan.comm_type import Way
 from megatron.longseq.attention.runtime.process_groups import open_spreads
 from megatron.longseq.attention.runtime.strategies import Spread
-from megatron.longseq.distributed import Sent
+from megatron.longseq.distributed import SentCounter
 from tests.regression.planted import wrapped
 from tests.unit.attention_bed import assert_close
 from tests.unit.context_run import Problem, Ranks
@@ -17,9 +17,9 @@ from tests.unit.context_run import Problem, Ranks
 LANES = ("keys", "grads", "far_keys", "far_grads")
 
 
-def given_to_torch(stack: ExitStack) -> dict[str, Sent]:
+def given_to_torch(stack: ExitStack) -> dict[str, SentCounter]:
     """Count calls of torch.distributed: what leaves this rank."""
-    sent = {"ring": Sent(), "all-to-all": Sent(), "gather": Sent()}
+    sent = {"ring": SentCounter(), "all-to-all": SentCounter(), "gather": SentCounter()}
 
     def batch(original: Any, operations: Any) -> Any:
         for operation in operations:
@@ -44,12 +44,12 @@ def given_to_torch(stack: ExitStack) -> dict[str, Sent]:
     return sent
 
 
-def said(spread: Spread) -> dict[str, Sent]:
+def said(spread: Spread) -> dict[str, SentCounter]:
     """What a spread's own counters say, alike."""
     around = [getattr(spread.ring, name).sent for name in LANES]
-    ring = Sent(sum(one.bytes for one in around), sum(one.messages for one in around))
-    exchanged = spread.ulysses.sent if spread.ulysses else Sent()  # type: ignore[attr-defined]
-    gathered = spread.gather.sent if spread.gather else Sent()  # type: ignore[attr-defined]
+    ring = SentCounter(sum(one.bytes for one in around), sum(one.messages for one in around))
+    exchanged = spread.ulysses.sent if spread.ulysses else SentCounter()  # type: ignore[attr-defined]
+    gathered = spread.gather.sent if spread.gather else SentCounter()  # type: ignore[attr-defined]
     return {"ring": ring, "all-to-all": exchanged, "gather": gathered}
 
 

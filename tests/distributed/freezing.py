@@ -139,11 +139,11 @@ def _frozen_when_built(trained: str) -> Iterator[Planted]:
 
 
 def _freeze(model: torch.nn.Module, trained: str) -> int:
-    from megatron.longseq.freeze import model_name
+    from megatron.longseq.freeze import global_param_name
 
     count = 0
     for name, param in model.named_parameters():
-        if not re.search(trained, model_name(model, name)):
+        if not re.search(trained, global_param_name(model, name)):
             param.requires_grad_(False)
             count += 1
     return count

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.longseq.distributed import Sent
+from megatron.longseq.distributed import SentCounter
 from megatron.longseq.sharding.plan.collectives import (
     SCATTER_INSIDE,
     Collective,
@@ -51,8 +51,8 @@ class Result(NamedTuple):
 
     buckets: list[bytes]
     is_right: bool
-    sent: dict[Scope, Sent]
-    given: dict[Scope, Sent]
+    sent: dict[Scope, SentCounter]
+    given: dict[Scope, SentCounter]
 
 
 class Late:
@@ -97,9 +97,9 @@ def expected(case: Case, groups: RankGroups, member: int, data: Tensor) -> tuple
 
 
 @contextmanager
-def given_to_torch(communicators: Communicators) -> Iterator[dict[Scope, Sent]]:
+def given_to_torch(communicators: Communicators) -> Iterator[dict[Scope, SentCounter]]:
     """Count what collectives on the phases' groups are given: of n pieces all but one leave a rank."""
-    given = {scope: Sent() for scope in Scope}
+    given = {scope: SentCounter() for scope in Scope}
     scopes = {id(group): scope for scope, group in communicators.scopes.items()}
 
     def count(piece: Callable[..., int]) -> Callable[..., Any]:

@@ -74,7 +74,7 @@ def _teacher_and_student(labels: Tensor, logits: Tensor) -> Tensor:
 
 @contextmanager
 def _planted(loss: Callable[[Tensor, Tensor], Tensor], per_token: bool = False) -> Iterator[Planted]:
-    from megatron.longseq import pretrain_gpt as gpt
+    from megatron.longseq import pretrain_gpt
 
     planted = Planted()
 
@@ -85,7 +85,7 @@ def _planted(loss: Callable[[Tensor, Tensor], Tensor], per_token: bool = False) 
         tokens = mask.sum().to(torch.int)
         return (value * _SumOverRanks.apply(tokens), tokens, report) if per_token else (value, report)
 
-    with wrapped(gpt, "loss_func", loss_func):
+    with wrapped(pretrain_gpt, "loss_func", loss_func):
         yield planted
 
 
@@ -119,11 +119,11 @@ constant = partial(_planted, _constant)
 
 @contextmanager
 def _forward_step(step: Callable[..., Any], loss: AbstractContextManager[Planted]) -> Iterator[Planted]:
-    from megatron.longseq import pretrain_gpt as gpt
+    from megatron.longseq import pretrain_gpt
 
     with ExitStack() as stack:
         planted = stack.enter_context(loss)
-        stack.enter_context(wrapped(gpt, "forward_step", step))
+        stack.enter_context(wrapped(pretrain_gpt, "forward_step", step))
         yield planted
 
 
@@ -133,16 +133,16 @@ def logits() -> Iterator[Planted]:
     from megatron.core.utils import get_attr_wrapped_model
     from megatron.training import get_args
 
-    from megatron.longseq import pretrain_gpt as gpt
+    from megatron.longseq import pretrain_gpt
 
     def forward_step(_: Any, data: Any, model: torch.nn.Module) -> Any:
         args = get_args()
         size = args.micro_batch_size if model.training else args.eval_micro_batch_size
-        batch = gpt.get_batch(data, get_attr_wrapped_model(model, "vp_stage"), size)
+        batch = pretrain_gpt.get_batch(data, get_attr_wrapped_model(model, "vp_stage"), size)
         tokens, positions, mask, labels = (
             batch.get(name) for name in ("tokens", "position_ids", "attention_mask", "labels")
         )
-        return model(tokens, positions, mask), partial(gpt.loss_func, labels)
+        return model(tokens, positions, mask), partial(pretrain_gpt.loss_func, labels)
 
     with _forward_step(forward_step, _planted(_teacher_and_student)) as planted:
         yield planted
@@ -203,7 +203,7 @@ def one_step_fails() -> Iterator[Planted]:
 
     It does so with further samples.
     """
-    from megatron.longseq import pretrain_gpt as gpt
+    from megatron.longseq import pretrain_gpt
     from megatron.longseq.pipeline.forward_backward import PipelineRunner
 
     planted = Planted()
@@ -221,7 +221,7 @@ def one_step_fails() -> Iterator[Planted]:
             named["model"][0].zero_grad_buffer()
             return original(runner, **named)
 
-    with wrapped(gpt, "loss_func", loss_func), wrapped(PipelineRunner, "__call__", step):
+    with wrapped(pretrain_gpt, "loss_func", loss_func), wrapped(PipelineRunner, "__call__", step):
         yield planted
 
 

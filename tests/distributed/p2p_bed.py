@@ -116,7 +116,7 @@ def dying_stage() -> Iterator[Planted]:
 
 @contextmanager
 def _at_forward(number: int, act: Any) -> Iterator[Planted]:
-    from megatron.longseq import pretrain_gpt as gpt
+    from megatron.longseq import pretrain_gpt
 
     planted, calls = Planted(), 0
 
@@ -128,7 +128,7 @@ def _at_forward(number: int, act: Any) -> Iterator[Planted]:
             act()
         return original(*args)
 
-    with wrapped(gpt, "forward_step", forward_step):
+    with wrapped(pretrain_gpt, "forward_step", forward_step):
         yield planted
 
 

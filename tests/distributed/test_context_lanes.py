@@ -2,7 +2,7 @@
 
 from megatron.longseq.attention.plan.comm_volume import Volume, all_to_all, gathered, ring
 from megatron.longseq.attention.plan.layout import Mesh
-from megatron.longseq.distributed import Sent
+from megatron.longseq.distributed import SentCounter
 from tests.distributed.context_bed import attend
 from tests.pool import RankPool
 from tests.unit.context_run import Problem
@@ -10,8 +10,8 @@ from tests.unit.context_run import Problem
 SEGMENTS = (32, 16, 16)
 
 
-def whole(volume: Volume) -> Sent:
-    return Sent(volume.bytes, volume.forward_messages + volume.backward_messages)
+def whole(volume: Volume) -> SentCounter:
+    return SentCounter(volume.bytes, volume.forward_messages + volume.backward_messages)
 
 
 def test_bytes_and_messages_given_to_torch_are_the_formulas(ranks: RankPool) -> None:
@@ -29,15 +29,18 @@ def test_bytes_and_messages_given_to_torch_are_the_formulas(ranks: RankPool) -> 
     for index, problem in enumerate(problems):
         of_ranks = [result[index] for result in results]
         given, said = (
-            {name: Sent(sum(x[name].bytes for x in all_), sum(x[name].messages for x in all_)) for name in all_[0]}
+            {
+                name: SentCounter(sum(x[name].bytes for x in all_), sum(x[name].messages for x in all_))
+                for name in all_[0]
+            }
             for all_ in zip(*of_ranks, strict=True)
         )
         setup = problem.setup
         if problem.gathers:
             formula = gathered(setup, kept=len(problem.lengths) > 1)
-            assert said["gather"] == whole(formula) and said["ring"] == given["ring"] == Sent()
+            assert said["gather"] == whole(formula) and said["ring"] == given["ring"] == SentCounter()
             grads = given["all-to-all"]  # gradients are scattered by an all-to-all, and added in the order of ranks
-            assert Sent(given["gather"].bytes + grads.bytes, given["gather"].messages + grads.messages) == whole(
+            assert SentCounter(given["gather"].bytes + grads.bytes, given["gather"].messages + grads.messages) == whole(
                 formula
             )
             continue

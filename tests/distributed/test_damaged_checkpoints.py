@@ -32,29 +32,32 @@ def _halve(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-FIRST = "The newest whole checkpoint is iter_0000001: give --ckpt-step 1"
+FIRST = "The newest complete checkpoint is iter_0000001: give --ckpt-step 1"
 DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "empty-tracker": (
         lambda f: (f / TRACKER).write_bytes(b""),
-        [f"{TRACKER} holds b'', not the number of an iteration", "is iter_0000002: write that number into"],
+        [f"{TRACKER} holds b'', not an iteration number", "is iter_0000002: write that number into"],
     ),
-    "garbage-tracker": (lambda f: (f / TRACKER).write_bytes(b"\0\xff\0"), ["holds b'\\x00\\xff\\x00', not the number"]),
-    "words-in-tracker": (lambda f: (f / TRACKER).write_text("latest"), ["holds b'latest', not the number"]),
-    "negative-tracker": (lambda f: (f / TRACKER).write_text("-5"), ["holds b'-5', not the number"]),
+    "garbage-tracker": (
+        lambda f: (f / TRACKER).write_bytes(b"\0\xff\0"),
+        ["holds b'\\x00\\xff\\x00', not an iteration"],
+    ),
+    "words-in-tracker": (lambda f: (f / TRACKER).write_text("latest"), ["holds b'latest', not an iteration"]),
+    "negative-tracker": (lambda f: (f / TRACKER).write_text("-5"), ["holds b'-5', not an iteration"]),
     "tracker-ahead": (
         lambda f: (f / TRACKER).write_text("7"),
-        ["there is no checkpoint", "iter_0000007, and latest_checkp", "is iter_0000002: give --ckpt-step 2"],
+        ["there is no checkpoint", "iter_0000007, but latest_checkp", "is iter_0000002: give --ckpt-step 2"],
     ),
     "no-description": (lambda f: (f / ITERATION / "metadata.json").unlink(), ["metadata.json is missing", FIRST]),
     "cut-description": (lambda f: _halve(f / ITERATION / "metadata.json"), ["metadata.json cannot be read", FIRST]),
     "no-list": (lambda f: (f / ITERATION / ".metadata").unlink(), [".metadata is missing", FIRST]),
     "cut-list": (lambda f: _halve(f / ITERATION / ".metadata"), [".metadata cannot be read", FIRST]),
-    "cut-tensors": (lambda f: _halve(_largest(f)), [".distcp has", "it was cut short", FIRST]),
+    "cut-tensors": (lambda f: _halve(_largest(f)), [".distcp has", "it is truncated", FIRST]),
     "empty-tensors": (lambda f: _largest(f).write_bytes(b""), [".distcp has 0 bytes", FIRST]),
     "no-tensors": (lambda f: _largest(f).unlink(), [".distcp cannot be read (No such file", FIRST]),
     "nothing-whole": (
         lambda f: [_halve(path) for path in f.glob("iter_*/.metadata")],
-        [".metadata cannot be read", "No other whole checkpoint is in"],
+        [".metadata cannot be read", "There is no other complete checkpoint in"],
     ),
 }
 
@@ -98,7 +101,7 @@ def test_what_is_advised_helps(ranks: RankPool, saved: Path, tmp_path: Path) -> 
     ],
 )
 def test_other_learning_rates_are_refused_by_name(ranks: RankPool, saved: Path, other: str, said: str) -> None:
-    with pytest.raises(RankFailure, match=f"ValueError: the optimizer cannot go on from the checkpoint: {said}"):
+    with pytest.raises(RankFailure, match=f"ValueError: the optimizer cannot continue from the checkpoint: {said}"):
         run_arm(ranks, "O", 2, [*flags(MORE, PARO, other), "--load", str(saved)], timeout=60)
 
 
@@ -124,10 +127,10 @@ def _fails(ranks: RankPool, words: list[str], said: str) -> None:
 
 MODEL, OPTIMIZER = "mp_rank_00/model_optim_rng.pt", "mp_rank_00/distrib_optim.pt"
 OF_TORCH: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "cut-model": (MODEL, _halve, f"rank 0: .*{MODEL} was cut short"),
+    "cut-model": (MODEL, _halve, f"rank 0: .*{MODEL} is truncated"),
     "empty-model": (MODEL, lambda path: path.write_bytes(b""), f"rank 0: .*{MODEL} is empty"),
     "no-model": (MODEL, Path.unlink, f"rank 0: .*{MODEL} cannot be read .No such file"),
-    "cut-optimizer": (OPTIMIZER, _halve, f".*{OPTIMIZER} was cut short"),
+    "cut-optimizer": (OPTIMIZER, _halve, f".*{OPTIMIZER} is truncated"),
     "empty-optimizer": (OPTIMIZER, lambda path: path.write_bytes(b""), f".*{OPTIMIZER} is empty"),
     "no-optimizer": (OPTIMIZER, Path.unlink, f".*{OPTIMIZER} cannot be read .No such file"),
 }
@@ -142,7 +145,7 @@ def test_a_damaged_file_of_torch_is_named(ranks: RankPool, saved_by_torch: Path,
     shutil.copytree(saved_by_torch, folder)
     name, harm, said = OF_TORCH[damage]
     harm(folder / ITERATION / name)
-    _fails(ranks, [*flags(MORE, TORCH), "--load", str(folder)], f"{said}.* The newest whole .* --ckpt-step 1")
+    _fails(ranks, [*flags(MORE, TORCH), "--load", str(folder)], f"{said}.* The newest complete .* --ckpt-step 1")
 
 
 def test_giving_up_is_a_failure(ranks: RankPool, saved_by_torch: Path, tmp_path: Path) -> None:

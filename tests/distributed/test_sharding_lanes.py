@@ -7,7 +7,7 @@ from math import inf
 import pytest
 import torch
 
-from megatron.longseq.distributed import Sent
+from megatron.longseq.distributed import SentCounter
 from megatron.longseq.sharding.plan.collectives import CollectiveKind, CollectivesMode, Scope, full_collective
 from megatron.longseq.sharding.plan.comm_volume import volume
 from megatron.longseq.sharding.plan.rank_groups import RankGroups
@@ -49,7 +49,7 @@ def test_each_way_is_the_plain_collective_and_sends_the_formulas_bytes(
             assert sum(sent.messages for sent in result.sent.values()) == formula.collectives, case
 
 
-def _bytes(sent: dict[Scope, Sent]) -> dict[Scope, int]:
+def _bytes(sent: dict[Scope, SentCounter]) -> dict[Scope, int]:
     return {scope: one.bytes for scope, one in sent.items()}
 
 

@@ -28,8 +28,9 @@ def empty_ranks() -> Iterator[Planted]:
 def empty_ranks_without_the_record() -> Iterator[Planted]:
     """As `empty_ranks`, and the ledger has no record `usp.loss`."""
     from patches.engine.session import SESSION
+    from patches.ledger import without
 
-    SESSION.ledger = tuple(record for record in SESSION.ledger if record.id != "usp.loss")
+    SESSION.ledger = without(SESSION.ledger, "usp.loss")
     with empty_ranks() as planted:
         yield planted
 
@@ -37,7 +38,7 @@ def empty_ranks_without_the_record() -> Iterator[Planted]:
 @contextmanager
 def _masked(silent: slice) -> Iterator[Planted]:
     """Change the loss mask of the whole sequence, before a context-parallel rank takes its part."""
-    from megatron.longseq import pretrain_gpt as gpt
+    from megatron.longseq import pretrain_gpt
 
     planted = Planted()
 
@@ -52,7 +53,7 @@ def _masked(silent: slice) -> Iterator[Planted]:
             planted.times += 1
         return original(batch, **where)
 
-    with wrapped(gpt, "get_batch_on_this_cp_rank", cut):
+    with wrapped(pretrain_gpt, "get_batch_on_this_cp_rank", cut):
         yield planted
 
 
@@ -63,7 +64,7 @@ def mean_loss() -> Iterator[Planted]:
     The mean is a view of another tensor: right for upstream wherever it does not deallocate the loss, which is on one
     stage and with virtual stages.
     """
-    from megatron.longseq import pretrain_gpt as gpt
+    from megatron.longseq import pretrain_gpt
 
     planted = Planted()
 
@@ -73,14 +74,14 @@ def mean_loss() -> Iterator[Planted]:
         mean = total / tokens.clamp(min=1)
         return mean.view(1), {"lm loss": mean.detach().clone().view(1)}
 
-    with wrapped(gpt, "loss_func", loss_func):
+    with wrapped(pretrain_gpt, "loss_func", loss_func):
         yield planted
 
 
 @contextmanager
 def counted_forwards() -> Iterator[Planted]:
     """Nothing is changed; `times` counts the script's forward steps."""
-    from megatron.longseq import pretrain_gpt as gpt
+    from megatron.longseq import pretrain_gpt
 
     planted = Planted()
 
@@ -88,7 +89,7 @@ def counted_forwards() -> Iterator[Planted]:
         planted.times += 1
         return original(*args)
 
-    with wrapped(gpt, "forward_step", forward_step):
+    with wrapped(pretrain_gpt, "forward_step", forward_step):
         yield planted
 
 
@@ -96,8 +97,9 @@ def counted_forwards() -> Iterator[Planted]:
 def counted_forwards_without_the_schedule() -> Iterator[Planted]:
     """As `counted_forwards`, and the ledger has no record `seq1f1b.schedule`: its flags are parsed, but not served."""
     from patches.engine.session import SESSION
+    from patches.ledger import without
 
-    SESSION.ledger = tuple(record for record in SESSION.ledger if record.id != "seq1f1b.schedule")
+    SESSION.ledger = without(SESSION.ledger, "seq1f1b.schedule")
     with counted_forwards() as planted:
         yield planted
 
@@ -107,7 +109,7 @@ def nan_gradient_on_rank_one() -> Iterator[Planted]:
     """In the fifth step, one element of one gradient of rank 1 is NaN before anything is reduced."""
     from megatron.training import get_args
 
-    from megatron.longseq import pretrain_gpt as gpt
+    from megatron.longseq import pretrain_gpt
 
     planted, watched = Planted(), set[int]()
 
@@ -127,7 +129,7 @@ def nan_gradient_on_rank_one() -> Iterator[Planted]:
             )
         return original(data_iterator, model, *rest, **named)
 
-    with wrapped(gpt, "forward_step", forward_step):
+    with wrapped(pretrain_gpt, "forward_step", forward_step):
         yield planted
 
 
@@ -205,7 +207,7 @@ def masks_of_tokens() -> Iterator[Planted]:
 
 @contextmanager
 def _own_masks(*, always: bool) -> Iterator[Planted]:
-    from megatron.longseq import pretrain_gpt as gpt
+    from megatron.longseq import pretrain_gpt
 
     planted, again = Planted(), {}
 
@@ -221,7 +223,7 @@ def _own_masks(*, always: bool) -> Iterator[Planted]:
             planted.times += 1
         return original(batch, **where)
 
-    with wrapped(gpt, "get_batch_on_this_cp_rank", cut):
+    with wrapped(pretrain_gpt, "get_batch_on_this_cp_rank", cut):
         yield planted
 
 

@@ -42,9 +42,9 @@ if __name__ == "__main__":
     patches.start()
     import os
 
-    from megatron.longseq import pretrain_gpt as gpt
+    from megatron.longseq import pretrain_gpt
 
-    calls, step = [], gpt.forward_step
+    calls, step = [], pretrain_gpt.forward_step
 
     def forward_step(*args, **kwargs):
         calls.append(None)
@@ -52,8 +52,8 @@ if __name__ == "__main__":
             raise RuntimeError("planted")
         return step(*args, **kwargs)
 
-    gpt.forward_step = forward_step
-    gpt.main()
+    pretrain_gpt.forward_step = forward_step
+    pretrain_gpt.main()
 """
 
 

@@ -128,7 +128,7 @@ def patched(arm: Arm) -> Iterator[Any]:
     if arm == "O":
         yield patches.start()
     else:
-        floor = [record for record in ledger.of_systems("cpu", "local") if session.wanted(record, None)]
+        floor = session.chosen(ledger.of_systems("cpu", "local"), None)
         with patches.applied(floor) as applied:
             yield applied
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.longseq.data.corpus import find_files
-from megatron.longseq.data.prepare import Request, prepare
+from megatron.longseq.data.prepare import PrepareRequest, prepare
 from megatron.longseq.data.tokenizer import byte_spec
 
 PACKAGES = ("asyncio", "email", "http", "json", "logging")
@@ -30,7 +30,10 @@ def make_corpus(folder: Path) -> Corpus:
     lines = folder / "corpus.jsonl"
     lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in paragraphs), "utf-8")
     tokenizer, prefix = byte_spec(), folder / "corpus"
-    prepare(Request(find_files([str(lines)], [], None), str(prefix), tokenizer, overwrite=True), say=lambda text: None)
+    prepare(
+        PrepareRequest(find_files([str(lines)], [], None), str(prefix), tokenizer, overwrite=True),
+        say=lambda text: None,
+    )
     flags = (
         *("--data-path", str(prefix), "--data-cache-path", str(folder / "cache"), "--split", "90,5,5"),
         *("--tokenizer-type", "NullTokenizer", "--vocab-size", str(tokenizer.vocab_size)),

@@ -20,7 +20,7 @@ MICRO_BATCHES = 4  # per step and rank, in the cases that use dropped_micro_batc
 @contextmanager
 def dropped_micro_batch() -> Iterator[Planted]:
     """One micro-batch of the second step adds nothing to the gradients; the reported loss is right."""
-    from megatron.longseq import pretrain_gpt as gpt
+    from megatron.longseq import pretrain_gpt
 
     planted, calls = Planted(), 0
 
@@ -33,7 +33,7 @@ def dropped_micro_batch() -> Iterator[Planted]:
             total = total.detach() + 0 * total
         return total, tokens, report
 
-    with wrapped(gpt, "loss_func", loss_func):
+    with wrapped(pretrain_gpt, "loss_func", loss_func):
         yield planted
 
 
@@ -43,7 +43,7 @@ def scaled_loss() -> Iterator[Planted]:
 
     Adam does not mind a scale, so the loss curve hardly moves; the reported loss of each step is right.
     """
-    from megatron.longseq import pretrain_gpt as gpt
+    from megatron.longseq import pretrain_gpt
 
     planted = Planted()
 
@@ -52,7 +52,7 @@ def scaled_loss() -> Iterator[Planted]:
         total, tokens, report = original(*args)
         return 2 * total - total.detach(), tokens, report
 
-    with wrapped(gpt, "loss_func", loss_func):
+    with wrapped(pretrain_gpt, "loss_func", loss_func):
         yield planted
 
 
@@ -75,7 +75,7 @@ def rope_without_offset() -> Iterator[Planted]:
 @contextmanager
 def leaking_mask() -> Iterator[Planted]:
     """Tokens see the documents before their own in the same sequence: the mask is causal and no more."""
-    from megatron.longseq import pretrain_gpt as gpt
+    from megatron.longseq import pretrain_gpt
 
     planted = Planted()
 
@@ -88,7 +88,7 @@ def leaking_mask() -> Iterator[Planted]:
             batch["attention_mask"] = causal
         return batch
 
-    with wrapped(gpt, "get_batch", get_batch):
+    with wrapped(pretrain_gpt, "get_batch", get_batch):
         yield planted
 
 

@@ -15,8 +15,8 @@ from tests.regression.case import load_cases
 from tests.regression.suite import Outcome, Suite
 from tests.regression.tensors import logical_tensors
 
-STEPS = 12  # six more than a mutant's, and two after a resumption; the command trains a case's own number of steps
-CASES = {case.name: replace(case, steps=min(case.steps, STEPS)) for case in load_cases()}
+STEPS = 12  # by default: six more than a mutant's, and two after a resumption; with --all a case's own number
+CASES = {case.name: case for case in load_cases()}
 # tests/distributed/ has these layouts too; here they run with -m slow, and in the command.
 SLOW = {
     *("seq1f1b-bf16", "seq1f1b-float32", "seq1f1b-four-stages", "seq1f1b-tp-sp", "seq1f1b-virtual"),
@@ -39,19 +39,21 @@ def marked(name: str, *more: str) -> Any:
 class Outcomes:
     """Runs a case when it is first asked for."""
 
-    def __init__(self, suite: Suite) -> None:
-        self.suite = suite
+    def __init__(self, suite: Suite, most_steps: int) -> None:
+        self.suite, self.most_steps = suite, most_steps
         self.known: dict[str, Outcome] = {}
 
     def of(self, name: str) -> Outcome:
         if name not in self.known:
-            self.known[name] = self.suite.run_case(CASES[name])
+            case = CASES[name]
+            self.known[name] = self.suite.run_case(replace(case, steps=min(case.steps, self.most_steps)))
         return self.known[name]
 
 
 @pytest.fixture(scope="module")
-def outcomes(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    return Outcomes(Suite(ranks, tmp_path_factory.mktemp("regression")))
+def outcomes(ranks: RankPool, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    most_steps = max(case.steps for case in CASES.values()) if request.config.option.all else STEPS
+    return Outcomes(Suite(ranks, tmp_path_factory.mktemp("regression")), most_steps)
 
 
 def test_arm_u_is_the_locked_wheel_untouched() -> None:
@@ -82,7 +84,7 @@ def test_case_equals_upstream(name: str, outcomes: Outcomes, tmp_path: Path) -> 
     assert (tmp_path / "curve.svg").stat().st_size > 0
     assert len((tmp_path / "curve.png").read_bytes()) > 0
     for curve in tmp_path.glob("*.jsonl"):
-        assert len(curve.read_text().splitlines()) == CASES[name].steps
+        assert len(curve.read_text().splitlines()) == outcome.case.steps
 
 
 @pytest.mark.parametrize(

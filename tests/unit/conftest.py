@@ -1,6 +1,12 @@
-"""Property tests judge no time: how long an example takes is the machine's."""
+"""Property tests: few examples by default, 100 with --all, and no limit on the time that an example takes."""
 
-from hypothesis import settings
+import pytest
+from hypothesis import HealthCheck, settings
 
-settings.register_profile("any machine", deadline=None)
-settings.load_profile("any machine")
+settings.register_profile("few", max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("all", settings.get_profile("few"), max_examples=100)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the number of examples before the test modules are imported."""
+    settings.load_profile("all" if config.option.all else "few")

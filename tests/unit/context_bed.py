@@ -16,7 +16,7 @@ from megatron.longseq.attention.plan.tiles import Documents
 from megatron.longseq.attention.runtime.comm import Message
 from megatron.longseq.attention.runtime.ring import RingLanes
 from megatron.longseq.attention.runtime.strategies import Spread
-from megatron.longseq.distributed import Sent
+from megatron.longseq.distributed import SentCounter
 
 PATIENCE = 30.0  # seconds until a message that does not come is an error
 
@@ -64,7 +64,7 @@ class ThreadLane:
 
     wire: Wire
     rank: int
-    sent: Sent = field(default_factory=Sent)
+    sent: SentCounter = field(default_factory=SentCounter)
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Any:
         copies = [(tensor, tensor.detach().clone()) for _, tensor in sends]
@@ -84,7 +84,7 @@ class ThreadExchange:
     wire: Wire
     rank: int
     size: int
-    sent: Sent = field(default_factory=Sent)
+    sent: SentCounter = field(default_factory=SentCounter)
 
     def all_to_all(self, sent: Tensor) -> Tensor:
         assert sent.shape[0] == self.size and sent.is_contiguous()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from patches.engine import session
-from patches.record import Record
+from patches.record import Callback, Record
 from patches.upstream import lock
 from patches.upstream.source import Upstream
 
@@ -47,6 +47,23 @@ def record(target: str, impl: str = "planted_impl:impl", action: str = "replace"
         "remove_when": "the test ends",
     } | fields
     return Record(action=action, target=target, impl=impl, **fields)
+
+
+def callback(impl: str, **fields) -> Callback:
+    fields = {
+        "id": "planted.inner",
+        "hook": "planted.one",
+        "why": "A test.",
+        "when": "patches.conditions:always",
+        "test": "none",
+        "remove_when": "the test ends",
+    } | fields
+    return Callback(impl=impl, **fields)
+
+
+def hook(target: str, *callbacks: Callback, **fields) -> Record:
+    fields = {"id": "planted.one", "system": "planted", "why": "A test."} | fields
+    return Record(action="hook", target=target, callbacks=callbacks, **fields)
 
 
 @pytest.fixture

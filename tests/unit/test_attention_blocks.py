@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -56,7 +56,6 @@ def problems(draw: st.DrawFn) -> tuple[Documents, Span, int | None]:
 
 
 @given(problems(), st.booleans())
-@settings(max_examples=300, deadline=None)
 def test_each_visible_score_is_computed_once(problem: tuple[Documents, Span, int | None], rectangular: bool) -> None:
     documents, span, window = problem
     size, batch = documents.runs[0][-1].end, len(documents.runs)

@@ -5,7 +5,7 @@ from itertools import pairwise, product
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.longseq.attention.plan.heads import Heads, check_heads, choose, flags, legal_meshes
@@ -72,7 +72,6 @@ def test_one_segments_arrivals_are_a_view_and_a_flip(mesh: Mesh) -> None:
 
 
 @given(layouts())
-@settings(max_examples=100, deadline=None)
 def test_every_token_has_one_rank_and_every_shard_ascends(layout: Layout) -> None:
     everything = list(range(sum(layout.lengths)))
     segments = range(len(layout.lengths))
@@ -91,7 +90,6 @@ def test_every_token_has_one_rank_and_every_shard_ascends(layout: Layout) -> Non
 
 
 @given(layouts())
-@settings(max_examples=50, deadline=None)
 def test_gathered_tokens_are_put_by_position(layout: Layout) -> None:
     segments = range(len(layout.lengths))
     shards = [numbers(shard) for shard in layout.shards(segments)]
@@ -158,7 +156,6 @@ def test_what_cannot_be_is_refused(make: object, words: str) -> None:
 
 
 @given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 8))
-@settings(max_examples=300, deadline=None)
 def test_legal_degrees_are_those_with_whole_heads_that_belong_together(size: int, kv: int, per_kv: int) -> None:
     heads = Heads(kv * per_kv, kv)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -69,7 +69,6 @@ def packings(draw: st.DrawFn) -> tuple[list[int], Documents, int | None]:
 
 
 @given(packings(), st.sampled_from(sorted(KERNELS)))
-@settings(max_examples=80, deadline=None)
 def test_equals_unsplit_attention_inside_documents(
     packing: tuple[list[int], Documents, int | None], kernel: str
 ) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -100,7 +100,6 @@ def scores(tiles: tuple[Tile, ...], shape: tuple[int, int, int]) -> Tensor:
 
 
 @given(problems(), st.booleans())
-@settings(max_examples=150, deadline=None)
 def test_each_visible_score_is_computed_once_on_its_rank(problem: Problem, rectangular: bool) -> None:
     seen = problem.seen()
     for rank in range(problem.ring.size):
@@ -121,7 +120,6 @@ def test_each_visible_score_is_computed_once_on_its_rank(problem: Problem, recta
 
 
 @given(problems())
-@settings(max_examples=150, deadline=None)
 def test_every_row_that_is_sent_is_there_in_time_and_used(problem: Problem) -> None:
     plans = [problem.steps(rank) for rank in range(problem.ring.size)]
     moves = problem.traffic.keys
@@ -167,7 +165,6 @@ def add(sums: Sums, rank: int, source: int, rows: dict[int, Counter[int]]) -> No
 
 
 @given(problems())
-@settings(max_examples=150, deadline=None)
 def test_every_gradient_comes_home_once(problem: Problem) -> None:
     sums: Sums = {}
     wanted: Sums = {}
@@ -195,7 +192,6 @@ def test_every_gradient_comes_home_once(problem: Problem) -> None:
 
 
 @given(problems())
-@settings(max_examples=50, deadline=None)
 def test_both_sides_of_a_message_post_it_in_one_step(problem: Problem) -> None:
     plans = [problem.steps(rank) for rank in range(problem.ring.size)]
     for kind, moves in enumerate(problem.traffic):
@@ -320,7 +316,6 @@ def test_a_window_and_documents_stop_keys_that_nobody_sees() -> None:
 
 
 @given(problems(), st.booleans())
-@settings(max_examples=100, deadline=None)
 def test_gathered_keys_are_attended_once(problem: Problem, rectangular: bool) -> None:
     seen = problem.seen()
     for rank in range(problem.ring.size):

@@ -22,7 +22,7 @@ from megatron.longseq.attention.plan.ranges import size
 from megatron.longseq.attention.plan.ring_schedule import Ring, plan_traffic
 from megatron.longseq.attention.plan.ring_tiles import Mask
 from megatron.longseq.attention.runtime.strategies import Spread
-from megatron.longseq.distributed import Sent
+from megatron.longseq.distributed import SentCounter
 from tests.unit.context_run import Problem, Ranks
 from tests.unit.test_attention_context import DOCUMENTS, MESHES
 
@@ -42,10 +42,10 @@ def of_gather(spread: Spread) -> list[Any]:
     return [spread.gather] if spread.gather else []
 
 
-def total(spreads: Sequence[Spread], of: Callable[[Spread], list[Any]]) -> Sent:
+def total(spreads: Sequence[Spread], of: Callable[[Spread], list[Any]]) -> SentCounter:
     """Sum over ranks."""
     sent = [channel.sent for spread in spreads for channel in of(spread)]
-    return Sent(sum(one.bytes for one in sent), sum(one.messages for one in sent))
+    return SentCounter(sum(one.bytes for one in sent), sum(one.messages for one in sent))
 
 
 def counted(problem: Problem, **kwargs: Any) -> list[Volume]:

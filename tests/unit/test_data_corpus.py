@@ -48,7 +48,7 @@ def test_missing_empty_and_doubled_inputs_are_refused(tree):
         find_files([str(tree / "nowhere")])
     with pytest.raises(DataError, match=r"holds no files that match \*\.xyz"):
         find_files([str(tree)], ["*.xyz"])
-    with pytest.raises(DataError, match=r"b\.txt is reached twice"):
+    with pytest.raises(DataError, match=r"b\.txt is given twice"):
         find_files([str(tree / "b.txt"), str(tree)])
 
 

@@ -12,12 +12,12 @@ from megatron.longseq.data.encode import encode_shard
 GOOD = b'{"text": "fine"}'
 BAD = {
     b'{"text": "cut': "not JSON: Unterminated string starting at, column 10",
-    b'["text"]': "a JSON object is wanted, not a list",
+    b'["text"]': "expected a JSON object, found a list",
     b'{"txt": 1, "a": 2}': "no key 'text' (its keys: a, txt)",
     b'{"text": null}': "key 'text' holds null, not a string",
     b'{"text": 3.5}': "key 'text' holds a number, not a string",
     b'{"text": "\xff"}': "invalid UTF-8: byte 0xff at byte 11 of the line",
-    b'{"text": "\\ud800"}': "key 'text' holds a lone surrogate at character 0: no UTF-8",
+    b'{"text": "\\ud800"}': "key 'text' holds a lone surrogate at character 0, which UTF-8 cannot represent",
     b'{"text": ' + b"9" * 5000 + b"}": "not JSON: ",
 }
 
@@ -60,7 +60,7 @@ def test_skipping_counts_and_lists_them(tmp_path, mixed, capsys):
     assert content["documents"] == len(BAD) + 1
     assert content["malformed"]["count"] == len(mixed)
     assert [entry.split(": ")[0] for entry in content["malformed"]["listed"]] == list(mixed)
-    assert f"{len(mixed)} malformed documents left out" in capsys.readouterr().out
+    assert f"{len(mixed)} malformed documents skipped" in capsys.readouterr().out
 
 
 def test_a_line_nested_too_deep_is_malformed_and_no_crash(tmp_path, capsys):
@@ -75,7 +75,7 @@ def test_the_first_twenty_are_collected_and_the_rest_is_not_read(tmp_path, capsy
     handed_out = []
     if workers == "1":
         counting = lambda *args: handed_out.append(args) or encode_shard(*args)  # noqa: E731
-        monkeypatch.setattr("megatron.longseq.data.pool.encode_shard", counting)
+        monkeypatch.setattr("megatron.longseq.data.encode.encode_shard", counting)
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.jsonl").write_bytes(b"".join(b"bad %d\n" % i if i < 20 else b"[%d]\n" % i for i in range(5000)))
     assert run(tmp_path, "--shard-mb", "0.0001", "--workers", workers) == 1
@@ -102,7 +102,7 @@ def test_options_that_make_no_sense_are_refused(tmp_path, capsys):
     assert main(["prepare", str(path), "--output", str(tmp_path / "o"), "--eod-token", "</s>"]) == 1
     assert main(["prepare", str(path), "--output", str(tmp_path / "o"), "--tokenizer-model", str(path)]) == 1
     said = capsys.readouterr().err
-    assert said.count("a prefix for three files is wanted") == 2
+    assert said.count("give the prefix of three files") == 2
     assert "give --tokenizer-model too" in said and "not a Hugging Face tokenizer file" in said
     for bad in ("--workers=0", "--shard-mb=-1", "--shard-mb=nan"):
         with pytest.raises(SystemExit):

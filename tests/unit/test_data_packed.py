@@ -25,15 +25,15 @@ def zipped(content: bytes) -> bytes:
 
 
 PACKED = {
-    "a.txt.gz": (gzip.compress(TEXT.encode()), "compressed by gzip (gunzip -k makes text of it)"),
+    "a.txt.gz": (gzip.compress(TEXT.encode()), "compressed by gzip (convert it with gunzip -k)"),
     "a.jsonl": (gzip.compress(LINES.encode()), "compressed by gzip"),
-    "a.jsonl.zst": (b"\x28\xb5\x2f\xfd\x24\x01" + bytes(range(200)), "compressed by zstd (zstd -d"),
+    "a.jsonl.zst": (b"\x28\xb5\x2f\xfd\x24\x01" + bytes(range(200)), "compressed by zstd (convert it with zstd -d"),
     "a.bz2": (bz2.compress(TEXT.encode()), "compressed by bzip2"),
     "a.xz": (lzma.compress(TEXT.encode()), "compressed by xz"),
-    "a.zip": (zipped(TEXT.encode()), "a zip archive (unzip makes text of it)"),
-    "a.txt": (TEXT.encode("utf-16"), "encoded in UTF-16 (iconv -f UTF-16 -t UTF-8"),
-    "le.txt": (TEXT.encode("utf-16-le"), "encoded in UTF-16LE, it seems"),
-    "be.jsonl": (LINES.encode("utf-16-be"), "encoded in UTF-16BE, it seems"),
+    "a.zip": (zipped(TEXT.encode()), "a zip archive (convert it with unzip)"),
+    "a.txt": (TEXT.encode("utf-16"), "encoded in UTF-16 (convert it with iconv -f UTF-16 -t UTF-8"),
+    "le.txt": (TEXT.encode("utf-16-le"), "probably encoded in UTF-16LE"),
+    "be.jsonl": (LINES.encode("utf-16-be"), "probably encoded in UTF-16BE"),
     "a32.txt": (TEXT.encode("utf-32"), "encoded in UTF-32"),
     "a.parquet": (b"PAR1" + bytes(300), "a Parquet table"),
     "a.bin": (bytes(range(256)) * 4, "binary"),

@@ -116,5 +116,5 @@ def test_a_damaged_output_is_named(tmp_path):
         manifest.read(out)
     assert main(["prepare", str(write_jsonl(tmp_path / "in.jsonl", ["one"])), "--output", out]) == 0
     Path(f"{out}.bin").write_bytes(b"abc")
-    with pytest.raises(DataError, match=r"out\.bin has 3 bytes, .*out\.json says 8"):
+    with pytest.raises(DataError, match=r"out\.bin has 3 bytes, but .*out\.json says 8"):
         manifest.read(out)

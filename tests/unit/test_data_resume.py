@@ -73,7 +73,7 @@ def test_killed_in_the_middle_it_goes_on_from_the_finished_shards(tmp_path, caps
     finally:
         write.merge = original
     assert monitored == [{record: record.stem == torn.stem for record in done}]
-    assert f"going on, {len(done) - 1} of" in capsys.readouterr().out
+    assert f"resuming, {len(done) - 1} of" in capsys.readouterr().out
     assert main(arguments(path, tmp_path / "whole")) == 0
     assert contents(tmp_path / "out/out") == contents(tmp_path / "whole")
     assert names(tmp_path / "out") == ["out.bin", "out.idx", "out.json"]
@@ -151,7 +151,7 @@ def test_a_finished_output_is_skipped_and_changes_are_named(tmp_path, capsys):
     # Neither the number of workers nor the size of the shards is part of what the output is.
     assert main([*arguments(path, out, "--workers", "2"), "--shard-mb", "3"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"{out}: nothing to do, made from the same inputs, options and tokenizer"
+        f"{out}: nothing to do, it was made from the same inputs, options and tokenizer"
     ]
     (tmp_path / "more.jsonl").write_text('{"text": "x"}')
     os.utime(path, ns=(5, 5))
@@ -174,7 +174,7 @@ def test_files_of_unknown_origin_are_kept(tmp_path, capsys):
     path, out = corpus(tmp_path / "in.jsonl"), tmp_path / "out"
     Path(f"{out}.bin").write_bytes(b"precious")
     assert main(arguments(path, out)) == 1
-    assert "no manifest says what it is" in capsys.readouterr().err
+    assert "exists without a manifest" in capsys.readouterr().err
     assert Path(f"{out}.bin").read_bytes() == b"precious"
     assert main(arguments(path, out, "--overwrite")) == 0
 
@@ -184,7 +184,7 @@ def test_unfinished_work_of_other_options_is_not_used(tmp_path, capsys):
     work = tmp_path / "out/.out.unfinished"
     kill_when(arguments(path, tmp_path / "out/out"), lambda: len(list(work.glob("*.npz"))) >= 2)
     assert main(arguments(path, tmp_path / "out/out", "--no-append-eod")) == 0
-    assert "starting over" in capsys.readouterr().out
+    assert "removing unfinished work" in capsys.readouterr().out
     assert manifest.read(str(tmp_path / "out/out"))["tokens"] == 20_000 * 800
 
 
@@ -196,7 +196,7 @@ def test_two_runs_at_once_full_disk_and_changing_inputs_are_refused(tmp_path, ca
     fcntl.flock(handle, fcntl.LOCK_EX)
     assert main(arguments(path, out)) == 1
     os.close(handle)
-    assert "another run is working in" in capsys.readouterr().err
+    assert "another run is using" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         usage = type("Usage", (), {"free": 1000})
         patch.setattr("megatron.longseq.data.prepare.shutil.disk_usage", lambda _: usage)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.longseq.data.corpus import SourceFile
-from megatron.longseq.data.shards import LARGEST, SMALLEST, default_shard_bytes, owned_lines, plan
+from megatron.longseq.data.shards import LARGEST, SMALLEST, default_shard_bytes, owned_lines, plan_shards
 
 CONTENT = st.lists(st.sampled_from([b"a", b"\n", b"\r\n", b"\n\n", b"xyz", "é".encode(), b"\r", b" "]), max_size=40)
 
@@ -24,9 +24,9 @@ def lines_of(content: bytes) -> list[bytes]:
 
 @given(CONTENT.map(b"".join), st.integers(1, 50))
 def test_ranges_yield_every_line_once_and_in_order(content, shard_bytes):
-    shards = plan([source("f", len(content))], shard_bytes)
+    shards = plan_shards([source("f", len(content))], shard_bytes)
     stream = io.BytesIO(content)
-    found = [line for s in shards for p in s.pieces for line in owned_lines(stream, p.start, p.stop)]
+    found = [line for s in shards for p in s.ranges for line in owned_lines(stream, p.start, p.stop)]
     assert found == lines_of(content)
 
 
@@ -40,10 +40,10 @@ def test_any_cuts_yield_every_line_once(content, data):
 @given(st.lists(st.tuples(st.integers(0, 5000), st.sampled_from(["text", "jsonl"])), max_size=20), st.integers(1, 9000))
 def test_a_plan_covers_every_byte_once_in_order_and_never_cuts_text(sizes, shard_bytes):
     files = [source(f"f{i}", size, kind) for i, (size, kind) in enumerate(sizes)]
-    shards = plan(files, shard_bytes)
+    shards = plan_shards(files, shard_bytes)
     assert [shard.index for shard in shards] == list(range(len(shards)))
-    assert all(shard.pieces for shard in shards)
-    pieces = [piece for shard in shards for piece in shard.pieces]
+    assert all(shard.ranges for shard in shards)
+    pieces = [piece for shard in shards for piece in shard.ranges]
     assert list(dict.fromkeys(piece.path for piece in pieces)) == [file.path for file in files]
     for file in files:
         own = [piece for piece in pieces if piece.path == file.path]
@@ -54,8 +54,8 @@ def test_a_plan_covers_every_byte_once_in_order_and_never_cuts_text(sizes, shard
 
 
 def test_many_tiny_files_share_shards_and_one_huge_file_gets_many():
-    assert len(plan([source(f"f{i}", 10, "text") for i in range(10_000)], 1 << 20)) == 40
-    assert len(plan([source("huge", 100 << 20)], 1 << 20)) == 100
+    assert len(plan_shards([source(f"f{i}", 10, "text") for i in range(10_000)], 1 << 20)) == 40
+    assert len(plan_shards([source("huge", 100 << 20)], 1 << 20)) == 100
 
 
 def test_the_default_size_follows_the_input_within_limits():
@@ -66,4 +66,4 @@ def test_the_default_size_follows_the_input_within_limits():
 
 def test_a_size_of_nothing_is_refused():
     with pytest.raises(ValueError, match="at least one byte"):
-        plan([source("f", 1)], 0)
+        plan_shards([source("f", 1)], 0)

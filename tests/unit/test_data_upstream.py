@@ -121,7 +121,7 @@ def test_a_tokenizer_without_an_end_is_refused_and_a_changed_one_is_noticed(tmp_
     path.write_text("some text")
     command = ["prepare", str(path), "--output", str(tmp_path / "out"), "--tokenizer-model", str(tokenizer_file)]
     assert main(command) == 1
-    assert "name it with --eod-token (its special tokens: <bos>, <end>, <pad>)" in capsys.readouterr().err
+    assert "give --eod-token (special tokens: <bos>, <end>, <pad>)" in capsys.readouterr().err
     assert main([*command, "--eod-token", "<nope>"]) == 1
     assert "has no token '<nope>'" in capsys.readouterr().err
     assert main([*command, "--eod-token", "<end>"]) == 0

@@ -12,7 +12,7 @@ import torch
 
 from megatron.longseq.data import splits
 from megatron.longseq.data.__main__ import main
-from megatron.longseq.data.index import HEADER, read_index
+from megatron.longseq.data.validate import HEADER, read_index
 from tests.distributed.flags import TINY, flags
 from tests.pool import RankFailure, RankPool
 from tests.regression.arm import run_arm
@@ -57,18 +57,18 @@ def test_shares_are_upstreams() -> None:
         matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(text))
         for documents in (0, 1, 2, 3, 10, 97, 683, rng.randrange(10**6)):
             theirs = [part and range(*(round(end * float(documents)) for end in part)) for part in matrix]
-            assert splits.shares(text, documents) == theirs, (text, documents)
+            assert splits.split_ranges(text, documents) == theirs, (text, documents)
     for bad in ("", "0,0,0", "1,2,3,4"):
         with pytest.raises(ValueError, match="one to three numbers"):
-            splits.shares(bad, 10)
+            splits.split_ranges(bad, 10)
 
 
 def test_the_printed_split_gives_every_part_a_document() -> None:
     for documents in range(1, 3000):
-        given = splits.fitting(documents)
+        given = splits.suggest_split_flags(documents)
         split = given[1] if given else splits.DEFAULT
-        assert not splits.without_documents(split, documents), documents
-        assert [share is not None for share in splits.shares(split, documents)] == [
+        assert not splits.empty_parts(split, documents), documents
+        assert [share is not None for share in splits.split_ranges(split, documents)] == [
             True,
             documents > 1,
             documents > 2,
@@ -141,11 +141,11 @@ def damaged(folder: Path) -> dict[str, str]:
     content[17] = 99
     Path(f"{kind}.idx").write_bytes(content)
     return {
-        cut: "cut.bin has 3,998 bytes, and cut.idx speaks of 4,000",
-        short: "short.idx has 200 bytes; for its 20 documents it needs 442",
-        head: "head.idx is no index of upstream's (it begins with b'MMIDIDX",
-        other: "other.idx is no index of upstream's (it begins with b'garbage g')",
-        kind: "kind.idx names a type of tokens that upstream does not have (code 99)",
+        cut: "cut.bin has 3,998 bytes, but cut.idx describes 4,000",
+        short: "short.idx has 200 bytes, but needs 442 for its 20 documents",
+        head: "head.idx is not an index of upstream's (it begins with b'MMIDIDX",
+        other: "other.idx is not an index of upstream's (it begins with b'garbage g')",
+        kind: "kind.idx names a dtype that upstream does not have (code 99)",
     }
 
 
@@ -198,7 +198,9 @@ def test_the_printed_flags_train(
 ) -> None:
     text_files(tmp_path, count)
     said = capsys.readouterr().out.splitlines()
-    assert any(line.startswith(f"warning: of {count} document(s) upstream's default --split") for line in said)
+    assert any(
+        line.startswith("warning: upstream's default --split") and f" {count} document(s)" in line for line in said
+    )
     own = [*BARE, *EVALUATED, *shlex.split(said[-1]), "--vocab-size", "257"]
     run = run_arm(ranks, "O", 1, own, timeout=60)
     assert [step["iteration"] for step in run.curve] == [1, 2]
@@ -207,9 +209,9 @@ def test_the_printed_flags_train(
             run_arm(ranks, "O", 2, [*own, "--split", splits.DEFAULT], timeout=60)
 
 
-def test_an_index_tells_whether_documents_reach_a_length(tmp_path: Path) -> None:
+def test_has_tokens_compares_the_length_of_documents(tmp_path: Path) -> None:
     index = read_index(index_of(tmp_path, "some", [0, 3, 0, 5]))
     assert index is not None and index.documents == 4
-    assert index.reaches(range(4), 8) and not index.reaches(range(4), 9)
-    assert not index.reaches(range(1), 1) and index.reaches(range(3, 4), 5)
+    assert index.has_tokens(range(4), 8) and not index.has_tokens(range(4), 9)
+    assert not index.has_tokens(range(1), 1) and index.has_tokens(range(3, 4), 5)
     assert read_index(str(tmp_path / "none")) is None

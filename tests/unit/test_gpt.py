@@ -129,32 +129,34 @@ def test_every_attribute_exists_in_upstreams_parser() -> None:
 def test_loss_is_the_sum_over_valid_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from megatron.longseq import pretrain_gpt as gpt
+    from megatron.longseq import pretrain_gpt
 
     monkeypatch.setattr(
-        gpt, "get_args", lambda: SimpleNamespace(check_for_nan_in_loss_and_grad=False, check_for_spiky_loss=False)
+        pretrain_gpt,
+        "get_args",
+        lambda: SimpleNamespace(check_for_nan_in_loss_and_grad=False, check_for_spiky_loss=False),
     )
     losses = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
     mask = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
-    total, tokens, logged = gpt.loss_func(mask, losses)
+    total, tokens, logged = pretrain_gpt.loss_func(mask, losses)
     assert (total.item(), tokens.item(), tokens.dtype) == (21.0, 3, torch.int)
     assert logged["lm loss"].tolist() == [21.0, 3.0]
-    nothing, none, _ = gpt.loss_func(torch.zeros_like(mask), losses)
+    nothing, none, _ = pretrain_gpt.loss_func(torch.zeros_like(mask), losses)
     assert (nothing.item(), none.item()) == (0.0, 0)
 
 
 def test_a_spike_of_the_loss_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from megatron.longseq import pretrain_gpt as gpt
+    from megatron.longseq import pretrain_gpt
 
     given = SimpleNamespace(check_for_nan_in_loss_and_grad=False, check_for_spiky_loss=True)
     asked: list[dict[str, Any]] = []
     rerun = SimpleNamespace(validate_result=lambda **named: asked.append(named), is_unexpectedly_large=max)
-    monkeypatch.setattr(gpt, "get_args", lambda: given)
-    monkeypatch.setattr(gpt, "get_rerun_state_machine", lambda: rerun)
+    monkeypatch.setattr(pretrain_gpt, "get_args", lambda: given)
+    monkeypatch.setattr(pretrain_gpt, "get_rerun_state_machine", lambda: rerun)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 3)
-    gpt.loss_func(torch.ones(1, 2), torch.tensor([[1.0, 2.0]]))
+    pretrain_gpt.loss_func(torch.ones(1, 2), torch.tensor([[1.0, 2.0]]))
     (call,) = asked
     assert (
         call["result"].item() == 3.0 and not call["fatal"] and "spike in the forward loss of rank 3" in call["message"]
@@ -163,30 +165,30 @@ def test_a_spike_of_the_loss_is_reported(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_batch_of_another_size_is_refused() -> None:
-    from megatron.longseq import pretrain_gpt as gpt
+    from megatron.longseq import pretrain_gpt
 
-    gpt._check_size((2, 64), (2, 64), rank=3)
+    pretrain_gpt._check_size((2, 64), (2, 64), rank=3)
     with pytest.raises(ValueError, match=r"rank 3: .* samples of size \[3, 64\], but .* expect \[2, 64\]"):
-        gpt._check_size((3, 64), (2, 64), rank=3)
+        pretrain_gpt._check_size((3, 64), (2, 64), rank=3)
 
 
 def test_a_parameters_name_is_the_models_whatever_the_stage() -> None:
     import torch
 
-    from megatron.longseq.freeze import model_name
+    from megatron.longseq.freeze import global_param_name
 
     stage = torch.nn.Module()
     stage.decoder = torch.nn.Module()
     stage.decoder.layers = torch.nn.ModuleList([torch.nn.Linear(1, 1) for _ in range(2)])
     for index, layer in enumerate(stage.decoder.layers):
         layer.layer_number = 3 + index  # from 1, through the model
-    assert [model_name(stage, name) for name, _ in stage.named_parameters()] == [
+    assert [global_param_name(stage, name) for name, _ in stage.named_parameters()] == [
         "decoder.layers.2.weight",
         "decoder.layers.2.bias",
         "decoder.layers.3.weight",
         "decoder.layers.3.bias",
     ]
-    assert model_name(stage, "output_layer.weight") == "output_layer.weight"
+    assert global_param_name(stage, "output_layer.weight") == "output_layer.weight"
     stage.share_embeddings_and_output_weights = True
-    assert model_name(stage, "output_layer.weight") == "embedding.word_embeddings.weight"
-    assert model_name(stage, "output_layer.bias") == "output_layer.bias"
+    assert global_param_name(stage, "output_layer.weight") == "embedding.word_embeddings.weight"
+    assert global_param_name(stage, "output_layer.bias") == "output_layer.bias"

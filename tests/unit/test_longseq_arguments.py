@@ -17,12 +17,12 @@ def test_a_place_for_checkpoints_passes(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_place_for_checkpoints_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for save in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ValueError, match=f"--save {save}: {tmp_path}/file is no folder that this process may"):
+        with pytest.raises(ValueError, match=f"--save {save}: {tmp_path}/file is not a folder that this process can"):
             validate_longseq_arguments(Namespace(save=str(save), rank=0))
         validate_longseq_arguments(Namespace(save=str(save), rank=1))  # rank 0 says it for all
 
 
 @pytest.mark.parametrize("file", ["", "."])
 def test_an_arguments_file_that_is_no_file_is_refused(file: str) -> None:
-    with pytest.raises(ValueError, match=f"--arguments-file {file}: names no file"):
+    with pytest.raises(ValueError, match=f"--arguments-file {file}: this is not a file name"):
         validate_longseq_arguments(Namespace(arguments_file=file))

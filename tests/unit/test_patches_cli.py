@@ -47,12 +47,17 @@ def doctor(file: Path, old: str, new: str) -> None:
 def test_list():
     out = cli("list").stdout
     assert all(r.id in out and r.target in out for r in ledger.RECORDS)
+    lines, hook = [line.split()[0] for line in out.splitlines()], ledger.by_id("hook.validate-args")
+    below = lines[lines.index(hook.id) :][1 : 1 + len(hook.callbacks)]
+    assert below == [callback.id for callback in hook.callbacks]
+    assert out.splitlines()[-1].startswith(f"{len(ledger.RECORDS)} patches on megatron-core")
     data = json.loads(cli("list", "--json").stdout)
     assert [row["id"] for row in data["patches"]] == [r.id for r in ledger.RECORDS]
     assert data["upstream"] == f"megatron-core=={lock.read().version}"
     assert next(r for r in data["patches"] if r["target"] == PARSE)["fingerprints"][PARSE] == lock.read().symbols[PARSE]
     rows = cli("list", "--markdown").stdout.splitlines()
-    assert len(rows) == 2 + len(ledger.RECORDS) and len({row.count("|") for row in rows}) == 1
+    callbacks = sum(len(r.callbacks) for r in ledger.RECORDS)
+    assert len(rows) == 2 + len(ledger.RECORDS) + callbacks and len({row.count("|") for row in rows}) == 1
 
 
 def test_verify_imports_neither_torch_nor_megatron():
@@ -138,6 +143,8 @@ def test_the_lock_and_the_ledger_have_to_name_the_same_symbols():
 def test_show():
     done = cli("show", "entry.parse-args")
     assert done.returncode == 0 and "-def parse_args(" in done.stdout and "+def choose_patches(" in done.stdout
+    done = cli("show", "hook.validate-args")
+    assert done.returncode == 0 and "+def for_cpu(" in done.stdout and "+def with_sharding(" in done.stdout
     done = cli("show", "no.such")
     assert done.returncode == 1 and "there is no patch 'no.such'" in done.stderr
 
@@ -150,7 +157,7 @@ def test_bump_over_a_doctored_copy(copy):
     assert done.returncode == 1
     assert any(line.split() == ["changed", "entry.parse-args"] for line in lines)
     assert any(line.split() == ["gone", "entry.checkpoint-digest"] for line in lines)
-    assert any(line.split() == ["same", "entry.rank-agreement"] for line in lines)
+    assert any(line.split() == ["same", "hook.initialize"] for line in lines)
     assert '    -    """Parse all arguments."""' in lines and '    +    """Parse them."""' in lines
     before = lock.PATH.read_bytes()
     done = cli("bump", "--write", copy)

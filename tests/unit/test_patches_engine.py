@@ -14,7 +14,7 @@ from patches.errors import (
     StaleAlias,
     UnknownTarget,
 )
-from tests.unit.patch_bed import record
+from tests.unit.patch_bed import callback, hook, record
 
 pytest_plugins = ["tests.unit.patch_bed"]
 
@@ -143,13 +143,11 @@ def test_nested_class(up):
     assert up.Owner.Nested().deep(4) == 4
 
 
-def test_wraps_stack_in_order_and_mark_what_they_wrap(up):
+def test_callbacks_of_a_hook_nest_in_order_and_mark_what_they_call(up):
     original = up.f
-    records = [
-        record("planted_up:f", "planted_impl:wrap", "wrap", id="planted.inner"),
-        record("planted_up:f", "planted_impl:bare_wrap", "wrap", id="planted.outer"),
-    ]
-    applied = engine.apply(records)
+    both = hook("planted_up:f", callback("planted_impl:wrap"), callback("planted_impl:bare_wrap", id="planted.outer"))
+    applied = engine.apply([both])
+    assert len(applied.bindings) == 1, "the place is bound once"
     assert up.f(1) == ("bare", ("wrapped", 1))
     assert up.f.__wrapped__.__wrapped__ is original and up.f.__name__ == "f"
     applied.undo()
@@ -194,19 +192,18 @@ def test_contexts_and_bindings_are_undone_in_one_reverse_order(up, bed):
 
         @contextlib.contextmanager
         def look():
-            seen.append(planted_up.f(1))
+            seen.append((planted_up.f(1), planted_up.g(1)))
             yield
-            seen.append(planted_up.f(1))
+            seen.append((planted_up.f(1), planted_up.g(1)))
     """
     looker = bed.load("planted_looker", source)
     records = [
         record("planted_up:f", "planted_impl:wrap", "wrap", id="planted.a"),
         record("planted_up", "planted_looker:look", "context", id="planted.b"),
-        record("planted_up:f", "planted_impl:wrap", "wrap", id="planted.c"),
-        record("planted_up:f", "planted_impl:wrap", "wrap", id="planted.d"),
+        record("planted_up:g", "planted_impl:wrap", "wrap", id="planted.c"),
     ]
     engine.apply(records).undo()
-    assert looker.seen == [("wrapped", 1), ("wrapped", 1)] and up.f(1) == 1
+    assert looker.seen == [(("wrapped", 1), -1)] * 2 and (up.f(1), up.g(1)) == (1, -1)
 
 
 def test_all_or_nothing(up, bed):
@@ -257,11 +254,20 @@ def test_missing_module_of_a_context(up):
         engine.apply([record("planted_nowhere", "planted_impl:context", "context")])
 
 
-def test_two_replacements_are_refused(up):
-    a, b = record("planted_up:f", id="planted.a"), record("planted_up:f", id="planted.b")
+@pytest.mark.parametrize("first", ["replace", "wrap", "hook"])
+@pytest.mark.parametrize("second", ["replace", "wrap", "hook"])
+def test_two_records_on_one_place_are_refused(up, first, second):
+    def one(action, name):
+        if action == "hook":
+            return hook("planted_up:f", callback("planted_impl:wrap", id=f"planted.of-{name}"), id=f"planted.{name}")
+        return record(
+            "planted_up:f", f"planted_impl:{'wrap' if action == 'wrap' else 'impl'}", action, id=f"planted.{name}"
+        )
+
+    a, b = one(first, "a"), one(second, "b")
     with pytest.raises(Conflict, match=r"planted\.a and planted\.b cannot both have planted_up:f"):
         engine.apply([a, b])
-    with pytest.raises(Conflict, match="both replace it"):
+    with pytest.raises(Conflict, match="one place holds one patch"):
         engine.apply([b], active=[a])
     assert up.f(1) == 1
 
@@ -279,19 +285,6 @@ def test_one_place_under_two_labels_is_refused(up, bed):
     with pytest.raises(Conflict, match=r"planted_up:Owner\.static is the same place"):
         engine.apply([a, b])
     assert user.Owner.static(1) == 1
-
-
-def test_replacement_after_a_wrap_is_refused(up):
-    wrap = record("planted_up:f", "planted_impl:wrap", "wrap", id="planted.a")
-    with pytest.raises(Conflict, match="the wrap would be lost"):
-        engine.apply([wrap, record("planted_up:f", id="planted.b")])
-
-
-def test_a_wrap_over_a_replacement_is_fine(up):
-    wrap = record("planted_up:f", "planted_impl:wrap", "wrap", id="planted.b")
-    applied = engine.apply([record("planted_up:f", id="planted.a"), wrap])
-    assert up.f(1) == ("wrapped", ("ours", 1))
-    applied.undo()
 
 
 def test_drifted_body_is_refused_before_anything_changes(bed, up):
@@ -325,6 +318,32 @@ def test_reapplying_is_a_no_op(up):
     assert up.f(1) == ("wrapped", 1)
     session_.undo(first)
     assert up.f(1) == 1 and session_.records == ()
+
+
+def test_callbacks_are_chosen_one_by_one(up, bed, own_session):
+    from argparse import Namespace
+
+    bed.load("planted_when", "def a(args):\n    return args.a\ndef b(args):\n    return args.b\n")
+    both = hook(
+        "planted_up:f",
+        callback("planted_impl:wrap", id="planted.in", when="planted_when:a"),
+        callback("planted_impl:bare_wrap", id="planted.out", when="planted_when:b"),
+    )
+    for a, b, found in (
+        (False, False, 1),
+        (True, False, ("wrapped", 1)),
+        (False, True, ("bare", 1)),
+        (True, True, ("bare", ("wrapped", 1))),
+    ):
+        with session.applied(both, Namespace(a=a, b=b)):
+            assert up.f(1) == found and list(own_session.hashes) == ["planted.in"] * a + ["planted.out"] * b
+            if a:
+                with session.applied(both, Namespace(a=True, b=False)) as again:
+                    assert again.records == (), "what is applied already is skipped"
+            if a and not b:
+                with pytest.raises(Conflict), session.applied(both):
+                    pass
+        assert up.f(1) == 1
 
 
 def test_applied_for_tests_restores_on_error(up, own_session):

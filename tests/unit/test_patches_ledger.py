@@ -12,15 +12,18 @@ from patches.engine import digest
 from patches.engine.place import implementation, load
 from patches.errors import Conflict, LedgerError, PatchError, RankMismatch
 from patches.upstream import lock, wheel
-from tests.unit.patch_bed import record
+from tests.unit.patch_bed import callback, hook, record
 
 pytest_plugins = ["tests.unit.patch_bed"]
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("entry", ledger.RECORDS, ids=lambda r: r.id)
-def test_every_record_is_whole(entry):
+PARTS = [part for one in ledger.RECORDS for part in one.parts]
+
+
+@pytest.mark.parametrize("entry", PARTS, ids=lambda part: part.id)
+def test_every_record_and_callback_is_whole(entry):
     assert entry.why.endswith(".") and callable(implementation(entry)) and callable(load(entry.when, "predicate"))
     path, *names = entry.test.split("::")
     scope = ast.parse((ROOT / path).read_text()).body
@@ -50,13 +53,15 @@ def test_lock_round_trip(tmp_path):
     [
         ({"id": "other.one"}, r"`planted\.short-name`"),
         ({"why": " "}, "why is empty"),
-        ({"action": "swap"}, "none of replace, wrap, context"),
+        ({"action": "swap"}, "none of replace, wrap, hook, context"),
         ({"stage": "late"}, "neither start nor flags"),
         ({"target": "planted_up"}, "is not `module:Qual.name`"),
         ({"action": "context", "target": "a:b"}, "is not a module name"),
         ({"action": "context", "target": "a", "aliases": ("a:b",)}, "a context has no aliases"),
         ({"impl": "planted_impl"}, "impl 'planted_impl'"),
         ({"aliases": ("planted_up:f",)}, "named twice"),
+        ({"action": "hook"}, "a hook has no impl, when, test and remove_when"),
+        ({"callbacks": (callback("a:f"),)}, "only a hook has callbacks"),
     ],
 )
 def test_malformed_records(fields, text):
@@ -69,7 +74,7 @@ def test_contradictions_in_the_ledger():
     assert ledger.checked([one]) == (one,)
     with pytest.raises(LedgerError, match="its id is used twice"):
         ledger.checked([one, one])
-    with pytest.raises(Conflict, match="both replace it"):
+    with pytest.raises(Conflict, match="one place holds one patch"):
         ledger.checked([one, record("a:f", "patches.engine.place:load", id="planted.two")])
     with pytest.raises(LedgerError, match=r"patches\.nowhere, which does not exist"):
         ledger.checked([record("a:f", "patches.nowhere:f")])
@@ -77,8 +82,40 @@ def test_contradictions_in_the_ledger():
         ledger.checked([record("a:f", "patches.engine.place:load", when="planted_nowhere:f")])
 
 
+def test_callbacks_find_their_hook_in_the_order_of_systems():
+    inner = callback("patches.engine.place:load")
+    outer = callback("patches.engine.place:load", id="planted.outer")
+    (joined,) = ledger.with_callbacks([hook("a:f")], [inner, outer])
+    assert joined.callbacks == (inner, outer) and ledger.checked([joined]) == (joined,)
+    assert ledger.without([joined], inner.id) == (hook("a:f", outer),) and ledger.without([joined], joined.id) == ()
+    with pytest.raises(LedgerError, match=r"there is no hook 'planted\.one'"):
+        ledger.with_callbacks([], [inner])
+    with pytest.raises(LedgerError, match="no system registers a callback"):
+        ledger.with_callbacks([hook("a:f")], [])
+    with pytest.raises(LedgerError, match="its id is used twice"):
+        ledger.checked([joined, hook("a:g", callback("patches.engine.place:load"), id="planted.two")])
+
+
+def test_malformed_callbacks():
+    for fields, text in (({"id": "one"}, "system"), ({"why": ""}, "why is empty"), ({"when": "a"}, "when 'a'")):
+        with pytest.raises(LedgerError, match=text):
+            callback("a:f", **fields)
+
+
 def test_ids_are_found():
     assert ledger.by_id("entry.parse-args").action == "wrap"
+    found = ledger.by_id("usp.arguments")
+    assert found.id == "hook.validate-args" and [one.id for one in found.callbacks] == ["usp.arguments"]
+    (both,) = ledger.merged([found, ledger.by_id("cpu.arguments")])
+    assert [one.id for one in both.callbacks] == ["cpu.arguments", "usp.arguments"], "in the ledger's order"
+
+
+def test_upstreams_entry_points_are_hooked_once_each():
+    places = [place for one in ledger.RECORDS if one.action != "context" for place in one.places]
+    assert len(places) == len(set(places))
+    hooked = {one.target.partition(":")[2]: [c.id for c in one.callbacks] for one in ledger.RECORDS if one.callbacks}
+    assert hooked["validate_args"] == [f"{system}.arguments" for system in ("cpu", "data", "seq1f1b", "usp", "paro")]
+    assert hooked["initialize_megatron"][-1] == "entry.rank-agreement", "ranks are compared once they are connected"
 
 
 def test_no_cuda_predicate(monkeypatch):
@@ -98,7 +135,7 @@ def test_digest_moves_with_everything_that_matters(bed):
 
     def of(**fields) -> str:
         patch = record("megatron.planted.mod:f", **fields)
-        return digest.of(patch, engine.verified([patch], bed.lock(patch), engine.Upstream()))
+        return digest.of(patch, patch, engine.verified([patch], bed.lock(patch), engine.Upstream()))
 
     base = of()
     assert base == of(why="Another sentence.") and len(base) == digest.LENGTH

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.longseq.pipeline.plan.segment_cost import (
@@ -21,7 +21,6 @@ SMALL = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_leng
 
 
 @given(st.integers(0, 60), st.integers(0, 60), st.none() | st.integers(0, 70))
-@settings(max_examples=300, deadline=None)
 def test_cells_are_the_pairs_of_the_mask(begin, length, window):
     """Upstream's mask: key j is seen by query i where i - window <= j <= i."""
     end = begin + length

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from hypothesis import assume, settings
+from hypothesis import assume
 from hypothesis import given as given_
 from hypothesis import strategies as st
 
@@ -86,7 +86,6 @@ PATTERNS = st.none() | st.tuples(*[st.booleans()] * 4)
 
 
 @given_(SHAPES, PATTERNS, st.integers(1, 8))
-@settings(max_examples=200, deadline=None)
 def test_the_closed_form_is_what_bisection_finds(shape, pattern, segments):
     if shape.window is not None and pattern is not None:
         shape = dataclasses.replace(shape, windowed=pattern)
@@ -116,7 +115,6 @@ def test_the_closed_form_is_what_bisection_finds(shape, pattern, segments):
 
 
 @given_(SHAPES, st.integers(1, 8), st.sampled_from([1, 2, 3, 8, 24]))
-@settings(max_examples=200, deadline=None)
 def test_any_shape_is_cut_into_whole_aligned_segments(shape, segments, multiple):
     shape = dataclasses.replace(shape, seq_length=shape.seq_length // multiple * multiple)
     assume(shape.seq_length >= segments * multiple)

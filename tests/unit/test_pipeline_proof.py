@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.longseq.pipeline.plan.generators import forward_only, make
@@ -192,7 +192,6 @@ def test_what_runs_with_blocking_sends():
     assert not prove(make(pipeline, zero_bubble=True, slack=1)).runs_blocking
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_two_swapped_actions_are_refused_or_legal_by_plain_rules(data):
     """Swap any two actions of a rank: refused exactly if some plain rule is broken."""
@@ -280,7 +279,6 @@ def executed(schedule: Schedule) -> bool:
     return all(rank.losses == list(range(pipeline.microbatches)) for rank in ranks)
 
 
-@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_what_the_proof_accepts_runs_in_a_model_of_the_executor(data):
     """Exchange actions on one rank or on all: what is accepted draws the right samples, has its keys, and ends."""

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron.longseq.distributed import options_like
+from megatron.longseq.distributed import same_backend_options
 from patches.environment import has_one_queue
 
 NCCL = pytest.mark.skipif(not dist.is_nccl_available(), reason="needs a torch with NCCL")
@@ -21,16 +21,16 @@ def test_ours_have_upstreams_options(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_backend", lambda group: "nccl")
     theirs = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     theirs.config.cga_cluster_size, theirs.config.max_ctas, theirs.config.min_ctas = 2, 16, 4
-    ours = options_like(group(theirs))
+    ours = same_backend_options(group(theirs))
     assert ours is not theirs, "torch writes each group's ranks and name into its own"
     assert ours.is_high_priority_stream
     assert (ours.config.cga_cluster_size, ours.config.max_ctas, ours.config.min_ctas) == (2, 16, 4)
-    assert not options_like(group(dist.ProcessGroupNCCL.Options())).is_high_priority_stream
+    assert not same_backend_options(group(dist.ProcessGroupNCCL.Options())).is_high_priority_stream
 
 
 def test_other_backends_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_backend", lambda group: "gloo")
-    assert options_like(group(None)) is None
+    assert same_backend_options(group(None)) is None
 
 
 @pytest.mark.parametrize(("text", "said"), [(None, False), ("1", True), ("8", False)])

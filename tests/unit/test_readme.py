@@ -1,4 +1,4 @@
-"""The README keeps its word: its table of patches is the ledger's, its links and files exist."""
+"""The pages keep their word: the table of patches is the ledger's, links and files exist."""
 
 import re
 import subprocess
@@ -13,7 +13,8 @@ def test_table_of_patches_is_the_ledgers() -> None:
     listed = subprocess.run(
         [sys.executable, "-m", "patches", "list", "--markdown"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    table = README.split("<!-- patches: begin -->\n")[1].split("<!-- patches: end -->")[0]
+    page = (ROOT / "docs" / "patches.md").read_text()
+    table = page.split("<!-- patches: begin -->\n")[1].split("<!-- patches: end -->")[0]
     assert table == listed.stdout, "write it anew: python -m patches list --markdown"
 
 

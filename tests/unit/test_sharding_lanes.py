@@ -278,9 +278,9 @@ def test_threads_end_with_the_lanes_that_nobody_has(is_overlapped: bool) -> None
 def test_a_process_ends_though_a_collective_does_not() -> None:
     script = """
 import threading
-from megatron.longseq.sharding.runtime.comm_streams import ThreadLane
+from megatron.longseq.sharding.runtime.comm_streams import CommThread
 begun = threading.Event()
-lane = ThreadLane("stuck")
+lane = CommThread("stuck")
 lane.put(lambda: (begun.set(), threading.Event().wait()), None)
 assert begun.wait(10)
 """

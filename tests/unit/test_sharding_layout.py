@@ -1,7 +1,7 @@
 """Where parameters lie: whole buckets of whole units, every parameter once, every bucket in equal shards."""
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.longseq.sharding.runtime.bucket_layout import BUCKET_ALIGNMENT, PARAM_ALIGNMENT, by_unit, lay_out, unit_of
@@ -36,7 +36,6 @@ def test_units_keep_their_parameters_in_order() -> None:
     assert list(units) == ["embedding", "decoder.layers.0", "decoder.layers.1", "output_layer"]
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.lists(st.integers(1, 500), min_size=1, max_size=4), min_size=1, max_size=5),
     st.integers(1, 12),
@@ -59,7 +58,6 @@ def test_every_parameter_has_its_place(sizes: list[list[int]], ranks: int, at_le
     assert [begin for begin, _ in made.bounds] == [0, *(after for _, after in made.bounds[:-1])]
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.lists(st.lists(st.integers(1, 500), min_size=1, max_size=4), min_size=1, max_size=5), st.booleans())
 def test_buckets_end_where_units_do(sizes: list[list[int]], alone: bool) -> None:
     named = model(sizes)

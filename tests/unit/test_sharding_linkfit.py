@@ -4,7 +4,7 @@ import random
 from math import inf
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.longseq.sharding.plan.collectives import Collective, CollectiveKind, CollectivesMode, Scope, nontrivial
@@ -105,7 +105,6 @@ def test_a_time_of_nothing_is_refused() -> None:
 FAR = LinkSpeeds(LinkSpeed(1e10, 1e-6), LinkSpeed(5e8, 1e-6), channels=1)
 
 
-@settings(deadline=None)
 @given(
     kinds, st.integers(1, 4), st.integers(1, 4), st.lists(st.floats(1, 1e8), min_size=1, max_size=6), st.floats(0, 0.5)
 )

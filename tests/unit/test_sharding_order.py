@@ -3,7 +3,7 @@
 from itertools import zip_longest
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.longseq.sharding.plan.collectives import (
@@ -109,7 +109,6 @@ def clock(turns: list[QueuedCollective], links: LinkSpeeds) -> float:
     return max(reached.values())
 
 
-@settings(deadline=None)
 @given(kinds, st.integers(1, 12), st.floats(0.05, 20), st.integers(1, 3))
 def test_coming_back_soon_costs_one_phase_inside_at_most(
     kind: CollectiveKind, buckets: int, slower: float, lag: int

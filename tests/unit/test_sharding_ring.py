@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.longseq.sharding.plan.collectives import CollectiveKind, CollectivesMode, Scope, full_collective
@@ -49,7 +49,6 @@ def test_every_plan_up_to_8_groups_of_8_is_its_collective(
         assert sum(proof.sent.values()) == 2 * (groups.ranks - 1) * (2 if kind is CollectiveKind.ALL_REDUCE else 1)
 
 
-@settings(max_examples=25, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 4), kinds, modes, st.integers(1, 5))
 def test_any_number_of_buckets(
     size: int, count: int, kind: CollectiveKind, mode: CollectivesMode, buckets: int
@@ -230,7 +229,6 @@ def test_the_published_times(
     assert ours == pytest.approx(closed - 8 * 3e-6 + paid + min(inside, between) * 0, rel=0.05)
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     st.integers(2, 5),
     st.integers(2, 5),
@@ -297,7 +295,7 @@ def test_it_wins_where_links_differ_and_falls_back_where_they_do_not(kind: Colle
     assert times[CollectivesMode.HIERARCHICAL] > times[CollectivesMode.OVERLAPPED]
     fast = LinkSpeeds(LinkSpeed(200e9, 3e-6), LinkSpeed(25e9, 15e-6), channels=8)  # a flat ring over 8 network cards
     margin = 0.2 if kind is CollectiveKind.ALL_REDUCE else 0.05
-    assert choose_mode(kind, RankGroups(16, 8), fast, [4e6] * 8, margin=margin) is CollectivesMode.FLAT
+    assert choose_mode(kind, RankGroups(16, 8), fast, [32e6], margin=margin) is CollectivesMode.FLAT
     for single in (RankGroups(4, 1), RankGroups(4, 4), RankGroups(1, 1)):
         assert choose_mode(kind, single, shared, shards) is CollectivesMode.FLAT, "there is one level alone"
 

@@ -198,10 +198,10 @@ def data_config(case: list[str]) -> dict[str, Any]:
     patches.start()
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron.longseq import pretrain_gpt as gpt
+    from megatron.longseq import pretrain_gpt
 
     sys.argv = ["pretrain_gpt.py", *case]
-    made = gpt.dataset_config(parse_and_validate_args())
+    made = pretrain_gpt.dataset_config(parse_and_validate_args())
     return {field.name: getattr(made, field.name) for field in dataclasses.fields(made) if field.name != "tokenizer"}
 
 
@@ -292,7 +292,7 @@ def test_a_flag_without_effect_is_told(word: str) -> None:
 
 # What our systems run in the place of upstream's: (modules and their functions or classes, our folders, what of the
 # configuration ours leave aside, and why)
-WARNS = "unlike.py"  # reads flags to say where upstream's attention differs: no evidence that ours serves them
+WARNS = "differences.py"  # reads flags to say where upstream's attention differs: no evidence that ours serves them
 SCHEDULES = "core/pipeline_parallel/schedules.py"
 REPLACED: dict[str, tuple[dict[str, tuple[str, ...]], tuple[str, ...], dict[str, str]]] = {
     "pipeline": (

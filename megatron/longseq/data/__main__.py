@@ -1,4 +1,4 @@
-"""Command line of data preparation: `prepare`, `stdlib`, `flags`, `inspect`."""
+"""Convert text or jsonl files into upstream's indexed data sets, and inspect them."""
 
 import argparse
 import shlex
@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron.longseq.data import DataError, corpus, manifest, splits
-from megatron.longseq.data.encode import Options
-from megatron.longseq.data.pool import available_cores
-from megatron.longseq.data.prepare import Request, prepare
+from megatron.longseq.data.encode import EncodeOptions, available_cores
+from megatron.longseq.data.prepare import PrepareRequest, prepare
 from megatron.longseq.data.tokenizer import TokenizerSpec, byte_spec, file_spec, load
 from megatron.longseq.data.write import indexed_dataset
 
@@ -18,7 +17,11 @@ STDLIB_SEED = 1234
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit status: 0 done, 1 refused, 130 interrupted."""
+    """Run one command.
+
+    Returns:
+        The exit status: 0 for success, 1 for a refused input, 130 after an interrupt.
+    """
     args = _parser().parse_args(argv)
     try:
         args.run(args)
@@ -26,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; finished shards are kept, the same command goes on from them", file=sys.stderr)
+        print("interrupted; finished shards are kept, and the same command resumes from them", file=sys.stderr)
         return 130
     return 0
 
@@ -34,27 +37,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m megatron.longseq.data", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    make = commands.add_parser("prepare", help="text or jsonl, files or folders, to upstream's .bin/.idx")
+    make = commands.add_parser("prepare", help="convert text or jsonl files to upstream's .bin and .idx")
     make.add_argument("inputs", nargs="+", metavar="INPUT", help="files, or folders that are searched recursively")
-    make.add_argument("--glob", action="append", default=[], help="in folders, take only these files (repeatable)")
-    make.add_argument("--format", choices=("auto", "text", "jsonl"), default="auto", help="auto: by suffix")
-    make.add_argument("--json-key", default="text", help="the key of a jsonl line that holds the document")
+    make.add_argument(
+        "--glob",
+        action="append",
+        default=[],
+        help="in folders, take only files that match this pattern; may be repeated",
+    )
+    make.add_argument("--format", choices=("auto", "text", "jsonl"), default="auto", help="auto: chosen by suffix")
+    make.add_argument("--json-key", default="text", help="key of the document in a jsonl line")
     make.add_argument("--shuffle-seed", type=int, help="shuffle the documents with this seed (default: keep the order)")
-    make.add_argument("--skip-malformed", action="store_true", help="count and list malformed documents, go on")
+    make.add_argument(
+        "--skip-malformed", action="store_true", help="leave malformed documents out, and count and list them"
+    )
     make.set_defaults(run=_prepare)
-    stdlib = commands.add_parser("stdlib", help="the sources of this interpreter's standard library, shuffled")
+    stdlib = commands.add_parser("stdlib", help="convert the sources of this interpreter's standard library, shuffled")
     stdlib.add_argument("--shuffle-seed", type=int, default=STDLIB_SEED)
-    # A source file in another encoding is Python's business, not the user's.
+    # The user cannot repair source files in another encoding, so they are skipped.
     stdlib.set_defaults(run=_prepare, inputs=None, json_key="text", skip_malformed=True)
     for command in (make, stdlib):
         _add_output_arguments(command)
     flags = commands.add_parser("flags", help="print upstream's flags that train on an output")
     flags.set_defaults(run=_flags)
-    inspect = commands.add_parser("inspect", help="print an output's statistics, and one document as text")
+    inspect = commands.add_parser("inspect", help="print the statistics of an output, or one document as text")
     inspect.add_argument(
-        "--document", type=int, metavar="I", help="decode this document (from 0, negative from the end)"
+        "--document", type=int, metavar="I", help="print this document; counted from 0, negative numbers from the end"
     )
-    inspect.add_argument("--tokenizer-model", help="the tokenizer file, where it no longer lies where it was")
+    inspect.add_argument("--tokenizer-model", help="path of the tokenizer file, if it was moved")
     inspect.set_defaults(run=_inspect)
     for command in (flags, inspect):
         command.add_argument("prefix", metavar="PREFIX")
@@ -62,14 +72,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_output_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx, PREFIX.json")
+    command.add_argument(
+        "--output", required=True, metavar="PREFIX", help="write PREFIX.bin, PREFIX.idx and PREFIX.json"
+    )
     command.add_argument("--tokenizer-model", metavar="FILE", help="a Hugging Face tokenizer.json (default: bytes)")
-    command.add_argument("--eod-token", help="the token that ends a document (default: eos_token of its config)")
-    command.add_argument("--no-special-tokens", action="store_true", help="no BOS etc. from the tokenizer file")
+    command.add_argument("--eod-token", help="token that ends a document (default: eos_token of its config)")
+    command.add_argument("--no-special-tokens", action="store_true", help="do not add BOS and other tokens of the file")
     command.add_argument("--append-eod", action=argparse.BooleanOptionalAction, default=True)
     command.add_argument("--workers", type=_positive(int), default=available_cores(), help="processes (default: cores)")
-    command.add_argument("--shard-mb", type=_positive(float), help="unit of work and resumption (default: by input)")
-    command.add_argument("--overwrite", action="store_true", help="rebuild an output that was made from something else")
+    command.add_argument("--shard-mb", type=_positive(float), help="size of a shard in MB (default: by input)")
+    command.add_argument("--overwrite", action="store_true", help="rebuild an output made from something else")
 
 
 def _positive(kind: type[int] | type[float]) -> Any:
@@ -88,38 +100,38 @@ def _prepare(args: argparse.Namespace) -> None:
         if args.inputs is None
         else corpus.find_files(args.inputs, args.glob, None if args.format == "auto" else args.format)
     )
-    request = Request(
+    request = PrepareRequest(
         files=files,
         prefix=args.output,
         tokenizer=_tokenizer(args),
-        options=Options(args.json_key, args.append_eod, args.skip_malformed, args.shuffle_seed),
+        options=EncodeOptions(args.json_key, args.append_eod, args.skip_malformed, args.shuffle_seed),
         workers=args.workers,
         overwrite=args.overwrite,
         shard_bytes=None if args.shard_mb is None else max(int(args.shard_mb * 1e6), 1),
     )
-    # Beside PREFIX.bin upstream keeps its own folder, PREFIX/cache: that one may be there.
+    # Upstream keeps its cache in PREFIX/cache, so a folder PREFIX with a cache may exist.
     folder = Path(request.prefix)
     if request.prefix.endswith("/") or not folder.name or (folder.is_dir() and not (folder / "cache").is_dir()):
-        raise DataError(f"--output {args.output}: a prefix for three files is wanted, such as {args.output}/corpus")
+        raise DataError(f"--output {args.output}: give the prefix of three files, such as {args.output}/corpus")
     try:
         made = prepare(request)
     except OSError as error:
         raise DataError(f"{error.filename or args.output}: {error.strerror or error}") from error
     if made:
         _statistics(args.output)
-        _warn_of_few(manifest.read(args.output)["documents"])
+        _warn_about_empty_parts(manifest.read(args.output)["documents"])
         _flags(argparse.Namespace(prefix=args.output))
 
 
-def _warn_of_few(documents: int) -> None:
-    bare = splits.without_documents(splits.DEFAULT, documents)
-    if not bare:
+def _warn_about_empty_parts(documents: int) -> None:
+    empty = splits.empty_parts(splits.DEFAULT, documents)
+    if not empty:
         return
-    without = {1: "; there is nothing to validate on", 2: "; there is no test"}.get(documents, "")
+    without = {1: ", without validation", 2: ", without test data"}.get(documents, "")
     print(
-        f"warning: of {documents} document(s) upstream's default --split {splits.DEFAULT} gives {' and '.join(bare)} "
-        f"none, and a run with it is refused. The flags below give another one{without}. A text file is one document: "
-        "prepare .jsonl, one document a line, for more of them."
+        f"warning: upstream's default --split {splits.DEFAULT} assigns none of the {documents} document(s) to "
+        f"{' and '.join(empty)}, and a run with it is refused. The flags below contain another --split{without}. "
+        "A text file is one document; a .jsonl file with one document per line gives more of them."
     )
 
 
@@ -127,7 +139,7 @@ def _tokenizer(args: argparse.Namespace) -> TokenizerSpec:
     if args.tokenizer_model:
         return file_spec(args.tokenizer_model, args.eod_token, not args.no_special_tokens)
     if args.eod_token or args.no_special_tokens:
-        raise DataError("--eod-token and --no-special-tokens speak of a tokenizer file: give --tokenizer-model too")
+        raise DataError("--eod-token and --no-special-tokens require a tokenizer file: give --tokenizer-model too")
     return byte_spec()
 
 
@@ -141,7 +153,7 @@ def _statistics(prefix: str) -> None:
     lengths, tokenizer = content["lengths"], content["tokenizer"]
     print(f"{prefix}: {content['documents']:,} documents, {content['tokens']:,} tokens ({content['dtype']})")
     print("tokens per document: " + "  ".join(f"{name} {value:,}" for name, value in lengths.items()))
-    print(f"left out: {content['empty_documents']:,} empty, {content['malformed']['count']:,} malformed")
+    print(f"skipped: {content['empty_documents']:,} empty, {content['malformed']['count']:,} malformed")
     name = tokenizer["model"] or "bytes"
     print(f"tokenizer: {name}, vocabulary {tokenizer['vocab_size']:,}, end of document {tokenizer['eod_id']}")
 
@@ -158,7 +170,7 @@ def _inspect(args: argparse.Namespace) -> None:
     fields["model"] = args.tokenizer_model or fields["model"]
     tokenizer = load(TokenizerSpec(**fields))
     number = args.document % count
-    # The ids are a view into the data set's map: upstream unmaps it when the data set goes.
+    # The ids are a view of the memory-mapped data set, which upstream unmaps when the data set is deleted.
     dataset = indexed_dataset().IndexedDataset(args.prefix)
     ids = dataset[number].tolist()
     print(f"document {number}: {len(ids):,} tokens")

@@ -1,27 +1,43 @@
-"""One shard's work: read its documents, write their tokens and a record, each under its name only when whole."""
+"""Tokenize shards, in this process or in worker processes.
+
+A shard produces a file of token ids and a record. Both are renamed into place only when they are complete, so an
+interrupted run can resume from the finished shards.
+"""
 
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
+import signal
+import threading
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.longseq.data import DataError
-from megatron.longseq.data.reader import read_items
-from megatron.longseq.data.shards import Shard
+from megatron.longseq.data import MOST_SHOWN, DataError
+from megatron.longseq.data.shards import Shard, read_documents
 from megatron.longseq.data.tokenizer import Ids, Tokenizer, TokenizerSpec, load
 
-# Refusals shown before giving up.
-MOST_SHOWN = 20
-# Upstream's index holds a document's length as a signed 32-bit number.
-LONGEST = 2**31 - 1
+LONGEST = 2**31 - 1  # tokens per document: upstream's index stores the length as a signed 32-bit integer
+# Shards submitted to the pool per worker: enough to keep all workers busy, few enough to stop soon after an error.
+SUBMITTED_PER_WORKER = 4
 
 
 @dataclass(frozen=True)
-class Options:
-    """What changes the output beside inputs and tokenizer."""
+class EncodeOptions:
+    """Options that change the output, apart from the inputs and the tokenizer.
+
+    Attributes:
+        json_key: key of the text in a jsonl line.
+        append_eod: append the end-of-document id to each document.
+        skip_malformed: leave malformed documents out instead of refusing the input.
+        shuffle_seed: seed for shuffling the documents; None keeps their order.
+    """
 
     json_key: str = "text"
     append_eod: bool = True
@@ -31,7 +47,15 @@ class Options:
 
 @dataclass
 class ShardRecord:
-    """What one shard gave: counts, lines of each piece, malformed as `(piece, line in it from 0, reason)`."""
+    """The result of one shard.
+
+    Attributes:
+        documents: number of documents written.
+        tokens: number of tokens written.
+        empty: number of empty documents, which are left out.
+        lines: number of lines in each file range of the shard.
+        malformed: `(index of the file range, line in it counted from 0, reason)` of each malformed document.
+    """
 
     documents: int = 0
     tokens: int = 0
@@ -41,39 +65,48 @@ class ShardRecord:
 
 
 def shard_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
-    """Return the type of a shard's token file (our own intermediate; upstream chooses the output's type)."""
+    """Return the dtype of the ids in a shard's token file. Upstream chooses the dtype of the output."""
     return np.uint16 if vocab_size <= 1 << 16 else np.int32
 
 
 def token_path(folder: Path, index: int) -> Path:
-    """Return the path of a shard's tokens: raw ids, document after document."""
+    """Return the path of a shard's token file, which holds the ids of all documents without separators."""
     return folder / f"{index:08d}.tokens"
 
 
 def record_path(folder: Path, index: int) -> Path:
-    """Return the path of a shard's record: document lengths (eod counted) and a `ShardRecord`; there = shard done."""
+    """Return the path of a shard's record: document lengths and a `ShardRecord`. A shard with a record is finished."""
     return folder / f"{index:08d}.npz"
 
 
-def encode_shard(shard: Shard, spec: TokenizerSpec, options: Options, folder: Path) -> tuple[Shard, ShardRecord]:
-    """Write the shard's token file and record into `folder` and return the shard with its record.
+def encode_shard(shard: Shard, spec: TokenizerSpec, options: EncodeOptions, folder: Path) -> tuple[Shard, ShardRecord]:
+    """Tokenize the documents of a shard and write its token file and its record.
+
+    Args:
+        shard: the shard.
+        spec: the tokenizer.
+        options: how documents are read and written.
+        folder: the folder for both files.
+
+    Returns:
+        The shard and its record.
 
     Raises:
-        DataError: an input cannot be read.
+        DataError: an input cannot be read, or a file cannot be written.
     """
     tokenizer, record = load(spec), ShardRecord()
     lengths: list[int] = []
     unfinished = folder / f"{shard.index:08d}.{os.getpid()}.unfinished"
     try:
         with open(unfinished, "wb") as stream:
-            for number, piece in enumerate(shard.pieces):
+            for number, part in enumerate(shard.ranges):
                 lines = 0
-                for item in read_items(piece, options.json_key):
-                    lines = item.line + 1
-                    ids = _document(item.text, tokenizer, spec, options) if item.text else None
-                    reason = item.reason or _too_long(ids)
+                for document in read_documents(part, options.json_key):
+                    lines = document.line + 1
+                    ids = _encode_text(document.text, tokenizer, spec, options) if document.text else None
+                    reason = document.reason or _why_too_long(ids)
                     if reason:
-                        record.malformed.append((number, item.line, reason))
+                        record.malformed.append((number, document.line, reason))
                         if not options.skip_malformed and len(record.malformed) >= MOST_SHOWN:
                             return shard, record
                     elif ids is None or not len(ids):
@@ -95,35 +128,90 @@ def encode_shard(shard: Shard, spec: TokenizerSpec, options: Options, folder: Pa
 
 
 def read_record(folder: Path, index: int) -> tuple[NDArray[np.int64], ShardRecord]:
-    """Return a finished shard's document lengths and its record."""
+    """Return the document lengths of a finished shard, in tokens, and its record."""
     with np.load(record_path(folder, index)) as file:
         fields = json.loads(str(file["record"]))
-        fields["malformed"] = [(piece, line, reason) for piece, line, reason in fields["malformed"]]
+        fields["malformed"] = [(part, line, reason) for part, line, reason in fields["malformed"]]
         return file["lengths"], ShardRecord(**fields)
 
 
-def finished(folder: Path, index: int, itemsize: int) -> ShardRecord | None:
-    """Return the record of a shard that an earlier run finished, None if its files are missing or cut short."""
+def read_finished(folder: Path, index: int, itemsize: int) -> ShardRecord | None:
+    """Return the record of a shard that an earlier run finished, or None if its files are missing or truncated."""
     try:
         _, record = read_record(folder, index)
-        whole = token_path(folder, index).stat().st_size == record.tokens * itemsize
+        is_complete = token_path(folder, index).stat().st_size == record.tokens * itemsize
     except (OSError, ValueError, KeyError, EOFError):
         return None
-    return record if whole else None
+    return record if is_complete else None
 
 
-def _document(text: str, tokenizer: Tokenizer, spec: TokenizerSpec, options: Options) -> Ids:
-    kind = shard_dtype(spec.vocab_size)
-    ids: Ids = tokenizer.encode(text).astype(kind)
-    # A tokenizer file may append its own end: never two in a row.
+def _encode_text(text: str, tokenizer: Tokenizer, spec: TokenizerSpec, options: EncodeOptions) -> Ids:
+    dtype = shard_dtype(spec.vocab_size)
+    ids: Ids = tokenizer.encode(text).astype(dtype)
+    # A tokenizer file may append the end-of-document id itself. It must not appear twice.
     if options.append_eod and len(ids) and ids[-1] != spec.eod_id:
-        ids = np.concatenate([ids, np.array([spec.eod_id], dtype=kind)], dtype=kind)
+        ids = np.concatenate([ids, np.array([spec.eod_id], dtype=dtype)], dtype=dtype)
     return ids
 
 
-def _too_long(ids: Ids | None) -> str:
+def _why_too_long(ids: Ids | None) -> str:
     if ids is None or len(ids) <= LONGEST:
         return ""
     return (
         f"the document has {len(ids):,} tokens; upstream's index holds at most {LONGEST:,} for one document: split it"
     )
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def encode_all(
+    shards: Sequence[Shard], spec: TokenizerSpec, options: EncodeOptions, folder: Path, workers: int
+) -> Generator[tuple[Shard, ShardRecord]]:
+    """Tokenize the shards with up to `workers` processes.
+
+    Yields:
+        Each shard with its record, in the order given.
+
+    Raises:
+        DataError: an input cannot be read, or a worker process died.
+    """
+    workers = min(workers, len(shards))
+    if workers <= 1:
+        for shard in shards:
+            yield encode_shard(shard, spec, options, folder)
+        return
+    # The caller may have loaded torch, and forking a process that runs torch's threads can hang. Spawned workers import
+    # only NumPy.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    pending: list[Future[tuple[Shard, ShardRecord]]] = []
+    try:
+        for shard in shards:
+            pending.append(pool.submit(encode_shard, shard, spec, options, folder))
+            if len(pending) >= SUBMITTED_PER_WORKER * workers:
+                yield pending.pop(0).result()
+        while pending:
+            yield pending.pop(0).result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker process was killed from outside, perhaps because memory ran out. Finished shards are kept: run "
+            "the same command again, with fewer --workers or a smaller --shard-mb"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    # The parent handles Ctrl-C and lets running shards finish.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """End this worker when the parent is killed and cannot stop it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)

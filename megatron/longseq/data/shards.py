@@ -1,52 +1,72 @@
-"""The plan of work: files cut into shards of about equal bytes, large jsonl files by byte ranges at line boundaries."""
+"""Split the input files into shards of about equal size, and read the documents of a shard.
 
+Large jsonl files are split into byte ranges. A range owns the lines that begin in it, so planning reads no files.
+"""
+
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from megatron.longseq.data.corpus import Kind, SourceFile
+from megatron.longseq.data.corpus import FileFormat, SourceFile
 
-# Opening a file costs about as much as reading this many bytes: ten thousand tiny files are work too.
+# Opening a file costs about as much as reading this many bytes, so small files count as more than their size.
 FILE_COST = 4096
-SMALLEST, LARGEST, WANTED = 1 << 20, 256 << 20, 1024
+# Bounds of the default shard size in bytes, and the number of shards to aim for.
+SMALLEST, LARGEST, SHARDS = 1 << 20, 256 << 20, 1024
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Bytes `[start, stop)` of one file: a whole text file, or the lines of a jsonl file that begin in the range."""
+class FileRange:
+    """Bytes `[start, stop)` of a file: a whole text file, or the lines of a jsonl file that begin in the range."""
 
     path: str
-    kind: Kind
+    kind: FileFormat
     start: int
     stop: int
 
     @property
     def size(self) -> int:
-        """Bytes in the range."""
+        """Return the number of bytes in the range."""
         return self.stop - self.start
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One unit of work and of resumption; documents keep the order of the shards and of the pieces inside."""
+    """One unit of work, which is also the unit of resumption. Documents keep the order of the ranges."""
 
     index: int
-    pieces: tuple[Piece, ...]
+    ranges: tuple[FileRange, ...]
 
     @property
     def size(self) -> int:
-        """Bytes of input."""
-        return sum(piece.size for piece in self.pieces)
+        """Return the number of input bytes."""
+        return sum(part.size for part in self.ranges)
+
+
+@dataclass(frozen=True)
+class InputDocument:
+    """One document, or the reason why the input at this place is malformed.
+
+    Attributes:
+        line: line number, counted from 0 at the start of the file range.
+        text: the document; empty for an empty or a malformed one.
+        reason: why the document is malformed; empty if it is not.
+    """
+
+    line: int
+    text: str = ""
+    reason: str = ""
 
 
 def default_shard_bytes(files: Iterable[SourceFile]) -> int:
-    """Choose a shard size in bytes from the input alone (never from the number of workers)."""
+    """Choose a shard size in bytes. It depends on the input only, so that any number of workers can resume a run."""
     total = sum(file.size for file in files)
-    return min(max(total // WANTED, SMALLEST), LARGEST)
+    return min(max(total // SHARDS, SMALLEST), LARGEST)
 
 
-def plan(files: Sequence[SourceFile], shard_bytes: int) -> list[Shard]:
-    """Pack the files, in order, into shards of at least `shard_bytes` (the last one may be smaller).
+def plan_shards(files: Sequence[SourceFile], shard_bytes: int) -> list[Shard]:
+    """Pack the files in order into shards of at least `shard_bytes`. The last shard may be smaller.
 
     Raises:
         ValueError: `shard_bytes` is not positive.
@@ -54,35 +74,43 @@ def plan(files: Sequence[SourceFile], shard_bytes: int) -> list[Shard]:
     if shard_bytes < 1:
         raise ValueError(f"shard size {shard_bytes}: a shard needs at least one byte")
     shards: list[Shard] = []
-    pieces: list[Piece] = []
-    weight = 0
+    ranges: list[FileRange] = []
+    cost = 0
     for file in files:
-        for piece in _pieces(file, shard_bytes):
-            pieces.append(piece)
-            weight += piece.size + FILE_COST
-            if weight >= shard_bytes:
-                shards.append(Shard(len(shards), tuple(pieces)))
-                pieces, weight = [], 0
-    if pieces:
-        shards.append(Shard(len(shards), tuple(pieces)))
+        for part in _split_file(file, shard_bytes):
+            ranges.append(part)
+            cost += part.size + FILE_COST
+            if cost >= shard_bytes:
+                shards.append(Shard(len(shards), tuple(ranges)))
+                ranges, cost = [], 0
+    if ranges:
+        shards.append(Shard(len(shards), tuple(ranges)))
     return shards
 
 
-def _pieces(file: SourceFile, shard_bytes: int) -> Iterator[Piece]:
+def _split_file(file: SourceFile, shard_bytes: int) -> Iterator[FileRange]:
     step = shard_bytes if file.kind == "jsonl" else max(file.size, 1)
     for start in range(0, max(file.size, 1), step):
-        yield Piece(file.path, file.kind, start, min(start + step, file.size))
+        yield FileRange(file.path, file.kind, start, min(start + step, file.size))
 
 
 def owned_lines(stream: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
-    """Yield the lines (split at LF only, without it) that begin in bytes `[start, stop)` of a seekable stream.
+    """Yield the lines that begin in bytes `[start, stop)`.
 
-    Ranges that cover a file yield each of its lines exactly once, so ranges need no look at the file. A final LF
-    opens no further line.
+    Ranges that cover a file yield each of its lines exactly once. Lines end at LF only, and a final LF does not begin
+    another line.
+
+    Args:
+        stream: a seekable stream.
+        start: first byte of the range.
+        stop: byte after the range.
+
+    Yields:
+        Each line without its LF.
     """
     position = start
     if start > 0:
-        # The line under way at `start` belongs to an earlier range, unless the byte before `start` ended it.
+        # The line that contains byte start - 1 belongs to an earlier range, unless that byte is its LF.
         stream.seek(start - 1)
         position = start - 1 + len(stream.readline(stop - start + 1))
     else:
@@ -93,3 +121,65 @@ def owned_lines(stream: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
             return
         position += len(line)
         yield line.removesuffix(b"\n")
+
+
+def read_documents(part: FileRange, json_key: str) -> Iterator[InputDocument]:
+    """Yield one document per text file, or one per jsonl line. Blank lines are empty documents.
+
+    Args:
+        part: the file range to read.
+        json_key: key of the text in a jsonl line.
+    """
+    with open(part.path, "rb") as stream:
+        if part.kind == "text":
+            yield _from_text(stream.read(part.size))
+            return
+        for number, line in enumerate(owned_lines(stream, part.start, part.stop)):
+            yield _from_json(number, line, json_key)
+
+
+def _from_text(content: bytes) -> InputDocument:
+    try:
+        return InputDocument(0, text=content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return InputDocument(content.count(b"\n", 0, error.start), reason=_not_utf8(content, error))
+
+
+def _from_json(number: int, line: bytes, key: str) -> InputDocument:
+    line = line.rstrip()  # removes the CR of CRLF, which would appear in the parser's messages
+    if not line:
+        return InputDocument(number)
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return InputDocument(number, reason=_not_utf8(line, error))
+    except (ValueError, RecursionError) as error:
+        detail = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        return InputDocument(number, reason=f"not JSON: {detail}")
+    reason = _why_no_text(record, key)
+    return InputDocument(number, reason=reason) if reason else InputDocument(number, text=record[key])
+
+
+def _why_no_text(record: object, key: str) -> str:
+    if not isinstance(record, dict):
+        return f"expected a JSON object, found {_json_type(record)}"
+    if key not in record:
+        return f"no key {key!r} (its keys: {', '.join(sorted(record)[:8]) or 'none'})"
+    text = record[key]
+    if not isinstance(text, str):
+        return f"key {key!r} holds {_json_type(text)}, not a string"
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"key {key!r} holds a lone surrogate at character {error.start}, which UTF-8 cannot represent"
+    return ""
+
+
+def _not_utf8(content: bytes, error: UnicodeDecodeError) -> str:
+    column = error.start - content.rfind(b"\n", 0, error.start)
+    return f"invalid UTF-8: byte 0x{content[error.start]:02x} at byte {column} of the line"
+
+
+def _json_type(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")

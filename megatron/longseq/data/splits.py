@@ -1,4 +1,4 @@
-"""Which documents upstream's `--split` gives to training, validation and test, and a `--split` that serves them."""
+"""Compute which documents upstream's `--split` assigns to training, validation and test."""
 
 import json
 import re
@@ -7,21 +7,28 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 NAMES = ("train", "valid", "test")
-DEFAULT = "969,30,1"  # upstream's, where --data-path comes without --split
-MOCK = "1,1,1"  # upstream's, where --mock-data comes without --split
+DEFAULT = "969,30,1"  # upstream's default with --data-path
+MOCK = "1,1,1"  # upstream's default with --mock-data
 
 
-def shares(split: str, documents: int) -> list[range | None]:
-    """Return the documents of train, valid and test; None for a part whose number in `split` is 0.
+def split_ranges(split: str, documents: int) -> list[range | None]:
+    """Return the documents of the training, validation and test part.
 
-    Upstream rounds both ends of a part, so a small part of few documents may hold none of them.
+    Upstream rounds both ends of a part. A small part of few documents may therefore be empty.
+
+    Args:
+        split: value of upstream's --split.
+        documents: number of documents in the data set.
+
+    Returns:
+        A range for each part, or None for a part whose number in `split` is 0.
 
     Raises:
-        ValueError: `split` is not one to three numbers, or they add up to 0.
+        ValueError: `split` is not one to three numbers, or all are 0.
     """
     parts = [float(number) for number in re.findall(r"[.0-9]+", split)]
     if not 1 <= len(parts) <= len(NAMES) or sum(parts) <= 0:
-        raise ValueError(f"--split {split}: one to three numbers are wanted, not all of them 0, such as {DEFAULT}")
+        raise ValueError(f"--split {split}: give one to three numbers that are not all 0, such as {DEFAULT}")
     parts += [0.0] * (len(NAMES) - len(parts))
     ends = list(accumulate((part / sum(parts) for part in parts), initial=0.0))
     return [
@@ -30,20 +37,19 @@ def shares(split: str, documents: int) -> list[range | None]:
     ]
 
 
-def without_documents(split: str, documents: int) -> list[str]:
-    """Return the names of the parts that `split` asks for and that would hold no document."""
-    return [
-        name for name, share in zip(NAMES, shares(split, documents), strict=True) if share is not None and not share
-    ]
+def empty_parts(split: str, documents: int) -> list[str]:
+    """Return the names of the parts that `split` asks for but that would hold no document."""
+    ranges = split_ranges(split, documents)
+    return [name for name, part in zip(NAMES, ranges, strict=True) if part is not None and not part]
 
 
-def fitting(documents: int) -> list[str]:
-    """Return upstream's flags with which every part that is asked for holds a document; none if its default does.
+def suggest_split_flags(documents: int) -> list[str]:
+    """Return upstream's flags with which no part is empty, or no flags if upstream's default achieves that.
 
     Args:
-        documents: how many there are, at least 1. With one there is no validation, with two no test.
+        documents: number of documents, at least 1. One document leaves no validation part, two leave no test part.
     """
-    if not without_documents(DEFAULT, documents):
+    if not empty_parts(DEFAULT, documents):
         return []
     if documents == 1:
         return ["--split", "1,0,0", "--eval-iters", "0"]
@@ -54,24 +60,27 @@ def fitting(documents: int) -> list[str]:
 
 
 def parts_with_data(args: Namespace) -> dict[str, bool]:
-    """Return for train, valid and test whether upstream's data flags give it data; all False without any of the flags.
+    """Return which of the parts train, valid and test get data from upstream's data flags.
 
     Args:
         args: upstream's validated arguments.
+
+    Returns:
+        A bool for each part. All are False if no data flag is given.
 
     Raises:
         ValueError: --split is not one to three numbers.
     """
     if args.mock_data or args.data_path is not None or args.data_args_path is not None:
         split = args.split or (MOCK if args.mock_data else DEFAULT)
-        return dict(zip(NAMES, (share is not None for share in shares(split, 0)), strict=True))
+        return dict(zip(NAMES, (part is not None for part in split_ranges(split, 0)), strict=True))
     if args.per_split_data_args_path is not None:
-        return _parts_of_file(args.per_split_data_args_path)
+        return _parts_in_file(args.per_split_data_args_path)
     return {name: getattr(args, f"{name}_data_path") is not None for name in NAMES}
 
 
-def _parts_of_file(file: str) -> dict[str, bool]:
-    """Return which parts upstream's --per-split-data-args-path names; all, where it is not a file of this machine."""
+def _parts_in_file(file: str) -> dict[str, bool]:
+    """Return which parts upstream's --per-split-data-args-path names, or all if it is not a file on this machine."""
     try:
         content = json.loads(Path(file).read_text("utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Two tokenizers behind one interface: bytes (256 ids and the end of document), or a Hugging Face tokenizer file."""
+"""Tokenize by bytes or with a Hugging Face tokenizer file, through one interface."""
 
 import hashlib
 import json
@@ -19,10 +19,15 @@ BYTE_IDS = 256
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """Everything that fixes the ids: what a worker needs to load it, and what the manifest records.
+    """Everything that determines the ids. Workers load the tokenizer from it, and the manifest contains it.
 
-    `type` is `byte` or `huggingface`; `model` the file's path (empty for bytes); `sha256` of that file or, for bytes,
-    of the rule; `special_tokens` whether the file's own post-processor may add tokens (BOS and the like).
+    Attributes:
+        type: `byte` or `huggingface`.
+        vocab_size: number of ids.
+        eod_id: id of the end of a document.
+        sha256: hash of the tokenizer file, or of the rule of the byte tokenizer.
+        model: path of the tokenizer file; empty for bytes.
+        special_tokens: whether the file's post-processor may add tokens such as BOS.
     """
 
     type: str
@@ -34,26 +39,32 @@ class TokenizerSpec:
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back; `encode` returns one-dimensional integers in `[0, vocab_size)`, without the eod."""
+    """Convert text to ids and back."""
 
     def encode(self, text: str) -> Ids:
-        """Return the ids of a text."""
+        """Return the ids of a text, [tokens], each in `[0, vocab_size)`, without the end-of-document id."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, eod left out."""
+        """Return the text of ids, without the end-of-document id."""
 
 
 def byte_spec() -> TokenizerSpec:
-    """Return the byte-level tokenizer: id = byte of the UTF-8 text, 256 = end of document."""
+    """Return the byte tokenizer. Ids are the bytes of the UTF-8 text, and 256 ends a document."""
     rule = b"byte-level: the id is the byte of the UTF-8 text, end of document is 256"
     return TokenizerSpec("byte", BYTE_IDS + 1, BYTE_IDS, hashlib.sha256(rule).hexdigest())
 
 
 def file_spec(model: str, eod_token: str | None = None, special_tokens: bool = True) -> TokenizerSpec:
-    """Describe a Hugging Face `tokenizer.json`; the end of document is `eod_token`, else the `eos_token` of its config.
+    """Describe the tokenizer of a Hugging Face `tokenizer.json` file.
+
+    Args:
+        model: path of the file.
+        eod_token: the token that ends a document. None uses the `eos_token` of `tokenizer_config.json` in the same
+            folder.
+        special_tokens: whether the file's post-processor may add tokens such as BOS.
 
     Raises:
-        DataError: no such file, no tokenizer in it, or no end-of-document token.
+        DataError: the file does not exist or is not a tokenizer, or the end-of-document token is unknown.
     """
     path = Path(model).absolute()
     digest, tokenizer = _load_file(path)
@@ -61,29 +72,31 @@ def file_spec(model: str, eod_token: str | None = None, special_tokens: bool = T
     if token is None:
         special = [t.content for _, t in sorted(tokenizer.get_added_tokens_decoder().items()) if t.special]
         raise DataError(
-            f"tokenizer {path}: the file does not say which token ends a document and no tokenizer_config.json "
-            f"beside it does; name it with --eod-token (its special tokens: {', '.join(special[:12]) or 'none'})"
+            f"tokenizer {path}: neither this file nor a tokenizer_config.json in its folder says which token ends a "
+            f"document; give --eod-token (special tokens: {', '.join(special[:12]) or 'none'})"
         )
     eod_id = tokenizer.token_to_id(token)
     if eod_id is None:
         raise DataError(f"tokenizer {path}: its vocabulary has no token {token!r}; choose another --eod-token")
-    # Ids may have holes: the embedding needs a row for the highest one.
+    # Ids may have gaps. The embedding needs a row for the highest one.
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     return TokenizerSpec("huggingface", vocab_size, eod_id, digest, str(path), special_tokens)
 
 
 @lru_cache(maxsize=1)
 def load(spec: TokenizerSpec) -> Tokenizer:
-    """Load the tokenizer, once per process.
+    """Load the tokenizer. It is loaded once per process.
 
     Raises:
-        DataError: the tokenizer file is gone, or is not the one that the spec describes.
+        DataError: the tokenizer file is missing, or its content has changed.
     """
     if spec.type == "byte":
         return _Bytes()
     digest, tokenizer = _load_file(Path(spec.model))
     if digest != spec.sha256:
-        raise DataError(f"tokenizer {spec.model}: its content changed since it was described; put the old file back")
+        raise DataError(
+            f"tokenizer {spec.model}: its content has changed; restore the file that the output was made with"
+        )
     return _HuggingFace(tokenizer, spec)
 
 
@@ -112,16 +125,18 @@ def _load_file(path: Path) -> tuple[str, Any]:
     try:
         from tokenizers import Tokenizer as FileTokenizer
     except ModuleNotFoundError as error:
-        raise DataError(f"--tokenizer-model {path} needs the package `tokenizers`: pip install tokenizers") from error
+        raise DataError(
+            f"--tokenizer-model {path} requires the package `tokenizers`: pip install tokenizers"
+        ) from error
     try:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"--tokenizer-model {path}: {error.strerror}; give the path of a tokenizer.json") from error
     try:
         tokenizer = FileTokenizer.from_buffer(content)
-    except Exception as error:  # the library raises bare Exception
+    except Exception as error:  # the library raises no narrower type
         raise DataError(f"--tokenizer-model {path}: not a Hugging Face tokenizer file ({error})") from error
-    # A limit stored in the file would silently cut long documents, which are what this project is about.
+    # A length limit in the file would silently truncate long documents.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return hashlib.sha256(content).hexdigest(), tokenizer
@@ -134,5 +149,5 @@ def _eos_of_config(path: Path) -> str | None:
     try:
         token = json.loads(config.read_text("utf-8")).get("eos_token")
     except (ValueError, AttributeError) as error:
-        raise DataError(f"{config}: no JSON object ({error}); repair it or name the token with --eod-token") from error
+        raise DataError(f"{config}: not a JSON object ({error}); repair it, or give --eod-token") from error
     return token.get("content") if isinstance(token, dict) else token

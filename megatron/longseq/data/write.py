@@ -1,4 +1,4 @@
-"""The only module that touches upstream: its builder writes the `.bin/.idx`, and finished files take their names."""
+"""Write the output with upstream's builder, and move finished files into place. No other module imports upstream."""
 
 import importlib
 import os
@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from megatron.longseq.data.encode import read_record, shard_dtype, token_path
 
-# The order in which finished files take their final names: upstream opens a data set only when `.bin` and `.idx` are
-# both there, and the manifest comes last because it vouches for them.
+# The order in which finished files are renamed. Upstream opens a data set only if `.bin` and `.idx` both exist. The
+# manifest comes last, because its existence means that the other two are complete.
 SUFFIXES = (".bin", ".idx", ".json")
 
 
 def indexed_dataset() -> Any:
-    """Import upstream's module of that name (it brings torch: seconds), without its advice on training packages."""
+    """Import upstream's `indexed_dataset`, and torch with it. Warnings about missing packages are suppressed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module("megatron.core.datasets.indexed_dataset")
@@ -28,15 +28,23 @@ def indexed_dataset() -> Any:
 def merge(
     folder: Path, shards: int, vocab_size: int, shuffle_seed: int | None, advance: Callable[[int, int], None]
 ) -> tuple[NDArray[np.int64], str]:
-    """Write `folder/out.bin` and `folder/out.idx` from the finished shards, calling `advance(documents, tokens)` often.
+    """Write `folder/out.bin` and `folder/out.idx` from the finished shards.
 
-    Returns the document lengths in tokens, in the order written, and the name of the dtype that upstream chose.
+    Args:
+        folder: folder of the shards' files.
+        shards: number of shards.
+        vocab_size: number of ids, by which upstream chooses the dtype.
+        shuffle_seed: seed for shuffling the documents; None keeps their order.
+        advance: called regularly with the numbers of documents and tokens written since the last call.
+
+    Returns:
+        Tokens of each document in the order written, and the name of the dtype.
     """
     upstream = indexed_dataset()
     dtype = upstream.DType.optimal_dtype(vocab_size)
     builder = upstream.IndexedDatasetBuilder(str(folder / "out.bin"), dtype=dtype)
     lengths = [read_record(folder, index)[0] for index in range(shards)]
-    documents = _documents(folder, lengths, shard_dtype(vocab_size))
+    documents = _document_reader(folder, lengths, shard_dtype(vocab_size))
     order = _order(sum(map(len, lengths)), shuffle_seed)
     flat = np.concatenate(lengths)
     for done, number in enumerate(order, start=1):
@@ -47,16 +55,16 @@ def merge(
             advance(len(since), int(flat[since].sum()))
     builder.finalize(str(folder / "out.idx"))
     for suffix in (".bin", ".idx"):
-        _to_disk(folder / f"out{suffix}")
+        _fsync(folder / f"out{suffix}")
     return flat[order], str(dtype.__name__)
 
 
 def _order(count: int, seed: int | None) -> NDArray[np.int64]:
-    # RandomState's stream is frozen across NumPy versions; default_rng's is not.
+    # NumPy guarantees the same stream in all versions for RandomState, but not for default_rng.
     return np.arange(count) if seed is None else np.random.RandomState(seed).permutation(count)
 
 
-def _documents(
+def _document_reader(
     folder: Path, lengths: Sequence[NDArray[np.int64]], dtype: type[np.uint16] | type[np.int32]
 ) -> Callable[[int], NDArray[Any]]:
     first = np.cumsum([0] + [len(part) for part in lengths])
@@ -75,19 +83,19 @@ def _documents(
     return document
 
 
-def write_whole(path: Path, content: str) -> None:
-    """Write a text file so that it is there whole or not at all."""
+def write_atomically(path: Path, content: str) -> None:
+    """Write a text file under a temporary name and rename it, so that it is never incomplete."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(content, "utf-8")
-    _to_disk(unfinished)
+    _fsync(unfinished)
     os.replace(unfinished, path)
 
 
 def publish(folder: Path, prefix: str) -> None:
-    """Move `folder/out.*` to `prefix.*` and remove the folder; killed anywhere, a second call ends what is begun.
+    """Move `folder/out.*` to `prefix.*` and remove the folder. If this is interrupted, a second call completes it.
 
-    An older output goes first, so that no moment shows an index beside another index's data; with it go the sample
-    indices that upstream cached for it under `prefix/cache`, whose names do not depend on the data's content.
+    An older output is removed first, so that an index never exists with the data of another output. The sample indices
+    that upstream cached under `prefix/cache` are removed too, because their names do not depend on the data's content.
     """
     if (folder / "out.bin").exists():
         for suffix in reversed(SUFFIXES):
@@ -97,11 +105,11 @@ def publish(folder: Path, prefix: str) -> None:
     for suffix in SUFFIXES:
         if (folder / f"out{suffix}").exists():
             os.replace(folder / f"out{suffix}", prefix + suffix)
-    _to_disk(folder.parent)
+    _fsync(folder.parent)
     shutil.rmtree(folder)
 
 
-def _to_disk(path: Path) -> None:
+def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.longseq.distributed import Sent
+from megatron.longseq.distributed import SentCounter
 
 Message = tuple[int, Tensor]  # (index of the other rank in the group, contiguous tensor)
 
@@ -67,7 +67,7 @@ class GroupLane:
     """
 
     group: dist.ProcessGroup
-    sent: Sent = field(default_factory=Sent)
+    sent: SentCounter = field(default_factory=SentCounter)
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         """See `Lane.post`."""
@@ -92,7 +92,7 @@ class GroupExchange:
     """
 
     group: dist.ProcessGroup
-    sent: Sent = field(default_factory=Sent)
+    sent: SentCounter = field(default_factory=SentCounter)
 
     def all_to_all(self, sent: Tensor) -> Tensor:
         """See `Exchange.all_to_all`."""

@@ -11,7 +11,7 @@ from megatron.longseq.attention.plan.layout import Mesh
 from megatron.longseq.attention.runtime.comm import GroupExchange, GroupLane
 from megatron.longseq.attention.runtime.ring import RingLanes
 from megatron.longseq.attention.runtime.strategies import Spread
-from megatron.longseq.distributed import everyones, options_like
+from megatron.longseq.distributed import all_groups, same_backend_options
 
 LANES = ("keys", "grads", "far_keys", "far_grads")
 
@@ -23,9 +23,9 @@ def reordered(group: dist.ProcessGroup, mesh: Mesh, timeout: timedelta | None = 
     """
     mine = dist.get_process_group_ranks(group)
     made = None
-    for ranks in everyones(mine):
+    for ranks in all_groups(mine):
         ordered = list(mesh.ordered(ranks))
-        new = dist.new_group(ordered, timeout, dist.get_backend(group), options_like(group), sort_ranks=False)
+        new = dist.new_group(ordered, timeout, dist.get_backend(group), same_backend_options(group), sort_ranks=False)
         if ranks == tuple(mine):
             made = new
     assert made is not None, "this rank's own group is among everyone's"
@@ -47,7 +47,7 @@ def open_spreads(
         A spread for each name.
     """
     mine, is_gloo = tuple(dist.get_process_group_ranks(group)), dist.get_backend(group) == "gloo"
-    rank, lists = group.rank(), everyones(mine)
+    rank, lists = group.rank(), all_groups(mine)
     spreads: dict[str, Spread] = {}
     made: dict[tuple[int, int], Spread] = {}
     for name, way in ways.items():
@@ -83,7 +83,7 @@ def _make(
     mine = {}
     for ranks in groups:
         for name in names:
-            group = dist.new_group(list(ranks), timeout, dist.get_backend(like), options_like(like))
+            group = dist.new_group(list(ranks), timeout, dist.get_backend(like), same_backend_options(like))
             if dist.get_rank() in ranks:
                 mine[name] = group
                 _greet(group)

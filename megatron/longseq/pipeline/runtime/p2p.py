@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron.longseq.distributed import everyones, options_like
+from megatron.longseq.distributed import all_groups, same_backend_options
 from megatron.longseq.pipeline.plan.receives import Posts
 from megatron.longseq.pipeline.plan.schedule import Action, Kind, Schedule, source, target
 from megatron.longseq.pipeline.runtime.hang_report import Wait, Watch
@@ -61,10 +61,10 @@ def open_lanes(group: dist.ProcessGroup, virtual: int, timeout: timedelta | None
     mine, backend = dist.get_process_group_ranks(group), dist.get_backend(group)
     wraps = (False, True) if virtual > 1 else (False,)
     lanes = {}
-    for ranks in everyones(mine):  # torch wants every rank at the making of every group
+    for ranks in all_groups(mine):  # torch wants every rank at the making of every group
         for kind in (Kind.FORWARD, Kind.BACKWARD):
             for wrap in wraps:
-                lane = dist.new_group(list(ranks), timeout, backend, options_like(group))
+                lane = dist.new_group(list(ranks), timeout, backend, same_backend_options(group))
                 if ranks == tuple(mine):
                     lanes[kind, wrap] = lane
     for (kind, wrap), lane in lanes.items():

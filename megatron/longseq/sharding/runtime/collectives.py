@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.longseq.distributed import Sent
+from megatron.longseq.distributed import SentCounter
 from megatron.longseq.sharding.plan.collectives import Collective, CollectiveKind, Scope
 from megatron.longseq.sharding.plan.rank_groups import RankGroups
 from megatron.longseq.sharding.runtime.process_groups import Communicators
@@ -48,10 +48,10 @@ class CollectiveRunner:
         self._groups, self._communicators = groups, communicators
         self._group, self._number = divmod(communicators.member, groups.size)
         self._op = dist.ReduceOp.AVG if average else dist.ReduceOp.SUM
-        self._sent = {scope: Sent() for scope in Scope}
+        self._sent = {scope: SentCounter() for scope in Scope}
 
     @property
-    def sent(self) -> Mapping[Scope, Sent]:
+    def sent(self) -> Mapping[Scope, SentCounter]:
         """What this rank has sent, counted as rings: all but one of n pieces, twice that for an all-reduce."""
         return self._sent
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from megatron.longseq.distributed import everyones, options_like
+from megatron.longseq.distributed import all_groups, same_backend_options
 from megatron.longseq.sharding.plan.collectives import Scope
 from megatron.longseq.sharding.plan.rank_groups import RankGroups
 from megatron.longseq.sharding.plan.strategy import Level
@@ -42,7 +42,7 @@ def open_groups(
     """
     mine, backend = tuple(dist.get_process_group_ranks(data_parallel)), dist.get_backend(data_parallel)
     me, scopes, logical = dist.get_rank(), {}, None
-    for members in everyones(mine):
+    for members in all_groups(mine):
         everyone = groups.ordered(members)
         wanted: list[tuple[Scope | None, tuple[int, ...]]] = [(None, everyone), (Scope.FLAT, everyone)]
         wanted += [(Scope.INSIDE, ranks) for ranks in groups.inside(members)]
@@ -52,7 +52,7 @@ def open_groups(
                 continue
             name = f"paro-{scope or 'logical'}"
             made = dist.new_group(
-                list(ranks), timeout, backend, options_like(data_parallel), sort_ranks=False, group_desc=name
+                list(ranks), timeout, backend, same_backend_options(data_parallel), sort_ranks=False, group_desc=name
             )
             if me in ranks and scope is None:
                 logical = made
@@ -87,7 +87,7 @@ def open_optimizer_groups(
         level: sharding level of the optimizer states.
         timeout: after which an unfinished collective is an error; None: the backend's default.
     """
-    lists, backend = everyones(dist.get_process_group_ranks(data_parallel)), dist.get_backend(data_parallel)
+    lists, backend = all_groups(dist.get_process_group_ranks(data_parallel)), dist.get_backend(data_parallel)
     copies = [copies_of(members, groups, level) for members in lists]
 
     def make(ranks: Sequence[int]) -> dist.ProcessGroup | None:

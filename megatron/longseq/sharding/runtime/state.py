@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.longseq.distributed import Sent
+from megatron.longseq.distributed import SentCounter
 from megatron.longseq.sharding.plan.collectives import (
     BucketCollectives,
     FlatChooser,
@@ -51,7 +51,7 @@ class ShardingState:
     comm_dtype: torch.dtype | None = None
     passes: int = 1
     overlaps_grads: bool = False
-    sent: Mapping[Scope, Sent] = field(default_factory=dict)
+    sent: Mapping[Scope, SentCounter] = field(default_factory=dict)
     in_flight: deque[Any] = field(default_factory=deque)
     copies_in_flight: deque[Any] = field(default_factory=deque)
 
