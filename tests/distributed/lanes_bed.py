@@ -25,7 +25,7 @@ from megatron.longseq.sharding.runtime.collectives import CollectiveRunner, Regi
 from megatron.longseq.sharding.runtime.comm_queue import CommError, CommQueues
 from megatron.longseq.sharding.runtime.gloo_ring import GlooRingRunner
 from megatron.longseq.sharding.runtime.process_groups import Communicators, open_groups
-from megatron.longseq.sharding.tools.probe_links import measure, probe
+from megatron.longseq.sharding.tools.probe_links import measure, probe, probe_this_job
 from tests.regression.planted import wrapped
 
 CPU = torch.device("cpu")
@@ -225,3 +225,9 @@ def probed(size: int) -> tuple[Any, Any, float]:
     )
     dist.destroy_process_group()
     return links, timed, seconds
+
+
+def probed_flag(size: int | None) -> str | None:
+    """Return what the `probe` command prints on this rank."""
+    torch.set_num_threads(1)
+    return probe_this_job(size)

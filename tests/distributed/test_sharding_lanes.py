@@ -12,7 +12,7 @@ from megatron.longseq.sharding.plan.collectives import CollectiveKind, Collectiv
 from megatron.longseq.sharding.plan.comm_volume import volume
 from megatron.longseq.sharding.plan.rank_groups import RankGroups
 from megatron.longseq.sharding.plan.time_model import LinkSpeed
-from tests.distributed.lanes_bed import Case, Result, collect, one_stays_away, places, probed
+from tests.distributed.lanes_bed import Case, Result, collect, one_stays_away, places, probed, probed_flag
 from tests.pool import RankPool
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -112,3 +112,10 @@ def test_all_ranks_measure_the_same_links(ranks: RankPool, size: int, tell: Call
     assert [(one.collective.scope, one.shard) for one in timed] == [(s, n) for s in scopes for n in (2**10, 2**12)]
     assert all(one.collective.kind is CollectiveKind.REDUCE_SCATTER and one.seconds > 0 for one in timed)
     tell(f"links of 4 gloo ranks in groups of {size}: {links}, probed in {seconds:.2f} s")
+
+
+def test_the_probe_prints_the_flag_on_the_first_rank_alone(ranks: RankPool) -> None:
+    first, *others = ranks.run(4, probed_flag, 2)
+    assert first is not None and others == [None] * 3
+    flag, inside, between = first.splitlines()[0].split()
+    assert flag == "--paro-links" and float(inside) > 0 < float(between)

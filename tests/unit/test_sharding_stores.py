@@ -11,7 +11,7 @@ from megatron.longseq.sharding.plan.collectives import Collectives
 from megatron.longseq.sharding.plan.rank_groups import RankGroups
 from megatron.longseq.sharding.plan.strategy import Strategy
 from megatron.longseq.sharding.runtime import bucket_storage as stores
-from megatron.longseq.sharding.runtime.bucket_storage import FullBucket, GradStore
+from megatron.longseq.sharding.runtime.bucket_storage import FullBucket, GradStore, ParamStore
 from megatron.longseq.sharding.runtime.collectives import Region
 from megatron.longseq.sharding.runtime.state import ShardingState
 
@@ -119,3 +119,27 @@ def test_memory_is_asked_for_and_given_back_in_the_main_stream(monkeypatch: pyte
     made[0].release()
     made[0].allocate()
     assert sizes == [-1, 0, 32]
+
+
+@pytest.mark.parametrize("triplet", ["NNN", "NIG", "GGG"])
+def test_a_bucket_resolves_its_collectives_once(triplet: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sharding, lanes = opened(triplet)
+    sizes: list[int] = []
+    resolve = ShardingState.bucket_collectives
+    monkeypatch.setattr(
+        ShardingState, "bucket_collectives", lambda self, size: (sizes.append(size), resolve(self, size))[1]
+    )
+    grads, params = GradStore(sharding, 128, torch.float32, "cpu"), ParamStore(sharding, 128, torch.bfloat16, "cpu")
+    assert sizes == [128 * 4, 128 * 2]
+    for _ in range(3):
+        if sharding.strategy.grads:
+            grads.prepare()
+            grads.reduce("a bucket")
+        grads.finish("a bucket").wait()
+        grads.zero()
+        params.sync("a bucket")
+        params.finish_sync()
+        params.release("nobody")
+        params.gather("a unit")
+        params.wait()
+    assert len(lanes.jobs) >= 3 and len(sizes) == 2
