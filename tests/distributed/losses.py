@@ -225,4 +225,4 @@ def one_step_fails() -> Iterator[Planted]:
         yield planted
 
 
-FAILS = 11  # micro-batches of a step are 8
+FAILS = 7  # micro-batches of a step are 4

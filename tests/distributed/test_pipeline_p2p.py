@@ -24,8 +24,11 @@ MICROBATCHES, TOKENS, HIDDEN, DOUBLE, INT32 = 8, 64, 64, 8, 4
     [
         (4, 1, "--seq1f1b-splits 3 --seq1f1b-partition 37,26,1", (37, 26, 1)),
         (2, 2, "--seq1f1b-splits 2 --seq1f1b-partition 41,23", (41, 23)),
-        (2, 1, "--seq1f1b-splits 2 --seq1f1b-partition even --no-create-attention-mask-in-dataloader", (32, 32)),
-        (2, 1, "--seq1f1b-slack 1", (64,)),
+        pytest.param(
+            *(2, 1, "--seq1f1b-splits 2 --seq1f1b-partition even --no-create-attention-mask-in-dataloader", (32, 32)),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(2, 1, "--seq1f1b-slack 1", (64,), marks=pytest.mark.slow),
     ],
 )
 def test_messages_and_bytes_are_the_plans(
@@ -66,12 +69,12 @@ def test_messages_and_bytes_are_the_plans(
 @pytest.mark.parametrize(
     ("world", "stages", "virtual", "lengths", "options"),
     [
-        (3, 3, 1, (5, 3, 1), {}),
+        pytest.param(3, 3, 1, (5, 3, 1), {}, marks=pytest.mark.slow),
         (3, 3, 1, (5, 3), {"slack": 2}),
         (3, 3, 1, (2, 4), {"zero_bubble": True}),
-        (2, 2, 2, (5, 3, 1), {}),
+        pytest.param(2, 2, 2, (5, 3, 1), {}, marks=pytest.mark.slow),
         (3, 3, 2, (4, 2), {"slack": 1}),
-        (4, 2, 1, (3, 5, 1), {}),
+        pytest.param(4, 2, 1, (3, 5, 1), {}, marks=pytest.mark.slow),
         (4, 2, 2, (3, 1), {}),
     ],
 )

@@ -11,6 +11,7 @@ from tests.benchmarks.calls import Seen, watching
 from tests.benchmarks.sharding_race import GLOO, RING, Arm, Heat, race_on_this_rank
 from tests.pool import RankFailure
 
+pytestmark = pytest.mark.slow  # a benchmark's own tests
 GROUPS = RankGroups(4, 2)
 SIZE = 2**18  # bytes; its smallest pieces are no small talk
 FLAT = (Arm(GLOO, CollectivesMode.FLAT, 1),)

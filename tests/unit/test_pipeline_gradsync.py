@@ -19,7 +19,12 @@ VIRTUAL = [(m, aligned, gathers, False) for m in (3, 6) for aligned in (False, T
 
 
 @pytest.mark.parametrize(
-    ("size", "virtual", "cases"), [(3, 1, ONE_STAGE), (3, 2, VIRTUAL), (2, 3, [(4, True, True, False)])]
+    ("size", "virtual", "cases"),
+    [
+        pytest.param(3, 1, ONE_STAGE, marks=pytest.mark.slow),
+        (3, 2, VIRTUAL),
+        (2, 3, [(4, True, True, False)]),
+    ],
 )
 def test_with_one_segment_every_call_is_upstreams(
     ranks: RankPool, size: int, virtual: int, cases: list[tuple[int, bool, bool, bool]]

@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,6 @@ from megatron.longseq.sharding.runtime.optimizer import ShardedOptimizer
 from patches.engine import alias_scan
 from patches.engine.alias_scan import Original
 from patches.ledger import by_id
-from patches.record import is_upstream
 
 OURS = (ShardedBuffer, ShardedDataParallel, ShardedOptimizer)
 
@@ -60,3 +60,11 @@ def test_an_error_inside_leaves_none() -> None:
     with pytest.raises(RuntimeError, match="planted"), patches.applied("paro.classes"):
         raise RuntimeError("planted")
     assert not holders(OURS)
+
+
+def test_no_run_measures_links() -> None:
+    """What --paro-links says, or its default, decides the order of sums; only the `probe` command measures."""
+    root = Path(patches.__file__).parents[1]
+    folders = (root / "patches", root / "megatron/longseq/sharding/plan", root / "megatron/longseq/sharding/runtime")
+    files = [file for folder in folders for file in folder.rglob("*.py")]
+    assert files and not [file for file in files if "probe_links" in file.read_text()]

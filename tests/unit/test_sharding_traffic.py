@@ -91,22 +91,19 @@ def terms(strategy: Strategy, m: int, G: int, params: int, grads: int, A: int) -
 
 
 @pytest.mark.parametrize("strategy", VALID, ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("microbatches", [1, 4])
-@pytest.mark.parametrize("share", [1, 16])
-def test_closed_forms(strategy: Strategy, shape: tuple[int, int], microbatches: int, share: int) -> None:
-    m, count = shape
-    groups = RankGroups(m * count, m)
-    model = Model(64 * 48, 64 * 48 // share)
-    step = comm_volume(strategy, groups, model, PAPER).step(microbatches)
-    inside, between = terms(strategy, m, count, 2 * model.params, 2 * model.trainable, microbatches)
-    assert (step.inside, step.between) == (pytest.approx(inside), pytest.approx(between))
-    held = memory(strategy, groups, model, PAPER)
-    cut = {"N": 1, "I": m, "G": m * count}
-    p, g, o = str(strategy)
-    assert held.total == pytest.approx(
-        2 * model.params / cut[p] + 2 * model.trainable / cut[g] + 12 * model.trainable / cut[o]
-    )
+def test_closed_forms(strategy: Strategy) -> None:
+    for (m, count), microbatches, share in product(SHAPES, (1, 4), (1, 16)):
+        groups = RankGroups(m * count, m)
+        model = Model(64 * 48, 64 * 48 // share)
+        step = comm_volume(strategy, groups, model, PAPER).step(microbatches)
+        inside, between = terms(strategy, m, count, 2 * model.params, 2 * model.trainable, microbatches)
+        assert (step.inside, step.between) == (pytest.approx(inside), pytest.approx(between)), groups
+        held = memory(strategy, groups, model, PAPER)
+        cut = {"N": 1, "I": m, "G": m * count}
+        p, g, o = str(strategy)
+        assert held.total == pytest.approx(
+            2 * model.params / cut[p] + 2 * model.trainable / cut[g] + 12 * model.trainable / cut[o]
+        ), groups
 
 
 @pytest.mark.parametrize("strategy", ALL, ids=str)
