@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy
 import pytest
 
-from megatron.longseq.pipeline.plan.schedule import Kind, Pipeline
+from megatron.longseq.pipeline.plan.schedule import ActionKind, Pipeline
 from megatron.longseq.pipeline.tools.chrome_trace import read_measured
 from megatron.longseq.pipeline.tools.compare import replay
 from tests.distributed.equality import RELATIVE, assert_steps_equal
@@ -67,6 +67,15 @@ def test_evaluations_leave_memory_as_it_is(ranks: RankPool) -> None:
         assert len(trained) == 2 and len(evaluated) == 60  # after step 2, and of validation and test at the end
         assert all(held == 0 for held, *_ in trained + evaluated)
         assert len(set(evaluated)) == 1 and evaluated[0] == trained[1]
+
+
+@pytest.mark.parametrize("layout", ["", VPP])
+def test_a_batch_is_read_and_cut_once_per_micro_batch(ranks: RankPool, layout: str) -> None:
+    """Not once per segment. Each of a batch's 3 segments is cut once for a context-parallel rank."""
+    base = flags(TINY, PP2, K3, layout, "--context-parallel-size 2 --train-iters 2 --global-batch-size 4")
+    virtual = 2 if layout else 1
+    for rank, (counts,) in enumerate(run_probed(ranks, "O", 4, base, f"{PROBES}:batches")):
+        assert counts == {"read": 2 * 4 * virtual, "cut": 2 * 4 * 3}, f"rank {rank}"
 
 
 def test_checkpoints_go_both_ways(ranks: RankPool, tmp_path: Path) -> None:
@@ -141,7 +150,7 @@ def test_every_rank_writes_its_measured_timeline(ranks: RankPool, tmp_path: Path
     assert measured.pipeline == pipeline and measured.name.endswith(", measured")
     assert 0 < measured.makespan < run.seconds and 0 <= measured.bubble < 1
     kinds = 3 if "zero" in own else 2
-    ends: dict[tuple[Kind, int, int, int], float] = {}
+    ends: dict[tuple[ActionKind, int, int, int], float] = {}
     for rank, spans in enumerate(measured.spans):
         assert len(spans) == kinds * pipeline.units * pipeline.virtual
         assert all(before.end <= after.start for before, after in pairwise(spans))
@@ -149,11 +158,11 @@ def test_every_rank_writes_its_measured_timeline(ranks: RankPool, tmp_path: Path
             action = span.action
             ends[action.kind, action.microbatch, action.segment, pipeline.stage(rank, action.vstage)] = span.end
     for (kind, microbatch, segment, stage), end in ends.items():
-        if kind is not Kind.FORWARD:
-            assert end > ends[Kind.FORWARD, microbatch, segment, stage]
-        if kind is Kind.BACKWARD and stage < pipeline.depth - 1:  # the ranks' clocks agree
+        if kind is not ActionKind.FORWARD:
+            assert end > ends[ActionKind.FORWARD, microbatch, segment, stage]
+        if kind is ActionKind.BACKWARD and stage < pipeline.depth - 1:  # the ranks' clocks agree
             assert end > ends[kind, microbatch, segment, stage + 1]
-        if kind is Kind.FORWARD and stage > 0:
+        if kind is ActionKind.FORWARD and stage > 0:
             assert end > ends[kind, microbatch, segment, stage - 1]
     order = [[span.action for span in spans] for spans in measured.spans]
     assert [[span.action for span in spans] for spans in replay(measured).spans] == order

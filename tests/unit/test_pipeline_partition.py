@@ -8,8 +8,9 @@ from hypothesis import assume
 from hypothesis import given as given_
 from hypothesis import strategies as st
 
-from megatron.longseq.pipeline.plan.partition import balanced, even, given, ideal_cuts, paper_partition, parse
+from megatron.longseq.pipeline.plan.partition import balanced, even, given, ideal_cuts, parse
 from megatron.longseq.pipeline.plan.segment_cost import ModelShape, cells, flops
+from megatron.longseq.pipeline.tools.compare import paper_partition
 
 # The authors' own sweep: layers, hidden, heads, padded vocabulary, tensor-parallel size.
 PAPER = {

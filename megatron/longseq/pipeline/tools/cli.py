@@ -15,20 +15,20 @@ from megatron.longseq.pipeline.plan.segment_cost import (
     flops,
     read_samples,
     seconds,
-    write_samples,
 )
-from megatron.longseq.pipeline.plan.timeline import Timeline
+from megatron.longseq.pipeline.plan.simulate import Timeline
 from megatron.longseq.pipeline.tools.chrome_trace import read_measured, write_trace
 from megatron.longseq.pipeline.tools.compare import (
     Cluster,
     Result,
-    Setup,
+    ScheduleChoice,
     attempt,
     layer_samples,
     replay,
     run,
     table,
     usual,
+    write_samples,
 )
 from megatron.longseq.pipeline.tools.paper import markdown
 from megatron.longseq.refusals import flags_table, refusals_table
@@ -129,7 +129,7 @@ def _draw(args: argparse.Namespace) -> None:
         measured = read_measured(args.measured)
         _write([measured, replay(measured)], args.output)
         return
-    result = run(_setup(args), _model(args), _cluster(args))
+    result = run(_choice(args), _model(args), _cluster(args))
     _write([result.timeline], args.output)
     print(table([result]))
 
@@ -137,7 +137,7 @@ def _draw(args: argparse.Namespace) -> None:
 def _compare(args: argparse.Namespace) -> None:
     if args.output is not None:
         _check_output(args.output)
-    results = attempt(usual(_setup(args)), _model(args), _cluster(args))
+    results = attempt(usual(_choice(args)), _model(args), _cluster(args))
     timelines = _chosen([result.timeline for result in results if isinstance(result, Result)], args.rows)
     print(table(results))
     if args.output is not None:
@@ -182,9 +182,9 @@ def _write(timelines: Sequence[Timeline], file: Path) -> None:
         half.unlink(missing_ok=True)
 
 
-def _setup(args: argparse.Namespace) -> Setup:
+def _choice(args: argparse.Namespace) -> ScheduleChoice:
     partition = args.partition if args.segments > 1 else "even"
-    return Setup(args.segments, partition, args.virtual, args.slack, args.zero_bubble)
+    return ScheduleChoice(args.segments, partition, args.virtual, args.slack, args.zero_bubble)
 
 
 def _cluster(args: argparse.Namespace) -> Cluster:

@@ -14,13 +14,13 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import EngFormatter
 
-from megatron.longseq.pipeline.plan.schedule import Action, Kind
-from megatron.longseq.pipeline.plan.timeline import Span, Timeline
+from megatron.longseq.pipeline.plan.schedule import Action, ActionKind
+from megatron.longseq.pipeline.plan.simulate import ActionTime, Timeline
 
 SUFFIXES = (".svg", ".png")
 # Okabe and Ito's colours: told apart by every kind of colour vision.
-COLOURS = {Kind.FORWARD: "#0072B2", Kind.BACKWARD: "#E69F00", Kind.WEIGHT: "#009E73"}
-_WORDS = {Kind.FORWARD: "forward", Kind.BACKWARD: "backward", Kind.WEIGHT: "weight gradient"}
+COLOURS = {ActionKind.FORWARD: "#0072B2", ActionKind.BACKWARD: "#E69F00", ActionKind.WEIGHT: "#009E73"}
+_WORDS = {ActionKind.FORWARD: "forward", ActionKind.BACKWARD: "backward", ActionKind.WEIGHT: "weight gradient"}
 _LIGHTEN = (0.0, 0.22, 0.42, 0.58)  # micro-batches in turn: how far the colour goes towards white
 _NARROW, _WIDE, _ACTION = 12.0, 24.0, 0.09  # inches: the figure's least and largest width, and what an action wants
 _ROW, _PANEL, _ENDS = 0.27, 0.40, 0.62  # inches: a rank's row, the rest of a panel, time axis and legend
@@ -71,7 +71,7 @@ def _panel(axes: Any, timeline: Timeline, end: float, inches: float) -> None:
     axes.set_facecolor(_IDLE)
     for rank, spans in enumerate(timeline.spans):
         for span in spans:
-            _bar(axes, timeline, rank, Span(span.action, span.start - begin, span.end - begin), inches / end)
+            _bar(axes, timeline, rank, ActionTime(span.action, span.start - begin, span.end - begin), inches / end)
     axes.set_yticks(range(timeline.pipeline.stages), [f"rank {rank}" for rank in range(timeline.pipeline.stages)])
     axes.tick_params(length=2, width=0.6, labelsize=7.5)
     axes.xaxis.set_major_formatter(EngFormatter(unit="s"))
@@ -82,7 +82,7 @@ def _panel(axes: Any, timeline: Timeline, end: float, inches: float) -> None:
     axes.set_title(f"bubble {timeline.bubble:.1%}   step {makespan}", loc="right", fontsize=9.5, pad=4)
 
 
-def _bar(axes: Any, timeline: Timeline, rank: int, span: Span, inches: float) -> None:
+def _bar(axes: Any, timeline: Timeline, rank: int, span: ActionTime, inches: float) -> None:
     """One action: a bar with a dark foot that grows with the virtual stage, and its label where it fits."""
     action, width = span.action, span.end - span.start
     colour, height = _colour(action), 0.84
@@ -112,7 +112,7 @@ def _colour(action: Action) -> tuple[float, float, float]:
 def _legend(figure: Any, timelines: Sequence[Timeline]) -> None:
     actions = [span.action for timeline in timelines for spans in timeline.spans for span in spans]
     kinds = {action.kind for action in actions}
-    handles = [Patch(facecolor=COLOURS[kind], label=_WORDS[kind]) for kind in Kind if kind in kinds]
+    handles = [Patch(facecolor=COLOURS[kind], label=_WORDS[kind]) for kind in ActionKind if kind in kinds]
     handles.append(Patch(facecolor=_IDLE, edgecolor="#BBBBBB", linewidth=0.6, label="idle"))
     if any(action.vstage for action in actions):
         handles.append(Patch(facecolor="#222222", label="foot: virtual stage, the higher the later"))
