@@ -5,12 +5,10 @@ refused here, or listed in `WITHOUT_EFFECT` with the reason.
 """
 
 from argparse import Namespace
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from megatron.longseq.data.splits import parts_with_data
-
-Refusals = dict[str, tuple[Callable[[Namespace], Any], str]]
+from megatron.longseq.refusals import Refusals, refused
 
 _THEIRS = "use Megatron-LM's own script, which supports it: python -m patches run PATH/pretrain_gpt.py ..."
 
@@ -158,7 +156,7 @@ def refuse_unserved(args: Namespace) -> None:
     Raises:
         ValueError: lists all unsupported flags with the reason and what to do.
     """
-    lines = [f"  {flag}: {why}" for flag, (is_asked, why) in UNSERVED.items() if is_asked(args)]
+    lines = refused(args, UNSERVED)
     if lines:
         raise ValueError("examples/pretrain_gpt.py does not support these flags:\n" + "\n".join(lines))
 

@@ -103,9 +103,12 @@ def test_what_is_served_is_let_through(values: dict[str, Any]) -> None:
     ("values", "message"),
     [
         ({"context_parallel_size": 4, "ring_window": 0}, "--ring-window 0: give at least 1"),
-        ({"ring_window": 2}, "--ring-window: --context-parallel-size is 1, so it would change nothing"),
+        ({"ring_window": 2}, "--ring-window 2: --context-parallel-size is 1, so it would change nothing"),
         ({"context_parallel_auto": True}, "--context-parallel-auto: --context-parallel-size is 1"),
-        ({"context_parallel_placement": "context-first"}, "--context-parallel-placement: --context-parallel-size is 1"),
+        (
+            {"context_parallel_placement": "context-first"},
+            "--context-parallel-placement context-first: --context-parallel-size is 1",
+        ),
     ],
 )
 def test_flags_that_mean_nothing_are_refused(values: dict[str, Any], message: str) -> None:
@@ -302,7 +305,7 @@ def test_upstreams_validation_refuses_what_context_cannot_serve(ranks: RankPool)
         f"{CP4} --cp-comm-type p2p a2a": "2 for --num-layers 4",
         f"{CP4} --cp-comm-type a2a --num-attention-heads 6 --num-query-groups 3 --kv-channels 16": "Legal here:",
         f"{CP4} --ring-window 3": "a ring of 4 ranks in windows of 3",
-        "--ring-window 2": "--ring-window: --context-parallel-size is 1",
+        "--ring-window 2": "--ring-window 2: --context-parallel-size is 1",
         "--context-parallel-auto": "--context-parallel-auto: --context-parallel-size is 1",
         f"{CP4} --context-parallel-auto --cp-comm-type a2a": "--context-parallel-auto chooses --cp-comm-type",
     }

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from megatron.longseq.pipeline import arguments as flags
 from megatron.longseq.pipeline.tools import paper
-from megatron.longseq.pipeline.tools import tables as page
+from megatron.longseq.refusals import flags_table, refusals_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "seq1f1b.md").read_text()
+COMMAND = "write it anew: python -m megatron.longseq.pipeline flags"
 REFUSALS = {**flags.NOT_IN_SEGMENTS, **flags.NOT_WITH_ZERO_BUBBLE, **flags.NOT_IN_SCHEDULES}
 
 
@@ -28,7 +29,7 @@ def test_the_simulated_tables_are_the_simulators() -> None:
 
 
 def test_the_flags_are_those_of_the_parser() -> None:
-    assert between("flags") == page.flags(), "write it anew: python -m megatron.longseq.pipeline flags"
+    assert between("flags") == flags_table(flags.add_pipeline_arguments), COMMAND
     parser = ArgumentParser(add_help=False)
     flags.add_pipeline_arguments(parser)
     listed = [re.match(r"`(--[\w-]+)", row[0])[1] for row in cells(between("flags"))]
@@ -36,7 +37,7 @@ def test_the_flags_are_those_of_the_parser() -> None:
 
 
 def test_the_refusals_are_those_of_the_code() -> None:
-    assert between("refusals") == page.refusals(), "write it anew: python -m megatron.longseq.pipeline flags"
+    assert between("refusals") == refusals_table(flags.REFUSALS), COMMAND
     rows = cells(between("refusals"))
     tables = (flags.NOT_IN_SEGMENTS, flags.NOT_WITH_ZERO_BUBBLE, flags.NOT_IN_SCHEDULES)
     assert [row[0].strip("`") for row in rows] == [flag for table in tables for flag in table]
@@ -46,4 +47,4 @@ def test_the_refusals_are_those_of_the_code() -> None:
 def test_every_refusals_table_is_in_the_page() -> None:
     """A table that flags.py gains must be listed, too."""
     tables = [value for name, value in vars(flags).items() if name.startswith("NOT_")]
-    assert sorted(map(id, tables)) == sorted(map(id, page.REFUSALS.values()))
+    assert sorted(map(id, tables)) == sorted(map(id, flags.REFUSALS.values()))

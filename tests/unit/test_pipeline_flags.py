@@ -209,6 +209,7 @@ def test_what_segments_serve_is_let_through(values: dict[str, Any]) -> None:
         ({"seq1f1b_splits": 0}, "--seq1f1b-splits 0: give at least 1"),
         ({"seq1f1b_slack": -1}, "--seq1f1b-slack -1: give at least 0"),
         ({"pipeline_trace_step": 0}, "--pipeline-trace-step 0: give at least 1"),
+        ({"pipeline_patience": 5.0}, "--pipeline-patience 5.0: none of our schedules is asked for, so it would change"),
         ({"pipeline_patience": 0.0}, "--pipeline-patience 0.0: give seconds, more than 0"),
         ({"pipeline_patience": math.nan}, "--pipeline-patience nan: give seconds, more than 0"),
         ({"pipeline_patience": math.inf}, r"--pipeline-patience inf: give seconds, more than 0 and at most 1e\+08"),
@@ -564,7 +565,7 @@ def chosen_by(case: list[str]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("case", ["", "--seq1f1b-splits 1", "--seq1f1b-partition even --pipeline-patience 5"])
+@pytest.mark.parametrize("case", ["", "--seq1f1b-splits 1", "--seq1f1b-partition even"])
 def test_without_our_flags_upstreams_own_function_runs(ranks: RankPool, case: str) -> None:
     (found,) = ranks.run(1, chosen_by, flags(TINY, case), timeout=60)
     assert found == {"applied": [], "upstreams": [True] * 3}

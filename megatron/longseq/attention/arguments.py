@@ -1,12 +1,10 @@
 """The flags of context parallelism, and what our attention refuses. Sizes and kinds are upstream's own flags."""
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
-from typing import Any, get_args
+from typing import get_args
 
 from megatron.longseq.attention.plan.layout import Placement
-
-Refusals = dict[str, tuple[Callable[[Namespace], Any], str]]
+from megatron.longseq.refusals import Refusals, refuse, refuse_without_effect
 
 # flag: (is it asked for?, why our attention cannot serve it over context-parallel ranks)
 NOT_WITH_CONTEXT: Refusals = {
@@ -51,6 +49,9 @@ NOT_WITH_CONTEXT: Refusals = {
 }
 
 
+REFUSALS = {"`--context-parallel-size` above 1": NOT_WITH_CONTEXT}
+
+
 def _stages(args: Namespace) -> int:
     return args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1)  # type: ignore[no-any-return]
 
@@ -92,13 +93,13 @@ def check_context_numbers(args: Namespace) -> None:
     if window is not None and window < 1:
         raise ValueError(f"--ring-window {window}: give at least 1.")
     if not wants_context(args):
-        for flag, given in (
-            ("--context-parallel-auto", getattr(args, "context_parallel_auto", False)),
-            ("--ring-window", window is not None),
-            ("--context-parallel-placement", getattr(args, "context_parallel_placement", "head-first") != "head-first"),
-        ):
-            if given:
-                raise ValueError(f"{flag}: --context-parallel-size is 1, so it would change nothing; give both.")
+        refuse_without_effect(
+            args,
+            "--context-parallel-size is 1",
+            context_parallel_auto=False,
+            ring_window=None,
+            context_parallel_placement="head-first",
+        )
 
 
 def refuse_unserved_context(args: Namespace) -> None:
@@ -107,10 +108,4 @@ def refuse_unserved_context(args: Namespace) -> None:
     Raises:
         ValueError: lists every flag with the reason.
     """
-    lines = [
-        f"  {flag} with --context-parallel-size: {why}"
-        for flag, (is_asked, why) in NOT_WITH_CONTEXT.items()
-        if is_asked(args)
-    ]
-    if lines:
-        raise ValueError("These flags do not go together:\n" + "\n".join(lines))
+    refuse(args, [("--context-parallel-size", NOT_WITH_CONTEXT)])

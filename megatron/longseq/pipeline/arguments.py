@@ -1,16 +1,14 @@
 """The flags of our pipeline schedules, and what they refuse."""
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from megatron.longseq.folders import refuse_unwritable
 from megatron.longseq.pipeline.plan.segment_cost import fit, read_samples
-
-Refusals = dict[str, tuple[Callable[[Namespace], Any], str]]
+from megatron.longseq.refusals import Refusals, refuse, refuse_without_effect
 
 TRACED = 3  # the step that is measured, where no other is asked for
+PATIENCE = 60.0  # seconds that a rank waits for another stage before it says so
 LONGEST_PATIENCE = 1e8  # seconds, three years: threads of Python wait no longer than some 9e9
 
 # flag: (is it asked for?, why a sequence in segments cannot serve it)
@@ -125,6 +123,13 @@ NOT_WITH_ZERO_BUBBLE: Refusals = {
 }
 
 
+REFUSALS = {
+    "`--seq1f1b-splits` above 1": NOT_IN_SEGMENTS,
+    "`--zero-bubble`": NOT_WITH_ZERO_BUBBLE,
+    "any of our schedules": NOT_IN_SCHEDULES,
+}
+
+
 def add_pipeline_arguments(parser: ArgumentParser) -> None:
     """Add the group of the pipeline schedules; virtual stages are upstream's own flags."""
     group = parser.add_argument_group(title="longseq: pipeline schedules (Seq1F1B)")
@@ -169,7 +174,7 @@ def add_pipeline_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--pipeline-patience",
         type=float,
-        default=60.0,
+        default=PATIENCE,
         metavar="SECONDS",
         help="a rank that waits longer than this for another stage says what it waits for",
     )
@@ -202,6 +207,8 @@ def check_pipeline_numbers(args: Namespace) -> None:
             f"--pipeline-patience {args.pipeline_patience}: give seconds, more than 0 and at most "
             f"{LONGEST_PATIENCE:.0e}."
         )
+    if not wants_our_schedule(args):
+        refuse_without_effect(args, "none of our schedules is asked for", pipeline_patience=PATIENCE)
     if getattr(args, "pipeline_trace", None) == "":
         raise ValueError("--pipeline-trace is empty; name a folder, or leave it out.")
     if getattr(args, "pipeline_trace", None) is None and getattr(args, "pipeline_trace_step", TRACED) != TRACED:
@@ -269,11 +276,7 @@ def refuse_unserved(args: Namespace) -> None:
         tables.append(("--seq1f1b-splits", NOT_IN_SEGMENTS))
     if args.zero_bubble:
         tables.append(("--zero-bubble", NOT_WITH_ZERO_BUBBLE))
-    lines = [
-        f"  {flag} with {what}: {why}" for what, table in tables for flag, (asked, why) in table.items() if asked(args)
-    ]
-    if lines:
-        raise ValueError("These flags do not go together:\n" + "\n".join(lines))
+    refuse(args, tables)
 
 
 def _virtual(args: Namespace) -> int:

@@ -2,13 +2,12 @@
 
 import math
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
+from megatron.longseq.refusals import Refusals, refuse, refuse_without_effect
 from megatron.longseq.sharding.plan.strategy import RUNNING, Level, Strategy, check
 
 Collectives = Literal["flat", "hierarchical", "overlapped"]
-Refusals = dict[str, tuple[Callable[[Namespace], Any], str]]
 
 DEFAULT_COLLECTIVES: Collectives = "overlapped"
 
@@ -173,6 +172,14 @@ NOT_WITH_COPIES_OF_OPTIMIZER_STATES: Refusals = {
 }
 
 
+REFUSALS = {
+    "any triplet": NOT_WITH_PARO,
+    "gradients I or G": NOT_WITH_SHARDED_GRADIENTS,
+    "parameters I or G": NOT_WITH_SHARDED_PARAMETERS,
+    "optimizer states N or I": NOT_WITH_COPIES_OF_OPTIMIZER_STATES,
+}
+
+
 def add_sharding_arguments(parser: ArgumentParser) -> None:
     """Add the group of PaRO."""
     group = parser.add_argument_group(title="longseq: sharding of parameters, gradients and optimizer states (PaRO)")
@@ -219,11 +226,7 @@ def check_sharding_numbers(args: Namespace) -> None:
     """
     size, collectives = getattr(args, "paro_group_size", None), getattr(args, "paro_collectives", None)
     if not wants_sharding(args):
-        links = getattr(args, "paro_links", None)
-        given_flags = (("--paro-group-size", size), ("--paro-collectives", collectives), ("--paro-links", links))
-        for flag, given in given_flags:
-            if given is not None:
-                raise ValueError(f"{flag} {given}: --paro is not given, so it would change nothing; give both.")
+        refuse_without_effect(args, "--paro is not given", paro_group_size=None, paro_collectives=None, paro_links=None)
         return
     strategy = check(Strategy.parse(args.paro))
     if strategy not in RUNNING:
@@ -263,11 +266,4 @@ def refuse_unserved_sharding(args: Namespace) -> None:
         tables.append(NOT_WITH_SHARDED_PARAMETERS)
     if strategy.optimizer is not Level.GLOBAL:
         tables.append(NOT_WITH_COPIES_OF_OPTIMIZER_STATES)
-    lines = [
-        f"  {flag} with --paro {strategy}: {why}"
-        for table in tables
-        for flag, (is_asked, why) in table.items()
-        if is_asked(args)
-    ]
-    if lines:
-        raise ValueError("These flags do not go together:\n" + "\n".join(lines))
+    refuse(args, [(f"--paro {strategy}", table) for table in tables])

@@ -7,11 +7,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron.longseq.attention.arguments import REFUSALS, add_context_arguments
 from megatron.longseq.attention.plan.heads import Heads
 from megatron.longseq.attention.plan.layout import Mesh
 from megatron.longseq.attention.tools import tables as page
 from megatron.longseq.attention.tools import volumes
 from megatron.longseq.attention.tools.picture import scene
+from megatron.longseq.refusals import flags_table, refusals_table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     draw.set_defaults(run=_draw)
     ours = commands.add_parser("flags", help="markdown: our flags of a training run, and what is refused")
-    ours.set_defaults(run=lambda args: print(f"{page.own_flags()}\n\n{page.refusals()}"))
+    ours.set_defaults(run=lambda args: print(f"{flags_table(add_context_arguments)}\n\n{refusals_table(REFUSALS)}"))
     return parser
 
 

@@ -1,8 +1,5 @@
-"""The generated parts of the documentation's page: the flags, what they refuse, and what every U x R sends."""
+"""The generated tables of the documentation: what every U x R sends."""
 
-from argparse import ArgumentParser
-
-from megatron.longseq.attention.arguments import NOT_WITH_CONTEXT, add_context_arguments
 from megatron.longseq.attention.plan.comm_volume import (
     Setup,
     all_to_all,
@@ -15,24 +12,6 @@ from megatron.longseq.attention.plan.heads import Heads, flags, legal_meshes
 from megatron.longseq.attention.plan.layout import Layout, Mesh
 
 MIB = 2**20
-
-
-def own_flags() -> str:
-    """Return a markdown table of our flags, their defaults and their help."""
-    parser = ArgumentParser(add_help=False)
-    add_context_arguments(parser)
-    lines = ["| flag | default | |", "|---|---|---|"]
-    for action in parser._actions:
-        takes = f" {action.metavar or '|'.join(action.choices or ())}".rstrip().replace("|", r"\|")
-        default = "off" if action.default is None or action.default is False else str(action.default)
-        lines.append(f"| `{action.option_strings[0]}{takes}` | {default} | {action.help} |")
-    return "\n".join(lines)
-
-
-def refusals() -> str:
-    """Return a markdown table of the flags that attention over context-parallel ranks refuses, and why."""
-    lines = ["| refused | why |", "|---|---|"]
-    return "\n".join([*lines, *(f"| `{flag}` | {why} |" for flag, (_, why) in NOT_WITH_CONTEXT.items())])
 
 
 def meshes(size: int, heads: Heads, tokens: int, dim: int = 128) -> str:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron.longseq.pipeline.arguments import REFUSALS, add_pipeline_arguments
 from megatron.longseq.pipeline.plan.memory import METHODS, Recompute
 from megatron.longseq.pipeline.plan.segment_cost import (
     CostModel,
@@ -17,7 +18,6 @@ from megatron.longseq.pipeline.plan.segment_cost import (
     write_samples,
 )
 from megatron.longseq.pipeline.plan.timeline import Timeline
-from megatron.longseq.pipeline.tools import tables as page
 from megatron.longseq.pipeline.tools.chrome_trace import read_measured, write_trace
 from megatron.longseq.pipeline.tools.compare import (
     Cluster,
@@ -31,6 +31,7 @@ from megatron.longseq.pipeline.tools.compare import (
     usual,
 )
 from megatron.longseq.pipeline.tools.paper import markdown
+from megatron.longseq.refusals import flags_table, refusals_table
 
 SUFFIXES = (".svg", ".png", ".json")
 
@@ -75,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     paper = commands.add_parser("table", help="markdown: the paper's configurations, simulated beside published")
     paper.set_defaults(run=lambda args: print(markdown()))
     ours = commands.add_parser("flags", help="markdown: the flags of a training run, and what they refuse")
-    ours.set_defaults(run=lambda args: print(f"{page.flags()}\n\n{page.refusals()}"))
+    ours.set_defaults(run=lambda args: print(f"{flags_table(add_pipeline_arguments)}\n\n{refusals_table(REFUSALS)}"))
     return parser
 
 

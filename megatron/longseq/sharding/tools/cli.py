@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron.longseq.refusals import flags_table, refusals_table
+from megatron.longseq.sharding.arguments import REFUSALS, add_sharding_arguments
 from megatron.longseq.sharding.plan.cost import Job, Work
 from megatron.longseq.sharding.plan.memory import Model
 from megatron.longseq.sharding.plan.rank_groups import Groups
@@ -32,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     table = commands.add_parser("table", help="markdown: every strategy, which to take, and what is refused")
     table.set_defaults(run=lambda args: page.page())
     flags = commands.add_parser("flags", help="markdown: our flags of a training run, and what is refused")
-    flags.set_defaults(run=lambda args: f"{page.own_flags()}\n\n{page.refusals()}")
+    flags.set_defaults(run=lambda args: f"{flags_table(add_sharding_arguments)}\n\n{refusals_table(REFUSALS)}")
     draw = commands.add_parser("draw", help="who holds what, two links over time, what every strategy holds and sends")
     draw.add_argument("--output", type=Path, required=True, metavar="FILE", help="picture (.svg, .png)")
     draw.set_defaults(run=_draw)

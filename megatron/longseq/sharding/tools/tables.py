@@ -1,19 +1,10 @@
 """The tables of the page about PaRO, as Markdown: from the flags and the formulas."""
 
-from argparse import ArgumentParser
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from megatron.longseq.sharding.arguments import (
-    INSTEAD,
-    NOT_WITH_COPIES_OF_OPTIMIZER_STATES,
-    NOT_WITH_PARO,
-    NOT_WITH_SHARDED_GRADIENTS,
-    NOT_WITH_SHARDED_PARAMETERS,
-    Refusals,
-    add_sharding_arguments,
-)
+from megatron.longseq.sharding.arguments import INSTEAD
 from megatron.longseq.sharding.plan.comm_volume import Traffic, traffic
 from megatron.longseq.sharding.plan.cost import Job, Work, fastest, rank
 from megatron.longseq.sharding.plan.memory import MEGATRON, Model
@@ -42,12 +33,6 @@ class Training(NamedTuple):
 
 TRAININGS = (Training("full", 1.0), Training("partial, 1 of 16", 1 / 16), Training("adapters, 3 of 1000", 3 / 1000))
 MICROBATCHES = (1, 4, 16, 64)
-REFUSALS: dict[str, Refusals] = {
-    "any triplet": NOT_WITH_PARO,
-    "gradients I or G": NOT_WITH_SHARDED_GRADIENTS,
-    "parameters I or G": NOT_WITH_SHARDED_PARAMETERS,
-    "optimizer states N or I": NOT_WITH_COPIES_OF_OPTIMIZER_STATES,
-}
 LIMITS = (2e9, 5e9, 10e9, 20e9, 40e9, None)
 
 
@@ -61,24 +46,6 @@ class Table:
     def __str__(self) -> str:
         lines = [self.head, ["---"] * len(self.head), *self.rows]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def own_flags() -> str:
-    """Return our flags and their help."""
-    parser = ArgumentParser(add_help=False)
-    add_sharding_arguments(parser)
-    rows = []
-    for action in parser._actions:
-        takes = action.metavar or "|".join(action.choices or ())
-        takes = takes if isinstance(takes, str) else " ".join(takes)
-        rows.append([f"`{action.option_strings[0]} {takes}`".replace("|", r"\|"), action.help or ""])
-    return str(Table(["flag", ""], rows))
-
-
-def refusals() -> str:
-    """Return the flags that do not go together with ours, with which triplets, and why."""
-    rows = [[f"`{flag}`", triplets, why] for triplets, flags in REFUSALS.items() for flag, (_, why) in flags.items()]
-    return str(Table(["refused", "with", "why"], rows))
 
 
 def setting(job: Job) -> str:

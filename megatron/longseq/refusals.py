@@ -1,0 +1,78 @@
+"""Flags that do not go together: one table per reason, one error that lists every match, one table for the docs."""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+# flag: (whether the arguments use it, why it cannot be served)
+Refusals = Mapping[str, tuple[Callable[[Namespace], Any], str]]
+
+
+def refused(args: Namespace, refusals: Refusals, beside: str = "") -> list[str]:
+    """Return one line for each flag that is used and refused.
+
+    Args:
+        args: upstream's arguments.
+        refusals: the flags, with a predicate and a reason each.
+        beside: the flag of ours that refuses them.
+    """
+    with_ours = f" with {beside}" if beside else ""
+    return [f"  {flag}{with_ours}: {why}" for flag, (is_used, why) in refusals.items() if is_used(args)]
+
+
+def refuse(args: Namespace, tables: Iterable[tuple[str, Refusals]]) -> None:
+    """Refuse flags that do not go together with ours.
+
+    Args:
+        args: upstream's arguments.
+        tables: for each flag of ours that is given, its name and the flags that it refuses.
+
+    Raises:
+        ValueError: lists every refused flag with the reason.
+    """
+    lines = [line for beside, refusals in tables for line in refused(args, refusals, beside)]
+    if lines:
+        raise ValueError("These flags do not go together:\n" + "\n".join(lines))
+
+
+def refuse_without_effect(args: Namespace, missing: str, **defaults: Any) -> None:
+    """Refuse flags of ours that would change nothing because the flag that they belong to is missing.
+
+    Args:
+        args: parsed arguments.
+        missing: what is missing, as in "--paro is not given".
+        **defaults: for each flag, by its attribute, the value that it has when it is not given.
+
+    Raises:
+        ValueError: names the first flag that has another value.
+    """
+    for name, default in defaults.items():
+        value = getattr(args, name, default)
+        if value != default:
+            given = "" if value is True else f" {value}"
+            raise ValueError(f"--{name.replace('_', '-')}{given}: {missing}, so it would change nothing; give both.")
+
+
+def flags_table(add_arguments: Callable[[ArgumentParser], Any]) -> str:
+    """Return a Markdown table of the flags that a function adds to a parser, with their defaults and help texts."""
+    parser = ArgumentParser(add_help=False)
+    add_arguments(parser)
+    lines = ["| flag | default | |", "|---|---|---|"]
+    for action in parser._actions:
+        takes = action.metavar or "|".join(action.choices or ())
+        takes = takes if isinstance(takes, str) else " ".join(takes)
+        flag = f"{action.option_strings[0]} {takes}".rstrip().replace("|", r"\|")  # a bar would end the cell
+        default = "off" if action.default is None or action.default is False else str(action.default)
+        lines.append(f"| `{flag}` | {default} | {action.help} |")
+    return "\n".join(lines)
+
+
+def refusals_table(tables: Mapping[str, Refusals]) -> str:
+    """Return a Markdown table of every refused flag, which flag of ours refuses it, and why.
+
+    Args:
+        tables: by the flag of ours, as it stands in the documentation.
+    """
+    lines = ["| refused | with | why |", "|---|---|---|"]
+    lines += [f"| `{flag}` | {ours} | {why} |" for ours, table in tables.items() for flag, (_, why) in table.items()]
+    return "\n".join(lines)
