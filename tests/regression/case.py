@@ -127,7 +127,7 @@ def _check(path: Path, table: Mapping[str, Any], models: Mapping[str, Any]) -> N
     noisy = table["class"] != "E0" and table["arithmetic"] != "float64"
     if noisy != bool(table.get("floor")):
         raise CaseError(
-            f"{path}: [[floor]] (U in another order of summation) is required for E1 float32 and E2, and refused otherwise"
+            f"{path}: [[floor]] (U in another order of summation) is for E1 float32 and E2, and required there"
         )
     if table.get("oracle") and table["arithmetic"] != "float64":
         raise CaseError(f"{path}: the oracle computes in float64; this case is {table['arithmetic']}")

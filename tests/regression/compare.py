@@ -18,7 +18,7 @@ BROKEN = 1e99  # ratio of a failed exact check; finite, because JSON has no infi
 NUMBERS = ("loss", "grad_norm")
 EXACT = ("iteration", "learning_rate", "tokens", "samples", "skipped")
 # Another order of summation changes a sum of n terms by at most n eps (eps is 2.2e-16 in float64). A loss or a gradient
-# of these models sums about 1e4 terms (four layers of 700 forward, twice that backward, 1,000 tokens), and a dozen steps
+# of these models sums some 1e4 terms (four layers of 700 forward, twice that backward, 1,000 tokens), and a dozen steps
 # add up: 3e-11. This leaves a factor of 40 for terms that cancel. One rounding to float32 would be 6e-8.
 LOSS_TOLERANCE = 1e-9  # relative, float64
 TENSOR_TOLERANCE = 1e-8  # of the tensor's norm, float64
