@@ -43,7 +43,7 @@ def train_and_count(words: list[str]) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     ("ranks_wanted", "own"),
-    [(1, "--seq1f1b-splits 2"), (2, f"{PP2} --seq1f1b-splits 2 --zero-bubble")],
+    [pytest.param(1, "--seq1f1b-splits 2", marks=pytest.mark.slow), (2, f"{PP2} --seq1f1b-splits 2 --zero-bubble")],
 )
 def test_nothing_holds_the_data_iterators_after_training(ranks: RankPool, ranks_wanted: int, own: str) -> None:
     left = ranks.run(ranks_wanted, train_and_count, flags(TINY, WORKERS, own), timeout=60)
