@@ -15,26 +15,26 @@ from typing import NamedTuple
 STEP = re.compile(r"iteration +(\d+)/ *\d+ .*?elapsed time per iteration \(ms\): (\S+) .*?lm loss: (\S+) ")
 
 
-class Step(NamedTuple):
+class LoggedStep(NamedTuple):
     """One training step of a log."""
 
     seconds: float
     loss: float
 
 
-def read(log: Path) -> dict[int, Step]:
+def read(log: Path) -> dict[int, LoggedStep]:
     """Return the training steps of a log by number.
 
     Raises:
         ValueError: the log contains no step.
     """
-    steps = {int(m[1]): Step(float(m[2]) / 1000, float(m[3])) for m in STEP.finditer(log.read_text())}
+    steps = {int(m[1]): LoggedStep(float(m[2]) / 1000, float(m[3])) for m in STEP.finditer(log.read_text())}
     if not steps:
         raise ValueError(f"{log}: the log contains no training step; look at its last lines")
     return steps
 
 
-def table(runs: dict[str, dict[int, Step]]) -> list[str]:
+def table(runs: dict[str, dict[int, LoggedStep]]) -> list[str]:
     """Return a row of losses per step, and the median seconds per step without the first one."""
     width = max(12, *(len(name) + 2 for name in runs))
     first = next(iter(runs.values()))
