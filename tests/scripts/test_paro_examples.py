@@ -59,7 +59,7 @@ def test_the_papers_configurations_are_legal(ranks: RankPool) -> None:
         assert int(command[command.index("--nnodes") + 1]) * 8 == world
         assert command[command.index("--nproc-per-node") + 1] == "8"
         jobs.append((script_flags(command), world))
-    (found,) = ranks.run(1, validated, jobs, timeout=120)
+    (found,) = ranks.run(1, validated, jobs)
     for (model, triplet), args in zip(cases, found, strict=True):
         world, layers, hidden, ffn, heads, _ = MODELS[model]
         groups = f"in {world // 8} group(s) of 8, overlapped" if triplet != "GGG" else f"in 1 group(s) of {world}, flat"

@@ -101,9 +101,9 @@ def test_a_weight_used_twice_is_summed_first_as_autograd_does(ranks: RankPool) -
 
 
 def test_what_cannot_be_split_is_left_or_refused_and_nothing_is_renamed(ranks: RankPool) -> None:
-    assert ranks.run(1, weight_bed.attaching, timeout=60) == [None]
+    assert ranks.run(1, weight_bed.attaching) == [None]
 
 
 @pytest.mark.parametrize("job", [weight_bed.store_keeping, weight_bed.changed_tensors])
 def test_a_store_knows_its_units(ranks: RankPool, job) -> None:
-    assert ranks.run(1, job, timeout=60) == [None]
+    assert ranks.run(1, job) == [None]

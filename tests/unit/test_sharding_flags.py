@@ -428,7 +428,7 @@ def what_upstreams_validation_says(cases: list[list[str]], node: str | None) -> 
 def said(ranks: RankPool, *cases: str, node: str | None = "2") -> list[Told]:
     """Of the tiny model; all cases under the same patches."""
     lines = [flags(TINY, case) for case in cases]
-    result: list[Told] = ranks.run(1, what_upstreams_validation_says, lines, node, timeout=120)[0]
+    result: list[Told] = ranks.run(1, what_upstreams_validation_says, lines, node)[0]
     return result
 
 
