@@ -3,9 +3,8 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from megatron.longseq.folders import refuse_unwritable
 from megatron.longseq.pipeline.plan.segment_cost import fit, read_samples
-from megatron.longseq.refusals import Refusals, refuse, refuse_without_effect
+from megatron.longseq.refusals import Refusals, refuse, refuse_unwritable, refuse_without_effect
 
 TRACED = 3  # the step that is measured, where no other is asked for
 PATIENCE = 60.0  # seconds that a rank waits for another stage before it says so
