@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The checks that need no run. bash scripts/check.sh [NAME...], all by default:
+# Runs static checks: bash scripts/check.sh [NAME...], all by default.
 #   format, lint    ruff
-#   types           mypy --strict on the planning code
+#   types           mypy --strict on the code that imports neither torch nor upstream
 #   shell           shellcheck on every script
-#   patches         the patch ledger against the installed wheel
+#   patches         compares the patch ledger with the installed wheel
 set -euo pipefail
 # shellcheck source=scripts/lib/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/setup.sh"
@@ -21,7 +21,7 @@ planning_files() {
   done
 }
 
-# run_check NAME: its output is shown when it fails.
+# run_check NAME: runs a check; the caller shows its output if it fails.
 run_check() {
   local files
   case $1 in
@@ -36,7 +36,7 @@ run_check() {
       shellcheck --external-sources .ci/run "${files[@]}"
       ;;
     patches) "$PY" -m patches verify ;;
-    *) die "no check is called $1: format, lint, types, shell, patches" 2 ;;
+    *) die "there is no check $1; checks are format, lint, types, shell, patches" 2 ;;
   esac
 }
 
@@ -44,7 +44,7 @@ run_check() {
 failed=()
 for name in "$@"; do
   started=$SECONDS
-  # One red check does not hide the next.
+  # The other checks run even if one fails.
   if output=$(run_check "$name" 2>&1); then
     say "ok      $name ($((SECONDS - started)) s)"
   else

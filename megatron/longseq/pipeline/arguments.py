@@ -3,9 +3,8 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from megatron.longseq.folders import refuse_unwritable
 from megatron.longseq.pipeline.plan.segment_cost import fit, read_samples
-from megatron.longseq.refusals import Refusals, refuse, refuse_without_effect
+from megatron.longseq.refusals import Refusals, refuse, refuse_unwritable, refuse_without_effect
 
 TRACED = 3  # default of --pipeline-trace-step
 PATIENCE = 60.0  # default of --pipeline-patience, in seconds
