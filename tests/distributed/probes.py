@@ -16,11 +16,9 @@ from tests.regression.planted import wrapped
 Notes = list[Any]
 
 
-def run_probed(
-    pool: RankPool, arm: Arm, world_size: int, flags: list[str], probe: str, *, timeout: float = 60.0
-) -> list[Notes]:
+def run_probed(pool: RankPool, arm: Arm, world_size: int, flags: list[str], probe: str) -> list[Notes]:
     """Train as `run_arm` does, in float64, and return what the probe (`module:function`) noted, per rank."""
-    return pool.run(world_size, _on_this_rank, arm, flags, probe, timeout=timeout)
+    return pool.run(world_size, _on_this_rank, arm, flags, probe)
 
 
 def _on_this_rank(arm: Arm, flags: list[str], probe: str) -> Notes:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from megatron.longseq.sharding.plan.collectives import Scope
-from megatron.longseq.sharding.plan.comm_volume import Bucket, Traffic
+from megatron.longseq.sharding.plan.comm_volume import CommVolume
 from megatron.longseq.sharding.plan.memory import Widths
-from megatron.longseq.sharding.plan.rank_groups import Groups
+from megatron.longseq.sharding.plan.rank_groups import RankGroups
+from tests.bucket_volume import Bucket, describe_buckets
 from tests.distributed.flags import PP2, TP2, flags
 from tests.pool import RankPool
 from tests.regression.arm import _early_end
@@ -92,7 +93,7 @@ class Seen:
     numel: int = 0
     all: int = 0
     microbatches: list[int] = field(default_factory=list)
-    sent: list[Traffic] = field(default_factory=list)
+    sent: list[CommVolume] = field(default_factory=list)
     held: list[Held] = field(default_factory=list)
     units: int = 0
     gradients: int = 0
@@ -108,11 +109,11 @@ def train(pool: RankPool, case: str, planted: str | None = None) -> list[Seen]:
     return pool.run(4, train_on_this_rank, words, planted)
 
 
-def groups_of(case: str) -> Groups:
+def groups_of(case: str) -> RankGroups:
     """Return the data-parallel ranks of a case."""
     own = (CASES | MORE)[case].split()
     ranks = 2 if "2" in case else 4
-    return Groups(ranks, int(own[own.index("--paro-group-size") + 1]) if "--paro-group-size" in own else ranks)
+    return RankGroups(ranks, int(own[own.index("--paro-group-size") + 1]) if "--paro-group-size" in own else ranks)
 
 
 def train_on_this_rank(words: list[str], planted: str | None = None) -> Seen:
@@ -163,20 +164,22 @@ def _introduce(seen: Seen, model: list[Any]) -> None:
 
     seen.member = model[0].sharding.member
     seen.widths = widths(get_args())
-    seen.buckets = [bucket for chunk in model for bucket in chunk.described()]
+    seen.buckets = [bucket for chunk in model for bucket in describe_buckets(chunk)]
     seen.numel = sum(param.numel() for chunk in model for param in chunk.parameters() if param.requires_grad)
     seen.all = sum(param.numel() for chunk in model for param in chunk.parameters())
 
 
-def _traffic(sharding: Any) -> Traffic:
+def _traffic(sharding: Any) -> CommVolume:
     sent = sharding.sent
     each = [sent[scope].bytes for scope in (Scope.INSIDE, Scope.BETWEEN, Scope.FLAT)]
-    return Traffic(*each, sum(scope.messages for scope in sent.values()))
+    return CommVolume(*each, sum(scope.messages for scope in sent.values()))
 
 
 def stores_of(chunk: Any) -> list[Any]:
     """Return where a chunk's parameters lie, frozen ones too."""
-    return [group.store for group in chunk.bucket_groups] + (chunk._stores() if chunk.uses is not None else [])
+    return [group.store for group in chunk.bucket_groups] + (
+        chunk._unit_stores() if chunk.gather_hooks is not None else []
+    )
 
 
 def _held(model: list[Any], optimizer: Any) -> Held:
@@ -191,11 +194,11 @@ def _held(model: list[Any], optimizer: Any) -> Held:
 
     for chunk in model:
         for store in stores_of(chunk):
-            count("params", store.part)
-            count("whole", store.whole.flat)
+            count("params", store.shard)
+            count("whole", store.full.flat)
         for group in chunk.bucket_groups:
-            count("grads", group.grads.part)
-            count("whole", group.grads.whole.flat)
+            count("grads", group.grads.shard)
+            count("whole", group.grads.full.flat)
             for param in group.params:
                 count("whole", param.data)
                 count("whole", param.main_grad)
@@ -214,25 +217,25 @@ def _held(model: list[Any], optimizer: Any) -> Held:
 @contextmanager
 def _watching(seen: Seen, model: list[Any]) -> Iterator[None]:
     """Note how many units and buckets are whole at once."""
-    from megatron.longseq.sharding.runtime.bucket_storage import Whole
+    from megatron.longseq.sharding.runtime.bucket_storage import FullBucket
 
     kinds: dict[int, tuple[str, str]] = {}
-    wholes: dict[int, Whole] = {}
+    wholes: dict[int, FullBucket] = {}
     for chunk in model:
-        units = [] if chunk.uses is None else chunk.uses.units
+        units = [] if chunk.gather_hooks is None else chunk.gather_hooks.units
         stores = [("units", unit.name, store) for unit in units for store in unit.stores]
         stores += [("gradients", group.label, group.grads) for group in chunk.bucket_groups if group.grads.level]
         for kind, name, store in stores:
-            kinds[id(store.whole)], wholes[id(store.whole)] = (kind, name), store.whole
+            kinds[id(store.full)], wholes[id(store.full)] = (kind, name), store.full
 
     def look() -> None:
         for kind in ("units", "gradients"):
-            there = {kinds[key] for key, whole in wholes.items() if whole.is_there and kinds[key][0] == kind}
+            there = {kinds[key] for key, whole in wholes.items() if whole.is_allocated and kinds[key][0] == kind}
             setattr(seen, kind, max(getattr(seen, kind), len(there)))
 
-    def take(original: Any, self: Any) -> None:
+    def allocate(original: Any, self: Any) -> None:
         original(self)
         look()
 
-    with wrapped(Whole, "take", take) if wholes else nullcontext():
+    with wrapped(FullBucket, "allocate", allocate) if wholes else nullcontext():
         yield

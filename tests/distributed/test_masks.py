@@ -63,5 +63,4 @@ def test_documents_that_some_stage_would_not_hear_of_are_refused(ranks: RankPool
             world,
             flags(TINY, own, "--train-iters 1"),
             mutant=f"tests.distributed.twists:{OWN}",
-            timeout=60,
         )

@@ -102,7 +102,7 @@ def test_flag_changes_the_schedule(ranks: RankPool) -> None:
 
     def forwards(twist: str, own: str = "--seq1f1b-splits 3") -> tuple[int, bool]:
         place = f"tests.distributed.twists:{twist}"
-        run = run_arm(ranks, "O", 2, once + flags(own), mutant=place, timeout=60)
+        run = run_arm(ranks, "O", 2, once + flags(own), mutant=place)
         return run.planted, "seq1f1b.schedule" in run.header["patches"]
 
     assert forwards("counted_forwards", "") == (16, False)

@@ -59,12 +59,12 @@ def test_validation_losses_are_upstreams(
 
 
 def test_evaluations_leave_memory_as_it_is(ranks: RankPool) -> None:
-    """Keys and values of one micro-batch at a time, 20 times over; training's buffers are not needed again."""
-    base = flags(TINY, PP2, K3, "--eval-iters 20 --eval-interval 2 --train-iters 2 --global-batch-size 4")
+    """Keys and values of one micro-batch at a time, five times over; training's buffers are not needed again."""
+    base = flags(TINY, PP2, K3, "--eval-iters 5 --eval-interval 2 --train-iters 2 --global-batch-size 4")
     for notes in run_probed(ranks, "O", 2, base, f"{PROBES}:store_bytes"):
         trained = [totals for evaluates, totals in notes if not evaluates]
         evaluated = [totals for evaluates, totals in notes if evaluates]
-        assert len(trained) == 2 and len(evaluated) == 60  # after step 2, and of validation and test at the end
+        assert len(trained) == 2 and len(evaluated) == 15  # after step 2, and of validation and test at the end
         assert all(held == 0 for held, *_ in trained + evaluated)
         assert len(set(evaluated)) == 1 and evaluated[0] == trained[1]
 
@@ -80,11 +80,11 @@ def test_a_batch_is_read_and_cut_once_per_micro_batch(ranks: RankPool, layout: s
 
 def test_checkpoints_go_both_ways(ranks: RankPool, tmp_path: Path) -> None:
     base = flags(TINY, PP2, "--save-interval 2")
-    theirs = run_arm(ranks, "U", 2, base, tmp_path / "U", float64=True, timeout=60)
-    ours = run_arm(ranks, "O", 2, [*base, *flags(K3)], tmp_path / "O", float64=True, timeout=60)
+    theirs = run_arm(ranks, "U", 2, base, tmp_path / "U", float64=True)
+    ours = run_arm(ranks, "O", 2, [*base, *flags(K3)], tmp_path / "O", float64=True)
     from_theirs, from_ours = (["--load", str(tmp_path / arm), "--ckpt-step", "2"] for arm in "UO")
-    resumed = run_arm(ranks, "O", 2, [*base, *flags(K3), *from_theirs], float64=True, timeout=60)
-    returned = run_arm(ranks, "U", 2, [*base, *from_ours], float64=True, timeout=60)
+    resumed = run_arm(ranks, "O", 2, [*base, *flags(K3), *from_theirs], float64=True)
+    returned = run_arm(ranks, "U", 2, [*base, *from_ours], float64=True)
     for run in (resumed, returned):
         assert_steps_equal(run.curve, theirs.curve[2:])
     one, other = (logical_tensors(run.checkpoint(2)) for run in (theirs, ours))
@@ -99,9 +99,9 @@ def test_checkpoints_go_both_ways(ranks: RankPool, tmp_path: Path) -> None:
 def test_dropout_differs_no_more_than_other_masks_do(ranks: RankPool, tell: Callable[[str], None]) -> None:
     """The masks of segments are others than those of whole sequences, as those of two stages are others than of one."""
     base = flags(TINY, "--hidden-dropout 0.1 --attention-dropout 0.1 --train-iters 8")
-    one = run_arm(ranks, "U", 1, base, float64=True, timeout=60)
-    two = run_arm(ranks, "U", 2, base + flags(PP2), float64=True, timeout=60)
-    ours = run_arm(ranks, "O", 2, base + flags(PP2, K3), float64=True, timeout=60)
+    one = run_arm(ranks, "U", 1, base, float64=True)
+    two = run_arm(ranks, "U", 2, base + flags(PP2), float64=True)
+    ours = run_arm(ranks, "O", 2, base + flags(PP2, K3), float64=True)
     log = (ranks.logs / f"job{ranks.jobs:03d}-rank0.log").read_text()
     noise, apart = gap(one, two), gap(ours, two)
     tell(f"dropout 0.1: loss of segments is {apart:.3f} off upstream's, upstream's own masks make {noise:.3f}")
@@ -120,10 +120,10 @@ def gap(one: Run, other: Run) -> float:
 def test_half_precision_stays_near_upstreams(ranks: RankPool, tmp_path: Path, tell: Callable[[str], None]) -> None:
     base = flags(TINY, PP2, "--bf16")
     start = flags(f"--load {tmp_path} --finetune --no-load-optim --no-load-rng")
-    run_arm(ranks, "U", 2, base + flags("--train-iters 1 --lr 0 --min-lr 0 --weight-decay 0"), tmp_path, timeout=60)
-    theirs = run_arm(ranks, "U", 2, base + start, timeout=60)
-    ours = run_arm(ranks, "O", 2, base + flags(K3) + start, timeout=60)
-    exact = run_arm(ranks, "U", 2, [*(flag for flag in base if flag != "--bf16"), *start], float64=True, timeout=60)
+    run_arm(ranks, "U", 2, base + flags("--train-iters 1 --lr 0 --min-lr 0 --weight-decay 0"), tmp_path)
+    theirs = run_arm(ranks, "U", 2, base + start)
+    ours = run_arm(ranks, "O", 2, base + flags(K3) + start)
+    exact = run_arm(ranks, "U", 2, [*(flag for flag in base if flag != "--bf16"), *start], float64=True)
     apart, error = (
         max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(run.curve, theirs.curve, strict=True))
         for run in (ours, exact)
@@ -144,7 +144,7 @@ def test_half_precision_stays_near_upstreams(ranks: RankPool, tmp_path: Path, te
 )
 def test_every_rank_writes_its_measured_timeline(ranks: RankPool, tmp_path: Path, own: str, pipeline: Pipeline) -> None:
     trace = ["--pipeline-trace", str(tmp_path / "trace"), *flags("--pipeline-trace-step 2 --train-iters 3")]
-    run = run_arm(ranks, "O", 2, [*flags(TINY, PP2, own), *trace], float64=True, timeout=60)
+    run = run_arm(ranks, "O", 2, [*flags(TINY, PP2, own), *trace], float64=True)
     assert sorted(file.name for file in (tmp_path / "trace").iterdir()) == ["rank-0000.json", "rank-0001.json"]
     measured = read_measured(tmp_path / "trace")
     assert measured.pipeline == pipeline and measured.name.endswith(", measured")

@@ -80,7 +80,7 @@ def test_equals_unsplit_attention_inside_documents(
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
-@pytest.mark.parametrize("lengths", [[12], [5, 4, 3], [7, 3, 1, 1]], ids=str)
+@pytest.mark.parametrize("lengths", [pytest.param([12], marks=pytest.mark.slow), [7, 3, 1, 1]], ids=str)
 def test_micro_batches_in_flight_and_recomputation(recompute: str, lengths: list[int]) -> None:
     """Two layers of two micro-batches; the second's forwards run before the first's backwards, and between them."""
     cache, last = SegmentKVCache(), len(lengths) - 1
@@ -174,7 +174,7 @@ def _kept_weights(lengths: list[int], state: Tensor, p: float) -> Tensor:
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
-@pytest.mark.parametrize("lengths", [[12], [5, 4, 3], [7, 3, 1, 1]], ids=str)
+@pytest.mark.parametrize("lengths", [pytest.param([12], marks=pytest.mark.slow), [7, 3, 1, 1]], ids=str)
 def test_dropout_draws_the_same_mask_in_backward(recompute: str, lengths: list[int]) -> None:
     inputs, cache = qkv(12, 2, (4, 2)), SegmentKVCache()
     own = torch.Generator().manual_seed(5).get_state()

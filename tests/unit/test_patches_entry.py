@@ -160,8 +160,8 @@ def agreement(different: bool) -> str:
 
 
 def test_ranks_that_differ_are_refused_on_every_rank(ranks):
-    assert ranks.run(2, agreement, False, timeout=60) == ["agreed"] * 2
-    for told in ranks.run(2, agreement, True, timeout=60):
+    assert ranks.run(2, agreement, False) == ["agreed"] * 2
+    for told in ranks.run(2, agreement, True):
         assert "the ranks run under different patches" in told
         assert "ranks 1: removed entry.checkpoint-digest (compared with ranks 0" in told
 

@@ -174,7 +174,7 @@ def test_speed_sequence_parallelism_and_windows_count(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--output", "a.pdf"], "--output a.pdf: a timeline is written as .svg, .png, .json"),
+        (["--output", "a.pdf"], "--output a.pdf: it is written as .svg, .png or .json, not .pdf"),
         (["--output", "nowhere/a.svg"], "there is no folder"),
         (["--output", "a.svg", "--partition", "thirds"], "'thirds' is neither even nor balanced"),
         (["--output", "a.svg", "--num-layers", "30"], "30 layers cannot be dealt equally to 4 model stages"),

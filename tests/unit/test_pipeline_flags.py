@@ -28,7 +28,7 @@ from megatron.longseq.pipeline.plan import partition
 from megatron.longseq.pipeline.plan.from_args import model_shape, plan_from_args, segment_lengths, stage_layers
 from megatron.longseq.pipeline.plan.segment_cost import ModelShape
 from megatron.longseq.pipeline.runtime.segmented_model import SegmentedModel
-from patches.seq1f1b.stages import refuse_stages
+from patches.seq1f1b.checks import refuse_stages
 from tests.distributed.flags import TINY, flags
 from tests.pool import RankPool
 
@@ -521,7 +521,7 @@ def messages_of_upstreams_validation(cases: list[list[str]], world: int = 1) -> 
 def told(ranks: RankPool, *cases: str) -> list[str | None]:
     """What upstream's own validation says of the tiny model with these flags."""
     lines = [flags(TINY, case) for case in cases]
-    result: list[str | None] = ranks.run(1, messages_of_upstreams_validation, lines, timeout=60)[0]
+    result: list[str | None] = ranks.run(1, messages_of_upstreams_validation, lines)[0]
     return result
 
 
@@ -560,7 +560,7 @@ def overwrites(case: list[str]) -> bool:
     ("case", "may"), [("", True), ("--seq1f1b-slack 1", True), ("--seq1f1b-splits 2 --seq1f1b-slack 1", False)]
 )
 def test_fused_weight_gradients_of_segments_are_added_up(ranks: RankPool, case: str, may: bool) -> None:
-    assert ranks.run(1, overwrites, flags(TINY, case), timeout=60) == [may]
+    assert ranks.run(1, overwrites, flags(TINY, case)) == [may]
 
 
 def chosen_by(case: list[str]) -> dict[str, Any]:
@@ -585,11 +585,11 @@ def chosen_by(case: list[str]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", ["", "--seq1f1b-splits 1", "--seq1f1b-partition even"])
 def test_without_our_flags_upstreams_own_function_runs(ranks: RankPool, case: str) -> None:
-    (found,) = ranks.run(1, chosen_by, flags(TINY, case), timeout=60)
+    (found,) = ranks.run(1, chosen_by, flags(TINY, case))
     assert found == {"applied": [], "upstreams": [True] * 3}
 
 
 @pytest.mark.parametrize("case", ["--seq1f1b-splits 2", "--seq1f1b-slack 1", "--zero-bubble", "--pipeline-trace here"])
 def test_with_a_flag_ours_stands_in_its_place(ranks: RankPool, case: str) -> None:
-    (found,) = ranks.run(1, chosen_by, flags(TINY, case), timeout=60)
+    (found,) = ranks.run(1, chosen_by, flags(TINY, case))
     assert found == {"applied": ["seq1f1b.arguments", "seq1f1b.schedule"], "upstreams": [False] * 3}

@@ -29,8 +29,8 @@ VIRTUAL = [(m, aligned, gathers, False) for m in (3, 6) for aligned in (False, T
 def test_with_one_segment_every_call_is_upstreams(
     ranks: RankPool, size: int, virtual: int, cases: list[tuple[int, bool, bool, bool]]
 ) -> None:
-    theirs = ranks.run(size, calls_of_a_step, False, virtual, cases, timeout=60)
-    ours = ranks.run(size, calls_of_a_step, True, virtual, cases, timeout=60)
+    theirs = ranks.run(size, calls_of_a_step, False, virtual, cases)
+    ours = ranks.run(size, calls_of_a_step, True, virtual, cases)
     for rank in range(size):
         for case, mine, yours in zip(cases, ours[rank], theirs[rank], strict=True):
             assert mine == yours, (rank, case)
@@ -39,7 +39,7 @@ def test_with_one_segment_every_call_is_upstreams(
 
 def test_evaluation_calls_nothing(ranks: RankPool) -> None:
     """Upstream leaves `no_sync` open after an evaluation without virtual stages; here it is closed."""
-    for rank, (events,) in enumerate(ranks.run(2, calls_of_a_step, True, 2, [(3, True, True, True)], timeout=60)):
+    for rank, (events,) in enumerate(ranks.run(2, calls_of_a_step, True, 2, [(3, True, True, True)])):
         assert {event[0] for event in events} == {"pause", "forward", "resume"}, rank
         assert sum(event[0] == "forward" for event in events) == 6
         assert [event[0] for event in events[-2:]] == ["resume", "resume"]

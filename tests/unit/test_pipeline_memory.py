@@ -47,7 +47,7 @@ def test_counted_bytes_are_the_formulas(
     turns = tuple(Contestant(segments, 4) for segments in (UPSTREAM, 2, 4))
     stages = f"--num-layers-per-virtual-pipeline-stage {LAYERS // 2 // virtual}" if virtual > 1 else ""
     line = f"{MODEL} {SIZES} --num-query-groups {groups} {own} {stages} --train-iters {len(turns)}"
-    counted = ranks.run(2, run_on_this_rank, Job(tuple(line.split()), turns, count_bytes=True), timeout=240)
+    counted = ranks.run(2, run_on_this_rank, Job(tuple(line.split()), turns, count_bytes=True))
     shape = ModelShape(
         LAYERS,
         WIDTH,
