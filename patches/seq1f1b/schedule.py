@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.longseq.pipeline.arguments import check_trace_step, refuse_unserved, wants_our_schedule
+from patches.engine import session
 from patches.environment import has_one_queue
 from patches.seq1f1b.batches import prove_batches
 from patches.seq1f1b.stages import refuse_stages
@@ -46,14 +47,13 @@ def with_plan(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def with_our_schedule(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `get_forward_backward_func`: one runner for all steps of this process."""
-    runner: Any = None
 
     @functools.wraps(original)
     def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
-        nonlocal runner
-        if runner is None:
-            runner = _runner()
-        return runner
+        state = session.SESSION.state
+        if "seq1f1b.schedule" not in state:
+            state["seq1f1b.schedule"] = _runner()
+        return state["seq1f1b.schedule"]
 
     return get_forward_backward_func
 

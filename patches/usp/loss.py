@@ -6,22 +6,32 @@ from typing import Any
 
 
 def over_the_whole_sequence(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `forward_step_calc_loss`: of a sum and a number of tokens, the number is that of the whole sequence.
+    """Wrap `get_forward_backward_func`: of the loss and number of tokens of a rank, the number is the whole sequence's.
 
     Upstream then averages gradients over the context-parallel ranks as over data-parallel ones, so each rank's sum is
-    weighed by their number. A loss that the script has averaged itself (two results) is left to the script, and
-    with --calculate-per-token-loss upstream counts tokens over all ranks anyway.
+    multiplied by their number. A loss that the script has averaged itself (two results) is left to the script. With
+    --calculate-per-token-loss upstream counts tokens over all ranks anyway.
     """
 
     @functools.wraps(original)
-    def forward_step_calc_loss(
-        model: Any, output_tensor: Any, loss_func: Any, config: Any, *args: Any, **kw: Any
-    ) -> Any:
-        if loss_func is not None and not config.calculate_per_token_loss:
-            loss_func = _counted(loss_func)
-        return original(model, output_tensor, loss_func, config, *args, **kw)
+    def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args
 
-    return forward_step_calc_loss
+        run = original(*args, **kwargs)
+        return run if get_args().calculate_per_token_loss else functools.partial(_run_counted, run)
+
+    return get_forward_backward_func
+
+
+def _run_counted(run: Callable[..., Any], *args: Any, forward_step_func: Callable[..., Any], **kwargs: Any) -> Any:
+    """Run a step's passes with a forward step whose loss function counts the tokens of all context-parallel ranks."""
+
+    @functools.wraps(forward_step_func)
+    def forward_step(*inputs: Any, **named: Any) -> tuple[Any, Any]:
+        output, loss_func = forward_step_func(*inputs, **named)
+        return output, None if loss_func is None else _counted(loss_func)
+
+    return run(*args, forward_step_func=forward_step, **kwargs)
 
 
 def _counted(loss_func: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,7 +4,6 @@ import random
 import shlex
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -73,38 +72,6 @@ def test_the_printed_split_gives_every_part_a_document() -> None:
             documents > 1,
             documents > 2,
         ]
-
-
-def build_without_documents(prefix: str, samples: int) -> str:
-    """Let upstream's builder make a split without documents; return what it says. Runs on a rank."""
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-
-    import patches
-
-    config = GPTDatasetConfig(
-        random_seed=1,
-        sequence_length=64,
-        blend=([prefix], None),
-        split=splits.DEFAULT,
-        tokenizer=SimpleNamespace(vocab_size=256, eod=0, pad=1, unique_identifiers={}),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-    )
-    with patches.applied("data.epochs"):
-        try:
-            BlendedMegatronDatasetBuilder(GPTDataset, [4, samples, samples], lambda: True, config).build()
-        except ValueError as error:
-            return str(error)
-    return "built"
-
-
-@pytest.mark.parametrize("samples", [0, 4])
-def test_the_loop_over_epochs_ends(ranks: RankPool, tmp_path: Path, samples: int) -> None:
-    prefix = index_of(tmp_path, "ten", [300] * 10)
-    (said,) = ranks.run(1, build_without_documents, prefix, samples, timeout=30)
-    assert f"the valid split gets no tokens of {prefix} (0 documents), and {samples} samples are asked" in said
 
 
 def messages_of_upstreams_validation(cases: list[list[str]]) -> list[str | None]:
