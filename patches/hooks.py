@@ -31,7 +31,6 @@ RECORDS = (
         aliases=("megatron.training:initialize_megatron", "megatron.training.training:initialize_megatron"),
         why="A run starts here: upstream checks the device, connects the ranks and creates its process groups. Systems "
         "create theirs afterwards, on all ranks in the same order.",
-        stage="start",
     ),
     Record(
         id=READ_CHECKPOINT,

@@ -9,5 +9,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/setup.sh"
 
 setup_environment run data test dev
 cd "$ROOT"
-if (($# == 0)) || [[ $* == --all ]]; then bash scripts/check.sh; fi
+if (($# == 0)) || [[ $* == --all ]]; then
+  bash scripts/check.sh
+  # One worker runs all tests of several ranks, one after another; the other one runs those of a single process.
+  set -- -n 2 --dist loadgroup "$@"
+fi
 exec "$PY" -m pytest --durations=20 "$@"

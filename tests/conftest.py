@@ -7,8 +7,6 @@ import pytest
 
 from tests.pool import RankPool
 
-FIGURES = pytest.StashKey[list[str]]()
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add --all, which runs the tests marked slow too, with every example and to every case's last step."""
@@ -21,6 +19,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.markexpr = ""
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give all tests of ranks to one worker of pytest-xdist: ranks use both cores, and runs are shared."""
+    for item in items:
+        if "ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("ranks"))
+
+
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> RankPool:
     """Return the session's pool of gloo ranks, forked from one warm process."""
@@ -28,14 +34,15 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> RankPool:
 
 
 @pytest.fixture
-def tell(request: pytest.FixtureRequest) -> Callable[[str], None]:
+def tell(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
     """Return a function that takes a measured figure; all of them are printed after the tests."""
-    return request.config.stash.setdefault(FIGURES, []).append
+    return lambda figure: record_property("measured", figure)
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print the figures that tests told."""
-    figures = config.stash.get(FIGURES, [])
+    reports = (one for kind in terminalreporter.stats.values() for one in kind if getattr(one, "when", None) == "call")
+    figures = [text for one in reports for name, text in one.user_properties if name == "measured"]
     if figures:
         terminalreporter.section("measured")
         for figure in figures:

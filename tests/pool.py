@@ -86,7 +86,7 @@ class RankPool:
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["tests.warm"])
 
-    def run(self, world_size: int, job: str | Callable[..., Any], *arguments: Any, timeout: float = 180.0) -> list[Any]:
+    def run(self, world_size: int, job: str | Callable[..., Any], *arguments: Any, timeout: float = 400.0) -> list[Any]:
         """Run `job(*arguments)` on every rank and return the results in rank order.
 
         Args:

@@ -21,6 +21,18 @@ RECORDS = (
         remove_when="the names of cached indices depend on the data's content, and data workers end with their rank",
         stage="start",
     ),
+    Record(
+        id="data.epochs",
+        system="data",
+        action="wrap",
+        target="megatron.core.datasets.gpt_dataset:GPTDataset._get_num_epochs",
+        impl="patches.data.arguments:without_endless_loop",
+        why="Upstream adds up the tokens of an epoch until they suffice, without end where an epoch has none.",
+        when="patches.conditions:always",
+        test="tests/unit/test_data_usable.py::test_the_loop_over_epochs_ends",
+        remove_when="upstream refuses a split without tokens",
+        stage="start",
+    ),
 )
 
 CALLBACKS = (

@@ -1,4 +1,4 @@
-"""Refuse data that cannot give a run its samples, when the flags are validated."""
+"""Refuse data that cannot give a run its samples, when flags are validated and where upstream would loop forever."""
 
 import functools
 from argparse import Namespace
@@ -72,3 +72,24 @@ def _blends(args: Namespace) -> tuple[Any, Any]:
                     f"--{name.replace('_', '-')} {file}: {what}. The file has to hold {content}."
                 ) from error
         raise
+
+
+def without_endless_loop(original: Callable[..., int]) -> Callable[..., int]:
+    """Wrap `GPTDataset._get_num_epochs`, which adds up the tokens of an epoch until they suffice.
+
+    Raises:
+        ValueError: an epoch has no tokens; names the data and the split.
+    """
+
+    @functools.wraps(original)
+    def _get_num_epochs(self: Any, num_tokens_per_epoch: int) -> int:
+        if num_tokens_per_epoch <= 0 and self.num_samples is not None:
+            raise ValueError(
+                f"the {self.index_split.name} split gets no tokens of {self.dataset_path} ({len(self.indices)} "
+                f"documents), and {self.num_samples} samples are asked of it: upstream would count epochs without "
+                "end. Give another --split, or data for each split (--train-data-path, --valid-data-path, "
+                "--test-data-path)."
+            )
+        return original(self, num_tokens_per_epoch)
+
+    return _get_num_epochs

@@ -1,4 +1,4 @@
-"""System `paro`: parameters, gradients and optimizer states each sharded nowhere, inside a group, or globally."""
+"""System `paro`: parameters, gradients and optimizer states each sharded not, inside a group, or globally."""
 
 from patches.hooks import INITIALIZE, PARAMS_NORM, READ_CHECKPOINT, VALIDATE_ARGS
 from patches.record import Callback, Record
@@ -7,78 +7,26 @@ _ASKED_FOR = "patches.paro.conditions:shards"
 
 RECORDS = (
     Record(
-        id="paro.wrapper-groups",
+        id="paro.classes",
         system="paro",
-        action="wrap",
-        target="megatron.core.process_groups_config:ProcessGroupCollection.setup_process_groups_for_ddp",
-        impl="patches.paro.runtime:with_shard_group",
-        why="A bucket is cut in the order of logical ranks, so that phases inside and between groups are in place.",
-        when=_ASKED_FOR,
-        test="tests/distributed/test_sharding.py::test_equals_upstream_in_float64",
-        remove_when="upstream's training passes a process-group collection to its data-parallel wrapper",
-    ),
-    Record(
-        id="paro.optimizer-groups",
-        system="paro",
-        action="wrap",
-        target="megatron.core.process_groups_config:ProcessGroupCollection.setup_process_groups_for_optimizer",
-        impl="patches.paro.runtime:with_shard_group",
-        why="The optimizer has to own the shard that the phases leave on a rank, and to sum norms over one copy.",
-        when=_ASKED_FOR,
-        test="tests/distributed/test_sharding.py::test_equals_upstream_in_float64",
-        remove_when="upstream's training passes a process-group collection to its optimizer",
-    ),
-    Record(
-        id="paro.buffers",
-        system="paro",
-        action="wrap",
-        target="megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBuffer.__init__",
-        impl="patches.paro.runtime:with_bucket_memory",
-        why="A buffer's memory in one piece cannot be given back bucket by bucket.",
-        when=_ASKED_FOR,
-        test="tests/distributed/test_sharding.py::test_equals_upstream_in_float64",
-        remove_when="upstream's buffers allocate each bucket by itself",
-    ),
-    Record(
-        id="paro.views",
-        system="paro",
-        action="wrap",
-        target="megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBuffer._get",
-        impl="patches.paro.runtime:with_bucket_views",
-        why="Parameters and gradients have to be views of their bucket's own memory.",
-        when=_ASKED_FOR,
-        test="tests/distributed/test_sharding.py::test_equals_upstream_in_float64",
-        remove_when="upstream's buffers allocate each bucket by itself",
-    ),
-    Record(
-        id="paro.wrapper",
-        system="paro",
-        action="wrap",
-        target="megatron.core.distributed.distributed_data_parallel:DistributedDataParallel.__init__",
-        impl="patches.paro.runtime:with_sharded_wrapper",
+        action="context",
+        target="megatron.core.distributed",
+        impl="patches.paro.classes:sharded_classes",
         reads=(
+            "megatron.core.distributed.distributed_data_parallel:DistributedDataParallel.__init__",
             "megatron.core.distributed.distributed_data_parallel:DistributedDataParallel._make_backward_post_hook",
+            "megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBuffer.__init__",
+            "megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBuffer._get",
             "megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBucketGroup",
-        ),
-        why="Parameters and gradients that are sharded are gathered and reduced in every micro-batch.",
-        when=_ASKED_FOR,
-        test="tests/distributed/test_sharding.py::test_equals_upstream_in_float64",
-        remove_when="upstream's wrapper takes its bucket groups from its caller",
-    ),
-    Record(
-        id="paro.optimizer",
-        system="paro",
-        action="wrap",
-        target="megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.__init__",
-        impl="patches.paro.runtime:with_parts",
-        reads=(
+            "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.__init__",
             "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._copy_model_grads_to_main_grads",
             "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._copy_main_params_to_model_params",
         ),
-        why="The optimizer reads gradients and writes parameters in whole buckets, of which a rank may keep a part.",
+        why="Upstream's data-parallel wrapper, its buffers and the distributed optimizer are built in several places "
+        "and keep full buckets; subclasses of ours, in their place, keep shards and gather or reduce bucket by bucket.",
         when=_ASKED_FOR,
         test="tests/distributed/test_sharding.py::test_equals_upstream_in_float64",
-        remove_when="upstream's optimizer finds its shards through its buckets",
+        remove_when="upstream takes the classes of its wrapper, buffer and optimizer from its caller",
     ),
     Record(
         id="paro.partial-layers",

@@ -1,4 +1,4 @@
-"""Upstream's validation of its flags, with what --paro sets before it and our refusals around it."""
+"""Upstream's validation of its flags, with what --paro sets before it and what --paro refuses before and after it."""
 
 import functools
 from argparse import Namespace
@@ -6,28 +6,28 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron.longseq.sharding.arguments import refuse_unserved_sharding
-from megatron.longseq.sharding.plan.from_args import confirm, resolve, told, widths
+from megatron.longseq.sharding.plan.from_args import check_unchanged, resolve, summary, widths
 from patches.environment import node_ranks
 
 
 def with_sharding(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `validate_args`: refuse, set upstream's flags, let upstream validate, refuse what that has brought about.
+    """Wrap `validate_args`: refuse flags, set upstream's, let upstream validate, and refuse what that has set.
 
     The first refusal comes before upstream's own assertions, which would blame flags that --paro has set.
 
     Raises:
-        ValueError: flags that do not go together, or groups that the ranks do not make.
+        ValueError: flags cannot be combined, or the group size does not divide the ranks.
     """
 
     @functools.wraps(original)
     def validate_args(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
         refuse_unserved_sharding(args)
-        found = resolve(args, node_ranks())
+        plan = resolve(args, node_ranks())
         result = original(args, defaults or {})
         refuse_unserved_sharding(args)
-        confirm(args, found)
+        check_unchanged(args, plan)
         if args.rank == 0:
-            print(f"> {told(found, widths(args))}", flush=True)
+            print(f"> {summary(plan, widths(args))}", flush=True)
         return result
 
     return validate_args

@@ -1,17 +1,17 @@
-"""A checkpoint's own account of how it was saved, read before anything is loaded from it."""
+"""What a checkpoint says about the run that saved it, checked before anything is loaded from it."""
 
 import functools
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from megatron.longseq.sharding.runtime.checkpoint import loads_optimizer, refuse_bound_states, told
+from megatron.longseq.sharding.runtime.checkpoint import describe_run, loads_optimizer, refuse_bound_states
 
 
 def with_manifest(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the reading of a checkpoint: refuse, on every rank, optimizer states that sharding cannot read.
+    """Wrap `_load_base_checkpoint`: refuse, on every rank, optimizer states that a sharded run cannot read.
 
-    Every rank reads the common part first (`rank0`), before any of them asks for tensors.
+    Every rank reads the common part first (`rank0`), before any of them reads tensors.
 
     Raises:
         ValueError: see `refuse_bound_states`.
@@ -27,8 +27,8 @@ def with_manifest(original: Callable[..., Any]) -> Callable[..., Any]:
         if loads_optimizer(args, saved, is_release):
             form = (common.get("content_metadata") or {}).get("distrib_optim_sharding_type")
             refuse_bound_states(args, saved, form, str(place))
-        if args.rank == 0 and saved is not None and told(saved) != told(args):
-            print(f"> {place} was saved by {told(saved)}; this run is {told(args)}", flush=True)
+        if args.rank == 0 and saved is not None and describe_run(saved) != describe_run(args):
+            print(f"> {place} was saved by {describe_run(saved)}; this run is {describe_run(args)}", flush=True)
         return found
 
     return _load_base_checkpoint

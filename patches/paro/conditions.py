@@ -1,4 +1,4 @@
-"""When states are sharded by us, and when parameters are frozen."""
+"""Predicates on flags: whether model states are sharded, and whether parameters are frozen."""
 
 from argparse import Namespace
 
@@ -6,10 +6,10 @@ from megatron.longseq.sharding.arguments import wants_sharding
 
 
 def shards(args: Namespace) -> bool:
-    """Whether --paro is given."""
+    """Return whether --paro is given."""
     return wants_sharding(args)
 
 
 def freezes(args: Namespace) -> bool:
-    """Whether --train-only is given, which is a flag of our script alone."""
+    """Return whether --train-only is given, which only this project's script has."""
     return getattr(args, "train_only", None) is not None

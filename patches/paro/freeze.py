@@ -1,4 +1,4 @@
-"""Checkpoints of runs that train some layers only."""
+"""Checkpoints of runs that train only some layers."""
 
 import functools
 from collections.abc import Callable
@@ -6,9 +6,9 @@ from typing import Any
 
 
 def by_layer(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Wrap the description of a checkpoint's form: each layer has tensors of its own, which some layers may lack.
+    """Wrap `_build_sharded_state_dict_metadata`: give every layer tensors of its own, so that a layer may have none.
 
-    Upstream reads a checkpoint in the form that it was written in, so the whole model's still loads, and so does this.
+    Upstream reads a checkpoint in the form that it was written in, so checkpoints of both forms load.
     """
 
     @functools.wraps(original)

@@ -1,7 +1,8 @@
-"""Recomputation where the layers below are frozen: a function whose inputs need no gradient runs as it is.
+"""Activation recomputation with frozen layers: a function whose inputs need no gradient runs without recomputation.
 
-A recomputed function is one node of autograd, and the node's backward runs only if an input needs a gradient. Where
-none does, autograd itself finds what is trained inside; and where nothing is, it keeps nothing.
+A recomputed function is one autograd node, whose backward runs only if one of its inputs needs a gradient. If none
+does, parameters that are trained inside would get no gradient. So autograd records the function itself, and keeps
+nothing if nothing inside is trained.
 """
 
 import functools
@@ -11,7 +12,7 @@ from typing import Any
 
 
 def recomputes(args: Namespace) -> bool:
-    """Whether upstream recomputes activations."""
+    """Return whether upstream recomputes activations."""
     return getattr(args, "recompute_granularity", None) is not None
 
 
@@ -34,14 +35,14 @@ def kept_if_inputs_are_frozen(original: Callable[..., Any]) -> Callable[..., Any
     def checkpoint(self: Any, run_function: Callable[..., Any], *inputs: Any) -> Any:
         if not _are_frozen(inputs):
             return original(self, run_function, *inputs)
-        self.outputs = ()  # upstream then discards nothing; without a `ctx` it computes nothing again
+        self.outputs = ()  # upstream then discards nothing and, without a `ctx`, recomputes nothing
         return run_function(*inputs)
 
     return checkpoint
 
 
 def _are_frozen(inputs: Iterable[Any]) -> bool:
-    """Return whether autograd records, and no input needs a gradient."""
+    """Return whether autograd records operations and no input needs a gradient."""
     import torch
 
     return torch.is_grad_enabled() and not any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)

@@ -48,7 +48,7 @@ def prove_batches(args: Namespace, plan: Any) -> list[str]:
         try:
             plan.schedule(batch.microbatches, batch.forward_only)
             if plan.one_queue:
-                plan.posts(batch.microbatches, batch.forward_only)
+                plan.receives(batch.microbatches, batch.forward_only)
         except ValueError as error:
             message = f"{batch.name}, {batch.microbatches} micro-batches: {error}"
             if batch.is_certain:

@@ -69,15 +69,15 @@ def _plan(args: Namespace) -> Any:
 def _runner() -> Any:
     from megatron.training import get_args
 
-    from megatron.longseq.pipeline.forward_backward import PipelineRunner
+    from megatron.longseq.pipeline.forward_backward import ForwardBackward
     from patches.usp.conditions import spreads_segments
     from patches.usp.runtime import current_context
 
     args = get_args()
-    return PipelineRunner(
+    return ForwardBackward(
         plan=_plan(args),
         needs_mask=args.reset_attention_mask,
-        tells_documents=args.create_attention_mask_in_dataloader,
+        sends_documents=args.create_attention_mask_in_dataloader,
         context=current_context() if spreads_segments(args) else None,
         patience=args.pipeline_patience,
         timeout=timedelta(minutes=args.distributed_timeout_minutes),
@@ -89,7 +89,7 @@ def _runner() -> Any:
 def _write_trace(folder: Path, schedule: Any, rank: int, spans: Any) -> None:
     from megatron.core import mpu
 
-    from megatron.longseq.pipeline.tools.chrome_trace import write_measured
+    from megatron.longseq.pipeline.runtime.step_timer import write_measured
 
     if mpu.get_data_parallel_rank(with_context_parallel=True) == 0 and mpu.get_tensor_model_parallel_rank() == 0:
         write_measured(folder, rank, schedule.pipeline, f"{schedule.name}, measured", spans)

@@ -202,7 +202,7 @@ class _Race:
     def _runner(self, segments: int) -> Any:
         from megatron.training import get_args
 
-        from megatron.longseq.pipeline.forward_backward import PipelineRunner
+        from megatron.longseq.pipeline.forward_backward import ForwardBackward
         from megatron.longseq.pipeline.plan.from_args import plan_from_args
 
         if segments == 0:
@@ -210,7 +210,7 @@ class _Race:
         if segments not in self.runners:
             args = get_args()
             args.seq1f1b_splits, args.seq1f1b_partition = segments, PARTITION
-            self.runners[segments] = PipelineRunner(plan_from_args(args), trace=self._note)
+            self.runners[segments] = ForwardBackward(plan_from_args(args), trace=self._note)
             args.seq1f1b_splits = 1
         return self.runners[segments]
 

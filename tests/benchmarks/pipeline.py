@@ -19,7 +19,7 @@ from itertools import chain
 from pathlib import Path
 
 from megatron.longseq.pipeline.plan.generators import one_f_one_b
-from megatron.longseq.pipeline.plan.schedule import Kind, Pipeline
+from megatron.longseq.pipeline.plan.schedule import ActionKind, Pipeline
 from megatron.longseq.pipeline.plan.simulate import Costs, simulate
 from megatron.longseq.pipeline.plan.validate import prove
 from tests.benchmarks.alternate import Contestant, Job, Measured, run_on_this_rank
@@ -100,7 +100,7 @@ def ratios(results: Results, contestant: Contestant) -> list[float]:
 def measured_costs(results: Results, segments: int) -> Costs:
     """Return the median seconds of every stage's and segment's actions over all steps with that many segments."""
     tables = {}
-    for kind in (Kind.FORWARD, Kind.BACKWARD):
+    for kind in (ActionKind.FORWARD, ActionKind.BACKWARD):
         seconds: dict[tuple[int, int], list[float]] = defaultdict(list)
         for stage, steps in enumerate(results):
             for name, segment, span in chain.from_iterable(s.spans for s in steps if s.contestant.segments == segments):
@@ -111,7 +111,7 @@ def measured_costs(results: Results, segments: int) -> Costs:
             for stage in range(len(results))
         )
     nothing = tuple((0.0,) * segments for _ in results)
-    return Costs(tables[Kind.FORWARD], tables[Kind.BACKWARD], nothing)
+    return Costs(tables[ActionKind.FORWARD], tables[ActionKind.BACKWARD], nothing)
 
 
 def rest_seconds(results: Results) -> float:

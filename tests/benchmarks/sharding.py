@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron.longseq.sharding.plan.rank_groups import Groups
+from megatron.longseq.sharding.plan.rank_groups import RankGroups
 from tests.benchmarks import sharding_arms as training
 from tests.benchmarks import sharding_steps as steps
 from tests.benchmarks.sharding_race import probe_on_this_rank, race_on_this_rank
@@ -59,18 +59,18 @@ def _run(bed: Bed, given: argparse.Namespace) -> dict[str, Any]:
 
 
 def _race(bed: Bed, pace: Pace, given: argparse.Namespace) -> dict[str, Any]:
-    groups, links = Groups(bed.world_size, bed.ranks), links_of(pace, bed.ranks)
+    groups, links = RankGroups(bed.world_size, bed.ranks), links_of(pace, bed.ranks)
     probed = bed.run(probe_on_this_rank, groups.size)[0]
     sizes = [int(size * 2**20) for size in given.sizes]
     program = heats(groups, links, sizes, given.rounds, given.buckets)
-    print(f"links of a rank: {links}\nas the runtime probes them: {probed}")
+    print(f"links of a rank: {links}\nas `probe` measures them: {probed}")
     results = measured(bed.run(race_on_this_rank, groups.size, program, timeout=3600), groups, links, probed)
     print(text(results))
     return summary(results)
 
 
 def _train(bed: Bed, pace: Pace, given: argparse.Namespace) -> dict[str, Any]:
-    groups, links = Groups(bed.world_size, bed.ranks), links_of(pace, bed.ranks)
+    groups, links = RankGroups(bed.world_size, bed.ranks), links_of(pace, bed.ranks)
     contestants = [arm for arm in training.arms(groups.size) if not given.arms or arm.name in given.arms]
     count = given.microbatches
     results = training.train(bed, contestants, rounds=given.training_rounds, steps=given.steps, microbatches=count)

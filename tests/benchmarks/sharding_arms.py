@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from megatron.longseq.sharding.plan.collectives import CollectivesMode
 from megatron.longseq.sharding.plan.comm_volume import Bucket
 from megatron.longseq.sharding.plan.memory import Widths
-from megatron.longseq.sharding.plan.ring import Mode
 from tests.benchmarks.calls import Seen, watching
 from tests.benchmarks.twonodes import Bed
 
@@ -47,14 +47,14 @@ class Arm:
 
     name: str
     strategy: str
-    mode: Mode
+    mode: CollectivesMode
     flags: str
 
 
-def arm(strategy: str, mode: Mode, size: int) -> Arm:
+def arm(strategy: str, mode: CollectivesMode, size: int) -> Arm:
     """Return an arm of ours."""
-    grouped = "" if mode is Mode.FLAT else f"--paro-group-size {size} "
-    links = "--paro-links 10 1 " if mode is Mode.OVERLAPPED else ""  # the same choice in every round
+    grouped = "" if mode is CollectivesMode.FLAT else f"--paro-group-size {size} "
+    links = "--paro-links 10 1 " if mode is CollectivesMode.OVERLAPPED else ""  # the same choice in every round
     flags = f"--paro {strategy} {grouped}--paro-collectives {mode} {links}{OVERLAP}"
     return Arm(f"{strategy} {mode}", strategy, mode, flags)
 
@@ -65,9 +65,9 @@ def arms(size: int) -> tuple[Arm, ...]:
     Args:
         size: of a group.
     """
-    upstream = Arm("upstream ZeRO-1", "NNG", Mode.FLAT, f"--use-distributed-optimizer {OVERLAP}")
-    flat = [arm(strategy, Mode.FLAT, size) for strategy in ("NNG", "NGG", "GGG")]
-    ours = [arm(strategy, Mode.OVERLAPPED, size) for strategy in ("NNG", "NIG", "NGG", "IIG", "IGG", "GGG")]
+    upstream = Arm("upstream ZeRO-1", "NNG", CollectivesMode.FLAT, f"--use-distributed-optimizer {OVERLAP}")
+    flat = [arm(strategy, CollectivesMode.FLAT, size) for strategy in ("NNG", "NGG", "GGG")]
+    ours = [arm(strategy, CollectivesMode.OVERLAPPED, size) for strategy in ("NNG", "NIG", "NGG", "IIG", "IGG", "GGG")]
     return (upstream, *flat, *ours)
 
 
@@ -134,8 +134,8 @@ def _watched(train_step: Callable[..., Any], found: Trained, seen: Seen) -> Call
 
 
 def _buckets(chunk: Any) -> list[Bucket]:
-    if hasattr(chunk, "described"):  # ours
-        return list(chunk.described())
+    if hasattr(chunk, "describe_buckets"):  # ours
+        return list(chunk.describe_buckets())
     return [Bucket(bucket.grad_data.numel()) for buffer in chunk.buffers for bucket in buffer.buckets]
 
 

@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.longseq.sharding.plan.collectives import Kind
-from megatron.longseq.sharding.plan.rank_groups import Groups
-from megatron.longseq.sharding.plan.ring import Mode, whole
-from megatron.longseq.sharding.plan.time_model import Links
-from megatron.longseq.sharding.runtime.collectives import Collectives, open_groups, region_of
-from megatron.longseq.sharding.runtime.comm_queue import Lanes, Runner
-from megatron.longseq.sharding.runtime.gloo_ring import RingMessages
+from megatron.longseq.sharding.plan.collectives import CollectiveKind, CollectivesMode, full_collective
+from megatron.longseq.sharding.plan.rank_groups import RankGroups
+from megatron.longseq.sharding.plan.time_model import LinkSpeeds
+from megatron.longseq.sharding.runtime.collectives import CollectiveRunner, region_of
+from megatron.longseq.sharding.runtime.comm_queue import CommQueues, Runner
+from megatron.longseq.sharding.runtime.gloo_ring import GlooRingRunner
+from megatron.longseq.sharding.runtime.process_groups import open_groups
 from megatron.longseq.sharding.tools.probe_links import probe
 
 GLOO, RING = "gloo", "ring"
@@ -36,14 +36,14 @@ class Arm(NamedTuple):
     """
 
     way: str
-    mode: Mode
+    mode: CollectivesMode
     buckets: int
 
 
 class Heat(NamedTuple):
     """A collective of some bytes, and the arms that run it, each so many times."""
 
-    kind: Kind
+    kind: CollectiveKind
     size: int
     arms: tuple[Arm, ...]
     rounds: int
@@ -64,15 +64,15 @@ class Timed:
     seconds: list[float]
 
 
-def probe_on_this_rank(size: int) -> Links:
-    """Measure links as the runtime does at a start; all ranks return the same.
+def probe_on_this_rank(size: int) -> LinkSpeeds:
+    """Measure links as `python -m megatron.longseq.sharding probe` does; all ranks return the same.
 
     Args:
         size: of a group.
     """
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    groups = Groups(dist.get_world_size(), size)
+    groups = RankGroups(dist.get_world_size(), size)
     return probe(groups, open_groups(dist.group.WORLD, groups), torch.device("cpu"))
 
 
@@ -88,7 +88,7 @@ def race_on_this_rank(size: int, heats: Sequence[Heat]) -> list[Timed]:
     """
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    return Race(Groups(dist.get_world_size(), size)).run(heats)
+    return Race(RankGroups(dist.get_world_size(), size)).run(heats)
 
 
 class Track(NamedTuple):
@@ -99,8 +99,8 @@ class Track(NamedTuple):
         lanes: run phases.
     """
 
-    groups: Groups
-    lanes: Lanes
+    groups: RankGroups
+    lanes: CommQueues
 
 
 class Race:
@@ -110,21 +110,23 @@ class Race:
         groups: all ranks.
     """
 
-    def __init__(self, groups: Groups) -> None:
+    def __init__(self, groups: RankGroups) -> None:
         self.member = dist.get_rank()
-        alone = Groups(groups.ranks, groups.ranks)  # --paro-collectives flat: no groups, so shards lie in ranks' order
+        alone = RankGroups(
+            groups.ranks, groups.ranks
+        )  # --paro-collectives flat: no groups, so shards lie in ranks' order
         made, natural = open_groups(dist.group.WORLD, groups), open_groups(dist.group.WORLD, alone)
-        gloo, ring = Collectives(groups, made), RingMessages(groups, made)
+        gloo, ring = CollectiveRunner(groups, made), GlooRingRunner(groups, made)
         self.tracks = {
-            (GLOO, Mode.FLAT): self._track(alone, Collectives(alone, natural), Mode.FLAT),
+            (GLOO, CollectivesMode.FLAT): self._track(alone, CollectiveRunner(alone, natural), CollectivesMode.FLAT),
         }
-        for mode in Mode:
+        for mode in CollectivesMode:
             self.tracks.setdefault((GLOO, mode), self._track(groups, gloo, mode))
             self.tracks[RING, mode] = self._track(groups, ring, mode)
 
-    def _track(self, groups: Groups, runner: Runner, mode: Mode) -> Track:
-        is_overlapped = mode is Mode.OVERLAPPED
-        return Track(groups, Lanes(runner, torch.device("cpu"), self.member, is_overlapped=is_overlapped))
+    def _track(self, groups: RankGroups, runner: Runner, mode: CollectivesMode) -> Track:
+        is_overlapped = mode is CollectivesMode.OVERLAPPED
+        return Track(groups, CommQueues(runner, torch.device("cpu"), self.member, is_overlapped=is_overlapped))
 
     def run(self, heats: Sequence[Heat]) -> list[Timed]:
         """See `race_on_this_rank`."""
@@ -147,14 +149,14 @@ class Race:
         run()
         return time.perf_counter() - start
 
-    def _ready(self, kind: Kind, arm: Arm, message: Tensor) -> Callable[[], None]:
+    def _ready(self, kind: CollectiveKind, arm: Arm, message: Tensor) -> Callable[[], None]:
         """Return a function that runs an arm on a message."""
         groups, lanes = self.tracks[arm.way, arm.mode]
-        phases = whole(kind, groups, arm.mode)
+        collectives = full_collective(kind, groups, arm.mode)
         regions = [region_of(bucket, groups, self.member) for bucket in message.chunk(arm.buckets)]
 
         def run() -> None:
-            handles = [lanes.submit(phases, region, f"bucket {at}") for at, region in enumerate(regions)]
+            handles = [lanes.submit(collectives, region, f"bucket {at}") for at, region in enumerate(regions)]
             for handle in handles:
                 handle.wait()
 
@@ -163,14 +165,14 @@ class Race:
     def _prove(self, heat: Heat, arm: Arm) -> None:
         """Run an arm once on whole numbers and compare with what they come to."""
         groups = self.tracks[arm.way, arm.mode].groups
-        mine, is_gather = groups.logical(self.member), heat.kind is Kind.ALL_GATHER
+        mine, is_gather = groups.logical(self.member), heat.kind is CollectiveKind.ALL_GATHER
         places = torch.arange(heat.size // 4, dtype=torch.float32).remainder_(1021).view(arm.buckets, groups.ranks, -1)
         message = torch.full_like(places, -1.0) if is_gather else places * (self.member + 1)
         if is_gather:
             message[:, mine] = places[:, mine]
         self._ready(heat.kind, arm, message.view(-1))()
         expected = places if is_gather else places * sum(range(1, groups.ranks + 1))
-        if heat.kind is Kind.REDUCE_SCATTER:
+        if heat.kind is CollectiveKind.REDUCE_SCATTER:
             message, expected = message[:, mine], expected[:, mine]
         if not torch.equal(message, expected):
             raise ValueError(f"rank {self.member}: {heat.kind} of {heat.size} bytes by {arm} is wrong")

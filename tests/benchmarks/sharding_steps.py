@@ -4,13 +4,12 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from megatron.longseq.sharding.plan.comm_volume import bucket_traffic
-from megatron.longseq.sharding.plan.cost import Job, Work, predict
+from megatron.longseq.sharding.plan.collectives import CollectivesMode
+from megatron.longseq.sharding.plan.comm_volume import bucket_volume
 from megatron.longseq.sharding.plan.memory import Model
-from megatron.longseq.sharding.plan.rank_groups import Groups
-from megatron.longseq.sharding.plan.ring import Mode
+from megatron.longseq.sharding.plan.rank_groups import RankGroups
 from megatron.longseq.sharding.plan.strategy import Strategy
-from megatron.longseq.sharding.plan.time_model import Links
+from megatron.longseq.sharding.plan.time_model import ComputeTime, LinkSpeeds, TrainingJob, predict
 from tests.benchmarks.calls import Seen
 from tests.benchmarks.sharding_arms import WIDTHS, Result
 
@@ -22,7 +21,7 @@ RATIOS = {
 }
 
 
-def sent_and_formula(result: Result, groups: Groups, microbatches: int) -> tuple[dict[str, int], dict[str, int]]:
+def sent_and_formula(result: Result, groups: RankGroups, microbatches: int) -> tuple[dict[str, int], dict[str, int]]:
     """Return bytes of a rank in a step, counted at the calls and by the formula: by which ranks took part.
 
     Args:
@@ -33,9 +32,9 @@ def sent_and_formula(result: Result, groups: Groups, microbatches: int) -> tuple
     Raises:
         ValueError: ranks, or steps, differ in what they send.
     """
-    strategy, is_flat = Strategy.parse(result.arm.strategy), result.arm.mode is Mode.FLAT
+    strategy, is_flat = Strategy.parse(result.arm.strategy), result.arm.mode is CollectivesMode.FLAT
     buckets = result.ranks[0].buckets
-    step = bucket_traffic(strategy, groups, buckets, WIDTHS, microbatches, is_flat=lambda phases, size: is_flat)
+    step = bucket_volume(strategy, groups, buckets, WIDTHS, microbatches, is_flat=lambda collectives, size: is_flat)
     formula = {"inside": step.inside, "between": step.between, "all": step.flat}
     counted = [by_scope(seen, groups) for rank in result.ranks for seen in rank.sent()]
     if any(one != counted[0] for one in counted):
@@ -43,7 +42,7 @@ def sent_and_formula(result: Result, groups: Groups, microbatches: int) -> tuple
     return counted[0], formula
 
 
-def by_scope(seen: Seen, groups: Groups) -> dict[str, int]:
+def by_scope(seen: Seen, groups: RankGroups) -> dict[str, int]:
     """Return bytes inside nodes, between them, and over all ranks.
 
     Raises:
@@ -63,7 +62,7 @@ def by_scope(seen: Seen, groups: Groups) -> dict[str, int]:
     return sent
 
 
-def predicted(results: Sequence[Result], links: Links, groups: Groups, microbatches: int) -> dict[str, float]:
+def predicted(results: Sequence[Result], links: LinkSpeeds, groups: RankGroups, microbatches: int) -> dict[str, float]:
     """Return the formula's seconds of a step of every arm, none of them hidden behind compute.
 
     What a step takes beside communication is alike for all arms: what the first one's measured step leaves over.
@@ -71,7 +70,9 @@ def predicted(results: Sequence[Result], links: Links, groups: Groups, microbatc
 
     def communication(result: Result) -> float:
         numel, buckets = result.ranks[0].numel, len(result.ranks[0].buckets)
-        job = Job(groups, Model(numel, numel), Work(microbatches), links, WIDTHS, result.arm.mode, buckets)
+        job = TrainingJob(
+            groups, Model(numel, numel), ComputeTime(microbatches), links, WIDTHS, result.arm.mode, buckets
+        )
         return predict(Strategy.parse(result.arm.strategy), job).seconds.communication
 
     rest = max(0.0, statistics.median(results[0].rounds) - communication(results[0]))
@@ -94,7 +95,7 @@ def disagreement(results: Sequence[Result]) -> float:
     )
 
 
-def text(results: Sequence[Result], links: Links, groups: Groups, microbatches: int) -> str:
+def text(results: Sequence[Result], links: LinkSpeeds, groups: RankGroups, microbatches: int) -> str:
     """Return the tables."""
     clock = predicted(results, links, groups, microbatches)
     numel = results[0].ranks[0].numel
@@ -116,7 +117,7 @@ def text(results: Sequence[Result], links: Links, groups: Groups, microbatches: 
     return "\n".join(lines)
 
 
-def summary(results: Sequence[Result], links: Links, groups: Groups, microbatches: int) -> dict[str, Any]:
+def summary(results: Sequence[Result], links: LinkSpeeds, groups: RankGroups, microbatches: int) -> dict[str, Any]:
     """Return the figures of the JSON line."""
     clock = predicted(results, links, groups, microbatches)
     pairs = [sent_and_formula(result, groups, microbatches) for result in results]

@@ -1,43 +1,66 @@
-"""Runs that several files compare with: a seed checkpoint and upstream's own run, once per model."""
+"""Runs that several files compare with, each made once: seed checkpoints and upstream's own runs."""
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from tests.distributed import sharding_bed
-from tests.distributed.equality import SNAPSHOTS, Start
+from tests.distributed.equality import SNAPSHOTS, Equal, Start, assert_equal
 from tests.distributed.flags import EVALUATED, TINY, flags
 from tests.pool import RankPool
 from tests.regression.arm import Run, run_arm
+from tests.regression.trainings import Trainings
+
+SHAPES = ("--tied", "--num-query-groups", "--num-experts", "--position-embedding-type")  # they change the parameters
 
 
 @pytest.fixture(scope="session")
-def start(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Start:
-    """Return a function that makes (once per model) a seed checkpoint and returns the flags of a run from it."""
+def trainings(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Trainings:
+    """Return the session's runs that are made once."""
+    return Trainings(ranks, tmp_path_factory.mktemp("trainings"))
 
-    @functools.cache
+
+@pytest.fixture(scope="session")
+def start(trainings: Trainings) -> Start:
+    """Return a function from a model's flags (`--tied`: with a tied embedding) to those of a run from its seed."""
+
     def from_seed(model: str) -> list[str]:
-        folder: Path = tmp_path_factory.mktemp("seed")
-        base = [flag for flag in flags(TINY) if not ("--tied" in model and flag.startswith("--untie"))]
-        base += flags(EVALUATED, model.replace("--tied", ""))
-        still = flags("--train-iters 1 --lr 0 --min-lr 0 --weight-decay 0 --eval-iters 0")
-        run_arm(ranks, "U", 1, base + still, folder, float64=True)
-        return [*base, "--load", str(folder), *flags("--finetune --no-load-optim --no-load-rng")]
+        tiny = [flag for flag in flags(TINY) if not ("--tied" in model and flag.startswith("--untie"))]
+        own = flags(model.replace("--tied", ""))
+        return [*tiny, *flags(EVALUATED), *own, *trainings.load(*tiny, *own * any(shape in model for shape in SHAPES))]
 
     return from_seed
 
 
 @pytest.fixture(scope="session")
-def upstream(ranks: RankPool, start: Start) -> Callable[[str], Run]:
-    """Return a function that makes (once per model) upstream's own run."""
+def upstream(trainings: Trainings, start: Start) -> Callable[..., Run]:
+    """Return a function that makes (once) upstream's own run of a model on one rank, under a twist."""
 
-    @functools.cache
     def run(model: str, twist: str | None = None) -> Run:
-        return run_arm(ranks, "U", 1, start(model), float64=True, snapshots=SNAPSHOTS, mutant=twist)
+        return trainings.once("U", 1, start(model), float64=True, snapshots=SNAPSHOTS, mutant=twist)
 
     return run
+
+
+@pytest.fixture
+def equal(ranks: RankPool, start: Start, upstream: Callable[..., Run], tell: Callable[[str], None]) -> Equal:
+    """Return a function that trains and holds the run to upstream's own: see `equality.Equal`."""
+
+    def check(
+        name: str,
+        world: int,
+        model: str,
+        own: str,
+        twist: str | None = None,
+        theirs: str | None = None,
+        learns: float = 0.1,
+    ) -> Run:
+        run = run_arm(ranks, "O", world, start(model) + flags(own), float64=True, snapshots=SNAPSHOTS, mutant=twist)
+        assert_equal(run, upstream(model, theirs or twist), name, tell, learns)
+        return run
+
+    return check
 
 
 @pytest.fixture(scope="session")

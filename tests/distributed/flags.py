@@ -23,7 +23,9 @@ SELECTIVE = "--recompute-granularity selective --recompute-modules core_attn mlp
 OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 DOCUMENTS = "--reset-position-ids --reset-attention-mask --eod-mask-loss"
 MOE = "--num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type none --moe-ffn-hidden-size 64"
-EVALUATED = "--train-iters 3 --eval-iters 1 --eval-interval 2"  # a step follows on the evaluation
+# Three steps of four micro-batches on one data-parallel rank; the last one follows on an evaluation.
+TIED = "--tied --global-batch-size 8"  # it learns more slowly
+EVALUATED = "--train-iters 3 --eval-iters 1 --eval-interval 2 --global-batch-size 4"
 
 
 def flags(*texts: str) -> list[str]:

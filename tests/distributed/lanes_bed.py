@@ -12,13 +12,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.longseq.distributed import SentCounter
-from megatron.longseq.sharding.plan.collectives import SCATTER_INSIDE, Kind, Phase, Scope
-from megatron.longseq.sharding.plan.rank_groups import Groups
-from megatron.longseq.sharding.plan.ring import Mode, whole
-from megatron.longseq.sharding.runtime.collectives import Collectives, Communicators, Region, open_groups, region_of
-from megatron.longseq.sharding.runtime.comm_queue import LaneError, Lanes
-from megatron.longseq.sharding.runtime.gloo_ring import RingMessages
-from megatron.longseq.sharding.tools.probe_links import measure, probe
+from megatron.longseq.sharding.plan.collectives import (
+    SCATTER_INSIDE,
+    Collective,
+    CollectiveKind,
+    CollectivesMode,
+    Scope,
+    full_collective,
+)
+from megatron.longseq.sharding.plan.rank_groups import RankGroups
+from megatron.longseq.sharding.runtime.collectives import CollectiveRunner, Region, region_of
+from megatron.longseq.sharding.runtime.comm_queue import CommError, CommQueues
+from megatron.longseq.sharding.runtime.gloo_ring import GlooRingRunner
+from megatron.longseq.sharding.runtime.process_groups import Communicators, open_groups
+from megatron.longseq.sharding.tools.probe_links import measure, probe, probe_this_job
 from tests.regression.planted import wrapped
 
 CPU = torch.device("cpu")
@@ -27,8 +34,8 @@ CPU = torch.device("cpu")
 class Case(NamedTuple):
     """Collectives over all ranks."""
 
-    kind: Kind
-    mode: Mode
+    kind: CollectiveKind
+    mode: CollectivesMode
     size: int
     dtype: torch.dtype = torch.float32
     average: bool = False
@@ -51,14 +58,14 @@ class Result(NamedTuple):
 class Late:
     """Collectives that are late at random."""
 
-    def __init__(self, collectives: Collectives, seed: int) -> None:
-        self.collectives, self.delays = collectives, random.Random(seed)
-        self.check = collectives.check
+    def __init__(self, inner: CollectiveRunner, seed: int) -> None:
+        self.collectives, self.delays = inner, random.Random(seed)
+        self.check = inner.check
 
-    def run(self, phase: Phase, region: Region) -> None:
+    def run(self, collective: Collective, region: Region) -> None:
         """Run a phase, later."""
         time.sleep(self.delays.choice([0, 0, 0.002]))
-        self.collectives.run(phase, region)
+        self.collectives.run(collective, region)
 
 
 def begin() -> int:
@@ -77,15 +84,15 @@ def contents(case: Case, number: int, ranks: int) -> Tensor:
     return torch.randn(shape, generator=generator).to(case.dtype)
 
 
-def expected(case: Case, groups: Groups, member: int, data: Tensor) -> tuple[slice, Tensor]:
+def expected(case: Case, groups: RankGroups, member: int, data: Tensor) -> tuple[slice, Tensor]:
     """Return which elements of a member's bucket are defined afterwards, and what they are."""
     logical = groups.logical(member)
     own = slice(logical * case.shard, (logical + 1) * case.shard)
-    if case.kind is Kind.ALL_GATHER:
+    if case.kind is CollectiveKind.ALL_GATHER:
         shards = data.view(groups.ranks, groups.ranks, case.shard)
         return slice(None), torch.cat([shards[groups.member(place), place] for place in range(groups.ranks)])
     total = data.double().sum(0) / (groups.ranks if case.average else 1)
-    where = own if case.kind is Kind.REDUCE_SCATTER else slice(None)
+    where = own if case.kind is CollectiveKind.REDUCE_SCATTER else slice(None)
     return where, total[where].to(case.dtype)
 
 
@@ -124,7 +131,7 @@ def collect(cases: Sequence[Case]) -> list[Result]:
     """Run cases on this rank, late at random, while it uses other groups itself."""
     rank = begin()
     opened = {
-        size: open_groups(dist.group.WORLD, Groups(dist.get_world_size(), size))
+        size: open_groups(dist.group.WORLD, RankGroups(dist.get_world_size(), size))
         for size in sorted({case.size for case in cases})
     }
     results = [_collect(case, opened[case.size], random.Random(100 * index + rank)) for index, case in enumerate(cases)]
@@ -133,15 +140,15 @@ def collect(cases: Sequence[Case]) -> list[Result]:
 
 
 def _collect(case: Case, communicators: Communicators, late: random.Random) -> Result:
-    groups, member = Groups(dist.get_world_size(), case.size), communicators.member
-    phases = whole(case.kind, groups, case.mode)
-    kind = RingMessages if case.messages else Collectives
-    collectives = kind(groups, communicators, average=case.average)
-    runner = Late(collectives, late.randrange(1000))
-    overlapped = case.mode is Mode.OVERLAPPED
+    groups, member = RankGroups(dist.get_world_size(), case.size), communicators.member
+    collectives = full_collective(case.kind, groups, case.mode)
+    kind = GlooRingRunner if case.messages else CollectiveRunner
+    inner = kind(groups, communicators, average=case.average)
+    runner = Late(inner, late.randrange(1000))
+    overlapped = case.mode is CollectivesMode.OVERLAPPED
     data = [contents(case, number, groups.ranks) for number in range(case.buckets)]
     buckets = [each[member].clone() for each in data]
-    if case.kind is Kind.ALL_GATHER:
+    if case.kind is CollectiveKind.ALL_GATHER:
         shard = slice(groups.logical(member) * case.shard, (groups.logical(member) + 1) * case.shard)
         for bucket in buckets:
             own = bucket[shard].clone()
@@ -149,12 +156,12 @@ def _collect(case: Case, communicators: Communicators, late: random.Random) -> R
     is_right = True
     with (
         given_to_torch(communicators) as given,
-        closing(Lanes(runner, CPU, member, is_overlapped=overlapped, lag=case.lag)) as lanes,
+        closing(CommQueues(runner, CPU, member, is_overlapped=overlapped, lag=case.lag)) as lanes,
     ):
         handles = []
         for number, bucket in enumerate(buckets):
             time.sleep(late.choice([0, 0, 0.003]))
-            handles.append(lanes.submit(phases, region_of(bucket, groups, member), f"bucket {number}"))
+            handles.append(lanes.submit(collectives, region_of(bucket, groups, member), f"bucket {number}"))
             for group in (dist.group.WORLD, communicators.logical):
                 mine = torch.full((2048,), float(member + number))
                 dist.all_reduce(mine, group=group)
@@ -166,7 +173,7 @@ def _collect(case: Case, communicators: Communicators, late: random.Random) -> R
         where, right = expected(case, groups, member, each)
         is_right &= not case.is_whole or torch.equal(bucket[where], right)
         results.append(bucket[where].view(torch.uint8).numpy().tobytes())
-    return Result(results, is_right, dict(collectives.sent), given)
+    return Result(results, is_right, dict(inner.sent), given)
 
 
 def places(lists: Sequence[Sequence[int]], size: int) -> tuple[int, int, int, dict[str, list[int]]]:
@@ -177,7 +184,7 @@ def places(lists: Sequence[Sequence[int]], size: int) -> tuple[int, int, int, di
         group = dist.new_group(list(ranks))
         mine = group if rank in ranks else mine
     assert mine is not None
-    groups = Groups(mine.size(), size)
+    groups = RankGroups(mine.size(), size)
     made = open_groups(mine, groups)
     assert made.logical not in made.scopes.values(), "two threads would use one group"
     named = {str(scope): dist.get_process_group_ranks(group) for scope, group in made.scopes.items()}
@@ -189,15 +196,15 @@ def places(lists: Sequence[Sequence[int]], size: int) -> tuple[int, int, int, di
 
 def one_stays_away() -> tuple[str, float]:
     """Return what the other rank's lanes say, and after how long."""
-    rank, groups = begin(), Groups(2, 2)
+    rank, groups = begin(), RankGroups(2, 2)
     communicators = open_groups(dist.group.WORLD, groups, timedelta(seconds=1))
     said, began = "", time.monotonic()
     if rank == 0:
-        lanes = Lanes(Collectives(groups, communicators), CPU, rank, is_overlapped=True)
+        lanes = CommQueues(CollectiveRunner(groups, communicators), CPU, rank, is_overlapped=True)
         handle = lanes.submit((SCATTER_INSIDE,), region_of(torch.zeros(8), groups, 0), "bucket 5 of gradients")
         try:
             handle.wait()
-        except LaneError as error:
+        except CommError as error:
             said = str(error)
     seconds = time.monotonic() - began
     dist.barrier()
@@ -207,12 +214,20 @@ def one_stays_away() -> tuple[str, float]:
 def probed(size: int) -> tuple[Any, Any, float]:
     """Return links as this rank's group measures them, times of a scatter, and how long the first took."""
     begin()
-    groups = Groups(dist.get_world_size(), size)
+    groups = RankGroups(dist.get_world_size(), size)
     communicators = open_groups(dist.group.WORLD, groups)
     dist.barrier()
     began = time.monotonic()
     links = probe(groups, communicators, CPU)
     seconds = time.monotonic() - began
-    timed = measure(groups, communicators, CPU, kind=Kind.REDUCE_SCATTER, sizes=(2**12, 2**14, 2**26), budget=0.001)
+    timed = measure(
+        groups, communicators, CPU, kind=CollectiveKind.REDUCE_SCATTER, sizes=(2**12, 2**14, 2**26), budget=0.001
+    )
     dist.destroy_process_group()
     return links, timed, seconds
+
+
+def probed_flag(size: int | None) -> str | None:
+    """Return what the `probe` command prints on this rank."""
+    torch.set_num_threads(1)
+    return probe_this_job(size)

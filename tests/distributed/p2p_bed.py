@@ -21,7 +21,7 @@ def traffic(notes: Notes) -> Iterator[None]:
     from megatron.core import mpu
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-    from megatron.longseq.pipeline.forward_backward import PipelineRunner
+    from megatron.longseq.pipeline.forward_backward import ForwardBackward
 
     step: dict[str, list[Any]] = {}
 
@@ -32,7 +32,8 @@ def traffic(notes: Notes) -> Iterator[None]:
 
     def call(original: Any, runner: Any, **named: Any) -> Any:
         nonlocal step
-        runner._prepare(named["model"], mpu.get_pipeline_model_parallel_group())  # the lanes' first words do not count
+        # The channels' first messages do not count.
+        runner._prepare(named["model"], mpu.get_pipeline_model_parallel_group())
         step = {"isend": [], "irecv": [], "synchronize": [], "_communicate_shapes": [], "barrier": []}
         try:
             return original(runner, **named)
@@ -40,16 +41,16 @@ def traffic(notes: Notes) -> Iterator[None]:
             notes.append(step | {"timeout": runner.timeout})
             step = {}
 
-    def watch(owner: Any, name: str) -> Any:
+    def reporter(owner: Any, name: str) -> Any:
         return wrapped(owner, name, lambda original, *args, **named: noted(name, original, *args, **named))
 
     with (
-        watch(dist, "isend"),
-        watch(dist, "irecv"),
-        watch(dist, "barrier"),
-        watch(torch.cuda, "synchronize"),
-        watch(P2PCommunicator, "_communicate_shapes"),
-        wrapped(PipelineRunner, "__call__", call),
+        reporter(dist, "isend"),
+        reporter(dist, "irecv"),
+        reporter(dist, "barrier"),
+        reporter(torch.cuda, "synchronize"),
+        reporter(P2PCommunicator, "_communicate_shapes"),
+        wrapped(ForwardBackward, "__call__", call),
     ):
         yield
 
@@ -61,38 +62,42 @@ def exchange(stages: int, virtual: int, lengths: tuple[int, ...], microbatches: 
     stages there are several pipelines, whose ranks take turns as upstream's do.
     """
     from megatron.longseq.pipeline.plan.generators import forward_only, make
-    from megatron.longseq.pipeline.plan.receives import AHEAD, plan_posts
-    from megatron.longseq.pipeline.plan.schedule import Action, Kind, Pipeline
-    from megatron.longseq.pipeline.runtime.hang_report import Watch
-    from megatron.longseq.pipeline.runtime.p2p import Mailbox, open_lanes
+    from megatron.longseq.pipeline.plan.receives import AHEAD, plan_receives
+    from megatron.longseq.pipeline.plan.schedule import Action, ActionKind, Pipeline
+    from megatron.longseq.pipeline.runtime.hang_report import HangReporter
+    from megatron.longseq.pipeline.runtime.p2p import Mailbox, open_channels
 
     dist.init_process_group("gloo")
     pipelines = dist.get_world_size() // stages
     mine = dist.get_rank() % pipelines
     groups = [dist.new_group([place * pipelines + which for place in range(stages)]) for which in range(pipelines)]
-    lanes = open_lanes(groups[mine], virtual)
+    channels = open_channels(groups[mine], virtual)
     rank = dist.get_rank(groups[mine])
     pipeline = Pipeline(stages, microbatches, len(lengths), virtual)
-    came, watch = 0, Watch(0)
+    came, reporter = 0, HangReporter(0)
 
     def word(action: Action, place: int) -> torch.Tensor:
-        code = (place * 100 + action.microbatch) * 100 + action.segment + (0.5 if action.kind is Kind.BACKWARD else 0.0)
+        code = (
+            (place * 100 + action.microbatch) * 100
+            + action.segment
+            + (0.5 if action.kind is ActionKind.BACKWARD else 0.0)
+        )
         return torch.full((lengths[action.segment], 1, 2), float(code + 1e6 * mine))
 
     for schedule in (make(pipeline, **options), forward_only(pipeline), make(pipeline, **options)):
-        order, posts = schedule.orders[rank], plan_posts(schedule)[rank]
-        mail = Mailbox(lanes, schedule, posts, lambda segment: (lengths[segment], 1, 2), torch.empty, watch)
+        order, posts = schedule.orders[rank], plan_receives(schedule)[rank]
+        mail = Mailbox(channels, schedule, posts, lambda segment: (lengths[segment], 1, 2), torch.empty, reporter)
         for index, action in enumerate(order):
             mail.post()
             ahead = list(mail.posted)
-            for kind in (Kind.FORWARD, Kind.BACKWARD):
+            for kind in (ActionKind.FORWARD, ActionKind.BACKWARD):
                 assert sum(a.kind is kind for a in ahead) <= AHEAD * (2 if virtual > 1 else 1)
             received, starts = mail.take(action)
             assert starts is None
             stage = pipeline.stage(rank, action.vstage)
             if received is not None:
                 came += 1
-                assert torch.equal(received, word(action, stage + (-1 if action.kind is Kind.FORWARD else 1)))
+                assert torch.equal(received, word(action, stage + (-1 if action.kind is ActionKind.FORWARD else 1)))
             time.sleep(0.002 * ((index * 7 + rank * 3) % 4))
             mail.send(action, word(action, stage))
         mail.close()
@@ -148,12 +153,12 @@ def train_as_a_mortal(job: Job) -> None:
 
 
 def meet_a_dead_peer(first: str) -> str:
-    """Rank 1 dies once the lanes are open; rank 0 then sends to it, or posts a receive; return what it is told."""
+    """Rank 1 dies once the channels are open; rank 0 then sends to it, or posts a receive; return what it is told."""
     from megatron.longseq.pipeline.plan.generators import make
-    from megatron.longseq.pipeline.plan.receives import plan_posts
+    from megatron.longseq.pipeline.plan.receives import plan_receives
     from megatron.longseq.pipeline.plan.schedule import Pipeline
-    from megatron.longseq.pipeline.runtime.hang_report import Watch
-    from megatron.longseq.pipeline.runtime.p2p import Mailbox, open_lanes
+    from megatron.longseq.pipeline.runtime.hang_report import HangReporter
+    from megatron.longseq.pipeline.runtime.p2p import Mailbox, open_channels
 
     if os.environ["RANK"] == "1":
         child = os.fork()
@@ -161,14 +166,14 @@ def meet_a_dead_peer(first: str) -> str:
             os.waitpid(child, 0)
             return ""
     dist.init_process_group("gloo")
-    lanes = open_lanes(dist.group.WORLD, 1)
+    channels = open_channels(dist.group.WORLD, 1)
     if os.environ["RANK"] == "1":
         os.kill(os.getpid(), 9)
     time.sleep(1.0)
     pipeline = Pipeline(2, 1, 2)
     schedule = make(pipeline)
-    order, posts = schedule.orders[0], plan_posts(schedule)[0]
-    mail = Mailbox(lanes, schedule, posts, lambda _: (2, 1, 2), torch.empty, Watch(0))
+    order, posts = schedule.orders[0], plan_receives(schedule)[0]
+    mail = Mailbox(channels, schedule, posts, lambda _: (2, 1, 2), torch.empty, HangReporter(0))
     try:
         if first == "send":
             mail.send(order[1], torch.zeros(2, 1, 2))
@@ -185,18 +190,18 @@ def meet_a_dead_peer(first: str) -> str:
 def finish_before_the_peer_begins() -> None:
     """Rank 0 has only sends in an evaluation, and rank 1 comes 1.7 seconds late to take them."""
     from megatron.longseq.pipeline.plan.generators import forward_only
-    from megatron.longseq.pipeline.plan.receives import plan_posts
+    from megatron.longseq.pipeline.plan.receives import plan_receives
     from megatron.longseq.pipeline.plan.schedule import Pipeline
-    from megatron.longseq.pipeline.runtime.hang_report import Watch
-    from megatron.longseq.pipeline.runtime.p2p import Mailbox, open_lanes
+    from megatron.longseq.pipeline.runtime.hang_report import HangReporter
+    from megatron.longseq.pipeline.runtime.p2p import Mailbox, open_channels
 
     dist.init_process_group("gloo")
-    lanes, rank, pipeline = open_lanes(dist.group.WORLD, 1), dist.get_rank(), Pipeline(2, 1, 2)
+    channels, rank, pipeline = open_channels(dist.group.WORLD, 1), dist.get_rank(), Pipeline(2, 1, 2)
     schedule = forward_only(pipeline)
-    order, posts = schedule.orders[rank], plan_posts(schedule)[rank]
-    with Watch(1.0) as watch:
+    order, posts = schedule.orders[rank], plan_receives(schedule)[rank]
+    with HangReporter(1.0) as reporter:
         time.sleep(1.7 * rank)
-        mail = Mailbox(lanes, schedule, posts, lambda _: (2, 1, 2), torch.empty, watch)
+        mail = Mailbox(channels, schedule, posts, lambda _: (2, 1, 2), torch.empty, reporter)
         for action in order:
             mail.post()
             mail.take(action)
@@ -207,19 +212,19 @@ def finish_before_the_peer_begins() -> None:
 def wait_beyond_the_limit() -> str:
     """Rank 1 sends nothing for as long as rank 0's messages may take; return what rank 0 is told."""
     from megatron.longseq.pipeline.plan.generators import make
-    from megatron.longseq.pipeline.plan.receives import plan_posts
+    from megatron.longseq.pipeline.plan.receives import plan_receives
     from megatron.longseq.pipeline.plan.schedule import Pipeline
-    from megatron.longseq.pipeline.runtime.hang_report import Watch
-    from megatron.longseq.pipeline.runtime.p2p import Mailbox, open_lanes
+    from megatron.longseq.pipeline.runtime.hang_report import HangReporter
+    from megatron.longseq.pipeline.runtime.p2p import Mailbox, open_channels
 
     dist.init_process_group("gloo")
-    lanes, pipeline = open_lanes(dist.group.WORLD, 1, timedelta(seconds=1)), Pipeline(2, 1, 2)
+    channels, pipeline = open_channels(dist.group.WORLD, 1, timedelta(seconds=1)), Pipeline(2, 1, 2)
     if dist.get_rank() == 1:
         time.sleep(3)
         return ""
     schedule = make(pipeline)
-    order, posts = schedule.orders[0], plan_posts(schedule)[0]
-    mail = Mailbox(lanes, schedule, posts, lambda _: (2, 1, 2), torch.empty, Watch(0))
+    order, posts = schedule.orders[0], plan_receives(schedule)[0]
+    mail = Mailbox(channels, schedule, posts, lambda _: (2, 1, 2), torch.empty, HangReporter(0))
     for _ in order[:3]:
         mail.post()
     try:

@@ -16,11 +16,9 @@ from tests.regression.planted import wrapped
 Notes = list[Any]
 
 
-def run_probed(
-    pool: RankPool, arm: Arm, world_size: int, flags: list[str], probe: str, *, timeout: float = 60.0
-) -> list[Notes]:
+def run_probed(pool: RankPool, arm: Arm, world_size: int, flags: list[str], probe: str) -> list[Notes]:
     """Train as `run_arm` does, in float64, and return what the probe (`module:function`) noted, per rank."""
-    return pool.run(world_size, _on_this_rank, arm, flags, probe, timeout=timeout)
+    return pool.run(world_size, _on_this_rank, arm, flags, probe)
 
 
 def _on_this_rank(arm: Arm, flags: list[str], probe: str) -> Notes:
@@ -63,7 +61,7 @@ def evaluations(notes: Notes) -> Iterator[None]:
 @contextmanager
 def store_bytes(notes: Notes) -> Iterator[None]:
     """Note after every step of ours whether it was one of evaluation, and what the chunks' stores hold."""
-    from megatron.longseq.pipeline.forward_backward import PipelineRunner
+    from megatron.longseq.pipeline.forward_backward import ForwardBackward
 
     def call(original: Any, runner: Any, **named: Any) -> Any:
         result = original(runner, **named)
@@ -72,7 +70,7 @@ def store_bytes(notes: Notes) -> Iterator[None]:
         notes.append((named.get("forward_only", False), tuple(map(sum, zip(*totals, strict=True)))))
         return result
 
-    with wrapped(PipelineRunner, "__call__", call):
+    with wrapped(ForwardBackward, "__call__", call):
         yield
 
 
@@ -116,3 +114,25 @@ def collected_logits(notes: Notes) -> Iterator[None]:
 
     with wrapped(training, "train", train):
         yield
+
+
+@contextmanager
+def batches(notes: Notes) -> Iterator[None]:
+    """Note how often the script reads a batch, and how often it is cut for a context-parallel rank, in the run."""
+    from megatron.core import utils
+
+    from megatron.longseq import pretrain_gpt
+
+    counts = {"read": 0, "cut": 0}
+
+    def counted(name: str) -> Any:
+        def call(original: Any, *args: Any, **named: Any) -> Any:
+            counts[name] += 1
+            return original(*args, **named)
+
+        return call
+
+    cut = "_get_batch_on_this_cp_rank_per_sequence_balancing"
+    with wrapped(pretrain_gpt, "get_batch", counted("read")), wrapped(utils, cut, counted("cut")):
+        yield
+    notes.append(counts)

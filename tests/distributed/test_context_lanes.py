@@ -25,7 +25,7 @@ def test_bytes_and_messages_given_to_torch_are_the_formulas(ranks: RankPool) -> 
         Problem(Mesh(1, 4), gathers=True),
         Problem(Mesh(1, 4), lengths=SEGMENTS, gathers=True),
     ]
-    results = ranks.run(4, attend, problems, timeout=240)
+    results = ranks.run(4, attend, problems)
     for index, problem in enumerate(problems):
         of_ranks = [result[index] for result in results]
         given, said = (

@@ -62,7 +62,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 }
 
 
-FAST = ("empty-tracker", "tracker-ahead", "no-description", "cut-tensors", "nothing-whole")  # one of each kind
+FAST = ("tracker-ahead", "no-description", "cut-tensors")  # one of each kind
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_damaged_checkpoint_is_named(ranks: RankPool, saved: Path, tmp_path: P
     harm, said = DAMAGES[damage]
     harm(folder)
     with pytest.raises(RankFailure) as failure:
-        run_arm(ranks, "O", 2, [*flags(MORE, PARO), "--load", str(folder)], timeout=60)
+        run_arm(ranks, "O", 2, [*flags(MORE, PARO), "--load", str(folder)])
     last = str(failure.value).split("--- end of its output")[0]
     assert "\nValueError: rank " in last
     for words in said:
@@ -85,24 +85,28 @@ def test_what_is_advised_helps(ranks: RankPool, saved: Path, tmp_path: Path) -> 
     folder = tmp_path / "damaged"
     shutil.copytree(saved, folder)
     _halve(_largest(folder))
-    run = run_arm(ranks, "O", 2, [*flags(MORE, PARO, "--ckpt-step 1"), "--load", str(folder)], timeout=60)
+    run = run_arm(ranks, "O", 2, [*flags(MORE, PARO, "--ckpt-step 1"), "--load", str(folder)])
     assert [step["iteration"] for step in run.curve] == [2, 3]
     (folder / TRACKER).unlink()  # as upstream has it: without a tracker there is nothing to load
-    run = run_arm(ranks, "O", 2, [*flags(MORE, PARO), "--load", str(folder)], timeout=60)
+    run = run_arm(ranks, "O", 2, [*flags(MORE, PARO), "--load", str(folder)])
     assert [step["iteration"] for step in run.curve] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
     ("other", "said"),
     [
-        ("--lr 5e-3", r"--lr is 0\.005, was 0\.01\. .*--no-load-optim"),
-        ("--min-lr 1e-4 --override-opt-param-scheduler", r"--min-lr is 0\.0001, was 0\.001\. "),
+        pytest.param("--lr 5e-3", r"--lr is 0\.005, was 0\.01\. .*--no-load-optim", marks=pytest.mark.slow),
+        pytest.param(
+            "--min-lr 1e-4 --override-opt-param-scheduler",
+            r"--min-lr is 0\.0001, was 0\.001\. ",
+            marks=pytest.mark.slow,
+        ),
         ("--lr 5e-3 --min-lr 1e-4", r"--lr is 0\.005, was 0\.01; --min-lr is 0\.0001, was 0\.001\. "),
     ],
 )
 def test_other_learning_rates_are_refused_by_name(ranks: RankPool, saved: Path, other: str, said: str) -> None:
     with pytest.raises(RankFailure, match=f"ValueError: the optimizer cannot continue from the checkpoint: {said}"):
-        run_arm(ranks, "O", 2, [*flags(MORE, PARO, other), "--load", str(saved)], timeout=60)
+        run_arm(ranks, "O", 2, [*flags(MORE, PARO, other), "--load", str(saved)])
 
 
 TORCH = "--use-distributed-optimizer --ckpt-format torch"
@@ -120,7 +124,7 @@ def saved_by_torch(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) ->
 def _fails(ranks: RankPool, words: list[str], said: str) -> None:
     """One rank fails, with a message and not by a status of 0."""
     with pytest.raises(RankFailure) as failure:
-        run_arm(ranks, "O", 1, words, timeout=60)
+        run_arm(ranks, "O", 1, words)
     last = str(failure.value).split("--- end of its output")[0]
     assert re.search(f"\nValueError: {said}", last), last[-3000:]
 
@@ -138,7 +142,7 @@ OF_TORCH: dict[str, tuple[str, Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize(
     "damage",
-    [pytest.param(name, marks=() if name.startswith("cut") else pytest.mark.slow) for name in OF_TORCH],
+    [pytest.param(name, marks=() if name == "cut-model" else pytest.mark.slow) for name in OF_TORCH],
 )
 def test_a_damaged_file_of_torch_is_named(ranks: RankPool, saved_by_torch: Path, tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "damaged"

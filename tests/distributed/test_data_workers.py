@@ -43,10 +43,10 @@ def train_and_count(words: list[str]) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     ("ranks_wanted", "own"),
-    [(1, "--seq1f1b-splits 2"), (2, f"{PP2} --seq1f1b-splits 2 --zero-bubble")],
+    [pytest.param(1, "--seq1f1b-splits 2", marks=pytest.mark.slow), (2, f"{PP2} --seq1f1b-splits 2 --zero-bubble")],
 )
 def test_nothing_holds_the_data_iterators_after_training(ranks: RankPool, ranks_wanted: int, own: str) -> None:
-    left = ranks.run(ranks_wanted, train_and_count, flags(TINY, WORKERS, own), timeout=60)
+    left = ranks.run(ranks_wanted, train_and_count, flags(TINY, WORKERS, own))
     assert left == [(0, 0)] * ranks_wanted
 
 
@@ -85,4 +85,4 @@ def exit_with_kept_iterators(kind: str) -> int:
 
 
 def test_kept_iterators_do_not_keep_their_workers(ranks: RankPool) -> None:
-    assert ranks.run(1, exit_with_kept_iterators, "single", timeout=30) == [0]
+    assert ranks.run(1, exit_with_kept_iterators, "single") == [0]

@@ -32,7 +32,7 @@ def evaluated(ranks: RankPool, arm: Arm, world: int, given: list[str]) -> list[f
 @pytest.mark.parametrize(
     ("world", "layout", "more"),
     [
-        (2, TP2, ""),
+        pytest.param(2, TP2, "", marks=pytest.mark.slow),
         (2, f"{PP2} {K2}", DOCUMENTS),
         pytest.param(4, f"{TP2} --sequence-parallel {PP2} {K2}", "", marks=pytest.mark.slow),
         pytest.param(2, f"{PP2} {VPP} {K2}", "", marks=pytest.mark.slow),

@@ -5,17 +5,14 @@ bound is three times the single-process run's own rounding error, measured in th
 same weights.
 """
 
-import functools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributed.equality import RELATIVE
-from tests.distributed.flags import EVALUATED, TINY, flags
-from tests.pool import RankPool
-from tests.regression.arm import Run, run_arm
+from tests.distributed.equality import Equal, Start, worst
+from tests.distributed.flags import TIED, flags
+from tests.regression.trainings import Trainings
 
 TP = "--tensor-model-parallel-size 2"
 PP = "--pipeline-model-parallel-size 2"
@@ -43,126 +40,46 @@ LAYOUTS = {
     "selective recompute": (1, SELECTIVE),
     "selective recompute, TP 2, sequence parallel": (2, f"{SELECTIVE} {TP} --sequence-parallel"),
 }
-# What a regression case or a neighbour above proves, too; -m slow runs it.
-SLOW = {
-    "TP 2",  # TP 2 x PP 2, sequence parallel, tied
-    "TP 2, sequence parallel",  # tensor-sequence.toml, single-precision.toml, half-precision.toml
-    "PP 2",  # pipeline.toml
-    "PP 2, two virtual stages",  # tied-virtual-stages.toml
-    "DP 2, distributed optimizer",  # data-parallel.toml, data-overlap.toml
-    "DP 2, distributed optimizer, overlap",  # data-parallel.toml
-    "PP 4",  # tied; pipeline.toml
-    "DP 2",  # with overlapped gradients
-    "TP 2 x PP 2",  # with sequence parallelism, tied
-    "TP 2 x PP 2, sequence parallel",  # tied; tensor-sequence.toml, pipeline.toml
-    "PP 2 x DP 2, distributed optimizer, overlap",  # tied; data-parallel.toml, pipeline.toml
-    "PP 2 x DP 2",  # with distributed optimizer and overlap, tied
-    "full recompute",  # recompute.toml
-    "selective recompute",  # with TP 2, sequence parallel
+# What no regression case proves by default, alone (data-*.toml, pipeline.toml, recompute.toml, tensor-sequence.toml,
+# tied-virtual-stages.toml).
+QUICK = {
+    "selective recompute, TP 2, sequence parallel-untied",
+    "PP 2 x DP 2, distributed optimizer, overlap-tied",
 }
-TIED = {"PP 4", "TP 2 x PP 2, sequence parallel", "PP 2 x DP 2, distributed optimizer, overlap"}
-NOISY_SLOW = {"TP 2, sequence parallel", "TP 2 x PP 2"}  # single-precision.toml, half-precision.toml
 NOISY = ["TP 2, sequence parallel", "PP 2", "DP 2, distributed optimizer, overlap", "TP 2 x PP 2"]
-ARITHMETIC = {"float64": "", "float32": "", "bf16": "--bf16"}
-STEPS = 3  # those of EVALUATED
+QUICK_NOISY = [("PP 2", "bf16")]  # float32: single-precision.toml
 
 
 def in_float64() -> Iterator[Any]:
     """Every layout untied, and tied where it touches the embeddings (recomputation does not)."""
-    for tied, kind in ((False, "untied"), (True, "tied")):
-        for name in LAYOUTS:
-            slow = name not in TIED if tied else name in SLOW
-            if not (tied and "recompute" in name):
-                yield pytest.param(name, tied, marks=[pytest.mark.slow] * slow, id=f"{name}-{kind}")
+    for model in ("", TIED):
+        for layout in LAYOUTS:
+            name = f"{layout}-{'tied' if model else 'untied'}"
+            if not (model and "recompute" in layout):
+                yield pytest.param(layout, model, marks=[pytest.mark.slow] * (name not in QUICK), id=name)
 
 
-Start = Callable[[str, bool], list[str]]
-
-
-@pytest.fixture(scope="module")
-def start(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Start:
-    """Return a function that makes (once) a seed checkpoint and returns the flags of a run from it."""
-
-    @functools.cache
-    def from_seed(arithmetic: str, tied: bool) -> list[str]:
-        folder: Path = tmp_path_factory.mktemp("seed")
-        base = [flag for flag in flags(TINY) if not (tied and flag == "--untie-embeddings-and-output-weights")]
-        base += [*flags(EVALUATED), *flags(ARITHMETIC[arithmetic])]
-        still = flags("--train-iters 1 --lr 0 --min-lr 0 --weight-decay 0 --eval-iters 0")
-        run_arm(ranks, "U", 1, base + still, folder, float64=arithmetic == "float64")
-        return [*base, "--load", str(folder), *flags("--finetune --no-load-optim --no-load-rng")]
-
-    return from_seed
-
-
-@pytest.fixture(scope="module")
-def single(ranks: RankPool, start: Start) -> Callable[[str, bool], Run]:
-    """Return a function that makes (once) the single-process run."""
-
-    @functools.cache
-    def run(arithmetic: str, tied: bool) -> Run:
-        return run_arm(ranks, "O", 1, start(arithmetic, tied), float64=arithmetic == "float64")
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def rounding_error(ranks: RankPool, start: Start, single: Callable[[str, bool], Run]) -> Callable[[str], float]:
-    """Return a function that measures (once) how far the single run is from float64, from the same weights."""
-
-    @functools.cache
-    def measure(arithmetic: str) -> float:
-        base = [flag for flag in start(arithmetic, False) if flag != "--bf16"]
-        return worst(run_arm(ranks, "O", 1, base, float64=True), single(arithmetic, False), "loss")
-
-    return measure
-
-
-def worst(run: Run, reference: Run, name: str) -> float:
-    """Return the largest difference of one quantity over the steps, relative to the reference."""
-    assert len(run.curve) == len(reference.curve) == STEPS
-    assert [step["samples"] for step in run.curve] == [step["samples"] for step in reference.curve]
-    assert [step["tokens"] for step in run.curve] == [step["tokens"] for step in reference.curve]
-    return max(abs(a[name] - b[name]) / abs(b[name]) for a, b in zip(run.curve, reference.curve, strict=True))
-
-
-@pytest.mark.parametrize(("layout", "tied"), in_float64())
-def test_layout_equals_one_process_in_float64(
-    ranks: RankPool,
-    start: Start,
-    single: Callable[[str, bool], Run],
-    layout: str,
-    tied: bool,
-    tell: Callable[[str], None],
-) -> None:
+@pytest.mark.parametrize(("layout", "model"), list(in_float64()))
+def test_layout_equals_one_process_in_float64(equal: Equal, layout: str, model: str) -> None:
     world, own = LAYOUTS[layout]
-    reference = single("float64", tied)
-    run = run_arm(ranks, "O", world, start("float64", tied) + flags(own), float64=True)
-    loss, norm = worst(run, reference, "loss"), worst(run, reference, "grad_norm")
-    kind = "tied" if tied else "untied"
-    tell(f"float64  {layout}, {kind}: largest relative difference of loss {loss:.1e}, of gradient norm {norm:.1e}")
-    assert max(loss, norm) <= RELATIVE
-    assert worst(run, reference, "learning_rate") == 0
-    assert reference.curve[-1]["loss"] < reference.curve[0]["loss"] - 0.1  # it learns
+    equal(f"{layout} {model}".strip(), world, model, own)
 
 
-@pytest.mark.parametrize("arithmetic", ["float32", "bf16"])
 @pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=[pytest.mark.slow] * (name in NOISY_SLOW)) for name in NOISY]
+    ("layout", "arithmetic"),
+    [
+        pytest.param(layout, arithmetic, marks=[pytest.mark.slow] * ((layout, arithmetic) not in QUICK_NOISY))
+        for layout in NOISY
+        for arithmetic in ("float32", "bf16")
+    ],
 )
 def test_layout_stays_within_the_noise(
-    ranks: RankPool,
-    start: Start,
-    single: Callable[[str, bool], Run],
-    rounding_error: Callable[[str], float],
-    layout: str,
-    arithmetic: str,
-    tell: Callable[[str], None],
+    trainings: Trainings, start: Start, layout: str, arithmetic: str, tell: Callable[[str], None]
 ) -> None:
     world, own = LAYOUTS[layout]
-    reference, error = single(arithmetic, False), rounding_error(arithmetic)
-    run = run_arm(ranks, "O", world, start(arithmetic, False) + flags(own))
-    difference = worst(run, reference, "loss")
+    precise, line = start(""), start("--bf16" if arithmetic == "bf16" else "")
+    reference = trainings.once("O", 1, line)
+    error = worst(trainings.once("O", 1, precise, float64=True).curve, reference.curve, "loss")
+    difference = worst(trainings.once("O", world, line + flags(own)).curve, reference.curve, "loss")
     tell(f"{arithmetic:8} {layout}: largest relative difference of loss {difference:.1e}, rounding error {error:.1e}")
-    assert error > 0
-    assert difference <= 3 * error
+    assert error > 0 and difference <= 3 * error

@@ -55,7 +55,7 @@ LAYOUTS = {
     "NNI, fp16": (4, FP16, paro("NNI")),
     "fp16, distributed optimizer": (2, FP16, OVERLAP),
 }
-QUICK = {"NNI, bf16", "NII, overlap, float32"}
+QUICK = {"NNI, bf16"}
 ROUNDED = ("CP 2, bf16", "TP 2, bf16", "segments, bf16", "fp16")  # sums are rounded to half precision in other orders
 
 

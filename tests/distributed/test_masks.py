@@ -4,17 +4,16 @@ The reference is upstream's own run on one rank with the same script.
 """
 
 import re
-from collections.abc import Callable
 
 import pytest
 
-from tests.distributed.equality import SNAPSHOTS, Start, assert_equal
+from tests.distributed.equality import Equal
 from tests.distributed.flags import FULL, PP2, PP4, TINY, VPP, flags
 from tests.pool import RankFailure, RankPool
-from tests.regression.arm import Run, run_arm
+from tests.regression.arm import run_arm
 
 CP2 = "--context-parallel-size 2"
-PAIRS = "--micro-batch-size 2"
+PAIRS = "--micro-batch-size 2 --global-batch-size 8"
 OWN, OF_TOKENS = "own_masks", "masks_of_tokens"
 
 # name: (ranks, twist, model flags of both arms, flags of arm O)
@@ -34,24 +33,25 @@ CASES = {
     "context and segments": (2, OWN, PAIRS, f"{CP2} --seq1f1b-splits 3"),
     "context and segments, PP 2": (4, OF_TOKENS, "", f"{CP2} {PP2} --seq1f1b-splits 2"),
 }
-QUICK = {"segments, PP 2, V 2, known on the first stage alone", "context", "context and segments"}
+QUICK = {"segments, PP 2, V 2, known on the first stage alone", "context and segments"}
 
 
 @pytest.mark.parametrize("case", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in CASES])
-def test_documents_of_every_batch(
-    ranks: RankPool, start: Start, upstream: Callable[..., Run], case: str, tell: Callable[[str], None]
-) -> None:
+def test_documents_of_every_batch(equal: Equal, case: str) -> None:
     world, twist, model, own = CASES[case]
-    place = f"tests.distributed.twists:{twist}"
-    run = run_arm(ranks, "O", world, start(model) + flags(own), float64=True, snapshots=SNAPSHOTS, mutant=place)
-    assert_equal(run, upstream(model, f"tests.distributed.twists:{OWN}"), f"own masks, {case}", tell)
+    place = "tests.distributed.twists:"
+    equal(f"own masks, {case}", world, model, own, place + twist, place + OWN)
 
 
 @pytest.mark.parametrize(
     ("own", "words"),
     [
         (f"{PP2} --seq1f1b-splits 2 --no-create-attention-mask-in-dataloader", "micro-batch 1: the script's attention"),
-        (f"{PP2} {VPP} {CP2}", "with 4 pipeline stages (virtual ones included) those between the first and the last"),
+        pytest.param(
+            f"{PP2} {VPP} {CP2}",
+            "with 4 pipeline stages (virtual ones included) those between the first and the last",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_documents_that_some_stage_would_not_hear_of_are_refused(ranks: RankPool, own: str, words: str) -> None:
@@ -63,5 +63,4 @@ def test_documents_that_some_stage_would_not_hear_of_are_refused(ranks: RankPool
             world,
             flags(TINY, own, "--train-iters 1"),
             mutant=f"tests.distributed.twists:{OWN}",
-            timeout=60,
         )

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from megatron.longseq.pipeline.plan.schedule import Action, Kind, Pipeline, target
-from megatron.longseq.pipeline.runtime.p2p import Lanes
+from megatron.longseq.pipeline.plan.schedule import Action, ActionKind, Pipeline, target
+from megatron.longseq.pipeline.runtime.p2p import StageChannels
 from tests.distributed import p2p_bed
 from tests.distributed.flags import TINY, flags
 from tests.distributed.probes import run_probed
@@ -24,8 +24,11 @@ MICROBATCHES, TOKENS, HIDDEN, DOUBLE, INT32 = 8, 64, 64, 8, 4
     [
         (4, 1, "--seq1f1b-splits 3 --seq1f1b-partition 37,26,1", (37, 26, 1)),
         (2, 2, "--seq1f1b-splits 2 --seq1f1b-partition 41,23", (41, 23)),
-        (2, 1, "--seq1f1b-splits 2 --seq1f1b-partition even --no-create-attention-mask-in-dataloader", (32, 32)),
-        (2, 1, "--seq1f1b-slack 1", (64,)),
+        pytest.param(
+            *(2, 1, "--seq1f1b-splits 2 --seq1f1b-partition even --no-create-attention-mask-in-dataloader", (32, 32)),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(2, 1, "--seq1f1b-slack 1", (64,), marks=pytest.mark.slow),
     ],
 )
 def test_messages_and_bytes_are_the_plans(
@@ -66,12 +69,12 @@ def test_messages_and_bytes_are_the_plans(
 @pytest.mark.parametrize(
     ("world", "stages", "virtual", "lengths", "options"),
     [
-        (3, 3, 1, (5, 3, 1), {}),
+        pytest.param(3, 3, 1, (5, 3, 1), {}, marks=pytest.mark.slow),
         (3, 3, 1, (5, 3), {"slack": 2}),
         (3, 3, 1, (2, 4), {"zero_bubble": True}),
-        (2, 2, 2, (5, 3, 1), {}),
+        pytest.param(2, 2, 2, (5, 3, 1), {}, marks=pytest.mark.slow),
         (3, 3, 2, (4, 2), {"slack": 1}),
-        (4, 2, 1, (3, 5, 1), {}),
+        pytest.param(4, 2, 1, (3, 5, 1), {}, marks=pytest.mark.slow),
         (4, 2, 2, (3, 1), {}),
     ],
 )
@@ -79,7 +82,7 @@ def test_every_message_reaches_the_action_it_is_for(
     ranks: RankPool, world: int, stages: int, virtual: int, lengths: tuple[int, ...], options: dict[str, Any]
 ) -> None:
     """Two training steps with an evaluation between them; the last two cases are two pipelines beside each other."""
-    came = ranks.run(world, p2p_bed.exchange, stages, virtual, lengths, 6, options, timeout=60)
+    came = ranks.run(world, p2p_bed.exchange, stages, virtual, lengths, 6, options)
     per_pipeline = 5 * 6 * len(lengths) * (stages * virtual - 1)  # two steps there and back, one evaluation there
     assert sum(came) == per_pipeline * (world // stages)
 
@@ -89,24 +92,28 @@ def test_every_message_reaches_the_action_it_is_for(
 def test_between_two_ranks_a_lane_goes_one_way(stages: int, virtual: int) -> None:
     """NCCL keeps the order of posting per communicator: a receive posted early must hold up no send."""
     pipeline = Pipeline(stages, 1, 1, virtual)
-    names = {(kind, wraps): f"{kind} {wraps}" for kind in (Kind.FORWARD, Kind.BACKWARD) for wraps in (False, True)}
-    lanes = Lanes(None, names, None)  # type: ignore[arg-type]
+    names = {
+        (kind, wraps): f"{kind} {wraps}"
+        for kind in (ActionKind.FORWARD, ActionKind.BACKWARD)
+        for wraps in (False, True)
+    }
+    channels = StageChannels(None, names, None)  # type: ignore[arg-type]
     ways: dict[tuple[str, frozenset[int]], set[tuple[int, int]]] = {}
     for rank in range(stages):
-        for kind in (Kind.FORWARD, Kind.BACKWARD):
+        for kind in (ActionKind.FORWARD, ActionKind.BACKWARD):
             for vstage in range(virtual):
                 goal = target(pipeline, rank, Action(kind, 0, 0, vstage))
                 if goal is not None:
-                    lane = str(lanes.lane(kind, rank, goal[0]))
-                    ways.setdefault((lane, frozenset((rank, goal[0]))), set()).add((rank, goal[0]))
+                    channel = str(channels.channel(kind, rank, goal[0]))
+                    ways.setdefault((channel, frozenset((rank, goal[0]))), set()).add((rank, goal[0]))
     assert all(len(way) == 1 for way in ways.values())
-    assert len({lane for lane, _ in ways}) == (4 if virtual > 1 else 2)
+    assert len({channel for channel, _ in ways}) == (4 if virtual > 1 else 2)
 
 
 def test_a_message_that_does_not_come_in_time_is_an_error(ranks: RankPool) -> None:
-    told, _ = ranks.run(2, p2p_bed.wait_beyond_the_limit, timeout=60)
+    told, _ = ranks.run(2, p2p_bed.wait_beyond_the_limit)
     where = "action 3 of 4 (backward of micro-batch 0, segment 1) for its gradient from rank 1"
-    assert told.startswith(f"BrokenReceive: rank 0 has waited 1 s in {where}, and got an error instead: ")
+    assert re.match(rf"BrokenMessage: rank 0 has waited \d+ s in {re.escape(where)}, and got an error instead: ", told)
 
 
 def log(ranks: RankPool, rank: int) -> str:
@@ -117,18 +124,18 @@ def log(ranks: RankPool, rank: int) -> str:
 def test_a_waiting_rank_says_for_what(ranks: RankPool) -> None:
     """Rank 0 can run 4 segments ahead; its fifth action is the first backward, and rank 1 sleeps over its forward."""
     own = flags(TINY, PP2, "--seq1f1b-splits 3 --pipeline-patience 1 --train-iters 1")
-    run = run_arm(ranks, "O", 2, own, mutant="tests.distributed.p2p_bed:stalled_stage", timeout=60)
+    run = run_arm(ranks, "O", 2, own, mutant="tests.distributed.p2p_bed:stalled_stage")
     assert run.planted == 1 and len(run.curve) == 1
     where = (
         r"in action 5 of 48 \(backward of micro-batch 0, segment 2\) for its gradient from rank 1\. Look at the end of"
     )
-    assert re.search(rf"rank 0 has waited \d s {where}", log(ranks, 0))
+    assert re.search(rf"rank 0 has waited \d+ s {where}", log(ranks, 0))
 
 
 def test_a_rank_that_only_sends_says_who_does_not_take_it(ranks: RankPool) -> None:
-    ranks.run(2, p2p_bed.finish_before_the_peer_begins, timeout=60)
+    ranks.run(2, p2p_bed.finish_before_the_peer_begins)
     where = "in action 2 of 2 (forward of micro-batch 0, segment 1) for a receive of its output from rank 1. Look"
-    assert f"rank 0 has waited 1 s {where}" in log(ranks, 0)
+    assert re.search(rf"rank 0 has waited \d+ s {re.escape(where)}", log(ranks, 0))
     assert "has waited" not in log(ranks, 1)
 
 
@@ -136,11 +143,11 @@ def test_a_killed_peer_is_named_in_the_error(ranks: RankPool) -> None:
     own = flags(TINY, PP2, "--seq1f1b-splits 3 --train-iters 1")
     job = Job("O", tuple(own), mutant="tests.distributed.p2p_bed:dying_stage")
     with pytest.raises(RankFailure) as failure:
-        ranks.run(2, p2p_bed.train_as_a_mortal, job, timeout=60)
+        ranks.run(2, p2p_bed.train_as_a_mortal, job)
     told = str(failure.value)
     assert "rank 0 raised" in told
     sentence = (
-        r"BrokenReceive: rank 0 has waited \d+ s in action \d+ of 48 \((.*)\) for (.*) from rank 1, and got an error"
+        r"BrokenMessage: rank 0 has waited \d+ s in action \d+ of 48 \((.*)\) for (.*) from rank 1, and got an error"
     )
     found = re.search(sentence, told)
     assert found and "micro-batch" in found[1] and found[2] in ("its gradient", "a receive of its output")
@@ -156,5 +163,5 @@ def test_a_killed_peer_is_named_in_the_error(ranks: RankPool) -> None:
 )
 def test_a_peer_that_is_gone_already_is_named_too(ranks: RankPool, first: str, where: str) -> None:
     """The backend then fails at once, in the call that only starts the message."""
-    told, _ = ranks.run(2, p2p_bed.meet_a_dead_peer, first, timeout=60)
-    assert told.startswith(f"BrokenReceive: rank 0 has waited 0 s in {where}, and got an error instead: ")
+    told, _ = ranks.run(2, p2p_bed.meet_a_dead_peer, first)
+    assert re.match(rf"BrokenMessage: rank 0 has waited \d+ s in {re.escape(where)}, and got an error instead: ", told)

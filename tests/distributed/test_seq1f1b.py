@@ -4,14 +4,12 @@ The reference is arm U: the wheel with the cpu and local patches alone. In float
 by reassociation alone.
 """
 
-from collections.abc import Callable
-
 import pytest
 
-from tests.distributed.equality import SNAPSHOTS, Start, assert_equal
-from tests.distributed.flags import DOCUMENTS, FULL, MOE, OVERLAP, PP2, PP4, SELECTIVE, TINY, TP2, VPP, flags
+from tests.distributed.equality import Equal
+from tests.distributed.flags import DOCUMENTS, FULL, MOE, OVERLAP, PP2, PP4, SELECTIVE, TIED, TINY, TP2, VPP, flags
 from tests.pool import RankPool
-from tests.regression.arm import Run, run_arm
+from tests.regression.arm import run_arm
 
 # name: (ranks, model flags of both arms, flags of arm O)
 CASES = {
@@ -44,8 +42,8 @@ CASES = {
     "full recompute, zero bubble": (2, "", f"{PP2} {FULL} --seq1f1b-splits 3 --zero-bubble"),
     "full recompute, V 2": (2, "", f"{PP2} {VPP} {FULL} --seq1f1b-splits 2"),
     "selective recompute": (2, "", f"{PP2} {SELECTIVE} --seq1f1b-splits 3"),
-    "tied embeddings": (2, "--tied", f"{PP2} --seq1f1b-splits 3"),
-    "tied embeddings, zero bubble": (2, "--tied", f"{PP2} --seq1f1b-splits 3 --zero-bubble"),
+    "tied embeddings": (2, TIED, f"{PP2} --seq1f1b-splits 3"),
+    "tied embeddings, zero bubble": (2, TIED, f"{PP2} --seq1f1b-splits 3 --zero-bubble"),
     "multi-query attention": (2, "--num-query-groups 1", f"{PP2} --seq1f1b-splits 3"),
     "sliding window": (2, "--window-size 10,0", f"{PP2} --seq1f1b-splits 3"),
     "sliding window, every other layer": (
@@ -64,58 +62,38 @@ CASES = {
     "micro-batches of two": (2, "--micro-batch-size 2", f"{PP2} --seq1f1b-splits 3"),
 }
 
-# A regression case or a neighbour above covers these; -m slow runs them.
-SLOW = {
-    "K 2",
-    "K 4, even",
-    "slack 2",
-    "zero bubble, K 1",
-    "TP 2",
-    "DP 2, distributed optimizer, overlap",
-    "full recompute",
-    "full recompute, V 2",
-    "tied embeddings",
-    "sliding window",
-    "no positions",
-    "rotary positions, a half, scaled",
-    "learned positions",
-    "K 3, balanced",
-    "PP 4, K 2, slack",
-    "V 2, K 2",
-    "V 2, K 2 and slack",
-    "TP 2, sequence parallel, zero bubble",
-    "V 2, K 1 and slack",
-    "DP 2, overlap, zero bubble",
-    "documents, V 2",
-    "micro-batches of two",
-    "multi-query attention",
-    "PP 4, K 4",
-    "K 3, odd lengths",  # seq1f1b.toml, and both forms of loss below
-    "V 2, K 3",  # both forms of loss below
-    "zero bubble, K 3",  # with tied embeddings, with full recompute
-    "documents",  # seq1f1b-documents.toml, and on four stages
+# What no regression case (seq1f1b*.toml) proves by default, nor a test of losses, masks or frozen layers.
+QUICK = {
+    "one stage",
+    "zero bubble, PP 4, K 2, slack",
+    "TP 2, sequence parallel",
+    "DP 2, overlap, V 2",
+    "full recompute, zero bubble",
+    "selective recompute",
+    "mixture of experts",
 }
 
 
-@pytest.mark.parametrize("case", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
-def test_equals_upstream_in_float64(
-    ranks: RankPool, start: Start, upstream: Callable[..., Run], case: str, tell: Callable[[str], None]
-) -> None:
-    world, model, own = CASES[case]
-    run = run_arm(ranks, "O", world, start(model) + flags(own), float64=True, snapshots=SNAPSHOTS)
-    assert_equal(run, upstream(model), f"Seq1F1B, {case}", tell)
+@pytest.mark.parametrize("case", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in CASES])
+def test_equals_upstream_in_float64(equal: Equal, case: str) -> None:
+    equal(f"Seq1F1B, {case}", *CASES[case])
 
 
-@pytest.mark.parametrize("twist", ["ragged_mask", "mean_loss"])
-@pytest.mark.parametrize("own", ["--seq1f1b-partition 37,26,1", f"--seq1f1b-partition even {VPP}"])
-def test_any_mask_and_both_forms_of_loss(
-    ranks: RankPool, start: Start, upstream: Callable[..., Run], twist: str, own: str, tell: Callable[[str], None]
-) -> None:
-    place = f"tests.distributed.twists:{twist}"
+ODD, EVEN = "--seq1f1b-partition 37,26,1", f"--seq1f1b-partition even {VPP}"
+
+
+@pytest.mark.parametrize(
+    ("twist", "own"),
+    [
+        ("ragged_mask", ODD),
+        ("mean_loss", EVEN),
+        pytest.param("ragged_mask", EVEN, marks=pytest.mark.slow),
+        pytest.param("mean_loss", ODD, marks=pytest.mark.slow),
+    ],
+)
+def test_any_mask_and_both_forms_of_loss(equal: Equal, twist: str, own: str) -> None:
     own = f"{PP2} --seq1f1b-splits 3 {own}"
-    run = run_arm(ranks, "O", 2, start("") + flags(own), float64=True, snapshots=SNAPSHOTS, mutant=place)
-    assert run.planted > 0
-    assert_equal(run, upstream("", place), f"Seq1F1B, {twist}, {own}", tell)
+    assert equal(f"Seq1F1B, {twist}, {own}", 2, "", own, f"tests.distributed.twists:{twist}").planted > 0
 
 
 def test_flag_changes_the_schedule(ranks: RankPool) -> None:
@@ -124,7 +102,7 @@ def test_flag_changes_the_schedule(ranks: RankPool) -> None:
 
     def forwards(twist: str, own: str = "--seq1f1b-splits 3") -> tuple[int, bool]:
         place = f"tests.distributed.twists:{twist}"
-        run = run_arm(ranks, "O", 2, once + flags(own), mutant=place, timeout=60)
+        run = run_arm(ranks, "O", 2, once + flags(own), mutant=place)
         return run.planted, "seq1f1b.schedule" in run.header["patches"]
 
     assert forwards("counted_forwards", "") == (16, False)

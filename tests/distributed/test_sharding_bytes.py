@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron.longseq.sharding.plan.comm_volume import Traffic, bucket_traffic
+from megatron.longseq.sharding.plan.comm_volume import CommVolume, bucket_volume
 from megatron.longseq.sharding.plan.strategy import Strategy
 from megatron.longseq.sharding.runtime.collectives import Region
 from tests.distributed.sharding_bed import CASES, MORE, STEPS, Seen, groups_of, train
@@ -16,21 +16,21 @@ from tests.regression.planted import Planted, wrapped
 ALL = [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)]
 
 
-def formula(case: str, seen: Seen, microbatches: int) -> Traffic:
+def formula(case: str, seen: Seen, microbatches: int) -> CommVolume:
     """Return what the formula says of one step of a rank."""
     groups = groups_of(case)
     is_flat = "flat" in case or 1 in (groups.count, groups.size)  # with links of one kind flat is as fast, and taken
-    return bucket_traffic(
+    return bucket_volume(
         Strategy.parse(case[:3]),
         groups,
         seen.buckets,
         seen.widths,
         microbatches,
-        is_flat=lambda phases, size: is_flat,
+        is_flat=lambda collectives, size: is_flat,
     )
 
 
-def less(after: Traffic, before: Traffic) -> Traffic:
+def less(after: CommVolume, before: CommVolume) -> CommVolume:
     return after + before * -1
 
 
@@ -59,7 +59,7 @@ def test_bytes_sent_equal_the_formula(
     tell(f"bytes    {case}: a rank's step of 1 micro-batch {_told(one)}; of 4 {_told(four)}: as the formula")
 
 
-def _told(sent: Traffic) -> str:
+def _told(sent: CommVolume) -> str:
     return f"{sent.inside} inside, {sent.between} between, {sent.flat} flat in {sent.collectives} calls"
 
 
@@ -89,17 +89,17 @@ def test_frozen_layers_below_what_is_trained_are_gathered_once(sharded_run: Call
 def reduced_twice() -> Iterator[Planted]:
     """A bucket's gradients of the second step are sent once more, to nowhere: no loss shows it."""
     from megatron.longseq.sharding.runtime.bucket_storage import GradStore
-    from megatron.longseq.sharding.runtime.state import Sharding
+    from megatron.longseq.sharding.runtime.state import ShardingState
 
     planted = Planted()
 
     def finish(original: Any, self: Any, label: str) -> Any:
         planted.times += 1
         if planted.times == 8:
-            copy = self.part.clone()
+            copy = self.shard.clone()
             region = Region(None, copy)
-            phases = Sharding.phases(self.sharding, "finish_grads", copy.nbytes)
-            self.sharding.lanes.submit(phases, region, f"gradients of {label} again").wait()
+            collectives = ShardingState.bucket_collectives(self.sharding, copy.nbytes).finish_grads
+            self.sharding.queues.submit(collectives, region, f"gradients of {label} again").wait()
         return original(self, label)
 
     with wrapped(GradStore, "finish", finish):

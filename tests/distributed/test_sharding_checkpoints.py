@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy
 import pytest
 
-from tests.distributed.equality import RELATIVE
+from tests.distributed.equality import RELATIVE, assert_steps_equal
 from tests.distributed.flags import PP2, TINY, TP2, flags
 from tests.pool import RankPool
 from tests.regression.arm import Arm, Run, run_arm
@@ -52,7 +52,7 @@ CHAIN = {
 NAMES = list(CHAIN)
 TRAINED = len(CHAIN) + 1  # every run makes two steps, and hands on the checkpoint between them
 STEPS = f"{TINY} --global-batch-size 12 --train-iters {TRAINED} --save-interval 1 {BUCKETS}"
-RESUMED = ["NIG", "GGG", "IIG"]
+RESUMED = ["IIG"]
 
 Chain = Callable[[str], Run]
 
@@ -85,18 +85,6 @@ def undisturbed(ranks: RankPool) -> Run:
     return run_arm(ranks, "U", 1, flags(STEPS), float64=True, snapshots=(TRAINED,))
 
 
-def assert_goes_on(run: Run, undisturbed: Run, first: int, steps: int) -> float:
-    """Hold the steps after `first` to those of the run without a break; return the largest relative difference."""
-    expected = undisturbed.curve[first : first + steps]
-    assert [step["iteration"] for step in run.curve] == list(range(first + 1, first + steps + 1))
-    apart = 0.0
-    for ours, theirs in zip(run.curve, expected, strict=True):
-        assert ours["samples"] == theirs["samples"] and ours["learning_rate"] == theirs["learning_rate"]
-        apart = max(apart, *(abs(ours[name] / theirs[name] - 1) for name in ("loss", "grad_norm")))
-    assert apart <= RELATIVE
-    return apart
-
-
 def assert_loaded(loaded: Snapshot, checkpoint: Path) -> None:
     """Hold weights and optimizer states, right after they were loaded, to the bits that were saved."""
     saved = logical_tensors(checkpoint)
@@ -110,7 +98,7 @@ def test_what_one_strategy_saves_another_goes_on_with(
     chain: Chain, undisturbed: Run, name: str, tell: Callable[[str], None]
 ) -> None:
     at, run = NAMES.index(name), chain(name)
-    apart = assert_goes_on(run, undisturbed, at, 2)
+    apart = assert_steps_equal(run.curve, undisturbed.curve[at : at + 2])
     tell(f"checkpoint {at} goes on under {name}: largest relative difference of loss and norm {apart:.1e}")
     if at:
         assert_loaded(run.snapshots[at], chain(NAMES[at - 1]).checkpoint(at))
@@ -137,10 +125,14 @@ def test_resumes_bitwise_under_the_same_strategy(ranks: RankPool, chain: Chain, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("saver", NAMES)
-@pytest.mark.parametrize("loader", NAMES)
-def test_every_pair(ranks: RankPool, chain: Chain, undisturbed: Run, saver: str, loader: str) -> None:
+@pytest.mark.parametrize(
+    ("saver", "loader"),
+    [*((saver, "GGG") for saver in NAMES), *(("IIG", loader) for loader in NAMES if loader != "GGG")],
+)
+def test_all_save_for_one_and_one_for_all(
+    ranks: RankPool, chain: Chain, undisturbed: Run, saver: str, loader: str
+) -> None:
     saved, between = chain(saver), NAMES.index(saver) + 1
     run = train(ranks, CHAIN[loader], None, saved.folder, between, 1)
     assert_loaded(run.snapshots[between], saved.checkpoint(between))
-    assert_goes_on(run, undisturbed, between, 1)
+    assert_steps_equal(run.curve, undisturbed.curve[between : between + 1])

@@ -8,16 +8,15 @@ import pytest
 import torch
 
 from megatron.longseq.distributed import SentCounter
-from megatron.longseq.sharding.plan.collectives import Kind, Scope
+from megatron.longseq.sharding.plan.collectives import CollectiveKind, CollectivesMode, Scope, full_collective
 from megatron.longseq.sharding.plan.comm_volume import volume
-from megatron.longseq.sharding.plan.rank_groups import Groups
-from megatron.longseq.sharding.plan.ring import Mode, whole
-from megatron.longseq.sharding.plan.time_model import Link
-from tests.distributed.lanes_bed import Case, Result, collect, one_stays_away, places, probed
+from megatron.longseq.sharding.plan.rank_groups import RankGroups
+from megatron.longseq.sharding.plan.time_model import LinkSpeed
+from tests.distributed.lanes_bed import Case, Result, collect, one_stays_away, places, probed, probed_flag
 from tests.pool import RankPool
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-WAYS = tuple(product(Kind, Mode))
+WAYS = tuple(product(CollectiveKind, CollectivesMode))
 WHOLE_NUMBERS = [Case(kind, mode, 2, dtype, mean) for kind, mode in WAYS for dtype in DTYPES for mean in (False, True)]
 WHOLE_NUMBERS += [Case(kind, mode, size, shard=1) for kind, mode in WAYS for size in (1, 4)]
 MESSAGES = [case._replace(messages=True) for case in WHOLE_NUMBERS]
@@ -34,10 +33,10 @@ def test_each_way_is_the_plain_collective_and_sends_the_formulas_bytes(
 ) -> None:
     results: list[list[Result]] = ranks.run(ranks_, collect, cases)
     for index, case in enumerate(cases):
-        groups = Groups(ranks_, case.size)
-        phases = whole(case.kind, groups, case.mode)
+        groups = RankGroups(ranks_, case.size)
+        collectives = full_collective(case.kind, groups, case.mode)
         shard = case.shard * case.dtype.itemsize * case.buckets
-        formula = volume(phases, groups, shard, case.buckets)
+        formula = volume(collectives, groups, shard, case.buckets)
         for result in (of_rank[index] for of_rank in results):
             assert result.is_right, case
             assert _bytes(result.sent) == _bytes(result.given), case
@@ -55,8 +54,13 @@ def _bytes(sent: dict[Scope, SentCounter]) -> dict[Scope, int]:
 
 
 def test_overlapped_ones_are_the_serial_ones_to_the_bit(ranks: RankPool) -> None:
-    ways = [(Mode.HIERARCHICAL, 1), (Mode.OVERLAPPED, 1), (Mode.OVERLAPPED, 1), (Mode.OVERLAPPED, 5)]
-    problems = [*product((Kind.REDUCE_SCATTER, Kind.ALL_REDUCE), (torch.float32, torch.bfloat16))]
+    ways = [
+        (CollectivesMode.HIERARCHICAL, 1),
+        (CollectivesMode.OVERLAPPED, 1),
+        (CollectivesMode.OVERLAPPED, 1),
+        (CollectivesMode.OVERLAPPED, 5),
+    ]
+    problems = [*product((CollectiveKind.REDUCE_SCATTER, CollectiveKind.ALL_REDUCE), (torch.float32, torch.bfloat16))]
     cases = [
         Case(kind, mode, 2, dtype, buckets=6, shard=1000, is_whole=False, lag=lag)
         for kind, dtype in problems
@@ -83,14 +87,14 @@ def test_every_data_parallel_group_has_its_own_in_logical_order(
     for rank, (member, logical, right, named) in enumerate(ranks.run(4, places, lists, size)):
         own = next(one for one in lists if rank in one)
         assert (own[member], logical) == (rank, right)
-        assert named.pop("flat") == list(Groups(len(own), size).ordered(own))
+        assert named.pop("flat") == list(RankGroups(len(own), size).ordered(own))
         assert named == {
             name: want[rank] for name, want in (("inside", inside), ("between", between)) if want[rank] is not None
         }
 
 
 def test_a_rank_that_stays_away_is_an_error_in_time(ranks: RankPool) -> None:
-    (said, seconds), _ = ranks.run(2, one_stays_away, timeout=60)
+    (said, seconds), _ = ranks.run(2, one_stays_away)
     assert said.startswith("rank 0: reduce-scatter inside of bucket 5 of gradients failed: RuntimeError")
     assert seconds > 0.9
 
@@ -99,8 +103,19 @@ def test_a_rank_that_stays_away_is_an_error_in_time(ranks: RankPool) -> None:
 def test_all_ranks_measure_the_same_links(ranks: RankPool, size: int, tell: Callable[[str], None]) -> None:
     (links, timed, seconds), *others = ranks.run(4, probed, size)
     assert all(other[:2] == (links, timed) for other in others)
-    assert links.inside != Link(inf) and (links.between == Link(inf)) is (size == 4) and 1 <= links.channels <= size
+    assert (
+        links.inside != LinkSpeed(inf)
+        and (links.between == LinkSpeed(inf)) is (size == 4)
+        and 1 <= links.channels <= size
+    )
     scopes = [Scope.INSIDE, Scope.BETWEEN, Scope.FLAT] if size == 2 else [Scope.INSIDE, Scope.FLAT]
-    assert [(one.phase.scope, one.shard) for one in timed] == [(s, n) for s in scopes for n in (2**10, 2**12)]
-    assert all(one.phase.kind is Kind.REDUCE_SCATTER and one.seconds > 0 for one in timed)
+    assert [(one.collective.scope, one.shard) for one in timed] == [(s, n) for s in scopes for n in (2**10, 2**12)]
+    assert all(one.collective.kind is CollectiveKind.REDUCE_SCATTER and one.seconds > 0 for one in timed)
     tell(f"links of 4 gloo ranks in groups of {size}: {links}, probed in {seconds:.2f} s")
+
+
+def test_the_probe_prints_the_flag_on_the_first_rank_alone(ranks: RankPool) -> None:
+    first, *others = ranks.run(4, probed_flag, 2)
+    assert first is not None and others == [None] * 3
+    flag, inside, between = first.splitlines()[0].split()
+    assert flag == "--paro-links" and float(inside) > 0 < float(between)

@@ -24,7 +24,10 @@ PARO = "--paro IIG --paro-group-size 1 --overlap-grad-reduce --overlap-param-gat
             "--use-distributed-optimizer",
             "upstream's distributed optimizer, DP 2, TP 1, PP 1, with .* as dp_reshardable",
         ),
-        ("", "upstream's plain optimizer, DP 2, TP 1, PP 1, with optimizer states whole on every rank"),
+        pytest.param(
+            *("", "upstream's plain optimizer, DP 2, TP 1, PP 1, with optimizer states whole on every rank"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["dp_reshardable", "plain"],
 )

@@ -80,16 +80,16 @@ def mean_loss() -> Iterator[Planted]:
 
 @contextmanager
 def counted_forwards() -> Iterator[Planted]:
-    """Nothing is changed; `times` counts the script's forward steps."""
-    from megatron.longseq import pretrain_gpt
+    """Nothing is changed; `times` counts the forwards of a stage's layers."""
+    from megatron.core.transformer.transformer_block import TransformerBlock
 
     planted = Planted()
 
-    def forward_step(original: Any, *args: Any) -> Any:
+    def forward(original: Any, *args: Any, **named: Any) -> Any:
         planted.times += 1
-        return original(*args)
+        return original(*args, **named)
 
-    with wrapped(pretrain_gpt, "forward_step", forward_step):
+    with wrapped(TransformerBlock, "forward", forward):
         yield planted
 
 

@@ -13,18 +13,25 @@ import psutil
 
 from examples import loss_curve
 from tests.distributed.flags import TINY, flags
+from tests.pool import RankPool
+from tests.regression.arm import run_arm
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, SAVED = 12, 4
 
 
-def launch(folder: Path) -> subprocess.Popen[str]:
-    """Start two pipeline ranks with data workers through the launcher; they save every four steps and resume."""
+def training(folder: Path) -> list[str]:
+    """Return the flags of two pipeline ranks with data workers that save every four steps and resume."""
     own = flags(f"--pipeline-model-parallel-size 2 --train-iters {STEPS} --save-interval {SAVED} --log-interval 1")
     own += flags("--seq1f1b-splits 2 --exit-signal-handler --num-workers 2")
     folders = ["--save", folder / "checkpoints", "--load", folder / "checkpoints", "--tensorboard-dir", folder / "tb"]
+    return [*flags(TINY), *own, *map(str, folders)]
+
+
+def launch(folder: Path) -> subprocess.Popen[str]:
+    """Start the ranks through the launcher."""
     command = ["bash", "scripts/launch.sh", "--local", "--nproc", "2", "--run-dir", folder]
-    command += ["--", "examples/pretrain_gpt.py", *flags(TINY), *own, *folders]
+    command += ["--", "examples/pretrain_gpt.py", *training(folder)]
     environment = {**os.environ, "VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         list(map(str, command)),
@@ -55,10 +62,9 @@ def training_rank(folder: Path, rank: int) -> psutil.Process:
     raise AssertionError(f"rank {rank} of {folder} is not running")
 
 
-def test_killed_rank_is_named_and_the_run_resumes(tmp_path: Path, tell: Callable[[str], None]) -> None:
+def test_killed_rank_is_named_and_the_run_resumes(ranks: RankPool, tmp_path: Path, tell: Callable[[str], None]) -> None:
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
-    whole, _ = (process := launch(undisturbed)).communicate(timeout=240)
-    assert process.returncode == 0, whole[-3000:]
+    run_arm(ranks, "O", 2, training(undisturbed))
 
     process = launch(disturbed)
     assert process.stdout is not None

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from megatron.longseq.pipeline.plan.schedule import Action, Kind
+from megatron.longseq.pipeline.plan.schedule import Action, ActionKind
 from megatron.longseq.pipeline.plan.segment_cost import ModelShape
-from megatron.longseq.pipeline.plan.timeline import Span
-from megatron.longseq.pipeline.runtime.segmented_model import Chunk
-from megatron.longseq.pipeline.runtime.step_timer import DeviceClock, HostClock, Recorder
+from megatron.longseq.pipeline.plan.simulate import ActionTime
+from megatron.longseq.pipeline.runtime.segmented_model import SegmentedModel
+from megatron.longseq.pipeline.runtime.step_timer import DeviceClock, HostClock, StepTimer
 
 
 @dataclass(frozen=True)
@@ -144,17 +144,17 @@ def measure(
     generator = torch.Generator().manual_seed(sum(lengths))
     shape, dtype = (sum(lengths), 1, sizes.hidden), getattr(torch, sizes.dtype)
     given, pull = (torch.randn(shape, generator=generator).to(dtype).cuda() for _ in range(2))
-    chunk, recorder = Chunk(model, lengths), Recorder(DeviceClock() if on_gpu else HostClock())
-    steps: list[tuple[Span, ...]] = []
+    chunk, timer = SegmentedModel(model, lengths), StepTimer(DeviceClock() if on_gpu else HostClock())
+    steps: list[tuple[ActionTime, ...]] = []
     chunk.attach()
     try:
         for number in range(repeats + 1):
             model.zero_grad(set_to_none=True)
             if number == 1 and on_gpu:
                 torch.cuda.reset_peak_memory_stats()
-            recorder.start_step()
-            _step(chunk, recorder, given, pull)
-            steps.append(recorder.finish())
+            timer.start_step()
+            _step(chunk, timer, given, pull)
+            steps.append(timer.finish())
         gradient = _first_qkv(model).grad.float().cpu()
     finally:
         chunk.detach()
@@ -177,30 +177,34 @@ def forget() -> None:
         torch.cuda.empty_cache()
 
 
-def _medians(steps: Sequence[Sequence[Span]], segments: int) -> tuple[tuple[float, ...], tuple[float, ...], float]:
+def _medians(
+    steps: Sequence[Sequence[ActionTime]], segments: int
+) -> tuple[tuple[float, ...], tuple[float, ...], float]:
     """Seconds per segment, forward and backward, and of the whole."""
 
-    def median(kind: Kind, segment: int) -> float:
+    def median(kind: ActionKind, segment: int) -> float:
         wanted = Action(kind, 0, segment)
         return statistics.median(span.end - span.start for spans in steps for span in spans if span.action == wanted)
 
-    forward, backward = (tuple(median(kind, k) for k in range(segments)) for kind in (Kind.FORWARD, Kind.BACKWARD))
+    forward, backward = (
+        tuple(median(kind, k) for k in range(segments)) for kind in (ActionKind.FORWARD, ActionKind.BACKWARD)
+    )
     return forward, backward, statistics.median(spans[-1].end - spans[0].start for spans in steps)
 
 
-def _step(chunk: Chunk, recorder: Recorder, given: torch.Tensor, pull: torch.Tensor) -> None:
+def _step(chunk: SegmentedModel, timer: StepTimer, given: torch.Tensor, pull: torch.Tensor) -> None:
     """Forward through all segments, backward through all."""
     alive: list[torch.Tensor] = []
     lengths = list(chunk.lengths)
     pulls = pull.split(lengths)
     for segment, part in enumerate(given.split(lengths)):
         chunk.enter(0, segment, forward_only=False)
-        with recorder.action(Action(Kind.FORWARD, 0, segment)):
+        with timer.action(Action(ActionKind.FORWARD, 0, segment)):
             chunk.module.set_input_tensor(part.detach().requires_grad_())  # type: ignore[operator]
             alive.append(chunk.module(None, None, None))
     for segment in reversed(range(len(lengths))):
         chunk.enter(0, segment, forward_only=False)
-        with recorder.action(Action(Kind.BACKWARD, 0, segment)):
+        with timer.action(Action(ActionKind.BACKWARD, 0, segment)):
             torch.autograd.backward(alive.pop(), pulls[segment])
     chunk.leave(0)
     chunk.assert_empty()

@@ -15,13 +15,14 @@ from megatron.longseq.sharding.plan.collectives import (
     REDUCE_BETWEEN,
     SCATTER_BETWEEN,
     SCATTER_INSIDE,
-    Phase,
+    Collective,
     Scope,
 )
-from megatron.longseq.sharding.plan.rank_groups import Groups
-from megatron.longseq.sharding.runtime.bucket_storage import Whole
-from megatron.longseq.sharding.runtime.collectives import Collectives, Communicators, Region, region_of
-from megatron.longseq.sharding.runtime.comm_queue import LaneError, Lanes
+from megatron.longseq.sharding.plan.rank_groups import RankGroups
+from megatron.longseq.sharding.runtime.bucket_storage import FullBucket
+from megatron.longseq.sharding.runtime.collectives import CollectiveRunner, Region, region_of
+from megatron.longseq.sharding.runtime.comm_queue import CommError, CommQueues
+from megatron.longseq.sharding.runtime.process_groups import Communicators
 from tests.pool import RankPool
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -32,18 +33,18 @@ ALL_REDUCE = (SCATTER_INSIDE, REDUCE_BETWEEN, GATHER_INSIDE)
 class Slow:
     """A runner whose phases take long, and then double what is there and add 1."""
 
-    def check(self, phase: Phase, region: Region) -> None:
+    def check(self, collective: Collective, region: Region) -> None:
         """Find nothing wrong."""
 
-    def run(self, phase: Phase, region: Region) -> None:
+    def run(self, collective: Collective, region: Region) -> None:
         """Run on the current stream."""
         torch.cuda._sleep(LONG)
-        region.part.mul_(2).add_(1)
+        region.group_slice.mul_(2).add_(1)
 
 
 @contextmanager
-def lanes(*, is_overlapped: bool = True) -> Iterator[Lanes]:
-    with closing(Lanes(Slow(), torch.device("cuda", 0), 0, is_overlapped=is_overlapped)) as made:
+def lanes(*, is_overlapped: bool = True) -> Iterator[CommQueues]:
+    with closing(CommQueues(Slow(), torch.device("cuda", 0), 0, is_overlapped=is_overlapped)) as made:
         yield made
 
 
@@ -64,27 +65,29 @@ def test_phases_wait_for_the_caller_and_the_caller_for_them() -> None:
         assert waited < taken / 2, "the host does not wait"
 
 
-@pytest.mark.parametrize("phases", [(SCATTER_INSIDE, SCATTER_BETWEEN), ALL_REDUCE], ids=["scatter", "all-reduce"])
-def test_lanes_overlap(phases: tuple[Phase, ...], tell: Callable[[str], None]) -> None:
+@pytest.mark.parametrize("collectives", [(SCATTER_INSIDE, SCATTER_BETWEEN), ALL_REDUCE], ids=["scatter", "all-reduce"])
+def test_lanes_overlap(collectives: tuple[Collective, ...], tell: Callable[[str], None]) -> None:
     seconds = {}
     for is_overlapped in (False, True):
         with lanes(is_overlapped=is_overlapped) as mine:
             torch.cuda.synchronize()
             begin = time.perf_counter()
             parts = [torch.zeros(1, device="cuda") for _ in range(6)]
-            for handle in [mine.submit(phases, Region(None, part), "x") for part in parts]:
+            for handle in [mine.submit(collectives, Region(None, part), "x") for part in parts]:
                 handle.wait()
             torch.cuda.synchronize()
             seconds[is_overlapped] = time.perf_counter() - begin
-        assert all(part.item() == 2 ** len(phases) - 1 for part in parts)
-    tell(f"6 jobs of {len(phases)} phases on streams: overlapped {seconds[False] / seconds[True]:.2f} times as fast")
+        assert all(part.item() == 2 ** len(collectives) - 1 for part in parts)
+    tell(
+        f"6 jobs of {len(collectives)} phases on streams: overlapped {seconds[False] / seconds[True]:.2f} times as fast"
+    )
     assert seconds[True] < 0.85 * seconds[False]
 
 
 def test_memory_is_not_given_away_before_the_end() -> None:
     total = torch.zeros(1 << 20, device="cuda")
 
-    def start(mine: Lanes) -> None:
+    def start(mine: CommQueues) -> None:
         part = torch.ones(1 << 20, device="cuda")
         held = weakref.ref(part)  # what comes after must not be what keeps it
         mine.submit((SCATTER_INSIDE, SCATTER_BETWEEN), Region(None, part), "x", lambda: total.add_(held()))
@@ -103,13 +106,13 @@ def test_memory_that_a_hook_gives_back_is_used_again_only_after_lanes() -> None:
     totals = []
     with lanes() as mine:
         for _ in range(4):
-            whole, total = Whole(size, torch.float32, "cuda"), torch.zeros(size, device="cuda")
+            whole, total = FullBucket(size, torch.float32, "cuda"), torch.zeros(size, device="cuda")
             whole.flat.fill_(1)
             hooks.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(hooks):
                 handle = mine.submit((SCATTER_INSIDE,), Region(None, whole.flat), "x", partial(total.add_, whole.flat))
                 handle.wait()
-                whole.free()
+                whole.release()
             other = torch.full((size,), 99.0, device="cuda")  # most likely the same memory
             totals.append((total, other))
     torch.cuda.synchronize()
@@ -118,12 +121,12 @@ def test_memory_that_a_hook_gives_back_is_used_again_only_after_lanes() -> None:
 
 def test_a_phase_that_raises_is_named_at_once() -> None:
     class Broken(Slow):
-        def run(self, phase: Phase, region: Region) -> None:
+        def run(self, collective: Collective, region: Region) -> None:
             raise OSError("gone")
 
-    with closing(Lanes(Broken(), torch.device("cuda", 0), 0, is_overlapped=True)) as mine:
+    with closing(CommQueues(Broken(), torch.device("cuda", 0), 0, is_overlapped=True)) as mine:
         region = Region(None, torch.zeros(1, device="cuda"))
-        with pytest.raises(LaneError, match="rank 0: reduce-scatter inside of bucket 5 failed: OSError: gone"):
+        with pytest.raises(CommError, match="rank 0: reduce-scatter inside of bucket 5 failed: OSError: gone"):
             mine.submit((SCATTER_INSIDE,), region, "bucket 5")
 
 
@@ -131,13 +134,13 @@ def over_nccl() -> list[bool]:
     """Run all phases over NCCL on one rank, on groups that a job would not make."""
     torch.cuda.set_device(0)
     dist.init_process_group("nccl")
-    groups, device = Groups(1, 1), torch.device("cuda", 0)
+    groups, device = RankGroups(1, 1), torch.device("cuda", 0)
     scopes = {scope: dist.new_group([0]) for scope in Scope}
     communicators = Communicators(0, scopes, dist.new_group([0]))
     right = []
     for is_overlapped in (False, True):
-        collectives = Collectives(groups, communicators, average=True)
-        with closing(Lanes(collectives, device, 0, is_overlapped=is_overlapped)) as mine:
+        runner = CollectiveRunner(groups, communicators, average=True)
+        with closing(CommQueues(runner, device, 0, is_overlapped=is_overlapped)) as mine:
             total = torch.zeros(1 << 20, device=device)
             buckets = [torch.full((1 << 20,), float(number), device=device) for number in range(4)]
             handles = []
@@ -149,7 +152,7 @@ def over_nccl() -> list[bool]:
             for handle in handles:
                 handle.wait()
             right += [bool((bucket == number + 1).all()) for number, bucket in enumerate(buckets)]
-            right += [bool((total == 10).all()), sum(sent.messages for sent in collectives.sent.values()) == 12]
+            right += [bool((total == 10).all()), sum(sent.messages for sent in runner.sent.values()) == 12]
     dist.destroy_process_group()
     return right
 

@@ -82,7 +82,7 @@ def run_arm(
     mutant: str | None = None,
     keep_food: bool = False,
     snapshots: tuple[int, ...] = (),
-    timeout: float = 120.0,
+    timeout: float = 400.0,
 ) -> Run:
     """Train through `pretrain` on `world_size` ranks and return the run.
 

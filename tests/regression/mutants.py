@@ -154,7 +154,7 @@ def late_learning_rate() -> Iterator[Planted]:
 @contextmanager
 def segment_without_offset() -> Iterator[Planted]:
     """Every segment counts its rotary positions from 0."""
-    from megatron.longseq.pipeline.runtime.segmented_model import Chunk
+    from megatron.longseq.pipeline.runtime.segmented_model import SegmentedModel
 
     planted = Planted()
 
@@ -165,7 +165,7 @@ def segment_without_offset() -> Iterator[Planted]:
 
         return forward
 
-    with wrapped(Chunk, "_rotary_forward", rotary):
+    with wrapped(SegmentedModel, "_rotary_forward", rotary):
         yield planted
 
 

@@ -13,19 +13,17 @@ from tests.regression.planted import Planted, wrapped
 def dropped_inter_group_sync() -> Iterator[Planted]:
     """What ends a step's gradients leaves out its phases between groups: each group trains on its own samples."""
     from megatron.longseq.sharding.plan.collectives import Scope
-    from megatron.longseq.sharding.runtime.state import Sharding
+    from megatron.longseq.sharding.runtime.state import ShardingState
 
     planted = Planted()
 
-    def phases(original: Any, self: Any, term: str, size: int) -> Any:
-        found = original(self, term, size)
-        if term != "finish_grads":
-            return found
-        inside = tuple(phase for phase in found if phase.scope is Scope.INSIDE)
-        planted.times += inside != found
-        return inside
+    def bucket_collectives(original: Any, self: Any, size: int) -> Any:
+        found = original(self, size)
+        inside = tuple(collective for collective in found.finish_grads if collective.scope is Scope.INSIDE)
+        planted.times += inside != found.finish_grads
+        return found._replace(finish_grads=inside)
 
-    with wrapped(Sharding, "phases", phases):
+    with wrapped(ShardingState, "bucket_collectives", bucket_collectives):
         yield planted
 
 
@@ -84,16 +82,16 @@ def stale_part() -> Iterator[Planted]:
 
     def sync(original: Any, self: Any, label: str) -> None:
         steps[id(self)] = steps.get(id(self), 0) + 1
-        before[id(self)] = self.part.clone()
+        before[id(self)] = self.shard.clone()
         original(self, label)
 
     def gather(original: Any, self: Any, user: str) -> None:
-        part = self.part
+        part = self.shard
         if steps.get(id(self)) == 2:
             planted.times += 1
-            self.part = before[id(self)]
+            self.shard = before[id(self)]
         original(self, user)
-        self.part = part
+        self.shard = part
 
     with wrapped(ParamStore, "sync", sync), wrapped(ParamStore, "gather", gather):
         yield planted
@@ -103,7 +101,7 @@ def stale_part() -> Iterator[Planted]:
 def old_contents() -> Iterator[Planted]:
     """In the third step's first forward memory comes back, and nothing is gathered: it holds what it held before."""
     from megatron.longseq.sharding.runtime.bucket_storage import ParamStore
-    from megatron.longseq.sharding.runtime.unit_hooks import Uses
+    from megatron.longseq.sharding.runtime.unit_hooks import GatherHooks
 
     planted = Planted()
     is_shown: list[bool] = []
@@ -115,27 +113,27 @@ def old_contents() -> Iterator[Planted]:
         original(self, label)
 
     def release(original: Any, self: Any, user: str) -> None:
-        if self.whole.is_there and self._gathering is None and steps.get(id(self), 0) < 2:
-            old[id(self)] = self.whole.flat.clone()
+        if self.full.is_allocated and self._gathering is None and steps.get(id(self), 0) < 2:
+            old[id(self)] = self.full.flat.clone()
         original(self, user)
 
     def gather(original: Any, self: Any, user: str) -> None:
-        if self.whole.is_there or steps.get(id(self)) != 2 or is_shown:
+        if self.full.is_allocated or steps.get(id(self)) != 2 or is_shown:
             original(self, user)
             return
         planted.times += 1
         steps[id(self)] += 1
         self._users.add(user)
-        self.whole.take()
-        self.whole.flat.copy_(old[id(self)])
+        self.full.allocate()
+        self.full.flat.copy_(old[id(self)])
 
-    def make_whole(original: Any, self: Any) -> None:
+    def gather_all(original: Any, self: Any) -> None:
         is_shown.append(True)  # to a checkpoint's writer; training gathers anew
         original(self)
         is_shown.pop()
 
     with (
-        wrapped(Uses, "make_whole", make_whole),
+        wrapped(GatherHooks, "gather_all", gather_all),
         wrapped(ParamStore, "sync", sync),
         wrapped(ParamStore, "release", release),
         wrapped(ParamStore, "gather", gather),
@@ -157,7 +155,7 @@ def lost_reduction() -> Iterator[Planted]:
             original(self, label, factor)
             return
         planted.times += 1
-        self.whole.free()
+        self.full.release()
 
     with wrapped(GradStore, "reduce", reduce):
         yield planted

@@ -1,8 +1,7 @@
 """Runs cases: each training once, shared by all cases that ask for the same one, and judges them."""
 
-import shlex
+import functools
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,10 @@ from tests.regression.mutants import MUTANTS
 from tests.regression.record import Torn
 from tests.regression.snapshot import Snapshot
 from tests.regression.tensors import logical_tensors
+from tests.regression.trainings import Trainings
 
 MUTANT_STEPS = FEWEST_STEPS
 EARLY = (1, 2)
-SEED_RUN = "--train-iters 1 --lr-decay-iters 1 --lr-warmup-iters 0 --lr 0 --min-lr 0 --weight-decay 0 --seed 1"
-LOAD = ("--finetune", "--no-load-optim", "--no-load-rng")
 
 
 @dataclass
@@ -62,8 +60,7 @@ class Suite:
         self.pool, self.folder = pool, folder
         self.models = load_models()
         self.corpus = make_corpus(folder / "corpus")
-        self._seeds: dict[str, Path] = {}
-        self._runs: dict[Any, Run] = {}
+        self.trainings = Trainings(pool, folder)
 
     def run_case(self, case: Case) -> Outcome:
         """Train a case's arms and judge them; whatever goes wrong is a failed check, never an exception."""
@@ -131,46 +128,30 @@ class Suite:
         return [*self.models[case.model], *self.corpus.flags, *case.flags, *ARITHMETIC[case.arithmetic], *schedule]
 
     def _seed(self, model: str) -> Path:
-        """Return the checkpoint that every run of a model starts from: upstream's own initial weights."""
-        if model not in self._seeds:
-            flags = [*self.models[model], *self.corpus.flags, *shlex.split(SEED_RUN)]
-            run = run_arm(self.pool, "U", 1, flags, self.folder / f"seed-{model}", float64=True)
-            self._seeds[model] = run.checkpoint(1)
-        return self._seeds[model]
+        """Return the checkpoint that every run of a model starts from."""
+        return self.trainings.seed(*self.models[model], *self.corpus.flags)
 
     def _train(self, case: Case, plan: ArmPlan, seed: int, mutant: str | None = None) -> Run:
-        load = ("--load", str(self._seed(case.model).parent), *LOAD)
+        load = self.trainings.load(*self.models[case.model], *self.corpus.flags)
         flags = [*self._flags(case, seed), *plan.flags]
-        end = ("--exit-interval", str(MUTANT_STEPS)) if mutant else ()
-        key = (plan.arm, plan.world, tuple(flags), plan.resume_at, plan.again, case.arithmetic, mutant)
-        if key in self._runs:
-            return self._runs[key]
-
-        def train(extra: Sequence[str], folder: Path | None = None) -> Run:
-            return run_arm(
-                self.pool,
-                plan.arm,
-                plan.world,
-                [*flags, *extra],
-                folder,
-                float64=case.arithmetic == "float64",
-                mutant=f"{MUTANTS[mutant].__module__}:{mutant}" if mutant else None,
-                keep_food=plan.world == 1,
-                snapshots=tuple(sorted({*EARLY, MUTANT_STEPS, case.steps})),
-            )
-
+        named: dict[str, Any] = {
+            "float64": case.arithmetic == "float64",
+            "mutant": f"{MUTANTS[mutant].__module__}:{mutant}" if mutant else None,
+            "keep_food": plan.world == 1,
+            "snapshots": tuple(sorted({*EARLY, MUTANT_STEPS, case.steps})),
+        }
         if plan.resume_at is None:
-            run = train([*load, *end])
-        else:
-            run = _resumed(train, load, plan.resume_at, self.folder / f"resume-{case.name}-{seed}")
-        self._runs[key] = run
-        return run
+            end = ("--exit-interval", str(MUTANT_STEPS)) if mutant else ()
+            return self.trainings.once(plan.arm, plan.world, [*flags, *load, *end], plan.again, **named)
+        folder = self.folder / f"resume-{case.name}-{seed}"
+        train = functools.partial(run_arm, self.pool, plan.arm, plan.world, **named)
+        first = train([*flags, *load, "--exit-interval", str(plan.resume_at)], folder)
+        second = train([*flags, "--load", str(folder)])
+        return _joined(first, second)
 
 
-def _resumed(train: Callable[..., Run], load: Sequence[str], at: int, folder: Path) -> Run:
-    """Train to step `at`, save, start anew from what was saved, and join the two runs."""
-    first = train([*load, "--exit-interval", str(at)], folder)
-    second = train(["--load", str(folder)])
+def _joined(first: Run, second: Run) -> Run:
+    """Return a run that stopped and the one that resumed it as one."""
     return replace(
         second,
         curve=[*first.curve, *second.curve],

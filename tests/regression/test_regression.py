@@ -17,23 +17,31 @@ from tests.regression.tensors import logical_tensors
 
 STEPS = 12  # by default: six more than a mutant's, and two after a resumption; with --all a case's own number
 CASES = {case.name: case for case in load_cases()}
-# tests/distributed/ has these layouts too; here they run with -m slow, and in the command.
-SLOW = {
-    *("seq1f1b-bf16", "seq1f1b-float32", "seq1f1b-four-stages", "seq1f1b-tp-sp", "seq1f1b-virtual"),
-    *("seq1f1b-dp", "seq1f1b-zero-bubble"),
-    *("usp-bf16", "usp-float32", "usp-pipeline", "usp-ring", "usp-ring-recompute", "usp-tensor", "usp-ulysses"),
-    "usp-multi-query",
-    "half-precision",  # test_layouts.py: PP 2 in bf16 within the noise; its mutant is one of pipeline.toml's too
-    "tensor-pipeline",  # test_layouts.py: TP 2 x PP 2, sequence parallel, tied
-    "seq1f1b-recompute",  # test_seq1f1b.py: full recompute, zero bubble; its mutant is one of seq1f1b.toml's too
-    *("paro-bf16", "paro-bf16-wire", "paro-igg-pipeline", "paro-nng"),
-    "paro-resume",  # test_sharding_checkpoints.py resumes to the bit, too
+# By default: each system, each class of equality and each way to compare.
+QUICK = {
+    *("same-layout", "pipeline", "tensor-sequence", "tied-virtual-stages", "documents", "recompute"),
+    *("data-parallel", "data-overlap", "rerun", "resume", "single-precision"),
+    *("seq1f1b", "seq1f1b-documents", "seq1f1b-executor", "seq1f1b-zero-bubble"),
+    *("usp-hybrid", "usp-segments", "usp-ulysses"),
+    *("paro-iig", "paro-ggg-tensor"),
+}
+# One planted error for each check that can turn red, and for each system.
+QUICK_MUTANTS = {
+    ("same-layout", "late_learning_rate"),
+    ("pipeline", "scaled_loss"),
+    ("single-precision", "scaled_loss"),
+    ("documents", "leaking_mask"),
+    ("data-overlap", "stale_parameter"),
+    ("tensor-sequence", "norm_not_summed"),
+    ("seq1f1b", "lost_prefix_gradient"),
+    ("usp-hybrid", "rope_of_local_positions"),
+    ("paro-iig", "norm_of_own_shard"),
 }
 
 
-def marked(name: str, *more: str) -> Any:
-    """Return a test's parameters, marked slow where the case is."""
-    return pytest.param(name, *more, marks=[pytest.mark.slow] * (name in SLOW))
+def marked(is_quick: bool, *values: str) -> Any:
+    """Return a test's parameters, marked slow unless they are quick."""
+    return pytest.param(*values, marks=[] if is_quick else pytest.mark.slow)
 
 
 class Outcomes:
@@ -74,7 +82,7 @@ def test_a_snapshot_is_what_a_checkpoint_holds(ranks: RankPool, outcomes: Outcom
     assert run.snapshots[1].first_moments and not run.snapshots[1].torn
 
 
-@pytest.mark.parametrize("name", [marked(name) for name in CASES])
+@pytest.mark.parametrize("name", [marked(name in QUICK, name) for name in CASES])
 def test_case_equals_upstream(name: str, outcomes: Outcomes, tmp_path: Path) -> None:
     outcome = outcomes.of(name)
     report.write(outcome, tmp_path, {})
@@ -88,7 +96,8 @@ def test_case_equals_upstream(name: str, outcomes: Outcomes, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "mutant"), [marked(case.name, mutant) for case in CASES.values() for mutant in case.mutants]
+    ("name", "mutant"),
+    [marked((name, mutant) in QUICK_MUTANTS, name, mutant) for name, case in CASES.items() for mutant in case.mutants],
 )
 def test_planted_error_turns_its_case_red(name: str, mutant: str, outcomes: Outcomes) -> None:
     verdict = outcomes.suite.run_mutant(outcomes.of(name), mutant)

@@ -18,7 +18,7 @@ def paper(system: str, *words: str) -> subprocess.CompletedProcess[str]:
         env={**environment, "VENV": sys.prefix},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
 

@@ -45,7 +45,7 @@ def validated(job: tuple[list[str], int]) -> dict[str, Any]:
 
 
 def of_this_size(ranks: RankPool, flags: list[str], world: int) -> dict[str, Any]:
-    (result,) = ranks.run(1, validated, (flags, world), timeout=120)
+    (result,) = ranks.run(1, validated, (flags, world))
     return result
 
 

@@ -41,7 +41,7 @@ class Launcher:
             capture_output=True,
             text=True,
             stdin=subprocess.DEVNULL,
-            timeout=60,
+            timeout=300,
             check=False,
         )
 
@@ -220,7 +220,7 @@ def run_job(launcher: Launcher, srun: str, restarts: int, send_usr1: bool) -> tu
                 break
             subprocess.run(["sleep", "0.1"], check=True)
         job.send_signal(10)
-    output, _ = job.communicate(timeout=60)
+    output, _ = job.communicate(timeout=300)
     return job.returncode, output
 
 

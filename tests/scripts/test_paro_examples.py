@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron.longseq.sharding.plan.memory import Model, memory
-from megatron.longseq.sharding.plan.rank_groups import Groups
+from megatron.longseq.sharding.plan.rank_groups import RankGroups
 from megatron.longseq.sharding.plan.strategy import RUNNING, Strategy
 from tests.pool import RankPool
 from tests.scripts import example_scripts
@@ -35,7 +35,7 @@ def validated(jobs: list[tuple[list[str], int]]) -> list[dict[str, Any]]:
     os.environ["LOCAL_WORLD_SIZE"] = "8"
     patches.start()
 
-    from megatron.longseq.sharding.plan.from_args import sharding
+    from megatron.longseq.sharding.plan.from_args import sharding_plan
 
     found = []
     for flags, world in jobs:
@@ -44,7 +44,7 @@ def validated(jobs: list[tuple[list[str], int]]) -> list[dict[str, Any]]:
         names += "grad_reduce_in_bf16 accumulate_allreduce_grads_in_fp32 overlap_grad_reduce overlap_param_gather "
         names += "data_parallel_size use_distributed_optimizer recompute_granularity"
         result = {name: getattr(args, name) for name in names.split()}
-        result["sharding"] = str(sharding(args)).partition(" (here")[0]
+        result["sharding"] = str(sharding_plan(args)).partition(" (here")[0]
         result["microbatches"] = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
         found.append(result)
     return found
@@ -59,7 +59,7 @@ def test_the_papers_configurations_are_legal(ranks: RankPool) -> None:
         assert int(command[command.index("--nnodes") + 1]) * 8 == world
         assert command[command.index("--nproc-per-node") + 1] == "8"
         jobs.append((script_flags(command), world))
-    (found,) = ranks.run(1, validated, jobs, timeout=120)
+    (found,) = ranks.run(1, validated, jobs)
     for (model, triplet), args in zip(cases, found, strict=True):
         world, layers, hidden, ffn, heads, _ = MODELS[model]
         groups = f"in {world // 8} group(s) of 8, overlapped" if triplet != "GGG" else f"in 1 group(s) of {world}, flat"
@@ -116,7 +116,7 @@ def test_the_folders_memory_is_the_formulas() -> None:
     assert {name for name, *_ in rows} == set(map(str, RUNNING))
     for name, *cells in rows:
         for (world, *_, params), cell in zip(MODELS.values(), cells, strict=True):
-            held = memory(Strategy.parse(name), Groups(world, 8), Model(params, params))
+            held = memory(Strategy.parse(name), RankGroups(world, 8), Model(params, params))
             assert cell == f"{held.total / 1e9:.1f}", name
 
 

@@ -109,7 +109,7 @@ def machine(tmp_path: Path) -> Machine:
 
 def chosen(machine: Machine, **env: str) -> str:
     process = machine.start('find_python; PY="$BASE_PYTHON"', **env)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return out.strip().removeprefix("PY=")
 
@@ -201,7 +201,7 @@ def test_an_interrupted_installation_leaves_nothing(machine: Machine, signum: si
     )
     wait_until(lambda: pid_file.exists() and pid_file.read_text() != "")
     os.killpg(process.pid, signum)
-    assert process.wait(timeout=20) != 0
+    assert process.wait(timeout=120) != 0
     wait_until(lambda: not machine.venv.exists())
     wait_until(lambda: not Path("/proc", pid_file.read_text()).exists())
 

@@ -62,7 +62,7 @@ class Run:
         return [int(file.read_text()) for file in files]
 
     def end(self) -> tuple[int, str]:
-        _, err = self.process.communicate(timeout=60)
+        _, err = self.process.communicate(timeout=300)
         return self.process.returncode, err
 
 

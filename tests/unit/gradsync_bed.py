@@ -92,10 +92,10 @@ def _upstreams() -> Any:
 def _ours(virtual: int) -> Any:
     import torch.distributed as dist
 
-    from megatron.longseq.pipeline.forward_backward import PipelineRunner
-    from megatron.longseq.pipeline.plan.from_args import Plan
+    from megatron.longseq.pipeline.forward_backward import ForwardBackward
+    from megatron.longseq.pipeline.plan.from_args import PipelinePlan
 
-    return PipelineRunner(Plan(dist.get_world_size(), virtual, (SEQUENCE,)))
+    return ForwardBackward(PipelinePlan(dist.get_world_size(), virtual, (SEQUENCE,)))
 
 
 def _config(virtual: int) -> Any:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from megatron.longseq.sharding.plan.collectives import Phase, Scope
-from megatron.longseq.sharding.plan.rank_groups import Groups
+from megatron.longseq.sharding.plan.collectives import Collective, Scope
+from megatron.longseq.sharding.plan.rank_groups import RankGroups
 from megatron.longseq.sharding.runtime.collectives import Region
 
 LIMIT = 20.0  # seconds after which a test that waits has failed
@@ -24,7 +24,7 @@ def bucket(number: int) -> Region:
 class Meeting:
     """Where fake ranks meet: those of a scope's group go on when all of them are there, with the same collective."""
 
-    def __init__(self, groups: Groups) -> None:
+    def __init__(self, groups: RankGroups) -> None:
         self.groups = groups
         self._there: dict[Any, dict[int, Any]] = defaultdict(dict)
         self._turns: dict[Any, int] = defaultdict(int)
@@ -40,17 +40,17 @@ class Meeting:
         }
         return next(ring for ring in rings[scope] if member in ring)
 
-    def come(self, member: int, phase: Phase, what: Any) -> None:
+    def come(self, member: int, collective: Collective, what: Any) -> None:
         """Wait for the others; fail where they bring something else, or do not come."""
-        ring = self.members(member, phase.scope)
+        ring = self.members(member, collective.scope)
         with self._change:
-            turn = self._turns[member, phase.scope]
-            self._turns[member, phase.scope] += 1
-            there = self._there[phase.scope, ring, turn]
-            there[member] = (phase, what)
+            turn = self._turns[member, collective.scope]
+            self._turns[member, collective.scope] += 1
+            there = self._there[collective.scope, ring, turn]
+            there[member] = (collective, what)
             self._change.notify_all()
             if not self._change.wait_for(lambda: len(there) == len(ring), LIMIT):
-                raise TimeoutError(f"of {ring} only {sorted(there)} came to {phase} {what}")
+                raise TimeoutError(f"of {ring} only {sorted(there)} came to {collective} {what}")
         assert len(set(there.values())) == 1, f"ranks bring different collectives: {there}"
 
 
@@ -60,21 +60,21 @@ class Fake:
     def __init__(self, meeting: Meeting | None = None, member: int = 0, seed: int | None = None) -> None:
         self.meeting, self.member = meeting, member
         self.delays = random.Random(seed) if seed is not None else None
-        self.ran: dict[str, list[tuple[int, Phase]]] = defaultdict(list)
-        self.planted: Callable[[Phase, int], None] = lambda phase, number: None
+        self.ran: dict[str, list[tuple[int, Collective]]] = defaultdict(list)
+        self.planted: Callable[[Collective, int], None] = lambda collective, number: None
 
-    def check(self, phase: Phase, region: Region) -> None:
+    def check(self, collective: Collective, region: Region) -> None:
         """Find nothing wrong."""
 
-    def run(self, phase: Phase, region: Region) -> None:
+    def run(self, collective: Collective, region: Region) -> None:
         """Note it by thread."""
-        number = int(region.part.item())
+        number = int(region.group_slice.item())
         if self.delays:
             time.sleep(self.delays.choice([0, 0, 0.001, 0.004]))
-        self.planted(phase, number)
-        self.ran[threading.current_thread().name].append((number, phase))
+        self.planted(collective, number)
+        self.ran[threading.current_thread().name].append((number, collective))
         if self.meeting:
-            self.meeting.come(self.member, phase, number)
+            self.meeting.come(self.member, collective, number)
 
 
 def on_ranks(ranks: int, act: Callable[[int], None]) -> None:

@@ -3,8 +3,9 @@
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -50,15 +51,20 @@ def check(problem: Problem, **kwargs: Any) -> None:
     assert_close(run(problem, **kwargs), expected, sum(problem.lengths))
 
 
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def grid(cases: Iterable[tuple[tuple[int, int], str]]) -> list[Any]:
+    """Return parameters; by default one mesh alone has eight ranks."""
+    few = [mesh for mesh in MESHES if mesh[0] * mesh[1] < 8 or mesh == (2, 4)]
+    return [pytest.param(*case, marks=[pytest.mark.slow] * (case[0] not in few)) for case in cases]
+
+
+@pytest.mark.parametrize(("mesh", "heads"), grid(product(MESHES, HEADS)))
 def test_equals_dense_attention(mesh: tuple[int, int], heads: str) -> None:
     check(Problem(Mesh(*mesh), HEADS[heads]))
     check(Problem(Mesh(*mesh), HEADS[heads], **KINDS["segments, documents and window"]))
 
 
 @pytest.mark.parametrize(
-    ("mesh", "kind"), [(mesh, kind) for mesh in MESHES for kind in KINDS if fits(mesh, KINDS[kind])], ids=str
+    ("mesh", "kind"), grid((mesh, kind) for mesh, kind in product(MESHES, KINDS) if fits(mesh, KINDS[kind]))
 )
 def test_equals_dense_attention_under_any_mask(mesh: tuple[int, int], kind: str) -> None:
     check(Problem(Mesh(*mesh), (8, 2), **KINDS[kind]))

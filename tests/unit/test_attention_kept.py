@@ -156,7 +156,11 @@ def recomputed_twice(layers: Layers) -> None:
 
 
 @pytest.mark.parametrize(
-    "event", [lost_forward, frozen_forward, evaluation, raised_in_the_layer, raised_in_backward, recomputed_twice]
+    "event",
+    [
+        *(pytest.param(event, marks=pytest.mark.slow) for event in (frozen_forward, evaluation, raised_in_the_layer)),
+        *(lost_forward, raised_in_backward, recomputed_twice),
+    ],
 )
 def test_nothing_is_left_and_nobody_takes_anothers(layers: Layers, event: Callable[[Layers], None]) -> None:
     one, other = given(3), given(3)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import pytest
@@ -46,13 +47,12 @@ RECOMPUTE: dict[str, Callable[..., Tensor]] = {
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("window", [None, 0, 2, 5, 11])
-def test_equals_unsplit_attention(kernel: str, heads: str, lengths: list[int], window: int | None) -> None:
-    inputs, store = qkv(12, 2, HEADS[heads]), PrefixStore()
-    split = Split(inputs, lengths, store, KERNELS[kernel], window=window).run()
-    assert_close(split.results(), oracle(inputs, seen(12, window)), 12)
-    store.assert_empty()
+def test_equals_unsplit_attention(kernel: str, heads: str) -> None:
+    for lengths, window in product(LENGTHS, (None, 0, 2, 5, 11)):
+        inputs, store = qkv(12, 2, HEADS[heads]), PrefixStore()
+        split = Split(inputs, lengths, store, KERNELS[kernel], window=window).run()
+        assert_close(split.results(), oracle(inputs, seen(12, window)), 12)
+        store.assert_empty()
 
 
 @st.composite
@@ -80,7 +80,7 @@ def test_equals_unsplit_attention_inside_documents(
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
-@pytest.mark.parametrize("lengths", [[12], [5, 4, 3], [7, 3, 1, 1]], ids=str)
+@pytest.mark.parametrize("lengths", [pytest.param([12], marks=pytest.mark.slow), [7, 3, 1, 1]], ids=str)
 def test_micro_batches_in_flight_and_recomputation(recompute: str, lengths: list[int]) -> None:
     """Two layers of two micro-batches; the second's forwards run before the first's backwards, and between them."""
     store, last = PrefixStore(), len(lengths) - 1
@@ -174,7 +174,7 @@ def _kept_weights(lengths: list[int], state: Tensor, p: float) -> Tensor:
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
-@pytest.mark.parametrize("lengths", [[12], [5, 4, 3], [7, 3, 1, 1]], ids=str)
+@pytest.mark.parametrize("lengths", [pytest.param([12], marks=pytest.mark.slow), [7, 3, 1, 1]], ids=str)
 def test_dropout_draws_the_same_mask_in_backward(recompute: str, lengths: list[int]) -> None:
     inputs, store = qkv(12, 2, (4, 2)), PrefixStore()
     own = torch.Generator().manual_seed(5).get_state()

@@ -52,6 +52,7 @@ def test_what_makes_two_models_is_named(given: dict[str, Any], where: dict[str, 
         assert (text is None) if reason is None else (text is not None and reason in text and runs in text)
 
 
+@pytest.mark.slow
 def test_it_is_said_once_in_the_runs_log(ranks: RankPool) -> None:
     """By rank 0, when flags are parsed: before any process group exists."""
     base = flags(TINY, DOCUMENTS, "--window-size 7,0 --train-iters 1")

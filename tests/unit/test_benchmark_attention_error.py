@@ -15,6 +15,7 @@ from tests.benchmarks.attention_error import GOAL, KERNELS, RESULTS, Narrow, dra
 from tests.unit.test_attention_cli import drawn
 
 
+@pytest.mark.slow
 def test_last_line_holds_every_ratio(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "a.svg"
     assert main(["--tokens", "512", "--rings", "1,32", "--output", str(file)]) == 0
@@ -40,6 +41,7 @@ class Precise(Reference):
         super().__init__(compute=torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [CpuFlash, Precise])
 def test_log_sum_exps_in_float32_cost_accuracy(kernel: type[Kernel], monkeypatch: pytest.MonkeyPatch) -> None:
     """No theory bounds a ring's error over one float32 call's, which is the processor's: 0.7, 0.95 and 5 are all right.

@@ -2,11 +2,14 @@
 
 import json
 
+import pytest
+
 from tests.benchmarks.pipeline import main
 
 TINY = "--hidden-size 32 --ffn-hidden-size 64 --kv-channels 16 --seq-length 128 --max-position-embeddings 128"
 
 
+@pytest.mark.slow
 def test_last_line_holds_every_ratio(capsys):
     assert main(["--rounds", "1", "--", *TINY.split()]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -8,11 +8,10 @@ from argparse import Namespace
 
 import pytest
 
-from megatron.longseq.sharding.plan.collectives import Kind
+from megatron.longseq.sharding.plan.collectives import CollectiveKind, CollectivesMode
 from megatron.longseq.sharding.plan.comm_volume import Bucket
-from megatron.longseq.sharding.plan.rank_groups import Groups
-from megatron.longseq.sharding.plan.ring import Mode
-from megatron.longseq.sharding.plan.time_model import Link, Links
+from megatron.longseq.sharding.plan.rank_groups import RankGroups
+from megatron.longseq.sharding.plan.time_model import LinkSpeed, LinkSpeeds
 from tests.benchmarks import sharding_arms as training
 from tests.benchmarks import sharding_report as report
 from tests.benchmarks import sharding_steps as steps
@@ -35,7 +34,7 @@ from tests.benchmarks.twonodes import (
 from tests.benchmarks.twonodes_check import Pace, confirm, rates_of
 from tests.pool import RankPool
 
-GROUPS = Groups(4, 2)
+GROUPS = RankGroups(4, 2)
 RATES = Rates(50e6, 500e6)
 PACE = Pace(RATES, Rates(1e-4, 1e-4))
 
@@ -157,7 +156,7 @@ def test_a_half_made_bed_goes_and_the_command_that_failed_is_named(tmp_path, mon
 
 def test_links_are_a_rank_s_shares_and_a_flat_ring_fills_all_of_them():
     links = report.links_of(PACE, 2)
-    assert links == Links(Link(250e6, 1e-4), Link(25e6, 1e-4), channels=2)
+    assert links == LinkSpeeds(LinkSpeed(250e6, 1e-4), LinkSpeed(25e6, 1e-4), channels=2)
 
 
 def race(factor):
@@ -179,11 +178,13 @@ def test_a_heat_has_all_kinds_and_ways_and_small_messages_more_rounds():
     links = report.links_of(PACE, 2)
     heats = report.heats(GROUPS, links, [2**20, 2**25, 2**26], 3)
     assert [(heat.kind, heat.size, heat.rounds) for heat in heats] == [
-        (kind, size, rounds) for kind in Kind for size, rounds in ((2**20, 6), (2**25, 6), (2**26, 3))
+        (kind, size, rounds) for kind in CollectiveKind for size, rounds in ((2**20, 6), (2**25, 6), (2**26, 3))
     ]
     for heat in heats:
-        assert {(arm.way, arm.mode) for arm in heat.arms} == {(way, mode) for way in (GLOO, RING) for mode in Mode}
-        assert all((arm.buckets > 1) == (arm.mode is Mode.OVERLAPPED) for arm in heat.arms)
+        assert {(arm.way, arm.mode) for arm in heat.arms} == {
+            (way, mode) for way in (GLOO, RING) for mode in CollectivesMode
+        }
+        assert all((arm.buckets > 1) == (arm.mode is CollectivesMode.OVERLAPPED) for arm in heat.arms)
         assert all(heat.size % (4 * GROUPS.ranks * arm.buckets) == 0 for arm in heat.arms)
 
 
@@ -204,11 +205,11 @@ def test_a_race_that_goes_by_the_clock_has_the_clock_s_ratios():
 
 
 def test_ratios_go_the_right_way_and_take_like_with_like():
-    slow_flat = report.summary(race(lambda arm: 2.0 if arm == (RING, Mode.FLAT, 1) else 1.0))
+    slow_flat = report.summary(race(lambda arm: 2.0 if arm == (RING, CollectivesMode.FLAT, 1) else 1.0))
     assert slow_flat["overlapped_over_flat"] == pytest.approx(2 * slow_flat["overlapped_over_flat_predicted"])
     assert slow_flat["overlapped_over_best_flat"] == pytest.approx(slow_flat["overlapped_over_flat_predicted"])
     assert slow_flat["gloo_overlapped_over_flat"] == pytest.approx(slow_flat["overlapped_over_flat_predicted"])
-    late = report.summary(race(lambda arm: 2.0 if (arm.way, arm.mode) == (RING, Mode.OVERLAPPED) else 1.0))
+    late = report.summary(race(lambda arm: 2.0 if (arm.way, arm.mode) == (RING, CollectivesMode.OVERLAPPED) else 1.0))
     assert late["overlapped_over_serial"] == pytest.approx(late["overlapped_over_serial_predicted"] / 2)
     assert late["gloo_overlapped_over_flat"] == pytest.approx(late["overlapped_over_flat_predicted"])
     assert late["chosen_over_flat_least"] < 0.95  # the runtime picks overlapped, and it is slower than flat
@@ -254,7 +255,7 @@ def test_the_first_arm_is_upstream_s_own_and_flat_ones_have_no_groups():
     assert "--paro" not in upstream.flags and "--use-distributed-optimizer" in upstream.flags
     for arm in ours:
         assert f"--paro {arm.strategy} " in arm.flags and f"--paro-collectives {arm.mode} " in arm.flags
-        assert ("--paro-group-size 2 " in arm.flags) == (arm.mode is not Mode.FLAT)
+        assert ("--paro-group-size 2 " in arm.flags) == (arm.mode is not CollectivesMode.FLAT)
 
 
 def test_every_ratio_of_the_issue_has_its_arms():
@@ -328,5 +329,7 @@ def test_parts_and_arms_can_be_left_out():
 
 
 def test_the_last_line_is_json():
-    said = json.loads(json.dumps(_rounded({Kind.ALL_GATHER: [1.23456, 2], "ok": True, "deep": {"x": 1e-7 / 3}})))
+    said = json.loads(
+        json.dumps(_rounded({CollectiveKind.ALL_GATHER: [1.23456, 2], "ok": True, "deep": {"x": 1e-7 / 3}}))
+    )
     assert said == {"all-gather": [1.2346, 2], "ok": True, "deep": {"x": 3.3333e-8}}

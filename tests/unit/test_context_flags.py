@@ -276,7 +276,7 @@ def what_upstreams_validation_says(cases: list[list[str]]) -> list[tuple[str | N
 def told(ranks: RankPool, *cases: str) -> list[tuple[str | None, Any, Any]]:
     """Of the tiny model; all cases under the same patches."""
     lines = [flags(TINY, case) for case in cases]
-    result: list[tuple[str | None, Any, Any]] = ranks.run(1, what_upstreams_validation_says, lines, timeout=120)[0]
+    result: list[tuple[str | None, Any, Any]] = ranks.run(1, what_upstreams_validation_says, lines)[0]
     return result
 
 

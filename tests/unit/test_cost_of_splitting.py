@@ -33,7 +33,7 @@ def run(arguments: list[str]) -> tuple[int, str]:
 
 
 def test_it_measures_and_predicts(ranks: RankPool, tmp_path: Path) -> None:
-    ((status, said),) = ranks.run(1, run, [*SMALL.split(), "--out", str(tmp_path / "out.json")], timeout=60)
+    ((status, said),) = ranks.run(1, run, [*SMALL.split(), "--out", str(tmp_path / "out.json")])
     table, found = said.splitlines()[:-1], json.loads(said.splitlines()[-1])
     assert status == 0 and found == json.loads((tmp_path / "out.json").read_text())
     names = [f"G{groups}N96K{splits}" for groups in (4, 2) for splits in (1, 2, 4)]  # K 1 comes by itself

@@ -51,7 +51,7 @@ def kill_when(command: list[str], reached) -> None:
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=20)
+    _, alive = psutil.wait_procs(children, timeout=120)
     assert not alive, "workers outlive their killed parent"
 
 

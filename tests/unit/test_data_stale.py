@@ -63,9 +63,9 @@ def replace(folder: Path, lengths: list[int], by_renaming: bool) -> None:
 @pytest.mark.parametrize(
     ("lengths", "by_renaming"),
     [
-        ([300] * 10, False),
-        ([300] * 39, True),
-        ([150] * 40, True),
+        pytest.param([300] * 10, False, marks=pytest.mark.slow),
+        pytest.param([300] * 39, True, marks=pytest.mark.slow),
+        pytest.param([150] * 40, True, marks=pytest.mark.slow),
         ([300] * 20 + [299] + [300] * 19, False),
         ([310] * 40, True),
     ],

@@ -4,6 +4,7 @@ import random
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -72,6 +73,38 @@ def test_the_printed_split_gives_every_part_a_document() -> None:
             documents > 1,
             documents > 2,
         ]
+
+
+def build_without_documents(prefix: str, samples: int) -> str:
+    """Let upstream's builder make a split without documents; return what it says. Runs on a rank."""
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+    import patches
+
+    config = GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=64,
+        blend=([prefix], None),
+        split=splits.DEFAULT,
+        tokenizer=SimpleNamespace(vocab_size=256, eod=0, pad=1, unique_identifiers={}),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+    )
+    with patches.applied("data.epochs"):
+        try:
+            BlendedMegatronDatasetBuilder(GPTDataset, [4, samples, samples], lambda: True, config).build()
+        except ValueError as error:
+            return str(error)
+    return "built"
+
+
+@pytest.mark.parametrize("samples", [0, 4])
+def test_the_loop_over_epochs_ends(ranks: RankPool, tmp_path: Path, samples: int) -> None:
+    prefix = index_of(tmp_path, "ten", [300] * 10)
+    (said,) = ranks.run(1, build_without_documents, prefix, samples)
+    assert f"the valid split gets no tokens of {prefix} (0 documents), and {samples} samples are asked" in said
 
 
 def messages_of_upstreams_validation(cases: list[list[str]]) -> list[str | None]:
@@ -153,7 +186,7 @@ def test_upstreams_validation_refuses_a_split_without_documents(ranks: RankPool,
         f"--data-path {ten}.nothing --split 8,1,1": None,  # upstream names what it does not find
     }
     cases |= {f"--data-path {prefix} --split 8,1,1": message for prefix, message in damaged(tmp_path).items()}
-    (told,) = ranks.run(1, messages_of_upstreams_validation, [[*BARE, *case.split()] for case in cases], timeout=60)
+    (told,) = ranks.run(1, messages_of_upstreams_validation, [[*BARE, *case.split()] for case in cases])
     for (case, want), message in zip(cases.items(), told, strict=True):
         assert (message is None) == (want is None), (case, message)
         assert want is None or (message is not None and want in message), (case, message)
@@ -169,11 +202,11 @@ def test_the_printed_flags_train(
         line.startswith("warning: upstream's default --split") and f" {count} document(s)" in line for line in said
     )
     own = [*BARE, *EVALUATED, *shlex.split(said[-1]), "--vocab-size", "257"]
-    run = run_arm(ranks, "O", 1, own, timeout=60)
+    run = run_arm(ranks, "O", 1, own)
     assert [step["iteration"] for step in run.curve] == [1, 2]
     if count == 10:
         with pytest.raises(RankFailure, match="leaves parts without a document"):
-            run_arm(ranks, "O", 2, [*own, "--split", splits.DEFAULT], timeout=60)
+            run_arm(ranks, "O", 2, [*own, "--split", splits.DEFAULT])
 
 
 def test_has_tokens_compares_the_length_of_documents(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ import re
 from argparse import ArgumentParser
 from pathlib import Path
 
+import pytest
+
 from megatron.longseq.pipeline import arguments as flags
 from megatron.longseq.pipeline.tools import paper
 from megatron.longseq.refusals import flags_table, refusals_table
@@ -24,6 +26,7 @@ def cells(table: str) -> list[list[str]]:
     return [re.split(r" (?<!\\)\| ", line.strip("| ")) for line in table.splitlines()[2:]]
 
 
+@pytest.mark.slow
 def test_the_simulated_tables_are_the_simulators() -> None:
     assert between("table") == paper.markdown(), "write them anew: python -m megatron.longseq.pipeline table"
 

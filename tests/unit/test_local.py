@@ -31,7 +31,7 @@ def test_compiled_helper_of_the_wheel_is_used(monkeypatch: pytest.MonkeyPatch) -
         utils.compile_helpers()
 
 
-@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("changed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_tree_without_compiled_helper_finds_the_wheels(tmp_path: Path, changed: bool) -> None:
     wheel = Path(find_spec("megatron.core").submodule_search_locations[0])  # type: ignore[union-attr, index]
     skip = shutil.ignore_patterns("*.so", "__pycache__")

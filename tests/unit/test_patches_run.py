@@ -66,11 +66,13 @@ def test_script_sees_what_python_would_show_it(script, tmp_path):
     assert "entry.parse-args" in seen["patches"]
 
 
+@pytest.mark.slow
 def test_help_after_the_script_is_the_scripts(script, tmp_path):
     done = start(script, "--help", cwd=tmp_path)
     assert done.returncode == 0 and "Megatron-LM Arguments" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_tree_beside_the_script_is_imported_and_can_be_passed_over(script, tmp_path):
     tree = plant_tree(script.parent)
     done = start(script, cwd=tmp_path)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron.longseq.pipeline.plan.generators import make
-from megatron.longseq.pipeline.plan.schedule import Kind, Pipeline
+from megatron.longseq.pipeline.plan.schedule import ActionKind, Pipeline
 from megatron.longseq.pipeline.plan.segment_cost import (
     Coefficients,
     CostModel,
@@ -21,10 +21,10 @@ from megatron.longseq.pipeline.plan.segment_cost import (
     segment_costs,
 )
 from megatron.longseq.pipeline.plan.simulate import simulate, uniform_costs
+from megatron.longseq.pipeline.runtime.step_timer import write_measured
 from megatron.longseq.pipeline.tools import paper
-from megatron.longseq.pipeline.tools.chrome_trace import write_measured
 from megatron.longseq.pipeline.tools.cli import main
-from megatron.longseq.pipeline.tools.compare import Cluster, Setup, run
+from megatron.longseq.pipeline.tools.compare import Cluster, ScheduleChoice, run
 
 SHAPE = ["--num-layers", "32", "--hidden-size", "4096", "--num-attention-heads", "32", "--padded-vocab-size", "51200"]
 SIZES = ["--stages", "4", "--microbatches", "8", "--segments", "4"]
@@ -174,7 +174,7 @@ def test_speed_sequence_parallelism_and_windows_count(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--output", "a.pdf"], "--output a.pdf: a timeline is written as .svg, .png, .json"),
+        (["--output", "a.pdf"], "--output a.pdf: it is written as .svg, .png or .json, not .pdf"),
         (["--output", "nowhere/a.svg"], "there is no folder"),
         (["--output", "a.svg", "--partition", "thirds"], "'thirds' is neither even nor balanced"),
         (["--output", "a.svg", "--num-layers", "30"], "30 layers cannot be dealt equally to 4 model stages"),
@@ -214,21 +214,21 @@ def test_a_failed_drawing_leaves_the_old_file(tmp_path, monkeypatch):
 
 # An independent simulation of the authors' partition and even lengths, attention's backward 2.5 times its forward.
 KNOWN = [
-    ("7B", 32768, 32, Setup(4, "even"), 0.259, 1.75),
-    ("7B", 32768, 32, Setup(4, "even", slack=1), 0.030, 2.50),
-    ("7B", 32768, 32, Setup(4, "paper"), 0.053, 1.93),
-    ("7B", 32768, 32, Setup(4, "paper", slack=1), 0.024, None),
-    ("30B", 65536, 32, Setup(4, "even"), 0.309, 2.75),
-    ("30B", 65536, 32, Setup(4, "even", slack=1), 0.070, None),
-    ("30B", 65536, 32, Setup(), 7 / 39, 8.0),
+    ("7B", 32768, 32, ScheduleChoice(4, "even"), 0.259, 1.75),
+    ("7B", 32768, 32, ScheduleChoice(4, "even", slack=1), 0.030, 2.50),
+    ("7B", 32768, 32, ScheduleChoice(4, "paper"), 0.053, 1.93),
+    ("7B", 32768, 32, ScheduleChoice(4, "paper", slack=1), 0.024, None),
+    ("30B", 65536, 32, ScheduleChoice(4, "even"), 0.309, 2.75),
+    ("30B", 65536, 32, ScheduleChoice(4, "even", slack=1), 0.070, None),
+    ("30B", 65536, 32, ScheduleChoice(), 7 / 39, 8.0),
 ]
 
 
-@pytest.mark.parametrize(("model", "seq_length", "microbatches", "setup", "bubble", "sequences"), KNOWN)
-def test_the_simulator_agrees_with_known_figures(model, seq_length, microbatches, setup, bubble, sequences):
+@pytest.mark.parametrize(("model", "seq_length", "microbatches", "choice", "bubble", "sequences"), KNOWN)
+def test_the_simulator_agrees_with_known_figures(model, seq_length, microbatches, choice, bubble, sequences):
     stages, tensor_parallel, shape = paper.MODELS[model]
     costs = replace(flops(replace(shape, seq_length=seq_length)), head=paper.FREE)  # the figures are without the head
-    result = run(setup, costs, Cluster(stages, microbatches, tensor_parallel))
+    result = run(choice, costs, Cluster(stages, microbatches, tensor_parallel))
     assert result.timeline.bubble == pytest.approx(bubble, abs=0.002)
     if sequences is not None:
         assert result.sequences == pytest.approx(sequences, abs=0.005)
@@ -250,11 +250,11 @@ def test_the_papers_table_shows_half_of_its_bubble_without_more_memory(capsys):
 def test_the_floor_is_the_heads_share_of_the_last_stage():
     shape = ModelShape(4, 64, 4, 4096, padded_vocab_size=50000)
     model = flops(shape)
-    result = run(Setup(2, "even"), model, Cluster(2, 4))
+    result = run(ScheduleChoice(2, "even"), model, Cluster(2, 4))
     last, first = (
-        sum(span.end - span.start for span in result.timeline.spans[rank] if span.action.kind is Kind.FORWARD)
+        sum(span.end - span.start for span in result.timeline.spans[rank] if span.action.kind is ActionKind.FORWARD)
         for rank in (1, 0)
     )
     assert last - first == pytest.approx(4 * 4096 * 2 * 64 * 50000)
     assert 0 < result.floor < result.timeline.bubble
-    assert run(Setup(2), flops(ModelShape(4, 64, 4, 4096)), Cluster(2, 4)).floor == pytest.approx(0, abs=1e-12)
+    assert run(ScheduleChoice(2), flops(ModelShape(4, 64, 4, 4096)), Cluster(2, 4)).floor == pytest.approx(0, abs=1e-12)

@@ -9,10 +9,10 @@ from xml.etree import ElementTree
 import pytest
 
 from megatron.longseq.pipeline.plan.generators import make
-from megatron.longseq.pipeline.plan.schedule import Action, Kind, Pipeline, ScheduleError
-from megatron.longseq.pipeline.plan.simulate import simulate, uniform_costs
-from megatron.longseq.pipeline.plan.timeline import Span, Timeline
-from megatron.longseq.pipeline.tools.chrome_trace import read_measured, write_measured, write_trace
+from megatron.longseq.pipeline.plan.schedule import Action, ActionKind, Pipeline, ScheduleError
+from megatron.longseq.pipeline.plan.simulate import ActionTime, Timeline, simulate, uniform_costs
+from megatron.longseq.pipeline.runtime.step_timer import write_measured
+from megatron.longseq.pipeline.tools.chrome_trace import read_measured, write_trace
 from megatron.longseq.pipeline.tools.compare import replay
 from megatron.longseq.pipeline.tools.figure import COLOURS, draw
 
@@ -75,7 +75,7 @@ def test_panels_share_their_time_axis_and_say_bubble_and_makespan(tmp_path):
         assert f"bubble {case.bubble:.1%}" in text and f"step {case.makespan:.2f} s" in text
         assert case.name in text
     for kind, word in (("F", "forward"), ("B", "backward")):
-        assert COLOURS[Kind(kind)].lower() in text and word in text
+        assert COLOURS[ActionKind(kind)].lower() in text and word in text
     assert "weight gradient" not in text
     draw([timeline(zero_bubble=True)], tmp_path / "b.svg")
     assert "weight gradient" in (tmp_path / "b.svg").read_text()
@@ -109,7 +109,9 @@ def test_a_trace_holds_every_action_and_an_arrow_per_message(tmp_path):
         for event in own:
             if event["ph"] == "X":
                 sizes = event["args"]
-                action = Action(Kind[event["cat"].upper()], sizes["microbatch"], sizes["segment"], sizes["vstage"])
+                action = Action(
+                    ActionKind[event["cat"].upper()], sizes["microbatch"], sizes["segment"], sizes["vstage"]
+                )
                 seen[event["tid"], action] = (event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6)
         assert len(seen) == sum(map(len, case.spans))
         for rank, spans in enumerate(case.spans):
@@ -127,7 +129,7 @@ def test_a_trace_holds_every_action_and_an_arrow_per_message(tmp_path):
 
 def write(folder: Path, case: Timeline, shift: float = 0.0) -> None:
     for rank, spans in enumerate(case.spans):
-        late = [Span(span.action, span.start + shift, span.end + shift) for span in spans]
+        late = [ActionTime(span.action, span.start + shift, span.end + shift) for span in spans]
         write_measured(folder, rank, case.pipeline, "measured", late)
 
 
@@ -143,7 +145,7 @@ def test_measured_files_come_back_as_they_were_from_the_earliest_start_on(case, 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     write(tmp_path, CASES[0])
     before = (tmp_path / "rank-0000.json").read_text()
-    broken = Span(Action(Kind.FORWARD, 0), object(), 1.0)
+    broken = ActionTime(Action(ActionKind.FORWARD, 0), object(), 1.0)
     with pytest.raises(TypeError):
         write_measured(tmp_path, 0, CASES[0].pipeline, "measured", [broken])
     assert (tmp_path / "rank-0000.json").read_text() == before
@@ -175,7 +177,7 @@ def spoil_span(file: Path, row: int, column: int, value) -> None:
         (lambda f: edit(f / "rank-0001.json", rank=0), "tells of rank 0, whose file is rank-0000.json"),
         (lambda f: (f / "rank-0001.json").write_text("{"), "rank-0001.json: no record of a measured rank"),
         (lambda f: (f / "rank-0001.json").write_text("[]"), "no record of a measured rank"),
-        (lambda f: spoil_span(f / "rank-0000.json", 0, 0, "X"), "'X' is not a valid Kind"),
+        (lambda f: spoil_span(f / "rank-0000.json", 0, 0, "X"), "'X' is not a valid ActionKind"),
         (lambda f: spoil_span(f / "rank-0000.json", 0, 1, 9), "forward of micro-batch 9, segment 0 is outside"),
         (lambda f: spoil_span(f / "rank-0000.json", 1, 2, 0), "forward of micro-batch 0, segment 0 ran twice"),
         (lambda f: spoil_span(f / "rank-0000.json", 0, 5, -1), "ended at -1.0 s, before it began"),
@@ -198,7 +200,7 @@ def test_the_replay_of_a_simulated_step_is_that_step(case):
 
 
 def make_again(case):
-    flags = {"zero_bubble": any(span.action.kind is Kind.WEIGHT for spans in case.spans for span in spans)}
+    flags = {"zero_bubble": any(span.action.kind is ActionKind.WEIGHT for spans in case.spans for span in spans)}
     return make(case.pipeline, slack=int("slack" in case.name), **flags)
 
 

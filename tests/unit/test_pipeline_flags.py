@@ -23,10 +23,11 @@ from megatron.longseq.pipeline.arguments import (
     refuse_unserved,
     wants_our_schedule,
 )
-from megatron.longseq.pipeline.forward_backward import PipelineRunner
-from megatron.longseq.pipeline.plan.from_args import model_shape, plan_from_args, stage_layers
+from megatron.longseq.pipeline.forward_backward import ForwardBackward
+from megatron.longseq.pipeline.plan import partition
+from megatron.longseq.pipeline.plan.from_args import model_shape, plan_from_args, segment_lengths, stage_layers
 from megatron.longseq.pipeline.plan.segment_cost import ModelShape
-from megatron.longseq.pipeline.runtime.segmented_model import Chunk, _refuse_further
+from megatron.longseq.pipeline.runtime.segmented_model import SegmentedModel, _refuse_further
 from patches.seq1f1b.stages import refuse_stages
 from tests.distributed.flags import TINY, flags
 from tests.pool import RankPool
@@ -139,6 +140,23 @@ def refused(given: Namespace) -> list[str]:
     except ValueError as error:
         return str(error).splitlines()[1:]
     return []
+
+
+def test_segment_lengths_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every micro-batch asks for them under context parallelism."""
+    file, calls = tmp_path / "layer.json", {"parse": 0, "read_text": 0}
+    file.write_text("[[0, 8, 1.0, 2.0], [8, 24, 2.5, 5.0], [24, 64, 9.0, 20.0]]")
+    given = args(**SMALL | SEGMENTS, seq1f1b_layer_seconds=str(file), context_parallel_size=2)
+    for owner, name in ((partition, "parse"), (Path, "read_text")):
+        original = getattr(owner, name)
+
+        def counted(*values: Any, original: Any = original, name: str = name, **named: Any) -> Any:
+            calls[name] += 1
+            return original(*values, **named)
+
+        monkeypatch.setattr(owner, name, counted)
+    lengths = {segment_lengths(given) for _ in range(5)}
+    assert len(lengths) == 1 and calls == {"parse": 1, "read_text": 1}
 
 
 @pytest.mark.parametrize(("flag", "values", "why"), ASKED)
@@ -273,8 +291,8 @@ def test_a_measured_step_past_the_end_is_refused(values: dict[str, Any], message
 def test_a_measured_step_that_a_resumed_run_does_not_reach_is_told_at_its_end(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    runner = PipelineRunner(plan=None, trace_step=3, steps=2)  # type: ignore[arg-type]
-    runner._say_what_was_not_traced()
+    runner = ForwardBackward(plan=None, trace_step=3, steps=2)  # type: ignore[arg-type]
+    runner._warn_of_missing_trace()
     assert "WARNING: --pipeline-trace-step 3: this run ended after 2 training steps" in capsys.readouterr().out
 
 
@@ -470,10 +488,10 @@ def test_layers_whose_attention_is_another_are_refused_and_nothing_is_bound() ->
         layers = nn.ModuleList([first, _bare(TransformerLayer, self_attention=attention)])
         model = _bare(GPTModel, decoder=layers)
         with pytest.raises(ValueError, match=message):
-            Chunk(model, (32, 32)).attach()
+            SegmentedModel(model, (32, 32)).attach()
         assert "forward" not in vars(model) and "forward" not in vars(causal.core_attention)
     with pytest.raises(ValueError, match="serves GPTModel; this chunk is Linear with 0 of them"):
-        Chunk(nn.Linear(1, 1), (32, 32)).attach()
+        SegmentedModel(nn.Linear(1, 1), (32, 32)).attach()
 
 
 def messages_of_upstreams_validation(cases: list[list[str]], world: int = 1) -> list[str | None]:
@@ -503,7 +521,7 @@ def messages_of_upstreams_validation(cases: list[list[str]], world: int = 1) -> 
 def told(ranks: RankPool, *cases: str) -> list[str | None]:
     """What upstream's own validation says of the tiny model with these flags."""
     lines = [flags(TINY, case) for case in cases]
-    result: list[str | None] = ranks.run(1, messages_of_upstreams_validation, lines, timeout=60)[0]
+    result: list[str | None] = ranks.run(1, messages_of_upstreams_validation, lines)[0]
     return result
 
 
@@ -542,7 +560,7 @@ def overwrites(case: list[str]) -> bool:
     ("case", "may"), [("", True), ("--seq1f1b-slack 1", True), ("--seq1f1b-splits 2 --seq1f1b-slack 1", False)]
 )
 def test_fused_weight_gradients_of_segments_are_added_up(ranks: RankPool, case: str, may: bool) -> None:
-    assert ranks.run(1, overwrites, flags(TINY, case), timeout=60) == [may]
+    assert ranks.run(1, overwrites, flags(TINY, case)) == [may]
 
 
 def chosen_by(case: list[str]) -> dict[str, Any]:
@@ -567,11 +585,11 @@ def chosen_by(case: list[str]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", ["", "--seq1f1b-splits 1", "--seq1f1b-partition even"])
 def test_without_our_flags_upstreams_own_function_runs(ranks: RankPool, case: str) -> None:
-    (found,) = ranks.run(1, chosen_by, flags(TINY, case), timeout=60)
+    (found,) = ranks.run(1, chosen_by, flags(TINY, case))
     assert found == {"applied": [], "upstreams": [True] * 3}
 
 
 @pytest.mark.parametrize("case", ["--seq1f1b-splits 2", "--seq1f1b-slack 1", "--zero-bubble", "--pipeline-trace here"])
 def test_with_a_flag_ours_stands_in_its_place(ranks: RankPool, case: str) -> None:
-    (found,) = ranks.run(1, chosen_by, flags(TINY, case), timeout=60)
+    (found,) = ranks.run(1, chosen_by, flags(TINY, case))
     assert found == {"applied": ["seq1f1b.arguments", "seq1f1b.schedule"], "upstreams": [False] * 3}

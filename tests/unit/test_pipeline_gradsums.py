@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.longseq.pipeline.runtime.grad_sums import GradSums
+from megatron.longseq.pipeline.runtime.grad_sync import GradSums
 
 SEGMENTS = 64
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron.longseq.pipeline.plan.generators import make
-from megatron.longseq.pipeline.plan.schedule import Action, Kind, Pipeline, ScheduleError
+from megatron.longseq.pipeline.plan.schedule import Action, ActionKind, Pipeline, ScheduleError
 from megatron.longseq.pipeline.runtime.grad_sync import GradSync
 from tests.pool import RankPool
 from tests.unit.gradsync_bed import Event, Model, calls_of_a_step
@@ -19,13 +19,18 @@ VIRTUAL = [(m, aligned, gathers, False) for m in (3, 6) for aligned in (False, T
 
 
 @pytest.mark.parametrize(
-    ("size", "virtual", "cases"), [(3, 1, ONE_STAGE), (3, 2, VIRTUAL), (2, 3, [(4, True, True, False)])]
+    ("size", "virtual", "cases"),
+    [
+        pytest.param(3, 1, ONE_STAGE, marks=pytest.mark.slow),
+        (3, 2, VIRTUAL),
+        (2, 3, [(4, True, True, False)]),
+    ],
 )
 def test_with_one_segment_every_call_is_upstreams(
     ranks: RankPool, size: int, virtual: int, cases: list[tuple[int, bool, bool, bool]]
 ) -> None:
-    theirs = ranks.run(size, calls_of_a_step, False, virtual, cases, timeout=60)
-    ours = ranks.run(size, calls_of_a_step, True, virtual, cases, timeout=60)
+    theirs = ranks.run(size, calls_of_a_step, False, virtual, cases)
+    ours = ranks.run(size, calls_of_a_step, True, virtual, cases)
     for rank in range(size):
         for case, mine, yours in zip(cases, ours[rank], theirs[rank], strict=True):
             assert mine == yours, (rank, case)
@@ -34,7 +39,7 @@ def test_with_one_segment_every_call_is_upstreams(
 
 def test_evaluation_calls_nothing(ranks: RankPool) -> None:
     """Upstream leaves `no_sync` open after an evaluation without virtual stages; here it is closed."""
-    for rank, (events,) in enumerate(ranks.run(2, calls_of_a_step, True, 2, [(3, True, True, True)], timeout=60)):
+    for rank, (events,) in enumerate(ranks.run(2, calls_of_a_step, True, 2, [(3, True, True, True)])):
         assert {event[0] for event in events} == {"pause", "forward", "resume"}, rank
         assert sum(event[0] == "forward" for event in events) == 6
         assert [event[0] for event in events[-2:]] == ["resume", "resume"]
@@ -90,7 +95,7 @@ def reductions(events: list[Event]) -> list[tuple[int, int]]:
         if event[0] in ("pause", "resume"):
             assert paused == (event[0] == "resume"), "entered and left in turn"
             paused = event[0] == "pause"
-        elif event[0] == "reduce" or (event[0] == Kind.BACKWARD and not paused):
+        elif event[0] == "reduce" or (event[0] == ActionKind.BACKWARD and not paused):
             found.append((position, event[1]))
     assert not paused
     return found
@@ -107,7 +112,7 @@ def test_every_chunk_is_reduced_once_and_complete(aligned: bool) -> None:
             assert sorted(chunk for _, chunk in found) == list(range(virtual)), (schedule.name, schedule.pipeline, rank)
             for at, chunk in found:
                 later = events[at + 1 :]
-                assert (Kind.BACKWARD, chunk) not in later and (Kind.WEIGHT, chunk) not in later
+                assert (ActionKind.BACKWARD, chunk) not in later and (ActionKind.WEIGHT, chunk) not in later
             tried += 1
     assert tried > 500
 
@@ -119,7 +124,7 @@ def test_stages_reduce_at_the_same_time() -> None:
             continue
         for rank, order in enumerate(schedule.orders):
             events = [event for event in walked(order, rank, schedule.pipeline.virtual, True, True)]
-            backwards = [at for at, event in enumerate(events) if event[0] == Kind.BACKWARD]
+            backwards = [at for at, event in enumerate(events) if event[0] == ActionKind.BACKWARD]
             for at, chunk in reductions(events):
                 last = max(place for place, b in enumerate(backwards) if events[b][1] == chunk)
                 before = sum(b < at for b in backwards)
@@ -134,10 +139,10 @@ def test_parameters_are_gathered_once_and_before_their_first_use() -> None:
             events = walked(order, rank, virtual, False, True)
             gathered = [event[1] for event in events if event[0] == "gather"]
             assert gathered == (list(range(virtual)) if virtual > 1 else []), "one stage gathers by its own hooks"
-            forwards = [at for at, event in enumerate(events) if event[0] == Kind.FORWARD]
+            forwards = [at for at, event in enumerate(events) if event[0] == ActionKind.FORWARD]
             for chunk in gathered:
                 at = events.index(("gather", chunk))
-                assert at < events.index((Kind.FORWARD, chunk))
+                assert at < events.index((ActionKind.FORWARD, chunk))
                 if chunk > 1:
                     first = next(place for place, f in enumerate(forwards) if events[f][1] == chunk - 1)
                     assert sum(f < at for f in forwards) == max(first - rank, 0)

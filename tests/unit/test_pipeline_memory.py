@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from megatron.longseq.pipeline.plan.generators import make
-from megatron.longseq.pipeline.plan.memory import Recompute, head_bytes, kept, layer_elements, peak_bytes
+from megatron.longseq.pipeline.plan.memory import Recompute, head_bytes, layer_elements, peak_bytes, stage_bytes
 from megatron.longseq.pipeline.plan.schedule import Pipeline
 from megatron.longseq.pipeline.plan.segment_cost import ModelShape
 from tests.benchmarks.alternate import Contestant, Job, run_on_this_rank
@@ -47,7 +47,7 @@ def test_counted_bytes_are_the_formulas(
     turns = tuple(Contestant(segments, 4) for segments in (UPSTREAM, 2, 4))
     stages = f"--num-layers-per-virtual-pipeline-stage {LAYERS // 2 // virtual}" if virtual > 1 else ""
     line = f"{MODEL} {SIZES} --num-query-groups {groups} {own} {stages} --train-iters {len(turns)}"
-    counted = ranks.run(2, run_on_this_rank, Job(tuple(line.split()), turns, count_bytes=True), timeout=240)
+    counted = ranks.run(2, run_on_this_rank, Job(tuple(line.split()), turns, count_bytes=True))
     shape = ModelShape(
         LAYERS,
         WIDTH,
@@ -61,7 +61,7 @@ def test_counted_bytes_are_the_formulas(
     )
 
     def formula(segments: int, lengths: tuple[int, ...]) -> list[float]:
-        stage = kept(shape, LAYERS // 2 // virtual, chosen, in_segments=segments > 1, element=4)
+        stage = stage_bytes(shape, LAYERS // 2 // virtual, chosen, in_segments=segments > 1, element=4)
         schedule = make(Pipeline(2, 4, segments, virtual))
         return peak_bytes(schedule, lengths, [stage] * (2 * virtual), head_bytes(shape, 4))
 
@@ -82,14 +82,14 @@ def test_by_hand() -> None:
     """Two stages, two segments, two micro-batches, full recomputation of one layer a stage: every term."""
     shape = ModelShape(2, 8, 2, 10, num_query_groups=2, ffn_hidden_size=16)
     assert layer_elements(shape) == 4 * 8 + 2 * 8 + 2 * 16
-    stage = kept(shape, 1, Recompute("full"), in_segments=True)
-    assert (stage.waiting, stage.keys, stage.gradients, stage.running) == (16, 32, 64, 160)
+    stage = stage_bytes(shape, 1, Recompute("full"), in_segments=True)
+    assert (stage.activations, stage.kv_cache, stage.kv_grads, stage.recomputing) == (16, 32, 64, 160)
     last = peak_bytes(make(Pipeline(2, 2, 2)), (6, 4), [stage] * 2)[1]
     # When the backward of segment 0 begins: its inputs, keys and values, the gradients that segment 1 has left, what is
     # computed again, and inputs, keys and values of the second micro-batch's segment 0.
     assert last == 6 * (16 + 32) + 6 * 64 + 6 * 160 + 6 * (16 + 32)
-    whole = kept(shape, 1, Recompute("full"), in_segments=False)
-    assert (whole.waiting, whole.keys, whole.gradients) == (16, 0, 0)
+    whole = stage_bytes(shape, 1, Recompute("full"), in_segments=False)
+    assert (whole.activations, whole.kv_cache, whole.kv_grads) == (16, 0, 0)
 
 
 def test_other_recomputations_are_refused() -> None:

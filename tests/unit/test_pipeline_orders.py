@@ -7,7 +7,7 @@ import pytest
 
 from megatron.longseq.pipeline.plan import generators as orders
 from megatron.longseq.pipeline.plan.generators import forward_only, interleaved, make, one_f_one_b, zb_h1
-from megatron.longseq.pipeline.plan.schedule import Action, Kind, Pipeline, Schedule, ScheduleError
+from megatron.longseq.pipeline.plan.schedule import Action, ActionKind, Pipeline, Schedule, ScheduleError
 from megatron.longseq.pipeline.plan.simulate import simulate, uniform_costs
 from megatron.longseq.pipeline.plan.validate import prove
 
@@ -146,7 +146,7 @@ def test_zero_bubble_is_legal_where_the_pipe_never_fills(grid):
 def test_zero_bubble_keeps_forwards_and_backwards_in_the_order_of_1f1b():
     pipeline = Pipeline(4, 8, 3)
     for split, fused in zip(zb_h1(pipeline).orders, one_f_one_b(pipeline).orders, strict=True):
-        assert tuple(action for action in split if action.kind is not Kind.WEIGHT) == fused
+        assert tuple(action for action in split if action.kind is not ActionKind.WEIGHT) == fused
 
 
 def test_zero_bubble_as_in_its_paper():
@@ -240,7 +240,7 @@ def test_a_group_that_splits_a_sequence_is_refused_by_the_proof():
     """P=4, K=3 in groups of 4 segments, as the authors form them: backwards before the last segment's forward."""
     stages, units, segments, virtual, group = 4, 12, 3, 2, 4
     table = [(v, u) for first in range(0, units, group) for v in range(virtual) for u in range(first, first + group)]
-    forwards = [Action(Kind.FORWARD, u // segments, u % segments, v) for v, u in table]
+    forwards = [Action(ActionKind.FORWARD, u // segments, u % segments, v) for v, u in table]
     wanted = []
     for rank in range(stages):
         ahead = 2 * (stages - rank - 1) + (virtual - 1) * group + segments - 1
@@ -250,7 +250,7 @@ def test_a_group_that_splits_a_sequence_is_refused_by_the_proof():
             vstage, number = virtual - 1 - v, popped[virtual - 1 - v]
             popped[vstage] += 1
             microbatch, segment = divmod(number, segments)
-            backwards.append(Action(Kind.BACKWARD, microbatch, segments - 1 - segment, vstage))
+            backwards.append(Action(ActionKind.BACKWARD, microbatch, segments - 1 - segment, vstage))
         order = forwards[:ahead]
         for index in range(len(forwards) - ahead):
             order += [forwards[ahead + index], backwards[index]]

@@ -6,12 +6,12 @@ from itertools import product
 
 import pytest
 
-from megatron.longseq.pipeline.plan.from_args import Plan
+from megatron.longseq.pipeline.plan.from_args import PipelinePlan
 from megatron.longseq.pipeline.plan.generators import forward_only, make
-from megatron.longseq.pipeline.plan.receives import AHEAD, ends_in_one_queue, plan_posts
-from megatron.longseq.pipeline.plan.schedule import Action, Kind, Pipeline, Schedule, source
+from megatron.longseq.pipeline.plan.receives import AHEAD, is_deadlock_free_on_one_queue, plan_receives
+from megatron.longseq.pipeline.plan.schedule import Action, ActionKind, Pipeline, Schedule, source
 
-F, B = Kind.FORWARD, Kind.BACKWARD
+F, B = ActionKind.FORWARD, ActionKind.BACKWARD
 
 
 def schedules() -> list[Schedule]:
@@ -44,7 +44,7 @@ def ancestors(schedule: Schedule, rank: int, action: Action) -> set[tuple[int, A
 
 @pytest.mark.parametrize("schedule", schedules()[::5], ids=lambda one: f"{one.name} {one.pipeline}")
 def test_nothing_is_posted_before_what_it_depends_on_is_issued(schedule: Schedule) -> None:
-    for rank, (order, posts) in enumerate(zip(schedule.orders, plan_posts(schedule), strict=True)):
+    for rank, (order, posts) in enumerate(zip(schedule.orders, plan_receives(schedule), strict=True)):
         for index, early in enumerate(posts):
             for action in early:
                 sender = source(schedule.pipeline, rank, action)
@@ -56,7 +56,7 @@ def test_nothing_is_posted_before_what_it_depends_on_is_issued(schedule: Schedul
 def test_every_message_is_posted_once_in_order_and_in_time() -> None:
     for schedule in schedules():
         pipeline = schedule.pipeline
-        for rank, (order, posts) in enumerate(zip(schedule.orders, plan_posts(schedule), strict=True)):
+        for rank, (order, posts) in enumerate(zip(schedule.orders, plan_receives(schedule), strict=True)):
             on_the_way: list[Action] = []
             due: dict[object, list[Action]] = {}
             for action in order:
@@ -67,8 +67,8 @@ def test_every_message_is_posted_once_in_order_and_in_time() -> None:
                 for one in early:
                     assert due[one.kind, source(pipeline, rank, one)[0]].pop(0) == one  # type: ignore[index]
                 on_the_way += early
-                for lane in due:
-                    alike = [a for a in on_the_way if (a.kind, source(pipeline, rank, a)[0]) == lane]  # type: ignore[index]
+                for channel in due:
+                    alike = [a for a in on_the_way if (a.kind, source(pipeline, rank, a)[0]) == channel]  # type: ignore[index]
                     assert len(alike) <= AHEAD
                 sender = source(pipeline, rank, action)
                 if sender is not None and sender[0] != rank:
@@ -79,10 +79,10 @@ def test_every_message_is_posted_once_in_order_and_in_time() -> None:
 def test_a_first_stage_waits_for_no_gradient_before_its_last_warm_up_forward() -> None:
     schedule = make(Pipeline(2, 4))
     assert schedule.orders[0][:3] == (Action(F, 0), Action(F, 1), Action(B, 0))
-    assert plan_posts(schedule)[0][:4] == ((), (Action(B, 0),), (Action(B, 1),), ())
+    assert plan_receives(schedule)[0][:4] == ((), (Action(B, 0),), (Action(B, 1),), ())
 
 
-Channel = tuple[int, int, Kind]
+Channel = tuple[int, int, ActionKind]
 Given = tuple[str, Action, Channel]
 
 
@@ -94,7 +94,7 @@ def given(schedule: Schedule, rank: int, ahead: int) -> Iterator[Given]:
         for other, order in enumerate(schedule.orders)
         for theirs in order
     }
-    for action, early in zip(schedule.orders[rank], plan_posts(schedule, ahead)[rank], strict=True):
+    for action, early in zip(schedule.orders[rank], plan_receives(schedule, ahead)[rank], strict=True):
         for one in early:
             yield "receive", one, (origins[rank, one][0], rank, one.kind)  # type: ignore[index]
         sender = origins[rank, action]
@@ -135,18 +135,18 @@ def test_one_queue_is_said_to_end_where_it_does(virtual: int) -> None:
             schedule = make(Pipeline(stages, 4, splits, virtual), slack=slack)
         except ValueError:
             continue
-        ends = ends_in_one_queue(schedule, plan_posts(schedule, ahead))
+        ends = is_deadlock_free_on_one_queue(schedule, plan_receives(schedule, ahead))
         assert ends is rendezvous(schedule, ahead), (stages, splits, slack, ahead)
         seen.add(ends)
     assert seen == {True, False}
 
 
 def test_a_plan_takes_what_ends_in_one_queue_or_says_what_to_give() -> None:
-    plain = Plan(2, 1, (8, 8, 8, 8), one_queue=True)
-    assert plain.posts(8) == plan_posts(plain.schedule(8), 1)
-    slack = Plan(2, 1, (8, 8, 8, 8), slack=4, one_queue=True)
-    assert slack.posts(8) == plan_posts(slack.schedule(8), 2)
-    circle = Plan(2, 2, (8,) * 8, one_queue=True)
+    plain = PipelinePlan(2, 1, (8, 8, 8, 8), one_queue=True)
+    assert plain.receives(8) == plan_receives(plain.schedule(8), 1)
+    slack = PipelinePlan(2, 1, (8, 8, 8, 8), slack=4, one_queue=True)
+    assert slack.receives(8) == plan_receives(slack.schedule(8), 2)
+    circle = PipelinePlan(2, 2, (8,) * 8, one_queue=True)
     with pytest.raises(ValueError, match=r"CUDA_DEVICE_MAX_CONNECTIONS=1.*fewer segments or virtual stages"):
-        circle.posts(4)
-    assert Plan(2, 2, (8,) * 8).posts(4) == plan_posts(circle.schedule(4))
+        circle.receives(4)
+    assert PipelinePlan(2, 2, (8,) * 8).receives(4) == plan_receives(circle.schedule(4))

@@ -7,10 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.longseq.pipeline.plan.generators import forward_only, make
-from megatron.longseq.pipeline.plan.schedule import Action, Kind, Pipeline, Schedule, ScheduleError, source, target
+from megatron.longseq.pipeline.plan.schedule import (
+    Action,
+    ActionKind,
+    Pipeline,
+    Schedule,
+    ScheduleError,
+    source,
+    target,
+)
 from megatron.longseq.pipeline.plan.validate import prove
 
-F, B, W = Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT
+F, B, W = ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.WEIGHT
 
 
 def changed(schedule: Schedule, rank: int, order) -> Schedule:
@@ -254,7 +262,7 @@ def executed(schedule: Schedule) -> bool:
     """Run all ranks with first-in-first-out messages per direction and pair of ranks; whether they end rightly."""
     pipeline = schedule.pipeline
     ranks = [Rank(schedule, rank) for rank in range(pipeline.stages)]
-    lanes: dict[tuple[Kind, int, int], list[Action]] = {}
+    lanes: dict[tuple[ActionKind, int, int], list[Action]] = {}
     moved = True
     while moved:
         moved = False

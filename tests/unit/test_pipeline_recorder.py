@@ -1,4 +1,4 @@
-"""The recorder's spans: what ran, in order, on a clock that ranks share."""
+"""The timer's spans: what ran, in order, on a clock that ranks share."""
 
 import contextlib
 import time
@@ -7,89 +7,88 @@ import pytest
 import torch
 
 import patches
-from megatron.longseq.pipeline.plan.schedule import Action, Kind, Pipeline
-from megatron.longseq.pipeline.plan.timeline import Span, Timeline
+from megatron.longseq.pipeline.plan.schedule import Action, ActionKind
 from megatron.longseq.pipeline.runtime import step_timer as module
-from megatron.longseq.pipeline.runtime.step_timer import DeviceClock, HostClock, Recorder, aligned
+from megatron.longseq.pipeline.runtime.step_timer import DeviceClock, HostClock, StepTimer
 from tests.counted import calls
 
-FIRST, SECOND = Action(Kind.FORWARD, 0), Action(Kind.BACKWARD, 0, 1)
+FIRST, SECOND = Action(ActionKind.FORWARD, 0), Action(ActionKind.BACKWARD, 0, 1)
 
 
 @pytest.fixture(params=["host", "device"])
-def recorder(request):
+def timer(request):
     """Both clocks; without a CUDA device the second runs on the CPU patch's events, which keep real time."""
     with contextlib.ExitStack() as stack:
         if request.param == "device" and not torch.cuda.is_available():
             stack.enter_context(patches.applied("cpu.device"))
-        yield Recorder(HostClock() if request.param == "host" else DeviceClock())
+        yield StepTimer(HostClock() if request.param == "host" else DeviceClock())
 
 
-def test_spans_are_in_order_in_unix_time_and_as_long_as_the_actions(recorder: Recorder) -> None:
+def test_spans_are_in_order_in_unix_time_and_as_long_as_the_actions(timer: StepTimer) -> None:
     before, moments = time.time(), [time.perf_counter()]
-    recorder.start_step()
-    with recorder.action(FIRST):
+    timer.start_step()
+    with timer.action(FIRST):
         time.sleep(0.05)
     time.sleep(0.02)
-    recorder.begin(SECOND)
-    recorder.end()
-    first, second = recorder.finish()
+    timer.begin(SECOND)
+    timer.end()
+    first, second = timer.finish()
     moments.append(time.perf_counter())
     assert (first.action, second.action) == (FIRST, SECOND)
     # A rank ties its clock to Unix time by reading both, one after the other, inside of what is measured here.
     slack = moments[1] - moments[0]
     assert before - slack <= first.start <= second.end <= time.time() + slack
-    if not torch.cuda.is_available() or isinstance(recorder._clock, HostClock):  # a device does not sleep with its host
+    if not torch.cuda.is_available() or isinstance(timer._clock, HostClock):  # a device does not sleep with its host
         tick = 1e-6 + 2**-23 * slack * 1e3  # elapsed times are float32 milliseconds in torch.cuda's events
         assert 0.05 - tick <= first.end - first.start <= slack - 0.02 + tick
         assert second.start - first.end >= 0.02 - tick
 
 
-def test_a_step_knows_nothing_of_the_one_before(recorder: Recorder) -> None:
+def test_a_step_knows_nothing_of_the_one_before(timer: StepTimer) -> None:
     for action in (FIRST, SECOND):
-        recorder.start_step()
-        with recorder.action(action):
+        timer.start_step()
+        with timer.action(action):
             pass
-        assert [span.action for span in recorder.finish()] == [action]
+        assert [span.action for span in timer.finish()] == [action]
 
 
-def test_a_step_that_was_given_up_leaves_nothing(recorder: Recorder) -> None:
-    recorder.start_step()
-    with pytest.raises(ValueError), recorder.action(FIRST):
+def test_a_step_that_was_given_up_leaves_nothing(timer: StepTimer) -> None:
+    timer.start_step()
+    with pytest.raises(ValueError), timer.action(FIRST):
         raise ValueError
-    with recorder.action(SECOND):
+    with timer.action(SECOND):
         pass
-    assert [span.action for span in recorder.finish()] == [SECOND]
-    recorder.start_step()
-    with recorder.action(FIRST):
+    assert [span.action for span in timer.finish()] == [SECOND]
+    timer.start_step()
+    with timer.action(FIRST):
         pass
-    recorder.begin(FIRST)
+    timer.begin(FIRST)
     time.sleep(0.01)
     moment = time.perf_counter()
-    recorder.start_step()
+    timer.start_step()
     again = time.time()
-    with recorder.action(SECOND):
+    with timer.action(SECOND):
         pass
-    (span,) = recorder.finish()
+    (span,) = timer.finish()
     assert span.action == SECOND
     assert span.start > again - (time.perf_counter() - moment), "both clocks were read in this time"
     with pytest.raises(RuntimeError, match="no step was started"):
-        recorder.finish()
+        timer.finish()
 
 
-def test_calls_out_of_order_are_refused(recorder: Recorder) -> None:
+def test_calls_out_of_order_are_refused(timer: StepTimer) -> None:
     with pytest.raises(RuntimeError, match="no step was started"):
-        recorder.begin(FIRST)
+        timer.begin(FIRST)
     with pytest.raises(RuntimeError, match="no step was started"):
-        recorder.finish()
-    recorder.start_step()
+        timer.finish()
+    timer.start_step()
     with pytest.raises(RuntimeError, match="call begin first"):
-        recorder.end()
-    recorder.begin(FIRST)
+        timer.end()
+    timer.begin(FIRST)
     with pytest.raises(RuntimeError, match="forward of micro-batch 0, segment 0 has not ended"):
-        recorder.begin(SECOND)
+        timer.begin(SECOND)
     with pytest.raises(RuntimeError, match="has not ended"):
-        recorder.finish()
+        timer.finish()
 
 
 class _LateEvent:
@@ -118,14 +117,14 @@ def test_device_spans_say_when_the_device_ran_and_the_host_waits_once(monkeypatc
     monkeypatch.setattr(_LateEvent, "now", 0.0)
     monkeypatch.setattr(_LateEvent, "synchronized", 0)
     clock = DeviceClock()
-    recorder = Recorder(clock)
+    timer = StepTimer(clock)
     for step in range(3):
         begin = _LateEvent.now
-        recorder.start_step()
+        timer.start_step()
         for action in (FIRST, SECOND):
-            with recorder.action(action):
+            with timer.action(action):
                 _LateEvent.now += 1
-        spans = recorder.finish()
+        spans = timer.finish()
         assert [span.start - begin for span in spans] == pytest.approx([1005, 1006])
         assert [span.end - begin for span in spans] == pytest.approx([1006, 1007])
         assert _LateEvent.synchronized == step + 1
@@ -133,20 +132,13 @@ def test_device_spans_say_when_the_device_ran_and_the_host_waits_once(monkeypatc
 
 
 def test_a_moved_wall_clock_bends_no_span(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder, began = Recorder(HostClock()), time.perf_counter()
-    recorder.start_step()
-    recorder.begin(FIRST)
+    timer, began = StepTimer(HostClock()), time.perf_counter()
+    timer.start_step()
+    timer.begin(FIRST)
     monkeypatch.setattr(module.time, "time", lambda: 0.0)
-    recorder.end()
-    (span,) = recorder.finish()
+    timer.end()
+    (span,) = timer.finish()
     assert 0 <= span.end - span.start <= time.perf_counter() - began
-
-
-def test_aligned_ranks_count_from_the_first_start() -> None:
-    ranks = aligned([(Span(FIRST, 101.5, 102.0),), (Span(SECOND, 101.0, 103.0),)])
-    assert ranks == ((Span(FIRST, 0.5, 1.0),), (Span(SECOND, 0.0, 2.0),))
-    assert Timeline("measured", Pipeline(2, 1), ranks).makespan == 2.0
-    assert aligned([(), ()]) == ((), ())
 
 
 def test_an_action_costs_the_same_calls_after_thousands(tell) -> None:
@@ -154,13 +146,13 @@ def test_an_action_costs_the_same_calls_after_thousands(tell) -> None:
 
     def actions(count: int) -> None:
         for _ in range(count):
-            with recorder.action(FIRST):
+            with timer.action(FIRST):
                 pass
 
-    recorder = Recorder(HostClock())
-    recorder.start_step()
+    timer = StepTimer(HostClock())
+    timer.start_step()
     start = time.perf_counter()
     first = calls(lambda: actions(10))
     actions(5_000)
     assert calls(lambda: actions(10)) == first
-    tell(f"recorder: {first / 10:.0f} calls and {(time.perf_counter() - start) / 5_020 * 1e6:.1f} us per action")
+    tell(f"timer: {first / 10:.0f} calls and {(time.perf_counter() - start) / 5_020 * 1e6:.1f} us per action")

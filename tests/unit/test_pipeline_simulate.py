@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.longseq.pipeline.plan.generators import forward_only, make
-from megatron.longseq.pipeline.plan.schedule import Kind, Pipeline, Schedule, ScheduleError, source, target
+from megatron.longseq.pipeline.plan.schedule import ActionKind, Pipeline, Schedule, ScheduleError, source, target
 from megatron.longseq.pipeline.plan.simulate import Costs, simulate, uniform_costs
 from tests.counted import calls
 
@@ -22,9 +22,9 @@ def longest_paths(schedule: Schedule, costs: Costs, latency: float, blocking: bo
 
     def seconds(rank, action):
         stage = schedule.pipeline.stage(rank, action.vstage)
-        if action.kind is Kind.FORWARD:
+        if action.kind is ActionKind.FORWARD:
             return costs.forward[stage][action.segment]
-        if action.kind is Kind.WEIGHT:
+        if action.kind is ActionKind.WEIGHT:
             return costs.weight[stage][action.segment]
         return costs.backward[stage][action.segment] + (0 if splits else costs.weight[stage][action.segment])
 
@@ -165,7 +165,7 @@ def test_half_the_bubble_at_30b():
         assert simulate(make(pipeline, zero_bubble=True, slack=1, costs=costs), costs).bubble < 0.5 * own
         interleaved = Pipeline(8, microbatches, 4, 2)
         halves = Costs(
-            *(tuple(tuple(c / 2 for c in row) for row in (*t, *t)) for t in map(costs.table, Kind, [True] * 3))
+            *(tuple(tuple(c / 2 for c in row) for row in (*t, *t)) for t in map(costs.table, ActionKind, [True] * 3))
         )
         assert simulate(make(interleaved), halves).bubble < 0.55 * own
 

@@ -19,18 +19,19 @@ from megatron.longseq.sharding.arguments import (
     refuse_unserved_sharding,
     wants_sharding,
 )
+from megatron.longseq.sharding.plan.collectives import CollectivesMode
 from megatron.longseq.sharding.plan.from_args import (
-    Settings,
-    confirm,
+    ShardingPlan,
+    check_unchanged,
     data_parallel_ranks,
     members,
     resolve,
-    sharding,
-    told,
+    sharding_plan,
+    summary,
     widths,
 )
 from megatron.longseq.sharding.plan.memory import Widths
-from megatron.longseq.sharding.plan.rank_groups import Groups
+from megatron.longseq.sharding.plan.rank_groups import RankGroups
 from megatron.longseq.sharding.plan.strategy import RUNNING, VALID, Strategy
 from tests.distributed.flags import TINY, TP2, flags
 from tests.pool import RankPool
@@ -260,7 +261,7 @@ def test_what_is_resolved_twice_stays() -> None:
     first = resolve(given, 4)
     refuse_unserved_sharding(given)
     kept = vars(given).copy()
-    assert sharding(given) == first == resolve(given, None)
+    assert sharding_plan(given) == first == resolve(given, None)
     assert vars(given) == kept and given.paro_wire == "bf16"
 
 
@@ -283,7 +284,7 @@ def test_what_gradients_accumulate_and_are_sent_in(values: dict[str, Any], wire:
     given = args("NIG", paro_group_size=2, **values)
     found = resolve(given, None)
     given.data_parallel_size = 8
-    confirm(given, found)
+    check_unchanged(given, found)
     assert (given.paro_wire, widths(given), given.grad_reduce_in_bf16) == (wire, sizes, False)
 
 
@@ -303,7 +304,7 @@ def test_what_validation_changes_is_refused(name: str, value: Any) -> None:
     given.data_parallel_size = 8
     setattr(given, name, value)
     with pytest.raises(ValueError, match=f"--paro NII: upstream's validation has left .*{name}"):
-        confirm(given, found)
+        check_unchanged(given, found)
 
 
 @pytest.mark.parametrize(
@@ -321,17 +322,17 @@ def test_what_validation_changes_is_refused(name: str, value: Any) -> None:
     ],
 )
 def test_a_group_is_a_node_by_default(world: int, node: int | None, values: dict[str, Any], size: int) -> None:
-    assert sharding(args("NIG", world, **values), node).groups == Groups(
+    assert sharding_plan(args("NIG", world, **values), node).groups == RankGroups(
         data_parallel_ranks(args("NIG", world, **values)), size
     )
 
 
 def test_without_groups_no_node_is_asked_for() -> None:
-    assert sharding(args("NNG", paro_collectives="flat")).groups == Groups(8, 8)
+    assert sharding_plan(args("NNG", paro_collectives="flat")).groups == RankGroups(8, 8)
     with pytest.raises(ValueError, match=r"LOCAL_WORLD_SIZE is not set.*give --paro-group-size"):
-        sharding(args("NNG"))
+        sharding_plan(args("NNG"))
     with pytest.raises(ValueError, match="LOCAL_WORLD_SIZE is not set"):
-        sharding(args("NIG", paro_collectives="flat"))
+        sharding_plan(args("NIG", paro_collectives="flat"))
 
 
 @pytest.mark.parametrize(
@@ -347,7 +348,7 @@ def test_without_groups_no_node_is_asked_for() -> None:
 )
 def test_what_is_no_group_is_refused(world: int, node: int, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        sharding(args("NIG", world, **values), node)
+        sharding_plan(args("NIG", world, **values), node)
 
 
 @pytest.mark.parametrize("mapping", [False, True])
@@ -370,15 +371,17 @@ def test_data_parallel_groups_are_upstreams(sizes: tuple[int, int, int], mapping
 
 
 def test_the_line_that_is_told() -> None:
-    found = Settings(Strategy.parse("NIG"), Groups(16, 8), "overlapped")
-    assert told(found, Widths()) == (
+    found = ShardingPlan(Strategy.parse("NIG"), RankGroups(16, 8), CollectivesMode.OVERLAPPED)
+    assert summary(found, Widths()) == (
         "PaRO NIG: 16 data-parallel rank(s) in 2 group(s) of 8, overlapped collectives; bytes per parameter: held 2 + "
         "0.5 + 0.75, sent 1.75 inside + 0 between groups per micro-batch, 1.75 inside + 0.25 between groups per step"
     )
-    flat = told(Settings(Strategy.parse("NNG"), Groups(16, 16), "flat"), Widths())
+    flat = summary(ShardingPlan(Strategy.parse("NNG"), RankGroups(16, 16), CollectivesMode.FLAT), Widths())
     assert flat.endswith("0 inside + 0 between groups + 3.75 flat per step")
     for size, other in ((1, "NNG"), (16, "NGG")):
-        assert f"PaRO NIG (here as {other}): " in told(Settings(found.strategy, Groups(16, size), "flat"), Widths())
+        assert f"PaRO NIG (here as {other}): " in summary(
+            ShardingPlan(found.strategy, RankGroups(16, size), CollectivesMode.FLAT), Widths()
+        )
 
 
 Told = tuple[str | None, dict[str, Any], str]
@@ -425,7 +428,7 @@ def what_upstreams_validation_says(cases: list[list[str]], node: str | None) -> 
 def said(ranks: RankPool, *cases: str, node: str | None = "2") -> list[Told]:
     """Of the tiny model; all cases under the same patches."""
     lines = [flags(TINY, case) for case in cases]
-    result: list[Told] = ranks.run(1, what_upstreams_validation_says, lines, node, timeout=120)[0]
+    result: list[Told] = ranks.run(1, what_upstreams_validation_says, lines, node)[0]
     return result
 
 

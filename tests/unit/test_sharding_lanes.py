@@ -20,27 +20,35 @@ from megatron.longseq.sharding.plan.collectives import (
     REDUCE_BETWEEN,
     SCATTER_BETWEEN,
     SCATTER_INSIDE,
-    Kind,
-    Phase,
-    Phases,
+    Collective,
+    CollectiveKind,
+    Collectives,
     Scope,
 )
-from megatron.longseq.sharding.plan.rank_groups import Groups
-from megatron.longseq.sharding.runtime.collectives import Collectives, Communicators, Region, region_of
-from megatron.longseq.sharding.runtime.comm_queue import Handle, LaneError, Lanes
-from megatron.longseq.sharding.runtime.comm_streams import ThreadLane
+from megatron.longseq.sharding.plan.rank_groups import RankGroups
+from megatron.longseq.sharding.runtime.collectives import CollectiveRunner, Region, region_of
+from megatron.longseq.sharding.runtime.comm_queue import CommError, CommQueues, Work
+from megatron.longseq.sharding.runtime.comm_streams import CommThread
+from megatron.longseq.sharding.runtime.process_groups import Communicators
 from tests.unit.lanes_bed import LIMIT, Fake, Meeting, bucket, on_ranks
 
 CPU = torch.device("cpu")
 SCATTER = (SCATTER_INSIDE, SCATTER_BETWEEN)
 GATHER = (GATHER_BETWEEN, GATHER_INSIDE)
 ALL_REDUCE = (SCATTER_INSIDE, REDUCE_BETWEEN, GATHER_INSIDE)
-JOBS: list[Phases] = [SCATTER, GATHER, ALL_REDUCE, (Phase(Kind.ALL_REDUCE, Scope.FLAT),), (GATHER_INSIDE,), ()]
+JOBS: list[Collectives] = [
+    SCATTER,
+    GATHER,
+    ALL_REDUCE,
+    (Collective(CollectiveKind.ALL_REDUCE, Scope.FLAT),),
+    (GATHER_INSIDE,),
+    (),
+]
 
 
 @contextmanager
-def lanes(runner: Fake, *, is_overlapped: bool = True, lag: int = 1) -> Iterator[Lanes]:
-    with closing(Lanes(runner, CPU, runner.member, is_overlapped=is_overlapped, lag=lag)) as made:
+def lanes(runner: Fake, *, is_overlapped: bool = True, lag: int = 1) -> Iterator[CommQueues]:
+    with closing(CommQueues(runner, CPU, runner.member, is_overlapped=is_overlapped, lag=lag)) as made:
         yield made
 
 
@@ -56,7 +64,7 @@ def soon(holds: Callable[[], bool]) -> bool:
 @pytest.mark.parametrize("is_overlapped", [True, False])
 @pytest.mark.parametrize("seed", range(4))
 def test_all_ranks_have_one_order_however_late_each_is(is_overlapped: bool, seed: int) -> None:
-    groups = Groups(4, 2)
+    groups = RankGroups(4, 2)
     meeting, script = Meeting(groups), random.Random(seed)
     jobs = [script.choice(JOBS) for _ in range(24)]
     waits = {job: script.sample(range(job + 1), 2 if job else 1) for job in range(2, 24, 3)}
@@ -64,29 +72,31 @@ def test_all_ranks_have_one_order_however_late_each_is(is_overlapped: bool, seed
 
     def act(member: int) -> None:
         with lanes(fakes[member], is_overlapped=is_overlapped, lag=1 + seed % 2) as mine:
-            handles: list[Handle] = []
-            for number, phases in enumerate(jobs):
-                handles.append(mine.submit(phases, bucket(number), f"bucket {number}"))
+            handles: list[Work] = []
+            for number, collectives in enumerate(jobs):
+                handles.append(mine.submit(collectives, bucket(number), f"bucket {number}"))
                 for earlier in waits.get(number, []):
                     handles[earlier].wait()
 
     on_ranks(4, act)
     assert all(fake.ran == fakes[0].ran for fake in fakes)
     ran = sorted(one for each in fakes[0].ran.values() for one in each)
-    assert ran == sorted((number, phase) for number, phases in enumerate(jobs) for phase in phases)
+    assert ran == sorted((number, collective) for number, collectives in enumerate(jobs) for collective in collectives)
     assert len(fakes[0].ran) == 1 + is_overlapped
 
 
-def blocked(fake: Fake, phase: Phase, number: int) -> tuple[threading.Event, Callable[[Phase, int], bool]]:
+def blocked(
+    fake: Fake, collective: Collective, number: int
+) -> tuple[threading.Event, Callable[[Collective, int], bool]]:
     """Block a phase of a bucket until an event; return that and a function that waits for another phase's start."""
     go, started = threading.Event(), {}
 
-    def planted(now: Phase, of: int) -> None:
+    def planted(now: Collective, of: int) -> None:
         started.setdefault((now, of), threading.Event()).set()
-        if (now, of) == (phase, number):
+        if (now, of) == (collective, number):
             assert go.wait(LIMIT), "blocked for ever"
 
-    def starts(now: Phase, of: int, seconds: float = LIMIT) -> bool:
+    def starts(now: Collective, of: int, seconds: float = LIMIT) -> bool:
         return started.setdefault((now, of), threading.Event()).wait(seconds)
 
     fake.planted = planted
@@ -144,25 +154,28 @@ def test_what_is_held_back_goes_on_lanes_at_the_same_wait_however_fast_jobs_are(
     assert order.index((0, GATHER_INSIDE)) < order.index((2, SCATTER_INSIDE))
 
 
-@pytest.mark.parametrize("phases", JOBS, ids=str)
-def test_what_comes_after_runs_once_behind_the_last_phase(phases: Phases) -> None:
+@pytest.mark.parametrize("collectives", JOBS, ids=str)
+def test_what_comes_after_runs_once_behind_the_last_phase(collectives: Collectives) -> None:
     fake, seen = Fake(), []
     with lanes(fake) as mine:
         handle = mine.submit(
-            phases, bucket(0), "x", lambda: seen.append((sum(map(len, fake.ran.values())), torch.is_grad_enabled()))
+            collectives,
+            bucket(0),
+            "x",
+            lambda: seen.append((sum(map(len, fake.ran.values())), torch.is_grad_enabled())),
         )
         handle.wait()
-        assert seen == [(len(phases), False)]
+        assert seen == [(len(collectives), False)]
         handle.wait()
-    assert seen == [(len(phases), False)]
+    assert seen == [(len(collectives), False)]
 
 
 @pytest.mark.parametrize("is_overlapped", [True, False])
 def test_an_error_names_what_failed_and_stops_what_comes_later(is_overlapped: bool) -> None:
     fake = Fake(member=3)
 
-    def planted(phase: Phase, number: int) -> None:
-        if (phase, number) == (SCATTER_BETWEEN, 1):
+    def planted(collective: Collective, number: int) -> None:
+        if (collective, number) == (SCATTER_BETWEEN, 1):
             raise OSError("connection lost")
 
     fake.planted = planted
@@ -171,12 +184,12 @@ def test_an_error_names_what_failed_and_stops_what_comes_later(is_overlapped: bo
         first.wait()
         second = mine.submit(SCATTER, bucket(1), "bucket 1 of gradients")
         named = r"rank 3: reduce-scatter between of bucket 1 of gradients failed: OSError: connection lost"
-        with pytest.raises(LaneError, match=rf"^{named}"):
+        with pytest.raises(CommError, match=rf"^{named}"):
             second.wait()
-        with pytest.raises(LaneError, match=rf"bucket 2 did not run, as an earlier phase failed: {named}"):
+        with pytest.raises(CommError, match=rf"bucket 2 did not run, as an earlier collective failed: {named}"):
             mine.submit(SCATTER, bucket(2), "bucket 2")
         first.wait()
-        with pytest.raises(LaneError, match=named):
+        with pytest.raises(CommError, match=named):
             second.wait()
     assert (1, SCATTER_BETWEEN) not in fake.ran["paro-between"]
 
@@ -185,7 +198,7 @@ def test_an_error_names_what_failed_and_stops_what_comes_later(is_overlapped: bo
 def test_what_was_submitted_before_an_error_fails_rather_than_hangs(is_overlapped: bool) -> None:
     fake, begun, go = Fake(), threading.Event(), threading.Event()
 
-    def planted(phase: Phase, number: int) -> None:
+    def planted(collective: Collective, number: int) -> None:
         begun.set()
         assert go.wait(LIMIT)
         raise OSError("gone")
@@ -195,11 +208,11 @@ def test_what_was_submitted_before_an_error_fails_rather_than_hangs(is_overlappe
         handles = [mine.submit(ALL_REDUCE, bucket(number), f"bucket {number}") for number in range(4)]
         assert begun.wait(LIMIT)
         go.set()
-        with pytest.raises(LaneError, match="reduce-scatter inside of bucket 0 failed: OSError: gone"):
+        with pytest.raises(CommError, match="reduce-scatter inside of bucket 0 failed: OSError: gone"):
             handles[0].wait()
         for number, handle in enumerate(handles[1:], 1):
             with pytest.raises(
-                LaneError, match=rf"bucket {number} did not run, as .* of bucket 0 failed: OSError: gone"
+                CommError, match=rf"bucket {number} did not run, as .* of bucket 0 failed: OSError: gone"
             ):
                 handle.wait()
     assert not fake.ran
@@ -208,8 +221,8 @@ def test_what_was_submitted_before_an_error_fails_rather_than_hangs(is_overlappe
 def test_a_phase_that_cannot_run_is_refused_before_anything_starts() -> None:
     fake = Fake()
 
-    def check(phase: Phase, region: Region) -> None:
-        if phase is SCATTER_BETWEEN:
+    def check(collective: Collective, region: Region) -> None:
+        if collective is SCATTER_BETWEEN:
             raise ValueError("no")
 
     fake.check = check  # type: ignore[method-assign]
@@ -228,11 +241,11 @@ def test_closing_ends_what_was_submitted_and_refuses_more() -> None:
             mine.submit(ALL_REDUCE, bucket(number), "x")
     assert sum(map(len, fake.ran.values())) == 12 and threading.active_count() == before
     mine.close()
-    with pytest.raises(LaneError, match="rank 0: bucket 4 comes after lanes were closed"):
+    with pytest.raises(CommError, match="rank 0: bucket 4 is submitted after the queues were closed"):
         mine.submit(SCATTER, bucket(4), "bucket 4")
-    lane = ThreadLane("one")
+    lane = CommThread("one")
     lane.close()
-    with pytest.raises(RuntimeError, match="lane one is closed"):
+    with pytest.raises(RuntimeError, match="one is closed and runs no more tasks"):
         lane.put(lambda: None, None)
 
 
@@ -241,7 +254,7 @@ def test_memory_is_kept_until_the_end_and_no_longer() -> None:
     go, starts = blocked(fake, SCATTER_INSIDE, 0)
     with lanes(fake) as mine:
         region = bucket(0)
-        part = weakref.ref(region.part)
+        part = weakref.ref(region.group_slice)
         handle = mine.submit(SCATTER, region, "x")
         del region
         assert starts(SCATTER_INSIDE, 0)
@@ -255,7 +268,7 @@ def test_memory_is_kept_until_the_end_and_no_longer() -> None:
 @pytest.mark.parametrize("is_overlapped", [True, False])
 def test_threads_end_with_the_lanes_that_nobody_has(is_overlapped: bool) -> None:
     before = threading.active_count()
-    mine = Lanes(Fake(), CPU, 0, is_overlapped=is_overlapped)
+    mine = CommQueues(Fake(), CPU, 0, is_overlapped=is_overlapped)
     mine.submit(SCATTER, bucket(0), "x").wait()
     assert threading.active_count() == before + 1 + is_overlapped
     del mine
@@ -265,29 +278,33 @@ def test_threads_end_with_the_lanes_that_nobody_has(is_overlapped: bool) -> None
 def test_a_process_ends_though_a_collective_does_not() -> None:
     script = """
 import threading
-from megatron.longseq.sharding.runtime.comm_streams import ThreadLane
+from megatron.longseq.sharding.runtime.comm_streams import CommThread
 begun = threading.Event()
-lane = ThreadLane("stuck")
+lane = CommThread("stuck")
 lane.put(lambda: (begun.set(), threading.Event().wait()), None)
 assert begun.wait(10)
 """
     root = Path(__file__).parents[2]
-    ended = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, timeout=30, check=False)
+    ended = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, timeout=300, check=False)
     assert (ended.returncode, ended.stderr) == (0, b"")
 
 
 BUCKET = torch.zeros(24)
-GROUPS = Groups(6, 3)
+GROUPS = RankGroups(6, 3)
 
 
 @pytest.mark.parametrize(
-    ("phase", "region", "wrong"),
+    ("collective", "region", "wrong"),
     [
         (SCATTER_INSIDE, Region(BUCKET, BUCKET[8:16]), None),
         (SCATTER_BETWEEN, Region(None, BUCKET[:8]), None),
         (SCATTER_INSIDE, region_of(BUCKET, GROUPS, 4), None),
-        (SCATTER_INSIDE, Region(None, BUCKET[8:16]), "works on the whole bucket, and only a slice is given"),
-        (Phase(Kind.ALL_GATHER, Scope.FLAT), Region(BUCKET, BUCKET[8:16]), "no process group runs it.*`needed`"),
+        (SCATTER_INSIDE, Region(None, BUCKET[8:16]), "works on the full bucket, and only a slice is given"),
+        (
+            Collective(CollectiveKind.ALL_GATHER, Scope.FLAT),
+            Region(BUCKET, BUCKET[8:16]),
+            "there is no process group for it.*`nontrivial`",
+        ),
         (SCATTER_BETWEEN, Region(None, BUCKET[:7]), "7 elements does not split into 2 shards: pad the bucket"),
         (SCATTER_INSIDE, Region(BUCKET, BUCKET[8:14]), "6 torch.float32 elements are no slice, 1/3, of a bucket of 24"),
         (SCATTER_INSIDE, Region(BUCKET, BUCKET[8:16].bfloat16()), "torch.bfloat16 elements are no slice"),
@@ -297,11 +314,13 @@ GROUPS = Groups(6, 3)
         (SCATTER_INSIDE, Region(BUCKET.view(2, 12), BUCKET[8:16]), "not flat and contiguous"),
     ],
 )
-def test_regions_that_do_not_fit_are_refused(phase: Phase, region: Region, wrong: str | None) -> None:
+def test_regions_that_do_not_fit_are_refused(collective: Collective, region: Region, wrong: str | None) -> None:
     made = dict.fromkeys((Scope.INSIDE, Scope.BETWEEN))
-    collectives = Collectives(GROUPS, Communicators(4, made, None))  # type: ignore[arg-type]
+    runner = CollectiveRunner(GROUPS, Communicators(4, made, None))  # type: ignore[arg-type]
     if wrong is None:
-        collectives.check(phase, region)
+        runner.check(collective, region)
         return
-    with pytest.raises(ValueError, match=rf"{phase.kind} {phase.scope}, data-parallel rank 4 of 6 in 2 .*{wrong}"):
-        collectives.check(phase, region)
+    with pytest.raises(
+        ValueError, match=rf"{collective.kind} {collective.scope}, data-parallel rank 4 of 6 in 2 .*{wrong}"
+    ):
+        runner.check(collective, region)

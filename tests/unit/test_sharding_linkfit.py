@@ -7,47 +7,49 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.longseq.sharding.plan.collectives import Kind, Phase, Scope, needed
-from megatron.longseq.sharding.plan.linkfit import Timed, apart, fit_link, fit_links, pick
-from megatron.longseq.sharding.plan.rank_groups import Groups
-from megatron.longseq.sharding.plan.ring import Mode
-from megatron.longseq.sharding.plan.time_model import Link, Links, choose, seconds
+from megatron.longseq.sharding.plan.collectives import Collective, CollectiveKind, CollectivesMode, Scope, nontrivial
+from megatron.longseq.sharding.plan.flat_or_hierarchical import choose_mode
+from megatron.longseq.sharding.plan.rank_groups import RankGroups
+from megatron.longseq.sharding.plan.time_model import LinkSpeed, LinkSpeeds, ring_seconds
+from megatron.longseq.sharding.tools.probe_links import Measurement, fit_link, fit_links, log_error
 
 SHARDS = (2**12, 2**16, 2**20)
-kinds = st.sampled_from(list(Kind))
+kinds = st.sampled_from(list(CollectiveKind))
 speeds = st.floats(1e6, 1e12)
 
 
-def clocked(kind: Kind, groups: Groups, links: Links, noise: float = 0.0) -> list[Timed]:
+def clocked(kind: CollectiveKind, groups: RankGroups, links: LinkSpeeds, noise: float = 0.0) -> list[Measurement]:
     """Return the times that links would take, each off by a random factor."""
     off = random.Random(0)
     return [
-        Timed(phase, shard, links.seconds(phase, groups, shard) * (1 + noise) ** off.uniform(-1, 1))
-        for phase in needed(tuple(Phase(kind, scope) for scope in Scope), groups)
+        Measurement(collective, shard, links.seconds(collective, groups, shard) * (1 + noise) ** off.uniform(-1, 1))
+        for collective in nontrivial(tuple(Collective(kind, scope) for scope in Scope), groups)
         for shard in SHARDS
     ]
 
 
 @given(kinds, st.integers(2, 8), st.integers(2, 8), speeds, st.floats(2, 20), st.floats(0, 1e-3), st.data())
 def test_links_are_found_again(
-    kind: Kind, size: int, count: int, speed: float, ratio: float, latency: float, data: st.DataObject
+    kind: CollectiveKind, size: int, count: int, speed: float, ratio: float, latency: float, data: st.DataObject
 ) -> None:
-    groups = Groups(size * count, size)
-    links = Links(
-        Link(speed, latency / ratio), Link(speed / ratio / size / count, latency), data.draw(st.integers(1, size))
+    groups = RankGroups(size * count, size)
+    links = LinkSpeeds(
+        LinkSpeed(speed, latency / ratio),
+        LinkSpeed(speed / ratio / size / count, latency),
+        data.draw(st.integers(1, size)),
     )
     timed = clocked(kind, groups, links)
     found = fit_links(groups, timed)
     assert found.channels == links.channels
     for one in timed:
-        assert found.seconds(one.phase, groups, one.shard) == pytest.approx(one.seconds, rel=1e-6)
-    assert apart(groups, found, timed) < 1e-10
+        assert found.seconds(one.collective, groups, one.shard) == pytest.approx(one.seconds, rel=1e-6)
+    assert log_error(groups, found, timed) < 1e-10
 
 
 @pytest.mark.parametrize("channels", [1, 4])
 def test_a_flat_ring_that_shares_a_link_is_told_from_one_that_does_not(channels: int) -> None:
-    groups, links = Groups(8, 4), Links(Link(1e10, 1e-5), Link(1e8, 5e-5), channels)
-    found = fit_links(groups, clocked(Kind.ALL_GATHER, groups, links, noise=0.1))
+    groups, links = RankGroups(8, 4), LinkSpeeds(LinkSpeed(1e10, 1e-5), LinkSpeed(1e8, 5e-5), channels)
+    found = fit_links(groups, clocked(CollectiveKind.ALL_GATHER, groups, links, noise=0.1))
     assert found.channels == channels
     for ours, theirs in ((found.inside, links.inside), (found.between, links.between)):
         assert ours.bandwidth == pytest.approx(theirs.bandwidth, rel=0.25)
@@ -55,17 +57,17 @@ def test_a_flat_ring_that_shares_a_link_is_told_from_one_that_does_not(channels:
 
 
 def test_links_that_nothing_goes_over_cost_nothing() -> None:
-    flat = Groups(4, 4)
-    links = fit_links(flat, clocked(Kind.ALL_GATHER, flat, Links(Link(1e9, 1e-5), Link(1.0))))
-    assert links.between == Link(inf) and links.inside.bandwidth == pytest.approx(1e9)
-    assert fit_links(Groups(1, 1), []) == Links(Link(inf), Link(inf))
+    flat = RankGroups(4, 4)
+    links = fit_links(flat, clocked(CollectiveKind.ALL_GATHER, flat, LinkSpeeds(LinkSpeed(1e9, 1e-5), LinkSpeed(1.0))))
+    assert links.between == LinkSpeed(inf) and links.inside.bandwidth == pytest.approx(1e9)
+    assert fit_links(RankGroups(1, 1), []) == LinkSpeeds(LinkSpeed(inf), LinkSpeed(inf))
 
 
 @given(st.lists(st.tuples(st.sampled_from([1, 10, 100, 1000]), st.floats(0.01, 100)), min_size=1, max_size=5))
 def test_no_link_is_nearer_to_noisy_times(points: list[tuple[int, float]]) -> None:
     """Also where larger messages were faster, or so much slower that the latency would be negative."""
-    groups, phase = Groups(2, 2), Phase(Kind.ALL_GATHER, Scope.INSIDE)
-    link = fit_link(groups, [Timed(phase, size, time) for size, time in points])
+    groups, collective = RankGroups(2, 2), Collective(CollectiveKind.ALL_GATHER, Scope.INSIDE)
+    link = fit_link(groups, [Measurement(collective, size, time) for size, time in points])
     assert link is not None and link.latency >= 0 and link.bandwidth > 0
 
     def off(latency: float, per_byte: float) -> float:
@@ -80,16 +82,16 @@ def test_no_link_is_nearer_to_noisy_times(points: list[tuple[int, float]]) -> No
 @pytest.mark.parametrize(
     ("times", "link"),
     [
-        ((1.0, 1.0), Link(inf, 1.0)),  # size does not matter
-        ((2.0, 1.0), Link(inf, 1.2)),  # larger is faster: no bandwidth explains it
-        ((1.0, 10.0), Link(1.0)),
-        ((1.0, 200.0), Link(401 / 420)),  # (1 + 1/400) / (1 + 10/200): the latency would be negative
-        ((3.0,), Link(1 / 3)),  # one size says nothing of latency
+        ((1.0, 1.0), LinkSpeed(inf, 1.0)),  # size does not matter
+        ((2.0, 1.0), LinkSpeed(inf, 1.2)),  # larger is faster: no bandwidth explains it
+        ((1.0, 10.0), LinkSpeed(1.0)),
+        ((1.0, 200.0), LinkSpeed(401 / 420)),  # (1 + 1/400) / (1 + 10/200): the latency would be negative
+        ((3.0,), LinkSpeed(1 / 3)),  # one size says nothing of latency
     ],
 )
-def test_figures_by_hand(times: tuple[float, ...], link: Link) -> None:
-    groups, phase = Groups(2, 2), Phase(Kind.ALL_GATHER, Scope.INSIDE)
-    found = fit_link(groups, [Timed(phase, 10**index, time) for index, time in enumerate(times)])
+def test_figures_by_hand(times: tuple[float, ...], link: LinkSpeed) -> None:
+    groups, collective = RankGroups(2, 2), Collective(CollectiveKind.ALL_GATHER, Scope.INSIDE)
+    found = fit_link(groups, [Measurement(collective, 10**index, time) for index, time in enumerate(times)])
     assert found is not None
     assert found.latency == pytest.approx(link.latency, abs=1e-12)
     assert 1 / found.bandwidth == pytest.approx(1 / link.bandwidth, abs=1e-12)
@@ -97,38 +99,27 @@ def test_figures_by_hand(times: tuple[float, ...], link: Link) -> None:
 
 def test_a_time_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="times must be positive"):
-        fit_link(Groups(2, 2), [Timed(Phase(Kind.ALL_GATHER, Scope.INSIDE), 8, 0.0)])
+        fit_link(RankGroups(2, 2), [Measurement(Collective(CollectiveKind.ALL_GATHER, Scope.INSIDE), 8, 0.0)])
 
 
-FAR = Links(Link(1e10, 1e-6), Link(5e8, 1e-6), channels=1)
-
-
-@pytest.mark.parametrize("kind", Kind)
-def test_equal_buckets_are_chosen_for_as_a_message_is(kind: Kind) -> None:
-    groups = Groups(16, 4)
-    for size in (2**10, 2**16, 2**24, 2**28):
-        whole = choose(kind, groups, FAR, size, buckets=(8,))
-        ours = pick(kind, groups, FAR, [size / 16 / 8] * 8)
-        if whole.mode is Mode.OVERLAPPED:
-            assert (ours.mode, ours.seconds) == (whole.mode, whole.seconds)
-    assert pick(kind, groups, FAR, [2**24] * 8).mode is Mode.OVERLAPPED
+FAR = LinkSpeeds(LinkSpeed(1e10, 1e-6), LinkSpeed(5e8, 1e-6), channels=1)
 
 
 @given(
     kinds, st.integers(1, 4), st.integers(1, 4), st.lists(st.floats(1, 1e8), min_size=1, max_size=6), st.floats(0, 0.5)
 )
 def test_never_slower_than_flat_and_flat_within_the_margin(
-    kind: Kind, size: int, count: int, shards: list[float], margin: float
+    kind: CollectiveKind, size: int, count: int, shards: list[float], margin: float
 ) -> None:
-    groups = Groups(size * count, size)
-    choice = pick(kind, groups, FAR, shards, margin=margin)
-    times = {mode: seconds(kind, mode, groups, FAR, shards) for mode in Mode}
-    assert choice.seconds == times[choice.mode] and choice.flat == times[Mode.FLAT]
-    if choice.mode is Mode.FLAT:
-        assert min(times.values()) * (1 + margin) >= choice.flat
+    groups = RankGroups(size * count, size)
+    mode = choose_mode(kind, groups, FAR, shards, margin=margin)
+    times = {mode: ring_seconds(kind, mode, groups, FAR, shards) for mode in CollectivesMode}
+    flat = times[CollectivesMode.FLAT]
+    if mode is CollectivesMode.FLAT:
+        assert min(times.values()) * (1 + margin) >= flat
     else:
-        assert choice.seconds == min(times.values()) and choice.speedup > 1 + margin
+        assert times[mode] == min(times.values()) and flat / times[mode] > 1 + margin
 
 
 def test_one_bucket_overlaps_with_nothing() -> None:
-    assert pick(Kind.ALL_GATHER, Groups(16, 4), FAR, [2**24]).mode is Mode.HIERARCHICAL
+    assert choose_mode(CollectiveKind.ALL_GATHER, RankGroups(16, 4), FAR, [2**24]) is CollectivesMode.HIERARCHICAL

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from megatron.longseq.sharding.plan.cost import Work, fastest
+from megatron.longseq.sharding.plan.collectives import CollectivesMode
 from megatron.longseq.sharding.plan.memory import Model
-from megatron.longseq.sharding.plan.ring import Mode
 from megatron.longseq.sharding.plan.strategy import RUNNING, VALID
+from megatron.longseq.sharding.plan.time_model import ComputeTime, fastest
 from megatron.longseq.sharding.tools.cli import main
 from megatron.longseq.sharding.tools.tables import (
     LIMITS,
@@ -78,8 +78,8 @@ def test_choose_prints_what_fits_the_fastest_first(capsys: pytest.CaptureFixture
     rows = cells(printed.split("\n\n", 1)[1])
     assert rows[0][:3] == ["--paro NIG", "18.11", "0.6487"] and rows[0][-1] == "1.00"
     assert {row[0].removeprefix("--paro ") for row in rows} == {"NIG", "NGG", "IIG", "III", "IGG", "GGG"}
-    best = fastest(replace(SEVEN_B, work=Work(8)), RUNNING, 20e9)
-    assert f"{best.seconds.step:.4g}" == "0.6487" and SEVEN_B.mode is Mode.HIERARCHICAL
+    best = fastest(replace(SEVEN_B, work=ComputeTime(8)), RUNNING, 20e9)
+    assert f"{best.seconds.step:.4g}" == "0.6487" and SEVEN_B.mode is CollectivesMode.HIERARCHICAL
 
 
 def test_choose_takes_compute_that_hides_and_a_trainable_share(capsys: pytest.CaptureFixture[str]) -> None:

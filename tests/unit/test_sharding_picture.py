@@ -6,14 +6,13 @@ from xml.etree import ElementTree
 
 import pytest
 
-from megatron.longseq.sharding.plan.collectives import Scope
-from megatron.longseq.sharding.plan.comm_volume import traffic
+from megatron.longseq.sharding.plan.collectives import CollectivesMode, Scope
+from megatron.longseq.sharding.plan.comm_volume import comm_volume
 from megatron.longseq.sharding.plan.memory import memory
-from megatron.longseq.sharding.plan.ring import Mode
 from megatron.longseq.sharding.plan.strategy import RUNNING, Level
-from megatron.longseq.sharding.plan.time_model import seconds
+from megatron.longseq.sharding.plan.time_model import ring_seconds
 from megatron.longseq.sharding.tools.cli import main
-from megatron.longseq.sharding.tools.picture import BUCKETS, LINKS, NODES, STATES, scene
+from megatron.longseq.sharding.tools.figure import BUCKETS, LINKS, NODES, STATES, scene
 from megatron.longseq.sharding.tools.tables import SEVEN_B
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,13 +31,13 @@ def test_the_picture_shows_parts_that_make_whole_states() -> None:
 
 def test_links_do_one_thing_at_a_time_and_the_ends_are_the_clocks() -> None:
     shown = scene()
-    assert [timeline.mode for timeline in shown.timelines] == list(Mode)
+    assert [timeline.mode for timeline in shown.timelines] == list(CollectivesMode)
     for timeline in shown.timelines:
         for scope in Scope:
-            spans = sorted((span.begin, span.end) for span in timeline.spans if span.run.phase.scope is scope)
+            spans = sorted((span.begin, span.end) for span in timeline.spans if span.run.collective.scope is scope)
             assert all(one[1] <= two[0] for one, two in itertools.pairwise(spans))
         shards = [size / NODES.ranks for size in BUCKETS]
-        assert timeline.end == seconds(shown.kind, timeline.mode, NODES, LINKS, shards)
+        assert timeline.end == ring_seconds(shown.kind, timeline.mode, NODES, LINKS, shards)
     flat, serial, overlapped = (timeline.end for timeline in shown.timelines)
     assert overlapped < 0.7 * flat < 0.7 * serial
 
@@ -48,7 +47,7 @@ def test_costs_are_the_formulas() -> None:
     assert {cost.strategy for cost in costs} == set(RUNNING)
     for cost in costs:
         arguments = (cost.strategy, SEVEN_B.groups, SEVEN_B.model, SEVEN_B.widths)
-        assert cost.held == memory(*arguments) and cost.sent == traffic(*arguments).step(8)
+        assert cost.held == memory(*arguments) and cost.sent == comm_volume(*arguments).step(8)
     assert [one.sent.between for one in costs] == sorted(one.sent.between for one in costs)
 
 
@@ -75,7 +74,7 @@ def test_draw_writes_every_part_the_same_each_time(tmp_path: Path) -> None:
     }
     for timeline in shown.timelines:
         runs = [span.run for span in timeline.spans]
-        wanted |= {f"time-{timeline.mode}-{run.bucket}-{run.turn}-{run.phase.scope}" for run in runs}
+        wanted |= {f"time-{timeline.mode}-{run.bucket}-{run.turn}-{run.collective.scope}" for run in runs}
         assert f"{timeline.mode}: {timeline.end * 1e3:.2f} ms" in words
     for cost in shown.costs:
         wanted |= {f"cost-{cost.strategy}-{what}" for what in (*states, "inside", "between")}
@@ -88,7 +87,7 @@ def test_draw_writes_every_part_the_same_each_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("file", "words"),
-    [("a.pdf", "a picture is written as .svg or .png, not .pdf"), ("missing/a.svg", "there is no folder")],
+    [("a.pdf", "it is written as .svg or .png, not .pdf"), ("missing/a.svg", "there is no folder")],
 )
 def test_what_cannot_be_drawn_is_refused_and_nothing_is_written(
     file: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

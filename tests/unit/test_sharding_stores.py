@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.longseq.sharding.plan.collectives import Phases
-from megatron.longseq.sharding.plan.rank_groups import Groups
+from megatron.longseq.sharding.plan.collectives import Collectives
+from megatron.longseq.sharding.plan.rank_groups import RankGroups
 from megatron.longseq.sharding.plan.strategy import Strategy
 from megatron.longseq.sharding.runtime import bucket_storage as stores
-from megatron.longseq.sharding.runtime.bucket_storage import GradStore, Whole
+from megatron.longseq.sharding.runtime.bucket_storage import FullBucket, GradStore, ParamStore
 from megatron.longseq.sharding.runtime.collectives import Region
-from megatron.longseq.sharding.runtime.state import Sharding
+from megatron.longseq.sharding.runtime.state import ShardingState
 
 
 class Job:
@@ -38,17 +38,22 @@ class LazyLanes:
         self.jobs: list[Job] = []
 
     def submit(
-        self, phases: Phases, region: Region, label: str, after: Callable[[], None] | None = None, behind: Any = None
+        self,
+        collectives: Collectives,
+        region: Region,
+        label: str,
+        after: Callable[[], None] | None = None,
+        behind: Any = None,
     ) -> Job:
         """Take a job."""
         self.jobs.append(Job(region, after, behind))
         return self.jobs[-1]
 
 
-def opened(triplet: str, wire: torch.dtype | None = None) -> tuple[Sharding, LazyLanes]:
+def opened(triplet: str, wire: torch.dtype | None = None) -> tuple[ShardingState, LazyLanes]:
     lanes = LazyLanes()
-    strategy, groups = Strategy.parse(triplet), Groups(4, 2)
-    made = Sharding(strategy, groups, 1, lanes, is_flat=lambda phases, size: False, wire=wire)  # type: ignore[arg-type]
+    strategy, groups = Strategy.parse(triplet), RankGroups(4, 2)
+    made = ShardingState(strategy, groups, 1, lanes, None, comm_dtype=wire)  # type: ignore[arg-type]
     return made, lanes
 
 
@@ -57,27 +62,27 @@ def opened(triplet: str, wire: torch.dtype | None = None) -> tuple[Sharding, Laz
 def test_all_micro_batches_are_in_what_ends_a_step(triplet: str, wire: torch.dtype | None) -> None:
     sharding, lanes = opened(triplet, wire)
     store = GradStore(sharding, 128, torch.float32, "cpu")
-    store.close()
+    store.release_full()
     for value in (1.0, 2.0, 4.0):
-        store.open()
-        assert not store.whole.flat.any()  # another micro-batch's are gone
-        store.whole.flat += value
+        store.prepare()
+        assert not store.full.flat.any()  # another micro-batch's are gone
+        store.full.flat += value
         store.reduce("a bucket")
     store.finish("a bucket").wait()
     assert store.owned.eq(7.0).all()
-    assert lanes.jobs[-1].region.part.eq(7.0).all()  # what was sent last
+    assert lanes.jobs[-1].region.group_slice.eq(7.0).all()  # what was sent last
     store.zero()
-    assert not store.part.any() and not store.whole.is_there
+    assert not store.shard.any() and not store.full.is_allocated
 
 
 @pytest.mark.parametrize("wire", [None, torch.bfloat16])
 def test_micro_batches_are_scaled_as_they_are_added(wire: torch.dtype | None) -> None:
     sharding, _ = opened("NIG", wire)
     store = GradStore(sharding, 128, torch.float32, "cpu")
-    store.close()
+    store.release_full()
     for value in (1.0, 2.0):
-        store.open()
-        store.whole.flat += value
+        store.prepare()
+        store.full.flat += value
         store.reduce("a bucket", 0.25)
     store.finish("a bucket").wait()
     assert store.owned.eq(0.75).all()
@@ -87,30 +92,54 @@ def test_two_copies_for_the_wire_live_at_most_and_what_is_owned_comes_back() -> 
     sharding, lanes = opened("NNG", torch.bfloat16)
     buckets = [GradStore(sharding, 128, torch.float32, "cpu") for _ in range(5)]
     for number, store in enumerate(buckets):
-        store.part.fill_(number)
+        store.shard.fill_(number)
         store.finish(f"bucket {number}")
-        lanes.jobs[-1].region.part.fill_(10 + number)  # the sum over ranks
+        lanes.jobs[-1].region.group_slice.fill_(10 + number)  # the sum over ranks
         assert sum(job.after is not None for job in lanes.jobs) <= 2
     for job in lanes.jobs:
         job.wait()
     for number, store in enumerate(buckets):
         assert store.owned.numel() == 32 and store.owned.eq(10 + number).all()
-        assert store.part.sum() == 32 * (10 + number) + 96 * number  # the rest is nobody's to read
+        assert store.shard.sum() == 32 * (10 + number) + 96 * number  # the rest is nobody's to read
 
 
 def test_memory_is_asked_for_and_given_back_in_the_main_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    made: list[Whole] = []
+    made: list[FullBucket] = []
 
     @contextmanager
-    def in_main_stream(device: torch.device) -> Iterator[None]:
+    def allocate_on_default_stream(device: torch.device) -> Iterator[None]:
         yield
         sizes.append(made[0].flat.untyped_storage().nbytes() if made else -1)
 
-    monkeypatch.setattr(stores, "in_main_stream", in_main_stream)
-    made.append(Whole(8, torch.float32, "cpu"))
-    made[0].take()
+    monkeypatch.setattr(stores, "allocate_on_default_stream", allocate_on_default_stream)
+    made.append(FullBucket(8, torch.float32, "cpu"))
+    made[0].allocate()
     assert sizes == [-1], "it is there"
-    made[0].free()
-    made[0].take()
+    made[0].release()
+    made[0].allocate()
     assert sizes == [-1, 0, 32]
+
+
+@pytest.mark.parametrize("triplet", ["NNN", "NIG", "GGG"])
+def test_a_bucket_resolves_its_collectives_once(triplet: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sharding, lanes = opened(triplet)
+    sizes: list[int] = []
+    resolve = ShardingState.bucket_collectives
+    monkeypatch.setattr(
+        ShardingState, "bucket_collectives", lambda self, size: (sizes.append(size), resolve(self, size))[1]
+    )
+    grads, params = GradStore(sharding, 128, torch.float32, "cpu"), ParamStore(sharding, 128, torch.bfloat16, "cpu")
+    assert sizes == [128 * 4, 128 * 2]
+    for _ in range(3):
+        if sharding.strategy.grads:
+            grads.prepare()
+            grads.reduce("a bucket")
+        grads.finish("a bucket").wait()
+        grads.zero()
+        params.sync("a bucket")
+        params.finish_sync()
+        params.release("nobody")
+        params.gather("a unit")
+        params.wait()
+    assert len(lanes.jobs) >= 3 and len(sizes) == 2

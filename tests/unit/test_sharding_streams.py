@@ -14,11 +14,11 @@ from megatron.longseq.sharding.plan.collectives import (
     REDUCE_BETWEEN,
     SCATTER_BETWEEN,
     SCATTER_INSIDE,
-    Phase,
+    Collective,
 )
 from megatron.longseq.sharding.runtime.collectives import Region
-from megatron.longseq.sharding.runtime.comm_queue import LaneError, Lanes
-from megatron.longseq.sharding.runtime.comm_streams import in_main_stream
+from megatron.longseq.sharding.runtime.comm_queue import CommError, CommQueues
+from megatron.longseq.sharding.runtime.comm_streams import allocate_on_default_stream
 from tests.unit.streams_bed import Machine, machine
 
 __all__ = ["machine"]
@@ -32,24 +32,24 @@ class Doubling:
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self.running: set[Phase] = set()
+        self.running: set[Collective] = set()
         self.together = 0
 
-    def check(self, phase: Phase, region: Region) -> None:
+    def check(self, collective: Collective, region: Region) -> None:
         """Find nothing wrong."""
 
-    def run(self, phase: Phase, region: Region) -> None:
+    def run(self, collective: Collective, region: Region) -> None:
         """Give the stream work; only the device holds what it works on."""
-        part = weakref.ref(region.part)
+        part = weakref.ref(region.group_slice)
 
         def begin() -> None:
-            self.running.add(phase)
+            self.running.add(collective)
             self.together = max(self.together, len({one.scope for one in self.running}))
             assert part() is not None, "given away before the end"
             part().mul_(2)  # type: ignore[union-attr]
 
         def end() -> None:
-            self.running.discard(phase)
+            self.running.discard(collective)
             part().add_(1)  # type: ignore[union-attr]
 
         self.machine.do(begin)
@@ -75,18 +75,18 @@ def test_any_order_that_events_allow_is_right(machine: Machine, is_overlapped: b
 def one_order(machine: Machine, seed: int, is_overlapped: bool) -> int:
     """Run six jobs in one order; return how many lanes worked at once."""
     order, runner = random.Random(seed), Doubling(machine)
-    lanes = Lanes(runner, GPU, 0, is_overlapped=is_overlapped, lag=1 + seed % 3)
+    lanes = CommQueues(runner, GPU, 0, is_overlapped=is_overlapped, lag=1 + seed % 3)
     after: list[int] = []
     seen: list[int] = []
     parts, handles, right = [], [], []
     for number in range(6):
         part = torch.zeros(1)
         machine.do(writing(part, number))
-        phases = JOBS[(number + seed) % 4]
+        collectives = JOBS[(number + seed) % 4]
         note = reading(part, after)
-        handles.append(lanes.submit(phases, Region(None, part), f"bucket {number}", partial(machine.do, note)))
+        handles.append(lanes.submit(collectives, Region(None, part), f"bucket {number}", partial(machine.do, note)))
         parts.append(part)
-        right.append((number + 1) * 2 ** len(phases) - 1)
+        right.append((number + 1) * 2 ** len(collectives) - 1)
         machine.run(order, order.randrange(8))
     for handle, part in zip(handles, parts, strict=True):
         handle.wait()
@@ -101,7 +101,7 @@ def test_a_stream_that_does_not_wait_sees_too_little(machine: Machine) -> None:
     seen: list[int] = []
     for seed in range(30):
         part = torch.zeros(1)
-        lanes = Lanes(Doubling(machine), GPU, 0, is_overlapped=True)
+        lanes = CommQueues(Doubling(machine), GPU, 0, is_overlapped=True)
         lanes.submit(JOBS[0], Region(None, part), "x")
         machine.do(reading(part, seen))
         machine.run(random.Random(seed))
@@ -109,7 +109,7 @@ def test_a_stream_that_does_not_wait_sees_too_little(machine: Machine) -> None:
 
 
 def test_memory_is_kept_until_it_is_waited_for_or_seen_to_be_done(machine: Machine) -> None:
-    lanes, order = Lanes(Doubling(machine), GPU, 0, is_overlapped=True), random.Random(0)
+    lanes, order = CommQueues(Doubling(machine), GPU, 0, is_overlapped=True), random.Random(0)
     part = torch.zeros(1)
     held = weakref.ref(part)
     handle = lanes.submit(JOBS[0], Region(None, part), "nobody waits")
@@ -124,15 +124,15 @@ def test_memory_is_kept_until_it_is_waited_for_or_seen_to_be_done(machine: Machi
 def test_a_phase_that_raises_is_named_at_once(machine: Machine) -> None:
     runner = Doubling(machine)
 
-    def run(phase: Phase, region: Region) -> None:
+    def run(collective: Collective, region: Region) -> None:
         raise OSError("gone")
 
-    lanes = Lanes(runner, GPU, 0, is_overlapped=True)
+    lanes = CommQueues(runner, GPU, 0, is_overlapped=True)
     runner.run = run  # type: ignore[method-assign]
     region = Region(None, torch.zeros(1))
-    with pytest.raises(LaneError, match="rank 0: reduce-scatter inside of bucket 5 failed: OSError: gone"):
+    with pytest.raises(CommError, match="rank 0: reduce-scatter inside of bucket 5 failed: OSError: gone"):
         lanes.submit(JOBS[0], region, "bucket 5")
-    with pytest.raises(LaneError, match="bucket 6 did not run"):
+    with pytest.raises(CommError, match="bucket 6 did not run"):
         lanes.submit(JOBS[0], region, "bucket 6")
 
 
@@ -142,12 +142,12 @@ def test_memory_that_a_hook_gives_back_is_used_again_only_after_lanes(machine: M
     seen: list[int] = []
     hooks = machine.stream(GPU)
     for seed in range(40):
-        lanes, part = Lanes(Doubling(machine), GPU, 0, is_overlapped=True), torch.zeros(1)
+        lanes, part = CommQueues(Doubling(machine), GPU, 0, is_overlapped=True), torch.zeros(1)
         with machine.on(hooks):
             note = reading(part, seen)
             lanes.submit(JOBS[0], Region(None, part), "x", partial(machine.do, note)).wait()
             if is_given_back:
-                with in_main_stream(GPU):
+                with allocate_on_default_stream(GPU):
                     assert machine.current is machine.streams[0]
         machine.do(writing(part, 99))  # another bucket's gradients, by a layer
         machine.run(random.Random(seed))
@@ -156,7 +156,7 @@ def test_memory_that_a_hook_gives_back_is_used_again_only_after_lanes(machine: M
 
 def test_without_a_gpu_there_is_no_other_stream(machine: Machine) -> None:
     hooks = machine.stream(GPU)
-    with machine.on(hooks), in_main_stream(torch.device("cpu")):
+    with machine.on(hooks), allocate_on_default_stream(torch.device("cpu")):
         assert machine.current is hooks
-    with in_main_stream(GPU):
+    with allocate_on_default_stream(GPU):
         assert not any(stream.work for stream in machine.streams)

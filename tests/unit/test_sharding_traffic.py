@@ -7,14 +7,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.longseq.sharding.plan.collectives import Kind, Scope, program
-from megatron.longseq.sharding.plan.comm_volume import Bucket, Traffic, bucket_traffic, traffic
-from megatron.longseq.sharding.plan.cost import Job, Work, fastest, predict, rank
+from megatron.longseq.sharding.plan.collectives import (
+    CollectiveKind,
+    CollectivesMode,
+    Scope,
+    always_flat,
+    bucket_collectives,
+    never_flat,
+)
+from megatron.longseq.sharding.plan.comm_volume import Bucket, CommVolume, bucket_volume, comm_volume
 from megatron.longseq.sharding.plan.memory import MEGATRON, PAPER, Model, memory
-from megatron.longseq.sharding.plan.rank_groups import Groups
-from megatron.longseq.sharding.plan.ring import Mode
+from megatron.longseq.sharding.plan.rank_groups import RankGroups
 from megatron.longseq.sharding.plan.strategy import ALL, RUNNING, VALID, Level, Strategy
-from megatron.longseq.sharding.plan.time_model import Link, Links
+from megatron.longseq.sharding.plan.time_model import (
+    ComputeTime,
+    LinkSpeed,
+    LinkSpeeds,
+    TrainingJob,
+    fastest,
+    predict,
+    rank,
+)
 from megatron.longseq.sharding.tools.tables import PARAMS, SEVEN_B
 
 # 7B, m = 8, n = 64, A = 8, bytes 2/2/12, 200 and 25 GB/s: memory GB, GB inside, GB between, seconds of a step.
@@ -38,7 +51,7 @@ def near(value: float, text: str) -> bool:
 def test_the_published_table(row: tuple[str, ...]) -> None:
     name, held, inside, between, seconds = row
     strategy = Strategy.parse(name)
-    step = traffic(strategy, PUBLISHED.groups, PUBLISHED.model, PAPER).step(8)
+    step = comm_volume(strategy, PUBLISHED.groups, PUBLISHED.model, PAPER).step(8)
     assert near(memory(strategy, PUBLISHED.groups, PUBLISHED.model, PAPER).total / 1e9, held)
     assert near(step.inside / 1e9, inside) and near(step.between / 1e9, between) and step.flat == 0
     assert near(predict(strategy, PUBLISHED).seconds.step, seconds)
@@ -51,7 +64,7 @@ def test_the_published_table_has_every_valid_strategy() -> None:
 
 def test_upstreams_documented_bytes() -> None:
     """docs/dist_optimizer: 18 bytes a parameter with float32 gradients, 6 + 12/d with the distributed optimizer."""
-    groups, model = Groups(64, 8), Model(6400, 6400)
+    groups, model = RankGroups(64, 8), Model(6400, 6400)
     assert memory(Strategy.parse("NNN"), groups, model).total == 18 * 6400
     assert memory(Strategy.parse("NNG"), groups, model).total == (6 + 12 / 64) * 6400
     assert memory(Strategy.parse("NNI"), groups, model).total == (6 + 12 / 8) * 6400
@@ -78,42 +91,39 @@ def terms(strategy: Strategy, m: int, G: int, params: int, grads: int, A: int) -
 
 
 @pytest.mark.parametrize("strategy", VALID, ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("microbatches", [1, 4])
-@pytest.mark.parametrize("share", [1, 16])
-def test_closed_forms(strategy: Strategy, shape: tuple[int, int], microbatches: int, share: int) -> None:
-    m, count = shape
-    groups = Groups(m * count, m)
-    model = Model(64 * 48, 64 * 48 // share)
-    step = traffic(strategy, groups, model, PAPER).step(microbatches)
-    inside, between = terms(strategy, m, count, 2 * model.params, 2 * model.trainable, microbatches)
-    assert (step.inside, step.between) == (pytest.approx(inside), pytest.approx(between))
-    held = memory(strategy, groups, model, PAPER)
-    cut = {"N": 1, "I": m, "G": m * count}
-    p, g, o = str(strategy)
-    assert held.total == pytest.approx(
-        2 * model.params / cut[p] + 2 * model.trainable / cut[g] + 12 * model.trainable / cut[o]
-    )
+def test_closed_forms(strategy: Strategy) -> None:
+    for (m, count), microbatches, share in product(SHAPES, (1, 4), (1, 16)):
+        groups = RankGroups(m * count, m)
+        model = Model(64 * 48, 64 * 48 // share)
+        step = comm_volume(strategy, groups, model, PAPER).step(microbatches)
+        inside, between = terms(strategy, m, count, 2 * model.params, 2 * model.trainable, microbatches)
+        assert (step.inside, step.between) == (pytest.approx(inside), pytest.approx(between)), groups
+        held = memory(strategy, groups, model, PAPER)
+        cut = {"N": 1, "I": m, "G": m * count}
+        p, g, o = str(strategy)
+        assert held.total == pytest.approx(
+            2 * model.params / cut[p] + 2 * model.trainable / cut[g] + 12 * model.trainable / cut[o]
+        ), groups
 
 
 @pytest.mark.parametrize("strategy", ALL, ids=str)
 @pytest.mark.parametrize("is_flat", [False, True])
 def test_phases_make_the_levels_that_they_promise(strategy: Strategy, is_flat: bool) -> None:
     """Follow what every rank holds through a step: gathers end with whole parameters, sums with those of all ranks."""
-    groups = Groups(8, 2)
-    program_ = program(strategy, groups, is_flat=is_flat)
+    groups = RankGroups(8, 2)
+    program_ = bucket_collectives(strategy, groups, is_flat=always_flat if is_flat else never_flat)
     cut = dict(zip(Level, (1, 2, 8), strict=True))
 
-    def run(phases: tuple, parts: int, summed: int) -> tuple[int, int]:
-        for kind, scope in phases:
+    def run(collectives: tuple, parts: int, summed: int) -> tuple[int, int]:
+        for kind, scope in collectives:
             size = {Scope.INSIDE: 2, Scope.BETWEEN: 4, Scope.FLAT: 8}[scope]
-            if kind is Kind.ALL_GATHER:
+            if kind is CollectiveKind.ALL_GATHER:
                 assert parts % size == 0
                 parts //= size
             else:
                 assert summed * size <= 8
                 summed *= size
-                parts *= size if kind is Kind.REDUCE_SCATTER else 1
+                parts *= size if kind is CollectiveKind.REDUCE_SCATTER else 1
         return parts, summed
 
     assert run(program_.params, cut[strategy.params], 1) == (1, 1)
@@ -126,17 +136,17 @@ def test_phases_make_the_levels_that_they_promise(strategy: Strategy, is_flat: b
 
 @pytest.mark.parametrize("strategy", VALID, ids=str)
 def test_flat_collectives_send_one_ring_and_replace_only_whole_ones(strategy: Strategy) -> None:
-    groups, model = Groups(8, 2), Model(8 * 30, 8 * 30)
-    flat, ours = (traffic(strategy, groups, model, PAPER, is_flat=is_flat).step(3) for is_flat in (True, False))
+    groups, model = RankGroups(8, 2), Model(8 * 30, 8 * 30)
+    flat, ours = (comm_volume(strategy, groups, model, PAPER, is_flat=is_flat).step(3) for is_flat in (True, False))
     assert flat.collectives <= ours.collectives
     if str(strategy) == "GGG":
-        assert flat == Traffic(0, 0, 3 * 3 * 7 * 60, 9)
+        assert flat == CommVolume(0, 0, 3 * 3 * 7 * 60, 9)
     if str(strategy) == "NNN":
-        assert flat == Traffic(0, 0, 2 * 7 * 60, 1)
+        assert flat == CommVolume(0, 0, 2 * 7 * 60, 1)
     if str(strategy) in ("NNI", "NII", "III", "IIG", "INI"):
         assert flat == ours, "nothing of it goes over all ranks at once"
     if str(strategy) == "NIG":
-        assert flat == Traffic(3 * 4 * 60, 3 * 60, 7 * 60, 3 + 1 + 1)
+        assert flat == CommVolume(3 * 4 * 60, 3 * 60, 7 * 60, 3 + 1 + 1)
     assert flat.leaving(groups) >= ours.leaving(groups)
 
 
@@ -144,11 +154,11 @@ def test_flat_collectives_send_one_ring_and_replace_only_whole_ones(strategy: St
 @pytest.mark.parametrize("size", [1, 6])
 def test_groups_of_one_or_of_all_leave_flat_collectives(strategy: Strategy, size: int) -> None:
     """m = 1: level I is not sharded; m = n: it is global; the hierarchy has one level, with a flat ring's bytes."""
-    groups, model = Groups(6, size), Model(600, 600)
+    groups, model = RankGroups(6, size), Model(600, 600)
     level = Level.NONE if size == 1 else Level.GLOBAL
     same = Strategy(*(level if each is Level.GROUP else each for each in vars_of(strategy)))
-    ours = traffic(strategy, groups, model).step(2)
-    plain = traffic(same, groups, model, is_flat=True).step(2)
+    ours = comm_volume(strategy, groups, model).step(2)
+    plain = comm_volume(same, groups, model, is_flat=True).step(2)
     assert ours.inside * ours.between == 0 and ours.inside + ours.between + ours.flat == plain.flat + plain.between + (
         plain.inside
     )
@@ -161,19 +171,19 @@ def vars_of(strategy: Strategy) -> tuple[Level, Level, Level]:
 
 @pytest.mark.parametrize("strategy", ALL, ids=str)
 def test_one_rank_sends_nothing(strategy: Strategy) -> None:
-    assert traffic(strategy, Groups(1, 1), Model(10, 10), buckets=5).step(3) == Traffic()
+    assert comm_volume(strategy, RankGroups(1, 1), Model(10, 10), buckets=5).step(3) == CommVolume()
 
 
 def test_what_follows_from_the_formulas() -> None:
     def between(name: str, microbatches: int = 8) -> int:
-        return traffic(Strategy.parse(name), PUBLISHED.groups, PUBLISHED.model).step(microbatches).between
+        return comm_volume(Strategy.parse(name), PUBLISHED.groups, PUBLISHED.model).step(microbatches).between
 
     for coarse, fine in (("NNI", "NNG"), ("NII", "NIG"), ("III", "IIG"), ("INI", "ING")):
         assert between(coarse) == between(fine), "globally sharded optimizer states cost no bytes between groups"
     assert between("NIG", 1) == between("NNG", 1), "with one micro-batch there is nothing to amortise"
     assert between("GGG") == 12 * between("IIG"), "3A / 2"
     extra = [
-        traffic(Strategy.parse("NIG"), PUBLISHED.groups, PUBLISHED.model).step(count).inside for count in (1, 2, 3)
+        comm_volume(Strategy.parse("NIG"), PUBLISHED.groups, PUBLISHED.model).step(count).inside for count in (1, 2, 3)
     ]
     assert extra[1] - extra[0] == extra[2] - extra[1] > 0
 
@@ -193,7 +203,7 @@ def test_what_follows_from_the_formulas() -> None:
 )
 def test_the_fastest_that_fits(share: float, limit: float | None, microbatches: int, names: set[str]) -> None:
     model = Model(PARAMS, round(PARAMS * share))
-    job = replace(PUBLISHED, model=model, work=Work(microbatches))
+    job = replace(PUBLISHED, model=model, work=ComputeTime(microbatches))
     assert str(fastest(job, RUNNING, limit).strategy) in names
 
 
@@ -210,18 +220,18 @@ def test_nothing_that_fits_is_an_error_that_says_what_the_smallest_needs() -> No
     st.floats(1, 300),
     st.floats(1, 300),
     st.floats(0, 1),
-    st.sampled_from(list(Mode)),
+    st.sampled_from(list(CollectivesMode)),
 )
 def test_more_of_anything_never_makes_the_best_slower(
-    shape: tuple[int, int], count: int, inside: float, between: float, hidden: float, mode: Mode
+    shape: tuple[int, int], count: int, inside: float, between: float, hidden: float, mode: CollectivesMode
 ) -> None:
-    groups = Groups(shape[0] * shape[1], shape[0])
-    links = Links(Link(inside * 1e9, 1e-6), Link(between * 1e9, 1e-5), shape[0])
-    job = Job(groups, Model(10**9, 10**8), Work(count, 0.01, 0.02, hidden), links, mode=mode, buckets=3)
+    groups = RankGroups(shape[0] * shape[1], shape[0])
+    links = LinkSpeeds(LinkSpeed(inside * 1e9, 1e-6), LinkSpeed(between * 1e9, 1e-5), shape[0])
+    job = TrainingJob(groups, Model(10**9, 10**8), ComputeTime(count, 0.01, 0.02, hidden), links, mode=mode, buckets=3)
     limits = [memory(one, groups, job.model).total for one in sorted(VALID)]
     steps = [fastest(job, VALID, limit).seconds.step for limit in sorted([*limits, 10**12]) if limit >= min(limits)]
     assert all(after <= before * (1 + 1e-6) for before, after in pairwise(steps))
-    quick = replace(job, links=Links(Link(inside * 2e9, 1e-6), Link(between * 2e9, 1e-5), shape[0]))
+    quick = replace(job, links=LinkSpeeds(LinkSpeed(inside * 2e9, 1e-6), LinkSpeed(between * 2e9, 1e-5), shape[0]))
     for one in ALL:
         before, after = predict(one, job), predict(one, quick)
         assert after.seconds.step <= before.seconds.step * (1 + 1e-9)
@@ -235,21 +245,21 @@ def test_more_of_anything_never_makes_the_best_slower(
 
 def test_what_hides_behind_compute() -> None:
     """Work it out by hand: 2 ranks, one group of 2, GGG gathers and scatters 1 s each at 10 bytes/s."""
-    links = Links(Link(10.0), Link(10.0))
-    job = Job(Groups(2, 2), Model(10, 10), Work(3, 2.0, 2.5, 1.0), links)
+    links = LinkSpeeds(LinkSpeed(10.0), LinkSpeed(10.0))
+    job = TrainingJob(RankGroups(2, 2), Model(10, 10), ComputeTime(3, 2.0, 2.5, 1.0), links)
     spent = predict(Strategy.parse("GGG"), job).seconds
     assert (spent.compute, spent.params, spent.grads) == (13.5, 6.0, 3.0)
     assert spent.hidden == pytest.approx(9.0) and spent.step == pytest.approx(13.5)
-    half = predict(Strategy.parse("GGG"), replace(job, work=Work(3, 2.0, 2.5, 0.2))).seconds
+    half = predict(Strategy.parse("GGG"), replace(job, work=ComputeTime(3, 2.0, 2.5, 0.2))).seconds
     assert half.hidden == pytest.approx(3 * (0.4 + 0.5))
-    ends = predict(Strategy.parse("NNG"), replace(job, work=Work(3, 0.25, 0.5, 1.0))).seconds
+    ends = predict(Strategy.parse("NNG"), replace(job, work=ComputeTime(3, 0.25, 0.5, 1.0))).seconds
     assert (ends.finish_grads, ends.finish_params) == (1.0, 1.0) and ends.hidden == pytest.approx(0.75)
 
 
 def test_buckets_count_collectives_and_whole_ones_in_flight() -> None:
-    groups, model = Groups(4, 2), Model(400, 400)
+    groups, model = RankGroups(4, 2), Model(400, 400)
     for one, is_flat in product(ALL, (False, True)):
-        single, many = (traffic(one, groups, model, buckets=count, is_flat=is_flat).step(2) for count in (1, 5))
+        single, many = (comm_volume(one, groups, model, buckets=count, is_flat=is_flat).step(2) for count in (1, 5))
         assert many.collectives == 5 * single.collectives and replace(many, collectives=0) == replace(
             single, collectives=0
         )
@@ -262,51 +272,51 @@ def test_buckets_count_collectives_and_whole_ones_in_flight() -> None:
 @pytest.mark.parametrize("strategy", ALL, ids=str)
 @pytest.mark.parametrize("is_flat", [False, True])
 def test_buckets_send_what_the_model_does_that_they_make(strategy: Strategy, is_flat: bool) -> None:
-    groups, sizes = Groups(6, 2), (60, 120, 6)
-    made = traffic(strategy, groups, Model(186, 186), buckets=3, is_flat=is_flat).step(5)
+    groups, sizes = RankGroups(6, 2), (60, 120, 6)
+    made = comm_volume(strategy, groups, Model(186, 186), buckets=3, is_flat=is_flat).step(5)
     buckets = [Bucket(size) for size in sizes]
-    assert bucket_traffic(strategy, groups, buckets, MEGATRON, 5, is_flat=lambda phases, size: is_flat) == made
+    assert bucket_volume(strategy, groups, buckets, MEGATRON, 5, is_flat=lambda collectives, size: is_flat) == made
 
 
 def test_a_bucket_sends_by_how_it_is_used() -> None:
     """GGG, 4 ranks in pairs, 8 elements of 2 bytes: a gather or a scatter sends 4 bytes between and 8 inside."""
-    groups, strategy = Groups(4, 2), Strategy.parse("GGG")
+    groups, strategy = RankGroups(4, 2), Strategy.parse("GGG")
 
-    def sent(bucket: Bucket, **named: int) -> Traffic:
-        return bucket_traffic(strategy, groups, [bucket], MEGATRON, 3, **named)
+    def sent(bucket: Bucket, **named: int) -> CommVolume:
+        return bucket_volume(strategy, groups, [bucket], MEGATRON, 3, **named)
 
-    assert sent(Bucket(8)) == Traffic(8, 4, 0, 2) * (3 * 2 + 3)
-    assert sent(Bucket(8, gathers=1)) == Traffic(8, 4, 0, 2) * (3 + 3)
-    assert sent(Bucket(8, is_trained=False)) == Traffic(8, 4, 0, 2) * (3 * 2)
-    assert sent(Bucket(8), passes=2) == Traffic(8, 4, 0, 2) * (3 * 2 * 2 + 3)
+    assert sent(Bucket(8)) == CommVolume(8, 4, 0, 2) * (3 * 2 + 3)
+    assert sent(Bucket(8, gathers=1)) == CommVolume(8, 4, 0, 2) * (3 + 3)
+    assert sent(Bucket(8, is_trained=False)) == CommVolume(8, 4, 0, 2) * (3 * 2)
+    assert sent(Bucket(8), passes=2) == CommVolume(8, 4, 0, 2) * (3 * 2 * 2 + 3)
 
 
 def test_each_bucket_is_flat_or_not_by_its_own_bytes() -> None:
     """NNG of bf16 parameters and fp32 gradients on the wire: each term goes by its own bytes."""
     asked = []
 
-    def is_flat(phases: tuple, size: int) -> bool:
-        asked.append((phases[0].kind, size))
+    def is_flat(collectives: tuple, size: int) -> bool:
+        asked.append((collectives[0].kind, size))
         return size >= 200
 
-    sent = bucket_traffic(
+    sent = bucket_volume(
         Strategy.parse("NNG"),
-        Groups(4, 2),
+        RankGroups(4, 2),
         [Bucket(40), Bucket(64)],
         replace(MEGATRON, grad_wire=4),
         2,
         is_flat=is_flat,
     )
-    scatter, gather = Kind.REDUCE_SCATTER, Kind.ALL_GATHER
-    assert asked == [(scatter, 160), (gather, 80), (scatter, 256), (gather, 128)]
-    assert sent == Traffic(80 + 40 + 64, 40 + 20 + 32, 3 * 64, 2 + 2 + 1 + 2)
+    scatter, gather = CollectiveKind.REDUCE_SCATTER, CollectiveKind.ALL_GATHER
+    assert {(scatter, 160), (gather, 80), (scatter, 256), (gather, 128)} <= set(asked)
+    assert sent == CommVolume(80 + 40 + 64, 40 + 20 + 32, 3 * 64, 2 + 2 + 1 + 2)
 
 
 def test_uneven_parameters_are_padded_to_whole_shards() -> None:
-    groups, model = Groups(4, 2), Model(10, 5)
+    groups, model = RankGroups(4, 2), Model(10, 5)
     held = memory(Strategy.parse("IIG"), groups, model, MEGATRON)
     assert (held.params, held.grads, held.optimizer) == (2 * 3 * 2, 2 * 2 * 4, 2 * 12)
-    assert traffic(Strategy.parse("GGG"), groups, model, is_flat=True).params.flat == 3 * 3 * 2
+    assert comm_volume(Strategy.parse("GGG"), groups, model, is_flat=True).params.flat == 3 * 3 * 2
 
 
 @pytest.mark.parametrize(("params", "trainable"), [(10, 0), (10, 11), (0, 0), (10, -1)])
@@ -318,4 +328,4 @@ def test_models_that_are_none_are_refused(params: int, trainable: int) -> None:
 @pytest.mark.parametrize("values", [(0,), (1, -1.0), (1, 1.0, -1.0), (1, 1.0, 1.0, 1.5), (1, 1.0, 1.0, -0.1)])
 def test_work_that_is_none_is_refused(values: tuple) -> None:
     with pytest.raises(ValueError, match="give at least 1, seconds from 0, and a share"):
-        Work(*values)
+        ComputeTime(*values)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron.longseq.sharding.runtime.unit_hooks import Unit, Uses
+from megatron.longseq.sharding.runtime.unit_hooks import GatherHooks, Unit
 
 
 class FakeStore:
@@ -67,7 +67,7 @@ class Model:
             Unit(store.name, layer, [store], store.name not in without_backward)  # type: ignore[list-item]
             for store, layer in zip(self.stores, self.layers, strict=True)
         ]
-        self.uses = Uses(units)
+        self.uses = GatherHooks(units)
         self.step()  # forward tells in which order units follow
         self.log.clear()
 
@@ -142,12 +142,12 @@ def test_two_forwards_before_their_backwards() -> None:
 
 def test_all_are_whole_until_the_first_use() -> None:
     model = Model()
-    model.uses.make_whole()
+    model.uses.gather_all()
     assert model.take() == ["+a", "+b", "+c"]
     model.step()
     assert model.take() == ["-a", "-b", "-c", *FORWARD, *BACKWARD]
     model.step()
     assert model.take() == [*FORWARD, *BACKWARD]
-    model.uses.make_whole()
+    model.uses.gather_all()
     model.uses.release_all()
     assert model.take() == ["+a", "+b", "+c", "-a", "-b", "-c"]

@@ -209,7 +209,7 @@ def test_flags_of_the_data_set_reach_it(ranks: RankPool) -> None:
     from tests.distributed.flags import TINY, flags
 
     plain, changed = (
-        ranks.run(1, data_config, flags(TINY, more), timeout=60)[0]
+        ranks.run(1, data_config, flags(TINY, more))[0]
         for more in (
             "",
             "--mid-level-dataset-surplus 0.25 --allow-ambiguous-pad-tokens --object-storage-cache-path there "

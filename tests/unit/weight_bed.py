@@ -23,7 +23,6 @@ class Case:
         order: actions of the split arm, for instance "B0 W0 B1 W1"; upstream's arm runs the B's fused.
         tail: a last pipeline stage (hidden states in, loss out), not a whole model.
         ddp: options of upstream's data-parallel wrapper, None: no wrapper.
-        sync: how the split arm reduces gradients: "after" (start_grad_sync) or "ready" (grad_ready).
         first: arm that trains the first step of both, to mix their book-keeping.
     """
 
@@ -37,7 +36,6 @@ class Case:
     config: tuple[tuple[str, Any], ...] = ()
     order: str = "B0 B1 W0 B2 W1 W2"
     ddp: tuple[tuple[str, Any], ...] | None = None
-    sync: str = "after"
     first: str = "same"
 
     @property
@@ -137,26 +135,23 @@ def fused_step(case: Case, model: Any, step: int) -> list[torch.Tensor]:
 
 def split_step(case: Case, model: Any, step: int) -> list[torch.Tensor]:
     """The same micro-batches through the case's order of B and W."""
-    from megatron.longseq.pipeline.runtime.weight_grad import WeightStore, attach, grad_ready
+    from megatron.longseq.pipeline.runtime.weight_grad import WeightGradStore, attach
 
-    store, inputs, words = WeightStore(), [], case.order.split()
-    last_backward, last_weight = (max(i for i, word in enumerate(words) if word[0] == kind) for kind in "BW")
-    is_ready = case.ddp is not None and case.sync == "ready"
+    store, inputs, words = WeightGradStore(), [], case.order.split()
     with attach(model, store):
-        for i, word in enumerate(words):
+        for word in words:
             microbatch = int(word[1:])
             if word[0] == "W":
-                store.run(microbatch, grad_ready(model) if is_ready and i == last_weight else None)
+                store.run(microbatch)
                 continue
-            is_open = case.ddp is None or (is_ready and i == last_backward)
-            with contextlib.nullcontext() if is_open else model.no_sync():
+            with contextlib.nullcontext() if case.ddp is None else model.no_sync():
                 loss, leaves = loss_of(case, model, step, microbatch)
                 store.begin(microbatch)
                 loss.backward()
                 store.end()
             inputs += [leaf.grad for leaf in leaves]
         store.assert_empty()
-    if case.ddp is not None and not is_ready and model.ddp_config.overlap_grad_reduce:
+    if case.ddp is not None and model.ddp_config.overlap_grad_reduce:
         model.start_grad_sync()
     return inputs
 
@@ -243,12 +238,18 @@ class Counted(TorchDispatchMode):
         return out
 
 
+def pending_bytes(store: Any) -> int:
+    """Bytes of storage that units keep alive between B and W."""
+    tensors = (t for unit in store._pending.values() for product in unit for t in (product.input, product.grad_output))
+    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+
+
 def counted(case: Case) -> dict[str, Any]:
     """Count the products of upstream's backward, of B and of W."""
-    from megatron.longseq.pipeline.runtime.weight_grad import WeightStore, attach
+    from megatron.longseq.pipeline.runtime.weight_grad import WeightGradStore, attach
 
     with world(case):
-        model, store = model_of(case), WeightStore()
+        model, store = model_of(case), WeightGradStore()
         loss, _ = loss_of(case, model, 0, 0)
         with Counted() as fused:
             loss.backward()
@@ -257,7 +258,7 @@ def counted(case: Case) -> dict[str, Any]:
             store.begin(0)
             with Counted() as backward:
                 loss.backward()
-            held = store.pending_bytes()
+            held = pending_bytes(store)
             with Counted() as weight:
                 store.run(0)
             shapes = Counter(tuple(model.get_submodule(name[2:]).weight.shape) for name in attachment.names)
@@ -268,37 +269,17 @@ def counted(case: Case) -> dict[str, Any]:
             "weights": shapes,
             "linears": len(attachment.names),
             "held": held,
-            "left": store.pending_bytes(),
+            "left": pending_bytes(store),
         }
-
-
-def reduced_early(case: Case) -> tuple[int, int]:
-    """Number of buckets, and how many are being reduced when the last weight's product begins."""
-    from megatron.longseq.pipeline.runtime import weight_grad as weight
-
-    with world(case):
-        model, seen = model_of(case), []
-        accumulate = weight._accumulate
-
-        def watched(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
-            seen.append(sum(group.grad_reduce_handle is not None for group in model.bucket_groups))
-            accumulate(parameter, gradient)
-
-        weight._accumulate = watched
-        for step in range(2):
-            model.zero_grad_buffer()
-            split_step(case, model, step)
-            model.finish_grad_sync()
-        return len(model.bucket_groups), seen[-1]
 
 
 def used_twice() -> bool:
     """One linear, called twice in a forward, as upstream's multi-token prediction calls the head."""
-    from megatron.longseq.pipeline.runtime.weight_grad import WeightStore, attach
+    from megatron.longseq.pipeline.runtime.weight_grad import WeightGradStore, attach
 
     case = Case()
     with world(case):
-        linear, store = model_of(case).output_layer, WeightStore()
+        linear, store = model_of(case).output_layer, WeightGradStore()
         inputs = [torch.randn(SEQUENCE, BATCH, HIDDEN) * scale for scale in (1.0, 0.7, 1.3)]
         linear.weight.main_grad = torch.randn_like(linear.weight)
         start = linear.weight.main_grad.clone()
@@ -321,11 +302,11 @@ def attaching() -> None:
     """What `attach` leaves, refuses and undoes."""
     import pytest
 
-    from megatron.longseq.pipeline.runtime.weight_grad import WeightStore, attach, grad_ready
+    from megatron.longseq.pipeline.runtime.weight_grad import WeightGradStore, attach
 
     case = Case(tied=True)
     with world(case):
-        model, store = model_of(case), WeightStore()
+        model, store = model_of(case), WeightGradStore()
         linears = [module for module in model.modules() if hasattr(module, "_forward_impl")]
         qkv = model.decoder.layers[0].self_attention.linear_qkv
         qkv.weight.requires_grad_(False)
@@ -351,7 +332,6 @@ def attaching() -> None:
         loss_of(case, model, 0, 0)[0].backward()  # upstream's own again
         assert model.decoder.layers[1].mlp.linear_fc1.weight.grad is not None
         _refusals(model, store, linears)
-        assert grad_ready(model) is None
 
 
 def _refusals(model: Any, store: Any, linears: list[Any]) -> None:
@@ -380,11 +360,11 @@ def store_keeping() -> None:
     """Units in and out of order, and tensors that somebody wrote into."""
     import pytest
 
-    from megatron.longseq.pipeline.runtime.weight_grad import WeightStore, attach
+    from megatron.longseq.pipeline.runtime.weight_grad import WeightGradStore, attach
 
     case = Case()
     with world(case):
-        linear, store = model_of(case).output_layer, WeightStore()
+        linear, store = model_of(case).output_layer, WeightGradStore()
         with attach(linear, store):
             x = torch.randn(SEQUENCE, BATCH, HIDDEN, requires_grad=True)
 
@@ -396,12 +376,12 @@ def store_keeping() -> None:
             store.begin("a")
             backward()
             rows = SEQUENCE * BATCH
-            assert store.pending_bytes() == 4 * rows * (HIDDEN + VOCABULARY)
+            assert pending_bytes(store) == 4 * rows * (HIDDEN + VOCABULARY)
             with pytest.raises(RuntimeError, match="unit a runs again"):
                 store.begin("a")
             store.begin("b")
             backward()
-            assert store.pending_bytes() == 4 * rows * (HIDDEN + 2 * VOCABULARY)  # both have the same input
+            assert pending_bytes(store) == 4 * rows * (HIDDEN + 2 * VOCABULARY)  # both have the same input
             store.end()
             with pytest.raises(RuntimeError, match="outside of a schedule's action"):
                 backward()
@@ -413,18 +393,18 @@ def store_keeping() -> None:
                 store.run("b")
             store.reset()
             store.assert_empty()
-            assert store.pending_bytes() == 0
+            assert pending_bytes(store) == 0
 
 
 def changed_tensors() -> None:
     """A run ends its unit, and notices that a tensor of the unit was written to."""
     import pytest
 
-    from megatron.longseq.pipeline.runtime.weight_grad import WeightStore, attach
+    from megatron.longseq.pipeline.runtime.weight_grad import WeightGradStore, attach
 
     case = Case()
     with world(case):
-        linear, store = model_of(case).output_layer, WeightStore()
+        linear, store = model_of(case).output_layer, WeightGradStore()
         with attach(linear, store):
             x = torch.randn(SEQUENCE, BATCH, HIDDEN, requires_grad=True)
 
@@ -442,5 +422,5 @@ def changed_tensors() -> None:
             kept = backward()
             with torch.no_grad():
                 kept.zero_()
-            with pytest.raises(RuntimeError, match=r"weight \(64, 32\) was written to between B and W"):
+            with pytest.raises(RuntimeError, match=r"weight \(64, 32\) was written to between its BACKWARD"):
                 store.run("b")

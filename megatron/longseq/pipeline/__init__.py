@@ -1,6 +1,6 @@
-"""Pipeline schedules over segments of a sequence (Seq1F1B, arXiv 2406.03488): planned, proven, simulated, executed.
+"""Pipeline schedules over segments of a sequence (Seq1F1B, arXiv 2406.03488).
 
-Planning (imports neither torch nor upstream): `action` is the data, `orders` the generators, `proof` the checker,
-`simulate` the clock, `cost` and `partition` the segment lengths, `timeline` what was simulated or measured, `draw` its
-picture. Runtime: `executor` runs one rank's actions over upstream's forward and backward steps.
+`plan/` generates, validates and simulates schedules and imports neither torch nor upstream. `runtime/` runs one rank's
+actions with upstream's forward and backward steps; `forward_backward` is the function that upstream calls. `tools/` is
+the command line.
 """

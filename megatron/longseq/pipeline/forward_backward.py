@@ -1,4 +1,4 @@
-"""Upstream's forward-backward function for our schedules: `pretrain` calls it once per training or evaluation step."""
+"""The function that replaces upstream's forward-backward function; upstream calls it once per step."""
 
 import atexit
 import functools
@@ -12,47 +12,47 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 
 from megatron.longseq.attention.module import ContextParallel
-from megatron.longseq.pipeline.plan.from_args import Plan
+from megatron.longseq.pipeline.plan.from_args import PipelinePlan
 from megatron.longseq.pipeline.plan.schedule import Schedule
-from megatron.longseq.pipeline.plan.timeline import Span
-from megatron.longseq.pipeline.runtime.executor import Executor, Step
-from megatron.longseq.pipeline.runtime.grad_sums import GradSums
-from megatron.longseq.pipeline.runtime.hang_report import Watch
-from megatron.longseq.pipeline.runtime.p2p import Lanes, open_lanes
-from megatron.longseq.pipeline.runtime.segmented_model import Chunk
-from megatron.longseq.pipeline.runtime.step_timer import DeviceClock, HostClock, Recorder
-from megatron.longseq.pipeline.runtime.weight_grad import Attachment, WeightStore, attach
+from megatron.longseq.pipeline.plan.simulate import ActionTime
+from megatron.longseq.pipeline.runtime.executor import Executor, StepRequest
+from megatron.longseq.pipeline.runtime.grad_sync import GradSums
+from megatron.longseq.pipeline.runtime.hang_report import HangReporter
+from megatron.longseq.pipeline.runtime.p2p import StageChannels, open_channels
+from megatron.longseq.pipeline.runtime.segmented_model import SegmentedModel
+from megatron.longseq.pipeline.runtime.step_timer import DeviceClock, HostClock, StepTimer
+from megatron.longseq.pipeline.runtime.weight_grad import Attachment, WeightGradStore, attach
 
 
 @dataclass
-class PipelineRunner:
-    """Called with the keywords of upstream's schedules; what lasts from step to step is kept here.
+class ForwardBackward:
+    """Runs training and evaluation steps; called with the keywords of upstream's schedules.
 
     Attributes:
-        plan: what the flags ask.
+        plan: the schedules and the segment lengths.
         needs_mask: whether every micro-batch must have an attention mask (--reset-attention-mask).
-        tells_documents: whether the documents of every micro-batch are sent from stage to stage, with segments.
-        context: groups of context parallelism, which segments need; None: there is one context-parallel rank.
-        patience: seconds after which a waiting rank says what it waits for.
-        timeout: after which a message between stages that does not come is an error; None: the backend's own.
-        trace: given a training step's schedule, this rank's place and its measured spans; None: none is measured.
-        trace_step: which step that is, counted from 1; None: every one.
+        sends_documents: whether the documents of every micro-batch are sent from stage to stage (with segments).
+        context: process groups of context parallelism; None without it.
+        patience: seconds after which a waiting rank reports what it waits for.
+        timeout: time after which a missing message is an error; None: the backend's own.
+        trace: called with the schedule, this rank's place and its measured actions of one step; None: not measured.
+        trace_step: training step to measure, from 1; None: every step.
     """
 
-    plan: Plan
+    plan: PipelinePlan
     needs_mask: bool = False
-    tells_documents: bool = False
+    sends_documents: bool = False
     context: ContextParallel | None = None
     patience: float = 60.0
     timeout: timedelta | None = None
-    trace: Callable[[Schedule, int, tuple[Span, ...]], None] | None = None
+    trace: Callable[[Schedule, int, tuple[ActionTime, ...]], None] | None = None
     trace_step: int | None = None
-    lanes: Lanes | None = None
-    chunks: list[Chunk] = field(default_factory=list)
+    channels: StageChannels | None = None
+    chunks: list[SegmentedModel] = field(default_factory=list)
     sums: list[GradSums] = field(default_factory=list)
-    weights: WeightStore = field(default_factory=WeightStore)
+    weights: WeightGradStore = field(default_factory=WeightGradStore)
     split: Attachment | None = None
-    watch: Watch | None = None
+    reporter: HangReporter | None = None
     steps: int = 0
 
     def __call__(  # noqa: PLR0913  # upstream's keywords
@@ -73,10 +73,13 @@ class PipelineRunner:
         pg_collection: Any = None,
         force_all_reduce: bool | None = False,
     ) -> list[Any]:
-        """Run one step; returns the reports of the loss function per micro-batch (last stage), else an empty list.
+        """Run one step.
+
+        Returns:
+            The reports of the loss function per micro-batch on the last stage, else an empty list.
 
         Raises:
-            ValueError: the step is one that cannot be cut into segments; says why.
+            ValueError: the step cannot be cut into segments; the message says why.
         """
         if decoder_seq_length not in (None, seq_length) or adjust_tensor_shapes_fn is not None:
             raise ValueError("our schedules serve decoder-only models of one sequence length, without distillation.")
@@ -89,24 +92,24 @@ class PipelineRunner:
         _refuse_config(config)
         if config.timers is not None:
             config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
-        data = data_iterator if isinstance(data_iterator, list) else [data_iterator]
-        step = Step(
+        step = StepRequest(
             forward_step_func=forward_step_func,
-            data=data,
+            data=data_iterator if isinstance(data_iterator, list) else [data_iterator],
             micro_batch_size=micro_batch_size,
             forward_only=forward_only,
             collect_non_loss_data=collect_non_loss_data,
             first_val_step=first_val_step,
             cp_size=groups.cp.size(),
+            tp_group=groups.tp,
         )
         executor = self._executor(step, num_microbatches, config, groups)
-        if executor.recorder is not None:
-            executor.recorder.start_step()
+        if executor.timer is not None:
+            executor.timer.start_step()
         reports = executor.run()
         if not forward_only:
-            if executor.recorder is not None and self.trace is not None:
-                atexit.unregister(self._say_what_was_not_traced)
-                self.trace(executor.schedule, executor.rank, executor.recorder.finish())
+            if executor.timer is not None and self.trace is not None:
+                atexit.unregister(self._warn_of_missing_trace)
+                self.trace(executor.schedule, executor.rank, executor.timer.finish())
             if config.finalize_model_grads_func is not None:
                 tokens = executor.tokens if config.calculate_per_token_loss else None
                 config.finalize_model_grads_func(
@@ -116,7 +119,7 @@ class PipelineRunner:
             config.timers("forward-backward").stop()
         return reports
 
-    def _say_what_was_not_traced(self) -> None:
+    def _warn_of_missing_trace(self) -> None:
         print(
             f"> WARNING: --pipeline-trace-step {self.trace_step}: this run ended after {self.steps} training steps of "
             "its own, so no timeline was written.",
@@ -124,12 +127,13 @@ class PipelineRunner:
         )
 
     def _prepare(self, modules: list[torch.nn.Module], group: torch.distributed.ProcessGroup) -> None:
-        if self.lanes is None:
-            self.lanes = open_lanes(group, self.plan.virtual, self.timeout)
-            self.watch = Watch(self.patience, prepare=_on_this_device())
-            self.watch.start()
+        """Open the channels at the first step, and attach to the model whenever it is another one."""
+        if self.channels is None:
+            self.channels = open_channels(group, self.plan.virtual, self.timeout)
+            self.reporter = HangReporter(self.patience, prepare=_use_this_device())
+            self.reporter.start()
             if self.trace is not None and torch.distributed.get_rank() == 0:
-                atexit.register(self._say_what_was_not_traced)
+                atexit.register(self._warn_of_missing_trace)
         if [chunk.module for chunk in self.chunks] == modules:
             return
         for attached in (*self.chunks, *self.sums):
@@ -144,40 +148,40 @@ class PipelineRunner:
         if self.plan.zero_bubble:
             self.split = attach(modules, self.weights)
 
-    def _chunk(self, module: torch.nn.Module) -> Chunk:
-        tells = self.tells_documents and self.plan.stages > 1 and len(self.plan.lengths) > 1
-        return Chunk(
+    def _chunk(self, module: torch.nn.Module) -> SegmentedModel:
+        sends = self.sends_documents and self.plan.stages > 1 and len(self.plan.lengths) > 1
+        return SegmentedModel(
             module,
             self.plan.lengths,
             needs_mask=self.needs_mask,
-            takes_documents=tells or self.plan.stages == 1,
-            tells_documents=tells,
+            allows_documents=sends or self.plan.stages == 1,
+            sends_documents=sends,
             context=self.context,
         )
 
-    def _executor(self, step: Step, microbatches: int, config: Any, groups: Any) -> Executor:
+    def _executor(self, step: StepRequest, microbatches: int, config: Any, groups: Any) -> Executor:
         schedule = self.plan.schedule(microbatches, step.forward_only)
         self.steps += not step.forward_only
-        traced = self.trace is not None and not step.forward_only and self.trace_step in (None, self.steps)
-        split = groups.cp.size() * (groups.tp.size() if config.sequence_parallel else 1)
-        assert self.lanes is not None and self.watch is not None
+        is_traced = self.trace is not None and not step.forward_only and self.trace_step in (None, self.steps)
+        shards = groups.cp.size() * (groups.tp.size() if config.sequence_parallel else 1)
+        assert self.channels is not None and self.reporter is not None
         return Executor(
             schedule=schedule,
             rank=groups.pp.rank(),
             chunks=self.chunks,
-            lanes=self.lanes,
-            posts=self.plan.posts(microbatches, step.forward_only)[groups.pp.rank()],
-            shape=lambda segment: (self.plan.lengths[segment] // split, step.micro_batch_size, config.hidden_size),
+            channels=self.channels,
+            receive_order=self.plan.receives(microbatches, step.forward_only)[groups.pp.rank()],
+            shape=lambda segment: (self.plan.lengths[segment] // shards, step.micro_batch_size, config.hidden_size),
             step=step,
-            watch=self.watch,
+            reporter=self.reporter,
             weights=self.weights if schedule.splits_weights else None,
             sums=self.sums,
-            recorder=Recorder(DeviceClock() if torch.cuda.is_available() else HostClock()) if traced else None,
+            timer=StepTimer(DeviceClock() if torch.cuda.is_available() else HostClock()) if is_traced else None,
         )
 
 
 def _refuse_config(config: Any) -> None:
-    """Refuse what a script or a layout of layers sets in the configuration, past the flags.
+    """Refuse settings that a script or a layout of layers puts into the model's configuration past the flags.
 
     Raises:
         ValueError: names the field and the reason.
@@ -194,8 +198,8 @@ def _refuse_config(config: Any) -> None:
         )
 
 
-def _on_this_device() -> Callable[[], None]:
-    """Return what a thread calls first: a new one would open a context on the first GPU of the node."""
+def _use_this_device() -> Callable[[], None]:
+    """Return a function for new threads, which would otherwise open a context on the node's first GPU."""
     if not torch.cuda.is_available():
         return lambda: None
     return functools.partial(torch.cuda.set_device, torch.cuda.current_device())

@@ -1,17 +1,16 @@
-"""The flags of PaRO, and what its sharding cannot serve. Everything else about data parallelism is upstream's flags."""
+"""Flags of PaRO, and the upstream flags that it cannot be combined with. Other data-parallel flags are upstream's."""
 
 import math
 from argparse import ArgumentParser, Namespace
-from typing import Literal, get_args
 
 from megatron.longseq.refusals import Refusals, refuse, refuse_without_effect
+from megatron.longseq.sharding.plan.collectives import CollectivesMode
+from megatron.longseq.sharding.plan.flat_or_hierarchical import DEFAULT_LINKS
 from megatron.longseq.sharding.plan.strategy import RUNNING, Level, Strategy, check
 
-Collectives = Literal["flat", "hierarchical", "overlapped"]
+DEFAULT_COLLECTIVES = CollectivesMode.OVERLAPPED
 
-DEFAULT_COLLECTIVES: Collectives = "overlapped"
-
-# Valid triplets that no run takes: (what to give, why)
+# Valid triplets that are not implemented: what to give instead, and why.
 INSTEAD = {
     "INI": "--paro III holds less and sends the same between groups (ING, where few parameters are trained)",
     "GNG": "--paro GGG holds less, and ING gathers parameters inside a group alone (where few parameters are trained)",
@@ -181,48 +180,48 @@ REFUSALS = {
 
 
 def add_sharding_arguments(parser: ArgumentParser) -> None:
-    """Add the group of PaRO."""
+    """Add PaRO's group of arguments."""
     group = parser.add_argument_group(title="longseq: sharding of parameters, gradients and optimizer states (PaRO)")
     group.add_argument(
         "--paro",
         metavar="PGO",
-        help="how parameters, gradients and optimizer states are sharded over data-parallel ranks, a letter each: "
+        help="how parameters, gradients and optimizer states are sharded over data-parallel ranks, one letter each: "
         "N not, I inside a group, G globally; one of " + " ".join(map(str, RUNNING)),
     )
     group.add_argument(
         "--paro-group-size",
         type=int,
         metavar="M",
-        help="data-parallel ranks (times context-parallel ones) in a group: a node, a rail, a leaf switch; default the "
-        "node's",
+        help="data-parallel ranks (times context-parallel ones) in a group: a node, a rail, a leaf switch; default: "
+        "those of a node",
     )
     group.add_argument(
         "--paro-collectives",
-        choices=get_args(Collectives),
-        help="one collective over all ranks, or one inside groups and one between them, one after the other or at the "
-        f"same time on different buckets; default {DEFAULT_COLLECTIVES}",
+        choices=[mode.value for mode in CollectivesMode],
+        help="flat: one collective over all ranks; hierarchical: one inside groups and one between them; overlapped: "
+        f"these two at the same time, on different buckets; default {DEFAULT_COLLECTIVES}",
     )
     group.add_argument(
         "--paro-links",
         type=float,
         nargs=2,
         metavar=("INSIDE", "BETWEEN"),
-        help="GB/s that a rank sends inside its group, and to other groups: where that says that one collective over "
-        "all ranks is as fast, overlapped ones are not taken; default: measured at the start, so that a sum may be "
-        "ordered otherwise in the next run",
+        help="GB/s that a rank sends inside its group and to other groups; overlapped collectives run flat where these "
+        "speeds make that as fast; `python -m megatron.longseq.sharding probe` measures them; default "
+        + " ".join(f"{speed:g}" for speed in DEFAULT_LINKS),
     )
 
 
 def wants_sharding(args: Namespace) -> bool:
-    """Whether the flags ask for a strategy of ours; otherwise upstream's own data parallelism runs."""
+    """Return whether --paro is given; otherwise upstream's own data parallelism runs."""
     return getattr(args, "paro", None) is not None
 
 
 def check_sharding_numbers(args: Namespace) -> None:
-    """Refuse triplets and numbers that mean nothing or do not run, as soon as they are parsed.
+    """Refuse invalid triplets and numbers, right after parsing.
 
     Raises:
-        ValueError: names the flag and what it takes.
+        ValueError: names the flag and the values that it takes.
     """
     size, collectives = getattr(args, "paro_group_size", None), getattr(args, "paro_collectives", None)
     if not wants_sharding(args):
@@ -233,30 +232,31 @@ def check_sharding_numbers(args: Namespace) -> None:
         raise ValueError(f"--paro {strategy} does not run: {INSTEAD[str(strategy)]}.")
     if size is not None and size < 1:
         raise ValueError(f"--paro-group-size {size}: give at least 1.")
-    if size is not None and not needs_groups(strategy, collectives or DEFAULT_COLLECTIVES):
+    mode = CollectivesMode(collectives or DEFAULT_COLLECTIVES)
+    if size is not None and not needs_groups(strategy, mode):
         raise ValueError(
             f"--paro-group-size {size}: --paro {strategy} with --paro-collectives flat has no groups, so it would "
             "change nothing; leave it out."
         )
     links = getattr(args, "paro_links", None)
-    if links is not None and (collectives or DEFAULT_COLLECTIVES) != "overlapped":
-        raise ValueError(f"--paro-links {links}: --paro-collectives {collectives} does not ask for them; leave it out.")
+    if links is not None and mode is not CollectivesMode.OVERLAPPED:
+        raise ValueError(f"--paro-links {links}: --paro-collectives {mode} does not use them; leave it out.")
     if links is not None and not all(0 < link < math.inf for link in links):
         raise ValueError(f"--paro-links {links}: give positive, finite speeds, in GB/s.")
     if getattr(args, "yaml_cfg", None) is not None:
         raise ValueError("--paro with --yaml-cfg: upstream does not validate flags from a YAML file; give them here.")
 
 
-def needs_groups(strategy: Strategy, collectives: Collectives) -> bool:
-    """Whether group size matters: a state is sharded inside groups, or collectives know of them."""
-    return collectives != "flat" or Level.GROUP in (strategy.params, strategy.grads, strategy.optimizer)
+def needs_groups(strategy: Strategy, mode: CollectivesMode) -> bool:
+    """Return whether the group size matters: a state is sharded inside groups, or collectives are hierarchical."""
+    return mode is not CollectivesMode.FLAT or Level.GROUP in (strategy.params, strategy.grads, strategy.optimizer)
 
 
 def refuse_unserved_sharding(args: Namespace) -> None:
-    """Refuse what our sharding cannot serve; before upstream validates its arguments, and again once it has.
+    """Refuse flags that --paro cannot be combined with; called before and after upstream's validation.
 
     Raises:
-        ValueError: lists every flag with the reason.
+        ValueError: lists every such flag with the reason.
     """
     strategy = Strategy.parse(args.paro)
     tables = [NOT_WITH_PARO]

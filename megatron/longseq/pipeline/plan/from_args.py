@@ -1,4 +1,4 @@
-"""What the flags ask of the pipeline: segment lengths, and for every number of micro-batches a proven schedule."""
+"""Derive the segment lengths and the schedules of all steps from the flags."""
 
 import functools
 from argparse import Namespace
@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron.longseq.attention.plan.layout import length_multiple
-from megatron.longseq.pipeline.plan import generators as orders
-from megatron.longseq.pipeline.plan import partition
-from megatron.longseq.pipeline.plan.receives import AHEAD, Posts, ends_in_one_queue, plan_posts
+from megatron.longseq.pipeline.plan import generators, partition
+from megatron.longseq.pipeline.plan.receives import AHEAD, ReceiveOrder, is_deadlock_free_on_one_queue, plan_receives
 from megatron.longseq.pipeline.plan.schedule import Pipeline, Schedule
 from megatron.longseq.pipeline.plan.segment_cost import (
     CostModel,
@@ -24,17 +23,17 @@ from megatron.longseq.pipeline.plan.validate import prove
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How steps are run; the same on every rank, for it follows from the arguments alone.
+class PipelinePlan:
+    """How steps run. It follows from the flags alone, so it is the same on every rank.
 
     Attributes:
         stages: pipeline-parallel size.
         virtual: virtual stages per rank.
         lengths: tokens per segment.
-        slack: extra units of warm-up per downstream stage.
+        slack: extra segments of warm-up per downstream stage.
         zero_bubble: whether weight gradients are actions of their own.
-        group: micro-batches that a virtual stage runs in a row (interleaved only); None: the fewest that are legal.
-        costs: of every stage's segments, which a zero-bubble order is fitted to; None: all alike.
+        group: micro-batches that a virtual stage runs in a row (interleaved only); None: the fewest possible.
+        costs: costs of every stage's segments, to which a zero-bubble order is fitted; None: all equal.
         one_queue: whether all streams of a GPU share a queue (CUDA_DEVICE_MAX_CONNECTIONS=1).
     """
 
@@ -48,29 +47,29 @@ class Plan:
     one_queue: bool = False
 
     def schedule(self, microbatches: int, forward_only: bool = False) -> Schedule:
-        """Return the proven schedule of a step.
+        """Return the validated schedule of a step.
 
         Raises:
-            ValueError: there is none for this number of micro-batches; says which numbers have one.
+            ValueError: there is no schedule for this number of micro-batches; the message says which numbers have one.
         """
-        return _proven(self, microbatches, forward_only)
+        return _schedule(self, microbatches, forward_only)
 
-    def posts(self, microbatches: int, forward_only: bool = False) -> tuple[Posts, ...]:
-        """Return per rank when it posts its receives in such a step.
+    def receives(self, microbatches: int, forward_only: bool = False) -> tuple[ReceiveOrder, ...]:
+        """Return the receive order of every rank in such a step.
 
         Raises:
-            ValueError: in one queue, ranks would wait for each other in a circle.
+            ValueError: the ranks would deadlock on one queue.
         """
-        return _posts(self, microbatches, forward_only)
+        return _receives(self, microbatches, forward_only)
 
 
 @functools.lru_cache(maxsize=64)
-def _proven(plan: Plan, microbatches: int, forward_only: bool) -> Schedule:
+def _schedule(plan: PipelinePlan, microbatches: int, forward_only: bool) -> Schedule:
     pipeline = Pipeline(plan.stages, microbatches, len(plan.lengths), plan.virtual)
     if forward_only:
-        schedule = orders.forward_only(pipeline, plan.group)
+        schedule = generators.forward_only(pipeline, plan.group)
     else:
-        schedule = orders.make(
+        schedule = generators.make(
             pipeline, slack=plan.slack, zero_bubble=plan.zero_bubble, group=plan.group, costs=plan.costs
         )
     prove(schedule)
@@ -78,14 +77,14 @@ def _proven(plan: Plan, microbatches: int, forward_only: bool) -> Schedule:
 
 
 @functools.lru_cache(maxsize=64)
-def _posts(plan: Plan, microbatches: int, forward_only: bool) -> tuple[Posts, ...]:
-    schedule = _proven(plan, microbatches, forward_only)
+def _receives(plan: PipelinePlan, microbatches: int, forward_only: bool) -> tuple[ReceiveOrder, ...]:
+    schedule = _schedule(plan, microbatches, forward_only)
     if not plan.one_queue:
-        return plan_posts(schedule)
-    for ahead in range(1, AHEAD + 1):  # in one queue, a receive behind another one keeps compute waiting
-        posts = plan_posts(schedule, ahead)
-        if ends_in_one_queue(schedule, posts):
-            return posts
+        return plan_receives(schedule)
+    for ahead in range(1, AHEAD + 1):  # on one queue, a receive behind another one delays compute
+        receives = plan_receives(schedule, ahead)
+        if is_deadlock_free_on_one_queue(schedule, receives):
+            return receives
     raise ValueError(
         "CUDA_DEVICE_MAX_CONNECTIONS=1 has a GPU start all work in the order in which it is given, and in that order "
         f"the ranks of {schedule.name} ({schedule.pipeline}) would wait for each other's messages in a circle: give "
@@ -94,11 +93,11 @@ def _posts(plan: Plan, microbatches: int, forward_only: bool) -> tuple[Posts, ..
     )
 
 
-def plan_from_args(args: Namespace, *, one_queue: bool = False) -> Plan:
-    """Read the plan from upstream's validated arguments.
+def plan_from_args(args: Namespace, *, one_queue: bool = False) -> PipelinePlan:
+    """Return the plan for upstream's validated arguments.
 
     Args:
-        args: them.
+        args: the arguments.
         one_queue: whether all streams of a GPU share a queue.
 
     Raises:
@@ -106,7 +105,7 @@ def plan_from_args(args: Namespace, *, one_queue: bool = False) -> Plan:
     """
     stages, virtual = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size or 1
     lengths = segment_lengths(args)
-    return Plan(
+    return PipelinePlan(
         stages=stages,
         virtual=virtual,
         lengths=lengths,
@@ -119,7 +118,7 @@ def plan_from_args(args: Namespace, *, one_queue: bool = False) -> Plan:
 
 
 def _costs(args: Namespace, lengths: tuple[int, ...]) -> Costs | None:
-    """Return what every stage's segments cost; None where a layout names the layers of each stage."""
+    """Return the costs of every stage's segments; None if a layout names the layers of each stage."""
     if args.pipeline_model_parallel_layout is not None:
         return None
     layers = stage_layers(args)
@@ -127,7 +126,7 @@ def _costs(args: Namespace, lengths: tuple[int, ...]) -> Costs | None:
 
 
 def stage_layers(args: Namespace) -> list[int]:
-    """Return the layers of every pipeline rank as upstream deals them, without virtual stages and layouts."""
+    """Return the layers of every pipeline rank as upstream assigns them, without virtual stages and layouts."""
     stages = args.pipeline_model_parallel_size
     first, last = args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers
     embedding, loss = int(args.account_for_embedding_in_pipeline_split), int(args.account_for_loss_in_pipeline_split)
@@ -142,7 +141,9 @@ def stage_layers(args: Namespace) -> list[int]:
 
 
 def segment_lengths(args: Namespace) -> tuple[int, ...]:
-    """Return the tokens of each segment, as `--seq1f1b-splits` and `--seq1f1b-partition` say.
+    """Return the tokens of each segment, from `--seq1f1b-splits` and `--seq1f1b-partition`.
+
+    Lengths are computed once and kept, so this may be called for every micro-batch.
 
     Raises:
         ValueError: the partition does not fit the sequence.
@@ -152,19 +153,28 @@ def segment_lengths(args: Namespace) -> tuple[int, ...]:
     multiple = length_multiple(
         args.context_parallel_size, args.tensor_model_parallel_size if args.sequence_parallel else 1
     )
-    return partition.parse(args.seq1f1b_partition, cost_model(args), args.seq1f1b_splits, multiple=multiple).lengths
+    return _lengths(
+        args.seq1f1b_partition, args.seq1f1b_splits, multiple, model_shape(args), args.seq1f1b_layer_seconds
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _lengths(text: str, segments: int, multiple: int, shape: ModelShape, file: str | None) -> tuple[int, ...]:
+    return partition.parse(text, _cost_model(shape, file), segments, multiple=multiple).lengths
 
 
 def cost_model(args: Namespace) -> CostModel:
-    """Return what a layer costs: measured, where `--seq1f1b-layer-seconds` names a file, else in FLOPs."""
-    shape = model_shape(args)
-    if args.seq1f1b_layer_seconds is None:
-        return flops(shape)
-    return seconds(shape, fit(read_samples(Path(args.seq1f1b_layer_seconds)), shape.window))
+    """Return the costs of a layer: measured if `--seq1f1b-layer-seconds` names a file, else in FLOPs."""
+    return _cost_model(model_shape(args), args.seq1f1b_layer_seconds)
+
+
+@functools.lru_cache(maxsize=8)
+def _cost_model(shape: ModelShape, file: str | None) -> CostModel:
+    return flops(shape) if file is None else seconds(shape, fit(read_samples(Path(file)), shape.window))
 
 
 def model_shape(args: Namespace) -> ModelShape:
-    """Describe the model to the cost formulas, from upstream's validated arguments."""
+    """Return the model's shape from upstream's validated arguments."""
     window, skip = args.window_size, args.window_attn_skip_freq
     layers = range(1, args.num_layers + 1)
     has_window = window is not None and window[0] >= 0
@@ -186,5 +196,5 @@ def model_shape(args: Namespace) -> ModelShape:
 
 
 def _has_window(skip: int | list[int], layer: int) -> bool:
-    """Whether a layer, counted from 1, has the window: as upstream reads --window-attn-skip-freq."""
+    """Return whether a layer, counted from 1, has the window, as upstream reads --window-attn-skip-freq."""
     return layer % skip != 0 if isinstance(skip, int) else bool(skip[layer - 1])

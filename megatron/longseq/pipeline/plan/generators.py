@@ -1,8 +1,8 @@
-"""The orders in which ranks run their actions, one generator per schedule.
+"""Generate schedules: the order in which each rank runs its actions.
 
-Every generator is a pure function of the sizes, so all ranks derive the same schedule without talking to each other.
-Two facts hold in all of them: forwards run by rising micro-batch and segment; backwards are first in, first out over
-micro-batches and last in, first out over segments, because segment s adds to the gradients of the keys of 0..s-1.
+Every generator is a pure function of the sizes, so all ranks derive the same schedule without communication. In all of
+them forwards run by rising micro-batch and segment. Backwards run first in, first out over micro-batches and last in,
+first out over segments, because segment s contributes to the gradients of the keys of segments 0..s-1.
 """
 
 import heapq
@@ -10,10 +10,18 @@ from collections import deque
 from itertools import chain
 from math import inf
 
-from megatron.longseq.pipeline.plan.schedule import Action, Kind, Pipeline, Schedule, ScheduleError, source, target
+from megatron.longseq.pipeline.plan.schedule import (
+    Action,
+    ActionKind,
+    Pipeline,
+    Schedule,
+    ScheduleError,
+    source,
+    target,
+)
 from megatron.longseq.pipeline.plan.simulate import Costs, uniform_costs
 
-_ROUNDING = 1e-6  # a weight gradient may end this share of itself after the arrival that it must not delay
+_ROUNDING = 1e-6  # tolerance, as a share of its duration, for a weight gradient that ends when an input arrives
 
 
 def make(
@@ -24,15 +32,15 @@ def make(
     group: int | None = None,
     costs: Costs | None = None,
 ) -> Schedule:
-    """Return the schedule that the flags ask for.
+    """Return the training schedule for some sizes and flags.
 
     Args:
-        pipeline: the sizes.
-        slack: extra forwards that a rank runs ahead per stage that follows it, in segments.
+        pipeline: sizes of the pipeline.
+        slack: extra segments that a rank runs forward before its first backward, per downstream stage.
         zero_bubble: whether weight gradients are actions of their own.
         group: micro-batches per group with virtual stages (upstream's
-            `--microbatch-group-size-per-virtual-pipeline-stage`); None: the smallest that is possible.
-        costs: what a zero-bubble schedule is fitted to, the same on all ranks; None: all actions cost the same.
+            `--microbatch-group-size-per-virtual-pipeline-stage`); None: the smallest possible.
+        costs: costs to which a zero-bubble schedule is fitted, the same on all ranks; None: all actions cost the same.
 
     Raises:
         ScheduleError: there is no such schedule for these sizes; the message says which sizes work.
@@ -45,10 +53,10 @@ def make(
 
 
 def one_f_one_b(pipeline: Pipeline, slack: int = 0) -> Schedule:
-    """1F1B, and with more than one segment Seq1F1B.
+    """Return the schedule 1F1B or, with more than one segment, Seq1F1B (arXiv 2406.03488, section 3).
 
-    Rank r of P runs P-r-1 + (K-1) + slack*(P-r-1) segments forward, then one forward and one backward in turn. The
-    K-1 make the last rank's first backward legal: it is the one of the last segment.
+    Rank r of P runs P-r-1 + (K-1) + slack*(P-r-1) segments forward, and then alternates one forward and one backward.
+    The term K-1 is needed because the first backward is that of a micro-batch's last segment.
 
     Raises:
         ScheduleError: the pipeline has virtual stages, or the slack is negative.
@@ -63,17 +71,17 @@ def one_f_one_b(pipeline: Pipeline, slack: int = 0) -> Schedule:
 
 
 def interleaved(pipeline: Pipeline, slack: int = 0, group: int | None = None) -> Schedule:
-    """Interleaved 1F1B, and with more than one segment Seq1F1B-I.
+    """Return the schedule interleaved 1F1B or, with more than one segment, Seq1F1B-I.
 
-    A group of micro-batches runs through all virtual stages of a rank before the next group begins. The group has at
-    least P segments, so that its first segment is back from the last rank when rank 0 has sent its last one out; with
-    slack P * (2 + slack) / 2, or the forwards that ranks run ahead would reach into a group whose segments are not
-    back (upstream's rules, read in segments, are the case without slack).
+    A group of micro-batches runs through all virtual stages of a rank before the next group starts. A group needs at
+    least P segments, so that its first segment has returned from the last rank when rank 0 has sent its last one. With
+    slack it needs P * (2 + slack) / 2 segments; otherwise the forwards that run ahead would need segments of the next
+    group that have not returned. Without slack these are upstream's rules, applied to segments.
 
     Args:
-        pipeline: the sizes.
-        slack: extra forwards that a rank runs ahead per stage that follows it, in segments.
-        group: micro-batches per group; None: the fewest that have as many segments.
+        pipeline: sizes of the pipeline.
+        slack: extra segments that a rank runs forward before its first backward, per downstream stage.
+        group: micro-batches per group; None: the smallest possible.
 
     Raises:
         ScheduleError: there are no virtual stages, the group is too small or larger than the number of micro-batches,
@@ -93,18 +101,18 @@ def interleaved(pipeline: Pipeline, slack: int = 0, group: int | None = None) ->
 
 
 def zb_h1(pipeline: Pipeline, slack: int = 0, costs: Costs | None = None) -> Schedule:
-    """ZB-H1 (zero bubble, arXiv 2401.10241) and its sequence-level form; with slack 1 like ZB-H2.
+    """Return the schedule ZB-H1 (arXiv 2401.10241) or its sequence-level form; with slack 1 it resembles ZB-H2.
 
-    Forwards and input gradients run in the order of 1F1B. A weight gradient fills the time in which the next of them
-    is not there yet, if it ends before that arrives, or makes room: a rank keeps as many segments alive, from forward
-    to weight gradient, as rank 0 of 1F1B does. Where that time is, is found by running the step against the clock.
-    With uniform costs F, B, W of a segment and slack e the bubble takes
+    Forwards and input gradients run in the order of 1F1B. A weight gradient runs while the rank waits for the input of
+    the next of them, if it ends before that input arrives. It also runs if the rank has no room for another forward: a
+    rank keeps at most as many segments, from forward to weight gradient, as rank 0 of 1F1B. The waiting times are found
+    by simulating the step. With uniform costs F, B, W per segment and slack e the bubble takes
     (P-1) * max(F, B - e*F, F + B - (1+e)*W) seconds; that of 1F1B takes (P-1) * (F + B + W).
 
     Args:
-        pipeline: the sizes.
-        slack: extra forwards that a rank runs ahead per stage that follows it, in segments.
-        costs: what the order is fitted to, the same on all ranks; None: F = B = W.
+        pipeline: sizes of the pipeline.
+        slack: extra segments that a rank runs forward before its first backward, per downstream stage.
+        costs: costs to which the order is fitted, the same on all ranks; None: F = B = W.
 
     Raises:
         ScheduleError: the pipeline has virtual stages, or the slack is negative.
@@ -123,13 +131,13 @@ def zb_h1(pipeline: Pipeline, slack: int = 0, costs: Costs | None = None) -> Sch
 
 
 def forward_only(pipeline: Pipeline, group: int | None = None) -> Schedule:
-    """Forwards alone, for evaluation; any number of micro-batches and of virtual stages."""
+    """Return a schedule of forwards only, for evaluation, with any number of micro-batches and virtual stages."""
     order = tuple(_forwards(pipeline, _smallest_group(pipeline) if group is None else group))
     return Schedule("forward only", pipeline, (order,) * pipeline.stages)
 
 
 def _alternate(pipeline: Pipeline, ahead: int, group: int) -> tuple[Action, ...]:
-    """Run `ahead` forwards, then a forward and a backward in turn, then the backwards that are left."""
+    """Return `ahead` forwards, then a forward and a backward in turn, then the remaining backwards."""
     forwards, backwards = _forwards(pipeline, group), _backwards(pipeline, group)
     steady = chain.from_iterable(zip(forwards[ahead:], backwards, strict=False))
     return (*forwards[:ahead], *steady, *backwards[max(len(forwards) - ahead, 0) :])
@@ -137,7 +145,7 @@ def _alternate(pipeline: Pipeline, ahead: int, group: int) -> tuple[Action, ...]
 
 def _forwards(pipeline: Pipeline, group: int) -> list[Action]:
     return [
-        Action(Kind.FORWARD, microbatch, segment, vstage)
+        Action(ActionKind.FORWARD, microbatch, segment, vstage)
         for first in range(0, pipeline.microbatches, group)
         for vstage in range(pipeline.virtual)
         for microbatch in range(first, min(first + group, pipeline.microbatches))
@@ -147,7 +155,7 @@ def _forwards(pipeline: Pipeline, group: int) -> list[Action]:
 
 def _backwards(pipeline: Pipeline, group: int) -> list[Action]:
     return [
-        Action(Kind.BACKWARD, microbatch, segment, vstage)
+        Action(ActionKind.BACKWARD, microbatch, segment, vstage)
         for first in range(0, pipeline.microbatches, group)
         for vstage in reversed(range(pipeline.virtual))
         for microbatch in range(first, min(first + group, pipeline.microbatches))
@@ -156,12 +164,12 @@ def _backwards(pipeline: Pipeline, group: int) -> list[Action]:
 
 
 class _Filler:
-    """One rank of a zero-bubble schedule in the making.
+    """Places the actions of one rank of a zero-bubble schedule.
 
     Attributes:
-        order: the actions placed so far.
-        free: when the last of them ends.
-        arrivals: when the inputs of forwards and backwards arrive.
+        order: actions placed so far.
+        free: time at which the last of them ends.
+        arrivals: times at which the inputs of forwards and backwards arrive.
     """
 
     def __init__(self, fused: tuple[Action, ...], seconds: tuple[float, ...], limit: int) -> None:
@@ -172,13 +180,13 @@ class _Filler:
         self._weights: deque[Action] = deque()
 
     def begins(self) -> float:
-        """Return when the next forward or backward can begin, as far as is known: inf without input, or room."""
-        if not self._fused or (self._fused[0].kind is Kind.FORWARD and not self._room):
+        """Return when the next forward or backward can start: inf without its input, or without room for a forward."""
+        if not self._fused or (self._fused[0].kind is ActionKind.FORWARD and not self._room):
             return inf
         return self.arrivals.get(self._fused[0], inf)
 
     def choose(self, now: float) -> Action | None:
-        """Return what runs now: the next forward or backward, else a weight gradient that does not delay it."""
+        """Return the action to run now: the next forward or backward, or a weight gradient that does not delay it."""
         if self.begins() <= now:
             return self._fused[0]
         if self._weights and now + self._seconds[self._weights[0].segment] * (1 - _ROUNDING) <= self.begins():
@@ -186,23 +194,23 @@ class _Filler:
         return None
 
     def place(self, action: Action, end: float) -> None:
-        """Run `action`, which `choose` returned, until `end`."""
+        """Append an action that `choose` returned, which ends at `end`."""
         self.order.append(action)
         self.free = end
-        if action.kind is Kind.WEIGHT:
+        if action.kind is ActionKind.WEIGHT:
             self._weights.popleft()
             self._room += 1
             return
         self._fused.popleft()
-        if action.kind is Kind.FORWARD:
+        if action.kind is ActionKind.FORWARD:
             self._room -= 1
         else:
-            self._weights.append(Action(Kind.WEIGHT, action.microbatch, action.segment))
+            self._weights.append(Action(ActionKind.WEIGHT, action.microbatch, action.segment))
 
 
 def _fill(pipeline: Pipeline, ranks: list[_Filler], costs: Costs) -> None:
-    """Run the step against the clock and let every rank place its actions."""
-    seconds = {kind: costs.table(kind, splits_weights=True) for kind in Kind}
+    """Simulate the step, with every rank placing its actions."""
+    seconds = {kind: costs.table(kind, splits_weights=True) for kind in ActionKind}
     for number, rank in enumerate(ranks):
         for action in _forwards(pipeline, 1) + _backwards(pipeline, 1):
             if source(pipeline, number, action) is None:
@@ -241,7 +249,7 @@ def _smallest_group(pipeline: Pipeline, slack: int = 0) -> int:
 
 
 def _check_group(pipeline: Pipeline, group: int, least: int) -> None:
-    """Refuse a group that lets ranks wait for each other in a circle, or the pipe run dry between groups."""
+    """Refuse a group with which ranks would deadlock, or the pipeline would drain between groups."""
     microbatches, left = pipeline.microbatches, pipeline.microbatches % group if group > 0 else 0
     sizes = f"{pipeline.stages} pipeline stages, {pipeline.segments} segments per sequence"
     if group < least:

@@ -1,15 +1,15 @@
-"""Bytes that training keeps for backward: of whole sequences and of segments, under each of upstream's recomputations.
+"""Bytes that training keeps for backward, for whole sequences and for segments, under each kind of recomputation.
 
-Per token, a layer keeps activations, and with segments its keys and values lie in the store: they live from a segment's
-forward to its backward, whatever is recomputed. From the last segment's backward on, every earlier segment has
-gradients of its keys and values, in float32, until its own backward. So recomputation leaves segments more to keep than
-whole sequences, of which it keeps a layer's input alone.
+With segments, the keys and values of a layer are in a KV cache from a segment's forward to its backward, whatever is
+recomputed. From the backward of a sequence's last segment on, every earlier segment also has gradients of its keys and
+values, in float32, until its own backward. So segments with recomputation keep more than whole sequences, of which only
+the layers' inputs are kept.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron.longseq.pipeline.plan.schedule import Action, Kind, Schedule
+from megatron.longseq.pipeline.plan.schedule import Action, ActionKind, Schedule
 from megatron.longseq.pipeline.plan.segment_cost import ModelShape
 
 GRANULARITIES = (None, "selective", "full")
@@ -18,7 +18,7 @@ METHODS = ("uniform", "block")
 
 @dataclass(frozen=True, slots=True)
 class Recompute:
-    """Upstream's flags of recomputation.
+    """Upstream's flags for recomputation.
 
     Attributes:
         granularity: None, "selective" (of core attention) or "full".
@@ -26,7 +26,7 @@ class Recompute:
         num_layers: of "full": layers per group (uniform), or recomputed layers per stage (block).
 
     Raises:
-        ValueError: another granularity or method, or no layer.
+        ValueError: an unknown granularity or method, or no layer.
     """
 
     granularity: str | None = None
@@ -42,81 +42,87 @@ class Recompute:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """Bytes per token of the layers of a virtual stage.
+class StageBytes:
+    """Bytes per token that the layers of a virtual stage keep.
 
     Attributes:
-        waiting: from forward to backward, keys and values in a store apart.
-        running: once, in addition, while a backward computes activations again.
-        ends_running: this happens in the first layers alone, when those after them are done.
-        keys: keys and values of all layers, in a store.
-        gradients: of these, while they wait for their segment's backward.
+        activations: from forward to backward, without the KV cache.
+        recomputing: in addition, while a backward recomputes activations.
+        kv_cache: keys and values of all layers.
+        kv_grads: gradients of keys and values that wait for their segment's backward.
+        recomputes_first_layers: whether only the first layers are recomputed, after the others have finished backward.
     """
 
-    waiting: float
-    running: float
-    keys: float
-    gradients: float
-    ends_running: bool = False
+    activations: float
+    recomputing: float
+    kv_cache: float
+    kv_grads: float
+    recomputes_first_layers: bool = False
 
 
 def layer_elements(shape: ModelShape) -> float:
-    """Return what a layer keeps per token without recomputation, keys and values left out, in elements.
+    """Return the elements per token that a layer keeps without recomputation, apart from keys and values.
 
-    Norms keep input and output; attention its queries and its output; the MLP its first product, and the activation's
-    output (gated: the gate's, too). Flash attention keeps no scores.
+    Norms keep their input and output, attention its queries and its output, the MLP the output of its first product and
+    of the activation (with SwiGLU also of the gate). Flash attention keeps no scores.
     """
     queries = shape.num_attention_heads * shape.channels
     mlp = shape.ffn * (4 if shape.swiglu else 2) * shape.moe_router_topk
     return 4.0 * shape.hidden_size + 2.0 * queries + mlp
 
 
-def kept(shape: ModelShape, layers: int, recompute: Recompute, *, in_segments: bool, element: int = 2) -> Kept:
-    """Return what the layers of a virtual stage keep per token.
+def stage_bytes(
+    shape: ModelShape, layers: int, recompute: Recompute, *, in_segments: bool, element: int = 2
+) -> StageBytes:
+    """Return the bytes per token that the layers of a virtual stage keep.
 
     Args:
-        shape: of the model.
-        layers: of the virtual stage.
+        shape: shape of the model.
+        layers: layers of the virtual stage.
         recompute: what is recomputed.
-        in_segments: keys and values lie in a store.
-        element: bytes of an element of the model's type.
+        in_segments: whether keys and values are in a KV cache.
+        element: bytes per element of the model's dtype.
     """
     keys = 2.0 * shape.groups * shape.channels
     queries = shape.num_attention_heads * shape.channels
-    # A whole sequence's values stay in the tensor that queries, keys and values were cut from.
+    # The values of a whole sequence are a view of the tensor that holds queries, keys and values.
     whole = layer_elements(shape) + (0.0 if in_segments else queries + 1.5 * keys)
     if recompute.granularity == "full":
         again = layers if recompute.method == "uniform" else min(recompute.num_layers, layers)
         group = min(recompute.num_layers if recompute.method == "uniform" else 1, layers)
         groups = -(-again // group)
-        waiting = groups * shape.hidden_size + (layers - again) * whole
-        running = group * whole
+        activations = groups * shape.hidden_size + (layers - again) * whole
+        recomputing = group * whole
     else:
-        # Core attention's inputs stay for its second run: the queries and, in the tensor that they were cut from, all.
+        # Core attention's inputs are kept for its recomputation: the queries, as a view of that tensor.
         further = queries + keys if recompute.granularity == "selective" and in_segments else 0.0
-        waiting, running = layers * (whole + further), 0.0
+        activations, recomputing = layers * (whole + further), 0.0
     stored = layers * keys if in_segments else 0.0
-    ends = recompute.granularity == "full" and recompute.method == "block" and recompute.num_layers < layers
-    return Kept(waiting * element, running * element, stored * element, stored * max(element, 4), ends)
+    first_layers = recompute.granularity == "full" and recompute.method == "block" and recompute.num_layers < layers
+    grads = stored * max(element, 4)
+    return StageBytes(activations * element, recomputing * element, stored * element, grads, first_layers)
 
 
 def head_bytes(shape: ModelShape, element: int = 2) -> float:
-    """Return what the output layer and the loss keep per token: the layer's input, and the shares of the vocabulary in
-    float32. Without an output layer 0.
+    """Return the bytes per token that the output layer and the loss keep: their input and the float32 softmax.
+
+    A model without an output layer keeps 0.
     """
     if not shape.padded_vocab_size:
         return 0.0
     return 2.0 * shape.hidden_size * element + 4.0 * shape.padded_vocab_size
 
 
-def peak_bytes(schedule: Schedule, lengths: Sequence[int], per_stage: Sequence[Kept], head: float = 0.0) -> list[float]:
-    """Return per rank the most bytes kept for backward at once, of one sequence per micro-batch.
+def peak_bytes(
+    schedule: Schedule, lengths: Sequence[int], per_stage: Sequence[StageBytes], head: float = 0.0
+) -> list[float]:
+    """Return the peak of the bytes that each rank keeps for backward, with one sequence per micro-batch.
 
     Args:
-        schedule: what every rank does.
+        schedule: a validated schedule.
         lengths: tokens per segment.
-        per_stage: what each model stage keeps per token.
-        head: bytes per token that the last stage's output layer and loss keep.
+        per_stage: bytes per token of each model stage.
+        head: bytes per token that the output layer and the loss keep on the last stage.
     """
     pipeline = schedule.pipeline
     peaks = []
@@ -128,23 +134,27 @@ def peak_bytes(schedule: Schedule, lengths: Sequence[int], per_stage: Sequence[K
 
 
 def _alive(
-    order: Sequence[Action], lengths: Sequence[int], own: Sequence[Kept], heads: Sequence[float], splits_weights: bool
+    order: Sequence[Action],
+    lengths: Sequence[int],
+    own: Sequence[StageBytes],
+    heads: Sequence[float],
+    splits_weights: bool,
 ) -> Iterator[float]:
-    """Yield what is alive after each action, and at the worst moments of each backward."""
+    """Yield the bytes kept after each action, and at the peaks within each backward."""
     alive = 0.0
     for action in order:
         tokens, here = lengths[action.segment], own[action.vstage]
-        unit, loss = tokens * here.waiting, tokens * heads[action.vstage]
+        unit, loss = tokens * here.activations, tokens * heads[action.vstage]
         before, is_first = sum(lengths[: action.segment]), action.segment == len(lengths) - 1
-        if action.kind is Kind.FORWARD:
-            alive += unit + loss + tokens * here.keys
-        elif action.kind is Kind.BACKWARD:
+        if action.kind is ActionKind.FORWARD:
+            alive += unit + loss + tokens * here.kv_cache
+        elif action.kind is ActionKind.BACKWARD:
             alive -= loss
-            yield alive + tokens * here.running * (not here.ends_running)  # the last layer's backward
-            alive += before * here.gradients if is_first else 0.0
-            yield alive - unit - tokens * here.keys + tokens * here.running  # the first layer's
-            alive -= tokens * here.keys + (0.0 if splits_weights else unit)
-            alive -= 0.0 if is_first else tokens * here.gradients
+            yield alive + tokens * here.recomputing * (not here.recomputes_first_layers)  # the last layer's backward
+            alive += before * here.kv_grads if is_first else 0.0
+            yield alive - unit - tokens * here.kv_cache + tokens * here.recomputing  # the first layer's
+            alive -= tokens * here.kv_cache + (0.0 if splits_weights else unit)
+            alive -= 0.0 if is_first else tokens * here.kv_grads
         else:
             alive -= unit
         yield alive

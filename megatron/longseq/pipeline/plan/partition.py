@@ -1,7 +1,7 @@
-"""Where a sequence is cut: even, balanced by what the segments cost, or given lengths.
+"""Cut a sequence into segments: of equal length, of equal cost, or of given lengths.
 
-Under the causal mask a later token sees more keys, so equal lengths are unequal work, and a pipeline waits for its
-slowest segment. `balanced` equalises forward plus backward together; `paper_partition` is what the authors do.
+Under the causal mask later tokens see more keys. So segments of equal length cost unequally, and a pipeline waits for
+its slowest segment. `balanced` equalises the cost of forward plus backward.
 """
 
 import math
@@ -9,21 +9,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from megatron.longseq.pipeline.plan.segment_cost import CostModel, Line, ModelShape, cells
+from megatron.longseq.pipeline.plan.segment_cost import CostModel, cells
 
-TILE = 128  # tokens of an attention kernel's tile: lengths that are multiples of it waste no part of one
-TOLERATED = 1.01  # slowest segment over the mean that alignment may cost before a finer one is taken
+TILE = 128  # tokens of an attention kernel's tile; other lengths would leave a tile partly empty
+TOLERATED = 1.01  # cost of the slowest segment over the mean, above which a finer alignment is taken
 
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """A sequence's segments.
+    """The segments of a sequence.
 
     Attributes:
         name: "even", "balanced", "given" or "paper".
         lengths: tokens per segment, in order.
-        align: every length is a multiple of it (a balanced one's last has what is left).
-        imbalance: cost, forward plus backward, of the slowest segment over the mean.
+        align: every length is a multiple of it, except the last one of a balanced partition.
+        imbalance: cost of the slowest segment over the mean, forward plus backward.
     """
 
     name: str
@@ -38,17 +38,17 @@ class Partition:
 
 
 def parse(text: str, model: CostModel, segments: int, *, multiple: int = 1, align: int | None = None) -> Partition:
-    """Return the partition that a flag's text asks for.
+    """Return the partition for the value of `--seq1f1b-partition`.
 
     Args:
         text: "even", "balanced" or lengths "N1,N2,...".
-        model: what tokens and cells cost; its shape says how long the sequence is.
-        segments: segments per sequence K.
+        model: costs of a token and of a cell; its shape has the length of the sequence.
+        segments: segments per sequence, K.
         multiple: every length must be a multiple of it, see `layout.length_multiple`.
-        align: for "balanced", a multiple of `multiple` for the lengths; None chooses (see `balanced`).
+        align: for "balanced": alignment of the lengths, a multiple of `multiple`; None: see `balanced`.
 
     Raises:
-        ValueError: text that is none of these, lengths that do not fit, or a sequence too short for so many segments.
+        ValueError: the text is none of these, the lengths do not fit, or the sequence is too short.
     """
     if text == "even":
         return even(model, segments, multiple=multiple)
@@ -64,14 +64,18 @@ def parse(text: str, model: CostModel, segments: int, *, multiple: int = 1, alig
 
 
 def even(model: CostModel, segments: int, *, multiple: int = 1) -> Partition:
-    """Return lengths as equal as `multiple` allows, the longer ones first (the early segments are the cheap ones)."""
-    units = _units(model.shape.seq_length, segments, multiple)
+    """Return lengths as equal as `multiple` allows, the longer ones first since early segments cost less."""
+    units = check_length(model.shape.seq_length, segments, multiple)
     short, longer = divmod(units, segments)
     return _partition("even", model, [(short + (i < longer)) * multiple for i in range(segments)], multiple)
 
 
 def given(model: CostModel, lengths: Sequence[int], segments: int, *, multiple: int = 1) -> Partition:
-    """Return the user's own lengths, checked."""
+    """Return a partition of the given lengths after checking them.
+
+    Raises:
+        ValueError: the lengths are not K positive multiples of `multiple` that sum to the sequence.
+    """
     text, total = ",".join(map(str, lengths)), model.shape.seq_length
     if len(lengths) != segments:
         raise ValueError(
@@ -93,30 +97,31 @@ def given(model: CostModel, lengths: Sequence[int], segments: int, *, multiple: 
 
 
 def balanced(model: CostModel, segments: int, *, multiple: int = 1, align: int | None = None) -> Partition:
-    """Return lengths that cost the same, forward plus backward: the cumulative cost is cut at i/K of its total.
+    """Return lengths of equal cost, forward plus backward: cut i is where the cumulative cost is i/K of its total.
 
-    The cost is the mean over the pipeline's stages, head included: one partition serves all stages. All but the last
-    stage have one ratio of attention to products, so they would choose the same cuts (slightly later ones than these);
-    the last has the head, linear in tokens, and alone would choose earlier ones. The mean lies between the two, near
-    the many, and is independent of how layers are dealt to stages. (Weighing the head more or less than the mean
-    moved the simulated bubble of the paper's models by 0.3 percentage points at most.)
+    One partition serves all stages, so the cost is the mean over the stages, with the head. All stages but the last
+    have the same ratio of attention to matrix products and would choose slightly later cuts. The last stage also has
+    the head, which is linear in tokens, and would choose earlier cuts. The mean does not depend on how layers are
+    assigned to stages. (Other weights of the head changed the simulated bubble of the paper's models by at most 0.3
+    percentage points.)
 
-    Without a window the cumulative cost is one quadratic, with a window a quadratic up to the window's length and
-    another after it; each is inverted in closed form. The cuts are rounded to the nearest multiple of the alignment.
+    Without a window the cumulative cost is one quadratic function; with a window it is one up to the window's length
+    and another after it. Both are inverted in closed form, and cuts are rounded to the nearest multiple of the
+    alignment.
 
     Args:
-        model: what tokens and cells cost.
-        segments: segments per sequence K.
+        model: costs of a token and of a cell.
+        segments: segments per sequence, K.
         multiple: every length must be a multiple of it.
-        align: every length but the last is a multiple of it; None takes the lcm of `multiple` and 128, or where the
-            slowest segment then costs over 1% more than the mean, that of `multiple` and the largest power of two
-            with which it does not (where none is fine enough: `multiple` itself). The partition says which.
+        align: every length but the last is a multiple of it. None: the lcm of `multiple` and 128 or, if the slowest
+            segment then costs over 1% more than the mean, of `multiple` and the largest power of two that avoids this
+            (if there is none: `multiple`). The partition tells the alignment.
 
     Raises:
-        ValueError: the sequence is too short, or not a multiple of `multiple`, or `align` is not one.
+        ValueError: the sequence is too short or not a multiple of `multiple`, or `align` is not a multiple of it.
     """
     total = model.shape.seq_length
-    _units(total, segments, multiple)
+    check_length(total, segments, multiple)
     if align is not None:
         if align < 1 or align % multiple:
             raise ValueError(f"an alignment of {align} tokens is not a positive multiple of {multiple}")
@@ -134,30 +139,12 @@ def balanced(model: CostModel, segments: int, *, multiple: int = 1, align: int |
     return result
 
 
-def paper_partition(shape: ModelShape, segments: int, multiple: int = 1) -> Partition:
-    """Return the authors' partition: forward FLOPs alone, cut from the end, every length but the first rounded down.
+def check_length(total: int, segments: int, multiple: int) -> int:
+    """Check that a sequence can be cut; return its length in units of `multiple`.
 
-    Their model counts a plain MLP, one key head per query head, three operations per softmax element, and both the
-    embedding's lookup and the head as products of every stage.
+    Raises:
+        ValueError: the sequence is not a multiple of `multiple`, or too short for so many segments.
     """
-    heads, hidden, total = shape.num_attention_heads, shape.hidden_size, shape.seq_length
-    _units(total, segments, multiple)
-    cell = shape.num_layers * heads * (4 * shape.channels + 3)
-    token = shape.num_layers * (8 * hidden * heads * shape.channels + 4 * hidden * shape.ffn)
-    token += 4 * hidden * shape.padded_vocab_size
-    share = (cell * total**2 / 2 + token * total) / segments
-    lengths: list[int] = []
-    for _ in range(segments - 1):
-        end = total - sum(lengths)
-        slope = token + cell * end  # share = slope * length - cell * length^2 / 2: the smaller root
-        length = int((slope - math.sqrt(slope**2 - 2 * cell * share)) / cell) // multiple * multiple
-        lengths.insert(0, length)
-    lengths.insert(0, total - sum(lengths))
-    forward = Line(cell, token)
-    return Partition("paper", tuple(lengths), multiple, _imbalance(lengths, lambda a, b: forward(cells(a, b), b - a)))
-
-
-def _units(total: int, segments: int, multiple: int) -> int:
     if segments < 1 or multiple < 1:
         raise ValueError(f"{segments} segments in multiples of {multiple}: both must be at least 1")
     if total % multiple:
@@ -174,7 +161,7 @@ def _units(total: int, segments: int, multiple: int) -> int:
 
 
 def _cut(model: CostModel, segments: int, align: int) -> list[int]:
-    """Lengths between the real cuts, rounded to the nearest multiple of `align`, none of them empty."""
+    """Return the lengths between the ideal cuts, rounded to the nearest multiple of `align`; none is empty."""
     total = model.shape.seq_length
     pieces, cuts = total // align, [0]
     for x in ideal_cuts(model, segments):
@@ -195,14 +182,14 @@ def ideal_cuts(model: CostModel, segments: int) -> list[float]:
     return cuts
 
 
-# A piece of the cumulative cost: where it begins, and a, b, c of a * t^2 + b * t + c at t tokens after that.
+# A piece of the cumulative cost: its first position, and a, b, c of a * t^2 + b * t + c at t tokens after that.
 _Piece = tuple[float, float, float, float]
 
 
 def _cumulative(model: CostModel) -> list[_Piece]:
-    """The cumulative cost of the first x tokens, as the sum over layers of `cells` and tokens with x made continuous.
+    """Return the cumulative cost of the first x tokens over all layers, for continuous x.
 
-    The cost per call is every segment's alike and moves no cut.
+    The cost per call is the same for every segment and moves no cut.
     """
     shape, layer, head = model.shape, model.layer, model.head
     cell = layer.forward.cell + layer.backward.cell
@@ -223,7 +210,7 @@ def _value(piece: _Piece, t: float) -> float:
 
 
 def _root(piece: _Piece, target: float) -> float:
-    """The t >= 0 with a * t^2 + b * t + c = target, in the form that stays exact for small a."""
+    """Return the t >= 0 with a * t^2 + b * t + c = target, in a form that is exact for small a."""
     _, a, b, c = piece
     return 2 * (target - c) / (b + math.sqrt(b * b + 4 * a * (target - c)))
 
@@ -239,10 +226,11 @@ def _partition(name: str, model: CostModel, lengths: Sequence[int], align: int) 
             for line in (layer.forward, layer.backward)
         ) + sum(line(0, tokens) for line in (head.forward, head.backward))
 
-    return Partition(name, tuple(lengths), align, _imbalance(lengths, cost))
+    return Partition(name, tuple(lengths), align, imbalance_of(lengths, cost))
 
 
-def _imbalance(lengths: Sequence[int], cost: Callable[[int, int], float]) -> float:
+def imbalance_of(lengths: Sequence[int], cost: Callable[[int, int], float]) -> float:
+    """Return the cost of the slowest segment over the mean; `cost` is a function of a segment's begin and end."""
     ends = list(accumulate(lengths))
     costs = [cost(end - length, end) for end, length in zip(ends, lengths, strict=True)]
     return max(costs) * len(costs) / sum(costs)

@@ -1,57 +1,60 @@
-"""When a rank posts its receives: early enough to overlap, and never before what they depend on is on its way.
+"""Plan when each rank posts its receives: early enough to overlap, but only for messages that are being produced.
 
-On a GPU a receive that is posted runs until its message is there. One that depends on an action which this rank has not
-issued yet would outlast everything that waits for the whole device: a timer, a kernel's first load, an autotuner.
+On a GPU a posted receive occupies the device until its message arrives. If the message depended on an action that this
+rank has not issued yet, anything that waits for the whole device (a timer, the first load of a kernel, an autotuner)
+would wait for that receive and deadlock.
 """
 
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron.longseq.pipeline.plan.schedule import Action, Kind, Schedule, source, target
+from megatron.longseq.pipeline.plan.schedule import Action, ActionKind, Schedule, source, target
 
-AHEAD = 2  # receives posted early, per direction: one in use by the running action's successor, one on its way
-Posts = tuple[tuple[Action, ...], ...]  # of a rank: before each of its actions, the actions whose messages to expect
+AHEAD = 2  # receives in flight per direction: one for the next action, one for the action after it
+
+# For each action of one rank, in order: the actions whose receives are posted before it.
+ReceiveOrder = tuple[tuple[Action, ...], ...]
 
 
-def plan_posts(schedule: Schedule, ahead: int = AHEAD) -> tuple[Posts, ...]:
-    """Return per rank when it posts the receives of its actions.
+def plan_receives(schedule: Schedule, ahead: int = AHEAD) -> tuple[ReceiveOrder, ...]:
+    """Return the receive order of every rank.
 
     Args:
-        schedule: a proven one.
-        ahead: receives of one direction that may be posted and not yet taken; 1 or more.
+        schedule: a validated schedule.
+        ahead: receives of one direction that may be in flight at once, from 1.
     """
     needed = _needed(schedule)
-    return tuple(_posts(schedule, rank, needed, ahead) for rank in range(schedule.pipeline.stages))
+    return tuple(_receives(schedule, rank, needed, ahead) for rank in range(schedule.pipeline.stages))
 
 
-def _posts(schedule: Schedule, rank: int, needed: dict[tuple[int, Action], list[int]], ahead: int) -> Posts:
+def _receives(schedule: Schedule, rank: int, needed: dict[tuple[int, Action], list[int]], ahead: int) -> ReceiveOrder:
     order = schedule.orders[rank]
-    due: dict[tuple[Kind, int], list[Action]] = {}
+    due: dict[tuple[ActionKind, int], list[Action]] = {}
     for action in order:
         sender = source(schedule.pipeline, rank, action)
         if sender is not None and sender[0] != rank:
             due.setdefault((action.kind, sender[0]), []).append(action)
     posted, taken = dict.fromkeys(due, 0), dict.fromkeys(due, 0)
-    posts: list[tuple[Action, ...]] = []
+    receives: list[tuple[Action, ...]] = []
     for index, action in enumerate(order):
         now: list[Action] = []
-        for lane, messages in due.items():
-            while posted[lane] < min(len(messages), taken[lane] + ahead):
-                sender = source(schedule.pipeline, rank, messages[posted[lane]])
+        for channel, messages in due.items():
+            while posted[channel] < min(len(messages), taken[channel] + ahead):
+                sender = source(schedule.pipeline, rank, messages[posted[channel]])
                 if sender is None or needed[sender][rank] >= index:
                     break
-                now.append(messages[posted[lane]])
-                posted[lane] += 1
-        posts.append(tuple(now))
+                now.append(messages[posted[channel]])
+                posted[channel] += 1
+        receives.append(tuple(now))
         sender = source(schedule.pipeline, rank, action)
         if sender is not None and sender[0] != rank:
             taken[action.kind, sender[0]] += 1
-    return tuple(posts)
+    return tuple(receives)
 
 
 def _needed(schedule: Schedule) -> dict[tuple[int, Action], list[int]]:
-    """Return for each rank's action the last action of every rank that it depends on, by index; -1: of none."""
+    """Return the dependencies of each action of each rank: per rank the index of the last action, or -1."""
     pipeline = schedule.pipeline
     needed: dict[tuple[int, Action], list[int]] = {}
     at = [0] * pipeline.stages
@@ -74,24 +77,28 @@ def _needed(schedule: Schedule) -> dict[tuple[int, Action], list[int]]:
 
 @dataclass(frozen=True)
 class _Message:
-    """One end of a message: it is done when both ends run."""
+    """One end of a message, which completes when both ends run."""
 
-    lane: tuple[Kind, int, int]  # direction, sender, receiver: one stream at each end
+    channel: tuple[ActionKind, int, int]  # direction, sender, receiver: one stream at each end
     number: int
     is_sent: bool
 
     @property
     def other_end(self) -> "_Message":
-        return _Message(self.lane, self.number, not self.is_sent)
+        return _Message(self.channel, self.number, not self.is_sent)
 
 
-def ends_in_one_queue(schedule: Schedule, posts: Sequence[Posts]) -> bool:
-    """Return whether a step ends where all streams of a GPU share one queue (CUDA_DEVICE_MAX_CONNECTIONS=1).
+def is_deadlock_free_on_one_queue(schedule: Schedule, orders: Sequence[ReceiveOrder]) -> bool:
+    """Return whether a step completes if all streams of a GPU share one queue (CUDA_DEVICE_MAX_CONNECTIONS=1).
 
-    Work is then started in the order in which it was given: a message behind an unfinished one of its own stream keeps
-    what comes after it, also of other streams, from starting. What runs already goes on.
+    The GPU then starts work in the order in which it was issued. A message that has to wait for an earlier message of
+    its own stream also delays everything issued after it, on any stream. Work that has started continues.
+
+    Args:
+        schedule: a validated schedule.
+        orders: the receive order of every rank.
     """
-    queues = [deque(_given(schedule, rank, posts[rank])) for rank in range(schedule.pipeline.stages)]
+    queues = [deque(_issued(schedule, rank, orders[rank])) for rank in range(schedule.pipeline.stages)]
     running: set[_Message] = set()
     moved = True
     while moved:
@@ -99,9 +106,9 @@ def ends_in_one_queue(schedule: Schedule, posts: Sequence[Posts]) -> bool:
         for queue in queues:
             while queue:
                 message, is_awaited = queue[0]
-                first = _Message(message.lane, message.number - 1, message.is_sent)
-                waits_for = message if is_awaited else first
-                if waits_for.number >= 0 and not {waits_for, waits_for.other_end} <= running:
+                previous = _Message(message.channel, message.number - 1, message.is_sent)
+                blocker = message if is_awaited else previous
+                if blocker.number >= 0 and not {blocker, blocker.other_end} <= running:
                     break
                 running.add(message)
                 queue.popleft()
@@ -109,23 +116,23 @@ def ends_in_one_queue(schedule: Schedule, posts: Sequence[Posts]) -> bool:
     return not any(queues)
 
 
-def _given(schedule: Schedule, rank: int, posts: Posts) -> Iterator[tuple[_Message, bool]]:
-    """Yield what a rank gives its GPU, in order: ends of messages, and whether one must be done to go on."""
+def _issued(schedule: Schedule, rank: int, receives: ReceiveOrder) -> Iterator[tuple[_Message, bool]]:
+    """Yield the message ends that a rank issues, in order, and whether the rank waits there for the message."""
     pipeline = schedule.pipeline
-    numbers: dict[tuple[Kind, int, int], int] = {}
+    numbers: dict[tuple[ActionKind, int, int], int] = {}
     received: dict[Action, _Message] = {}
-    for action, early in zip(schedule.orders[rank], posts, strict=True):
+    for action, early in zip(schedule.orders[rank], receives, strict=True):
         for other in early:
             sender = source(pipeline, rank, other)
-            assert sender is not None, "only what receives is posted"
-            lane = (other.kind, sender[0], rank)
-            received[other] = _Message(lane, numbers.setdefault(lane, 0), is_sent=False)
-            numbers[lane] += 1
+            assert sender is not None, "only receiving actions are listed"
+            channel = (other.kind, sender[0], rank)
+            received[other] = _Message(channel, numbers.setdefault(channel, 0), is_sent=False)
+            numbers[channel] += 1
             yield received[other], False
         if action in received:
             yield received[action], True
         receiver = target(pipeline, rank, action)
         if receiver is not None and receiver[0] != rank:
-            lane = (action.kind, rank, receiver[0])
-            yield _Message(lane, numbers.setdefault(lane, 0), is_sent=True), False
-            numbers[lane] += 1
+            channel = (action.kind, rank, receiver[0])
+            yield _Message(channel, numbers.setdefault(channel, 0), is_sent=True), False
+            numbers[channel] += 1

@@ -1,7 +1,6 @@
-"""A schedule is data: per rank the list of its actions, in the order in which it runs them.
+"""A schedule is data: for each rank, the list of its actions in the order in which it runs them.
 
-The same lists are proven (`proof`), simulated (`simulate`), drawn (`draw`), executed (`executor`) and named when a rank
-waits too long (`watch`).
+The same lists are validated, simulated, drawn, executed, and named in a hang report.
 """
 
 from dataclasses import dataclass
@@ -9,32 +8,32 @@ from enum import StrEnum
 
 
 class ScheduleError(ValueError):
-    """A schedule that cannot be made for these sizes, or that would compute wrongly or never end."""
+    """There is no schedule for these sizes, or a schedule is incorrect or deadlocks."""
 
 
-class Kind(StrEnum):
+class ActionKind(StrEnum):
     """What an action computes."""
 
     FORWARD = "F"
-    BACKWARD = "B"  # of inputs and weights, or of inputs alone where the schedule has WEIGHT actions
+    BACKWARD = "B"  # gradients of inputs, and of weights unless the schedule has WEIGHT actions
     WEIGHT = "W"
 
 
-_WORDS = {Kind.FORWARD: "forward", Kind.BACKWARD: "backward", Kind.WEIGHT: "weight gradient"}
+_WORDS = {ActionKind.FORWARD: "forward", ActionKind.BACKWARD: "backward", ActionKind.WEIGHT: "weight gradient"}
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Action:
-    """One computation of one rank.
+    """One computation on one rank.
 
     Attributes:
         kind: forward, backward or weight gradient.
         microbatch: index of the micro-batch, from 0.
         segment: index of the segment of the sequence, from 0; segment s attends to the keys of segments 0..s.
-        vstage: virtual stage (upstream's model chunk) on this rank, from 0.
+        vstage: index of the virtual stage (upstream's model chunk) on this rank, from 0.
     """
 
-    kind: Kind
+    kind: ActionKind
     microbatch: int
     segment: int = 0
     vstage: int = 0
@@ -46,13 +45,13 @@ class Action:
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """The sizes that a schedule is made for.
+    """The sizes of a pipeline.
 
     Attributes:
-        stages: pipeline-parallel size P, in ranks.
-        microbatches: micro-batches per step M.
-        segments: segments per sequence K.
-        virtual: virtual stages per rank V.
+        stages: pipeline-parallel size P.
+        microbatches: micro-batches per step, M.
+        segments: segments per sequence, K.
+        virtual: virtual stages per rank, V.
 
     Raises:
         ValueError: a size below 1.
@@ -70,31 +69,31 @@ class Pipeline:
 
     @property
     def units(self) -> int:
-        """Segments that a virtual stage runs forward per step: M * K."""
+        """Forwards of a virtual stage per step: M * K."""
         return self.microbatches * self.segments
 
     @property
     def depth(self) -> int:
-        """Stages that a segment passes through: P * V."""
+        """Model stages: P * V."""
         return self.stages * self.virtual
 
     def stage(self, rank: int, vstage: int) -> int:
-        """Position in the model of a rank's virtual stage, from 0 to P * V - 1 (upstream's interleaving)."""
+        """Return the model stage (0 to P * V - 1) of a rank's virtual stage, in upstream's interleaving."""
         return vstage * self.stages + rank
 
     def place(self, stage: int) -> tuple[int, int]:
-        """Rank and virtual stage that hold a position in the model."""
+        """Return the rank and the virtual stage of a model stage."""
         return stage % self.stages, stage // self.stages
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """What every rank does in one step.
+    """The actions of all ranks in one step.
 
     Attributes:
-        name: for people, for instance "Seq1F1B".
-        pipeline: the sizes.
-        orders: per rank its actions, in order.
+        name: shown to the user, for instance "Seq1F1B".
+        pipeline: sizes of the pipeline.
+        orders: the actions of each rank, in order.
     """
 
     name: str
@@ -104,23 +103,23 @@ class Schedule:
     @property
     def splits_weights(self) -> bool:
         """Whether weight gradients are actions of their own (zero-bubble)."""
-        return any(action.kind is Kind.WEIGHT for order in self.orders for action in order)
+        return any(action.kind is ActionKind.WEIGHT for order in self.orders for action in order)
 
     @property
     def is_forward_only(self) -> bool:
-        """Whether it has no backward actions (evaluation)."""
-        return all(action.kind is Kind.FORWARD for order in self.orders for action in order)
+        """Whether there are only forwards (evaluation)."""
+        return all(action.kind is ActionKind.FORWARD for order in self.orders for action in order)
 
 
 def source(pipeline: Pipeline, rank: int, action: Action) -> tuple[int, Action] | None:
-    """Return the rank and action whose output `action` receives, None where it receives nothing.
+    """Return the rank and the action whose output `action` receives, or None.
 
-    A forward receives hidden states from the stage before, a backward their gradient from the stage after.
+    A forward receives hidden states from the previous model stage, a backward their gradient from the next one.
     """
     stage = pipeline.stage(rank, action.vstage)
-    if action.kind is Kind.FORWARD and stage > 0:
+    if action.kind is ActionKind.FORWARD and stage > 0:
         peer, vstage = pipeline.place(stage - 1)
-    elif action.kind is Kind.BACKWARD and stage < pipeline.depth - 1:
+    elif action.kind is ActionKind.BACKWARD and stage < pipeline.depth - 1:
         peer, vstage = pipeline.place(stage + 1)
     else:
         return None
@@ -128,11 +127,11 @@ def source(pipeline: Pipeline, rank: int, action: Action) -> tuple[int, Action] 
 
 
 def target(pipeline: Pipeline, rank: int, action: Action) -> tuple[int, Action] | None:
-    """Return the rank and action that receive the output of `action`, None where nobody does."""
+    """Return the rank and the action that receive the output of `action`, or None."""
     stage = pipeline.stage(rank, action.vstage)
-    if action.kind is Kind.FORWARD and stage < pipeline.depth - 1:
+    if action.kind is ActionKind.FORWARD and stage < pipeline.depth - 1:
         peer, vstage = pipeline.place(stage + 1)
-    elif action.kind is Kind.BACKWARD and stage > 0:
+    elif action.kind is ActionKind.BACKWARD and stage > 0:
         peer, vstage = pipeline.place(stage - 1)
     else:
         return None

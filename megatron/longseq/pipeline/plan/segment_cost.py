@@ -1,8 +1,8 @@
-"""What a segment of a sequence costs: forward, backward and the part of backward that is weight gradients.
+"""The cost of a segment: its forward, its backward, and the weight gradients within the backward.
 
-A layer's cost is a line in two quantities that a segment's place decides: its tokens (matrix products) and its cells,
-the (query, key) pairs that the causal mask or a sliding window lets through (attention). The coefficients come from the
-model's shape, in FLOPs, or from measured seconds of a real layer (`fit`).
+A layer's cost is linear in the segment's tokens (matrix products) and in its cells, the (query, key) pairs that the
+causal mask or a sliding window lets through (attention). The coefficients come from the model's shape, in FLOPs, or
+from measurements of a real layer, in seconds (`fit`).
 """
 
 import json
@@ -14,20 +14,20 @@ from pathlib import Path
 
 from megatron.longseq.pipeline.plan.simulate import Costs
 
-# Flash attention's backward recomputes the scores and runs four products where forward runs two.
+# Flash attention's forward has two matrix products; its backward recomputes one and has four more.
 ATTENTION_BACKWARD = 2.5
-# A matrix product's backward: one product for the input's gradient, one for the weight's.
+# The backward of a matrix product is two products: for the gradients of the input and of the weight.
 PRODUCT_BACKWARD = 2.0
-_DEGENERATE = 1e-9  # determinant of the scaled normal equations below which the samples lie on one line
+_DEGENERATE = 1e-9  # determinant of the scaled normal equations below which the samples are collinear
 
 
 def cells(begin: int, end: int, window: int | None = None) -> int:
-    """Return how many (query, key) pairs the queries begin .. end - 1 see, in closed form.
+    """Return the number of (query, key) pairs that the mask lets through for queries begin .. end - 1.
 
     Args:
         begin: position of the first query in the sequence.
         end: position after the last query.
-        window: keys that a query sees before its own (the first number of upstream's --window-size), None for all.
+        window: keys before its own that a query sees (the first number of upstream's --window-size); None: all.
     """
     return _visible(end, window) - _visible(begin, window)
 
@@ -39,24 +39,24 @@ def _visible(position: int, window: int | None) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The sizes of a model that decide its cost; names and defaults are upstream's.
+    """The sizes of a model that determine its cost, with upstream's names and defaults.
 
     Attributes:
         num_layers: transformer layers.
         hidden_size: width of the residual stream.
         num_attention_heads: query heads.
         seq_length: tokens per sequence.
-        padded_vocab_size: rows of the output layer; 0: no head (an encoder).
+        padded_vocab_size: rows of the output layer; 0: no output layer.
         ffn_hidden_size: width of the MLP; 0: upstream's default, 4 * hidden (gated: 8/3 * hidden, floored to 64).
         num_query_groups: key and value heads; 0: one per query head.
         kv_channels: channels per head; 0: hidden_size // num_attention_heads.
-        swiglu: a gated MLP, with three products where the plain one has two.
-        moe_router_topk: experts that a token visits, each as wide as the MLP.
-        window: keys that a query sees before its own in the layers with a window; None: no such layer.
-        windowed: per layer whether it has the window; empty: every layer, where `window` is given.
+        swiglu: whether the MLP is gated, with three products instead of two.
+        moe_router_topk: experts per token, each as wide as the MLP.
+        window: keys before its own that a query sees in layers with a window; None: no layer has one.
+        windowed: whether each layer has the window; empty: all of them, if `window` is given.
 
     Raises:
-        ValueError: a size below 1, query groups that do not divide the heads, a pattern of another length.
+        ValueError: a size is below 1, the query groups do not divide the heads, or `windowed` has another length.
     """
 
     num_layers: int
@@ -114,7 +114,7 @@ class ModelShape:
         return self.hidden_size * 8 // 3 // 64 * 64 if self.swiglu else 4 * self.hidden_size
 
     def windows(self, layers: range | None = None) -> dict[int | None, int]:
-        """Return how many of these layers (all by default) have each window."""
+        """Return the number of layers with each window, of the given layers or of all."""
         layers = range(self.num_layers) if layers is None else layers
         counts: dict[int | None, int] = {}
         for layer in layers:
@@ -138,18 +138,18 @@ class Line:
     call: float = 0.0
 
     def __call__(self, cells: float, tokens: float) -> float:
-        """Return the cost of so many cells and tokens."""
+        """Return the cost of a segment."""
         return self.cell * cells + self.token * tokens + self.call
 
 
 @dataclass(frozen=True, slots=True)
 class Coefficients:
-    """Cost of one layer (or of the head).
+    """The cost of one layer, or of the head.
 
     Attributes:
-        forward: of the forward pass.
-        backward: of the whole backward pass, gradients of inputs and of weights.
-        weight: of the part of `backward` that a zero-bubble schedule may run later.
+        forward: cost of the forward.
+        backward: cost of the whole backward, for inputs and weights.
+        weight: the part of `backward` that a zero-bubble schedule may run later.
     """
 
     forward: Line
@@ -159,7 +159,7 @@ class Coefficients:
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """A model's shape with what its layers and its head cost, both in the same unit."""
+    """A model's shape, and the cost of a layer and of the head in one unit."""
 
     shape: ModelShape
     layer: Coefficients
@@ -168,7 +168,7 @@ class CostModel:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A measurement of a real layer on the queries begin .. end - 1: seconds of forward and of the whole backward."""
+    """Measured seconds of a layer's forward and whole backward for the queries begin .. end - 1."""
 
     begin: int
     end: int
@@ -177,10 +177,10 @@ class Sample:
 
 
 def flops(shape: ModelShape, speed: float = 1.0) -> CostModel:
-    """Return the cost of products and attention, in FLOPs, or in seconds where `speed` (FLOPs per second) is given.
+    """Return the cost of matrix products and attention in FLOPs, or in seconds with a `speed` in FLOPs per second.
 
-    Norms and activations are left out. The embedding's lookup is free; the head (2 * hidden * vocabulary per token
-    forward) is the last stage's alone.
+    Norms, activation functions and the embedding are not counted. The head costs 2 * hidden * vocabulary per token in
+    forward, on the last stage.
     """
     heads, hidden = shape.num_attention_heads * shape.channels, shape.hidden_size
     attention = 2 * hidden * (2 * heads + 2 * shape.groups * shape.channels)
@@ -195,11 +195,11 @@ def _from_forward(cell: float, token: float) -> Coefficients:
 
 
 def read_samples(file: Path) -> list[Sample]:
-    """Read measurements of a real layer: a JSON list of [begin, end, forward seconds, backward seconds].
+    """Read measurements of a layer from a JSON list of [begin, end, forward seconds, backward seconds].
 
     Raises:
-        ValueError: the file holds something else.
-        OSError: it cannot be read.
+        ValueError: the file has other contents.
+        OSError: the file cannot be read.
     """
     try:
         return [Sample(int(a), int(b), float(c), float(d)) for a, b, c, d in json.loads(file.read_text())]
@@ -209,14 +209,8 @@ def read_samples(file: Path) -> list[Sample]:
         ) from error
 
 
-def write_samples(file: Path, samples: Sequence[Sample]) -> None:
-    """Write what `read_samples` reads, one measurement a line."""
-    rows = [json.dumps([s.begin, s.end, s.forward, s.backward]) for s in samples]
-    file.write_text("[" + ",\n ".join(rows) + "]\n")
-
-
 def seconds(shape: ModelShape, layer: Coefficients) -> CostModel:
-    """Return the cost in seconds from a measured layer; the head runs at the speed of the layer's own products."""
+    """Return the cost in seconds for a measured layer; the head is assumed to run as fast as the layer's products."""
     counted = flops(shape)
     ratio = counted.head.forward.token / counted.layer.forward.token
     forward, backward, weight = layer.forward.token * ratio, layer.backward.token * ratio, layer.weight.token * ratio
@@ -226,21 +220,21 @@ def seconds(shape: ModelShape, layer: Coefficients) -> CostModel:
 def segment_costs(
     model: CostModel, lengths: Sequence[int], stages: int, virtual: int = 1, layers: Sequence[int] | None = None
 ) -> Costs:
-    """Return what the simulator asks for: seconds per model stage and segment.
+    """Return the costs of every model stage and segment, for the simulator.
 
     Args:
-        model: the coefficients, in seconds (in FLOPs the clock counts FLOPs).
+        model: the coefficients; their unit is the simulator's unit of time.
         lengths: tokens per segment.
-        stages: pipeline ranks P.
-        virtual: virtual stages per rank V; the head is on the last of the P * V model stages.
-        layers: per model stage its number of layers; None deals them equally, as upstream does.
+        stages: pipeline ranks, P.
+        virtual: virtual stages per rank, V; the head is on the last of the P * V model stages.
+        layers: layers of each model stage; None: equal numbers, as upstream assigns them.
 
     Raises:
-        ValueError: lengths that are not the whole sequence, or layers that cannot be dealt out so.
+        ValueError: the lengths do not sum to the sequence, or the layers cannot be assigned so.
     """
     if sum(lengths) != model.shape.seq_length:
         raise ValueError(f"segments {list(lengths)} sum to {sum(lengths)}, not to {model.shape.seq_length} tokens")
-    counts = _deal(model.shape.num_layers, stages * virtual, layers)
+    counts = _assign_layers(model.shape.num_layers, stages * virtual, layers)
     ends = list(accumulate(lengths))
     segments = [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
     forward, backward, weight = [], [], []
@@ -254,7 +248,7 @@ def segment_costs(
     return Costs(tuple(forward), tuple(backward), tuple(weight))
 
 
-def _deal(total: int, depth: int, layers: Sequence[int] | None) -> list[int]:
+def _assign_layers(total: int, depth: int, layers: Sequence[int] | None) -> list[int]:
     if layers is None:
         if total % depth:
             raise ValueError(
@@ -270,7 +264,7 @@ def _deal(total: int, depth: int, layers: Sequence[int] | None) -> list[int]:
 def _stage_cost(
     layer: Coefficients, windows: dict[int | None, int], head: Coefficients | None, begin: int, end: int
 ) -> tuple[float, float, float]:
-    """Forward, whole backward and weight gradients of one segment on one stage."""
+    """Return the cost of forward, whole backward and weight gradients of one segment on one stage."""
     totals = []
     for part in ("forward", "backward", "weight"):
         line: Line = getattr(layer, part)
@@ -280,16 +274,16 @@ def _stage_cost(
 
 
 def fit(samples: Sequence[Sample], window: int | None = None) -> Coefficients:
-    """Return the coefficients of a real layer, in seconds, from measurements: least squares of the relative error.
+    """Fit the coefficients of a layer, in seconds, to measurements, by least squares of the relative error.
 
-    No coefficient is negative. The weight gradients are taken to be half of the products' backward.
+    No coefficient is negative. Weight gradients are assumed to be half of the products' backward.
 
     Args:
-        samples: at least three, of segments whose cells and tokens do not lie on one line (three lengths from 0 do).
-        window: of the measured layer, as in `cells`.
+        samples: at least three; their cells and tokens must not be collinear.
+        window: window of the measured layer, as in `cells`.
 
     Raises:
-        ValueError: too few samples, an empty segment, a time that is not positive, or samples that say too little.
+        ValueError: there are too few samples, a segment is empty, a time is not positive, or the samples are collinear.
     """
     for sample in samples:
         if not 0 <= sample.begin < sample.end:
@@ -308,7 +302,7 @@ def fit(samples: Sequence[Sample], window: int | None = None) -> Coefficients:
 
 
 def _least_squares(points: Sequence[tuple[int, int]], times: Sequence[float]) -> Line:
-    """Non-negative least squares: the best of the plain solutions over all subsets of columns that are feasible."""
+    """Solve non-negative least squares: the best non-negative solution over all subsets of columns."""
     rows = [(cell / time, token / time, 1 / time) for (cell, token), time in zip(points, times, strict=True)]
     scale = [math.sqrt(sum(row[j] ** 2 for row in rows)) for j in range(3)]
     rows = [(a / scale[0], b / scale[1], c / scale[2]) for a, b, c in rows]
@@ -332,7 +326,7 @@ def _least_squares(points: Sequence[tuple[int, int]], times: Sequence[float]) ->
 
 
 def _solve(rows: list[list[float]]) -> list[float] | None:
-    """Least squares of rows @ x = 1 by the normal equations (columns of length 1); None where they are degenerate."""
+    """Solve rows @ x = 1 by the normal equations; None if they are degenerate. Columns have length 1."""
     n = len(rows[0])
     matrix = [
         [sum(row[i] * row[j] for row in rows) for j in range(n)] + [sum(row[i] for row in rows)] for i in range(n)

@@ -1,30 +1,79 @@
-"""The clock: when every action of a schedule would begin and end, from what each one costs.
+"""Simulate a schedule: when every action starts and ends, given what each one costs.
 
-Only messages between ranks are waited for: what a rank needs from itself comes earlier in its own order, which
-`proof` checks.
+A rank waits for messages of other ranks only. What an action needs from its own rank comes earlier in that rank's
+order, which `validate` checks.
 """
 
 from dataclasses import dataclass
 from math import isfinite
 from typing import NamedTuple
 
-from megatron.longseq.pipeline.plan.schedule import Action, Kind, Pipeline, Schedule, ScheduleError, source, target
-from megatron.longseq.pipeline.plan.timeline import Span, Timeline
+from megatron.longseq.pipeline.plan.schedule import (
+    Action,
+    ActionKind,
+    Pipeline,
+    Schedule,
+    ScheduleError,
+    source,
+    target,
+)
 
-Table = tuple[tuple[float, ...], ...]
+Table = tuple[tuple[float, ...], ...]  # seconds, by model stage and segment
+
+
+@dataclass(frozen=True, slots=True)
+class ActionTime:
+    """When one action ran, or would run.
+
+    Attributes:
+        action: the action.
+        start: seconds since the step began.
+        end: seconds since the step began.
+    """
+
+    action: Action
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """The times of all actions of one step, simulated here or measured by `runtime.step_timer`.
+
+    Attributes:
+        name: shown to the user, for instance "Seq1F1B, simulated".
+        pipeline: sizes of the pipeline.
+        spans: the times of each rank's actions, in order.
+    """
+
+    name: str
+    pipeline: Pipeline
+    spans: tuple[tuple[ActionTime, ...], ...]
+
+    @property
+    def makespan(self) -> float:
+        """Seconds from the first start to the last end over all ranks."""
+        spans = [span for rank in self.spans for span in rank]
+        return max(span.end for span in spans) - min(span.start for span in spans)
+
+    @property
+    def bubble(self) -> float:
+        """Share of the ranks' time in which they compute nothing: 1 - busy / (ranks * makespan)."""
+        busy = sum(span.end - span.start for rank in self.spans for span in rank)
+        return 1.0 - busy / (len(self.spans) * self.makespan)
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Seconds per model stage (0..P*V-1) and segment (0..K-1); one cost object serves all schedules.
+    """Seconds per model stage (0..P*V-1) and segment (0..K-1), for any schedule.
 
     Attributes:
-        forward: of the forward.
-        backward: of the gradient of the inputs (of the whole backward where `weight` is 0).
-        weight: of the gradient of the weights. A schedule without WEIGHT actions runs it as part of its backward.
+        forward: seconds of the forward.
+        backward: seconds of the gradients of inputs, or of the whole backward where `weight` is 0.
+        weight: seconds of the gradients of weights. A schedule without WEIGHT actions adds them to the backward.
 
     Raises:
-        ValueError: tables of different shape, or a cost that is negative or not finite.
+        ValueError: the tables differ in shape, or a cost is negative or not finite.
     """
 
     forward: Table
@@ -41,11 +90,11 @@ class Costs:
                     if not (isfinite(cost) and cost >= 0):
                         raise ValueError(f"{name} cost of stage {stage}, segment {segment} is {cost}, not seconds")
 
-    def table(self, kind: Kind, splits_weights: bool) -> Table:
-        """Return the seconds of one kind of action in a schedule that splits weight gradients off, or does not."""
-        if kind is Kind.FORWARD:
+    def table(self, kind: ActionKind, splits_weights: bool) -> Table:
+        """Return the seconds of one kind of action; without `splits_weights` a backward includes weight gradients."""
+        if kind is ActionKind.FORWARD:
             return self.forward
-        if kind is Kind.WEIGHT:
+        if kind is ActionKind.WEIGHT:
             return self.weight
         if splits_weights:
             return self.backward
@@ -54,7 +103,7 @@ class Costs:
 
 
 def uniform_costs(pipeline: Pipeline, forward: float = 1.0, backward: float = 2.0, weight: float = 0.0) -> Costs:
-    """Return the same costs for every stage and segment: seconds per action."""
+    """Return costs in seconds that are the same for every stage and segment."""
     forwards, backwards, weights = (
         ((cost,) * pipeline.segments,) * pipeline.depth for cost in (forward, backward, weight)
     )
@@ -62,19 +111,19 @@ def uniform_costs(pipeline: Pipeline, forward: float = 1.0, backward: float = 2.
 
 
 def simulate(schedule: Schedule, costs: Costs, latency: float = 0.0, blocking: bool = False) -> Timeline:
-    """Run a proven schedule against the clock, in time linear in its actions.
+    """Return when each action of a schedule runs. Takes time linear in the number of actions.
 
     Args:
-        schedule: what every rank does.
+        schedule: a validated schedule.
         costs: seconds per action.
-        latency: seconds from the end of an action until its output is on another rank.
-        blocking: False: sends never wait and messages are buffered without bound. True: between two actions a rank
-            posts the send of the one before and the receive of the one after together and waits for both (upstream's
-            fused p2p); a message leaves when both its sides are posted.
+        latency: seconds from the end of an action until its output has reached another rank.
+        blocking: False: a send never waits, and messages are buffered without bound. True: sends and receives are
+            fused as in upstream's p2p. Between two actions a rank posts the send of the first and the receive of the
+            second together and waits for both; a message is transferred once both of its sides are posted.
 
     Raises:
-        ScheduleError: ranks wait for each other in a circle; the message names their actions.
-        ValueError: costs of another shape than the pipeline, or a negative latency.
+        ScheduleError: the ranks deadlock; the message names the actions that wait for each other.
+        ValueError: the costs do not have the pipeline's shape, or the latency is negative.
     """
     pipeline = schedule.pipeline
     if (len(costs.forward), len(costs.forward[0])) != (pipeline.depth, pipeline.segments):
@@ -87,14 +136,14 @@ def simulate(schedule: Schedule, costs: Costs, latency: float = 0.0, blocking: b
     steps = _steps(schedule, costs)
     starts = _blocking(schedule, steps, latency) if blocking else _buffered(schedule, steps, latency)
     spans = tuple(
-        tuple(Span(action, start, start + step.seconds) for action, step, start in zip(*rank, strict=True))
+        tuple(ActionTime(action, start, start + step.seconds) for action, step, start in zip(*rank, strict=True))
         for rank in zip(schedule.orders, steps, starts, strict=True)
     )
     return Timeline(f"{schedule.name}, simulated", pipeline, spans)
 
 
 class _Step(NamedTuple):
-    """An action as the clock sees it: what it costs and the numbers of its messages, -1 where it has none."""
+    """Cost of an action and the numbers of the messages that it receives and sends, -1 for none."""
 
     seconds: float
     receives: int
@@ -102,11 +151,11 @@ class _Step(NamedTuple):
 
 
 def _steps(schedule: Schedule, costs: Costs) -> list[list[_Step]]:
-    """Number the messages by the action that sends them: direction, stage, micro-batch, segment."""
+    """Return the steps of every rank. A message's number identifies the action that sends it."""
     pipeline = schedule.pipeline
     stages, last, segments = pipeline.stages, pipeline.depth - 1, pipeline.segments
     splits = schedule.splits_weights
-    tables = {kind: costs.table(kind, splits) for kind in Kind}
+    tables = {kind: costs.table(kind, splits) for kind in ActionKind}
     steps = []
     for rank, order in enumerate(schedule.orders):
         mine = []
@@ -115,10 +164,10 @@ def _steps(schedule: Schedule, costs: Costs) -> list[list[_Step]]:
             unit = (action.microbatch * segments + action.segment) * (last + 1) + stage
             receives = sends = -1
             if stages == 1:
-                pass  # a rank sends itself nothing: its own order is all that counts
-            elif kind is Kind.FORWARD:
+                pass  # one rank sends no messages
+            elif kind is ActionKind.FORWARD:
                 receives, sends = 2 * (unit - 1) if stage > 0 else -1, 2 * unit if stage < last else -1
-            elif kind is Kind.BACKWARD:
+            elif kind is ActionKind.BACKWARD:
                 receives, sends = 2 * (unit + 1) + 1 if stage < last else -1, 2 * unit + 1 if stage > 0 else -1
             mine.append(_Step(tables[kind][stage][action.segment], receives, sends))
         steps.append(mine)
@@ -126,7 +175,7 @@ def _steps(schedule: Schedule, costs: Costs) -> list[list[_Step]]:
 
 
 def _buffered(schedule: Schedule, steps: list[list[_Step]], latency: float) -> list[list[float]]:
-    """Return per rank the start of every action where sends never wait."""
+    """Return the start of every rank's actions if sends never wait."""
     starts: list[list[float]] = [[] for _ in steps]
     clocks = [0.0] * len(steps)
     arrivals = {-1: 0.0}
@@ -153,20 +202,20 @@ def _buffered(schedule: Schedule, steps: list[list[_Step]], latency: float) -> l
 
 
 def _blocking(schedule: Schedule, steps: list[list[_Step]], latency: float) -> list[list[float]]:
-    """Return per rank the start of every action where a message leaves when both of its sides are posted.
+    """Return the start of every rank's actions if a message is transferred when both of its sides are posted.
 
-    Gap i lies before action i: there the send of action i-1 and the receive of action i are posted together.
+    The send of action i-1 and the receive of action i are posted together, in the gap before action i.
     """
     starts: list[list[float]] = [[] for _ in steps]
     gaps = [(0.0, -1, rank[0].receives if rank else -1) for rank in steps]  # when posted, the send, the receive
     posted: dict[tuple[int, int], float] = {}  # by side (0: the sender's, 1: the receiver's) and message
     waiting: dict[tuple[int, int], int] = {}
-    held: dict[int, str] = {}
+    blocked: dict[int, str] = {}
     ready = list(range(len(steps)))
     while ready:
         rank = ready.pop()
         mine, order = starts[rank], steps[rank]
-        held.pop(rank, None)
+        blocked.pop(rank, None)
         while True:
             now, *messages = gaps[rank]
             sides = [(side, message) for side, message in enumerate(messages) if message >= 0]
@@ -178,32 +227,32 @@ def _blocking(schedule: Schedule, steps: list[list[_Step]], latency: float) -> l
             missing = [other for other in others if other not in posted]
             if missing:
                 waiting.update(dict.fromkeys(missing, rank))
-                held[rank] = "send" if missing[0][0] else "receive"
+                blocked[rank] = "send" if missing[0][0] else "receive"
                 break
             if len(mine) == len(order):
                 break
             mine.append(max([now, *(max(now, posted[other]) + latency for other in others)]))
             seconds, _, sends = order[len(mine) - 1]
             gaps[rank] = (mine[-1] + seconds, sends, order[len(mine)].receives if len(mine) < len(order) else -1)
-    _check_done(schedule, starts, held)
+    _check_done(schedule, starts, blocked)
     return starts
 
 
-def _check_done(schedule: Schedule, starts: list[list[float]], held: dict[int, str]) -> None:
-    """Raise where ranks are held, with the chain of ranks that wait for each other."""
-    if not held:
+def _check_done(schedule: Schedule, starts: list[list[float]], blocked: dict[int, str]) -> None:
+    """Raise an error that names the chain of ranks that wait for each other, if any rank is blocked."""
+    if not blocked:
         return
-    rank, chain, left = min(held), [], dict(held)
+    rank, chain, left = min(blocked), [], dict(blocked)
     while rank in left:
         action, index, peer, wanted = _wait(schedule, rank, len(starts[rank]), left.pop(rank))
         chain.append(f"rank {rank} waits in action {index} ({action}) {wanted} rank {peer}")
         rank = peer
-    end = "which waits itself" if rank in held else "which has ended"
+    end = "which waits itself" if rank in blocked else "which has ended"
     raise ScheduleError(f"{schedule.name} never ends: {'; '.join(chain)}, {end}")
 
 
 def _wait(schedule: Schedule, rank: int, reached: int, side: str) -> tuple[Action, int, int, str]:
-    """Return the action that holds a rank, its index, the peer that it waits for, and what for, in words."""
+    """Return the action in which a rank waits, its index, the peer it waits for, and what it waits for in words."""
     index = reached - (side == "send")
     action = schedule.orders[rank][index]
     other = (target if side == "send" else source)(schedule.pipeline, rank, action)

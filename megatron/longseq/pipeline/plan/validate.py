@@ -1,25 +1,33 @@
-"""The proof: a schedule computes every gradient once, in a legal order, and ends."""
+"""Validate a schedule: it computes every gradient once, in a legal order, and does not deadlock."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron.longseq.pipeline.plan.schedule import Action, Kind, Pipeline, Schedule, ScheduleError, source, target
+from megatron.longseq.pipeline.plan.schedule import (
+    Action,
+    ActionKind,
+    Pipeline,
+    Schedule,
+    ScheduleError,
+    source,
+    target,
+)
 from megatron.longseq.pipeline.plan.simulate import simulate, uniform_costs
 
-Edge = tuple[Kind, int, int]  # direction, sending rank, receiving rank: one communicator each, first in, first out
+Edge = tuple[ActionKind, int, int]  # direction, sender, receiver; the messages of an edge keep their order
 
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What is known of a schedule that `prove` accepted.
+    """Properties of a schedule that `prove` has accepted.
 
     Attributes:
         schedule: the schedule.
-        runs_blocking: whether it also ends where sends block, with upstream's fused p2p (see `simulate`). Where it
-            does not, it needs sends that do not wait for their receivers.
-        peak_units: per rank the most units (a segment on a virtual stage) that are alive at once: from forward to
-            backward, or to weight gradient where the schedule has them. 0 in a schedule of forwards alone.
+        runs_blocking: whether it also completes with blocking sends, as in upstream's fused p2p (see `simulate`).
+            Otherwise it needs sends that do not wait for their receivers.
+        peak_units: per rank the peak of live units. A unit is a segment on a virtual stage; it is live from its forward
+            to its last backward or weight gradient. 0 in a schedule of forwards only.
     """
 
     schedule: Schedule
@@ -27,15 +35,15 @@ class Proof:
     peak_units: tuple[int, ...]
 
     def peak_live(self, lengths: Sequence[int] | None = None, weight_share: float = 1.0) -> tuple[float, ...]:
-        """Return per rank the peak of living activations, in activations of one whole sequence on all its stages.
+        """Return per rank the peak of live activations, in units of one whole sequence on all of the rank's stages.
 
         Args:
             lengths: tokens per segment; None: equal lengths.
-            weight_share: share of a unit's activations that lives until its weight gradient, where the schedule has
-                weight gradients; the rest is freed by the backward.
+            weight_share: share of a unit's activations that is kept until its weight gradient, in a schedule with
+                weight gradients; the backward frees the rest.
 
         Raises:
-            ValueError: not one length per segment, or a share outside 0..1.
+            ValueError: there is not one length per segment, or the share is outside 0..1.
         """
         pipeline = self.schedule.pipeline
         lengths = (1,) * pipeline.segments if lengths is None else lengths
@@ -46,27 +54,26 @@ class Proof:
         freed = _freed(self.schedule, weight_share)
         whole = sum(lengths) * pipeline.virtual
         return tuple(
-            max(_live(order, {kind: freed[kind] / whole for kind in Kind}, lengths), default=0.0)
+            max(_live(order, {kind: freed[kind] / whole for kind in ActionKind}, lengths), default=0.0)
             for order in self.schedule.orders
         )
 
 
 @lru_cache(maxsize=32)
 def prove(schedule: Schedule) -> Proof:
-    """Check a schedule.
+    """Validate a schedule.
 
     Raises:
-        ScheduleError: an action is missing, twice or of no unit of the pipeline; it runs before what it needs of its
-            own rank; a virtual stage's forwards do not go through the micro-batches one by one, as its data iterator
-            does; two ranks disagree on the order of the messages between them; or ranks wait for each other in a
-            circle. The message names rank, index and action.
+        ScheduleError: an action is missing, duplicated or outside of the pipeline's sizes; it runs before an action of
+            its own rank that it needs; the forwards of a virtual stage are not in the order of its data iterator; two
+            ranks disagree on the order of their messages; or ranks deadlock. The message names rank, index and action.
     """
     pipeline = schedule.pipeline
     if len(schedule.orders) != pipeline.stages:
         raise ScheduleError(f"{schedule.name} has {len(schedule.orders)} orders for {pipeline.stages} ranks")
-    kinds = [Kind.FORWARD]
+    kinds = [ActionKind.FORWARD]
     if not schedule.is_forward_only:
-        kinds += [Kind.BACKWARD, Kind.WEIGHT] if schedule.splits_weights else [Kind.BACKWARD]
+        kinds += [ActionKind.BACKWARD, ActionKind.WEIGHT] if schedule.splits_weights else [ActionKind.BACKWARD]
     wanted = set(_all_actions(pipeline, kinds))
     for rank, order in enumerate(schedule.orders):
         _check_complete(rank, order, wanted)
@@ -78,10 +85,10 @@ def prove(schedule: Schedule) -> Proof:
     freed = _freed(schedule, 1.0)
     ones = (1,) * pipeline.segments
     peaks = tuple(round(max(_live(order, freed, ones), default=0)) for order in schedule.orders)
-    return Proof(schedule, _ends(schedule), peaks)
+    return Proof(schedule, _runs_blocking(schedule), peaks)
 
 
-def _ends(schedule: Schedule) -> bool:
+def _runs_blocking(schedule: Schedule) -> bool:
     try:
         simulate(schedule, uniform_costs(schedule.pipeline), blocking=True)
     except ScheduleError:
@@ -89,7 +96,7 @@ def _ends(schedule: Schedule) -> bool:
     return True
 
 
-def _all_actions(pipeline: Pipeline, kinds: list[Kind]) -> Iterator[Action]:
+def _all_actions(pipeline: Pipeline, kinds: list[ActionKind]) -> Iterator[Action]:
     for kind in kinds:
         for microbatch in range(pipeline.microbatches):
             for segment in range(pipeline.segments):
@@ -112,7 +119,7 @@ def _check_complete(rank: int, order: Sequence[Action], wanted: set[Action]) -> 
 
 
 def _check_order(pipeline: Pipeline, rank: int, order: Sequence[Action]) -> None:
-    """Require that what an action needs of its own rank ran before it."""
+    """Require that every action runs after the actions of its own rank that it needs."""
     index = {action: number for number, action in enumerate(order)}
     for action, number in index.items():
         for needed, why in _needs(pipeline, rank, action):
@@ -124,35 +131,34 @@ def _check_order(pipeline: Pipeline, rank: int, order: Sequence[Action]) -> None
 
 
 def _needs(pipeline: Pipeline, rank: int, action: Action) -> Iterator[tuple[Action, str]]:
-    """Yield what `action` needs of its own rank, and why."""
+    """Yield the actions of its own rank that `action` needs, and why."""
     microbatch, segment, vstage = action.microbatch, action.segment, action.vstage
-    if action.kind is Kind.FORWARD and segment > 0:
-        yield Action(Kind.FORWARD, microbatch, segment - 1, vstage), "gives the keys of the tokens before"
-    if action.kind is Kind.BACKWARD:
-        yield Action(Kind.FORWARD, microbatch, segment, vstage), "gives its activations"
+    if action.kind is ActionKind.FORWARD and segment > 0:
+        yield Action(ActionKind.FORWARD, microbatch, segment - 1, vstage), "gives the keys of the tokens before"
+    if action.kind is ActionKind.BACKWARD:
+        yield Action(ActionKind.FORWARD, microbatch, segment, vstage), "gives its activations"
         if segment < pipeline.segments - 1:
-            yield Action(Kind.BACKWARD, microbatch, segment + 1, vstage), "adds to the gradients of its keys"
-    if action.kind is Kind.WEIGHT:
-        yield Action(Kind.BACKWARD, microbatch, segment, vstage), "gives the gradients of its outputs"
+            yield Action(ActionKind.BACKWARD, microbatch, segment + 1, vstage), "adds to the gradients of its keys"
+    if action.kind is ActionKind.WEIGHT:
+        yield Action(ActionKind.BACKWARD, microbatch, segment, vstage), "gives the gradients of its outputs"
     sender = source(pipeline, rank, action)
     if sender is not None and sender[0] == rank:
         yield sender[1], "gives its input"
 
 
 def _check_data(pipeline: Pipeline, rank: int, order: Sequence[Action]) -> None:
-    """Require that each virtual stage runs the segments of one micro-batch forward after the other, from 0 to M - 1.
+    """Require that each virtual stage runs its forwards by rising micro-batch and segment.
 
-    A virtual stage draws a micro-batch's samples from its data iterator with the first segment, keeps them for the
-    other segments alone, and reports losses in this order. Backwards need no such rule: what they use is kept per
-    micro-batch.
+    A virtual stage reads a micro-batch from its data iterator at the first segment, keeps it until the last segment,
+    and reports losses in this order. Backwards need no such rule, since what they use is kept per micro-batch.
     """
     expected = dict.fromkeys(range(pipeline.virtual), 0)
     for index, action in enumerate(order):
-        if action.kind is not Kind.FORWARD:
+        if action.kind is not ActionKind.FORWARD:
             continue
         unit = expected[action.vstage]
         if (action.microbatch, action.segment) != divmod(unit, pipeline.segments):
-            wanted = Action(Kind.FORWARD, *divmod(unit, pipeline.segments), action.vstage)
+            wanted = Action(ActionKind.FORWARD, *divmod(unit, pipeline.segments), action.vstage)
             raise ScheduleError(
                 f"rank {rank}, action {index}: the {action} runs where the {wanted} is due: on each virtual stage "
                 "micro-batches run forward one after the other, as the data iterator gives them"
@@ -161,7 +167,7 @@ def _check_data(pipeline: Pipeline, rank: int, order: Sequence[Action]) -> None:
 
 
 def _check_messages(schedule: Schedule) -> None:
-    """Require that on every edge the sender sends in the order in which the receiver receives."""
+    """Require that the messages of every edge are sent in the order in which they are received."""
     pipeline = schedule.pipeline
     sent: dict[Edge, list[tuple[int, Action]]] = {}
     received: dict[Edge, list[tuple[int, Action]]] = {}
@@ -181,16 +187,16 @@ def _check_messages(schedule: Schedule) -> None:
                 )
 
 
-def _freed(schedule: Schedule, weight_share: float) -> dict[Kind, float]:
-    """Return the units that an action of each kind adds to those alive."""
+def _freed(schedule: Schedule, weight_share: float) -> dict[ActionKind, float]:
+    """Return by how many live units an action of each kind changes their number."""
     if schedule.is_forward_only:
-        return dict.fromkeys(Kind, 0.0)
+        return dict.fromkeys(ActionKind, 0.0)
     share = weight_share if schedule.splits_weights else 0.0
-    return {Kind.FORWARD: 1.0, Kind.BACKWARD: share - 1.0, Kind.WEIGHT: -share}
+    return {ActionKind.FORWARD: 1.0, ActionKind.BACKWARD: share - 1.0, ActionKind.WEIGHT: -share}
 
 
-def _live(order: Sequence[Action], change: dict[Kind, float], lengths: Sequence[int]) -> Iterator[float]:
-    """Yield what is alive after each action."""
+def _live(order: Sequence[Action], change: dict[ActionKind, float], lengths: Sequence[int]) -> Iterator[float]:
+    """Yield the live units, weighted by length, after each action."""
     alive = 0.0
     for action in order:
         alive += change[action.kind] * lengths[action.segment]

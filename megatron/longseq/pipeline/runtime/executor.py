@@ -1,4 +1,4 @@
-"""Runs one rank's list of actions over upstream's forward and backward steps; one executor for every schedule."""
+"""Run one rank's list of actions with upstream's forward and backward steps. One executor serves every schedule."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -9,31 +9,32 @@ import torch
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_model_config
 
-from megatron.longseq.pipeline.plan.receives import Posts
-from megatron.longseq.pipeline.plan.schedule import Action, Kind, Pipeline, Schedule
-from megatron.longseq.pipeline.runtime.grad_sums import GradSums
-from megatron.longseq.pipeline.runtime.grad_sync import GradSync
-from megatron.longseq.pipeline.runtime.hang_report import Watch
-from megatron.longseq.pipeline.runtime.p2p import Lanes, Mailbox
-from megatron.longseq.pipeline.runtime.segmented_model import Chunk, Replay
-from megatron.longseq.pipeline.runtime.step_timer import Recorder
-from megatron.longseq.pipeline.runtime.weight_grad import WeightStore
+from megatron.longseq.pipeline.plan.receives import ReceiveOrder
+from megatron.longseq.pipeline.plan.schedule import Action, ActionKind, Pipeline, Schedule
+from megatron.longseq.pipeline.runtime.forward_step import ForwardStep
+from megatron.longseq.pipeline.runtime.grad_sync import GradSums, GradSync
+from megatron.longseq.pipeline.runtime.hang_report import HangReporter
+from megatron.longseq.pipeline.runtime.p2p import Mailbox, StageChannels
+from megatron.longseq.pipeline.runtime.segmented_model import SegmentedModel
+from megatron.longseq.pipeline.runtime.step_timer import StepTimer
+from megatron.longseq.pipeline.runtime.weight_grad import WeightGradStore
 
 Unit = tuple[int, int, int]  # micro-batch, segment, virtual stage
 
 
 @dataclass(frozen=True)
-class Step:
-    """What upstream's training loop asks of one step; the names are those of upstream's schedules.
+class StepRequest:
+    """The arguments of one step, under the names of upstream's schedules.
 
     Attributes:
         forward_step_func: the script's forward step.
-        data: per virtual stage the script's data iterator.
+        data: the script's data iterator of each virtual stage.
         micro_batch_size: sequences per micro-batch.
-        forward_only: evaluation.
-        collect_non_loss_data: the loss function is asked for other data.
+        forward_only: whether this is an evaluation step.
+        collect_non_loss_data: whether the loss function returns other data.
         first_val_step: whether this is the first step of an evaluation; None in training.
-        cp_size: context-parallel size, which upstream's loss scaling wants.
+        cp_size: context-parallel size, used by upstream's loss scaling.
+        tp_group: tensor-parallel group.
     """
 
     forward_step_func: Callable[..., Any]
@@ -43,6 +44,7 @@ class Step:
     collect_non_loss_data: bool = False
     first_val_step: bool | None = None
     cp_size: int = 1
+    tp_group: torch.distributed.ProcessGroup | None = None
 
 
 @dataclass
@@ -50,51 +52,55 @@ class Executor:
     """One rank's step.
 
     Attributes:
-        schedule: a proven schedule.
+        schedule: a validated schedule.
         rank: this rank's place in the pipeline.
         chunks: this rank's model chunks, by virtual stage.
-        lanes: the pipeline's communicators.
-        posts: when this rank posts receives.
-        shape: segment -> shape of its hidden states on this rank.
-        step: what the training loop asks.
-        watch: told of every wait.
-        weights: deferred weight gradients, where the schedule has them.
-        recorder: told when each action begins and ends.
-        sums: per virtual stage, what sums gradients over a micro-batch's segments; empty: upstream's buffers do.
+        channels: process groups of the pipeline.
+        receive_order: when this rank posts its receives.
+        shape: function from a segment to the shape of its hidden states on this rank.
+        step: arguments of the step.
+        reporter: reports waits that take too long.
+        weights: keeps deferred weight gradients, if the schedule has WEIGHT actions.
+        timer: measures the actions, if the step is traced.
+        sums: per virtual stage the sums of gradients over a micro-batch's segments; empty with whole sequences.
+        alive: forward to backward: a unit's input, its output, and its loss if the loss has a graph of its own.
+        reports: what the loss function has reported.
     """
 
     schedule: Schedule
     rank: int
-    chunks: Sequence[Chunk]
-    lanes: Lanes
-    posts: Posts
+    chunks: Sequence[SegmentedModel]
+    channels: StageChannels
+    receive_order: ReceiveOrder
     shape: Callable[[int], tuple[int, ...]]
-    step: Step
-    watch: Watch
-    weights: WeightStore | None = None
-    recorder: Recorder | None = None
+    step: StepRequest
+    reporter: HangReporter
+    weights: WeightGradStore | None = None
+    timer: StepTimer | None = None
     sums: Sequence[GradSums] = ()
-    alive: dict[Unit, tuple[Any, Any, Any]] = field(
-        default_factory=dict
-    )  # unit -> its input, its output, and a loss with a graph of its own; forward to backward
+    alive: dict[Unit, tuple[Any, Any, Any]] = field(default_factory=dict)
     reports: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.config = get_model_config(self.chunks[0].module)
         self.order = self.schedule.orders[self.rank]
-        self.tokens = torch.zeros([], dtype=torch.int, device=self._device())
-        self.data = [None if samples is None else Replay(samples, self.pipeline.segments) for samples in self.step.data]
+        self.device = next(self.chunks[0].module.parameters()).device
+        self.tokens = torch.zeros([], dtype=torch.int, device=self.device)
+        self.forward_steps = [self._forward_step(vstage) for vstage in range(self.pipeline.virtual)]
         self.sync = GradSync(self.config, [chunk.module for chunk in self.chunks], self.order, self.rank)
 
     @property
     def pipeline(self) -> Pipeline:
-        """The sizes."""
+        """Sizes of the pipeline."""
         return self.schedule.pipeline
 
     def run(self) -> list[Any]:
-        """Run all actions; returns what the script's loss function reported, per micro-batch (last stage only).
+        """Run all actions.
 
-        After an exception nothing of the step is kept: a script on one stage may catch it and go on.
+        If an action raises, all state of the step is dropped, so that a script may catch the error and continue.
+
+        Returns:
+            The reports of the script's loss function per micro-batch on the last stage, else an empty list.
         """
         try:
             return self._run()
@@ -105,16 +111,20 @@ class Executor:
 
     def _run(self) -> list[Any]:
         mail = Mailbox(
-            self.lanes,
+            self.channels,
             self.schedule,
-            self.posts,
+            self.receive_order,
             self.shape,
-            self._empty,
-            self.watch,
+            lambda shape: torch.empty(shape, dtype=self.config.pipeline_dtype, device=self.device),
+            self.reporter,
             self._starts_shape(),
             self.config.timers,
         )
-        run = {Kind.FORWARD: self._forward, Kind.BACKWARD: self._backward, Kind.WEIGHT: self._weight}
+        run = {
+            ActionKind.FORWARD: self._forward,
+            ActionKind.BACKWARD: self._backward,
+            ActionKind.WEIGHT: self._weight,
+        }
         with self.sync.paused(forward_only=self.step.forward_only):
             for index, action in enumerate(self.order):
                 mail.post()
@@ -122,7 +132,7 @@ class Executor:
                 self.sync.before(index)
                 if starts is not None:
                     self.chunks[action.vstage].learn_documents(action.microbatch, starts)
-                with self._recorded(action):
+                with self.timer.action(action) if self.timer is not None else contextlib.nullcontext():
                     output = run[action.kind](action, received)
                 mail.send(action, output, self.chunks[action.vstage].starts.get(action.microbatch))
                 self._release(action)
@@ -131,18 +141,26 @@ class Executor:
             self._assert_finished()
         return self.reports
 
+    def _forward_step(self, vstage: int) -> ForwardStep:
+        return ForwardStep(
+            self.step.forward_step_func,
+            self.step.data[vstage],
+            self.pipeline.segments,
+            self.chunks[vstage].outputs if self._is_last_stage(vstage) else None,
+            self.step.tp_group,
+            self.device,
+        )
+
     def _forward(self, action: Action, received: torch.Tensor | None) -> torch.Tensor:
-        chunk, data = self._enter(action), self.data[action.vstage]
-        if data is not None:
-            data.rewind(is_first=action.segment == 0)
+        chunk, forward_step = self._enter(action), self.forward_steps[action.vstage]
         reports: list[Any] = []
         if received is not None and not self.step.forward_only:
             received.requires_grad_()
         is_first = action.microbatch == 0 and action.segment == 0
         is_part, ends = self._is_part(action), action.segment == self.pipeline.segments - 1
         output, tokens = schedules.forward_step(
-            self._without_loss(chunk) if is_part and not ends else self.step.forward_step_func,
-            data,
+            lambda _, model: forward_step.run(action.segment, model),
+            None,  # the forward step holds the data iterator
             chunk.module,
             self.pipeline.microbatches,
             received,
@@ -155,23 +173,14 @@ class Executor:
             ),
             current_microbatch=action.microbatch,
             vp_stage=action.vstage if self.pipeline.virtual > 1 else None,
-            is_last_stage=self._is_last(action) and ends,  # the loss needs the outputs of all segments
+            is_last_stage=self._is_last_stage(action.vstage) and ends,  # the loss needs the outputs of all segments
         )
         self.reports += reports
         self.tokens += tokens
         if not self.step.forward_only:
-            left, loss = (chunk.outputs.take_root(), output) if is_part and ends else (output, None)
-            self.alive[_unit(action)] = received, left, loss
+            root, loss = (chunk.outputs.take_root(), output) if is_part and ends else (output, None)
+            self.alive[_unit(action)] = received, root, loss
         return output
-
-    def _without_loss(self, chunk: Chunk) -> Callable[..., Any]:
-        """Return the script's forward step for a segment before the last: it returns the root of the graph."""
-
-        def forward_step(*args: Any) -> tuple[torch.Tensor, None]:
-            self.step.forward_step_func(*args)
-            return chunk.outputs.take_root(), None
-
-        return forward_step
 
     def _backward(self, action: Action, received: torch.Tensor | None) -> torch.Tensor | None:
         self._enter(action)
@@ -179,42 +188,43 @@ class Executor:
             self.sums[action.vstage].open()
         if self.weights is not None:
             self.weights.begin(_unit(action))
-        entered, left, loss = self.alive.pop(_unit(action))
+        input, output, loss = self.alive.pop(_unit(action))
         if loss is not None:
-            with self.sync.around_loss(action):  # upstream scales it, and it leaves the gradient of every output
+            with self.sync.around_loss(action):  # upstream scales the loss; this computes the gradient of every output
                 schedules.backward_step(None, loss, None, self.config)
             del loss
         if self._is_part(action):
-            received = torch.ones_like(left)  # the root of a segment; with None upstream would scale it as a loss
-        gradient = schedules.backward_step(entered, left, received, self.config)
-        if gradient is None and entered is not None:  # the loss does not depend on the input
-            gradient = torch.zeros_like(entered)
+            received = torch.ones_like(output)  # with None, upstream would scale the root as if it were a loss
+        gradient = schedules.backward_step(input, output, received, self.config)
+        if gradient is None and input is not None:  # the loss does not depend on the input
+            gradient = torch.zeros_like(input)
         if self.weights is not None:
             self.weights.end()
         return gradient
 
     def _weight(self, action: Action, received: torch.Tensor | None) -> None:
-        assert self.weights is not None, "the schedule has weight actions, but no weight gradient is deferred"
+        assert self.weights is not None, "the schedule has WEIGHT actions, but no weight gradient is deferred"
         if self.sums:
             self.sums[action.vstage].open()
         self.weights.run(_unit(action))
 
-    def _enter(self, action: Action) -> Chunk:
+    def _enter(self, action: Action) -> SegmentedModel:
         chunk = self.chunks[action.vstage]
         chunk.enter(action.microbatch, action.segment, self.step.forward_only)
         return chunk
 
     def _release(self, action: Action) -> None:
-        """Free what the action has made superfluous."""
-        # The last stage sends its loss nowhere; it may be a view, which upstream refuses to deallocate.
-        if action.kind is Kind.FORWARD and not self.step.forward_only and not self._is_last(action):
+        """Free what no later action needs."""
+        # The last stage sends no output. Its loss may be a view, which upstream refuses to deallocate.
+        is_forward = action.kind is ActionKind.FORWARD
+        if is_forward and not self.step.forward_only and not self._is_last_stage(action.vstage):
             schedules.deallocate_output_tensor(self.alive[_unit(action)][1], self.config.deallocate_pipeline_outputs)
         last = self.pipeline.segments - 1 if self.step.forward_only else 0
-        kind = Kind.FORWARD if self.step.forward_only else Kind.BACKWARD
+        kind = ActionKind.FORWARD if self.step.forward_only else ActionKind.BACKWARD
         if action.kind is kind and action.segment == last:
             self.chunks[action.vstage].leave(action.microbatch)
-        ends = Kind.BACKWARD if self.weights is None else Kind.WEIGHT
-        if self.sums and action.kind is ends and action.segment == 0:  # backwards of a micro-batch follow one another
+        final = ActionKind.BACKWARD if self.weights is None else ActionKind.WEIGHT
+        if self.sums and action.kind is final and action.segment == 0:  # a micro-batch's backwards follow one another
             self.sums[action.vstage].close()
 
     def _assert_finished(self) -> None:
@@ -225,25 +235,16 @@ class Executor:
         if self.weights is not None:
             self.weights.assert_empty()
 
-    def _is_last(self, action: Action) -> bool:
-        return self.pipeline.stage(self.rank, action.vstage) == self.pipeline.depth - 1
+    def _is_last_stage(self, vstage: int) -> bool:
+        return self.pipeline.stage(self.rank, vstage) == self.pipeline.depth - 1
 
     def _is_part(self, action: Action) -> bool:
-        """Whether it puts out a part of what the loss function is given."""
-        return self._is_last(action) and self.pipeline.segments > 1
+        """Return whether the action's output is only a part of what the loss function gets."""
+        return self._is_last_stage(action.vstage) and self.pipeline.segments > 1
 
     def _starts_shape(self) -> tuple[int, int] | None:
         chunk = self.chunks[0]
-        return (self.step.micro_batch_size, sum(chunk.lengths)) if chunk.tells_documents else None
-
-    def _recorded(self, action: Action) -> contextlib.AbstractContextManager[Any]:
-        return self.recorder.action(action) if self.recorder is not None else contextlib.nullcontext()
-
-    def _empty(self, shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.empty(shape, dtype=self.config.pipeline_dtype, device=self._device())
-
-    def _device(self) -> torch.device:
-        return next(self.chunks[0].module.parameters()).device
+        return (self.step.micro_batch_size, sum(chunk.lengths)) if chunk.sends_documents else None
 
 
 def _unit(action: Action) -> Unit:

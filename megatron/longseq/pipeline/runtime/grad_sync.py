@@ -1,27 +1,29 @@
-"""When gradients and parameters are synchronised over data-parallel ranks in a step: as upstream's schedules do it."""
+"""Accumulate gradients over segments, and synchronise them over data-parallel ranks as upstream's schedules do."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from megatron.longseq.pipeline.plan.schedule import Action, Kind
+from megatron.longseq.pipeline.plan.schedule import Action, ActionKind
+from megatron.longseq.sharding.runtime.ddp import ShardedDataParallel
 
 
 class GradSync:
-    """Upstream's no-sync, gradient-sync and parameter-sync callbacks at the right actions.
+    """Calls upstream's no_sync_func, grad_sync_func and param_sync_func at the right actions.
 
-    A chunk's gradients are reduced once, with the last backward of the step. Without a grad_sync_func the hooks of that
-    backward start it. With one (upstream's --align-grad-reduce, the default under --overlap-grad-reduce) all stages
-    start at about the same time: a rank is as many backwards late as it has ranks before it. Where weight gradients are
-    actions of their own, hooks would fire too early, and everything is reduced after the last action.
+    The gradients of a chunk are reduced once per step. Without a grad_sync_func, the hooks of the chunk's last backward
+    start the reduction. With one (upstream's --align-grad-reduce, the default under --overlap-grad-reduce), all stages
+    start at about the same time: rank r starts r backwards after the chunk's last one. If weight gradients are actions
+    of their own, hooks would fire too early, so everything is reduced after the last action.
 
     Args:
         config: upstream's model config, which holds the callbacks.
         modules: this rank's model chunks.
         order: this rank's actions.
-        rank: its place in the pipeline.
+        rank: this rank's place in the pipeline.
     """
 
     def __init__(self, config: Any, modules: Sequence[torch.nn.Module], order: Sequence[Action], rank: int) -> None:
@@ -30,22 +32,22 @@ class GradSync:
         self.param_sync = _per_chunk(config.param_sync_func, len(modules)) if len(modules) > 1 else None
         self.no_sync: contextlib.ExitStack | None = None
         self.done: set[int] = set()
-        backwards = [index for index, action in enumerate(order) if action.kind is Kind.BACKWARD]
-        forwards = [index for index, action in enumerate(order) if action.kind is Kind.FORWARD]
-        self.splits_weights = any(action.kind is Kind.WEIGHT for action in order)
+        backwards = [index for index, action in enumerate(order) if action.kind is ActionKind.BACKWARD]
+        forwards = [index for index, action in enumerate(order) if action.kind is ActionKind.FORWARD]
+        self.splits_weights = any(action.kind is ActionKind.WEIGHT for action in order)
         self.hooked = {} if self.splits_weights else self._hooked(order, backwards, rank)
         self.ends = {vstage: order[index].microbatch for index, vstage in self.hooked.items()}
         self.aligned = {} if self.splits_weights else self._aligned(order, backwards, rank)
         self.gathered = self._gathered(order, forwards, rank)
 
     def _hooked(self, order: Sequence[Action], backwards: list[int], rank: int) -> dict[int, int]:
-        """Backward index -> virtual stage whose hooks reduce there."""
+        """Return backward index -> virtual stage whose hooks start the reduction there."""
         if self.grad_sync is None or (len(self.modules) == 1 and rank == 0):
             return {index: vstage for vstage, index in _lasts(order, backwards).items()}
         return {}
 
     def _aligned(self, order: Sequence[Action], backwards: list[int], rank: int) -> dict[int, int]:
-        """Backward index -> virtual stage that is reduced after it."""
+        """Return backward index -> virtual stage whose reduction starts after it."""
         if self.grad_sync is None or len(self.modules) == 1:
             return {}
         place = {index: at for at, index in enumerate(backwards)}
@@ -53,7 +55,10 @@ class GradSync:
         return {backwards[at]: vstage for vstage, at in late.items() if at < len(backwards)}
 
     def _gathered(self, order: Sequence[Action], forwards: list[int], rank: int) -> dict[int, int]:
-        """Forward index -> virtual stage whose parameters are gathered before it (the first two at the start)."""
+        """Return forward index -> virtual stage whose parameters are gathered before it.
+
+        The parameters of the first two virtual stages are gathered at the start of the step.
+        """
         firsts: dict[int, int] = {}
         for at, index in enumerate(forwards):
             firsts.setdefault(order[index].vstage, at)
@@ -62,7 +67,7 @@ class GradSync:
 
     @contextlib.contextmanager
     def paused(self, *, forward_only: bool) -> Iterator[None]:
-        """Hold reductions back during the step, and start those that are left at its end."""
+        """Suspend reductions during the step, and start the remaining ones at its end."""
         self._pause()
         if self.param_sync is not None and not forward_only:
             for vstage in (0, 1):
@@ -102,11 +107,11 @@ class GradSync:
 
     @contextlib.contextmanager
     def around_loss(self, action: Action) -> Iterator[None]:
-        """Around the backward of a loss that has a graph of its own, which begins the backward `action`.
+        """Enclose the backward of a loss that has a graph of its own, at the start of the backward `action`.
 
-        Parameters that the loss function uses itself have their gradient there. In the last micro-batch their hooks
-        have to count, or a bucket with hooks that reduce it would wait for them; upstream knows from its first step how
-        often each parameter's hook counts.
+        Parameters that the loss function itself uses get their gradient there. In the last micro-batch their hooks must
+        be counted, or their bucket would not be reduced: upstream learns in its first step how often each parameter's
+        hook fires.
         """
         ends = self.ends.get(action.vstage) == action.microbatch
         if ends:
@@ -137,9 +142,81 @@ def _per_chunk(callback: Any, chunks: int) -> list[Callable[..., Any]] | None:
 
 
 def _lasts(order: Sequence[Action], backwards: list[int]) -> dict[int, int]:
-    """Virtual stage -> index of its last backward."""
+    """Return virtual stage -> index of its last backward."""
     return {order[index].vstage: index for index in backwards}
 
 
 def _overlaps(module: torch.nn.Module) -> bool:
     return bool(getattr(getattr(module, "ddp_config", None), "overlap_grad_reduce", False))
+
+
+class GradSums:
+    """Sums the gradients of a micro-batch's segments in float32 before they are added to a 16-bit `main_grad`.
+
+    With --grad-reduce-in-bf16 (and --fp16) upstream's hooks add every gradient to a `main_grad` of 16 bits. With K
+    segments they would do so K times per micro-batch, and the rounding error would grow. So `main_grad` is replaced by
+    a float32 tensor between the first and the last backward of a micro-batch. Whatever adds to `main_grad` (hooks,
+    fused kernels, deferred weight gradients) adds to that tensor.
+
+    If upstream's hooks start to reduce a bucket in the last backward, a parameter's sum is added just before.
+
+    Args:
+        module: a model chunk, in upstream's data-parallel wrapper or not. Sharded gradients are left as they are: they
+            are reduced in every backward, and with --bf16 they are float32.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        is_sharded = isinstance(module, ShardedDataParallel)
+        self.params = [] if is_sharded else [param for param in module.parameters() if _adds_in_half(param)]
+        self.mains: dict[torch.nn.Parameter, torch.Tensor] = {}
+        self.groups: list[Any] = []
+        if self.params:
+            groups = (*module.bucket_groups, *module.expert_parallel_bucket_groups)
+            self.groups = [group for group in groups if group.ddp_config.overlap_grad_reduce]
+        for group in self.groups:
+            group.register_grad_ready = self._before(group, group.register_grad_ready)
+
+    def detach(self) -> None:
+        """Restore the function of upstream's bucket groups."""
+        while self.groups:
+            del self.groups.pop().register_grad_ready
+
+    def open(self) -> None:
+        """Accumulate gradients in float32 tensors until `close`; call this before a backward."""
+        if self.mains:
+            return
+        for param in self.params:
+            self.mains[param] = param.main_grad
+            param.main_grad = torch.zeros_like(param.main_grad, dtype=torch.float32)
+
+    def close(self) -> None:
+        """Add the sums to upstream's buffers and free them; call this when the micro-batch's gradients are complete."""
+        for param in list(self.mains):
+            self._add(param)
+
+    def reset(self) -> None:
+        """Restore upstream's buffers and drop the sums, after a step that failed."""
+        for param, main in self.mains.items():
+            param.main_grad = main
+        self.mains.clear()
+
+    @torch.no_grad()
+    def _add(self, param: torch.nn.Parameter) -> None:
+        main = self.mains.pop(param, None)
+        if main is not None:
+            main.add_(param.main_grad)  # adds in float32 and rounds the result
+            param.main_grad = main
+
+    def _before(self, group: Any, original: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(original)
+        def register_grad_ready(param: torch.nn.Parameter, *args: Any, **named: Any) -> None:
+            if group.is_last_microbatch:
+                self._add(param)
+            original(param, *args, **named)
+
+        return register_grad_ready
+
+
+def _adds_in_half(param: torch.nn.Parameter) -> bool:
+    main = getattr(param, "main_grad", None)
+    return param.requires_grad and main is not None and main.dtype in {torch.bfloat16, torch.float16}

@@ -1,14 +1,14 @@
-"""A hang names the waiting action.
+"""Report which action a rank waits in when the pipeline hangs.
 
-A pipeline hangs when one rank dies, stops, or runs another order than its neighbours believe. The other ranks then wait
-in a receive for as long as the backend lets them, and say nothing. Here each says what it waits for, in the words of
-the schedule; read together, the sentences of all ranks lead to the one rank that does not wait for anybody.
+A pipeline hangs if one rank dies, stops, or runs another order than its neighbours. The other ranks then wait in a
+receive, silently, until the backend times out. With a `HangReporter` each rank reports what it waits for. Read
+together, the reports of all ranks lead to the one rank that does not wait.
 
-    with Watch(seconds=60) as watch:
-        with watch.receive(Wait(rank, index, total, action, peer, "its gradient")):
+    with HangReporter(seconds=60) as reporter:
+        with reporter.blocking(Wait(rank, index, total, action, peer, "its gradient")):
             work.wait()
 
-The executor's side costs one attribute write per wait and takes no lock: the watching thread only reads.
+A wait costs the executor one attribute write and no lock, since the reporting thread only reads.
 """
 
 import sys
@@ -27,8 +27,8 @@ _TODO = (
 )
 
 
-class BrokenReceive(RuntimeError):
-    """A receive, here or of what was sent from here, ended with an error of the backend instead of data."""
+class BrokenMessage(RuntimeError):
+    """A receive or a send ended with an error of the backend."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +38,10 @@ class Wait:
     Attributes:
         rank: the waiting rank.
         index: position of the action in the rank's order, from 0.
-        total: length of that order.
-        action: what cannot begin.
+        total: number of actions in that order.
+        action: the action that cannot start (or whose output cannot be sent).
         peer: the rank that has to send (or to receive).
-        what: what it has to send, for instance "its gradient", or else to do.
+        what: what is expected from it, for instance "its gradient".
     """
 
     rank: int
@@ -52,18 +52,18 @@ class Wait:
     what: str
 
     def sentence(self, seconds: float) -> str:
-        """Say it, after so many seconds."""
+        """Return the report after a wait of `seconds`."""
         where = f"action {self.index + 1} of {self.total} ({self.action})"
         return f"rank {self.rank} has waited {seconds:.0f} s in {where} for {self.what} from rank {self.peer}"
 
     def todo(self) -> str:
-        """What to do about it."""
+        """Return what the user should do."""
         return _TODO.format(peer=self.peer)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Open:
-    """A wait that began; `is_done` tells its end, None: the executor does, by `Watch.arrived`."""
+    """A wait in progress; `is_done` tells whether it has ended, None means that the host blocks in it."""
 
     wait: Wait
     since: float
@@ -77,42 +77,41 @@ def _still_open(items: tuple[_Open, ...]) -> tuple[_Open, ...]:
 def _is_done(item: _Open) -> bool:
     try:
         return item.is_done is not None and item.is_done()
-    except RuntimeError:  # a failed device or backend: not done, and the sentence is wanted all the more
+    except RuntimeError:  # a failed device or backend: not done, and the report is needed
         return False
 
 
-def broken(wait: Wait, seconds: float, error: BaseException) -> BrokenReceive:
-    """Turn what the backend raised in a receive (peer died, time limit) into an error that says who waited for what.
+def message_error(wait: Wait, seconds: float, error: BaseException) -> BrokenMessage:
+    """Return an error that adds who waited for what to an error of the backend (a dead peer, a timeout).
 
     Args:
-        wait: what was waited for.
-        seconds: how long.
-        error: what the backend raised; its first line is repeated.
+        wait: the wait.
+        seconds: how long it lasted.
+        error: the backend's error; its first line is repeated.
     """
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return BrokenReceive(f"{wait.sentence(seconds)}, and got an error instead: {first}. {wait.todo()}")
+    return BrokenMessage(f"{wait.sentence(seconds)}, and got an error instead: {first}. {wait.todo()}")
 
 
 def _to_stderr(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-class Watch:
-    """Tells when a receive takes too long: after `seconds`, and again each time that the wait has doubled.
+class HangReporter:
+    """Reports a wait after `seconds`, and again each time that it has doubled.
 
-    Two kinds of waits. `receive` (or `waiting` and `arrived`) is for the host that blocks: gloo. `outstanding` is for a
-    receive that only the device waits for (NCCL: the host runs ahead), with a function that tells whether it is done;
-    its time counts from the last moment at which any outstanding receive was seen to finish, so that a receive that was
-    asked for early is not taken for a late one.
+    `blocking` is for waits of the host (gloo). `outstanding` is for receives that only the device waits for (NCCL,
+    where the host runs ahead). Their time counts from the last moment at which any outstanding receive completed, so
+    that a receive that was posted early is not reported as late.
 
     Args:
-        seconds: how long a wait may be before it is told; 0: never.
-        say: where the sentences go.
-        clock: seconds, any origin.
-        prepare: what the thread calls first.
+        seconds: length of a wait before it is reported; 0: never.
+        say: receives each report.
+        clock: returns seconds from any origin.
+        prepare: called first in the reporting thread.
 
     Raises:
-        ValueError: negative seconds.
+        ValueError: `seconds` is negative.
     """
 
     def __init__(
@@ -123,14 +122,14 @@ class Watch:
         prepare: Callable[[], object] = lambda: None,
     ) -> None:
         if seconds < 0:
-            raise ValueError(f"a watch cannot wait {seconds} s: give seconds, or 0 for none")
+            raise ValueError(f"the hang report cannot wait {seconds} s: give seconds, or 0 for none")
         self.seconds = seconds
         self._say, self._clock, self._prepare = say, clock, prepare
-        # Each attribute is written by the executor's thread alone, whole, and read by the watching thread.
+        # Only the executor's thread writes these, each in one assignment; the reporting thread reads them.
         self._blocked: _Open | None = None
         self._outstanding: tuple[_Open, ...] = ()
-        # These belong to the watching thread.
-        self._told: tuple[_Open, float] | None = None
+        # Only the reporting thread uses these.
+        self._reported: tuple[_Open, float] | None = None
         self._progress = clock()
         self._seen_open: tuple[_Open, ...] = ()
         self._end = threading.Event()
@@ -144,73 +143,61 @@ class Watch:
         self.stop()
 
     def start(self) -> None:
-        """Start the thread (a daemon: it keeps no process alive); nothing when it runs, or with 0 seconds."""
+        """Start the reporting thread, a daemon, unless it runs already or `seconds` is 0."""
         if self._thread is None and self.seconds > 0:
             self._end.clear()
             self._thread = threading.Thread(target=self._run, name="longseq-pipeline-watch", daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
-        """Stop the thread and forget what was waited for."""
+        """Stop the thread and forget all waits."""
         if self._thread is not None:
             self._end.set()
             self._thread.join()
             self._thread = None
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget what was waited for: a step ended or was given up."""
         self._blocked, self._outstanding = None, ()
 
-    def waiting(self, wait: Wait) -> None:
-        """The host begins to wait; the end is `arrived`."""
-        self._blocked = _Open(wait, self._clock())
-
-    def arrived(self) -> None:
-        """The host waits no longer."""
-        self._blocked = None
-
     @contextmanager
-    def receive(self, wait: Wait) -> Iterator[None]:
-        """Wait inside of this context.
+    def blocking(self, wait: Wait) -> Iterator[None]:
+        """Mark the body of this context as a wait of the host.
 
         Raises:
-            BrokenReceive: the backend raised RuntimeError (a died peer, a time limit).
+            BrokenMessage: the backend raised a RuntimeError (a dead peer, a timeout).
         """
         began = self._clock()
         self._blocked = _Open(wait, began)
         try:
             yield
         except RuntimeError as error:
-            raise broken(wait, self._clock() - began, error) from error
+            raise message_error(wait, self._clock() - began, error) from error
         finally:
             self._blocked = None
 
     def outstanding(self, wait: Wait, is_done: Callable[[], bool]) -> None:
-        """Watch a receive that the host does not wait for.
+        """Observe a receive that the host does not wait for.
 
         Args:
-            wait: what the device will wait for.
-            is_done: cheap and callable from another thread, such as `query` of an event behind the receive; an event is
-                better than the receive's handle, whose tensors would live until the next call.
+            wait: the wait of the device.
+            is_done: returns whether the receive is complete; cheap, and callable from another thread. Use `query` of an
+                event behind the receive: the receive's handle would keep its tensors alive until the next call.
         """
         self._outstanding = (*_still_open(self._outstanding), _Open(wait, self._clock(), is_done))
 
     def check(self) -> None:
-        """Look once; the thread does this all the time, tests with a clock of their own."""
+        """Report a wait that is due. The thread calls this repeatedly."""
         now = self._clock()
         late = self._late(now)
         if late is None:
             return
-        item, since = late
-        waited = now - since
-        again = 2 * self._told[1] if self._told is not None and self._told[0] is item else self.seconds
+        item, start = late
+        waited = now - start
+        again = 2 * self._reported[1] if self._reported is not None and self._reported[0] is item else self.seconds
         if waited >= again:
-            self._told = (item, waited)
+            self._reported = (item, waited)
             self._say(f"{item.wait.sentence(waited)}. {item.wait.todo()}")
 
     def _late(self, now: float) -> tuple[_Open, float] | None:
-        """Return the wait to tell about, if any, and since when it counts."""
+        """Return the wait that could be reported, if any, and when its time starts to count."""
         blocked = self._blocked
         if blocked is not None:
             return blocked, blocked.since

@@ -1,8 +1,7 @@
-"""The outputs of a micro-batch's segments on the last stage: one whole for the loss, and a gradient for each segment.
+"""Collect the outputs of a micro-batch's segments on the last stage, and distribute the gradient of the whole output.
 
-The loss function of the script runs once per micro-batch, when all of its segments have passed. What it is given has no
-graph behind it. Its backward leaves the gradient of the whole output here, and the backward of each segment begins with
-its own part of that.
+The script's loss function runs once per micro-batch, after the last segment, on an output without a graph. Its backward
+computes the gradient of the whole output, and the backward of each segment starts from its part of that gradient.
 """
 
 from collections.abc import Callable
@@ -17,7 +16,7 @@ type Tensor = torch.Tensor
 
 
 class _Root(torch.autograd.Function):
-    """Output of a segment to a scalar. Whatever the scalar's gradient is, the output's is what `take` returns."""
+    """Map a segment's output to a scalar. In backward, the gradient of the output is what `take` returns."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, take: Callable[[], Tensor | None]) -> Tensor:
@@ -31,9 +30,9 @@ class _Root(torch.autograd.Function):
 
 
 class _Whole(torch.autograd.Function):
-    """Put the whole output into a graph in which its gradient is handed to `give`, without a copy of it.
+    """Make the whole output part of a graph that passes its gradient to `give`, without copying it.
 
-    It is no leaf, so that the script may write into it, as it may into the output of a model.
+    The result is not a leaf, so the script may write into it, as it may into a model's output.
     """
 
     @staticmethod
@@ -50,12 +49,12 @@ class _Whole(torch.autograd.Function):
 
 @dataclass
 class Outputs:
-    """What the last stage keeps of a micro-batch's outputs, from their forwards to their backwards.
+    """The outputs of micro-batches on the last stage, from their forwards to their backwards.
 
     Attributes:
-        wholes: micro-batch -> output of the segments so far, [micro-batch, whole sequence, ...].
-        gradients: micro-batch -> per segment the gradient of its output, until its backward takes it.
-        root: of the segment that ran last: a scalar from which its backward starts.
+        wholes: micro-batch -> outputs of the segments so far, [micro-batch, whole sequence, ...].
+        gradients: micro-batch -> gradient of each segment's output, until the segment's backward takes it.
+        root: the scalar from which the backward of the latest segment starts.
     """
 
     wholes: dict[int, Tensor] = field(default_factory=dict)
@@ -63,18 +62,18 @@ class Outputs:
     root: Tensor | None = None
 
     def add(self, segment: Segment, output: Tensor) -> Tensor:
-        """Take a segment's output and return what the script gets in its place.
+        """Keep a segment's output, and return what the script gets in its place.
 
         Args:
-            segment: as this rank has it, its share of every segment.
-            output: [micro-batch, segment, ...].
+            segment: the segment, with this rank's shard of every length.
+            output: output of the segment, [micro-batch, segment, ...].
 
         Returns:
-            At the last segment the outputs of all; before, ones. Both are [micro-batch, whole sequence, ...], have
-            memory of their own and need a gradient where `output` does.
+            At the last segment the outputs of all segments; before, ones. Both are [micro-batch, whole sequence, ...],
+            have their own memory, and require a gradient if `output` does.
 
         Raises:
-            ValueError: the output has no row per token.
+            ValueError: the output does not have one row per token.
         """
         if not isinstance(output, torch.Tensor) or output.dim() < 2 or output.shape[1] != segment.tokens:
             found = f"{tuple(output.shape)}" if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
@@ -97,10 +96,10 @@ class Outputs:
         return _Whole.apply(anchor, whole, lambda gradient: self._give(segment, gradient))
 
     def take_root(self) -> Tensor:
-        """Return the root of the segment whose forward step has just ended.
+        """Return the scalar from which the backward of the latest segment starts.
 
         Raises:
-            RuntimeError: the script's forward step did not run the model.
+            RuntimeError: the script's forward step did not call the model.
         """
         if self.root is None:
             raise RuntimeError(
@@ -111,18 +110,17 @@ class Outputs:
         return root
 
     def leave(self, microbatch: int) -> None:
-        """Forget a micro-batch whose last action is done."""
+        """Free a micro-batch after its last action."""
         self.root = None
         self.wholes.pop(microbatch, None)
         self.gradients.pop(microbatch, None)
 
     def _give(self, segment: Segment, gradient: Tensor) -> None:
-        # Copies, so that each part can be freed when its segment's backward has used it.
-        own = segment.lengths
-        self.gradients[segment.microbatch] = [part.clone() for part in gradient.split(own, dim=1)]
+        # Copies, so that each part can be freed after its segment's backward.
+        self.gradients[segment.microbatch] = [part.clone() for part in gradient.split(segment.lengths, dim=1)]
 
     def _take(self, microbatch: int, index: int) -> Tensor | None:
-        gradients = self.gradients.get(microbatch)  # none: the loss does not depend on the output
+        gradients = self.gradients.get(microbatch)  # None: the loss does not depend on the output
         if gradients is None:
             return None
         gradient, gradients[index] = gradients[index], None

@@ -1,11 +1,13 @@
-"""Hidden states and their gradients between pipeline stages: static shapes, independent and non-blocking per direction.
+"""Send hidden states and their gradients between pipeline stages.
 
-Every shape is known from the plan, so nothing is negotiated and nothing synchronises the device. A receive is posted
-before the action that needs it, while the actions before it compute. Forward and backward, and the wrap from the last
-rank to the first that virtual stages need, each have a communicator of their own: within one communicator NCCL keeps
-the order of posting, and a gradient must not wait behind a hidden state that is not due yet.
+All shapes follow from the plan, so nothing is negotiated and the device is never synchronised. A receive is posted
+before the action that needs it, while earlier actions compute. Forward and backward messages have a process group each,
+and so has the way from the last rank to the first that virtual stages need. NCCL keeps the order of posting within one
+group, and a gradient must not wait behind hidden states that are due later.
 """
 
+import queue
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,80 +19,131 @@ import torch
 import torch.distributed as dist
 
 from megatron.longseq.distributed import all_groups, same_backend_options
-from megatron.longseq.pipeline.plan.receives import Posts
-from megatron.longseq.pipeline.plan.schedule import Action, Kind, Schedule, source, target
-from megatron.longseq.pipeline.runtime.hang_report import Wait, Watch
-from megatron.longseq.pipeline.runtime.outbox import Outbox
+from megatron.longseq.pipeline.plan.receives import ReceiveOrder
+from megatron.longseq.pipeline.plan.schedule import Action, ActionKind, Schedule, source, target
+from megatron.longseq.pipeline.runtime.hang_report import HangReporter, Wait
 
-TAKEN = "a receive of its output"
-WHAT = {Kind.FORWARD: "its hidden states", Kind.BACKWARD: "its gradient"}
-TIMED = {Kind.FORWARD: "forward", Kind.BACKWARD: "backward"}
+CONTENT = {ActionKind.FORWARD: "its hidden states", ActionKind.BACKWARD: "its gradient"}
+TIMER_NAMES = {ActionKind.FORWARD: "forward-recv", ActionKind.BACKWARD: "backward-recv"}  # upstream's
+
+
+class Outbox:
+    """Keep each sent tensor alive until its message has left. Only `close` waits.
+
+    NCCL reports whether a send has completed. Gloo reports it only to a thread that waits, so with gloo a thread waits
+    for one send after the other.
+
+    Args:
+        backend: backend of the process groups.
+    """
+
+    def __init__(self, backend: str) -> None:
+        self.sent: deque[tuple[Any, torch.Tensor]] = deque()
+        self.queue: queue.Queue[tuple[Any, torch.Tensor]] | None = None
+        self.failure: BaseException | None = None
+        if backend == "gloo":
+            self.queue = queue.Queue()
+            threading.Thread(target=self._wait_in_turn, name="longseq-outbox", daemon=True).start()
+
+    def add(self, work: Any, tensor: torch.Tensor) -> None:
+        """Keep `tensor` until the send `work` has completed."""
+        if self.queue is not None:
+            self.queue.put((work, tensor))
+            return
+        self.sent.append((work, tensor))
+        while self.sent and self.sent[0][0].is_completed():
+            self.sent.popleft()
+
+    def close(self) -> None:
+        """Wait until every message has left.
+
+        Raises:
+            RuntimeError: a message could not be delivered.
+        """
+        while self.sent:
+            self.sent.popleft()[0].wait()
+        if self.queue is not None:
+            self.queue.join()
+        if self.failure is not None:
+            raise RuntimeError(f"a message could not be delivered: {self.failure}") from self.failure
+
+    def _wait_in_turn(self) -> None:
+        assert self.queue is not None
+        while True:
+            work, tensor = self.queue.get()
+            try:
+                work.wait()
+            except BaseException as error:
+                self.failure = self.failure or error
+            del work, tensor  # before get(), which may block for long
+            self.queue.task_done()
 
 
 @dataclass(frozen=True)
-class Lanes:
-    """One communicator per direction over the ranks of a pipeline.
+class StageChannels:
+    """The process groups over the ranks of a pipeline, one per direction.
 
     Attributes:
         group: upstream's pipeline-parallel group; its ranks are the stages, in order.
-        lanes: (kind, whether the message wraps around the ring) -> communicator over the same ranks.
-        outbox: messages on their way out.
+        channels: (kind, whether the message goes from the last rank to the first or back) -> process group.
+        outbox: messages that have not left yet.
     """
 
     group: dist.ProcessGroup
-    lanes: dict[tuple[Kind, bool], dist.ProcessGroup]
+    channels: dict[tuple[ActionKind, bool], dist.ProcessGroup]
     outbox: Outbox
 
-    def lane(self, kind: Kind, sender: int, receiver: int) -> dist.ProcessGroup:
-        """Return the communicator for a message between two pipeline ranks."""
-        return self.lanes[kind, abs(receiver - sender) != 1 or (receiver < sender) != (kind is Kind.BACKWARD)]
+    def channel(self, kind: ActionKind, sender: int, receiver: int) -> dist.ProcessGroup:
+        """Return the process group for messages of a kind between two pipeline ranks."""
+        wraps = abs(receiver - sender) != 1 or (receiver < sender) != (kind is ActionKind.BACKWARD)
+        return self.channels[kind, wraps]
 
 
-def open_lanes(group: dist.ProcessGroup, virtual: int, timeout: timedelta | None = None) -> Lanes:
-    """Make the communicators of all pipelines; every rank of the job calls this at the same time.
+def open_channels(group: dist.ProcessGroup, virtual: int, timeout: timedelta | None = None) -> StageChannels:
+    """Create the process groups of all pipelines. Every rank of the job must call this at the same time.
 
-    A first message goes over every edge, in an order that cannot wait in a circle: NCCL connects two ranks at their
-    first message and blocks the process until both are there, which would deadlock later, when receives are posted
-    early.
+    One message is sent over every edge right away, in an order that cannot deadlock. NCCL connects two ranks at their
+    first message and blocks the process until both are there. Later, when receives are posted early, that would
+    deadlock.
 
     Args:
         group: upstream's pipeline-parallel group.
-        virtual: virtual stages per rank; only with more than one do messages wrap around.
-        timeout: after which a message that does not come is an error; None: the backend's own.
+        virtual: virtual stages per rank; messages wrap around only if there is more than one.
+        timeout: time after which a missing message is an error; None: the backend's own.
     """
     mine, backend = dist.get_process_group_ranks(group), dist.get_backend(group)
     wraps = (False, True) if virtual > 1 else (False,)
-    lanes = {}
-    for ranks in all_groups(mine):  # torch wants every rank at the making of every group
-        for kind in (Kind.FORWARD, Kind.BACKWARD):
+    channels = {}
+    for ranks in all_groups(mine):  # torch requires every rank to take part in creating every group
+        for kind in (ActionKind.FORWARD, ActionKind.BACKWARD):
             for wrap in wraps:
-                lane = dist.new_group(list(ranks), timeout, backend, same_backend_options(group))
+                channel = dist.new_group(list(ranks), timeout, backend, same_backend_options(group))
                 if ranks == tuple(mine):
-                    lanes[kind, wrap] = lane
-    for (kind, wrap), lane in lanes.items():
+                    channels[kind, wrap] = channel
+    for (kind, wrap), channel in channels.items():
         for sender, receiver in _edges(len(mine), kind, wrap):
-            _greet(lane, mine, sender, receiver)
-    return Lanes(group, lanes, Outbox(backend))
+            _connect(channel, mine, sender, receiver)
+    return StageChannels(group, channels, Outbox(backend))
 
 
-def _edges(size: int, kind: Kind, wrap: bool) -> list[tuple[int, int]]:
+def _edges(size: int, kind: ActionKind, wrap: bool) -> list[tuple[int, int]]:
     forward = [(size - 1, 0)] if wrap else [(rank, rank + 1) for rank in range(size - 1)]
-    return forward if kind is Kind.FORWARD else [(receiver, sender) for sender, receiver in reversed(forward)]
+    return forward if kind is ActionKind.FORWARD else [(receiver, sender) for sender, receiver in reversed(forward)]
 
 
-def _greet(lane: dist.ProcessGroup, ranks: Sequence[int], sender: int, receiver: int) -> None:
+def _connect(channel: dist.ProcessGroup, ranks: Sequence[int], sender: int, receiver: int) -> None:
     me = dist.get_rank()
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    word = torch.zeros(1, device=device)
+    tensor = torch.zeros(1, device=device)
     if me == ranks[sender]:
-        dist.send(word, ranks[receiver], group=lane)
+        dist.send(tensor, ranks[receiver], group=channel)
     elif me == ranks[receiver]:
-        dist.recv(word, ranks[sender], group=lane)
+        dist.recv(tensor, ranks[sender], group=channel)
 
 
 @dataclass
-class _Posted:
-    """A receive on its way."""
+class _PostedReceive:
+    """A receive that is posted and not taken."""
 
     wait: Wait
     tensor: torch.Tensor
@@ -102,41 +155,41 @@ class Mailbox:
     """The messages of one rank during one step.
 
     Args:
-        lanes: the communicators.
+        channels: the process groups.
         schedule: what all ranks run.
-        posts: when this one posts receives (`posts`).
-        shape: segment -> shape of its hidden states on this rank.
-        make: makes an empty tensor of a shape, with the type and device of the hidden states.
-        watch: told of every wait.
-        starts: shape [micro-batch, sequence] of the documents' starts, which go ahead of the hidden states of a
-            micro-batch's first segment: upstream gives no batch to stages between the first and the last. None: no
-            documents are sent.
-        timers: upstream's, which get the time of the waits under upstream's names; None: nobody asks.
+        receive_order: when this rank posts its receives.
+        shape: function from a segment to the shape of its hidden states on this rank.
+        make: creates an empty tensor of a shape, with the dtype and device of the hidden states.
+        reporter: reports waits that take too long.
+        starts: shape [micro-batch, sequence] of the document starts, or None to send none. They are sent ahead of the
+            hidden states of a micro-batch's first segment, since upstream gives no batch to the stages between the
+            first and the last.
+        timers: upstream's timers, which then measure the waits under upstream's names; or None.
     """
 
     def __init__(
         self,
-        lanes: Lanes,
+        channels: StageChannels,
         schedule: Schedule,
-        posts: Posts,
+        receive_order: ReceiveOrder,
         shape: Callable[[int], tuple[int, ...]],
         make: Callable[[tuple[int, ...]], torch.Tensor],
-        watch: Watch,
+        reporter: HangReporter,
         starts: tuple[int, int] | None = None,
         timers: Any = None,
     ) -> None:
-        self.starts, self.timers = starts, timers
-        self.lanes, self.pipeline, self.shape, self.make, self.watch = lanes, schedule.pipeline, shape, make, watch
-        self.rank = dist.get_rank(lanes.group)
-        self.ranks = dist.get_process_group_ranks(lanes.group)
+        self.channels, self.pipeline, self.shape, self.make = channels, schedule.pipeline, shape, make
+        self.reporter, self.starts, self.timers = reporter, starts, timers
+        self.rank = dist.get_rank(channels.group)
+        self.ranks = dist.get_process_group_ranks(channels.group)
         self.index = {action: index for index, action in enumerate(schedule.orders[self.rank])}
-        self.last_sent: Wait | None = None
-        self.device_waits = dist.get_backend(lanes.group) == "nccl"
-        self.due = deque(posts)
-        self.posted: dict[Action, _Posted] = {}
+        self.last_send: Wait | None = None
+        self.device_waits = dist.get_backend(channels.group) == "nccl"
+        self.due = deque(receive_order)
+        self.posted: dict[Action, _PostedReceive] = {}
 
     def post(self) -> None:
-        """Post the receives that are due; call it before each action."""
+        """Post the receives that are due; call this before each action."""
         for action in self.due.popleft():
             self._post(action)
 
@@ -144,37 +197,38 @@ class Mailbox:
         sender = source(self.pipeline, self.rank, action)
         assert sender is not None, f"{action} receives nothing"
         tensor, peer = self.make(self.shape(action.segment)), sender[0]
-        lane, wait = self.lanes.lane(action.kind, peer, self.rank), self._wait(action, peer, WHAT[action.kind])
+        channel = self.channels.channel(action.kind, peer, self.rank)
+        wait = self._wait(action, peer, CONTENT[action.kind])
         starts, works = None, []
-        with self.watch.receive(wait):
-            if self._tells_documents(action):
+        with self.reporter.blocking(wait):
+            if self._has_starts(action):
                 starts = torch.empty(self.starts or (), dtype=torch.int32, device=tensor.device)
-                works.append(dist.irecv(starts, self.ranks[peer], group=lane))
-            works.append(dist.irecv(tensor, self.ranks[peer], group=lane))
-        self.posted[action] = _Posted(wait, tensor, tuple(works), starts)
+                works.append(dist.irecv(starts, self.ranks[peer], group=channel))
+            works.append(dist.irecv(tensor, self.ranks[peer], group=channel))
+        self.posted[action] = _PostedReceive(wait, tensor, tuple(works), starts)
 
-    def _wait(self, action: Action, peer: int, what: str) -> Wait:
-        return Wait(dist.get_rank(), self.index[action], len(self.index), action, self.ranks[peer], what)
+    def _wait(self, action: Action, peer: int, content: str) -> Wait:
+        return Wait(dist.get_rank(), self.index[action], len(self.index), action, self.ranks[peer], content)
 
-    def _tells_documents(self, action: Action) -> bool:
-        return self.starts is not None and action.kind is Kind.FORWARD and action.segment == 0
+    def _has_starts(self, action: Action) -> bool:
+        return self.starts is not None and action.kind is ActionKind.FORWARD and action.segment == 0
 
     def take(self, action: Action) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Wait for what `action` receives and return it with the documents' starts; None where it receives nothing.
+        """Wait for the message of `action`; return its tensor and its document starts, each None if not sent.
 
         Raises:
-            BrokenReceive: the message did not come; names the action and the rank it was expected from.
+            BrokenMessage: the message did not arrive; names the action and the sending rank.
         """
         posted = self.posted.pop(action, None)
         if posted is None:
             return None, None
-        with self._timed(f"{TIMED[action.kind]}-recv"), self.watch.receive(posted.wait):
+        with self._timed(TIMER_NAMES[action.kind]), self.reporter.blocking(posted.wait):
             for work in posted.works:
                 work.wait()
-        if self.device_waits:  # the host goes on; an event behind the receive tells when it is there
+        if self.device_waits:  # the host runs ahead; an event behind the receive tells when it is complete
             event = torch.cuda.Event()
             event.record()
-            self.watch.outstanding(posted.wait, event.query)
+            self.reporter.outstanding(posted.wait, event.query)
         return posted.tensor, posted.starts
 
     @contextmanager
@@ -186,33 +240,34 @@ class Mailbox:
             self.timers(name).stop()
 
     def send(self, action: Action, tensor: torch.Tensor | None, starts: torch.Tensor | None = None) -> None:
-        """Send the output of `action` (and the starts of its documents) to whom it concerns; returns at once.
+        """Send the output of `action`, and its document starts, to the rank that needs it; return at once.
 
         Raises:
-            BrokenReceive: the receiver is gone; names the action and the rank.
+            BrokenMessage: the receiver is gone; names the action and the rank.
         """
-        goal = target(self.pipeline, self.rank, action)
-        if goal is None or goal[0] == self.rank:
+        receiver = target(self.pipeline, self.rank, action)
+        if receiver is None or receiver[0] == self.rank:
             return
         assert tensor is not None, f"{action} has no output to send"
-        message = tensor.detach().contiguous()
-        lane = self.lanes.lane(action.kind, self.rank, goal[0])
-        self.last_sent = self._wait(action, goal[0], TAKEN)
-        with self.watch.receive(self.last_sent):
-            if self._tells_documents(action):
-                if starts is None:  # no stage so far was handed a mask: every sequence is one document
+        peer, message = receiver[0], tensor.detach().contiguous()
+        channel = self.channels.channel(action.kind, self.rank, peer)
+        self.last_send = self._wait(action, peer, "a receive of its output")
+        with self.reporter.blocking(self.last_send):
+            if self._has_starts(action):
+                if starts is None:  # no stage so far was given a mask: every sequence is one document
                     starts = torch.zeros(self.starts or (), dtype=torch.int32, device=message.device)
-                self.lanes.outbox.add(dist.isend(starts, self.ranks[goal[0]], group=lane), starts)
-            self.lanes.outbox.add(dist.isend(message, self.ranks[goal[0]], group=lane), message)
+                self.channels.outbox.add(dist.isend(starts, self.ranks[peer], group=channel), starts)
+            self.channels.outbox.add(dist.isend(message, self.ranks[peer], group=channel), message)
 
     def close(self) -> None:
-        """Wait until everything sent has left, and check that nothing is still expected.
+        """Wait until all messages have left, and check that none is still expected.
 
         Raises:
-            BrokenReceive: a message could not be delivered.
+            BrokenMessage: a message could not be delivered.
+            RuntimeError: a receive was not taken.
         """
-        with self.watch.receive(self.last_sent) if self.last_sent is not None else nullcontext():
-            self.lanes.outbox.close()
+        with self.reporter.blocking(self.last_send) if self.last_send is not None else nullcontext():
+            self.channels.outbox.close()
         left = [str(action) for action in (*self.posted, *(action for due in self.due for action in due))]
         if left:
             raise RuntimeError(f"pipeline rank {self.rank} ends its step without having received the {left[0]}")

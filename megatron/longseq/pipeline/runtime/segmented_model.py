@@ -1,13 +1,13 @@
-"""One model chunk (virtual stage) of a rank, made to run segment by segment without its code knowing.
+"""Run a model chunk (virtual stage) segment by segment, without changes to its code.
 
-Nothing of upstream is replaced: on the chunk's own instances `forward` is bound anew, so parameters, their names and
-checkpoints stay as they are. The model is given its slice of the batch, rotary positions start where the segment
-starts, and core attention sees the keys of earlier segments (`megatron.longseq.attention.runtime.segment_attention`).
+The `forward` of the chunk's model, rotary embedding and core attentions is replaced on these instances, so parameters,
+their names and checkpoints stay as they are. The model gets its slice of the batch, rotary positions start where the
+segment starts, and core attention sees the keys of earlier segments (`attention.runtime.segment_attention`).
 """
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,33 +40,32 @@ from megatron.longseq.pipeline.runtime.outputs import Outputs
 from megatron.longseq.segment import Segment
 
 ALONG_SEQUENCE = ("input_ids", "position_ids", "labels", "loss_mask", "padding_mask")  # [micro-batch, sequence]
-MASK_DIMENSIONS = 4  # of an attention mask, [micro-batch, 1, sequence, sequence]
 UNSERVED = ("decoder_input", "inference_context", "inference_params", "packed_seq_params", "output_processor")
 
 
 @dataclass
-class Chunk:
-    """A model chunk under segments.
+class SegmentedModel:
+    """A model chunk that runs segment by segment.
 
     Attributes:
-        module: the chunk as upstream's schedules get it, wrapped by DDP and Float16Module.
+        module: the chunk in upstream's wrappers (DDP, Float16Module).
         lengths: tokens per segment.
-        context: groups of context parallelism; None: every rank has whole segments.
         needs_mask: whether every micro-batch must have an attention mask (upstream's --reset-attention-mask).
-        takes_documents: whether masks may separate documents: there is one stage, or all hear of them.
-        tells_documents: whether a micro-batch's documents are sent from stage to stage.
+        allows_documents: whether masks may separate documents: there is one stage, or documents are sent.
+        sends_documents: whether a micro-batch's documents are sent from stage to stage.
+        context: process groups of context parallelism; None: every rank has whole segments.
         store: keys and values of earlier segments.
-        outputs: outputs of segments and their gradients (last stage).
-        starts: micro-batch -> first position of every token's document, [micro-batch, sequence].
-        documents: micro-batch -> the same as attention plans by it; None: every sequence is one document.
+        outputs: outputs of segments and their gradients, on the last stage.
+        starts: micro-batch -> position at which every token's document starts, [micro-batch, sequence].
+        documents: micro-batch -> documents for the attention planner; None: every sequence is one document.
         has_run: whether the model has run since `enter`.
     """
 
     module: torch.nn.Module
     lengths: Sequence[int]
     needs_mask: bool = False
-    takes_documents: bool = True
-    tells_documents: bool = False
+    allows_documents: bool = True
+    sends_documents: bool = False
     context: ContextParallel | None = None
     store: PrefixStore = field(default_factory=PrefixStore)
     outputs: Outputs = field(default_factory=Outputs)
@@ -77,10 +76,10 @@ class Chunk:
     has_run: bool = False
 
     def attach(self) -> None:
-        """Bind `forward` anew on the model, its rotary embedding and its core attentions.
+        """Replace `forward` of the model, its rotary embedding and its core attentions.
 
         Raises:
-            ValueError: this is no GPT model of causal self-attention layers; nothing was bound.
+            ValueError: this is not a GPT model of causal self-attention layers; then nothing was replaced.
         """
         models = [module for module in self.module.modules() if isinstance(module, GPTModel)]
         if len(models) != 1:
@@ -100,7 +99,7 @@ class Chunk:
                 self._bind(module.core_attention, self._attention_forward(module))
 
     def detach(self) -> None:
-        """Give the instances back the `forward` of their classes."""
+        """Restore the `forward` of all instances."""
         while self.bound:
             del self.bound.pop().forward
 
@@ -109,33 +108,33 @@ class Chunk:
         self.bound.append(module)
 
     def enter(self, microbatch: int, segment: int, forward_only: bool) -> None:
-        """Say which segment the next forward or backward is of, recomputation included."""
+        """Set the segment of the next forward, backward or recomputation."""
         self.store.current = Segment(microbatch, segment, tuple(self.lengths), forward_only)
         self.has_run = False
 
     def learn_documents(self, microbatch: int, starts: torch.Tensor) -> None:
-        """Take the documents of a micro-batch, from its mask or from the stage before."""
+        """Set the documents of a micro-batch, read from its mask or received from the previous stage."""
         self.starts[microbatch], self.documents[microbatch] = starts, packed(starts)
 
     def leave(self, microbatch: int) -> None:
-        """Forget a micro-batch whose last action is done."""
+        """Free a micro-batch after its last action."""
         self.store.leave(microbatch)
         self.outputs.leave(microbatch)
         self.starts.pop(microbatch, None)
         self.documents.pop(microbatch, None)
 
     def reset(self) -> None:
-        """Forget every micro-batch, after a step that did not end."""
+        """Free all micro-batches, after a step that failed."""
         self.store.reset()
         self.outputs = Outputs()
         self.starts.clear()
         self.documents.clear()
 
     def assert_empty(self) -> None:
-        """Check at the end of a step that every segment was taken back.
+        """Check at the end of a step that every segment was freed.
 
         Raises:
-            RuntimeError: names what is left.
+            RuntimeError: names the micro-batches that were not.
         """
         self.store.assert_empty()
         left = sorted({*self.outputs.wholes, *self.outputs.gradients, *self.documents})
@@ -176,9 +175,9 @@ class Chunk:
                 given[name] = given[name][:, segment.begin : segment.end]
 
     def _read_mask(self, mask: torch.Tensor | None, batch: int) -> None:
-        """Learn the documents of a micro-batch, at its first segment, from the mask that the script hands this stage.
+        """Read the documents of a micro-batch from the mask that the script gives the model at the first segment.
 
-        A stage that is handed none goes by the stage before (`learn_documents`).
+        Without a mask, the documents of the previous stage apply (`learn_documents`).
         """
         microbatch = self._here().microbatch
         if mask is None:
@@ -189,14 +188,14 @@ class Chunk:
                 )
             return
         self.learn_documents(microbatch, for_batch(self._starts(mask), batch).contiguous())
-        if self.documents[microbatch] is not None and not self.takes_documents:
+        if self.documents[microbatch] is not None and not self.allows_documents:
             raise ValueError(
                 f"micro-batch {microbatch}: the script's attention mask separates documents, and they are not handed "
                 "from stage to stage under --no-create-attention-mask-in-dataloader; leave that flag out."
             )
 
     def _starts(self, mask: torch.Tensor) -> torch.Tensor:
-        """Return the position at which every token's document starts, [sequences of the mask, sequence], int32."""
+        """Return the position at which every token's document starts, int32 [sequences of the mask, sequence]."""
         if self.context is None:
             return document_starts(mask).to(torch.int32)
         masks = self.context.masks
@@ -206,12 +205,12 @@ class Chunk:
         return 1 if self.context is None else self.context.size
 
     def _here(self) -> Segment:
-        """Return the current segment as this rank has it: its share of every segment, one after another."""
+        """Return the current segment with the lengths of this rank's shards."""
         return self.store.announced(0).shared(self._ranks())
 
     def _rotary_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(max_seq_len: int, offset: int = 0, **kwargs: Any) -> Any:
-            # Upstream cuts what this returns for the context-parallel rank, as it cut the segment's tokens.
+            # Upstream shards the result over context-parallel ranks, as it has sharded the segment's tokens.
             return original(max_seq_len, offset=offset + self.store.announced(0).begin, **kwargs)
 
         return forward
@@ -280,7 +279,7 @@ def _sequences(given: dict[str, Any], model: GPTModel) -> int:
 
 
 def _refuse_attention(name: str, attention: torch.nn.Module) -> None:
-    """Refuse a layer whose tokens would see those of earlier segments in another way than by core attention."""
+    """Refuse a layer whose tokens see earlier segments by other means than core attention."""
     if isinstance(attention, SelfAttention):
         refuse_mask_type(attention.attn_mask_type, f"--seq1f1b-splits, layer {name}")
         refuse_window(attention.config, f"--seq1f1b-splits, layer {name}")
@@ -316,48 +315,3 @@ def _fork(config: Any) -> Callable[[], contextlib.AbstractContextManager[None]]:
     if config.sequence_parallel:
         return contextlib.nullcontext
     return lambda: tensor_parallel.get_cuda_rng_tracker().fork()  # type: ignore[no-any-return]
-
-
-class Replay:
-    """A data iterator that gives every segment of a micro-batch the same samples.
-
-    The script may write into what it is given: with several segments each gets copies of its own. Attention masks, the
-    tensors of four dimensions, are not copied: they are large, and read for the first segment alone.
-
-    Args:
-        samples: the script's iterator.
-        segments: how often the samples of a micro-batch are drawn.
-    """
-
-    def __init__(self, samples: Iterator[Any], segments: int) -> None:
-        self.samples, self.segments = samples, segments
-        self.drawn: list[Any] = []
-        self.next = 0
-
-    def rewind(self, is_first: bool) -> None:
-        """Begin a unit: at the first segment of a micro-batch new samples are drawn, at a later one the same come."""
-        self.next = 0
-        if is_first:
-            self.drawn = []
-
-    def __iter__(self) -> "Replay":
-        return self
-
-    def __next__(self) -> Any:
-        if self.next == len(self.drawn):
-            self.drawn.append(next(self.samples))
-        sample = self.drawn[self.next]
-        self.next += 1
-        return _copied(sample) if self.segments > 1 else sample
-
-
-def _copied(sample: Any) -> Any:
-    """Copy containers and tensors, pinned ones into pinned memory."""
-    if isinstance(sample, dict):
-        return {name: _copied(value) for name, value in sample.items()}
-    if type(sample) in (list, tuple):
-        return type(sample)(_copied(value) for value in sample)
-    if not isinstance(sample, torch.Tensor) or sample.dim() >= MASK_DIMENSIONS:
-        return sample
-    copy = sample.clone()
-    return copy.pin_memory() if sample.is_pinned() else copy

@@ -1,70 +1,74 @@
-"""When each action of this rank began and ended, measured.
+"""Measure when each action of this rank starts and ends, and write the result to a file per rank.
 
-    recorder = Recorder(DeviceClock() if torch.cuda.is_available() else HostClock())
-    recorder.start_step()
-    with recorder.action(action):
+    timer = StepTimer(DeviceClock() if torch.cuda.is_available() else HostClock())
+    timer.start_step()
+    with timer.action(action):
         ...
-    spans = recorder.finish()
+    spans = timer.finish()
 
-One common clock makes the ranks comparable: Unix time, read once per step and rank. Inside of a step only differences
-count, of the host's monotonic clock or of events on the device, so no correction of the wall clock can bend a span.
-Between the processes of one machine the ranks then agree to some microseconds; between machines as well as their wall
-clocks do (NTP: about a millisecond), which is enough to look at and no basis for measuring a message's latency.
+Times are Unix times, so that ranks can be compared. Unix time is read once per step and rank; within a step only
+differences of the host's monotonic clock, or of events on the device, count. Ranks on one machine agree to some
+microseconds. Between machines the error is that of their wall clocks (about a millisecond with NTP): enough for a
+picture, too much to measure the latency of a message.
 """
 
+import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from megatron.longseq.pipeline.plan.schedule import Action
-from megatron.longseq.pipeline.plan.timeline import Span
+from megatron.longseq.pipeline.plan.schedule import Action, Pipeline
+from megatron.longseq.pipeline.plan.simulate import ActionTime
 
 
 class Clock(Protocol):
-    """Stamps moments now and tells their Unix time later."""
+    """Records moments, and converts them to Unix time later."""
 
     def restart(self) -> None:
-        """Begin a step: earlier stamps are void."""
+        """Start a step; earlier stamps become invalid."""
 
     def stamp(self) -> Any:
-        """Note this moment."""
+        """Record the current moment."""
 
     def read(self, stamps: Sequence[Any]) -> list[float]:
-        """Unix time of each stamp of this step, in seconds."""
+        """Return the Unix time of each stamp of this step, in seconds."""
 
 
 class HostClock:
-    """Moments of the host: right where the host computes, or waits for what computes."""
+    """Clock of the host, for computation that the host itself runs or waits for."""
 
     def restart(self) -> None:
-        """Tie the monotonic clock to Unix time."""
+        """Start a step."""
         self._offset = time.time() - time.perf_counter()
 
     def stamp(self) -> float:
-        """Note this moment."""
+        """Record the current moment."""
         return time.perf_counter()
 
     def read(self, stamps: Sequence[float]) -> list[float]:
-        """Unix time of each stamp, in seconds."""
+        """Return the Unix time of each stamp, in seconds."""
         return [stamp + self._offset for stamp in stamps]
 
 
 class DeviceClock:
-    """Moments of the current CUDA stream; the host waits for it once, in `read`.
+    """Clock of the current CUDA stream. The host waits for the stream once, in `read`.
 
-    The stream may be far behind the host when a step begins, so its events are tied to Unix time at the end, where the
-    host has waited for it: the last event happened just now, the others so and so long before.
+    At the start of a step the stream may be far behind the host. So the events are related to Unix time at the end,
+    when the host has waited for the last event.
     """
 
     def __init__(self) -> None:
-        self._pool: list[Any] = []  # events, used again in every step
+        self._pool: list[Any] = []  # events, reused in every step
         self._used = 0
 
     def restart(self) -> None:
-        """Take the events back, and record the one that the others are measured from."""
+        """Start a step: reuse the events, and record the reference event."""
         self._used = 0
         self._reference = self.stamp()
 
@@ -79,15 +83,15 @@ class DeviceClock:
         return event
 
     def read(self, stamps: Sequence[Any]) -> list[float]:
-        """Unix time of each stamp, in seconds; waits until the stream has passed them."""
+        """Return the Unix time of each stamp, in seconds, after waiting for the stream to pass them."""
         last = self.stamp()
         last.synchronize()
         origin = time.time() - self._reference.elapsed_time(last) * 1e-3
         return [origin + self._reference.elapsed_time(stamp) * 1e-3 for stamp in stamps]
 
 
-class Recorder:
-    """Records one step at a time.
+class StepTimer:
+    """Measures the actions of one step at a time.
 
     Args:
         clock: `HostClock` or `DeviceClock`.
@@ -100,12 +104,12 @@ class Recorder:
         self._stamps: list[Any] = []
 
     def start_step(self) -> None:
-        """Begin a step; one that was not finished is forgotten."""
+        """Start a step, and discard an unfinished one."""
         self._open, self._actions, self._stamps = None, [], []
         self._clock.restart()
 
     def begin(self, action: Action) -> None:
-        """Begin an action: after its input has come, so that waiting is no part of the span.
+        """Start an action. Call this after its input has arrived, so that waiting is not part of the action's time.
 
         Raises:
             RuntimeError: no step was started, or another action has not ended.
@@ -116,10 +120,10 @@ class Recorder:
         self._open = (action, self._clock.stamp())
 
     def end(self) -> None:
-        """End the action: before its output is sent.
+        """End the action. Call this before its output is sent.
 
         Raises:
-            RuntimeError: none has begun.
+            RuntimeError: no action has begun.
         """
         if self._open is None or self._actions is None:
             raise RuntimeError("no action to end: call begin first")
@@ -130,7 +134,7 @@ class Recorder:
 
     @contextmanager
     def action(self, action: Action) -> Iterator[None]:
-        """Begin and end an action; one that raises is not recorded."""
+        """Measure an action as a context; an action that raises is not recorded."""
         self.begin(action)
         try:
             yield
@@ -139,11 +143,11 @@ class Recorder:
             raise
         self.end()
 
-    def finish(self) -> tuple[Span, ...]:
+    def finish(self) -> tuple[ActionTime, ...]:
         """End the step.
 
         Returns:
-            The actions in the order in which they ran; start and end in seconds of Unix time, see `aligned`.
+            The actions in the order in which they ran, with start and end in seconds of Unix time.
 
         Raises:
             RuntimeError: no step was started, or an action has not ended.
@@ -152,12 +156,30 @@ class Recorder:
             why = "no step was started" if self._open is None else f"the {self._open[0]} has not ended"
             raise RuntimeError(f"cannot finish a step: {why}")
         times = iter(self._clock.read(self._stamps))
-        spans = tuple(Span(action, next(times), next(times)) for action in self._actions)
+        spans = tuple(ActionTime(action, next(times), next(times)) for action in self._actions)
         self._actions = None
         return spans
 
 
-def aligned(ranks: Sequence[Sequence[Span]]) -> tuple[tuple[Span, ...], ...]:
-    """Count the times of all ranks from the first start of any: what `Timeline` wants."""
-    zero = min((span.start for spans in ranks for span in spans), default=0.0)
-    return tuple(tuple(Span(span.action, span.start - zero, span.end - zero) for span in spans) for spans in ranks)
+def write_measured(folder: Path, rank: int, pipeline: Pipeline, name: str, spans: Sequence[ActionTime]) -> Path:
+    """Write one rank's measured step to `rank-NNNN.json`, which appears only when it is complete.
+
+    `tools.chrome_trace.read_measured` joins the files of all ranks.
+
+    Args:
+        folder: folder for one step of one run; created if missing.
+        rank: pipeline rank, from 0.
+        pipeline: sizes of the pipeline.
+        name: name of the schedule, the same on all ranks.
+        spans: actions in the order in which they ran, in seconds on a clock that all ranks share.
+
+    Returns:
+        The file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [[s.action.kind, s.action.microbatch, s.action.segment, s.action.vstage, s.start, s.end] for s in spans]
+    file = folder / f"rank-{rank:04d}.json"
+    half = file.with_suffix(f".{os.getpid()}.half")
+    half.write_text(json.dumps({"name": name, "pipeline": asdict(pipeline), "rank": rank, "spans": rows}) + "\n")
+    half.replace(file)
+    return file

@@ -1,33 +1,32 @@
-"""Zero-bubble's split: the backward of a linear computes the input's gradient, the weight's gradient waits.
+"""Split the backward of linear layers for zero-bubble schedules (arXiv 2401.10241).
 
-Upstream's local linears (`--transformer-impl local`) compute both in one autograd function. `attach` re-binds the
-function that they call on each instance, so that in the backward only the input's gradient (and the bias's, a sum) is
-computed, and a `WeightStore` keeps what the weight's product needs until its WEIGHT action runs:
+Upstream's local linears (`--transformer-impl local`) compute the gradients of the input and of the weight in one
+autograd function. `attach` replaces the function that each instance calls. The backward then computes only the
+gradients of the input and the bias, and a `WeightGradStore` keeps the operands of the weight's product until the
+unit's WEIGHT action:
 
     with attach(model, store):
-        store.begin(unit); backward_step(...); store.end()      # action B
-        store.run(unit)                                         # action W, any time later, in the order of the B's
+        store.begin(unit); backward_step(...); store.end()      # action BACKWARD
+        store.run(unit)                                         # action WEIGHT, later, in the order of the backwards
 
-The weight takes no part in autograd there: an accumulation hook that fired without a gradient would make upstream's
-data-parallel wrapper believe that the gradient is complete. All other parameters (norms, biases, embeddings, a linear
-whose weight something else uses too) keep upstream's path and have their gradient after B.
+Autograd does not see the weight of a split linear. If it did, the weight's accumulation hook would fire without a
+gradient, and upstream's data-parallel wrapper would take the gradient for complete. All other parameters (norms,
+biases, embeddings, a weight that another module uses too) keep upstream's path, and have their gradient after BACKWARD.
 
-Data parallelism. Either all backwards run under `no_sync` and after the last W the executor calls the wrapper's
-`start_grad_sync`, as upstream does with `--align-grad-reduce`; or it leaves `no_sync` before a chunk's last B, as
-upstream does without, and gives `run` of that chunk's last W the function `grad_ready(chunk)`: then each bucket is
-reduced as soon as its last weight is done, while the other products of that W still run. Without
-`--overlap-grad-reduce` nothing is to be called: finalisation reduces.
+Data parallelism: all backwards run under `no_sync`, and the executor calls the wrapper's `start_grad_sync` after the
+last WEIGHT action, as upstream does with `--align-grad-reduce`.
 
-Memory. From B to W a unit holds the inputs of its linears, which B would have let go, and the gradients of their
-outputs. These may be the very tensors that a neighbour sent: a receive buffer must not be used again before W ran.
+Memory: from BACKWARD to WEIGHT a unit keeps the inputs of its linears, which BACKWARD would have freed, and the
+gradients of their outputs. These may be the tensors that a neighbour has sent, so a receive buffer must not be reused
+before WEIGHT has run.
 
-Sequence parallelism. The weight's product needs the input of all tensor-parallel ranks. It is gathered in W, as it is
-gathered in upstream's backward: the same bytes, moved out of the critical B, and hidden behind the product before it.
-Gathering in B would hold tensor-parallel-size times the memory until W.
+Sequence parallelism: the product needs the input of all tensor-parallel ranks. It is gathered in WEIGHT, while the
+product before it runs. Upstream's backward sends the same bytes. A gather in BACKWARD would keep tensor-parallel-size
+times the memory until WEIGHT.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -42,15 +41,15 @@ type Linear = layers.ColumnParallelLinear | layers.RowParallelLinear
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """How a linear was called, apart from the tensors of autograd.
+    """The arguments of a linear's call that autograd does not see.
 
     Attributes:
         weight: [output, input].
-        fused: accumulate by upstream's fused kernel.
-        reduces: the input's gradient is summed over `group`.
-        gathers: the input is split along its first dimension over `group` (sequence parallelism).
+        fused: whether upstream's fused kernel accumulates the gradient.
+        reduces: whether the input's gradient is summed over `group`.
+        gathers: whether the input is sharded along its first dimension over `group` (sequence parallelism).
         group: tensor-parallel group.
-        store: where the weight's product waits.
+        store: keeps the weight's product.
     """
 
     weight: torch.nn.Parameter
@@ -58,12 +57,12 @@ class _Call:
     reduces: bool
     gathers: bool
     group: Any
-    store: "WeightStore"
+    store: "WeightGradStore"
 
 
 @dataclass(frozen=True, slots=True)
 class _Product:
-    """One weight gradient to be computed: `grad_output` transposed times `input`, [output, input]."""
+    """A weight gradient to compute: `grad_output` transposed times `input`, [output, input]."""
 
     call: _Call
     input: Tensor
@@ -71,16 +70,17 @@ class _Product:
     versions: tuple[int, int]
 
     def check(self) -> None:
-        """Raise RuntimeError if somebody wrote into the tensors since B."""
+        """Raise RuntimeError if one of the tensors was written to since BACKWARD."""
         if (self.input._version, self.grad_output._version) != self.versions:
             shape = tuple(self.call.weight.shape)
             raise RuntimeError(
-                f"an input or output gradient of the linear with weight {shape} was written to between B and W: its "
-                "weight gradient would be wrong. Tensors of a unit belong to it until its W has run"
+                f"an input or output gradient of the linear with weight {shape} was written to between its BACKWARD "
+                "and its WEIGHT action: the weight gradient would be wrong. Do not write into a unit's tensors before "
+                "its WEIGHT action has run"
             )
 
     def total_input(self) -> tuple[Tensor, Any]:
-        """Return the input of all tensor-parallel ranks and the handle that has to be waited for, None: none."""
+        """Return the input of all tensor-parallel ranks, and the handle to wait for (None: no communication)."""
         if not self.call.gathers:
             return self.input, None
         rows, *rest = self.input.shape
@@ -89,12 +89,12 @@ class _Product:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """[sequence, batch, n] as contiguous [sequence * batch, n]."""
+    """Return a tensor [sequence, batch, n] as contiguous [sequence * batch, n]."""
     return tensor.contiguous().view(-1, tensor.shape[-1])
 
 
 class _InputGradient(torch.autograd.Function):
-    """input [sequence, batch, in] and bias [out] or None to [sequence, batch, out]; the weight is in `call`."""
+    """Map input [sequence, batch, in] and bias [out] or None to [sequence, batch, out]; `call` holds the weight."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
@@ -121,17 +121,17 @@ class _InputGradient(torch.autograd.Function):
             grad_input = part
         elif call.reduces:
             handle = dist.all_reduce(grad_input, group=call.group, async_op=True)
-        grad_bias = _rows(grad_output).sum(dim=0) if ctx.needs_input_grad[1] else None  # while the others talk
+        grad_bias = _rows(grad_output).sum(dim=0) if ctx.needs_input_grad[1] else None  # while the collective runs
         if handle is not None:
             handle.wait()
         return grad_input, grad_bias, None
 
 
-class WeightStore:
-    """Keeps the weight products of units whose B ran and whose W did not.
+class WeightGradStore:
+    """Keeps the weight products of units between their BACKWARD and their WEIGHT action.
 
-    A unit is any hashable name of one backward: for instance (virtual stage, micro-batch, segment). Products run on the
-    stream that is current in `run`; it must be the one of the backwards.
+    A unit is any hashable name of one backward, for instance (micro-batch, segment, virtual stage). Products run on the
+    stream that is current in `run`, which must be the stream of the backwards.
     """
 
     def __init__(self) -> None:
@@ -139,10 +139,10 @@ class WeightStore:
         self._unit: Hashable | None = None  # read by autograd's thread, so not thread-local
 
     def begin(self, unit: Hashable) -> None:
-        """Collect for `unit` from now on, until `end` or the next `begin`.
+        """Collect the products of `unit` from now on, until `end` or the next `begin`.
 
         Raises:
-            RuntimeError: the unit's W has not run since its last B.
+            RuntimeError: the weight gradients of the unit's last backward have not been computed.
         """
         if unit in self._pending:
             raise RuntimeError(f"backward of unit {unit} runs again before its weight gradients were computed")
@@ -150,40 +150,42 @@ class WeightStore:
         self._unit = unit
 
     def end(self) -> None:
-        """Collect no more: a backward before the next `begin` is an error."""
+        """Stop collecting; a backward before the next `begin` is an error."""
         self._unit = None
 
     def add(self, call: _Call, input: Tensor, grad_output: Tensor) -> None:
-        """Keep a product of the unit that runs backward; its linear calls this.
+        """Keep a product of the current unit; called in the backward of a split linear.
 
         Raises:
-            RuntimeError: no unit was begun.
+            RuntimeError: there is no current unit.
         """
         if self._unit is None:
             raise RuntimeError(
-                "a backward ran outside of a schedule's action: its weight gradients have no W to be computed in. Call "
-                "begin(unit) before it, or detach the model"
+                "a backward ran outside of a schedule's action, so no WEIGHT action will compute its weight gradients. "
+                "Call begin(unit) before it, or detach the model"
             )
         input, grad_output = input.detach(), grad_output.detach()  # without their graph
         product = _Product(call, input, grad_output, (input._version, grad_output._version))
         self._pending[self._unit].append(product)
 
     @torch.no_grad()
-    def run(self, unit: Hashable, done: Callable[[torch.nn.Parameter], None] | None = None) -> None:
-        """Compute the weight gradients of a unit and add them to `main_grad`, or `grad` where there is no `main_grad`.
+    def run(self, unit: Hashable) -> None:
+        """Compute the weight gradients of a unit and add them to `main_grad`, or to `grad` if there is no `main_grad`.
 
-        The result is bitwise upstream's when units run in the order of their backwards: within a unit the products of a
-        weight that was used more than once are summed first, as autograd does.
+        The result is bitwise upstream's if units run in the order of their backwards. Within a unit, the products of a
+        weight that is used more than once are summed before they are added, as autograd does.
 
         Args:
             unit: as given to `begin`.
-            done: called with each weight as soon as its gradient of this unit has been added; see `grad_ready`.
 
         Raises:
-            RuntimeError: no such unit, or its tensors were written to since its B; the step cannot go on then.
+            RuntimeError: there is no such unit, or its tensors were written to since its backward. The step cannot
+                continue.
         """
         if unit not in self._pending:
-            raise RuntimeError(f"no weight gradients of unit {unit}: its backward did not run, or its W ran already")
+            raise RuntimeError(
+                f"no weight gradients of unit {unit}: its backward did not run, or they were computed already"
+            )
         products = self._pending.pop(unit)
         if self._unit == unit:
             self._unit = None
@@ -199,35 +201,25 @@ class WeightStore:
                 sums[weight] = sums[weight] + gradient if weight in sums else gradient
                 if not uses[weight]:
                     _accumulate(weight, sums.pop(weight))
-            if done is not None and not uses[weight]:
-                done(weight)
-
-    def pending_bytes(self) -> int:
-        """Bytes of storage that waiting units keep alive."""
-        tensors = (
-            t for unit in self._pending.values() for product in unit for t in (product.input, product.grad_output)
-        )
-        storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors)}
-        return sum(storages.values())
 
     def assert_empty(self) -> None:
-        """Check the end of a step.
+        """Check at the end of a step that all weight gradients were computed.
 
         Raises:
-            RuntimeError: names the units whose W did not run.
+            RuntimeError: names the units whose WEIGHT action did not run.
         """
         if self._pending:
             units = ", ".join(str(unit) for unit in self._pending)
-            raise RuntimeError(f"weight gradients were never computed for the units {units}: their W did not run")
+            raise RuntimeError(f"weight gradients were never computed for the units {units}")
 
     def reset(self) -> None:
-        """Forget everything: the step was given up."""
+        """Drop all products, after a step that failed."""
         self._pending.clear()
         self._unit = None
 
 
 def _with_inputs(products: deque[_Product]) -> Iterator[tuple[_Product, Tensor]]:
-    """Empty the queue; the gather of the next input runs while the caller multiplies."""
+    """Yield the products with their full inputs; the next input is gathered while the caller computes."""
     ahead = None
     while products:
         product = products.popleft()
@@ -249,20 +241,20 @@ def _accumulate(weight: torch.nn.Parameter, gradient: Tensor) -> None:
 
 
 def _accumulate_fused(main_grad: Tensor, total: Tensor, grad_output: Tensor) -> None:
-    """Product and addition in one kernel, the one that upstream uses."""
+    """Compute and add a product in one kernel, the one that upstream uses."""
     kernels = layers.fused_weight_gradient_mlp_cuda
     name = "wgrad_gemm_accum_fp32" if main_grad.dtype is torch.float32 else "wgrad_gemm_accum_fp16"
     getattr(kernels, name)(total, grad_output, main_grad)
 
 
 class _Split:
-    """Stands in for the `_forward_impl` of one linear."""
+    """Replaces the `_forward_impl` of one linear."""
 
-    def __init__(self, linear: Linear, store: WeightStore) -> None:
+    def __init__(self, linear: Linear, store: WeightGradStore) -> None:
         self.linear, self.store, self.upstream = linear, store, linear._forward_impl
 
     def __call__(self, input: Tensor, weight: torch.nn.Parameter, bias: Tensor | None, **options: Any) -> Tensor:
-        """Split where a backward will come and the weight is this linear's own; otherwise upstream's function."""
+        """Split the backward, if there will be one and no other module holds the weight; else call upstream."""
         splits = input.requires_grad and weight.requires_grad and weight is self.linear.weight
         if not splits or torch.is_autocast_enabled(input.device.type):
             return self.upstream(input=input, weight=weight, bias=bias, **options)
@@ -278,11 +270,11 @@ class _Split:
 
 
 class Attachment:
-    """Linears whose weight gradients wait; `detach`, or the end of a `with`, gives them upstream's function back.
+    """The linears of a model whose backward is split, until `detach` or the end of a `with` block.
 
     Attributes:
-        names: the linears that are split.
-        left: linears that are not, with the reason.
+        names: names of the split linears.
+        left: names of linears that are not split, with the reason.
     """
 
     def __init__(self, splits: dict[str, _Split], left: dict[str, str]) -> None:
@@ -292,7 +284,7 @@ class Attachment:
             split.linear._forward_impl = split
 
     def detach(self) -> None:
-        """Undo; nothing when done already."""
+        """Restore upstream's function; does nothing the second time."""
         for split in self._splits.values():
             split.linear.__dict__.pop("_forward_impl", None)
         self._splits = {}
@@ -304,15 +296,15 @@ class Attachment:
         self.detach()
 
 
-def attach(chunks: torch.nn.Module | Sequence[torch.nn.Module], store: WeightStore) -> Attachment:
-    """Split the backward of every local linear of a rank's model chunks; no module, parameter or key is renamed.
+def attach(chunks: torch.nn.Module | Sequence[torch.nn.Module], store: WeightGradStore) -> Attachment:
+    """Split the backward of every local linear of a rank's model chunks. No module, parameter or key is renamed.
 
     Args:
-        chunks: model chunks, wrapped (data parallelism, 16 bit) or not.
-        store: where their weight products wait.
+        chunks: model chunks, with upstream's wrappers (data parallelism, 16 bit) or without.
+        store: keeps the weight products.
 
     Raises:
-        ValueError: there is nothing to split, or something that cannot be; then nothing was changed.
+        ValueError: there is no linear to split, or one that cannot be split. Then no linear was changed.
     """
     chunks = [chunks] if isinstance(chunks, torch.nn.Module) else list(chunks)
     named = [(f"{i}.{name}", module) for i, chunk in enumerate(chunks) for name, module in chunk.named_modules()]
@@ -356,23 +348,3 @@ def _refuse(name: str, linear: Linear) -> None:
     for reason, holds in reasons.items():
         if holds:
             raise ValueError(f"zero-bubble cannot split the backward of {name}: {reason}")
-
-
-def grad_ready(chunk: Any) -> Callable[[torch.nn.Parameter], None] | None:
-    """What `run` of a chunk's last W needs where upstream reduces gradients in the last backward, else None.
-
-    It does what the hooks of the other parameters do: tells upstream's data-parallel wrapper that a gradient is
-    complete, so that a bucket is reduced when its last one is. The chunk's last B and last W must run outside of
-    `no_sync`, all other backwards inside.
-
-    Args:
-        chunk: a model chunk, in upstream's DistributedDataParallel or not.
-    """
-    ddp_config = getattr(chunk, "ddp_config", None)
-    if ddp_config is None or not ddp_config.overlap_grad_reduce:
-        return None
-
-    def ready(weight: torch.nn.Parameter) -> None:
-        chunk.param_to_bucket_group[weight].register_grad_ready(weight, chunk.force_all_reduce)
-
-    return ready

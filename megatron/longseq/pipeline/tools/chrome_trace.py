@@ -1,51 +1,27 @@
-"""Timelines as files: what the ranks measured, and traces for Chrome's and Perfetto's viewers.
-
-Each rank writes its own file, `rank-0000.json` and so on, on a clock that all ranks share; `read_measured` joins them.
-"""
+"""Read the timelines that ranks have measured, and write traces for the viewers of Chrome and Perfetto."""
 
 import json
-import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron.longseq.pipeline.plan.schedule import Action, Kind, Pipeline, source
-from megatron.longseq.pipeline.plan.timeline import Span, Timeline
+from megatron.longseq.pipeline.plan.schedule import Action, ActionKind, Pipeline, source
+from megatron.longseq.pipeline.plan.simulate import ActionTime, Timeline
 
-_COLOURS = {Kind.FORWARD: "rail_response", Kind.BACKWARD: "rail_animation", Kind.WEIGHT: "rail_idle"}
-_MICRO = 1e6  # trace files count in microseconds
-
-
-def write_measured(folder: Path, rank: int, pipeline: Pipeline, name: str, spans: Sequence[Span]) -> Path:
-    """Write what one pipeline rank measured in one step; readers never see half a file.
-
-    Args:
-        folder: made where it is missing; one step of one run.
-        rank: pipeline rank, from 0.
-        pipeline: the sizes.
-        name: of the schedule, the same on all ranks.
-        spans: in the order in which they ran, in seconds on a clock that all ranks share.
-
-    Returns:
-        The file.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [[s.action.kind, s.action.microbatch, s.action.segment, s.action.vstage, s.start, s.end] for s in spans]
-    file = folder / f"rank-{rank:04d}.json"
-    half = file.with_suffix(f".{os.getpid()}.half")
-    half.write_text(json.dumps({"name": name, "pipeline": asdict(pipeline), "rank": rank, "spans": rows}) + "\n")
-    half.replace(file)
-    return file
+_COLOURS = {ActionKind.FORWARD: "rail_response", ActionKind.BACKWARD: "rail_animation", ActionKind.WEIGHT: "rail_idle"}
+_MICRO = 1e6  # trace files use microseconds
 
 
 def read_measured(folder: Path) -> Timeline:
-    """Return the step that all ranks' files in a folder tell of; its earliest start is 0.
+    """Join the files that the ranks of one run have written (`runtime.step_timer.write_measured`).
+
+    Returns:
+        The timeline of all ranks; its earliest start is 0.
 
     Raises:
-        ValueError: no files, a rank's file missing or one too many, a file that is no record of a rank, files of
-            different runs, an action that the sizes do not know or that ran twice, or spans out of order.
+        ValueError: a file is missing, superfluous, malformed or of another run; or an action is outside of the
+            pipeline's sizes, ran twice, or is out of order.
     """
     files = sorted(folder.glob("rank-*.json"))
     if not files:
@@ -66,18 +42,18 @@ def read_measured(folder: Path) -> Timeline:
         )
     first = min((span.start for record in records for span in record[3]), default=0.0)
     spans = tuple(
-        tuple(Span(span.action, span.start - first, span.end - first) for span in record[3]) for record in records
+        tuple(ActionTime(span.action, span.start - first, span.end - first) for span in record[3]) for record in records
     )
     return Timeline(name, pipeline, spans)
 
 
-def _record(file: Path) -> tuple[str, Pipeline, int, list[Span]]:
+def _record(file: Path) -> tuple[str, Pipeline, int, list[ActionTime]]:
     try:
         record = json.loads(file.read_text())
         name, rank = str(record["name"]), int(record["rank"])
         pipeline = Pipeline(**{size: int(number) for size, number in record["pipeline"].items()})
         spans = [
-            Span(Action(Kind(kind), int(microbatch), int(segment), int(vstage)), float(start), float(end))
+            ActionTime(Action(ActionKind(kind), int(microbatch), int(segment), int(vstage)), float(start), float(end))
             for kind, microbatch, segment, vstage, start, end in record["spans"]
         ]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -90,7 +66,7 @@ def _record(file: Path) -> tuple[str, Pipeline, int, list[Span]]:
     return name, pipeline, rank, spans
 
 
-def _check(file: Path, pipeline: Pipeline, spans: list[Span]) -> None:
+def _check(file: Path, pipeline: Pipeline, spans: list[ActionTime]) -> None:
     seen = set()
     for span in spans:
         action = span.action
@@ -108,7 +84,7 @@ def _check(file: Path, pipeline: Pipeline, spans: list[Span]) -> None:
 
 
 def write_trace(timelines: Sequence[Timeline], file: Path) -> None:
-    """Write timelines as one trace: a process per timeline, a thread per rank, an arrow per message between ranks."""
+    """Write timelines as one trace, with a process per timeline, a thread per rank and an arrow per message."""
     events = [event for pid, timeline in enumerate(timelines) for event in _events(pid, timeline)]
     file.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")
 
@@ -127,7 +103,7 @@ def _events(pid: int, timeline: Timeline) -> list[dict[str, Any]]:
     return names + sorted(events, key=lambda event: event["ts"])
 
 
-def _complete(pid: int, rank: int, span: Span) -> dict[str, Any]:
+def _complete(pid: int, rank: int, span: ActionTime) -> dict[str, Any]:
     action = span.action
     label = f"{action.kind} {action.microbatch}.{action.segment}" + (f" v{action.vstage}" if action.vstage else "")
     return {
@@ -143,8 +119,10 @@ def _complete(pid: int, rank: int, span: Span) -> dict[str, Any]:
     }
 
 
-def _arrow(pid: int, sender: tuple[int, Span], receiver: tuple[int, Span], name: str) -> list[dict[str, Any]]:
-    """Two events; viewers bind them to the spans around them, so they lie inside: shortly before an end, at a start."""
+def _arrow(
+    pid: int, sender: tuple[int, ActionTime], receiver: tuple[int, ActionTime], name: str
+) -> list[dict[str, Any]]:
+    """Return the two events of an arrow. Viewers bind an event to the action around it, so both lie inside actions."""
     leaves = sender[1].start + 0.99 * (sender[1].end - sender[1].start)
     common = {"name": "message", "cat": "message", "pid": pid, "id": name}
     return [

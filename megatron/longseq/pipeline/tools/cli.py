@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron.longseq.figures import check_output, complete_file
 from megatron.longseq.pipeline.arguments import REFUSALS, add_pipeline_arguments
 from megatron.longseq.pipeline.plan.memory import METHODS, Recompute
 from megatron.longseq.pipeline.plan.segment_cost import (
@@ -15,20 +16,20 @@ from megatron.longseq.pipeline.plan.segment_cost import (
     flops,
     read_samples,
     seconds,
-    write_samples,
 )
-from megatron.longseq.pipeline.plan.timeline import Timeline
+from megatron.longseq.pipeline.plan.simulate import Timeline
 from megatron.longseq.pipeline.tools.chrome_trace import read_measured, write_trace
 from megatron.longseq.pipeline.tools.compare import (
     Cluster,
     Result,
-    Setup,
+    ScheduleChoice,
     attempt,
     layer_samples,
     replay,
     run,
     table,
     usual,
+    write_samples,
 )
 from megatron.longseq.pipeline.tools.paper import markdown
 from megatron.longseq.refusals import flags_table, refusals_table
@@ -124,20 +125,20 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _draw(args: argparse.Namespace) -> None:
-    _check_output(args.output)
+    check_output(args.output, SUFFIXES)
     if args.measured is not None:
         measured = read_measured(args.measured)
         _write([measured, replay(measured)], args.output)
         return
-    result = run(_setup(args), _model(args), _cluster(args))
+    result = run(_choice(args), _model(args), _cluster(args))
     _write([result.timeline], args.output)
     print(table([result]))
 
 
 def _compare(args: argparse.Namespace) -> None:
     if args.output is not None:
-        _check_output(args.output)
-    results = attempt(usual(_setup(args)), _model(args), _cluster(args))
+        check_output(args.output, SUFFIXES)
+    results = attempt(usual(_choice(args)), _model(args), _cluster(args))
     timelines = _chosen([result.timeline for result in results if isinstance(result, Result)], args.rows)
     print(table(results))
     if args.output is not None:
@@ -156,35 +157,19 @@ def _chosen(timelines: list[Timeline], rows: str | None) -> list[Timeline]:
     return [timelines[number - 1] for number in numbers]
 
 
-def _check_output(file: Path) -> None:
-    if file.suffix not in SUFFIXES:
-        raise ValueError(
-            f"--output {file}: a timeline is written as {', '.join(SUFFIXES)}, chosen by the file's suffix"
-        )
-    if not file.absolute().parent.is_dir():
-        raise ValueError(f"--output {file}: there is no folder {file.absolute().parent}; make it first")
-
-
 def _write(timelines: Sequence[Timeline], file: Path) -> None:
-    """Write beside the file first: an error leaves no half file, and an old one stands until the new is whole."""
-    half = file.with_name(f".{file.stem}.half{file.suffix}")
-    try:
-        if file.suffix == ".json":
+    if file.suffix == ".json":
+        with complete_file(file) as half:
             write_trace(timelines, half)
-        else:
-            from megatron.longseq.pipeline.tools.figure import (
-                draw,  # takes half a second, which the tables need not wait for
-            )
+    else:
+        from megatron.longseq.pipeline.tools.figure import draw  # imports matplotlib, which the tables do not need
 
-            draw(timelines, half)
-        half.replace(file)
-    finally:
-        half.unlink(missing_ok=True)
+        draw(timelines, file)
 
 
-def _setup(args: argparse.Namespace) -> Setup:
+def _choice(args: argparse.Namespace) -> ScheduleChoice:
     partition = args.partition if args.segments > 1 else "even"
-    return Setup(args.segments, partition, args.virtual, args.slack, args.zero_bubble)
+    return ScheduleChoice(args.segments, partition, args.virtual, args.slack, args.zero_bubble)
 
 
 def _cluster(args: argparse.Namespace) -> Cluster:

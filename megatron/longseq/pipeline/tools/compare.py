@@ -1,30 +1,32 @@
-"""Schedules of one model side by side: bubble, step time and memory; and a measured step against its simulation."""
+"""Compare schedules of one model by bubble, step time and memory, and a measured step with its simulation."""
 
+import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from pathlib import Path
 from statistics import median
 
 from megatron.longseq.pipeline.plan.generators import make
-from megatron.longseq.pipeline.plan.memory import Recompute, head_bytes, kept, peak_bytes
-from megatron.longseq.pipeline.plan.partition import Partition, paper_partition, parse
-from megatron.longseq.pipeline.plan.schedule import Kind, Pipeline, Schedule
-from megatron.longseq.pipeline.plan.segment_cost import CostModel, Sample, segment_costs
-from megatron.longseq.pipeline.plan.simulate import Costs, Table, simulate
-from megatron.longseq.pipeline.plan.timeline import Timeline
+from megatron.longseq.pipeline.plan.memory import Recompute, head_bytes, peak_bytes, stage_bytes
+from megatron.longseq.pipeline.plan.partition import Partition, check_length, imbalance_of, parse
+from megatron.longseq.pipeline.plan.schedule import ActionKind, Pipeline, Schedule
+from megatron.longseq.pipeline.plan.segment_cost import CostModel, Line, ModelShape, Sample, cells, segment_costs
+from megatron.longseq.pipeline.plan.simulate import Costs, Table, Timeline, simulate
 from megatron.longseq.pipeline.plan.validate import prove
 
 
 @dataclass(frozen=True, slots=True)
-class Setup:
-    """What a user chooses.
+class ScheduleChoice:
+    """The choices that determine a schedule.
 
     Attributes:
-        segments: segments per sequence K.
-        partition: "even", "balanced", lengths "N1,N2,...", or "paper" for the authors' own.
-        virtual: virtual stages per rank V.
-        slack: extra forwards per stage that follows, in segments.
-        zero_bubble: weight gradients as actions of their own.
+        segments: segments per sequence, K.
+        partition: "even", "balanced", lengths "N1,N2,...", or "paper" for that of the paper's authors.
+        virtual: virtual stages per rank, V.
+        slack: extra segments that run forward before the first backward, per downstream stage.
+        zero_bubble: whether weight gradients are actions of their own.
     """
 
     segments: int = 1
@@ -42,14 +44,14 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Where it runs.
+    """The resources of a run.
 
     Attributes:
-        stages: pipeline-parallel size P.
-        microbatches: micro-batches per step M.
-        multiple: every segment's length is a multiple of it: the tensor-parallel size under sequence parallelism.
-        latency: seconds of a message between stages.
-        recompute: activations that backward computes again.
+        stages: pipeline-parallel size, P.
+        microbatches: micro-batches per step, M.
+        multiple: divides every segment's length: the tensor-parallel size under sequence parallelism.
+        latency: seconds that a message between stages takes.
+        recompute: which activations backward recomputes.
     """
 
     stages: int
@@ -61,81 +63,105 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What the simulator says of a set-up.
+    """The simulation of one schedule.
 
     Attributes:
-        setup: the choices.
+        choice: the choices.
         partition: the segments.
         timeline: when every action would run.
-        sequences: activations alive on the fullest rank at its worst moment, in units of one sequence's activations of
-            one rank's layers. A segment counts from its forward to its backward; where weight gradients are actions of
-            their own, to that action (then it is an upper bound: attention's part is free before).
-        kept: bytes kept for backward on the fullest rank, of bf16 (see `memory`).
-        floor: the bubble that no order can remove, because the last stage has the head on top: 1 - mean / slowest rank.
+        sequences: peak of the live activations on the fullest rank, in units of one sequence's activations in one
+            rank's layers. A segment counts until its backward, or until its weight gradient if that is an action of its
+            own (an upper bound, since attention's activations are freed before).
+        bytes_kept: bytes kept for backward on the fullest rank, in bf16 (see `plan.memory`).
+        floor: bubble that no order can remove because the last stage also has the head: 1 - mean / slowest rank.
     """
 
-    setup: Setup
+    choice: ScheduleChoice
     partition: Partition
     timeline: Timeline
     sequences: float
-    kept: float
+    bytes_kept: float
     floor: float
 
 
-def run(setup: Setup, model: CostModel, cluster: Cluster) -> Result:
-    """Simulate one set-up.
+def run(choice: ScheduleChoice, model: CostModel, cluster: Cluster) -> Result:
+    """Simulate one schedule.
 
     Raises:
-        ValueError: the sequence or the layers cannot be cut so, or there is no such schedule (ScheduleError).
+        ValueError: the sequence or the layers cannot be divided so, or there is no such schedule (ScheduleError).
     """
-    if setup.partition == "paper":
-        partition = paper_partition(model.shape, setup.segments, cluster.multiple)
+    if choice.partition == "paper":
+        partition = paper_partition(model.shape, choice.segments, cluster.multiple)
     else:
-        partition = parse(setup.partition, model, setup.segments, multiple=cluster.multiple)
-    pipeline = Pipeline(cluster.stages, cluster.microbatches, setup.segments, setup.virtual)
-    costs = segment_costs(model, partition.lengths, cluster.stages, setup.virtual)
-    schedule = make(pipeline, slack=setup.slack, zero_bubble=setup.zero_bubble, costs=costs)
-    timeline = replace(simulate(schedule, costs, cluster.latency), name=str(setup))
+        partition = parse(choice.partition, model, choice.segments, multiple=cluster.multiple)
+    pipeline = Pipeline(cluster.stages, cluster.microbatches, choice.segments, choice.virtual)
+    costs = segment_costs(model, partition.lengths, cluster.stages, choice.virtual)
+    schedule = make(pipeline, slack=choice.slack, zero_bubble=choice.zero_bubble, costs=costs)
+    timeline = replace(simulate(schedule, costs, cluster.latency), name=str(choice))
     busy = [sum(span.end - span.start for span in spans) for spans in timeline.spans]
     floor = 1 - sum(busy) / len(busy) / max(busy)
     sequences = max(prove(schedule).peak_live(partition.lengths))
-    return Result(setup, partition, timeline, sequences, _kept(schedule, model, cluster, partition), floor)
+    return Result(choice, partition, timeline, sequences, _kept(schedule, model, cluster, partition), floor)
+
+
+def paper_partition(shape: ModelShape, segments: int, multiple: int = 1) -> Partition:
+    """Return the partition of the paper's authors.
+
+    They balance forward FLOPs only, cut from the end of the sequence, and round every length but the first down. Their
+    model has a plain MLP, one key head per query head, three operations per softmax element, and counts the embedding
+    and the head as matrix products of every stage.
+    """
+    heads, hidden, total = shape.num_attention_heads, shape.hidden_size, shape.seq_length
+    check_length(total, segments, multiple)
+    cell = shape.num_layers * heads * (4 * shape.channels + 3)
+    token = shape.num_layers * (8 * hidden * heads * shape.channels + 4 * hidden * shape.ffn)
+    token += 4 * hidden * shape.padded_vocab_size
+    share = (cell * total**2 / 2 + token * total) / segments
+    lengths: list[int] = []
+    for _ in range(segments - 1):
+        end = total - sum(lengths)
+        slope = token + cell * end  # share = slope * length - cell * length^2 / 2: the smaller root
+        length = int((slope - math.sqrt(slope**2 - 2 * cell * share)) / cell) // multiple * multiple
+        lengths.insert(0, length)
+    lengths.insert(0, total - sum(lengths))
+    forward = Line(cell, token)
+    return Partition("paper", tuple(lengths), multiple, imbalance_of(lengths, lambda a, b: forward(cells(a, b), b - a)))
 
 
 def _kept(schedule: Schedule, model: CostModel, cluster: Cluster, partition: Partition) -> float:
     depth, in_segments = schedule.pipeline.depth, schedule.pipeline.segments > 1
     layers = model.shape.num_layers // depth
-    stage = kept(model.shape, layers, cluster.recompute, in_segments=in_segments)
+    stage = stage_bytes(model.shape, layers, cluster.recompute, in_segments=in_segments)
     return max(peak_bytes(schedule, partition.lengths, [stage] * depth, head_bytes(model.shape)))
 
 
-def usual(setup: Setup) -> list[Setup]:
-    """Return the set-ups that `compare` shows: upstream's, the paper's and ours, up to the given one and beyond it."""
-    segments, slack = max(setup.segments, 2), max(setup.slack, 1)
-    ours = Setup(segments, "balanced")
-    setups = [Setup(), Setup(segments), Setup(segments, "paper"), ours]
-    setups += [replace(ours, slack=slack), replace(ours, zero_bubble=True)]
-    setups += [replace(ours, slack=slack, zero_bubble=True)]
-    if setup.virtual > 1:
-        setups += [Setup(virtual=setup.virtual), replace(ours, virtual=setup.virtual)]
-    return setups if setup in setups else [*setups, setup]
+def usual(choice: ScheduleChoice) -> list[ScheduleChoice]:
+    """Return the choices that `compare` shows by default, and the given one: upstream's, the paper's and ours."""
+    segments, slack = max(choice.segments, 2), max(choice.slack, 1)
+    ours = ScheduleChoice(segments, "balanced")
+    choices = [ScheduleChoice(), ScheduleChoice(segments), ScheduleChoice(segments, "paper"), ours]
+    choices += [replace(ours, slack=slack), replace(ours, zero_bubble=True)]
+    choices += [replace(ours, slack=slack, zero_bubble=True)]
+    if choice.virtual > 1:
+        choices += [ScheduleChoice(virtual=choice.virtual), replace(ours, virtual=choice.virtual)]
+    return choices if choice in choices else [*choices, choice]
 
 
-def attempt(setups: Iterable[Setup], model: CostModel, cluster: Cluster) -> list[Result | str]:
-    """Simulate each set-up; where there is no such schedule or cut, its place holds the reason."""
+def attempt(choices: Iterable[ScheduleChoice], model: CostModel, cluster: Cluster) -> list[Result | str]:
+    """Simulate each choice; the result of one without a schedule is the reason."""
     results: list[Result | str] = []
-    for setup in setups:
+    for choice in choices:
         try:
-            results.append(run(setup, model, cluster))
+            results.append(run(choice, model, cluster))
         except ValueError as error:
-            results.append(f"{setup}: {error}")
+            results.append(f"{choice}: {error}")
     return results
 
 
 def table(results: Sequence[Result | str]) -> str:
-    """Return a markdown table; throughput and bytes kept for backward are relative to the first set-up's.
+    """Return a markdown table; throughput and bytes kept for backward are relative to the first choice.
 
-    Reasons of the impossible follow below.
+    The reasons why choices have no schedule follow the table.
     """
     done = [result for result in results if isinstance(result, Result)]
     lines = [
@@ -145,13 +171,13 @@ def table(results: Sequence[Result | str]) -> str:
     for result in done:
         timeline = result.timeline
         cells = [
-            str(result.setup),
+            str(result.choice),
             f"{timeline.bubble:.1%}",
             f"{timeline.makespan:.4g}",
             f"{done[0].timeline.makespan / timeline.makespan:.3f}x",
             f"{result.sequences:.2f}",
             ", ".join(map(str, result.partition.lengths)),
-            f"{result.kept / done[0].kept:.2f}x",
+            f"{result.bytes_kept / done[0].bytes_kept:.2f}x",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     if done and done[0].floor >= 0.0005:
@@ -161,10 +187,10 @@ def table(results: Sequence[Result | str]) -> str:
 
 
 def replay(measured: Timeline) -> Timeline:
-    """Return what the simulator predicts for a measured step: its own orders, each action at the median it took.
+    """Return the simulation of a measured step, with the same orders and the median time of each action.
 
     Raises:
-        ScheduleError: the measured orders are no schedule (a rank's file is of another step, say).
+        ScheduleError: the measured orders are not a schedule, for instance if a rank's file is of another step.
     """
     orders = tuple(tuple(span.action for span in spans) for spans in measured.spans)
     schedule = Schedule(measured.name, measured.pipeline, orders)
@@ -173,31 +199,31 @@ def replay(measured: Timeline) -> Timeline:
 
 
 def measured_costs(measured: Timeline) -> Costs:
-    """Return the median seconds over the micro-batches, per stage, segment and kind."""
+    """Return the median seconds over micro-batches, by stage, segment and kind."""
     pipeline = measured.pipeline
-    took: dict[tuple[Kind, int, int], list[float]] = {}
+    took: dict[tuple[ActionKind, int, int], list[float]] = {}
     for rank, spans in enumerate(measured.spans):
         for span in spans:
             place = (span.action.kind, pipeline.stage(rank, span.action.vstage), span.action.segment)
             took.setdefault(place, []).append(span.end - span.start)
 
-    def medians(kind: Kind) -> Table:
+    def medians(kind: ActionKind) -> Table:
         stages, segments = range(pipeline.depth), range(pipeline.segments)
         return tuple(tuple(median(took.get((kind, stage, segment), [0.0])) for segment in segments) for stage in stages)
 
-    return Costs(*(medians(kind) for kind in (Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT)))
+    return Costs(*(medians(kind) for kind in (ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.WEIGHT)))
 
 
 def layer_samples(measured: Timeline, lengths: Sequence[int], layers: int) -> list[Sample]:
-    """Return what one layer took per segment, for `cost.fit`: the mean over the stages that have layers alone.
+    """Return the time of one layer per segment, for `segment_cost.fit`: the mean over all stages but the last.
 
     Args:
-        measured: a step in segments.
+        measured: a measured step.
         lengths: tokens per segment of that step.
         layers: layers per model stage.
 
     Raises:
-        ValueError: lengths that are not the step's, or a number of layers below 1.
+        ValueError: there is not one length per segment, or the number of layers is below 1.
     """
     pipeline = measured.pipeline
     if len(lengths) != pipeline.segments or layers < 1:
@@ -216,3 +242,9 @@ def layer_samples(measured: Timeline, lengths: Sequence[int], layers: int) -> li
         Sample(end - length, end, per_layer(i, costs.forward), per_layer(i, costs.backward, costs.weight))
         for i, (end, length) in enumerate(zip(ends, lengths, strict=True))
     ]
+
+
+def write_samples(file: Path, samples: Sequence[Sample]) -> None:
+    """Write samples for `segment_cost.read_samples` as a JSON list, one sample per line."""
+    rows = [json.dumps([s.begin, s.end, s.forward, s.backward]) for s in samples]
+    file.write_text("[" + ",\n ".join(rows) + "]\n")

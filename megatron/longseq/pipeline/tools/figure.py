@@ -5,27 +5,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-from matplotlib import pyplot
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import EngFormatter
 
-from megatron.longseq.pipeline.plan.schedule import Action, Kind
-from megatron.longseq.pipeline.plan.timeline import Span, Timeline
+from megatron.longseq.figures import BLUE, EMPTY, GREEN, LEGEND, ORANGE, TITLE, check_output, figure_file
+from megatron.longseq.pipeline.plan.schedule import Action, ActionKind
+from megatron.longseq.pipeline.plan.simulate import ActionTime, Timeline
 
-SUFFIXES = (".svg", ".png")
-# Okabe and Ito's colours: told apart by every kind of colour vision.
-COLOURS = {Kind.FORWARD: "#0072B2", Kind.BACKWARD: "#E69F00", Kind.WEIGHT: "#009E73"}
-_WORDS = {Kind.FORWARD: "forward", Kind.BACKWARD: "backward", Kind.WEIGHT: "weight gradient"}
+COLOURS = {ActionKind.FORWARD: BLUE, ActionKind.BACKWARD: ORANGE, ActionKind.WEIGHT: GREEN}
+_WORDS = {ActionKind.FORWARD: "forward", ActionKind.BACKWARD: "backward", ActionKind.WEIGHT: "weight gradient"}
 _LIGHTEN = (0.0, 0.22, 0.42, 0.58)  # micro-batches in turn: how far the colour goes towards white
 _NARROW, _WIDE, _ACTION = 12.0, 24.0, 0.09  # inches: the figure's least and largest width, and what an action wants
 _ROW, _PANEL, _ENDS = 0.27, 0.40, 0.62  # inches: a rank's row, the rest of a panel, time axis and legend
 _MARGIN = 0.62  # inches left of the rows
-_IDLE = "#EFEFEF"
 _FONT = 6.5  # points, of the labels in the bars
 
 
@@ -35,16 +28,13 @@ def draw(timelines: Sequence[Timeline], file: Path) -> None:
     Raises:
         ValueError: another suffix, or nothing to draw.
     """
-    if file.suffix not in SUFFIXES:
-        raise ValueError(f"{file}: a picture is written as {' or '.join(SUFFIXES)}, not {file.suffix or 'no suffix'}")
+    check_output(file)
     if not any(timeline.spans and any(timeline.spans) for timeline in timelines):
         raise ValueError(f"{file}: there is no action to draw")
     heights = [_PANEL + _ROW * timeline.pipeline.stages for timeline in timelines]
-    style: Any = {"font.size": 8.5, "svg.hashsalt": "longseq", "svg.fonttype": "none", "axes.linewidth": 0.6}
-    with pyplot.rc_context(style):
-        most = max(len(spans) for timeline in timelines for spans in timeline.spans)
-        wide = min(max(_NARROW, _ACTION * most), _WIDE)
-        figure = pyplot.figure(figsize=(wide, sum(heights) + _ENDS))
+    most = max(len(spans) for timeline in timelines for spans in timeline.spans)
+    wide = min(max(_NARROW, _ACTION * most), _WIDE)
+    with figure_file(file, wide, sum(heights) + _ENDS, axes_linewidth=0.6) as figure:
         end = max(timeline.makespan for timeline in timelines)
         top = sum(heights) + _ENDS
         for timeline, height in zip(timelines, heights, strict=True):
@@ -55,8 +45,6 @@ def draw(timelines: Sequence[Timeline], file: Path) -> None:
             _panel(axes, timeline, end, box[2])
             axes.tick_params(labelbottom=timeline is timelines[-1])
         _legend(figure, timelines)
-        figure.savefig(file, dpi=140, metadata={"Date": None} if file.suffix == ".svg" else None)
-        pyplot.close(figure)
 
 
 def _share(box: tuple[float, float, float, float], figure: Any) -> tuple[float, float, float, float]:
@@ -68,21 +56,21 @@ def _panel(axes: Any, timeline: Timeline, end: float, inches: float) -> None:
     begin = min(span.start for spans in timeline.spans for span in spans)
     axes.set_xlim(0, end)
     axes.set_ylim(timeline.pipeline.stages - 0.5, -0.5)
-    axes.set_facecolor(_IDLE)
+    axes.set_facecolor(EMPTY)
     for rank, spans in enumerate(timeline.spans):
         for span in spans:
-            _bar(axes, timeline, rank, Span(span.action, span.start - begin, span.end - begin), inches / end)
+            _bar(axes, timeline, rank, ActionTime(span.action, span.start - begin, span.end - begin), inches / end)
     axes.set_yticks(range(timeline.pipeline.stages), [f"rank {rank}" for rank in range(timeline.pipeline.stages)])
     axes.tick_params(length=2, width=0.6, labelsize=7.5)
     axes.xaxis.set_major_formatter(EngFormatter(unit="s"))
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     makespan = EngFormatter(unit="s", places=2)(timeline.makespan)
-    axes.set_title(timeline.name, loc="left", fontweight="bold", fontsize=9.5, pad=4)
+    axes.set_title(timeline.name, **TITLE, pad=4)
     axes.set_title(f"bubble {timeline.bubble:.1%}   step {makespan}", loc="right", fontsize=9.5, pad=4)
 
 
-def _bar(axes: Any, timeline: Timeline, rank: int, span: Span, inches: float) -> None:
+def _bar(axes: Any, timeline: Timeline, rank: int, span: ActionTime, inches: float) -> None:
     """One action: a bar with a dark foot that grows with the virtual stage, and its label where it fits."""
     action, width = span.action, span.end - span.start
     colour, height = _colour(action), 0.84
@@ -112,13 +100,13 @@ def _colour(action: Action) -> tuple[float, float, float]:
 def _legend(figure: Any, timelines: Sequence[Timeline]) -> None:
     actions = [span.action for timeline in timelines for spans in timeline.spans for span in spans]
     kinds = {action.kind for action in actions}
-    handles = [Patch(facecolor=COLOURS[kind], label=_WORDS[kind]) for kind in Kind if kind in kinds]
-    handles.append(Patch(facecolor=_IDLE, edgecolor="#BBBBBB", linewidth=0.6, label="idle"))
+    handles = [Patch(facecolor=COLOURS[kind], label=_WORDS[kind]) for kind in ActionKind if kind in kinds]
+    handles.append(Patch(facecolor=EMPTY, edgecolor="#BBBBBB", linewidth=0.6, label="idle"))
     if any(action.vstage for action in actions):
         handles.append(Patch(facecolor="#222222", label="foot: virtual stage, the higher the later"))
     segments = any(action.segment for action in actions)
     label = "label: micro-batch.segment" if segments else "label: micro-batch"
     handles.append(Patch(alpha=0, label=f"{label}; shade: micro-batch"))
     place = (_MARGIN / figure.get_size_inches()[0], 0.0)
-    style: Any = {"frameon": False, "fontsize": 8, "borderaxespad": 0.2, "borderpad": 0.3, "handlelength": 1.6}
+    style: Any = {**LEGEND, "borderaxespad": 0.2, "borderpad": 0.3, "handlelength": 1.6}
     figure.legend(handles=handles, loc="lower left", bbox_to_anchor=place, ncols=len(handles), **style)

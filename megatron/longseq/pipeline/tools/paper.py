@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron.longseq.pipeline.plan.segment_cost import Coefficients, Line, ModelShape, flops
-from megatron.longseq.pipeline.tools.compare import Cluster, Result, Setup, attempt
+from megatron.longseq.pipeline.tools.compare import Cluster, Result, ScheduleChoice, attempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +58,17 @@ ROWS = (
     Row("30B", 64 * K, 32, (None, None, 67.5, 66.9)),
 )
 
-ONE, ONE_I, PAPER, PAPER_I = Setup(), Setup(virtual=2), Setup(4, "paper"), Setup(4, "paper", virtual=2)
-OURS = Setup(4, "balanced")
+ONE, ONE_I, PAPER, PAPER_I = (
+    ScheduleChoice(),
+    ScheduleChoice(virtual=2),
+    ScheduleChoice(4, "paper"),
+    ScheduleChoice(4, "paper", virtual=2),
+)
+OURS = ScheduleChoice(4, "balanced")
 COLUMNS = {
     "1F1B": ONE,
     "1F1B-I V=2": ONE_I,
-    "Seq1F1B even": Setup(4),
+    "Seq1F1B even": ScheduleChoice(4),
     "Seq1F1B, authors'": PAPER,
     "balanced": OURS,
     "balanced, slack 1": replace(OURS, slack=1),
@@ -91,12 +96,12 @@ def markdown() -> str:
     return "\n\n".join((_schedules(), _published(), _half(32), _half(16)))
 
 
-def _simulate(row: Row, setups: Sequence[Setup], head: bool = True) -> list[Result | str]:
+def _simulate(row: Row, choices: Sequence[ScheduleChoice], head: bool = True) -> list[Result | str]:
     stages, tensor_parallel, shape = MODELS[row.model]
     model = flops(replace(shape, seq_length=row.seq_length))
     if not head:
         model = replace(model, head=FREE)
-    return attempt(setups, model, Cluster(stages, row.microbatches, tensor_parallel))
+    return attempt(choices, model, Cluster(stages, row.microbatches, tensor_parallel))
 
 
 def _place(row: Row) -> str:
@@ -167,7 +172,7 @@ def _half(microbatches: int) -> str:
     pairs = list(zip(_simulate(row, HALF), _simulate(row, HALF, head=False), strict=True))
     for result, bare in pairs:
         if isinstance(result, str) or isinstance(bare, str):
-            lines.append(f"| {result.split(':')[0] if isinstance(result, str) else result.setup} | - | - | - | - |")
+            lines.append(f"| {result.split(':')[0] if isinstance(result, str) else result.choice} | - | - | - | - |")
             continue
         own, own_bare = pairs[0]
         if isinstance(own, str) or isinstance(own_bare, str):
@@ -178,7 +183,7 @@ def _half(microbatches: int) -> str:
             f"{result.sequences:.2f}",
             _times(result.sequences / own.sequences),
         ]
-        lines.append(f"| {result.setup} | {' | '.join(cells)} |")
+        lines.append(f"| {result.choice} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

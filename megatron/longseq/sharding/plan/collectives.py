@@ -1,18 +1,26 @@
-"""Which collectives a strategy takes, as data: what the runtime runs, what traffic counts, what the clock times.
+"""The collectives of each strategy, as data: the runtime runs them, `comm_volume` counts them, `time_model` times them.
 
-A state is held at one level and wanted at another. Between groups, ranks of one number exchange their slices; inside a
-group, all its ranks theirs. Flat, both become one collective over all ranks, where both are there.
+A model state is stored at one sharding level and needed at another. Hierarchically, the change of level takes a
+collective inside groups and one between groups; flat, it takes a single collective over all data-parallel ranks.
 """
 
 from collections.abc import Callable
 from enum import StrEnum
 from typing import NamedTuple
 
-from megatron.longseq.sharding.plan.rank_groups import Groups
+from megatron.longseq.sharding.plan.rank_groups import RankGroups
 from megatron.longseq.sharding.plan.strategy import Level, Strategy
 
 
-class Kind(StrEnum):
+class CollectivesMode(StrEnum):
+    """How a collective over all data-parallel ranks runs (--paro-collectives)."""
+
+    FLAT = "flat"
+    HIERARCHICAL = "hierarchical"
+    OVERLAPPED = "overlapped"
+
+
+class CollectiveKind(StrEnum):
     """What a collective does."""
 
     ALL_GATHER = "all-gather"
@@ -28,120 +36,131 @@ class Scope(StrEnum):
     FLAT = "flat"
 
 
-class Phase(NamedTuple):
-    """One collective on one bucket, in place: inside a group and flat on all of it, between groups on a slice."""
+class Collective(NamedTuple):
+    """One in-place collective on a bucket: on the whole bucket inside groups and flat, on a slice between groups."""
 
-    kind: Kind
+    kind: CollectiveKind
     scope: Scope
 
-    def ranks(self, groups: Groups) -> int:
-        """Return how many ranks take part."""
+    def ranks(self, groups: RankGroups) -> int:
+        """Return the number of ranks that take part."""
         return {Scope.INSIDE: groups.size, Scope.BETWEEN: groups.count, Scope.FLAT: groups.ranks}[self.scope]
 
-    def piece(self, groups: Groups) -> int:
-        """Return how many of a bucket's n shards one message of a ring has."""
+    def shards_per_message(self, groups: RankGroups) -> int:
+        """Return how many of a bucket's n shards one ring message carries."""
         return groups.count if self.scope is Scope.INSIDE else 1
 
-    def steps(self, groups: Groups) -> int:
-        """Return how many messages a rank sends in a ring."""
-        return (self.ranks(groups) - 1) * (2 if self.kind is Kind.ALL_REDUCE else 1)
+    def steps(self, groups: RankGroups) -> int:
+        """Return the number of messages that a rank sends in a ring."""
+        return (self.ranks(groups) - 1) * (2 if self.kind is CollectiveKind.ALL_REDUCE else 1)
 
-    def shards_sent(self, groups: Groups) -> int:
+    def shards_sent(self, groups: RankGroups) -> int:
         """Return how many of a bucket's n shards a rank sends."""
-        return self.steps(groups) * self.piece(groups)
+        return self.steps(groups) * self.shards_per_message(groups)
 
 
-Phases = tuple[Phase, ...]
-Decide = Callable[[Phases, int], bool]  # whether phases that are one flat collective run as that; of a bucket's bytes
+Collectives = tuple[Collective, ...]
+# Whether to run these collectives, which equal one flat collective, as that one; arguments: the flat one, bucket bytes.
+FlatChooser = Callable[[Collectives, int], bool]
 
-GATHER_INSIDE = Phase(Kind.ALL_GATHER, Scope.INSIDE)
-GATHER_BETWEEN = Phase(Kind.ALL_GATHER, Scope.BETWEEN)
-SCATTER_INSIDE = Phase(Kind.REDUCE_SCATTER, Scope.INSIDE)
-SCATTER_BETWEEN = Phase(Kind.REDUCE_SCATTER, Scope.BETWEEN)
-REDUCE_BETWEEN = Phase(Kind.ALL_REDUCE, Scope.BETWEEN)
+GATHER_INSIDE = Collective(CollectiveKind.ALL_GATHER, Scope.INSIDE)
+GATHER_BETWEEN = Collective(CollectiveKind.ALL_GATHER, Scope.BETWEEN)
+SCATTER_INSIDE = Collective(CollectiveKind.REDUCE_SCATTER, Scope.INSIDE)
+SCATTER_BETWEEN = Collective(CollectiveKind.REDUCE_SCATTER, Scope.BETWEEN)
+REDUCE_BETWEEN = Collective(CollectiveKind.ALL_REDUCE, Scope.BETWEEN)
 
-_FLAT: dict[Phases, Kind] = {
-    (GATHER_BETWEEN, GATHER_INSIDE): Kind.ALL_GATHER,
-    (SCATTER_INSIDE, SCATTER_BETWEEN): Kind.REDUCE_SCATTER,
-    (SCATTER_INSIDE, REDUCE_BETWEEN, GATHER_INSIDE): Kind.ALL_REDUCE,
+_HIERARCHICAL: dict[CollectiveKind, Collectives] = {
+    CollectiveKind.ALL_GATHER: (GATHER_BETWEEN, GATHER_INSIDE),
+    CollectiveKind.REDUCE_SCATTER: (SCATTER_INSIDE, SCATTER_BETWEEN),
+    CollectiveKind.ALL_REDUCE: (SCATTER_INSIDE, REDUCE_BETWEEN, GATHER_INSIDE),
 }
+_FLAT = {collectives: kind for kind, collectives in _HIERARCHICAL.items()}
 
 
-def gather(held: Level, wanted: Level = Level.NONE) -> Phases:
-    """Return what makes of shards at one level those of a coarser one; nothing, where that is not coarser."""
+def gather(held: Level, wanted: Level = Level.NONE) -> Collectives:
+    """Return the all-gathers from shards at one level to shards at a coarser one; none if `wanted` is not coarser."""
     between = (GATHER_BETWEEN,) if held is Level.GLOBAL and wanted < held else ()
     inside = (GATHER_INSIDE,) if held > wanted and wanted is Level.NONE else ()
     return between + inside
 
 
-def scatter(wanted: Level) -> Phases:
-    """Return what reduces whole gradients of every rank to shards: at level I inside a group, at level G fully."""
-    return (SCATTER_INSIDE, SCATTER_BETWEEN)[: int(wanted)]
+def scatter(wanted: Level) -> Collectives:
+    """Return the reduce-scatters from full gradients to shards: inside groups for level I, then between for G."""
+    return _HIERARCHICAL[CollectiveKind.REDUCE_SCATTER][: int(wanted)]
 
 
-def finish(held: Level, wanted: Level) -> Phases:
-    """Return what makes of `scatter`'s sums at one level the sums of all ranks at another, finer or not."""
-    phases: Phases = (SCATTER_INSIDE,) if held is Level.NONE else ()
+def finish(held: Level, wanted: Level) -> Collectives:
+    """Return the collectives from the sums of `scatter` at one level to the sums of all ranks at another level."""
+    collectives: Collectives = (SCATTER_INSIDE,) if held is Level.NONE else ()
     if held is not Level.GLOBAL:
-        phases += (SCATTER_BETWEEN,) if wanted is Level.GLOBAL else (REDUCE_BETWEEN,)
+        collectives += (SCATTER_BETWEEN,) if wanted is Level.GLOBAL else (REDUCE_BETWEEN,)
     elif wanted is not Level.GLOBAL:
-        phases += (GATHER_BETWEEN,)
-    return phases + ((GATHER_INSIDE,) if wanted is Level.NONE else ())
+        collectives += (GATHER_BETWEEN,)
+    return collectives + ((GATHER_INSIDE,) if wanted is Level.NONE else ())
 
 
-def flat(phases: Phases) -> Phases:
-    """Return one collective over all ranks for phases that together are one; else the phases."""
-    return (Phase(_FLAT[phases], Scope.FLAT),) if phases in _FLAT else phases
+def flat(collectives: Collectives) -> Collectives:
+    """Return the one collective over all ranks that does the same, where there is one; else the argument."""
+    return (Collective(_FLAT[collectives], Scope.FLAT),) if collectives in _FLAT else collectives
 
 
-def needed(phases: Phases, groups: Groups) -> Phases:
-    """Return the phases in which more than one rank takes part."""
-    return tuple(phase for phase in phases if phase.ranks(groups) > 1)
+def nontrivial(collectives: Collectives, groups: RankGroups) -> Collectives:
+    """Return the collectives in which more than one rank takes part."""
+    return tuple(collective for collective in collectives if collective.ranks(groups) > 1)
 
 
-class Program(NamedTuple):
-    """What a strategy sends for one bucket, and when.
+def full_collective(kind: CollectiveKind, groups: RankGroups, mode: CollectivesMode) -> Collectives:
+    """Return the collectives that make up one collective over all ranks."""
+    collectives = _HIERARCHICAL[kind]
+    return nontrivial(flat(collectives) if mode is CollectivesMode.FLAT else collectives, groups)
+
+
+class BucketCollectives(NamedTuple):
+    """The collectives of one bucket in a training step (PaRO, arXiv 2310.06003, section 3).
 
     Attributes:
-        params: parameters, in every micro-batch, before forward and again before backward.
-        grads: gradients, after every micro-batch's backward.
-        finish_grads: gradients, after the last micro-batch's.
-        finish_params: parameters that were trained, after the optimizer's step.
+        params: all-gather parameters, before every unit's forward and again before its backward.
+        grads: reduce gradients, after every micro-batch's backward.
+        finish_grads: reduce gradients further, after the last micro-batch's backward.
+        finish_params: all-gather trained parameters, after the optimizer's step.
     """
 
-    params: Phases
-    grads: Phases
-    finish_grads: Phases
-    finish_params: Phases
+    params: Collectives
+    grads: Collectives
+    finish_grads: Collectives
+    finish_params: Collectives
 
 
-def program(strategy: Strategy, groups: Groups, *, is_flat: bool = False) -> Program:
-    """Return what a strategy, valid or not, sends.
+def never_flat(collectives: Collectives, size: int) -> bool:
+    """Run every collective hierarchically; a `FlatChooser`."""
+    return False
+
+
+def always_flat(collectives: Collectives, size: int) -> bool:
+    """Run a flat collective wherever there is one (--paro-collectives flat); a `FlatChooser`."""
+    return True
+
+
+def bucket_collectives(
+    strategy: Strategy, groups: RankGroups, size: int = 0, is_flat: FlatChooser = never_flat
+) -> BucketCollectives:
+    """Return the collectives of a bucket under a strategy.
 
     Args:
-        strategy: the triplet.
-        groups: the ranks.
-        is_flat: one collective over all ranks where one can do it (--paro-collectives flat).
+        strategy: the triplet, valid or not.
+        groups: the data-parallel ranks.
+        size: bytes of the bucket, which `is_flat` may depend on.
+        is_flat: chooses between the flat collective and the hierarchical ones.
     """
-    terms = (
-        gather(strategy.params),
-        scatter(strategy.grads),
-        finish(strategy.grads, strategy.optimizer),
-        gather(strategy.optimizer, strategy.params),
+
+    def resolve(collectives: Collectives) -> Collectives:
+        hierarchical = nontrivial(collectives, groups)
+        together = nontrivial(flat(collectives), groups)
+        return together if together != hierarchical and is_flat(together, size) else hierarchical
+
+    return BucketCollectives(
+        params=resolve(gather(strategy.params)),
+        grads=resolve(scatter(strategy.grads)),
+        finish_grads=resolve(finish(strategy.grads, strategy.optimizer)),
+        finish_params=resolve(gather(strategy.optimizer, strategy.params)),
     )
-    return Program(*(needed(flat(term) if is_flat else term, groups) for term in terms))
-
-
-def chosen(strategy: Strategy, groups: Groups, term: str, size: int, is_flat: Decide) -> Phases:
-    """Return the phases that a bucket takes.
-
-    Args:
-        strategy: the triplet.
-        groups: the ranks.
-        term: of `Program`.
-        size: the bucket's bytes.
-        is_flat: see `Decide`; it is given the flat collective.
-    """
-    apart: Phases = getattr(program(strategy, groups), term)
-    together: Phases = getattr(program(strategy, groups, is_flat=True), term)
-    return together if together != apart and is_flat(together, size) else apart

@@ -1,26 +1,34 @@
-"""What a strategy sends: exact bytes per rank inside groups, between them and over all ranks, and how many collectives.
+"""Exact bytes that a rank sends under a strategy: inside groups, between groups and over all ranks; and collectives.
 
-Bytes are those of rings: n - 1 of n shards for a gather or a scatter, twice that for an all-reduce.
+Bytes are those of rings: n - 1 of n shards for an all-gather or a reduce-scatter, twice that for an all-reduce.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron.longseq.sharding.plan.collectives import Decide, Phases, Scope, chosen, program
+from megatron.longseq.sharding.plan.collectives import (
+    BucketCollectives,
+    Collectives,
+    FlatChooser,
+    Scope,
+    always_flat,
+    bucket_collectives,
+    never_flat,
+)
 from megatron.longseq.sharding.plan.memory import MEGATRON, Model, Widths
-from megatron.longseq.sharding.plan.rank_groups import Groups
+from megatron.longseq.sharding.plan.rank_groups import RankGroups
 from megatron.longseq.sharding.plan.strategy import Strategy
 
 
 @dataclass(frozen=True, slots=True)
-class Traffic:
+class CommVolume:
     """What a rank sends.
 
     Attributes:
-        inside: bytes to ranks of its group.
+        inside: bytes to ranks of its own group.
         between: bytes to ranks of its number in other groups.
         flat: bytes in collectives over all ranks.
-        collectives: calls.
+        collectives: number of collectives.
     """
 
     inside: int = 0
@@ -28,90 +36,90 @@ class Traffic:
     flat: int = 0
     collectives: int = 0
 
-    def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(
+    def __add__(self, other: "CommVolume") -> "CommVolume":
+        return CommVolume(
             self.inside + other.inside,
             self.between + other.between,
             self.flat + other.flat,
             self.collectives + other.collectives,
         )
 
-    def __mul__(self, times: int) -> "Traffic":
-        return Traffic(self.inside * times, self.between * times, self.flat * times, self.collectives * times)
+    def __mul__(self, times: int) -> "CommVolume":
+        return CommVolume(self.inside * times, self.between * times, self.flat * times, self.collectives * times)
 
-    def leaving(self, groups: Groups) -> int:
-        """Return bytes that leave one group: of all its ranks between groups, of one in a flat ring."""
+    def leaving(self, groups: RankGroups) -> int:
+        """Return the bytes that leave one group: of all its ranks between groups, of one rank in a flat ring."""
         return groups.size * self.between + (self.flat if groups.count > 1 else 0)
 
 
-def volume(phases: Phases, groups: Groups, shard: int, buckets: int = 1) -> Traffic:
-    """Return what phases send.
+def volume(collectives: Collectives, groups: RankGroups, shard: int, buckets: int = 1) -> CommVolume:
+    """Return what a rank sends in collectives.
 
     Args:
-        phases: run one after another on every bucket.
-        groups: the ranks.
-        shard: bytes of one of n shards of all buckets together.
-        buckets: how many.
+        collectives: run one after another on every bucket.
+        groups: the data-parallel ranks.
+        shard: bytes of one of the n shards of all buckets together.
+        buckets: number of buckets.
     """
     sent = dict.fromkeys(Scope, 0)
-    for phase in phases:
-        sent[phase.scope] += phase.shards_sent(groups) * shard
-    return Traffic(sent[Scope.INSIDE], sent[Scope.BETWEEN], sent[Scope.FLAT], len(phases) * buckets)
+    for collective in collectives:
+        sent[collective.scope] += collective.shards_sent(groups) * shard
+    return CommVolume(sent[Scope.INSIDE], sent[Scope.BETWEEN], sent[Scope.FLAT], len(collectives) * buckets)
 
 
 @dataclass(frozen=True, slots=True)
-class StepTraffic:
-    """What a rank sends in a step, term by term.
+class StepVolume:
+    """What a rank sends in a step, by term.
 
     Attributes:
-        params: before forward, and again before backward, of each micro-batch.
-        grads: after backward of each micro-batch.
-        finish_grads: after the last one's backward.
+        params: before the forward of each micro-batch, and again before its backward.
+        grads: after the backward of each micro-batch.
+        finish_grads: after the backward of the last micro-batch.
         finish_params: after the optimizer's step.
     """
 
-    params: Traffic
-    grads: Traffic
-    finish_grads: Traffic
-    finish_params: Traffic
+    params: CommVolume
+    grads: CommVolume
+    finish_grads: CommVolume
+    finish_params: CommVolume
 
     @property
-    def microbatch(self) -> Traffic:
-        """Of each micro-batch."""
+    def microbatch(self) -> CommVolume:
+        """What each micro-batch sends."""
         return self.params * 2 + self.grads
 
     @property
-    def finish(self) -> Traffic:
-        """Once a step."""
+    def finish(self) -> CommVolume:
+        """What is sent once in a step."""
         return self.finish_grads + self.finish_params
 
-    def step(self, microbatches: int) -> Traffic:
-        """Return the traffic of a step of A micro-batches."""
+    def step(self, microbatches: int) -> CommVolume:
+        """Return what a step of A micro-batches sends."""
         return self.microbatch * microbatches + self.finish
 
 
-def traffic(
+def comm_volume(
     strategy: Strategy,
-    groups: Groups,
+    groups: RankGroups,
     model: Model,
     widths: Widths = MEGATRON,
     *,
     buckets: int = 1,
     is_flat: bool = False,
-) -> StepTraffic:
-    """Return what a strategy sends.
+) -> StepVolume:
+    """Return what a rank sends under a strategy.
 
     Args:
         strategy: the triplet, valid or not.
-        groups: the ranks.
-        model: its parameters. Frozen ones are gathered as others, but neither reduced nor sent after a step.
+        groups: the data-parallel ranks.
+        model: its parameters. Frozen parameters are gathered like others, but neither reduced nor sent after a step.
         widths: bytes of an element.
-        buckets: of parameters, and as many of gradients.
-        is_flat: --paro-collectives flat.
+        buckets: number of buckets of parameters, and of gradients.
+        is_flat: whether flat collectives run where there are any (--paro-collectives flat).
     """
-    terms = program(strategy, groups, is_flat=is_flat)
+    terms = bucket_collectives(strategy, groups, is_flat=always_flat if is_flat else never_flat)
     params, trained = model.shard(groups) * widths.param, model.trainable_shard(groups)
-    return StepTraffic(
+    return StepVolume(
         params=volume(terms.params, groups, params, buckets),
         grads=volume(terms.grads, groups, trained * widths.grad_wire, buckets),
         finish_grads=volume(terms.finish_grads, groups, trained * widths.grad_wire, buckets),
@@ -124,9 +132,9 @@ class Bucket:
     """A bucket of a model-parallel rank.
 
     Attributes:
-        numel: elements, padded to n shards.
-        gathers: how often a pass gathers its parameters, where they are sharded: before forward and before backward;
-            an embedding's before forward alone, a weight that the output layer shares with it three times.
+        numel: elements, padded to n equal shards.
+        gathers: how often a micro-batch gathers its parameters, if they are sharded: twice, before forward and before
+            backward; once for an embedding; three times for a weight that the output layer shares with it.
         is_trained: whether it has gradients.
     """
 
@@ -135,36 +143,38 @@ class Bucket:
     is_trained: bool = True
 
 
-def bucket_traffic(
+def bucket_volume(
     strategy: Strategy,
-    groups: Groups,
+    groups: RankGroups,
     buckets: Iterable[Bucket],
     widths: Widths,
     microbatches: int,
     *,
     passes: int = 1,
-    is_flat: Decide = lambda phases, size: False,
-) -> Traffic:
-    """Return what a rank sends in a step, exactly: bucket by bucket, as the runtime does.
+    is_flat: FlatChooser = never_flat,
+) -> CommVolume:
+    """Return what a rank sends in a step, counted bucket by bucket as the runtime sends it.
 
     Args:
         strategy: the triplet.
-        groups: the ranks.
-        buckets: all of the rank's.
+        groups: the data-parallel ranks.
+        buckets: all buckets of the rank.
         widths: bytes of an element.
         microbatches: of a step, A.
-        passes: that make up a micro-batch: its segments.
-        is_flat: which collectives are flat, see `phases.chosen`.
+        passes: forward passes that make up a micro-batch (its segments).
+        is_flat: chooses flat collectives, by bucket size.
     """
 
-    def sent(term: str, bucket: Bucket, width: int) -> Traffic:
-        phases = chosen(strategy, groups, term, bucket.numel * width, is_flat)
-        return volume(phases, groups, bucket.numel // groups.ranks * width)
+    def terms(bucket: Bucket, width: int) -> BucketCollectives:
+        return bucket_collectives(strategy, groups, bucket.numel * width, is_flat)
 
-    total = Traffic()
+    total = CommVolume()
     for bucket in buckets:
-        total += sent("params", bucket, widths.param) * (bucket.gathers * passes * microbatches)
+        shard = bucket.numel // groups.ranks
+        params, grads = terms(bucket, widths.param), terms(bucket, widths.grad_wire)
+        total += volume(params.params, groups, shard * widths.param) * (bucket.gathers * passes * microbatches)
         if bucket.is_trained:
-            total += sent("grads", bucket, widths.grad_wire) * microbatches
-            total += sent("finish_grads", bucket, widths.grad_wire) + sent("finish_params", bucket, widths.param)
+            total += volume(grads.grads, groups, shard * widths.grad_wire) * microbatches
+            total += volume(grads.finish_grads, groups, shard * widths.grad_wire)
+            total += volume(params.finish_params, groups, shard * widths.param)
     return total

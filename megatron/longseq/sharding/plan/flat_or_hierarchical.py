@@ -1,43 +1,74 @@
-"""Whether a bucket's collective runs over all ranks at once, or inside and between groups."""
+"""The choice, bucket by bucket, between one flat collective and collectives inside and between groups."""
 
+from collections.abc import Sequence
 from functools import cache
 
-from megatron.longseq.sharding.plan.collectives import Decide, Phases
-from megatron.longseq.sharding.plan.linkfit import pick
-from megatron.longseq.sharding.plan.rank_groups import Groups
-from megatron.longseq.sharding.plan.ring import Mode
-from megatron.longseq.sharding.plan.time_model import Link, Links
+from megatron.longseq.sharding.plan.collectives import (
+    CollectiveKind,
+    Collectives,
+    CollectivesMode,
+    FlatChooser,
+    always_flat,
+    never_flat,
+)
+from megatron.longseq.sharding.plan.rank_groups import RankGroups
+from megatron.longseq.sharding.plan.time_model import LinkSpeed, LinkSpeeds, ring_seconds
 
 GIGABYTE = 1e9
-BUCKETS = 8  # of which a message is taken to consist: phases of neighbours overlap, but for the first and the last
+DEFAULT_LINKS = (200.0, 25.0)  # GB/s: NVLink inside a node, one 200 Gbit/s adapter for each GPU between nodes
+BUCKETS = 8  # that a message is assumed to have, so that collectives of neighbouring buckets overlap
+MARGIN = 0.05  # by how much another mode must beat the flat collective: the error of the time model
 
 
-def given_links(inside: float, between: float, groups: Groups) -> Links:
-    """Return links of speeds that a user gives (--paro-links).
-
-    Args:
-        inside, between: gigabytes per second that a rank sends to ranks of its group, and to other groups.
-        groups: the ranks; a flat ring is taken to leave a group over the links of all its ranks, as NCCL's do.
-    """
-    return Links(Link(inside * GIGABYTE), Link(between * GIGABYTE), groups.size)
-
-
-def decide(mode: Mode, groups: Groups, links: Links | None) -> Decide:
-    """Return what says whether phases of a bucket, which are one flat collective, run as that.
+def given_links(inside: float, between: float, groups: RankGroups) -> LinkSpeeds:
+    """Return the link speeds that --paro-links names.
 
     Args:
-        mode: --paro-collectives. Overlapped, the clock of `ringtime` decides, and flat is taken where it is not slower
-            by more than what the clock may err.
-        groups: the ranks.
-        links: their speeds; needed where overlapped.
+        inside, between: GB/s that a rank sends to ranks of its own group, and to other groups.
+        groups: the data-parallel ranks. A flat ring is assumed to leave a group over the links of all its ranks, as
+            NCCL's rings do.
     """
-    if mode is not Mode.OVERLAPPED:
-        return lambda phases, size: mode is Mode.FLAT
-    assert links is not None, "overlapped collectives are chosen by the speed of links"
+    return LinkSpeeds(LinkSpeed(inside * GIGABYTE), LinkSpeed(between * GIGABYTE), groups.size)
+
+
+def choose_mode(
+    kind: CollectiveKind,
+    groups: RankGroups,
+    links: LinkSpeeds,
+    shards: Sequence[float],
+    *,
+    ready: Sequence[float] | None = None,
+    margin: float = MARGIN,
+) -> CollectivesMode:
+    """Return the mode that is predicted to be fastest: flat, unless another one is faster by more than a margin.
+
+    Args:
+        kind: of the collective over all ranks.
+        groups: the data-parallel ranks.
+        links: their speeds.
+        shards: bytes of one of the n shards of every bucket.
+        ready: seconds at which every bucket is ready; None: all at 0.
+        margin: by how much the flat collective has to be beaten.
+    """
+    times = {mode: ring_seconds(kind, mode, groups, links, shards, ready) for mode in CollectivesMode}
+    best = min(CollectivesMode, key=lambda mode: times[mode])  # the first, and simplest, of equally fast ones
+    return best if times[best] * (1 + margin) < times[CollectivesMode.FLAT] else CollectivesMode.FLAT
+
+
+def flat_chooser(mode: CollectivesMode, groups: RankGroups, links: LinkSpeeds) -> FlatChooser:
+    """Return the function that decides whether a bucket's collectives run as one flat collective.
+
+    Args:
+        mode: --paro-collectives. Under `overlapped` the time model decides, for the bucket's size.
+        groups: the data-parallel ranks.
+        links: their speeds; used under `overlapped` only.
+    """
+    if mode is not CollectivesMode.OVERLAPPED:
+        return always_flat if mode is CollectivesMode.FLAT else never_flat
 
     @cache
-    def is_flat(phases: Phases, size: int) -> bool:
+    def is_flat(collectives: Collectives, size: int) -> bool:
         shards = [size / groups.ranks] * BUCKETS
-        return pick(phases[0].kind, groups, links, shards).mode is Mode.FLAT
+        return choose_mode(collectives[0].kind, groups, links, shards) is CollectivesMode.FLAT
 
     return is_flat

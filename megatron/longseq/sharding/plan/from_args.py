@@ -1,34 +1,38 @@
-"""What the flags come to: the strategy, its groups of ranks, and which of upstream's flags carry them."""
+"""Resolve the flags: the strategy, the groups of ranks, and the upstream flags that carry them."""
 
 from argparse import Namespace
 from dataclasses import dataclass
 
-from megatron.longseq.sharding.arguments import DEFAULT_COLLECTIVES, Collectives, needs_groups
-from megatron.longseq.sharding.plan.comm_volume import Traffic, traffic
+from megatron.longseq.sharding.arguments import DEFAULT_COLLECTIVES, needs_groups
+from megatron.longseq.sharding.plan.collectives import CollectivesMode
+from megatron.longseq.sharding.plan.comm_volume import CommVolume, comm_volume
+from megatron.longseq.sharding.plan.flat_or_hierarchical import DEFAULT_LINKS
 from megatron.longseq.sharding.plan.memory import Model, Widths, memory
-from megatron.longseq.sharding.plan.rank_groups import Groups, node_size
+from megatron.longseq.sharding.plan.rank_groups import RankGroups, node_size
 from megatron.longseq.sharding.plan.strategy import Level, Strategy
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """What a run does.
+class ShardingPlan:
+    """What the flags ask for.
 
     Attributes:
         strategy: --paro.
         groups: the data-parallel ranks (times context-parallel ones) in groups of --paro-group-size.
         collectives: --paro-collectives.
+        links: --paro-links, GB/s inside groups and between them.
     """
 
     strategy: Strategy
-    groups: Groups
-    collectives: Collectives
+    groups: RankGroups
+    collectives: CollectivesMode
+    links: tuple[float, float] = DEFAULT_LINKS
 
     @property
     def same_as(self) -> Strategy:
-        """The strategy without groups that this is, where a group is a rank or all ranks; else itself."""
+        """The equivalent strategy without level I, if a group is one rank or all ranks; otherwise the strategy."""
         if 1 < self.groups.size < self.groups.ranks:
             return self.strategy
         other = Level.NONE if self.groups.size == 1 else Level.GLOBAL
@@ -37,8 +41,8 @@ class Settings:
 
     @property
     def is_flat(self) -> bool:
-        """Whether phases inside and between groups are one collective, where they can be."""
-        return self.collectives == "flat"
+        """Whether one flat collective replaces those inside and between groups, where there is one."""
+        return self.collectives is CollectivesMode.FLAT
 
     def __str__(self) -> str:
         same = f" (here as {self.same_as})" if self.same_as != self.strategy else ""
@@ -49,10 +53,10 @@ class Settings:
 
 
 def data_parallel_ranks(args: Namespace) -> int:
-    """Return how many ranks states are sharded over: data-parallel times context-parallel ones.
+    """Return the number of ranks that states are sharded over: data-parallel times context-parallel ranks.
 
     Raises:
-        ValueError: model parallelism does not divide the ranks.
+        ValueError: model parallelism does not divide the number of ranks.
     """
     world: int = args.world_size
     tensor, pipeline, context = (
@@ -76,8 +80,8 @@ def members(args: Namespace) -> list[list[int]]:
     def place(member: int, stage: int) -> int:
         if not args.use_tp_pp_dp_mapping:
             return member + ranks * stage
-        replica, part = divmod(member, context)
-        return part + context * (stage + pipeline * replica)
+        replica, context_rank = divmod(member, context)
+        return context_rank + context * (stage + pipeline * replica)
 
     return [
         [number + tensor * place(member, stage) for member in range(ranks)]
@@ -87,19 +91,19 @@ def members(args: Namespace) -> list[list[int]]:
 
 
 def node_group_size(args: Namespace, node_ranks: int | None) -> int:
-    """Return the default group size: the data-parallel ranks of a node.
+    """Return the default group size: the number of data-parallel ranks on a node.
 
     Args:
         args: parsed flags.
-        node_ranks: ranks that a node runs; None: nobody knows.
+        node_ranks: ranks on a node; None: unknown.
 
     Raises:
-        ValueError: nodes hold different numbers of them, or nobody knows what a node is.
+        ValueError: nodes have different numbers of data-parallel ranks, or the ranks on a node are unknown.
     """
     if node_ranks is None:
         raise ValueError(
-            "--paro: the ranks of a node are unknown (LOCAL_WORLD_SIZE is not set), and a group is a node by default; "
-            "give --paro-group-size, or launch with torchrun."
+            "--paro: the number of ranks on a node is unknown (LOCAL_WORLD_SIZE is not set), and a group is a node by "
+            "default; give --paro-group-size, or launch with torchrun."
         )
     sizes = {node_size(group, node_ranks) for group in members(args)}
     if len(sizes) > 1:
@@ -110,50 +114,55 @@ def node_group_size(args: Namespace, node_ranks: int | None) -> int:
     return sizes.pop()
 
 
-def sharding(args: Namespace, node_ranks: int | None = None) -> Settings:
-    """Return what the flags ask for; once they are resolved (see `resolve`), without knowing of nodes.
+def sharding_plan(args: Namespace, node_ranks: int | None = None) -> ShardingPlan:
+    """Return what the flags ask for; after `resolve`, the number of ranks on a node is not needed.
 
     Raises:
-        ValueError: a group size that does not divide the ranks, or no group size and no node.
+        ValueError: the group size does not divide the ranks, or there is neither a group size nor a node.
     """
     strategy, ranks = Strategy.parse(args.paro), data_parallel_ranks(args)
-    collectives: Collectives = args.paro_collectives or DEFAULT_COLLECTIVES
+    mode = CollectivesMode(args.paro_collectives or DEFAULT_COLLECTIVES)
     size = args.paro_group_size
     if size is None:
-        size = node_group_size(args, node_ranks) if needs_groups(strategy, collectives) and ranks > 1 else ranks
-    return Settings(strategy, Groups(ranks, size), collectives)
+        size = node_group_size(args, node_ranks) if needs_groups(strategy, mode) and ranks > 1 else ranks
+    inside, between = getattr(args, "paro_links", None) or DEFAULT_LINKS
+    return ShardingPlan(strategy, RankGroups(ranks, size), mode, (inside, between))
 
 
-def resolve(args: Namespace, node_ranks: int | None) -> Settings:
-    """Write what the flags come to into the arguments, and set upstream's flags that carry it.
+def resolve(args: Namespace, node_ranks: int | None) -> ShardingPlan:
+    """Write the resolved flags into the arguments, and set the upstream flags that carry them.
 
-    Gradients accumulate in fp32 under --bf16, whatever they are sent in: upstream's --grad-reduce-in-bf16 would do both
-    in bf16, so it is taken back and kept as `paro_wire`. Checkpoints are written in the one form that is read under any
-    other triplet, group size and number of ranks.
+    Under --bf16 gradients accumulate in fp32, in whatever dtype they are communicated. Upstream's --grad-reduce-in-bf16
+    would do both in bf16, so it is reset and kept as `paro_wire`. Checkpoints are written in the one form that can be
+    read under any other triplet, group size and number of ranks.
+
+    Args:
+        args: parsed flags; changed.
+        node_ranks: ranks on a node; None: unknown.
 
     Raises:
-        ValueError: see `sharding`.
+        ValueError: see `sharding_plan`.
     """
-    found = sharding(args, node_ranks)
-    args.paro_group_size, args.paro_groups = found.groups.size, found.groups.count
-    args.paro_collectives = found.collectives
+    plan = sharding_plan(args, node_ranks)
+    args.paro_group_size, args.paro_groups = plan.groups.size, plan.groups.count
+    args.paro_collectives = plan.collectives.value
     args.paro_wire = "bf16" if args.grad_reduce_in_bf16 else getattr(args, "paro_wire", None)
     args.grad_reduce_in_bf16 = False
     if args.bf16:
         args.accumulate_allreduce_grads_in_fp32 = True
     args.use_distributed_optimizer = True
     args.dist_ckpt_optim_fully_reshardable = True
-    return found
+    return plan
 
 
-def confirm(args: Namespace, found: Settings) -> None:
-    """Check that upstream's validation has left what `resolve` set, and name the type that gradients are sent in.
+def check_unchanged(args: Namespace, plan: ShardingPlan) -> None:
+    """Check that upstream's validation has kept what `resolve` set, and set the communication dtype of gradients.
 
     Raises:
-        ValueError: it has not.
+        ValueError: validation has changed a value.
     """
     wanted = {
-        "data_parallel_size": found.groups.ranks // args.context_parallel_size,
+        "data_parallel_size": plan.groups.ranks // args.context_parallel_size,
         "use_distributed_optimizer": True,
         "num_distributed_optimizer_instances": 1,
         "dist_ckpt_optim_fully_reshardable": True,
@@ -162,45 +171,45 @@ def confirm(args: Namespace, found: Settings) -> None:
     other = {name: getattr(args, name) for name, value in wanted.items() if getattr(args, name) != value}
     if other:
         raise ValueError(
-            f"--paro {found.strategy}: upstream's validation has left {other} where "
+            f"--paro {plan.strategy}: upstream's validation has left {other} where "
             f"{ ({name: wanted[name] for name in other}) } is needed; another flag changes it, leave that out."
         )
     args.paro_wire = args.paro_wire or grad_type(args)
 
 
 def param_type(args: Namespace) -> str:
-    """Return the type of parameters that layers compute with."""
+    """Return the dtype of parameters that layers compute with."""
     return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
 
 
 def grad_type(args: Namespace) -> str:
-    """Return the type that gradients accumulate in."""
+    """Return the dtype that gradients accumulate in."""
     return "fp32" if args.accumulate_allreduce_grads_in_fp32 else param_type(args)
 
 
 def widths(args: Namespace) -> Widths:
-    """Return bytes of an element of each state; fp32 parameters are their own main parameters."""
+    """Return the bytes of an element of each state; fp32 parameters need no main copy."""
     param = BYTES[param_type(args)]
     return Widths(
         param=param, grad=BYTES[grad_type(args)], optimizer=12 if param < 4 else 8, grad_wire=BYTES[args.paro_wire]
     )
 
 
-def told(found: Settings, sizes: Widths) -> str:
-    """Return one line: the strategy, and what it holds and sends in bytes per parameter of a model-parallel rank."""
-    ranks = found.groups.ranks
-    model = Model(ranks, ranks)  # a shard of one element: bytes of a rank, divided by n, are bytes per parameter
-    held = memory(found.strategy, found.groups, model, sizes)
-    sent = traffic(found.strategy, found.groups, model, sizes, is_flat=found.is_flat)
+def summary(plan: ShardingPlan, sizes: Widths) -> str:
+    """Return one line: the strategy, and its memory and communication in bytes per parameter of a rank's model."""
+    ranks = plan.groups.ranks
+    model = Model(ranks, ranks)  # shards of one element: bytes of a rank divided by n are bytes per parameter
+    held = memory(plan.strategy, plan.groups, model, sizes)
+    sent = comm_volume(plan.strategy, plan.groups, model, sizes, is_flat=plan.is_flat)
 
-    def each(bytes_: int) -> str:
-        return f"{bytes_ / ranks:.4g}"
+    def each(size: int) -> str:
+        return f"{size / ranks:.4g}"
 
-    def scopes(part: Traffic) -> str:
-        flat = f" + {each(part.flat)} flat" if part.flat else ""
-        return f"{each(part.inside)} inside + {each(part.between)} between groups{flat}"
+    def scopes(term: CommVolume) -> str:
+        flat = f" + {each(term.flat)} flat" if term.flat else ""
+        return f"{each(term.inside)} inside + {each(term.between)} between groups{flat}"
 
     return (
-        f"{found}; bytes per parameter: held {each(held.params)} + {each(held.grads)} + {each(held.optimizer)}, sent "
+        f"{plan}; bytes per parameter: held {each(held.params)} + {each(held.grads)} + {each(held.optimizer)}, sent "
         f"{scopes(sent.microbatch)} per micro-batch, {scopes(sent.finish)} per step"
     )

@@ -1,9 +1,9 @@
-"""What model states take on a rank: bytes of parameters, gradients and optimizer states, for every strategy."""
+"""Memory of model states on a rank: bytes of parameters, gradients and optimizer states under every strategy."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron.longseq.sharding.plan.rank_groups import Groups
+from megatron.longseq.sharding.plan.rank_groups import RankGroups
 from megatron.longseq.sharding.plan.strategy import Level, Strategy
 
 
@@ -12,10 +12,10 @@ class Widths:
     """Bytes of an element.
 
     Attributes:
-        param: of a parameter that layers compute with, and on the wire.
+        param: of a parameter, in compute and in communication.
         grad: of a gradient as it accumulates.
-        optimizer: of an element's optimizer states: main parameter and Adam's two moments.
-        grad_wire: of a gradient on the wire.
+        optimizer: of the optimizer states of one parameter: its main copy and Adam's two moments.
+        grad_wire: of a gradient in communication.
     """
 
     param: int = 2
@@ -33,8 +33,8 @@ class Model:
     """Parameters of one tensor- and pipeline-parallel rank.
 
     Attributes:
-        params: all of them.
-        trainable: those that are trained.
+        params: number of parameters.
+        trainable: how many of them are trained.
 
     Raises:
         ValueError: no parameter is trained, or more than there are.
@@ -47,12 +47,12 @@ class Model:
         if not 0 < self.trainable <= self.params:
             raise ValueError(f"{self.trainable} of {self.params} parameters are trained: give 1 to {self.params}")
 
-    def shard(self, groups: Groups) -> int:
-        """Return elements of one of n shards of the parameters; buffers are padded to whole shards."""
+    def shard(self, groups: RankGroups) -> int:
+        """Return the elements of one of n shards of the parameters; buffers are padded to full shards."""
         return -(-self.params // groups.ranks)
 
-    def trainable_shard(self, groups: Groups) -> int:
-        """Return elements of one of n shards of what is trained."""
+    def trainable_shard(self, groups: RankGroups) -> int:
+        """Return the elements of one of n shards of the trained parameters."""
         return -(-self.trainable // groups.ranks)
 
 
@@ -60,8 +60,8 @@ class Memory(NamedTuple):
     """Bytes on a rank.
 
     Attributes:
-        params, grads, optimizer: what is held between collectives.
-        buckets: whole buckets of states that are held in parts, while layers use them.
+        params, grads, optimizer: of the shards that a rank keeps between collectives.
+        buckets: of full buckets of sharded states, allocated while layers use them.
     """
 
     params: int
@@ -71,31 +71,31 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All bytes."""
         return sum(self)
 
 
 def memory(
-    strategy: Strategy, groups: Groups, model: Model, widths: Widths = MEGATRON, bucket: int = 0, in_flight: int = 2
+    strategy: Strategy, groups: RankGroups, model: Model, widths: Widths = MEGATRON, bucket: int = 0, in_flight: int = 2
 ) -> Memory:
-    """Return what a strategy holds on a rank.
+    """Return the memory of model states on a rank (PaRO, arXiv 2310.06003, section 3).
 
     Args:
         strategy: the triplet, valid or not.
-        groups: the ranks.
+        groups: the data-parallel ranks.
         model: its parameters.
         widths: bytes of an element.
-        bucket: elements of the largest bucket; 0: leave whole buckets out, as the paper does.
-        in_flight: buckets at a time: of parameters, the one in use and the one that comes; of gradients, those on the
-            wire, in the type that they are sent in, beside the one that fills.
+        bucket: elements of the largest bucket; 0 leaves full buckets out, as the paper does.
+        in_flight: full buckets at a time. Of parameters: the one in use and the one being gathered. Of gradients: those
+            in flight, in the communication dtype, besides the one that is being filled.
     """
     shard, trainable = model.shard(groups), model.trainable_shard(groups)
-    parts = {level: groups.ranks // groups.shards(level) for level in Level}
-    whole = in_flight * widths.param if strategy.params > Level.NONE else 0
-    whole += widths.grad + in_flight * widths.grad_wire if strategy.grads > Level.NONE else 0
+    shards = {level: groups.ranks // groups.shards(level) for level in Level}
+    full = in_flight * widths.param if strategy.params > Level.NONE else 0
+    full += widths.grad + in_flight * widths.grad_wire if strategy.grads > Level.NONE else 0
     return Memory(
-        params=parts[strategy.params] * shard * widths.param,
-        grads=parts[strategy.grads] * trainable * widths.grad,
-        optimizer=parts[strategy.optimizer] * trainable * widths.optimizer,
-        buckets=bucket * whole,
+        params=shards[strategy.params] * shard * widths.param,
+        grads=shards[strategy.grads] * trainable * widths.grad,
+        optimizer=shards[strategy.optimizer] * trainable * widths.optimizer,
+        buckets=bucket * full,
     )

@@ -1,85 +1,134 @@
-"""In which order phases of jobs go on links: the same on all ranks, as it is decided by the order of calls alone.
+"""The order in which collectives of different buckets run on the two kinds of links.
 
-Overlapped, phases inside groups take one link, and those between groups or over all ranks the other: a flat ring goes
-at the pace of the link between groups, so it waits its turn there, while the inside of a group stays free for others.
-
-A job that comes back to a link (an all-reduce: inside, between, inside) would keep it waiting meanwhile. So what it
-does there again is held back until more jobs have started: the next job's first phase runs while this one is between.
+The collectives of one bucket follow each other. Collectives of different buckets can run at the same time, one inside
+groups and one between groups, because they use different links (PaRO, arXiv 2310.06003: the overlapping ring). All
+ranks must start them in the same order, so the order depends only on the order of calls, never on timing.
 """
 
 from collections import deque
 from enum import StrEnum
 from typing import NamedTuple
 
-from megatron.longseq.sharding.plan.collectives import Phase, Phases, Scope
+from megatron.longseq.sharding.plan.collectives import Collective, Collectives, Scope
 
 
-class Track(StrEnum):
-    """What one phase at a time runs on: links of one kind, or all."""
+class ScheduledCollective(NamedTuple):
+    """One collective of a bucket in a static schedule.
+
+    Attributes:
+        slot: when it runs; a slot holds at most one collective on each kind of link.
+        bucket: which bucket it works on.
+        turn: its index among the bucket's collectives.
+        collective: what runs.
+    """
+
+    slot: int
+    bucket: int
+    turn: int
+    collective: Collective
+
+
+def schedule(collectives: Collectives, buckets: int, *, is_overlapped: bool) -> tuple[ScheduledCollective, ...]:
+    """Return when each collective of each bucket runs.
+
+    Without overlap they run one after another. With overlap, every slot takes on each link the earliest collective that
+    can run, of the first such bucket, so that no link is idle while a later bucket could use it.
+
+    Args:
+        collectives: of every bucket, in order.
+        buckets: number of buckets.
+        is_overlapped: whether collectives on different links share a slot.
+    """
+    if not is_overlapped:
+        order = [(bucket, index, one) for bucket in range(buckets) for index, one in enumerate(collectives)]
+        return tuple(ScheduledCollective(slot, *rest) for slot, rest in enumerate(order))
+    done = [0] * buckets
+    runs: list[ScheduledCollective] = []
+    while min(done) < len(collectives):
+        slot = runs[-1].slot + 1 if runs else 0
+        chosen: dict[Scope, ScheduledCollective] = {}
+        for index, bucket in sorted((index, bucket) for bucket, index in enumerate(done) if index < len(collectives)):
+            one = ScheduledCollective(slot, bucket, index, collectives[index])
+            chosen.setdefault(one.collective.scope, one)
+        for run in chosen.values():
+            done[run.bucket] += 1
+        runs += chosen.values()
+    return tuple(runs)
+
+
+class Link(StrEnum):
+    """The kind of link that a collective occupies.
+
+    A flat collective counts as BETWEEN: a flat ring is as slow as its hop between groups.
+    """
 
     INSIDE = "inside"
     BETWEEN = "between"
 
 
-class Turn(NamedTuple):
-    """A phase to put on a link now.
+class QueuedCollective(NamedTuple):
+    """A collective to put on a link's queue now.
 
     Attributes:
-        job: which job, from 0.
-        turn: which of its phases.
-        track: where.
-        phase: the collective.
+        job: number of the submission, from 0.
+        turn: its index among the submission's collectives.
+        link: whose queue it goes to.
+        collective: what runs.
     """
 
     job: int
     turn: int
-    track: Track
-    phase: Phase
+    link: Link
+    collective: Collective
 
 
-class Order:
-    """The order on links.
+class OverlapOrder:
+    """The order of collectives on the links' queues, decided as they are submitted.
+
+    An all-reduce uses the links inside, between and inside again. Queued at once, its last collective would block the
+    links inside until its second one is done. So it is delayed until `lag` more submissions have started, and the next
+    submission's first collective runs in the meantime.
 
     Args:
-        is_overlapped: two links; else everything goes over one.
-        lag: a job comes back to a link when so many more have started. At `ring.schedule`'s order: as many as a
-            collective has buckets. More of them keep results back longer.
+        is_overlapped: use one queue for each kind of link; otherwise one queue for all.
+        lag: number of submissions that start before one that returns to a link gets its turn. With a lag of the number
+            of buckets the order is that of `schedule`; a larger lag only delays results.
 
     Raises:
-        ValueError: a lag below 1.
+        ValueError: the lag is below 1.
     """
 
     def __init__(self, *, is_overlapped: bool, lag: int = 1) -> None:
         if lag < 1:
-            raise ValueError(f"a job that comes back to a link after {lag} more: give at least 1")
+            raise ValueError(f"a collective that returns to a link after {lag} more submissions: give at least 1")
         self._is_overlapped, self._lag = is_overlapped, lag
         self._jobs = 0
-        self._held: deque[list[Turn]] = deque()
+        self._delayed: deque[list[QueuedCollective]] = deque()
 
-    def submit(self, phases: Phases) -> list[Turn]:
-        """Return what to put on links now that a job is there, which gets the next number."""
-        turns = [Turn(self._jobs, turn, self._track(phase), phase) for turn, phase in enumerate(phases)]
-        back = _comes_back(turns)
+    def submit(self, collectives: Collectives) -> list[QueuedCollective]:
+        """Return what to queue now that one more submission is there; it gets the next number."""
+        turns = [QueuedCollective(self._jobs, turn, self._link(one), one) for turn, one in enumerate(collectives)]
+        back = _returns_to_a_link(turns)
         self._jobs += 1
         if turns[back:]:
-            self._held.append(turns[back:])
+            self._delayed.append(turns[back:])
         return turns[:back] + self.flush(self._jobs - 1 - self._lag)
 
-    def flush(self, job: int) -> list[Turn]:
-        """Return what to put on links now that a job, and so those before it, must end."""
-        turns: list[Turn] = []
-        while self._held and self._held[0][0].job <= job:
-            turns += self._held.popleft()
+    def flush(self, job: int) -> list[QueuedCollective]:
+        """Return what to queue now so that a submission, and all before it, can finish."""
+        turns: list[QueuedCollective] = []
+        while self._delayed and self._delayed[0][0].job <= job:
+            turns += self._delayed.popleft()
         return turns
 
-    def _track(self, phase: Phase) -> Track:
-        return Track.INSIDE if self._is_overlapped and phase.scope is Scope.INSIDE else Track.BETWEEN
+    def _link(self, collective: Collective) -> Link:
+        return Link.INSIDE if self._is_overlapped and collective.scope is Scope.INSIDE else Link.BETWEEN
 
 
-def _comes_back(turns: list[Turn]) -> int:
-    """Return which of a job's phases is the first on a link that the job has left."""
+def _returns_to_a_link(turns: list[QueuedCollective]) -> int:
+    """Return the index of the first collective on a link that the submission has left before."""
     for index in range(2, len(turns)):
-        track = turns[index].track
-        if track is not turns[index - 1].track and track in {turn.track for turn in turns[:index]}:
+        link = turns[index].link
+        if link is not turns[index - 1].link and link in {turn.link for turn in turns[:index]}:
             return index
     return len(turns)

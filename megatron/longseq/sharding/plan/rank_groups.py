@@ -1,9 +1,9 @@
-"""Data-parallel ranks in groups of m: who shares which group, and which part of a buffer a rank owns.
+"""Data-parallel ranks in groups of m: which ranks form a group, and which shard of a buffer each rank owns.
 
 A *member* is a data-parallel rank as upstream numbers it: member k * m + i is number i of group k. Its *logical* rank
-is i * G + k. A buffer of n shards is cut by logical rank, so number i's slice (1/m of the buffer) holds, one after
-another, the shards of all groups' number i: a reduce-scatter inside groups and one between them, each in place on
-contiguous memory, leave exactly what the flat one leaves; and gathers go back the same way. Nothing is permuted.
+is i * G + k. Buffers are cut into n shards by logical rank. So the slice of number i (1/m of the buffer) holds the
+shards of number i of all groups, one after another: a reduce-scatter inside groups and one between groups, each in
+place on contiguous memory, leave exactly what the flat one leaves, and all-gathers invert it. Nothing is permuted.
 """
 
 from collections.abc import Sequence
@@ -14,20 +14,20 @@ from megatron.longseq.sharding.plan.strategy import Level
 
 
 def legal_sizes(ranks: int) -> tuple[int, ...]:
-    """Return every legal group size: the divisors of the number of ranks."""
+    """Return every valid group size: the divisors of the number of ranks."""
     return tuple(size for size in range(1, ranks + 1) if ranks % size == 0)
 
 
 @dataclass(frozen=True, slots=True)
-class Groups:
-    """n data-parallel ranks (with context parallelism: both together) in G groups of m neighbours.
+class RankGroups:
+    """n data-parallel ranks (times context-parallel ones) in G groups of m neighbours; no process groups.
 
     Attributes:
         ranks: n.
-        size: m. 1: a level I state is not sharded; n: it is sharded globally.
+        size: m. With 1, a state of level I is not sharded; with n, it is sharded globally.
 
     Raises:
-        ValueError: a size that does not divide the ranks.
+        ValueError: the size does not divide the number of ranks.
     """
 
     ranks: int
@@ -42,18 +42,18 @@ class Groups:
 
     @property
     def count(self) -> int:
-        """Groups G."""
+        """The number of groups, G."""
         return self.ranks // self.size
 
     def shards(self, level: Level) -> int:
-        """Return into how many parts a state is cut."""
+        """Return the number of shards of a state at a level."""
         return (1, self.size, self.ranks)[level]
 
     def logical(self, member: int) -> int:
-        """Return a member's logical rank: which of n shards it owns.
+        """Return a member's logical rank, which is the number of the shard that it owns.
 
         Raises:
-            ValueError: no such member.
+            ValueError: there is no such member.
         """
         if not 0 <= member < self.ranks:
             raise ValueError(f"member {member} of {self.ranks} data-parallel ranks")
@@ -63,55 +63,55 @@ class Groups:
         """Return the member of a logical rank.
 
         Raises:
-            ValueError: no such rank.
+            ValueError: there is no such rank.
         """
         if not 0 <= logical < self.ranks:
             raise ValueError(f"logical rank {logical} of {self.ranks} data-parallel ranks")
         return logical % self.count * self.size + logical // self.count
 
     def owned(self, level: Level, member: int) -> range:
-        """Return which of a buffer's n shards a member holds of a state."""
+        """Return which of a buffer's n shards a member keeps of a state at a level."""
         parts = self.shards(level)
         width = self.ranks // parts
         part = self.logical(member) // width
         return range(part * width, (part + 1) * width)
 
     def ordered(self, members: Sequence[int]) -> tuple[int, ...]:
-        """Return global ranks by logical rank: for `new_group(..., sort_ranks=False)`.
+        """Return global ranks in logical order, for `new_group(..., sort_ranks=False)`.
 
         Args:
-            members: global ranks of the data-parallel group, in its order.
+            members: global ranks of the data-parallel group, in upstream's order.
 
         Raises:
-            ValueError: not n of them, or one twice.
+            ValueError: there are not n of them, or one is listed twice.
         """
         if len(members) != self.ranks or len(set(members)) != len(members):
             raise ValueError(f"{list(members)} are not {self.ranks} different data-parallel ranks")
         return tuple(members[self.member(logical)] for logical in range(self.ranks))
 
     def inside(self, members: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-        """Return the global ranks of every group, by number."""
+        """Return the global ranks of every group, in the order of their numbers."""
         ranks = self.ordered(members)
         return tuple(ranks[group :: self.count] for group in range(self.count))
 
     def between(self, members: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-        """Return the global ranks that share a number, by group, for every number."""
+        """Return, for every number, the global ranks that have it, in the order of their groups."""
         ranks = self.ordered(members)
         return tuple(ranks[number * self.count : (number + 1) * self.count] for number in range(self.size))
 
 
 def node_size(members: Sequence[int], node_ranks: int) -> int:
-    """Return the default group size: how many neighbours of the data-parallel group share a node.
+    """Return the default group size: the number of neighbours in the data-parallel group that share a node.
 
     Args:
-        members: global ranks of the data-parallel group, in its order.
-        node_ranks: ranks of a node.
+        members: global ranks of the data-parallel group, in upstream's order.
+        node_ranks: ranks on a node.
 
     Raises:
-        ValueError: nodes hold different numbers of them, or one node's are not neighbours.
+        ValueError: nodes have different numbers of data-parallel ranks, or those of a node are not neighbours.
     """
     if node_ranks < 1 or not members:
-        raise ValueError(f"{len(members)} data-parallel ranks on nodes of {node_ranks} ranks: each needs at least 1")
+        raise ValueError(f"{len(members)} data-parallel ranks on nodes of {node_ranks} ranks: give at least 1 of each")
     runs = [(node, len(list(run))) for node, run in groupby(members, key=lambda rank: rank // node_ranks)]
     sizes = {size for _, size in runs}
     if len(sizes) > 1 or len({node for node, _ in runs}) < len(runs):

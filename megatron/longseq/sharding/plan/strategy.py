@@ -1,8 +1,8 @@
-"""Which model state is sharded over which ranks: a triplet such as NIG, of parameters, gradients, optimizer states.
+"""Sharding strategies: a triplet such as NIG says how parameters, gradients and optimizer states are sharded.
 
-A triplet is valid where the optimizer states are sharded at least as finely as both others. Else a rank updates what
-it does not keep, or needs gradients that it does not hold: `better` holds less and (its collectives being hierarchical)
-sends no more.
+A triplet is valid if the optimizer states are sharded at least as finely as parameters and gradients. Otherwise a rank
+would update parameters that it does not keep, or need gradients that it does not have. The valid triplet `better` then
+takes less memory and, with hierarchical collectives, sends no more (PaRO, arXiv 2310.06003, section 3).
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ LETTERS = "NIG"
 
 
 class Level(IntEnum):
-    """Over which ranks a state is sharded; a higher level is finer."""
+    """The ranks that a state is sharded over; a higher level is finer."""
 
     NONE = 0
     GROUP = 1
@@ -21,7 +21,7 @@ class Level(IntEnum):
 
     @property
     def letter(self) -> str:
-        """N, I or G."""
+        """The level as a letter: N, I or G."""
         return LETTERS[self]
 
 
@@ -30,12 +30,12 @@ _WORDS = {Level.NONE: "not sharded", Level.GROUP: "sharded inside a group", Leve
 
 @dataclass(frozen=True, order=True, slots=True)
 class Strategy:
-    """How model states are sharded; any of 27. Ordered by parameters, then gradients, then optimizer states.
+    """The sharding levels of the model states: one of 27 triplets, ordered as tuples.
 
     Attributes:
-        params: of the parameters that layers compute with.
-        grads: of the gradients that accumulate over micro-batches.
-        optimizer: of the optimizer states, main parameters among them.
+        params: level of the parameters that layers compute with.
+        grads: level of the gradients that accumulate over micro-batches.
+        optimizer: level of the optimizer states, including the main parameters.
     """
 
     params: Level
@@ -44,10 +44,10 @@ class Strategy:
 
     @classmethod
     def parse(cls, text: str) -> "Strategy":
-        """Return the triplet of three letters, valid or not (see `check`).
+        """Return the triplet that three letters name, valid or not (see `check`).
 
         Raises:
-            ValueError: other letters, or not three.
+            ValueError: the text is not three of the letters N, I and G.
         """
         if len(text) != 3 or set(text) - set(LETTERS):
             raise ValueError(
@@ -66,11 +66,11 @@ class Strategy:
 
     @property
     def better(self) -> "Strategy":
-        """The valid triplet that dominates this one: less memory, no more bytes; a valid one's is itself."""
+        """The valid triplet that takes less memory and sends no more bytes; a valid triplet returns itself."""
         return Strategy(self.params, self.grads, max(self.params, self.grads, self.optimizer))
 
     def refusal(self) -> str | None:
-        """Return why a triplet is refused, and which one to give instead; None: it is valid."""
+        """Return why the triplet is refused and which one to give instead; None if it is valid."""
         if self.is_valid:
             return None
         reasons = []
@@ -103,10 +103,10 @@ KNOWN_AS = {
 
 
 def check(strategy: Strategy) -> Strategy:
-    """Return a valid triplet.
+    """Return the triplet if it is valid.
 
     Raises:
-        ValueError: it is not; the message says which one dominates it.
+        ValueError: the triplet is not valid; the message names the one to give instead.
     """
     refusal = strategy.refusal()
     if refusal is not None:

@@ -1,7 +1,7 @@
 """A bucket group of upstream's data-parallel wrapper whose bucket is sharded by a strategy.
 
-Upstream's has one collective for gradients, in the last micro-batch, and one for parameters, after the step. Here a
-strategy says which there are, and when: `phases.Program`.
+Upstream has one collective for gradients, in the last micro-batch, and one for parameters, after the optimizer's step.
+Here `BucketCollectives` says which collectives there are, and when they run.
 """
 
 from typing import Any
@@ -12,18 +12,18 @@ from torch import Tensor
 
 from megatron.longseq.sharding.plan.strategy import Level
 from megatron.longseq.sharding.runtime.bucket_storage import GradStore, ParamStore
-from megatron.longseq.sharding.runtime.comm_queue import Handle
-from megatron.longseq.sharding.runtime.state import Sharding
+from megatron.longseq.sharding.runtime.comm_queue import Work
+from megatron.longseq.sharding.runtime.state import ShardingState
 
 
 class ShardedBucketGroup(_ParamAndGradBucketGroup):
-    """One bucket, with the methods that upstream's wrapper and schedules call.
+    """One sharded bucket, with the methods that upstream's wrapper and schedules call.
 
     Args:
-        bucket: upstream's; its tensors are the stores' whole buckets.
+        bucket: upstream's; its tensors are the stores' full buckets.
         ddp_config: upstream's.
-        group: over which the optimizer shards.
-        grads, params: where its gradients and parameters lie.
+        group: process group that optimizer states are sharded over.
+        grads, params: stores of the bucket's gradients and parameters.
         label: of the bucket, for messages.
     """
 
@@ -33,11 +33,11 @@ class ShardedBucketGroup(_ParamAndGradBucketGroup):
         self._views = {param: param.main_grad for param in bucket.params_list}
         self._counts = dict.fromkeys(bucket.params_list, 0)
         self._norms: list[Tensor] = []
-        self._finishing: Handle | None = None
+        self._finishing: Work | None = None
         self._is_started = False
 
     @property
-    def sharding(self) -> Sharding:
+    def sharding(self) -> ShardingState:
         """How the bucket is sharded."""
         return self.grads.sharding
 
@@ -49,28 +49,32 @@ class ShardedBucketGroup(_ParamAndGradBucketGroup):
     # Gradients.
 
     def before_grad(self) -> None:
-        """Have the whole bucket of gradients there: a backward is about to add to it."""
-        self.grads.open()
+        """Prepare the full bucket of gradients, which a backward is about to add to."""
+        self.grads.prepare()
 
     def after_grad(self, param: torch.nn.Parameter) -> None:
-        """Count a parameter's gradient; with the micro-batch's last one, send the bucket."""
+        """Count a parameter's gradient; with the last one of the micro-batch, reduce the bucket."""
         self._counts[param] += 1
         if min(self._counts.values()) >= self.sharding.passes:
             self._reduce()
 
     def register_grad_ready(self, param: torch.nn.Parameter, force_all_reduce: bool | None = False) -> None:
-        """See upstream; where gradients are sharded, every micro-batch sends them (`after_grad`)."""
+        """See upstream. Where gradients are sharded, `after_grad` does this in every micro-batch."""
         if not self.reduces_each_microbatch:
             super().register_grad_ready(param, force_all_reduce)
 
     def start_grad_sync(self, force_all_reduce: bool | None = False) -> None:
-        """Start the collectives that end a step's gradients; a second call does nothing."""
+        """Start the collectives that complete a step's gradients; a second call does nothing.
+
+        Raises:
+            ValueError: `force_all_reduce` is set.
+        """
         if force_all_reduce:
-            raise ValueError("force_all_reduce: a sharding strategy (--paro) sums gradients to where they are kept")
+            raise ValueError("force_all_reduce: a sharding strategy (--paro) sums gradients where they are stored")
         if self._is_started:
             return
         if self.reduces_each_microbatch:
-            self._reduce_rest()
+            self._refuse_missing_grads()
             self._check(torch.stack(self._norms) if self._norms else None)
             self._norms.clear()
         else:
@@ -80,7 +84,7 @@ class ShardedBucketGroup(_ParamAndGradBucketGroup):
         self._finishing = self.grads.finish(self.label)
 
     def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
-        """Have the sums of all ranks where the optimizer reads them."""
+        """Wait until the sums over all ranks are where the optimizer reads them."""
         self.param_gather_dispatched = False
         if self.grad_reduce_finished:
             return
@@ -88,13 +92,13 @@ class ShardedBucketGroup(_ParamAndGradBucketGroup):
         assert self._finishing is not None, "start_grad_sync has started it"
         self._finishing.wait()
         self._finishing = None
-        self.grads.settle()
+        self.grads.wait_for_reduce()
         self.grad_reduce_finished = True
         if self.reduces_each_microbatch:
             self._show_owned()
 
     def reset(self) -> None:
-        """See upstream; and forget the step's gradients."""
+        """See upstream; and set the step's gradients to zero."""
         super().reset()
         self._is_started = False
         self.grads.zero()
@@ -114,23 +118,24 @@ class ShardedBucketGroup(_ParamAndGradBucketGroup):
         if self._is_checked:
             self._norms.append(self.bucket.grad_data.norm(p=2))
         factor = self.bucket.gradient_scaling_factor
-        if self.bucket.grad_data.dtype is torch.float16:  # the ranks' sum would overflow
+        if self.bucket.grad_data.dtype is torch.float16:  # the sum over ranks would overflow
             self._scale()
             factor = 1.0
         self.grads.reduce(self.label, factor)
         if not self.sharding.overlaps_grads:
-            self.grads.settle()
+            self.grads.wait_for_reduce()
         elif self.is_last_microbatch:
             self.start_grad_sync()
 
-    def _reduce_rest(self) -> None:
-        """Send what no complete micro-batch has sent: a parameter that took no part in the last one."""
+    def _refuse_missing_grads(self) -> None:
+        """Raise if a parameter had no gradient in the last micro-batch, so that the bucket was not reduced."""
         if any(self._counts.values()):
             missing = sum(count < self.sharding.passes for count in self._counts.values())
             raise RuntimeError(
                 f"rank {torch.distributed.get_rank()}: {missing} of {len(self._counts)} parameters of bucket "
                 f"{self.label} had no gradient in the last micro-batch, but sharded gradients (--paro with I or G as "
-                "second letter) are reduced when all are there. Keep gradients whole (N), or freeze those parameters."
+                "second letter) are reduced when all are there. Keep gradients unsharded (N), or freeze those "
+                "parameters."
             )
 
     @property
@@ -138,7 +143,7 @@ class ShardedBucketGroup(_ParamAndGradBucketGroup):
         return bool(self.ddp_config.check_for_nan_in_grad or self.ddp_config.check_for_large_grads)
 
     def _check(self, values: Tensor | None) -> None:
-        """Look for what is no number in this rank's gradients, or norms of its micro-batches: the host waits, once."""
+        """Check this rank's gradients, or the norms of its micro-batches, as upstream does; the host waits, once."""
         if not self._is_checked or values is None:
             return
         grads, self.bucket.grad_data = self.bucket.grad_data, values
@@ -153,21 +158,21 @@ class ShardedBucketGroup(_ParamAndGradBucketGroup):
                 self.bucket.grad_data.mul_(self.bucket.gradient_scaling_factor)
 
     def _show_owned(self) -> None:
-        """Let every parameter's gradient be what this rank owns of it, in one dimension.
+        """Set every parameter's `main_grad` to the elements that this rank's optimizer owns, in one dimension.
 
-        What upstream still does to gradients before the step (sums over tensor-parallel ranks and over both ends of a
-        pipeline) is done element by element, by ranks that own the same elements.
+        What upstream does to gradients before the step (sums over tensor-parallel ranks and over both ends of a
+        pipeline) works element by element, on ranks that own the same elements.
         """
-        first = self.sharding.span(self.sharding.strategy.optimizer, self.grads.numel)
+        owned = self.sharding.shard_range(self.sharding.strategy.optimizer, self.grads.numel)
         for param, (start, end) in self.bucket.param_to_index.items():
-            begin = min(max(start, first.start), first.stop)
-            stop = max(min(end, first.stop), begin)
-            param.main_grad = self.grads.owned[begin - first.start : stop - first.start]
+            begin = min(max(start, owned.start), owned.stop)
+            stop = max(min(end, owned.stop), begin)
+            param.main_grad = self.grads.owned[begin - owned.start : stop - owned.start]
 
     # Parameters.
 
     def start_param_sync(self, force_sync: bool = False) -> None:
-        """Start sending what the optimizer wrote; wait for it where upstream would."""
+        """Start gathering what the optimizers wrote; wait for it where upstream would."""
         if not self.param_gather_dispatched:
             self.store.sync(self.label)
             self.param_gather_dispatched = True
@@ -175,7 +180,7 @@ class ShardedBucketGroup(_ParamAndGradBucketGroup):
             self.store.finish_sync()
 
     def finish_param_sync(self, skip_next_bucket_dispatch: bool = False) -> None:
-        """Have the parameters of all ranks, and start the next bucket's before waiting for them."""
+        """Wait for the parameters of all ranks, after starting to gather the next bucket's."""
         if not self.param_gather_dispatched:
             self.start_param_sync()
         if self.store.syncing is None:

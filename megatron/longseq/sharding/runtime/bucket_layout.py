@@ -1,4 +1,4 @@
-"""Which parameters share a unit and a bucket, and where each lies in it."""
+"""Which parameters share a unit and a bucket, and where each parameter lies in its buffer."""
 
 import math
 import re
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-PARAM_ALIGNMENT = 64  # elements; as upstream's optimizer wants it
+PARAM_ALIGNMENT = 64  # elements; what upstream's distributed optimizer requires
 BUCKET_ALIGNMENT = 128
 
 _LAYER = re.compile(r"(?:^|.*\.)layers\.\d+(?=\.)")
@@ -15,18 +15,18 @@ _EMBEDDING = re.compile(r"(?:^|.*\.)embedding(?=\.)")
 
 
 def unit_of(name: str) -> str:
-    """Return the name of the unit of a parameter: its layer, the embedding, or the module that holds it."""
+    """Return the unit of a parameter: the name of its layer, of the embedding, or of the module that holds it."""
     found = _LAYER.match(name) or _EMBEDDING.match(name)
     return found.group(0) if found else name.rpartition(".")[0]
 
 
 @dataclass
-class Buckets:
+class BucketLayout:
     """Where parameters lie in a buffer that is cut into buckets.
 
     Attributes:
-        places: (first element, one after the last, bucket) in the buffer, of every parameter.
-        bounds: (first element, one after the last) of every bucket, padded.
+        places: of every parameter, (first element, one after the last, number of the bucket).
+        bounds: of every bucket, (first element, one after the last), padded.
     """
 
     places: dict[torch.nn.Parameter, tuple[int, int, int]] = field(default_factory=dict)
@@ -34,50 +34,50 @@ class Buckets:
 
     @property
     def sizes(self) -> list[int]:
-        """Elements of every bucket."""
+        """Elements of every bucket, with padding."""
         return [end - begin for begin, end in self.bounds]
 
 
 def lay_out(
     params: Sequence[tuple[str, torch.nn.Parameter]], ranks: int, at_least: int, *, padding: int = 1
-) -> Buckets:
-    """Lay parameters out in reverse, as backward reaches them, in buckets that end where units do.
+) -> BucketLayout:
+    """Lay parameters out in reverse order, as backward reaches them, in buckets that end where units do.
 
     Args:
-        params: with their names, in order.
+        params: names and parameters, in the model's order.
         ranks: n; every bucket is padded to n equal shards.
-        at_least: elements after which a bucket ends; 0: every unit is a bucket of its own.
-        padding: a number that a bucket's size is a multiple of, besides.
+        at_least: elements after which a bucket ends; with 0, every unit is a bucket of its own.
+        padding: a further divisor of every bucket's size.
     """
-    made, begin, end, unit = Buckets(), 0, 0, None
-    whole = math.lcm(ranks, BUCKET_ALIGNMENT, padding)
-    is_alone = False
+    layout, begin, end, unit = BucketLayout(), 0, 0, None
+    divisor = math.lcm(ranks, BUCKET_ALIGNMENT, padding)
+    previous_is_shared = False
     for name, param in reversed(params):
-        shared = getattr(param, "shared_embedding", False)
+        is_shared = getattr(param, "shared_embedding", False)  # gets a bucket of its own
         is_full = unit != unit_of(name) and end - begin >= at_least
-        if end > begin and (is_full or shared or is_alone):
-            begin = end = _close(made, begin, end, whole)
-        unit, is_alone = unit_of(name), shared
-        first = _up(end, PARAM_ALIGNMENT)
+        if end > begin and (is_full or is_shared or previous_is_shared):
+            begin = end = _close(layout, begin, end, divisor)
+        unit, previous_is_shared = unit_of(name), is_shared
+        first = _round_up(end, PARAM_ALIGNMENT)
         end = first + param.numel()
-        made.places[param] = (first, end, len(made.bounds))
+        layout.places[param] = (first, end, len(layout.bounds))
     if end > begin:
-        _close(made, begin, end, whole)
-    return made
+        _close(layout, begin, end, divisor)
+    return layout
 
 
 def by_unit(params: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, list[tuple[str, torch.nn.Parameter]]]:
-    """Return parameters by unit, in order."""
+    """Return names and parameters by unit, in order."""
     units: dict[str, list[tuple[str, torch.nn.Parameter]]] = {}
     for name, param in params:
         units.setdefault(unit_of(name), []).append((name, param))
     return units
 
 
-def _close(made: Buckets, begin: int, end: int, whole: int) -> int:
-    made.bounds.append((begin, _up(end, whole)))
-    return made.bounds[-1][1]
+def _close(layout: BucketLayout, begin: int, end: int, divisor: int) -> int:
+    layout.bounds.append((begin, _round_up(end, divisor)))
+    return layout.bounds[-1][1]
 
 
-def _up(value: int, divisor: int) -> int:
+def _round_up(value: int, divisor: int) -> int:
     return -(-value // divisor) * divisor

@@ -1,50 +1,60 @@
-"""Where a bucket's gradients and parameters lie: whole while layers use them, this rank's part in between.
+"""The memory of a bucket's gradients and parameters: the full bucket while layers use it, otherwise this rank's shard.
 
-Layers, fused kernels and upstream's hooks hold views of the whole bucket for good. Its memory comes and goes under
-them: the storage is resized, no view is bound anew.
+Layers, fused kernels and upstream's hooks keep views of the full bucket for good. Its memory is allocated and released
+under them by resizing the storage, so no view has to be bound again.
 """
 
-import torch
-from torch import Tensor
+from bisect import bisect_right
+from typing import Any
 
+import torch
+from megatron.core.distributed.param_and_grad_buffer import BufferType
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from megatron.longseq.sharding.plan.collectives import Collectives
 from megatron.longseq.sharding.plan.strategy import Level
 from megatron.longseq.sharding.runtime.collectives import Region
-from megatron.longseq.sharding.runtime.comm_queue import After, Handle
-from megatron.longseq.sharding.runtime.comm_streams import in_main_stream
-from megatron.longseq.sharding.runtime.state import Sharding, cut
+from megatron.longseq.sharding.runtime.comm_queue import Callback, Work
+from megatron.longseq.sharding.runtime.comm_streams import allocate_on_default_stream
+from megatron.longseq.sharding.runtime.state import ShardingState, cut
 
-IN_FLIGHT = 2  # buckets of gradients on the wire, beside the one that fills: one inside groups, one between them
+IN_FLIGHT = 2  # buckets of gradients in flight besides the one that is being filled: one on each kind of link
 
 
-class Whole:
-    """The memory of a whole bucket, which comes and goes under its views.
+class FullBucket:
+    """The memory of a full bucket, which is allocated and released under its views.
 
-    On a GPU it is the main stream's, in which layers compute and most of it is asked for and given back. Upstream makes
-    its wrapper in another one, and autograd then runs the hooks of parameters in that.
+    On a GPU it belongs to the default stream, in which layers compute and which allocates and releases most of it.
+    Upstream builds its wrapper in another stream, and autograd then runs the hooks of parameters in that one.
+
+    Args:
+        numel: elements of the bucket.
+        dtype, device: of its tensor.
     """
 
     def __init__(self, numel: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        with in_main_stream(torch.device(device)):
+        with allocate_on_default_stream(torch.device(device)):
             self.flat = torch.empty(numel, dtype=dtype, device=device)
         self.flat.zero_()
-        self.is_there = True
+        self.is_allocated = True
 
-    def take(self) -> None:
-        """Give the bucket memory, if it has none; its content then is anything."""
-        if not self.is_there and self._memory().resizable():
-            with in_main_stream(self.flat.device):
+    def allocate(self) -> None:
+        """Allocate the memory, unless it is there already; its content is then undefined."""
+        if not self.is_allocated and self._memory().resizable():
+            with allocate_on_default_stream(self.flat.device):
                 self._memory().resize_(self.flat.numel() * self.flat.element_size())
-        self.is_there = True
+        self.is_allocated = True
 
-    def free(self) -> None:
-        """Give its memory back: nothing may be queued any more that reads it, but on the current and the main stream.
+    def release(self) -> None:
+        """Release the memory. Only the current and the default stream may still have queued work that reads it.
 
-        Memory that something else was given a share of, as a checkpoint's writer may be on a CPU, stays where it is.
+        Memory that is shared with something else, as with a checkpoint's writer on a CPU, stays allocated.
         """
         if self._memory().resizable():
-            with in_main_stream(self.flat.device):
+            with allocate_on_default_stream(self.flat.device):
                 self._memory().resize_(0)
-        self.is_there = False
+        self.is_allocated = False
 
     def _memory(self) -> torch.UntypedStorage:
         return self.flat.untyped_storage()
@@ -53,175 +63,228 @@ class Whole:
 class GradStore:
     """Gradients of a bucket.
 
-    At level N they accumulate in the whole bucket. Else they do so in this rank's part, and the whole is scratch that
-    holds one micro-batch's.
+    At level N they accumulate in the full bucket. At levels I and G they accumulate in this rank's shard, and the full
+    bucket is scratch memory for the gradients of one micro-batch.
 
     Args:
-        sharding: how.
+        sharding: of the job.
         numel: elements of the bucket.
         dtype: in which gradients accumulate.
-        device: where.
+        device: of the memory.
+
+    Attributes:
+        full: the full bucket.
+        shard_range: elements of the bucket that this rank accumulates.
+        shard: their gradients; at level N, the full bucket.
     """
 
-    def __init__(self, sharding: Sharding, numel: int, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(self, sharding: ShardingState, numel: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.sharding, self.level, self.numel = sharding, sharding.strategy.grads, numel
-        self.whole = Whole(numel, dtype, device)
-        self.held = sharding.span(self.level, numel)
-        self.part = self.whole.flat
+        self.full = FullBucket(numel, dtype, device)
+        self.shard_range = sharding.shard_range(self.level, numel)
+        self.shard = self.full.flat
         if self.level is not Level.NONE:
-            self.part = torch.empty(len(self.held), dtype=dtype, device=device).zero_()
-        self._reducing: Handle | None = None
+            self.shard = torch.empty(len(self.shard_range), dtype=dtype, device=device).zero_()
+        self._owned_range = sharding.shard_range(sharding.strategy.optimizer, numel)
+        self._collectives = sharding.bucket_collectives(numel * (sharding.comm_dtype or dtype).itemsize)
+        self._reducing: Work | None = None
 
     @property
     def owned(self) -> Tensor:
-        """A view of the sums that this rank's optimizer reads; right after `finish`."""
-        return cut(self.part, self._owned_span, self.held.start)
+        """A view of the sums that this rank's optimizer reads; defined after the work of `finish`."""
+        return cut(self.shard, self._owned_range, self.shard_range.start)
 
-    @property
-    def _owned_span(self) -> range:
-        return self.sharding.span(self.sharding.strategy.optimizer, self.numel)
-
-    def close(self) -> None:
-        """Free the scratch: nothing has been added to it."""
+    def release_full(self) -> None:
+        """Release the scratch memory, to which nothing has been added."""
         if self.level is not Level.NONE:
-            self.whole.free()
+            self.full.release()
 
-    def open(self) -> None:
-        """Have the whole bucket there, zero if it was not: a gradient is about to be added."""
+    def prepare(self) -> None:
+        """Make the full bucket ready for a gradient to be added; if it has to be allocated, set it to zero."""
         if self._reducing is not None:
-            self.settle()
-        if not self.whole.is_there:
-            self.whole.take()
-            self.whole.flat.zero_()
+            self.wait_for_reduce()
+        if not self.full.is_allocated:
+            self.full.allocate()
+            self.full.flat.zero_()
 
     def reduce(self, label: str, factor: float = 1.0) -> None:
-        """Start adding a micro-batch's gradients, which are all in the whole bucket, to the parts of all ranks.
+        """Start adding the gradients of a micro-batch, which are complete in the full bucket, to the ranks' shards.
 
         Args:
             label: of the bucket.
-            factor: that their sum over ranks is multiplied with.
+            factor: by which the sum over ranks is multiplied.
         """
-        waiting = self.sharding.in_flight
-        while len(waiting) >= IN_FLIGHT:
-            waiting[0].settle()
-        wire = self._on_wire(self.whole.flat)
-        if wire is not self.whole.flat:
-            self.whole.free()  # the copy was made in the current stream
+        in_flight = self.sharding.in_flight
+        while len(in_flight) >= IN_FLIGHT:
+            in_flight[0].wait_for_reduce()
+        sent = self._to_comm_dtype(self.full.flat)
+        if sent is not self.full.flat:
+            self.full.release()  # the copy was made in the current stream
 
         def add() -> None:
-            self.part.add_(cut(wire, self.held), alpha=factor)
+            self.shard.add_(cut(sent, self.shard_range), alpha=factor)
 
-        self._reducing = self._submit("grads", self.sharding.region(wire), add, label, None)
-        waiting.append(self)
+        self._reducing = self._submit(self._collectives.grads, self.sharding.region(sent), label, add)
+        in_flight.append(self)
 
-    def settle(self) -> None:
-        """Wait for the micro-batch on the wire, and free the scratch."""
+    def wait_for_reduce(self) -> None:
+        """Wait for the micro-batch in flight, if any, and release the scratch memory."""
         if self._reducing is not None:
             self._reducing.wait()
             self._reducing = None
             self.sharding.in_flight.remove(self)
-            self.whole.free()
+            self.full.release()
 
-    def finish(self, label: str) -> Handle:
-        """Start making the sums of all ranks of what has accumulated; it is in `owned` when the handle is done."""
-        if self.sharding.wire is not None:
-            self.settle()  # what is copied for the wire has to hold the last micro-batch
-        copies = self.sharding.copies
+    def finish(self, label: str) -> Work:
+        """Start summing what has accumulated over all ranks; `owned` has the sums when the work is done."""
+        if self.sharding.comm_dtype is not None:
+            self.wait_for_reduce()  # the copy in the communication dtype must include the last micro-batch
+        copies = self.sharding.copies_in_flight
         while len(copies) >= IN_FLIGHT:
             copies.popleft().wait()
-        wire = self._on_wire(self.part)
-        region = self.sharding.region(wire) if self.level is Level.NONE else Region(None, wire)
-        owned = self.owned
+        sent = self._to_comm_dtype(self.shard)
+        region = self.sharding.region(sent) if self.level is Level.NONE else Region(None, sent)
+        collectives, owned = self._collectives.finish_grads, self.owned
 
-        def back() -> None:
-            owned.copy_(cut(wire, self._owned_span, self.held.start))
+        def copy_back() -> None:
+            owned.copy_(cut(sent, self._owned_range, self.shard_range.start))
 
-        if wire is self.part:
-            return self._submit("finish_grads", region, None, label, self._reducing)
-        copies.append(self._submit("finish_grads", region, back, label, self._reducing))
+        if sent is self.shard:
+            return self._submit(collectives, region, label, None, self._reducing)
+        copies.append(self._submit(collectives, region, label, copy_back, self._reducing))
         return copies[-1]
 
     def scale(self, factor: float | Tensor) -> None:
         """Multiply what has accumulated."""
-        self.part.mul_(factor)
+        self.shard.mul_(factor)
 
     def zero(self) -> None:
-        """Forget what has accumulated."""
-        self.settle()
-        self.part.zero_()
+        """Set what has accumulated to zero."""
+        self.wait_for_reduce()
+        self.shard.zero_()
 
-    def _on_wire(self, flat: Tensor) -> Tensor:
-        return flat if self.sharding.wire is None else flat.to(self.sharding.wire)
+    def _to_comm_dtype(self, flat: Tensor) -> Tensor:
+        return flat if self.sharding.comm_dtype is None else flat.to(self.sharding.comm_dtype)
 
-    def _submit(self, term: str, region: Region, after: After | None, label: str, behind: Handle | None) -> Handle:
-        phases = self.sharding.phases(term, self.numel * region.part.element_size())
-        return self.sharding.lanes.submit(phases, region, f"gradients of {label}", after, behind)
+    def _submit(
+        self, collectives: Collectives, region: Region, label: str, after: Callback | None, behind: Work | None = None
+    ) -> Work:
+        return self.sharding.queues.submit(collectives, region, f"gradients of {label}", after, behind)
 
 
 class ParamStore:
     """Parameters of a bucket, trained or frozen.
 
-    At level N they are whole at all times. Else this rank keeps its part, and the whole is gathered for every use.
+    At level N the full bucket is always allocated. At levels I and G this rank keeps its shard, and the full bucket is
+    gathered for every use.
 
     Args:
-        sharding: how.
+        sharding: of the job.
         numel: elements of the bucket.
         dtype: of the parameters.
-        device: where.
+        device: of the memory.
+
+    Attributes:
+        full: the full bucket.
+        shard_range: elements of the bucket that this rank keeps.
+        shard: their values; at level N, the full bucket.
+        syncing: work of `sync`, until `finish_sync`.
     """
 
-    def __init__(self, sharding: Sharding, numel: int, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(self, sharding: ShardingState, numel: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.sharding, self.level, self.numel = sharding, sharding.strategy.params, numel
-        self.whole = Whole(numel, dtype, device)
-        self.held = sharding.span(self.level, numel)
-        self.part = self.whole.flat
+        self.full = FullBucket(numel, dtype, device)
+        self.shard_range = sharding.shard_range(self.level, numel)
+        self.shard = self.full.flat
         if self.level is not Level.NONE:
-            self.part = torch.empty(len(self.held), dtype=dtype, device=device).zero_()
-        self.syncing: Handle | None = None
-        self._gathering: Handle | None = None
+            self.shard = torch.empty(len(self.shard_range), dtype=dtype, device=device).zero_()
+        self._collectives = sharding.bucket_collectives(numel * dtype.itemsize)
+        self.syncing: Work | None = None
+        self._gathering: Work | None = None
         self._users: set[str] = set()
 
-    def take_part(self) -> None:
-        """Keep this rank's part of the whole, which somebody else has written."""
+    def copy_shard_from_full(self) -> None:
+        """Copy this rank's shard out of the full bucket, which something else has written."""
         if self.level is not Level.NONE:
-            self.part.copy_(cut(self.whole.flat, self.held))
+            self.shard.copy_(cut(self.full.flat, self.shard_range))
 
     def sync(self, label: str) -> None:
-        """Start sending what the optimizer has written into the part, as far as ranks keep more than they trained."""
-        size = self.numel * self.part.element_size()
-        region = Region(None, self.part) if self.level is not Level.NONE else self.sharding.region(self.part)
-        phases = self.sharding.phases("finish_params", size)
-        if phases:
-            self.syncing = self.sharding.lanes.submit(phases, region, f"parameters of {label}")
+        """Start gathering what the ranks' optimizers have written, where a rank keeps more than it has trained."""
+        region = Region(None, self.shard) if self.level is not Level.NONE else self.sharding.region(self.shard)
+        collectives = self._collectives.finish_params
+        if collectives:
+            self.syncing = self.sharding.queues.submit(collectives, region, f"parameters of {label}")
 
     def finish_sync(self) -> None:
-        """Wait for `sync`, if it has begun."""
+        """Wait for `sync`, if it has been started."""
         if self.syncing is not None:
             self.syncing.wait()
             self.syncing = None
 
     def gather(self, user: str) -> None:
-        """Start making the bucket whole for a user, if it is not."""
+        """Start gathering the full bucket for a user, unless it is there already."""
         if self.level is Level.NONE:
             return
         self._users.add(user)
-        if self.whole.is_there:
+        if self.full.is_allocated:
             return
-        self.whole.take()
-        cut(self.whole.flat, self.held).copy_(self.part)
-        phases = self.sharding.phases("params", self.whole.flat.nbytes)
-        region = self.sharding.region(self.whole.flat)
-        self._gathering = self.sharding.lanes.submit(phases, region, f"parameters for {user}")
+        self.full.allocate()
+        cut(self.full.flat, self.shard_range).copy_(self.shard)
+        region = self.sharding.region(self.full.flat)
+        self._gathering = self.sharding.queues.submit(self._collectives.params, region, f"parameters for {user}")
 
     def wait(self) -> None:
-        """Have the bucket whole."""
+        """Wait for `gather`, if it has been started."""
         if self._gathering is not None:
             self._gathering.wait()
             self._gathering = None
 
     def release(self, user: str) -> None:
-        """Give the whole bucket back, once the last user has."""
+        """Release the full bucket once no user needs it any more."""
         self._users.discard(user)
         if self.level is not Level.NONE and not self._users:
             self.wait()
-            self.whole.free()
+            self.full.release()
+
+
+class WithoutMemory(TorchFunctionMode):
+    """While it is active, `torch.zeros` creates tensors that have a size but no memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.zeros:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+class BufferMemory:
+    """The stores of a buffer's buckets, each created when its first view is needed.
+
+    Args:
+        sharding: of the job.
+        device: of the memory.
+    """
+
+    def __init__(self, sharding: ShardingState, device: torch.device | str) -> None:
+        self.grads: dict[int, GradStore] = {}
+        self.params: dict[int, ParamStore] = {}
+        self._sharding, self._device = sharding, device
+
+    def view(self, buffer: Any, shape: torch.Size, start: int, kind: BufferType) -> Tensor:
+        """Return the view of a given shape that begins at an element of upstream's buffer; it lies in one bucket."""
+        bucket = bisect_right(buffer.bucket_indices, start, key=lambda bounds: bounds[0]) - 1
+        first, end = buffer.bucket_indices[bucket]
+        flat = self._full(buffer, bucket, end - first, kind).flat
+        return flat[start - first : start - first + shape.numel()].view(shape)
+
+    def _full(self, buffer: Any, bucket: int, numel: int, kind: BufferType) -> FullBucket:
+        if kind is BufferType.GRAD:
+            for other in list(self.grads.values())[:-1]:
+                other.release_full()  # the next view of it is at most one bucket away
+            if bucket not in self.grads:
+                self.grads[bucket] = GradStore(self._sharding, numel, buffer.grad_dtype, self._device)
+            self.grads[bucket].full.allocate()  # a view needs memory when it is created
+            return self.grads[bucket].full
+        if bucket not in self.params:
+            self.params[bucket] = ParamStore(self._sharding, numel, buffer.param_dtype, self._device)
+        return self.params[bucket].full

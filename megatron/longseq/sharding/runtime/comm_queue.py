@@ -1,7 +1,7 @@
-"""Jobs, each some phases on a bucket, run on lanes beside the caller: on both at once where collectives overlap.
+"""Run the collectives of buckets beside the caller, on two queues at once where collectives overlap.
 
-Phases go on lanes in the order of `order`, so all ranks have to submit the same jobs in the same order, and to wait in
-the same place for a job that comes back to a lane. How soon tensors are ready, and how fast ranks are, changes nothing.
+`OverlapOrder` decides the order on the queues from the order of calls alone. So all ranks must submit the same work in
+the same order, and must wait at the same place for work that returns to a link. Timing changes nothing.
 """
 
 from collections import deque
@@ -12,75 +12,75 @@ from typing import Protocol
 
 import torch
 
-from megatron.longseq.sharding.plan.collectives import Phase, Phases
-from megatron.longseq.sharding.plan.overlap_order import Order, Track, Turn
+from megatron.longseq.sharding.plan.collectives import Collective, Collectives
+from megatron.longseq.sharding.plan.overlap_order import Link, OverlapOrder, QueuedCollective
 from megatron.longseq.sharding.runtime.collectives import Region
-from megatron.longseq.sharding.runtime.comm_streams import Done, Lane, lane_for
+from megatron.longseq.sharding.runtime.comm_streams import CommQueue, Completion, comm_queue_for
 
-After = Callable[[], object]
+Callback = Callable[[], object]
 
 
-class LaneError(RuntimeError):
-    """A phase failed; it says which, and on which rank."""
+class CommError(RuntimeError):
+    """A collective failed; the message names the collective, the bucket and the rank."""
 
 
 class Runner(Protocol):
-    """What runs phases: `Collectives`."""
+    """What runs collectives: `CollectiveRunner`."""
 
-    def check(self, phase: Phase, region: Region) -> None:
-        """Raise ValueError if a phase cannot run on a region."""
+    def check(self, collective: Collective, region: Region) -> None:
+        """Raise ValueError if a collective cannot run on a region."""
         ...
 
-    def run(self, phase: Phase, region: Region) -> None:
-        """Run a phase in place."""
+    def run(self, collective: Collective, region: Region) -> None:
+        """Run a collective in place."""
         ...
 
 
-class _Job:
-    def __init__(self, number: int, label: str, region: Region, after: After | None) -> None:
+class _Submission:
+    def __init__(self, number: int, label: str, region: Region, after: Callback | None) -> None:
         self.number, self.label = number, label
-        self.region: Region | None = region  # kept alive until the end: streams do not hold what they work on
+        self.region: Region | None = region  # keeps the memory alive until the end: streams do not
         self.after = after
         self.missing = 0
-        self.done: Done | None = None
+        self.completion: Completion | None = None
 
     def release(self) -> None:
         self.region = self.after = None
 
     def is_done(self) -> bool:
-        return not self.missing and self.done is not None and self.done.is_done()
+        return not self.missing and self.completion is not None and self.completion.is_done()
 
 
-class Handle:
-    """A job on its way."""
+class Work:
+    """Handle of submitted collectives, as torch.distributed's `Work`."""
 
-    def __init__(self, wait: Callable[[], None], job: _Job) -> None:
-        self._wait, self.job = wait, job
+    def __init__(self, wait: Callable[[], None], submission: _Submission) -> None:
+        self._wait, self.submission = wait, submission
 
     def wait(self) -> None:
-        """Return when the job is done; on a GPU, have the current stream go on when it is. Again: no more to do.
+        """Block until the work is done; on a GPU, make the current stream wait instead. A second call does nothing.
 
-        What this job and those before it held back goes on lanes now: where some come back to a lane, all ranks wait
-        in the same place among their submissions. Wait in the stream that the region's memory belongs to, never in
-        `after`.
+        Collectives of this work, and of work submitted before it, that were delayed are queued now. So all ranks must
+        wait at the same place for work that returns to a link. Wait in the stream that the region's memory belongs to,
+        and never in `after`.
 
         Raises:
-            LaneError: a phase failed, of this job or of one before it on a lane.
+            CommError: a collective failed, of this work or of work before it on its queue.
         """
         self._wait()
 
 
-class Lanes:
-    """Runs jobs.
+class CommQueues:
+    """Runs submitted collectives.
 
     Args:
-        runner: what runs a phase.
-        device: of the tensors; it decides which kind of lane there is.
+        runner: runs one collective.
+        device: of the tensors; decides between streams and threads.
         rank: this rank's number, for messages.
-        is_overlapped: one lane for phases inside groups, one for the others; else one for all, which is right for
-            `ring.Mode` flat and hierarchical.
-        lag: see `order.Order`.
-        make: makes a lane of a name.
+        is_overlapped: use one queue for collectives inside groups and one for the others; otherwise a single queue,
+            which is right for flat and hierarchical collectives.
+        lag: see `OverlapOrder`.
+        make: creates a queue of a name.
     """
 
     def __init__(
@@ -91,106 +91,111 @@ class Lanes:
         *,
         is_overlapped: bool,
         lag: int = 1,
-        make: Callable[[torch.device, str], Lane] = lane_for,
+        make: Callable[[torch.device, str], CommQueue] = comm_queue_for,
     ) -> None:
         self._runner, self._rank = runner, rank
-        self._order = Order(is_overlapped=is_overlapped, lag=lag)
-        tracks = tuple(Track) if is_overlapped else (Track.BETWEEN,)
-        self._lanes = {track: make(device, f"paro-{track}") for track in tracks}
-        self._jobs: dict[int, _Job] = {}
-        self._oldest: deque[_Job] = deque()
+        self._order = OverlapOrder(is_overlapped=is_overlapped, lag=lag)
+        links = tuple(Link) if is_overlapped else (Link.BETWEEN,)
+        self._queues = {link: make(device, f"paro-{link}") for link in links}
+        self._pending: dict[int, _Submission] = {}
+        self._unreleased: deque[_Submission] = deque()
         self._count = 0
-        self._failure: LaneError | None = None
+        self._failure: CommError | None = None
         self._lock = Lock()
         self._is_closed = False
 
     def submit(
-        self, phases: Phases, region: Region, label: str, after: After | None = None, behind: Handle | None = None
-    ) -> Handle:
-        """Start a job when what the caller's stream has been given so far is done. Nobody touches the region meanwhile.
+        self,
+        collectives: Collectives,
+        region: Region,
+        label: str,
+        after: Callback | None = None,
+        behind: Work | None = None,
+    ) -> Work:
+        """Start collectives once the caller's stream has done what it was given; leave the region alone meanwhile.
 
         Args:
-            phases: one after another; none of a single rank (`phases.needed`).
+            collectives: run one after another; without those of a single rank (`nontrivial`).
             region: what they work on.
-            label: which bucket it is, for messages.
-            after: called on the last phase's lane after it, for instance to add the result to an accumulator: on a GPU
-                in the lane's stream, else in its thread. It neither submits nor waits.
-            behind: another job, which has to be done first.
+            label: of the bucket, for messages.
+            after: called after the last collective on its queue (on a GPU in its stream, otherwise in its thread), for
+                instance to add the result to an accumulator. It must neither submit nor wait.
+            behind: other work that must be done first.
 
         Raises:
-            ValueError: a phase cannot run on the region; nothing was started.
-            LaneError: lanes are closed, or a phase has failed before.
+            ValueError: a collective cannot run on the region; nothing was started.
+            CommError: the queues are closed, or a collective has failed before.
         """
         if self._is_closed:
-            raise LaneError(f"rank {self._rank}: {label} comes after lanes were closed")
-        self._fail_early(label)
-        for phase in phases:
-            self._runner.check(phase, region)
-        while self._oldest and self._oldest[0].is_done():
-            self._oldest.popleft().release()
-        job = _Job(self._count, label, region, after)
+            raise CommError(f"rank {self._rank}: {label} is submitted after the queues were closed")
+        self._raise_earlier_failure(label)
+        for collective in collectives:
+            self._runner.check(collective, region)
+        while self._unreleased and self._unreleased[0].is_done():
+            self._unreleased.popleft().release()
+        submission = _Submission(self._count, label, region, after)
         self._count += 1
-        job.missing = max(len(phases), 1)
-        job.done = self._lanes[Track.BETWEEN].mark()
+        submission.missing = max(len(collectives), 1)
+        submission.completion = self._queues[Link.BETWEEN].mark()
         if behind is not None:
-            self._put_all(self._order.flush(behind.job.number))
-            job.done = behind.job.done
-        self._jobs[job.number] = job
-        self._oldest.append(job)
-        turns = self._order.submit(phases)
-        if not phases:
-            self._put(job, Track.BETWEEN, None)
+            self._put_all(self._order.flush(behind.submission.number))
+            submission.completion = behind.submission.completion
+        self._pending[submission.number] = submission
+        self._unreleased.append(submission)
+        turns = self._order.submit(collectives)
+        if not collectives:
+            self._put(submission, Link.BETWEEN, None)
         self._put_all(turns)
-        return Handle(partial(self._wait, job), job)
+        return Work(partial(self._wait, submission), submission)
 
     def close(self) -> None:
-        """End lanes when all jobs have ended; all ranks at the same place. Errors are those that `wait` raises."""
+        """Block until all work is done and end the queues; all ranks at the same place. Errors are raised by `wait`."""
         if self._is_closed:
             return
         self._put_all(self._order.flush(self._count))
         self._is_closed = True
-        for lane in self._lanes.values():
-            lane.close()
+        for queue in self._queues.values():
+            queue.close()
 
-    def _wait(self, job: _Job) -> None:
-        self._put_all(self._order.flush(job.number))
-        assert job.done is not None, "something of every job goes on a lane"
-        job.done.wait()
-        job.release()
+    def _wait(self, submission: _Submission) -> None:
+        self._put_all(self._order.flush(submission.number))
+        assert submission.completion is not None, "every submission puts at least one task on a queue"
+        submission.completion.wait()
+        submission.release()
 
-    def _put_all(self, turns: list[Turn]) -> None:
+    def _put_all(self, turns: list[QueuedCollective]) -> None:
         for turn in turns:
-            self._put(self._jobs[turn.job], turn.track, turn.phase)
+            self._put(self._pending[turn.job], turn.link, turn.collective)
 
-    def _put(self, job: _Job, track: Track, phase: Phase | None) -> None:
-        """Put a phase, or of a job without any what comes after, on a lane."""
-        job.missing -= 1
-        is_last, region = not job.missing, job.region
-        assert region is not None, "a job that is not done"
+    def _put(self, submission: _Submission, link: Link, collective: Collective | None) -> None:
+        """Put a collective on a queue; without a collective, only the submission's callback."""
+        submission.missing -= 1
+        is_last, region = not submission.missing, submission.region
+        assert region is not None, "the submission is not done"
 
-        def work() -> None:
-            self._fail_early(job.label)
+        def task() -> None:
+            self._raise_earlier_failure(submission.label)
             try:
                 with torch.no_grad():
-                    if phase is not None:
-                        self._runner.run(phase, region)
-                    if is_last and job.after is not None:
-                        job.after()
+                    if collective is not None:
+                        self._runner.run(collective, region)
+                    if is_last and submission.after is not None:
+                        submission.after()
             except BaseException as error:
-                raise self._failed(job, phase, error) from error
+                raise self._failed(submission, collective, error) from error
 
-        job.done = self._lanes[track].put(work, job.done)
+        submission.completion = self._queues[link].put(task, submission.completion)
         if is_last:
-            del self._jobs[job.number]
+            del self._pending[submission.number]
 
-    def _failed(self, job: _Job, phase: Phase | None, error: BaseException) -> LaneError:
-        """Return an error for every rank's log; what comes later on this rank's lanes is not run."""
-        what = f"{phase.kind} {phase.scope}" if phase else "what comes after no phase"
-        failure = LaneError(f"rank {self._rank}: {what} of {job.label} failed: {type(error).__name__}: {error}")
+    def _failed(self, submission: _Submission, collective: Collective | None, error: BaseException) -> CommError:
+        """Return the error for this rank's log; nothing that is queued later on this rank runs."""
+        what = f"{collective.kind} {collective.scope}" if collective else "the callback"
+        failure = CommError(f"rank {self._rank}: {what} of {submission.label} failed: {type(error).__name__}: {error}")
         with self._lock:
             self._failure = self._failure or failure
         return failure
 
-    def _fail_early(self, label: str) -> None:
+    def _raise_earlier_failure(self, label: str) -> None:
         if self._failure is not None:
-            raise LaneError(f"{label} did not run, as an earlier phase failed: {self._failure}")
+            raise CommError(f"{label} did not run, as an earlier collective failed: {self._failure}")

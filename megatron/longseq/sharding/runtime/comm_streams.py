@@ -1,7 +1,7 @@
-"""Two kinds of lane, which run work one after another beside the caller: a stream of a GPU, a thread where none is.
+"""Queues that run tasks in order beside the caller: a CUDA stream on a GPU, a thread elsewhere.
 
-A lane starts in the order of `put`, each work after another one where that is given, also on another lane. Streams are
-given everything at once; a thread does it itself, as gloo's collectives end before they return.
+A task starts after the previous task of its queue and, if given, after a task of another queue. A stream is handed its
+tasks at once. A thread runs them itself, because gloo's collectives block until they are done.
 """
 
 import weakref
@@ -13,86 +13,86 @@ from typing import Any, Protocol
 
 import torch
 
-Work = Callable[[], None]
-EXIT_SECONDS = 1.0  # what a process that ends gives a thread that is still at work
+Task = Callable[[], None]
+EXIT_SECONDS = 1.0  # how long an exiting process waits for a thread that is still at work
 
 
-class Done(Protocol):
-    """The end of work."""
+class Completion(Protocol):
+    """The end of a task."""
 
     def wait(self) -> None:
-        """Return when (on a GPU: have the current stream go on when) it is done; raise what it raised."""
+        """Block until the task is done and raise its error; on a GPU, make the current stream wait instead."""
         ...
 
     def is_done(self) -> bool:
-        """Whether it is done, in good order or not."""
+        """Return whether the task has ended, with or without an error."""
         ...
 
 
-class Lane(Protocol):
-    """Runs work in order."""
+class CommQueue(Protocol):
+    """Runs tasks in order."""
 
-    def mark(self) -> Done | None:
-        """Return what the caller has given the device so far; None: nothing that could be running."""
+    def mark(self) -> Completion | None:
+        """Return the end of what the caller has given the device so far; None if it has ended already."""
         ...
 
-    def put(self, work: Work, after: Done | None) -> Done:
-        """Run work after all before it on this lane, and after what is given (whose error it then has)."""
+    def put(self, task: Task, after: Completion | None) -> Completion:
+        """Run a task after all earlier ones of this queue and after `after`, whose error it then raises."""
         ...
 
     def close(self) -> None:
-        """End after all that was put."""
+        """Block until all tasks are done, and end the queue."""
         ...
 
 
 class StreamEvent:
-    """A point in a stream of a GPU."""
+    """A point in a CUDA stream; see `Completion`."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._event.record(stream)
 
     def wait(self) -> None:
-        """See `Done.wait`."""
+        """Make the current stream wait for this point."""
         self._event.wait()
 
     def is_done(self) -> bool:
-        """See `Done.is_done`."""
+        """Return whether the stream has reached this point."""
         return bool(self._event.query())  # type: ignore[no-untyped-call]
 
 
-class StreamLane:
-    """A stream of a GPU. Work is given to it at once, so what that raises comes out of `put`.
+class CommStream:
+    """A CUDA stream; see `CommQueue`. Tasks are launched at once, so `put` raises what they raise.
 
     Args:
-        name: said nowhere: streams have none.
+        name: unused; streams have no names.
         device: the GPU.
-        is_urgent: its kernels come before those of other streams that are ready.
+        is_urgent: whether its kernels run before ready kernels of other streams.
     """
 
     def __init__(self, name: str, device: torch.device, *, is_urgent: bool = False) -> None:
         self.name = name
         self._stream = torch.cuda.Stream(device, priority=-1 if is_urgent else 0)  # type: ignore[no-untyped-call]
 
-    def mark(self) -> Done:
-        """See `Lane.mark`: a point in the current stream."""
+    def mark(self) -> Completion:
+        """Return a point in the current stream."""
         return StreamEvent(torch.cuda.current_stream(self._stream.device))
 
-    def put(self, work: Work, after: Done | None) -> Done:
-        """See `Lane.put`."""
+    def put(self, task: Task, after: Completion | None) -> Completion:
+        """Launch a task in the stream."""
         with torch.cuda.stream(self._stream):
             if after is not None:
                 after.wait()
-            work()
+            task()
             return StreamEvent(self._stream)
 
     def close(self) -> None:
-        """See `Lane.close`."""
+        """Block until the stream is idle."""
         self._stream.synchronize()
 
 
 class _Result:
-    """What a thread does, or did."""
+    """The end of a thread's task; see `Completion`."""
 
     def __init__(self) -> None:
         self._ended = Event()
@@ -111,14 +111,14 @@ class _Result:
         return self._ended.is_set()
 
 
-_Queue = SimpleQueue[tuple[Work, Done | None, _Result] | None]
+_Queue = SimpleQueue[tuple[Task, Completion | None, _Result] | None]
 
 
-class ThreadLane:
-    """A thread. It ends with `close`, or when nobody has the lane any more, and never keeps a process from ending.
+class CommThread:
+    """A thread; see `CommQueue`. It ends with `close` or with its last reference, and never blocks a process's exit.
 
     Args:
-        name: the thread's.
+        name: of the thread.
     """
 
     def __init__(self, name: str) -> None:
@@ -128,69 +128,69 @@ class ThreadLane:
         self._end = weakref.finalize(self, _end, self._queue, self._thread, EXIT_SECONDS)
 
     def mark(self) -> None:
-        """See `Lane.mark`: the caller has done what it did."""
+        """Return None: without a GPU, the caller's own work is done when it calls."""
 
-    def put(self, work: Work, after: Done | None) -> Done:
-        """See `Lane.put`.
+    def put(self, task: Task, after: Completion | None) -> Completion:
+        """Hand the thread a task.
 
         Raises:
-            RuntimeError: the lane is closed, and nothing would ever run.
+            RuntimeError: the queue is closed.
         """
         if not self._end.alive:
-            raise RuntimeError(f"lane {self._thread.name} is closed: put nothing on it any more")
+            raise RuntimeError(f"{self._thread.name} is closed and runs no more tasks")
         result = _Result()
-        self._queue.put((work, after, result))
+        self._queue.put((task, after, result))
         return result
 
     def close(self) -> None:
-        """See `Lane.close`."""
+        """Block until all tasks are done, and end the thread."""
         if self._end.detach():
             _end(self._queue, self._thread, None)
 
 
 def _serve(queue: _Queue) -> None:
     while (item := queue.get()) is not None:
-        work, after, result = item
+        task, after, result = item
         try:
             if after is not None:
                 after.wait()
-            work()
+            task()
             result.end(None)
         except BaseException as error:
             result.end(error)
-        del item, work, after, result  # until the next one comes, nothing of this one is kept alive
+        del item, task, after, result  # keep nothing of this task alive while waiting for the next
 
 
 def _end(queue: _Queue, thread: Thread, seconds: float | None) -> None:
     queue.put(None)
-    if thread is not current_thread():  # its own last work may have been the last to hold the lane
+    if thread is not current_thread():  # the thread's own last task may have held the last reference
         thread.join(seconds)
 
 
 @contextmanager
-def in_main_stream(device: torch.device) -> Iterator[None]:
-    """Ask for memory, or give it back, as the main stream of a GPU, whichever is the current one.
+def allocate_on_default_stream(device: torch.device) -> Iterator[None]:
+    """Allocate and free memory inside in the default stream of a GPU, whichever stream is current; CPU: do nothing.
 
-    What either was given before comes first for the other: memory of a stream that computes is nobody else's until that
-    has caught up.
+    Each of the two streams waits for what the other was given before: memory of a stream cannot be used by another one
+    until that stream has caught up.
     """
-    main, current = _streams(device)
-    if main is current or main == current:
+    default, current = _streams(device)
+    if default is current or default == current:
         yield
         return
-    main.wait_stream(current)
-    with torch.cuda.stream(main):
+    default.wait_stream(current)
+    with torch.cuda.stream(default):
         yield
-    current.wait_stream(main)
+    current.wait_stream(default)
 
 
 def _streams(device: torch.device) -> tuple[Any, Any]:
-    """Return the main and the current stream; there are none but on a GPU."""
+    """Return the default and the current stream of a GPU; None for other devices."""
     if device.type != "cuda":
         return None, None
     return torch.cuda.default_stream(device), torch.cuda.current_stream(device)
 
 
-def lane_for(device: torch.device, name: str, *, is_urgent: bool = False) -> Lane:
-    """Return a lane for collectives on a device's tensors: a stream of a GPU, else a thread."""
-    return StreamLane(name, device, is_urgent=is_urgent) if device.type == "cuda" else ThreadLane(name)
+def comm_queue_for(device: torch.device, name: str, *, is_urgent: bool = False) -> CommQueue:
+    """Return a queue for collectives on a device's tensors: a stream on a GPU, otherwise a thread."""
+    return CommStream(name, device, is_urgent=is_urgent) if device.type == "cuda" else CommThread(name)

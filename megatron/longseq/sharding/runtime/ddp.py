@@ -1,67 +1,102 @@
-"""Upstream's data-parallel wrapper with model states sharded by a strategy."""
+"""Upstream's data-parallel wrapper and its buffers, with model states sharded by a strategy."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.distributed.param_and_grad_buffer import group_params_for_buffers
+from megatron.core.distributed import distributed_data_parallel, param_and_grad_buffer
 from megatron.core.optimizer.param_layout import FullParamLayout, PerBufferParamLayout
+from torch import Tensor
 
 from megatron.longseq.sharding.plan.comm_volume import Bucket
 from megatron.longseq.sharding.plan.strategy import Level
 from megatron.longseq.sharding.runtime.bucket_group import ShardedBucketGroup
 from megatron.longseq.sharding.runtime.bucket_layout import by_unit, lay_out, unit_of
-from megatron.longseq.sharding.runtime.bucket_storage import GradStore, ParamStore
-from megatron.longseq.sharding.runtime.state import Sharding
-from megatron.longseq.sharding.runtime.unit_hooks import Unit, Uses
+from megatron.longseq.sharding.runtime.bucket_storage import BufferMemory, GradStore, ParamStore, WithoutMemory
+from megatron.longseq.sharding.runtime.state import ShardingState
+from megatron.longseq.sharding.runtime.unit_hooks import GatherHooks, Unit
 
 Named = list[tuple[str, torch.nn.Parameter]]
 
+# Upstream's classes are named through their modules, because patches replace every other name by the classes below.
 
-class ShardedDataParallel(DistributedDataParallel):
-    """A model chunk whose parameters, gradients and optimizer states are sharded each where the strategy says.
 
-    Upstream's own becomes one as it is made (patch paro.wrapper), wherever upstream makes it. Its buffers' memory comes
-    from `BufferMemory` (patch paro.buffers).
+@dataclass
+class ShardedLayout(PerBufferParamLayout):
+    """Upstream's layout of a buffer, with the state that the buffer's memory is sharded by."""
 
-    Attributes:
-        sharding: how.
-        uses: gathers parameters and gives them back; None: they are whole at all times.
+    sharding: ShardingState | None = None
+
+
+class ShardedBuffer(param_and_grad_buffer._ParamAndGradBuffer):
+    """Upstream's buffer, whose memory is allocated bucket by bucket so that each bucket's can be released.
+
+    Args:
+        ddp_config, param_dtype, grad_dtype, params_with_names: as upstream's.
+        data_parallel_group: ignored; optimizer states are sharded over the strategy's process group.
+        *rest: as upstream's.
+        param_layout: where parameters lie, with the sharding state.
     """
 
-    sharding: Sharding
-    uses: Uses | None
-
-    def open(
+    def __init__(
         self,
-        init: Callable[..., None],
+        ddp_config: Any,
+        param_dtype: torch.dtype,
+        grad_dtype: torch.dtype,
+        params_with_names: list[tuple[torch.nn.Parameter, str]],
+        data_parallel_group: Any,
+        *rest: Any,
+        param_layout: ShardedLayout,
+    ) -> None:
+        sharding = param_layout.sharding
+        assert sharding is not None, "ShardedDataParallel has made the layout"
+        self.memory = BufferMemory(sharding, torch.zeros(0, device=torch.cuda.current_device()).device)
+        shards = sharding.optimizer_groups.shards
+        with WithoutMemory():
+            super().__init__(
+                ddp_config, param_dtype, grad_dtype, params_with_names, shards, *rest, param_layout=param_layout
+            )
+
+    def _get(self, shape: torch.Size, start_index: int, buffer_type: Any) -> Tensor:
+        return self.memory.view(self, shape, start_index, buffer_type)
+
+
+class ShardedDataParallel(distributed_data_parallel.DistributedDataParallel):
+    """A model chunk whose parameters, gradients and optimizer states are sharded by a strategy.
+
+    Args:
+        config, ddp_config, module, pg_collection: as upstream's.
+        sharding: of the job.
+        bucket_size: elements after which a bucket ends, at the end of a unit. Where parameters are sharded, every unit
+            is a bucket. Neither depends on the pipeline stage.
+
+    Attributes:
+        sharding: of the job.
+        gather_hooks: gather and release parameters, and allocate scratch for gradients; None if nothing is sharded
+            while layers compute.
+    """
+
+    def __init__(
+        self,
         config: Any,
         ddp_config: Any,
         module: torch.nn.Module,
-        sharding: Sharding,
+        sharding: ShardingState,
         bucket_size: int,
         pg_collection: Any = None,
     ) -> None:
-        """Do what upstream's constructor does, and shard what it has made.
-
-        Args:
-            init: upstream's constructor.
-            config, ddp_config, module, pg_collection: as upstream's.
-            sharding: how.
-            bucket_size: elements after which a bucket ends, at a unit's border; where parameters are sharded, every
-                unit is a bucket. Neither depends on the pipeline stage.
-        """
         named = list(module.named_parameters())
         trained = [(name, param) for name, param in named if param.requires_grad]
         layout = _layout(trained, sharding, bucket_size, ddp_config)
-        init(self, config, ddp_config, module, pg_collection=pg_collection, full_param_layout=layout)
-        self.sharding, self.uses = sharding, None
+        super().__init__(config, ddp_config, module, pg_collection=pg_collection, full_param_layout=layout)
+        self.intra_dp_cp_group = sharding.optimizer_groups.shards
+        self.sharding: ShardingState = sharding
+        self.gather_hooks: GatherHooks | None = None
         self._shard_groups({param: unit_of(name) for name, param in trained})
         if sharding.strategy.params is not Level.NONE or sharding.strategy.grads is not Level.NONE:
-            self._watch_units(named)
+            self._hook_units(named)
         if sharding.strategy.params is not Level.NONE:
-            self._watch_state()
+            self._hook_state_dicts()
 
     def scale_gradients(self, scaling_factor: Any) -> None:
         """See upstream."""
@@ -71,39 +106,40 @@ class ShardedDataParallel(DistributedDataParallel):
     def broadcast_params(self) -> None:
         """See upstream."""
         super().broadcast_params()
-        self.take_parts()
+        self.copy_shards_from_full()
 
-    def make_whole(self) -> None:
-        """Have all parameters whole, until the first is used."""
-        if self.uses is not None:
-            self.uses.make_whole()
+    def gather_all(self) -> None:
+        """Gather all parameters; they stay until the first unit is used."""
+        if self.gather_hooks is not None:
+            self.gather_hooks.gather_all()
 
-    def take_parts(self) -> None:
-        """Keep this rank's parts of whole parameters that something else has written."""
-        for store in self._stores():
-            store.take_part()
+    def copy_shards_from_full(self) -> None:
+        """Copy this rank's shards out of full buckets that something else has written."""
+        for store in self._unit_stores():
+            store.copy_shard_from_full()
 
     def release_all(self) -> None:
-        """Give whole parameters back: the optimizer is about to write this rank's parts."""
-        if self.uses is not None:
-            self.uses.release_all()
+        """Release full parameters: the optimizer is about to write this rank's shards."""
+        if self.gather_hooks is not None:
+            self.gather_hooks.release_all()
 
-    def described(self) -> list[Bucket]:
-        """Return the buckets as `traffic.bucket_traffic` takes them, once a first step has shown what is gathered."""
-        uses = [] if self.uses is None else [(unit, store) for unit in self.uses.units for store in unit.stores]
+    def describe_buckets(self) -> list[Bucket]:
+        """Return the buckets as `bucket_volume` takes them, once a first step has shown what is gathered."""
+        units = [] if self.gather_hooks is None else self.gather_hooks.units
         trained = {id(group.store): group.store for group in self.bucket_groups}
-        stores = trained | {id(store): store for _, store in uses}
+        stores = trained | {id(store): store for unit in units for store in unit.stores}
         gathers = dict.fromkeys(stores, 0)
-        for unit, store in uses:
-            gathers[id(store)] += 1 + unit.is_reached
+        for unit in units:
+            for store in unit.stores:
+                gathers[id(store)] += 1 + unit.is_reached
         return [Bucket(store.numel, gathers[key], key in trained) for key, store in stores.items()]
 
-    def _stores(self) -> list[ParamStore]:
-        units = [] if self.uses is None else self.uses.units
+    def _unit_stores(self) -> list[ParamStore]:
+        units = [] if self.gather_hooks is None else self.gather_hooks.units
         return list({id(store): store for unit in units for store in unit.stores}.values())
 
     def _make_backward_post_hook(self, param: torch.nn.Parameter) -> Any:
-        """Return upstream's hook, between what a sharded bucket does before and after a gradient is added."""
+        """Return upstream's hook, with what a sharded bucket does before and after a gradient is added."""
         add = super()._make_backward_post_hook(param)
 
         def hook(*unused: Any) -> None:
@@ -116,16 +152,16 @@ class ShardedDataParallel(DistributedDataParallel):
         return hook
 
     def _shard_groups(self, unit_names: dict[torch.nn.Parameter, str]) -> None:
-        """Put a sharded bucket group in every one's place."""
+        """Replace upstream's bucket groups by sharded ones, one for each bucket."""
         groups = []
         for buffer in self.buffers:
             for bucket in buffer.buckets:
                 label = f"{bucket.bucket_id} ({unit_names[bucket.params_list[0]]})"
-                memory, place = buffer.longseq_memory, bucket.bucket_id
-                stores = memory.grads[place], memory.params[place]
-                stores[0].close()
-                stores[1].take_part()
-                groups.append(ShardedBucketGroup(bucket, self.ddp_config, buffer.data_parallel_group, *stores, label))
+                grads, params = buffer.memory.grads[bucket.bucket_id], buffer.memory.params[bucket.bucket_id]
+                grads.release_full()
+                params.copy_shard_from_full()
+                group = buffer.data_parallel_group
+                groups.append(ShardedBucketGroup(bucket, self.ddp_config, group, grads, params, label))
         self.bucket_groups = groups
         for group in groups:
             for param in group.params:
@@ -134,8 +170,8 @@ class ShardedDataParallel(DistributedDataParallel):
             for group, following in zip(groups[1:], groups, strict=False):
                 group.next_param_gather_bucket_group = following
 
-    def _watch_units(self, named: Named) -> None:
-        """Have parameters whole, frozen ones too, and scratch there, only while units use them."""
+    def _hook_units(self, named: Named) -> None:
+        """Have units gather their parameters, frozen ones included, and allocate their scratch for gradients."""
         units: dict[str, _Stores] = {}
         for unit, params in by_unit(named).items():
             groups = {self.param_to_bucket_group[param]: None for _, param in params if param.requires_grad}
@@ -145,33 +181,33 @@ class ShardedDataParallel(DistributedDataParallel):
                 units[unit].params.extend(_frozen_stores(frozen, self.sharding))
         tied = _tied(self.module)
         if tied is not None:  # the output layer computes with the embedding's weight
-            mine, there = units.setdefault(tied.layer, _Stores([], [])), units[tied.embedding]
-            mine.grads.extend(there.grads)
-            mine.params.extend(there.params)
+            mine, theirs = units.setdefault(tied.layer, _Stores([], [])), units[tied.embedding]
+            mine.grads.extend(theirs.grads)
+            mine.params.extend(theirs.params)
         if self.sharding.strategy.params is Level.NONE:
-            units = {name: _Stores(kept.grads, []) for name, kept in units.items()}
-        self.uses = Uses(
+            units = {name: _Stores(stores.grads, []) for name, stores in units.items()}
+        self.gather_hooks = GatherHooks(
             [
-                Unit(name, self.module.get_submodule(name), kept.params, not name.endswith("embedding"), kept.grads)
-                for name, kept in units.items()
+                Unit(name, self.module.get_submodule(name), stores.params, not name.endswith("embedding"), stores.grads)
+                for name, stores in units.items()
             ]
         )
 
-    def _watch_state(self) -> None:
-        """Have whole parameters where a checkpoint reads or writes them."""
+    def _hook_state_dicts(self) -> None:
+        """Gather parameters where a checkpoint reads or writes them."""
         inner = self.module
         while hasattr(inner, "module"):
             inner = inner.module
-        shown = inner.sharded_state_dict
+        original = inner.sharded_state_dict
 
         def sharded_state_dict(*args: Any, **kwargs: Any) -> Any:
-            self.make_whole()
-            return shown(*args, **kwargs)
+            self.gather_all()
+            return original(*args, **kwargs)
 
-        inner.sharded_state_dict = sharded_state_dict  # upstream unwraps a model before it asks for this
-        inner.register_state_dict_pre_hook(lambda *unused: self.make_whole())
-        inner.register_load_state_dict_pre_hook(lambda *unused: self.make_whole())
-        inner.register_load_state_dict_post_hook(lambda *unused: self.take_parts())
+        inner.sharded_state_dict = sharded_state_dict  # upstream unwraps a model before it calls this
+        inner.register_state_dict_pre_hook(lambda *unused: self.gather_all())
+        inner.register_load_state_dict_pre_hook(lambda *unused: self.gather_all())
+        inner.register_load_state_dict_post_hook(lambda *unused: self.copy_shards_from_full())
 
 
 class _Stores(NamedTuple):
@@ -182,7 +218,7 @@ class _Stores(NamedTuple):
 
 
 class _Tied(NamedTuple):
-    """Names of the unit that computes with another one's weight, and of that."""
+    """Names of the unit that computes with another one's weight, and of that one."""
 
     layer: str
     embedding: str
@@ -195,24 +231,25 @@ def _tied(chunk: torch.nn.Module) -> _Tied | None:
     return None
 
 
-def _layout(trained: Named, sharding: Sharding, bucket_size: int, ddp_config: Any) -> FullParamLayout:
-    """Return where trained parameters lie, for every one of upstream's buffers."""
+def _layout(trained: Named, sharding: ShardingState, bucket_size: int, ddp_config: Any) -> FullParamLayout:
+    """Return where trained parameters lie, for each of upstream's buffers."""
     names = {param: name for name, param in trained}
     at_least = 0 if sharding.strategy.params is not Level.NONE else bucket_size
     padding = 2**16 if ddp_config.pad_buckets_for_high_nccl_busbw else 1
-    grouped = group_params_for_buffers([param for _, param in trained], ddp_config.grad_reduce_in_fp32)
+    params_only = [param for _, param in trained]
+    grouped = param_and_grad_buffer.group_params_for_buffers(params_only, ddp_config.grad_reduce_in_fp32)
     shards = sharding.groups.shards(sharding.strategy.optimizer)
     layouts = {}
     for key, (params, indices) in grouped.items():
         made = lay_out([(names[param], param) for param in params], sharding.groups.ranks, at_least, padding=padding)
         # Padding counts as used: upstream's fully reshardable checkpoints leave it out between buckets, and then look
         # parameters up as if it were there (its issue 504), which mixes up tensors as soon as a bucket is padded.
-        layouts[key] = PerBufferParamLayout(made.places, made.bounds, made.sizes, indices, shards)
+        layouts[key] = ShardedLayout(made.places, made.bounds, made.sizes, indices, shards, sharding)
     return FullParamLayout(layouts)
 
 
-def _frozen_stores(params: Named, sharding: Sharding) -> list[ParamStore]:
-    """Move a unit's frozen parameters into buckets, one of each type."""
+def _frozen_stores(params: Named, sharding: ShardingState) -> list[ParamStore]:
+    """Move a unit's frozen parameters into buckets, one for each dtype."""
     stores = []
     for dtype in {param.dtype: None for _, param in params}:
         of_type = [(name, param) for name, param in params if param.dtype == dtype]
@@ -220,9 +257,9 @@ def _frozen_stores(params: Named, sharding: Sharding) -> list[ParamStore]:
         store = ParamStore(sharding, made.bounds[-1][1], dtype, of_type[0][1].device)
         for _, param in of_type:
             first, end, _ = made.places[param]
-            view = store.whole.flat[first:end].view(param.shape)
+            view = store.full.flat[first:end].view(param.shape)
             view.copy_(param.data)
             param.data = view
-        store.take_part()
+        store.copy_shard_from_full()
         stores.append(store)
     return stores

@@ -1,127 +1,147 @@
-"""Upstream's distributed optimizer where gradients or parameters are not whole buffers."""
+"""Upstream's distributed optimizer, where a rank keeps shards of gradients and parameters instead of full buckets."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
 from typing import Any
 
 import torch
-from megatron.core.optimizer.distrib_optimizer import Range
+import torch.distributed as dist
+from megatron.core.optimizer import distrib_optimizer
 
 from megatron.longseq.sharding.plan.strategy import Level
 from megatron.longseq.sharding.runtime.bucket_storage import ParamStore
-from megatron.longseq.sharding.runtime.ddp import ShardedDataParallel
-from megatron.longseq.sharding.runtime.restore import matching_weights
+from megatron.longseq.sharding.runtime.checkpoint import matching_weights
+
+Range = distrib_optimizer.Range
+Relocate = Callable[[torch.nn.Parameter, Any], Any]  # a range of a parameter, where it lies in what this rank keeps
 
 
-def adopt(optimizer: Any) -> None:
-    """Have upstream's optimizer read the gradients, and write the parameters, that this rank keeps.
+class ShardedOptimizer(distrib_optimizer.DistributedOptimizer):
+    """The distributed optimizer over the strategy's process groups.
 
-    Upstream finds an element by its place in a parameter or in a whole bucket; here places begin where this rank's
-    part does.
+    Upstream finds an element by its place in a parameter or in a full bucket. Here places are relative to the shard
+    that this rank keeps.
+
+    Args:
+        *args: as upstream's.
+        model_chunks: sharded data-parallel wrappers.
+        data_parallel_group, data_parallel_group_gloo, distributed_optimizer_instance_id: ignored; the strategy says
+            over which ranks states are sharded, and which copy of them this rank keeps. Gloo groups have upstream's
+            order of ranks, which is not that of shards.
+        **named: as upstream's.
     """
-    if optimizer.is_stub_optimizer:
-        return
-    chunks = list(optimizer.model_chunks)
-    optimizer.start_param_sync_for_bucket_group_subset = lambda: _sync_all(chunks)
-    _around(
-        optimizer, "load_parameter_state_from_fully_reshardable", lambda: matching_weights(optimizer, _stores(chunks))
-    )
-    strategy = chunks[0].sharding.strategy
-    if strategy.grads is not Level.NONE:
-        _around(optimizer, "_copy_model_grads_to_main_grads", lambda: _rebased(optimizer, "param", _all_of_it))
-    if strategy.params is not Level.NONE:
-        _point_at_parts(optimizer, chunks)
-        _around(optimizer, "_copy_main_params_to_model_params", lambda: _writing_parts(optimizer, chunks))
 
+    def __init__(
+        self,
+        *args: Any,
+        model_chunks: list[Any],
+        data_parallel_group: Any,
+        data_parallel_group_gloo: Any,
+        distributed_optimizer_instance_id: int,
+        **named: Any,
+    ) -> None:
+        self.sharding = model_chunks[0].sharding
+        self._relocate: tuple[str, Relocate] | None = None
+        groups = self.sharding.optimizer_groups
+        super().__init__(
+            *args,
+            model_chunks=model_chunks,
+            data_parallel_group=groups.shards,
+            data_parallel_group_gloo=None,
+            distributed_optimizer_instance_id=groups.replicas.rank(),
+            **named,
+        )
+        if not self.is_stub_optimizer and self.sharding.strategy.params is not Level.NONE:
+            self._point_at_shards()
 
-def _send_all(chunks: list[ShardedDataParallel]) -> None:
-    """Start sending all buckets' new parameters, in the order in which the next forward reads them."""
-    for chunk in chunks:
-        for group in reversed(chunk.bucket_groups):
-            if not group.param_gather_dispatched:
-                group.store.sync(group.label)
-                group.param_gather_dispatched = True
+    def get_grad_stats_parallel_group(self) -> dist.ProcessGroup:
+        """Return the ranks that hold one copy of the optimizer states together; norms are sums over them."""
+        return self.sharding.optimizer_groups.statistics
 
-
-def _sync_all(chunks: list[ShardedDataParallel]) -> None:
-    """Send all buckets' new parameters; parts that are gathered for every use are waited for there."""
-    _send_all(chunks)
-    for chunk in chunks:
-        for group in chunk.bucket_groups:
+    def start_param_sync_for_bucket_group_subset(self) -> None:
+        """Gather all buckets' new parameters; sharded parameters are waited for where they are used."""
+        self._start_sync()
+        for group in self._bucket_groups():
             if group.store.level is Level.NONE:
                 group.store.finish_sync()
 
+    def load_parameter_state_from_fully_reshardable(self, *args: Any, **named: Any) -> None:
+        """See upstream; and refuse states that do not belong to the weights."""
+        with matching_weights(self, self._stores()):
+            super().load_parameter_state_from_fully_reshardable(*args, **named)
 
-def _around(optimizer: Any, name: str, context: Callable[[], Any]) -> None:
-    """Re-bind a method on the optimizer to run in a context."""
-    method = getattr(optimizer, name)
+    def _get_model_param_range_map(self, param: torch.nn.Parameter) -> dict[str, Any]:
+        ranges: dict[str, Any] = super()._get_model_param_range_map(param)
+        if self._relocate is None:
+            return ranges
+        kind, relocate = self._relocate
+        return {**ranges, kind: relocate(param, ranges[kind])}
 
-    @wraps(method)
-    def inside(*args: Any, **kwargs: Any) -> Any:
-        with context():
-            return method(*args, **kwargs)
+    def _copy_model_grads_to_main_grads(self) -> None:
+        if self.is_stub_optimizer or self.sharding.strategy.grads is Level.NONE:
+            super()._copy_model_grads_to_main_grads()
+            return
+        # A sharded gradient is what this rank owns of it (`ShardedBucketGroup._show_owned`), from element 0 on.
+        with self._relocated("param", lambda param, span: Range(0, span.size)):
+            super()._copy_model_grads_to_main_grads()
 
-    setattr(optimizer, name, inside)
+    def _copy_main_params_to_model_params(self) -> None:
+        if self.is_stub_optimizer or self.sharding.strategy.params is Level.NONE:
+            super()._copy_main_params_to_model_params()
+            return
+        with self._writing_shards():
+            super()._copy_main_params_to_model_params()
+        self._start_sync()  # whatever upstream overlaps: the first unit is gathered before upstream's own hook would
 
+    def _bucket_groups(self) -> list[Any]:
+        return [group for chunk in self.model_chunks for group in chunk.bucket_groups]
 
-def _all_of_it(param: torch.nn.Parameter, span: Any) -> Any:
-    """A gradient is what this rank owns of it (`ShardedBucketGroup`)."""
-    return Range(0, span.size)
+    def _stores(self) -> dict[torch.nn.Parameter, ParamStore]:
+        return {param: group.store for group in self._bucket_groups() for param in group.params}
 
+    def _start_sync(self) -> None:
+        """Start gathering all buckets' new parameters, in the order in which the next forward reads them."""
+        for chunk in self.model_chunks:
+            for group in reversed(chunk.bucket_groups):
+                if not group.param_gather_dispatched:
+                    group.store.sync(group.label)
+                    group.param_gather_dispatched = True
 
-@contextmanager
-def _rebased(optimizer: Any, kind: str, place: Callable[[torch.nn.Parameter, Any], Any]) -> Iterator[None]:
-    """Let a parameter's places of a kind be those in what this rank holds."""
-    find = optimizer._get_model_param_range_map
-
-    def rebased(param: torch.nn.Parameter) -> dict[str, Any]:
-        found = find(param)
-        return {**found, kind: place(param, found[kind])}
-
-    optimizer._get_model_param_range_map = rebased
-    try:
-        yield
-    finally:
-        optimizer._get_model_param_range_map = find
-
-
-@contextmanager
-def _writing_parts(optimizer: Any, chunks: list[ShardedDataParallel]) -> Iterator[None]:
-    """Let upstream write into this rank's parts, and send them at once, whatever upstream overlaps.
-
-    The first unit is gathered before upstream's own hook would send.
-    """
-    stores = _stores(chunks)
-    groups = [group for chunk in chunks for group in chunk.bucket_groups]
-    wholes = [group.bucket.param_data for group in groups]
-
-    def place(param: torch.nn.Parameter, span: Any) -> Any:
-        first = stores[param].held.start
-        return Range(span.start - first, span.end - first)
-
-    for chunk in chunks:
-        chunk.release_all()
-    for group in groups:
-        group.bucket.param_data = group.store.part
-    try:
-        with _rebased(optimizer, "gbuf_world_in_bucket", place):
+    @contextmanager
+    def _relocated(self, kind: str, relocate: Relocate) -> Iterator[None]:
+        """Move the ranges of one kind that upstream looks up inside."""
+        self._relocate = kind, relocate
+        try:
             yield
-    finally:
-        for group, whole in zip(groups, wholes, strict=True):
-            group.bucket.param_data = whole
-    _send_all(chunks)
+        finally:
+            self._relocate = None
 
+    @contextmanager
+    def _writing_shards(self) -> Iterator[None]:
+        """Let upstream write this rank's shards instead of full buckets."""
+        stores, groups = self._stores(), self._bucket_groups()
+        full = [group.bucket.param_data for group in groups]
 
-def _stores(chunks: list[ShardedDataParallel]) -> dict[torch.nn.Parameter, ParamStore]:
-    return {param: group.store for chunk in chunks for group in chunk.bucket_groups for param in group.params}
+        def relocate(param: torch.nn.Parameter, span: Any) -> Any:
+            first = stores[param].shard_range.start
+            return Range(span.start - first, span.end - first)
 
+        for chunk in self.model_chunks:
+            chunk.release_all()
+        for group in groups:
+            group.bucket.param_data = group.store.shard
+        try:
+            with self._relocated("gbuf_world_in_bucket", relocate):
+                yield
+        finally:
+            for group, data in zip(groups, full, strict=True):
+                group.bucket.param_data = data
 
-def _point_at_parts(optimizer: Any, chunks: list[ShardedDataParallel]) -> None:
-    """Let main parameters that are views of float32 parameters be views of this rank's parts."""
-    stores = _stores(chunks)
-    for params, shards in zip(optimizer.model_fp32_groups, optimizer.shard_fp32_groups, strict=True):
-        for param, shard in zip(params, shards, strict=True):
-            span = optimizer._get_model_param_range_map(param)["gbuf_world_in_bucket"]
-            store = stores[param]
-            shard.data = store.part[span.start - store.held.start : span.end - store.held.start]
+    def _point_at_shards(self) -> None:
+        """Make main parameters that are views of float32 parameters views of this rank's shards."""
+        stores = self._stores()
+        for params, mains in zip(self.model_fp32_groups, self.shard_fp32_groups, strict=True):
+            for param, main in zip(params, mains, strict=True):
+                span = self._get_model_param_range_map(param)["gbuf_world_in_bucket"]
+                store = stores[param]
+                main.data = store.shard[span.start - store.shard_range.start : span.end - store.shard_range.start]

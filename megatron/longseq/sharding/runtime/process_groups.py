@@ -1,23 +1,74 @@
-"""Process groups that upstream's optimizer works with, under a strategy."""
+"""Process groups of a strategy: those that its collectives run on, and those that upstream's optimizer works with."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import NamedTuple
 
 import torch.distributed as dist
 
-from megatron.longseq.distributed import all_groups
-from megatron.longseq.sharding.plan.rank_groups import Groups
+from megatron.longseq.distributed import all_groups, same_backend_options
+from megatron.longseq.sharding.plan.collectives import Scope
+from megatron.longseq.sharding.plan.rank_groups import RankGroups
 from megatron.longseq.sharding.plan.strategy import Level
 
 
-class OptimizerGroups(NamedTuple):
-    """Groups of this rank; none of them is one that lanes use.
+class Communicators(NamedTuple):
+    """This rank's place in its data-parallel group, and the process groups that collectives run on.
 
     Attributes:
-        shards: ranks that hold different optimizer states, in the order of their shards.
-        replicas: ranks that hold the same; its rank is which copy this is.
-        statistics: ranks, of all model-parallel ones, that hold one copy together: norms are sums over them.
+        member: this rank's number in the data-parallel group.
+        scopes: process groups for collectives alone: inside groups ordered by number, between groups ordered by group,
+            flat in logical order. A group of one rank is not created.
+        logical: all ranks of the data-parallel group in logical order, for other uses.
+    """
+
+    member: int
+    scopes: Mapping[Scope, dist.ProcessGroup]
+    logical: dist.ProcessGroup
+
+
+def open_groups(
+    data_parallel: dist.ProcessGroup, groups: RankGroups, timeout: timedelta | None = None
+) -> Communicators:
+    """Create the process groups of all data-parallel groups. Every rank of the job must call this at the same time.
+
+    Args:
+        data_parallel: this rank's data-parallel group (with context parallelism), in upstream's order.
+        groups: how its ranks are grouped.
+        timeout: after which an unfinished collective is an error; None: the backend's default.
+
+    Raises:
+        ValueError: the data-parallel group has another number of ranks than `groups`.
+    """
+    mine, backend = tuple(dist.get_process_group_ranks(data_parallel)), dist.get_backend(data_parallel)
+    me, scopes, logical = dist.get_rank(), {}, None
+    for members in all_groups(mine):
+        everyone = groups.ordered(members)
+        wanted: list[tuple[Scope | None, tuple[int, ...]]] = [(None, everyone), (Scope.FLAT, everyone)]
+        wanted += [(Scope.INSIDE, ranks) for ranks in groups.inside(members)]
+        wanted += [(Scope.BETWEEN, ranks) for ranks in groups.between(members)]
+        for scope, ranks in wanted:  # torch requires that every rank of the job creates every group
+            if scope is not None and len(ranks) == 1:
+                continue
+            name = f"paro-{scope or 'logical'}"
+            made = dist.new_group(
+                list(ranks), timeout, backend, same_backend_options(data_parallel), sort_ranks=False, group_desc=name
+            )
+            if me in ranks and scope is None:
+                logical = made
+            elif me in ranks and scope is not None:
+                scopes[scope] = made
+    assert logical is not None, "this rank's own group is among those of all ranks"
+    return Communicators(mine.index(me), scopes, logical)
+
+
+class OptimizerGroups(NamedTuple):
+    """Process groups of this rank that the optimizer uses; collectives of buckets use none of them.
+
+    Attributes:
+        shards: ranks with different optimizer states, in the order of their shards.
+        replicas: ranks with the same optimizer states; the rank in it is the number of this copy.
+        statistics: ranks, over all model-parallel ones, that hold one copy together; norms are sums over them.
     """
 
     shards: dist.ProcessGroup
@@ -26,15 +77,15 @@ class OptimizerGroups(NamedTuple):
 
 
 def open_optimizer_groups(
-    data_parallel: dist.ProcessGroup, groups: Groups, level: Level, timeout: timedelta | None = None
+    data_parallel: dist.ProcessGroup, groups: RankGroups, level: Level, timeout: timedelta | None = None
 ) -> OptimizerGroups:
-    """Make them; every rank of the job calls this at the same time.
+    """Create the optimizer's process groups. Every rank of the job must call this at the same time.
 
     Args:
-        data_parallel: this rank's (with context parallelism: of both), in upstream's order.
+        data_parallel: this rank's data-parallel group (with context parallelism), in upstream's order.
         groups: how its ranks are grouped.
-        level: over which ranks optimizer states are sharded.
-        timeout: after which a collective that does not end is an error; None: the backend's own.
+        level: sharding level of the optimizer states.
+        timeout: after which an unfinished collective is an error; None: the backend's default.
     """
     lists, backend = all_groups(dist.get_process_group_ranks(data_parallel)), dist.get_backend(data_parallel)
     copies = [copies_of(members, groups, level) for members in lists]
@@ -53,7 +104,7 @@ def open_optimizer_groups(
     )
 
 
-def copies_of(members: Sequence[int], groups: Groups, level: Level) -> list[tuple[int, ...]]:
+def copies_of(members: Sequence[int], groups: RankGroups, level: Level) -> list[tuple[int, ...]]:
     """Return the ranks that hold each copy of the optimizer states, in the order of their shards."""
     if level is Level.GLOBAL:
         return [groups.ordered(members)]

@@ -1,8 +1,9 @@
-"""Parameters that are whole only while they are used: gathered before a unit's forward and its backward.
+"""Gather sharded parameters before a unit's forward and its backward, and release them afterwards.
 
-A unit is what is gathered at once: a transformer layer, the embedding, the output layer. While one computes, the next
-one's parameters come; they go once the unit after it, in the same direction, has begun. Scratch for gradients is there
-from the beginning of a unit's backward on: fused kernels write into it before any hook of a parameter runs.
+A unit is what is gathered at once: a transformer layer, the embedding, the output layer. While one unit computes, the
+parameters of the next one are gathered; they are released once the unit after it, in the same direction, has started.
+Scratch memory for gradients is allocated when a unit's backward starts, as fused kernels write into it before any hook
+of a parameter runs.
 """
 
 from collections.abc import Sequence
@@ -16,11 +17,11 @@ from megatron.longseq.sharding.runtime.bucket_storage import GradStore, ParamSto
 
 
 class State(Enum):
-    """What a unit's parameters are whole for."""
+    """What a unit's parameters are gathered for."""
 
     NOTHING = auto()
     FORWARD = auto()
-    AGAIN = auto()  # forward inside a backward (recomputation), whose own backward follows
+    RECOMPUTE = auto()  # a forward inside a backward, which the unit's own backward follows
     BACKWARD = auto()
 
 
@@ -30,11 +31,12 @@ class Unit:
 
     Attributes:
         name: of the module.
-        module: it.
-        stores: of its parameters; a tied weight's is in two units.
-        has_backward: whether its backward reads them (an embedding's does not).
-        grads: of buckets that its backward adds to.
-        is_reached: whether a backward has; frozen layers below all that is trained have none.
+        module: the module.
+        stores: of its parameters; those of a tied weight belong to two units.
+        has_backward: whether its backward reads its parameters; an embedding's does not.
+        grads: stores of gradients that its backward adds to.
+        is_reached: whether a backward has reached it; frozen layers below all trained ones have no backward.
+        state: what its parameters are gathered for.
     """
 
     name: str
@@ -46,49 +48,49 @@ class Unit:
     state: State = field(default=State.NOTHING)
 
 
-class Uses:
+class GatherHooks:
     """Gathers and releases the parameters of a model chunk's units, as forward and backward pass through them.
 
     Args:
-        units: in any order; the first forward tells in which they follow, the first backward which it reaches.
+        units: in any order. The first forward shows their order, the first backward which of them it reaches.
     """
 
     def __init__(self, units: Sequence[Unit]) -> None:
         self.units = list(units)
         self._order: list[Unit] = []
-        self._is_waiting = False
-        self._are_whole = True  # as the model was made
+        self._has_callback = False
+        self._is_all_gathered = True  # as the model was built
         for unit in self.units:
-            unit.module.register_forward_pre_hook(self._entering(unit), prepend=True)
-            unit.module.register_forward_hook(self._leaving(unit))
+            unit.module.register_forward_pre_hook(self._before_forward(unit), prepend=True)
+            unit.module.register_forward_hook(self._after_forward(unit))
 
-    def make_whole(self) -> None:
-        """Have all parameters whole, until the first is used."""
-        self._are_whole = True
+    def gather_all(self) -> None:
+        """Gather all parameters; they stay until the first unit is used."""
+        self._is_all_gathered = True
         for unit in self.units:
             self._gather(unit)
         for unit in self.units:
             self._wait(unit)
 
     def release_all(self) -> None:
-        """Give all whole parameters back."""
-        self._are_whole = False
+        """Release all full buckets."""
+        self._is_all_gathered = False
         for unit in self.units:
             self._release(unit)
 
-    def _entering(self, unit: Unit) -> Any:
+    def _before_forward(self, unit: Unit) -> Any:
         def hook(module: torch.nn.Module, args: Any) -> None:
             if _in_backward():
-                self._begin(unit, State.AGAIN)
+                self._begin(unit, State.RECOMPUTE)
                 return
             if unit not in self._order:
                 self._order.append(unit)
-            self._open(unit, State.FORWARD)
+            self._use(unit, State.FORWARD)
             self._prefetch(unit, +1)
 
         return hook
 
-    def _leaving(self, unit: Unit) -> Any:
+    def _after_forward(self, unit: Unit) -> Any:
         def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
             for tensor in _tensors(output):
                 tensor.register_hook(lambda grad: self._begin_backward(unit))
@@ -99,33 +101,33 @@ class Uses:
 
     def _begin_backward(self, unit: Unit) -> None:
         for grads in unit.grads:
-            grads.open()
+            grads.prepare()
         if unit.has_backward:
             self._begin(unit, State.BACKWARD)
 
     def _begin(self, unit: Unit, state: State) -> None:
-        """Have a unit whole inside a backward; those whose backward was before it are done."""
+        """Gather a unit inside a backward, and release the units whose backward came before it."""
         if state is State.BACKWARD and unit.state is State.BACKWARD:
             return
         unit.is_reached = True
-        self._release_done(unit)
-        self._open(unit, state)
+        self._release_finished(unit)
+        self._use(unit, state)
         self._prefetch(unit, -1)
-        if not self._is_waiting:
-            self._is_waiting = True
+        if not self._has_callback:
+            self._has_callback = True
             torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)  # type: ignore[attr-defined]
 
     def _end_of_backward(self) -> None:
-        self._is_waiting = False
-        self._release_done(None)
+        self._has_callback = False
+        self._release_finished(None)
 
-    def _release_done(self, current: Unit | None) -> None:
+    def _release_finished(self, current: Unit | None) -> None:
         for unit in self.units:
             if unit is not current and unit.state is State.BACKWARD:
                 self._release(unit)
 
-    def _open(self, unit: Unit, state: State) -> None:
-        if self._are_whole:
+    def _use(self, unit: Unit, state: State) -> None:
+        if self._is_all_gathered:
             self.release_all()
         unit.state = state
         self._gather(unit)
@@ -159,6 +161,6 @@ def _in_backward() -> bool:
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:
-    """Return the tensors of a module's output that a backward comes through."""
+    """Return the tensors of a module's output that have a gradient."""
     values = output if isinstance(output, tuple | list) else (output,)
     return [value for value in values if isinstance(value, torch.Tensor) and value.requires_grad]

@@ -1,5 +1,5 @@
-"""Command line of sharding strategies: the page's `table`, or `choose` for sizes of your own; `draw` of how they work,
-`flags` of a training run.
+"""Command line of sharding strategies: `choose` one for your sizes, `probe` the links of a job, `draw` the method, and
+the `table` and `flags` of the documentation.
 """
 
 import argparse
@@ -9,11 +9,10 @@ from pathlib import Path
 
 from megatron.longseq.refusals import flags_table, refusals_table
 from megatron.longseq.sharding.arguments import REFUSALS, add_sharding_arguments
-from megatron.longseq.sharding.plan.cost import Job, Work
+from megatron.longseq.sharding.plan.collectives import CollectivesMode
 from megatron.longseq.sharding.plan.memory import Model
-from megatron.longseq.sharding.plan.rank_groups import Groups
-from megatron.longseq.sharding.plan.ring import Mode
-from megatron.longseq.sharding.plan.time_model import Link, Links
+from megatron.longseq.sharding.plan.rank_groups import RankGroups
+from megatron.longseq.sharding.plan.time_model import ComputeTime, LinkSpeed, LinkSpeeds, TrainingJob
 from megatron.longseq.sharding.tools import tables as page
 
 
@@ -21,7 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 0 done, 1 refused."""
     args = _parser().parse_args(argv)
     try:
-        print(args.run(args))
+        text = args.run(args)
+        if text is not None:
+            print(text)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -33,17 +34,22 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     table = commands.add_parser("table", help="markdown: every strategy, which to take, and what is refused")
     table.set_defaults(run=lambda args: page.page())
-    flags = commands.add_parser("flags", help="markdown: our flags of a training run, and what is refused")
+    flags = commands.add_parser("flags", help="markdown: the flags of a training run, and what is refused")
     flags.set_defaults(run=lambda args: f"{flags_table(add_sharding_arguments)}\n\n{refusals_table(REFUSALS)}")
-    draw = commands.add_parser("draw", help="who holds what, two links over time, what every strategy holds and sends")
+    draw = commands.add_parser("draw", help="which rank keeps what, two links over time, memory and communication")
     draw.add_argument("--output", type=Path, required=True, metavar="FILE", help="picture (.svg, .png)")
     draw.set_defaults(run=_draw)
+    probe = commands.add_parser("probe", help="the --paro-links to give; run it under torchrun on all ranks of a job")
+    probe.add_argument("--paro-group-size", type=int, help="ranks of a group (default: those of a node)")
+    probe.set_defaults(run=_probe)
     choose = commands.add_parser("choose", help="markdown: the strategies that fit, the fastest first")
     choose.add_argument("--params", type=float, required=True, help="of a tensor- and pipeline-parallel rank")
     choose.add_argument("--trainable", type=float, help="of them trained (default: all)")
     choose.add_argument("--ranks", type=int, required=True, help="data-parallel times context-parallel ranks")
     choose.add_argument("--paro-group-size", type=int, required=True, help="ranks of a group")
-    choose.add_argument("--paro-collectives", choices=[mode.value for mode in Mode], default=Mode.OVERLAPPED.value)
+    choose.add_argument(
+        "--paro-collectives", choices=[mode.value for mode in CollectivesMode], default=CollectivesMode.OVERLAPPED.value
+    )
     choose.add_argument("--microbatches", type=int, required=True, help="of a rank in a step, A")
     choose.add_argument("--memory-gb", type=float, help="for model states on a rank (default: no limit)")
     choose.add_argument("--inside-gbs", type=float, required=True, help="GB/s of a rank inside its group")
@@ -61,16 +67,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _choose(args: argparse.Namespace) -> str:
     params = int(args.params)
-    job = Job(
-        groups=Groups(args.ranks, args.paro_group_size),
+    job = TrainingJob(
+        groups=RankGroups(args.ranks, args.paro_group_size),
         model=Model(params, params if args.trainable is None else int(args.trainable)),
-        work=Work(args.microbatches, args.forward_seconds, args.backward_seconds, args.hidden),
-        links=Links(
-            Link(args.inside_gbs * 1e9, args.inside_latency),
-            Link(args.between_gbs * 1e9, args.between_latency),
+        work=ComputeTime(args.microbatches, args.forward_seconds, args.backward_seconds, args.hidden),
+        links=LinkSpeeds(
+            LinkSpeed(args.inside_gbs * 1e9, args.inside_latency),
+            LinkSpeed(args.between_gbs * 1e9, args.between_latency),
             args.paro_group_size if args.channels is None else args.channels,
         ),
-        mode=Mode(args.paro_collectives),
+        mode=CollectivesMode(args.paro_collectives),
         buckets=args.buckets,
     )
     limit = None if args.memory_gb is None else args.memory_gb * 1e9
@@ -78,17 +84,13 @@ def _choose(args: argparse.Namespace) -> str:
 
 
 def _draw(args: argparse.Namespace) -> str:
-    """Write beside the file first: an error leaves no half file, and an old one stands until the new is whole."""
-    file: Path = args.output
-    if not file.absolute().parent.is_dir():
-        raise ValueError(f"--output {file}: there is no folder {file.absolute().parent}; make it first")
-    from megatron.longseq.sharding.tools.figure import draw  # takes half a second, which the tables need not wait for
-    from megatron.longseq.sharding.tools.picture import scene
+    from megatron.longseq.sharding.tools.figure import draw, scene
 
-    half = file.with_name(f".{file.stem}.half{file.suffix}")
-    try:
-        draw(scene(), half)
-        half.replace(file)
-    finally:
-        half.unlink(missing_ok=True)
-    return str(file)
+    draw(scene(), args.output)
+    return str(args.output)
+
+
+def _probe(args: argparse.Namespace) -> str | None:
+    from megatron.longseq.sharding.tools.probe_links import probe_this_job
+
+    return probe_this_job(args.paro_group_size)

@@ -1,31 +1,30 @@
-"""The tables of the page about PaRO, as Markdown: from the flags and the formulas."""
+"""The Markdown tables of docs/paro.md, from the flags and the formulas."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from megatron.longseq.sharding.arguments import INSTEAD
-from megatron.longseq.sharding.plan.comm_volume import Traffic, traffic
-from megatron.longseq.sharding.plan.cost import Job, Work, fastest, rank
+from megatron.longseq.sharding.plan.collectives import CollectivesMode
+from megatron.longseq.sharding.plan.comm_volume import CommVolume, comm_volume
 from megatron.longseq.sharding.plan.memory import MEGATRON, Model
-from megatron.longseq.sharding.plan.rank_groups import Groups
-from megatron.longseq.sharding.plan.ring import Mode
+from megatron.longseq.sharding.plan.rank_groups import RankGroups
 from megatron.longseq.sharding.plan.strategy import ALL, KNOWN_AS, RUNNING, VALID, Strategy
-from megatron.longseq.sharding.plan.time_model import Link, Links
+from megatron.longseq.sharding.plan.time_model import ComputeTime, LinkSpeed, LinkSpeeds, TrainingJob, fastest, rank
 
 PARAMS = 6_740_000_000
-SEVEN_B = Job(
-    groups=Groups(64, 8),
+SEVEN_B = TrainingJob(
+    groups=RankGroups(64, 8),
     model=Model(PARAMS, PARAMS),
-    work=Work(microbatches=8),
-    links=Links(Link(200e9), Link(25e9), channels=8),
+    work=ComputeTime(microbatches=8),
+    links=LinkSpeeds(LinkSpeed(200e9), LinkSpeed(25e9), channels=8),
     widths=MEGATRON,
-    mode=Mode.HIERARCHICAL,
+    mode=CollectivesMode.HIERARCHICAL,
 )
 
 
 class Training(NamedTuple):
-    """A kind of training: its name and one of how many parameters is trained."""
+    """A kind of training: its name and the share of parameters that is trained."""
 
     name: str
     share: float
@@ -48,8 +47,8 @@ class Table:
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def setting(job: Job) -> str:
-    """Return one sentence that says what a table's figures hold for."""
+def setting(job: TrainingJob) -> str:
+    """Return one sentence that says which job a table's figures are for."""
     groups, links = job.groups, job.links
     return (
         f"{job.model.params / 1e9:.2f} billion parameters, {groups.ranks} data-parallel ranks in groups of "
@@ -60,8 +59,8 @@ def setting(job: Job) -> str:
     )
 
 
-def strategies(job: Job = SEVEN_B) -> str:
-    """Return every valid strategy, the fastest first: what it holds, sends and takes."""
+def strategies(job: TrainingJob = SEVEN_B) -> str:
+    """Return every valid strategy, fastest first: its memory, communication and seconds."""
     head = ["strategy", "known as", "memory GB", "GB inside, a step", "between", "flat", "collectives", "seconds"]
     rows = []
     for prediction in rank(job, VALID):
@@ -82,42 +81,44 @@ def strategies(job: Job = SEVEN_B) -> str:
     return str(Table(head, rows))
 
 
-def _step(strategy: Strategy, job: Job) -> Traffic:
-    terms = traffic(strategy, job.groups, job.model, job.widths, buckets=job.buckets, is_flat=job.mode is Mode.FLAT)
+def _step(strategy: Strategy, job: TrainingJob) -> CommVolume:
+    terms = comm_volume(
+        strategy, job.groups, job.model, job.widths, buckets=job.buckets, is_flat=job.mode is CollectivesMode.FLAT
+    )
     return terms.step(job.work.microbatches)
 
 
 def refused() -> str:
-    """Return every strategy that is refused, and the one that dominates it."""
+    """Return every strategy that is refused, and the one to give instead."""
     rows = [[str(one), str(one.better), (one.refusal() or "").split(": ", 1)[1]] for one in ALL if not one.is_valid]
     return str(Table(["refused", "give", "why"], rows))
 
 
 def not_run() -> str:
-    """Return every valid strategy that does not run, and what to give instead."""
+    """Return every valid strategy that is not implemented, and what to give instead."""
     return str(Table(["not run", "instead"], INSTEAD.items()))
 
 
-def guideline(job: Job = SEVEN_B, limits: Sequence[float | None] = LIMITS) -> str:
-    """Return which running strategy is fastest, for full, partial and adapter training, by memory and micro-batches.
+def guideline(job: TrainingJob = SEVEN_B, limits: Sequence[float | None] = LIMITS) -> str:
+    """Return the fastest running strategy for full, partial and adapter training, by memory limit and micro-batches.
 
-    A cell has the strategy, GB that it holds, and seconds of a step's communication.
+    A cell has the strategy, its GB on a rank, and the seconds of communication in a step.
 
     Args:
-        job: its model's trained share and its work are those of the table's rows and columns.
-        limits: bytes of a rank's model states; None: none.
+        job: its trained share of parameters and its compute are replaced by those of the rows and columns.
+        limits: bytes of a rank's model states; None: no limit.
     """
     head = ["trained", "limit GB", *(f"A = {count}" for count in MICROBATCHES)]
     rows = []
     for training in TRAININGS:
         model = Model(job.model.params, max(1, round(job.model.params * training.share)))
         for limit in limits:
-            cells = [_cell(replace(job, model=model, work=Work(count)), limit) for count in MICROBATCHES]
+            cells = [_cell(replace(job, model=model, work=ComputeTime(count)), limit) for count in MICROBATCHES]
             rows.append([training.name, "none" if limit is None else f"{limit / 1e9:g}", *cells])
     return str(Table(head, rows))
 
 
-def _cell(job: Job, limit: float | None) -> str:
+def _cell(job: TrainingJob, limit: float | None) -> str:
     try:
         best = fastest(job, RUNNING, limit)
     except ValueError:
@@ -125,11 +126,11 @@ def _cell(job: Job, limit: float | None) -> str:
     return f"{best.strategy} ({best.memory / 1e9:.1f}, {best.seconds.communication:.2f})"
 
 
-def ranked(job: Job, limit: float | None) -> str:
-    """Return the running strategies of a job that fit, the fastest first.
+def ranked(job: TrainingJob, limit: float | None) -> str:
+    """Return the running strategies that fit a job, fastest first.
 
     Raises:
-        ValueError: none fits.
+        ValueError: no strategy fits.
     """
     first = fastest(job, RUNNING, limit)
     rows = [
@@ -146,12 +147,12 @@ def ranked(job: Job, limit: float | None) -> str:
 
 
 def page() -> str:
-    """Return all tables with what they hold for."""
+    """Return all tables, with the job that they are for."""
     return "\n\n".join(
         [
             f"{setting(SEVEN_B)} {SEVEN_B.work.microbatches} micro-batches a step.",
             strategies(),
-            "Which one is fastest: GB that it holds and seconds of communication in a step of A micro-batches.",
+            "The fastest one: GB on a rank, and seconds of communication in a step of A micro-batches.",
             guideline(),
             "Refused:",
             refused(),

@@ -1,4 +1,4 @@
-"""The checker of ring plans: nothing twice at once, both sides agree, and the result is the collective's, symbolically.
+"""Plans of ring collectives and their checker: no link does two things at once, both sides agree, the result is right.
 
 Each member's shards are followed as sets of contributions: whose part of the sum, or whose shard, lies where. A set of
 members is the bits of an integer.
@@ -6,16 +6,63 @@ members is the bits of an integer.
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
-from megatron.longseq.sharding.plan.collectives import Kind, Scope
-from megatron.longseq.sharding.plan.rank_groups import Groups
-from megatron.longseq.sharding.plan.ring import Mode, Piece, Plan, Step, plan_ring
+from megatron.longseq.sharding.plan.collectives import CollectiveKind, CollectivesMode, Scope, full_collective
+from megatron.longseq.sharding.plan.overlap_order import ScheduledCollective, schedule
+from megatron.longseq.sharding.plan.rank_groups import RankGroups
 from megatron.longseq.sharding.plan.strategy import Level
+from megatron.longseq.sharding.runtime.gloo_ring import Transfer, ring_messages
 
 Buffer = list[int]  # by shard
 State = list[list[Buffer]]  # by member and bucket
+
+
+class PlannedMessage(NamedTuple):
+    """A step of a member in the ring of one scheduled collective; see `RingMessage`."""
+
+    run: ScheduledCollective
+    number: int
+    send: Transfer
+    receive: Transfer
+
+
+@dataclass(frozen=True, slots=True)
+class RingCollective:
+    """A collective over all ranks, of some buckets.
+
+    Attributes:
+        groups: the ranks.
+        kind: what it does to every bucket.
+        mode: how.
+        buckets: how many, in order.
+        runs: by slot; alike on all members.
+        steps: of every member, by slot and number; two of one slot run at the same time.
+    """
+
+    groups: RankGroups
+    kind: CollectiveKind
+    mode: CollectivesMode
+    buckets: int
+    runs: tuple[ScheduledCollective, ...]
+    steps: tuple[tuple[PlannedMessage, ...], ...]
+
+
+def plan_ring_collective(
+    groups: RankGroups, kind: CollectiveKind, mode: CollectivesMode, buckets: int = 1
+) -> RingCollective:
+    """Return every message of a collective over all ranks."""
+    collectives = full_collective(kind, groups, mode)
+    runs = schedule(collectives, buckets, is_overlapped=mode is CollectivesMode.OVERLAPPED)
+    steps = tuple(
+        tuple(
+            PlannedMessage(run, *message) for run in runs for message in ring_messages(groups, run.collective, member)
+        )
+        for member in range(groups.ranks)
+    )
+    return RingCollective(groups, kind, mode, buckets, runs, steps)
 
 
 class PlanError(ValueError):
@@ -33,14 +80,14 @@ class RingProof(NamedTuple):
         sent: shards that every member sends on each link, of all buckets.
     """
 
-    plan: Plan
+    plan: RingCollective
     result: dict[tuple[int, int, int], frozenset[int]]
     slots: int
     shared: int
     sent: dict[Scope, int]
 
 
-def prove(plan: Plan) -> RingProof:
+def prove(plan: RingCollective) -> RingProof:
     """Check a plan and return what it does.
 
     Raises:
@@ -56,14 +103,14 @@ def prove(plan: Plan) -> RingProof:
     return RingProof(plan, result, len(links), sum(count > 1 for count in links.values()), _sent(plan))
 
 
-def _check_runs(plan: Plan) -> None:
+def _check_runs(plan: RingCollective) -> None:
     """Require each bucket's phases in order, in different slots, one on a link in a slot, alike on all members."""
     reached = [0] * plan.buckets
     free_from = [0] * plan.buckets
     busy: dict[tuple[int, Scope], int] = {}
     last = 0
     for run in plan.runs:
-        where = f"slot {run.slot}, bucket {run.bucket}, {run.phase.kind} {run.phase.scope}"
+        where = f"slot {run.slot}, bucket {run.bucket}, {run.collective.kind} {run.collective.scope}"
         if run.slot < last:
             raise PlanError(f"{where}: listed after slot {last}")
         if run.turn != reached[run.bucket]:
@@ -72,7 +119,7 @@ def _check_runs(plan: Plan) -> None:
             )
         if run.slot < free_from[run.bucket]:
             raise PlanError(f"{where}: another phase of the bucket runs in this slot")
-        other = busy.setdefault((run.slot, run.phase.scope), run.bucket)
+        other = busy.setdefault((run.slot, run.collective.scope), run.bucket)
         if other != run.bucket:
             raise PlanError(f"{where}: the link is busy with bucket {other}")
         reached[run.bucket] += 1
@@ -84,26 +131,27 @@ def _check_runs(plan: Plan) -> None:
             raise PlanError(f"member {member} runs other phases than the plan says, or in another order")
 
 
-def _check_links(plan: Plan) -> None:
+def _check_links(plan: RingCollective) -> None:
     """Require that no member sends or receives two messages on one link at one time, and none to itself."""
     for member, steps in enumerate(plan.steps):
-        busy: dict[tuple[int, int, Scope], Step] = {}
+        busy: dict[tuple[int, int, Scope], PlannedMessage] = {}
         for step in steps:
-            time = (step.run.slot, step.number, step.run.phase.scope)
+            time = (step.run.slot, step.number, step.run.collective.scope)
             if time in busy:
                 raise PlanError(
-                    f"member {member}, slot {step.run.slot}, step {step.number}: two messages {step.run.phase.scope} "
-                    f"groups at once, of buckets {busy[time].run.bucket} and {step.run.bucket}"
+                    f"member {member}, slot {step.run.slot}, step {step.number}: two messages "
+                    f"{step.run.collective.scope} groups at once, of buckets {busy[time].run.bucket} and "
+                    f"{step.run.bucket}"
                 )
             busy[time] = step
             if member in (step.send.peer, step.receive.peer):
                 raise PlanError(f"member {member}, {_where(step)}: a message to itself")
-            together = _together(plan.groups, step.run.phase.scope, member)
+            together = _together(plan.groups, step.run.collective.scope, member)
             if not {step.send.peer, step.receive.peer} <= together:
                 raise PlanError(f"member {member}, {_where(step)}: a peer that is not of {sorted(together)}")
 
 
-def _together(groups: Groups, scope: Scope, member: int) -> set[int]:
+def _together(groups: RankGroups, scope: Scope, member: int) -> set[int]:
     """Return the members that a link joins."""
     if scope is Scope.FLAT:
         return set(range(groups.ranks))
@@ -112,13 +160,13 @@ def _together(groups: Groups, scope: Scope, member: int) -> set[int]:
     return {other for other in range(groups.ranks) if other % groups.size == member % groups.size}
 
 
-def _check_channels(plan: Plan) -> None:
+def _check_channels(plan: RingCollective) -> None:
     """Require that from each member to each other the sender sends what the receiver awaits, in one order."""
-    sent: dict[tuple[int, int, Scope], list[tuple[Step, Piece]]] = {}
-    awaited: dict[tuple[int, int, Scope], list[tuple[Step, Piece]]] = {}
+    sent: dict[tuple[int, int, Scope], list[tuple[PlannedMessage, Transfer]]] = {}
+    awaited: dict[tuple[int, int, Scope], list[tuple[PlannedMessage, Transfer]]] = {}
     for member, steps in enumerate(plan.steps):
         for step in steps:
-            scope = step.run.phase.scope
+            scope = step.run.collective.scope
             sent.setdefault((member, step.send.peer, scope), []).append((step, step.send))
             awaited.setdefault((step.receive.peer, member, scope), []).append((step, step.receive))
     for channel in sorted(sent.keys() | awaited.keys()):
@@ -134,11 +182,11 @@ def _check_channels(plan: Plan) -> None:
                 )
 
 
-def _where(step: Step) -> str:
+def _where(step: PlannedMessage) -> str:
     return f"slot {step.run.slot}, step {step.number}, bucket {step.run.bucket}"
 
 
-def execute(plan: Plan) -> State:
+def execute(plan: RingCollective) -> State:
     """Return what lies where after a plan, symbolically.
 
     Raises:
@@ -157,15 +205,15 @@ def execute(plan: Plan) -> State:
     return state
 
 
-def _start(plan: Plan, member: int) -> Buffer:
+def _start(plan: RingCollective, member: int) -> Buffer:
     """Return a bucket before the collective: one own shard to gather, or own gradients everywhere."""
-    if plan.kind is Kind.ALL_GATHER:
+    if plan.kind is CollectiveKind.ALL_GATHER:
         logical = plan.groups.logical(member)
         return [1 << member if shard == logical else 0 for shard in range(plan.groups.ranks)]
     return [1 << member] * plan.groups.ranks
 
 
-def _arrive(buffer: Buffer, step: Step, sender: int, shards: Buffer) -> None:
+def _arrive(buffer: Buffer, step: PlannedMessage, sender: int, shards: Buffer) -> None:
     for shard, content in enumerate(shards, step.send.begin):
         where = f"member {sender}, {_where(step)}: shard {shard}"
         if not content:
@@ -181,40 +229,40 @@ def _members(content: int) -> frozenset[int]:
     return frozenset(member for member in range(content.bit_length()) if content >> member & 1)
 
 
-def _result(plan: Plan, state: State) -> dict[tuple[int, int, int], frozenset[int]]:
+def _result(plan: RingCollective, state: State) -> dict[tuple[int, int, int], frozenset[int]]:
     """Return what members may use: after a scatter their own shard, else all."""
     result = {}
     for member, buckets in enumerate(state):
         mine = plan.groups.owned(Level.GLOBAL, member)
         for bucket, buffer in enumerate(buckets):
-            for shard in mine if plan.kind is Kind.REDUCE_SCATTER else range(plan.groups.ranks):
+            for shard in mine if plan.kind is CollectiveKind.REDUCE_SCATTER else range(plan.groups.ranks):
                 result[member, bucket, shard] = _members(buffer[shard])
     return result
 
 
-def _check_result(plan: Plan, result: dict[tuple[int, int, int], frozenset[int]]) -> None:
+def _check_result(plan: RingCollective, result: dict[tuple[int, int, int], frozenset[int]]) -> None:
     everyone = frozenset(range(plan.groups.ranks))
     for (member, bucket, shard), got in result.items():
-        wanted = frozenset([plan.groups.member(shard)]) if plan.kind is Kind.ALL_GATHER else everyone
+        wanted = frozenset([plan.groups.member(shard)]) if plan.kind is CollectiveKind.ALL_GATHER else everyone
         if got != wanted:
             raise PlanError(
                 f"member {member}, bucket {bucket}, shard {shard}: it ends with {sorted(got)}, not {sorted(wanted)}"
             )
 
 
-def equals_flat(plan: Plan) -> bool:
+def equals_flat(plan: RingCollective) -> bool:
     """Return whether a plan ends, on every member, with what the flat ring ends with."""
-    plain = plan_ring(plan.groups, plan.kind, Mode.FLAT, plan.buckets)
+    plain = plan_ring_collective(plan.groups, plan.kind, CollectivesMode.FLAT, plan.buckets)
     return _result(plan, execute(plan)) == _result(plain, execute(plain))
 
 
-def messages(plan: Plan) -> Iterator[tuple[int, Step]]:
+def messages(plan: RingCollective) -> Iterator[tuple[int, PlannedMessage]]:
     """Yield every message with its sender."""
     for member, steps in enumerate(plan.steps):
         yield from ((member, step) for step in steps)
 
 
-def _sent(plan: Plan) -> dict[Scope, int]:
+def _sent(plan: RingCollective) -> dict[Scope, int]:
     """Return the shards that every member sends on each link.
 
     Raises:
@@ -222,7 +270,7 @@ def _sent(plan: Plan) -> dict[Scope, int]:
     """
     sent = [dict.fromkeys(Scope, 0) for _ in plan.steps]
     for member, step in messages(plan):
-        sent[member][step.run.phase.scope] += step.send.end - step.send.begin
+        sent[member][step.run.collective.scope] += step.send.end - step.send.begin
     for member, mine in enumerate(sent):
         if mine != sent[0]:
             raise PlanError(f"member {member} sends {mine} shards, member 0 sends {sent[0]}")
