@@ -1,4 +1,4 @@
-"""The picture of a run: training and held-out loss from its TensorBoard files."""
+"""Draw training and held-out loss of a run from its TensorBoard files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,21 +8,21 @@ Points = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Curves:
-    """Training and held-out loss as (step, loss), ascending."""
+    """Training and held-out loss as (step, loss) in ascending order of steps."""
 
     train: Points
     held_out: Points
 
 
 def read(folder: Path) -> Curves:
-    """Read what upstream's writer left in `folder`; where runs overlap (a resume), the later one counts.
+    """Read the losses that upstream's writer stored in `folder`.
 
-    At the end of a run upstream evaluates once more, on further batches of the held-out text, and writes the result
-    under the same name and step as the evaluation during training. Of one run the first counts: it is the one that the
-    log calls "validation loss at iteration N".
+    If runs overlap, as after a resume, the later one counts. At the end of a run, upstream evaluates once more on other
+    batches and stores the result under the same name and step as the evaluation during training. Within a run the first
+    value counts, which the log calls "validation loss at iteration N".
 
     Raises:
-        ValueError: there is no training loss in it.
+        ValueError: the files hold no training loss.
     """
     from tensorboard.backend.event_processing.event_file_loader import (  # type: ignore[import-untyped]
         EventFileLoader,
@@ -45,7 +45,13 @@ def read(folder: Path) -> Curves:
 
 
 def draw(curves: Curves, png: Path, resumed_at: int | None = None) -> None:
-    """Draw the curves to `png` and, beside it, as SVG."""
+    """Draw the curves to `png`, and as SVG under the same name.
+
+    Args:
+        curves: the losses.
+        png: path of the picture.
+        resumed_at: step of the checkpoint that the run resumed from, to mark in the picture.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,8 +1,8 @@
-"""Runs' losses side by side, from their logs; the first is what the others are compared with.
+"""Print the losses of several runs side by side and compare them with those of the first run.
 
     python -m examples.losses NAME=LOG NAME=LOG ... [--tolerance 1e-5]
 
-Ends with status 1 if a loss differs from the first run's by more than the tolerance, relatively.
+The exit status is 1 if the relative difference of a loss exceeds the tolerance.
 """
 
 import argparse
@@ -15,27 +15,27 @@ from typing import NamedTuple
 STEP = re.compile(r"iteration +(\d+)/ *\d+ .*?elapsed time per iteration \(ms\): (\S+) .*?lm loss: (\S+) ")
 
 
-class Step(NamedTuple):
-    """One step of a log."""
+class LoggedStep(NamedTuple):
+    """One training step of a log."""
 
     seconds: float
     loss: float
 
 
-def read(log: Path) -> dict[int, Step]:
-    """Return the steps of a log by their number.
+def read(log: Path) -> dict[int, LoggedStep]:
+    """Return the training steps of a log by number.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the log contains no step.
     """
-    steps = {int(m[1]): Step(float(m[2]) / 1000, float(m[3])) for m in STEP.finditer(log.read_text())}
+    steps = {int(m[1]): LoggedStep(float(m[2]) / 1000, float(m[3])) for m in STEP.finditer(log.read_text())}
     if not steps:
-        raise ValueError(f"{log}: no training step in it; read its end")
+        raise ValueError(f"{log}: the log contains no training step; look at its last lines")
     return steps
 
 
-def table(runs: dict[str, dict[int, Step]]) -> list[str]:
-    """Return the losses, a row per step, and below them what a step took (the first one, which sets up, left out)."""
+def table(runs: dict[str, dict[int, LoggedStep]]) -> list[str]:
+    """Return a row of losses per step, and the median seconds per step without the first one."""
     width = max(12, *(len(name) + 2 for name in runs))
     first = next(iter(runs.values()))
     rows = ["  step" + "".join(f"{name:>{width}}" for name in runs)]
@@ -45,7 +45,7 @@ def table(runs: dict[str, dict[int, Step]]) -> list[str]:
 
 
 def main() -> int:
-    """Print the table and what follows from it."""
+    """Print the table and the largest difference, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m examples.losses", description=__doc__)
     parser.add_argument("logs", nargs="+", metavar="NAME=LOG")
     parser.add_argument("--tolerance", type=float, default=1e-5, help="largest relative difference (default 1e-5)")

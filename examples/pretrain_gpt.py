@@ -2,19 +2,19 @@
 
     torchrun --nproc-per-node 2 examples/pretrain_gpt.py --pipeline-model-parallel-size 2 --num-layers 4 ...
 
-What a Megatron user looks for (get_batch, loss_func, forward_step, datasets) is in `megatron/longseq/pretrain_gpt.py`.
-Everything stands behind the guard: upstream's checkpoint writer spawns helpers, and each imports this file again.
+get_batch, loss_func, forward_step and the datasets are in `megatron/longseq/pretrain_gpt.py`. All code is behind the
+guard, because upstream's checkpoint writer spawns processes that import this file again.
 """
 
 if __name__ == "__main__":
     import sys
     from pathlib import Path
 
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs no installation
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout works without installation
 
     import patches
 
-    patches.start()  # before upstream is imported: without CUDA its imports already ask for a device
+    patches.start()  # before upstream is imported: its imports use the CUDA device, even if there is none
 
     from megatron.longseq.pretrain_gpt import main
 

@@ -1,8 +1,8 @@
-"""The quickstart's run: real text, a small GPT through upstream's `pretrain`, a checkpoint, a resume, a picture.
+"""Prepare text, train a small GPT with upstream's `pretrain`, resume it from a checkpoint, and draw the loss.
 
     bash scripts/quickstart.sh [--run-dir DIR] [--steps N]
 
-Every step leaves a file, and a step whose file is there is skipped: a second call ends at once.
+Each step writes a file and is skipped if the file exists, so a second call ends at once.
 """
 
 import argparse
@@ -40,13 +40,13 @@ STAGES = re.compile(
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Where the run lies and how it is laid out.
+class QuickstartRun:
+    """Folder and layout of the run.
 
     Attributes:
         folder: the run folder.
-        steps: training steps in all; the first run stops half-way, the second resumes.
-        gpus: GPUs that may be used; 0 means two CPU ranks.
+        steps: number of training steps. The first run stops half-way, and the second resumes.
+        gpus: number of GPUs that may be used; 0 means two CPU ranks.
     """
 
     folder: Path
@@ -55,27 +55,31 @@ class Plan:
 
     @property
     def ranks(self) -> int:
-        """Ranks to start: two pipeline stages, or one stage on a single GPU."""
+        """Return the number of ranks: two pipeline stages, or one stage on a single GPU."""
         return 1 if self.gpus == 1 else 2
 
     @property
     def corpus(self) -> Path:
-        """Prefix of the prepared text; shared by all quickstart runs of a checkout."""
+        """Return the prefix of the prepared text, which all quickstart runs of a checkout share."""
         return ROOT / "runs" / "data" / "stdlib"
 
     @property
     def checkpoints(self) -> Path:
-        """Upstream's checkpoint folder."""
+        """Return the folder of upstream's checkpoints."""
         return self.folder / "checkpoints"
 
     @property
     def reached(self) -> int:
-        """The step of the last checkpoint; 0 without one."""
+        """Return the step of the last checkpoint, or 0 without one."""
         tracker = self.checkpoints / "latest_checkpointed_iteration.txt"
         return int(tracker.read_text()) if tracker.exists() else 0
 
     def flags(self, data: list[str]) -> list[str]:
-        """Return upstream's flags for the whole run."""
+        """Return upstream's flags for the run.
+
+        Args:
+            data: upstream's data flags.
+        """
         own = f"""
         --pipeline-model-parallel-size {self.ranks} --train-iters {self.steps} --lr-decay-iters {self.steps}
         --eval-interval {self.steps // 4} --eval-iters 4 --save-interval {self.steps // 2}
@@ -93,23 +97,23 @@ class Plan:
 
 
 def say(text: str) -> None:
-    """Print a line at once."""
+    """Print a line and flush."""
     print(text, flush=True)
 
 
-def prepare_text(plan: Plan) -> list[str]:
-    """Prepare the standard library's sources (skipped when done) and return upstream's flags that read them."""
+def prepare_text(plan: QuickstartRun) -> list[str]:
+    """Prepare the sources of the standard library, and return upstream's flags that train on them."""
     module = [sys.executable, "-m", "megatron.longseq.data"]
     subprocess.run([*module, "stdlib", "--output", str(plan.corpus)], cwd=ROOT, check=True)
     printed = subprocess.run([*module, "flags", str(plan.corpus)], cwd=ROOT, check=True, capture_output=True, text=True)
     return printed.stdout.split()
 
 
-def train(plan: Plan, data: list[str], until: int) -> None:
-    """Train up to step `until` through the launcher, with one line of progress per logged step.
+def train(plan: QuickstartRun, data: list[str], until: int) -> None:
+    """Train until step `until` through the launcher, and print progress.
 
     Raises:
-        SystemExit: the training failed; the last lines and the log's place are printed.
+        SystemExit: the training failed. The last lines and the path of the log are printed.
     """
     log = plan.folder / "log.txt"
     stop = [] if until == plan.steps else ["--exit-interval", str(until)]
@@ -125,48 +129,48 @@ def train(plan: Plan, data: list[str], until: int) -> None:
             show(line)
     if process.wait() != 0:
         say("".join(tail))
-        raise SystemExit(f"quickstart: the training failed with status {process.returncode}; its whole log: {log}")
+        raise SystemExit(f"quickstart: the training failed with status {process.returncode}; its log: {log}")
 
 
 def show(line: str) -> None:
-    """Print the part of a log line that tells how far the training is."""
+    """Print the part of a log line that shows the progress of the training."""
     if match := STEP.search(line):
         say(f"      step {int(match[1]):4d}/{match[2]}   loss {float(match[3]):.4f}")
     elif match := HELD_OUT.search(line):
-        # The second kind ends a run: the same weights, on the batches that follow those of the first.
+        # At the end of a run, upstream evaluates the same weights again on the batches that follow.
         name = "held-out loss, further batches" if match[2] else "held-out loss"
         say(f"      step {int(match[1]):4d}       {name} {float(match[3]):.4f}")
     elif line.startswith("[rank0]") and (match := STAGES.search(line)):
         say(f"      {match[1].strip(' >.')}")
 
 
-def refuse_other_run(plan: Plan) -> None:
-    """Refuse to mix two runs in one folder.
+def refuse_other_run(plan: QuickstartRun) -> None:
+    """Refuse a folder that holds another run.
 
     Raises:
-        SystemExit: the folder holds a run of another length.
+        SystemExit: the folder holds a run with another number of steps.
     """
     record = plan.folder / "arguments.json"
     steps = json.loads(record.read_text())["train_iters"] if record.exists() else plan.steps
     if steps != plan.steps:
         raise SystemExit(
-            f"quickstart: {plan.folder} holds a run of {steps} steps, and {plan.steps} are asked for: "
+            f"quickstart: {plan.folder} holds a run of {steps} steps, not {plan.steps}: "
             f"give --steps {steps}, another --run-dir, or remove the folder."
         )
 
 
 def count_gpus() -> int:
-    """Return how many GPUs this process may use; the launcher and PyTorch see the same."""
+    """Return the number of GPUs that this process may use, as the launcher counts them."""
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def report(plan: Plan, seconds: float) -> None:
-    """Say what was done, where it lies and what to try next.
+def report(plan: QuickstartRun, seconds: float) -> None:
+    """Print the result, the files and what to try next.
 
     Raises:
-        SystemExit: the loss did not fall clearly: something is wrong with this installation.
+        SystemExit: the loss did not fall clearly, so something is wrong with the installation.
     """
     curves = loss_curve.read(plan.folder / "tensorboard")
     first, last = curves.train[0][1], sum(value for _, value in curves.train[-10:]) / len(curves.train[-10:])
@@ -190,7 +194,7 @@ def report(plan: Plan, seconds: float) -> None:
     say(f"Try next:  {tools}/python -m patches list     (what is patched, and why)")
     say(f"           {tools}/tensorboard --logdir {where}/tensorboard")
     say("           bash scripts/launch.sh --dry-run --nproc 2 -- examples/pretrain_gpt.py YOUR FLAGS")
-    say("           bash scripts/test.sh     (the whole proof)")
+    say("           bash scripts/test.sh     (checks and tests)")
     if last > first - 1.0:
         raise SystemExit(
             f"quickstart: the loss did not fall clearly ({first:.3f} -> {last:.3f}); see {plan.folder / 'log.txt'}"
@@ -198,14 +202,16 @@ def report(plan: Plan, seconds: float) -> None:
 
 
 def main() -> None:
-    """Run every step that is not done yet."""
+    """Run the steps that are not done yet."""
     parser = argparse.ArgumentParser(prog="bash scripts/quickstart.sh", description=__doc__)
     parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "quickstart", help="default: runs/quickstart")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps in all (default {STEPS})")
     args = parser.parse_args()
     if args.steps < 8 or args.steps % 4:
-        parser.error(f"--steps {args.steps}: a multiple of 4, at least 8 (evaluated four times, resumed half-way)")
-    plan = Plan(args.run_dir.resolve(), args.steps, count_gpus())
+        parser.error(
+            f"--steps {args.steps}: give a multiple of 4 of at least 8 (it evaluates four times and resumes half-way)"
+        )
+    plan = QuickstartRun(args.run_dir.resolve(), args.steps, count_gpus())
     refuse_other_run(plan)
     plan.folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Sourced by the run.sh of the examples: a small GPT, trained in several ways from one seed on one text, losses side by
-# side. A script calls `options`, `begin`, then `train` for each way, and `losses`; its arrays FLAGS and, per call, flags
-# of a way come after those here.
+# Sourced by the run.sh scripts of the examples, which train a small GPT in several ways from the same seed and on the same
+# text, and print the losses side by side. A script defines FLAGS, the flags of all its runs. It calls `options`, `begin`,
+# then `train` for each run, and `losses`.
 
 # shellcheck source=scripts/lib/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../scripts/lib/setup.sh"
@@ -20,7 +20,7 @@ TRAINING=(
   --no-masked-softmax-fusion
 )
 
-# options SYSTEM FEWEST WORD... : sets `dir`, `steps` (FEWEST or more) and `words`, what else was given.
+# options SYSTEM FEWEST WORD...: sets `dir`, `steps` (at least FEWEST) and `words`, the other words.
 options() {
   local system=$1 fewest=$2
   dir=runs/$system steps=8 words=() script=examples/$system/run.sh
@@ -34,18 +34,19 @@ options() {
       *) words+=("$1") && shift ;;
     esac
   done
-  if [[ ! $steps =~ ^[1-9][0-9]*$ ]] || ((steps < fewest)); then die "--steps $steps: a whole number from $fewest on" 2; fi
+  if [[ ! $steps =~ ^[1-9][0-9]*$ ]] || ((steps < fewest)); then die "--steps $steps: give a whole number of at least $fewest" 2; fi
   dir=$(realpath -m -- "$dir")
 }
 
 unknown() { die "unknown option $1 (bash $script --help)" 2; }
 
-# begin GPUS NAME... : NAME is a way's folder, which must not be there; sets up, makes the text, chooses CPU or GPUs.
+# begin GPUS NAME...: prepares environment and text, and uses the CPU if there are fewer than GPUS. NAME is the folder of a
+# run, which must not exist.
 begin() {
   local gpus=$1 name corpus
   shift
   for name in "$@"; do
-    [[ ! -e $dir/$name ]] || die "$dir holds a run already: give another --run-dir, or remove it" 2
+    [[ ! -e $dir/$name ]] || die "$dir already holds a run: give another --run-dir, or remove it" 2
   done
   step=0 count=$(($# + 2))
   setup_environment run data
@@ -54,7 +55,7 @@ begin() {
   "$PY" -m megatron.longseq.data stdlib --output runs/data/stdlib
   corpus=$("$PY" -m megatron.longseq.data flags runs/data/stdlib)
   read -ra data <<<"${corpus//$'\n'/ }"
-  if (($(count_gpus) >= gpus)); then # bf16, as flash attention wants it
+  if (($(count_gpus) >= gpus)); then # flash attention requires bf16
     tolerance=2e-2
     TRAINING+=(--bf16)
   else
@@ -65,7 +66,7 @@ begin() {
 
 headline() { say "[$((step += 1))/$count] $1"; }
 
-# train RANKS NAME WHAT FLAG... : through the launcher; the log goes to a file, its end is shown where it fails.
+# train RANKS NAME TITLE FLAG...: trains through the launcher into a log file, and prints the end of it after a failure.
 train() {
   local log=$dir/$2/log.txt
   headline "$3"
@@ -73,14 +74,14 @@ train() {
   if ! bash scripts/launch.sh --local --nproc "$1" --run-dir "$dir/$2" -- examples/pretrain_gpt.py "${MODEL[@]}" \
     "${TRAINING[@]}" --train-iters "$steps" "${FLAGS[@]}" "${data[@]}" "${@:4}" >"$log" 2>&1; then
     tail -n 30 "$log" >&2
-    die "the training failed; its whole log: $log"
+    die "the training failed; its log: $log"
   fi
 }
 
-# losses NAME=LABEL... : ends with status 1 where they differ by more than rounding.
+# losses NAME=LABEL...: prints the losses. The status is 1 if they differ by more than rounding.
 losses() {
   local way logs=()
   for way in "$@"; do logs+=("${way#*=}=$dir/${way%%=*}/log.txt"); done
-  headline "the same losses?"
+  headline "compare the losses"
   "$PY" -m examples.losses "${logs[@]}" --tolerance "$tolerance"
 }

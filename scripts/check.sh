@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The checks that need no run. bash scripts/check.sh [NAME...], all by default:
+# Runs static checks: bash scripts/check.sh [NAME...], all by default.
 #   format, lint    ruff
-#   types           mypy --strict on the planning code
+#   types           mypy --strict on plan/ and on all code that imports neither torch nor upstream
 #   shell           shellcheck on every script
-#   patches         the patch ledger against the installed wheel
+#   patches         compares the patch ledger with the installed wheel
 set -euo pipefail
 # shellcheck source=scripts/lib/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/setup.sh"
@@ -12,23 +12,21 @@ setup_environment run data test dev
 PATH=$(dirname "$PY"):$PATH
 cd "$ROOT"
 
-# Planning code imports neither torch nor upstream: pure, so it can be typed strictly.
-planning_files() {
-  local folder
-  for folder in megatron/longseq patches scripts/lib examples; do
-    [[ -d $folder ]] || continue
-    grep -rLE --include='*.py' '^\s*(import|from) (torch|megatron\.(core|training))\b' "$folder" || true
-  done
+# The files that are typed strictly: the plan/ folders, and all others that import neither torch nor upstream.
+typed_files() {
+  find megatron/longseq -path '*/plan/*.py'
+  grep -rLE --include='*.py' --exclude-dir=plan '^\s*(import|from) (torch|megatron\.(core|training))\b' \
+    megatron/longseq patches scripts/lib examples
 }
 
-# run_check NAME: its output is shown when it fails.
+# run_check NAME: runs a check; the caller shows its output if it fails.
 run_check() {
   local files
   case $1 in
     format) ruff format --check . ;;
     lint) ruff check . ;;
     types)
-      mapfile -t files < <(planning_files)
+      mapfile -t files < <(typed_files)
       "$PY" -m mypy --follow-imports=silent "${files[@]}"
       ;;
     shell)
@@ -36,7 +34,7 @@ run_check() {
       shellcheck --external-sources .ci/run "${files[@]}"
       ;;
     patches) "$PY" -m patches verify ;;
-    *) die "no check is called $1: format, lint, types, shell, patches" 2 ;;
+    *) die "there is no check $1; checks are format, lint, types, shell, patches" 2 ;;
   esac
 }
 
@@ -44,7 +42,7 @@ run_check() {
 failed=()
 for name in "$@"; do
   started=$SECONDS
-  # One red check does not hide the next.
+  # The other checks run even if one fails.
   if output=$(run_check "$name" 2>&1); then
     say "ok      $name ($((SECONDS - started)) s)"
   else

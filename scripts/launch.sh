@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One launcher for laptop, node and slurm: composes torchrun (under srun or docker where asked) and runs it.
+# Launches a training script with torchrun on one machine, several nodes, in a slurm job or in a container.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 # shellcheck source=scripts/lib/log.sh
@@ -29,7 +29,7 @@ main() {
     return
   fi
   record_start
-  # exec: signals to this process reach the training's supervisor, srun, docker or sbatch itself.
+  # exec, so that signals to this process reach the supervisor, srun, docker or sbatch.
   exec env "${SET_ENV[@]}" "${COMMAND[@]}"
 }
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes requirements.lock anew from setup.py (newest versions in its ranges). Needs uv: pip install uv.
+# Writes requirements.lock from the ranges in setup.py, with the newest versions. It needs uv: pip install uv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# The platform changes no pin (the same versions exist for x86_64 and aarch64, 3.12 and 3.13): one plain list is enough.
+# One list is enough, because the same versions exist for x86_64 and aarch64 and for Python 3.12 and 3.13.
 {
   printf '# Every package of the two commands, pinned with hashes. Made by: bash scripts/lock.sh\n'
   uv pip compile setup.py --extra run --extra data --extra test --extra dev --upgrade --quiet --generate-hashes \

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh clone to a trained model: sets up, prepares real text, trains, resumes, reports. See --help.
+# Prepares the environment and text, trains a small GPT, resumes it from a checkpoint and draws the loss. See --help.
 set -euo pipefail
 # shellcheck source=scripts/lib/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/setup.sh"

@@ -21,10 +21,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give all tests of ranks to one worker of pytest-xdist: ranks use both cores, and runs are shared."""
+    """Say which tests one worker of pytest-xdist runs in their order: those of ranks, and those of each other file.
+
+    Ranks use both cores, and their runs and fixtures are shared.
+    """
     for item in items:
-        if "ranks" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("ranks"))
+        group = "ranks" if "ranks" in getattr(item, "fixturenames", ()) else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Upstream's data parallelism on four ranks, and PaRO's in two groups of two: one seed, one text, losses side by side.
+# Trains with upstream's data parallelism on four ranks and with PaRO in two groups of two, and compares the losses.
 #
-#   bash examples/paro/run.sh [--run-dir DIR] [--steps N] [PGO...]        # a few minutes once .venv is there
+#   bash examples/paro/run.sh [--run-dir DIR] [--steps N] [PGO...]        # a few minutes, after .venv exists
 #
-# On CPU ranks, or on four GPUs where there are as many. PGO: NIG IIG GGG. Leaves upstream/ and a folder each in DIR.
+# Uses four GPUs, or CPU ranks if there are fewer. PGO: NIG IIG GGG by default. Writes a folder for each run into DIR.
 set -euo pipefail
 # shellcheck source=examples/side_by_side.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../side_by_side.sh"
@@ -21,7 +21,7 @@ train 4 upstream "upstream's data parallelism, nothing sharded"
 ways=(upstream=upstream)
 for triplet in "${words[@]}"; do
   train 4 "$triplet" "--paro $triplet ${GROUPS_OF_TWO[*]}" --paro "$triplet" "${GROUPS_OF_TWO[@]}"
-  grep -o '> PaRO .*' "$dir/$triplet/log.txt" || die "$dir/$triplet/log.txt does not say that PaRO ran"
+  grep -o '> PaRO .*' "$dir/$triplet/log.txt" || die "$dir/$triplet/log.txt has no line about PaRO"
   ways+=("$triplet=$triplet")
 done
 losses "${ways[@]}"

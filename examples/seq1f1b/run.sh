@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Upstream's 1F1B and Seq1F1B on two pipeline stages, same seed, same text: losses side by side, then what was measured.
+# Trains with upstream's 1F1B and with Seq1F1B on two pipeline stages, compares the losses and draws the measured times.
 #
-#   bash examples/seq1f1b/run.sh [--run-dir DIR] [--steps N]        # a minute or two once .venv is there
+#   bash examples/seq1f1b/run.sh [--run-dir DIR] [--steps N]        # a minute or two, after .venv exists
 #
-# On two CPU cores, or on two GPUs where there are as many. Leaves 1f1b/, seq1f1b/, trace/ and timeline.png in DIR.
+# Uses two GPUs, or CPU ranks if there are fewer. Writes 1f1b/, seq1f1b/, trace/ and timeline.png into DIR.
 set -euo pipefail
 # shellcheck source=examples/side_by_side.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../side_by_side.sh"
@@ -17,4 +17,4 @@ train 2 1f1b "upstream's 1F1B"
 train 2 seq1f1b "Seq1F1B, four segments: --seq1f1b-splits 4" --seq1f1b-splits 4 --pipeline-trace "$dir/trace"
 losses 1f1b=1F1B seq1f1b=Seq1F1B
 "$PY" -m megatron.longseq.pipeline draw --measured "$dir/trace" --output "$dir/timeline.png"
-say "Measured above simulated: $dir/timeline.png"
+say "Measured (above) and simulated times: $dir/timeline.png"

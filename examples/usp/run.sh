@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Upstream on one rank, and the same sequences over four (Ulysses 2 x ring 2): one seed, one text, packed documents.
+# Trains with upstream on one rank and with Ulysses 2 x ring 2 on four, on packed documents, and compares the losses.
 #
-#   bash examples/usp/run.sh [--run-dir DIR] [--steps N]        # about a minute once .venv is there
+#   bash examples/usp/run.sh [--run-dir DIR] [--steps N]        # about a minute, after .venv exists
 #
-# On CPU ranks, or on four GPUs where there are as many. Leaves one/, hybrid/ and segments/ in DIR.
+# Uses four GPUs, or CPU ranks if there are fewer. Writes one/, hybrid/ and segments/ into DIR.
 set -euo pipefail
 # shellcheck source=examples/side_by_side.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../side_by_side.sh"
@@ -19,5 +19,5 @@ options usp 1 "$@"
 begin 4 one hybrid segments
 train 1 one "upstream's own attention, one rank"
 train 4 hybrid "Ulysses 2 x ring 2: ${HYBRID[*]}" "${HYBRID[@]}"
-train 4 segments "the same, in two segments: --seq1f1b-splits 2" "${HYBRID[@]}" --seq1f1b-splits 2
+train 4 segments "the same with two segments: --seq1f1b-splits 2" "${HYBRID[@]}" --seq1f1b-splits 2
 losses "one=one rank" "hybrid=2 x 2" "segments=2 x 2, segments"

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 from megatron.longseq.attention.arguments import add_context_arguments, check_context_numbers
-from megatron.longseq.folders import refuse_unwritable
 from megatron.longseq.pipeline.arguments import add_pipeline_arguments, check_pipeline_numbers
+from megatron.longseq.refusals import refuse_unwritable
 from megatron.longseq.sharding.arguments import add_sharding_arguments, check_sharding_numbers
 
 

@@ -1,7 +1,9 @@
 """Flags that do not go together: one table per reason, one error that lists every match, one table for the docs."""
 
+import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 # flag: (whether the arguments use it, why it cannot be served)
@@ -51,6 +53,26 @@ def refuse_without_effect(args: Namespace, missing: str, **defaults: Any) -> Non
         if value != default:
             given = "" if value is True else f" {value}"
             raise ValueError(f"--{name.replace('_', '-')}{given}: {missing}, so it would change nothing; give both.")
+
+
+def refuse_unwritable(flag: str, folder: Path, advice: str) -> None:
+    """Refuse a folder that this process cannot write to.
+
+    A folder that does not exist is accepted if its nearest existing parent is writable.
+
+    Args:
+        flag: the flag and its value, for the message.
+        folder: the folder to check. It need not exist.
+        advice: what the user should give instead, for the message.
+
+    Raises:
+        ValueError: the folder, or its nearest existing parent, is not a writable folder.
+    """
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"{flag}: {existing} is not a folder that this process can write to; {advice}.")
 
 
 def flags_table(add_arguments: Callable[[ArgumentParser], Any]) -> str:

@@ -65,7 +65,8 @@ def _not_loaded() -> str:
     from megatron.training import get_args
 
     args = get_args()
-    why = "--exit-on-missing-checkpoint: there is none" if args.exit_on_missing_checkpoint else "The lines before this one say why"
+    missing = "--exit-on-missing-checkpoint: there is none" if args.exit_on_missing_checkpoint else ""
+    why = missing or "The lines before this one say why"
     return f"rank {args.rank}: no checkpoint was loaded from --load {args.load}. {why}."
 
 

@@ -3,7 +3,7 @@
 from patches.hooks import FORWARD_BACKWARD, VALIDATE_ARGS
 from patches.record import Callback, Record
 
-_ASKED_FOR = "patches.seq1f1b.schedule:asked_for"
+_ASKED_FOR = "megatron.longseq.pipeline.arguments:wants_our_schedule"
 
 RECORDS: tuple[Record, ...] = ()
 

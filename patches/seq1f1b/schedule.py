@@ -1,4 +1,4 @@
-"""Our pipeline schedules in the place of upstream's forward-backward function, where the flags ask for them."""
+"""Put our pipeline schedules in the place of upstream's forward-backward function."""
 
 import functools
 from argparse import Namespace
@@ -7,23 +7,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from megatron.longseq.pipeline.arguments import check_trace_step, refuse_unserved, wants_our_schedule
+from megatron.longseq.pipeline.arguments import check_trace_step, refuse_unserved
 from patches.engine import session
 from patches.environment import has_one_queue
-from patches.seq1f1b.batches import prove_batches
-from patches.seq1f1b.stages import refuse_stages
-
-
-def asked_for(args: Namespace) -> bool:
-    """Whether the flags ask for a schedule of ours."""
-    return wants_our_schedule(args)
+from patches.seq1f1b.checks import prove_batches, refuse_stages
 
 
 def with_plan(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `validate_args`: then refuse what our schedules cannot serve, and prove the schedules that will run.
+    """Wrap `validate_args`: refuse what our schedules do not support, and validate the schedules of the run.
 
     Raises:
-        ValueError: flags that do not go together, a partition that does not fit, or micro-batches without a schedule.
+        ValueError: flags do not go together, the partition does not fit, or a number of micro-batches has no schedule.
     """
 
     @functools.wraps(original)
@@ -33,8 +27,8 @@ def with_plan(original: Callable[..., Any]) -> Callable[..., Any]:
         refuse_stages(args)
         check_trace_step(args)
         if args.seq1f1b_splits > 1:
-            # TransformerEngine's layers let the backward of their first forward overwrite what fused weight gradients
-            # have added up. Of segments that backward is a micro-batch's last; with this they add in every one.
+            # In TransformerEngine's layers the backward of a micro-batch's first forward overwrites fused weight
+            # gradients. With segments that backward is the last one. This flag makes every backward accumulate.
             args.disable_parameter_transpose_cache = True
         plan = _plan(args)
         warnings = prove_batches(args, plan)
@@ -46,13 +40,13 @@ def with_plan(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_our_schedule(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `get_forward_backward_func`: one runner for all steps of this process."""
+    """Wrap `get_forward_backward_func`: return one `ForwardBackward` for all steps of this process."""
 
     @functools.wraps(original)
     def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
         state = session.SESSION.state
         if "seq1f1b.schedule" not in state:
-            state["seq1f1b.schedule"] = _runner()
+            state["seq1f1b.schedule"] = _forward_backward()
         return state["seq1f1b.schedule"]
 
     return get_forward_backward_func
@@ -66,7 +60,7 @@ def _plan(args: Namespace) -> Any:
     return plan_from_args(args, one_queue=torch.cuda.is_available() and has_one_queue())
 
 
-def _runner() -> Any:
+def _forward_backward() -> Any:
     from megatron.training import get_args
 
     from megatron.longseq.pipeline.forward_backward import ForwardBackward

@@ -1,7 +1,9 @@
-"""Does this interpreter's environment meet setup.py? `python check_env.py ROOT EXTRA...`: status 0, or one message.
+"""Check that the packages of this interpreter meet the requirements of setup.py.
 
-Reads setup.py's own lists (nothing is written twice) and compares them with the installed metadata, without importing
-any of the packages: a tenth of a second. A NVIDIA image's `2.12.0a0+...` counts as 2.12.0.
+    python check_env.py ROOT EXTRA...
+
+The lists are read from setup.py and compared with the installed metadata. No package is imported, so this takes a tenth
+of a second. A pre-release such as `2.12.0a0+...` in NVIDIA's images counts as 2.12.0.
 """
 
 import ast
@@ -13,7 +15,11 @@ MINIMUM = (3, 12)
 
 
 def requirements(setup: Path, extras: list[str]) -> list[str]:
-    """The requirement strings of setup.py for the package and these extras; KeyError for an unknown extra."""
+    """Return the requirement strings of setup.py for the package and the given extras.
+
+    Raises:
+        KeyError: an extra does not exist.
+    """
     for node in ast.walk(ast.parse(setup.read_text())):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setup":
             keywords = {word.arg: word.value for word in node.keywords}
@@ -24,12 +30,12 @@ def requirements(setup: Path, extras: list[str]) -> list[str]:
 
 
 def faults(lines: list[str]) -> list[str]:
-    """One sentence for each requirement that is missing or out of range."""
+    """Return one sentence for each requirement that is missing or out of range."""
     try:
         from packaging.requirements import Requirement
         from packaging.version import Version
     except ImportError:
-        return ["packaging is missing, and with it most likely everything else"]
+        return ["packaging is missing, and probably all other packages too"]
     found = []
     for line in lines:
         need = Requirement(line)
@@ -44,11 +50,11 @@ def faults(lines: list[str]) -> list[str]:
 
 
 def main() -> int:
-    """Print what is wrong and how to mend it to stderr; the status says whether anything is."""
+    """Print what is wrong and how to fix it to stderr. Return 1 if something is wrong, else 0."""
     root, extras = Path(sys.argv[1]), sys.argv[2:]
     if sys.version_info < MINIMUM:
         print(
-            f"error: {sys.executable} is Python {sys.version.split()[0]}; upstream needs 3.12 or newer.",
+            f"error: {sys.executable} is Python {sys.version.split()[0]}; upstream requires 3.12 or newer.",
             file=sys.stderr,
         )
         return 1

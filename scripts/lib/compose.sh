@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by launch.sh: puts the command together in arrays. COMMAND is what runs, SET_ENV what is set for it.
-# shellcheck disable=SC2153,SC2154  # the capitals come from options.sh
+# Sourced by launch.sh: composes the command in the array COMMAND and its environment in SET_ENV.
+# shellcheck disable=SC2153,SC2154  # variables in capitals are set in options.sh
 
 compose() {
   set_environment
@@ -12,7 +12,7 @@ compose() {
   esac
 }
 
-# What the site file says, unless the caller has set it; the checkout on the module path; threads of CPU ranks.
+# Sets the variables of the site file that the caller has not set, the module path, and the threads of CPU ranks.
 set_environment() {
   local pair key threads
   SET_ENV=() KEPT_ENV=()
@@ -32,7 +32,7 @@ set_environment() {
   fi
 }
 
-# node_command RENDEZVOUS... : what each node runs, once.
+# node_command RENDEZVOUS...: sets NODE, the command that runs once on each node.
 node_command() {
   NODE=("$PYTHON_BIN" "$ROOT/scripts/lib/supervise.py" -- "$TORCHRUN" "$@"
     --nproc-per-node "$PER_NODE" --max-restarts 0 --role rank --tee 3 --log-dir "$RUN_DIR/ranks"
@@ -46,7 +46,7 @@ rendezvous() {
 
 compose_local() {
   if ((NODES == 1)); then
-    # The loopback address: a laptop's own host name often resolves to nothing.
+    # The host name of a laptop often does not resolve, so the loopback address is used.
     node_command --standalone --local-addr 127.0.0.1
   else
     rendezvous "$MASTER_ADDR" "${MASTER_PORT:-29500}" longseq
@@ -61,16 +61,16 @@ compose_srun() {
   else
     first=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?}" | head -n 1)
     [[ -n $first ]] || die "scontrol names no host for SLURM_JOB_NODELIST=$SLURM_JOB_NODELIST"
-    # The port follows from the job: two jobs on a node differ, below the range of outgoing ports.
+    # Derived from the job number, so that two jobs on a node use different ports, below the ephemeral range.
     rendezvous "$first" "$((20000 + SLURM_JOB_ID % 10000))" "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
   fi
-  # One task a node that sees all its cores: by default srun binds a single task to one.
+  # One task per node may use all cores. By default srun binds a single task to one core.
   COMMAND=(srun --nodes "$NODES" --ntasks "$NODES" --ntasks-per-node 1 --cpu-bind=none --kill-on-bad-exit=1 --overlap)
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || COMMAND+=(--cpus-per-task "$SLURM_CPUS_PER_TASK")
   COMMAND+=("${NODE[@]}")
 }
 
-# The job calls this launcher again, inside, with the same options.
+# The job calls this launcher again with the same options.
 compose_sbatch() {
   SET_ENV+=("LONGSEQ_ROOT=$ROOT")
   COMMAND=(sbatch --nodes "$NODES" --job-name "$NAME")
@@ -81,7 +81,7 @@ compose_sbatch() {
   COMMAND+=(-- "${SCRIPT[@]}")
 }
 
-# The container runs this launcher again, inside; the shared mounts have the same paths there.
+# The container calls this launcher again. Mounted folders have the same paths inside.
 compose_docker() {
   local folder pair
   COMMAND=(docker run --rm --init --ipc=host --network=host --ulimit memlock=-1 --ulimit stack=67108864

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Sourced after log.sh: how many GPUs a launch on this machine may use.
+# Sourced after log.sh: counts the GPUs that a launch on this machine may use.
 
-# GPUs that nvidia-smi lists, no more than CUDA_VISIBLE_DEVICES names (empty or -1: none, the CPU is used).
+# Prints the number of GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES allows (empty or -1 allows none).
 count_gpus() {
   local listed visible entry count=0
   listed=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced: two ways to speak. Progress goes to stdout; an error goes to stderr, once, and ends the script.
+# Sourced: `say` prints progress to stdout, `die` prints one error to stderr and ends the script.
 
 say() { printf '%s\n' "$*"; }
 

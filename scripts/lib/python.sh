@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# Sourced after log.sh: `find_python` leaves a suitable interpreter in $BASE_PYTHON or ends with one clear message.
+# Sourced after log.sh: `find_python` sets BASE_PYTHON to a suitable interpreter, or ends the script with a message.
 
-# The minor versions that upstream's pinned wheel exists for, the one that the lock was made with first.
+# Minor versions that upstream's wheel exists for, in order of preference.
 SUPPORTED_MINORS=(3.12 3.13)
 
-# Answers VERSION|MISSING MODULE|REAL PATH, on any Python from 2.7 on.
+# Prints VERSION|MISSING MODULE|REAL PATH. It has to run on Python 2.7 too.
 PYTHON_PROBE='
 import sys
 missing = ""
@@ -14,7 +14,7 @@ except ImportError:
     missing = "venv"
 print("%d.%d.%d|%s|%s" % (tuple(sys.version_info[:3]) + (missing, sys.executable)))'
 
-# probe_python CMD -> sets PROBE_VERSION PROBE_PATH PROBE_FAULT (empty: suitable)
+# probe_python COMMAND: sets PROBE_VERSION, PROBE_PATH and PROBE_FAULT, which is empty for a suitable interpreter.
 probe_python() {
   local answer missing
   PROBE_VERSION="" PROBE_PATH=$1 PROBE_FAULT=""
@@ -31,7 +31,7 @@ probe_python() {
   fi
 }
 
-# Every interpreter worth a look: PATH first, then pyenv's version folders, highest first.
+# Prints the interpreters to examine: those on PATH, then pyenv's versions from the highest.
 python_candidates() {
   local name
   for name in python3.14 python3.13 python3.12 python3 python; do type -aP "$name" || true; done
@@ -40,7 +40,7 @@ python_candidates() {
   done | sort -rV
 }
 
-# shellcheck disable=SC2034  # BASE_PYTHON is the answer
+# shellcheck disable=SC2034  # BASE_PYTHON is the result
 find_python() {
   local candidate minor found=() seen=" "
   local -A first=()
@@ -73,8 +73,8 @@ find_python() {
 no_python() {
   local found
   found=$(printf '\n    %s' "${@:-none}")
-  die "no suitable Python: upstream's wheel is made for ${SUPPORTED_MINORS[*]}, and the venv module is needed.
-  looked at (PYTHON=, PATH, pyenv's versions):$found
+  die "no suitable Python: upstream's wheel exists for ${SUPPORTED_MINORS[*]}, and the venv module is required.
+  examined (PYTHON=, PATH, pyenv's versions):$found
   what to do: install one (apt install python3.12-venv, pyenv install 3.12, conda create -n longseq python=3.12)
-  and run this again, or name one: PYTHON=/path/to/python3.12"
+  and run this again, or give one with PYTHON=/path/to/python3.12"
 }

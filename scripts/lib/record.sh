@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# Sourced by launch.sh: the command as text, and the record of a start in the run folder.
-# shellcheck disable=SC2153,SC2154  # the capitals come from options.sh and compose.sh
+# Sourced by launch.sh: prints the command, and records a start in the run folder.
+# shellcheck disable=SC2153,SC2154  # variables in capitals are set in options.sh and compose.sh
 
-# A word as a shell would need it, bare where that is enough.
+# Prints a word with the quotes that a shell needs.
 quoted() {
   if [[ $1 =~ ^[A-Za-z0-9_./:,@%+=-]+$ ]]; then
     printf '%s' "$1"
@@ -11,7 +11,7 @@ quoted() {
   fi
 }
 
-# What --dry-run prints: it can be pasted.
+# Prints the command of --dry-run, which can be pasted into a shell.
 print_command() {
   local word
   printf '# %s: %s node(s), %s rank(s) on each, %s\n' "$MODE" "$NODES" "$PER_NODE" \
@@ -27,16 +27,16 @@ print_command() {
   printf '\n'
 }
 
-# Before the start: command and environment, revision, patches. Each start of a run has its own numbered folder.
+# Writes the command, its environment, the revision and the patches into a numbered folder for this start.
 record_start() {
   local number=0
-  # With sbatch and docker the launcher inside writes the record.
+  # With sbatch and docker, the launcher inside the job or container writes the record.
   [[ $MODE != sbatch ]] || return 0
-  mkdir -p "$RUN_DIR" || die "the run folder $RUN_DIR cannot be made"
+  mkdir -p "$RUN_DIR" || die "the run folder $RUN_DIR cannot be created"
   [[ $MODE != docker ]] || return 0
   say "run folder: $RUN_DIR"
   while ! mkdir "$RUN_DIR/start-$number" 2>/dev/null; do
-    [[ -d $RUN_DIR/start-$number ]] || die "the run folder $RUN_DIR cannot be written"
+    [[ -d $RUN_DIR/start-$number ]] || die "the run folder $RUN_DIR is not writable"
     number=$((number + 1))
   done
   START_DIR=$RUN_DIR/start-$number

@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# Sourced: `setup_environment EXTRA...` leaves in $PY a Python that has what setup.py asks for (with these extras).
-#   VENV=DIR    an existing environment: checked and used as it is, never written to
-#   VENV=none   the Python on PATH, in the same way (container images)
-#   otherwise   .venv in the checkout, made from requirements.lock; its stamp is written last, so that an
-#               environment without one is known to be unfinished and is made again
+# Sourced: `setup_environment EXTRA...` sets PY to a Python that has the packages of setup.py with these extras.
+#   VENV=DIR    an existing environment, which is checked and never changed
+#   VENV=none   the Python on PATH, in the same way (for container images)
+#   otherwise   .venv in the checkout, created from requirements.lock. Its stamp is written last; an environment
+#               without a stamp is incomplete and is created again.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 # shellcheck source=scripts/lib/log.sh
@@ -16,7 +16,7 @@ LOCK=$ROOT/requirements.lock
 STAMP=$VENV_DIR/.complete
 OURS=$VENV_DIR/.made-by-setup
 INSTALL_LOG=$ROOT/.venv-install.log
-# Measured: 5.1 GB installed, 1.4 GB of wheels unpacked from TMPDIR meanwhile.
+# Measured: 5.1 GB installed, and 1.4 GB of wheels in TMPDIR during the installation.
 NEED_VENV_MB=5600
 NEED_TMP_MB=1500
 
@@ -34,11 +34,11 @@ setup_environment() {
 
 existing_environment() {
   if [[ $VENV == none ]]; then
-    PY=$(type -P python3 || type -P python) || die "VENV=none uses the Python on PATH, and there is none."
+    PY=$(type -P python3 || type -P python) || die "VENV=none uses the Python on PATH, but there is none."
     return
   fi
   PY=$VENV/bin/python
-  [[ -x $PY ]] || die "VENV=$VENV has no bin/python: name the folder of an environment (python -m venv made it)."
+  [[ -x $PY ]] || die "VENV=$VENV has no bin/python: give the folder of an environment made by python -m venv."
   PY=$(cd "$VENV/bin" && pwd)/python
 }
 
@@ -48,17 +48,17 @@ lock_key() { printf '%s %s\n' "$(sha256sum <"$LOCK" | cut -d' ' -f1)" "$ROOT"; }
 stamped() { [[ -x $PY && -f $STAMP && $(<"$STAMP") == "$(lock_key)" ]]; }
 stamped_here() { [[ -x $PY && -f $STAMP && $(<"$STAMP") == *" $ROOT" ]]; }
 
-# Under a lock, so that two scripts started at once make one environment.
+# Runs under a file lock, so that two scripts that start together create one environment.
 make_environment() {
   local turn
   exec {turn}<"$LOCK"
   if ! flock -n "$turn"; then
-    say "another set-up of this checkout is at work: waiting for it"
+    say "another script is creating the environment: waiting for it"
     flock "$turn"
     if stamped && check_environment "$PY" "$@" 2>/dev/null; then return; fi
   fi
   if [[ -e $VENV_DIR && ! -e $OURS ]]; then
-    die "$VENV_DIR exists and was not made by these scripts: use it with VENV=$VENV_DIR, or move it away."
+    die "$VENV_DIR exists, but was not created by these scripts: use it with VENV=$VENV_DIR, or move it away."
   fi
   if stamped_here; then
     say "updating $VENV_DIR: it differs from requirements.lock"
@@ -72,8 +72,8 @@ make_environment() {
 create_environment() {
   find_python
   check_disk
-  say "making $VENV_DIR with $BASE_PYTHON (about 5 GB once; log: $INSTALL_LOG)"
-  # A subshell: its exit, however it comes, removes what is not complete.
+  say "creating $VENV_DIR with $BASE_PYTHON (about 5 GB once; log: $INSTALL_LOG)"
+  # The exit of this subshell, for whatever reason, removes an incomplete environment.
   (
     trap '[[ -e $STAMP ]] || rm -rf "$VENV_DIR"' EXIT
     trap 'exit 130' INT TERM HUP
@@ -86,7 +86,7 @@ create_environment() {
   ) || exit 1
 }
 
-# The stamp comes last; an update that fails keeps the old one, so that the next call goes on with it.
+# Writes the stamp last. A failed update keeps the old stamp, so that the next call continues the update.
 install_lock() {
   local pip status=0
   env -u PIP_USER -u PIP_TARGET -u PIP_PREFIX -u PIP_REQUIRE_VIRTUALENV \
@@ -103,7 +103,7 @@ install_lock() {
   say "installed"
 }
 
-# One line every few seconds: how long, how much, and what pip is at.
+# Prints time, size and pip's current step every few seconds.
 show_progress() {
   local start=$SECONDS size
   while kill -0 "$1" 2>/dev/null; do
@@ -129,16 +129,16 @@ explain_pip() {
   if grep -qE 'No space left on device' "$INSTALL_LOG"; then
     printf 'the disk became full during the installation; %s' "about $((NEED_VENV_MB / 1000 + 1)) GB are needed."
   elif grep -qE 'DO NOT MATCH THE HASHES' "$INSTALL_LOG"; then
-    printf 'a downloaded file is not the one that requirements.lock pins (its hash differs): refusing it.'
+    printf 'a downloaded file does not have the hash in requirements.lock, and was refused.'
   elif grep -qE 'from versions: none|Connection refused|NewConnectionError|Name or service|Temporary failure|timed out|Max retries' \
     "$INSTALL_LOG"; then
-    printf 'the package registry cannot be reached, or is an index without these packages.'
-    printf '\n  what to do: check the network or proxy; name a mirror with PIP_INDEX_URL=...; or use an environment'
-    printf '\n  that has the packages already: VENV=/path/to/environment'
+    printf 'the package registry cannot be reached, or does not have these packages.'
+    printf '\n  what to do: check the network or proxy; set a mirror with PIP_INDEX_URL=...; or use an environment'
+    printf '\n  that already has the packages: VENV=/path/to/environment'
   else
     printf 'pip could not install requirements.lock.'
   fi
-  printf '\n  pip said: %s\n  whole log: %s' "${last:-nothing}" "$INSTALL_LOG"
+  printf '\n  pip said: %s\n  log: %s' "${last:-nothing}" "$INSTALL_LOG"
 }
 
 free_mb() { df -Pm "$1" | awk 'NR == 2 {print $4}'; }
@@ -149,7 +149,7 @@ need_disk() {
   local free
   free=$(free_mb "$1")
   ((free >= $2)) || die "not enough disk in $1: $2 MB are needed for $3, $free MB are free.
-  what to do: make room${4:-}, or use an existing environment: VENV=/path/to/environment"
+  what to do: free some space${4:-}, or use an existing environment: VENV=/path/to/environment"
 }
 
 check_disk() {
@@ -158,6 +158,6 @@ check_disk() {
     need_disk "$ROOT" $((NEED_VENV_MB + NEED_TMP_MB)) "the environment and the downloads"
   else
     need_disk "$ROOT" "$NEED_VENV_MB" "the environment"
-    need_disk "$tmp" "$NEED_TMP_MB" "the downloads" ", name another folder with TMPDIR="
+    need_disk "$tmp" "$NEED_TMP_MB" "the downloads" ", set another folder with TMPDIR="
   fi
 }

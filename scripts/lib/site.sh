@@ -1,15 +1,15 @@
 # shellcheck shell=bash
 # Sourced after log.sh: `read_site FILE` appends a site file's settings to the array SITE_ENV as KEY=VALUE.
-# A site file is data: it is never sourced, nothing in it is expanded. One KEY=VALUE a line, the value as it stands;
-# empty lines and lines that begin with # are skipped. Anything else is refused with its line number.
+# A site file is never sourced, and nothing in it is expanded. It holds one KEY=VALUE per line, with the value as it is.
+# Empty lines and lines that begin with # are skipped. Anything else is refused with its line number.
 
-# The launcher and torchrun own these.
+# Variables that the launcher and torchrun set.
 SITE_OWNED=" PATH PYTHONPATH RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT "
 
-# shellcheck disable=SC2034  # SITE_ENV is the answer
+# shellcheck disable=SC2034  # SITE_ENV is the result
 read_site() {
   local file=$1 line number=0 key value seen=" "
-  [[ -r $file ]] || die "site file $file cannot be read; the ones that come with the project: scripts/sites/*.env" 2
+  [[ -r $file ]] || die "site file $file cannot be read; examples are scripts/sites/*.env" 2
   while IFS= read -r line || [[ -n $line ]]; do
     number=$((number + 1))
     line=${line%$'\r'}
@@ -17,10 +17,10 @@ read_site() {
     [[ $line =~ ^([A-Za-z_][A-Za-z0-9_]*)=(.*)$ ]] ||
       die "$file:$number: not KEY=VALUE (no export, no spaces around =): $line" 2
     key=${BASH_REMATCH[1]} value=${BASH_REMATCH[2]}
-    [[ $SITE_OWNED != *" $key "* ]] || die "$file:$number: $key is set by the launcher itself; take it out" 2
+    [[ $SITE_OWNED != *" $key "* ]] || die "$file:$number: $key is set by the launcher; remove it" 2
     [[ $seen != *" $key "* ]] || die "$file:$number: $key is set a second time" 2
     [[ $value != [\"\']* && $value != *' #'* && $value != *[[:space:]] && $value != *'$'* ]] ||
-      die "$file:$number: the value is taken as it stands: no quotes, no \$, no comment or blank after it: $line" 2
+      die "$file:$number: the value is used as it is: no quotes, no \$, no comment or space after it: $line" 2
     seen+="$key "
     SITE_ENV+=("$key=$value")
   done <"$file"

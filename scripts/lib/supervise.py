@@ -1,16 +1,17 @@
-"""Runs torchrun on one node: names the rank that died, forwards signals, leaves no process behind.
+"""Run torchrun on one node, name the rank that died, forward signals, and leave no process behind.
 
     python supervise.py -- torchrun ARGS...
 
-torchrun's own report is a table of every rank that did not end well: those that it stopped itself stand in it, also the
-ones it had to kill, and the first by timestamp (whole seconds) can be a survivor whose peer vanished. This leaves out
-the stopped ones, picks the rank that was killed from outside if one was, and says so in one line.
+torchrun reports a table of all ranks that failed. It includes ranks that torchrun stopped itself, and the first one by
+timestamp (in whole seconds) may be a survivor that lost its peer. This script leaves out the stopped ranks, prefers a
+rank that was killed from outside, and names the culprit in one line.
 
-Signals: TERM, INT and HUP go to torchrun, which stops the ranks (a second one kills everything at once). USR1 means
-"save and stop": the ranks alone get TERM, which upstream's --exit-signal-handler answers with a checkpoint and
-status 0; torchrun would follow a TERM of its own with KILL after 30 seconds, too short for a large checkpoint.
+TERM, INT and HUP are forwarded to torchrun, which stops the ranks. A second signal kills everything at once. USR1 means
+"save and stop": only the ranks get TERM, and with upstream's --exit-signal-handler they save a checkpoint and exit with
+status 0. torchrun is left out, because it would kill the ranks 30 seconds after a TERM, before a large checkpoint is
+complete.
 
-Standard library only, Linux only: it starts in milliseconds and lives as long as the training.
+It uses only the standard library, so that it starts in milliseconds, and runs only on Linux.
 """
 
 import ctypes
@@ -33,10 +34,10 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 GRACE_S = 3.0
 
-# Signals that come from outside or from a crash; -6 is not among them: NCCL's watchdog aborts the survivors with it.
+# Signals that come from outside, then those of a crash. SIGABRT is left out, because NCCL's watchdog aborts survivors.
 SUSPECTS = ((signal.SIGKILL,), (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE))
 HINTS = {
-    signal.SIGKILL: "killed from outside, or by the kernel when the machine's memory was full (dmesg tells)",
+    signal.SIGKILL: "killed from outside, or by the kernel because memory ran out (see dmesg)",
     signal.SIGSEGV: "a crash in native code",
     signal.SIGBUS: "often a full /dev/shm (docker: --ipc=host or a larger --shm-size)",
 }
@@ -48,7 +49,15 @@ RANK_LINE = re.compile(r"^\[rank(\d+)\]:(.*)$")
 
 @dataclass(slots=True)
 class Failure:
-    """One entry of torchrun's table."""
+    """One entry of torchrun's table.
+
+    Attributes:
+        rank: global rank.
+        pid: process id.
+        exitcode: exit status, or the negative number of the signal that ended the process.
+        root: whether torchrun lists it as the root cause.
+        stopped: whether torchrun stopped the process itself.
+    """
 
     rank: int
     pid: int
@@ -58,20 +67,20 @@ class Failure:
 
     @property
     def signum(self) -> int:
-        """The signal that ended the rank, 0 for an exit code."""
+        """Return the signal that ended the rank, or 0 if it exited."""
         return -self.exitcode if self.exitcode < 0 else 0
 
 
 def parse_failures(lines: Iterable[str]) -> list[Failure]:
-    """The entries of torchrun's failure table (an empty list: it printed none)."""
+    """Return the entries of torchrun's failure table, or an empty list if it printed none."""
     found: list[Failure] = []
     stopped: set[int] = set()
     rank = -1
     root = False
     for line in lines:
         root = root or line.startswith("Root Cause")
-        if told := STOPPED.search(line):
-            stopped.add(int(told[1]))
+        if sent := STOPPED.search(line):
+            stopped.add(int(sent[1]))
         if not (match := FIELD.match(line)):
             continue
         if match[1] == "rank":
@@ -83,7 +92,11 @@ def parse_failures(lines: Iterable[str]) -> list[Failure]:
 
 
 def culprit(failures: list[Failure]) -> Failure | None:
-    """The rank to blame: killed before crashed before whatever torchrun saw first, and none that it stopped."""
+    """Return the rank that caused the failure.
+
+    A rank that was killed from outside comes first, then one that crashed, then the one that torchrun saw first. Ranks
+    that torchrun stopped are left out.
+    """
     own = [failure for failure in failures if not failure.stopped] or failures
     for signals in SUSPECTS:
         for failure in own:
@@ -93,7 +106,7 @@ def culprit(failures: list[Failure]) -> Failure | None:
 
 
 def verdict(failures: list[Failure], last_words: dict[int, str], status: int) -> str:
-    """One line (two with the rank's last words) for the end of the log."""
+    """Return the message for the end of the log: one line, or two with the last line that the rank printed."""
     blamed = culprit(failures)
     if blamed is None:
         return f"torchrun ended with status {status} and named no rank: see the lines above"
@@ -110,31 +123,32 @@ def verdict(failures: list[Failure], last_words: dict[int, str], status: int) ->
     return f"{text}\n  its last words: {words}" if words and not blamed.signum else text
 
 
-# Processes -----------------------------------------------------------------------------------------------------------
-
-
 def prctl(option: int, value: int) -> None:
-    """Linux's prctl(2); OSError when it refuses."""
+    """Call prctl(2).
+
+    Raises:
+        OSError: the call failed.
+    """
     if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
 
 
 def parents() -> dict[int, int]:
-    """pid -> parent's pid of every live process (zombies left out)."""
+    """Return the parent's pid of every running process by its pid, without zombies."""
     table = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
             except (OSError, ValueError):
-                continue  # ended while we looked
+                continue  # the process ended meanwhile
             if state != "Z":
                 table[int(entry.name)] = int(parent)
     return table
 
 
 def descendants(root: int) -> list[int]:
-    """All live processes below `root`."""
+    """Return all running processes below `root`."""
     table = parents()
     found: list[int] = []
     layer = {root}
@@ -145,7 +159,7 @@ def descendants(root: int) -> list[int]:
 
 
 def is_rank(pid: int) -> bool:
-    """Did torchrun start this process as a rank (and not a rank its helpers)?"""
+    """Return whether torchrun started this process as a rank. Helpers that a rank starts do not count."""
     try:
         return b"\0LOCAL_RANK=" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
@@ -153,7 +167,7 @@ def is_rank(pid: int) -> bool:
 
 
 def send(pids: Iterable[int], signum: int) -> None:
-    """Signal each; those that have ended meanwhile are no error."""
+    """Send a signal to each process. Processes that have ended are ignored."""
     for pid in pids:
         try:
             os.kill(pid, signum)
@@ -162,7 +176,7 @@ def send(pids: Iterable[int], signum: int) -> None:
 
 
 def reap() -> None:
-    """Collect ended children (orphans come to us: we are their subreaper)."""
+    """Collect ended children. Orphans are children of this process, because it is their subreaper."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
@@ -171,7 +185,11 @@ def reap() -> None:
 
 
 def sweep() -> tuple[int, list[int]]:
-    """End every process still below us, gently and then not; how many there were, and those that would not go."""
+    """End every process below this one, with TERM and then with KILL.
+
+    Returns:
+        The number of processes found, and the pids of those that could not be killed.
+    """
     left = descendants(os.getpid())
     count = len(left)
     send(left, signal.SIGTERM)
@@ -185,19 +203,21 @@ def sweep() -> tuple[int, list[int]]:
     return count, left
 
 
-# The supervisor ------------------------------------------------------------------------------------------------------
-
-
 class Supervisor:
-    """One torchrun, from start to the last of its processes."""
+    """Start torchrun and supervise it until its last process has ended.
+
+    Args:
+        command: torchrun's command line.
+    """
 
     def __init__(self, command: list[str]) -> None:
         prctl(PR_SET_CHILD_SUBREAPER, 1)
         self.stopping = 0
         self.lines: deque[str] = deque(maxlen=2000)
         self.last_words: dict[int, str] = {}
-        # Its own session: a terminal's Ctrl-C or a scheduler's signal reaches us alone, and we pass it on once.
-        # Should we be killed ourselves, the kernel ends torchrun, and torchrun its ranks. No thread runs yet.
+        # torchrun gets its own session, so that Ctrl-C and a scheduler's signals reach only this process, which
+        # forwards them once. If this process is killed, the kernel ends torchrun, and torchrun ends its ranks.
+        # preexec_fn is safe, because no thread runs yet.
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -210,34 +230,36 @@ class Supervisor:
         signal.signal(signal.SIGUSR1, self.save_and_stop)
 
     def stop(self, signum: int, _frame: FrameType | None) -> None:
-        """First time: torchrun stops the ranks. Second time: everything is killed now."""
+        """Let torchrun stop the ranks. At the second call, kill everything at once."""
         if self.stopping:
             send(descendants(os.getpid()), signal.SIGKILL)
             return
         self.stopping = signum
-        note(f"signal {signum} ({signal.Signals(signum).name}): stopping every rank (again: kill at once)")
+        note(
+            f"signal {signum} ({signal.Signals(signum).name}): stopping all ranks (a second signal kills them at once)"
+        )
         send([self.process.pid], signal.SIGTERM)
 
     def save_and_stop(self, _signum: int, _frame: FrameType | None) -> None:
-        """Pass "save and stop" to the ranks, past torchrun."""
+        """Ask the ranks to save and stop, without torchrun."""
         ranks = [pid for pid, parent in parents().items() if parent == self.process.pid and is_rank(pid)]
         note(f"SIGUSR1: asking {len(ranks)} rank(s) to save and stop (upstream's --exit-signal-handler)")
         send(ranks, signal.SIGTERM)
 
     def read(self, stream: BinaryIO) -> None:
-        """Show torchrun's stderr as it comes, and keep what the verdict needs."""
+        """Forward torchrun's stderr, and keep the lines that the final message needs."""
         for raw in stream:
             sys.stderr.buffer.write(raw)
             sys.stderr.buffer.flush()
             line = raw.decode(errors="replace").rstrip("\n")
-            spoken = RANK_LINE.match(line)
-            if spoken is None:
+            match = RANK_LINE.match(line)
+            if match is None:
                 self.lines.append(line)
-            elif spoken[2].strip():
-                self.last_words[int(spoken[1])] = spoken[2].strip()
+            elif match[2].strip():
+                self.last_words[int(match[1])] = match[2].strip()
 
     def run(self) -> int:
-        """Wait for the end, clean up, speak the verdict; returns the status to exit with."""
+        """Wait until torchrun ends, end what is left, print the final message and return the exit status."""
         assert self.process.stderr is not None
         reader = threading.Thread(target=self.read, args=(self.process.stderr,), daemon=True)
         reader.start()
@@ -259,12 +281,12 @@ class Supervisor:
 
 
 def note(text: str) -> None:
-    """Say it on stderr, marked as ours."""
+    """Print a line to stderr that is marked as the launcher's."""
     print(f"launch: {text}", file=sys.stderr, flush=True)
 
 
 def main() -> int:
-    """Entry: everything after `--` is torchrun's command line."""
+    """Run the command after `--` and return its exit status."""
     if len(sys.argv) < 3 or sys.argv[1] != "--":
         print("usage: supervise.py -- torchrun ARGS...", file=sys.stderr)
         return 2

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from megatron.longseq.sharding.plan.collectives import CollectivesMode
-from megatron.longseq.sharding.plan.comm_volume import Bucket
 from megatron.longseq.sharding.plan.memory import Widths
 from tests.benchmarks.calls import Seen, watching
 from tests.benchmarks.twonodes import Bed
+from tests.bucket_volume import Bucket, describe_buckets
 
 WARM = 2  # steps before those that count: the first allocates, and what one leaves to the next is there from then on
 WIDTHS = Widths(param=4, grad=4, optimizer=12, grad_wire=4)  # float32 throughout
@@ -134,8 +134,8 @@ def _watched(train_step: Callable[..., Any], found: Trained, seen: Seen) -> Call
 
 
 def _buckets(chunk: Any) -> list[Bucket]:
-    if hasattr(chunk, "describe_buckets"):  # ours
-        return list(chunk.describe_buckets())
+    if hasattr(chunk, "gather_hooks"):  # ours
+        return describe_buckets(chunk)
     return [Bucket(bucket.grad_data.numel()) for buffer in chunk.buffers for bucket in buffer.buckets]
 
 

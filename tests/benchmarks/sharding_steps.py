@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron.longseq.sharding.plan.collectives import CollectivesMode
-from megatron.longseq.sharding.plan.comm_volume import bucket_volume
 from megatron.longseq.sharding.plan.memory import Model
 from megatron.longseq.sharding.plan.rank_groups import RankGroups
 from megatron.longseq.sharding.plan.strategy import Strategy
 from megatron.longseq.sharding.plan.time_model import ComputeTime, LinkSpeeds, TrainingJob, predict
 from tests.benchmarks.calls import Seen
 from tests.benchmarks.sharding_arms import WIDTHS, Result
+from tests.bucket_volume import bucket_volume
 
 RATIOS = {
     "iig_over_ggg": ("IIG overlapped", "GGG flat"),

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from megatron.longseq.sharding.plan.collectives import Scope
-from megatron.longseq.sharding.plan.comm_volume import Bucket, CommVolume
+from megatron.longseq.sharding.plan.comm_volume import CommVolume
 from megatron.longseq.sharding.plan.memory import Widths
 from megatron.longseq.sharding.plan.rank_groups import RankGroups
+from tests.bucket_volume import Bucket, describe_buckets
 from tests.distributed.flags import PP2, TP2, flags
 from tests.pool import RankPool
 from tests.regression.arm import _early_end
@@ -163,7 +164,7 @@ def _introduce(seen: Seen, model: list[Any]) -> None:
 
     seen.member = model[0].sharding.member
     seen.widths = widths(get_args())
-    seen.buckets = [bucket for chunk in model for bucket in chunk.describe_buckets()]
+    seen.buckets = [bucket for chunk in model for bucket in describe_buckets(chunk)]
     seen.numel = sum(param.numel() for chunk in model for param in chunk.parameters() if param.requires_grad)
     seen.all = sum(param.numel() for chunk in model for param in chunk.parameters())
 

@@ -59,12 +59,12 @@ def test_validation_losses_are_upstreams(
 
 
 def test_evaluations_leave_memory_as_it_is(ranks: RankPool) -> None:
-    """Keys and values of one micro-batch at a time, 20 times over; training's buffers are not needed again."""
-    base = flags(TINY, PP2, K3, "--eval-iters 20 --eval-interval 2 --train-iters 2 --global-batch-size 4")
+    """Keys and values of one micro-batch at a time, five times over; training's buffers are not needed again."""
+    base = flags(TINY, PP2, K3, "--eval-iters 5 --eval-interval 2 --train-iters 2 --global-batch-size 4")
     for notes in run_probed(ranks, "O", 2, base, f"{PROBES}:store_bytes"):
         trained = [totals for evaluates, totals in notes if not evaluates]
         evaluated = [totals for evaluates, totals in notes if evaluates]
-        assert len(trained) == 2 and len(evaluated) == 60  # after step 2, and of validation and test at the end
+        assert len(trained) == 2 and len(evaluated) == 15  # after step 2, and of validation and test at the end
         assert all(held == 0 for held, *_ in trained + evaluated)
         assert len(set(evaluated)) == 1 and evaluated[0] == trained[1]
 

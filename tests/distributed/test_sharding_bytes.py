@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from megatron.longseq.sharding.plan.comm_volume import CommVolume, bucket_volume
+from megatron.longseq.sharding.plan.comm_volume import CommVolume
 from megatron.longseq.sharding.plan.strategy import Strategy
 from megatron.longseq.sharding.runtime.collectives import Region
+from tests.bucket_volume import bucket_volume
 from tests.distributed.sharding_bed import CASES, MORE, STEPS, Seen, groups_of, train
 from tests.pool import RankPool
 from tests.regression.planted import Planted, wrapped

@@ -25,7 +25,7 @@ PARO = "--paro IIG --paro-group-size 1 --overlap-grad-reduce --overlap-param-gat
             "upstream's distributed optimizer, DP 2, TP 1, PP 1, with .* as dp_reshardable",
         ),
         pytest.param(
-            *("", "upstream's plain optimizer, DP 2, TP 1, PP 1, with optimizer states whole on every rank"),
+            *("", "upstream's plain optimizer, DP 2, TP 1, PP 1, with optimizer states in full on every rank"),
             marks=pytest.mark.slow,
         ),
     ],
@@ -49,7 +49,7 @@ def test_states_that_upstream_has_mixed_up_are_refused(ranks: RankPool, tmp_path
     right, wrong = (logical_tensors(folder / "iter_0000001") for folder in (one, several))
     mixed_up = [name for name in right if (right[name] - wrong[name]).norm() > 0.01 * right[name].norm()]
     assert mixed_up and all(name.startswith("optimizer.state.") for name in mixed_up)
-    message = r"optimizer states of .* are not of the weights in the same checkpoint: .*issue 504"
+    message = r"optimizer states of .* do not belong to the weights in the same checkpoint: .*issue 504"
     with pytest.raises(RankFailure, match=message):
         run_arm(ranks, "O", 2, [*flags(MORE, PARO), "--load", str(several)], float64=True)
 

@@ -1,4 +1,4 @@
-"""One training run on a pool of ranks: arm U (upstream's wheel) or arm O (ours), recorded step by step."""
+"""Train arm U (upstream) or arm O (this project) on a pool of ranks, and record every step."""
 
 import dataclasses
 import importlib
@@ -26,12 +26,12 @@ class Run:
 
     Attributes:
         curve: one record per step, joined over the ranks.
-        folder: where its checkpoints lie (`iter_NNNNNNN`).
-        food: the batches of every step, when they were asked for.
-        header: what ran: versions, patches applied and their digest.
-        snapshots: weights and optimizer states after the iterations that were asked for.
-        planted: how often the mutant acted, over all ranks.
-        seconds: wall clock of the run.
+        folder: folder of its checkpoints (`iter_NNNNNNN`).
+        food: the batches of every step, if requested.
+        header: versions, applied patches and their digest.
+        snapshots: weights and optimizer states after the requested iterations.
+        planted: how often the planted error acted, summed over all ranks.
+        seconds: wall-clock time of the run.
     """
 
     curve: list[Step]
@@ -44,13 +44,13 @@ class Run:
 
     def checkpoint(self, iteration: int) -> Path:
         """Return the folder of the checkpoint after `iteration` steps."""
-        assert self.folder is not None, "this run was told to save nothing"
+        assert self.folder is not None, "this run saves no checkpoints"
         return self.folder / f"iter_{iteration:07d}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What one rank is told to do; the fields are those of `run_arm`."""
+    """The task of one rank. The fields are the arguments of `run_arm`."""
 
     arm: Arm
     flags: tuple[str, ...]
@@ -62,7 +62,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one rank brings back: see `Run`."""
+    """The result of one rank, see `Run`."""
 
     steps: list[Step]
     food: list[list[Food]]
@@ -84,23 +84,24 @@ def run_arm(
     snapshots: tuple[int, ...] = (),
     timeout: float = 400.0,
 ) -> Run:
-    """Train through `pretrain` on `world_size` ranks and return the run.
+    """Train with `pretrain` on `world_size` ranks.
 
     Args:
-        pool: where the ranks come from.
-        arm: U runs the wheel with the cpu and local patches alone; O opens the whole ledger.
-        world_size: ranks.
-        flags: upstream's and (arm O) our command-line flags.
-        folder: checkpoints are written here, when the flags say (`--save-interval`) and at the end; None: nowhere.
+        pool: provides the ranks.
+        arm: U applies the cpu and local patches only, O applies all patches that the flags select.
+        world_size: number of ranks.
+        flags: command-line flags of upstream and, in arm O, of this project.
+        folder: folder for checkpoints, which are written as `--save-interval` says and at the end. None saves nothing.
         float64: run in double precision.
-        mutant: `module:function` of a planted error (a context manager), to prove that the comparison sees it.
-        keep_food: return the batches too.
-        snapshots: iterations after which weights and optimizer states are kept; a loaded checkpoint's: as loaded.
-        timeout: seconds.
+        mutant: `module:function` of a planted error, which is a context manager.
+        keep_food: also return the batches.
+        snapshots: iterations after which weights and optimizer states are kept. The iteration of a loaded checkpoint
+            gives its state as loaded.
+        timeout: in seconds.
 
     Raises:
-        RankFailure: a rank raised, died or hung.
-        Torn: ranks disagree on a number that all of them must share.
+        RankFailure: a rank raised an exception, died or hung.
+        Torn: ranks disagree on a value that all must share.
     """
     start = time.monotonic()
     if folder is not None:
@@ -120,7 +121,7 @@ def run_arm(
 
 @contextmanager
 def patched(arm: Arm) -> Iterator[Any]:
-    """Open the ledger as the arm has it; yields what was applied."""
+    """Apply the patches of an arm, and yield what was applied."""
     import patches
     from patches import ledger
     from patches.engine import session
@@ -134,7 +135,7 @@ def patched(arm: Arm) -> Iterator[Any]:
 
 
 def train_on_this_rank(job: Job) -> Result:
-    """Run in a rank of the pool."""
+    """Train on one rank of the pool."""
     recorder = Recorder(job.keep_food, job.snapshots)
     sys.argv = ["pretrain_gpt.py", *job.flags]
     with ExitStack() as stack:
@@ -163,7 +164,7 @@ def _mutant(place: str) -> Any:
 
 @contextmanager
 def _early_end() -> Iterator[None]:
-    """Upstream leaves through `sys.exit` after `--exit-interval`; that is a good end here."""
+    """Treat the `sys.exit(0)` with which upstream ends after `--exit-interval` as a normal end."""
     try:
         yield
     except SystemExit as end:
@@ -173,9 +174,9 @@ def _early_end() -> Iterator[None]:
 
 @contextmanager
 def _write_results_in_this_process() -> Iterator[None]:
-    """Give upstream's checkpoint writer, which hands results to the process that it runs in, a queue of this process.
+    """Give upstream's checkpoint writer a queue of this process for its results.
 
-    It would start another Python on every rank for that queue, which takes longer than the whole run.
+    Upstream would start another Python process on every rank for the queue, which takes longer than the whole run.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async as writer
 
@@ -193,9 +194,7 @@ def _header(arm: Arm) -> dict[str, Any]:
     applied = sorted(SESSION.hashes)
     foreign = [name for name in applied if not name.startswith(("cpu.", "local."))]
     if arm == "U" and foreign:
-        raise RuntimeError(
-            f"arm U is upstream alone, but {', '.join(foreign)} is applied: the arms are not what they say"
-        )
+        raise RuntimeError(f"arm U must be upstream alone, but the patches {', '.join(foreign)} are applied")
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),

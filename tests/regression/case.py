@@ -1,4 +1,4 @@
-"""A case: one file that says what is trained in arm U and in arm O, and how equal the two have to be."""
+"""Read case files. A case says what arm U and arm O train, and how equal they have to be."""
 
 import shlex
 import tomllib
@@ -14,19 +14,24 @@ ARITHMETIC = {"float64": (), "float32": (), "bf16": ("--bf16",)}
 CLASSES = {"E0": ("float64", "float32", "bf16"), "E1": ("float64", "float32"), "E2": ("bf16",)}
 KEYS = {"proves", "model", "flags", "steps", "arithmetic", "class", "oracle", "learns", "mutants", "seeds", "floor"}
 REQUIRED = {"proves", "model", "arithmetic", "class", "learns", "U", "O"}
-FEWEST_STEPS = 6  # those that a mutant runs
+FEWEST_STEPS = 6  # number of steps of a run with a planted error
 ARM_KEYS = {"arm", "world", "flags", "resume_at", "again"}
 
 
 class CaseError(ValueError):
-    """A case file that cannot be read; the message names the file and the key."""
+    """A case file is malformed. The message names the file and the key."""
 
 
 @dataclass(frozen=True)
 class ArmPlan:
-    """How one arm runs: which code (U or O), on how many ranks, with which flags; `resume_at`: stop there and go on.
+    """How one arm runs.
 
-    `again` makes an equal plan a run of its own, where runs would be shared otherwise.
+    Attributes:
+        arm: U for upstream, O for this project.
+        world: number of ranks.
+        flags: flags after those of the model and the case.
+        resume_at: step after which the run saves, stops and is resumed.
+        again: run again even if an equal run exists.
     """
 
     arm: Literal["U", "O"]
@@ -38,7 +43,7 @@ class ArmPlan:
 
 @dataclass(frozen=True)
 class Case:
-    """See docs/regression.md for the keys of a case file."""
+    """One case. docs/regression.md describes the keys of a case file."""
 
     name: str
     proves: str
@@ -77,7 +82,7 @@ def read_case(path: Path, models: Mapping[str, Any]) -> Case:
     """Read one case file.
 
     Raises:
-        CaseError: no TOML, an unknown or missing key, or a value that no case can have.
+        CaseError: the file is not TOML, a key is unknown or missing, or a value is not allowed.
     """
     try:
         table = tomllib.loads(path.read_text("utf-8"))
@@ -112,21 +117,25 @@ def _check(path: Path, table: Mapping[str, Any], models: Mapping[str, Any]) -> N
             raise CaseError(f"{path}: {key} is {table[key]!r}; choose one of {', '.join(known)}")
     strange = set(table.get("mutants", ())) - set(MUTANTS)
     if strange:
-        raise CaseError(f"{path}: no mutant {', '.join(sorted(strange))}; there are {', '.join(MUTANTS)}")
+        raise CaseError(
+            f"{path}: there is no planted error {', '.join(sorted(strange))}; known are {', '.join(MUTANTS)}"
+        )
     if table["arithmetic"] not in CLASSES[table["class"]]:
-        raise CaseError(f"{path}: class {table['class']} is for {', '.join(CLASSES[table['class']])}")
+        raise CaseError(
+            f"{path}: class {table['class']} requires the arithmetic {' or '.join(CLASSES[table['class']])}"
+        )
     noisy = table["class"] != "E0" and table["arithmetic"] != "float64"
     if noisy != bool(table.get("floor")):
         raise CaseError(
-            f"{path}: [[floor]] (U in another order of summation) goes with E1 float32 and E2, and with these alone"
+            f"{path}: [[floor]] (U in another order of summation) is for E1 float32 and E2, and required there"
         )
     if table.get("oracle") and table["arithmetic"] != "float64":
         raise CaseError(f"{path}: the oracle computes in float64; this case is {table['arithmetic']}")
     steps = table.get("steps", 20)
     if not isinstance(steps, int) or steps <= FEWEST_STEPS:
-        raise CaseError(f"{path}: steps is {steps!r}; a curve has more than {FEWEST_STEPS}")
+        raise CaseError(f"{path}: steps is {steps!r}; give a whole number above {FEWEST_STEPS}")
     if not table["learns"] > 0:
-        raise CaseError(f"{path}: learns is {table['learns']}; say by how much the loss must fall, more than 0")
+        raise CaseError(f"{path}: learns is {table['learns']}; give the amount by which the loss must fall, above 0")
 
 
 def _plan(path: Path, name: Literal["U", "O"], table: Mapping[str, Any]) -> ArmPlan:
@@ -137,7 +146,7 @@ def _plan(path: Path, name: Literal["U", "O"], table: Mapping[str, Any]) -> ArmP
     if arm not in ("U", "O"):
         raise CaseError(f"{path}: arm is {arm!r} in [{name}]; choose U or O")
     if not isinstance(world, int) or world < 1:
-        raise CaseError(f"{path}: world is {world!r} in [{name}]; it is a number of ranks")
+        raise CaseError(f"{path}: world is {world!r} in [{name}]; give a number of ranks")
     return ArmPlan(
         arm=arm,
         world=world,

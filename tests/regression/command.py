@@ -1,4 +1,4 @@
-"""`python -m tests.regression [--list] [--out DIR] [CASE ...]`: run cases and their mutants; 0 if all is well."""
+"""Run regression cases and their planted errors. The exit status is 0 if all are as expected."""
 
 import argparse
 import json
@@ -15,11 +15,17 @@ from tests.regression.suite import Outcome, Suite
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line, run, print one JSON object as the last line; 0 passed, 1 failed, 2 refused."""
+    """Run the command and print a JSON object as the last line.
+
+    Returns:
+        0 if all cases passed and all planted errors were detected, 1 if not, 2 for a wrong command line.
+    """
     parser = argparse.ArgumentParser(prog="python -m tests.regression", description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help="names of cases (default: all)")
-    parser.add_argument("--list", action="store_true", help="print the cases and what each proves")
-    parser.add_argument("--out", type=Path, default=Path("runs/regression"), help="folder of curves, reports, pictures")
+    parser.add_argument("--list", action="store_true", help="print the cases, and what each one shows")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/regression"), help="folder for curves, reports and pictures"
+    )
     parser.add_argument("--no-mutants", action="store_true", help="leave the planted errors out")
     args = parser.parse_intermixed_args(argv)
     try:
@@ -44,19 +50,19 @@ def chosen(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
     """Return the named cases, or all.
 
     Raises:
-        CaseError: there is no case of that name.
+        CaseError: a case does not exist.
     """
     unknown = set(names) - {case.name for case in cases}
     if unknown:
         known = ", ".join(case.name for case in cases)
-        raise CaseError(f"no case {', '.join(sorted(unknown))}; there are {known}")
+        raise CaseError(f"there is no case {', '.join(sorted(unknown))}; cases are {known}")
     return [case for case in cases if not names or case.name in names]
 
 
 def run(
     cases: Sequence[Case], out: Path, scratch: Path, *, mutants: bool = True, say: Callable[[str], Any] = print
 ) -> list[Outcome]:
-    """Run cases and their mutants, write their reports into `out`, say a line for each."""
+    """Run cases and their planted errors, print a line for each, and write the reports into `out`."""
     from tests.regression import report
 
     header = report.upstream_header()
@@ -78,7 +84,7 @@ def run(
 
 
 def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Return the command's last line: numbers of cases and mutants, and the largest error over tolerance."""
+    """Return the last line: numbers of cases and planted errors, and the largest ratio of error to tolerance."""
     verdicts = [verdict for outcome in outcomes for verdict in outcome.mutants.values()]
     return {
         "cases": len(outcomes),

@@ -1,7 +1,7 @@
-"""Is arm O equal to arm U? Pure functions from two recorded runs to a list of checks; no step and no tensor is free.
+"""Compare arm O with arm U in every step and every tensor. All functions are pure.
 
-Every check has a ratio, error over tolerance: it passes at 1 or below. Where nothing but equality will do, the ratio is
-0 or BROKEN. The classes are explained in docs/regression.md.
+Every check has a ratio of error to tolerance and passes if it is at most 1. The ratio of an exact check is 0 or BROKEN.
+docs/regression.md explains the classes of equality.
 """
 
 import math
@@ -14,12 +14,12 @@ import numpy
 from tests.regression.record import Step
 from tests.regression.snapshot import Array, Snapshot
 
-BROKEN = 1e99  # the ratio of an exact check that fails; finite, so that it stands in JSON
+BROKEN = 1e99  # ratio of a failed exact check; finite, because JSON has no infinity
 NUMBERS = ("loss", "grad_norm")
 EXACT = ("iteration", "learning_rate", "tokens", "samples", "skipped")
-# Another order of a sum of n terms changes it by at most n eps (2.2e-16 in float64). Behind a loss or a gradient of
-# these models are some 1e4 terms (four layers of 700 forward, twice that backward, 1,000 tokens), and a dozen steps
-# pass changes on: 3e-11, which leaves a factor of 40 for terms that cancel. One rounding to float32 would be 6e-8.
+# Another order of summation changes a sum of n terms by at most n eps (eps is 2.2e-16 in float64). A loss or a gradient
+# of these models sums some 1e4 terms (four layers of 700 forward, twice that backward, 1,000 tokens), and a dozen steps
+# add up: 3e-11. This leaves a factor of 40 for terms that cancel. One rounding to float32 would be 6e-8.
 LOSS_TOLERANCE = 1e-9  # relative, float64
 TENSOR_TOLERANCE = 1e-8  # of the tensor's norm, float64
 Kind = Literal["weights", "first_moments"]
@@ -27,7 +27,13 @@ Kind = Literal["weights", "first_moments"]
 
 @dataclass(frozen=True)
 class Check:
-    """One compared thing: error over tolerance, and in words where the error is largest or what is wrong."""
+    """One comparison.
+
+    Attributes:
+        name: what is compared.
+        ratio: error over tolerance.
+        detail: where the error is largest, or what is wrong.
+    """
 
     name: str
     ratio: float
@@ -39,26 +45,26 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within the tolerance."""
+        """Return whether the error is within the tolerance."""
         return self.ratio <= 1.0
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the comparison reads of a run: its curve and its snapshots by iteration."""
+    """The part of a run that is compared: its curve, and its snapshots by iteration."""
 
     curve: Sequence[Step]
     snapshots: Mapping[int, Snapshot] = field(default_factory=dict)
 
 
 class Rules(Protocol):
-    """How one class of equality judges."""
+    """The rules of one class of equality."""
 
     def numbers(self, name: str, theirs: Sequence[float], ours: Sequence[float]) -> list[Check]:
-        """Judge losses or gradient norms, one per step."""
+        """Compare losses or gradient norms, one per step."""
 
     def tensors(self, kind: Kind, at: int, theirs: Mapping[str, Array], ours: Mapping[str, Array]) -> list[Check]:
-        """Judge weights or first moments of one iteration."""
+        """Compare weights or first moments of one iteration."""
 
 
 class Bitwise:
@@ -74,7 +80,7 @@ class Bitwise:
 
 
 class Reassociated:
-    """Class E1 in float64: sums in another order, and nothing else."""
+    """Class E1 in float64: only the order of summation differs."""
 
     def numbers(self, name: str, theirs: Sequence[float], ours: Sequence[float]) -> list[Check]:
         """See Rules."""
@@ -86,7 +92,7 @@ class Reassociated:
 
 
 def broken(name: str, detail: str) -> Check:
-    """Return a check that nothing can excuse."""
+    """Return a failed exact check."""
     return Check(name, BROKEN, detail)
 
 
@@ -96,12 +102,12 @@ def compare(reference: Evidence, candidate: Evidence, steps: int, at: Sequence[i
     Args:
         reference: arm U.
         candidate: arm O.
-        steps: how many steps both must have made.
-        at: iterations of which both must have snapshots; of the last one the weights are compared too.
-        rules: one class's.
+        steps: number of steps that both must have made.
+        at: iterations of which both must have snapshots. Weights are compared in the last one.
+        rules: the rules of a class.
 
     Returns:
-        The checks. Where a curve is not whole, only what is wrong with it: nothing else could be trusted.
+        The checks. If a run is incomplete, only its faults are returned, because nothing else could be trusted.
     """
     flaws = [*whole("U", reference, steps, at), *whole("O", candidate, steps, at)]
     if flaws:
@@ -121,7 +127,7 @@ def compare(reference: Evidence, candidate: Evidence, steps: int, at: Sequence[i
 def agrees_with_oracle(curve: Sequence[Mapping[str, Any]], last: Snapshot, reference: Evidence) -> list[Check]:
     """Compare arm X's curve and last tensors with arm U's, in float64.
 
-    X computes its own learning rate and counts its own tokens; it has no record of samples, it ate those of U.
+    X computes its own learning rate and counts its own tokens. It has no record of samples, because it uses those of U.
     """
     steps = len(reference.curve)
     flaws = whole("U", reference, steps, [steps])
@@ -137,7 +143,7 @@ def agrees_with_oracle(curve: Sequence[Mapping[str, Any]], last: Snapshot, refer
 
 
 def whole(arm: str, evidence: Evidence, steps: int, at: Sequence[int]) -> list[Check]:
-    """Return what makes an arm unfit to be compared: missing steps or snapshots, NaN, Inf, skipped steps."""
+    """Return the faults that make a run incomparable: missing steps or snapshots, NaN, Inf, skipped steps."""
     found = [step["iteration"] for step in evidence.curve]
     if found != list(range(1, steps + 1)):
         return [broken(f"arm {arm} is whole", f"wanted steps 1 to {steps}, found {found}")]

@@ -1,4 +1,4 @@
-"""What every arm eats: paragraphs of this interpreter's standard library, as bytes, through our data preparation."""
+"""Prepare the corpus of all arms: paragraphs of the Python standard library as bytes."""
 
 import hashlib
 import json
@@ -15,14 +15,14 @@ PACKAGES = ("asyncio", "email", "http", "json", "logging")
 
 @dataclass(frozen=True)
 class Corpus:
-    """A prepared corpus: upstream's flags that train on it, and the hash of its tokens."""
+    """A prepared corpus: upstream's flags that train on it, and the sha256 of its tokens."""
 
     flags: tuple[str, ...]
     sha256: str
 
 
 def make_corpus(folder: Path) -> Corpus:
-    """Write the corpus into `folder`: one document per paragraph, so that many documents meet in one sequence."""
+    """Write the corpus into `folder`. Each paragraph is a document, so that a sequence holds many documents."""
     library = Path(sysconfig.get_paths()["stdlib"])
     sources = sorted(path for package in PACKAGES for path in (library / package).glob("*.py"))
     paragraphs = [text for path in sources for text in path.read_text("utf-8").split("\n\n") if text.strip()]

@@ -1,7 +1,7 @@
-"""Upstream in double precision: every float32 that its code asks for becomes a float64.
+"""Run upstream in double precision, by replacing every float32 by float64.
 
-Upstream has no flag for it, but writes `torch.float32`, `.float()` and the default dtype throughout; answering all
-three with float64 leaves nothing of single precision in the run, so that two layouts can be compared to 1e-9.
+Upstream has no flag for it. It uses `torch.float32`, `.float()` and the default dtype. Replacing all three leaves no
+single precision in the run, so that two layouts can be compared to 1e-9.
 """
 
 from collections.abc import Iterator
@@ -23,13 +23,13 @@ def _is_single(value: Any) -> bool:
 
 
 class FloatMeansDouble(TorchFunctionMode):
-    """Answers `dtype=torch.float32`, `x.float()` and `x.to(torch.float32)` with float64."""
+    """Replace float32 by float64 in `dtype=torch.float32`, `x.float()` and `x.to(torch.float32)`."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if func is torch.Tensor.float:
             return args[0].double()
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return func(*args).replace("Double", "Float")  # upstream's optimizers know their parameters by this name
+            return func(*args).replace("Double", "Float")  # upstream's optimizers check for this name
         if any(map(_is_single, args)):
             args = tuple(map(_widened, args))
         if not kwargs:
@@ -39,7 +39,7 @@ class FloatMeansDouble(TorchFunctionMode):
 
 @contextmanager
 def _files_as_they_are() -> Iterator[None]:
-    """Read stored tensors in their own type (a float32 checkpoint is then copied into float64 weights)."""
+    """Load stored tensors in their own dtype. A float32 checkpoint is then copied into float64 weights."""
     load = torch.load
 
     def load_as_stored(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which rules a case's class means, and a mutant's verdict. Pure: runs in, checks out."""
+"""Apply the rules of a case's class, and judge planted errors. All functions are pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,14 +10,14 @@ from tests.regression.noise import Floor, Noisy, Paired, unbiased
 
 @dataclass(frozen=True)
 class Trial:
-    """One seed's runs: U, the floor's other runs of U, and O (or a mutant of it)."""
+    """The runs of one seed: U, U in other orders of summation (the floor), and O with or without a planted error."""
 
     u: Evidence
     floor: Sequence[Evidence]
     o: Evidence
 
     def cut(self, steps: int) -> "Trial":
-        """Return the same runs, ended after `steps`."""
+        """Return the same runs, truncated after `steps`."""
         return Trial(*(_cut(self.u, steps), [_cut(run, steps) for run in self.floor], _cut(self.o, steps)))
 
 
@@ -39,9 +39,9 @@ def judge(case: Case, trials: Sequence[Trial], steps: int, at: Sequence[int]) ->
     """Compare O with U in every trial.
 
     Args:
-        case: says how equal they have to be.
+        case: gives the class of equality.
         trials: one per seed.
-        steps: how many steps every run must have made.
+        steps: number of steps that every run must have made.
         at: iterations whose tensors are compared.
     """
     checks: list[Check] = []
@@ -60,12 +60,12 @@ def judge(case: Case, trials: Sequence[Trial], steps: int, at: Sequence[int]) ->
 
 
 def _fit(other: Evidence, u: Evidence, steps: int, at: Sequence[int]) -> list[Check]:
-    """Whether a floor's run is one: whole, and fed and scheduled as U is."""
+    """Return the faults of a floor run: it must be complete, and use the samples and learning rates of U."""
     return [check for check in compare(u, other, steps, at, Anything()) if not check.passed]
 
 
 class Anything:
-    """No rule for numbers and tensors: the floor's run is there to say what they may be."""
+    """Rules that accept any numbers and tensors, because floor runs measure how much they may differ."""
 
     def numbers(self, *args: object) -> list[Check]:
         """See compare.Rules."""
@@ -78,7 +78,13 @@ class Anything:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a mutant: `red` by which check; or an error, when nothing is proven at all."""
+    """The result of a planted error.
+
+    Attributes:
+        red: whether the case detected it.
+        by: the check that detected it, or the reason of an error.
+        error: whether the run proves nothing.
+    """
 
     red: bool
     by: str
@@ -86,22 +92,22 @@ class Verdict:
 
 
 def verdict(case: Case, trials: Sequence[Trial], sound: Sequence[Evidence], planted: int, at: Sequence[int]) -> Verdict:
-    """Judge a mutant.
+    """Judge a planted error.
 
     Args:
-        case: the case that must turn red.
-        trials: with the mutant as O.
-        sound: O without it, per seed.
-        planted: how often it acted, over all runs and ranks.
-        at: iterations of the snapshots that are compared; the mutant ran to the last of them.
+        case: the case that must detect it.
+        trials: the runs, with the error in O.
+        sound: O without the error, per seed.
+        planted: how often the error acted, over all runs and ranks.
+        at: iterations of the snapshots that are compared. The run ends with the last of them.
     """
     steps = at[-1]
     if planted == 0:
-        return Verdict(False, "it never acted, so it proves nothing", error=True)
+        return Verdict(False, "it never acted, so this proves nothing", error=True)
     for trial, run in zip(trials, sound, strict=True):
         if all(check.passed for check in compare(_cut(run, steps), trial.o, steps, at, Bitwise())):
-            return Verdict(False, "it acted and changed no bit of the run, so it proves nothing", error=True)
+            return Verdict(False, "it acted but changed no bit of the run, so this proves nothing", error=True)
     failed = [check for check in judge(case, [t.cut(steps) for t in trials], steps, at) if not check.passed]
     if not failed:
-        return Verdict(False, "no check saw it")
+        return Verdict(False, "no check detected it")
     return Verdict(True, "; ".join(f"{check.name} ({check.detail})" for check in failed[:2]))

@@ -1,7 +1,7 @@
-"""Planted errors: each is a mistake that a long-sequence system could make, and each must turn its case red.
+"""Planted errors (mutants): mistakes that a long-sequence system could contain and that a case must detect.
 
-A mutant is a context manager that is applied inside the ranks of arm O. It yields a `Planted` that counts how often it
-acted; one that never acted proves nothing, and the suite calls that an error. Those of context parallelism are in
+A planted error is a context manager that is applied in the ranks of arm O. It yields a `Planted` that counts how often
+it acted. An error that never acts proves nothing, and the suite reports it. Errors of context parallelism are in
 `mutants_usp.py`, those of sharding in `mutants_paro.py`.
 """
 
@@ -19,7 +19,7 @@ MICRO_BATCHES = 4  # per step and rank, in the cases that use dropped_micro_batc
 
 @contextmanager
 def dropped_micro_batch() -> Iterator[Planted]:
-    """One micro-batch of the second step adds nothing to the gradients; the reported loss is right."""
+    """Drop the gradients of one micro-batch in the second step. The reported loss is correct."""
     from megatron.longseq import pretrain_gpt
 
     planted, calls = Planted(), 0
@@ -39,9 +39,9 @@ def dropped_micro_batch() -> Iterator[Planted]:
 
 @contextmanager
 def scaled_loss() -> Iterator[Planted]:
-    """Every gradient is twice too large, as by a forgotten division by the context-parallel size.
+    """Double every gradient, as after a missing division by the context-parallel size.
 
-    Adam does not mind a scale, so the loss curve hardly moves; the reported loss of each step is right.
+    Adam is invariant to the scale, so the loss curve hardly changes. The reported loss of each step is correct.
     """
     from megatron.longseq import pretrain_gpt
 
@@ -58,7 +58,7 @@ def scaled_loss() -> Iterator[Planted]:
 
 @contextmanager
 def rope_without_offset() -> Iterator[Planted]:
-    """The second half of the sequence counts its rotary positions from 0 again, as a segment without its offset."""
+    """Restart the rotary positions at 0 in the second half of the sequence, as in a segment without its offset."""
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
     planted = Planted()
@@ -74,7 +74,7 @@ def rope_without_offset() -> Iterator[Planted]:
 
 @contextmanager
 def leaking_mask() -> Iterator[Planted]:
-    """Tokens see the documents before their own in the same sequence: the mask is causal and no more."""
+    """Let tokens attend to earlier documents in the sequence: the mask is only causal."""
     from megatron.longseq import pretrain_gpt
 
     planted = Planted()
@@ -94,7 +94,7 @@ def leaking_mask() -> Iterator[Planted]:
 
 @contextmanager
 def stale_parameter() -> Iterator[Planted]:
-    """After the second overlapped parameter all-gather the last data-parallel rank keeps the first's old shard."""
+    """Restore the first shard of the last data-parallel rank after the second overlapped parameter all-gather."""
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as BucketGroup
 
     planted = Planted()
@@ -118,7 +118,7 @@ def stale_parameter() -> Iterator[Planted]:
 
 @contextmanager
 def norm_not_summed() -> Iterator[Planted]:
-    """Under sequence parallelism each rank updates its norms by the gradient of its own part of the sequence alone."""
+    """Do not sum gradients of norms over the ranks of sequence parallelism."""
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     planted = Planted()
@@ -136,7 +136,7 @@ def norm_not_summed() -> Iterator[Planted]:
 
 @contextmanager
 def late_learning_rate() -> Iterator[Planted]:
-    """The schedule is one step behind."""
+    """Delay the learning rate schedule by one step."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
     planted = Planted()
@@ -153,7 +153,7 @@ def late_learning_rate() -> Iterator[Planted]:
 
 @contextmanager
 def segment_without_offset() -> Iterator[Planted]:
-    """Every segment counts its rotary positions from 0."""
+    """Start the rotary positions of every segment at 0."""
     from megatron.longseq.pipeline.runtime.segmented_model import SegmentedModel
 
     planted = Planted()
@@ -171,7 +171,7 @@ def segment_without_offset() -> Iterator[Planted]:
 
 @contextmanager
 def lost_prefix_gradient() -> Iterator[Planted]:
-    """What later segments add to the gradients of earlier segments' keys and values is lost."""
+    """Drop the gradients that later segments add to keys and values of earlier ones."""
     from megatron.longseq.attention.runtime.kv_cache import Slot
 
     planted = Planted()
@@ -186,7 +186,7 @@ def lost_prefix_gradient() -> Iterator[Planted]:
 
 @contextmanager
 def mean_of_segment_means() -> Iterator[Planted]:
-    """A segment's loss is divided by its own length and the number of segments, as if all were equally long."""
+    """Divide a segment's loss by its own length and the number of segments, as if all were equally long."""
     from megatron.longseq.pipeline.runtime.outputs import Outputs
 
     planted = Planted()
@@ -194,7 +194,9 @@ def mean_of_segment_means() -> Iterator[Planted]:
     def add(original: Any, self: Any, segment: Any, losses: torch.Tensor) -> torch.Tensor:
         factor = segment.total / (segment.count * segment.tokens)
         planted.times += factor != 1
-        return original(self, segment, losses * factor + (losses * (1 - factor)).detach())  # the report is right
+        return original(
+            self, segment, losses * factor + (losses * (1 - factor)).detach()
+        )  # the reported loss is correct
 
     with wrapped(Outputs, "add", add):
         yield planted

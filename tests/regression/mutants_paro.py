@@ -11,7 +11,7 @@ from tests.regression.planted import Planted, wrapped
 
 @contextmanager
 def dropped_inter_group_sync() -> Iterator[Planted]:
-    """What ends a step's gradients leaves out its phases between groups: each group trains on its own samples."""
+    """Leave out the collectives between groups that end a step, so that each group trains on its own samples."""
     from megatron.longseq.sharding.plan.collectives import Scope
     from megatron.longseq.sharding.runtime.state import ShardingState
 
@@ -29,7 +29,7 @@ def dropped_inter_group_sync() -> Iterator[Planted]:
 
 @contextmanager
 def double_counted_norm() -> Iterator[Planted]:
-    """The norm is a sum over all ranks, though each group holds a whole copy of what it is a sum of."""
+    """Sum the norm over all ranks, although each group holds a complete copy."""
     import torch.distributed as dist
 
     planted = Planted()
@@ -44,7 +44,7 @@ def double_counted_norm() -> Iterator[Planted]:
 
 @contextmanager
 def norm_of_own_shard() -> Iterator[Planted]:
-    """The norm is that of this rank's shard, as if it held the whole."""
+    """Compute the norm of this rank's shard only."""
     planted = Planted()
 
     def alone(groups: Any) -> Any:
@@ -57,7 +57,7 @@ def norm_of_own_shard() -> Iterator[Planted]:
 
 @contextmanager
 def wrong_shard() -> Iterator[Planted]:
-    """The optimizer takes the shard of its rank, and not that of its logical rank."""
+    """Update the shard of the rank instead of the logical rank."""
     from megatron.longseq.sharding.runtime import process_groups as optimizergroups
 
     planted = Planted()
@@ -73,7 +73,7 @@ def wrong_shard() -> Iterator[Planted]:
 
 @contextmanager
 def stale_part() -> Iterator[Planted]:
-    """In the third step parameters are gathered from what a rank had before the others' new ones came."""
+    """In the third step, gather the parameters that a rank had before the new ones of other ranks arrived."""
     from megatron.longseq.sharding.runtime.bucket_storage import ParamStore
 
     planted = Planted()
@@ -99,7 +99,7 @@ def stale_part() -> Iterator[Planted]:
 
 @contextmanager
 def old_contents() -> Iterator[Planted]:
-    """In the third step's first forward memory comes back, and nothing is gathered: it holds what it held before."""
+    """In the first forward pass of the third step, skip an all-gather and keep the old contents of the bucket."""
     from megatron.longseq.sharding.runtime.bucket_storage import ParamStore
     from megatron.longseq.sharding.runtime.unit_hooks import GatherHooks
 
@@ -128,7 +128,7 @@ def old_contents() -> Iterator[Planted]:
         self.full.flat.copy_(old[id(self)])
 
     def gather_all(original: Any, self: Any) -> None:
-        is_shown.append(True)  # to a checkpoint's writer; training gathers anew
+        is_shown.append(True)  # for a checkpoint; training gathers again
         original(self)
         is_shown.pop()
 
@@ -143,7 +143,7 @@ def old_contents() -> Iterator[Planted]:
 
 @contextmanager
 def lost_reduction() -> Iterator[Planted]:
-    """One micro-batch's gradients of one bucket reach no rank's sums."""
+    """Skip the reduction of one bucket in one micro-batch."""
     from megatron.longseq.sharding.runtime.bucket_storage import GradStore
 
     planted, calls = Planted(), 0
@@ -163,7 +163,7 @@ def lost_reduction() -> Iterator[Planted]:
 
 @contextmanager
 def scaled_twice() -> Iterator[Planted]:
-    """Gradients are divided by the number of ranks twice. Adam does not mind a scale."""
+    """Divide gradients by the number of ranks twice. Adam is invariant to the scale."""
     from megatron.longseq.sharding.runtime.bucket_group import ShardedBucketGroup
     from megatron.longseq.sharding.runtime.bucket_storage import GradStore
 

@@ -12,7 +12,7 @@ from tests.regression.planted import Planted, wrapped
 
 @contextmanager
 def zigzag_off_by_one() -> Iterator[Planted]:
-    """Every rank of a ring takes its tokens for those of its neighbour."""
+    """Use the positions of the neighbour on every rank of a ring."""
     from megatron.longseq.attention.plan.layout import Layout
 
     planted = Planted()
@@ -27,7 +27,7 @@ def zigzag_off_by_one() -> Iterator[Planted]:
 
 @contextmanager
 def unflipped_arrivals() -> Iterator[Planted]:
-    """After the all-to-all the second halves stay in the order of ranks: the zigzag's tokens are in disorder."""
+    """Leave the second halves in rank order after the all-to-all, so that the zigzag is in the wrong order."""
     from megatron.longseq.attention.plan.layout import Layout
 
     planted = Planted()
@@ -44,7 +44,7 @@ def unflipped_arrivals() -> Iterator[Planted]:
 
 @contextmanager
 def rope_of_local_positions() -> Iterator[Planted]:
-    """Every rank counts the rotary positions of its tokens from 0."""
+    """Start the rotary positions of every rank at 0."""
     from megatron.core.models.common.embeddings import rotary_pos_embedding
 
     planted = Planted()
@@ -59,7 +59,7 @@ def rope_of_local_positions() -> Iterator[Planted]:
 
 @contextmanager
 def leaking_documents() -> Iterator[Planted]:
-    """Attention over context-parallel ranks does not hear of documents."""
+    """Ignore documents in attention over context-parallel ranks."""
     from megatron.longseq.attention.runtime.masks import MaskReader
 
     planted = Planted()
@@ -73,9 +73,9 @@ def leaking_documents() -> Iterator[Planted]:
 
 @contextmanager
 def loss_divided_by_ranks() -> Iterator[Planted]:
-    """Each rank's loss is its share of the whole, and upstream averages over the ranks once more.
+    """Divide the loss by the number of context-parallel ranks a second time.
 
-    The reported loss is right, and Adam does not mind a scale.
+    The reported loss is correct, and Adam is invariant to the scale.
     """
     from patches.usp import loss
 
@@ -99,7 +99,7 @@ def loss_divided_by_ranks() -> Iterator[Planted]:
 
 @contextmanager
 def loss_over_own_tokens() -> Iterator[Planted]:
-    """A rank's loss is divided by the valid tokens of its own part of the sequence. The reported loss is right."""
+    """Divide a rank's loss by the valid tokens of its own part of the sequence. The reported loss is correct."""
     from patches.usp import loss
 
     planted = Planted()
@@ -114,7 +114,7 @@ def loss_over_own_tokens() -> Iterator[Planted]:
 
 @contextmanager
 def replicas_not_summed() -> Iterator[Planted]:
-    """Of the gradients that several ranks have found of one key head, the first rank's alone is kept."""
+    """Keep only the first rank's gradients of a key head that several ranks hold."""
     from megatron.longseq.attention.runtime.ulysses import Ulysses
 
     planted = Planted()
@@ -133,7 +133,7 @@ def replicas_not_summed() -> Iterator[Planted]:
 
 @contextmanager
 def lost_last_hop() -> Iterator[Planted]:
-    """What comes home to a rank, gradients of its own keys that others found, is not added."""
+    """Drop the gradients of a rank's own keys that arrive after the last step of a ring."""
     from megatron.longseq.attention.runtime import ring
     from megatron.longseq.attention.runtime import strategies as spread
 
@@ -157,7 +157,7 @@ def lost_last_hop() -> Iterator[Planted]:
 
 @contextmanager
 def stale_keys() -> Iterator[Planted]:
-    """A step of the ring computes with the keys that were there before: its message was not waited for."""
+    """Compute a ring step with the keys of the previous step, as if its message was not waited for."""
     from megatron.longseq.attention.runtime import ring
 
     planted = Planted()
@@ -173,7 +173,7 @@ def stale_keys() -> Iterator[Planted]:
 
 @contextmanager
 def lost_segment_gradient() -> Iterator[Planted]:
-    """Over context-parallel ranks too: what a segment adds to the gradients of earlier segments' keys is lost."""
+    """Drop the gradients that a segment adds to keys of earlier segments, with context parallelism."""
     from megatron.longseq.attention.runtime import function as context
 
     planted = Planted()

@@ -1,7 +1,7 @@
-"""Single and half precision: what counts as equal is measured in the same run, as upstream against itself.
+"""Compare runs in single and half precision with a noise floor that is measured in the same run.
 
-The floor is U against U with another legal order of the same sums (another micro-batch size or layout). Nothing here is
-a constant that was found to fit: `FACTOR` is the design's, the rest is statistics.
+The floor is the difference between U and U with another order of the same sums (another micro-batch size or layout). No
+constant was fitted: `FACTOR` is a choice of design, and the rest is statistics.
 """
 
 import math
@@ -16,9 +16,9 @@ from tests.regression.compare import Check, Evidence, Kind, broken, relative, re
 from tests.regression.snapshot import Array
 
 FACTOR = 3.0
-ULPS = 4.0  # a floor below the rounding of the numbers themselves is an accident
-EPSILON = 2.0**-23  # of float32, in which losses, norms, moments and main weights are kept also under bf16
-# Two-sided 99% quantiles of Student's t: a mean over few samples has an uncertain standard error.
+ULPS = 4.0  # smallest floor; a floor below the rounding of the numbers is accidental
+EPSILON = 2.0**-23  # of float32, which holds losses, norms, moments and main weights even with bf16
+# Two-sided 99% quantiles of Student's t, because the standard error of few samples is uncertain.
 STUDENT = {1: 63.66, 2: 9.92, 3: 5.84, 4: 4.60, 5: 4.03, 6: 3.71, 7: 3.50, 8: 3.36, 9: 3.25, 10: 3.17, 12: 3.05}
 FEWEST_SEEDS = 3
 Curve = Sequence[float]
@@ -26,11 +26,11 @@ Curve = Sequence[float]
 
 @dataclass(frozen=True)
 class Floor:
-    """Several curves of U for one and the same training; the first is arm U itself.
+    """Several curves of U for the same training.
 
     Args:
         reference: arm U.
-        others: U in other legal orders of summation.
+        others: U in other orders of summation.
     """
 
     reference: Curve
@@ -38,20 +38,20 @@ class Floor:
 
     def __post_init__(self) -> None:
         if not self.others:
-            raise ValueError("a noise floor needs at least one more run of U than U itself")
+            raise ValueError("a noise floor needs at least one more run of U")
 
     def differences(self) -> list[NDArray[numpy.float64]]:
-        """Return what each other run differs by, per step."""
+        """Return the difference of each other run from the reference, per step."""
         return [numpy.subtract(other, self.reference) for other in self.others]
 
     def band(self) -> NDArray[numpy.float64]:
-        """Return the largest difference so far, per step: noise grows as the runs part."""
+        """Return the largest difference up to each step, because the noise grows with the steps."""
         seen = numpy.maximum.accumulate(numpy.abs(self.differences()).max(axis=0))
         return cast(NDArray[numpy.float64], numpy.maximum(seen, ULPS * EPSILON * numpy.abs(self.reference)))
 
 
 def within_noise(name: str, floor: Floor, ours: Curve) -> Check:
-    """Class E1 in float32, each step: at most FACTOR times the floor's band."""
+    """Class E1 in float32: each step differs by at most FACTOR times the floor's band."""
     difference = numpy.subtract(ours, floor.reference)
     ratios = numpy.abs(difference) / (FACTOR * floor.band())
     where = int(numpy.argmax(numpy.where(numpy.isnan(ratios), numpy.inf, ratios)))
@@ -63,7 +63,7 @@ def within_noise(name: str, floor: Floor, ours: Curve) -> Check:
 
 
 def without_trend(name: str, floor: Floor, ours: Curve) -> Check:
-    """Class E1 in float32, the curve: the differences have no slope that the floor's do not have, nor could have."""
+    """Class E1 in float32: the slope of the differences is within FACTOR times the floor's slope or its error."""
     slope, _ = line(numpy.subtract(ours, floor.reference))
     lines = [line(difference) for difference in floor.differences()]
     smallest = ULPS * EPSILON * float(numpy.abs(floor.reference).mean()) / len(floor.reference)
@@ -84,7 +84,7 @@ def line(values: Curve | NDArray[numpy.float64]) -> tuple[float, float]:
 def tensors_within_noise(
     name: str, reference: Mapping[str, Array], others: Sequence[Mapping[str, Array]], ours: Mapping[str, Array]
 ) -> Check:
-    """Each tensor: at most FACTOR times what the same tensor, or all of them on the average, differ by in the floor."""
+    """Each tensor differs by at most FACTOR times the floor of that tensor or the average floor of all tensors."""
     if not reference or set(reference) != set(ours):
         return broken(name, f"the arms do not hold the same tensors: {sorted(set(reference) ^ set(ours))}")
     errors = relative_errors(reference, ours)
@@ -98,10 +98,10 @@ def tensors_within_noise(
 
 @dataclass(frozen=True)
 class Noisy:
-    """Class E1 in float32: U's own runs in other orders of summation say what a difference means.
+    """Rules of class E1 in float32.
 
     Args:
-        others: these runs.
+        others: runs of U in other orders of summation.
     """
 
     others: Sequence[Evidence]
@@ -120,15 +120,15 @@ class Noisy:
 
 @dataclass(frozen=True)
 class Paired(Noisy):
-    """Class E2: like Noisy for tensors; of the curves only what seeds have to say together, see `unbiased`."""
+    """Rules of class E2: tensors as in Noisy, and curves over all seeds together by `unbiased`."""
 
     def numbers(self, name: str, theirs: Curve, ours: Curve) -> list[Check]:
-        """See compare.Rules; nothing is judged by one seed alone."""
+        """See compare.Rules. No number is judged by one seed alone."""
         return []
 
 
 def unbiased(name: str, floors: Sequence[Floor], ours: Sequence[Curve]) -> list[Check]:
-    """Class E2: paired differences over several seeds.
+    """Class E2: compare paired differences over several seeds.
 
     Args:
         name: what is compared.
@@ -136,9 +136,9 @@ def unbiased(name: str, floors: Sequence[Floor], ours: Sequence[Curve]) -> list[
         ours: arm O's curve per seed.
 
     Returns:
-        Mean: the mean difference over all seeds and steps is within Student's 99% of the standard error that the
-        floor's own means have (their expectation is 0: U and U in another order may be exchanged). Size: no step
-        differs by more than FACTOR times the largest difference in the floor, all seeds together.
+        Two checks. Mean: the mean difference over all seeds and steps is within Student's 99% of the standard error of
+        the floor's means, whose expectation is 0. Size: no step differs by more than FACTOR times the largest
+        difference in the floor of all seeds.
     """
     if len(floors) < FEWEST_SEEDS or len(floors) != len(ours):
         return [broken(name, f"class E2 needs {FEWEST_SEEDS} seeds in both arms, has {len(floors)} and {len(ours)}")]
@@ -156,5 +156,5 @@ def unbiased(name: str, floors: Sequence[Floor], ours: Sequence[Curve]) -> list[
 
 
 def student(samples: int) -> float:
-    """Return the 99% quantile of Student's t for this many samples of known mean."""
+    """Return the 99% quantile of Student's t for a number of samples of known mean."""
     return STUDENT[max(n for n in STUDENT if n <= samples)]

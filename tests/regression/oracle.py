@@ -1,7 +1,7 @@
-"""Arm X: the same training written down once more, in plain PyTorch and float64, sharing no code with U or O.
+"""Arm X: an independent implementation of the training in plain PyTorch and float64, without code of U or O.
 
-It takes from upstream only what any reader of a checkpoint must know: the names and the order of rows of its weights.
-It makes masks, positions, losses, gradients, clipping, Adam and the learning rate itself, from the tokens alone.
+It relies only on the format of upstream's checkpoints: names of weights and the order of their rows. It computes masks,
+positions, losses, gradients, clipping, Adam and the learning rate from the tokens.
 """
 
 import math
@@ -21,7 +21,11 @@ FINAL = "decoder.final_layernorm.weight"
 
 @dataclass(frozen=True)
 class Settings:
-    """What of upstream's flags the mathematics depends on; `documents`: sequences hold several, kept apart."""
+    """Values of upstream's flags that the computation depends on.
+
+    Attributes:
+        documents: whether sequences hold several documents, with attention inside each one only.
+    """
 
     heads: int
     groups: int
@@ -36,7 +40,7 @@ class Settings:
 
     @classmethod
     def of(cls, flags: Sequence[str]) -> "Settings":
-        """Read them from a command line; of a repeated flag the last counts."""
+        """Read the settings from a command line. The last of repeated flags counts."""
         pairs = zip(flags, [*flags[1:], ""], strict=True)
         value = {flag: following for flag, following in pairs if flag.startswith("--")}
         return cls(
@@ -54,7 +58,7 @@ class Settings:
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """Linear warm-up, then a cosine to the floor; the first step (0) of a warm-up has rate 0."""
+    """Return the learning rate of a step: linear warm-up from 0, then a cosine to the minimum."""
     if settings.warmup > 0 and step <= settings.warmup:
         return settings.peak * step / settings.warmup
     progress = (step - settings.warmup) / (settings.steps - settings.warmup)
@@ -62,12 +66,12 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 
 def norm(x: Tensor, weight: Tensor) -> Tensor:
-    """RMSNorm over the last dimension."""
+    """Apply RMSNorm over the last dimension."""
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-5) * weight
 
 
 def rotate(x: Tensor) -> Tensor:
-    """RoPE, [batch, heads, sequence, channels]; channel i turns with channel i + channels/2."""
+    """Apply RoPE to [batch, heads, sequence, channels]. Channel i is rotated with channel i + channels/2."""
     sequence, half = x.shape[2], x.shape[3] // 2
     speed = 10000.0 ** (-torch.arange(half, dtype=x.dtype) / half)
     turn = torch.polar(
@@ -78,7 +82,7 @@ def rotate(x: Tensor) -> Tensor:
 
 
 def attention(x: Tensor, qkv: Tensor, visible: Tensor, heads: int, groups: int) -> Tensor:
-    """Grouped-query attention; rows of `qkv` are, group by group, its queries, its key, its value."""
+    """Compute grouped-query attention. The rows of `qkv` hold, for each group, its queries, its key and its value."""
     batch, sequence, _ = x.shape
     per_group = heads // groups
     rows = (x @ qkv.T).view(batch, sequence, groups, per_group + 2, -1).permute(0, 2, 3, 1, 4)
@@ -92,12 +96,12 @@ def attention(x: Tensor, qkv: Tensor, visible: Tensor, heads: int, groups: int) 
 
 
 def token_losses(weights: Weights, tokens: Tensor, labels: Tensor, settings: Settings) -> Tensor:
-    """Cross entropy of every token, [batch, sequence]."""
+    """Return the cross entropy of every token, [batch, sequence]."""
     sequence = tokens.shape[1]
     visible = torch.ones(sequence, sequence, dtype=torch.bool).tril().expand(len(tokens), -1, -1)
     if settings.documents:
         ends = (tokens == settings.eod).long()
-        document = ends.cumsum(1) - ends  # an end belongs to the document that it ends
+        document = ends.cumsum(1) - ends  # the end-of-document token belongs to the document that it ends
         visible = visible & (document[:, :, None] == document[:, None, :])
     x = weights[EMBEDDING][tokens]
     for layer in range(weights[f"{ATTENTION}linear_qkv.weight"].shape[0]):
@@ -116,13 +120,13 @@ def train(seed: Mapping[str, Tensor], food: Sequence[Any], settings: Settings) -
     """Train on recorded batches.
 
     Args:
-        seed: upstream's logical weights at the start.
-        food: per step, its micro-batches; of each, `tokens` and `labels`, [micro-batch, sequence], are used.
+        seed: the initial weights.
+        food: the micro-batches of each step, with `tokens` and `labels` of shape [micro-batch, sequence].
         settings: see Settings.
 
     Returns:
-        The curve (loss, grad_norm, learning_rate, tokens per step) and the weights after the last step, with Adam's
-        first moments under the names that upstream's checkpoint has for them.
+        The curve (loss, grad_norm, learning_rate and tokens of each step), and the weights after the last step with
+        Adam's first moments, under their names in upstream's checkpoint.
     """
     weights = {name: tensor.detach().double().clone().requires_grad_() for name, tensor in seed.items()}
     first = {name: torch.zeros_like(w) for name, w in weights.items()}
@@ -134,19 +138,19 @@ def train(seed: Mapping[str, Tensor], food: Sequence[Any], settings: Settings) -
             tokens, labels = (torch.as_tensor(batch[name]).long() for name in ("tokens", "labels"))
             counts = tokens != settings.eod if settings.documents else torch.ones_like(tokens, dtype=torch.bool)
             losses = token_losses(weights, tokens, labels, settings)[counts]
-            (losses.mean() / len(batches)).backward()  # type: ignore[no-untyped-call]  # upstream: every micro-batch weighs the same
+            (losses.mean() / len(batches)).backward()  # type: ignore[no-untyped-call]  # as upstream, every micro-batch has the same weight
             total, count = total + losses.sum().item(), count + losses.numel()
         length = math.sqrt(sum(float((w.grad**2).sum()) for w in weights.values() if w.grad is not None))
         rate = learning_rate(settings, step)
         with torch.no_grad():
             for name, w in weights.items():
-                assert w.grad is not None, f"{name} takes part in no loss"
+                assert w.grad is not None, f"{name} has no gradient"
                 gradient = w.grad * min(1.0, settings.clip / (length + 1e-6))
                 w.grad = None
                 first[name] = 0.9 * first[name] + 0.1 * gradient
                 second[name] = 0.999 * second[name] + 0.001 * gradient**2
                 mean, square = first[name] / (1 - 0.9 ** (step + 1)), second[name] / (1 - 0.999 ** (step + 1))
-                decay = 0.0 if "norm" in name else settings.weight_decay  # upstream: not for vectors
+                decay = 0.0 if "norm" in name else settings.weight_decay  # as upstream, none for vectors
                 w.sub_(rate * (decay * w + mean / (square.sqrt() + 1e-8)))
         curve.append({"loss": total / count, "grad_norm": length, "learning_rate": rate, "tokens": count})
     moments = {f"optimizer.state.exp_avg.{name}": moment for name, moment in first.items()}

@@ -1,4 +1,4 @@
-"""The picture of a case: the arms' loss curves above, their difference with what is tolerated below."""
+"""Draw a case: loss curves of the arms above, and their difference with the tolerance below."""
 
 import textwrap
 from pathlib import Path
@@ -16,12 +16,12 @@ from tests.regression.compare import LOSS_TOLERANCE
 from tests.regression.noise import FACTOR, Floor
 from tests.regression.suite import Outcome
 
-# Okabe and Ito's colours: told apart by every kind of colour vision, and in grey by their markers.
+# Okabe and Ito's colours, which people with any colour vision can distinguish.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 
 
 def draw(outcome: Outcome, folder: Path) -> None:
-    """Write curve.svg and curve.png of a case's first seed."""
+    """Write curve.svg and curve.png for the first seed of a case."""
     with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "0"}):
         figure, (above, below) = pyplot.subplots(
             2, 1, figsize=(7.2, 5.2), sharex=True, height_ratios=(2, 1), layout="constrained"
@@ -90,7 +90,7 @@ def _differences(axes: Any, outcome: Outcome) -> None:
 
 
 def _tolerated(outcome: Outcome) -> Any:
-    """Return what the loss may differ by, per step; zeros where only equality will do."""
+    """Return the tolerance of the loss per step, with zeros if the losses must be equal."""
     case, trial = outcome.case, outcome.trials[0]
     u = _losses(trial.u.curve)
     if case.klass == "E0":

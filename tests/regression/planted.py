@@ -1,4 +1,4 @@
-"""How an error is planted: a context manager puts a wrapper in the place of a function, and counts what it did."""
+"""Plant errors: wrap a function for the duration of a context, and count how often the error acted."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass
 class Planted:
-    """How often the error was committed on this rank."""
+    """How often the error acted on this rank."""
 
     times: int = 0
 

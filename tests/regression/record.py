@@ -1,6 +1,6 @@
-"""What one training run did, step by step, at full precision: taken from upstream's `train_step`, not from its log.
+"""Record every step of a training run at full precision, from upstream's `train_step`.
 
-(The log prints six digits, and its second line is the mean of steps 1 and 2.)
+Upstream's log has six digits, and its second line is the mean of steps 1 and 2.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ FOOD = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 
 class Tasting:
-    """Stand before a data iterator; note what passes."""
+    """Wrap a data iterator and keep copies of its batches."""
 
     def __init__(self, iterable: Any) -> None:
         self.iterable = iterable
@@ -40,7 +40,7 @@ class Tasting:
 
 
 def sample_hashes(batches: list[dict[str, torch.Tensor]]) -> list[str]:
-    """Hash every sample of a step (tokens, labels, mask), whatever the micro-batch it came in."""
+    """Hash tokens, labels and mask of every sample of a step, independently of micro-batches."""
     hashes = []
     for batch in batches:
         for row in range(batch["tokens"].shape[0]):
@@ -50,11 +50,11 @@ def sample_hashes(batches: list[dict[str, torch.Tensor]]) -> list[str]:
 
 
 class Recorder:
-    """Wraps `train_step`; `steps` grows by one record per call.
+    """Wrap `train_step` and append one record per call to `steps`.
 
     Args:
-        keep_food: keep the batches themselves too, for the oracle (one data-parallel rank).
-        snapshots: iterations after which this rank's parts of weights and optimizer states are kept; that of a loaded
+        keep_food: also keep the batches, for the oracle.
+        snapshots: iterations after which this rank's parts of weights and optimizer states are kept. That of a loaded
             checkpoint is taken before the first step.
     """
 
@@ -67,7 +67,7 @@ class Recorder:
         self._tastings: dict[int, Tasting] = {}
 
     def wrap(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `train_step` with a record made of every call."""
+        """Return a `train_step` that records every call."""
         from megatron.training import get_args
 
         def recorded(
@@ -102,8 +102,9 @@ class Recorder:
         return recorded
 
     def _taste(self, data_iterator: Any) -> Tasting | None:
-        """Put a `Tasting` before the first chunk's data on a first pipeline stage's reader; of context-parallel ranks,
-        which read the same samples, the first one's.
+        """Wrap the data of the first model chunk on the first pipeline stage.
+
+        Context-parallel ranks read the same samples, so only the first of them records.
         """
         from megatron.core import mpu
 
@@ -119,7 +120,7 @@ class Recorder:
 
 @contextmanager
 def exact_norm(optimizer: Any) -> Iterator[list[float | None]]:
-    """Yield a list whose first entry becomes the norm that `optimizer.step` returns, before upstream rounds it."""
+    """Yield a list that receives the norm of `optimizer.step` before upstream rounds it."""
     seen: list[float | None] = [None]
     step = optimizer.step
 
@@ -136,14 +137,14 @@ def exact_norm(optimizer: Any) -> Iterator[list[float | None]]:
 
 
 class Torn(ValueError):
-    """Ranks hold different values of something that all of them must share."""
+    """Ranks disagree on a value that all must share."""
 
 
 def merge(ranks: list[list[Step]]) -> list[Step]:
     """Join the records of all ranks into one curve.
 
     Raises:
-        Torn: ranks disagree on a number that all of them must share, or on the number of steps.
+        Torn: ranks disagree on a value that all must share, or on the number of steps.
     """
     if len({len(steps) for steps in ranks}) != 1:
         raise Torn(f"ranks made different numbers of steps: {[len(steps) for steps in ranks]}")
@@ -155,7 +156,7 @@ def _join(steps: list[Step]) -> Step:
     for name in ("iteration", "loss", "grad_norm", "learning_rate", "skipped"):
         values = {step[name] for step in steps if step[name] is not None}
         if name == "grad_norm" and not values and all(step["skipped"] for step in steps):
-            values = {None}  # upstream leaves a step that overflows before it has a norm
+            values = {None}  # upstream computes no norm in a step that overflows
         elif len(values) != 1 and not (values and all(math.isnan(value) for value in values)):
             raise Torn(f"step {steps[0]['iteration']}: ranks disagree on {name}: {sorted(values)}")
         curve[name] = values.pop()

@@ -1,4 +1,4 @@
-"""What a case leaves behind: curves as JSON lines, one report, one picture; and its line on the screen."""
+"""Write the curves, the report and the picture of a case, and format its line on the screen."""
 
 import json
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from tests.regression.suite import Outcome
 
 
 class NotUpstream(RuntimeError):
-    """What is installed is not the wheel that arm U claims to be."""
+    """The installed wheel is not the locked, unmodified upstream of arm U."""
 
 
 def upstream_header() -> dict[str, Any]:
-    """Return version and RECORD hash of the installed wheel, once it is known to be the locked one, untouched.
+    """Return version and RECORD hash of the installed wheel, after checking that it is the locked one and unmodified.
 
     Raises:
-        NotUpstream: another wheel than the lock's, or files that differ from its RECORD.
+        NotUpstream: it is another wheel, or its files differ from its RECORD.
     """
     wheel, lock = installed(), json.loads(LOCK.read_text("utf-8"))
     found = {"upstream": wheel.version, "RECORD sha256": wheel.record_sha256}
@@ -29,13 +29,13 @@ def upstream_header() -> dict[str, Any]:
     if found != wanted or altered:
         raise NotUpstream(
             f"the installed megatron-core is {found}, the lock says {wanted}; {'; '.join(altered) or 'no file altered'}"
-            ". Arm U must be upstream: reinstall the wheel, or look at `python -m patches verify`"
+            ". Arm U must be upstream: reinstall the wheel, or run `python -m patches verify` for details"
         )
     return found
 
 
 def line(outcome: Outcome) -> str:
-    """Return a case's line: name, class, worst check, seconds, verdict; and what failed, if anything did."""
+    """Return the line of a case: name, class, worst check, seconds and result, and the failed checks."""
     worst, case = outcome.worst, outcome.case
     word = "PASS" if outcome.passed else "FAIL"
     ratio = f"{worst.ratio:8.2g}" if worst.ratio else "   exact"
@@ -45,7 +45,7 @@ def line(outcome: Outcome) -> str:
 
 
 def mutant_line(name: str, verdict: Verdict, seconds: float) -> str:
-    """Return a mutant's line."""
+    """Return the line of a planted error."""
     word = "ERROR" if verdict.error else "red" if verdict.red else "SURVIVED"
     return f"    mutant {name:22} {seconds:6.1f} s  {word}: {verdict.by}"
 

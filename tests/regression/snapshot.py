@@ -1,7 +1,7 @@
-"""Whole logical tensors (weights, optimizer states) of a run: what a checkpoint would hold, without writing one.
+"""Collect whole weights and optimizer states of a run, as a checkpoint would hold them, without writing one.
 
-Every rank cuts its part out of upstream's sharded state dict; `assemble` lays the parts together in the parent. A place
-that several ranks hold must hold the same bits in all of them.
+Every rank takes its parts from upstream's sharded state dict. `assemble` puts the parts together in the parent process.
+Ranks that hold the same part must hold the same bits.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ PREFIX = "optimizer.state."
 
 @dataclass(frozen=True)
 class Part:
-    """A box of a logical tensor: `data` lies at `offset` in an array of shape `whole`."""
+    """A part of a tensor: `data` belongs at `offset` in an array of shape `whole`."""
 
     name: str
     whole: tuple[int, ...]
@@ -27,28 +27,28 @@ class Part:
 
 @dataclass
 class Snapshot:
-    """Logical tensors by upstream's checkpoint names, and the names of which ranks hold different copies."""
+    """Whole tensors by their names in upstream's checkpoints, and names of those whose copies differ between ranks."""
 
     tensors: dict[str, Array] = field(default_factory=dict)
     torn: list[str] = field(default_factory=list)
 
     @property
     def weights(self) -> dict[str, Array]:
-        """The model's weights."""
+        """Return the model's weights."""
         return {name: array for name, array in self.tensors.items() if not name.startswith(PREFIX)}
 
     @property
     def first_moments(self) -> dict[str, Array]:
-        """Adam's first moments: a fixed linear combination of the gradients so far, so equal iff all of these are."""
+        """Return Adam's first moments. They are equal exactly if all gradients so far are."""
         prefix = f"{PREFIX}exp_avg."
         return {name: array for name, array in self.tensors.items() if name.startswith(prefix)}
 
 
 def parts_of_this_rank(model: list[Any], optimizer: Any) -> list[Part]:
-    """Cut this rank's parts out of the training state; collective over the data-parallel ranks.
+    """Return this rank's parts of the training state. This is a collective over the data-parallel ranks.
 
     Args:
-        model: the chunks that `train_step` got.
+        model: the model chunks of `train_step`.
         optimizer: upstream's optimizer, after at least one step.
     """
     from megatron.core import mpu
@@ -56,7 +56,7 @@ def parts_of_this_rank(model: list[Any], optimizer: Any) -> list[Part]:
     from megatron.core.utils import unwrap_model
     from megatron.training.training import force_param_sync, get_args, should_disable_forward_pre_hook
 
-    if should_disable_forward_pre_hook(get_args()):  # with overlap, new weights arrive at the next forward only
+    if should_disable_forward_pre_hook(get_args()):  # with overlap, new weights would arrive in the next forward pass
         force_param_sync(model, optimizer=optimizer)
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -76,7 +76,7 @@ def parts_of_this_rank(model: list[Any], optimizer: Any) -> list[Part]:
 
 
 def _is_anything_frozen(chunks: list[Any]) -> bool:
-    """Return whether any rank's part of the model has a frozen parameter."""
+    """Return whether a parameter is frozen on any rank."""
     import torch
 
     frozen = any(not param.requires_grad for chunk in chunks for param in chunk.parameters())
@@ -97,16 +97,18 @@ def _part(shard: Any) -> Part:
     import torch
 
     data = shard.data.detach()
-    data = (data.float() if data.dtype is torch.bfloat16 else data).cpu().clone().numpy()  # shares no memory
+    data = (
+        (data.float() if data.dtype is torch.bfloat16 else data).cpu().clone().numpy()
+    )  # a copy that shares no memory
     data = data.reshape((1,) * shard.prepend_axis_num + data.shape)
     return Part(shard.key, tuple(shard.global_shape), tuple(shard.global_offset), data)
 
 
 def assemble(ranks: Sequence[Sequence[Part]]) -> Snapshot:
-    """Lay the parts of all ranks together.
+    """Put the parts of all ranks together.
 
     Raises:
-        ValueError: a place of a tensor is held by no rank.
+        ValueError: no rank holds some part of a tensor.
     """
     snapshot = Snapshot()
     covered: dict[str, NDArray[numpy.bool_]] = {}

@@ -1,4 +1,4 @@
-"""Runs cases: each training once, shared by all cases that ask for the same one, and judges them."""
+"""Train the runs of all cases and judge them. Equal runs of several cases are trained once."""
 
 import functools
 import time
@@ -27,7 +27,7 @@ EARLY = (1, 2)
 
 @dataclass
 class Outcome:
-    """A case's result: its checks, its runs, its mutants' verdicts, and its seconds (shared runs count once)."""
+    """The result of a case: checks, runs, verdicts of planted errors, and seconds (shared runs count once)."""
 
     case: Case
     checks: list[Check] = field(default_factory=list)
@@ -39,21 +39,21 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
-        """Whether there are checks and all of them passed."""
+        """Return whether there are checks and all of them passed."""
         return bool(self.checks) and all(check.passed for check in self.checks)
 
     @property
     def worst(self) -> Check:
-        """The check with the largest error over tolerance."""
+        """Return the check with the largest ratio of error to tolerance."""
         return max(self.checks, key=lambda check: check.ratio)
 
 
 class Suite:
-    """Trains what cases ask for.
+    """Train and judge cases.
 
     Args:
-        pool: where ranks come from.
-        folder: scratch space: corpus, seed checkpoints, checkpoints of resumed runs.
+        pool: provides the ranks.
+        folder: scratch folder for the corpus, seed checkpoints and checkpoints of resumed runs.
     """
 
     def __init__(self, pool: RankPool, folder: Path) -> None:
@@ -63,7 +63,7 @@ class Suite:
         self.trainings = Trainings(pool, folder)
 
     def run_case(self, case: Case) -> Outcome:
-        """Train a case's arms and judge them; whatever goes wrong is a failed check, never an exception."""
+        """Train the arms of a case and judge them. An exception becomes a failed check."""
         outcome, start = Outcome(case), time.monotonic()
         try:
             runs = [self._arms(case, seed) for seed in case.seeds]
@@ -83,11 +83,11 @@ class Suite:
         return outcome
 
     def run_mutant(self, outcome: Outcome, name: str) -> Verdict:
-        """Plant an error into arm O of a case that passed, and say whether the case saw it."""
+        """Train arm O of a passed case with a planted error, and return whether the case detects it."""
         case = outcome.case
         at = (*EARLY, MUTANT_STEPS)
         if not outcome.passed:
-            return Verdict(False, "its case fails without it, so it proves nothing", error=True)
+            return Verdict(False, "its case fails without the error, so this proves nothing", error=True)
         trials, planted = [], 0
         try:
             for seed, trial in zip(case.seeds, outcome.trials, strict=True):
@@ -97,7 +97,7 @@ class Suite:
         except Torn as error:
             return Verdict(True, f"ranks agree ({error})")
         except RankFailure as error:
-            return Verdict(False, f"its run broke down, which proves nothing: {error}", error=True)
+            return Verdict(False, f"its run crashed, which proves nothing: {error}", error=True)
         return verdict(case, trials, [trial.o for trial in outcome.trials], planted, at)
 
     def _arms(self, case: Case, seed: int) -> tuple[Run, list[Run], Run]:
@@ -107,7 +107,7 @@ class Suite:
 
     def _oracle(self, case: Case, u: Run, outcome: Outcome) -> list[Check]:
         if case.u.world != 1:
-            return [broken("oracle", "arm X eats what one process of U ate; give U world = 1")]
+            return [broken("oracle", "arm X trains on the batches of one process of U; give U world = 1")]
         seed = {
             name: tensor
             for name, tensor in logical_tensors(self._seed(case.model)).items()
@@ -115,7 +115,7 @@ class Suite:
         }
         settings = oracle.Settings.of(self._flags(case, case.seeds[0]))
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # its tensors are small: two threads only wait for each other
+        torch.set_num_threads(1)  # its tensors are too small for two threads
         outcome.oracle, state = oracle.train(seed, u.food, settings)
         torch.set_num_threads(threads)
         return agrees_with_oracle(
@@ -128,7 +128,7 @@ class Suite:
         return [*self.models[case.model], *self.corpus.flags, *case.flags, *ARITHMETIC[case.arithmetic], *schedule]
 
     def _seed(self, model: str) -> Path:
-        """Return the checkpoint that every run of a model starts from."""
+        """Return the checkpoint with upstream\'s initial weights, from which every run of a model starts."""
         return self.trainings.seed(*self.models[model], *self.corpus.flags)
 
     def _train(self, case: Case, plan: ArmPlan, seed: int, mutant: str | None = None) -> Run:
@@ -151,7 +151,7 @@ class Suite:
 
 
 def _joined(first: Run, second: Run) -> Run:
-    """Return a run that stopped and the one that resumed it as one."""
+    """Join the records of a run that stopped and of the run that resumed it."""
     return replace(
         second,
         curve=[*first.curve, *second.curve],

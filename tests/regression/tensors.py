@@ -1,4 +1,4 @@
-"""The logical tensors of a checkpoint (whole weights, whole optimizer states), whatever layout of ranks wrote it."""
+"""Read whole weights and optimizer states from a checkpoint of any parallel layout."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def logical_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
         checkpoint: an `iter_NNNNNNN` folder.
 
     Returns:
-        Names as upstream's checkpoint has them (layers stacked on dimension 0) to whole tensors.
+        Whole tensors by their names in upstream's checkpoint, in which layers are stacked on dimension 0.
     """
     metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     sizes = {name: entry for name, entry in metadata.items() if hasattr(entry, "size")}

@@ -1,4 +1,4 @@
-"""The regression command's cases and planted errors as tests: one suite, so every training runs once."""
+"""Run the cases and planted errors of the regression command as tests. Equal runs are trained once."""
 
 import json
 from dataclasses import replace
@@ -45,7 +45,7 @@ def marked(is_quick: bool, *values: str) -> Any:
 
 
 class Outcomes:
-    """Runs a case when it is first asked for."""
+    """Run each case when it is first needed."""
 
     def __init__(self, suite: Suite, most_steps: int) -> None:
         self.suite, self.most_steps = suite, most_steps
@@ -69,7 +69,7 @@ def test_arm_u_is_the_locked_wheel_untouched() -> None:
 
 
 def test_a_snapshot_is_what_a_checkpoint_holds(ranks: RankPool, outcomes: Outcomes, tmp_path: Path) -> None:
-    """In a layout that cuts everything: tensors, their gate and up halves, and the optimizer's states."""
+    """Check a layout that shards everything: tensors, their gate and up halves, and optimizer states."""
     suite = outcomes.suite
     flags = [*suite.models["tied"], *suite.corpus.flags, "--train-iters", "1", "--lr-warmup-iters", "0"]
     layout = "--pipeline-model-parallel-size 2 --use-distributed-optimizer --tensor-model-parallel-size 2"

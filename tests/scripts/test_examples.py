@@ -104,8 +104,8 @@ def test_a_corpus_takes_the_place_of_mock_data() -> None:
     ("words", "message"),
     [
         (("70B", "64k"), "no model 70B"),
-        (("7B", "long"), "long is no sequence length"),
-        (("7B", "0k"), "0k is no sequence length"),
+        (("7B", "long"), "long is not a sequence length"),
+        (("7B", "0k"), "0k is not a sequence length"),
         (("7B",), "a model and a sequence length are needed"),
         (("7", "64k"), "no model 7\n"),
     ],

@@ -105,7 +105,7 @@ def test_more_ranks_than_gpus_are_refused(launcher: Launcher) -> None:
     launcher.path.fake("nvidia-smi", GPUS)
     done = launcher.run("--nproc", "5", "--", "train.py")
     assert done.returncode == 2
-    assert "5 ranks were asked for, 4 GPU(s)" in done.stderr
+    assert "5 ranks were requested, but 4 GPU(s)" in done.stderr
     assert not launcher.path.calls("torchrun")
 
 
@@ -314,11 +314,11 @@ def test_the_callers_environment_wins_over_the_site(launcher: Launcher) -> None:
         ("nonsense", "not KEY=VALUE"),
         ("1A=1", "not KEY=VALUE"),
         ("OK=2", "OK is set a second time"),
-        ("RANK=0", "RANK is set by the launcher itself"),
-        ('A="quoted"', "taken as it stands"),
-        ("A=$HOME", "taken as it stands"),
-        ("A=1 # why", "taken as it stands"),
-        ("A=1 ", "taken as it stands"),
+        ("RANK=0", "RANK is set by the launcher; remove it"),
+        ('A="quoted"', "used as it is"),
+        ("A=$HOME", "used as it is"),
+        ("A=1 # why", "used as it is"),
+        ("A=1 ", "used as it is"),
     ],
 )
 def test_site_file_faults_are_named_by_line(launcher: Launcher, line: str, message: str) -> None:
@@ -345,14 +345,14 @@ def test_our_site_files_are_read(launcher: Launcher, site: Path) -> None:
         (["--"], "no training script"),
         (["--", "absent.py"], "training script absent.py does not exist"),
         (["train.py"], "unknown option train.py"),
-        (["--nproc", "two", "--", "train.py"], "--nproc two: a whole number"),
-        (["--nproc", "0", "--", "train.py"], "--nproc 0: a whole number"),
+        (["--nproc", "two", "--", "train.py"], "--nproc two: give a whole number"),
+        (["--nproc", "0", "--", "train.py"], "--nproc 0: give a whole number"),
         (["--nproc", "--", "train.py"], "--nproc needs a value"),
-        (["--nproc", "2", "--gpus-per-node", "2", "--", "train.py"], "are given once"),
+        (["--nproc", "2", "--gpus-per-node", "2", "--", "train.py"], "both set the ranks on each node"),
         (["--local", "--slurm", "--", "train.py"], "exclude each other"),
         (["--slurm", "--docker", "x", "--", "train.py"], "exclude each other"),
         (["--slurm", "--", "train.py"], "give --gpus-per-node"),
-        (["--gpus-per-node", "2", "--", "train.py"], "none was found here"),
+        (["--gpus-per-node", "2", "--", "train.py"], "but none was found"),
         (["--nodes", "2", "--", "train.py"], "MASTER_ADDR"),
         (["--docker", "x", "--nodes", "2", "--", "train.py"], "one container on this machine"),
         (["--docker", "x", "--mount", "absent", "--", "train.py"], "--mount absent: no such folder"),

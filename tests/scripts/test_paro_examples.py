@@ -98,9 +98,9 @@ def test_further_flags_and_options_go_through() -> None:
     ("words", "message"),
     [
         (("13B", "NIG"), "no model 13B"),
-        (("7B", "IIN"), "IIN is no triplet that runs"),
-        (("7B", "GNG"), "GNG is no triplet that runs"),
-        (("7B",), "--dry-run is no triplet that runs"),
+        (("7B", "IIN"), "IIN is not a supported triplet"),
+        (("7B", "GNG"), "GNG is not a supported triplet"),
+        (("7B",), "--dry-run is not a supported triplet"),
     ],
 )
 def test_what_does_not_run_is_refused_with_what_does(words: tuple[str, ...], message: str) -> None:

@@ -174,7 +174,7 @@ def test_unreachable_registry_with_real_pip(machine: Machine) -> None:
     ("said", "message"),
     [
         ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "disk became full"),
-        ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES", "its hash differs"),
+        ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES", "does not have the hash"),
         ("ERROR: something else", "pip said: ERROR: something else"),
     ],
 )
@@ -275,7 +275,7 @@ def test_a_moved_checkout_makes_its_own(machine: Machine) -> None:
     machine.checkout = machine.checkout.rename(machine.folder / "moved")
     status, out, err = machine.setup()
     assert status == 0, err
-    assert f"making {machine.folder}/moved/.venv" in out
+    assert f"creating {machine.folder}/moved/.venv" in out
 
 
 def test_somebody_elses_environment_is_not_touched(machine: Machine) -> None:
@@ -283,7 +283,7 @@ def test_somebody_elses_environment_is_not_touched(machine: Machine) -> None:
     (machine.venv / "bin").mkdir(parents=True)
     status, _, err = machine.setup()
     assert status == 1
-    assert "was not made by these scripts" in err
+    assert "was not created by these scripts" in err
     assert (machine.venv / "bin").is_dir()
 
 

@@ -111,10 +111,10 @@ def test_further_flags_and_options_go_through() -> None:
     ("words", "message"),
     [
         (("70B", "64k", "1/4/4"), "no model 70B"),
-        (("8B", "long", "1/4/4"), "long is no sequence length"),
-        (("8B", "64k", "4x4"), "4x4 is no layout"),
-        (("8B", "64k", "1/4/2"), "1/4/2: the product is not 16, the GPUs of 8B"),
-        (("8B", "64k"), "--dry-run is no layout"),
+        (("8B", "long", "1/4/4"), "long is not a sequence length"),
+        (("8B", "64k", "4x4"), "4x4 is not a layout"),
+        (("8B", "64k", "1/4/2"), "1/4/2: the product is not 16, the number of GPUs of 8B"),
+        (("8B", "64k"), "--dry-run is not a layout"),
     ],
 )
 def test_what_the_paper_does_not_have_is_refused_with_what_it_has(words: tuple[str, ...], message: str) -> None:
@@ -149,7 +149,7 @@ LINE = (
         ([5.0, float("nan"), 3.0], 1, "differ by nan"),
         ([float("nan"), 4.0, 3.0], 1, "differ by nan"),
         ([5.0, 4.0], 1, "other has steps [1, 2], one has [1, 2, 3]"),
-        ([], 2, "no training step in it"),
+        ([], 2, "the log contains no training step"),
     ],
 )
 def test_losses_that_differ_are_told(tmp_path: Path, other: list[float], status: int, message: str) -> None:

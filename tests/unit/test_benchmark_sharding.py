@@ -9,7 +9,6 @@ from argparse import Namespace
 import pytest
 
 from megatron.longseq.sharding.plan.collectives import CollectiveKind, CollectivesMode
-from megatron.longseq.sharding.plan.comm_volume import Bucket
 from megatron.longseq.sharding.plan.rank_groups import RankGroups
 from megatron.longseq.sharding.plan.time_model import LinkSpeed, LinkSpeeds
 from tests.benchmarks import sharding_arms as training
@@ -32,6 +31,7 @@ from tests.benchmarks.twonodes import (
     two_nodes,
 )
 from tests.benchmarks.twonodes_check import Pace, confirm, rates_of
+from tests.bucket_volume import Bucket
 from tests.pool import RankPool
 
 GROUPS = RankGroups(4, 2)

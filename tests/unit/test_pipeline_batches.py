@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.longseq.pipeline.plan.batch_sizes import Entry, reached_sizes
+from patches.seq1f1b.checks import Entry, reached_sizes
 from tests.distributed.flags import TINY, flags
 from tests.pool import RankPool
 from tests.unit.test_pipeline_flags import messages_of_upstreams_validation

@@ -28,7 +28,7 @@ from megatron.longseq.pipeline.plan import partition
 from megatron.longseq.pipeline.plan.from_args import model_shape, plan_from_args, segment_lengths, stage_layers
 from megatron.longseq.pipeline.plan.segment_cost import ModelShape
 from megatron.longseq.pipeline.runtime.segmented_model import SegmentedModel, _refuse_further
-from patches.seq1f1b.stages import refuse_stages
+from patches.seq1f1b.checks import refuse_stages
 from tests.distributed.flags import TINY, flags
 from tests.pool import RankPool
 

@@ -191,15 +191,6 @@ def test_a_cyclic_wait():
         prove(Schedule("circle", pipeline, orders))
 
 
-def test_what_runs_with_blocking_sends():
-    pipeline = Pipeline(4, 8, 4)
-    assert prove(make(pipeline)).runs_blocking
-    assert prove(make(pipeline, slack=1)).runs_blocking
-    assert prove(forward_only(pipeline)).runs_blocking
-    assert not prove(make(Pipeline(4, 8, 4, 2))).runs_blocking
-    assert not prove(make(pipeline, zero_bubble=True, slack=1)).runs_blocking
-
-
 @given(st.data())
 def test_two_swapped_actions_are_refused_or_legal_by_plain_rules(data):
     """Swap any two actions of a rank: refused exactly if some plain rule is broken."""

@@ -7,17 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.longseq.pipeline.plan.generators import forward_only, make
-from megatron.longseq.pipeline.plan.schedule import ActionKind, Pipeline, Schedule, ScheduleError, source, target
+from megatron.longseq.pipeline.plan.schedule import ActionKind, Pipeline, Schedule, ScheduleError, source
 from megatron.longseq.pipeline.plan.simulate import Costs, simulate, uniform_costs
 from tests.counted import calls
 
 
-def longest_paths(schedule: Schedule, costs: Costs, latency: float, blocking: bool) -> dict | None:
-    """Earliest starts by relaxing every edge of the dependency graph until nothing moves; None if it never settles.
-
-    Nodes are (rank, action). With blocking p2p a message is a node of its own: it leaves when its sender has ended and
-    its receiver has ended what it runs before, and both go on when it has arrived.
-    """
+def longest_paths(schedule: Schedule, costs: Costs, latency: float) -> dict:
+    """Earliest starts by relaxing every edge of the dependency graph, whose nodes are (rank, action)."""
     splits = schedule.splits_weights
 
     def seconds(rank, action):
@@ -30,32 +26,21 @@ def longest_paths(schedule: Schedule, costs: Costs, latency: float, blocking: bo
 
     edges = []  # (from, to, seconds between their starts)
     for rank, order in enumerate(schedule.orders):
-        nodes = [("start", rank), *((rank, action) for action in order), ("end", rank)]
+        nodes = [("start", rank), *((rank, action) for action in order)]
         for index, action in enumerate(order):
-            before, node, after = nodes[index], nodes[index + 1], nodes[index + 2]
+            before, node = nodes[index], nodes[index + 1]
             own = seconds(*before) if index else 0.0
             edges.append((before, node, own))
             sender = source(schedule.pipeline, rank, action)
             if sender is not None and sender[0] != rank:
-                if blocking:
-                    message = ("message", sender)
-                    edges += [(before, message, own), (message, node, latency)]
-                else:
-                    edges.append((sender, node, seconds(*sender) + latency))
-            receiver = target(schedule.pipeline, rank, action)
-            if blocking and receiver is not None and receiver[0] != rank:
-                message = ("message", (rank, action))
-                edges += [(node, message, seconds(rank, action)), (message, after, latency)]
+                edges.append((sender, node, seconds(*sender) + latency))
     starts = dict.fromkeys([node for edge in edges for node in edge[:2]], 0.0)
-    longest = sum(gap for _, _, gap in edges)
     moved = True
     while moved:
         moved = False
         for one, other, gap in edges:
             if starts[one] + gap > starts[other]:
                 starts[other], moved = starts[one] + gap, True
-        if max(starts.values()) > longest:
-            return None
     return starts
 
 
@@ -76,24 +61,14 @@ def runs(draw):
     return schedule, Costs(draw(table), draw(table), draw(table)), float(draw(st.integers(0, 3)))
 
 
-@given(runs(), st.booleans())
-def test_every_start_is_the_longest_path(run, blocking):
+@given(runs())
+def test_every_start_is_the_longest_path(run):
     schedule, costs, latency = run
-    wanted = longest_paths(schedule, costs, latency, blocking)
-    if wanted is None:
-        with pytest.raises(ScheduleError, match="never ends: rank"):
-            simulate(schedule, costs, latency, blocking)
-        return
-    timeline = simulate(schedule, costs, latency, blocking)
+    wanted = longest_paths(schedule, costs, latency)
+    timeline = simulate(schedule, costs, latency)
     for rank, spans in enumerate(timeline.spans):
         assert tuple(span.action for span in spans) == schedule.orders[rank]
         assert [span.start for span in spans] == [wanted[rank, span.action] for span in spans]
-
-
-def test_the_oracle_sees_a_circle():
-    schedule = make(Pipeline(4, 4, 2, 2))
-    assert longest_paths(schedule, uniform_costs(schedule.pipeline), 0.0, True) is None
-    assert longest_paths(schedule, uniform_costs(schedule.pipeline), 0.0, False) is not None
 
 
 def test_one_microbatch_through_two_stages():
@@ -170,14 +145,6 @@ def test_half_the_bubble_at_30b():
         assert simulate(make(interleaved), halves).bubble < 0.55 * own
 
 
-@pytest.mark.parametrize("stages, microbatches, fused, slack", [(4, 8, 0.086, 0.709), (8, 32, 0.052, 0.866)])
-def test_fused_p2p_costs_nothing_but_serialises_slack(stages, microbatches, fused, slack):
-    pipeline = Pipeline(stages, microbatches, 4)
-    costs = uniform_costs(pipeline)
-    assert simulate(make(pipeline), costs, blocking=True).bubble == pytest.approx(fused, abs=0.0006)
-    assert simulate(make(pipeline, slack=1), costs, blocking=True).bubble == pytest.approx(slack, abs=0.0006)
-
-
 def test_slack_hides_latency():
     pipeline = Pipeline(4, 32, 4)
     costs = uniform_costs(pipeline)
@@ -192,15 +159,6 @@ def test_a_message_that_is_never_sent():
         ScheduleError, match=r"rank 1 waits in action 2 \(forward of micro-batch 1.*rank 0, which has ended"
     ):
         simulate(schedule, uniform_costs(whole.pipeline))
-
-
-def test_a_message_that_is_never_received():
-    whole = make(Pipeline(2, 2))
-    schedule = Schedule("cut", whole.pipeline, (whole.orders[0][:2], whole.orders[1][:1]))
-    with pytest.raises(
-        ScheduleError, match=r"rank 0 waits in action 1 \(forward of .*to send its output to rank 1, which"
-    ):
-        simulate(schedule, uniform_costs(whole.pipeline), blocking=True)
 
 
 @pytest.mark.parametrize("costs", [uniform_costs(Pipeline(2, 2, 3)), uniform_costs(Pipeline(4, 2, 2))])

@@ -1,5 +1,6 @@
 """The split backward: bitwise upstream's gradients, no weight product in B, all of them in W."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -107,3 +108,15 @@ def test_what_cannot_be_split_is_left_or_refused_and_nothing_is_renamed(ranks: R
 @pytest.mark.parametrize("job", [weight_bed.store_keeping, weight_bed.changed_tensors])
 def test_a_store_knows_its_units(ranks: RankPool, job) -> None:
     assert ranks.run(1, job) == [None]
+
+
+def test_our_split_keeps_less_than_torchs(ranks: RankPool, tell: Callable[[str], None]) -> None:
+    """`torch.distributed.pipelining` keeps the graph; of upstream's linears it computes every product twice."""
+    (found,) = ranks.run(1, weight_bed.splits)
+    ours, torchs = found["ours"], found["torch, plain"]
+    assert {split.gradients for split in found.values()} == {ours.gradients}, "bit by bit"
+    assert ours.products == torchs.products and found["torch"].products == (sum(ours.products),) * 2
+    assert ours.between < ours.after_forward < torchs.between
+    for name, split in found.items():
+        kept = f"{split.between:,} bytes between the parts, {split.between / split.after_forward:.2f} of the forward's"
+        tell(f"split by {name}: {split.products} products, {kept}")

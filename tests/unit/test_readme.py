@@ -28,3 +28,7 @@ def test_every_link_and_every_named_file_exists() -> None:
     named = re.findall(r"`((?:examples|megatron|patches|tests|scripts|docs)/[\w./-]+\.\w+)`", README)
     missing += [f"README.md: {name}" for name in named if not (ROOT / name).exists()]
     assert named and not missing
+
+
+def test_the_readme_fits_on_two_screens() -> None:
+    assert len(README.splitlines()) <= 100

@@ -8,8 +8,9 @@ import pytest
 from megatron.longseq.sharding.plan.collectives import CollectivesMode
 from megatron.longseq.sharding.plan.memory import Model
 from megatron.longseq.sharding.plan.strategy import RUNNING, VALID
-from megatron.longseq.sharding.plan.time_model import ComputeTime, fastest
+from megatron.longseq.sharding.plan.time_model import ComputeTime, LinkSpeed, LinkSpeeds, fastest
 from megatron.longseq.sharding.tools.cli import main
+from megatron.longseq.sharding.tools.probe_links import flag_of
 from megatron.longseq.sharding.tools.tables import (
     LIMITS,
     MICROBATCHES,
@@ -105,3 +106,16 @@ def test_choose_refuses(extra: list[str], message: str, capsys: pytest.CaptureFi
     assert main([*ARGS, *SPEED, *extra]) == 1
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.startswith("error: ") and message in shown.err
+
+
+def test_probe_runs_under_torchrun_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(["probe"]) == 1
+    assert "torchrun ... -m megatron.longseq.sharding probe" in capsys.readouterr().err
+
+
+def test_the_probe_s_flag_is_in_gigabytes_per_second() -> None:
+    fast, slow, unused = LinkSpeed(2e11, 3e-6), LinkSpeed(2.5e10, 15e-6), LinkSpeed(float("inf"))
+    assert flag_of(LinkSpeeds(fast, slow)) == "--paro-links 200 25"
+    assert flag_of(LinkSpeeds(unused, slow)) == "--paro-links 25 25"
+    assert flag_of(LinkSpeeds(unused, unused)) == "--paro-links 1 1"

@@ -265,15 +265,6 @@ def test_the_clock_lies_between_its_bounds(
         assert all(left.end <= right.begin for left, right in pairwise(chain))
 
 
-def test_buckets_are_not_sent_before_they_are_there() -> None:
-    links = LinkSpeeds(LinkSpeed(1.0), LinkSpeed(1.0))
-    collectives = full_collective(CollectiveKind.REDUCE_SCATTER, RankGroups(4, 2), CollectivesMode.OVERLAPPED)
-    spans = time_collectives(collectives, RankGroups(4, 2), links, [1.0, 1.0], is_overlapped=True, ready=[5.0, 0.0])
-    assert [(span.run.bucket, span.begin) for span in spans if span.run.turn == 0] == [(0, 5.0), (1, 7.0)]
-    with pytest.raises(ValueError, match="1 times at which buckets are ready, for 2"):
-        time_collectives(collectives, RankGroups(4, 2), links, [1.0, 1.0], is_overlapped=True, ready=[0.0])
-
-
 def test_a_flat_ring_goes_at_the_pace_of_its_slowest_hop() -> None:
     links = LinkSpeeds(LinkSpeed(100.0, 1.0), LinkSpeed(10.0, 2.0), channels=2)
     flat = full_collective(CollectiveKind.ALL_GATHER, RankGroups(4, 2), CollectivesMode.FLAT)[0]

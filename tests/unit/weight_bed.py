@@ -1,6 +1,8 @@
 """Jobs for ranks of the pool: gradients of a small model of upstream's, by its own backward and by the split one."""
 
 import contextlib
+import hashlib
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -112,7 +114,9 @@ def loss_of(case: Case, model: Any, step: int, microbatch: int) -> tuple[torch.T
     leaves = []
     if case.tail:
         rows = SEQUENCE // case.tp if case.sequence_parallel else SEQUENCE
-        hidden = torch.randn(rows, BATCH, HIDDEN, generator=data).to(torch.bfloat16 if case.bf16 else torch.float32)
+        hidden = torch.randn(rows, BATCH, HIDDEN, generator=data).to(
+            torch.bfloat16 if case.bf16 else torch.get_default_dtype()
+        )
         leaves = [hidden.requires_grad_()]
         model.set_input_tensor(hidden)
     positions = torch.arange(SEQUENCE).expand(BATCH, -1)
@@ -424,3 +428,91 @@ def changed_tensors() -> None:
                 kept.zero_()
             with pytest.raises(RuntimeError, match=r"weight \(64, 32\) was written to between its BACKWARD"):
                 store.run("b")
+
+
+@dataclass
+class Split:
+    """What a split of a backward did.
+
+    Attributes:
+        gradients: checksum of the gradients of the parameters and of the input, bit by bit.
+        products: matrix products of the first part and of the second.
+        after_forward: bytes that autograd keeps after the forward.
+        between: bytes that are kept between the two parts.
+    """
+
+    gradients: str
+    products: tuple[int, int]
+    after_forward: int
+    between: int
+
+
+class _Saved:
+    """A tensor that autograd saves."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def splits() -> dict[str, Split]:
+    """The backward of a last stage in float64, split by us and by torch: on upstream's linears, and on plain ones."""
+    case = Case(tail=True)
+    with world(case):
+        torch.set_default_dtype(torch.float64)
+        return {
+            "ours": _split(case, _by_us),
+            "torch": _split(case, _by_torch),
+            "torch, plain": _split(case, _by_torch, plain=True),
+        }
+
+
+def _by_us(model: Any, loss: list[torch.Tensor], _: torch.Tensor) -> tuple[list[torch.Tensor], Callable[[], None]]:
+    store = model.store
+    store.begin(0)
+    loss.pop().backward()
+    store.end()
+    return [t for p in store._pending[0] for t in (p.input, p.grad_output)], lambda: store.run(0)
+
+
+def _by_torch(model: Any, loss: list[torch.Tensor], hidden: torch.Tensor) -> tuple[list[Any], Callable[[], None]]:
+    from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+
+    weights = list(model.parameters())
+    _, groups = stage_backward_input([loss.pop()], None, [hidden], iter(weights))
+    kept = [t for group in groups for grads in group["grads"] for t in grads if t is not None]
+    return kept, lambda: stage_backward_weight(iter(weights), groups) and None
+
+
+def _split(case: Case, backward: Callable[..., Any], plain: bool = False) -> Split:
+    from megatron.longseq.pipeline.runtime.weight_grad import WeightGradStore, attach
+
+    model, saved = model_of(case).double(), weakref.WeakSet()  # type: ignore[var-annotated]
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    model.store = WeightGradStore()
+    if plain:
+        for module in model.modules():
+            if hasattr(module, "_forward_impl"):
+                module._forward_impl = lambda input, weight, bias, **_: torch.nn.functional.linear(input, weight, bias)
+
+    def kept(tensors: list[torch.Tensor]) -> int:
+        storages = [t.untyped_storage() for t in (*(box.tensor for box in saved), *tensors)]
+        return sum({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in parameters}.values())
+
+    def save(tensor: torch.Tensor) -> _Saved:
+        box = _Saved(tensor)
+        saved.add(box)
+        return box
+
+    with attach(model, model.store) if backward is _by_us else contextlib.nullcontext():
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda box: box.tensor):
+            loss, (hidden,) = loss_of(case, model, 0, 0)
+        losses, after_forward = [loss], kept([])
+        del loss
+        with Counted() as first:
+            tensors, weight = backward(model, losses, hidden)
+        between = kept(tensors)
+        with Counted() as second:
+            weight()
+    grads = [hidden.grad, *(parameter.grad for parameter in model.parameters())]
+    digest = hashlib.sha256(b"".join(grad.numpy().tobytes() for grad in grads)).hexdigest()
+    return Split(digest, (first.products.total(), second.products.total()), after_forward, between)

@@ -1,17 +1,16 @@
-"""The flags of our pipeline schedules, and what they refuse."""
+"""The flags of the pipeline schedules, their checks, and the flags of upstream's that they refuse."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from megatron.longseq.folders import refuse_unwritable
 from megatron.longseq.pipeline.plan.segment_cost import fit, read_samples
-from megatron.longseq.refusals import Refusals, refuse, refuse_without_effect
+from megatron.longseq.refusals import Refusals, refuse, refuse_unwritable, refuse_without_effect
 
-TRACED = 3  # the step that is measured, where no other is asked for
-PATIENCE = 60.0  # seconds that a rank waits for another stage before it says so
-LONGEST_PATIENCE = 1e8  # seconds, three years: threads of Python wait no longer than some 9e9
+TRACED = 3  # default of --pipeline-trace-step
+PATIENCE = 60.0  # default of --pipeline-patience, in seconds
+LONGEST_PATIENCE = 1e8  # seconds; Python's threads cannot wait longer than about 9e9
 
-# flag: (is it asked for?, why a sequence in segments cannot serve it)
+# flag: (whether it is used, why it does not work with segments)
 NOT_IN_SEGMENTS: Refusals = {
     "--multi-latent-attention": (
         lambda a: a.multi_latent_attention,
@@ -20,13 +19,13 @@ NOT_IN_SEGMENTS: Refusals = {
     "--mtp-num-layers": (lambda a: a.mtp_num_layers, "its labels reach beyond the end of a segment"),
     "--is-hybrid-model": (
         lambda a: a.is_hybrid_model or a.hybrid_layer_pattern or a.linear_attention_freq,
-        "recurrent layers would have to hand their state from segment to segment",
+        "recurrent layers would have to pass their state from segment to segment",
     ),
     "--experimental-attention-variant": (
         lambda a: a.experimental_attention_variant is not None,
         "its core attention cannot take keys of earlier segments",
     ),
-    "--softmax-type": (lambda a: a.softmax_type != "vanilla", "the attention kernels know the plain softmax alone"),
+    "--softmax-type": (lambda a: a.softmax_type != "vanilla", "the attention kernels implement the plain softmax only"),
     "--position-embedding-type mrope": (
         lambda a: a.position_embedding_type == "mrope",
         "its positions are not those of one sequence",
@@ -38,18 +37,21 @@ NOT_IN_SEGMENTS: Refusals = {
     ),
     "--reset-attention-mask": (
         lambda a: a.reset_attention_mask and not a.create_attention_mask_in_dataloader,
-        "documents are read from the mask, which --no-create-attention-mask-in-dataloader leaves out",
+        "documents are read from the mask, which --no-create-attention-mask-in-dataloader does not create",
     ),
     "--sft": (lambda a: a.sft, "packed sequences in THD form are not cut into segments"),
     "--dataloader-inter-document-masking": (
         lambda a: a.dataloader_inter_document_masking,
         "packed sequences in THD form are not cut into segments; --reset-attention-mask packs documents",
     ),
-    "--fp8-format": (lambda a: a.fp8 or a.fp4, "scaling factors that follow micro-batches are not proven for segments"),
+    "--fp8-format": (
+        lambda a: a.fp8 or a.fp4,
+        "scaling factors that follow micro-batches are not tested with segments",
+    ),
     "--tp-comm-overlap": (lambda a: a.tp_comm_overlap, "its buffers have the shape of a whole sequence"),
     "--moe-router-load-balancing-type": (
         lambda a: a.num_experts and _balances(a),
-        "balance is a statistic of the whole micro-batch; use --moe-router-load-balancing-type none",
+        "balance is a statistic of the whole micro-batch; give --moe-router-load-balancing-type none",
     ),
     "--moe-z-loss-coeff": (
         lambda a: a.num_experts and a.moe_z_loss_coeff,
@@ -57,11 +59,11 @@ NOT_IN_SEGMENTS: Refusals = {
     ),
     "--moe-expert-capacity-factor": (
         lambda a: a.num_experts and (a.moe_expert_capacity_factor or a.moe_expert_rank_capacity_factor),
-        "capacity would be a segment's, and other tokens would be dropped",
+        "capacity would be that of a segment, and other tokens would be dropped",
     ),
 }
 
-# flag: (is it asked for?, why none of our schedules can serve it)
+# flag: (whether it is used, why it does not work with any of our schedules)
 NOT_IN_SCHEDULES: Refusals = {
     "--overlap-moe-expert-parallel-comm": (
         lambda a: a.overlap_moe_expert_parallel_comm,
@@ -69,7 +71,7 @@ NOT_IN_SCHEDULES: Refusals = {
     ),
     "--defer-embedding-wgrad-compute": (
         lambda a: a.defer_embedding_wgrad_compute,
-        "it pairs activations and gradients first in, first out; segments come back in reverse",
+        "it pairs activations and gradients first in, first out, but segments run backward in reverse order",
     ),
     "--decoder-seq-length": (
         lambda a: a.decoder_seq_length not in (None, a.seq_length),
@@ -84,19 +86,19 @@ NOT_IN_SCHEDULES: Refusals = {
     "--hybrid-context-parallel": (lambda a: a.hybrid_context_parallel, "it is a schedule of upstream's own"),
     "--cuda-graph-impl": (
         lambda a: a.cuda_graph_impl != "none",
-        "upstream's own schedules make the graphs, and a graph has one shape where segments have several",
+        "upstream's own schedules create the graphs, and segments have several shapes where a graph has one",
     ),
     "--fine-grained-activation-offloading": (
         lambda a: a.fine_grained_activation_offloading or a.cpu_offloading_num_layers,
-        "upstream's own schedules take offloaded activations back, in the order of whole micro-batches",
+        "upstream's own schedules reload offloaded activations, in the order of whole micro-batches",
     ),
     "--tensor-parallel-num-weight-shards": (
         lambda a: a.gtp_weight_remat_size > 1,
-        "gathers of weights and sums of gradients that run into the next action are not proven with them",
+        "gathers of weights and reductions of gradients that overlap the next action are not proven with them",
     ),
     "--expert-tensor-parallel-num-weight-shards": (
         lambda a: a.expert_gtp_weight_remat_size > 1,
-        "gathers of weights and sums of gradients that run into the next action are not proven with them",
+        "gathers of weights and reductions of gradients that overlap the next action are not proven with them",
     ),
     "--use-megatron-fsdp": (
         lambda a: a.use_megatron_fsdp or a.use_torch_fsdp2,
@@ -104,7 +106,7 @@ NOT_IN_SCHEDULES: Refusals = {
     ),
 }
 
-# flag: (is it asked for?, why --zero-bubble cannot serve it)
+# flag: (whether it is used, why it does not work with --zero-bubble)
 NOT_WITH_ZERO_BUBBLE: Refusals = {
     "--num-layers-per-virtual-pipeline-stage": (
         lambda a: _virtual(a) > 1,
@@ -112,13 +114,13 @@ NOT_WITH_ZERO_BUBBLE: Refusals = {
     ),
     "--transformer-impl": (
         lambda a: a.transformer_impl != "local",
-        "input and weight gradient are split in upstream's own linear layers; give --transformer-impl local",
+        "only the backward of upstream's local linear layers is split; give --transformer-impl local",
     ),
     "--num-experts": (lambda a: a.num_experts, "expert layers compute both gradients at once"),
     "--delay-wgrad-compute": (lambda a: a.delay_wgrad_compute, "both would defer the same gradients"),
     "--num-distributed-optimizer-instances": (
         lambda a: a.num_distributed_optimizer_instances > 1,
-        "upstream would reduce its first step's gradients twice where their hooks wait for the weight gradients",
+        "upstream would reduce the gradients of its first step twice",
     ),
 }
 
@@ -131,7 +133,7 @@ REFUSALS = {
 
 
 def add_pipeline_arguments(parser: ArgumentParser) -> None:
-    """Add the group of the pipeline schedules; virtual stages are upstream's own flags."""
+    """Add the flags of the pipeline schedules; those of virtual stages are upstream's."""
     group = parser.add_argument_group(title="longseq: pipeline schedules (Seq1F1B)")
     group.add_argument(
         "--seq1f1b-splits",
@@ -144,44 +146,48 @@ def add_pipeline_arguments(parser: ArgumentParser) -> None:
         "--seq1f1b-partition",
         default="balanced",
         metavar="even|balanced|N1,N2,...",
-        help="tokens per segment: of equal length, of equal cost of forward and backward, or as listed",
+        help="tokens per segment: equal lengths, equal cost of forward plus backward, or as listed",
     )
     group.add_argument(
         "--seq1f1b-layer-seconds",
         metavar="FILE",
-        help="balance by what a layer was measured to take (python -m megatron.longseq.pipeline fit), not by FLOPs",
+        help="balance by the measured time of a layer (python -m megatron.longseq.pipeline fit), not by FLOPs",
     )
     group.add_argument(
         "--seq1f1b-slack",
         type=int,
         default=0,
         metavar="E",
-        help="run E more segments forward before the first backward, per stage downstream: less bubble, more memory",
+        help="run E more segments forward before the first backward, per downstream stage: less bubble, more memory",
     )
     group.add_argument(
         "--zero-bubble",
         action="store_true",
-        help="compute weight gradients apart from input gradients, where a rank would wait otherwise (ZB-H1)",
+        help="compute weight gradients separately from input gradients, when a rank would wait otherwise (ZB-H1)",
     )
     group.add_argument(
         "--pipeline-trace",
         metavar="FOLDER",
-        help="write when each action of one training step began and ended, per rank, to this folder",
+        help="write the start and end of each action of one training step to this folder, one file per rank",
     )
     group.add_argument(
-        "--pipeline-trace-step", type=int, default=TRACED, metavar="N", help="which step of this run that is, from 1"
+        "--pipeline-trace-step",
+        type=int,
+        default=TRACED,
+        metavar="N",
+        help="training step of this run to write, from 1",
     )
     group.add_argument(
         "--pipeline-patience",
         type=float,
         default=PATIENCE,
         metavar="SECONDS",
-        help="a rank that waits longer than this for another stage says what it waits for",
+        help="report what a rank waits for when it has waited this long for another stage",
     )
 
 
 def wants_our_schedule(args: Namespace) -> bool:
-    """Whether the flags ask for a schedule of ours; otherwise upstream's own function runs."""
+    """Return whether the flags select one of our schedules; otherwise upstream's function runs."""
     return bool(
         getattr(args, "seq1f1b_splits", 1) > 1
         or getattr(args, "seq1f1b_slack", 0)
@@ -191,10 +197,10 @@ def wants_our_schedule(args: Namespace) -> bool:
 
 
 def check_pipeline_numbers(args: Namespace) -> None:
-    """Refuse numbers that mean nothing, as soon as they are parsed.
+    """Check the values of the flags, right after they are parsed.
 
     Raises:
-        ValueError: names the flag and what it takes.
+        ValueError: names the flag and the values that it takes.
     """
     for flag, least in (("seq1f1b_splits", 1), ("seq1f1b_slack", 0), ("pipeline_trace_step", 1)):
         if getattr(args, flag, least) < least:
@@ -223,7 +229,7 @@ def check_pipeline_numbers(args: Namespace) -> None:
 
 
 def _check_layer_seconds(args: Namespace) -> None:
-    """Refuse a file of measurements that nothing would read, or that cannot be read."""
+    """Check that the file of measurements can be read and would be used."""
     file = getattr(args, "seq1f1b_layer_seconds", None)
     if file is None:
         return
@@ -242,10 +248,10 @@ def _check_layer_seconds(args: Namespace) -> None:
 
 
 def check_trace_step(args: Namespace) -> None:
-    """Refuse a measured step that a run does not reach, once upstream has validated its arguments.
+    """Check, in validated arguments, that the run reaches the step of --pipeline-trace-step.
 
     Raises:
-        ValueError: names the flag and how many steps there are.
+        ValueError: names the flag and the number of steps.
     """
     if args.pipeline_trace is None:
         return
@@ -266,7 +272,7 @@ def check_trace_step(args: Namespace) -> None:
 
 
 def refuse_unserved(args: Namespace) -> None:
-    """Refuse what our schedules cannot serve, once upstream has validated its arguments.
+    """Refuse flags that do not work with our schedules, in validated arguments.
 
     Raises:
         ValueError: lists every flag with the reason.
@@ -284,7 +290,7 @@ def _virtual(args: Namespace) -> int:
 
 
 def _balances(args: Namespace) -> bool:
-    """Whether the router looks at all tokens of a micro-batch: for an auxiliary loss, or to route by."""
+    """Return whether the router uses all tokens of a micro-batch, for an auxiliary loss or for routing."""
     kinds, losses = args.moe_router_load_balancing_type, args.moe_aux_loss_coeff
     kinds = kinds if isinstance(kinds, list) else [kinds]
     losses = losses if isinstance(losses, list) else [losses] * len(kinds)

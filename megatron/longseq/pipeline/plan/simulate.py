@@ -15,7 +15,6 @@ from megatron.longseq.pipeline.plan.schedule import (
     Schedule,
     ScheduleError,
     source,
-    target,
 )
 
 Table = tuple[tuple[float, ...], ...]  # seconds, by model stage and segment
@@ -110,16 +109,15 @@ def uniform_costs(pipeline: Pipeline, forward: float = 1.0, backward: float = 2.
     return Costs(forwards, backwards, weights)
 
 
-def simulate(schedule: Schedule, costs: Costs, latency: float = 0.0, blocking: bool = False) -> Timeline:
-    """Return when each action of a schedule runs. Takes time linear in the number of actions.
+def simulate(schedule: Schedule, costs: Costs, latency: float = 0.0) -> Timeline:
+    """Return when each action of a schedule runs, if sends never wait and messages are buffered without bound.
+
+    This takes time linear in the number of actions.
 
     Args:
         schedule: a validated schedule.
         costs: seconds per action.
         latency: seconds from the end of an action until its output has reached another rank.
-        blocking: False: a send never waits, and messages are buffered without bound. True: sends and receives are
-            fused as in upstream's p2p. Between two actions a rank posts the send of the first and the receive of the
-            second together and waits for both; a message is transferred once both of its sides are posted.
 
     Raises:
         ScheduleError: the ranks deadlock; the message names the actions that wait for each other.
@@ -134,7 +132,7 @@ def simulate(schedule: Schedule, costs: Costs, latency: float = 0.0, blocking: b
     if latency < 0:
         raise ValueError(f"latency is {latency}, not seconds")
     steps = _steps(schedule, costs)
-    starts = _blocking(schedule, steps, latency) if blocking else _buffered(schedule, steps, latency)
+    starts = _starts(schedule, steps, latency)
     spans = tuple(
         tuple(ActionTime(action, start, start + step.seconds) for action, step, start in zip(*rank, strict=True))
         for rank in zip(schedule.orders, steps, starts, strict=True)
@@ -174,8 +172,8 @@ def _steps(schedule: Schedule, costs: Costs) -> list[list[_Step]]:
     return steps
 
 
-def _buffered(schedule: Schedule, steps: list[list[_Step]], latency: float) -> list[list[float]]:
-    """Return the start of every rank's actions if sends never wait."""
+def _starts(schedule: Schedule, steps: list[list[_Step]], latency: float) -> list[list[float]]:
+    """Return the start of every rank's actions."""
     starts: list[list[float]] = [[] for _ in steps]
     clocks = [0.0] * len(steps)
     arrivals = {-1: 0.0}
@@ -197,64 +195,22 @@ def _buffered(schedule: Schedule, steps: list[list[_Step]], latency: float) -> l
                 if sends in waiting:
                     ready.append(waiting.pop(sends))
         clocks[rank] = clock
-    _check_done(schedule, starts, dict.fromkeys(waiting.values(), "receive"))
+    _check_done(schedule, starts, set(waiting.values()))
     return starts
 
 
-def _blocking(schedule: Schedule, steps: list[list[_Step]], latency: float) -> list[list[float]]:
-    """Return the start of every rank's actions if a message is transferred when both of its sides are posted.
-
-    The send of action i-1 and the receive of action i are posted together, in the gap before action i.
-    """
-    starts: list[list[float]] = [[] for _ in steps]
-    gaps = [(0.0, -1, rank[0].receives if rank else -1) for rank in steps]  # when posted, the send, the receive
-    posted: dict[tuple[int, int], float] = {}  # by side (0: the sender's, 1: the receiver's) and message
-    waiting: dict[tuple[int, int], int] = {}
-    blocked: dict[int, str] = {}
-    ready = list(range(len(steps)))
-    while ready:
-        rank = ready.pop()
-        mine, order = starts[rank], steps[rank]
-        blocked.pop(rank, None)
-        while True:
-            now, *messages = gaps[rank]
-            sides = [(side, message) for side, message in enumerate(messages) if message >= 0]
-            for side in sides:
-                posted.setdefault(side, now)
-                if side in waiting:
-                    ready.append(waiting.pop(side))
-            others = [(1 - side, message) for side, message in sides]
-            missing = [other for other in others if other not in posted]
-            if missing:
-                waiting.update(dict.fromkeys(missing, rank))
-                blocked[rank] = "send" if missing[0][0] else "receive"
-                break
-            if len(mine) == len(order):
-                break
-            mine.append(max([now, *(max(now, posted[other]) + latency for other in others)]))
-            seconds, _, sends = order[len(mine) - 1]
-            gaps[rank] = (mine[-1] + seconds, sends, order[len(mine)].receives if len(mine) < len(order) else -1)
-    _check_done(schedule, starts, blocked)
-    return starts
-
-
-def _check_done(schedule: Schedule, starts: list[list[float]], blocked: dict[int, str]) -> None:
+def _check_done(schedule: Schedule, starts: list[list[float]], blocked: set[int]) -> None:
     """Raise an error that names the chain of ranks that wait for each other, if any rank is blocked."""
     if not blocked:
         return
-    rank, chain, left = min(blocked), [], dict(blocked)
+    rank, chain, left = min(blocked), [], set(blocked)
     while rank in left:
-        action, index, peer, wanted = _wait(schedule, rank, len(starts[rank]), left.pop(rank))
-        chain.append(f"rank {rank} waits in action {index} ({action}) {wanted} rank {peer}")
-        rank = peer
+        left.remove(rank)
+        index = len(starts[rank])
+        action = schedule.orders[rank][index]
+        sender = source(schedule.pipeline, rank, action)
+        assert sender is not None, "only actions with a message can wait"
+        chain.append(f"rank {rank} waits in action {index} ({action}) for its input from rank {sender[0]}")
+        rank = sender[0]
     end = "which waits itself" if rank in blocked else "which has ended"
     raise ScheduleError(f"{schedule.name} never ends: {'; '.join(chain)}, {end}")
-
-
-def _wait(schedule: Schedule, rank: int, reached: int, side: str) -> tuple[Action, int, int, str]:
-    """Return the action in which a rank waits, its index, the peer it waits for, and what it waits for in words."""
-    index = reached - (side == "send")
-    action = schedule.orders[rank][index]
-    other = (target if side == "send" else source)(schedule.pipeline, rank, action)
-    assert other is not None, "only actions with a message can wait"
-    return action, index, other[0], "to send its output to" if side == "send" else "for its input from"

@@ -24,14 +24,11 @@ class Proof:
 
     Attributes:
         schedule: the schedule.
-        runs_blocking: whether it also completes with blocking sends, as in upstream's fused p2p (see `simulate`).
-            Otherwise it needs sends that do not wait for their receivers.
         peak_units: per rank the peak of live units. A unit is a segment on a virtual stage; it is live from its forward
             to its last backward or weight gradient. 0 in a schedule of forwards only.
     """
 
     schedule: Schedule
-    runs_blocking: bool
     peak_units: tuple[int, ...]
 
     def peak_live(self, lengths: Sequence[int] | None = None, weight_share: float = 1.0) -> tuple[float, ...]:
@@ -80,20 +77,11 @@ def prove(schedule: Schedule) -> Proof:
         _check_order(pipeline, rank, order)
         _check_data(pipeline, rank, order)
     _check_messages(schedule)
-    costs = uniform_costs(pipeline)
-    simulate(schedule, costs)
+    simulate(schedule, uniform_costs(pipeline))
     freed = _freed(schedule, 1.0)
     ones = (1,) * pipeline.segments
     peaks = tuple(round(max(_live(order, freed, ones), default=0)) for order in schedule.orders)
-    return Proof(schedule, _runs_blocking(schedule), peaks)
-
-
-def _runs_blocking(schedule: Schedule) -> bool:
-    try:
-        simulate(schedule, uniform_costs(schedule.pipeline), blocking=True)
-    except ScheduleError:
-        return False
-    return True
+    return Proof(schedule, peaks)
 
 
 def _all_actions(pipeline: Pipeline, kinds: list[ActionKind]) -> Iterator[Action]:

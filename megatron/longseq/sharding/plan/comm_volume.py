@@ -3,13 +3,10 @@
 Bytes are those of rings: n - 1 of n shards for an all-gather or a reduce-scatter, twice that for an all-reduce.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron.longseq.sharding.plan.collectives import (
-    BucketCollectives,
     Collectives,
-    FlatChooser,
     Scope,
     always_flat,
     bucket_collectives,
@@ -46,10 +43,6 @@ class CommVolume:
 
     def __mul__(self, times: int) -> "CommVolume":
         return CommVolume(self.inside * times, self.between * times, self.flat * times, self.collectives * times)
-
-    def leaving(self, groups: RankGroups) -> int:
-        """Return the bytes that leave one group: of all its ranks between groups, of one rank in a flat ring."""
-        return groups.size * self.between + (self.flat if groups.count > 1 else 0)
 
 
 def volume(collectives: Collectives, groups: RankGroups, shard: int, buckets: int = 1) -> CommVolume:
@@ -125,56 +118,3 @@ def comm_volume(
         finish_grads=volume(terms.finish_grads, groups, trained * widths.grad_wire, buckets),
         finish_params=volume(terms.finish_params, groups, trained * widths.param, buckets),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """A bucket of a model-parallel rank.
-
-    Attributes:
-        numel: elements, padded to n equal shards.
-        gathers: how often a micro-batch gathers its parameters, if they are sharded: twice, before forward and before
-            backward; once for an embedding; three times for a weight that the output layer shares with it.
-        is_trained: whether it has gradients.
-    """
-
-    numel: int
-    gathers: int = 2
-    is_trained: bool = True
-
-
-def bucket_volume(
-    strategy: Strategy,
-    groups: RankGroups,
-    buckets: Iterable[Bucket],
-    widths: Widths,
-    microbatches: int,
-    *,
-    passes: int = 1,
-    is_flat: FlatChooser = never_flat,
-) -> CommVolume:
-    """Return what a rank sends in a step, counted bucket by bucket as the runtime sends it.
-
-    Args:
-        strategy: the triplet.
-        groups: the data-parallel ranks.
-        buckets: all buckets of the rank.
-        widths: bytes of an element.
-        microbatches: of a step, A.
-        passes: forward passes that make up a micro-batch (its segments).
-        is_flat: chooses flat collectives, by bucket size.
-    """
-
-    def terms(bucket: Bucket, width: int) -> BucketCollectives:
-        return bucket_collectives(strategy, groups, bucket.numel * width, is_flat)
-
-    total = CommVolume()
-    for bucket in buckets:
-        shard = bucket.numel // groups.ranks
-        params, grads = terms(bucket, widths.param), terms(bucket, widths.grad_wire)
-        total += volume(params.params, groups, shard * widths.param) * (bucket.gathers * passes * microbatches)
-        if bucket.is_trained:
-            total += volume(grads.grads, groups, shard * widths.grad_wire) * microbatches
-            total += volume(grads.finish_grads, groups, shard * widths.grad_wire)
-            total += volume(params.finish_params, groups, shard * widths.param)
-    return total

@@ -37,7 +37,6 @@ def choose_mode(
     links: LinkSpeeds,
     shards: Sequence[float],
     *,
-    ready: Sequence[float] | None = None,
     margin: float = MARGIN,
 ) -> CollectivesMode:
     """Return the mode that is predicted to be fastest: flat, unless another one is faster by more than a margin.
@@ -47,10 +46,9 @@ def choose_mode(
         groups: the data-parallel ranks.
         links: their speeds.
         shards: bytes of one of the n shards of every bucket.
-        ready: seconds at which every bucket is ready; None: all at 0.
         margin: by how much the flat collective has to be beaten.
     """
-    times = {mode: ring_seconds(kind, mode, groups, links, shards, ready) for mode in CollectivesMode}
+    times = {mode: ring_seconds(kind, mode, groups, links, shards) for mode in CollectivesMode}
     best = min(CollectivesMode, key=lambda mode: times[mode])  # the first, and simplest, of equally fast ones
     return best if times[best] * (1 + margin) < times[CollectivesMode.FLAT] else CollectivesMode.FLAT
 

@@ -25,7 +25,6 @@ class Widths:
 
 
 MEGATRON = Widths()
-PAPER = Widths(grad=2)
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,6 @@ def time_collectives(
     shards: Sequence[float],
     *,
     is_overlapped: bool,
-    ready: Sequence[float] | None = None,
 ) -> tuple[CollectiveTime, ...]:
     """Return when every collective of every bucket runs, in the order of `schedule`.
 
@@ -122,16 +121,9 @@ def time_collectives(
         links: their speeds.
         shards: bytes of one of the n shards of every bucket.
         is_overlapped: whether different links work at the same time; otherwise everything runs one after another.
-        ready: seconds at which every bucket is ready; None: all at 0.
-
-    Raises:
-        ValueError: `ready` has another length than `shards`.
     """
-    ready = [0.0] * len(shards) if ready is None else ready
-    if len(ready) != len(shards):
-        raise ValueError(f"{len(ready)} times at which buckets are ready, for {len(shards)} buckets")
     free = dict.fromkeys(Scope, 0.0)
-    reached = list(ready)
+    reached = [0.0] * len(shards)
     times = []
     for run in schedule(collectives, len(shards), is_overlapped=is_overlapped):
         scope = run.collective.scope if is_overlapped else Scope.FLAT
@@ -148,11 +140,10 @@ def ring_seconds(
     groups: RankGroups,
     links: LinkSpeeds,
     shards: Sequence[float],
-    ready: Sequence[float] | None = None,
 ) -> float:
     """Return when the last bucket of a collective over all ranks is done, in seconds; see `time_collectives`."""
     collectives, is_overlapped = full_collective(kind, groups, mode), mode is CollectivesMode.OVERLAPPED
-    times = time_collectives(collectives, groups, links, shards, is_overlapped=is_overlapped, ready=ready)
+    times = time_collectives(collectives, groups, links, shards, is_overlapped=is_overlapped)
     return max((time.end for time in times), default=0.0)
 
 

@@ -8,7 +8,6 @@ from megatron.core.distributed import distributed_data_parallel, param_and_grad_
 from megatron.core.optimizer.param_layout import FullParamLayout, PerBufferParamLayout
 from torch import Tensor
 
-from megatron.longseq.sharding.plan.comm_volume import Bucket
 from megatron.longseq.sharding.plan.strategy import Level
 from megatron.longseq.sharding.runtime.bucket_group import ShardedBucketGroup
 from megatron.longseq.sharding.runtime.bucket_layout import by_unit, lay_out, unit_of
@@ -122,17 +121,6 @@ class ShardedDataParallel(distributed_data_parallel.DistributedDataParallel):
         """Release full parameters: the optimizer is about to write this rank's shards."""
         if self.gather_hooks is not None:
             self.gather_hooks.release_all()
-
-    def describe_buckets(self) -> list[Bucket]:
-        """Return the buckets as `bucket_volume` takes them, once a first step has shown what is gathered."""
-        units = [] if self.gather_hooks is None else self.gather_hooks.units
-        trained = {id(group.store): group.store for group in self.bucket_groups}
-        stores = trained | {id(store): store for unit in units for store in unit.stores}
-        gathers = dict.fromkeys(stores, 0)
-        for unit in units:
-            for store in unit.stores:
-                gathers[id(store)] += 1 + unit.is_reached
-        return [Bucket(store.numel, gathers[key], key in trained) for key, store in stores.items()]
 
     def _unit_stores(self) -> list[ParamStore]:
         units = [] if self.gather_hooks is None else self.gather_hooks.units
