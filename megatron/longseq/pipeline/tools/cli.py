@@ -1,4 +1,4 @@
-"""Command line of pipeline schedules: `draw` one, `compare` several, `fit` a layer, `table` of the paper's sizes."""
+"""Simulate pipeline schedules: draw one, compare several, fit a layer's cost, print the tables of the documentation."""
 
 import argparse
 import ast
@@ -9,14 +9,7 @@ from pathlib import Path
 from megatron.longseq.figures import check_output, complete_file
 from megatron.longseq.pipeline.arguments import REFUSALS, add_pipeline_arguments
 from megatron.longseq.pipeline.plan.memory import METHODS, Recompute
-from megatron.longseq.pipeline.plan.segment_cost import (
-    CostModel,
-    ModelShape,
-    fit,
-    flops,
-    read_samples,
-    seconds,
-)
+from megatron.longseq.pipeline.plan.segment_cost import CostModel, ModelShape, fit, flops, read_samples, seconds
 from megatron.longseq.pipeline.plan.simulate import Timeline
 from megatron.longseq.pipeline.tools.chrome_trace import read_measured, write_trace
 from megatron.longseq.pipeline.tools.compare import (
@@ -38,7 +31,7 @@ SUFFIXES = (".svg", ".png", ".json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit status: 0 done, 1 refused."""
+    """Run one command and return its exit status: 0, or 1 after an error."""
     args = _parser().parse_args(argv)
     try:
         args.run(args)
@@ -51,13 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m megatron.longseq.pipeline", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    draw = commands.add_parser("draw", help="a schedule's simulated timeline, or a measured one above its simulation")
+    draw = commands.add_parser("draw", help="draw a simulated timeline, or a measured one above its simulation")
     draw.add_argument(
-        "--measured", type=Path, metavar="FOLDER", help="what a run measured; the sizes are taken from it"
+        "--measured", type=Path, metavar="FOLDER", help="folder of --pipeline-trace; it determines the sizes"
     )
     draw.set_defaults(run=_draw)
     compare = commands.add_parser(
-        "compare", help="the usual schedules and yours of one model, as a table and a picture"
+        "compare", help="compare the usual schedules and yours for one model, in a table and a picture"
     )
     compare.add_argument("--rows", metavar="N1,N2,...", help="rows of the table to draw, from 1 (default: all of them)")
     compare.set_defaults(run=_compare)
@@ -67,16 +60,22 @@ def _parser() -> argparse.ArgumentParser:
         )
         _add_schedule_arguments(command)
         _add_model_arguments(command)
-    profile = commands.add_parser("fit", help="what one layer takes, from a measured step: for --seq1f1b-layer-seconds")
-    profile.add_argument("--measured", type=Path, required=True, metavar="FOLDER", help="what a run measured")
+    profile = commands.add_parser(
+        "fit", help="extract the time of a layer from a measured step, for --seq1f1b-layer-seconds"
+    )
+    profile.add_argument("--measured", type=Path, required=True, metavar="FOLDER", help="folder of --pipeline-trace")
     profile.add_argument("--lengths", required=True, metavar="N1,N2,...", help="tokens per segment of that run")
     profile.add_argument("--layers-per-stage", type=int, required=True, help="layers of a virtual stage")
     profile.add_argument("--window-size", metavar="LEFT,0", help="keys before the query's own that it sees")
     profile.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON")
     profile.set_defaults(run=_fit)
-    paper = commands.add_parser("table", help="markdown: the paper's configurations, simulated beside published")
+    paper = commands.add_parser(
+        "table", help="print the paper's configurations, simulated beside published, as markdown"
+    )
     paper.set_defaults(run=lambda args: print(markdown()))
-    ours = commands.add_parser("flags", help="markdown: the flags of a training run, and what they refuse")
+    ours = commands.add_parser(
+        "flags", help="print the flags of a training run, and the flags that they refuse, as markdown"
+    )
     ours.set_defaults(run=lambda args: print(f"{flags_table(add_pipeline_arguments)}\n\n{refusals_table(REFUSALS)}"))
     return parser
 
@@ -87,7 +86,9 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--microbatches", type=int, default=8, help="micro-batches per step (default 8)")
     group.add_argument("--segments", type=int, default=1, help="segments per sequence (default 1: upstream's 1F1B)")
     group.add_argument("--virtual", type=int, default=1, help="virtual stages per rank (default 1)")
-    group.add_argument("--slack", type=int, default=0, help="extra forwards per stage that follows (default 0)")
+    group.add_argument(
+        "--slack", type=int, default=0, help="extra segments of warm-up per downstream stage (default 0)"
+    )
     group.add_argument("--zero-bubble", action="store_true", help="weight gradients as actions of their own")
     group.add_argument("--partition", default="balanced", help="even, balanced (default), paper, or lengths N1,N2,...")
     group.add_argument("--tensor-model-parallel-size", type=int, default=1)
@@ -96,7 +97,7 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--recompute-granularity",
         choices=("full", "selective"),
-        help="upstream's flag: what backward computes again, for the column of bytes kept (its time is not counted)",
+        help="upstream's flag: what backward recomputes, for the column of bytes kept (its time is not counted)",
     )
     group.add_argument("--recompute-method", choices=METHODS, default="uniform", help="upstream's, with full")
     group.add_argument("--recompute-num-layers", type=int, default=1, help="upstream's, with full (default 1)")
@@ -105,8 +106,8 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
         "--layer-seconds",
         type=Path,
         metavar="FILE",
-        help="JSON: measurements of a real layer, [[begin, end, forward seconds, backward seconds], ...]; "
-        "they take the place of FLOPs and speed",
+        help="JSON: measurements of a layer, [[begin, end, forward seconds, backward seconds], ...], instead of FLOPs "
+        "and speed",
     )
 
 
@@ -119,7 +120,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     for flag in ("--padded-vocab-size", "--ffn-hidden-size", "--num-query-groups", "--kv-channels"):
         group.add_argument(flag, type=int, default=0)
     group.add_argument("--swiglu", action="store_true")
-    group.add_argument("--moe-router-topk", type=int, default=1, help="experts that a token visits (default 1)")
+    group.add_argument("--moe-router-topk", type=int, default=1, help="experts per token (default 1)")
     group.add_argument("--window-size", metavar="LEFT,0", help="keys before the query's own that it sees")
     group.add_argument("--window-attn-skip-freq", help="every Nth layer has no window, or a list [1,1,0,...]: 1 has it")
 
@@ -216,7 +217,7 @@ def _window(text: str | None) -> int | None:
 
 
 def _pattern(text: str | None, layers: int) -> tuple[bool, ...]:
-    """Per layer whether it has the window, by upstream's rule: every Nth has not, or a list of 1 (has) and 0."""
+    """Return whether each layer has the window: all but every Nth, or as a list of 1 and 0 says, as upstream."""
     if text is None:
         return ()
     try:

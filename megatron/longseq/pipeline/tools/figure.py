@@ -1,4 +1,4 @@
-"""Timelines as a picture: one panel each on a common time axis, one row per rank, one bar per action."""
+"""Draw timelines: one panel each on a common time axis, with a row per rank and a bar per action."""
 
 import colorsys
 from collections.abc import Sequence
@@ -15,18 +15,22 @@ from megatron.longseq.pipeline.plan.simulate import ActionTime, Timeline
 
 COLOURS = {ActionKind.FORWARD: BLUE, ActionKind.BACKWARD: ORANGE, ActionKind.WEIGHT: GREEN}
 _WORDS = {ActionKind.FORWARD: "forward", ActionKind.BACKWARD: "backward", ActionKind.WEIGHT: "weight gradient"}
-_LIGHTEN = (0.0, 0.22, 0.42, 0.58)  # micro-batches in turn: how far the colour goes towards white
-_NARROW, _WIDE, _ACTION = 12.0, 24.0, 0.09  # inches: the figure's least and largest width, and what an action wants
-_ROW, _PANEL, _ENDS = 0.27, 0.40, 0.62  # inches: a rank's row, the rest of a panel, time axis and legend
+_LIGHTEN = (0.0, 0.22, 0.42, 0.58)  # share of white in the colour, by micro-batch in turn
+_NARROW, _WIDE, _ACTION = 12.0, 24.0, 0.09  # inches: smallest and largest width of the figure, width per action
+_ROW, _PANEL, _ENDS = (
+    0.27,
+    0.40,
+    0.62,
+)  # inches: height of a rank's row, of the rest of a panel, of time axis and legend
 _MARGIN = 0.62  # inches left of the rows
-_FONT = 6.5  # points, of the labels in the bars
+_FONT = 6.5  # points: size of the labels in the bars
 
 
 def draw(timelines: Sequence[Timeline], file: Path) -> None:
-    """Write the picture of timelines, above each other and on one time axis, as SVG or PNG by the file's suffix.
+    """Draw timelines above each other on one time axis, as SVG or PNG by the file's suffix.
 
     Raises:
-        ValueError: another suffix, or nothing to draw.
+        ValueError: the suffix is another one, or there is nothing to draw.
     """
     check_output(file)
     if not any(timeline.spans and any(timeline.spans) for timeline in timelines):
@@ -71,7 +75,7 @@ def _panel(axes: Any, timeline: Timeline, end: float, inches: float) -> None:
 
 
 def _bar(axes: Any, timeline: Timeline, rank: int, span: ActionTime, inches: float) -> None:
-    """One action: a bar with a dark foot that grows with the virtual stage, and its label where it fits."""
+    """Draw an action as a bar with its label, if it fits, and a dark foot that grows with the virtual stage."""
     action, width = span.action, span.end - span.start
     colour, height = _colour(action), 0.84
     name = f"bar-{rank}-{action.kind}-{action.microbatch}-{action.segment}-{action.vstage}"

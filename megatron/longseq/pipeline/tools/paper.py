@@ -1,6 +1,6 @@
-"""The paper's configurations: what the simulator says of every schedule, beside what the authors published.
+"""Tables of the paper's configurations: the simulation of every schedule beside the published figures.
 
-Published figures are facts of arXiv 2406.03488 and of the figures and tables in its authors' repository.
+Published figures are those of arXiv 2406.03488 and of the figures and tables in its authors' repository.
 """
 
 import functools
@@ -13,14 +13,14 @@ from megatron.longseq.pipeline.tools.compare import Cluster, Result, ScheduleCho
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One configuration.
+    """A configuration of the paper.
 
     Attributes:
-        model: the paper's name.
+        model: the paper's name of the model.
         seq_length: tokens per sequence.
-        microbatches: per step, M.
-        memory: published peak GB per device of 1F1B, 1F1B-I, Seq1F1B, Seq1F1B-I; None: out of memory.
-        speed: published TFLOP/s per device of the same; None: out of memory; empty: not published.
+        microbatches: micro-batches per step, M.
+        memory: published peak memory in GB per device of 1F1B, 1F1B-I, Seq1F1B, Seq1F1B-I; None: out of memory.
+        speed: published TFLOP/s per device of the same schedules; None: out of memory; empty: not published.
     """
 
     model: str
@@ -90,9 +90,9 @@ HALF = (
 )
 
 
-@functools.cache  # ten seconds of simulations, of constants
+@functools.cache  # the simulations take ten seconds
 def markdown() -> str:
-    """Return the documentation's three tables: all schedules, published beside simulated, and the way to half."""
+    """Return the tables of the documentation: all schedules, published beside simulated, and the way to half."""
     return "\n\n".join((_schedules(), _published(), _half(32), _half(16)))
 
 
