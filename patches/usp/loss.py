@@ -1,4 +1,4 @@
-"""The loss of a sequence that is spread over ranks: normalised over all of its valid tokens."""
+"""Normalise the loss of a sequence on context-parallel ranks over all of its valid tokens."""
 
 import functools
 from collections.abc import Callable
@@ -6,11 +6,11 @@ from typing import Any
 
 
 def over_the_whole_sequence(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `get_forward_backward_func`: of the loss and number of tokens of a rank, the number is the whole sequence's.
+    """Wrap `get_forward_backward_func`: sum the number of valid tokens over the context-parallel ranks.
 
-    Upstream then averages gradients over the context-parallel ranks as over data-parallel ones, so each rank's sum is
-    multiplied by their number. A loss that the script has averaged itself (two results) is left to the script. With
-    --calculate-per-token-loss upstream counts tokens over all ranks anyway.
+    Upstream averages gradients over context-parallel ranks as over data-parallel ones, so each rank's sum of losses is
+    multiplied by the number of ranks. A loss function with two results has averaged already and is left as it is. With
+    --calculate-per-token-loss, upstream counts tokens over all ranks itself.
     """
 
     @functools.wraps(original)

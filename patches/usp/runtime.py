@@ -1,4 +1,4 @@
-"""The open groups of context parallelism, from where upstream makes its own to where attention is built."""
+"""State of context parallelism: made with upstream's process groups, used where attention is built."""
 
 import functools
 from argparse import Namespace

@@ -70,7 +70,7 @@ def test_the_documentations_picture_is_the_codes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--output", "a.pdf"], "a picture is written as .svg or .png, not .pdf"),
+        (["--output", "a.pdf"], "it is written as .svg or .png, not .pdf"),
         (["--output", "missing/a.svg"], "there is no folder"),
         (["--output", "a.svg", "--hierarchical-context-parallel-sizes", "1", "9"], "a ring of 9 ranks: 8 at most"),
         (["--output", "a.svg", "--hierarchical-context-parallel-sizes", "0", "2"], "a mesh of 0 x 2"),

@@ -75,15 +75,6 @@ def _heads(args: argparse.Namespace) -> Heads:
 
 
 def _draw(args: argparse.Namespace) -> None:
-    """Write to a temporary file first, so that an error leaves neither a partial file nor a damaged old one."""
-    file, mesh = args.output, Mesh(*args.hierarchical_context_parallel_sizes)
-    if not file.absolute().parent.is_dir():
-        raise ValueError(f"--output {file}: there is no folder {file.absolute().parent}; make it first")
     from megatron.longseq.attention.tools.figure import draw, scene  # imports matplotlib, which the tables do not need
 
-    half = file.with_name(f".{file.stem}.half{file.suffix}")
-    try:
-        draw(scene(mesh), half)
-        half.replace(file)
-    finally:
-        half.unlink(missing_ok=True)
+    draw(scene(Mesh(*args.hierarchical_context_parallel_sizes)), args.output)

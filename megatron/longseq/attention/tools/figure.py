@@ -3,11 +3,6 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-from matplotlib import pyplot
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch, Polygon, Rectangle
 
@@ -15,11 +10,22 @@ from megatron.longseq.attention.plan.layout import Layout, Mesh
 from megatron.longseq.attention.plan.ranges import TokenRange, TokenRanges, size
 from megatron.longseq.attention.plan.ring_schedule import Ring, RingStep, plan_ring_attention
 from megatron.longseq.attention.plan.tiles import Mask
+from megatron.longseq.figures import (
+    BLUE,
+    EMPTY,
+    GREEN,
+    LEGEND,
+    ORANGE,
+    PURPLE,
+    RED,
+    SKY,
+    TITLE,
+    check_output,
+    figure_file,
+)
 
-SUFFIXES = (".svg", ".png")
-# Okabe and Ito's palette, which can be distinguished with any kind of colour vision.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
-_EMPTY, _LINE = "#EFEFEF", "#FFFFFF"
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, "#F0E442", "#999999")
+_LINE = "#FFFFFF"
 _WIDE, _ROW, _MARGIN, _GAP = 12.0, 0.24, 0.55, 0.30  # inches
 _HEAD, _FOOT, _LEGEND = 0.42, 0.36, 0.34  # inches above a panel, below a step, at the bottom
 
@@ -104,17 +110,14 @@ def draw(scene: Scene, file: Path) -> None:
     Raises:
         ValueError: The suffix is another one, or there are more ring indices than colours.
     """
-    if file.suffix not in SUFFIXES:
-        raise ValueError(f"{file}: a picture is written as {' or '.join(SUFFIXES)}, not {file.suffix or 'no suffix'}")
+    check_output(file)
     ranks, ring = scene.mesh.size, scene.mesh.ring
     if ring > len(COLOURS):
         raise ValueError(f"a ring of {ring} ranks: {len(COLOURS)} at most can be told apart in a picture")
     side = min((_WIDE - _MARGIN - _GAP * ring) / ring, 2.6)
     above = _HEAD + _ROW * ranks
     tall = above + _HEAD + side + _FOOT + _LEGEND
-    style: Any = {"font.size": 8.5, "svg.hashsalt": "longseq", "svg.fonttype": "none"}
-    with pyplot.rc_context(style):
-        figure = pyplot.figure(figsize=(_WIDE, tall))
+    with figure_file(file, _WIDE, tall) as figure:
         half = (_WIDE - 2 * _MARGIN - _GAP) / 2
         for index, held in enumerate((scene.before, scene.after)):
             box = (_MARGIN + index * (half + _MARGIN), tall - above, half, _ROW * ranks)
@@ -123,14 +126,12 @@ def draw(scene: Scene, file: Path) -> None:
             box = (_MARGIN + index * (side + _GAP), _LEGEND + _FOOT, side, side)
             _step(_axes(figure, box), scene, index, cells, sendings)
         _legend(figure, ring)
-        figure.savefig(file, dpi=140, metadata={"Date": None} if file.suffix == ".svg" else None)
-        pyplot.close(figure)
 
 
 def _axes(figure: Any, box: tuple[float, float, float, float]) -> Any:
     width, height = figure.get_size_inches()
     axes = figure.add_axes((box[0] / width, box[1] / height, box[2] / width, box[3] / height))
-    axes.set_facecolor(_EMPTY)
+    axes.set_facecolor(EMPTY)
     axes.tick_params(length=0, labelsize=7.5)
     for side in axes.spines.values():
         side.set_visible(False)
@@ -161,7 +162,7 @@ def _holdings(axes: Any, scene: Scene, held: tuple[tuple[int, ...], ...], *, sha
     text = f"data on {mesh.ulysses} x {mesh.ring} ranks (Ulysses x ring): two of {chunks} chunks each, all heads"
     if shared:
         text = f"after the all-to-all: a Ulysses group's chunks, 1/{mesh.ulysses} of the heads"
-    axes.set_title(text, loc="left", fontweight="bold", fontsize=9.5, pad=4)
+    axes.set_title(text, **TITLE, pad=4)
 
 
 def _step(axes: Any, scene: Scene, index: int, cells: tuple[Cell, ...], sendings: tuple[Sending, ...]) -> None:
@@ -180,7 +181,7 @@ def _step(axes: Any, scene: Scene, index: int, cells: tuple[Cell, ...], sendings
         axes.axhline(line, color=_LINE, linewidth=0.6)
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.set_title(f"ring, step {index}", loc="left", fontweight="bold", fontsize=9.5, pad=4)
+    axes.set_title(f"ring, step {index}", **TITLE, pad=4)
     parts = [f"{one.sender}→{one.receiver} {_part(one.part)}" for one in sendings]
     words = f"keys sent: {', '.join(parts)}" if parts else "nothing is sent"
     axes.set_xlabel(words, fontsize=7.2, loc="left", labelpad=3)
@@ -200,8 +201,8 @@ def _colour(ring: int, ulysses: int, count: int) -> tuple[float, ...]:
 
 def _legend(figure: Any, ring: int) -> None:
     handles = [Patch(facecolor=COLOURS[index], label=f"ring index {index}") for index in range(ring)]
-    handles.append(Patch(facecolor=_EMPTY, label="not held; not computed in this step"))
+    handles.append(Patch(facecolor=EMPTY, label="not held; not computed in this step"))
     handles.append(Patch(alpha=0, label="steps: queries down, keys across, both in order of position"))
     place = (_MARGIN / figure.get_size_inches()[0], 0.0)
-    style: Any = {"frameon": False, "fontsize": 8, "borderaxespad": 0.2, "borderpad": 0.3, "handlelength": 1.4}
+    style: Any = {**LEGEND, "borderaxespad": 0.2, "borderpad": 0.3, "handlelength": 1.4}
     figure.legend(handles=handles, loc="lower left", bbox_to_anchor=place, ncols=len(handles), **style)
