@@ -1,6 +1,5 @@
-"""Which segment of which micro-batch is being computed."""
+"""Segments of a sequence, the unit that Seq1F1B schedules."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 
@@ -12,10 +11,10 @@ class Segment:
         microbatch: index of the micro-batch within the step, from 0.
         index: index of the segment within its sequence, from 0.
         lengths: tokens of every segment of the sequence, first to last.
-        forward_only: no backward will follow (evaluation).
+        forward_only: no backward follows (evaluation).
 
     Raises:
-        ValueError: no such segment, or a segment without tokens.
+        ValueError: There is no such segment, or a segment has no tokens.
     """
 
     microbatch: int
@@ -31,42 +30,37 @@ class Segment:
 
     @property
     def begin(self) -> int:
-        """Position of its first token."""
+        """Position of the segment's first token."""
         return sum(self.lengths[: self.index])
 
     @property
     def end(self) -> int:
-        """Position after its last token."""
+        """Position after the segment's last token."""
         return sum(self.lengths[: self.index + 1])
 
     @property
     def tokens(self) -> int:
-        """Tokens of the segment."""
+        """Number of tokens of the segment."""
         return self.lengths[self.index]
 
     @property
     def total(self) -> int:
-        """Tokens of the whole sequence."""
+        """Number of tokens of the sequence."""
         return sum(self.lengths)
 
     @property
     def count(self) -> int:
-        """Segments of the sequence."""
+        """Number of segments of the sequence."""
         return len(self.lengths)
 
     @property
     def is_last(self) -> bool:
-        """Whether it ends the sequence."""
+        """Whether the segment is the last one of the sequence."""
         return self.index == len(self.lengths) - 1
 
-    def shared(self, ranks: int) -> "Segment":
-        """Return it as one of several ranks has it, which share every segment evenly."""
+    def per_rank(self, ranks: int) -> "Segment":
+        """Return the segment with the tokens of one of several ranks that share every segment evenly."""
         return replace(self, lengths=tuple(length // ranks for length in self.lengths))
 
     def __str__(self) -> str:
         return f"micro-batch {self.microbatch}, segment {self.index} of {len(self.lengths)}"
-
-
-def segments(microbatch: int, lengths: Sequence[int], forward_only: bool = False) -> list[Segment]:
-    """Return every segment of a micro-batch, first to last."""
-    return [Segment(microbatch, index, tuple(lengths), forward_only) for index in range(len(lengths))]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron.longseq import arguments
-from megatron.longseq.attention.plan import differences as unlike
+from megatron.longseq.attention.plan.model_difference import READS, model_difference
 from patches.conditions import no_cuda
 from patches.engine import digest, session
 from patches.errors import RankMismatch
@@ -50,11 +50,11 @@ def choose_patches(parse_args: Callable[..., Any]) -> Callable[..., Any]:
 
 def _tell_unlike(args: Any) -> None:
     """Say where upstream's attention and ours make two models of the same flags."""
-    if not all(hasattr(args, name) for name in unlike.READ):  # of a YAML file that leaves flags out
+    if not all(hasattr(args, name) for name in READS):  # of a YAML file that leaves flags out
         return
     is_local = args.transformer_impl == "local" or no_cuda(args)
     is_ours = getattr(args, "seq1f1b_splits", 1) > 1 or (args.context_parallel_size > 1 and is_local)
-    text = unlike.warning(args, is_ours=is_ours, is_local=is_local, on_gpu=not no_cuda(args))
+    text = model_difference(args, is_ours=is_ours, is_local=is_local, on_gpu=not no_cuda(args))
     if text is not None:
         print(text, flush=True)
 

@@ -72,7 +72,7 @@ CALLBACKS = (
     Callback(
         id="usp.kept",
         hook=RECOMPUTE,
-        impl="patches.usp.runtime:with_kept_attention",
+        impl="patches.usp.runtime:with_recompute_cache",
         reads=("megatron.core.tensor_parallel.random:CheckpointFunction",),
         why="Attention over ranks is not to run a second time where activations are computed again: its result is kept "
         "with the function that upstream keeps for that, and goes with it.",

@@ -20,27 +20,27 @@ def with_context_plan(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def validate_args(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
-        from megatron.longseq.attention.plan.comm_type import check_ways, choose_for, ways
+        from megatron.longseq.attention.plan.comm_type import choose_comm_type, comm_types, validate_comm_types
 
         is_chosen = args.context_parallel_auto
         if is_chosen:
-            choose_for(args, node_ranks() or 1)
+            choose_comm_type(args, node_ranks() or 1)
         if spreads_attention(args):
-            ways(args)  # upstream would refuse sizes that do not fit, too, without a word of which would
+            comm_types(args)  # upstream would refuse sizes that do not fit, too, without a word of which would
         result = original(args, defaults or {})
         if not spreads_attention(args):
             _refuse_ours_alone(args)
             return result
         refuse_unserved_context(args)
         _refuse_order(args)
-        spread = check_ways(args, _lengths(args))
+        types = validate_comm_types(args, _lengths(args))
         if args.rank == 0:
-            for name, way in spread.items():
-                keys = ", keys gathered" if way.gathers else ""
+            for name, one in types.items():
+                keys = ", keys gathered" if one.gathers else ""
                 chosen = ", chosen by --context-parallel-auto" if is_chosen else ""
                 print(
-                    f"> attention over {way.mesh.size} context-parallel ranks ({name}): Ulysses {way.mesh.ulysses} x "
-                    f"ring {way.mesh.ring}{keys}{chosen}",
+                    f"> attention over {one.mesh.size} context-parallel ranks ({name}): Ulysses {one.mesh.ulysses} x "
+                    f"ring {one.mesh.ring}{keys}{chosen}",
                     flush=True,
                 )
         return result

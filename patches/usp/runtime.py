@@ -47,40 +47,40 @@ def _open(flags: Namespace) -> Any:
     from megatron.core import parallel_state
 
     from megatron.longseq.attention.module import ContextParallel
-    from megatron.longseq.attention.plan.comm_type import ways
-    from megatron.longseq.attention.runtime.comm import GroupExchange
-    from megatron.longseq.attention.runtime.masks import MaskReader
-    from megatron.longseq.attention.runtime.process_groups import open_spreads, reordered
+    from megatron.longseq.attention.plan.comm_type import comm_types
+    from megatron.longseq.attention.runtime.comm import ProcessGroupCollectives
+    from megatron.longseq.attention.runtime.packed_documents import MaskReader
+    from megatron.longseq.attention.runtime.process_groups import open_strategies, reorder_context_group
 
     timeout = timedelta(minutes=flags.distributed_timeout_minutes)
-    spread, group = ways(flags), parallel_state.get_context_parallel_group()
+    types, group = comm_types(flags), parallel_state.get_context_parallel_group()
     if flags.context_parallel_placement != "head-first":
-        group = reordered(group, spread["a2a+p2p"].mesh, timeout)
+        group = reorder_context_group(group, types["a2a+p2p"].mesh, timeout)
         parallel_state._CONTEXT_PARALLEL_GROUP = group
     stages = flags.pipeline_model_parallel_size * (flags.virtual_pipeline_model_parallel_size or 1)
     return ContextParallel(
-        open_spreads(group, spread, flags.ring_window, timeout),
-        MaskReader(GroupExchange(group), group.rank(), needs_mask=flags.reset_attention_mask, stages=stages),
+        open_strategies(group, types, flags.ring_window, timeout),
+        MaskReader(ProcessGroupCollectives(group), group.rank(), needs_mask=flags.reset_attention_mask, stages=stages),
     )
 
 
 def with_context_attention(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the local spec's choice of core attention."""
+    """Wrap `LocalSpecProvider.core_attention`: layers get `LongSequenceAttention`."""
 
     @functools.wraps(original)
     def core_attention(self: Any) -> Any:
-        from megatron.longseq.attention.module import ContextParallelAttention
+        from megatron.longseq.attention.module import LongSequenceAttention
 
-        return functools.partial(ContextParallelAttention, context=current_context)
+        return functools.partial(LongSequenceAttention, context=current_context)
 
     return core_attention
 
 
-def with_kept_attention(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `checkpoint(function, distribute_saved_activations, *inputs)`: attention's results lie with the function."""
+def with_recompute_cache(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `checkpoint(function, distribute_saved_activations, *inputs)`: the function keeps attention's results."""
 
     @functools.wraps(original)
     def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
-        return original(current_context().kept.with_results(function), *args)
+        return original(current_context().recompute_cache.wrap(function), *args)
 
     return checkpoint

@@ -97,7 +97,7 @@ class _Keeper:
 
 def stored_bytes(runner: Any, kept: Kept) -> int:
     """Return the bytes of segments' keys, values and their gradients that autograd does not keep as well."""
-    slots = [slot for chunk in runner.chunks for slot in chunk.store._slots.values()] if runner else []
+    slots = [slot for chunk in runner.chunks for slot in chunk.store._layers.values()] if runner else []
     storages = [x.untyped_storage() for slot in slots for part in (*slot.parts, *slot.grads.values()) for x in part]
     return sum(storage.nbytes() for storage in storages if not kept.holders.get(storage.data_ptr()))
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from megatron.longseq.attention.plan.heads import Heads
 from megatron.longseq.attention.plan.layout import Layout, Mesh
-from megatron.longseq.attention.plan.tiles import Span
+from megatron.longseq.attention.plan.ranges import TokenRange
 
 OURS, ONE_PROCESS = "ours", "one process"
 HALVES = "two processes, half the heads each"  # no exchange at all: what two ranks could reach here
@@ -110,7 +110,7 @@ def contestants(who: tuple[str, ...], ranks: int) -> list[Contestant]:
     return [one for one in found if one.who in who]
 
 
-def held(contestant: Contestant, length: int, rank: int) -> list[Span]:
+def held(contestant: Contestant, length: int, rank: int) -> list[TokenRange]:
     """Return the positions that a rank holds, in its order, in the contestant's own layout.
 
     yunchang cuts the sequence into the ring's zigzag first and each of its shards into U in a row; all others take
@@ -118,7 +118,7 @@ def held(contestant: Contestant, length: int, rank: int) -> list[Span]:
     """
     mesh = contestant.mesh
     if mesh.size == 1 or contestant.who == HALVES:
-        return [Span(0, length)]
+        return [TokenRange(0, length)]
     layout = Layout(mesh, (length,))
     if contestant.who != YUNCHANG:
         return list(layout.positions(rank, 0))
@@ -126,12 +126,12 @@ def held(contestant: Contestant, length: int, rank: int) -> list[Span]:
     return _rows(layout.ring_positions(place.ring, 0), place.ulysses, length // mesh.size)
 
 
-def _rows(spans: tuple[Span, ...], part: int, rows: int) -> list[Span]:
+def _rows(spans: tuple[TokenRange, ...], part: int, rows: int) -> list[TokenRange]:
     """Return part `part`, of `rows` rows, of some spans one after another."""
     found, offset = [], 0
     for span in spans:
         begin, end = max(offset, part * rows), min(offset + span.size, (part + 1) * rows)
         if begin < end:
-            found.append(Span(span.begin + begin - offset, span.begin + end - offset))
+            found.append(TokenRange(span.begin + begin - offset, span.begin + end - offset))
         offset += span.size
     return found

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from megatron.longseq.attention.plan.comm_volume import Setup, peer_ring, ring
+from megatron.longseq.attention.plan.comm_volume import LayerShape, peer_ring, ring
 from megatron.longseq.attention.plan.layout import Layout
 from tests.benchmarks.attention_contest import (
     HALVES,
@@ -181,7 +181,7 @@ def ring_bytes(sent: dict[tuple[Contestant, Size], int], item: int) -> list[Rati
     for (one, size), mine in sent.items():
         if one.who != OURS or one.mesh.ulysses > 1:
             continue
-        setup = Setup(Layout(one.mesh, (size.length,)), size.heads, dim=size.dim, item=item)
+        setup = LayerShape(Layout(one.mesh, (size.length,)), size.heads, dim=size.dim, item=item)
         formula = ring(setup).bytes, peer_ring(setup).bytes
         rings = {str(other): count for (other, its), count in sent.items() if _is_rival(other, its, one, size)}
         name = min(rings, key=lambda key: rings[key], default="formula")

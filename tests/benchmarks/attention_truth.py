@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.longseq.attention.plan.tiles import Span
+from megatron.longseq.attention.plan.ranges import TokenRange
 from tests.benchmarks.attention_contest import Size
 
 ROWS = 128  # of the score matrix at once
@@ -56,7 +56,7 @@ def one_head(  # the results are views: added to, in place
             dv[: rows.stop, 0, 0] += shares.T @ weight
 
 
-def errors(found: Sequence[Tensor], expected: Sequence[Tensor], spans: Sequence[Span]) -> tuple[float, ...]:
+def errors(found: Sequence[Tensor], expected: Sequence[Tensor], spans: Sequence[TokenRange]) -> tuple[float, ...]:
     """Return the largest difference of each result, over the largest value of the whole sequence's.
 
     Args:

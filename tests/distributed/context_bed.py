@@ -6,15 +6,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron.longseq.attention.plan.comm_type import Way
-from megatron.longseq.attention.runtime.process_groups import open_spreads
-from megatron.longseq.attention.runtime.strategies import Spread
+from megatron.longseq.attention.plan.comm_type import CommType
+from megatron.longseq.attention.runtime.process_groups import open_strategies
+from megatron.longseq.attention.runtime.strategies import CPStrategy
 from megatron.longseq.distributed import SentCounter
 from tests.regression.planted import wrapped
 from tests.unit.attention_bed import assert_close
 from tests.unit.context_run import Problem, Ranks
 
-LANES = ("keys", "grads", "far_keys", "far_grads")
+CHANNELS = ("kv", "grads", "far_kv", "far_grads")
 
 
 def given_to_torch(stack: ExitStack) -> dict[str, SentCounter]:
@@ -44,12 +44,12 @@ def given_to_torch(stack: ExitStack) -> dict[str, SentCounter]:
     return sent
 
 
-def said(spread: Spread) -> dict[str, SentCounter]:
+def said(strategy: CPStrategy) -> dict[str, SentCounter]:
     """What a spread's own counters say, alike."""
-    around = [getattr(spread.ring, name).sent for name in LANES]
+    around = [getattr(strategy.ring, name).sent for name in CHANNELS]
     ring = SentCounter(sum(one.bytes for one in around), sum(one.messages for one in around))
-    exchanged = spread.ulysses.sent if spread.ulysses else SentCounter()  # type: ignore[attr-defined]
-    gathered = spread.gather.sent if spread.gather else SentCounter()  # type: ignore[attr-defined]
+    exchanged = strategy.ulysses.sent if strategy.ulysses else SentCounter()  # type: ignore[attr-defined]
+    gathered = strategy.gather.sent if strategy.gather else SentCounter()  # type: ignore[attr-defined]
     return {"ring": ring, "all-to-all": exchanged, "gather": gathered}
 
 
@@ -59,10 +59,10 @@ def attend(problems: list[Problem]) -> list[Any]:
     dist.init_process_group("gloo")
     rank, found = dist.get_rank(), []
     for problem in problems:
-        ways = {"way": Way(problem.mesh, problem.gathers)}
-        spread = open_spreads(dist.group.WORLD, ways, problem.inner)["way"]
+        comm_types = {"way": CommType(problem.mesh, problem.gathers)}
+        strategy = open_strategies(dist.group.WORLD, comm_types, problem.inner)["way"]
         inputs = problem.inputs()
-        ranks = Ranks(problem, inputs, [spread] * problem.mesh.size)
+        ranks = Ranks(problem, inputs, [strategy] * problem.mesh.size)
         with ExitStack() as stack:
             given = given_to_torch(stack)
             ranks.forward_of(rank)
@@ -72,6 +72,6 @@ def attend(problems: list[Problem]) -> list[Any]:
             assert part.out is not None
             results = [part.out.detach(), *(leaf.grad for leaf in part.leaves)]
             assert_close(results, [right[part.at] for right in expected], sum(problem.lengths))
-        found.append((given, said(spread)))
+        found.append((given, said(strategy)))
     dist.destroy_process_group()
     return found

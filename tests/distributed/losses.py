@@ -171,6 +171,21 @@ def busy_script() -> Iterator[Planted]:
 
 
 @contextmanager
+def log_on_one_rank() -> Iterator[Planted]:
+    """The script looks at the output on the first tensor-parallel rank alone; reading a batch again is collective."""
+    from megatron.core import mpu
+
+    def forward_step(original: Any, data: Any, model: torch.nn.Module) -> Any:
+        output, loss = original(data, model)
+        if mpu.get_tensor_model_parallel_rank() == 0:
+            output.mean().item()
+        return output, loss
+
+    with _forward_step(forward_step, squared_mean()) as planted:
+        yield planted
+
+
+@contextmanager
 def second_call() -> Iterator[Planted]:
     """The script calls the model twice in a forward step."""
 

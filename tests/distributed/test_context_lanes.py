@@ -1,6 +1,6 @@
 """Attention over real groups of ranks: right, and as many bytes and messages as the formulas say."""
 
-from megatron.longseq.attention.plan.comm_volume import Volume, all_to_all, gathered, ring
+from megatron.longseq.attention.plan.comm_volume import Volume, all_gather, all_to_all, ring
 from megatron.longseq.attention.plan.layout import Mesh
 from megatron.longseq.distributed import SentCounter
 from tests.distributed.context_bed import attend
@@ -37,7 +37,7 @@ def test_bytes_and_messages_given_to_torch_are_the_formulas(ranks: RankPool) -> 
         )
         setup = problem.setup
         if problem.gathers:
-            formula = gathered(setup, kept=len(problem.lengths) > 1)
+            formula = all_gather(setup, kept=len(problem.lengths) > 1)
             assert said["gather"] == whole(formula) and said["ring"] == given["ring"] == SentCounter()
             grads = given["all-to-all"]  # gradients are scattered by an all-to-all, and added in the order of ranks
             assert SentCounter(given["gather"].bytes + grads.bytes, given["gather"].messages + grads.messages) == whole(

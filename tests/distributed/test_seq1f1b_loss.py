@@ -21,6 +21,7 @@ CASES: list[Case] = [
     (4, "squared_mean", "", f"{PP2} {CP2} {K2}", 2),
     (2, "busy_script", "", f"{PP2} {K3} --zero-bubble", 1),
     (2, "logits", "", f"{PP2} {K3}", 1),
+    (2, "log_on_one_rank", "", f"{TP2} {K3}", 2),
     (2, "squared_mean_per_token", PER_TOKEN, f"{PP2} {K3}", 1),
 ]
 SLOW: list[Case] = [

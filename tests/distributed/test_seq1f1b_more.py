@@ -107,7 +107,7 @@ def test_dropout_differs_no_more_than_other_masks_do(ranks: RankPool, tell: Call
     tell(f"dropout 0.1: loss of segments is {apart:.3f} off upstream's, upstream's own masks make {noise:.3f}")
     assert 0 < apart < 3 * noise
     assert ours.curve[-1]["loss"] < ours.curve[0]["loss"] - 0.5
-    assert "WARNING:megatron.longseq.attention.module:segments: attention kernel reference (" in log
+    assert "WARNING:megatron.longseq.attention.kernels.select:segments: attention kernel reference (" in log
 
 
 def gap(one: Run, other: Run) -> float:

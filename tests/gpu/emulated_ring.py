@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 from megatron.longseq.attention.kernels.base import Kernel
-from megatron.longseq.attention.kernels.select import choose
+from megatron.longseq.attention.kernels.select import select_kernel
 from megatron.longseq.attention.plan.heads import Heads
 from megatron.longseq.attention.plan.layout import Layout, Mesh
-from megatron.longseq.attention.plan.ring_schedule import Ring, plan_ring
-from megatron.longseq.attention.plan.ring_tiles import Mask
-from megatron.longseq.attention.plan.tiles import Span, plan_causal
+from megatron.longseq.attention.plan.ranges import TokenRange
+from megatron.longseq.attention.plan.ring_schedule import Ring, plan_ring_attention
+from megatron.longseq.attention.plan.tiles import Mask, plan_causal
 from megatron.longseq.attention.runtime.comm import Message
-from megatron.longseq.attention.runtime.ring import RingLanes, ring_backward, ring_forward
-from megatron.longseq.attention.runtime.tiled import attend, attend_backward
+from megatron.longseq.attention.runtime.ring import RingChannels, ring_backward, ring_forward
+from megatron.longseq.attention.runtime.tiled import tiled_backward, tiled_forward
 from megatron.longseq.attention.runtime.ulysses import Ulysses
 
 # Dense bf16 FLOP/s, from the makers' data sheets.
@@ -40,14 +40,14 @@ class NoWire:
     """A lane whose messages are there at once, with whatever the memory held."""
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> "NoWire":
-        """See `lanes.Lane.post`."""
+        """See `channels.P2PChannel.post`."""
         return self
 
     def wait(self) -> None:
         """Nothing is on its way."""
 
     def all_to_all(self, sent: Tensor) -> Tensor:
-        """See `lanes.Exchange.all_to_all`."""
+        """See `channels.GroupCollectives.all_to_all`."""
         return torch.empty_like(sent)
 
 
@@ -94,27 +94,27 @@ def _settle(device: torch.device) -> None:
 def whole(sizes: Sizes, kernel: Kernel) -> Callable[[], None]:
     """Return a run of one flash call on the whole sequence."""
     q, (k, v), grad = sizes.tensors(sizes.tokens)
-    tiles, scale = plan_causal(Span(0, sizes.tokens), 1, rectangular=kernel.rectangular), sizes.dim**-0.5
+    tiles, scale = plan_causal(TokenRange(0, sizes.tokens), Mask(1), rectangular=kernel.rectangular), sizes.dim**-0.5
 
     def run() -> None:
-        out, lse = attend(kernel, q, k, v, tiles, scale)
-        attend_backward(kernel, (q, k, v, out, lse), grad, tiles, scale, lambda *_: None)
+        out, lse = tiled_forward(kernel, q, k, v, tiles, scale)
+        tiled_backward(kernel, (q, k, v, out, lse), grad, tiles, scale, lambda *_: None)
 
     return run
 
 
 def ring(sizes: Sizes, kernel: Kernel, ranks: int) -> list[Callable[[], None]]:
     """Return the runs of every rank of a ring."""
-    layout, lanes, scale = Layout(Mesh(1, ranks), (sizes.tokens,)), RingLanes(*[NoWire()] * 4), sizes.dim**-0.5
+    layout, channels, scale = Layout(Mesh(1, ranks), (sizes.tokens,)), RingChannels(*[NoWire()] * 4), sizes.dim**-0.5
     shards = layout.shards(range(1))
     q, kv, grad = sizes.tensors(sizes.tokens // ranks)
 
     def of_rank(rank: int) -> Callable[[], None]:
-        steps = plan_ring(Ring(ranks, ranks), shards, shards, Mask(1), rank, rectangular=kernel.rectangular)
+        steps = plan_ring_attention(Ring(ranks, ranks), shards, shards, Mask(1), rank, rectangular=kernel.rectangular)
 
         def run() -> None:
-            out, lse = ring_forward(kernel, q, kv, steps, lanes, scale)
-            ring_backward(kernel, (q, kv, out, lse), grad, steps, lanes, scale)
+            out, lse = ring_forward(kernel, q, kv, steps, channels, scale)
+            ring_backward(kernel, (q, kv, out, lse), grad, steps, channels, scale)
 
         return run
 
@@ -124,8 +124,8 @@ def ring(sizes: Sizes, kernel: Kernel, ranks: int) -> list[Callable[[], None]]:
 def packing(sizes: Sizes, ulysses: int, rounds: int) -> dict[str, float]:
     """Return the bytes per second of packing and unpacking for the all-to-all, and of a copy of as much."""
     tokens = sizes.tokens // ulysses
-    arrivals = Layout(Mesh(ulysses, 1), (sizes.tokens,)).arrivals(range(1))
-    exchange = Ulysses(ulysses, Heads(sizes.heads, sizes.groups), arrivals, NoWire())  # type: ignore[arg-type]
+    received_rows = Layout(Mesh(ulysses, 1), (sizes.tokens,)).received_rows(range(1))
+    exchange = Ulysses(ulysses, Heads(sizes.heads, sizes.groups), received_rows, NoWire())  # type: ignore[arg-type]
     q, (k, v), _ = sizes.tensors(tokens)
     sent = exchange.heads.sent(ulysses) * tokens * sizes.dim * q.element_size()
     plain = torch.empty(sent, dtype=torch.uint8, device=sizes.device)
@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     device = torch.device(options.device)
     dtype = getattr(torch, options.dtype)
-    kernel = choose(device, dtype, options.dim).kernel
+    kernel = select_kernel(device, dtype, options.dim).kernel
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     peak = next((flops for key, flops in PEAK.items() if key in name), None)
     print(f"{name}, {kernel.name}, {options.dtype}, {options.heads} heads of {options.dim}, {options.rounds} rounds")

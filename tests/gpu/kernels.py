@@ -21,10 +21,10 @@ from torch import Tensor
 
 from megatron.longseq.attention.kernels.base import Kernel, Scores
 from megatron.longseq.attention.kernels.flash_cuda import FlashAttn, TorchCudaFlash
-from megatron.longseq.attention.kernels.reference import Reference, visible
+from megatron.longseq.attention.kernels.reference import Reference, visible_mask
 from megatron.longseq.attention.kernels.torch_cpu import CpuFlash
-from megatron.longseq.attention.plan.tiles import Documents, Run
-from megatron.longseq.attention.runtime.kv_cache import PrefixStore
+from megatron.longseq.attention.plan.ranges import Documents, DocumentSpan
+from megatron.longseq.attention.runtime.kv_cache import SegmentKVCache
 from tests.gpu.emulated_ring import seconds
 from tests.gpu.figures import Report
 from tests.unit.attention_bed import Split, oracle, qkv, seen, tensors
@@ -79,7 +79,7 @@ def formula(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scores: Scores) -> li
     """Return out, dq, dk, dv by autograd in the tensors' own type, [s, b, h, d]; every row sees a key."""
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
     keys, values = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in leaves[1:])
-    hidden = ~visible(q.shape[0], k.shape[0], scores, q.device)
+    hidden = ~visible_mask(q.shape[0], k.shape[0], scores, q.device)
     logits = torch.einsum("sbhd,tbhd->bhst", leaves[0], keys) * scores.scale
     weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
     out = torch.einsum("bhst,tbhd->sbhd", weights, values)
@@ -108,6 +108,8 @@ def blocks(
         worst, allowed = 0.0, 0.0
         right = True
         for rows, keys in sizes:
+            if scores.causal and scores.window is None and not kernel.rectangular:
+                rows = keys  # noqa: PLW2901
             shapes = [(rows, 2, hq, 64), (keys, 2, hk, 64), (keys, 2, hk, 64), (rows, 2, hq, 64)]
             given = [x.to(device) for x in tensors(shapes, seed=rows, dtype=dtype)]
             exact = formula(*(x.double() for x in given), scores)
@@ -151,19 +153,19 @@ def split(report: Report, kernel: Kernel, dtype: torch.dtype, device: torch.devi
 
 
 def _segments(inputs: Sequence[Tensor], lengths: Sequence[int], kernel: Kernel, kwargs: dict[str, Any]) -> list[Tensor]:
-    store = PrefixStore()
-    results = Split(inputs, lengths, store, kernel, **kwargs).run().results()
-    store.assert_empty()
+    cache = SegmentKVCache()
+    results = Split(inputs, lengths, cache, kernel, **kwargs).run().results()
+    cache.assert_empty()
     return results
 
 
-def _runs(*ends: int) -> tuple[Run, ...]:
-    return tuple(Run(begin, end, begin) for begin, end in pairwise(ends))
+def _runs(*ends: int) -> tuple[DocumentSpan, ...]:
+    return tuple(DocumentSpan(begin, end, begin) for begin, end in pairwise(ends))
 
 
 def _documents_mask(causal: Tensor, documents: Documents) -> Tensor:
-    masks = causal.repeat(len(documents.runs), 1, 1, 1)
-    for mask, runs in zip(masks, documents.runs, strict=True):
+    masks = causal.repeat(len(documents.spans), 1, 1, 1)
+    for mask, runs in zip(masks, documents.spans, strict=True):
         for run in runs:
             mask[:, run.begin : run.end, : run.start] = False
     return masks

@@ -18,9 +18,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from megatron.longseq.attention.kernels.select import choose
+from megatron.longseq.attention.kernels.select import select_kernel
 from megatron.longseq.attention.plan.layout import Mesh
-from megatron.longseq.attention.plan.tiles import Documents, Run
+from megatron.longseq.attention.plan.ranges import Documents, DocumentSpan
 from tests.gpu.figures import Report
 from tests.gpu.kernels import relative
 from tests.unit.context_run import Problem, Ranks, alone
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device, report = torch.device(options.device), Report()
     tokens, dim = (64, 16) if options.tiny else (2048, 64)
     for dtype in (torch.float32, torch.bfloat16):
-        kernel = choose(device, dtype, dim).kernel
+        kernel = select_kernel(device, dtype, dim).kernel
         problem = Problem(Mesh(1, 1), (8, 4), (tokens,), batch=2, dim=dim, dtype=dtype, kernel=kernel)
         inputs = [x.to(device) for x in problem.inputs()]
         for mask, kwargs in masks(tokens).items():
@@ -93,8 +93,8 @@ class OneDevice(Ranks):
             super().backward_of(rank)
 
 
-def _runs(*ends: int) -> tuple[Run, ...]:
-    return tuple(Run(begin, end, begin) for begin, end in pairwise(ends))
+def _runs(*ends: int) -> tuple[DocumentSpan, ...]:
+    return tuple(DocumentSpan(begin, end, begin) for begin, end in pairwise(ends))
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def measure(
         chunk.detach()
         model.zero_grad(set_to_none=True)
     peak = torch.cuda.max_memory_allocated() if on_gpu else 0
-    kernels = tuple(sorted({kernel.name for kernel in chunk.kernels.chosen.values()}))
+    kernels = tuple(sorted({kernel.name for kernel in chunk.kernels.kernels.values()}))
     forward, backward, seconds = _medians(steps[1:], len(lengths))
     return Measured(sizes.groups, sizes.layers, lengths, forward, backward, seconds, peak, kernels), gradient
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from megatron.longseq.attention.kernels.base import Kernel, Scores
 from megatron.longseq.attention.kernels.flash_cuda import FlashAttn, TorchCudaFlash, load_flash_attn
 from megatron.longseq.attention.kernels.reference import Reference
-from megatron.longseq.attention.kernels.select import choose
-from megatron.longseq.attention.runtime.kv_cache import PrefixStore
-from megatron.longseq.attention.runtime.merge import merge_
+from megatron.longseq.attention.kernels.select import select_kernel
+from megatron.longseq.attention.runtime.kv_cache import SegmentKVCache
+from megatron.longseq.attention.runtime.tiled import merge_
 from tests.unit.attention_bed import Split, oracle, qkv, seen, tensors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -91,21 +91,21 @@ def test_parts_of_the_keys_merge_to_the_whole(kernel: Kernel) -> None:
 def test_segments_equal_unsplit_attention(kernel: Kernel, heads: str, window: int | None) -> None:
     inputs = cuda(*qkv(1024, 2, HEADS[heads], 64, dtype=torch.bfloat16))
     exact = oracle(inputs, seen(1024, window).cuda())
-    whole = relative(Split(inputs, [1024], PrefixStore(), kernel, window=window).run().results(), exact)
+    whole = relative(Split(inputs, [1024], SegmentKVCache(), kernel, window=window).run().results(), exact)
     for lengths in ([512, 512], [300, 400, 1, 323], [128] * 8):
-        store = PrefixStore()
-        split = Split(inputs, lengths, store, kernel, window=window).run()
+        cache = SegmentKVCache()
+        split = Split(inputs, lengths, cache, kernel, window=window).run()
         # dk and dv are sums of rounded parts (one call rounds once): at most twice the rounding in the square.
         assert relative(split.results(), exact) < 1.5 * whole
-        store.assert_empty()
+        cache.assert_empty()
 
 
 def test_dropout_draws_the_same_mask_in_backward() -> None:
     """The output is linear in v: with the mask of the forward, <dv, v> = <grad, out>."""
     inputs = cuda(*qkv(64, 2, (4, 2), 16))
     torch.cuda.manual_seed(1)
-    kernel = choose(torch.device("cuda"), torch.float64, 16, dropout=0.5).kernel
-    out, _, _, dv = Split(inputs, [30, 20, 14], PrefixStore(), kernel).run().results()
+    kernel = select_kernel(torch.device("cuda"), torch.float64, 16, dropout=0.5).kernel
+    out, _, _, dv = Split(inputs, [30, 20, 14], SegmentKVCache(), kernel).run().results()
     left, right = (dv * inputs[2]).sum(), (out * inputs[3]).sum()
     assert abs((left - right) / right).item() < 1e-9
 
@@ -114,9 +114,9 @@ def test_what_splitting_costs(kernel: Kernel, tell: Callable[[str], None]) -> No
     inputs = cuda(*qkv(32768, 1, (32, 8), 128, dtype=torch.bfloat16))
 
     def milliseconds(lengths: list[int]) -> float:
-        times, store = [], PrefixStore()
+        times, cache = [], SegmentKVCache()
         for _ in range(4):
-            split = Split(inputs, lengths, store, kernel)
+            split = Split(inputs, lengths, cache, kernel)
             first, second = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             first.record()
             split.run()

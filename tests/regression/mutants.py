@@ -172,7 +172,7 @@ def segment_without_offset() -> Iterator[Planted]:
 @contextmanager
 def lost_prefix_gradient() -> Iterator[Planted]:
     """Drop the gradients that later segments add to keys and values of earlier ones."""
-    from megatron.longseq.attention.runtime.kv_cache import Slot
+    from megatron.longseq.attention.runtime.kv_cache import LayerCache
 
     planted = Planted()
 
@@ -180,7 +180,7 @@ def lost_prefix_gradient() -> Iterator[Planted]:
         planted.times += 1
         original(self, batch, keys, tuple(torch.zeros_like(grad) for grad in grads))
 
-    with wrapped(Slot, "add", add):
+    with wrapped(LayerCache, "add", add):
         yield planted
 
 

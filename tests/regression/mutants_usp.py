@@ -32,13 +32,13 @@ def unflipped_arrivals() -> Iterator[Planted]:
 
     planted = Planted()
 
-    def arrivals(original: Any, self: Any, segments: range) -> Any:
+    def received_rows(original: Any, self: Any, segments: range) -> Any:
         planted.times += self.mesh.ulysses > 1
         rows = sorted({arrival.rows for arrival in original(self, segments)})
         arrival_of = type(original(self, segments)[0])
         return tuple(arrival_of(source, span) for span in rows for source in range(self.mesh.ulysses))
 
-    with wrapped(Layout, "arrivals", arrivals):
+    with wrapped(Layout, "arrivals", received_rows):
         yield planted
 
 
@@ -60,7 +60,7 @@ def rope_of_local_positions() -> Iterator[Planted]:
 @contextmanager
 def leaking_documents() -> Iterator[Planted]:
     """Ignore documents in attention over context-parallel ranks."""
-    from megatron.longseq.attention.runtime.masks import MaskReader
+    from megatron.longseq.attention.runtime.packed_documents import MaskReader
 
     planted = Planted()
 
@@ -127,7 +127,7 @@ def replicas_not_summed() -> Iterator[Planted]:
             grads[torch.arange(len(grads)) % ranks != 0] = 0
         return original(self, grads)  # type: ignore[no-any-return]
 
-    with wrapped(Ulysses, "_summed", summed):
+    with wrapped(Ulysses, "_sum_replicas", summed):
         yield planted
 
 
@@ -135,7 +135,7 @@ def replicas_not_summed() -> Iterator[Planted]:
 def lost_last_hop() -> Iterator[Planted]:
     """Drop the gradients of a rank's own keys that arrive after the last step of a ring."""
     from megatron.longseq.attention.runtime import ring
-    from megatron.longseq.attention.runtime import strategies as spread
+    from megatron.longseq.attention.runtime import strategies as strategy
 
     planted, steps = Planted(), 0
 
@@ -144,14 +144,14 @@ def lost_last_hop() -> Iterator[Planted]:
         steps = len(plan)
         return original(kernel, saved, grad, plan, *rest)
 
-    def arrived(original: Any, self: Any, step: int, *rest: Any, **kw: Any) -> Any:
+    def wait(original: Any, self: Any, step: int, *rest: Any, **kw: Any) -> Any:
         came = list(original(self, step, *rest, **kw))
         if not came or step != steps:
             return came
         planted.times += 1
         return []
 
-    with wrapped(spread, "ring_backward", ring_backward), wrapped(ring._Post, "arrived", arrived):
+    with wrapped(strategy, "ring_backward", ring_backward), wrapped(ring._Transfers, "wait", wait):
         yield planted
 
 
@@ -178,17 +178,17 @@ def lost_segment_gradient() -> Iterator[Planted]:
 
     planted = Planted()
 
-    def with_store(original: Any, call: Any, store: Any, *rest: Any) -> Any:
-        rows = context._rows(call)
-        slot = store.read(call.layer, rows)
+    def with_cache(original: Any, call: Any, cache: Any, *rest: Any) -> Any:
+        rows = context._cache_segment(call)
+        slot = cache.read(call.layer, rows)
         before = {index: grads[0].clone() for index, grads in slot.grads.items()}
-        result = original(call, store, *rest)
+        result = original(call, cache, *rest)
         for index, (total, *_) in slot.grads.items():
             planted.times += 1
             total.copy_(before.get(index, torch.zeros_like(total)))
         return result
 
-    with wrapped(context, "_with_store", with_store):
+    with wrapped(context, "_with_cache", with_cache):
         yield planted
 
 

@@ -39,13 +39,13 @@ def validated(jobs: list[tuple[list[str], int]]) -> list[dict[str, Any]]:
     patches.start()
     from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
 
-    from megatron.longseq.attention.plan.comm_type import ways
+    from megatron.longseq.attention.plan.comm_type import comm_types
     from patches.usp.conditions import spreads_local_attention
 
     found = []
     for flags, world in jobs:
         args = validated_args(flags, world)
-        (way,) = ways(args).values()
+        (way,) = comm_types(args).values()
         names = "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups seq_length bf16 "
         names += "tensor_model_parallel_size sequence_parallel data_parallel_size transformer_impl mock_data "
         names += "hidden_dropout attention_dropout use_distributed_optimizer"

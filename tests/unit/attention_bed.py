@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from megatron.longseq.attention.kernels.base import Kernel
-from megatron.longseq.attention.runtime.kv_cache import PrefixStore
+from megatron.longseq.attention.runtime.kv_cache import SegmentKVCache
 from megatron.longseq.attention.runtime.segment_attention import segment_attention
-from megatron.longseq.segment import Segment, segments
+from megatron.longseq.segment import Segment
 
 SCALE = 0.3
 
@@ -19,6 +19,11 @@ def tensors(shapes: Sequence[tuple[int, ...]], seed: int = 0, dtype: torch.dtype
     """Random tensors of a seed."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def segments(microbatch: int, lengths: Sequence[int], forward_only: bool = False) -> list[Segment]:
+    """All segments of a micro-batch."""
+    return [Segment(microbatch, index, tuple(lengths), forward_only) for index in range(len(lengths))]
 
 
 def qkv(tokens: int, batch: int, heads: tuple[int, int], dim: int = 8, **kwargs: Any) -> list[Tensor]:
@@ -60,7 +65,7 @@ class Split:
     """One sequence (micro-batch) run through a store: forward and backward of any of its segments, when asked."""
 
     def __init__(
-        self, inputs: Sequence[Tensor], lengths: Sequence[int], store: PrefixStore, kernel: Kernel, **kwargs: Any
+        self, inputs: Sequence[Tensor], lengths: Sequence[int], cache: SegmentKVCache, kernel: Kernel, **kwargs: Any
     ) -> None:
         self.wrap: Wrap = kwargs.pop("wrap", lambda function, *args: function(*args))
         self.layer = kwargs.pop("layer", 1)
@@ -68,21 +73,21 @@ class Split:
         self.leaves = [[x[s.begin : s.end].clone().requires_grad_() for x in inputs[:3]] for s in self.units]
         self.grads = [inputs[3][s.begin : s.end] for s in self.units]
         self.outs: list[Tensor | None] = [None] * len(self.units)
-        self.store, self.kernel, self.kwargs = store, kernel, kwargs
+        self.cache, self.kernel, self.kwargs = cache, kernel, kwargs
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Run attention of whatever segment is current."""
-        return segment_attention(q, k, v, self.store, self.layer, self.kernel, SCALE, **self.kwargs)
+        return segment_attention(q, k, v, self.cache, self.layer, self.kernel, SCALE, **self.kwargs)
 
     def forward(self, index: int) -> Segment:
         """Run the forward of a segment, as an executor does."""
-        self.store.current = self.units[index]
+        self.cache.current = self.units[index]
         self.outs[index] = self.wrap(self.attend, *self.leaves[index])
         return self.units[index]
 
     def backward(self, index: int) -> None:
         """Run the backward of a segment, as an executor does."""
-        self.store.current = self.units[index]
+        self.cache.current = self.units[index]
         out = self.outs[index]
         assert out is not None
         out.backward(self.grads[index])

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from megatron.longseq.attention.plan.layout import Mesh
-from megatron.longseq.attention.plan.tiles import Documents
+from megatron.longseq.attention.plan.ranges import Documents
 from megatron.longseq.attention.runtime.comm import Message
-from megatron.longseq.attention.runtime.ring import RingLanes
-from megatron.longseq.attention.runtime.strategies import Spread
+from megatron.longseq.attention.runtime.ring import RingChannels
+from megatron.longseq.attention.runtime.strategies import CPStrategy
 from megatron.longseq.distributed import SentCounter
 
 PATIENCE = 30.0  # seconds until a message that does not come is an error
@@ -59,8 +59,8 @@ class _Arrival:
 
 
 @dataclass
-class ThreadLane:
-    """See `lanes.Lane`. Until it is waited for, what is sent must not change and what is received must not be used."""
+class ThreadP2P:
+    """A `P2PChannel`. Until `wait`, sent tensors must not change, and received ones must not be used."""
 
     wire: Wire
     rank: int
@@ -78,8 +78,8 @@ class ThreadLane:
 
 
 @dataclass
-class ThreadExchange:
-    """See `lanes.Exchange`."""
+class ThreadCollectives:
+    """See `comm.GroupCollectives`."""
 
     wire: Wire
     rank: int
@@ -104,24 +104,23 @@ class ThreadExchange:
         return torch.stack([self.wire.get(peer, self.rank) for peer in range(self.size)])
 
 
-def spreads(mesh: Mesh, *, window: int | None = None, gathers: bool = False) -> list[Spread]:
+def strategies(mesh: Mesh, *, window: int | None = None, gathers: bool = False) -> list[CPStrategy]:
     """Return every rank's spread, connected with the others'."""
     wires: dict[Any, Wire] = defaultdict(Wire)
     made = []
     for rank in range(mesh.size):
         place = mesh.place(rank)
-        lanes = [
-            ThreadLane(wires["ring", place.ulysses, name], place.ring)
-            for name in ("keys", "grads", "far_keys", "far_grads")
+        channels = [
+            ThreadP2P(wires["ring", place.ulysses, name], place.ring) for name in ("kv", "grads", "far_kv", "far_grads")
         ]
-        exchange = ThreadExchange(wires["ulysses", place.ring], place.ulysses, mesh.ulysses)
-        gather = ThreadExchange(wires["gather", place.ulysses], place.ring, mesh.ring)
+        exchange = ThreadCollectives(wires["ulysses", place.ring], place.ulysses, mesh.ulysses)
+        gather = ThreadCollectives(wires["gather", place.ulysses], place.ring, mesh.ring)
         made.append(
-            Spread(
+            CPStrategy(
                 mesh,
                 rank,
                 ulysses=exchange if mesh.ulysses > 1 else None,
-                ring=RingLanes(*lanes),
+                ring=RingChannels(*channels),
                 gather=gather if gathers else None,
                 window=window,
             )
@@ -152,7 +151,7 @@ def dense(
     if window is not None:
         seen &= position[None, :] >= position[:, None] - window
     masks = seen.expand(q.shape[1], -1, -1).clone()
-    for sequence, runs in enumerate(documents.runs if documents else ()):
+    for sequence, runs in enumerate(documents.spans if documents else ()):
         starts = torch.cat([torch.full((run.end - run.begin,), run.start) for run in runs])
         masks[sequence] &= position[None, :] >= starts[:, None]
     scores = torch.einsum("ibhd,jbhd->bhij", q, k) * scale

@@ -9,16 +9,22 @@ from torch import Tensor
 
 from megatron.longseq.attention.kernels.base import Kernel
 from megatron.longseq.attention.kernels.torch_cpu import CpuFlash
-from megatron.longseq.attention.plan.comm_volume import Setup
+from megatron.longseq.attention.plan.comm_volume import LayerShape
 from megatron.longseq.attention.plan.heads import Heads
 from megatron.longseq.attention.plan.layout import Layout, Mesh
-from megatron.longseq.attention.plan.tiles import Documents
-from megatron.longseq.attention.runtime.function import Call, Result, asked, context_attention, first_result
-from megatron.longseq.attention.runtime.kv_cache import PrefixStore
-from megatron.longseq.attention.runtime.strategies import Spread
+from megatron.longseq.attention.plan.ranges import Documents
+from megatron.longseq.attention.runtime.function import (
+    AttentionCall,
+    Result,
+    context_attention,
+    forward_for_recompute,
+    make_call,
+)
+from megatron.longseq.attention.runtime.kv_cache import SegmentKVCache
+from megatron.longseq.attention.runtime.strategies import CPStrategy
 from megatron.longseq.segment import Segment
 from tests.unit.attention_bed import SCALE, qkv
-from tests.unit.context_bed import dense, on_all, spreads
+from tests.unit.context_bed import dense, on_all, strategies
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class Problem:
         heads: of queries, and of keys and values.
         lengths: tokens of every segment; more than one: computed one after another, through a store.
         batch, dim: of the tensors.
-        window, documents: see `context.asked`.
+        window, documents: see `context.make_call`.
         gathers, inner: all-gather instead of a ring; ranks of a window of a double ring.
         dtype: of the inputs.
         kernel: of the blocks.
@@ -54,18 +60,18 @@ class Problem:
         return Layout(self.mesh, self.lengths)
 
     @property
-    def setup(self) -> Setup:
+    def setup(self) -> LayerShape:
         """As the formulas of traffic see it."""
         sizes = {torch.float64: (8, 8), torch.float32: (4, 4), torch.bfloat16: (2, 4)}[self.dtype]
-        return Setup(self.layout, Heads(*self.heads), self.batch, self.dim, *sizes)
+        return LayerShape(self.layout, Heads(*self.heads), self.batch, self.dim, *sizes)
 
     def inputs(self, seed: int = 0) -> list[Tensor]:
         """q, k, v and the gradient of the output, of the whole sequence."""
         return qkv(sum(self.lengths), self.batch, self.heads, self.dim, seed=seed, dtype=self.dtype)
 
-    def spreads(self) -> list[Spread]:
+    def strategies(self) -> list[CPStrategy]:
         """Every rank's."""
-        return spreads(self.mesh, window=self.inner, gathers=self.gathers)
+        return strategies(self.mesh, window=self.inner, gathers=self.gathers)
 
     def positions(self, rank: int, segment: int) -> Tensor:
         """Positions of a rank's tokens, in its order."""
@@ -95,7 +101,7 @@ class Ranks:
     Args:
         problem: what is computed.
         inputs: of the whole sequence, see `Problem.inputs`.
-        joined: spreads of `Problem.spreads`, to look at what they sent.
+        joined: spreads of `Problem.strategies`, to look at what they sent.
         repeats: run every forward twice, as recomputation does: keeping the result of the first.
         cut: turns a rank's q, k, v into the leaves given to attention.
     """
@@ -104,15 +110,15 @@ class Ranks:
         self,
         problem: Problem,
         inputs: Sequence[Tensor],
-        joined: Sequence[Spread] | None = None,
+        joined: Sequence[CPStrategy] | None = None,
         *,
         repeats: bool = False,
         cut: Callable[[list[Tensor]], list[Tensor]] = lambda leaves: leaves,
     ) -> None:
         self.problem, self.repeats, self.cut = problem, repeats, cut
-        self.spreads = list(joined or problem.spreads())
+        self.strategies = list(joined or problem.strategies())
         self.grad = inputs[3]
-        self.stores = [PrefixStore() if len(problem.lengths) > 1 else None for _ in self.spreads]
+        self.stores = [SegmentKVCache() if len(problem.lengths) > 1 else None for _ in self.strategies]
         self.parts = []
         for rank in range(problem.mesh.size):
             places = [problem.positions(rank, segment) for segment in range(len(problem.lengths))]
@@ -120,7 +126,7 @@ class Ranks:
 
     def on_each(self, job: Callable[[int], Any]) -> list[Any]:
         """Run a job on every rank at the same time."""
-        return on_all([lambda rank=rank: job(rank) for rank in range(len(self.spreads))])
+        return on_all([lambda rank=rank: job(rank) for rank in range(len(self.strategies))])
 
     def forward(self) -> "Ranks":
         """Forward of every segment on every rank."""
@@ -137,7 +143,7 @@ class Ranks:
         for segment, part in enumerate(self.parts[rank]):
             q, k, v = self.cut(part.leaves)
             if self.repeats:
-                part.out, part.result = first_result(q, k, v, self.call(rank, segment, q, k))
+                part.out, part.result = forward_for_recompute(q, k, v, self.call(rank, segment, q, k))
             else:
                 part.out = context_attention(q, k, v, self.call(rank, segment, q, k))
 
@@ -151,17 +157,17 @@ class Ranks:
             self.call(rank, segment, *part.leaves[:2])  # announces the segment to the store
             assert part.out is not None
             part.out.backward(self.grad[part.at])
-        store = self.stores[rank]
-        if store is not None:
-            store.assert_empty()
+        cache = self.stores[rank]
+        if cache is not None:
+            cache.assert_empty()
 
-    def call(self, rank: int, segment: int, q: Tensor, k: Tensor) -> Call:
+    def call(self, rank: int, segment: int, q: Tensor, k: Tensor) -> AttentionCall:
         """The call of a segment, which becomes current."""
-        problem, store = self.problem, self.stores[rank]
-        if store is not None:
-            store.current = Segment(0, segment, problem.lengths)
+        problem, cache = self.problem, self.stores[rank]
+        if cache is not None:
+            cache.current = Segment(0, segment, problem.lengths)
         options: dict[str, Any] = {"window": problem.window, "documents": problem.documents}
-        return asked(q, k, self.spreads[rank], problem.kernel, SCALE, **options, layer=1, store=store)
+        return make_call(q, k, self.strategies[rank], problem.kernel, SCALE, **options, layer=1, cache=cache)
 
     def results(self) -> list[Tensor]:
         """out, dq, dk, dv of the whole sequence."""

@@ -9,22 +9,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron.longseq.attention.kernels.base import Scores
-from megatron.longseq.attention.kernels.reference import visible
-from megatron.longseq.attention.plan.tiles import Documents, Run, Span, Tile, plan_causal
-from megatron.longseq.attention.runtime.packed_documents import document_starts, documents_of
+from megatron.longseq.attention.kernels.reference import visible_mask
+from megatron.longseq.attention.plan.ranges import Documents, DocumentSpan, TokenRange
+from megatron.longseq.attention.plan.tiles import Mask, Tile, plan_causal
+from megatron.longseq.attention.runtime.packed_documents import document_starts, documents_from_starts
 from tests.unit.attention_bed import seen
 
 
-def packed(lengths: list[int]) -> tuple[Run, ...]:
+def packed(lengths: list[int]) -> tuple[DocumentSpan, ...]:
     """Runs of documents of some lengths."""
     ends = torch.tensor(lengths).cumsum(0).tolist()
-    return tuple(Run(end - length, end, end - length) for end, length in zip(ends, lengths, strict=True))
+    return tuple(DocumentSpan(end - length, end, end - length) for end, length in zip(ends, lengths, strict=True))
 
 
 def dense(documents: Documents, window: int | None = None) -> Tensor:
     """Mask [b, 1, N, N] of documents, True where a key is seen."""
     masks = []
-    for runs in documents.runs:
+    for runs in documents.spans:
         mask = seen(runs[-1].end, window)
         for run in runs:
             mask[run.begin : run.end, : run.start] = False
@@ -32,34 +33,36 @@ def dense(documents: Documents, window: int | None = None) -> Tensor:
     return torch.stack(masks)[:, None]
 
 
-def counted(tiles: tuple[Tile, ...], queries: Span, batch: int, keys: int) -> Tensor:
+def counted(tiles: tuple[Tile, ...], queries: TokenRange, batch: int, keys: int) -> Tensor:
     """How often tiles compute each score, [b, 1, rows, keys]."""
     counts = torch.zeros(batch, 1, queries.size, keys, dtype=torch.int64)
     for tile in tiles:
         for block in tile.blocks:
             scores = Scores(1.0, block.causal, block.window)
-            mask = visible(tile.rows.size, block.keys.size, scores, torch.device("cpu"))
+            mask = visible_mask(tile.rows.size, block.keys.size, scores, torch.device("cpu"))
             counts[tile.batch.slice(), :, tile.rows.slice(), block.keys.slice()] += mask
     return counts
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> tuple[Documents, Span, int | None]:
+def problems(draw: st.DrawFn) -> tuple[Documents, TokenRange, int | None]:
     size = draw(st.integers(1, 40))
     sequences = []
     for _ in range(draw(st.integers(1, 3))):
         cuts = sorted(draw(st.sets(st.integers(1, size))) | {size})
         sequences.append(packed([b - a for a, b in zip([0, *cuts], cuts, strict=False)]))
     begin = draw(st.integers(0, size - 1))
-    span = Span(begin, draw(st.integers(begin + 1, size)))
+    span = TokenRange(begin, draw(st.integers(begin + 1, size)))
     return Documents(tuple(sequences)), span, draw(st.none() | st.integers(0, size + 1))
 
 
 @given(problems(), st.booleans())
-def test_each_visible_score_is_computed_once(problem: tuple[Documents, Span, int | None], rectangular: bool) -> None:
+def test_each_visible_score_is_computed_once(
+    problem: tuple[Documents, TokenRange, int | None], rectangular: bool
+) -> None:
     documents, span, window = problem
-    size, batch = documents.runs[0][-1].end, len(documents.runs)
-    tiles = plan_causal(span, batch, rectangular=rectangular, window=window, documents=documents)
+    size, batch = documents.spans[0][-1].end, len(documents.spans)
+    tiles = plan_causal(span, Mask(batch, window, documents), rectangular=rectangular)
     assert torch.equal(counted(tiles, span, batch, size), dense(documents, window)[:, :, span.slice()].long())
     for tile in tiles:
         first = tile.blocks[0]
@@ -67,39 +70,41 @@ def test_each_visible_score_is_computed_once(problem: tuple[Documents, Span, int
 
 
 def test_windows_are_cut_into_strips() -> None:
-    tiles = plan_causal(Span(4096, 8192), 1, rectangular=False, window=1000)
+    tiles = plan_causal(TokenRange(4096, 8192), Mask(1, 1000), rectangular=False)
     area = sum(tile.rows.size * block.keys.size for tile in tiles for block in tile.blocks)
     assert area < 1.6 * 4096 * 1000
     assert torch.equal(
-        counted(plan_causal(Span(700, 2000), 1, rectangular=False, window=300), Span(700, 2000), 1, 2000)[0, 0],
+        counted(plan_causal(TokenRange(700, 2000), Mask(1, 300), rectangular=False), TokenRange(700, 2000), 1, 2000)[
+            0, 0
+        ],
         seen(2000, 300)[700:].long(),
     )
 
 
 def test_blocks_outside_documents_are_not_computed() -> None:
     documents = Documents((packed([100, 28, 128]),))
-    tiles = plan_causal(Span(128, 256), 1, rectangular=False, documents=documents)
-    assert [(t.rows, [b.keys for b in t.blocks]) for t in tiles] == [(Span(0, 128), [Span(128, 256)])]
+    tiles = plan_causal(TokenRange(128, 256), Mask(1, None, documents), rectangular=False)
+    assert [(t.rows, [b.keys for b in t.blocks]) for t in tiles] == [(TokenRange(0, 128), [TokenRange(128, 256)])]
     same = Documents((packed([256]),) * 3)
-    assert plan_causal(Span(64, 128), 3, rectangular=True, documents=same) == plan_causal(
-        Span(64, 128), 3, rectangular=True
+    assert plan_causal(TokenRange(64, 128), Mask(3, None, same), rectangular=True) == plan_causal(
+        TokenRange(64, 128), Mask(3), rectangular=True
     )
 
 
 @pytest.mark.parametrize("lengths", [[[12]], [[5, 4, 3], [12]], [[1] * 12, [1, 11]], [[11, 1], [6, 6], [6, 6]]])
-@pytest.mark.parametrize("rows", [Span(0, 12), Span(0, 5), Span(5, 12), Span(11, 12)])
-def test_documents_from_a_mask(lengths: list[list[int]], rows: Span) -> None:
+@pytest.mark.parametrize("rows", [TokenRange(0, 12), TokenRange(0, 5), TokenRange(5, 12), TokenRange(11, 12)])
+def test_documents_from_a_mask(lengths: list[list[int]], rows: TokenRange) -> None:
     documents = Documents(tuple(packed(each) for each in lengths))
     mask = ~dense(documents)
     starts = document_starts(mask[:, :, rows.slice()], rows.begin)
-    found = documents_of(starts, rows.begin)
+    found = documents_from_starts(starts, rows.begin)
     assert [found.within(i, rows) for i in range(len(lengths))] == [
         documents.within(i, rows) for i in range(len(lengths))
     ]
     if rows.size == 12:
         assert found == documents
     for position, start in enumerate(starts[0].tolist(), rows.begin):
-        assert max(run.start for run in documents.runs[0] if run.start <= position) == start
+        assert max(run.start for run in documents.spans[0] if run.start <= position) == start
 
 
 @pytest.mark.parametrize(
@@ -116,16 +121,16 @@ def test_other_masks_are_refused(row: int, key: int, hide: bool) -> None:
 
 def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="there is none"):
-        plan_causal(Span(4, 4), 1, rectangular=True)
+        plan_causal(TokenRange(4, 4), Mask(1), rectangular=True)
     with pytest.raises(ValueError, match="window of -1"):
-        plan_causal(Span(0, 4), 1, rectangular=True, window=-1)
+        plan_causal(TokenRange(0, 4), Mask(1, -1), rectangular=True)
     documents = Documents((packed([4]),))
     with pytest.raises(ValueError, match="documents of 1 sequences for a batch of 2"):
-        plan_causal(Span(0, 4), 2, rectangular=True, documents=documents)
+        plan_causal(TokenRange(0, 4), Mask(2, None, documents), rectangular=True)
     with pytest.raises(ValueError, match="positions 0 to 5 are computed"):
-        plan_causal(Span(0, 5), 1, rectangular=True, documents=documents)
+        plan_causal(TokenRange(0, 5), Mask(1, None, documents), rectangular=True)
     with pytest.raises(ValueError, match=re.escape("(4, 6, 3) (begin, end, start) does not continue (0, 4, 0)")):
-        Documents(((Run(0, 4, 0), Run(4, 6, 3)),))
+        Documents(((DocumentSpan(0, 4, 0), DocumentSpan(4, 6, 3)),))
     with pytest.raises(ValueError, match=re.escape("expected bool [b, 1, rows, keys]")):
         document_starts(torch.zeros(1, 4, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="rows 2 to 6 has keys up to 4"):

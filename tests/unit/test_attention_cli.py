@@ -7,11 +7,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from megatron.longseq.attention.plan.comm_volume import Setup, all_to_all, peer_all_to_all, peer_ring, ring
+from megatron.longseq.attention.plan.comm_volume import LayerShape, all_to_all, peer_all_to_all, peer_ring, ring
 from megatron.longseq.attention.plan.heads import Heads
 from megatron.longseq.attention.plan.layout import Layout, Mesh
 from megatron.longseq.attention.tools.cli import main
-from megatron.longseq.attention.tools.picture import scene
+from megatron.longseq.attention.tools.figure import scene
 
 ROOT = Path(__file__).resolve().parents[2]
 MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (2, 4), (4, 2), (1, 8), (3, 2)]
@@ -70,7 +70,7 @@ def test_the_documentations_picture_is_the_codes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--output", "a.pdf"], "a picture is written as .svg or .png, not .pdf"),
+        (["--output", "a.pdf"], "it is written as .svg or .png, not .pdf"),
         (["--output", "missing/a.svg"], "there is no folder"),
         (["--output", "a.svg", "--hierarchical-context-parallel-sizes", "1", "9"], "a ring of 9 ranks: 8 at most"),
         (["--output", "a.svg", "--hierarchical-context-parallel-sizes", "0", "2"], "a mesh of 0 x 2"),
@@ -91,7 +91,7 @@ def test_the_table_is_the_formulas(groups: int, repeated: float, capsys: pytest.
     table = rows(capsys.readouterr().out)
     assert list(table) == ["1 x 8", "2 x 4", "4 x 2", "8 x 1"]
     for name, cells in table.items():
-        setup = Setup(Layout(Mesh(*map(int, name.split(" x "))), (32768,)), Heads(32, groups))
+        setup = LayerShape(Layout(Mesh(*map(int, name.split(" x "))), (32768,)), Heads(32, groups))
         volumes = (all_to_all(setup), peer_all_to_all(setup, repeated=True), ring(setup), peer_ring(setup))
         for volume, cell in zip(volumes, (cells[0], cells[1], cells[3], cells[4]), strict=True):
             messages = volume.forward_messages + volume.backward_messages

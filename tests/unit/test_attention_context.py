@@ -15,9 +15,9 @@ from torch import Tensor
 from megatron.longseq.attention.kernels.reference import Reference
 from megatron.longseq.attention.kernels.torch_cpu import CpuFlash
 from megatron.longseq.attention.plan.layout import Mesh
-from megatron.longseq.attention.plan.tiles import Documents
+from megatron.longseq.attention.plan.ranges import Documents
 from megatron.longseq.attention.runtime.comm import Message
-from megatron.longseq.attention.runtime.function import asked, context_attention
+from megatron.longseq.attention.runtime.function import context_attention, make_call
 from tests.unit.attention_bed import SCALE, assert_close
 from tests.unit.context_run import Problem, run
 from tests.unit.test_attention_blocks import packed
@@ -189,21 +189,23 @@ def test_runs_are_bitwise_equal_whenever_messages_arrive(kind: str) -> None:
     for seed in range(2):
         dice = random.Random(seed)
         late = []
-        for spread in problem.spreads():
-            assert spread.ring is not None
-            ring = replace(spread.ring, **{name: Late(getattr(spread.ring, name), dice) for name in vars(spread.ring)})
-            late.append(replace(spread, ring=ring))
+        for strategy in problem.strategies():
+            assert strategy.ring is not None
+            ring = replace(
+                strategy.ring, **{name: Late(getattr(strategy.ring, name), dice) for name in vars(strategy.ring)}
+            )
+            late.append(replace(strategy, ring=ring))
         assert all(torch.equal(a, b) for a, b in zip(run(problem, joined=late), expected, strict=True))
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_sent() -> None:
     problem = Problem(Mesh(2, 2), (4, 2))
-    spread = problem.spreads()[0]
+    strategy = problem.strategies()[0]
     q, k, v, _ = (x[:16] for x in problem.inputs())
 
     def refused(words: str, kernel: Any = problem.kernel, **changed: Any) -> None:
         with pytest.raises(ValueError, match=words):
-            asked(changed.get("q", q), changed.get("k", k), spread, kernel, SCALE, **changed.get("more", {}))
+            make_call(changed.get("q", q), changed.get("k", k), strategy, kernel, SCALE, **changed.get("more", {}))
 
     refused("layer 0: no dropout of attention weights", Reference(0.1))
     refused(r"queries \(16, 2, 4, 8\) and keys \(12, 2, 2, 8\) on a rank, for 64 tokens on 4 context-par", k=k[:12])
@@ -212,6 +214,6 @@ def test_what_does_not_fit_is_refused_before_anything_is_sent() -> None:
     refused("Ulysses over 2 of 4 context-parallel ranks, with 3 query heads and 3", q=q[:, :, :3], k=q[:, :, :3])
     refused("documents of 1 sequences for a batch of 2", more={"documents": Documents((packed([64]),))})
     with pytest.raises(ValueError, match=r"layer 0: values \(16, 2, 2, 4\) beside keys"):
-        context_attention(q, k, v[..., :4], asked(q, k, spread, problem.kernel, SCALE))
-    assert spread.ulysses is not None and spread.ring is not None
-    assert spread.ulysses.sent.messages == spread.ring.keys.sent.messages == 0  # type: ignore[attr-defined]
+        context_attention(q, k, v[..., :4], make_call(q, k, strategy, problem.kernel, SCALE))
+    assert strategy.ulysses is not None and strategy.ring is not None
+    assert strategy.ulysses.sent.messages == strategy.ring.keys.sent.messages == 0  # type: ignore[attr-defined]

@@ -71,7 +71,7 @@ class Watched(CpuFlash):
 @contextmanager
 def unseen_messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Copies that the emulated wire makes are not the rank's."""
-    put, wait = context_bed.Wire.put, context_bed.ThreadLane.post
+    put, wait = context_bed.Wire.put, context_bed.ThreadP2P.post
 
     def hidden(function: Any) -> Any:
         def call(*args: Any) -> Any:
@@ -82,7 +82,7 @@ def unseen_messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     with monkeypatch.context() as patched:
         patched.setattr(context_bed.Wire, "put", hidden(put))
-        patched.setattr(context_bed.ThreadLane, "post", hidden(wait))
+        patched.setattr(context_bed.ThreadP2P, "post", hidden(wait))
         yield
 
 
@@ -144,8 +144,8 @@ class Echo:
 
 @pytest.mark.parametrize("kv", [8, 4])
 def test_what_came_is_unpacked_where_it_was_packed(kv: int) -> None:
-    arrivals, echo = Layout(Mesh(4, 1), (4 * ROWS,)).arrivals(range(1)), Echo()
-    exchange = Ulysses(4, Heads(8, kv), arrivals, echo)  # type: ignore[arg-type]
+    received_rows, echo = Layout(Mesh(4, 1), (4 * ROWS,)).received_rows(range(1)), Echo()
+    exchange = Ulysses(4, Heads(8, kv), received_rows, echo)  # type: ignore[arg-type]
     q, k, v = (torch.randn(ROWS, 1, heads, 8) for heads in (8, kv, kv))
 
     def lie_there(*results: Tensor) -> bool:

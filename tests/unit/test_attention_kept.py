@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 import patches
-from megatron.longseq.attention.module import attend_once
 from megatron.longseq.attention.plan.layout import Mesh
-from megatron.longseq.attention.runtime.function import Call, Kept, asked
+from megatron.longseq.attention.runtime.function import AttentionCall, RecomputeCache, attend_once, make_call
 from patches.usp import runtime
 from tests.unit.attention_bed import SCALE
-from tests.unit.context_bed import spreads
+from tests.unit.context_bed import strategies
 from tests.unit.test_attention_context import Counting
 
 RECORDS = ("cpu.device", "cpu.rng-read", "cpu.rng-write", "recompute.checkpoint", "usp.kept")
@@ -25,26 +24,26 @@ TOKENS, WIDTH = 37, 16  # a number of tokens that nothing else has
 class Layers:
     """Two attention layers in one recomputed function, with a projection each."""
 
-    def __init__(self, kept: Kept) -> None:
+    def __init__(self, kept: RecomputeCache) -> None:
         torch.manual_seed(0)
-        self.kernel, self.kept, self.spread = Counting(), kept, spreads(Mesh(1, 1))[0]
+        self.kernel, self.kept, self.strategy = Counting(), kept, strategies(Mesh(1, 1))[0]
         self.weights = [torch.randn(WIDTH, WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(2)]
 
     def __call__(self, x: Tensor) -> Tensor:
         for weight in self.weights:
             q = (x @ weight).unflatten(2, (2, -1))
 
-            def make_call(_: Any, q: Tensor = q) -> Call:
-                return asked(q, q, self.spread, self.kernel, SCALE)
+            def call_for(_: Any, q: Tensor = q) -> AttentionCall:
+                return make_call(q, q, self.strategy, self.kernel, SCALE)
 
-            x = x + attend_once(q, q, q, self.kept, make_call)
+            x = x + attend_once(q, q, q, self.kept, call_for)
         return x
 
 
 @pytest.fixture
 def layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Layers]:
-    kept = Kept()
-    monkeypatch.setattr(runtime, "current_context", lambda: SimpleNamespace(kept=kept))
+    kept = RecomputeCache()
+    monkeypatch.setattr(runtime, "current_context", lambda: SimpleNamespace(recompute_cache=kept))
     with patches.applied(RECORDS):
         yield Layers(kept)
 
@@ -168,7 +167,7 @@ def test_nothing_is_left_and_nobody_takes_anothers(layers: Layers, event: Callab
     before = alive()
     for _ in range(3):
         event(layers)
-        assert layers.kept.now is None
+        assert layers.kept.active is None
     assert alive() == before
     found = gradients(layers, recomputed(layers, one), one)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

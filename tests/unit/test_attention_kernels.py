@@ -13,10 +13,10 @@ from torch import Tensor
 from megatron.longseq.attention.kernels import select as choice
 from megatron.longseq.attention.kernels.base import Kernel, Scores
 from megatron.longseq.attention.kernels.flash_cuda import CudaFlash, FlashAttn, TorchCudaFlash
-from megatron.longseq.attention.kernels.reference import Reference, visible
-from megatron.longseq.attention.kernels.select import Need, choose
+from megatron.longseq.attention.kernels.reference import Reference, visible_mask
+from megatron.longseq.attention.kernels.select import KernelRequest, select_kernel
 from megatron.longseq.attention.kernels.torch_cpu import CpuFlash
-from megatron.longseq.attention.runtime.merge import merge_
+from megatron.longseq.attention.runtime.tiled import merge_
 from tests.unit.attention_bed import assert_close, tensors, worst
 
 HEADS = {"MHA": (4, 4), "GQA": (4, 2), "MQA": (4, 1)}
@@ -114,12 +114,17 @@ def expected(
     """out, lse, dq, dk, dv by autograd in a type."""
     leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
     blind = max(0, q.shape[0] - k.shape[0]) if scores.causal else 0
-    mask = visible(q.shape[0], k.shape[0], scores, q.device)
+    mask = visible_mask(q.shape[0], k.shape[0], scores, q.device)
     out, lse = exact(leaves[0][blind:], *leaves[1:], mask[blind:], scores.scale)
     grads = torch.autograd.grad(out, leaves, grad[blind:].to(dtype))
     pad = torch.nn.functional.pad
     full = pad(out.detach(), (0, 0) * 3 + (blind, 0))
     return [full, pad(lse.detach(), (blind, 0), value=-torch.inf), *grads]
+
+
+def is_rectangle(sq: int, sk: int, scores: Scores) -> bool:
+    """Whether a kernel that is not `rectangular` does not take a block."""
+    return scores.causal and scores.window is None and sq < sk
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -132,6 +137,10 @@ def test_forward_and_backward_of_a_block(kernel: Kernel, heads: str, scores: Sco
             with pytest.raises(ValueError, match="flash kernels hide keys from the first rows"):
                 kernel.forward(q, k, v, scores)
             continue
+        if isinstance(kernel, CpuFlash) and is_rectangle(sq, sk, scores):
+            with pytest.raises(ValueError, match="PyTorch's CPU operator takes squares"):
+                kernel.forward(q, k, v, scores)
+            continue
         out, lse, *grads = expected(q, k, v, grad, scores)
         got, got_lse = kernel.forward(q, k, v, scores)
         assert got.dtype == got_lse.dtype == torch.float64 and got.shape == q.shape
@@ -142,7 +151,7 @@ def test_forward_and_backward_of_a_block(kernel: Kernel, heads: str, scores: Sco
 
 def test_mask_of_the_reference_is_bottom_right() -> None:
     for sq, sk, scores in itertools.product(range(1, 6), range(1, 6), SCORES):
-        mask = visible(sq, sk, scores, torch.device("cpu"))
+        mask = visible_mask(sq, sk, scores, torch.device("cpu"))
         for row, key in itertools.product(range(sq), range(sk)):
             place = row + sk - sq
             wanted = (not scores.causal or key <= place) and (scores.window is None or key >= place - scores.window)
@@ -191,7 +200,8 @@ def test_merge_of_rows_without_keys_and_of_huge_scores() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scores", SCORES, ids=str)
 def test_types_of_results_and_error(dtype: torch.dtype, scores: Scores) -> None:
-    q, k, v, grad = tensors([(40, 1, 4, 16), (70, 1, 2, 16), (70, 1, 2, 16), (40, 1, 4, 16)], dtype=dtype)
+    sq = 70 if is_rectangle(40, 70, scores) else 40
+    q, k, v, grad = tensors([(sq, 1, 4, 16), (70, 1, 2, 16), (70, 1, 2, 16), (sq, 1, 4, 16)], dtype=dtype)
     results = expected(q, k, v, grad, scores)
     formula = expected(q, k, v, grad, scores, dtype)  # of this type throughout, as this processor rounds it
     for kernel in (CpuFlash(), Reference()):
@@ -224,7 +234,7 @@ def test_heads_that_lie_across_memory(kernel: Kernel) -> None:
 
 def test_strided_views_are_taken_as_they_are() -> None:
     """Slices of a fused projection and of a longer buffer give what their copies do, whose alignment is another."""
-    fused, buffer, grad = tensors([(30, 2, 4, 24), (50, 2, 8, 8), (30, 2, 4, 8)], dtype=torch.float32)
+    fused, buffer, grad = tensors([(40, 2, 4, 24), (50, 2, 8, 8), (40, 2, 4, 8)], dtype=torch.float32)
     q, k, v = fused[..., :8], buffer[:40, :, :4], buffer[10:, :, 4:]
     scores, cpu = Scores(0.3, True), CpuFlash()
     out, lse = cpu.forward(q, k, v, scores)
@@ -236,19 +246,19 @@ def test_strided_views_are_taken_as_they_are() -> None:
 
 def test_choice_says_what_and_why() -> None:
     cpu = torch.device("cpu")
-    taken = choose(cpu, torch.float32, 64)
+    taken = select_kernel(cpu, torch.float32, 64)
     assert taken.kernel.name == "torch CPU flash" and "not flash_attn: device cpu" in taken.why
-    dropped = choose(cpu, torch.float32, 64, dropout=0.1)
+    dropped = select_kernel(cpu, torch.float32, 64, dropout=0.1)
     assert dropped.kernel.dropout == 0.1 and "not torch CPU flash: no attention dropout" in dropped.why
     with pytest.warns(UserWarning, match="values of 128 beside keys of 192.*slow and large"):
-        assert choose(cpu, torch.float32, 192, value_dim=128).kernel.name == "reference"
-    assert choose(cpu, torch.float32, 64, only="reference").kernel.name == "reference"
+        assert select_kernel(cpu, torch.float32, 192, value_dim=128).kernel.name == "reference"
+    assert select_kernel(cpu, torch.float32, 64, only="reference").kernel.name == "reference"
     with pytest.raises(ValueError, match="not torch CUDA flash: device cpu; the kernels are flash_attn, torch CUDA"):
-        choose(cpu, torch.float32, 64, only="torch CUDA flash")
+        select_kernel(cpu, torch.float32, 64, only="torch CUDA flash")
     with pytest.raises(ValueError, match="no attention kernel is called 'fast'"):
-        choose(cpu, torch.float32, 64, only="fast")
+        select_kernel(cpu, torch.float32, 64, only="fast")
     with pytest.raises(ValueError, match="int64 tensors"):
-        choose(cpu, torch.int64, 64)
+        select_kernel(cpu, torch.int64, 64)
 
 
 def test_cuda_kernels_know_their_limits(flash_attn: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +267,7 @@ def test_cuda_kernels_know_their_limits(flash_attn: ModuleType, monkeypatch: pyt
     fit: dict[str, Any] = {
         "device": "cuda", "dtype": torch.bfloat16, "head_dim": 128, "value_dim": 128, "dropout": 0.0
     }  # fmt: skip
-    assert choice._against_package(Need(**fit)) is None and choice._against_cuda(Need(**fit)) is None
+    assert choice._against_package(KernelRequest(**fit)) is None and choice._against_cuda(KernelRequest(**fit)) is None
     for change, reason in (
         ({"dtype": torch.float32}, "torch.float32"),
         ({"head_dim": 84, "value_dim": 84}, "head size 84"),
@@ -265,14 +275,14 @@ def test_cuda_kernels_know_their_limits(flash_attn: ModuleType, monkeypatch: pyt
         ({"dropout": 0.1}, "no attention dropout"),
         ({"value_dim": 64}, "values of 64"),
     ):
-        assert reason in str(choice._against_package(Need(**{**fit, **change})))
+        assert reason in str(choice._against_package(KernelRequest(**{**fit, **change})))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert "older than Ampere" in str(choice._against_package(Need(**fit)))
+    assert "older than Ampere" in str(choice._against_package(KernelRequest(**fit)))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     flash_attn._flash_attn_forward = lambda q, k, v, dropout_p, softmax_scale, causal, window_size: None  # 2.6
-    assert "version 2.7 or later is needed" in str(choice._against_package(Need(**fit)))
+    assert "version 2.7 or later is needed" in str(choice._against_package(KernelRequest(**fit)))
     monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
-    assert choice._against_package(Need(**fit)) == "not installed"
+    assert choice._against_package(KernelRequest(**fit)) == "not installed"
 
 
 def test_pytorchs_cuda_operator_takes_our_arguments() -> None:

@@ -8,20 +8,27 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.longseq.attention.plan.heads import Heads, check_heads, choose, flags, legal_meshes
+from megatron.longseq.attention.plan.heads import Heads, check_heads, choose_mesh, legal_meshes, mesh_flags
 from megatron.longseq.attention.plan.layout import Layout, Mesh, length_multiple
-from megatron.longseq.attention.plan.ranges import Spans, common, located, minus, size, union
-from megatron.longseq.attention.plan.tiles import Span
+from megatron.longseq.attention.plan.ranges import (
+    TokenRange,
+    TokenRanges,
+    difference,
+    intersection,
+    rows_of,
+    size,
+    union,
+)
 
 MESHES = [Mesh(ulysses, ring) for ulysses, ring in product(range(1, 9), repeat=2)]
 
 
-def numbers(spans: Spans) -> list[int]:
+def numbers(spans: TokenRanges) -> list[int]:
     """Members of spans, in their order."""
     return [number for span in spans for number in range(span.begin, span.end)]
 
 
-def sorted_apart(spans: Spans) -> bool:
+def sorted_apart(spans: TokenRanges) -> bool:
     """Whether spans ascend and neither touch nor overlap."""
     return all(a.end < b.begin for a, b in pairwise(spans)) and all(span.size > 0 for span in spans)
 
@@ -46,7 +53,7 @@ def held(layout: Layout, segments: range) -> list[list[int]]:
 def delivered(layout: Layout, ring: int, segments: range) -> list[int]:
     """Positions that the all-to-all of a Ulysses group brings, unpacked."""
     sent = held(layout, segments)[ring * layout.mesh.ulysses : (ring + 1) * layout.mesh.ulysses]
-    return [n for arrival in layout.arrivals(segments) for n in sent[arrival.source][arrival.rows.slice()]]
+    return [n for arrival in layout.received_rows(segments) for n in sent[arrival.source][arrival.rows.slice()]]
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: f"{mesh.ulysses}x{mesh.ring}")
@@ -93,7 +100,7 @@ def test_every_token_has_one_rank_and_every_shard_ascends(layout: Layout) -> Non
 def test_gathered_tokens_are_put_by_position(layout: Layout) -> None:
     segments = range(len(layout.lengths))
     shards = [numbers(shard) for shard in layout.shards(segments)]
-    ordered = [n for arrival in layout.gathered(segments) for n in shards[arrival.source][arrival.rows.slice()]]
+    ordered = [n for arrival in layout.all_gather_order(segments) for n in shards[arrival.source][arrival.rows.slice()]]
     assert ordered == list(range(sum(layout.lengths)))
 
 
@@ -117,19 +124,18 @@ def test_groups_of_both_placements(mesh: Mesh) -> None:
     grid = torch.tensor(members)
     head_first = grid.view(mesh.ring, mesh.ulysses)
     assert mesh.ordered(members) == tuple(members)
-    assert mesh.ulysses_groups(members) == tuple(map(tuple, head_first.tolist()))
-    assert mesh.ring_groups(members) == tuple(map(tuple, head_first.T.tolist()))
+    assert mesh.ulysses_groups(members) == list(map(tuple, head_first.tolist()))
+    assert mesh.ring_groups(members) == list(map(tuple, head_first.T.tolist()))
 
     other = Mesh(mesh.ulysses, mesh.ring, "context-first")
     context_first = grid.view(mesh.ulysses, mesh.ring)
-    assert other.ring_groups(members) == tuple(map(tuple, context_first.tolist()))
-    assert other.ulysses_groups(members) == tuple(map(tuple, context_first.T.tolist()))
-    for index, member in enumerate(members):
-        rank = other.rank(index)
-        assert other.ordered(members)[rank] == member
+    ranks = other.ordered(members)
+    assert other.ring_groups(ranks) == list(map(tuple, context_first.tolist()))
+    assert other.ulysses_groups(ranks) == list(map(tuple, context_first.T.tolist()))
+    for rank, member in enumerate(ranks):
         place = other.place(rank)
-        assert other.ulysses_groups(members)[place.ring][place.ulysses] == member
-        assert other.ring_groups(members)[place.ulysses][place.ring] == member
+        assert other.ulysses_groups(ranks)[place.ring][place.ulysses] == member
+        assert other.ring_groups(ranks)[place.ulysses][place.ring] == member
 
 
 @pytest.mark.parametrize(
@@ -137,7 +143,6 @@ def test_groups_of_both_placements(mesh: Mesh) -> None:
     [
         (lambda: Mesh(0, 2), "a mesh of 0 x 2 (Ulysses x ring) ranks: each needs at least 1"),
         (lambda: Mesh(2, 2, "tail-first"), "placement 'tail-first': give head-first or context-first"),
-        (lambda: Mesh(2, 2).rank(4), "member 4 of a context-parallel group of 4"),
         (lambda: Mesh(2, 2).ordered([0, 1, 2]), "needs 4 global ranks in ascending order"),
         (lambda: Mesh(2, 2).ordered([0, 2, 1, 3]), "needs 4 global ranks in ascending order"),
         (lambda: Layout(Mesh(2, 2), (16, 12)), "segment 1 of 2 has 12 tokens"),
@@ -147,7 +152,7 @@ def test_groups_of_both_placements(mesh: Mesh) -> None:
         (lambda: Layout(Mesh(2, 1), (8,)).positions(2, 0), "rank 2 of 2: count from 0 to 1"),
         (lambda: Heads(8, 3), "8 query heads cannot share 3 heads of keys and values evenly"),
         (lambda: Heads.of(8, 2, tensor=3), "8 attention heads in 2 query groups cannot be shared by 3"),
-        (lambda: choose(0, 8, 8, 8), "each must be at least 1"),
+        (lambda: choose_mesh(0, 8, 8, 8), "each must be at least 1"),
     ],
 )
 def test_what_cannot_be_is_refused(make: object, words: str) -> None:
@@ -171,15 +176,16 @@ def test_legal_degrees_are_those_with_whole_heads_that_belong_together(size: int
     legal = dict(legal_meshes(size, heads))
     assert legal == {degree: size // degree for degree in range(1, size + 1) if size % degree == 0 and fits(degree)}
     for degree in legal:
-        shared = heads.shared(degree)
+        shared = heads.per_rank(degree)
         received = [0] * kv
         for index in range(degree):
-            query, keys = heads.query_heads(degree, index), heads.kv_heads(degree, index)
-            assert {head // per_kv for head in range(*query)} == set(range(*keys))
-            assert (query.end - query.begin, keys.end - keys.begin) == (shared.query, shared.kv)
-            for head in range(*keys):
+            query = range(index * heads.query // degree, (index + 1) * heads.query // degree)
+            first = index * kv // degree
+            keys = range(first, first + shared.kv)
+            assert {head // per_kv for head in query} == set(keys) and len(query) == shared.query
+            for head in keys:
                 received[head] += 1
-        assert received == [heads.replicas(degree)] * kv
+        assert received == [max(kv, degree) // kv] * kv
         assert heads.sent(degree) == degree * (shared.query + 2 * shared.kv)
 
 
@@ -211,13 +217,13 @@ def test_an_illegal_degree_is_refused_with_the_legal_ones() -> None:
 def test_the_degree_that_is_chosen(
     size: int, heads: int, groups: int | None, node: int, tensor: int, mesh: tuple[int, int]
 ) -> None:
-    assert choose(size, heads, groups, node, tensor) == Mesh(*mesh)
+    assert choose_mesh(size, heads, groups, node, tensor) == Mesh(*mesh)
 
 
 def test_a_mesh_is_flags() -> None:
-    assert flags(Mesh(1, 4)) == "--context-parallel-size 4 --cp-comm-type p2p"
-    assert flags(Mesh(4, 1)) == "--context-parallel-size 4 --cp-comm-type a2a"
-    assert flags(Mesh(2, 2, "context-first")) == (
+    assert mesh_flags(Mesh(1, 4)) == "--context-parallel-size 4 --cp-comm-type p2p"
+    assert mesh_flags(Mesh(4, 1)) == "--context-parallel-size 4 --cp-comm-type a2a"
+    assert mesh_flags(Mesh(2, 2, "context-first")) == (
         "--context-parallel-size 4 --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2 "
         "--context-parallel-placement context-first"
     )
@@ -225,13 +231,13 @@ def test_a_mesh_is_flags() -> None:
 
 @given(*[st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=4)] * 2)
 def test_sets_of_numbers(left: list[tuple[int, int]], right: list[tuple[int, int]]) -> None:
-    a, b = (union(Span(*pair) for pair in pairs) for pairs in (left, right))
+    a, b = (union(TokenRange(*pair) for pair in pairs) for pairs in (left, right))
     plain_a, plain_b = ({n for pair in pairs for n in range(*pair)} for pairs in (left, right))
     assert set(numbers(a)) == plain_a and size(a) == len(plain_a) and sorted_apart(a)
-    assert numbers(common(a, b)) == sorted(plain_a & plain_b)
-    assert numbers(minus(a, b)) == sorted(plain_a - plain_b)
+    assert numbers(intersection(a, b)) == sorted(plain_a & plain_b)
+    assert numbers(difference(a, b)) == sorted(plain_a - plain_b)
     both = union([*a, *b])
-    assert [numbers(both)[n] for n in numbers(located(both, a))] == numbers(a)
+    assert [numbers(both)[n] for n in numbers(rows_of(both, a))] == numbers(a)
     if plain_b - plain_a:
-        with pytest.raises(ValueError, match="is not held"):
-            located(a, b)
+        with pytest.raises(ValueError, match="does not hold"):
+            rows_of(a, b)

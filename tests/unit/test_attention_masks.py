@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from megatron.longseq.attention.plan.layout import Layout, Mesh
-from megatron.longseq.attention.plan.tiles import Documents
-from megatron.longseq.attention.runtime.masks import MaskReader, whole_starts
-from tests.unit.context_bed import ThreadExchange, Wire, on_all
+from megatron.longseq.attention.plan.ranges import Documents
+from megatron.longseq.attention.runtime.packed_documents import MaskReader, gather_document_starts
+from tests.unit.context_bed import ThreadCollectives, Wire, on_all
 from tests.unit.test_attention_blocks import dense, packed
 
 PACKED = Documents((packed([10, 1, 53]), packed([64]), packed([16, 16, 32])))
 
 
-def exchanges(ranks: int) -> list[ThreadExchange]:
+def exchanges(ranks: int) -> list[ThreadCollectives]:
     wires: dict[str, Wire] = defaultdict(Wire)
-    return [ThreadExchange(wires["all"], rank, ranks) for rank in range(ranks)]
+    return [ThreadCollectives(wires["all"], rank, ranks) for rank in range(ranks)]
 
 
 def rows(mask: Tensor, layout: Layout, rank: int) -> Tensor:
@@ -34,7 +34,7 @@ def hidden(documents: Documents) -> Tensor:
     return ~dense(documents)
 
 
-def on_ranks(layout: Layout, job: Callable[[int, ThreadExchange], Any]) -> list[Any]:
+def on_ranks(layout: Layout, job: Callable[[int, ThreadCollectives], Any]) -> list[Any]:
     channels = exchanges(layout.mesh.size)
     return on_all([lambda rank=rank: job(rank, channels[rank]) for rank in range(layout.mesh.size)])
 
@@ -43,8 +43,10 @@ def on_ranks(layout: Layout, job: Callable[[int, ThreadExchange], Any]) -> list[
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 1), (1, 4), (2, 4)], ids=str)
 def test_every_rank_learns_where_every_document_starts(mesh: tuple[int, int], lengths: tuple[int, ...]) -> None:
     layout, mask = Layout(Mesh(*mesh), lengths), hidden(PACKED)
-    starts = torch.stack([torch.cat([torch.full((r.end - r.begin,), r.start) for r in runs]) for runs in PACKED.runs])
-    for found in on_ranks(layout, lambda rank, way: whole_starts(rows(mask, layout, rank), layout, rank, way)):
+    starts = torch.stack([torch.cat([torch.full((r.end - r.begin,), r.start) for r in runs]) for runs in PACKED.spans])
+    for found in on_ranks(
+        layout, lambda rank, way: gather_document_starts(rows(mask, layout, rank), layout, rank, way)
+    ):
         assert found.dtype == torch.int32 and torch.equal(found, starts.int())
 
 
@@ -62,7 +64,7 @@ def test_every_rank_learns_where_every_document_starts(mesh: tuple[int, int], le
 def test_masks_of_other_shapes_are_refused(mask: Tensor, words: str) -> None:
     layout = Layout(Mesh(2, 2), (64,))
     with pytest.raises(ValueError, match=re.escape(words)):
-        whole_starts(mask, layout, 2, exchanges(4)[2])
+        gather_document_starts(mask, layout, 2, exchanges(4)[2])
 
 
 def test_a_wrong_row_of_one_rank_is_an_error_of_all() -> None:
@@ -70,9 +72,9 @@ def test_a_wrong_row_of_one_rank_is_an_error_of_all() -> None:
     layout, mask = Layout(Mesh(2, 2), (64,)), hidden(PACKED)
     mask[1, 0, 20, 3] ^= True
 
-    def job(rank: int, way: ThreadExchange) -> None:
+    def job(rank: int, way: ThreadCollectives) -> None:
         with pytest.raises(ValueError, match="not causal within packed documents: sequence 1, position 20; a position"):
-            whole_starts(rows(mask, layout, rank), layout, rank, way)
+            gather_document_starts(rows(mask, layout, rank), layout, rank, way)
 
     on_ranks(layout, job)
 
@@ -90,7 +92,7 @@ def read(masks: Callable[[MaskReader], Iterator[Tensor | None]], **flags: Any) -
     """
     layout = Layout(Mesh(2, 2), (64,))
 
-    def job(rank: int, way: ThreadExchange) -> tuple[list[Any], int]:
+    def job(rank: int, way: ThreadCollectives) -> tuple[list[Any], int]:
         reader, found = MaskReader(way, rank, **flags), []
         mine = torch.empty(0)
         for mask in masks(reader):
@@ -122,7 +124,7 @@ def test_a_changed_mask_is_read_again_for_a_layer_that_has_not_seen_it() -> None
     """Virtual stages: the layers of the next chunk are handed the same tensor, changed in place."""
     layout = Layout(Mesh(1, 1), (64,))
 
-    def job(rank: int, way: ThreadExchange) -> None:
+    def job(rank: int, way: ThreadCollectives) -> None:
         reader, mask = MaskReader(way, rank), hidden(PACKED)
         assert reader.documents(mask, layout, 3, "chunk 0") == PACKED
         assert reader.documents(mask, layout, 3, "another layer of chunk 0") == PACKED
@@ -136,9 +138,9 @@ def test_a_mask_of_one_sequence_is_that_of_all() -> None:
     layout = Layout(Mesh(1, 2), (64,))
     one = Documents((packed([10, 54]),))
 
-    def job(rank: int, way: ThreadExchange) -> None:
+    def job(rank: int, way: ThreadCollectives) -> None:
         reader, mask = MaskReader(way, rank), rows(hidden(one), layout, rank)
-        assert reader.documents(mask, layout, 2, 0) == Documents(one.runs * 2)
+        assert reader.documents(mask, layout, 2, 0) == Documents(one.spans * 2)
         with pytest.raises(ValueError, match="an attention mask of 3 sequences for a micro-batch of 2"):
             reader.documents(rows(hidden(PACKED), layout, rank), layout, 2, 0)
 
@@ -148,7 +150,7 @@ def test_a_mask_of_one_sequence_is_that_of_all() -> None:
 def test_documents_that_other_stages_do_not_hear_of_and_a_missing_mask_are_refused() -> None:
     layout = Layout(Mesh(1, 2), (64,))
 
-    def job(rank: int, way: ThreadExchange) -> None:
+    def job(rank: int, way: ThreadCollectives) -> None:
         reader = MaskReader(way, rank, stages=4)
         assert reader.documents(rows(hidden(PLAIN), layout, rank), layout, 3, 0) is None
         with pytest.raises(ValueError, match=r"with 4 pipeline stages .* between the first and the last get no batch"):

@@ -16,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 import patches
 from megatron.longseq.attention.kernels.reference import Reference
 from megatron.longseq.attention.kernels.torch_cpu import CpuFlash
-from megatron.longseq.attention.plan.tiles import Documents
+from megatron.longseq.attention.plan.ranges import Documents
 from megatron.longseq.attention.runtime import kv_cache as store_module
-from megatron.longseq.attention.runtime.kv_cache import PrefixOrderError, PrefixStore
+from megatron.longseq.attention.runtime.kv_cache import SegmentKVCache, SegmentOrderError
 from megatron.longseq.attention.runtime.segment_attention import segment_attention
-from megatron.longseq.segment import Segment, segments
-from tests.unit.attention_bed import SCALE, Split, assert_close, oracle, plain, qkv, seen
+from megatron.longseq.segment import Segment
+from tests.unit.attention_bed import SCALE, Split, assert_close, oracle, plain, qkv, seen, segments
 from tests.unit.test_attention_blocks import dense, packed
 
 HEADS = {"MHA": (4, 4), "GQA": (4, 2), "MQA": (4, 1)}
@@ -49,10 +49,10 @@ RECOMPUTE: dict[str, Callable[..., Tensor]] = {
 @pytest.mark.parametrize("heads", HEADS)
 def test_equals_unsplit_attention(kernel: str, heads: str) -> None:
     for lengths, window in product(LENGTHS, (None, 0, 2, 5, 11)):
-        inputs, store = qkv(12, 2, HEADS[heads]), PrefixStore()
-        split = Split(inputs, lengths, store, KERNELS[kernel], window=window).run()
+        inputs, cache = qkv(12, 2, HEADS[heads]), SegmentKVCache()
+        split = Split(inputs, lengths, cache, KERNELS[kernel], window=window).run()
         assert_close(split.results(), oracle(inputs, seen(12, window)), 12)
-        store.assert_empty()
+        cache.assert_empty()
 
 
 @st.composite
@@ -73,19 +73,19 @@ def test_equals_unsplit_attention_inside_documents(
     packing: tuple[list[int], Documents, int | None], kernel: str
 ) -> None:
     lengths, documents, window = packing
-    inputs, store = qkv(sum(lengths), 2, (2, 1), 4), PrefixStore()
-    split = Split(inputs, lengths, store, KERNELS[kernel], window=window, documents=documents).run()
+    inputs, cache = qkv(sum(lengths), 2, (2, 1), 4), SegmentKVCache()
+    split = Split(inputs, lengths, cache, KERNELS[kernel], window=window, documents=documents).run()
     assert_close(split.results(), oracle(inputs, dense(documents, window)), sum(lengths))
-    store.assert_empty()
+    cache.assert_empty()
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("lengths", [pytest.param([12], marks=pytest.mark.slow), [7, 3, 1, 1]], ids=str)
 def test_micro_batches_in_flight_and_recomputation(recompute: str, lengths: list[int]) -> None:
     """Two layers of two micro-batches; the second's forwards run before the first's backwards, and between them."""
-    store, last = PrefixStore(), len(lengths) - 1
+    cache, last = SegmentKVCache(), len(lengths) - 1
     runs = [
-        Split(qkv(12, 2, (4, 2), seed=10 * mb + layer), lengths, store, CpuFlash(), wrap=RECOMPUTE[recompute], **names)
+        Split(qkv(12, 2, (4, 2), seed=10 * mb + layer), lengths, cache, CpuFlash(), wrap=RECOMPUTE[recompute], **names)
         for mb in range(2)
         for layer in range(2)
         for names in [{"microbatch": mb, "layer": layer}]
@@ -103,7 +103,7 @@ def test_micro_batches_in_flight_and_recomputation(recompute: str, lengths: list
         for index in reversed(range(len(lengths))):
             for split in reversed(second):
                 split.backward(index)
-    store.assert_empty()
+    cache.assert_empty()
     for number, split in enumerate(runs):
         inputs = qkv(12, 2, (4, 2), seed=10 * (number // 2) + number % 2)
         assert_close(split.results(), oracle(inputs, seen(12)), 12)
@@ -128,37 +128,37 @@ def test_whole_layers_recomputed(recompute: str) -> None:
     whole = stack(leaf, lambda _, q, k, v: plain(q, k, v, seen(tokens)))
     expected = [whole.detach(), *torch.autograd.grad(whole, [leaf, *parameters], grad)]
 
-    store, kernel = PrefixStore(), CpuFlash()
+    cache, kernel = SegmentKVCache(), CpuFlash()
     leaves = [x[s.begin : s.end].clone().requires_grad_() for s in segments(0, lengths)]
     outs = []
     with patches.applied(CPU):
         for segment, part in zip(segments(0, lengths), leaves, strict=True):
-            store.current = segment
+            cache.current = segment
             outs.append(
                 RECOMPUTE[recompute](
-                    lambda y: stack(y, lambda n, q, k, v: segment_attention(q, k, v, store, n, kernel, SCALE)), part
+                    lambda y: stack(y, lambda n, q, k, v: segment_attention(q, k, v, cache, n, kernel, SCALE)), part
                 )
             )
         for segment in reversed(segments(0, lengths)):
-            store.current = segment
+            cache.current = segment
             outs[segment.index].backward(grad[segment.begin : segment.end])
-    store.assert_empty()
+    cache.assert_empty()
     got = [torch.cat([o.detach() for o in outs]), torch.cat([p.grad for p in leaves]), *(p.grad for p in parameters)]
     assert_close(got, expected, 2 * 3 * 16)  # type: ignore[arg-type]  # two layers of three products 16 wide or longer
 
 
 def test_forward_only_frees_at_the_last_segment() -> None:
-    inputs, store = qkv(12, 2, (4, 2)), PrefixStore()
+    inputs, cache = qkv(12, 2, (4, 2)), SegmentKVCache()
     for microbatch in range(3):
-        split = Split(inputs, [5, 4, 3], store, CpuFlash(), forward_only=True, microbatch=microbatch)
+        split = Split(inputs, [5, 4, 3], cache, CpuFlash(), forward_only=True, microbatch=microbatch)
         with torch.no_grad():
             for index in range(3):
-                assert bool(store.bytes()) == bool(index)
+                assert bool(cache.bytes()) == bool(index)
                 split.forward(index)
-        store.assert_empty()
+        cache.assert_empty()
         outs = torch.cat([out for out in split.outs if out is not None])
         assert_close([outs], oracle(inputs, seen(12))[:1], 12)
-    assert store.bytes() == 0 and store.peak_bytes == 2 * 12 * 2 * 2 * 8 * 8
+    assert cache.bytes() == 0 and cache.peak_bytes == 2 * 12 * 2 * 2 * 8 * 8
 
 
 def _kept_weights(lengths: list[int], state: Tensor, p: float) -> Tensor:
@@ -176,7 +176,7 @@ def _kept_weights(lengths: list[int], state: Tensor, p: float) -> Tensor:
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("lengths", [pytest.param([12], marks=pytest.mark.slow), [7, 3, 1, 1]], ids=str)
 def test_dropout_draws_the_same_mask_in_backward(recompute: str, lengths: list[int]) -> None:
-    inputs, store = qkv(12, 2, (4, 2)), PrefixStore()
+    inputs, cache = qkv(12, 2, (4, 2)), SegmentKVCache()
     own = torch.Generator().manual_seed(5).get_state()
     kept = _kept_weights(lengths, own, 0.4)
     dropped = (kept[..., 0] == 0).double()  # four standard deviations around what was asked for
@@ -209,13 +209,13 @@ def test_dropout_draws_the_same_mask_in_backward(recompute: str, lengths: list[i
     with patches.applied(CPU):
         torch.manual_seed(3)
         outside = torch.get_rng_state()
-        split = Split(inputs, lengths, store, Reference(dropout=0.4), fork=fork, wrap=wrap).run()
+        split = Split(inputs, lengths, cache, Reference(dropout=0.4), fork=fork, wrap=wrap).run()
         assert torch.equal(torch.get_rng_state(), outside), "dropout moved the generator outside"
     leaves = [x.clone().requires_grad_() for x in inputs[:3]]
     out = plain(*leaves, seen(12), kept=kept)
     expected = [out.detach(), *torch.autograd.grad(out, leaves, inputs[3])]
     assert_close(split.results(), expected, 12)
-    store.assert_empty()
+    cache.assert_empty()
 
 
 @pytest.mark.parametrize(
@@ -233,38 +233,38 @@ def test_dropout_draws_the_same_mask_in_backward(recompute: str, lengths: list[i
     ],
 )
 def test_wrong_order_is_refused_by_name(steps: str, message: str) -> None:
-    store = PrefixStore()
-    split = Split(qkv(12, 1, (2, 1)), [5, 4, 3], store, CpuFlash(), microbatch=4, layer=7)
-    with pytest.raises(PrefixOrderError, match=message):
+    cache = SegmentKVCache()
+    split = Split(qkv(12, 1, (2, 1)), [5, 4, 3], cache, CpuFlash(), microbatch=4, layer=7)
+    with pytest.raises(SegmentOrderError, match=message):
         for step in steps.split():
             if step[0] == "f":
                 split.forward(int(step[1]))
             elif step[0] == "r":
-                store.reset()
+                cache.reset()
             else:
-                store.current = split.units[int(step[1])]
+                cache.current = split.units[int(step[1])]
                 out = split.outs[int(step[1])]
                 assert out is not None
                 out.backward(split.grads[int(step[1])], retain_graph=True)
 
 
 def test_what_was_not_announced_is_refused() -> None:
-    store = PrefixStore()
+    cache = SegmentKVCache()
     inputs = qkv(12, 1, (2, 1))
-    split = Split(inputs, [8, 4], store, CpuFlash())
-    with pytest.raises(PrefixOrderError, match=r"no segment is current; set store\.current"):
+    split = Split(inputs, [8, 4], cache, CpuFlash())
+    with pytest.raises(SegmentOrderError, match=r"no segment is current; set store\.current"):
         split.attend(*split.leaves[0])
-    store.current = split.units[0]
+    cache.current = split.units[0]
     with pytest.raises(ValueError, match=r"4 queries for 8 of \(8, 4\)"):
         split.attend(*split.leaves[1])
     with pytest.raises(ValueError, match=r"keys or values are torch\.float64 "):
         split.attend(split.leaves[0][0], *split.leaves[1][1:])
-    store.reset()
+    cache.reset()
     split.forward(0)
     split.forward(1)
     assert split.outs[1] is not None
-    store.current = Segment(1, 1, (8, 4))
-    with pytest.raises(PrefixOrderError, match="backward, but the current segment is micro-batch 1, segment 1 of 2"):
+    cache.current = Segment(1, 1, (8, 4))
+    with pytest.raises(SegmentOrderError, match="backward, but the current segment is micro-batch 1, segment 1 of 2"):
         split.outs[1].backward(split.grads[1])
     for bad in ((2, (8, 4)), (0, (8, 0)), (-1, (8, 4))):
         with pytest.raises(ValueError, match="segment"):
@@ -272,76 +272,76 @@ def test_what_was_not_announced_is_refused() -> None:
 
 
 def test_what_is_left_is_named_and_forgotten() -> None:
-    store = PrefixStore()
-    splits = [Split(qkv(12, 1, (2, 1)), [8, 4], store, CpuFlash(), layer=layer, microbatch=3) for layer in range(10)]
+    cache = SegmentKVCache()
+    splits = [Split(qkv(12, 1, (2, 1)), [8, 4], cache, CpuFlash(), layer=layer, microbatch=3) for layer in range(10)]
     for split in splits:
         split.forward(0)
     splits[0].forward(1)
     splits[0].backward(1)
-    with pytest.raises(PrefixOrderError, match=r"layer 0, micro-batch 3: all 2 forwards and 1 backwards.*and 2 more"):
-        store.assert_empty()
-    store.reset()
-    store.assert_empty()
-    assert store.bytes() == 0 and store.current is None
+    with pytest.raises(SegmentOrderError, match=r"layer 0, micro-batch 3: all 2 forwards and 1 backwards.*and 2 more"):
+        cache.assert_empty()
+    cache.reset()
+    cache.assert_empty()
+    assert cache.bytes() == 0 and cache.current is None
     inputs = qkv(12, 1, (2, 1))
-    assert_close(Split(inputs, [8, 4], store, CpuFlash()).run().results(), oracle(inputs, seen(12)), 12)
+    assert_close(Split(inputs, [8, 4], cache, CpuFlash()).run().results(), oracle(inputs, seen(12)), 12)
 
 
 def test_bytes_are_those_of_the_formula_and_steady() -> None:
     """K and V of the segments in flight; float32 accumulators of those that a later one's backward has reached."""
-    store, lengths = PrefixStore(), [5, 4, 3]
+    cache, lengths = SegmentKVCache(), [5, 4, 3]
     token = 2 * 2 * 8  # batch, key heads, head size
     keys, accumulators = 2 * token * 2, 2 * token * 4  # a token's
     inputs = [qkv(12, 2, (4, 2), seed=s, dtype=torch.bfloat16) for s in range(2)]
     for _ in range(3):
-        a, b = (Split(inputs[mb], lengths, store, CpuFlash(), microbatch=mb) for mb in range(2))
+        a, b = (Split(inputs[mb], lengths, cache, CpuFlash(), microbatch=mb) for mb in range(2))
         for index, tokens in enumerate((5, 9, 12)):
             a.forward(index)
-            assert store.bytes() == tokens * keys
+            assert cache.bytes() == tokens * keys
         for index, tokens in enumerate((5, 9, 12)):
             b.forward(index)
-            assert store.bytes() == (12 + tokens) * keys
+            assert cache.bytes() == (12 + tokens) * keys
         for split, further in ((a, 12), (b, 0)):
             for index, tokens in ((2, 9), (1, 5), (0, 0)):
                 split.backward(index)
-                assert store.bytes() == (tokens + further) * keys + tokens * accumulators
-        assert store.bytes() == 0
-        assert store.peak_bytes == 24 * keys + 9 * accumulators
-    store.reset_peak()
-    assert store.peak_bytes == 0
+                assert cache.bytes() == (tokens + further) * keys + tokens * accumulators
+        assert cache.bytes() == 0
+        assert cache.peak_bytes == 24 * keys + 9 * accumulators
+    cache.reset_peak()
+    assert cache.peak_bytes == 0
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("window", [None, 3])
 def test_autograd_keeps_q_out_and_lse_alone(batch: int, window: int | None) -> None:
     """Counted by storage, so that a view cannot keep a larger tensor: q comes as a slice of a fused projection."""
-    store, lengths, kept = PrefixStore(), [8, 4], []
+    cache, lengths, kept = SegmentKVCache(), [8, 4], []
     fused = torch.randn(12, batch, 8 * 16, requires_grad=True)
     for segment in segments(0, lengths):
-        store.current = segment
+        cache.current = segment
         q, k, v = (
             x.unflatten(-1, (-1, 16)) for x in (fused * 1.0)[segment.begin : segment.end].split([64, 32, 32], -1)
         )
         saved: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x) or x, lambda x: x):
-            out = segment_attention(q, k, v, store, 0, CpuFlash(), SCALE, window=window)
+            out = segment_attention(q, k, v, cache, 0, CpuFlash(), SCALE, window=window)
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved}
         tokens = segment.tokens * batch
         assert sum(storages.values()) == 4 * tokens * (64 + 64 + 4)  # q, out: 4 heads of 16; lse: 4 heads
         assert out.untyped_storage().data_ptr() in storages, "out is kept once, with whoever else keeps it"
         assert out.is_contiguous()
         kept.append(out)
-    assert store.bytes() == 2 * 4 * 12 * batch * 32
+    assert cache.bytes() == 2 * 4 * 12 * batch * 32
     for segment in reversed(segments(0, lengths)):
-        store.current = segment
+        cache.current = segment
         grads = torch.autograd.grad(kept[segment.index].sum(), fused)
         assert torch.isfinite(grads[0]).all()
-    store.assert_empty()
+    cache.assert_empty()
 
 
 def test_gradients_returned_are_nobody_elses() -> None:
     """What autograd got must not change when later segments, or other micro-batches, are computed."""
-    store, inputs = PrefixStore(), qkv(12, 1, (2, 2))
+    cache, inputs = SegmentKVCache(), qkv(12, 1, (2, 2))
     seen_grads: list[tuple[Tensor, Tensor]] = []
 
     def wrap(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
@@ -352,7 +352,7 @@ def test_gradients_returned_are_nobody_elses() -> None:
 
     documents = Documents((packed([3, 3, 6]),))
     for kwargs in ({}, {"window": 2}, {"documents": documents}):
-        Split(inputs, [4, 4, 4], store, CpuFlash(), wrap=wrap, **kwargs).run()
+        Split(inputs, [4, 4, 4], cache, CpuFlash(), wrap=wrap, **kwargs).run()
     assert len(seen_grads) == 27 and all(torch.equal(a, b) for a, b in seen_grads)
 
 
@@ -372,7 +372,7 @@ def test_bfloat16_error_is_that_of_one_call(monkeypatch: pytest.MonkeyPatch, tel
 
     def errors(count: int) -> list[float]:
         lengths = [tokens // count] * count
-        return _relative(Split(inputs, lengths, PrefixStore(), CpuFlash()).run().results(), exact)
+        return _relative(Split(inputs, lengths, SegmentKVCache(), CpuFlash()).run().results(), exact)
 
     one, least = errors(1), _relative([x.bfloat16() for x in exact], exact)
     assert all(floor <= x for x, floor in zip(one, least, strict=True)), "nothing in bfloat16 is nearer"

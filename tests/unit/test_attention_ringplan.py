@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron.longseq.attention.kernels.base import Scores
-from megatron.longseq.attention.kernels.reference import visible
+from megatron.longseq.attention.kernels.reference import visible_mask
 from megatron.longseq.attention.plan.comm_volume import (
-    Setup,
+    LayerShape,
     Volume,
+    all_gather,
     all_to_all,
-    gathered,
     paper_elements,
     peer_all_to_all,
     peer_ring,
@@ -25,10 +25,16 @@ from megatron.longseq.attention.plan.comm_volume import (
 )
 from megatron.longseq.attention.plan.heads import Heads
 from megatron.longseq.attention.plan.layout import Layout, Mesh
-from megatron.longseq.attention.plan.ranges import size
-from megatron.longseq.attention.plan.ring_schedule import Ring, Step, Traffic, plan_gathered, plan_ring, plan_traffic
-from megatron.longseq.attention.plan.ring_tiles import Mask, plan_shard
-from megatron.longseq.attention.plan.tiles import Documents, Span, Tile
+from megatron.longseq.attention.plan.ranges import Documents, TokenRange, size
+from megatron.longseq.attention.plan.ring_schedule import (
+    Ring,
+    RingStep,
+    RingTransfers,
+    plan_all_gather,
+    plan_ring_attention,
+    plan_transfers,
+)
+from megatron.longseq.attention.plan.tiles import Mask, Tile, plan_tiles
 from tests.unit.test_attention_blocks import dense, packed
 from tests.unit.test_attention_layout import numbers
 
@@ -43,19 +49,19 @@ class Problem:
     mask: Mask
 
     @property
-    def queries(self) -> tuple[tuple[Span, ...], ...]:
+    def queries(self) -> tuple[tuple[TokenRange, ...], ...]:
         return self.layout.shards(self.segments)
 
     @property
-    def keys(self) -> tuple[tuple[Span, ...], ...]:
+    def keys(self) -> tuple[tuple[TokenRange, ...], ...]:
         return self.layout.shards(range(self.segments.stop))
 
     @property
-    def traffic(self) -> Traffic:
-        return plan_traffic(self.ring, self.queries, self.keys, self.mask)
+    def traffic(self) -> RingTransfers:
+        return plan_transfers(self.ring, self.queries, self.keys, self.mask)
 
-    def steps(self, rank: int, rectangular: bool = True) -> tuple[Step, ...]:
-        return plan_ring(self.ring, self.queries, self.keys, self.mask, rank, rectangular=rectangular)
+    def steps(self, rank: int, rectangular: bool = True) -> tuple[RingStep, ...]:
+        return plan_ring_attention(self.ring, self.queries, self.keys, self.mask, rank, rectangular=rectangular)
 
     def seen(self) -> Tensor:
         """Mask [b, positions, positions], True where a key is seen."""
@@ -83,7 +89,7 @@ def problems(draw: st.DrawFn) -> Problem:
         sizes = [[b - a for a, b in zip([0, *ends], ends, strict=False)] for ends in cuts]
         documents = Documents(tuple(packed(lengths) for lengths in sizes))
     mask = Mask(batch, draw(st.none() | st.integers(0, tokens)), documents)
-    return Problem(Ring(ranks, inner, draw(st.booleans())), Layout(Mesh(1, ranks), lengths), segments, mask)
+    return Problem(Ring(ranks, inner), Layout(Mesh(1, ranks), lengths), segments, mask)
 
 
 def scores(tiles: tuple[Tile, ...], shape: tuple[int, int, int]) -> Tensor:
@@ -91,7 +97,9 @@ def scores(tiles: tuple[Tile, ...], shape: tuple[int, int, int]) -> Tensor:
     counts = torch.zeros(shape, dtype=torch.int64)
     for tile in tiles:
         for block in tile.blocks:
-            at = visible(tile.rows.size, block.keys.size, Scores(1.0, block.causal, block.window), torch.device("cpu"))
+            at = visible_mask(
+                tile.rows.size, block.keys.size, Scores(1.0, block.causal, block.window), torch.device("cpu")
+            )
             assert at.any(1).all(), "a row that sees no key of a block"
             tall = tile.rows.size > block.keys.size + 1
             assert block.causal or block.window is None or not tall, "flash on a GPU would cut it on the right, too"
@@ -106,13 +114,13 @@ def test_each_visible_score_is_computed_once_on_its_rank(problem: Problem, recta
         rows = numbers(problem.queries[rank])
         total = torch.zeros(problem.mask.batch, len(rows), seen.shape[-1], dtype=torch.int64)
         for index, step in enumerate(problem.steps(rank, rectangular)):
-            shape = (problem.mask.batch, len(rows), size(step.held))
+            shape = (problem.mask.batch, len(rows), size(step.kv_rows))
             positions = numbers(problem.keys[step.source])
-            here = [positions[row] for row in numbers(step.held)]
-            assert step.held or not (step.begun or step.added)
-            total[:, :, here] += scores(step.begun, shape) + scores(step.added, shape)
+            here = [positions[row] for row in numbers(step.kv_rows)]
+            assert step.kv_rows or not (step.first or step.more)
+            total[:, :, here] += scores(step.first, shape) + scores(step.more, shape)
             starts = torch.zeros(shape[:2], dtype=torch.int64)
-            for tile in step.begun:
+            for tile in step.first:
                 starts[tile.batch.slice(), tile.rows.slice()] += 1
                 assert all(block.causal for block in tile.blocks[:1])
             assert (starts == (index == 0)).all()
@@ -136,9 +144,9 @@ def test_every_row_that_is_sent_is_there_in_time_and_used(problem: Problem) -> N
         useful: dict[int, set[int]] = {}  # rows of the source that a rank computes with or hands on to use
         for rank in sorted(held, key=lambda rank: -held[rank][0]):
             index, step = next((i, step) for i, step in enumerate(plans[rank]) if step.source == source)
-            assert index == held[rank][0] and set(numbers(step.held)) == held[rank][1]
-            blocks = [block for tile in (*step.begun, *step.added) for block in tile.blocks]
-            rows = numbers(step.held)
+            assert index == held[rank][0] and set(numbers(step.kv_rows)) == held[rank][1]
+            blocks = [block for tile in (*step.first, *step.more) for block in tile.blocks]
+            rows = numbers(step.kv_rows)
             useful[rank] = {rows[key] for block in blocks for key in range(*block.keys)}
             for move in own:
                 if move.sender == rank:
@@ -150,8 +158,8 @@ def computed(problem: Problem) -> Iterator[tuple[int, int, int, set[int]]]:
     """(step, rank, source, rows of the source's keys that get a gradient there)."""
     for rank in range(problem.ring.size):
         for index, step in enumerate(problem.steps(rank)):
-            rows = numbers(step.held)
-            blocks = [block for tile in (*step.begun, *step.added) for block in tile.blocks]
+            rows = numbers(step.kv_rows)
+            blocks = [block for tile in (*step.first, *step.more) for block in tile.blocks]
             yield index, rank, step.source, {rows[key] for block in blocks for key in range(*block.keys)}
 
 
@@ -178,8 +186,8 @@ def test_every_gradient_comes_home_once(problem: Problem) -> None:
         add(sums, rank, source, {row: Counter([rank]) for row in rows})
         step, here = problem.steps(rank)[index], sums.get((rank, source), {})
         if index:
-            assert set(numbers(step.summed)) == set(here)
-        for move in step.grads_out:
+            assert set(numbers(step.grad_rows)) == set(here)
+        for move in step.grad_sends:
             assert move.wait > index
             flying.append((move.wait, move.receiver, move.source, {row: here.pop(row) for row in numbers(move.rows)}))
         assert index == 0 or not here, "a gradient stays behind"
@@ -195,14 +203,14 @@ def test_every_gradient_comes_home_once(problem: Problem) -> None:
 def test_both_sides_of_a_message_post_it_in_one_step(problem: Problem) -> None:
     plans = [problem.steps(rank) for rank in range(problem.ring.size)]
     for kind, moves in enumerate(problem.traffic):
-        out = [move for plan in plans for step in plan for move in (step.keys_out, step.grads_out)[kind]]
-        into = [move for plan in plans for step in plan for move in (step.keys_in, step.grads_in)[kind]]
+        out = [move for plan in plans for step in plan for move in (step.kv_sends, step.grad_sends)[kind]]
+        into = [move for plan in plans for step in plan for move in (step.kv_recvs, step.grad_recvs)[kind]]
         assert sorted(out) == sorted(into) == sorted(moves)
         for rank, plan in enumerate(plans):
             for index, step in enumerate(plan):
-                for move in (step.keys_out, step.grads_out)[kind]:
+                for move in (step.kv_sends, step.grad_sends)[kind]:
                     assert (move.sender, move.post) == (rank, index)
-                for move in (step.keys_in, step.grads_in)[kind]:
+                for move in (step.kv_recvs, step.grad_recvs)[kind]:
                     assert (move.receiver, move.post) == (rank, index)
 
 
@@ -219,17 +227,17 @@ def test_plain_causal_attention_is_two_kinds_of_rectangles_and_the_same_work_eve
     problem = causal(ring_, *((earlier * ring_.size,) if earlier else ()), *lengths, segment=1 if earlier else 0)
     for rank in range(ring_.size):
         own, *others = problem.steps(rank)
-        (tile,) = own.begun
-        assert tile.rows == Span(0, 2 * half) and not own.added
+        (tile,) = own.first
+        assert tile.rows == TokenRange(0, 2 * half) and not own.more
         assert [tuple(block.keys) for block in tile.blocks] == [(0, earlier + 2 * half)]
         for step in others:
-            shapes = [(tile.rows, block.keys) for tile in step.added for block in tile.blocks]
+            shapes = [(tile.rows, block.keys) for tile in step.more for block in tile.blocks]
             if step.source < rank:
                 assert shapes == [((0, 2 * half), (0, earlier + half))]
             else:
                 front = [((0, half), (0, earlier))] if earlier else []
                 assert shapes == [*front, ((half, 2 * half), (0, earlier + 2 * half))]
-            assert not any(block.causal for tile in step.added for block in tile.blocks)
+            assert not any(block.causal for tile in step.more for block in tile.blocks)
             work = sum(rows.size * keys.size for rows, keys in shapes)
             assert work == 2 * half * half + 2 * half * earlier
 
@@ -241,23 +249,21 @@ def test_the_blocks_of_all_ranks_are_the_causal_mask(ranks: int) -> None:
     for rank in range(ranks):
         rows = torch.tensor(numbers(problem.queries[rank]))
         for step in problem.steps(rank):
-            columns = torch.tensor(numbers(problem.keys[step.source]))[numbers(step.held)]
-            total[rows[:, None], columns] += scores((*step.begun, *step.added), (1, 2, len(columns)))[0]
+            columns = torch.tensor(numbers(problem.keys[step.source]))[numbers(step.kv_rows)]
+            total[rows[:, None], columns] += scores((*step.first, *step.more), (1, 2, len(columns)))[0]
     assert torch.equal(total, torch.ones_like(total).tril())
 
 
 def test_a_kernel_without_rectangles_gets_the_square_and_the_keys_before_it() -> None:
     problem = causal(Ring(2, 2), 8, 8, segment=1)
-    (tile,) = problem.steps(0, rectangular=False)[0].begun
+    (tile,) = problem.steps(0, rectangular=False)[0].first
     assert [(tuple(block.keys), block.causal) for block in tile.blocks] == [((4, 8), True), ((0, 4), False)]
 
 
 def test_a_buffer_with_some_of_the_queries_own_positions_begins_those_rows_alone() -> None:
-    cover = plan_shard((Span(0, 4), Span(8, 12)), (Span(0, 4),), Mask(1), rectangular=True)
-    assert [(tile.rows, tile.blocks[0].keys, tile.blocks[0].causal) for tile in cover.begun] == [((0, 4), (0, 4), True)]
-    assert [(tile.rows, tile.blocks[0].keys, tile.blocks[0].causal) for tile in cover.added] == [
-        ((4, 8), (0, 4), False)
-    ]
+    cover = plan_tiles((TokenRange(0, 4), TokenRange(8, 12)), (TokenRange(0, 4),), Mask(1), rectangular=True)
+    assert [(tile.rows, tile.blocks[0].keys, tile.blocks[0].causal) for tile in cover.first] == [((0, 4), (0, 4), True)]
+    assert [(tile.rows, tile.blocks[0].keys, tile.blocks[0].causal) for tile in cover.more] == [((4, 8), (0, 4), False)]
 
 
 @pytest.mark.parametrize("lengths", [(1,), (1, 2), (2, 1, 3)])
@@ -267,8 +273,8 @@ def test_bytes_and_messages_are_the_formulas(ring_: Ring, lengths: tuple[int, ..
         if ulysses * ring_.size > 64:
             continue
         layout = Layout(Mesh(ulysses, ring_.size), tuple(4 * ulysses * ring_.size * length for length in lengths))
-        setup = Setup(layout, Heads(24, 4 if ulysses == 8 else 3), batch=2, dim=16)
-        row = 2 * 2 * 16 * setup.heads.shared(ulysses).kv
+        setup = LayerShape(layout, Heads(24, 4 if ulysses == 8 else 3), batch=2, dim=16)
+        row = 2 * 2 * 16 * setup.heads.per_rank(ulysses).kv
         sent, grads, messages, grad_messages = 0, 0, 0, 0
         for segment in range(len(lengths)):
             problem = Problem(ring_, layout, range(segment, segment + 1), Mask(2))
@@ -291,17 +297,8 @@ def test_three_quarters_of_the_keys_travel_and_no_rank_sends_more_than_all(ring_
             by_sender[move.sender] += size(move.rows)
         assert sum(by_sender.values()) * 4 == 3 * ring_.size * (ring_.size - 1) * shard
         assert max(by_sender.values()) <= (ring_.size - 1) * shard
-    setup = Setup(problem.layout, Heads(4, 4))
+    setup = LayerShape(problem.layout, Heads(4, 4))
     assert ring(setup).bytes <= 0.75 * peer_ring(setup).bytes
-
-
-def test_the_usual_direction_leaves_less_behind() -> None:
-    kept = []
-    for ranks in (2, 4, 8, 16):
-        problem = causal(Ring(ranks, ranks, reverse=False), 4 * ranks)
-        rows = sum(size(move.rows) for move in problem.traffic.keys)
-        kept.append(rows / (ranks * (ranks - 1) * 4))
-    assert kept == [0.75, 0.875, 0.9375, 0.96875]
 
 
 def test_a_window_and_documents_stop_keys_that_nobody_sees() -> None:
@@ -320,7 +317,7 @@ def test_gathered_keys_are_attended_once(problem: Problem, rectangular: bool) ->
     seen = problem.seen()
     for rank in range(problem.ring.size):
         rows = numbers(problem.queries[rank])
-        tiles = plan_gathered(problem.layout, rank, problem.segments, problem.mask, rectangular=rectangular)
+        tiles = plan_all_gather(problem.layout, rank, problem.segments, problem.mask, rectangular=rectangular)
         assert torch.equal(scores(tiles, (problem.mask.batch, len(rows), seen.shape[-1])), seen[:, rows].long())
         starts = torch.zeros(problem.mask.batch, len(rows), dtype=torch.int64)
         for tile in tiles:
@@ -330,31 +327,34 @@ def test_gathered_keys_are_attended_once(problem: Problem, rectangular: bool) ->
 
 def test_volumes_beside_others() -> None:
     layout = Layout(Mesh(8, 4), (1 << 17,))
-    setup = Setup(layout, Heads(32, 4))
+    setup = LayerShape(layout, Heads(32, 4))
     ours, theirs = all_to_all(setup), peer_all_to_all(setup, repeated=True)
     assert ours.bytes / theirs.bytes == 80 / 128 <= 0.65
     assert ours.forward_bytes == (1 << 17) * 7 * 10 * 128 * 2  # tokens, to 7 others, (32 + 2 * 8 + 32) / 8 heads
     assert (ours.forward_messages, theirs.forward_messages) == (2 * 32, 4 * 32)
     with pytest.raises(ValueError, match="4 heads of keys and values over 8 ranks: none without repeating them"):
         peer_all_to_all(setup, repeated=False)
-    plain = Setup(layout, Heads(32, 32))
+    plain = LayerShape(layout, Heads(32, 32))
     assert peer_all_to_all(plain, repeated=False).bytes == all_to_all(plain).bytes
 
     rank_tokens, hidden = (1 << 17) // 32, 32 * 128
-    spread, around = paper_elements(plain)
-    assert spread == 8 * rank_tokens * hidden  # 8 all-to-alls of a rank's tokens
-    assert spread * 32 * 7 / 8 * 2 == all_to_all(plain).bytes
+    strategy, around = paper_elements(plain)
+    assert strategy == 8 * rank_tokens * hidden  # 8 all-to-alls of a rank's tokens
+    assert strategy * 32 * 7 / 8 * 2 == all_to_all(plain).bytes
     assert around == 4 * (1 << 17) * hidden / 8
     assert around / 4 * 2 * 3 / 4 * 32 * 2 == peer_ring(plain).forward_bytes  # two of its four volumes, over R - 1 of R
     keys = peer_ring(plain).forward_bytes
     assert peer_ring(plain).backward_bytes == keys + keys * 4 // 3 * 2  # keys again; gradients R hops, in float32
-    assert gathered(plain, kept=True).forward_bytes == peer_ring(plain).forward_bytes
+    assert all_gather(plain, kept=True).forward_bytes == peer_ring(plain).forward_bytes
     assert (
-        gathered(plain, kept=False).bytes == gathered(plain, kept=True).bytes + gathered(plain, kept=True).forward_bytes
+        all_gather(plain, kept=False).bytes
+        == all_gather(plain, kept=True).bytes + all_gather(plain, kept=True).forward_bytes
     )
-    alone = Setup(Layout(Mesh(1, 1), (8,)), Heads(4, 4))
+    alone = LayerShape(Layout(Mesh(1, 1), (8,)), Heads(4, 4))
     nothing = Volume(0, 0, 0, 0)
-    assert [f(alone) for f in (all_to_all, ring, peer_ring)] == [nothing] * 3 and gathered(alone, kept=True) == nothing
+    assert [f(alone) for f in (all_to_all, ring, peer_ring)] == [nothing] * 3 and all_gather(
+        alone, kept=True
+    ) == nothing
     assert paper_elements(alone) == (0, 0)
 
 
@@ -365,9 +365,12 @@ def test_volumes_beside_others() -> None:
         (lambda: Ring(0, 1), "a ring of 0 ranks in windows of 1"),
         (lambda: Mask(1, -1), "a sliding window of -1 keys"),
         (lambda: Mask(2, None, Documents((packed([4]),))), "documents of 1 sequences for a batch of 2"),
-        (lambda: plan_traffic(Ring(2, 2), ((Span(0, 2),),), ((Span(0, 2),),), Mask(1)), "shards of 1 (queries) and 1"),
         (
-            lambda: plan_shard((Span(0, 4),), (Span(2, 6),), Mask(1), rectangular=True),
+            lambda: plan_transfers(Ring(2, 2), ((TokenRange(0, 2),),), ((TokenRange(0, 2),),), Mask(1)),
+            "shards of 1 (queries) and 1",
+        ),
+        (
+            lambda: plan_tiles((TokenRange(0, 4),), (TokenRange(2, 6),), Mask(1), rectangular=True),
             "queries of positions 0 to 4, but 2 of them among the keys of positions [(2, 6)]",
         ),
     ],

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from megatron.longseq.attention.plan.comm_volume import (
-    Setup,
+    LayerShape,
     Volume,
+    all_gather,
     all_to_all,
-    gathered,
     peer_all_to_all,
     peer_ring,
     ring,
@@ -19,38 +19,38 @@ from megatron.longseq.attention.plan.comm_volume import (
 from megatron.longseq.attention.plan.heads import Heads
 from megatron.longseq.attention.plan.layout import Layout, Mesh
 from megatron.longseq.attention.plan.ranges import size
-from megatron.longseq.attention.plan.ring_schedule import Ring, plan_traffic
-from megatron.longseq.attention.plan.ring_tiles import Mask
-from megatron.longseq.attention.runtime.strategies import Spread
+from megatron.longseq.attention.plan.ring_schedule import Ring, plan_transfers
+from megatron.longseq.attention.plan.tiles import Mask
+from megatron.longseq.attention.runtime.strategies import CPStrategy
 from megatron.longseq.distributed import SentCounter
 from tests.unit.context_run import Problem, Ranks
 from tests.unit.test_attention_context import DOCUMENTS, MESHES
 
 NOTHING = Volume(0, 0, 0, 0)
-LANES = ("keys", "grads", "far_keys", "far_grads")
+CHANNELS = ("kv", "grads", "far_kv", "far_grads")
 
 
-def of_ring(spread: Spread) -> list[Any]:
-    return [getattr(spread.ring, name) for name in LANES]
+def of_ring(strategy: CPStrategy) -> list[Any]:
+    return [getattr(strategy.ring, name) for name in CHANNELS]
 
 
-def of_exchange(spread: Spread) -> list[Any]:
-    return [spread.ulysses] if spread.ulysses else []
+def of_exchange(strategy: CPStrategy) -> list[Any]:
+    return [strategy.ulysses] if strategy.ulysses else []
 
 
-def of_gather(spread: Spread) -> list[Any]:
-    return [spread.gather] if spread.gather else []
+def of_gather(strategy: CPStrategy) -> list[Any]:
+    return [strategy.gather] if strategy.gather else []
 
 
-def total(spreads: Sequence[Spread], of: Callable[[Spread], list[Any]]) -> SentCounter:
+def total(strategies: Sequence[CPStrategy], of: Callable[[CPStrategy], list[Any]]) -> SentCounter:
     """Sum over ranks."""
-    sent = [channel.sent for spread in spreads for channel in of(spread)]
+    sent = [channel.sent for strategy in strategies for channel in of(strategy)]
     return SentCounter(sum(one.bytes for one in sent), sum(one.messages for one in sent))
 
 
 def counted(problem: Problem, **kwargs: Any) -> list[Volume]:
     """What a forward and a backward sent: by all-to-all, round the ring, in gathers."""
-    joined = problem.spreads()
+    joined = problem.strategies()
     kinds = (of_exchange, of_ring, of_gather)
     ranks = Ranks(problem, problem.inputs(), joined, **kwargs).forward()
     forward = [total(joined, of) for of in kinds]
@@ -67,10 +67,10 @@ def counted(problem: Problem, **kwargs: Any) -> list[Volume]:
 def test_bytes_and_messages_are_the_formulas(mesh: tuple[int, int], lengths: tuple[int, ...]) -> None:
     for heads in ((8, 8), (8, 2), (8, 1)):
         problem = Problem(Mesh(*mesh), heads, lengths, dim=4, dtype=torch.bfloat16)
-        spread, around, _ = counted(problem)
-        assert spread == all_to_all(problem.setup)
+        strategy, around, _ = counted(problem)
+        assert strategy == all_to_all(problem.setup)
         assert around == ring(problem.setup)
-        assert (spread == NOTHING) == (mesh[0] == 1) and (around == NOTHING) == (mesh[1] == 1)
+        assert (strategy == NOTHING) == (mesh[0] == 1) and (around == NOTHING) == (mesh[1] == 1)
 
 
 @pytest.mark.parametrize(("mesh", "inner"), [((1, 4), 1), ((1, 4), 2), ((2, 4), 2), ((1, 8), 2), ((1, 8), 4)])
@@ -87,14 +87,14 @@ def test_windows_of_a_double_ring_send_as_much(mesh: tuple[int, int], inner: int
 def test_gathered_keys_are_gathered_again_where_nothing_kept_them(mesh: tuple[int, int], repeats: bool) -> None:
     """With segments the store keeps them, for a repeated forward, too."""
     problem = Problem(Mesh(*mesh), (8, 2), dim=4, gathers=True, dtype=torch.bfloat16)
-    spread, around, gather = counted(problem, repeats=repeats)
-    assert around == NOTHING and gather == gathered(problem.setup, kept=False)
+    strategy, around, gather = counted(problem, repeats=repeats)
+    assert around == NOTHING and gather == all_gather(problem.setup, kept=False)
     once = all_to_all(problem.setup)
     again = once.forward_bytes if repeats else 0  # the heads of a repeated forward, and its outputs
-    assert (spread.forward_bytes, spread.backward_bytes) == (once.forward_bytes, once.backward_bytes + again)
+    assert (strategy.forward_bytes, strategy.backward_bytes) == (once.forward_bytes, once.backward_bytes + again)
     split = replace(problem, lengths=(32, 16, 16))
     _, _, gather = counted(split, repeats=repeats)
-    assert gather == gathered(split.setup, kept=True)
+    assert gather == all_gather(split.setup, kept=True)
 
 
 @pytest.mark.parametrize("masked", [{"window": 5}, {"documents": DOCUMENTS}, {"documents": DOCUMENTS, "window": 9}])
@@ -106,7 +106,7 @@ def test_rows_that_nobody_sees_stay_behind(ranks: int, inner: int, masked: dict[
     rows, messages = [0, 0], [0, 0]
     for segment in range(len(problem.lengths)):
         shards = layout.shards(range(segment, segment + 1)), layout.shards(range(segment + 1))
-        for kind, moves in enumerate(plan_traffic(Ring(ranks, inner), *shards, mask)):
+        for kind, moves in enumerate(plan_transfers(Ring(ranks, inner), *shards, mask)):
             rows[kind] += sum(size(move.rows) for move in moves)
             messages[kind] += 2 * len(moves)  # keys and values
     keys, grads = problem.setup.key_elements(rows[0]) * 2, problem.setup.key_elements(rows[1]) * 4
@@ -139,5 +139,5 @@ def test_goal_all_to_all_bytes_beside_repeated_heads() -> None:
     theirs = peer_all_to_all(problem.setup, repeated=True)
     assert ours.bytes / theirs.bytes == 80 / 128 <= 0.65
     assert (ours.forward_messages, theirs.forward_messages) == (2 * 8, 4 * 8)
-    setup = Setup(Layout(Mesh(8, 1), (1 << 15,)), Heads(32, 4))
+    setup = LayerShape(Layout(Mesh(8, 1), (1 << 15,)), Heads(32, 4))
     assert all_to_all(setup).bytes / peer_all_to_all(setup, repeated=True).bytes == 80 / 128

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron.longseq.attention.plan.differences import warning
+from megatron.longseq.attention.plan.model_difference import model_difference
 from tests.distributed.flags import DOCUMENTS, PP2, TINY, VPP, flags
 from tests.pool import RankPool
 from tests.regression.arm import run_arm
@@ -48,7 +48,7 @@ LOCAL, GPU, ENGINE = (
 )
 def test_what_makes_two_models_is_named(given: dict[str, Any], where: dict[str, bool], reason: str | None) -> None:
     for is_ours, runs in ((True, "runs there"), (False, "runs here")):
-        text = warning(args(**given), is_ours=is_ours, **where)
+        text = model_difference(args(**given), is_ours=is_ours, **where)
         assert (text is None) if reason is None else (text is not None and reason in text and runs in text)
 
 

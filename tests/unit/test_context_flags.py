@@ -14,7 +14,14 @@ from megatron.longseq.attention.arguments import (
     refuse_unserved_context,
     wants_context,
 )
-from megatron.longseq.attention.plan.comm_type import Way, check_ways, choose_for, comm_type, mesh_of_sizes, ways
+from megatron.longseq.attention.plan.comm_type import (
+    CommType,
+    choose_comm_type,
+    comm_types,
+    layer_comm_type,
+    mesh_of_sizes,
+    validate_comm_types,
+)
 from megatron.longseq.attention.plan.layout import Mesh
 from tests.distributed.flags import TINY, flags
 from tests.pool import RankPool
@@ -129,28 +136,28 @@ HYBRID = {"cp_comm_type": ["a2a+p2p"], "hierarchical_context_parallel_sizes": [2
 @pytest.mark.parametrize(
     ("values", "wanted"),
     [
-        ({}, {"p2p": Way(Mesh(1, 8))}),
-        ({"cp_comm_type": ["a2a"]}, {"a2a": Way(Mesh(8, 1))}),
-        ({"cp_comm_type": ["all_gather"]}, {"all_gather": Way(Mesh(1, 8), gathers=True)}),
-        (HYBRID, {"a2a+p2p": Way(Mesh(2, 4))}),
+        ({}, {"p2p": CommType(Mesh(1, 8))}),
+        ({"cp_comm_type": ["a2a"]}, {"a2a": CommType(Mesh(8, 1))}),
+        ({"cp_comm_type": ["all_gather"]}, {"all_gather": CommType(Mesh(1, 8), gathers=True)}),
+        (HYBRID, {"a2a+p2p": CommType(Mesh(2, 4))}),
         (
             HYBRID | {"context_parallel_placement": "context-first"},
-            {"a2a+p2p": Way(Mesh(2, 4, "context-first"))},
+            {"a2a+p2p": CommType(Mesh(2, 4, "context-first"))},
         ),
         (
             HYBRID | {"cp_comm_type": ["p2p", "a2a+p2p", "p2p", "a2a"]},
-            {"p2p": Way(Mesh(1, 8)), "a2a+p2p": Way(Mesh(2, 4)), "a2a": Way(Mesh(8, 1))},
+            {"p2p": CommType(Mesh(1, 8)), "a2a+p2p": CommType(Mesh(2, 4)), "a2a": CommType(Mesh(8, 1))},
         ),
     ],
     ids=str,
 )
-def test_what_the_flags_spread(values: dict[str, Any], wanted: dict[str, Way]) -> None:
+def test_what_the_flags_spread(values: dict[str, Any], wanted: dict[str, CommType]) -> None:
     given = args(**MODEL | {"context_parallel_size": 8} | values)
-    assert check_ways(given, (64, 32)) == ways(given) == wanted
+    assert validate_comm_types(given, (64, 32)) == comm_types(given) == wanted
 
 
 def test_the_kind_of_a_layer() -> None:
-    assert [comm_type(given, 3) for given in (None, "a2a", ["a2a"], ["p2p", "p2p", "a2a", "p2p"])] == [
+    assert [layer_comm_type(given, 3) for given in (None, "a2a", ["a2a"], ["p2p", "p2p", "a2a", "p2p"])] == [
         "p2p",
         "a2a",
         "a2a",
@@ -195,12 +202,12 @@ def test_the_kind_of_a_layer() -> None:
 )
 def test_what_does_not_fit_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_ways(args(**MODEL | {"context_parallel_size": 8} | values), (64, 32))
+        validate_comm_types(args(**MODEL | {"context_parallel_size": 8} | values), (64, 32))
 
 
 def test_segments_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="segment 1 of 2 has 24 tokens: it is cut into 2 chunks for each of 8"):
-        check_ways(args(**MODEL, context_parallel_size=8), (32, 24))
+        validate_comm_types(args(**MODEL, context_parallel_size=8), (32, 24))
 
 
 @pytest.mark.parametrize(
@@ -220,9 +227,9 @@ def test_the_largest_all_to_all_inside_a_node_is_chosen(
     size: int, node: int, values: dict[str, Any], kind: str, sizes: list[int] | None
 ) -> None:
     given = args(**MODEL | {"context_parallel_size": size} | values)
-    choose_for(given, node)
+    choose_comm_type(given, node)
     assert (given.cp_comm_type, given.hierarchical_context_parallel_sizes) == ([kind], sizes)
-    (way,) = check_ways(given, (128,)).values()
+    (way,) = validate_comm_types(given, (128,)).values()
     assert way.mesh.size == size
     if sizes:
         assert mesh_of_sizes(given) == Mesh(*sizes)
@@ -242,7 +249,7 @@ def test_the_largest_all_to_all_inside_a_node_is_chosen(
 )
 def test_nothing_is_chosen_twice(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        choose_for(args(**MODEL | values), 8)
+        choose_comm_type(args(**MODEL | values), 8)
 
 
 def what_upstreams_validation_says(cases: list[list[str]]) -> list[tuple[str | None, Any, Any]]:

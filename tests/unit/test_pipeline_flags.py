@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from megatron.longseq.arguments import add_longseq_arguments
-from megatron.longseq.attention.module import refuse_window
+from megatron.longseq.attention.module import refuse_segment_inputs, refuse_window
 from megatron.longseq.pipeline.arguments import (
     NOT_IN_SCHEDULES,
     NOT_IN_SEGMENTS,
@@ -27,7 +27,7 @@ from megatron.longseq.pipeline.forward_backward import ForwardBackward
 from megatron.longseq.pipeline.plan import partition
 from megatron.longseq.pipeline.plan.from_args import model_shape, plan_from_args, segment_lengths, stage_layers
 from megatron.longseq.pipeline.plan.segment_cost import ModelShape
-from megatron.longseq.pipeline.runtime.segmented_model import SegmentedModel, _refuse_further
+from megatron.longseq.pipeline.runtime.segmented_model import SegmentedModel
 from patches.seq1f1b.checks import refuse_stages
 from tests.distributed.flags import TINY, flags
 from tests.pool import RankPool
@@ -333,11 +333,11 @@ def test_a_mask_handed_to_a_layer_past_the_flags_is_refused(kind: str) -> None:
     from megatron.core.transformer.enums import AttnMaskType
 
     with pytest.raises(ValueError, match=f"--seq1f1b-splits, layer 3: attention with mask type {kind} is not served"):
-        _refuse_further(3, None, AttnMaskType[kind])
+        refuse_segment_inputs(3, None, AttnMaskType[kind])
     for name in ("attention_mask", "attention_bias", "packed_seq_params"):
         with pytest.raises(ValueError, match=f"layer 3: {name} handed to one layer"):
-            _refuse_further(3, **{name: torch.zeros(1)})
-    _refuse_further(3, None, AttnMaskType.causal, attention_bias=None, packed_seq_params=None)
+            refuse_segment_inputs(3, **{name: torch.zeros(1)})
+    refuse_segment_inputs(3, None, AttnMaskType.causal, attention_bias=None, packed_seq_params=None)
 
 
 def test_a_window_that_a_script_sets_is_refused_if_it_reaches_to_the_right() -> None:

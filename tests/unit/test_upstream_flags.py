@@ -292,7 +292,8 @@ def test_a_flag_without_effect_is_told(word: str) -> None:
 
 # What our systems run in the place of upstream's: (modules and their functions or classes, our folders, what of the
 # configuration ours leave aside, and why)
-WARNS = "differences.py"  # reads flags to say where upstream's attention differs: no evidence that ours serves them
+# Reads flags to say where upstream's attention differs: no evidence that ours serves them.
+WARNS = "model_difference.py"
 SCHEDULES = "core/pipeline_parallel/schedules.py"
 REPLACED: dict[str, tuple[dict[str, tuple[str, ...]], tuple[str, ...], dict[str, str]]] = {
     "pipeline": (

@@ -1,1 +1,1 @@
-"""Attention over long sequences: block kernels with log-sum-exp, and keys and values of earlier segments."""
+"""Attention over long sequences: over context-parallel ranks (Ulysses x ring), and over segments of a sequence."""

@@ -1,4 +1,4 @@
-"""The flags of context parallelism, and what our attention refuses. Sizes and kinds are upstream's own flags."""
+"""Flags of context parallelism, and the flags that our attention refuses."""
 
 from argparse import ArgumentParser, Namespace
 from typing import get_args
@@ -6,7 +6,7 @@ from typing import get_args
 from megatron.longseq.attention.plan.layout import Placement
 from megatron.longseq.refusals import Refusals, refuse, refuse_without_effect
 
-# flag: (is it asked for?, why our attention cannot serve it over context-parallel ranks)
+# flag: (whether the arguments use it, why our attention does not serve it over context-parallel ranks)
 NOT_WITH_CONTEXT: Refusals = {
     "--attention-dropout": (
         lambda a: a.attention_dropout > 0,
@@ -57,7 +57,7 @@ def _stages(args: Namespace) -> int:
 
 
 def add_context_arguments(parser: ArgumentParser) -> None:
-    """Add the group of context parallelism."""
+    """Add the flags of context parallelism; sizes and communication types are upstream's own flags."""
     group = parser.add_argument_group(title="longseq: context parallelism (Ulysses x ring)")
     group.add_argument(
         "--context-parallel-auto",
@@ -79,15 +79,15 @@ def add_context_arguments(parser: ArgumentParser) -> None:
 
 
 def wants_context(args: Namespace) -> bool:
-    """Whether attention is spread over ranks."""
+    """Return whether attention is distributed over context-parallel ranks."""
     return getattr(args, "context_parallel_size", 1) > 1
 
 
 def check_context_numbers(args: Namespace) -> None:
-    """Refuse numbers that mean nothing, as soon as they are parsed.
+    """Refuse values without a meaning right after parsing.
 
     Raises:
-        ValueError: names the flag and what it takes.
+        ValueError: Names the flag and the values it takes.
     """
     window = getattr(args, "ring_window", None)
     if window is not None and window < 1:
@@ -103,9 +103,9 @@ def check_context_numbers(args: Namespace) -> None:
 
 
 def refuse_unserved_context(args: Namespace) -> None:
-    """Refuse what our attention cannot serve over ranks, once upstream has validated its arguments.
+    """Refuse flags that our attention does not serve over ranks, after upstream has validated its arguments.
 
     Raises:
-        ValueError: lists every flag with the reason.
+        ValueError: Lists every such flag with the reason.
     """
     refuse(args, [("--context-parallel-size", NOT_WITH_CONTEXT)])

@@ -1,158 +1,97 @@
-"""Core attention over context-parallel ranks, for the slot that upstream's layer specs have for it."""
+"""Core attention module for the slot of upstream's layer specs: over context-parallel ranks, over segments, or both."""
 
-import logging
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import is_layer_window_attention
-from megatron.core.utils import log_single_rank
+from megatron.core.transformer.utils import is_layer_window_attention, sharded_state_dict_default
 from torch import Tensor
 
-from megatron.longseq.attention.kernels.base import Kernel
-from megatron.longseq.attention.kernels.reference import Reference
-from megatron.longseq.attention.kernels.select import choose
+from megatron.longseq.attention.kernels.select import KernelSelector
+from megatron.longseq.attention.plan.comm_type import layer_comm_type
 from megatron.longseq.attention.plan.layout import Layout
-from megatron.longseq.attention.runtime.function import Call, Kept, asked, context_attention, first_result
-from megatron.longseq.attention.runtime.masks import MaskReader
-from megatron.longseq.attention.runtime.strategies import Spread
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Kernels:
-    """Kernels by what they are wanted for; the choice is logged once.
-
-    Attributes:
-        who: named in the log.
-    """
-
-    who: str
-    chosen: dict[Any, Kernel] = field(default_factory=dict)
-
-    def of(self, query: Tensor, value: Tensor, dropout: float = 0.0) -> Kernel:
-        """Return the kernel for some tensors."""
-        wanted = (query.device, query.dtype, query.shape[-1], value.shape[-1], dropout)
-        if wanted not in self.chosen:
-            choice = choose(*wanted[:3], value_dim=wanted[3], dropout=dropout)
-            level = logging.WARNING if choice.kernel.name == Reference.name else logging.INFO
-            log_single_rank(logger, level, f"{self.who}: {choice.why}")
-            self.chosen[wanted] = choice.kernel
-        return self.chosen[wanted]
+from megatron.longseq.attention.plan.ranges import Documents
+from megatron.longseq.attention.runtime.function import AttentionCall, RecomputeCache, attend_once, make_call
+from megatron.longseq.attention.runtime.kv_cache import SegmentKVCache
+from megatron.longseq.attention.runtime.packed_documents import MaskReader
+from megatron.longseq.attention.runtime.segment_attention import segment_attention
+from megatron.longseq.attention.runtime.strategies import CPStrategy
 
 
 @dataclass
 class ContextParallel:
-    """What the layers of a process share.
+    """State that the layers of a process share over context-parallel ranks.
 
     Attributes:
-        spreads: by --cp-comm-type.
-        masks: reads documents.
-        kept: results of forwards that recomputation repeats.
+        strategies: strategies by their names in --cp-comm-type.
+        masks: reads packed documents.
+        recompute_cache: results of forwards that upstream recomputes.
+        kernels: selects kernels.
     """
 
-    spreads: dict[str, Spread]
+    strategies: dict[str, CPStrategy]
     masks: MaskReader
-    kept: Kept = field(default_factory=Kept)
-    kernels: Kernels = field(default_factory=lambda: Kernels("context parallelism"))
+    recompute_cache: RecomputeCache = field(default_factory=RecomputeCache)
+    kernels: KernelSelector = field(default_factory=lambda: KernelSelector("context parallelism"))
 
     @property
     def size(self) -> int:
-        """Context-parallel ranks."""
-        return next(iter(self.spreads.values())).mesh.size
+        """Number of context-parallel ranks."""
+        return next(iter(self.strategies.values())).mesh.size
 
-    def spread(self, comm_type: str | None) -> Spread:
-        """Return the spread of a layer.
+    def strategy(self, comm_type: str) -> CPStrategy:
+        """Return the strategy of a communication type.
 
         Raises:
-            ValueError: no layer was to have that type.
+            ValueError: There are no process groups for this type.
         """
-        if (comm_type or "p2p") not in self.spreads:
-            raise ValueError(f"--cp-comm-type {comm_type}: groups are open for {', '.join(self.spreads)} alone")
-        return self.spreads[comm_type or "p2p"]
+        if comm_type not in self.strategies:
+            raise ValueError(f"--cp-comm-type {comm_type}: groups are open for {', '.join(self.strategies)} alone")
+        return self.strategies[comm_type]
 
 
-def attention_scale(config: Any) -> float:
-    """Return the factor of the scores."""
-    return config.softmax_scale or config.kv_channels**-0.5  # type: ignore[no-any-return]
+@dataclass
+class SegmentState:
+    """State that the layers of a model chunk share while it runs segment by segment (--seq1f1b-splits).
+
+    Attributes:
+        cache: KV cache of earlier segments, with the current segment.
+        documents: packed documents by micro-batch; None: each sequence is one document.
+        kernels: selects kernels.
+        context: state of context parallelism; None: every rank has whole segments.
+    """
+
+    cache: SegmentKVCache
+    documents: dict[int, Documents | None]
+    kernels: KernelSelector
+    context: ContextParallel | None = None
 
 
-def attention_window(config: Any, layer: int) -> int | None:
-    """Return how many keys before its own position a query of a layer sees; None: all."""
-    has_window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer)
-    return config.window_size[0] if has_window and config.window_size[0] >= 0 else None
+class LongSequenceAttention(MegatronModule):
+    """Causal self-attention over context-parallel ranks, over segments of a sequence, or over both.
 
-
-def refuse_mask_type(kind: AttnMaskType | None, where: str) -> None:
-    """Refuse a mask that is not the causal one, which is what our attention computes whatever it is handed.
+    It computes attention of this rank's tokens to those of all context-parallel ranks. While `segments` is set, these
+    tokens are those of the current segment, and the keys of earlier segments are seen, too.
 
     Args:
-        kind: of a module, or handed to its forward; None: the module's.
-        where: for the message: the layer.
-
-    Raises:
-        ValueError: names the layer and the type.
-    """
-    if kind not in (None, AttnMaskType.causal, AttnMaskType.causal_bottom_right):
-        raise ValueError(
-            f"{where}: attention with mask type {kind.name} is not served, only causal; leave attn_mask_type out, or "
-            "train this model without --seq1f1b-splits and --context-parallel-size."
-        )
-
-
-def refuse_window(config: Any, where: str) -> None:
-    """Refuse a window that reaches to the right, which a script may set past --window-size.
-
-    Raises:
-        ValueError: names the layer and the window.
-    """
-    window = config.window_size
-    if window is not None and window[1] not in (0, -1):
-        raise ValueError(
-            f"{where}: a window of {tuple(window)} reaches to the right and is not causal; give (left, 0) as the "
-            "configuration's window_size."
-        )
-
-
-def attend_once(q: Tensor, k: Tensor, v: Tensor, kept: Kept, make_call: Callable[[Call | None], Call]) -> Tensor:
-    """Run attention, but not again where upstream recomputes activations.
-
-    Args:
-        q, k, v: see `context_attention`.
-        kept: between a forward and its repetition.
-        make_call: returns the call; given the call of the first forward, in its repetition.
-    """
-    if kept.now is not None and not torch.is_grad_enabled():
-        call = make_call(None)
-        out, result = first_result(q, k, v, call)
-        kept.now.append((result, call))
-        return out
-    if kept.now:
-        result, first = kept.now.popleft()
-        return context_attention(q, k, v, make_call(first), result)
-    return context_attention(q, k, v, make_call(None))
-
-
-class ContextParallelAttention(MegatronModule):
-    """Causal self-attention of this rank's tokens to those of all context-parallel ranks.
-
-    Args:
-        config: upstream's.
-        layer_number: from 1.
+        config: upstream's configuration.
+        layer_number: number of the layer, from 1.
         attn_mask_type: causal.
         attention_type: "self".
-        attention_dropout: 0; None: as the configuration says.
+        cp_comm_type: communication type of this layer; None: as the configuration says.
         softmax_scale: factor of the scores; None: as the configuration says.
-        cp_comm_type: of this layer.
-        pg_collection: unused: the groups are the context's.
-        context: returns the open groups.
+        attention_dropout: probability of dropping an attention weight; None: as the configuration says.
+        pg_collection: unused; process groups are those of `context`.
+        context: returns the state of context parallelism.
+        segments: state of segments.
 
     Raises:
-        ValueError: attention that is not causal self-attention, or with dropout.
+        ValueError: The attention is not causal self-attention, or has dropout over context-parallel ranks.
     """
 
     def __init__(  # noqa: PLR0913
@@ -166,22 +105,27 @@ class ContextParallelAttention(MegatronModule):
         softmax_scale: float | None = None,
         attention_dropout: float | None = None,
         pg_collection: Any = None,
-        context: Callable[[], ContextParallel],
+        context: Callable[[], ContextParallel] | None = None,
+        segments: SegmentState | None = None,
     ) -> None:
         super().__init__(config=config)
-        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        if attention_type != "self" or attn_mask_type is AttnMaskType.no_mask or dropout:
+        self.layer_number = max(1, layer_number)
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.segments = segments
+        self.context = context() if context is not None else segments.context if segments is not None else None
+        if attention_type != "self" or attn_mask_type is AttnMaskType.no_mask or (self.context and self.dropout):
             raise ValueError(
                 f"layer {layer_number}: {attention_type} attention with mask {attn_mask_type.name} and dropout "
-                f"{dropout} over context-parallel ranks; causal self-attention without dropout is served"
+                f"{self.dropout} over context-parallel ranks; causal self-attention without dropout is served"
             )
-        self.layer_number = max(1, layer_number)
         refuse_mask_type(attn_mask_type, f"layer {layer_number}")
         refuse_window(config, f"layer {layer_number}")
-        self.context = context()
-        self.spread = self.context.spread(cp_comm_type)
-        self.scale = softmax_scale or attention_scale(config)
-        self.window = attention_window(config, self.layer_number)
+        self.scale = softmax_scale or config.softmax_scale or config.kv_channels**-0.5
+        has_window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, self.layer_number)
+        self.window = config.window_size[0] if has_window and config.window_size[0] >= 0 else None
+        if self.context is not None:
+            comm_type = cp_comm_type or layer_comm_type(config.cp_comm_type, self.layer_number)
+            self.strategy = self.context.strategy(comm_type)
 
     def forward(
         self,
@@ -190,28 +134,178 @@ class ContextParallelAttention(MegatronModule):
         value: Tensor,
         attention_mask: Tensor | None = None,
         attn_mask_type: AttnMaskType | None = None,
-        **further: Any,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+        **_: Any,
     ) -> Tensor:
-        """Return [n, b, hq * d] of q [n, b, hq, d] and k, v [n, b, hk, d], this rank's tokens.
+        """Return attention [n, b, hq * d] of this rank's tokens.
+
+        Args:
+            query: [n, b, hq, d].
+            key, value: [n, b, hk, d].
+            attention_mask: bool [b, 1, n, sequence], True where a key is hidden; None under segments.
+            attn_mask_type: a causal type, or None.
+            attention_bias, packed_seq_params: None.
 
         Raises:
-            ValueError: a bias, packed sequences in THD form, or a mask that is not causal.
+            ValueError: An argument is not served.
         """
-        refuse_mask_type(attn_mask_type, f"layer {self.layer_number}")
-        if any(further.get(name) is not None for name in ("attention_bias", "packed_seq_params")):
-            raise ValueError(
-                f"layer {self.layer_number}: attention over context-parallel ranks takes no bias and no "
-                "packed_seq_params; documents are packed with --reset-attention-mask"
-            )
-        context = self.context
-        kernel = context.kernels.of(query, value)
+        if self.segments is not None:
+            refuse_segment_inputs(self.layer_number, attention_mask, attn_mask_type, attention_bias, packed_seq_params)
+        else:
+            refuse_mask_type(attn_mask_type, f"layer {self.layer_number}")
+            if attention_bias is not None or packed_seq_params is not None:
+                raise ValueError(
+                    f"layer {self.layer_number}: attention over context-parallel ranks takes no bias and no "
+                    "packed_seq_params; documents are packed with --reset-attention-mask"
+                )
+        if self.context is not None:
+            return self._over_ranks(self.context, query, key, value, attention_mask)
+        assert self.segments is not None, "without context parallelism, layers have this module under segments only"
+        return self._over_segments(self.segments, query, key, value)
 
-        def make_call(first: Call | None) -> Call:
-            if first is not None:  # the mask may be another by now
+    def _over_ranks(
+        self, context: ContextParallel, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None
+    ) -> Tensor:
+        segments = self.segments
+
+        def call_for(first: AttentionCall | None) -> AttentionCall:
+            if segments is not None:
+                documents = segments.documents.get(segments.cache.current_segment(self.layer_number).microbatch)
+            elif first is not None:  # the script may have changed the mask since
                 documents = first.documents
             else:
-                layout = Layout(self.spread.mesh, (query.shape[0] * self.spread.mesh.size,))
+                layout = Layout(self.strategy.mesh, (query.shape[0] * self.strategy.mesh.size,))
                 documents = context.masks.documents(attention_mask, layout, query.shape[1], id(self))
-            return asked(query, key, self.spread, kernel, self.scale, window=self.window, documents=documents)
+            return make_call(
+                query,
+                key,
+                self.strategy,
+                (segments or context).kernels.select(query, value),
+                self.scale,
+                window=self.window,
+                documents=documents,
+                layer=self.layer_number,
+                cache=segments.cache if segments is not None else None,
+            )
 
-        return attend_once(query, key, value, context.kept, make_call)
+        return attend_once(query, key, value, context.recompute_cache, call_for)
+
+    def _over_segments(self, segments: SegmentState, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return segment_attention(
+            query,
+            key,
+            value,
+            segments.cache,
+            self.layer_number,
+            segments.kernels.select(query, value, self.dropout if self.training else 0.0),
+            self.scale,
+            window=self.window,
+            documents=segments.documents.get(segments.cache.current_segment(self.layer_number).microbatch),
+            fork=contextlib.nullcontext if self.config.sequence_parallel else _fork_rng,
+        )
+
+
+class ReplacementAttention(LongSequenceAttention):
+    """Takes the place of a layer's core attention while the layer runs in segments.
+
+    Checkpoints hold the state of the module that it replaces.
+
+    Args:
+        attention: layer's self-attention; its core attention is kept, but not registered as a submodule.
+        segments: state of segments.
+    """
+
+    def __init__(self, attention: SelfAttention, segments: SegmentState) -> None:
+        super().__init__(attention.config, attention.layer_number, AttnMaskType.causal, "self", segments=segments)
+        self._replaced = (attention.core_attention,)
+        self.train(attention.training)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """See `torch.nn.Module.state_dict`."""
+        return self._replaced[0].state_dict(*args, **kwargs)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
+        """See `MegatronModule.sharded_state_dict`."""
+        return sharded_state_dict_default(self._replaced[0], prefix, sharded_offsets, metadata)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._replaced[0]._load_from_state_dict(*args)
+
+
+def run_in_segments(attention: SelfAttention, segments: SegmentState) -> Callable[[], None]:
+    """Let a layer's core attention run segment by segment, and return a function that undoes it.
+
+    Args:
+        attention: layer's self-attention. A core attention of upstream is replaced.
+        segments: state of segments.
+    """
+    core = attention.core_attention
+    if isinstance(core, LongSequenceAttention):
+        core.segments = segments
+        return lambda: setattr(core, "segments", None)
+    attention.core_attention = ReplacementAttention(attention, segments)
+
+    def undo() -> None:
+        attention.core_attention = core.train(attention.training)
+
+    return undo
+
+
+def _fork_rng() -> contextlib.AbstractContextManager[None]:
+    """Enter the random state that upstream's core attention draws from, unless it runs with sequence parallelism."""
+    return tensor_parallel.get_cuda_rng_tracker().fork()  # type: ignore[no-any-return]
+
+
+def refuse_mask_type(kind: AttnMaskType | None, where: str) -> None:
+    """Refuse a mask type that is not causal, which is what our attention computes in any case.
+
+    Args:
+        kind: type of a module, or given to its forward; None: the module's.
+        where: layer, for the message.
+
+    Raises:
+        ValueError: Names the layer and the type.
+    """
+    if kind not in (None, AttnMaskType.causal, AttnMaskType.causal_bottom_right):
+        raise ValueError(
+            f"{where}: attention with mask type {kind.name} is not served, only causal; leave attn_mask_type out, or "
+            "train this model without --seq1f1b-splits and --context-parallel-size."
+        )
+
+
+def refuse_window(config: Any, where: str) -> None:
+    """Refuse a window that reaches to the right, which a script may set without --window-size.
+
+    Raises:
+        ValueError: Names the layer and the window.
+    """
+    window = config.window_size
+    if window is not None and window[1] not in (0, -1):
+        raise ValueError(
+            f"{where}: a window of {tuple(window)} reaches to the right and is not causal; give (left, 0) as the "
+            "configuration's window_size."
+        )
+
+
+def refuse_segment_inputs(
+    layer: int,
+    attention_mask: Tensor | None = None,
+    attn_mask_type: AttnMaskType | None = None,
+    attention_bias: Tensor | None = None,
+    packed_seq_params: Any = None,
+) -> None:
+    """Refuse what a script gives to core attention under segments; names and order are upstream's.
+
+    Raises:
+        ValueError: Names the layer and the arguments.
+    """
+    where = f"--seq1f1b-splits, layer {layer}"
+    refuse_mask_type(attn_mask_type, where)
+    given = {"attention_mask": attention_mask, "attention_bias": attention_bias, "packed_seq_params": packed_seq_params}
+    unserved = [name for name, value in given.items() if value is not None]
+    if unserved:
+        raise ValueError(
+            f"{where}: {', '.join(unserved)} handed to one layer cannot be cut into segments; documents are read from "
+            "the mask that the model is given."
+        )

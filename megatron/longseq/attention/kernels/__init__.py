@@ -1,1 +1,1 @@
-"""Block attention kernels behind one interface, with log-sum-exp."""
+"""Block attention kernels with log-sum-exp, behind one interface."""

@@ -1,4 +1,4 @@
-"""Flash attention on CUDA devices: the flash-attn package's, or PyTorch's own copy of it."""
+"""Flash attention on CUDA devices: the flash-attn package, or PyTorch's copy of it."""
 
 import importlib
 import inspect
@@ -16,12 +16,12 @@ _BACKWARD = ("dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv", *_FO
 
 
 def _batch_first(x: Tensor) -> Tensor:
-    """[s, b, h, d] to [b, s, h, d], a view where the last dimension is contiguous."""
+    """Return [s, b, h, d] as [b, s, h, d], a view if the last dimension is contiguous."""
     return dense(x).transpose(0, 1)
 
 
 class _Arguments(NamedTuple):
-    """Scores in flash attention's words: a window of -1 is none."""
+    """`Scores` as flash attention's arguments; a window of -1 is none."""
 
     scale: float
     causal: bool
@@ -30,26 +30,26 @@ class _Arguments(NamedTuple):
 
     @classmethod
     def of(cls, scores: Scores, q: Tensor, k: Tensor) -> "_Arguments":
-        """Return the arguments for [s, b, h, d].
+        """Return the arguments for q and k [s, b, h, d].
 
         Raises:
-            ValueError: a block that the kernels would cut on the right, too: they take what is not causal for a window
-                of as many keys as there are, from the diagonal on.
+            ValueError: The kernels would also hide keys on the right: they treat a block that is not causal as one with
+                a window of all keys to the right of the diagonal.
         """
         if scores.window is not None and not scores.causal and q.shape[0] > k.shape[0] + 1:
             raise ValueError(
                 f"a sliding window over {k.shape[0]} keys for {q.shape[0]} rows: flash kernels hide keys from the "
-                "first rows of such a block; plan it as two, as `ringtiles` does"
+                "first rows of such a block; plan it as two blocks, as `plan_tiles` does"
             )
         left = -1 if scores.window is None else scores.window
         return cls(scores.scale, scores.causal, left, 0 if scores.causal else -1)
 
 
 class CudaFlash(ABC):
-    """bfloat16 and float16, head size a multiple of 8 up to 256, K/V heads fewer than query heads.
+    """Kernel for bfloat16 and float16, head sizes that are multiples of 8 up to 256, and shared key heads.
 
-    Both kernels are bottom-right aligned, know windows, take [b, s, h, d] of any strides with the last one 1, and mark
-    a row that sees no key with a log-sum-exp of +inf (split over keys: -inf).
+    Both implementations are aligned bottom-right, support windows, and take [b, s, h, d] of any strides if the last one
+    is 1. The log-sum-exp of a row that sees no key is +inf, or -inf where the kernel splits the keys.
     """
 
     rectangular = True
@@ -74,15 +74,15 @@ class CudaFlash(ABC):
 
     @abstractmethod
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, how: _Arguments) -> tuple[Tensor, Tensor]:
-        """[b, s, h, d] to (out [b, s, h, d], lse [b, h, s])."""
+        """Return (out [b, s, h, d], lse [b, h, s]) of q, k and v [b, s, h, d]."""
 
     @abstractmethod
     def _backward(self, tensors: list[Tensor], lse: Tensor, how: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
-        """(grad_out, q, k, v, out) and lse to (dq, dk, dv), all [b, s, h, d]."""
+        """Return (dq, dk, dv) of grad_out, q, k, v and out, all [b, s, h, d]."""
 
 
 class TorchCudaFlash(CudaFlash):
-    """The copy inside PyTorch."""
+    """PyTorch's copy of flash attention."""
 
     name = "torch CUDA flash"
 
@@ -91,7 +91,7 @@ class TorchCudaFlash(CudaFlash):
             q,
             k,
             v,
-            None,  # cumulative lengths: of packed batches alone
+            None,  # cumulative lengths, for packed batches only
             None,
             q.shape[1],
             k.shape[1],
@@ -106,7 +106,7 @@ class TorchCudaFlash(CudaFlash):
 
     def _backward(self, tensors: list[Tensor], lse: Tensor, how: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
         grad_out, q, k, v, out = tensors
-        seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # not read without dropout
+        seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # unused without dropout
         return torch.ops.aten._flash_attention_backward(
             grad_out,
             q,
@@ -129,7 +129,7 @@ class TorchCudaFlash(CudaFlash):
 
 
 class FlashAttn(CudaFlash):
-    """The flash-attn package, version 2.7 or later (its functions' arguments are checked, not its number)."""
+    """The flash-attn package, version 2.7 or later, recognised by the arguments of its functions."""
 
     name = "flash_attn"
 
@@ -178,10 +178,10 @@ class FlashAttn(CudaFlash):
 
 
 def load_flash_attn() -> tuple[Any, Any]:
-    """Return flash-attn's block forward and backward.
+    """Return flash-attn's forward and backward functions.
 
     Raises:
-        ImportError: not installed, broken, or with other arguments than those of version 2.7.
+        ImportError: The package is missing or broken, or its functions do not take the arguments of version 2.7.
     """
     module = importlib.import_module("flash_attn.flash_attn_interface")
     functions = []
@@ -197,5 +197,5 @@ def load_flash_attn() -> tuple[Any, Any]:
 
 
 def _parameters(function: Any) -> list[str]:
-    """Return a function's parameter names; of the function behind it for a torch custom operator."""
+    """Return the parameter names of a function, or of the function that a torch custom operator wraps."""
     return list(inspect.signature(getattr(function, "_init_fn", function)).parameters)

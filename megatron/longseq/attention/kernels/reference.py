@@ -1,4 +1,4 @@
-"""Attention by its formula: the kernel that tests trust, and the one with dropout."""
+"""Attention by its formula: the reference of the tests, and the only kernel with dropout."""
 
 from dataclasses import dataclass
 
@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as drop
 
-from megatron.longseq.attention.kernels.base import Scores
-from megatron.longseq.attention.runtime.merge import accumulation
+from megatron.longseq.attention.kernels.base import Scores, accumulation_dtype
 
 
-def visible(rows: int, keys: int, scores: Scores, device: torch.device) -> Tensor:
-    """Return the bool mask [rows, keys] of what is seen."""
+def visible_mask(rows: int, keys: int, scores: Scores, device: torch.device) -> Tensor:
+    """Return the mask [rows, keys] of type bool, True where a row sees a key."""
     diagonal = torch.arange(rows, device=device)[:, None] + (keys - rows)
     key = torch.arange(keys, device=device)[None, :]
     seen = torch.ones(rows, keys, dtype=torch.bool, device=device)
@@ -24,11 +23,11 @@ def visible(rows: int, keys: int, scores: Scores, device: torch.device) -> Tenso
 
 @dataclass(slots=True)
 class Reference:
-    """Holds the whole score matrix [b, hq, sq, sk], in float32 or float64 whatever the input.
+    """Kernel that materialises the score matrix [b, hq, sq, sk] in float32, or float64 for float64.
 
     Attributes:
         dropout: see `Kernel`.
-        compute: type of the arithmetic; None: float32, or float64 for float64.
+        compute: type of the arithmetic; None: as above.
     """
 
     name = "reference"
@@ -41,53 +40,53 @@ class Reference:
         """See `Kernel.forward`."""
         logits = self._logits(q, k, scores)
         lse = logits.logsumexp(-1)
-        weights = self._weights(logits, lse).mul_(self._kept(logits, q.dtype))
-        out = self._heads(weights @ self._spread(v), q).to(q.dtype)
-        return out, lse.flatten(1, 2).to(accumulation(q.dtype))
+        weights = self._weights(logits, lse).mul_(self._dropout_mask(logits, q.dtype))
+        out = self._heads(weights @ self._keys(v), q).to(q.dtype)
+        return out, lse.flatten(1, 2).to(accumulation_dtype(q.dtype))
 
     def backward(
         self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`."""
         logits = self._logits(q, k, scores)
-        kept = self._kept(logits, q.dtype)
+        mask = self._dropout_mask(logits, q.dtype)
         weights = self._weights(logits, lse.to(logits.dtype).unflatten(1, logits.shape[1:3]))
         grad, result = self._group(grad_out, k), self._group(out, k)
-        dv = ((weights * kept).mT @ grad).sum(2)
+        dv = ((weights * mask).mT @ grad).sum(2)
         delta = (grad * result).sum(-1, keepdim=True)
-        grad_scores = weights * (kept * (grad @ self._spread(v).mT) - delta) * scores.scale
-        dq = self._heads(grad_scores @ self._spread(k), q)
+        grad_scores = weights * (mask * (grad @ self._keys(v).mT) - delta) * scores.scale
+        dq = self._heads(grad_scores @ self._keys(k), q)
         dk = (grad_scores.mT @ self._group(q, k)).sum(2)
         return dq.to(q.dtype), dk.permute(2, 0, 1, 3).to(k.dtype), dv.permute(2, 0, 1, 3).to(v.dtype)
 
     def _type(self, x: Tensor) -> torch.dtype:
-        return self.compute or accumulation(x.dtype)
+        return self.compute or accumulation_dtype(x.dtype)
 
     def _group(self, x: Tensor, k: Tensor) -> Tensor:
-        """[s, b, hq, d] to [b, hk, hq / hk, s, d]: the query heads of each key head side by side."""
+        """Return [s, b, hq, d] as [b, hk, hq / hk, s, d]: query heads grouped by their key head."""
         return x.to(self._type(x)).permute(1, 2, 0, 3).unflatten(1, (k.shape[2], -1))
 
-    def _spread(self, x: Tensor) -> Tensor:
-        """[s, b, hk, d] to [b, hk, 1, s, d]."""
+    def _keys(self, x: Tensor) -> Tensor:
+        """Return [s, b, hk, d] as [b, hk, 1, s, d]."""
         return x.to(self._type(x)).permute(1, 2, 0, 3).unsqueeze(2)
 
     @staticmethod
     def _heads(x: Tensor, q: Tensor) -> Tensor:
-        """[b, hk, hq / hk, s, d] to [s, b, hq, d]."""
+        """Return [b, hk, hq / hk, s, d] as [s, b, hq, d]."""
         return x.reshape(q.shape[1], q.shape[2], q.shape[0], -1).permute(2, 0, 1, 3)
 
     def _logits(self, q: Tensor, k: Tensor, scores: Scores) -> Tensor:
-        logits = (self._group(q, k) @ self._spread(k).mT).mul_(scores.scale)
+        logits = (self._group(q, k) @ self._keys(k).mT).mul_(scores.scale)
         if scores.causal or scores.window is not None:
-            logits.masked_fill_(~visible(q.shape[0], k.shape[0], scores, q.device), -torch.inf)
+            logits.masked_fill_(~visible_mask(q.shape[0], k.shape[0], scores, q.device), -torch.inf)
         return logits
 
     @staticmethod
     def _weights(logits: Tensor, lse: Tensor) -> Tensor:
-        """Softmax; rows that see nothing have weights 0."""
+        """Return the softmax weights; rows that see no key have weights 0."""
         return (logits - lse.masked_fill(lse == -torch.inf, torch.inf).unsqueeze(-1)).exp_()
 
-    def _kept(self, logits: Tensor, dtype: torch.dtype) -> Tensor:
-        """1 / (1 - p) where a weight is kept, else 0; drawn anew from the device's generator."""
+    def _dropout_mask(self, logits: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return 1 / (1 - p) where a weight is kept, else 0, drawn from the device's generator."""
         ones = logits.new_ones(logits.shape, dtype=dtype)
         return drop(ones, self.dropout).to(logits.dtype) if self.dropout else ones.to(logits.dtype)

@@ -1,11 +1,15 @@
-"""Which kernel runs, and why."""
+"""Selection of the fastest kernel for some tensors, and the reason for it."""
 
 import importlib.util
+import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from megatron.core.utils import log_single_rank
+from torch import Tensor
 
 from megatron.longseq.attention.kernels.base import Kernel
 from megatron.longseq.attention.kernels.flash_cuda import (
@@ -18,16 +22,18 @@ from megatron.longseq.attention.kernels.flash_cuda import (
 from megatron.longseq.attention.kernels.reference import Reference
 from megatron.longseq.attention.kernels.torch_cpu import CpuFlash
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
-class Need:
-    """What a kernel is wanted for.
+class KernelRequest:
+    """What a kernel has to support.
 
     Attributes:
-        device: "cpu", "cuda", ...
-        dtype: of q, k and v.
-        head_dim: of q and k.
-        value_dim: of v.
+        device: type of the device: "cpu", "cuda", ...
+        dtype: type of q, k and v.
+        head_dim: head size of q and k.
+        value_dim: head size of v.
         dropout: probability of dropping an attention weight.
     """
 
@@ -39,14 +45,14 @@ class Need:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """A kernel, and one line that says why it and not another."""
+class KernelChoice:
+    """A kernel, and one line that says why this one was selected."""
 
     kernel: Kernel
     why: str
 
 
-def choose(
+def select_kernel(
     device: torch.device,
     dtype: torch.dtype,
     head_dim: int,
@@ -54,23 +60,23 @@ def choose(
     value_dim: int | None = None,
     dropout: float = 0.0,
     only: str | None = None,
-) -> Choice:
-    """Return the fastest kernel that can do it; warn where only the reference can.
+) -> KernelChoice:
+    """Return the fastest kernel that supports the tensors. Warn if only the reference does.
 
     Args:
-        device: where the tensors are.
-        dtype: of q, k and v.
-        head_dim: of q and k.
-        value_dim: of v; None: as of q and k.
-        dropout: probability of dropping an attention weight; the reference alone has it.
-        only: the name of the one kernel that may be taken.
+        device: device of the tensors.
+        dtype: type of q, k and v.
+        head_dim: head size of q and k.
+        value_dim: head size of v; None: that of q and k.
+        dropout: probability of dropping an attention weight, which only the reference supports.
+        only: name of the only kernel to consider; None: all.
 
     Raises:
-        ValueError: `only` names no kernel, or one that cannot do it; or the type is no float type.
+        ValueError: `only` names no kernel, or one that does not support the tensors; or the type is no float type.
     """
     if not dtype.is_floating_point:
         raise ValueError(f"attention of {dtype} tensors: give a float type")
-    need = Need(device.type, dtype, head_dim, value_dim or head_dim, dropout)
+    need = KernelRequest(device.type, dtype, head_dim, value_dim or head_dim, dropout)
     candidates = {name: entry for name, entry in _CANDIDATES.items() if only in (None, name)}
     if not candidates:
         raise ValueError(f"no attention kernel is called {only!r}: {', '.join(_CANDIDATES)}")
@@ -81,13 +87,13 @@ def choose(
             why = f"attention kernel {name}" + (f" ({'; '.join(against)})" if against else "")
             if name == Reference.name and only is None and not dropout:
                 warnings.warn(f"{why}: holds the whole score matrix, slow and large", stacklevel=2)
-            return Choice(make(need), why)
+            return KernelChoice(make(need), why)
         against.append(f"not {name}: {reason}")
     raise ValueError(f"{'; '.join(against)}; the kernels are {', '.join(_CANDIDATES)}")
 
 
-def _against_flash(need: Need) -> str | None:
-    """Return what keeps every flash kernel from it."""
+def _against_flash(need: KernelRequest) -> str | None:
+    """Return why no flash kernel supports a request; None if nothing speaks against it."""
     if need.dropout:
         return f"no attention dropout ({need.dropout} asked)"
     if need.value_dim != need.head_dim:
@@ -95,7 +101,7 @@ def _against_flash(need: Need) -> str | None:
     return None
 
 
-def _against_cpu(need: Need) -> str | None:
+def _against_cpu(need: KernelRequest) -> str | None:
     if need.device != "cpu":
         return f"device {need.device}"
     if need.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -103,7 +109,7 @@ def _against_cpu(need: Need) -> str | None:
     return _against_flash(need)
 
 
-def _against_cuda(need: Need) -> str | None:
+def _against_cuda(need: KernelRequest) -> str | None:
     if need.device != "cuda":
         return f"device {need.device}"
     if need.dtype not in (torch.bfloat16, torch.float16):
@@ -115,7 +121,7 @@ def _against_cuda(need: Need) -> str | None:
     return _against_flash(need)
 
 
-def _against_package(need: Need) -> str | None:
+def _against_package(need: KernelRequest) -> str | None:
     reason = _against_cuda(need)
     if reason:
         return reason
@@ -128,9 +134,32 @@ def _against_package(need: Need) -> str | None:
     return None
 
 
-_CANDIDATES: dict[str, tuple[Callable[[Need], str | None], Callable[[Need], Kernel]]] = {
+_CANDIDATES: dict[str, tuple[Callable[[KernelRequest], str | None], Callable[[KernelRequest], Kernel]]] = {
     FlashAttn.name: (_against_package, lambda need: FlashAttn()),
     TorchCudaFlash.name: (_against_cuda, lambda need: TorchCudaFlash()),
     CpuFlash.name: (_against_cpu, lambda need: CpuFlash()),
     Reference.name: (lambda need: None, lambda need: Reference(dropout=need.dropout)),
 }
+
+
+@dataclass
+class KernelSelector:
+    """Selects kernels and caches them by their requests. Every selection is logged once.
+
+    Attributes:
+        owner: what the kernels are for, in the log.
+        kernels: selected kernels.
+    """
+
+    owner: str
+    kernels: dict[Any, Kernel] = field(default_factory=dict)
+
+    def select(self, query: Tensor, value: Tensor, dropout: float = 0.0) -> Kernel:
+        """Return the kernel for a query and a value tensor [s, b, h, d]; see `select_kernel`."""
+        key = (query.device, query.dtype, query.shape[-1], value.shape[-1], dropout)
+        if key not in self.kernels:
+            choice = select_kernel(*key[:3], value_dim=key[3], dropout=dropout)
+            level = logging.WARNING if choice.kernel.name == Reference.name else logging.INFO
+            log_single_rank(logger, level, f"{self.owner}: {choice.why}")
+            self.kernels[key] = choice.kernel
+        return self.kernels[key]

@@ -1,4 +1,4 @@
-"""PyTorch's flash attention on CPUs, with bottom-right alignment and windows."""
+"""PyTorch's flash attention for CPUs, with bottom-right alignment and windows."""
 
 from dataclasses import replace
 
@@ -7,19 +7,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from megatron.longseq.attention.kernels.base import Scores, dense
-from megatron.longseq.attention.kernels.reference import visible
-from megatron.longseq.attention.plan.tiles import Block, Span, Tile
-from megatron.longseq.attention.runtime.tiled import attend, attend_backward
+from megatron.longseq.attention.kernels.reference import visible_mask
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class CpuFlash:
-    """float64, float32, bfloat16 and float16; K/V heads fewer than query heads without repeating them.
+    """Kernel for float64, float32, bfloat16 and float16; shared key heads are not repeated.
 
-    The operator aligns a causal block top-left, so it is given squares alone: a causal block with more keys than rows
-    is the keys before the rows and the rows' square, merged. Windows go through an additive mask.
+    The operator aligns a causal block top-left, so a causal block needs as many keys as rows: `plan_tiles` cuts others
+    for a kernel that is not `rectangular`. Windows are additive masks, and such blocks may have any shape.
     """
 
     name = "torch CPU flash"
@@ -31,18 +29,20 @@ class CpuFlash:
         self._mask: tuple[tuple[object, ...], Tensor] | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
-        """See `Kernel.forward`."""
-        blind = _blind(q, k, scores)
+        """See `Kernel.forward`.
+
+        Raises:
+            ValueError: A causal block without a window has more keys than rows.
+        """
+        blind = _blind_rows(q, k, scores)
         if blind:
             out, lse = self.forward(q[blind:], k, v, scores)
-            return _after(blind, out), pad(lse, (blind, 0), value=-torch.inf)
-        if _is_cut(q, k, scores):
-            return attend(self, q, k, v, _two_blocks(q, k), scores.scale)
+            return _prepend_zeros(blind, out), pad(lse, (blind, 0), value=-torch.inf)
         out, lse = _forward(
             *(_heads_first(x) for x in (q, k, v)),
             0.0,
             scores.causal and scores.window is None,
-            attn_mask=self._additive(q, k, scores),
+            attn_mask=self._additive_mask(q, k, scores),
             scale=scores.scale,
         )
         return out.permute(2, 0, 1, 3), lse
@@ -51,64 +51,54 @@ class CpuFlash:
         self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`."""
-        blind = _blind(q, k, scores)
+        blind = _blind_rows(q, k, scores)
         if blind:
             dq, dk, dv = self.backward(grad_out[blind:], q[blind:], k, v, out[blind:], lse[..., blind:], scores)
-            return _after(blind, dq), dk, dv
-        if _is_cut(q, k, scores):
-            dk, dv = torch.empty_like(k), torch.empty_like(v)
-
-            def place(_: Span, keys: Span, grad_k: Tensor, grad_v: Tensor) -> None:
-                dk[keys.slice()], dv[keys.slice()] = grad_k, grad_v
-
-            saved = q, k, v, out, lse
-            whole = attend_backward(self, saved, grad_out, _two_blocks(q, k), scores.scale, place)
-            assert whole is not None, "there are rows"
-            return whole, dk, dv
+            return _prepend_zeros(blind, dq), dk, dv
         grads = _backward(
             *(_heads_first(x) for x in (grad_out, q, k, v, out)),
             lse,
             0.0,
             scores.causal and scores.window is None,
-            attn_mask=self._additive(q, k, scores),
+            attn_mask=self._additive_mask(q, k, scores),
             scale=scores.scale,
         )
         dq, dk, dv = (grad.permute(2, 0, 1, 3) for grad in grads)
         return dq, dk, dv
 
-    def _additive(self, q: Tensor, k: Tensor, scores: Scores) -> Tensor | None:
-        """Return the mask of a window, in q's type (the operator misreads a float32 one for float64); keep the last."""
+    def _additive_mask(self, q: Tensor, k: Tensor, scores: Scores) -> Tensor | None:
+        """Return the mask of a window in the type of q, because the operator misreads a float32 mask of float64 input.
+
+        The last mask is cached: neighbouring tiles have equal ones.
+        """
         if scores.window is None:
             return None
         key = (q.shape[0], k.shape[0], replace(scores, scale=1.0), q.dtype)
-        kept = self._mask  # read once: another thread may compute, too
-        if kept is None or kept[0] != key:
-            seen = visible(q.shape[0], k.shape[0], scores, q.device)
-            self._mask = kept = key, torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
-        return kept[1]
+        cached = self._mask  # read once, because another thread may replace it
+        if cached is None or cached[0] != key:
+            seen = visible_mask(q.shape[0], k.shape[0], scores, q.device)
+            self._mask = cached = key, torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
+        return cached[1]
 
 
 def _heads_first(x: Tensor) -> Tensor:
-    """[s, b, h, d] to [b, h, s, d], a view where the last dimension is contiguous."""
+    """Return [s, b, h, d] as [b, h, s, d], a view if the last dimension is contiguous."""
     return dense(x).permute(1, 2, 0, 3)
 
 
-def _blind(q: Tensor, k: Tensor, scores: Scores) -> int:
-    """Return how many first rows see no key."""
+def _blind_rows(q: Tensor, k: Tensor, scores: Scores) -> int:
+    """Return the number of first rows that see no key.
+
+    Raises:
+        ValueError: The operator would misalign the block.
+    """
+    if scores.causal and scores.window is None and q.shape[0] < k.shape[0]:
+        raise ValueError(
+            f"a causal block of {q.shape[0]} rows and {k.shape[0]} keys: PyTorch's CPU operator takes squares; plan it "
+            "as two blocks, as `plan_tiles` does with rectangular=False"
+        )
     return max(0, q.shape[0] - k.shape[0]) if scores.causal else 0
 
 
-def _after(blind: int, x: Tensor) -> Tensor:
-    """Put rows of zeros in front."""
-    return pad(x, (0, 0, 0, 0, 0, 0, blind, 0))
-
-
-def _is_cut(q: Tensor, k: Tensor, scores: Scores) -> bool:
-    """Return whether a causal block is no square."""
-    return scores.causal and scores.window is None and q.shape[0] < k.shape[0]
-
-
-def _two_blocks(q: Tensor, k: Tensor) -> tuple[Tile]:
-    before = k.shape[0] - q.shape[0]
-    own = Block(Span(before, k.shape[0]), causal=True)
-    return (Tile(Span(0, q.shape[1]), Span(0, q.shape[0]), (own, Block(Span(0, before), causal=False))),)
+def _prepend_zeros(rows: int, x: Tensor) -> Tensor:
+    return pad(x, (0, 0, 0, 0, 0, 0, rows, 0))

@@ -1,67 +1,67 @@
-"""How the flags spread attention over context-parallel ranks: pure, from upstream's validated arguments."""
+"""How the flags distribute attention over context-parallel ranks, read from upstream's parsed arguments."""
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from megatron.longseq.attention.plan.heads import Heads, check_heads, choose
+from megatron.longseq.attention.plan.heads import Heads, check_heads, choose_mesh
 from megatron.longseq.attention.plan.layout import Layout, Mesh
 from megatron.longseq.attention.plan.ring_schedule import Ring
 
-KINDS = ("p2p", "a2a", "a2a+p2p", "all_gather")
+NAMES = ("p2p", "a2a", "a2a+p2p", "all_gather")
 
 
-class Way(NamedTuple):
-    """How a layer is spread.
+class CommType(NamedTuple):
+    """What a --cp-comm-type stands for.
 
     Attributes:
         mesh: Ulysses and ring degrees.
-        gathers: whether keys are gathered over the ring instead of going round.
+        gathers: whether keys are all-gathered over the ring instead of sent round it.
     """
 
     mesh: Mesh
     gathers: bool = False
 
 
-def comm_type(given: str | Sequence[str] | None, layer: int) -> str:
+def layer_comm_type(given: str | Sequence[str] | None, layer: int) -> str:
     """Return the --cp-comm-type of a layer, counted from 1."""
     if given is None or isinstance(given, str):
         return given or "p2p"
     return given[layer - 1] if len(given) > 1 else given[0]
 
 
-def ways(args: Namespace) -> dict[str, Way]:
-    """Return how layers are spread, by the names that --cp-comm-type gives.
+def comm_types(args: Namespace) -> dict[str, CommType]:
+    """Return the communication types of all layers, by their names in --cp-comm-type.
 
     Raises:
-        ValueError: a name that upstream does not know, not one for each layer, or sizes that do not fit.
+        ValueError: A name is unknown, there is not one for each layer, or the sizes do not fit.
     """
-    kinds = list(dict.fromkeys(args.cp_comm_type))
-    strange = [kind for kind in kinds if kind not in KINDS]
-    if strange:
-        raise ValueError(f"--cp-comm-type {' '.join(strange)}: give {', '.join(KINDS)}, one for all layers or one each")
+    names = list(dict.fromkeys(args.cp_comm_type))
+    unknown = [name for name in names if name not in NAMES]
+    if unknown:
+        raise ValueError(f"--cp-comm-type {' '.join(unknown)}: give {', '.join(NAMES)}, one for all layers or one each")
     if len(args.cp_comm_type) not in (1, args.num_layers):
         raise ValueError(
             f"--cp-comm-type {' '.join(args.cp_comm_type)}: {len(args.cp_comm_type)} for --num-layers "
             f"{args.num_layers}; give one for all layers, or one each"
         )
-    return {kind: _way(kind, args) for kind in kinds}
+    return {name: _comm_type(name, args) for name in names}
 
 
-def _way(kind: str, args: Namespace) -> Way:
+def _comm_type(name: str, args: Namespace) -> CommType:
     size = args.context_parallel_size
-    if kind == "a2a":
-        return Way(Mesh(size, 1))
-    if kind == "a2a+p2p":
-        return Way(mesh_of_sizes(args))
-    return Way(Mesh(1, size), gathers=kind == "all_gather")
+    if name == "a2a":
+        return CommType(Mesh(size, 1))
+    if name == "a2a+p2p":
+        return CommType(mesh_of_sizes(args))
+    return CommType(Mesh(1, size), gathers=name == "all_gather")
 
 
 def mesh_of_sizes(args: Namespace) -> Mesh:
-    """Return the mesh that --hierarchical-context-parallel-sizes names, Ulysses first, as upstream's all-to-all has it.
+    """Return the mesh of --hierarchical-context-parallel-sizes, whose first size is upstream's all-to-all (Ulysses).
 
     Raises:
-        ValueError: no two sizes, or another product than --context-parallel-size.
+        ValueError: There are not two sizes, or their product is not --context-parallel-size.
     """
     sizes, size = args.hierarchical_context_parallel_sizes, args.context_parallel_size
     if not sizes or len(sizes) != 2 or sizes[0] * sizes[1] != size:
@@ -74,15 +74,15 @@ def mesh_of_sizes(args: Namespace) -> Mesh:
     return Mesh(sizes[0], sizes[1], args.context_parallel_placement)
 
 
-def choose_for(args: Namespace, node_size: int) -> None:
-    """Set --cp-comm-type and --hierarchical-context-parallel-sizes as --context-parallel-auto asks.
+def choose_comm_type(args: Namespace, node_size: int) -> None:
+    """Set --cp-comm-type and --hierarchical-context-parallel-sizes for --context-parallel-auto.
 
     Args:
-        args: parsed, before upstream validates them; its two flags are set.
+        args: parsed arguments, not yet validated by upstream; the two flags are set in place.
         node_size: ranks of a node.
 
     Raises:
-        ValueError: nothing to choose, or flags that have chosen already.
+        ValueError: There is nothing to choose, or one of the two flags is given.
     """
     size = args.context_parallel_size
     if size == 1:
@@ -95,42 +95,42 @@ def choose_for(args: Namespace, node_size: int) -> None:
             "them out, or leave it out"
         )
     groups = args.num_query_groups if args.group_query_attention else None
-    mesh = choose(size, args.num_attention_heads, groups, node_size, args.tensor_model_parallel_size)
+    mesh = choose_mesh(size, args.num_attention_heads, groups, node_size, args.tensor_model_parallel_size)
     if mesh.ulysses > 1:
         args.cp_comm_type = ["a2a"] if mesh.ring == 1 else ["a2a+p2p"]
     if mesh.ulysses > 1 and mesh.ring > 1:
         args.hierarchical_context_parallel_sizes = [mesh.ulysses, mesh.ring]
 
 
-def check_ways(args: Namespace, lengths: Sequence[int]) -> Mapping[str, Way]:
-    """Return `ways`, once heads, lengths and windows fit them.
+def validate_comm_types(args: Namespace, lengths: Sequence[int]) -> Mapping[str, CommType]:
+    """Return `comm_types` after checking that heads, lengths and windows fit them.
 
     Args:
-        args: validated by upstream.
+        args: arguments validated by upstream.
         lengths: tokens of every segment of a sequence.
 
     Raises:
-        ValueError: what does not fit, and what would.
+        ValueError: Says what does not fit, and what would.
     """
-    spread = ways(args)
+    types = comm_types(args)
     groups = args.num_query_groups if args.group_query_attention else None
     heads = Heads.of(args.num_attention_heads, groups, args.tensor_model_parallel_size)
-    for way in spread.values():
-        check_heads(way.mesh, heads)
-        Layout(way.mesh, tuple(lengths), args.tensor_model_parallel_size if args.sequence_parallel else 1)
-    _check_used(args, spread)
-    return spread
+    for one in types.values():
+        check_heads(one.mesh, heads)
+        Layout(one.mesh, tuple(lengths), args.tensor_model_parallel_size if args.sequence_parallel else 1)
+    _refuse_unused(args, types)
+    return types
 
 
-def _check_used(args: Namespace, spread: Mapping[str, Way]) -> None:
-    """Refuse flags that would change nothing."""
-    rings = [way.mesh.ring for way in spread.values() if way.mesh.ring > 1 and not way.gathers]
+def _refuse_unused(args: Namespace, types: Mapping[str, CommType]) -> None:
+    """Refuse flags that would have no effect."""
+    rings = [one.mesh.ring for one in types.values() if one.mesh.ring > 1 and not one.gathers]
     if args.ring_window is not None:
         if not rings:
             raise ValueError(f"--ring-window {args.ring_window}: no layer's keys go round a ring of several ranks")
         for ring in rings:
             Ring(ring, args.ring_window)
-    if "a2a+p2p" not in spread:
+    if "a2a+p2p" not in types:
         if args.hierarchical_context_parallel_sizes:
             raise ValueError("--hierarchical-context-parallel-sizes is used by --cp-comm-type a2a+p2p alone; give both")
         if args.context_parallel_placement != "head-first":

@@ -1,16 +1,8 @@
-"""Which Ulysses degrees attention heads allow, what the all-to-all sends of them, and which degree to take."""
+"""Ulysses degrees that attention heads allow, and the choice of one."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from megatron.longseq.attention.plan.layout import Mesh
-
-
-class HeadRange(NamedTuple):
-    """Heads [begin, end)."""
-
-    begin: int
-    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,11 +10,11 @@ class Heads:
     """Attention heads of one tensor-parallel rank.
 
     Attributes:
-        query: query heads Hq.
-        kv: heads of keys and values Hk.
+        query: number of query heads Hq.
+        kv: number of key (and value) heads Hk.
 
     Raises:
-        ValueError: query heads that cannot share the key heads evenly.
+        ValueError: The key heads do not divide the query heads.
     """
 
     query: int
@@ -34,7 +26,7 @@ class Heads:
 
     @classmethod
     def of(cls, heads: int, groups: int | None = None, tensor: int = 1) -> "Heads":
-        """Return the heads of one of `tensor` tensor-parallel ranks, which hold at least one key head, as upstream.
+        """Return the heads of one tensor-parallel rank, which holds at least one key head, as in upstream.
 
         Args:
             heads: --num-attention-heads.
@@ -42,7 +34,7 @@ class Heads:
             tensor: --tensor-model-parallel-size.
 
         Raises:
-            ValueError: heads that do not divide.
+            ValueError: The heads cannot be divided among the ranks.
         """
         groups = heads if groups is None else groups
         if heads % tensor or (groups % tensor and tensor % groups):
@@ -52,30 +44,16 @@ class Heads:
         return cls(heads // tensor, max(groups // tensor, 1))
 
     def allows(self, ulysses: int) -> bool:
-        """Return whether a Ulysses degree gives every rank whole heads that belong together."""
+        """Return whether a Ulysses degree gives every rank whole query heads and the key heads they use."""
         return self.query % ulysses == 0 and (self.kv % ulysses == 0 or ulysses % self.kv == 0)
 
-    def replicas(self, ulysses: int) -> int:
-        """Return to how many ranks of a Ulysses group a key head is sent: their gradients of it are added up."""
-        return max(self.kv, ulysses) // self.kv
-
-    def shared(self, ulysses: int) -> "Heads":
-        """Return the heads that a rank has after the all-to-all."""
+    def per_rank(self, ulysses: int) -> "Heads":
+        """Return the heads of a rank after the all-to-all."""
         return Heads(self.query // ulysses, max(self.kv, ulysses) // ulysses)
 
     def sent(self, ulysses: int) -> int:
-        """Return heads that a token of the fused queries, keys and values has in the all-to-all, to all ranks."""
+        """Return the heads of queries, keys and values that the all-to-all sends of a token, replicas included."""
         return self.query + 2 * max(self.kv, ulysses)
-
-    def query_heads(self, ulysses: int, index: int) -> HeadRange:
-        """Return the query heads that a rank of a Ulysses group computes."""
-        share = self.query // ulysses
-        return HeadRange(index * share, (index + 1) * share)
-
-    def kv_heads(self, ulysses: int, index: int) -> HeadRange:
-        """Return the key heads that a rank of a Ulysses group computes with: those of its query heads."""
-        begin = index * self.kv // ulysses
-        return HeadRange(begin, begin + self.shared(ulysses).kv)
 
 
 def legal_meshes(size: int, heads: Heads) -> tuple[tuple[int, int], ...]:
@@ -89,7 +67,7 @@ def check_heads(mesh: Mesh, heads: Heads) -> None:
     """Refuse a Ulysses degree that the heads do not allow.
 
     Raises:
-        ValueError: what is wrong, and the legal choices.
+        ValueError: Says what is wrong and lists the legal choices with their flags.
     """
     if heads.allows(mesh.ulysses):
         return
@@ -97,39 +75,39 @@ def check_heads(mesh: Mesh, heads: Heads) -> None:
         why = f"{heads.query} query heads cannot be shared by {mesh.ulysses} ranks"
     else:
         why = f"neither does {mesh.ulysses} divide the {heads.kv} heads of keys and values, nor they it"
-    choices = "; ".join(flags(Mesh(*pair)) for pair in legal_meshes(mesh.size, heads))
+    choices = "; ".join(mesh_flags(Mesh(*pair)) for pair in legal_meshes(mesh.size, heads))
     raise ValueError(
         f"Ulysses over {mesh.ulysses} of {mesh.size} context-parallel ranks, with {heads.query} query heads and "
         f"{heads.kv} of keys and values on a tensor-parallel rank: {why}. Legal here: {choices}"
     )
 
 
-def flags(mesh: Mesh) -> str:
-    """Return the flags of a mesh."""
-    words = [f"--context-parallel-size {mesh.size}"]
+def mesh_flags(mesh: Mesh) -> str:
+    """Return the command-line flags of a mesh."""
+    flags = [f"--context-parallel-size {mesh.size}"]
     if mesh.ring == 1:
-        words.append("--cp-comm-type a2a")
+        flags.append("--cp-comm-type a2a")
     elif mesh.ulysses == 1:
-        words.append("--cp-comm-type p2p")
+        flags.append("--cp-comm-type p2p")
     else:
-        words.append(f"--cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes {mesh.ulysses} {mesh.ring}")
+        flags.append(f"--cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes {mesh.ulysses} {mesh.ring}")
         if mesh.placement != "head-first":
-            words.append(f"--context-parallel-placement {mesh.placement}")
-    return " ".join(words)
+            flags.append(f"--context-parallel-placement {mesh.placement}")
+    return " ".join(flags)
 
 
-def choose(size: int, heads: int, groups: int | None, node_size: int, tensor: int = 1) -> Mesh:
-    """Return the mesh with the largest legal Ulysses degree whose groups stay inside a node; the ring goes across.
+def choose_mesh(size: int, heads: int, groups: int | None, node_size: int, tensor: int = 1) -> Mesh:
+    """Return the mesh with the largest legal Ulysses degree whose groups stay inside a node.
 
     Args:
         size: --context-parallel-size.
         heads: --num-attention-heads.
         groups: --num-query-groups; None: as many as heads.
-        node_size: ranks of a node; ranks of a tensor-parallel group are neighbours, context-parallel ones come next.
+        node_size: ranks of a node. Ranks of a tensor-parallel group are neighbours, context-parallel ones come next.
         tensor: --tensor-model-parallel-size.
 
     Raises:
-        ValueError: sizes below 1, or heads that do not divide.
+        ValueError: A size is below 1, or the heads cannot be divided.
     """
     if min(size, heads, node_size, tensor) < 1:
         raise ValueError(

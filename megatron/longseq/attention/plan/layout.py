@@ -1,10 +1,10 @@
-"""Which global token positions a context-parallel rank holds, in which order, before and after the all-to-all.
+"""Which token positions a context-parallel rank holds, in which order, before and after the all-to-all of Ulysses.
 
-Upstream cuts a sequence into 2C chunks; context-parallel rank c of C holds chunks c and 2C - 1 - c. That layout of the
-data stays. With c = r * U + u, the U ranks of one Ulysses group hold, together, chunks r and 2R - 1 - r of 2R: what the
-all-to-all delivers is the ring's zigzag once its halves are put in order (`Layout.arrivals`); no token moves for it.
+Upstream cuts a sequence into 2C chunks; context-parallel rank c of C holds chunks c and 2C - 1 - c (zigzag). With
+c = r * U + u, the U ranks of a Ulysses group hold chunks r and 2R - 1 - r of 2R together, in the same zigzag. The
+all-to-all therefore delivers the ring's layout once its second halves are reordered (`Layout.received_rows`).
 
-Where a sequence runs in segments, or documents are laid out one by one, each of them is cut into 2C chunks by itself.
+A sequence that runs in segments is cut segment by segment: each segment into 2C chunks.
 """
 
 import math
@@ -13,44 +13,41 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, NamedTuple, get_args
 
-from megatron.longseq.attention.plan.ranges import Spans, union
-from megatron.longseq.attention.plan.tiles import Span
+from megatron.longseq.attention.plan.ranges import TokenRange, TokenRanges, union
 
 Placement = Literal["head-first", "context-first"]
 
 
 class Place(NamedTuple):
-    """Where a context-parallel rank stands: its index in its Ulysses group, and in its ring."""
+    """Coordinates of a context-parallel rank: index in its Ulysses group, and in its ring."""
 
     ulysses: int
     ring: int
 
 
-class Arrival(NamedTuple):
-    """Tokens that the all-to-all brings: those at `rows` of what the Ulysses rank `source` held before."""
+class ReceivedRows(NamedTuple):
+    """Rows received from one rank: those at `rows` of what `source` held before."""
 
     source: int
-    rows: Span
+    rows: TokenRange
 
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """Context-parallel ranks as `ring` Ulysses groups of `ulysses` ranks.
+    """Context-parallel ranks as `ring` Ulysses groups of `ulysses` ranks; rank c is at (c % U, c // U).
 
-    A *rank* is a context-parallel rank: the index of the pair of chunks that it holds. A *member* is one of the
-    processes that upstream puts into the context-parallel group, in ascending order. Head-first they are the same.
-    Context-first, neighbouring members are neighbours in a ring, and `ordered` says who is which rank: upstream's
-    context-parallel group must be made in that order (`torch.distributed.new_group(..., sort_ranks=False)`), or data
-    and rotary positions be cut by rank instead of by the group's own numbering.
+    Head-first, context-parallel ranks are in the order of global ranks, as in upstream's group. Context-first, the
+    ranks of a ring are neighbours instead: upstream's context-parallel group is then made again in the order that
+    `ordered` returns (`torch.distributed.new_group(..., sort_ranks=False)`).
 
     Attributes:
         ulysses: ranks that share the heads, U.
         ring: ranks that share the sequence, R.
-        placement: "head-first": the ranks of a Ulysses group are neighbouring members; "context-first": those of a
-            ring.
+        placement: "head-first": the ranks of a Ulysses group have neighbouring global ranks; "context-first": those of
+            a ring.
 
     Raises:
-        ValueError: no such mesh.
+        ValueError: A size is below 1, or the placement is unknown.
     """
 
     ulysses: int
@@ -65,55 +62,47 @@ class Mesh:
 
     @property
     def size(self) -> int:
-        """Context-parallel ranks C."""
+        """Number of context-parallel ranks C."""
         return self.ulysses * self.ring
 
     def place(self, rank: int) -> Place:
-        """Return where a rank stands."""
+        """Return the coordinates of a context-parallel rank."""
         return Place(rank % self.ulysses, rank // self.ulysses)
 
-    def rank(self, member: int) -> int:
-        """Return which rank a member is.
-
-        Raises:
-            ValueError: no such member.
-        """
-        if not 0 <= member < self.size:
-            raise ValueError(f"member {member} of a context-parallel group of {self.size}")
-        if self.placement == "head-first":
-            return member
-        return member % self.ring * self.ulysses + member // self.ring
-
     def ordered(self, members: Sequence[int]) -> tuple[int, ...]:
-        """Return the members (global ranks, ascending) by rank.
+        """Return the global ranks of a context-parallel group in the order of context-parallel ranks.
+
+        Args:
+            members: global ranks, ascending.
 
         Raises:
-            ValueError: not as many members as ranks, or not in ascending order.
+            ValueError: The number of members is not the mesh's size, or they are not in ascending order.
         """
         if len(members) != self.size or list(members) != sorted(set(members)):
             raise ValueError(
                 f"context-parallel group {list(members)}: a mesh of {self.ulysses} x {self.ring} (Ulysses x ring) "
                 f"needs {self.size} global ranks in ascending order"
             )
-        by_rank = {self.rank(index): member for index, member in enumerate(members)}
-        return tuple(by_rank[rank] for rank in range(self.size))
+        if self.placement == "head-first":
+            return tuple(members)
+        return tuple(
+            members[ulysses * self.ring + ring] for ring in range(self.ring) for ulysses in range(self.ulysses)
+        )
 
-    def ulysses_groups(self, members: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-        """Return the Ulysses group of every ring index, as global ranks in Ulysses order, which is ascending."""
-        ranks = self.ordered(members)
-        return tuple(ranks[ring * self.ulysses : (ring + 1) * self.ulysses] for ring in range(self.ring))
+    def ulysses_groups(self, ranks: Sequence[int]) -> list[tuple[int, ...]]:
+        """Return the Ulysses group of every ring index, from global ranks as `ordered` returns them."""
+        return [tuple(ranks[ring * self.ulysses : (ring + 1) * self.ulysses]) for ring in range(self.ring)]
 
-    def ring_groups(self, members: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-        """Return the ring of every Ulysses index, as global ranks in ring order, which is ascending."""
-        ranks = self.ordered(members)
-        return tuple(ranks[ulysses :: self.ulysses] for ulysses in range(self.ulysses))
+    def ring_groups(self, ranks: Sequence[int]) -> list[tuple[int, ...]]:
+        """Return the ring of every Ulysses index, from global ranks as `ordered` returns them."""
+        return [tuple(ranks[ulysses :: self.ulysses]) for ulysses in range(self.ulysses)]
 
 
 def length_multiple(size: int, tensor: int = 1) -> int:
-    """Return what a segment's tokens must be a multiple of.
+    """Return the number that the tokens of a segment must be a multiple of.
 
     Args:
-        size: context-parallel ranks: each holds two chunks of the same length.
+        size: context-parallel ranks; each holds two chunks of the same length.
         tensor: tensor-parallel ranks that share a rank's tokens under --sequence-parallel, else 1.
     """
     return size * math.lcm(2, tensor) if size > 1 else tensor
@@ -121,16 +110,15 @@ def length_multiple(size: int, tensor: int = 1) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Tokens of a sequence on the ranks of a mesh.
+    """Token positions of a sequence on the ranks of a mesh.
 
     Attributes:
         mesh: the ranks.
-        lengths: tokens of every segment, in order: those of Seq1F1B, computed one after another; or the (padded)
-            documents of upstream's per-document split, computed together; or one, the whole sequence.
+        lengths: tokens of every segment (--seq1f1b-splits), in order; one length for a sequence without segments.
         tensor: tensor-parallel ranks that share a rank's tokens under --sequence-parallel, else 1.
 
     Raises:
-        ValueError: no segment, or one that does not divide.
+        ValueError: There is no segment, or the length of one does not divide.
     """
 
     mesh: Mesh
@@ -154,69 +142,76 @@ class Layout:
         return sum(self.lengths[:segment])
 
     def tokens(self, segment: int) -> int:
-        """Return how many of a segment's tokens a rank holds."""
+        """Return the number of a segment's tokens on a rank."""
         return self.lengths[segment] // self.mesh.size
 
-    def positions(self, rank: int, segment: int) -> tuple[Span, Span]:
-        """Return the positions of a segment that a rank holds, in its order: upstream's layout of the data.
+    def positions(self, rank: int, segment: int) -> tuple[TokenRange, TokenRange]:
+        """Return the positions of a segment that a rank holds before the all-to-all, in order: upstream's layout.
 
         Raises:
-            ValueError: no such rank.
+            ValueError: There is no such rank.
         """
         return self._pair(rank, self.mesh.size, segment)
 
-    def ring_positions(self, ring: int, segment: int) -> tuple[Span, Span]:
+    def ring_positions(self, ring: int, segment: int) -> tuple[TokenRange, TokenRange]:
         """Return the positions of a segment that each rank of a Ulysses group holds after the all-to-all, in order.
 
         Raises:
-            ValueError: no such index in the ring.
+            ValueError: There is no such ring index.
         """
         return self._pair(ring, self.mesh.ring, segment)
 
-    def shard(self, ring: int, segments: range) -> Spans:
-        """Return the positions of some segments at a ring index: what its buffer of keys holds, in its order."""
+    def shard(self, ring: int, segments: range) -> TokenRanges:
+        """Return the positions of some segments at a ring index, in the order of its buffer of keys."""
         return union(span for segment in segments for span in self.ring_positions(ring, segment))
 
-    def shards(self, segments: range) -> tuple[Spans, ...]:
+    def shards(self, segments: range) -> tuple[TokenRanges, ...]:
         """Return `shard` of every ring index."""
         return tuple(self.shard(ring, segments) for ring in range(self.mesh.ring))
 
-    def arrivals(self, segments: range) -> tuple[Arrival, ...]:
-        """Return what the all-to-all of some segments brings, in the order of `ring_positions`; alike on all ranks.
+    def received_rows(self, segments: range) -> tuple[ReceivedRows, ...]:
+        """Return the rows that the all-to-all of some segments delivers, in the order of `ring_positions`.
 
-        Rank u's first halves come in the order of u, then its second halves against it: received as
-        [U, 2, chunk, ...] of one segment, unpacked as [2, U, chunk, ...] with the second half flipped over U. The way
-        back takes the same list: those rows, in this order, go to `rows` of `source`.
+        The list is the same on all ranks. Of each segment, the first halves of ranks 0 to U - 1 are followed by the
+        second halves of ranks U - 1 to 0: what is received as [U, 2, chunk, ...] becomes [2, U, chunk, ...], with the
+        second half flipped over U. The way back uses the same list.
         """
         ranks = range(self.mesh.ulysses)
-        arrivals, offset = [], 0
+        received, offset = [], 0
         for segment in segments:
             chunk = self.tokens(segment) // 2
-            first, second = Span(offset, offset + chunk), Span(offset + chunk, offset + self.tokens(segment))
-            arrivals += [Arrival(rank, first) for rank in ranks] + [Arrival(rank, second) for rank in reversed(ranks)]
+            first, second = (
+                TokenRange(offset, offset + chunk),
+                TokenRange(offset + chunk, offset + self.tokens(segment)),
+            )
+            received += [ReceivedRows(rank, first) for rank in ranks]
+            received += [ReceivedRows(rank, second) for rank in reversed(ranks)]
             offset = second.end
-        return tuple(arrivals)
+        return tuple(received)
 
-    def gathered(self, segments: range) -> tuple[Arrival, ...]:
-        """Return where an all-gather over the ring has some segments' tokens, by position; `source` is a ring index."""
-        arrivals: list[tuple[Span, Arrival]] = []
+    def all_gather_order(self, segments: range) -> tuple[ReceivedRows, ...]:
+        """Return the rows that an all-gather over the ring delivers of some segments, in order of position.
+
+        `ReceivedRows.source` is a ring index here.
+        """
+        received: list[tuple[TokenRange, ReceivedRows]] = []
         sizes = [self.lengths[segment] // self.mesh.ring for segment in segments]
         offsets = accumulate(sizes, initial=0)
         for segment, offset in zip(segments, offsets, strict=False):
             for ring in range(self.mesh.ring):
                 at = offset
                 for span in self.ring_positions(ring, segment):
-                    arrivals.append((span, Arrival(ring, Span(at, at + span.size))))
+                    received.append((span, ReceivedRows(ring, TokenRange(at, at + span.size))))
                     at += span.size
-        return tuple(arrival for _, arrival in sorted(arrivals))
+        return tuple(rows for _, rows in sorted(received))
 
-    def _pair(self, index: int, size: int, segment: int) -> tuple[Span, Span]:
-        """Return chunks `index` and `2 * size - 1 - index` of 2 * size of a segment."""
+    def _pair(self, index: int, size: int, segment: int) -> tuple[TokenRange, TokenRange]:
+        """Return chunks `index` and `2 * size - 1 - index` of a segment's 2 * size chunks."""
         if not 0 <= index < size:
             raise ValueError(f"rank {index} of {size}: count from 0 to {size - 1}")
         begin, length = self.begin(segment), self.lengths[segment]
         first, second = index, 2 * size - 1 - index
         return (
-            Span(begin + first * length // (2 * size), begin + (first + 1) * length // (2 * size)),
-            Span(begin + second * length // (2 * size), begin + (second + 1) * length // (2 * size)),
+            TokenRange(begin + first * length // (2 * size), begin + (first + 1) * length // (2 * size)),
+            TokenRange(begin + second * length // (2 * size), begin + (second + 1) * length // (2 * size)),
         )

@@ -1,186 +1,267 @@
-"""Which blocks of the score matrix attention computes: planned from positions alone, nothing masked is computed.
+"""Plan which blocks of the score matrix are computed, from token positions alone. Masked blocks are left out.
 
-Rows are queries, counted from the first query of the call; keys are counted from the first key of the sequence. A tile
-is a range of rows (of some sequences of the batch) with the blocks of keys that it sees; the blocks' partial results
-are merged by their log-sum-exp.
+Under a causal mask, a sliding window and packed documents, a query sees one interval of positions. A buffer holds
+positions in ascending order, perhaps with gaps, so this interval is a range of the buffer's rows. A tile is a range of
+queries with the blocks of keys that they see; partial results of its blocks are merged by log-sum-exp.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
-STRIP = 512  # rows of a windowed tile where the kernel needs a mask: bounds the mask and the masked part
+from megatron.longseq.attention.plan.ranges import (
+    Documents,
+    DocumentSpan,
+    TokenRange,
+    TokenRanges,
+    clip,
+    count_before,
+    intersection,
+    rows_of,
+    union,
+)
 
-
-class Span(NamedTuple):
-    """A half-open range."""
-
-    begin: int
-    end: int
-
-    @property
-    def size(self) -> int:
-        """Elements in it."""
-        return self.end - self.begin
-
-    def slice(self) -> slice:
-        """Return it as an index."""
-        return slice(self.begin, self.end)
-
-    def moved(self, by: int) -> "Span":
-        """Return it that much further."""
-        return Span(self.begin + by, self.end + by)
-
-
-class Run(NamedTuple):
-    """Positions [begin, end) that belong to the document which starts at position `start`."""
-
-    begin: int
-    end: int
-    start: int
+# Rows of a windowed tile for kernels that need a mask for a window. It bounds the mask and its hidden part.
+STRIP = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Documents:
-    """Packed documents: for every sequence of the batch the runs of its positions, in order, without gaps.
+class Mask:
+    """Causal mask of a micro-batch, optionally with a sliding window and packed documents.
+
+    Attributes:
+        batch: number of sequences.
+        window: number of keys before its own position that a query sees; None: all.
+        documents: positions of the documents; a query sees keys of its own document only. None: each sequence is one
+            document.
 
     Raises:
-        ValueError: a run is empty, out of order, or starts after its first position.
+        ValueError: The window is negative, or the documents are those of another batch size.
     """
 
-    runs: tuple[tuple[Run, ...], ...]
+    batch: int
+    window: int | None = None
+    documents: Documents | None = None
 
     def __post_init__(self) -> None:
-        for sequence, runs in enumerate(self.runs):
-            for number, run in enumerate(runs):
-                follows = number == 0 or (run.begin == runs[number - 1].end and run.start == run.begin)
-                if not (0 <= run.start <= run.begin < run.end and follows):
-                    raise ValueError(
-                        f"sequence {sequence} of the batch: document run {tuple(run)} (begin, end, start) does not "
-                        f"continue {tuple(runs[number - 1]) if number else 'the sequence'}: documents must follow one "
-                        "another without gaps, each starting at its own first position"
-                    )
+        if self.window is not None and self.window < 0:
+            raise ValueError(f"a sliding window of {self.window} keys before a query: give 0 or more, or None for all")
+        if self.documents is not None and len(self.documents.spans) != self.batch:
+            raise ValueError(f"documents of {len(self.documents.spans)} sequences for a batch of {self.batch}")
 
-    def within(self, sequence: int, span: Span) -> tuple[Run, ...]:
-        """Return the runs of a sequence inside a span of positions.
+    def document_spans(self, queries: TokenRanges) -> list[tuple[TokenRange, tuple[DocumentSpan, ...]]]:
+        """Return (sequences, document spans of the queries); neighbouring sequences with equal spans are grouped."""
+        if self.documents is None:
+            return [(TokenRange(0, self.batch), tuple(DocumentSpan(one.begin, one.end, 0) for one in queries))]
+        spans = [
+            tuple(span for one in queries for span in self.documents.within(sequence, one))
+            for sequence in range(self.batch)
+        ]
+        grouped = [list(group) for _, group in groupby(range(self.batch), key=spans.__getitem__)]
+        return [(TokenRange(group[0], group[-1] + 1), spans[group[0]]) for group in grouped]
 
-        Raises:
-            ValueError: part of the span belongs to no document.
-        """
-        runs = self.runs[sequence]
-        if not runs or runs[0].begin > span.begin or runs[-1].end < span.end:
-            known = f"{runs[0].begin} to {runs[-1].end}" if runs else "none"
-            raise ValueError(
-                f"sequence {sequence} of the batch: positions {span.begin} to {span.end} are computed, but the "
-                f"documents of positions {known} are known; take them from the mask of the whole sequence"
-            )
-        clipped = (Run(max(run.begin, span.begin), min(run.end, span.end), run.start) for run in runs)
-        return tuple(run for run in clipped if run.begin < run.end)
+    def first_visible(self, span: DocumentSpan) -> int:
+        """Return the first position that the first query of a span sees."""
+        return span.start if self.window is None else max(span.start, span.begin - self.window)
+
+    def window_cuts(self, span: DocumentSpan) -> bool:
+        """Return whether the window hides a key from some query of a span that the span's first query sees."""
+        return self.window is not None and span.end - 1 - self.window > self.first_visible(span)
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Keys that a tile sees.
+    """Keys that the queries of a tile see.
 
     Attributes:
-        keys: positions of the keys.
-        causal: the last row sees all keys, each row before it one key less; else every row sees all.
-        window: with `causal`, a row sees at most this many keys before the one of its own position; None: all.
+        keys: rows of the buffer of keys.
+        causal: the last query sees all keys, and each query before it one key less. Otherwise every query sees all.
+        window: as in `Mask`, for blocks that a window cuts; None: the window hides nothing here.
     """
 
-    keys: Span
+    keys: TokenRange
     causal: bool
     window: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Rows of some sequences and the blocks of keys that they see.
+    """Queries of some sequences and the blocks of keys that they see.
 
     Attributes:
         batch: sequences of the batch.
-        rows: queries, from the first of the call.
-        blocks: the first holds the rows' own positions, so every row of it sees a key.
+        rows: rows of the buffer of queries.
+        blocks: blocks of keys; every query sees at least one key of the first block.
     """
 
-    batch: Span
-    rows: Span
+    batch: TokenRange
+    rows: TokenRange
     blocks: tuple[Block, ...]
 
 
-@lru_cache(maxsize=512)
-def plan_causal(
-    queries: Span,
-    batch: int,
-    *,
-    rectangular: bool,
-    window: int | None = None,
-    documents: Documents | None = None,
-) -> tuple[Tile, ...]:
-    """Plan causal attention of a span of positions to all keys up to its end.
+class TilePlan(NamedTuple):
+    """Tiles of one rank's queries over one buffer of keys.
+
+    Attributes:
+        first: tiles that hold the queries' own positions and cover every row once. Empty if the buffer holds the keys
+            of another rank.
+        more: tiles that are merged into existing results. Together with `first` they hold each visible score once.
+    """
+
+    first: tuple[Tile, ...]
+    more: tuple[Tile, ...]
+
+
+@lru_cache(maxsize=4096)
+def visible_positions(queries: TokenRanges, mask: Mask) -> TokenRanges:
+    """Return the positions that any of the queries sees, in any sequence."""
+    spans = (span for _, spans in mask.document_spans(queries) for span in spans)
+    return union(TokenRange(mask.first_visible(span), span.end) for span in spans)
+
+
+def visible_rows(queries: TokenRanges, keys: TokenRanges, mask: Mask) -> TokenRanges:
+    """Return the rows of a buffer of keys that any of the queries sees, in any sequence."""
+    return rows_of(keys, intersection(keys, visible_positions(queries, mask)))
+
+
+def plan_causal(queries: TokenRange, mask: Mask, *, rectangular: bool) -> tuple[Tile, ...]:
+    """Plan attention of consecutive queries to all keys up to their end.
 
     Args:
-        queries: positions of the queries.
-        batch: sequences.
-        rectangular: the kernel takes a causal block with more keys than rows, and a window, in one call; else such a
-            block is cut into the keys before the rows and the rows' own square, and windows into strips.
-        window: keys before its own position that a row sees; None: all.
-        documents: a row sees the keys of its own document alone; None: one document a sequence.
+        queries: positions of the queries; rows of the tiles count from the first.
+        mask: see `Mask`. Blocks name positions of keys.
+        rectangular: see `plan_tiles`.
 
     Raises:
-        ValueError: no queries, a negative window, or documents of another batch or of other positions.
+        ValueError: There are no queries, or the documents do not cover them.
     """
     if queries.size < 1 or queries.begin < 0:
         raise ValueError(f"attention of positions {queries.begin} to {queries.end}: there is none")
-    if window is not None and window < 0:
-        raise ValueError(f"a sliding window of {window} keys before a query: give 0 or more, or None for all")
-    groups = _groups(documents or Documents(((Run(0, queries.end, 0),),) * batch), queries, batch)
-    cut = _whole if rectangular else _squares
-    return tuple(
-        Tile(sequences, Span(rows.begin - queries.begin, rows.end - queries.begin), blocks)
-        for sequences, runs in groups
-        for run in runs
-        for rows, blocks in cut(run, window)
-    )
+    return plan_tiles((queries,), (TokenRange(0, queries.end),), mask, rectangular=rectangular).first
 
 
-def _groups(documents: Documents, queries: Span, batch: int) -> list[tuple[Span, tuple[Run, ...]]]:
-    """Return neighbouring sequences with the same documents, and the runs of the queries in them."""
-    if len(documents.runs) != batch:
-        raise ValueError(f"documents of {len(documents.runs)} sequences for a batch of {batch}")
-    runs = [documents.within(sequence, queries) for sequence in range(batch)]
-    grouped = [list(group) for _, group in groupby(range(batch), key=runs.__getitem__)]
-    return [(Span(group[0], group[-1] + 1), runs[group[0]]) for group in grouped]
+@lru_cache(maxsize=4096)
+def plan_tiles(queries: TokenRanges, keys: TokenRanges, mask: Mask, *, rectangular: bool) -> TilePlan:
+    """Plan attention of some queries to a buffer of keys.
+
+    Args:
+        queries: positions of the queries, in the order of their rows.
+        keys: positions of the keys, in the order of their rows; blocks name rows.
+        mask: see `Mask`.
+        rectangular: the kernel takes a causal block with more keys than rows, and a window, in one call. Otherwise
+            such a block is cut into the rows' own square and the keys before it, and windows into strips.
+
+    Raises:
+        ValueError: The buffer of keys holds only a part of a range of queries.
+    """
+    first: list[Tile] = []
+    more: list[Tile] = []
+    for batch, spans in mask.document_spans(queries):
+        uncut: list[_Rows] = []
+        for span in spans:
+            row = count_before(queries, span.begin)
+            if mask.window is None or not mask.window_cuts(span):
+                uncut += _rows_without_window(span, row, keys, mask.first_visible(span))
+                continue
+            holds_own = _holds(keys, span)
+            for piece in clip(keys, mask.first_visible(span), span.end):
+                is_own = holds_own and piece.end == span.end
+                shift = count_before(keys, piece.begin) - piece.begin
+                cut = _windowed_own if is_own else _windowed_earlier
+                for rows, blocks in cut(span, piece, mask.window, rectangular):
+                    moved = (Block(block.keys.shifted(shift), block.causal, block.window) for block in blocks)
+                    (first if is_own else more).append(Tile(batch, rows.shifted(row - span.begin), tuple(moved)))
+        for rows_ in _join_neighbours(uncut):
+            (first if rows_.own else more).append(Tile(batch, rows_.rows, rows_.blocks(rectangular)))
+    return TilePlan(tuple(first), tuple(more))
 
 
-def _seen(run: Run, window: int | None) -> tuple[int, int | None]:
-    """Return the first key that a run sees, and the window if it cuts any of the run's rows."""
-    first = run.start if window is None else max(run.start, run.begin - window)
-    cuts = window is not None and run.end - 1 - window > first
-    return first, window if cuts else None
+class _Rows(NamedTuple):
+    """Rows of queries that no window cuts, and rows of their keys; `own`: the last keys are those of the rows."""
+
+    rows: TokenRange
+    keys: TokenRange
+    own: bool
+
+    def blocks(self, rectangular: bool) -> tuple[Block, ...]:
+        """Return the blocks, that of the rows' own positions first."""
+        if not self.own or rectangular or self.keys.size == self.rows.size:
+            return (Block(self.keys, causal=self.own),)
+        border = self.keys.end - self.rows.size
+        own = Block(TokenRange(border, self.keys.end), causal=True)
+        return own, Block(TokenRange(self.keys.begin, border), causal=False)
 
 
-def _whole(run: Run, window: int | None) -> Iterator[tuple[Span, tuple[Block, ...]]]:
-    """One block for a run, for kernels that take it."""
-    first, cut = _seen(run, window)
-    yield Span(run.begin, run.end), (Block(Span(first, run.end), causal=True, window=cut),)
+def _holds(keys: TokenRanges, span: DocumentSpan) -> bool:
+    """Return whether a buffer of keys holds the positions of a span.
+
+    Raises:
+        ValueError: It holds some of them only.
+    """
+    held = count_before(keys, span.end) - count_before(keys, span.begin)
+    if held not in (0, span.end - span.begin):
+        raise ValueError(
+            f"queries of positions {span.begin} to {span.end}, but {held} of them among the keys of positions "
+            f"{[tuple(one) for one in keys]}: queries and keys must be of one layout"
+        )
+    return held > 0
 
 
-def _squares(run: Run, window: int | None) -> Iterator[tuple[Span, tuple[Block, ...]]]:
-    """The run's own square and the keys before it; strips where a window cuts."""
-    first, cut = _seen(run, window)
-    if cut is None:
-        own = Block(Span(run.begin, run.end), causal=True)
-        before = (Block(Span(first, run.begin), causal=False),) if first < run.begin else ()
-        yield Span(run.begin, run.end), (own, *before)
-        return
-    height = min(STRIP, max(64, cut // 2))
-    for begin in range(run.begin, run.end, height):
-        strip = Run(begin, min(begin + height, run.end), run.start)
-        first, cut = _seen(strip, window)
-        if cut is None:
-            yield from _squares(strip, window)
+def _rows_without_window(span: DocumentSpan, row: int, keys: TokenRanges, first: int) -> Iterator[_Rows]:
+    """Yield the rows of a span with the keys from position `first` on, if there are any."""
+    own = _holds(keys, span)
+    seen = TokenRange(count_before(keys, first), count_before(keys, span.end))
+    if seen.size:
+        yield _Rows(TokenRange(row, row + span.end - span.begin), seen, own)
+
+
+def _join_neighbours(all_rows: Sequence[_Rows]) -> list[_Rows]:
+    """Join neighbouring rows that see the same keys, or, with own keys, one more key each than the row before."""
+    joined: list[_Rows] = []
+    for one in all_rows:
+        last = joined[-1] if joined else None
+        if last and last.rows.end == one.rows.begin and last.own == one.own:
+            grown = one.rows.size if one.own else 0
+            if last.keys.begin == one.keys.begin and last.keys.end + grown == one.keys.end:
+                joined[-1] = _Rows(TokenRange(last.rows.begin, one.rows.end), one.keys, one.own)
+                continue
+        joined.append(one)
+    return joined
+
+
+_Windowed = Iterator[tuple[TokenRange, tuple[Block, ...]]]  # positions of queries, and blocks in positions of keys
+
+
+def _windowed_own(span: DocumentSpan, piece: TokenRange, window: int, rectangular: bool) -> _Windowed:
+    """Cut the queries of a span against the piece of keys that holds their own positions."""
+    mask, near = Mask(1, window), DocumentSpan(span.begin, span.end, max(span.start, piece.begin))
+    for strip in _strips(near, window, rectangular) if mask.window_cuts(near) else (near,):
+        first, rows = mask.first_visible(strip), TokenRange(strip.begin, strip.end)
+        if mask.window_cuts(strip):
+            yield rows, (Block(TokenRange(first, strip.end), causal=True, window=window),)
         else:
-            yield Span(strip.begin, strip.end), (Block(Span(first, strip.end), causal=True, window=cut),)
+            yield rows, _Rows(rows, TokenRange(first, strip.end), own=True).blocks(rectangular)
+
+
+def _windowed_earlier(span: DocumentSpan, piece: TokenRange, window: int, rectangular: bool) -> _Windowed:
+    """Cut the queries of a span against a piece of keys before them."""
+    for strip in _strips(span, window, rectangular):
+        rows = TokenRange(strip.begin, min(strip.end, piece.end + window))
+        keys = TokenRange(max(piece.begin, strip.begin - window), piece.end)
+        if rows.size > 0 and keys.size > 0:
+            is_cut = rows.end - 1 - window > keys.begin
+            if is_cut and rows.size > keys.size + 1:  # flash kernels would also hide keys on the right of such a block
+                border = keys.begin + window + 1  # rows before it see all of the keys
+                yield TokenRange(rows.begin, border), (Block(keys, causal=False),)
+                rows, keys = TokenRange(border, rows.end), TokenRange(border - window, keys.end)
+            # A kernel aligns its window at the last row and the last key, whose positions are this far apart.
+            yield rows, (Block(keys, causal=False, window=window - (rows.end - keys.end) if is_cut else None),)
+
+
+def _strips(span: DocumentSpan, window: int, rectangular: bool) -> Iterator[DocumentSpan]:
+    """Yield a span in strips whose height bounds the mask, for kernels that need a mask for a window."""
+    height = span.end - span.begin if rectangular else min(STRIP, max(64, window // 2))
+    for begin in range(span.begin, span.end, height):
+        yield DocumentSpan(begin, min(begin + height, span.end), span.start)

@@ -1,4 +1,4 @@
-"""Messages between the ranks of a ring, and of a Ulysses group: what a plan names is posted here, and counted."""
+"""Messages between the ranks of a ring, and collectives of a process group, with counts of what this rank sends."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,43 +10,43 @@ from torch import Tensor
 
 from megatron.longseq.distributed import SentCounter
 
-Message = tuple[int, Tensor]  # (index of the other rank in the group, contiguous tensor)
+Message = tuple[int, Tensor]  # (group rank of the peer, contiguous tensor)
 
 
-class Pending(Protocol):
-    """Messages on their way."""
+class Work(Protocol):
+    """Messages in flight."""
 
     def wait(self) -> None:
-        """Return when (on a GPU: have the device go on when) they are there; what was sent may then be overwritten."""
+        """Wait for the messages; on a GPU, make the current stream wait. Sent tensors may then be overwritten."""
         ...
 
 
-class Lane(Protocol):
-    """Point-to-point messages among the ranks of a ring; of one pair of ranks they arrive in the order of posting."""
+class P2PChannel(Protocol):
+    """Point-to-point messages among the ranks of a ring, ordered for each pair of ranks."""
 
-    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
-        """Start sending, and receiving into the tensors given; none of them is touched before `wait`."""
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Work:
+        """Start sends and receives. The tensors must not be used before `Work.wait` returns."""
         ...
 
 
-class Exchange(Protocol):
+class GroupCollectives(Protocol):
     """Collectives among the ranks of a group."""
 
     def all_to_all(self, sent: Tensor) -> Tensor:
-        """[ranks, ...]: entry i goes to rank i; return what came, entry i from rank i. `sent` is the caller's again."""
+        """Send entry i of [ranks, ...] to rank i; return [ranks, ...], whose entry i is from rank i."""
         ...
 
     def all_gather(self, own: Tensor) -> Tensor:
-        """Return [ranks, ...], every rank's tensor."""
+        """Return every rank's tensor, as [ranks, ...]."""
         ...
 
     def reduce_scatter(self, parts: Tensor) -> Tensor:
-        """[ranks, ...]: return the sum over ranks of entry `own rank`."""
+        """Return the sum over ranks of the entry of [ranks, ...] that has this rank's index."""
         ...
 
 
 class _Works:
-    """Handles of torch.distributed; they keep their tensors alive."""
+    """Handles of torch.distributed, with the tensors that they need kept alive."""
 
     def __init__(self, works: list[dist.Work], tensors: list[Tensor]) -> None:
         self._works, self._tensors = works, tensors
@@ -58,24 +58,24 @@ class _Works:
 
 
 @dataclass
-class GroupLane:
-    """A lane over a process group of its own.
+class ProcessGroupP2P:
+    """`P2PChannel` over a process group of its own.
 
     Attributes:
         group: ranks in the order of the ring.
-        sent: what this rank has sent.
+        sent: bytes and messages that this rank has sent.
     """
 
     group: dist.ProcessGroup
     sent: SentCounter = field(default_factory=SentCounter)
 
-    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
-        """See `Lane.post`."""
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Work:
+        """See `P2PChannel.post`."""
         for _, tensor in sends:
             self.sent.count(tensor.nbytes)
         operations = [
-            dist.P2POp(how, tensor, group=self.group, group_peer=peer)
-            for how, messages in ((dist.isend, sends), (dist.irecv, receives))
+            dist.P2POp(operation, tensor, group=self.group, group_peer=peer)
+            for operation, messages in ((dist.isend, sends), (dist.irecv, receives))
             for peer, tensor in messages
         ]
         works = dist.batch_isend_irecv(operations) if operations else []
@@ -83,26 +83,26 @@ class GroupLane:
 
 
 @dataclass
-class GroupExchange:
-    """Collectives over a process group.
+class ProcessGroupCollectives:
+    """`GroupCollectives` over a process group.
 
     Attributes:
         group: the ranks, in order.
-        sent: what this rank has sent.
+        sent: bytes and messages that this rank has sent.
     """
 
     group: dist.ProcessGroup
     sent: SentCounter = field(default_factory=SentCounter)
 
     def all_to_all(self, sent: Tensor) -> Tensor:
-        """See `Exchange.all_to_all`."""
+        """See `GroupCollectives.all_to_all`."""
         self.sent.count(sent[1:].nbytes)
-        came = torch.empty_like(sent)
-        dist.all_to_all_single(came, sent, group=self.group)
-        return came
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=self.group)
+        return received
 
     def all_gather(self, own: Tensor) -> Tensor:
-        """See `Exchange.all_gather`."""
+        """See `GroupCollectives.all_gather`."""
         size = self.group.size()
         self.sent.count(own.nbytes * (size - 1))
         gathered = own.new_empty(size * own.shape[0], *own.shape[1:])
@@ -110,5 +110,5 @@ class GroupExchange:
         return gathered.view(size, *own.shape)
 
     def reduce_scatter(self, parts: Tensor) -> Tensor:
-        """See `Exchange.reduce_scatter`; added in the order of ranks, so that a run can be repeated to the bit."""
+        """See `GroupCollectives.reduce_scatter`. Sums in the order of ranks, so that a run repeats to the bit."""
         return self.all_to_all(parts).sum(0)

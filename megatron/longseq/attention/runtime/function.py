@@ -1,9 +1,9 @@
-"""Attention of tokens that are spread over context-parallel ranks: Ulysses, ring, both, and segments of a sequence.
+"""Attention of tokens that are distributed over context-parallel ranks, as one autograd function.
 
-One autograd node per call: heads are exchanged, attention runs over the ring, outputs are exchanged back. Kept for
-backward are q, keys and values as they lie after the exchange, out and log-sum-exp; with segments, keys and values
-stand once in the store. Where upstream computes activations again, out and log-sum-exp of the first forward are kept
-with the function that upstream repeats, and attention is not run a second time.
+A call exchanges heads (Ulysses), attends over the ring, and exchanges the outputs back. Saved for backward are q, keys
+and values as they lie after the exchange, out and log-sum-exp; with segments, keys and values are in the KV cache.
+Where upstream recomputes activations, out and log-sum-exp of the first forward are kept, and attention is not computed
+again.
 """
 
 import functools
@@ -17,99 +17,127 @@ from torch import Tensor
 
 from megatron.longseq.attention.kernels.base import Kernel
 from megatron.longseq.attention.plan.heads import Heads, check_heads
-from megatron.longseq.attention.plan.ring_tiles import Mask
-from megatron.longseq.attention.plan.tiles import Documents, Span
-from megatron.longseq.attention.runtime.kv_cache import Collect, PrefixStore, alone, differentiable
-from megatron.longseq.attention.runtime.ring import Pair
-from megatron.longseq.attention.runtime.strategies import Share, Spread
+from megatron.longseq.attention.plan.ranges import Documents, TokenRange
+from megatron.longseq.attention.plan.tiles import Mask
+from megatron.longseq.attention.runtime.kv_cache import (
+    SegmentGradAccumulator,
+    SegmentKVCache,
+    differentiable,
+    without_base,
+)
+from megatron.longseq.attention.runtime.ring import KV
+from megatron.longseq.attention.runtime.strategies import CPCall, CPStrategy
+from megatron.longseq.attention.runtime.tiled import Result
 from megatron.longseq.attention.runtime.ulysses import Ulysses
 from megatron.longseq.segment import Segment
 
 
-@dataclass
-class Kept:
-    """Results of forwards that will be computed again.
-
-    They lie with the function that runs twice, and nowhere else. Upstream keeps that function in a node of autograd:
-    when the node goes, because its backward is done or because there will be none, so do the results.
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of attention, apart from its tensors.
 
     Attributes:
-        now: results of the function that is running, in the order of its calls; None: no such function is.
+        ulysses: exchange of heads for tokens.
+        inner: attention over the ring, between the exchanges.
+        segment: the segment that is computed.
+        layer: number of the layer, unique on the stage.
+        cache: KV cache of earlier segments; None: the sequence is one segment.
+        documents: packed documents of the sequence.
     """
 
-    now: deque[Any] | None = field(default=None, init=False)
+    ulysses: Ulysses
+    inner: CPCall
+    segment: Segment
+    layer: int
+    cache: SegmentKVCache | None
+    documents: Documents | None
 
-    def with_results(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function with room for the results of its first run, which its second run takes."""
-        results: deque[Any] = deque()
+
+@dataclass
+class RecomputeCache:
+    """Results of attention in forwards that upstream will recompute.
+
+    They are kept by the recomputed function and nowhere else. Upstream keeps that function in an autograd node, so they
+    are freed with it: when its backward has run, or when the node is dropped without one.
+
+    Attributes:
+        active: results of the function that is running, in the order of its calls; None: none is running.
+    """
+
+    active: deque[tuple[Result, AttentionCall]] | None = field(default=None, init=False)
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that keeps the results of its first run for its second run."""
+        results: deque[tuple[Result, AttentionCall]] = deque()
 
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
-            outer, self.now = self.now, results
+            outer, self.active = self.active, results
             try:
                 return function(*args, **kwargs)
             finally:
-                self.now = outer
+                self.active = outer
 
         return run
 
 
-@dataclass(frozen=True)
-class Call:
-    """What is asked of one call, apart from its tensors.
-
-    Attributes:
-        exchange: heads against tokens.
-        share: attention over the ring.
-        segment: which segment of which micro-batch.
-        layer: number of the layer, unique on the stage.
-        store: of segments' keys and values; None: the sequence is one segment.
-        documents: of the sequence.
-    """
-
-    exchange: Ulysses
-    share: Share
-    segment: Segment
-    layer: int
-    store: PrefixStore | None
-    documents: Documents | None
-
-
-Result = tuple[Tensor, Tensor]  # out before it is exchanged back, log-sum-exp
-
-
-def asked(  # noqa: PLR0913
+def attend_once(
     q: Tensor,
     k: Tensor,
-    spread: Spread,
+    v: Tensor,
+    recompute: RecomputeCache,
+    call_for: Callable[[AttentionCall | None], AttentionCall],
+) -> Tensor:
+    """Return attention [n, b, hq * d] without computing it twice where upstream recomputes activations.
+
+    Args:
+        q, k, v: see `context_attention`.
+        recompute: results of first forwards.
+        call_for: returns the call; given the call of the first forward where this is its recomputation, else None.
+    """
+    if recompute.active is not None and not torch.is_grad_enabled():
+        call = call_for(None)
+        out, result = forward_for_recompute(q, k, v, call)
+        recompute.active.append((result, call))
+        return out
+    if recompute.active:
+        result, first = recompute.active.popleft()
+        return context_attention(q, k, v, call_for(first), result)
+    return context_attention(q, k, v, call_for(None))
+
+
+def make_call(  # noqa: PLR0913
+    q: Tensor,
+    k: Tensor,
+    strategy: CPStrategy,
     kernel: Kernel,
     scale: float,
     *,
     window: int | None = None,
     documents: Documents | None = None,
     layer: int = 0,
-    store: PrefixStore | None = None,
-) -> Call:
-    """Plan causal attention of this rank's tokens to the tokens of all ranks.
+    cache: SegmentKVCache | None = None,
+) -> AttentionCall:
+    """Plan causal attention of this rank's tokens to the tokens of all context-parallel ranks.
 
     Args:
-        q: [n, b, hq, d] of the tokens of `Layout.positions`.
+        q: [n, b, hq, d] of the tokens at `Layout.positions`.
         k: [n, b, hk, d]; hk divides hq.
-        spread: over which ranks.
-        kernel: see `kernels.choice.choose`, without dropout.
+        strategy: distribution over the ranks.
+        kernel: see `select_kernel`; without dropout.
         scale: factor of the scores.
-        window: keys before its own position that a query sees; None: all.
-        documents: of the whole sequence; a query sees its own document alone.
-        layer: number of the layer, unique on the stage; needed with `store`.
-        store: of this stage, with `current` set: the tokens are those of the current segment, and the keys of earlier
-            segments are seen, too.
+        window: number of keys before its own position that a query sees; None: all.
+        documents: packed documents of the whole sequence.
+        layer: number of the layer, unique on the stage; needed with `cache`.
+        cache: KV cache of this stage with a current segment. The tokens are those of the segment, which also sees the
+            keys of earlier ones. None: the sequence is one segment.
 
     Raises:
-        ValueError: shapes, heads or documents that do not fit.
-        PrefixOrderError: no segment is current.
+        ValueError: Shapes, heads or documents do not fit.
+        SegmentOrderError: No segment is current.
     """
-    ranks = spread.mesh.size
-    segment = store.announced(layer) if store is not None else Segment(0, 0, (q.shape[0] * ranks,))
+    ranks = strategy.mesh.size
+    segment = cache.current_segment(layer) if cache is not None else Segment(0, 0, (q.shape[0] * ranks,))
     if kernel.dropout:
         raise ValueError(f"layer {layer}: no dropout of attention weights over context-parallel ranks")
     if q.shape[0] * ranks != segment.tokens or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
@@ -118,112 +146,112 @@ def asked(  # noqa: PLR0913
             f"{segment.tokens} tokens on {ranks} context-parallel ranks"
         )
     heads = Heads(q.shape[2], k.shape[2])
-    check_heads(spread.mesh, heads)
-    share = spread.share(kernel, scale, segment, Mask(q.shape[1], window, documents))
-    return Call(spread.exchange(heads, segment), share, segment, layer, store, documents)
+    check_heads(strategy.mesh, heads)
+    inner = strategy.plan_call(kernel, scale, segment, Mask(q.shape[1], window, documents))
+    return AttentionCall(strategy.plan_ulysses(heads, segment), inner, segment, layer, cache, documents)
 
 
-def context_attention(q: Tensor, k: Tensor, v: Tensor, call: Call, result: Result | None = None) -> Tensor:
-    """Return attention [n, b, hq * d], see `asked`.
+def context_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, result: Result | None = None) -> Tensor:
+    """Return attention [n, b, hq * d], see `make_call`.
 
     Args:
-        q: [n, b, hq, d], rotary positions already applied.
+        q: [n, b, hq, d], with rotary positions applied.
         k, v: [n, b, hk, d].
-        call: what is asked.
-        result: of `first_result`, when this forward is a repetition: attention itself is not computed again.
+        call: the call.
+        result: result of `forward_for_recompute` if this forward recomputes that one; attention is not computed again.
 
     Raises:
-        ValueError: values of another shape than keys.
-        PrefixOrderError: not this segment's turn.
+        ValueError: Values have another shape than keys.
+        SegmentOrderError: It is not this segment's turn.
     """
     if v.shape != k.shape:
         raise ValueError(
             f"layer {call.layer}: values {tuple(v.shape)} beside keys {tuple(k.shape)}; over context-parallel ranks "
             "they travel together and have one shape"
         )
-    q, segment = differentiable(call.store, call.layer, call.segment, q, k, v)
+    q, segment = differentiable(call.cache, call.layer, call.segment, q, k, v)
     return ContextAttention.apply(q, k, v, replace(call, segment=segment), result)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def first_result(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Result]:
-    """As `context_attention` without autograd, for a forward that will be repeated: also return what to keep of it."""
+def forward_for_recompute(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Result]:
+    """Return attention without autograd, and the result to keep for the recomputation; see `context_attention`."""
     with torch.no_grad():
-        heads, kv = call.exchange.scatter_heads(q, k, v)
-        result = call.share.forward(heads, _keys(kv, call))
-        return call.exchange.gather_outputs(result[0]).flatten(2), result
+        q, kv = call.ulysses.scatter_heads(q, k, v)
+        result = call.inner.forward(q, _visible_kv(kv, call))
+        return call.ulysses.gather_outputs(result[0]).flatten(2), result
 
 
-def _keys(kv: Pair, call: Call) -> Pair:
-    """Return the keys and values that are seen from here; write the segment's own into the store."""
-    keys = call.share.collect(kv)
-    if call.store is None:
-        return keys
-    rows = _rows(call)
-    whole = call.store.write(call.layer, rows, *keys).seen(rows)
-    return whole[0], whole[1]
+def _visible_kv(kv: KV, call: AttentionCall) -> KV:
+    """Cache a segment's keys and values, and return all that it sees."""
+    gathered = call.inner.gather_kv(kv)
+    if call.cache is None:
+        return gathered
+    rows = _cache_segment(call)
+    k, v = call.cache.write(call.layer, rows, *gathered).up_to(rows)
+    return k, v
 
 
-def _rows(call: Call) -> Segment:
-    """Return the call's segment in rows of the store."""
-    return Segment(call.segment.microbatch, call.segment.index, call.share.segment.lengths, call.segment.forward_only)
+def _cache_segment(call: AttentionCall) -> Segment:
+    """Return the call's segment with lengths in rows of the KV cache."""
+    return replace(call.segment, lengths=call.inner.segment.lengths)
 
 
 class ContextAttention(torch.autograd.Function):
-    """See `context_attention`."""
+    """Autograd function of `context_attention`."""
 
     clear_saved_tensors_on_access = True
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call, result: Result | None) -> Tensor:
-        """Exchange, attend, exchange back."""
-        heads, kv = call.exchange.scatter_heads(q, k, v)
-        out, lse = call.share.forward(heads, _keys(kv, call)) if result is None else result
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, result: Result | None) -> Tensor:
+        """Exchange heads, attend, and exchange outputs."""
+        q, kv = call.ulysses.scatter_heads(q, k, v)
+        out, lse = call.inner.forward(q, _visible_kv(kv, call)) if result is None else result
         ctx.call = call
-        if call.store is None:
-            ctx.save_for_backward(heads, out, lse, *kv)
+        if call.cache is None:
+            ctx.save_for_backward(q, out, lse, *kv)
         elif call.segment.forward_only:
-            call.store.close(call.layer, call.segment)
+            call.cache.finish(call.layer, call.segment)
         else:
-            # Keys and values stand in the store: q must not keep the buffer alive in which all three came.
-            ctx.save_for_backward(alone(heads), out, lse)
-        return call.exchange.gather_outputs(out).flatten(2)
+            # Keys and values are in the cache: q must not keep the buffer of all three alive.
+            ctx.save_for_backward(without_base(q), out, lse)
+        return call.ulysses.gather_outputs(out).flatten(2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The same way back."""
-        call: Call = ctx.call
-        grad_out = call.exchange.scatter_gradient(grad.unflatten(2, (call.exchange.heads.query, -1)))
-        # What is no longer needed is let go at once: the exchange that follows needs as much again.
+        """Run the exchanges and the ring backward."""
+        call: AttentionCall = ctx.call
+        grad_out = call.ulysses.scatter_gradient(grad.unflatten(2, (call.ulysses.heads.query, -1)))
+        # Tensors are freed as soon as they are not needed, because the following exchange needs as much memory again.
         saved = list(ctx.saved_tensors)
-        if call.store is None:
-            dq, grads = _without_store(call, saved, grad_out)
+        if call.cache is None:
+            dq, kv_grads = _without_cache(call, saved, grad_out)
         else:
-            dq, grads = _with_store(call, call.store, saved, grad_out)
+            dq, kv_grads = _with_cache(call, call.cache, saved, grad_out)
         del grad_out
-        three = [dq, *call.share.distribute(grads)]
-        del dq, grads
-        return *call.exchange.gather_gradients(three), None, None
+        grads = [dq, *call.inner.reduce_kv_grads(kv_grads)]
+        del dq, kv_grads
+        return *call.ulysses.gather_gradients(grads), None, None
 
 
-def _without_store(call: Call, saved: list[Tensor], grad_out: Tensor) -> tuple[Tensor, Pair]:
-    """Return dq and the gradients of keys and values; empties what was saved."""
-    heads, out, lse, k, v = saved
+def _without_cache(call: AttentionCall, saved: list[Tensor], grad_out: Tensor) -> tuple[Tensor, KV]:
+    """Return dq and the gradients of keys and values; empties `saved`."""
+    q, out, lse, k, v = saved
     saved.clear()
-    return call.share.backward((heads, call.share.collect((k, v)), out, lse), grad_out)
+    return call.inner.backward((q, call.inner.gather_kv((k, v)), out, lse), grad_out)
 
 
-def _with_store(call: Call, store: PrefixStore, saved: list[Tensor], grad_out: Tensor) -> tuple[Tensor, Pair]:
-    """Leave earlier segments their gradients in the store; return dq and the gradients of the segment's own rows."""
-    rows = _rows(call)
-    slot = store.read(call.layer, rows)
+def _with_cache(call: AttentionCall, cache: SegmentKVCache, saved: list[Tensor], grad_out: Tensor) -> tuple[Tensor, KV]:
+    """Add gradients of earlier segments to the cache; return dq and those of the segment's own keys and values."""
+    rows = _cache_segment(call)
+    layer = cache.read(call.layer, rows)
     q, out, lse = saved
     saved.clear()
-    k, v = slot.seen(rows)
-    dq, (dk, dv) = call.share.backward((q, (k, v), out, lse), grad_out)
-    collect = Collect(slot, rows)
-    collect(Span(0, dk.shape[1]), Span(0, rows.end), dk, dv)
-    own_k, own_v = collect.own()
-    store.count(slot)
-    store.close(call.layer, rows)
+    k, v = layer.up_to(rows)
+    dq, (dk, dv) = call.inner.backward((q, (k, v), out, lse), grad_out)
+    grads = SegmentGradAccumulator(layer, rows)
+    grads.add(TokenRange(0, dk.shape[1]), TokenRange(0, rows.end), dk, dv)
+    own_k, own_v = grads.own()
+    cache.update_bytes(layer)
+    cache.finish(call.layer, rows)
     return dq, (own_k, own_v)

@@ -1,4 +1,4 @@
-"""Process groups of context parallelism: made once, by every rank of the job, in the same order."""
+"""Process groups of context parallelism. All ranks of the job make them at the same time and in the same order."""
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -6,91 +6,85 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron.longseq.attention.plan.comm_type import Way
+from megatron.longseq.attention.plan.comm_type import CommType
 from megatron.longseq.attention.plan.layout import Mesh
-from megatron.longseq.attention.runtime.comm import GroupExchange, GroupLane
-from megatron.longseq.attention.runtime.ring import RingLanes
-from megatron.longseq.attention.runtime.strategies import Spread
+from megatron.longseq.attention.runtime.comm import ProcessGroupCollectives, ProcessGroupP2P
+from megatron.longseq.attention.runtime.ring import RingChannels
+from megatron.longseq.attention.runtime.strategies import CPStrategy
 from megatron.longseq.distributed import all_groups, same_backend_options
 
-LANES = ("keys", "grads", "far_keys", "far_grads")
+CHANNELS = ("kv", "grads", "far_kv", "far_grads")  # fields of `RingChannels`
 
 
-def reordered(group: dist.ProcessGroup, mesh: Mesh, timeout: timedelta | None = None) -> dist.ProcessGroup:
-    """Return the context-parallel group once more, its ranks in the mesh's order (`Mesh.ordered`).
+def reorder_context_group(group: dist.ProcessGroup, mesh: Mesh, timeout: timedelta | None = None) -> dist.ProcessGroup:
+    """Make the context-parallel group again, with its ranks in the order of `Mesh.ordered`.
 
-    Every rank of the job calls this at the same time. Data and rotary positions are cut by the rank in this group.
+    All ranks of the job call this at the same time. Data and rotary positions are cut by the rank in the new group.
     """
-    mine = dist.get_process_group_ranks(group)
+    own = tuple(dist.get_process_group_ranks(group))
     made = None
-    for ranks in all_groups(mine):
+    for ranks in all_groups(own):
         ordered = list(mesh.ordered(ranks))
         new = dist.new_group(ordered, timeout, dist.get_backend(group), same_backend_options(group), sort_ranks=False)
-        if ranks == tuple(mine):
+        if ranks == own:
             made = new
-    assert made is not None, "this rank's own group is among everyone's"
+    assert made is not None, "this rank's group is one of all groups"
     return made
 
 
-def open_spreads(
-    group: dist.ProcessGroup, ways: Mapping[str, Way], window: int | None, timeout: timedelta | None = None
-) -> dict[str, Spread]:
-    """Make the communicators of all context-parallel groups; every rank of the job calls this at the same time.
+def open_strategies(
+    group: dist.ProcessGroup, types: Mapping[str, CommType], window: int | None, timeout: timedelta | None = None
+) -> dict[str, CPStrategy]:
+    """Make the communicators of all context-parallel groups. All ranks of the job call this at the same time.
 
     Args:
-        group: upstream's context-parallel group; its ranks are the context-parallel ranks, in order.
-        ways: how layers are spread, by the name in --cp-comm-type.
+        group: upstream's context-parallel group, whose ranks are the context-parallel ranks, in order.
+        types: communication types by their names in --cp-comm-type.
         window: --ring-window.
-        timeout: after which a message that does not come is an error; None: the backend's own.
+        timeout: time after which a message that does not arrive is an error; None: the backend's own.
 
     Returns:
-        A spread for each name.
+        A strategy for each name.
     """
-    mine, is_gloo = tuple(dist.get_process_group_ranks(group)), dist.get_backend(group) == "gloo"
-    rank, lists = group.rank(), all_groups(mine)
-    spreads: dict[str, Spread] = {}
-    made: dict[tuple[int, int], Spread] = {}
-    for name, way in ways.items():
-        mesh = way.mesh
+    own, is_gloo = dist.get_process_group_ranks(group), dist.get_backend(group) == "gloo"
+    rank, groups = group.rank(), all_groups(own)
+    strategies: dict[str, CPStrategy] = {}
+    made: dict[tuple[int, int], CPStrategy] = {}
+    for name, (mesh, gathers) in types.items():
         key = (mesh.ulysses, mesh.ring)
         if key not in made:
-            place = mesh.place(rank)
-            exchanges = _make([g for ranks in lists for g in _ulysses(mesh, ranks)], ("all",), group, timeout)
-            rings = [g for ranks in lists for g in _rings(mesh, ranks)]
-            # One communicator keeps the order of posting. On a GPU that would make keys wait for gradients.
-            lanes = _make(rings, ("keys",) if is_gloo else LANES, group, timeout)
-            assert mine[rank] == dist.get_rank(), place
-            ring = RingLanes(*(GroupLane(lanes.get(lane, lanes["keys"])) for lane in LANES))
-            ulysses = GroupExchange(exchanges["all"]) if mesh.ulysses > 1 else None
-            made[key] = Spread(mesh, rank, ulysses, ring, GroupExchange(lanes["keys"]))
-        plain = made[key]
-        spreads[name] = Spread(mesh, rank, plain.ulysses, plain.ring, plain.gather if way.gathers else None, window)
-    return spreads
-
-
-def _ulysses(mesh: Mesh, ranks: Sequence[int]) -> list[tuple[int, ...]]:
-    return [tuple(ranks[at : at + mesh.ulysses]) for at in range(0, mesh.size, mesh.ulysses)]
-
-
-def _rings(mesh: Mesh, ranks: Sequence[int]) -> list[tuple[int, ...]]:
-    return [tuple(ranks[at :: mesh.ulysses]) for at in range(mesh.ulysses)]
+            ulysses_groups = [one for ranks in groups for one in mesh.ulysses_groups(ranks)]
+            ulysses = _make(ulysses_groups, ("all",), group, timeout)["all"]
+            # A communicator keeps the order of posting. On a GPU, keys would wait for gradients if they shared one.
+            rings = [one for ranks in groups for one in mesh.ring_groups(ranks)]
+            channels = _make(rings, CHANNELS[:1] if is_gloo else CHANNELS, group, timeout)
+            made[key] = CPStrategy(
+                mesh,
+                rank,
+                ProcessGroupCollectives(ulysses) if mesh.ulysses > 1 else None,
+                RingChannels(*(ProcessGroupP2P(channels.get(channel, channels["kv"])) for channel in CHANNELS)),
+                ProcessGroupCollectives(channels["kv"]),
+            )
+        base = made[key]
+        strategies[name] = CPStrategy(mesh, rank, base.ulysses, base.ring, base.gather if gathers else None, window)
+    return strategies
 
 
 def _make(
     groups: Sequence[tuple[int, ...]], names: Sequence[str], like: dist.ProcessGroup, timeout: timedelta | None
 ) -> dict[str, dist.ProcessGroup]:
-    """Make groups, one for each name, of the kind of another; return this rank's."""
-    mine = {}
+    """Make a process group of every name for every group of ranks, with another's backend; return this rank's."""
+    own = {}
     for ranks in groups:
         for name in names:
             group = dist.new_group(list(ranks), timeout, dist.get_backend(like), same_backend_options(like))
             if dist.get_rank() in ranks:
-                mine[name] = group
-                _greet(group)
-    return mine
+                own[name] = group
+                _connect(group)
+    return own
 
 
-def _greet(group: dist.ProcessGroup) -> None:
-    """Connect the ranks: NCCL does so at a first collective, and wants all of them there."""
+def _connect(group: dist.ProcessGroup) -> None:
+    """Run a first collective: NCCL connects the ranks there, and needs all of them at the same time."""
     if dist.get_backend(group) == "nccl":
         dist.all_reduce(torch.zeros(1, device=torch.device("cuda", torch.cuda.current_device())), group=group)

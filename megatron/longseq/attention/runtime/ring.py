@@ -1,9 +1,8 @@
-"""Ring attention: the steps of a plan (`ringplan`) carried out, forward and backward.
+"""Ring attention: run the steps that `plan_ring_attention` returns, forward and backward.
 
-Keys and values are tensors of their own, as projections and kernels make them: a span of rows of each is a message
-without a copy, and a block's gradients are where the sum begins. While a step's blocks are computed the next step's
-keys are on their way. Results are merged as they come, in the accumulation type; no step's own result is kept.
-Gradients of keys travel in the accumulation type, one step behind the keys.
+Keys and values are separate tensors, as projections and kernels make them: a range of rows is sent without a copy. The
+next step's keys are in flight while a step's blocks are computed. Results are merged as they come, in the accumulation
+dtype. Gradients of keys travel in the accumulation dtype, one step behind the keys.
 """
 
 from collections import defaultdict, deque
@@ -13,238 +12,253 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron.longseq.attention.kernels.base import Kernel
-from megatron.longseq.attention.plan.ranges import Spans, before, located, size
-from megatron.longseq.attention.plan.ring_schedule import Step, Transfer
-from megatron.longseq.attention.plan.tiles import Span
-from megatron.longseq.attention.runtime.comm import Lane, Message, Pending
-from megatron.longseq.attention.runtime.merge import accumulation
-from megatron.longseq.attention.runtime.tiled import attend, attend_backward
+from megatron.longseq.attention.kernels.base import Kernel, accumulation_dtype
+from megatron.longseq.attention.plan.ranges import TokenRange, TokenRanges, count_before, rows_of, size
+from megatron.longseq.attention.plan.ring_schedule import RingStep, Transfer
+from megatron.longseq.attention.runtime.comm import Message, P2PChannel, Work
+from megatron.longseq.attention.runtime.tiled import tiled_backward, tiled_forward
 
-Pair = tuple[Tensor, Tensor]  # keys and values [rows, b, hk, d], contiguous, or the gradients of both
-Saved = tuple[Tensor, Pair, Tensor, Tensor]  # q, own keys and values, out, log-sum-exp
-Came = tuple[Pair, Spans]  # keys or gradients that another rank sent, and which rows of their source's they are
-HOMING = 2  # posts of gradients on their way home, which rank 0 makes in every step: more are waited for, and freed
+KV = tuple[Tensor, Tensor]  # keys and values [rows, b, hk, d], contiguous, or the gradients of both
+Saved = tuple[Tensor, KV, Tensor, Tensor]  # q, own keys and values, out, log-sum-exp
+Received = tuple[KV, TokenRanges]  # keys or gradients from another rank, and their rows in the source's buffer
+
+# Messages with gradients to their owners that may stay in flight: rank 0 posts this many in every step.
+MAX_RETURNS_IN_FLIGHT = 2
 
 
 @dataclass(frozen=True)
-class RingLanes:
-    """Communicators of a ring: keys must not wait behind gradients, nor a step's messages behind longer ones.
+class RingChannels:
+    """Communicators of a ring, so that keys do not wait for gradients, nor short messages for long ones.
 
     Attributes:
-        keys, grads: between steps that follow one another.
-        far_keys, far_grads: messages with more than one step to arrive: to the next window of a double ring, and home.
+        kv, grads: messages that arrive in the next step.
+        far_kv, far_grads: messages with more time to arrive: to the next window of a double ring, and to the owner.
     """
 
-    keys: Lane
-    grads: Lane
-    far_keys: Lane
-    far_grads: Lane
+    kv: P2PChannel
+    grads: P2PChannel
+    far_kv: P2PChannel
+    far_grads: P2PChannel
 
 
 def ring_forward(
-    kernel: Kernel, q: Tensor, own: Pair, steps: Sequence[Step], lanes: RingLanes, scale: float
+    kernel: Kernel, q: Tensor, own: KV, steps: Sequence[RingStep], channels: RingChannels, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Return (out [n, b, hq, d] in q's type, lse [b, hq, n]) of this rank's queries over the keys of all ranks.
+    """Compute attention of this rank's queries to the keys of all ranks.
 
     Args:
         kernel: computes a block.
         q: [n, b, hq, d].
-        own: this rank's keys and values.
-        steps: of `ringplan.plan_ring`.
-        lanes: to the other ranks.
+        own: keys and values of this rank.
+        steps: see `plan_ring_attention`.
+        channels: to the other ranks.
         scale: factor of the scores.
+
+    Returns:
+        out [n, b, hq, d] in the type of q, and lse [b, hq, n] in the accumulation dtype.
     """
-    if _is_alone(steps):
-        return attend(kernel, q, *own, steps[0].begun, scale)
+    if _is_single_rank(steps):
+        return tiled_forward(kernel, q, *own, steps[0].first, scale)
     result: tuple[Tensor, Tensor] | None = None
-    for _, step, held in _keys_round(own, steps, lanes):
+    for _, step, kv in _iterate_steps(own, steps, channels):
         if result is None:
-            result = attend(kernel, q, *held, step.begun, scale, is_part=True)
-        if step.added:
-            attend(kernel, q, *held, step.added, scale, result=result)
-        del held
+            result = tiled_forward(kernel, q, *kv, step.first, scale, is_partial=True)
+        if step.more:
+            tiled_forward(kernel, q, *kv, step.more, scale, result=result)
+        del kv
     assert result is not None, "in step 0 a rank has its own keys"
-    return result[0].to(q.dtype), result[1].to(accumulation(q.dtype))
+    return result[0].to(q.dtype), result[1].to(accumulation_dtype(q.dtype))
 
 
 def ring_backward(
     kernel: Kernel,
     saved: Saved,
     grad_out: Tensor,
-    steps: Sequence[Step],
-    lanes: RingLanes,
+    steps: Sequence[RingStep],
+    channels: RingChannels,
     scale: float,
-) -> tuple[Tensor, Pair]:
-    """Return (dq [n, b, hq, d] in q's type, the gradients of `own` in the accumulation type).
+) -> tuple[Tensor, KV]:
+    """Compute the gradients of `ring_forward`.
 
     Args:
         kernel: computes a block.
-        saved: q, own, and what `ring_forward` returned.
+        saved: q, own keys and values, and the results of `ring_forward`.
         grad_out: [n, b, hq, d].
-        steps: those of the forward.
-        lanes: to the other ranks.
+        steps: steps of the forward.
+        channels: to the other ranks.
         scale: factor of the scores.
+
+    Returns:
+        dq [n, b, hq, d] in the type of q, and the gradients of the own keys and values in the accumulation dtype.
     """
     q, own, out, lse = saved
-    if _is_alone(steps):
-        total = Total(own[0], steps[0].summed, steps[0].held)
-        whole = attend_backward(kernel, (q, *own, out, lse), grad_out, steps[0].begun, scale, total.add)
+    own_grads = GradAccumulator(own[0], steps[0].grad_rows, steps[0].kv_rows)
+    if _is_single_rank(steps):
+        whole = tiled_backward(kernel, (q, *own, out, lse), grad_out, steps[0].first, scale, own_grads.add)
         assert whole is not None, "a rank has its own keys"
-        return whole, total.close()
+        return whole, own_grads.result()
     dq: Tensor | None = None
-    post = _Post(lanes.grads, lanes.far_grads)
-    mine = Total(own[0], steps[0].summed, steps[0].held)
-    for index, step, held in _keys_round(own, steps, lanes):
-        total = Total(own[0], step.summed, step.held) if index else mine
-        tiles = (*step.begun, *step.added)
-        dq = attend_backward(kernel, (q, *held, out, lse), grad_out, tiles, scale, total.add, is_part=True, dq=dq)
-        del held
-        total.take(post.arrived(index))
-        post.start(step.grads_out, total.close(), step.summed, step.grads_in, own[0], accumulation(q.dtype))
-        mine.take(post.arrived(len(steps), but=HOMING))
-        del total
-    mine.take(post.arrived(len(steps)))
+    transfers = _Transfers(channels.grads, channels.far_grads)
+    for index, step, kv in _iterate_steps(own, steps, channels):
+        grads = GradAccumulator(own[0], step.grad_rows, step.kv_rows) if index else own_grads
+        tiles = (*step.first, *step.more)
+        dq = tiled_backward(kernel, (q, *kv, out, lse), grad_out, tiles, scale, grads.add, is_partial=True, dq=dq)
+        del kv
+        grads.add_received(transfers.wait(index))
+        dtype = accumulation_dtype(q.dtype)
+        transfers.post(step.grad_sends, grads.result(), step.grad_rows, step.grad_recvs, own[0], dtype)
+        own_grads.add_received(transfers.wait(len(steps), but=MAX_RETURNS_IN_FLIGHT))
+        del grads
+    own_grads.add_received(transfers.wait(len(steps)))
     assert dq is not None, "in step 0 a rank has its own keys"
-    return dq.to(q.dtype), mine.close()
+    return dq.to(q.dtype), own_grads.result()
 
 
-def _is_alone(steps: Sequence[Step]) -> bool:
-    """Return whether nothing is exchanged or merged: a ring of one rank."""
-    return len(steps) == 1 and not steps[0].added
+def _is_single_rank(steps: Sequence[RingStep]) -> bool:
+    """Return whether nothing is exchanged or merged: the ring has one rank."""
+    return len(steps) == 1 and not steps[0].more
 
 
-def _keys_round(own: Pair, steps: Sequence[Step], lanes: RingLanes) -> Iterator[tuple[int, Step, Pair]]:
-    """Yield each step with the keys that lie here in it, once the messages of the step are on their way.
+def _iterate_steps(own: KV, steps: Sequence[RingStep], channels: RingChannels) -> Iterator[tuple[int, RingStep, KV]]:
+    """Yield (index, step, keys and values) after posting the step's messages.
 
-    Who takes the keys forgets them before the next step: own, held and coming are the three buffers that there are.
+    The caller must drop the keys before the next step: there are buffers for the own, the current and the next keys.
     """
-    post = _Post(lanes.keys, lanes.far_keys)
-    waiting: dict[int, Pair] = {}
+    transfers = _Transfers(channels.kv, channels.far_kv)
+    received: dict[int, KV] = {}
     for index, step in enumerate(steps):
-        deque(post.arrived(index), maxlen=0)
-        held = own if index == 0 else waiting.pop(step.source, (own[0][:0], own[1][:0]))
-        for move, came in post.start(step.keys_out, held, step.held, step.keys_in, own[0], own[0].dtype):
-            waiting[move.source] = came
-        yield index, step, held
-        del held
-    deque(post.arrived(len(steps)), maxlen=0)
+        deque(transfers.wait(index), maxlen=0)
+        kv = own if index == 0 else received.pop(step.source, (own[0][:0], own[1][:0]))
+        for one, buffer in transfers.post(step.kv_sends, kv, step.kv_rows, step.kv_recvs, own[0], own[0].dtype):
+            received[one.source] = buffer
+        yield index, step, kv
+        del kv
+    deque(transfers.wait(len(steps)), maxlen=0)
 
 
-class _Post:
-    """Transfers under way: started in one step, waited for in another, on both sides."""
+class _Transfers:
+    """Messages in flight. Both sides post them in one step and wait for them in another."""
 
-    def __init__(self, near: Lane, far: Lane) -> None:
+    def __init__(self, near: P2PChannel, far: P2PChannel) -> None:
         self._near, self._far = near, far
-        self._due: dict[int, list[tuple[Pending, list[Came]]]] = defaultdict(list)
+        self._due: dict[int, list[tuple[Work, list[Received]]]] = defaultdict(list)
 
-    def start(
+    def post(
         self,
-        out: Sequence[Transfer],
-        buffer: Pair,
-        held: Spans,
-        into: Sequence[Transfer],
+        sends: Sequence[Transfer],
+        buffer: KV,
+        buffer_rows: TokenRanges,
+        recvs: Sequence[Transfer],
         like: Tensor,
         dtype: torch.dtype,
-    ) -> list[tuple[Transfer, Pair]]:
-        """Start a step's transfers; return the receives with the tensors that they fill.
+    ) -> list[tuple[Transfer, KV]]:
+        """Start the transfers of a step.
 
         Args:
-            out: sent from `buffer`, whose rows are `held` of their source's.
+            sends: messages to send from `buffer`.
             buffer: keys and values, or their gradients.
-            held: see `out`.
-            into: received.
-            like: gives the shape but for the rows, and the device.
-            dtype: of the messages.
+            buffer_rows: rows of their source that the buffer holds.
+            recvs: messages to receive.
+            like: tensor with the device of the messages, and their shape except for the rows.
+            dtype: type of the messages.
+
+        Returns:
+            The receives with the tensors that they fill.
         """
-        filled = [(move, _pair(like, size(move.rows), dtype)) for move in into]
-        for lane, is_far in ((self._near, False), (self._far, True)):
-            sends: dict[int, list[Message]] = defaultdict(list)
-            receives: dict[int, list[Message]] = defaultdict(list)
-            coming: dict[int, list[Came]] = defaultdict(list)
-            for move in out:
-                if _is_far(move) == is_far:
-                    rows = located(held, move.rows)
-                    sends[move.wait] += [(move.receiver, _rows(x, rows)) for x in buffer]
-            for move, pair in filled:
-                if _is_far(move) == is_far:
-                    receives[move.wait] += [(move.sender, x) for x in pair]
-                    coming[move.wait].append((pair, move.rows))
-            for wait in sorted({*sends, *receives}):
-                self._due[wait].append((lane.post(sends[wait], receives[wait]), coming[wait]))
+        filled = [(one, _empty_kv(like, size(one.rows), dtype)) for one in recvs]
+        for channel, is_far in ((self._near, False), (self._far, True)):
+            outgoing: dict[int, list[Message]] = defaultdict(list)
+            incoming: dict[int, list[Message]] = defaultdict(list)
+            due: dict[int, list[Received]] = defaultdict(list)
+            for one in sends:
+                if _is_far(one) == is_far:
+                    rows = rows_of(buffer_rows, one.rows)
+                    outgoing[one.wait] += [(one.receiver, _take_rows(x, rows)) for x in buffer]
+            for one, kv in filled:
+                if _is_far(one) == is_far:
+                    incoming[one.wait] += [(one.sender, x) for x in kv]
+                    due[one.wait].append((kv, one.rows))
+            for wait in sorted({*outgoing, *incoming}):
+                self._due[wait].append((channel.post(outgoing[wait], incoming[wait]), due[wait]))
         return filled
 
-    def arrived(self, step: int, but: int = 0) -> Iterator[Came]:
-        """Wait for what is due in a step, but not for the latest few posts; yield what came, in the order of posts."""
+    def wait(self, step: int, but: int = 0) -> Iterator[Received]:
+        """Wait for the messages due in a step except the latest few, and yield what arrived in the order of posting."""
         due = self._due[step]
         while len(due) > but:
-            pending, coming = due.pop(0)
-            pending.wait()
-            while coming:
-                yield coming.pop(0)
+            work, received = due.pop(0)
+            work.wait()
+            while received:
+                yield received.pop(0)
 
 
-def _is_far(move: Transfer) -> bool:
-    return move.wait != move.post + 1
+def _is_far(transfer: Transfer) -> bool:
+    return transfer.wait != transfer.post + 1
 
 
-def _pair(like: Tensor, rows: int, dtype: torch.dtype) -> Pair:
-    """Return room for some rows of keys and of values."""
+def _empty_kv(like: Tensor, rows: int, dtype: torch.dtype) -> KV:
+    """Return uninitialised keys and values of some rows."""
     first, second = (like.new_empty(rows, *like.shape[1:], dtype=dtype) for _ in range(2))
     return first, second
 
 
-def _rows(buffer: Tensor, rows: Spans) -> Tensor:
-    """Return some rows of a buffer as one contiguous tensor; one span is no copy."""
-    parts = [buffer[span.slice()] for span in rows]
+def _take_rows(buffer: Tensor, rows: TokenRanges) -> Tensor:
+    """Return some rows of a buffer as a contiguous tensor, without a copy if they are one range."""
+    parts = [buffer[one.slice()] for one in rows]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-class Total:
-    """The sum of the gradients of some rows of a source's keys and values.
+class GradAccumulator:
+    """Sum of the gradients of some rows of a source's keys and values, in the accumulation dtype.
 
     Args:
-        like: keys, [..., b, hk, d]: gives shape, type and device.
-        summed: which of the source's rows.
-        held: rows of the source that the blocks' keys count through.
+        like: keys [..., b, hk, d]; gives shape, type and device.
+        grad_rows: rows of the source that are summed.
+        kv_rows: rows of the source through which the blocks count keys.
     """
 
-    def __init__(self, like: Tensor, summed: Spans, held: Spans) -> None:
-        self._like, self._summed, self._held = like, summed, held
-        self._sum: Pair | None = None
+    def __init__(self, like: Tensor, grad_rows: TokenRanges, kv_rows: TokenRanges) -> None:
+        self._like, self._grad_rows, self._kv_rows = like, grad_rows, kv_rows
+        self._sum: KV | None = None
 
-    def add(self, batch: Span, keys: Span, dk: Tensor, dv: Tensor) -> None:
-        """Add a block's gradients; `keys` counts through what is held. They may become the sum, and change later."""
-        rows = self._rows(keys)
-        if self._sum is None and rows.size == size(self._summed) and batch.size == self._like.shape[1]:
-            dtype = accumulation(self._like.dtype)
+    def add(self, batch: TokenRange, keys: TokenRange, dk: Tensor, dv: Tensor) -> None:
+        """Add the gradients of a block. The tensors may become the sum and change later.
+
+        Args:
+            batch: sequences.
+            keys: keys of the block, counted through `kv_rows`.
+            dk, dv: [keys, sequences, hk, d].
+        """
+        rows = self._summed_rows(keys)
+        if self._sum is None and rows.size == size(self._grad_rows) and batch.size == self._like.shape[1]:
+            dtype = accumulation_dtype(self._like.dtype)
             self._sum = dk.to(dtype).contiguous(), dv.to(dtype).contiguous()
             return
-        for whole, grad in zip(self.close(), (dk, dv), strict=True):
-            whole[rows.slice(), batch.slice()].add_(grad)
+        for total, grad in zip(self.result(), (dk, dv), strict=True):
+            total[rows.slice(), batch.slice()].add_(grad)
 
-    def take(self, sums: Iterable[Came]) -> None:
-        """Add what other ranks have summed of some of the source's rows."""
-        for pair, rows in sums:
+    def add_received(self, sums: Iterable[Received]) -> None:
+        """Add what other ranks have summed."""
+        for kv, rows in sums:
             begin = 0
-            for span in located(self._summed, rows):
-                for whole, came in zip(self.close(), pair, strict=True):
-                    whole[span.slice()].add_(came[begin : begin + span.size])
-                begin += span.size
+            for one in rows_of(self._grad_rows, rows):
+                for total, received in zip(self.result(), kv, strict=True):
+                    total[one.slice()].add_(received[begin : begin + one.size])
+                begin += one.size
 
-    def close(self) -> Pair:
-        """Return the sum."""
+    def result(self) -> KV:
+        """Return the sums of dk and dv, zeros if nothing was added."""
         if self._sum is None:
-            first, second = _pair(self._like, size(self._summed), accumulation(self._like.dtype))
+            first, second = _empty_kv(self._like, size(self._grad_rows), accumulation_dtype(self._like.dtype))
             self._sum = first.zero_(), second.zero_()
         return self._sum
 
-    def _rows(self, keys: Span) -> Span:
-        """Turn a span of what is held into one of what is summed."""
+    def _summed_rows(self, keys: TokenRange) -> TokenRange:
+        """Convert a range of `kv_rows` into a range of `grad_rows`."""
         passed = 0
-        for span in self._held:
-            if keys.begin < passed + span.size:
-                begin = before(self._summed, span.begin + keys.begin - passed)
-                return Span(begin, begin + keys.size)
-            passed += span.size
+        for one in self._kv_rows:
+            if keys.begin < passed + one.size:
+                begin = count_before(self._grad_rows, one.begin + keys.begin - passed)
+                return TokenRange(begin, begin + keys.size)
+            passed += one.size
         raise AssertionError(f"keys {tuple(keys)} lie beyond the {passed} rows that are held")

@@ -1,9 +1,10 @@
-"""Attention of one segment of a sequence to its own keys and to those of the segments before it.
+"""Attention of one segment to its own keys and those of the segments before it, on one context-parallel rank.
 
-Per segment, autograd keeps q, out and lse; keys and values stand once in the store. While a layer attends, those of all
-segments up to this one lie side by side, for the kernel. Backward adds what earlier segments' keys and values get into
-accumulators, in float32, and returns the segment's own gradient together with what later segments left for it. A
-forward that runs again in backward (recomputation) finds its keys and values in the store.
+Autograd saves q, out and log-sum-exp of a segment; keys and values are in the KV cache. Backward adds the gradients of
+earlier segments' keys and values to their sums in the cache, in float32, and returns the segment's own gradients with
+the contributions of later segments. A forward that backward recomputes finds its keys and values in the cache.
+
+After Seq1F1B (arXiv 2406.03488).
 """
 
 from collections.abc import Callable, Iterator
@@ -15,19 +16,25 @@ import torch
 from torch import Tensor
 
 from megatron.longseq.attention.kernels.base import Kernel
-from megatron.longseq.attention.plan.tiles import Documents, Span, Tile, plan_causal
-from megatron.longseq.attention.runtime.kv_cache import Collect, PrefixStore, alone, differentiable
-from megatron.longseq.attention.runtime.tiled import attend, attend_backward
+from megatron.longseq.attention.plan.ranges import Documents, TokenRange
+from megatron.longseq.attention.plan.tiles import Mask, Tile, plan_causal
+from megatron.longseq.attention.runtime.kv_cache import (
+    SegmentGradAccumulator,
+    SegmentKVCache,
+    differentiable,
+    without_base,
+)
+from megatron.longseq.attention.runtime.tiled import tiled_backward, tiled_forward
 from megatron.longseq.segment import Segment
 
 Fork = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
-    """What a segment's attention is asked, apart from its tensors."""
+class _SegmentCall:
+    """One call of `segment_attention`, apart from its tensors."""
 
-    store: PrefixStore
+    cache: SegmentKVCache
     layer: int
     segment: Segment
     kernel: Kernel
@@ -40,7 +47,7 @@ def segment_attention(  # noqa: PLR0913
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    store: PrefixStore,
+    cache: SegmentKVCache,
     layer: int,
     kernel: Kernel,
     scale: float,
@@ -49,72 +56,68 @@ def segment_attention(  # noqa: PLR0913
     documents: Documents | None = None,
     fork: Fork = nullcontext,
 ) -> Tensor:
-    """Return causal attention [n, b, hq * dv] of the store's current segment to all keys up to its end.
+    """Return causal attention [n, b, hq * dv] of the current segment to all keys up to its end.
 
     Args:
-        q: [n, b, hq, d] of the current segment, rotary positions already applied at their true positions.
+        q: [n, b, hq, d] of the current segment, with rotary positions applied.
         k: [n, b, hk, d]; hk divides hq.
         v: [n, b, hk, dv].
-        store: of this pipeline stage, with `current` set.
+        cache: KV cache of this pipeline stage, with a current segment.
         layer: number of the layer, unique on the stage.
-        kernel: see `kernels.choice.choose`; with dropout if that is wanted.
+        kernel: see `select_kernel`; with dropout if that is wanted.
         scale: factor of the scores.
-        window: keys before its own position that a query sees (upstream's left window); None: all.
-        documents: of the whole sequence, or of the segment's positions at least: a query sees its own document alone.
-        fork: context in which dropout draws its random numbers (upstream's: the model-parallel tracker's `fork`).
+        window: number of keys before its own position that a query sees (upstream's left window); None: all.
+        documents: packed documents of the whole sequence, or at least of the segment's positions.
+        fork: context in which dropout draws random numbers (upstream's: `fork` of the model-parallel RNG tracker).
 
     Raises:
-        PrefixOrderError: not this segment's turn: segments go forward from the first to the last, backward from the
-            last to the first.
-        ValueError: shapes that do not fit the segment, documents of other positions.
+        SegmentOrderError: It is not this segment's turn. Forwards run from the first segment to the last, backwards
+            from the last to the first.
+        ValueError: Shapes do not fit the segment, or documents its positions.
     """
-    segment = store.announced(layer)
+    segment = cache.current_segment(layer)
     if q.shape[0] != segment.tokens:
         raise ValueError(f"layer {layer}, {segment}: {q.shape[0]} queries for {segment.tokens} of {segment.lengths}")
-    q, segment = differentiable(store, layer, segment, q, k, v)
-    tiles = plan_causal(
-        Span(segment.begin, segment.end),
-        q.shape[1],
-        rectangular=kernel.rectangular,
-        window=window,
-        documents=documents,
-    )
-    return PrefixAttention.apply(q, k, v, _Call(store, layer, segment, kernel, scale, tiles, fork))
+    q, segment = differentiable(cache, layer, segment, q, k, v)
+    mask = Mask(q.shape[1], window, documents)
+    tiles = plan_causal(TokenRange(segment.begin, segment.end), mask, rectangular=kernel.rectangular)
+    return SegmentAttention.apply(q, k, v, _SegmentCall(cache, layer, segment, kernel, scale, tiles, fork))
 
 
-class PrefixAttention(torch.autograd.Function):
-    """See `segment_attention`."""
+class SegmentAttention(torch.autograd.Function):
+    """Autograd function of `segment_attention`."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: _Call) -> Tensor:
-        """Write the segment's keys and values, attend to all up to its end."""
-        slot = call.store.write(call.layer, call.segment, k, v)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: _SegmentCall) -> Tensor:
+        """Cache the segment's keys and values, and attend to all up to its end."""
+        layer = call.cache.write(call.layer, call.segment, k, v)
         ctx.call = call
         with call.fork() if call.kernel.dropout else nullcontext():
             ctx.generator = _generator_state(q) if call.kernel.dropout else None
-            k, v = slot.seen(call.segment)
-            out, lse = attend(call.kernel, q, k, v, call.tiles, call.scale)
+            k, v = layer.up_to(call.segment)
+            out, lse = tiled_forward(call.kernel, q, k, v, call.tiles, call.scale)
         if call.segment.forward_only:
-            call.store.close(call.layer, call.segment)
+            call.cache.finish(call.layer, call.segment)
         else:
-            ctx.save_for_backward(alone(q), out, lse)
+            ctx.save_for_backward(without_base(q), out, lse)
         return out.flatten(2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Leave earlier segments their gradients, return this one's."""
-        call: _Call = ctx.call
+        """Add gradients of earlier segments to the cache, and return those of this one."""
+        call: _SegmentCall = ctx.call
         q, out, lse = ctx.saved_tensors
-        slot = call.store.read(call.layer, call.segment)
-        collect = Collect(slot, call.segment)
-        with _replayed(q, ctx.generator):
-            k, v = slot.seen(call.segment)
-            dq = attend_backward(call.kernel, (q, k, v, out, lse), grad.view_as(out), call.tiles, call.scale, collect)
+        layer = call.cache.read(call.layer, call.segment)
+        grads = SegmentGradAccumulator(layer, call.segment)
+        with _restored_generator(q, ctx.generator):
+            k, v = layer.up_to(call.segment)
+            saved = (q, k, v, out, lse)
+            dq = tiled_backward(call.kernel, saved, grad.view_as(out), call.tiles, call.scale, grads.add)
         assert dq is not None, "a segment has rows"
-        dk, dv = collect.own()
-        call.store.count(slot)
-        call.store.close(call.layer, call.segment)
+        dk, dv = grads.own()
+        call.cache.update_bytes(layer)
+        call.cache.finish(call.layer, call.segment)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None
 
 
@@ -123,8 +126,8 @@ def _generator_state(q: Tensor) -> Tensor:
 
 
 @contextmanager
-def _replayed(q: Tensor, state: Tensor | None) -> Iterator[None]:
-    """Draw the random numbers of the forward again; leave the generator as it was."""
+def _restored_generator(q: Tensor, state: Tensor | None) -> Iterator[None]:
+    """Draw the random numbers of the forward again, and restore the generator's state afterwards."""
     if state is None:
         yield
         return

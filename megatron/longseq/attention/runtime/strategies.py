@@ -1,6 +1,7 @@
-"""How one layer's attention is spread over context-parallel ranks, and the part of it behind the all-to-all.
+"""Strategies by which a layer's attention is distributed over context-parallel ranks.
 
-A `Spread` belongs to a layer; a `Share` is it for the tokens of one call: this rank's queries, and everyone's keys.
+A `CPStrategy` belongs to a layer. A `CPCall` is the part of one call between the all-to-alls: this rank's queries and
+the keys of all ranks.
 """
 
 from dataclasses import dataclass
@@ -12,50 +13,57 @@ from torch import Tensor
 from megatron.longseq.attention.kernels.base import Kernel
 from megatron.longseq.attention.plan.heads import Heads
 from megatron.longseq.attention.plan.layout import Layout, Mesh
-from megatron.longseq.attention.plan.ring_schedule import Ring, Step, plan_gathered, plan_ring
-from megatron.longseq.attention.plan.ring_tiles import Mask
-from megatron.longseq.attention.plan.tiles import Span, Tile
-from megatron.longseq.attention.runtime.comm import Exchange
-from megatron.longseq.attention.runtime.ring import Pair, RingLanes, Saved, Total, ring_backward, ring_forward
-from megatron.longseq.attention.runtime.tiled import attend, attend_backward
+from megatron.longseq.attention.plan.ranges import TokenRange
+from megatron.longseq.attention.plan.ring_schedule import Ring, RingStep, plan_all_gather, plan_ring_attention
+from megatron.longseq.attention.plan.tiles import Mask, Tile
+from megatron.longseq.attention.runtime.comm import GroupCollectives
+from megatron.longseq.attention.runtime.ring import (
+    KV,
+    GradAccumulator,
+    RingChannels,
+    Saved,
+    ring_backward,
+    ring_forward,
+)
+from megatron.longseq.attention.runtime.tiled import tiled_backward, tiled_forward
 from megatron.longseq.attention.runtime.ulysses import Ulysses
 from megatron.longseq.segment import Segment
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Where a layer's attention is computed.
+class CPStrategy:
+    """How one layer's attention is distributed, with the communicators of this rank.
 
     Attributes:
         mesh: Ulysses and ring degrees.
-        rank: this context-parallel rank: it holds chunks `rank` and 2C - 1 - `rank` of every segment.
+        rank: context-parallel rank; it holds chunks `rank` and 2C - 1 - `rank` of every segment.
         ulysses: collectives of its Ulysses group; None: U is 1.
-        ring: lanes of its ring.
-        gather: collectives of its ring, where keys are gathered (--cp-comm-type all_gather) instead of going round.
+        ring: channels of its ring.
+        gather: collectives of its ring if keys are all-gathered (--cp-comm-type all_gather); None: they go round it.
         window: ranks of a window of a double ring (--ring-window); None: a plain ring.
     """
 
     mesh: Mesh
     rank: int
-    ulysses: Exchange | None = None
-    ring: RingLanes | None = None
-    gather: Exchange | None = None
+    ulysses: GroupCollectives | None = None
+    ring: RingChannels | None = None
+    gather: GroupCollectives | None = None
     window: int | None = None
 
-    def exchange(self, heads: Heads, segment: Segment) -> Ulysses:
-        """Return the all-to-alls of a segment's tokens."""
-        arrivals = Layout(self.mesh, segment.lengths).arrivals(range(segment.index, segment.index + 1))
-        return Ulysses(self.mesh.ulysses, heads, arrivals, self.ulysses)
+    def plan_ulysses(self, heads: Heads, segment: Segment) -> Ulysses:
+        """Return the all-to-alls of a segment."""
+        rows = Layout(self.mesh, segment.lengths).received_rows(range(segment.index, segment.index + 1))
+        return Ulysses(self.mesh.ulysses, heads, rows, self.ulysses)
 
-    def share(self, kernel: Kernel, scale: float, segment: Segment, mask: Mask) -> "Share":
-        """Return how a segment's queries attend to the keys up to its end."""
+    def plan_call(self, kernel: Kernel, scale: float, segment: Segment, mask: Mask) -> "CPCall":
+        """Return the attention of a segment's queries to all keys up to the segment's end."""
         layout, place = Layout(self.mesh, segment.lengths), self.mesh.place(self.rank)
         own, seen = range(segment.index, segment.index + 1), range(segment.index + 1)
         if self.gather is not None:
-            tiles = plan_gathered(layout, place.ring, own, mask, rectangular=kernel.rectangular)
-            return GatheredShare(kernel, scale, tiles, self.gather, layout, segment.index, place.ring)
-        assert self.ring is not None, "a ring has lanes, if only among one rank"
-        steps = plan_ring(
+            tiles = plan_all_gather(layout, place.ring, own, mask, rectangular=kernel.rectangular)
+            return AllGatherCall(kernel, scale, tiles, self.gather, layout, segment.index)
+        assert self.ring is not None, "every rank has a ring, if only of one rank"
+        steps = plan_ring_attention(
             Ring(self.mesh.ring, self.window or self.mesh.ring),
             layout.shards(own),
             layout.shards(seen),
@@ -63,106 +71,105 @@ class Spread:
             place.ring,
             rectangular=kernel.rectangular,
         )
-        return RingShare(kernel, scale, steps, self.ring, segment.shared(self.mesh.ring))
+        return RingCall(kernel, scale, steps, self.ring, segment.per_rank(self.mesh.ring))
 
 
-class Share(Protocol):
-    """One call's attention over a ring."""
+class CPCall(Protocol):
+    """Attention of one call over a ring."""
 
     @property
     def segment(self) -> Segment:
-        """The segment, in the rows that a store keeps of it."""
+        """The segment with lengths in rows of the KV cache."""
         ...
 
-    def collect(self, kv: Pair) -> Pair:
-        """Return what is kept of a segment's keys and values [n, b, hk, d] for it and for later segments."""
+    def gather_kv(self, kv: KV) -> KV:
+        """Return the keys and values to cache of a segment, from this rank's [n, b, hk, d]."""
         ...
 
-    def forward(self, q: Tensor, keys: Pair) -> tuple[Tensor, Tensor]:
-        """Return (out, lse); `keys`: what was collected up to this segment's end."""
+    def forward(self, q: Tensor, kv: KV) -> tuple[Tensor, Tensor]:
+        """Return (out, lse); `kv` is what `gather_kv` returned of all segments up to this one."""
         ...
 
-    def backward(self, saved: Saved, grad_out: Tensor) -> tuple[Tensor, Pair]:
-        """Return dq and the gradients of `keys`, in the accumulation type."""
+    def backward(self, saved: Saved, grad_out: Tensor) -> tuple[Tensor, KV]:
+        """Return dq and the gradients of `kv` in the accumulation dtype."""
         ...
 
-    def distribute(self, grads: Pair) -> Pair:
-        """Return the gradient of `collect`: a segment's rows to the rank's own."""
+    def reduce_kv_grads(self, grads: KV) -> KV:
+        """Return the gradient of `gather_kv`: this rank's [n, b, hk, d]."""
         ...
 
 
 @dataclass(frozen=True)
-class RingShare:
-    """Keys go round."""
+class RingCall:
+    """Keys and values go round the ring."""
 
     kernel: Kernel
     scale: float
-    steps: tuple[Step, ...]
-    lanes: RingLanes
+    steps: tuple[RingStep, ...]
+    channels: RingChannels
     segment: Segment
 
-    def collect(self, kv: Pair) -> Pair:
-        """See `Share.collect`: the rank's own."""
+    def gather_kv(self, kv: KV) -> KV:
+        """See `CPCall.gather_kv`: a rank caches its own."""
         return kv
 
-    def forward(self, q: Tensor, keys: Pair) -> tuple[Tensor, Tensor]:
-        """See `Share.forward`."""
-        return ring_forward(self.kernel, q, keys, self.steps, self.lanes, self.scale)
+    def forward(self, q: Tensor, kv: KV) -> tuple[Tensor, Tensor]:
+        """See `CPCall.forward`."""
+        return ring_forward(self.kernel, q, kv, self.steps, self.channels, self.scale)
 
-    def backward(self, saved: Saved, grad_out: Tensor) -> tuple[Tensor, Pair]:
-        """See `Share.backward`."""
-        return ring_backward(self.kernel, saved, grad_out, self.steps, self.lanes, self.scale)
+    def backward(self, saved: Saved, grad_out: Tensor) -> tuple[Tensor, KV]:
+        """See `CPCall.backward`."""
+        return ring_backward(self.kernel, saved, grad_out, self.steps, self.channels, self.scale)
 
-    def distribute(self, grads: Pair) -> Pair:
-        """See `Share.distribute`: they have come home already."""
+    def reduce_kv_grads(self, grads: KV) -> KV:
+        """See `CPCall.reduce_kv_grads`: the ring has returned them to their owners."""
         return grads
 
 
 @dataclass(frozen=True)
-class GatheredShare:
-    """Every rank gathers all keys, by position; gradients are scattered back, summed in the order of ranks."""
+class AllGatherCall:
+    """Every rank gathers all keys in order of position; gradients are reduce-scattered in the order of ranks."""
 
     kernel: Kernel
     scale: float
     tiles: tuple[Tile, ...]
-    exchange: Exchange
+    collectives: GroupCollectives
     layout: Layout
     index: int
-    ring: int
 
     @property
     def segment(self) -> Segment:
-        """See `Share`."""
+        """See `CPCall.segment`."""
         return Segment(0, self.index, self.layout.lengths)
 
-    def collect(self, kv: Pair) -> Pair:
-        """See `Share.collect`: everyone's, by position."""
-        came = self.exchange.all_gather(torch.stack(kv, dim=1))
-        order = self.layout.gathered(range(self.index, self.index + 1))
-        keys, values = (torch.cat([came[source, rows.slice(), which] for source, rows in order]) for which in (0, 1))
-        return keys, values
+    def gather_kv(self, kv: KV) -> KV:
+        """See `CPCall.gather_kv`: all ranks', in order of position."""
+        gathered = self.collectives.all_gather(torch.stack(kv, dim=1))
+        order = self.layout.all_gather_order(range(self.index, self.index + 1))
+        k, v = (torch.cat([gathered[source, rows.slice(), which] for source, rows in order]) for which in (0, 1))
+        return k, v
 
-    def forward(self, q: Tensor, keys: Pair) -> tuple[Tensor, Tensor]:
-        """See `Share.forward`."""
-        return attend(self.kernel, q, *keys, self.tiles, self.scale)
+    def forward(self, q: Tensor, kv: KV) -> tuple[Tensor, Tensor]:
+        """See `CPCall.forward`."""
+        return tiled_forward(self.kernel, q, *kv, self.tiles, self.scale)
 
-    def backward(self, saved: Saved, grad_out: Tensor) -> tuple[Tensor, Pair]:
-        """See `Share.backward`."""
-        q, keys, out, lse = saved
-        everything = (Span(0, keys[0].shape[0]),)
-        total = Total(keys[0], everything, everything)
-        dq = attend_backward(self.kernel, (q, *keys, out, lse), grad_out, self.tiles, self.scale, total.add)
+    def backward(self, saved: Saved, grad_out: Tensor) -> tuple[Tensor, KV]:
+        """See `CPCall.backward`."""
+        q, kv, out, lse = saved
+        all_rows = (TokenRange(0, kv[0].shape[0]),)
+        grads = GradAccumulator(kv[0], all_rows, all_rows)
+        dq = tiled_backward(self.kernel, (q, *kv, out, lse), grad_out, self.tiles, self.scale, grads.add)
         assert dq is not None, "a segment has rows"
-        return dq, total.close()
+        return dq, grads.result()
 
-    def distribute(self, grads: Pair) -> Pair:
-        """See `Share.distribute`."""
+    def reduce_kv_grads(self, grads: KV) -> KV:
+        """See `CPCall.reduce_kv_grads`."""
         ranks, dk = self.layout.mesh.ring, grads[0]
         parts = dk.new_empty(ranks, dk.shape[0] // ranks, 2, *dk.shape[1:])
         begin = 0
-        for source, rows in self.layout.gathered(range(self.index, self.index + 1)):
+        for source, rows in self.layout.all_gather_order(range(self.index, self.index + 1)):
             for which, grad in enumerate(grads):
                 parts[source, rows.slice(), which] = grad[begin : begin + rows.size]
             begin += rows.size
-        own = self.exchange.reduce_scatter(parts)
+        own = self.collectives.reduce_scatter(parts)
         return own[:, 0], own[:, 1]

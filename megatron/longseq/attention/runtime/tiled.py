@@ -1,22 +1,37 @@
-"""Attention by tiles: blocks run through a kernel, partial results merged, gradients handed out block by block.
-
-There is one loop for the forward and one for the backward, whether the tiles are all that their rows see or a part.
-"""
+"""Attention by tiles: run blocks through a kernel, merge their results, and pass on the gradients of their keys."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from megatron.longseq.attention.kernels.base import Kernel, Scores
-from megatron.longseq.attention.plan.tiles import Span, Tile
-from megatron.longseq.attention.runtime.merge import accumulation, merge_
+from megatron.longseq.attention.kernels.base import Kernel, Scores, accumulation_dtype
+from megatron.longseq.attention.plan.ranges import TokenRange
+from megatron.longseq.attention.plan.tiles import Tile
 
-KeyGrads = Callable[[Span, Span, Tensor, Tensor], None]  # (sequences, keys, dk, dv)
+KeyGrads = Callable[[TokenRange, TokenRange, Tensor, Tensor], None]  # (sequences, keys, dk, dv)
 Result = tuple[Tensor, Tensor]  # out, log-sum-exp
 
 
-def attend(
+def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
+    """Merge the result of a block into `out` and `lse`, in place.
+
+    Rows that see no key of the block (log-sum-exp of -inf) are unchanged; rows that saw no key before take the block's
+    result.
+
+    Args:
+        out: [s, b, h, d], float32 (float64).
+        lse: [b, h, s], float32 or float64. Over many merges, float32 loses a fifth of a kernel's accuracy: near 8 its
+            spacing is 5e-7, which is the error of every weight.
+        block_out: [s, b, h, d], any float type, finite in every row.
+        block_lse: [b, h, s], float32 (float64).
+    """
+    share = torch.sigmoid(block_lse - lse).masked_fill_(block_lse == -torch.inf, 0.0)
+    out.lerp_(block_out.to(out.dtype), share.to(out.dtype).permute(2, 0, 1).unsqueeze(-1))
+    torch.logaddexp(lse, block_lse.to(lse.dtype), out=lse)
+
+
+def tiled_forward(
     kernel: Kernel,
     q: Tensor,
     k: Tensor,
@@ -24,43 +39,46 @@ def attend(
     tiles: Sequence[Tile],
     scale: float,
     *,
-    is_part: bool = False,
+    is_partial: bool = False,
     result: Result | None = None,
 ) -> Result:
-    """Return (out [sq, b, hq, dv] in q's type, contiguous; lse [b, hq, sq]) of tiles that cover every row once.
+    """Compute attention over the blocks of some tiles.
 
     Args:
         kernel: computes a block.
         q: [sq, b, hq, d].
-        k: [keys, b, hk, d], at least as many keys as the tiles name; hk divides hq.
+        k: [keys, b, hk, d], with all keys that the tiles name; hk divides hq.
         v: [keys, b, hk, dv].
-        tiles: see `blocks`.
+        tiles: cover every row once, unless `result` is given.
         scale: factor of the scores.
-        is_part: results of further keys will be merged into this one: out is left in the accumulation type, lse is in
-            float64 (see `merge_`).
-        result: of earlier keys, as `is_part` returns it: merged into in place, and returned. Tiles may then leave rows
-            out.
+        is_partial: results of further keys will be merged into this one. It stays in the accumulation type, and its
+            log-sum-exp is in float64 (see `merge_`).
+        result: partial result of earlier keys; merged into in place and returned.
+
+    Returns:
+        out [sq, b, hq, dv], contiguous, in the type of q (in the accumulation type if partial), and lse [b, hq, sq] in
+        the accumulation type (in float64 if partial).
     """
-    is_part = is_part or result is not None
+    is_partial = is_partial or result is not None
     begins = result is None
     for tile in tiles:
         rows, batch = tile.rows.slice(), tile.batch.slice()
-        dtype = _type(kernel, q, is_part or len(tile.blocks) > 1)
-        given = q[rows, batch].to(dtype)
+        dtype = _block_dtype(kernel, q, is_partial or len(tile.blocks) > 1)
+        block_q = q[rows, batch].to(dtype)
         merged = (result[0][rows, batch], result[1][batch, :, rows]) if result is not None and not begins else None
         for block in tile.blocks:
             keys = block.keys.slice()
             scores = Scores(scale, block.causal, block.window)
-            out, lse = kernel.forward(given, k[keys, batch].to(dtype), v[keys, batch].to(dtype), scores)
+            out, lse = kernel.forward(block_q, k[keys, batch].to(dtype), v[keys, batch].to(dtype), scores)
             if merged is None:
-                merged = (out.to(accumulation(q.dtype)) if len(tile.blocks) > 1 else out, lse)
+                merged = (out.to(accumulation_dtype(q.dtype)) if len(tile.blocks) > 1 else out, lse)
             else:
                 merge_(*merged, out, lse)
         if not begins:
             continue
         assert merged is not None, "a tile has at least one block"
-        out_type = accumulation(q.dtype) if is_part else q.dtype
-        lse_type = torch.float64 if is_part else accumulation(q.dtype)
+        out_type = accumulation_dtype(q.dtype) if is_partial else q.dtype
+        lse_type = torch.float64 if is_partial else accumulation_dtype(q.dtype)
         if len(tiles) == 1:
             return merged[0].to(out_type).contiguous(), merged[1].to(lse_type)
         if result is None:
@@ -73,7 +91,7 @@ def attend(
     return result
 
 
-def attend_backward(
+def tiled_backward(
     kernel: Kernel,
     saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     grad_out: Tensor,
@@ -81,64 +99,66 @@ def attend_backward(
     scale: float,
     key_grads: KeyGrads,
     *,
-    is_part: bool = False,
+    is_partial: bool = False,
     dq: Tensor | None = None,
 ) -> Tensor | None:
-    """Return dq [sq, b, hq, d] in q's type, None where there are no tiles; hand every block's dk and dv out.
+    """Compute the gradients of `tiled_forward`.
 
-    Where a gradient is a sum of several blocks' or of several query heads' of a group, a wide kernel is given float32,
-    so that no part of the sum is rounded: for as long as a tile is computed, q, k, v, out and the gradient are there in
-    float32, too.
+    Where a gradient is a sum over several blocks, or over query heads that share a key head, a `wide` kernel computes
+    in float32 so that no part of the sum is rounded. The tile's q, k, v, out and gradient then exist in float32, too.
 
     Args:
         kernel: computes a block.
-        saved: q, k, v, out, lse; out and lse are those of *all* keys that a row saw, here or elsewhere.
+        saved: q, k, v, out, lse; out and lse are those of all keys that a row sees, here or on other ranks.
         grad_out: [sq, b, hq, dv].
-        tiles: those of the forward, or a part of them.
+        tiles: tiles of the forward, or some of them.
         scale: factor of the scores.
-        key_grads: called with (sequences, keys, dk, dv) as often as keys are seen; adds them up.
-        is_part: gradients from further keys will be added to this one: dq is left in the accumulation type.
-        dq: from other keys, in the accumulation type: added to in place, and returned. Tiles may then leave rows out.
+        key_grads: called with (sequences, keys, dk, dv) of every block; sums them.
+        is_partial: gradients from further keys will be added. dq stays in the accumulation type.
+        dq: gradient from other keys in the accumulation type; added to in place and returned.
+
+    Returns:
+        dq [sq, b, hq, d] in the type of q (in the accumulation type if partial); None if there are no tiles.
     """
     q, k, v, out, lse = saved
-    is_part = is_part or dq is not None
-    total_type = accumulation(q.dtype) if is_part else q.dtype
+    is_partial = is_partial or dq is not None
+    dq_type = accumulation_dtype(q.dtype) if is_partial else q.dtype
     for tile in tiles:
         rows, batch = tile.rows.slice(), tile.batch.slice()
         several = len(tile.blocks) > 1
-        dtype = _type(kernel, q, is_part or several or q.shape[2] != k.shape[2])
-        given = [x[rows, batch].to(dtype) for x in (grad_out, q, out)]
-        part: Tensor | None = None
+        dtype = _block_dtype(kernel, q, is_partial or several or q.shape[2] != k.shape[2])
+        block_grad, block_q, block_out = (x[rows, batch].to(dtype) for x in (grad_out, q, out))
+        tile_dq: Tensor | None = None
         for block in tile.blocks:
             keys = block.keys.slice()
             grad_q, grad_k, grad_v = kernel.backward(
-                given[0],
-                given[1],
+                block_grad,
+                block_q,
                 k[keys, batch].to(dtype),
                 v[keys, batch].to(dtype),
-                given[2],
+                block_out,
                 lse[batch, :, rows],
                 Scores(scale, block.causal, block.window),
             )
             key_grads(tile.batch, block.keys, grad_k, grad_v)
-            if part is None:
-                part = grad_q.to(accumulation(q.dtype)) if several else grad_q
+            if tile_dq is None:
+                tile_dq = grad_q.to(accumulation_dtype(q.dtype)) if several else grad_q
             else:
-                part.add_(grad_q)
-        assert part is not None, "a tile has at least one block"
-        if dq is None and part.shape == q.shape:
-            dq = part.to(total_type)
+                tile_dq.add_(grad_q)
+        assert tile_dq is not None, "a tile has at least one block"
+        if dq is None and tile_dq.shape == q.shape:
+            dq = tile_dq.to(dq_type)
             continue
         if dq is None:
-            dq = torch.zeros_like(q, dtype=total_type)
-        dq[rows, batch].add_(part)
+            dq = torch.zeros_like(q, dtype=dq_type)
+        dq[rows, batch].add_(tile_dq)
     return dq
 
 
-def _type(kernel: Kernel, q: Tensor, is_part: bool) -> torch.dtype:
+def _block_dtype(kernel: Kernel, q: Tensor, is_part_of_sum: bool) -> torch.dtype:
     """Return the type to compute a block in.
 
-    Parts rounded to bfloat16 before they are added and rounded again cost up to a quarter more error. PyTorch's CPU
-    operator adds up the gradients of a group's query heads in the type that it is given: up to twice the error.
+    Rounding parts to bfloat16 before they are summed and rounded again costs up to a quarter more error. PyTorch's CPU
+    operator sums the gradients of query heads that share a key head in its input's type: up to twice the error.
     """
-    return accumulation(q.dtype) if is_part and kernel.wide else q.dtype
+    return accumulation_dtype(q.dtype) if is_part_of_sum and kernel.wide else q.dtype

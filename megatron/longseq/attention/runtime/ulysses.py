@@ -1,9 +1,11 @@
-"""Ulysses: an all-to-all that gives every rank of a group all of the group's tokens, for its share of the heads.
+"""Ulysses: all-to-alls that give every rank of a group all of the group's tokens for its share of the heads.
 
-Queries, keys and values travel in one collective, outputs in a second; in backward their gradients likewise. Key heads
-fewer than ranks are sent to all ranks whose query heads want them, straight from where they lie, and the gradients that
-come back are added up. What is unpacked comes out in the ring's order (`Layout.arrivals`), and lies where what was sent
-lay: an exchange takes room for what leaves and for what comes, and no more.
+Queries, keys and values are sent in one collective and outputs in a second one; backward sends their gradients
+likewise. If there are fewer key heads than ranks, a head is sent to all ranks whose query heads use it, and the
+gradients that return are summed. Received rows are unpacked in the ring's order (`Layout.received_rows`) into the
+buffer that was sent, so an exchange needs one buffer to send and one to receive, and no more.
+
+After DeepSpeed-Ulysses (arXiv 2309.14509).
 """
 
 from collections.abc import Sequence
@@ -12,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron.longseq.attention.kernels.base import accumulation_dtype
 from megatron.longseq.attention.plan.heads import Heads
-from megatron.longseq.attention.plan.layout import Arrival
-from megatron.longseq.attention.runtime.comm import Exchange
-from megatron.longseq.attention.runtime.kv_cache import alone
-from megatron.longseq.attention.runtime.merge import accumulation
-from megatron.longseq.attention.runtime.ring import Pair
+from megatron.longseq.attention.plan.layout import ReceivedRows
+from megatron.longseq.attention.runtime.comm import GroupCollectives
+from megatron.longseq.attention.runtime.kv_cache import without_base
+from megatron.longseq.attention.runtime.ring import KV
 
 
 @dataclass(frozen=True)
@@ -25,117 +27,121 @@ class Ulysses:
     """The all-to-alls of one attention call.
 
     Attributes:
-        ranks: U.
-        heads: of queries and of keys before the exchange.
-        arrivals: order of the tokens after it; n tokens of this rank become U * n.
-        exchange: with the ranks of the group; None: U is 1.
+        ranks: Ulysses degree U.
+        heads: heads before the exchange.
+        received_rows: order of the tokens after the exchange, in which n tokens of a rank become U * n.
+        collectives: collectives of the Ulysses group; None: U is 1.
     """
 
     ranks: int
     heads: Heads
-    arrivals: Sequence[Arrival]
-    exchange: Exchange | None
+    received_rows: Sequence[ReceivedRows]
+    collectives: GroupCollectives | None
 
-    def scatter_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Pair]:
-        """Return this rank's heads of the group's tokens: q [U n, b, hq / U, d], and keys and values.
+    def scatter_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, KV]:
+        """Exchange this rank's tokens with all heads for the group's tokens with this rank's heads.
 
         Args:
             q: [n, b, hq, d].
-            k, v: [n, b, hk, d]. They become [U n, b, max(hk, U) / U, d].
+            k, v: [n, b, hk, d].
+
+        Returns:
+            q [U n, b, hq / U, d], and keys and values [U n, b, max(hk, U) / U, d].
         """
-        if self.exchange is None:
-            return alone(q), (alone(k).contiguous(), alone(v).contiguous())
-        room = self._to_heads(q, k, v)  # once exchanged, its content is needed no more
-        mine, keys, values = self._ordered(self.exchange.all_to_all(room), room, self._widths())
-        return mine, (keys, values)
+        if self.collectives is None:
+            return without_base(q), (without_base(k).contiguous(), without_base(v).contiguous())
+        buffer = self._pack_for_heads(q, k, v)  # reused after the exchange
+        q, k, v = self._unpack_in_order(self.collectives.all_to_all(buffer), buffer, self._head_counts())
+        return q, (k, v)
 
     def gather_outputs(self, out: Tensor) -> Tensor:
-        """[U n, b, hq / U, d] to [n, b, hq, d]: the way back."""
-        if self.exchange is None:
+        """Exchange [U n, b, hq / U, d] back for [n, b, hq, d]."""
+        if self.collectives is None:
             return out
-        room = self._to_sources([out])
-        return _joined(self.exchange.all_to_all(room), room)
+        buffer = self._pack_for_sources([out])
+        return _join_heads(self.collectives.all_to_all(buffer), buffer)
 
     def scatter_gradient(self, grad: Tensor) -> Tensor:
-        """[n, b, hq, d] to [U n, b, hq / U, d]: the gradient of `gather_outputs`."""
-        if self.exchange is None:
+        """Return the gradient of `gather_outputs`: [n, b, hq, d] becomes [U n, b, hq / U, d]."""
+        if self.collectives is None:
             return grad
-        room = self._to_heads(grad)
-        (mine,) = self._ordered(self.exchange.all_to_all(room), room, [room.shape[3]])
-        return mine
+        buffer = self._pack_for_heads(grad)
+        (own,) = self._unpack_in_order(self.collectives.all_to_all(buffer), buffer, [buffer.shape[3]])
+        return own
 
     def gather_gradients(self, grads: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of `scatter_heads`, in dq's type.
+        """Return the gradients of `scatter_heads`, in the type of dq.
 
         Args:
-            grads: dq [U n, b, hq / U, d], dk and dv [U n, b, max(hk, U) / U, d], of any type; the list is emptied, so
+            grads: dq [U n, b, hq / U, d], dk and dv [U n, b, max(hk, U) / U, d], of any type. The list is emptied, so
                 that each tensor can be freed once it is packed.
         """
         dtype = grads[0].dtype
-        if self.exchange is None:
+        if self.collectives is None:
             dq, dk, dv = (grads.pop(0).to(dtype) for _ in range(3))
             return dq, dk, dv
-        room = self._to_sources(grads)
-        came = self.exchange.all_to_all(room).split(self._widths(), dim=3)
-        rooms = _cut(room, [part.shape for part in came])
+        buffer = self._pack_for_sources(grads)
+        received = self.collectives.all_to_all(buffer).split(self._head_counts(), dim=3)
+        outputs = _cut(buffer, [part.shape for part in received])
         if self.heads.kv < self.ranks:
-            return _joined(came[0], rooms[0]), self._summed(came[1]), self._summed(came[2])
-        dq, dk, dv = (_joined(part, place) for part, place in zip(came, rooms, strict=True))
+            dq, dk, dv = received
+            return _join_heads(dq, outputs[0]), self._sum_replicas(dk), self._sum_replicas(dv)
+        dq, dk, dv = (_join_heads(part, output) for part, output in zip(received, outputs, strict=True))
         return dq, dk, dv
 
-    def _widths(self) -> list[int]:
-        """Return this rank's heads of queries, of keys, and of values."""
-        own = self.heads.shared(self.ranks)
+    def _head_counts(self) -> list[int]:
+        """Return this rank's heads of queries, keys and values."""
+        own = self.heads.per_rank(self.ranks)
         return [own.query, own.kv, own.kv]
 
-    def _to_heads(self, *tensors: Tensor) -> Tensor:
-        """[n, b, h, d] each, to [U, n, b, shares, d]: to every rank the heads that it computes with; the one copy."""
+    def _pack_for_heads(self, *tensors: Tensor) -> Tensor:
+        """Pack tensors [n, b, h, d] into [U, n, b, heads, d]: for every rank, the heads that it computes with."""
         n, batch, _, dim = tensors[0].shape
-        widths = [max(x.shape[2] // self.ranks, 1) for x in tensors]
-        sent = tensors[0].new_empty(self.ranks, n, batch, sum(widths), dim)
-        for x, part in zip(tensors, sent.split(widths, dim=3), strict=True):
-            owners = min(x.shape[2], self.ranks)  # fewer than ranks: each head goes to several
+        counts = [max(x.shape[2] // self.ranks, 1) for x in tensors]
+        packed = tensors[0].new_empty(self.ranks, n, batch, sum(counts), dim)
+        for x, part in zip(tensors, packed.split(counts, dim=3), strict=True):
+            owners = min(x.shape[2], self.ranks)  # with fewer heads than ranks, each head goes to several ranks
             heads = x.unflatten(2, (owners, -1)).permute(2, 0, 1, 3, 4)
             part.unflatten(0, (owners, -1)).copy_(heads.unsqueeze(1))
-        return sent
+        return packed
 
-    def _ordered(self, came: Tensor, room: Tensor, widths: list[int]) -> list[Tensor]:
-        """[U, n, b, all heads, d] to [U n, b, h, d] for each of some widths, tokens as in `arrivals`; all in `room`."""
-        parts = came.split(widths, dim=3)
-        placed = [place.flatten(0, 1) for place in _cut(room, [part.shape for part in parts])]
-        for part, place in zip(parts, placed, strict=True):
-            torch.cat([part[source, rows.slice()] for source, rows in self.arrivals], out=place)
-        return placed
+    def _unpack_in_order(self, received: Tensor, buffer: Tensor, counts: list[int]) -> list[Tensor]:
+        """Unpack [U, n, b, heads, d] into tensors [U n, b, h, d] in `buffer`, with tokens as in `received_rows`."""
+        parts = received.split(counts, dim=3)
+        outputs = [output.flatten(0, 1) for output in _cut(buffer, [part.shape for part in parts])]
+        for part, output in zip(parts, outputs, strict=True):
+            torch.cat([part[source, rows.slice()] for source, rows in self.received_rows], out=output)
+        return outputs
 
-    def _to_sources(self, tensors: list[Tensor]) -> Tensor:
-        """[U n, b, h, d] each, to [U, n, b, all heads, d] in the first one's type: every token to whom it came from."""
+    def _pack_for_sources(self, tensors: list[Tensor]) -> Tensor:
+        """Pack tensors [U n, b, h, d] into [U, n, b, heads, d] of the first one's type: tokens by their source rank."""
         first = tensors[0]
         tokens, heads = first.shape[0] // self.ranks, sum(x.shape[2] for x in tensors)
-        sent = first.new_empty(self.ranks, tokens, first.shape[1], heads, first.shape[3])
+        packed = first.new_empty(self.ranks, tokens, first.shape[1], heads, first.shape[3])
         del first
         head = 0
         while tensors:
             x = tensors.pop(0)
             begin, end = 0, head + x.shape[2]
-            for source, rows in self.arrivals:
-                sent[source, rows.slice(), :, head:end] = x[begin : begin + rows.size]
+            for source, rows in self.received_rows:
+                packed[source, rows.slice(), :, head:end] = x[begin : begin + rows.size]
                 begin += rows.size
             head = end
-        return sent
+        return packed
 
-    def _summed(self, grads: Tensor) -> Tensor:
-        """[U, n, b, 1, d] to [n, b, hk, d], hk fewer than U: what the ranks that share a head found, added."""
+    def _sum_replicas(self, grads: Tensor) -> Tensor:
+        """Sum gradients [U, n, b, 1, d] of hk < U key heads over the ranks that share a head; return [n, b, hk, d]."""
         shared = grads.unflatten(0, (self.heads.kv, -1)).squeeze(4)
-        return shared.sum(1, dtype=accumulation(grads.dtype)).to(grads.dtype).permute(1, 2, 0, 3)
+        return shared.sum(1, dtype=accumulation_dtype(grads.dtype)).to(grads.dtype).permute(1, 2, 0, 3)
 
 
-def _joined(came: Tensor, room: Tensor) -> Tensor:
-    """[U, n, b, h, d] to [n, b, U h, d], in `room`."""
-    ordered = came.permute(1, 2, 0, 3, 4)
-    return room.view(ordered.shape).copy_(ordered).flatten(2, 3)
+def _join_heads(received: Tensor, output: Tensor) -> Tensor:
+    """Write [U, n, b, h, d] as [n, b, U h, d] into a buffer."""
+    ordered = received.permute(1, 2, 0, 3, 4)
+    return output.view(ordered.shape).copy_(ordered).flatten(2, 3)
 
 
-def _cut(room: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """Return contiguous tensors that lie one after another in a buffer and fill it."""
-    pieces = room.view(-1).split([shape.numel() for shape in shapes])
+def _cut(buffer: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Return contiguous tensors of some shapes that fill a buffer one after another."""
+    pieces = buffer.view(-1).split([shape.numel() for shape in shapes])
     return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]

@@ -1,5 +1,7 @@
-"""Command line of attention over context-parallel ranks: `meshes` that heads allow, `table` of what they send beside
-others, `draw` of how they work, `flags` of a training run.
+"""Command line of context-parallel attention.
+
+`meshes` lists the Ulysses and ring degrees that heads allow, `table` what they send beside other implementations,
+`flags` the flags of a training run; `draw` makes a picture of the method.
 """
 
 import argparse
@@ -10,14 +12,12 @@ from pathlib import Path
 from megatron.longseq.attention.arguments import REFUSALS, add_context_arguments
 from megatron.longseq.attention.plan.heads import Heads
 from megatron.longseq.attention.plan.layout import Mesh
-from megatron.longseq.attention.tools import tables as page
-from megatron.longseq.attention.tools import volumes
-from megatron.longseq.attention.tools.picture import scene
+from megatron.longseq.attention.tools import tables
 from megatron.longseq.refusals import flags_table, refusals_table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit status: 0 done, 1 refused."""
+    """Run one command and return the exit status: 0 if it is done, 1 if it is refused."""
     args = _parser().parse_args(argv)
     try:
         args.run(args)
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_sizes(parser: argparse.ArgumentParser, *, needed: bool) -> None:
-    """Upstream's flags; with defaults where they are not needed: 32 heads, 4 of keys, 8 ranks."""
+    """Add upstream's flags; where they are not required, the defaults are 32 heads, 4 key heads and 8 ranks."""
     size, heads, groups, tokens = (None,) * 4 if needed else (8, 32, 4, 32768)
     parser.add_argument("--context-parallel-size", type=int, required=needed, default=size)
     parser.add_argument("--num-attention-heads", type=int, required=needed, default=heads)
@@ -63,11 +63,11 @@ def _add_sizes(parser: argparse.ArgumentParser, *, needed: bool) -> None:
 
 
 def _meshes(args: argparse.Namespace) -> None:
-    print(page.meshes(args.context_parallel_size, _heads(args), args.seq_length, args.kv_channels))
+    print(tables.meshes(args.context_parallel_size, _heads(args), args.seq_length, args.kv_channels))
 
 
 def _table(args: argparse.Namespace) -> None:
-    print(volumes.markdown(args.context_parallel_size, _heads(args), args.seq_length, args.kv_channels))
+    print(tables.volumes(args.context_parallel_size, _heads(args), args.seq_length, args.kv_channels))
 
 
 def _heads(args: argparse.Namespace) -> Heads:
@@ -75,15 +75,6 @@ def _heads(args: argparse.Namespace) -> Heads:
 
 
 def _draw(args: argparse.Namespace) -> None:
-    """Write beside the file first: an error leaves no half file, and an old one stands until the new is whole."""
-    file, shown = args.output, scene(Mesh(*args.hierarchical_context_parallel_sizes))
-    if not file.absolute().parent.is_dir():
-        raise ValueError(f"--output {file}: there is no folder {file.absolute().parent}; make it first")
-    from megatron.longseq.attention.tools.figure import draw  # takes half a second, which the tables need not wait for
+    from megatron.longseq.attention.tools.figure import draw, scene  # imports matplotlib, which the tables do not need
 
-    half = file.with_name(f".{file.stem}.half{file.suffix}")
-    try:
-        draw(shown, half)
-        half.replace(file)
-    finally:
-        half.unlink(missing_ok=True)
+    draw(scene(Mesh(*args.hierarchical_context_parallel_sizes)), args.output)

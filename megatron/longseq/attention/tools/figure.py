@@ -1,43 +1,123 @@
-"""The method in one picture: chunks on ranks before and after the all-to-all, and the blocks of every ring step."""
+"""Picture of the method: chunks on ranks before and after the all-to-all, and the blocks of every ring step."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-from matplotlib import pyplot
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch, Polygon, Rectangle
 
-from megatron.longseq.attention.tools.picture import Cell, Scene, Sending
+from megatron.longseq.attention.plan.layout import Layout, Mesh
+from megatron.longseq.attention.plan.ranges import TokenRange, TokenRanges, size
+from megatron.longseq.attention.plan.ring_schedule import Ring, RingStep, plan_ring_attention
+from megatron.longseq.attention.plan.tiles import Mask
+from megatron.longseq.figures import (
+    BLUE,
+    EMPTY,
+    GREEN,
+    LEGEND,
+    ORANGE,
+    PURPLE,
+    RED,
+    SKY,
+    TITLE,
+    check_output,
+    figure_file,
+)
 
-SUFFIXES = (".svg", ".png")
-# Okabe and Ito's colours: told apart by every kind of colour vision.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
-_EMPTY, _LINE = "#EFEFEF", "#FFFFFF"
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, "#F0E442", "#999999")
+_LINE = "#FFFFFF"
 _WIDE, _ROW, _MARGIN, _GAP = 12.0, 0.24, 0.55, 0.30  # inches
 _HEAD, _FOOT, _LEGEND = 0.42, 0.36, 0.34  # inches above a panel, below a step, at the bottom
 
 
+class Cell(NamedTuple):
+    """A square of scores that a ring index computes: chunk `query` of the queries by chunk `key` of the keys."""
+
+    ring: int
+    query: int
+    key: int
+
+
+class Sending(NamedTuple):
+    """Keys in flight during a step: sender and receiver are ring indices, `part` is the share of the source's keys."""
+
+    sender: int
+    receiver: int
+    part: float
+
+
+class Scene(NamedTuple):
+    """What the picture shows of a sequence of 2C chunks.
+
+    Attributes:
+        mesh: the ranks.
+        before: chunks that every rank holds, in order, with all heads.
+        after: chunks after the all-to-all, with a share of the heads.
+        steps: cells computed and keys in flight in every step of the ring.
+    """
+
+    mesh: Mesh
+    before: tuple[tuple[int, ...], ...]
+    after: tuple[tuple[int, ...], ...]
+    steps: tuple[tuple[tuple[Cell, ...], tuple[Sending, ...]], ...]
+
+
+def scene(mesh: Mesh) -> Scene:
+    """Return the scene of plain causal attention; a chunk is one token."""
+    layout = Layout(mesh, (2 * mesh.size,))
+    shards = layout.shards(range(1))
+    ring = Ring(mesh.ring, mesh.ring)
+    plans = [plan_ring_attention(ring, shards, shards, Mask(1), rank, rectangular=True) for rank in range(mesh.ring)]
+    steps = [
+        (
+            tuple(cell for rank, plan in enumerate(plans) for cell in _cells(rank, plan[index], shards)),
+            tuple(
+                Sending(move.sender, move.receiver, size(move.rows) / size(shards[move.source]))
+                for plan in plans
+                for move in plan[index].kv_sends
+            ),
+        )
+        for index in range(mesh.ring)
+    ]
+    return Scene(
+        mesh,
+        tuple(_numbers(layout.positions(rank, 0)) for rank in range(mesh.size)),
+        tuple(_numbers(layout.ring_positions(mesh.place(rank).ring, 0)) for rank in range(mesh.size)),
+        tuple(steps),
+    )
+
+
+def _cells(rank: int, step: RingStep, shards: tuple[TokenRanges, ...]) -> list[Cell]:
+    queries = _numbers(shards[rank])
+    source = _numbers(shards[step.source])
+    keys = [source[row] for row in _numbers(step.kv_rows)]
+    cells = []
+    for tile in (*step.first, *step.more):
+        for block in tile.blocks:
+            for row in range(*tile.rows):
+                last = block.keys.end - (tile.rows.end - 1 - row) * block.causal
+                cells += [Cell(rank, queries[row], keys[key]) for key in range(block.keys.begin, last)]
+    return cells
+
+
+def _numbers(spans: tuple[TokenRange, ...]) -> tuple[int, ...]:
+    return tuple(number for span in spans for number in range(*span))
+
+
 def draw(scene: Scene, file: Path) -> None:
-    """Write the picture, as SVG or PNG by the file's suffix.
+    """Write the picture as SVG or PNG, by the file's suffix.
 
     Raises:
-        ValueError: another suffix, or more ring indices than there are colours.
+        ValueError: The suffix is another one, or there are more ring indices than colours.
     """
-    if file.suffix not in SUFFIXES:
-        raise ValueError(f"{file}: a picture is written as {' or '.join(SUFFIXES)}, not {file.suffix or 'no suffix'}")
+    check_output(file)
     ranks, ring = scene.mesh.size, scene.mesh.ring
     if ring > len(COLOURS):
         raise ValueError(f"a ring of {ring} ranks: {len(COLOURS)} at most can be told apart in a picture")
     side = min((_WIDE - _MARGIN - _GAP * ring) / ring, 2.6)
     above = _HEAD + _ROW * ranks
     tall = above + _HEAD + side + _FOOT + _LEGEND
-    style: Any = {"font.size": 8.5, "svg.hashsalt": "longseq", "svg.fonttype": "none"}
-    with pyplot.rc_context(style):
-        figure = pyplot.figure(figsize=(_WIDE, tall))
+    with figure_file(file, _WIDE, tall) as figure:
         half = (_WIDE - 2 * _MARGIN - _GAP) / 2
         for index, held in enumerate((scene.before, scene.after)):
             box = (_MARGIN + index * (half + _MARGIN), tall - above, half, _ROW * ranks)
@@ -46,14 +126,12 @@ def draw(scene: Scene, file: Path) -> None:
             box = (_MARGIN + index * (side + _GAP), _LEGEND + _FOOT, side, side)
             _step(_axes(figure, box), scene, index, cells, sendings)
         _legend(figure, ring)
-        figure.savefig(file, dpi=140, metadata={"Date": None} if file.suffix == ".svg" else None)
-        pyplot.close(figure)
 
 
 def _axes(figure: Any, box: tuple[float, float, float, float]) -> Any:
     width, height = figure.get_size_inches()
     axes = figure.add_axes((box[0] / width, box[1] / height, box[2] / width, box[3] / height))
-    axes.set_facecolor(_EMPTY)
+    axes.set_facecolor(EMPTY)
     axes.tick_params(length=0, labelsize=7.5)
     for side in axes.spines.values():
         side.set_visible(False)
@@ -61,7 +139,7 @@ def _axes(figure: Any, box: tuple[float, float, float, float]) -> Any:
 
 
 def _holdings(axes: Any, scene: Scene, held: tuple[tuple[int, ...], ...], *, shared: bool) -> None:
-    """Rows are ranks, columns chunks; a bar's height is the share of the heads."""
+    """Draw ranks as rows and chunks as columns; the height of a bar is the share of the heads."""
     mesh, chunks = scene.mesh, 2 * scene.mesh.size
     axes.set_xlim(0, chunks)
     axes.set_ylim(mesh.size, 0)
@@ -84,11 +162,11 @@ def _holdings(axes: Any, scene: Scene, held: tuple[tuple[int, ...], ...], *, sha
     text = f"data on {mesh.ulysses} x {mesh.ring} ranks (Ulysses x ring): two of {chunks} chunks each, all heads"
     if shared:
         text = f"after the all-to-all: a Ulysses group's chunks, 1/{mesh.ulysses} of the heads"
-    axes.set_title(text, loc="left", fontweight="bold", fontsize=9.5, pad=4)
+    axes.set_title(text, **TITLE, pad=4)
 
 
 def _step(axes: Any, scene: Scene, index: int, cells: tuple[Cell, ...], sendings: tuple[Sending, ...]) -> None:
-    """Rows are queries, columns keys; what no step computes is masked."""
+    """Draw queries as rows and keys as columns; what no step computes is masked."""
     chunks = 2 * scene.mesh.size
     axes.set_xlim(0, chunks)
     axes.set_ylim(chunks, 0)
@@ -103,7 +181,7 @@ def _step(axes: Any, scene: Scene, index: int, cells: tuple[Cell, ...], sendings
         axes.axhline(line, color=_LINE, linewidth=0.6)
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.set_title(f"ring, step {index}", loc="left", fontweight="bold", fontsize=9.5, pad=4)
+    axes.set_title(f"ring, step {index}", **TITLE, pad=4)
     parts = [f"{one.sender}→{one.receiver} {_part(one.part)}" for one in sendings]
     words = f"keys sent: {', '.join(parts)}" if parts else "nothing is sent"
     axes.set_xlabel(words, fontsize=7.2, loc="left", labelpad=3)
@@ -116,15 +194,15 @@ def _part(part: float) -> str:
 
 
 def _colour(ring: int, ulysses: int, count: int) -> tuple[float, ...]:
-    """A ring index's colour, closer to white for later members of a Ulysses group."""
+    """Return a ring index's colour, closer to white for later ranks of a Ulysses group."""
     share = 0.45 * ulysses / count
     return tuple(part + (1 - part) * share for part in to_rgb(COLOURS[ring]))
 
 
 def _legend(figure: Any, ring: int) -> None:
     handles = [Patch(facecolor=COLOURS[index], label=f"ring index {index}") for index in range(ring)]
-    handles.append(Patch(facecolor=_EMPTY, label="not held; not computed in this step"))
+    handles.append(Patch(facecolor=EMPTY, label="not held; not computed in this step"))
     handles.append(Patch(alpha=0, label="steps: queries down, keys across, both in order of position"))
     place = (_MARGIN / figure.get_size_inches()[0], 0.0)
-    style: Any = {"frameon": False, "fontsize": 8, "borderaxespad": 0.2, "borderpad": 0.3, "handlelength": 1.4}
+    style: Any = {**LEGEND, "borderaxespad": 0.2, "borderpad": 0.3, "handlelength": 1.4}
     figure.legend(handles=handles, loc="lower left", bbox_to_anchor=place, ncols=len(handles), **style)

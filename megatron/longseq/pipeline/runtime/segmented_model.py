@@ -1,41 +1,38 @@
 """Run a model chunk (virtual stage) segment by segment, without changes to its code.
 
-The `forward` of the chunk's model, rotary embedding and core attentions is replaced on these instances, so parameters,
-their names and checkpoints stay as they are. The model gets its slice of the batch, rotary positions start where the
-segment starts, and core attention sees the keys of earlier segments (`attention.runtime.segment_attention`).
+The `forward` of the chunk's model and rotary embedding is replaced on these instances, so parameters, their names and
+checkpoints stay as they are. The model gets its slice of the batch, rotary positions start where the segment starts,
+and core attention sees the keys of earlier segments (`attention.module.run_in_segments`).
 """
 
-import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from megatron.longseq.attention.kernels.select import KernelSelector
 from megatron.longseq.attention.module import (
     ContextParallel,
-    Kernels,
-    attend_once,
-    attention_scale,
-    attention_window,
+    SegmentState,
     refuse_mask_type,
     refuse_window,
+    run_in_segments,
 )
-from megatron.longseq.attention.plan.comm_type import comm_type
 from megatron.longseq.attention.plan.layout import Layout, Mesh
-from megatron.longseq.attention.plan.tiles import Documents
-from megatron.longseq.attention.runtime.function import Call, asked
-from megatron.longseq.attention.runtime.kv_cache import PrefixStore
-from megatron.longseq.attention.runtime.masks import for_batch, whole_starts
-from megatron.longseq.attention.runtime.packed_documents import document_starts, packed
-from megatron.longseq.attention.runtime.segment_attention import segment_attention
+from megatron.longseq.attention.plan.ranges import Documents
+from megatron.longseq.attention.runtime.kv_cache import SegmentKVCache
+from megatron.longseq.attention.runtime.packed_documents import (
+    document_starts,
+    expand_to_batch,
+    gather_document_starts,
+    packed_documents,
+)
 from megatron.longseq.pipeline.runtime.outputs import Outputs
 from megatron.longseq.segment import Segment
 
@@ -67,12 +64,13 @@ class SegmentedModel:
     allows_documents: bool = True
     sends_documents: bool = False
     context: ContextParallel | None = None
-    store: PrefixStore = field(default_factory=PrefixStore)
+    store: SegmentKVCache = field(default_factory=SegmentKVCache)
     outputs: Outputs = field(default_factory=Outputs)
     starts: dict[int, torch.Tensor] = field(default_factory=dict)
     documents: dict[int, Documents | None] = field(default_factory=dict)
-    kernels: Kernels = field(default_factory=lambda: Kernels("segments"))
+    kernels: KernelSelector = field(default_factory=lambda: KernelSelector("segments"))
     bound: list[torch.nn.Module] = field(default_factory=list)
+    undo_attention: list[Callable[[], None]] = field(default_factory=list)
     has_run: bool = False
 
     def attach(self) -> None:
@@ -94,14 +92,17 @@ class SegmentedModel:
         rotary = getattr(models[0], "rotary_pos_emb", None)
         if rotary is not None:
             self._bind(rotary, self._rotary_forward(rotary.forward))
-        for module in self.module.modules():
+        segments = SegmentState(self.store, self.documents, self.kernels, self.context)
+        for module in [*self.module.modules()]:
             if isinstance(module, SelfAttention):
-                self._bind(module.core_attention, self._attention_forward(module))
+                self.undo_attention.append(run_in_segments(module, segments))
 
     def detach(self) -> None:
         """Restore the `forward` of all instances."""
         while self.bound:
             del self.bound.pop().forward
+        while self.undo_attention:
+            self.undo_attention.pop()()
 
     def _bind(self, module: torch.nn.Module, forward: Callable[..., Any]) -> None:
         module.forward = forward
@@ -114,11 +115,11 @@ class SegmentedModel:
 
     def learn_documents(self, microbatch: int, starts: torch.Tensor) -> None:
         """Set the documents of a micro-batch, read from its mask or received from the previous stage."""
-        self.starts[microbatch], self.documents[microbatch] = starts, packed(starts)
+        self.starts[microbatch], self.documents[microbatch] = starts, packed_documents(starts)
 
     def leave(self, microbatch: int) -> None:
         """Free a micro-batch after its last action."""
-        self.store.leave(microbatch)
+        self.store.release(microbatch)
         self.outputs.leave(microbatch)
         self.starts.pop(microbatch, None)
         self.documents.pop(microbatch, None)
@@ -187,7 +188,7 @@ class SegmentedModel:
                     "attention mask; hand it the batch's."
                 )
             return
-        self.learn_documents(microbatch, for_batch(self._starts(mask), batch).contiguous())
+        self.learn_documents(microbatch, expand_to_batch(self._starts(mask), batch).contiguous())
         if self.documents[microbatch] is not None and not self.allows_documents:
             raise ValueError(
                 f"micro-batch {microbatch}: the script's attention mask separates documents, and they are not handed "
@@ -199,73 +200,21 @@ class SegmentedModel:
         if self.context is None:
             return document_starts(mask).to(torch.int32)
         masks = self.context.masks
-        return whole_starts(mask, Layout(Mesh(self._ranks(), 1), tuple(self.lengths)), masks.rank, masks.exchange)
+        return gather_document_starts(
+            mask, Layout(Mesh(self._ranks(), 1), tuple(self.lengths)), masks.rank, masks.collectives
+        )
 
     def _ranks(self) -> int:
         return 1 if self.context is None else self.context.size
 
     def _here(self) -> Segment:
         """Return the current segment with the lengths of this rank's shards."""
-        return self.store.announced(0).shared(self._ranks())
+        return self.store.current_segment(0).per_rank(self._ranks())
 
     def _rotary_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(max_seq_len: int, offset: int = 0, **kwargs: Any) -> Any:
             # Upstream shards the result over context-parallel ranks, as it has sharded the segment's tokens.
-            return original(max_seq_len, offset=offset + self.store.announced(0).begin, **kwargs)
-
-        return forward
-
-    def _attention_forward(self, attention: SelfAttention) -> Callable[..., torch.Tensor]:
-        if self.context is not None:
-            return self._context_forward(attention, self.context)
-        config, layer = attention.config, attention.layer_number
-        scale, window, fork = attention_scale(config), attention_window(config, layer), _fork(config)
-
-        def forward(
-            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **named: Any
-        ) -> torch.Tensor:
-            _refuse_further(layer, *rest, **named)
-            kernel = self.kernels.of(query, value, config.attention_dropout if attention.training else 0.0)
-            return segment_attention(
-                query,
-                key,
-                value,
-                self.store,
-                layer,
-                kernel,
-                scale,
-                window=window,
-                documents=self.documents.get(self.store.announced(layer).microbatch),
-                fork=fork,
-            )
-
-        return forward
-
-    def _context_forward(self, attention: SelfAttention, context: ContextParallel) -> Callable[..., torch.Tensor]:
-        config, layer = attention.config, attention.layer_number
-        scale, window = attention_scale(config), attention_window(config, layer)
-        spread = context.spread(comm_type(config.cp_comm_type, layer))
-
-        def forward(
-            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **named: Any
-        ) -> torch.Tensor:
-            _refuse_further(layer, *rest, **named)
-            segment = self.store.announced(layer)
-
-            def make_call(_: Any) -> Call:
-                return asked(
-                    query,
-                    key,
-                    spread,
-                    self.kernels.of(query, value),
-                    scale,
-                    window=window,
-                    documents=self.documents.get(segment.microbatch),
-                    layer=layer,
-                    store=self.store,
-                )
-
-            return attend_once(query, key, value, context.kept, make_call)
+            return original(max_seq_len, offset=offset + self.store.current_segment(0).begin, **kwargs)
 
         return forward
 
@@ -288,30 +237,3 @@ def _refuse_attention(name: str, attention: torch.nn.Module) -> None:
             f"--seq1f1b-splits serves SelfAttention; layer {name} has {type(attention).__name__}, which would see the "
             "tokens of one segment alone. Train it with --seq1f1b-splits 1."
         )
-
-
-def _refuse_further(
-    layer: int,
-    attention_mask: torch.Tensor | None = None,
-    attn_mask_type: AttnMaskType | None = None,
-    attention_bias: torch.Tensor | None = None,
-    packed_seq_params: Any = None,
-    **_: Any,
-) -> None:
-    """Refuse what a script hands to core attention past the flags; names and order are upstream's."""
-    where = f"--seq1f1b-splits, layer {layer}"
-    refuse_mask_type(attn_mask_type, where)
-    given = {"attention_mask": attention_mask, "attention_bias": attention_bias, "packed_seq_params": packed_seq_params}
-    unserved = [name for name, value in given.items() if value is not None]
-    if unserved:
-        raise ValueError(
-            f"{where}: {', '.join(unserved)} handed to one layer cannot be cut into segments; documents are read from "
-            "the mask that the model is given."
-        )
-
-
-def _fork(config: Any) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """Return the random state that upstream's core attention draws from."""
-    if config.sequence_parallel:
-        return contextlib.nullcontext
-    return lambda: tensor_parallel.get_cuda_rng_tracker().fork()  # type: ignore[no-any-return]

@@ -1,13 +1,10 @@
-"""Flags under which upstream's attention and ours compute different models. A run warns of them once, at its start.
-
-Ours (`--seq1f1b-splits` above 1, `--context-parallel-size` above 1 without TransformerEngine) keeps documents apart in
-every layer, beside any window.
-"""
+"""Flags under which upstream's attention and ours compute different models; a run warns of them at its start."""
 
 from argparse import Namespace
 
-FUSED_KEYS = 4096  # upstream's fused softmax takes no longer rows
-READ = (
+FUSED_SOFTMAX_LIMIT = 4096  # longest row of upstream's fused softmax, in keys
+# Arguments that `model_difference` reads.
+READS = (
     "window_size",
     "reset_attention_mask",
     "transformer_impl",
@@ -20,12 +17,15 @@ READ = (
 )
 
 
-def warning(args: Namespace, *, is_ours: bool, is_local: bool, on_gpu: bool) -> str | None:
-    """Return a warning about a run's flags; None if both attentions compute the same model.
+def model_difference(args: Namespace, *, is_ours: bool, is_local: bool, on_gpu: bool) -> str | None:
+    """Return a warning if upstream's attention and ours compute different models under these flags, else None.
+
+    Ours (`--seq1f1b-splits` above 1, or `--context-parallel-size` above 1 without TransformerEngine) keeps documents
+    apart in every layer, inside any window.
 
     Args:
-        args: upstream's parsed arguments, not validated yet.
-        is_ours: whether this run's attention is ours.
+        args: upstream's parsed arguments, not yet validated.
+        is_ours: whether this run uses our attention.
         is_local: whether upstream's attention would be its local one, and not TransformerEngine's.
         on_gpu: whether the run is on a GPU.
     """
@@ -55,7 +55,7 @@ def _window(args: Namespace, is_local: bool) -> list[str]:
 
 
 def _documents(args: Namespace, is_local: bool, on_gpu: bool) -> list[str]:
-    """Return the cases in which upstream's attention sees other documents. Ours never does."""
+    """Return the cases in which tokens see other documents in upstream's attention. In ours they never do."""
     if not args.reset_attention_mask:
         return []
     flag = "--reset-attention-mask"
@@ -73,7 +73,7 @@ def _documents(args: Namespace, is_local: bool, on_gpu: bool) -> list[str]:
             "no mask, so tokens see other documents there"
         )
     is_half = args.bf16 or args.fp16
-    if on_gpu and is_half and args.masked_softmax_fusion and args.seq_length <= FUSED_KEYS:
+    if on_gpu and is_half and args.masked_softmax_fusion and args.seq_length <= FUSED_SOFTMAX_LIMIT:
         reasons.append(
             f"{flag} with the fused softmax: it is causal and reads no mask, so tokens see other documents; "
             "--no-masked-softmax-fusion reads it"
