@@ -1,4 +1,4 @@
-"""Upstream's validation of its flags, with the choice of a layout before it and our refusals after it."""
+"""Callback at upstream's validation of flags: choose a layout before it, refuse what we do not serve after it."""
 
 import functools
 import inspect
@@ -12,10 +12,10 @@ from patches.usp.conditions import spreads_attention, spreads_local_attention
 
 
 def with_context_plan(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `validate_args`: choose where --context-parallel-auto asks, then refuse what cannot be served.
+    """Wrap `validate_args`: choose for --context-parallel-auto, then refuse what is not served.
 
     Raises:
-        ValueError: flags that do not go together, heads or lengths that no such layout has.
+        ValueError: Flags do not go together, or heads or lengths do not fit the layout.
     """
 
     @functools.wraps(original)
@@ -26,7 +26,7 @@ def with_context_plan(original: Callable[..., Any]) -> Callable[..., Any]:
         if is_chosen:
             choose_comm_type(args, node_ranks() or 1)
         if spreads_attention(args):
-            comm_types(args)  # upstream would refuse sizes that do not fit, too, without a word of which would
+            comm_types(args)  # upstream would also refuse wrong sizes, but does not name the right ones
         result = original(args, defaults or {})
         if not spreads_attention(args):
             _refuse_ours_alone(args)
@@ -55,7 +55,7 @@ def _lengths(args: Namespace) -> tuple[int, ...]:
 
 
 def _refuse_ours_alone(args: Namespace) -> None:
-    """TransformerEngine's own context parallelism knows neither of these."""
+    """Refuse flags that TransformerEngine's context parallelism does not have."""
     for flag, is_given in (
         ("--ring-window", args.ring_window is not None),
         ("--context-parallel-placement", args.context_parallel_placement != "head-first"),

@@ -1,4 +1,4 @@
-"""A batch whose sequences run in segments: each segment is spread over the context-parallel ranks by itself."""
+"""Batches of sequences that run in segments: each segment is sharded over the context-parallel ranks."""
 
 import functools
 from collections.abc import Callable
@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-_ALONG_ROWS = "attention_mask"  # [b, 1, sequence, keys]; of everything else the sequence is dimension 1
+_ALONG_ROWS = "attention_mask"  # [b, 1, sequence, keys]; all other tensors have the sequence in dimension 1
 
 
 def by_segment(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the function behind `get_batch_on_this_cp_rank`: upstream's own cut of every segment, one after another."""
+    """Wrap the function behind `get_batch_on_this_cp_rank`: shard every segment as upstream shards a sequence."""
 
     @functools.wraps(original)
     def cut_by_segment(batch: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:

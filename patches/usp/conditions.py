@@ -1,4 +1,4 @@
-"""When attention is spread over context-parallel ranks by us."""
+"""Conditions under which our attention runs over context-parallel ranks."""
 
 from argparse import Namespace
 
@@ -8,25 +8,25 @@ from patches.recompute.frozen import recomputes
 
 
 def context_parallel(args: Namespace) -> bool:
-    """Whether there are context-parallel ranks: our flags choose among upstream's for TransformerEngine, too."""
+    """Return whether there are context-parallel ranks; --context-parallel-auto also chooses for TransformerEngine."""
     return wants_context(args)
 
 
 def spreads_local_attention(args: Namespace) -> bool:
-    """Whether core attention is upstream's local one, which a machine without CUDA always takes."""
+    """Return whether ours replaces upstream's local core attention, which runs on any machine without CUDA."""
     return context_parallel(args) and (args.transformer_impl == "local" or no_cuda(args))
 
 
 def spreads_segments(args: Namespace) -> bool:
-    """Whether segments of a sequence are spread: their attention is ours whatever the layer spec."""
+    """Return whether segments are sharded over ranks; their attention is ours under any layer spec."""
     return context_parallel(args) and args.seq1f1b_splits > 1
 
 
 def spreads_attention(args: Namespace) -> bool:
-    """Whether any attention over context-parallel ranks is ours."""
+    """Return whether any attention over context-parallel ranks is ours."""
     return spreads_local_attention(args) or spreads_segments(args)
 
 
 def recomputes_spread_attention(args: Namespace) -> bool:
-    """Whether our attention over context-parallel ranks runs in layers that upstream computes again in backward."""
+    """Return whether upstream recomputes layers with our attention over context-parallel ranks."""
     return spreads_attention(args) and recomputes(args)

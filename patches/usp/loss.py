@@ -1,4 +1,4 @@
-"""The loss of a sequence that is spread over ranks: normalised over all of its valid tokens."""
+"""Normalise the loss of a sequence on context-parallel ranks over all of its valid tokens."""
 
 import functools
 from collections.abc import Callable
@@ -6,11 +6,11 @@ from typing import Any
 
 
 def over_the_whole_sequence(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `forward_step_calc_loss`: of a sum and a number of tokens, the number is that of the whole sequence.
+    """Wrap `forward_step_calc_loss`: sum the number of valid tokens over the context-parallel ranks.
 
-    Upstream then averages gradients over the context-parallel ranks as over data-parallel ones, so each rank's sum is
-    weighed by their number. A loss that the script has averaged itself (two results) is left to the script, and
-    with --calculate-per-token-loss upstream counts tokens over all ranks anyway.
+    Upstream averages gradients over context-parallel ranks as over data-parallel ones, so each rank's sum of losses is
+    multiplied by the number of ranks. A loss function with two results has averaged already and is left as it is. With
+    --calculate-per-token-loss, upstream counts tokens over all ranks itself.
     """
 
     @functools.wraps(original)

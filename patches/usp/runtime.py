@@ -1,4 +1,4 @@
-"""The open groups of context parallelism, from where upstream makes its own to where attention is built."""
+"""State of context parallelism: made with upstream's process groups, used where attention is built."""
 
 import functools
 from argparse import Namespace
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class _Held:
-    """What this process has opened; upstream hands nothing from one place to the other."""
+    """State of this process; upstream passes nothing between the two places."""
 
     context: Any = None
 
