@@ -8,9 +8,10 @@ from patches.record import Record
 
 VALIDATE_ARGS = "hook.validate-args"
 INITIALIZE = "hook.initialize"
-GROUPS = "hook.process-groups"
 READ_CHECKPOINT = "hook.read-checkpoint"
-OPTIMIZER_FILE = "hook.optimizer-file"
+LOAD_CHECKPOINT = "hook.load-checkpoint"
+PARAMS_NORM = "hook.params-norm"
+FORWARD_BACKWARD = "hook.forward-backward"
 RECOMPUTE = "hook.recompute"
 
 RECORDS = (
@@ -28,15 +29,8 @@ RECORDS = (
         action="hook",
         target="megatron.training.initialize:initialize_megatron",
         aliases=("megatron.training:initialize_megatron", "megatron.training.training:initialize_megatron"),
-        why="A run starts here: upstream checks the device, and connects the ranks.",
-        stage="start",
-    ),
-    Record(
-        id=GROUPS,
-        system="hook",
-        action="hook",
-        target="megatron.core.parallel_state:initialize_model_parallel",
-        why="Systems create their process groups after upstream's, on all ranks in the same order.",
+        why="A run starts here: upstream checks the device, connects the ranks and creates its process groups. Systems "
+        "create theirs afterwards, on all ranks in the same order.",
     ),
     Record(
         id=READ_CHECKPOINT,
@@ -46,12 +40,32 @@ RECORDS = (
         why="Every read of a checkpoint goes through this function: first its common part, then its tensors.",
     ),
     Record(
-        id=OPTIMIZER_FILE,
+        id=LOAD_CHECKPOINT,
         system="hook",
         action="hook",
-        target="megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_parameter_state",
-        why="With --ckpt-format torch the distributed optimizer reads a file of its own.",
+        target="megatron.training.checkpointing:load_checkpoint",
+        aliases=("megatron.training.training:load_checkpoint",),
+        why="A run loads its weights, optimizer states and random-number states here.",
         stage="start",
+    ),
+    Record(
+        id=PARAMS_NORM,
+        system="hook",
+        action="hook",
+        target="megatron.training.utils.common_utils:calc_params_l2_norm",
+        aliases=("megatron.training.utils:calc_params_l2_norm", "megatron.training.training:calc_params_l2_norm"),
+        why="--log-params-norm reads parameters where another rank has the current values, or has the same ones.",
+    ),
+    Record(
+        id=FORWARD_BACKWARD,
+        system="hook",
+        action="hook",
+        target="megatron.core.pipeline_parallel.schedules:get_forward_backward_func",
+        aliases=(
+            "megatron.core.pipeline_parallel:get_forward_backward_func",
+            "megatron.training.training:get_forward_backward_func",
+        ),
+        why="The function that upstream gets here runs the forward and backward passes of a step.",
     ),
     Record(
         id=RECOMPUTE,

@@ -1,16 +1,18 @@
-"""Failures of loading, explained: nothing is read beforehand, so that a good checkpoint loads as fast as before."""
+"""Explain why a checkpoint cannot be loaded. Files are examined after a failure, so that loading takes no longer."""
 
 import functools
+import traceback
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from megatron.longseq.checkpoints import explain_group_mismatch, find_fault, find_file_fault
 
 
 def with_named_faults(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the reading of a checkpoint: where it fails, say which file is at fault.
+    """Wrap `_load_base_checkpoint`: if it fails, say which file of the checkpoint is at fault.
 
     Raises:
         ValueError: on every rank that fails; what upstream raised is its cause. Other failures stay as they are.
@@ -21,7 +23,7 @@ def with_named_faults(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return original(load_dir, args, *rest, **named)
         except BaseException as error:  # upstream ends by sys.exit, and PyTorch's CheckpointException is no Exception
-            if isinstance(error, KeyboardInterrupt) or not _is_here(load_dir):
+            if isinstance(error, KeyboardInterrupt) or not _is_local(load_dir):
                 raise
             found = find_fault(Path(load_dir), getattr(args, "ckpt_step", None))
             if found is not None:
@@ -31,15 +33,15 @@ def with_named_faults(original: Callable[..., Any]) -> Callable[..., Any]:
     return _load_base_checkpoint
 
 
-def _is_here(load_dir: Any) -> bool:
-    return load_dir is not None and "://" not in str(load_dir)
+def _is_local(path: Any) -> bool:
+    return path is not None and "://" not in str(path)
 
 
-def with_failure_status(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `load_checkpoint`: where upstream gives up, the process fails and does not end as a finished run does.
+def with_explained_failures(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `load_checkpoint`: if it fails, or ends the process, say why.
 
     Raises:
-        ValueError: on every rank that gives up; upstream's own lines before it say why.
+        ValueError: on every rank that fails; what upstream raised is its cause. Other failures stay as they are.
     """
 
     @functools.wraps(original)
@@ -49,56 +51,46 @@ def with_failure_status(original: Callable[..., Any]) -> Callable[..., Any]:
         except SystemExit as end:
             if end.code not in (None, 0):
                 raise
-            from megatron.training import get_args
-
-            flags = get_args()
-            missing = "--exit-on-missing-checkpoint: there is none" if flags.exit_on_missing_checkpoint else ""
-            raise ValueError(
-                f"rank {flags.rank}: no checkpoint was loaded from --load {flags.load}. "
-                f"{missing or 'The lines before this one say why'}."
-            ) from end
-
-    return load_checkpoint
-
-
-def with_named_file(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the reading of the optimizer's own file (--ckpt-format torch): where it fails, say what is wrong with it.
-
-    Raises:
-        ValueError: the file is missing, empty or cut short; what upstream raised is its cause.
-    """
-
-    @functools.wraps(original)
-    def load_parameter_state(self: Any, filename: str, *rest: Any, **named: Any) -> Any:
-        try:
-            return original(self, filename, *rest, **named)
+            raise ValueError(_not_loaded()) from end
         except Exception as error:
-            found = find_file_fault(Path(filename)) if _is_here(filename) else None
+            found = _group_mismatch(error) or _file_fault(error)
             if found is None:
                 raise
             raise ValueError(found) from error
 
-    return load_parameter_state
+    return load_checkpoint
 
 
-def with_named_groups(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the loading of an optimizer: name the settings by which its saved parameter groups are not found.
+def _not_loaded() -> str:
+    from megatron.training import get_args
 
-    Raises:
-        ValueError: names each setting, with this run's value and the checkpoint's.
-    """
+    args = get_args()
+    missing = "--exit-on-missing-checkpoint: there is none" if args.exit_on_missing_checkpoint else ""
+    why = missing or "The lines before this one say why"
+    return f"rank {args.rank}: no checkpoint was loaded from --load {args.load}. {why}."
 
-    @functools.wraps(original)
-    def load_state_dict(self: Any, state_dict: Any) -> Any:
-        from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
-        try:
-            return original(self, state_dict)
-        except KeyError as error:
-            wanted = error.args[0] if error.args else None
-            if not isinstance(wanted, tuple) or len(wanted) != len(param_group_identifier_keys):
-                raise
-            saved = state_dict["optimizer"]["param_groups"]
-            raise ValueError(explain_group_mismatch(param_group_identifier_keys, wanted, saved)) from error
+def _group_mismatch(error: Exception) -> str | None:
+    """Name the settings by which the distributed optimizer did not find a parameter group in the checkpoint."""
+    from megatron.core.optimizer.optimizer import param_group_identifier_keys as keys
 
-    return load_state_dict
+    wanted = error.args[0] if isinstance(error, KeyError) and error.args else None
+    if not isinstance(wanted, tuple) or len(wanted) != len(keys):
+        return None
+    state_dict = _argument(error.__traceback__, "load_state_dict", "state_dict")
+    return None if state_dict is None else explain_group_mismatch(keys, wanted, state_dict["optimizer"]["param_groups"])
+
+
+def _file_fault(error: Exception) -> str | None:
+    """Say what is wrong with the distributed optimizer's own file (--ckpt-format torch)."""
+    file = _argument(error.__traceback__, "load_parameter_state", "filename")
+    return find_file_fault(Path(file)) if _is_local(file) else None
+
+
+def _argument(trace: TracebackType | None, function: str, name: str) -> Any:
+    """Return an argument of a method of upstream's distributed optimizer that the exception passed through, or None."""
+    for frame, _ in traceback.walk_tb(trace):
+        code = frame.f_code
+        if code.co_name == function and Path(code.co_filename).name == "distrib_optimizer.py":
+            return frame.f_locals.get(name)
+    return None

@@ -144,7 +144,9 @@ def _twins(ranks_on_this_host: int) -> dict[str, Any]:
     return {
         **resident,
         **peaks,
-        **dict.fromkeys((*nothing, "reset_max_memory_allocated", "_lazy_init"), _nothing),
+        **dict.fromkeys((*nothing, "reset_max_memory_allocated"), _nothing),
+        "is_initialized": lambda: True,  # otherwise torch queues what is to run once CUDA is initialised
+        "default_generators": (generator,) * ranks_on_this_host,
         "current_device": lambda: 0,
         "device_count": lambda: ranks_on_this_host,
         "get_device_properties": _properties,

@@ -1,12 +1,14 @@
-"""Start upstream where it would stop for want of CUDA."""
+"""Start upstream without CUDA."""
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 
 def allow_no_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `initialize_megatron`: hand it upstream's own `allow_no_cuda=True`."""
+    """Wrap `initialize_megatron`: pass upstream's own switch `allow_no_cuda=True`."""
 
     @functools.wraps(original)
     def initialize_megatron(*args: Any, **kwargs: Any) -> Any:
@@ -15,3 +17,14 @@ def allow_no_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(*args, **kwargs)
 
     return initialize_megatron
+
+
+def without_trace(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function that draws random numbers: afterwards the generator's state is what it was before."""
+
+    @functools.wraps(original)
+    def set_jit_fusion_options(*args: Any, **kwargs: Any) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            return original(*args, **kwargs)
+
+    return set_jit_fusion_options

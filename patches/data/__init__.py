@@ -5,31 +5,20 @@ from patches.record import Callback, Record
 
 RECORDS = (
     Record(
-        id="data.workers",
+        id="data.loader",
         system="data",
         action="wrap",
         target="megatron.training.datasets.data_samplers:build_pretraining_data_loader",
         aliases=("megatron.training.training:build_pretraining_data_loader",),
-        impl="patches.data.workers:end_with_their_rank",
-        why="With --exit-signal-handler upstream's data workers ignore SIGTERM, by which Python ends them when their "
-        "rank exits and something still holds their iterator (an exception's traceback does): the rank then waits for "
-        "them for good.",
+        impl="patches.data.loader:checked_loader",
+        reads=("megatron.core.datasets.gpt_dataset:GPTDataset._build_document_sample_shuffle_indices",),
+        why="Upstream names cached sample indices by the path of the data and not by its content, and reads other data "
+        "of that path through them. With --exit-signal-handler its data workers ignore SIGTERM, by which Python ends "
+        "them when their rank exits; if something still holds their iterator (the traceback of an exception does), "
+        "the rank waits for them forever.",
         when="patches.conditions:always",
         test="tests/distributed/test_data_workers.py::test_kept_iterators_do_not_keep_their_workers",
-        remove_when="upstream shuts its data loaders down at exit, or its workers end when their rank exits",
-        stage="start",
-    ),
-    Record(
-        id="data.indices",
-        system="data",
-        action="wrap",
-        target="megatron.core.datasets.gpt_dataset:GPTDataset._build_document_sample_shuffle_indices",
-        impl="patches.data.indices:with_fitting_indices",
-        why="Upstream names cached sample indices by the path of the data, not by what is in them: it reads other data "
-        "of that path through them, wrongly or until an index is out of range.",
-        when="patches.conditions:always",
-        test="tests/unit/test_data_stale.py::test_indices_of_other_data_are_refused",
-        remove_when="the names of cached indices depend on the data's content",
+        remove_when="the names of cached indices depend on the data's content, and data workers end with their rank",
         stage="start",
     ),
     Record(

@@ -1,4 +1,4 @@
-"""Data that cannot give a run its samples are refused when the flags are parsed, and at the loop that would not end."""
+"""Refuse data that cannot give a run its samples, when flags are validated and where upstream would loop forever."""
 
 import functools
 from argparse import Namespace

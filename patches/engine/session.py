@@ -5,6 +5,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from patches import ledger
 from patches.engine import apply as engine
@@ -16,16 +17,21 @@ from patches.upstream.lock import Lock
 
 
 class Session:
-    """A stack of applied sets over one ledger.
+    """A stack of applied sets over one ledger, and what their implementations keep.
 
     Args:
         records: the ledger to choose from.
         lock: the fingerprints; None reads upstream.lock when first needed.
+
+    Attributes:
+        state: what the implementation of a record or callback keeps from call to call, under its id. An undo drops the
+            state of what it undoes, and calls the `close` method of a state that has one.
     """
 
     def __init__(self, records: Sequence[Record] = ledger.RECORDS, lock: Lock | None = None) -> None:
         self.ledger, self.lock = tuple(records), lock
         self.stack: list[engine.Applied] = []
+        self.state: dict[str, Any] = {}
         self._stages: dict[Stage, engine.Applied] = {}
 
     @property
@@ -52,8 +58,15 @@ class Session:
             applied.undo()
         finally:
             if not applied.bindings and not applied.contexts:
+                self._drop_state(applied)
                 self.stack.remove(applied)
                 self._stages = {stage: a for stage, a in self._stages.items() if a is not applied}
+
+    def _drop_state(self, applied: engine.Applied) -> None:
+        for part in (part for record in applied.records for part in record.parts):
+            close = getattr(self.state.pop(part.id, None), "close", None)
+            if close is not None:
+                close()
 
     def leave(self) -> None:
         """Put everything back without asking, at the end of the process.
@@ -61,7 +74,9 @@ class Session:
         A context manager that Python finds open when it takes its modules down fails there, with a traceback on stderr.
         """
         while self.stack:
-            self.stack.pop().roll_back()
+            applied = self.stack.pop()
+            applied.roll_back()
+            self._drop_state(applied)
 
     def start(self) -> engine.Applied:
         """Apply the records of stage `start` that this machine asks for; call it before upstream is imported.

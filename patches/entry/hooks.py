@@ -1,9 +1,10 @@
-"""The entry hooks: wraps around argument parsing, initialisation and the comparison with a checkpoint's arguments."""
+"""What the ledger does at upstream's argument parsing and initialisation."""
 
 import functools
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from megatron.longseq import arguments
@@ -15,19 +16,25 @@ from patches.errors import RankMismatch
 Provider = Callable[[ArgumentParser], ArgumentParser]
 
 
-def choose_patches(parse_args: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap upstream's `parse_args`: our flags beside the script's own, then the patches that the flags ask for."""
+@dataclass
+class _Parsing:
+    """What is kept from one call of `parse_args` to the next: upstream parses twice, the second time in `pretrain`."""
 
-    told = ""
     script: Provider | None = None
+    printed_digest: str = ""
+
+
+def choose_patches(parse_args: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap upstream's `parse_args`: add our flags to the script's own, then apply the patches that the flags need."""
 
     @functools.wraps(parse_args)
     def parse(extra_args_provider: Provider | None = None, ignore_unknown_args: bool = False) -> Any:
-        nonlocal script
-        script = extra_args_provider or script  # upstream parses again, without the script's flags, inside `pretrain`
+        kept: _Parsing = session.SESSION.state.setdefault("entry.parse-args", _Parsing())
+        kept.script = extra_args_provider or kept.script  # the second time, upstream has lost the script's flags
 
         def provider(parser: ArgumentParser) -> ArgumentParser:
-            return arguments.add_longseq_arguments(script(parser) if script else parser)
+            escape_help(parser)
+            return arguments.add_longseq_arguments(kept.script(parser) if kept.script else parser)
 
         args = parse_args(provider, ignore_unknown_args)
         if getattr(args, "yaml_cfg", None) is not None:
@@ -35,9 +42,8 @@ def choose_patches(parse_args: Callable[..., Any]) -> Callable[..., Any]:
         arguments.validate_longseq_arguments(args)
         session.SESSION.select_and_apply(args)
         _record(args)
-        nonlocal told
-        if args.rank == 0 and told != args.longseq_patch_digest:
-            told = args.longseq_patch_digest
+        if args.rank == 0 and kept.printed_digest != args.longseq_patch_digest:
+            kept.printed_digest = args.longseq_patch_digest
             print(
                 "\n".join(f"> {line}" for line in digest.report(session.SESSION.records, session.SESSION.hashes)),
                 flush=True,
@@ -75,30 +81,23 @@ def _record(args: Any) -> None:
     args.longseq_patch_digest = digest.combined(hashes)
 
 
-def escape_help(add_megatron_arguments: Callable[[ArgumentParser], ArgumentParser]) -> Callable[..., Any]:
-    """Wrap upstream's `add_megatron_arguments`: help texts that argparse cannot format are taken literally."""
-
-    @functools.wraps(add_megatron_arguments)
-    def add(parser: ArgumentParser) -> ArgumentParser:
-        parser = add_megatron_arguments(parser)
-        for action in parser._actions:
-            try:
-                _ = (action.help or "") % {**vars(action), "prog": parser.prog}
-            except (ValueError, KeyError, TypeError):
-                action.help = (action.help or "").replace("%", "%%")
-        return parser
-
-    return add
+def escape_help(parser: ArgumentParser) -> None:
+    """Escape percent signs in help texts that argparse cannot format."""
+    for action in parser._actions:
+        try:
+            _ = (action.help or "") % {**vars(action), "prog": parser.prog}
+        except (ValueError, KeyError, TypeError):
+            action.help = (action.help or "").replace("%", "%%")
 
 
 def agree_on_patches(initialize_megatron: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap upstream's `initialize_megatron`: once the ranks can talk, they compare their patches."""
+    """Wrap upstream's `initialize_megatron`: once the ranks are connected, they compare their patches."""
 
     @functools.wraps(initialize_megatron)
     def initialize(*args: Any, **kwargs: Any) -> Any:
         finish = initialize_megatron(*args, **kwargs)
-        if callable(finish):  # upstream's --lazy-mpu-init: the caller connects the ranks later
-            return _then_compare(finish)
+        if callable(finish):  # with --lazy-mpu-init the caller connects the ranks later, by this function
+            return agree_on_patches(finish)
         compare_ranks(session.SESSION.hashes)
         _write_arguments()
         return finish
@@ -112,17 +111,6 @@ def _write_arguments() -> None:
     args = get_args()
     if args.rank == 0 and getattr(args, "arguments_file", None) is not None:  # a script may make its own namespace
         arguments.write_arguments_file(args)
-
-
-def _then_compare(finish: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(finish)
-    def finish_and_compare(*args: Any, **kwargs: Any) -> Any:
-        result = finish(*args, **kwargs)
-        compare_ranks(session.SESSION.hashes)
-        _write_arguments()
-        return result
-
-    return finish_and_compare
 
 
 def compare_ranks(hashes: Mapping[str, str]) -> None:
@@ -173,28 +161,3 @@ def _spans(ranks: list[int]) -> str:
         else:
             spans.append([rank, rank])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
-
-
-def compare_with_checkpoint(check_checkpoint_args: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap upstream's `check_checkpoint_args`: say which patches changed since the checkpoint was written.
-
-    A report and no error: going from CPU to GPU, or switching a system on, changes the set rightly.
-    """
-
-    @functools.wraps(check_checkpoint_args)
-    def check(checkpoint_args: Namespace, *args: Any, **kwargs: Any) -> Any:
-        result = check_checkpoint_args(checkpoint_args, *args, **kwargs)
-        from megatron.training.global_vars import get_args  # type: ignore[import-untyped]
-
-        theirs = getattr(checkpoint_args, "longseq_patch_hashes", None)
-        if theirs is not None and get_args().rank == 0:
-            change = digest.difference(session.SESSION.hashes, theirs)
-            if change:
-                print(
-                    f"> WARNING: patches differ from those the checkpoint was written under (its digest "
-                    f"{digest.combined(theirs)}, now {digest.combined(session.SESSION.hashes)}): {change}",
-                    flush=True,
-                )
-        return result
-
-    return check

@@ -3,33 +3,23 @@
 With either of them installed upstream uses its kernels, the predicates are false, and none of this acts.
 """
 
-from patches.hooks import OPTIMIZER_FILE
+from patches.hooks import LOAD_CHECKPOINT
 from patches.record import Callback, Record
 
 RECORDS = (
     Record(
-        id="local.compiled-helpers",
-        system="local",
-        action="wrap",
-        target="megatron.core.datasets.utils:compile_helpers",
-        impl="patches.local.helpers:only_when_missing",
-        why="The wheel ships the dataset helper compiled, without the Makefile that upstream runs to compile it.",
-        when="patches.conditions:always",
-        test="tests/unit/test_local.py::test_compiled_helper_of_the_wheel_is_used",
-        remove_when="the wheel's compile_helpers looks for the compiled module first",
-        stage="start",
-    ),
-    Record(
-        id="local.tree-helpers",
+        id="local.dataset-helper",
         system="local",
         action="context",
         target="megatron.core.datasets",
-        impl="patches.local.helpers:wheels_helper_for_a_tree",
-        why="A Megatron tree compiles its dataset helper at the first run, which needs a compiler and pybind11 on "
-        "every machine; the installed wheel has the same one ready.",
+        impl="patches.local.helpers:compiled_helper_is_found",
+        reads=("megatron.core.datasets.utils:compile_helpers",),
+        why="Upstream compiles its dataset helper at the start of every run: from a Makefile, which the wheel does not "
+        "have, though it has the compiled helper; or in a Megatron tree, which needs a compiler and pybind11 on every "
+        "machine, though the installed wheel has the same helper.",
         when="patches.conditions:always",
-        test="tests/unit/test_local.py::test_a_tree_without_compiled_helper_finds_the_wheels",
-        remove_when="upstream looks for an installed helper before it compiles",
+        test="tests/unit/test_local.py::test_compiled_helper_of_the_wheel_is_used",
+        remove_when="upstream looks for a compiled helper before it compiles one",
         stage="start",
     ),
     Record(
@@ -62,30 +52,21 @@ RECORDS = (
         remove_when="upstream keeps Adam's step per parameter when it loads a torch optimizer",
         stage="start",
     ),
-    Record(
-        id="local.adam-load",
-        system="local",
-        action="wrap",
-        target="megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_parameter_state_from_dp_reshardable",
-        impl="patches.local.adam:without_grad",
-        why="This loader of optimizer state copies into fp32 parameters under autograd, which refuses the in-place "
-        "write.",
-        when="patches.conditions:always",
-        test="tests/distributed/test_checkpoints.py::test_distributed_optimizer_resumes_exactly",
-        remove_when="the loader carries the no_grad of its sisters",
-        stage="start",
-    ),
 )
 
 CALLBACKS = (
     Callback(
-        id="local.adam-load-file",
-        hook=OPTIMIZER_FILE,
+        id="local.adam-load",
+        hook=LOAD_CHECKPOINT,
         impl="patches.local.adam:without_grad",
-        why="With --ckpt-format torch the distributed optimizer reads a file of its own, and copies into fp32 "
-        "parameters under autograd, which refuses the in-place write.",
+        reads=(
+            "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_parameter_state_from_dp_reshardable",
+            "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_parameter_state_from_dp_zero",
+        ),
+        why="Two loaders of optimizer states copy into fp32 parameters while autograd records, which refuses the "
+        "in-place write.",
         when="patches.conditions:always",
-        test="tests/distributed/test_checkpoints.py::test_distributed_optimizer_resumes_from_a_file_of_its_own",
-        remove_when="the loader carries the no_grad of its sisters",
+        test="tests/distributed/test_checkpoints.py::test_distributed_optimizer_resumes_exactly",
+        remove_when="all loaders of optimizer states disable autograd, as some do",
     ),
 )

@@ -80,5 +80,5 @@ def adam_counts_steps_per_group() -> Iterator[None]:
 
 
 def without_grad(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a loader of optimizer state so that it may write into parameters in place."""
+    """Wrap `load_checkpoint`, so that loaders of optimizer states may write into parameters in place."""
     return functools.wraps(original)(torch.no_grad()(original))

@@ -1,4 +1,4 @@
-"""Upstream's compiled dataset helper, where it is there already."""
+"""Find upstream's compiled dataset helper where there is one, and compile it only where there is none."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -9,35 +9,41 @@ from importlib.util import find_spec
 from pathlib import Path
 
 
-def only_when_missing(original: Callable[[], None]) -> Callable[[], None]:
-    """Wrap `compile_helpers`: compile only what cannot be imported."""
+@contextmanager
+def compiled_helper_is_found() -> Iterator[None]:
+    """Let upstream use a compiled helper; everything is restored on exit.
 
+    A Megatron tree that has not compiled its helper finds the installed wheel's, if both have the same source.
+    """
+    from megatron.core import datasets
+    from megatron.core.datasets import utils
+
+    folders, compile_helpers = list(datasets.__path__), utils.compile_helpers
+    if not _is_compiled():
+        own = Path(folders[0], "helpers.cpp")
+        found = next((str(folder) for folder in _compiled_folders() if _same(own, folder / "helpers.cpp")), None)
+        if found is not None:
+            datasets.__path__.append(found)
+            invalidate_caches()
+    utils.compile_helpers = _unless_compiled(compile_helpers)
+    try:
+        yield
+    finally:
+        utils.compile_helpers = compile_helpers
+        datasets.__path__[:] = folders
+
+
+def _unless_compiled(original: Callable[[], None]) -> Callable[[], None]:
     @functools.wraps(original)
     def compile_helpers() -> None:
-        if find_spec("megatron.core.datasets.helpers_cpp") is None:
+        if not _is_compiled():
             original()
 
     return compile_helpers
 
 
-@contextmanager
-def wheels_helper_for_a_tree() -> Iterator[None]:
-    """Let a Megatron tree that has not compiled its helper find the installed wheel's, if the sources are the same."""
-    from megatron.core import datasets
-
-    found = None
-    if find_spec("megatron.core.datasets.helpers_cpp") is None:
-        own = Path(datasets.__path__[0], "helpers.cpp")
-        found = next((str(folder) for folder in _compiled_folders() if _same(own, folder / "helpers.cpp")), None)
-    if found is None:
-        yield
-        return
-    datasets.__path__.append(found)
-    invalidate_caches()
-    try:
-        yield
-    finally:
-        datasets.__path__.remove(found)
+def _is_compiled() -> bool:
+    return find_spec("megatron.core.datasets.helpers_cpp") is not None
 
 
 def _compiled_folders() -> Iterator[Path]:

@@ -1,6 +1,7 @@
 """System `log`: the figures that long-sequence training is judged by, beside upstream's own log line."""
 
-from patches.record import Record
+from patches.hooks import PARAMS_NORM
+from patches.record import Callback, Record
 
 RECORDS = (
     Record(
@@ -15,15 +16,12 @@ RECORDS = (
         test="tests/distributed/test_log.py::test_log_line_tells_tokens_flops_and_memory",
         remove_when="upstream's log line carries tokens per second and peak memory",
     ),
-    Record(
+)
+
+CALLBACKS = (
+    Callback(
         id="log.params-norm",
-        system="log",
-        action="wrap",
-        target="megatron.training.utils.common_utils:calc_params_l2_norm",
-        aliases=(
-            "megatron.training.utils:calc_params_l2_norm",
-            "megatron.training.training:calc_params_l2_norm",
-        ),
+        hook=PARAMS_NORM,
         impl="patches.log.norm:of_gathered",
         reads=("megatron.core.distributed.distributed_data_parallel:DistributedDataParallel.start_param_sync",),
         why="With --overlap-param-gather and without --bf16, --log-params-norm reads parameters of which a rank has "

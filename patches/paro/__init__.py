@@ -1,6 +1,6 @@
 """System `paro`: parameters, gradients and optimizer states each sharded not, inside a group, or globally."""
 
-from patches.hooks import GROUPS, READ_CHECKPOINT, VALIDATE_ARGS
+from patches.hooks import INITIALIZE, PARAMS_NORM, READ_CHECKPOINT, VALIDATE_ARGS
 from patches.record import Callback, Record
 
 _ASKED_FOR = "patches.paro.conditions:shards"
@@ -27,19 +27,6 @@ RECORDS = (
         when=_ASKED_FOR,
         test="tests/distributed/test_sharding.py::test_equals_upstream_in_float64",
         remove_when="upstream takes the classes of its wrapper, buffer and optimizer from its caller",
-    ),
-    Record(
-        id="paro.params-norm",
-        system="paro",
-        action="wrap",
-        target="megatron.training.utils.common_utils:_get_param_data",
-        impl="patches.paro.runtime:of_one_copy",
-        reads=("megatron.training.utils.common_utils:calc_params_l2_norm",),
-        why="--log-params-norm adds up main parameters over all data-parallel ranks, of which several hold the same "
-        "ones unless optimizer states are sharded globally.",
-        when=_ASKED_FOR,
-        test="tests/distributed/test_log_figures.py::test_figures_are_those_of_one_rank",
-        remove_when="upstream adds up over the ranks that its optimizer is sharded over",
     ),
     Record(
         id="paro.partial-layers",
@@ -71,7 +58,7 @@ CALLBACKS = (
     ),
     Callback(
         id="paro.groups",
-        hook=GROUPS,
+        hook=INITIALIZE,
         impl="patches.paro.runtime:with_sharding_groups",
         why="Every rank has to make the groups of the strategy at the same time.",
         when=_ASKED_FOR,
@@ -88,5 +75,16 @@ CALLBACKS = (
         when=_ASKED_FOR,
         test="tests/distributed/test_sharding_refused_checkpoints.py::test_bound_optimizer_states_are_refused",
         remove_when="upstream names the form that it finds and the one that it needs",
+    ),
+    Callback(
+        id="paro.params-norm",
+        hook=PARAMS_NORM,
+        impl="patches.paro.runtime:of_one_copy",
+        reads=("megatron.training.utils.common_utils:_get_param_data",),
+        why="--log-params-norm adds up main parameters over all data-parallel ranks, of which several hold the same "
+        "ones unless optimizer states are sharded globally.",
+        when=_ASKED_FOR,
+        test="tests/distributed/test_log_figures.py::test_figures_are_those_of_one_rank",
+        remove_when="upstream adds up over the ranks that its optimizer is sharded over",
     ),
 )

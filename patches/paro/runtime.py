@@ -6,54 +6,63 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+from patches.engine import session
+
 ONE_QUEUE = (
     "> PaRO: with CUDA_DEVICE_MAX_CONNECTIONS=1, which upstream requires with tensor or context parallelism before "
     "Blackwell, a collective that waits for another one also holds up compute. Leave it unset where neither is used"
 )
 
 
-class _Process:
-    """The state of this process; upstream passes nothing from one of these places to the other."""
-
-    sharding: Any = None
-
-
 def current_sharding() -> Any:
     """Return the `ShardingState` of this process.
 
     Raises:
-        RuntimeError: a model is wrapped before upstream has made its groups.
+        RuntimeError: a model is wrapped before upstream has created its groups.
     """
-    if _Process.sharding is None:
-        raise RuntimeError("sharding (--paro): a model is wrapped before initialize_model_parallel has run")
-    return _Process.sharding
+    found = session.SESSION.state.get("paro.groups")
+    if found is None:
+        raise RuntimeError("sharding (--paro): a model is wrapped before initialize_megatron has run")
+    return found
 
 
 def with_sharding_groups(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `initialize_model_parallel`: afterwards, create the strategy's process groups and queues."""
+    """Wrap `initialize_megatron`: afterwards, create the strategy's process groups and queues."""
 
     @functools.wraps(original)
-    def initialize_model_parallel(*args: Any, **kwargs: Any) -> Any:
+    def initialize_megatron(*args: Any, **kwargs: Any) -> Any:
+        from megatron.core import parallel_state
         from megatron.training import get_args
 
-        result = original(*args, **kwargs)
-        _Process.sharding = _open(get_args())
-        return result
+        finish = original(*args, **kwargs)
+        if callable(finish):  # with --lazy-mpu-init the caller connects the ranks later, by this function
+            return with_sharding_groups(finish)
+        if parallel_state.model_parallel_is_initialized():
+            session.SESSION.state["paro.groups"] = _open(get_args())
+        return finish
 
-    return initialize_model_parallel
+    return initialize_megatron
 
 
-def of_one_copy(original: Callable[..., tuple[Any, bool]]) -> Callable[..., tuple[Any, bool]]:
-    """Wrap `_get_param_data`, what a parameter adds to their norm: only one of equal main parameters counts."""
+def of_one_copy(original: Callable[..., float]) -> Callable[..., float]:
+    """Wrap `calc_params_l2_norm`: if several ranks hold equal main parameters, only those of one rank count."""
 
     @functools.wraps(original)
-    def _get_param_data(*args: Any, **kwargs: Any) -> tuple[Any, bool]:
-        data, is_sharded = original(*args, **kwargs)
-        if is_sharded and current_sharding().optimizer_groups.replicas.rank() != 0:
-            return None, True
-        return data, is_sharded
+    def calc_params_l2_norm(model: Any, *args: Any, **kwargs: Any) -> float:
+        if current_sharding().optimizer_groups.replicas.rank() == 0:
+            return original(model, *args, **kwargs)
+        chunks = model if isinstance(model, list) else [model]
+        params = [p for chunk in chunks for p in chunk.parameters() if getattr(p, "main_param_sharded", False)]
+        mains = [param.main_param for param in params]
+        for param in params:
+            param.main_param = None  # as on a rank that holds no part of it: it adds nothing
+        try:
+            return original(model, *args, **kwargs)
+        finally:
+            for param, main in zip(params, mains, strict=True):
+                param.main_param = main
 
-    return _get_param_data
+    return calc_params_l2_norm
 
 
 def _open(args: Namespace) -> Any:

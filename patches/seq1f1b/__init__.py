@@ -1,20 +1,16 @@
 """System `seq1f1b`: pipeline schedules over segments of a sequence, in place of upstream's own."""
 
-from patches.hooks import VALIDATE_ARGS
+from patches.hooks import FORWARD_BACKWARD, VALIDATE_ARGS
 from patches.record import Callback, Record
 
 _ASKED_FOR = "megatron.longseq.pipeline.arguments:wants_our_schedule"
 
-RECORDS = (
-    Record(
+RECORDS: tuple[Record, ...] = ()
+
+CALLBACKS = (
+    Callback(
         id="seq1f1b.schedule",
-        system="seq1f1b",
-        action="wrap",
-        target="megatron.core.pipeline_parallel.schedules:get_forward_backward_func",
-        aliases=(
-            "megatron.core.pipeline_parallel:get_forward_backward_func",
-            "megatron.training.training:get_forward_backward_func",
-        ),
+        hook=FORWARD_BACKWARD,
         reads=(
             "megatron.core.pipeline_parallel.schedules:forward_step",
             "megatron.core.pipeline_parallel.schedules:forward_step_calc_loss",
@@ -34,9 +30,6 @@ RECORDS = (
         test="tests/distributed/test_seq1f1b.py::test_flag_changes_the_schedule",
         remove_when="upstream lets a caller register a schedule, or ships sequence-level ones",
     ),
-)
-
-CALLBACKS = (
     Callback(
         id="seq1f1b.arguments",
         hook=VALIDATE_ARGS,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.longseq.pipeline.arguments import check_trace_step, refuse_unserved
+from patches.engine import session
 from patches.environment import has_one_queue
 from patches.seq1f1b.checks import prove_batches, refuse_stages
 
@@ -40,14 +41,13 @@ def with_plan(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def with_our_schedule(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `get_forward_backward_func`: return one `ForwardBackward` for all steps of this process."""
-    function: Any = None
 
     @functools.wraps(original)
     def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
-        nonlocal function
-        if function is None:
-            function = _forward_backward()
-        return function
+        state = session.SESSION.state
+        if "seq1f1b.schedule" not in state:
+            state["seq1f1b.schedule"] = _forward_backward()
+        return state["seq1f1b.schedule"]
 
     return get_forward_backward_func
 

@@ -1,6 +1,6 @@
 """System `usp`: attention over context-parallel ranks (Ulysses x ring) without TransformerEngine."""
 
-from patches.hooks import GROUPS, RECOMPUTE, VALIDATE_ARGS
+from patches.hooks import FORWARD_BACKWARD, INITIALIZE, RECOMPUTE, VALIDATE_ARGS
 from patches.record import Callback, Record
 
 _SPREAD = "patches.usp.conditions:spreads_attention"
@@ -21,18 +21,6 @@ RECORDS = (
         when="patches.usp.conditions:spreads_local_attention",
         test="tests/distributed/test_context.py::test_equals_upstream_in_float64",
         remove_when="upstream's DotProductAttention serves context parallelism",
-    ),
-    Record(
-        id="usp.loss",
-        system="usp",
-        action="wrap",
-        target="megatron.core.pipeline_parallel.schedules:forward_step_calc_loss",
-        impl="patches.usp.loss:over_the_whole_sequence",
-        why="Upstream divides a rank's loss by the valid tokens of its own part of the sequence, so an uneven loss "
-        "mask weighs tokens by the rank that they fall on.",
-        when=_SPREAD,
-        test="tests/distributed/test_context.py::test_any_mask",
-        remove_when="upstream sums the number of tokens over the context-parallel ranks",
     ),
     Record(
         id="usp.batch",
@@ -61,7 +49,7 @@ CALLBACKS = (
     ),
     Callback(
         id="usp.groups",
-        hook=GROUPS,
+        hook=INITIALIZE,
         impl="patches.usp.runtime:with_context_groups",
         why="Every rank has to make the groups of the all-to-all and of the ring at the same time, and upstream's own "
         "hierarchical groups want einops.",
@@ -79,5 +67,16 @@ CALLBACKS = (
         when="patches.usp.conditions:recomputes_spread_attention",
         test="tests/unit/test_attention_kept.py::test_attention_of_a_recomputed_layer_runs_once",
         remove_when="upstream hands a recomputed function what its first forward left",
+    ),
+    Callback(
+        id="usp.loss",
+        hook=FORWARD_BACKWARD,
+        impl="patches.usp.loss:over_the_whole_sequence",
+        reads=("megatron.core.pipeline_parallel.schedules:forward_step_calc_loss",),
+        why="Upstream divides a rank's loss by the valid tokens of its own part of the sequence, so an uneven loss "
+        "mask weighs tokens by the rank that they fall on.",
+        when=_SPREAD,
+        test="tests/distributed/test_context.py::test_any_mask",
+        remove_when="upstream sums the number of tokens over the context-parallel ranks",
     ),
 )

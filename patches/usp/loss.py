@@ -6,7 +6,7 @@ from typing import Any
 
 
 def over_the_whole_sequence(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `forward_step_calc_loss`: sum the number of valid tokens over the context-parallel ranks.
+    """Wrap `get_forward_backward_func`: sum the number of valid tokens over the context-parallel ranks.
 
     Upstream averages gradients over context-parallel ranks as over data-parallel ones, so each rank's sum of losses is
     multiplied by the number of ranks. A loss function with two results has averaged already and is left as it is. With
@@ -14,14 +14,24 @@ def over_the_whole_sequence(original: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(original)
-    def forward_step_calc_loss(
-        model: Any, output_tensor: Any, loss_func: Any, config: Any, *args: Any, **kw: Any
-    ) -> Any:
-        if loss_func is not None and not config.calculate_per_token_loss:
-            loss_func = _counted(loss_func)
-        return original(model, output_tensor, loss_func, config, *args, **kw)
+    def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args
 
-    return forward_step_calc_loss
+        run = original(*args, **kwargs)
+        return run if get_args().calculate_per_token_loss else functools.partial(_run_counted, run)
+
+    return get_forward_backward_func
+
+
+def _run_counted(run: Callable[..., Any], *args: Any, forward_step_func: Callable[..., Any], **kwargs: Any) -> Any:
+    """Run a step's passes with a forward step whose loss function counts the tokens of all context-parallel ranks."""
+
+    @functools.wraps(forward_step_func)
+    def forward_step(*inputs: Any, **named: Any) -> tuple[Any, Any]:
+        output, loss_func = forward_step_func(*inputs, **named)
+        return output, None if loss_func is None else _counted(loss_func)
+
+    return run(*args, forward_step_func=forward_step, **kwargs)
 
 
 def _counted(loss_func: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,41 +6,46 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-
-class _Held:
-    """State of this process; upstream passes nothing between the two places."""
-
-    context: Any = None
+from patches.engine import session
 
 
 def current_context() -> Any:
     """Return the `ContextParallel` of this process.
 
     Raises:
-        RuntimeError: attention is built before upstream has made its groups.
+        RuntimeError: attention is built before upstream has created its groups.
     """
-    if _Held.context is None:
-        raise RuntimeError("context parallelism: attention is built before initialize_model_parallel has run")
-    return _Held.context
+    context = session.SESSION.state.get("usp.groups")
+    if context is None:
+        raise RuntimeError("context parallelism: attention is built before initialize_megatron has run")
+    return context
 
 
 def with_context_groups(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `initialize_model_parallel`: then make the groups of the all-to-all and of the ring."""
+    """Wrap `initialize_megatron`: afterwards, create the process groups of the all-to-all and of the ring."""
 
     @functools.wraps(original)
-    def initialize_model_parallel(*args: Any, **kwargs: Any) -> Any:
+    def initialize_megatron(*args: Any, **kwargs: Any) -> Any:
+        from megatron.core import parallel_state
         from megatron.training import get_args
 
         from patches.usp.conditions import spreads_local_attention
 
         flags = get_args()
-        if spreads_local_attention(flags):  # upstream's hierarchical groups are TransformerEngine's
-            kwargs["hierarchical_context_parallel_sizes"] = None
-        result = original(*args, **kwargs)
-        _Held.context = _open(flags)
-        return result
+        sizes = flags.hierarchical_context_parallel_sizes
+        if spreads_local_attention(flags):  # upstream's hierarchical groups are TransformerEngine's, and need einops
+            flags.hierarchical_context_parallel_sizes = None
+        try:
+            finish = original(*args, **kwargs)
+        finally:
+            flags.hierarchical_context_parallel_sizes = sizes
+        if callable(finish):  # with --lazy-mpu-init the caller connects the ranks later, by this function
+            return with_context_groups(finish)
+        if parallel_state.model_parallel_is_initialized():
+            session.SESSION.state["usp.groups"] = _open(flags)
+        return finish
 
-    return initialize_model_parallel
+    return initialize_megatron
 
 
 def _open(flags: Namespace) -> Any:

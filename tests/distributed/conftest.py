@@ -54,7 +54,7 @@ def equal(ranks: RankPool, start: Start, upstream: Callable[..., Run], tell: Cal
         own: str,
         twist: str | None = None,
         theirs: str | None = None,
-        learns: float = 0.1,
+        learns: float = 0.02,
     ) -> Run:
         run = run_arm(ranks, "O", world, start(model) + flags(own), float64=True, snapshots=SNAPSHOTS, mutant=twist)
         assert_equal(run, upstream(model, theirs or twist), name, tell, learns)

@@ -30,7 +30,7 @@ class Equal(Protocol):
         own: str,
         twist: str | None = None,
         theirs: str | None = None,
-        learns: float = 0.1,
+        learns: float = 0.02,
     ) -> Run:
         """Train, compare, and return the run.
 
@@ -59,7 +59,7 @@ def assert_steps_equal(ours: list[Step], theirs: list[Step]) -> float:
     return apart
 
 
-def assert_equal(run: Run, reference: Run, name: str, tell: Callable[[str], None], learns: float = 0.1) -> None:
+def assert_equal(run: Run, reference: Run, name: str, tell: Callable[[str], None], learns: float = 0.02) -> None:
     """Hold losses and norms to 1e-9, every weight and optimizer state to 1e-8 of its norm.
 
     The reference's loss has to fall by `learns`.

@@ -123,6 +123,7 @@ def test_a_loss_of_ones_own_tokens_is_another(ranks: RankPool, start: Start, ups
     assert worst(run.curve, reference.curve, "grad_norm") > 1e-3
 
 
+@pytest.mark.slow  # as under segments, in test_seq1f1b_more.py
 def test_checkpoints_go_both_ways(ranks: RankPool, tmp_path: Path) -> None:
     base = flags(TINY, "--save-interval 2")
     theirs = run_arm(ranks, "U", 1, base, tmp_path / "U", float64=True)

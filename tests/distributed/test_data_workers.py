@@ -58,7 +58,7 @@ def exit_with_kept_iterators(kind: str) -> int:
     import patches
 
     dataset = [torch.arange(4) for _ in range(64)]
-    with patches.applied("data.workers"):
+    with patches.applied("data.loader"):
         from megatron.core import mpu
         from megatron.training.datasets import data_samplers
 
@@ -79,8 +79,8 @@ def exit_with_kept_iterators(kind: str) -> int:
         DistributedSignalHandler(signal.SIGTERM).__enter__()  # as upstream: before the workers are forked
         kept = [iter(data_samplers.build_pretraining_data_loader(dataset, 0)) for _ in range(2)]
         assert all(len(next(iterator)) == 1 for iterator in kept)
-    assert len(multiprocessing.active_children()) == 4
-    atexit._run_exitfuncs()
+        assert len(multiprocessing.active_children()) == 4
+        atexit._run_exitfuncs()
     return len(multiprocessing.active_children())
 
 

@@ -45,9 +45,10 @@ def validation(ranks: RankPool, arm: str, layout: str, own: str = "") -> list[fl
     return [note["lm loss"] for note in last]
 
 
+@pytest.mark.slow  # test_evaluation_sizes.py has one layout by default
 @pytest.mark.parametrize(
     ("layout", "own"),
-    [(VPP, K3), *(pytest.param("", own, marks=pytest.mark.slow) for own in (K3, f"{K3} --zero-bubble"))],
+    [(VPP, K3), ("", K3), ("", f"{K3} --zero-bubble")],
 )
 def test_validation_losses_are_upstreams(
     ranks: RankPool, losses: Callable[[str], list[float]], layout: str, own: str
@@ -69,7 +70,7 @@ def test_evaluations_leave_memory_as_it_is(ranks: RankPool) -> None:
         assert len(set(evaluated)) == 1 and evaluated[0] == trained[1]
 
 
-@pytest.mark.parametrize("layout", ["", VPP])
+@pytest.mark.parametrize("layout", ["", pytest.param(VPP, marks=pytest.mark.slow)])
 def test_a_batch_is_read_and_cut_once_per_micro_batch(ranks: RankPool, layout: str) -> None:
     """Not once per segment. Each of a batch's 3 segments is cut once for a context-parallel rank."""
     base = flags(TINY, PP2, K3, layout, "--context-parallel-size 2 --train-iters 2 --global-batch-size 4")
@@ -96,6 +97,7 @@ def test_checkpoints_go_both_ways(ranks: RankPool, tmp_path: Path) -> None:
     assert max(float((one[n] - other[n]).double().norm()) / norms[n] for n in one if norms[n]) < 10 * RELATIVE
 
 
+@pytest.mark.slow
 def test_dropout_differs_no_more_than_other_masks_do(ranks: RankPool, tell: Callable[[str], None]) -> None:
     """The masks of segments are others than those of whole sequences, as those of two stages are others than of one."""
     base = flags(TINY, "--hidden-dropout 0.1 --attention-dropout 0.1 --train-iters 8")

@@ -51,6 +51,7 @@ def test_frozen_parameters_are_sharded_and_never_sent_after_a_step(ranks: RankPo
     assert between.planted == 4 * STEPS * FROZEN
 
 
+@pytest.mark.slow
 def test_checkpoint_of_a_part_goes_on_under_another_strategy(
     ranks: RankPool, start: Start, upstream: Callable[..., Run], tmp_path: Path
 ) -> None:

@@ -82,6 +82,7 @@ def test_nan_in_one_ranks_gradient_ends_the_run(
     assert weights and all((saved[w] - upstreams_end[w]).norm() <= RELATIVE * upstreams_end[w].norm() for w in weights)
 
 
+@pytest.mark.slow
 def test_nan_that_is_not_looked_for_is_in_every_ranks_norm(ranks: RankPool) -> None:
     line = flags(TINY, f"--paro IIG {PAIRS} {ASYNC} --no-check-for-nan-in-loss-and-grad --train-iters 5")
     run = run_arm(ranks, "O", 4, line, mutant=SPOILT)

@@ -68,6 +68,7 @@ def test_arm_u_is_the_locked_wheel_untouched() -> None:
     assert set(report.upstream_header()) == {"upstream", "RECORD sha256"}
 
 
+@pytest.mark.slow
 def test_a_snapshot_is_what_a_checkpoint_holds(ranks: RankPool, outcomes: Outcomes, tmp_path: Path) -> None:
     """Check a layout that shards everything: tensors, their gate and up halves, and optimizer states."""
     suite = outcomes.suite

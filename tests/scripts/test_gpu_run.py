@@ -83,7 +83,7 @@ def script(module: str, words: str) -> tuple[int, str]:
     return status, said.getvalue()
 
 
-@pytest.mark.parametrize(("section", "step"), [("speed", 0), ("ring and PaRO", 0)])
+@pytest.mark.parametrize(("section", "step"), [pytest.param("speed", 0, marks=pytest.mark.slow), ("ring and PaRO", 0)])
 def test_sections_of_one_process_run_on_a_cpu(
     ranks: RankPool, monkeypatch: pytest.MonkeyPatch, section: str, step: int
 ) -> None:

@@ -27,7 +27,7 @@ from tests.unit.test_attention_blocks import dense, packed
 HEADS = {"MHA": (4, 4), "GQA": (4, 2), "MQA": (4, 1)}
 LENGTHS = [[12], [6, 6], [5, 4, 3], [7, 3, 1, 1], [1, 1, 10], [3, 2, 1, 1, 1, 2, 1, 1]]
 KERNELS = {"cpu": CpuFlash(), "reference": Reference()}
-CPU = ("cpu.device", "cpu.rng-read", "cpu.rng-write")
+CPU = ("cpu.device",)
 
 
 def upstream_checkpoint(function: Callable[..., Tensor], *args: Tensor) -> Tensor:

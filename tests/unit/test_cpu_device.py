@@ -109,8 +109,7 @@ def test_never_acts_where_cuda_is_available(monkeypatch: pytest.MonkeyPatch) -> 
         pass
 
 
-@pytest.mark.parametrize("kept", [("cpu.device", "cpu.rng-read", "cpu.rng-write"), ("cpu.device",)])
-def test_rng_tracker_forks_and_restores(kept: tuple[str, ...]) -> None:
+def test_rng_tracker_forks_and_restores() -> None:
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
     def drawn() -> tuple[list[float], list[float]]:
@@ -127,13 +126,8 @@ def test_rng_tracker_forks_and_restores(kept: tuple[str, ...]) -> None:
     expected_inside = [torch.rand(1).item(), torch.rand(1).item()]
     torch.manual_seed(1)
     expected_outside = [torch.rand(1).item()]
-    with patches.applied(kept):
-        right = len(kept) == 3
-        try:
-            result = drawn()
-        except Exception:
-            result = None  # without the two records upstream fails or draws other numbers
-        assert (result == (expected_inside, expected_outside)) == right
+    with patches.applied("cpu.device"):
+        assert drawn() == (expected_inside, expected_outside)
 
 
 def test_initialize_is_told_that_no_cuda_is_fine() -> None:

@@ -3,6 +3,8 @@
 import os
 import random
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +16,6 @@ from tests.unit.test_data_usable import index_of
 
 def build(prefix: str, samples: int, patched: bool = True) -> list[object]:
     """Let upstream make or read the sample indices of training data, and read every sample."""
-    from contextlib import nullcontext
-
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
@@ -29,9 +29,24 @@ def build(prefix: str, samples: int, patched: bool = True) -> list[object]:
         reset_attention_mask=False,
         eod_mask_loss=False,
     )
-    with patches.applied("data.indices") if patched else nullcontext():
-        train, *_ = BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, config).build()
+    train, *_ = BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, config).build()
+    with patches.applied("data.loader") if patched else nullcontext(), external_loader():
+        from megatron.training.datasets import data_samplers
+
+        assert data_samplers.build_pretraining_data_loader(train, 0) is train
     return [train[number] for number in range(len(train))]
+
+
+@contextmanager
+def external_loader() -> Iterator[None]:
+    """Let upstream return the data set itself as its loader (--dataloader-type external)."""
+    from megatron.training import global_vars
+
+    before, global_vars._GLOBAL_ARGS = global_vars._GLOBAL_ARGS, SimpleNamespace(dataloader_type="external")
+    try:
+        yield
+    finally:
+        global_vars._GLOBAL_ARGS = before
 
 
 def replace(folder: Path, lengths: list[int], by_renaming: bool) -> None:

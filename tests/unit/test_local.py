@@ -27,7 +27,7 @@ def test_compiled_helper_of_the_wheel_is_used(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(subprocess, "run", no_make)
     with pytest.raises(FileNotFoundError):
         utils.compile_helpers()
-    with patches.applied("local.compiled-helpers"):
+    with patches.applied("local.dataset-helper"):
         utils.compile_helpers()
 
 
@@ -44,7 +44,7 @@ def test_a_tree_without_compiled_helper_finds_the_wheels(tmp_path: Path, changed
         f"sys.path.insert(0, {str(tmp_path)!r})\n"
         "import megatron.core.datasets as d; assert d.__file__.startswith(sys.path[0]), d.__file__\n"
         "before = find_spec('megatron.core.datasets.helpers_cpp')\n"
-        "with patches.applied('local.tree-helpers'):\n"
+        "with patches.applied('local.dataset-helper'):\n"
         "    found = find_spec('megatron.core.datasets.helpers_cpp')\n"
         "    if found: import megatron.core.datasets.helpers_cpp as h; assert h.build_sample_idx_int32\n"
         "print(before is None, found is not None)"

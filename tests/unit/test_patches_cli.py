@@ -151,17 +151,17 @@ def test_show():
 
 def test_bump_over_a_doctored_copy(copy):
     doctor(copy / "megatron/training/arguments.py", '    """Parse all arguments."""', '    """Parse them."""')
-    doctor(copy / "megatron/training/checkpointing.py", "def check_checkpoint_args(", "def other_name(")
+    doctor(copy / "megatron/training/checkpointing.py", "def _load_base_checkpoint(", "def other_name(")
     done = cli("bump", copy)
     lines = done.stdout.splitlines()
     assert done.returncode == 1
     assert any(line.split() == ["changed", "entry.parse-args"] for line in lines)
-    assert any(line.split() == ["gone", "entry.checkpoint-digest"] for line in lines)
+    assert any(line.split() == ["gone", "hook.read-checkpoint"] for line in lines)
     assert any(line.split() == ["same", "hook.initialize"] for line in lines)
     assert '    -    """Parse all arguments."""' in lines and '    +    """Parse them."""' in lines
     before = lock.PATH.read_bytes()
     done = cli("bump", "--write", copy)
-    assert done.returncode == 1 and "has no `check_checkpoint_args`" in done.stderr
+    assert done.returncode == 1 and "has no `_load_base_checkpoint`" in done.stderr
     assert lock.PATH.read_bytes() == before, "what is gone cannot be locked"
     assert cli("bump").returncode == 0
 

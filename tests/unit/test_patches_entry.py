@@ -73,7 +73,7 @@ def test_parse_args_without_the_record_knows_none_of_our_flags(our_flag, monkeyp
 
 
 def test_help_shows_upstreams_groups_and_ours(own_session, our_flag, monkeypatch, capsys):
-    with session.applied(["entry.help-text", "entry.parse-args"]), pytest.raises(SystemExit) as end:
+    with session.applied("entry.parse-args"), pytest.raises(SystemExit) as end:
         parse(monkeypatch, "--help", provider=own_flag)
     out = capsys.readouterr().out
     assert end.value.code == 0
@@ -111,36 +111,40 @@ def test_callbacks_of_one_upstream_function_nest_in_ledger_order(own_session):
 
 
 @pytest.fixture
-def checkpoint(own_session, monkeypatch):
-    """Upstream's check under the patch, for arguments that agree in all that upstream compares."""
-    from megatron.training import checkpointing, global_vars
+def load_checkpoint(own_session, monkeypatch):
+    """Load checkpoints that hold the given arguments, under the callback."""
+    from megatron.training import checkpointing
 
-    names = "num_layers hidden_size num_attention_heads add_position_embedding vocab_file data_parallel_random_init "
-    names += "phase_transition_iterations tensor_model_parallel_size pipeline_model_parallel_size"
-    same = dict.fromkeys(names.split()) | {"use_dist_ckpt": True, "rank": 0}
-    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", Namespace(**same))
-    monkeypatch.setattr(checkpointing, "_CHECKPOINT_VERSION", 3.0)
+    saved = []
+    monkeypatch.setattr(
+        checkpointing, "_load_base_checkpoint", lambda folder, args, rank0=False: ({"args": saved[-1]}, folder, 0, 0)
+    )
+
+    def load(rank=0, finetune=False, **fields):
+        saved.append(Namespace(**fields))
+        for rank0 in (True, False):  # as upstream, which reads the common part first
+            checkpointing._load_base_checkpoint("folder", Namespace(rank=rank, finetune=finetune), rank0)
+
     with session.applied("entry.checkpoint-digest"):
-        yield lambda **fields: checkpointing.check_checkpoint_args(Namespace(**same | fields))
+        yield load
 
 
-def test_checkpoint_of_other_patches_is_reported(checkpoint, own_session, capsys):
-    checkpoint(longseq_patch_hashes={"entry.checkpoint-digest": "0", "gone.one": "1"})
+def test_checkpoint_of_other_patches_is_reported(load_checkpoint, own_session, capsys):
+    theirs = {"entry.checkpoint-digest": "0", "gone.one": "1"}
+    load_checkpoint(longseq_patch_hashes=theirs)
     out = capsys.readouterr().out
-    assert "> WARNING: patches differ from those the checkpoint was written under" in out
+    assert out.count("> WARNING: patches differ from those the checkpoint was written under") == 1
     assert "removed gone.one; changed entry.checkpoint-digest" in out
     assert f"now {digest.combined(own_session.hashes)}" in out
-
-
-def test_checkpoint_of_the_same_patches_or_of_plain_upstream_is_silent(checkpoint, own_session, capsys):
-    checkpoint(longseq_patch_hashes=own_session.hashes)
-    checkpoint()
+    load_checkpoint(rank=1, longseq_patch_hashes=theirs)
+    load_checkpoint(finetune=True, longseq_patch_hashes=theirs)
     assert capsys.readouterr().out == ""
 
 
-def test_checkpoint_check_still_refuses_what_upstream_refuses(checkpoint):
-    with pytest.raises(AssertionError, match="num_layers value from checkpoint"):
-        checkpoint(num_layers=3)
+def test_checkpoint_of_the_same_patches_or_of_plain_upstream_is_silent(load_checkpoint, own_session, capsys):
+    load_checkpoint(longseq_patch_hashes=own_session.hashes)
+    load_checkpoint()
+    assert capsys.readouterr().out == ""
 
 
 def agreement(different: bool) -> str:
@@ -188,7 +192,7 @@ def test_without_process_group_it_says_that_nothing_was_compared(capsys):
 def test_the_start_set_goes_in_and_out_exactly(own_session):
     handle = own_session.start()
     bindings = list(handle.bindings)
-    assert {b.record.id for b in bindings} >= {"entry.parse-args", "hook.initialize", "entry.checkpoint-digest"}
+    assert {b.record.id for b in bindings} >= {"entry.parse-args", "hook.load-checkpoint"}
     own_session.undo(handle)
     assert all(b.place.own() is b.before for b in {b.place.key: b for b in reversed(bindings)}.values())
     assert isinstance(handle, engine.Applied) and not handle.bindings

@@ -115,7 +115,8 @@ def test_upstreams_entry_points_are_hooked_once_each():
     assert len(places) == len(set(places))
     hooked = {one.target.partition(":")[2]: [c.id for c in one.callbacks] for one in ledger.RECORDS if one.callbacks}
     assert hooked["validate_args"] == [f"{system}.arguments" for system in ("cpu", "data", "seq1f1b", "usp", "paro")]
-    assert hooked["initialize_megatron"][-1] == "entry.rank-agreement", "ranks are compared once they are connected"
+    started = ["cpu.initialize", "entry.rank-agreement", "usp.groups", "paro.groups"]
+    assert hooked["initialize_megatron"] == started, "ranks are compared before systems create groups"
 
 
 def test_no_cuda_predicate(monkeypatch):
