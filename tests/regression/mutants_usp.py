@@ -167,7 +167,7 @@ def stale_keys() -> Iterator[Planted]:
             planted.times += index > 0
             yield index, step, tuple(mine[: came.shape[0]] for mine, came in zip(own, held, strict=True))
 
-    with wrapped(ring, "_keys_round", keys_round):
+    with wrapped(ring, "_iterate_steps", keys_round):
         yield planted
 
 

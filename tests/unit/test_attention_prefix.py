@@ -378,7 +378,7 @@ def test_bfloat16_error_is_that_of_one_call(monkeypatch: pytest.MonkeyPatch, tel
     assert all(floor <= x for x, floor in zip(one, least, strict=True)), "nothing in bfloat16 is nearer"
     most = [math.sqrt(1 + 2 * (floor / x) ** 2) for x, floor in zip(one, least, strict=True)]
     split = {count: [a / b for a, b in zip(errors(count), one, strict=True)] for count in (4, 8)}
-    monkeypatch.setattr(store_module, "accumulation", lambda dtype: dtype)
+    monkeypatch.setattr(store_module, "accumulation_dtype", lambda dtype: dtype)
     coarse = [a / b for a, b in zip(errors(8), one, strict=True)]
     for count, ratios in [*split.items(), ("8 and bfloat16 accumulators", coarse)]:
         figures = " ".join(f"{x:.3f}" for x in ratios)
