@@ -216,4 +216,4 @@ def test_what_does_not_fit_is_refused_before_anything_is_sent() -> None:
     with pytest.raises(ValueError, match=r"layer 0: values \(16, 2, 2, 4\) beside keys"):
         context_attention(q, k, v[..., :4], make_call(q, k, strategy, problem.kernel, SCALE))
     assert strategy.ulysses is not None and strategy.ring is not None
-    assert strategy.ulysses.sent.messages == strategy.ring.keys.sent.messages == 0  # type: ignore[attr-defined]
+    assert strategy.ulysses.sent.messages == strategy.ring.kv.sent.messages == 0  # type: ignore[attr-defined]
