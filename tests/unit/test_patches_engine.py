@@ -395,6 +395,16 @@ def test_stage_flags_are_chosen_once(up, bed):
     assert (up.f(1), up.g(1)) == (1, ("ours", 1))
 
 
+def test_an_undo_drops_the_state_of_what_it_undoes(up):
+    from types import SimpleNamespace
+
+    own, closed = Session(records=()), []
+    handle = own.apply([record("planted_up:f", "planted_impl:wrap", "wrap")])
+    own.state |= {"planted.one": SimpleNamespace(close=lambda: closed.append("planted.one")), "planted.other": 1}
+    own.undo(handle)
+    assert closed == ["planted.one"] and own.state == {"planted.other": 1}
+
+
 def test_start_is_idempotent(up):
     own = Session([record("planted_up:f", "planted_impl:wrap", "wrap", stage="start")])
     handle = own.start()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -196,6 +197,29 @@ def test_the_start_set_goes_in_and_out_exactly(own_session):
     own_session.undo(handle)
     assert all(b.place.own() is b.before for b in {b.place.key: b for b in reversed(bindings)}.values())
     assert isinstance(handle, engine.Applied) and not handle.bindings
+
+
+def contents() -> dict[str, int]:
+    """What every name of upstream's modules, of torch.cuda and of this project holds, by identity; no modules."""
+    prefixes = ("megatron.", "patches.", "torch.cuda")
+    modules = [m for name, m in list(sys.modules.items()) if name.startswith(prefixes) and isinstance(m, ModuleType)]
+    held = [(f"{m.__name__}:{name}", value) for m in modules for name, value in vars(m).items()]
+    classes = {value for _, value in held if isinstance(value, type) and value.__module__.startswith(prefixes)}
+    held += [(f"{c.__module__}:{c.__qualname__}.{name}", value) for c in classes for name, value in vars(c).items()]
+    return {name: id(value) for name, value in held if not isinstance(value, ModuleType)}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the cpu system never acts where CUDA is available")
+def test_undoing_all_records_leaves_no_module_changed(own_session):
+    own_session.undo(own_session.apply(own_session.ledger))  # imports what it needs
+    before = contents()
+    handle = own_session.apply(own_session.ledger)
+    applied = contents()
+    own_session.undo(handle)
+    after = contents()
+    changed = [name for name in before if applied.get(name) != before[name]]
+    assert len(changed) > 30, "the comparison sees the patches"
+    assert [name for name in before | after if before.get(name) != after.get(name)] == [] and own_session.state == {}
 
 
 def test_the_end_of_a_process_is_quiet():
