@@ -38,7 +38,7 @@ def unflipped_arrivals() -> Iterator[Planted]:
         arrival_of = type(original(self, segments)[0])
         return tuple(arrival_of(source, span) for span in rows for source in range(self.mesh.ulysses))
 
-    with wrapped(Layout, "arrivals", received_rows):
+    with wrapped(Layout, "received_rows", received_rows):
         yield planted
 
 
