@@ -12,6 +12,6 @@ cd "$ROOT"
 if (($# == 0)) || [[ $* == --all ]]; then
   bash scripts/check.sh
   # One worker runs all tests of several ranks, one after another; the other one runs those of a single process.
-  set -- -n 2 --dist loadgroup "$@"
+  set -- -n 2 --dist loadscope --no-loadscope-reorder "$@"
 fi
 exec "$PY" -m pytest --durations=20 "$@"

@@ -1,6 +1,8 @@
 """Fixtures that several test folders share, and the figures that tests tell at the end of a session."""
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,15 +21,27 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.markexpr = ""
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say which tests one worker of pytest-xdist runs in their order: those of ranks, and those of each other file.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let one worker run all tests of several processes, one after another, and the other one all other files.
 
-    Ranks use both cores, and their runs and fixtures are shared.
+    Ranks use both cores, and share runs and fixtures. pytest-xdist has `--dist loadgroup` for this, but version 3.8
+    loses the groups under pytest 9.2: it writes them into an attribute that pytest no longer reads.
     """
-    for item in items:
-        group = "ranks" if "ranks" in getattr(item, "fixturenames", ()) else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class RanksOnOneWorker(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ranks" if starts_processes(config.rootpath / file) else file
+
+    return RanksOnOneWorker(config, log)
+
+
+@functools.cache
+def starts_processes(file: Path) -> bool:
+    """Return whether the tests of a file start ranks or whole commands: all but the unit tests that have no pool."""
+    return file.parent.name != "unit" or "RankPool" in file.read_text()
 
 
 @pytest.fixture(scope="session")
