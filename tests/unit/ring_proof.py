@@ -14,7 +14,7 @@ from megatron.longseq.sharding.plan.collectives import CollectiveKind, Collectiv
 from megatron.longseq.sharding.plan.overlap_order import ScheduledCollective, schedule
 from megatron.longseq.sharding.plan.rank_groups import RankGroups
 from megatron.longseq.sharding.plan.strategy import Level
-from megatron.longseq.sharding.runtime.gloo_ring import Transfer, ring_messages
+from megatron.longseq.sharding.runtime.gloo_ring import ShardTransfer, ring_messages
 
 Buffer = list[int]  # by shard
 State = list[list[Buffer]]  # by member and bucket
@@ -25,8 +25,8 @@ class PlannedMessage(NamedTuple):
 
     run: ScheduledCollective
     number: int
-    send: Transfer
-    receive: Transfer
+    send: ShardTransfer
+    receive: ShardTransfer
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +162,8 @@ def _together(groups: RankGroups, scope: Scope, member: int) -> set[int]:
 
 def _check_channels(plan: RingCollective) -> None:
     """Require that from each member to each other the sender sends what the receiver awaits, in one order."""
-    sent: dict[tuple[int, int, Scope], list[tuple[PlannedMessage, Transfer]]] = {}
-    awaited: dict[tuple[int, int, Scope], list[tuple[PlannedMessage, Transfer]]] = {}
+    sent: dict[tuple[int, int, Scope], list[tuple[PlannedMessage, ShardTransfer]]] = {}
+    awaited: dict[tuple[int, int, Scope], list[tuple[PlannedMessage, ShardTransfer]]] = {}
     for member, steps in enumerate(plan.steps):
         for step in steps:
             scope = step.run.collective.scope

@@ -50,3 +50,14 @@ def test_the_systems_do_not_import_their_patches() -> None:
 
 def test_data_preparation_leaves_torch_to_upstreams_writer() -> None:
     assert broken("megatron/longseq/data", UPSTREAM) == []
+
+
+def test_public_classes_have_unique_names() -> None:
+    where: dict[str, list[str]] = {}
+    for folder in ("megatron/longseq", "patches"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.parse(file.read_text()).body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    where.setdefault(node.name, []).append(str(file.relative_to(ROOT)))
+    assert len(where) > 100
+    assert {name: files for name, files in where.items() if len(files) > 1} == {}

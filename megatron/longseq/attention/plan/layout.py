@@ -18,7 +18,7 @@ from megatron.longseq.attention.plan.ranges import TokenRange, TokenRanges, unio
 Placement = Literal["head-first", "context-first"]
 
 
-class Place(NamedTuple):
+class Coordinates(NamedTuple):
     """Coordinates of a context-parallel rank: index in its Ulysses group, and in its ring."""
 
     ulysses: int
@@ -65,9 +65,9 @@ class Mesh:
         """Number of context-parallel ranks C."""
         return self.ulysses * self.ring
 
-    def place(self, rank: int) -> Place:
+    def place(self, rank: int) -> Coordinates:
         """Return the coordinates of a context-parallel rank."""
-        return Place(rank % self.ulysses, rank // self.ulysses)
+        return Coordinates(rank % self.ulysses, rank // self.ulysses)
 
     def ordered(self, members: Sequence[int]) -> tuple[int, ...]:
         """Return the global ranks of a context-parallel group in the order of context-parallel ranks.

@@ -73,7 +73,7 @@ class Ring:
         return window * self.inner + (rank + sign * inner) % self.inner
 
 
-class Transfer(NamedTuple):
+class KVTransfer(NamedTuple):
     """One message: rows of a source's keys and values, or of their gradients, from one rank to another.
 
     Attributes:
@@ -101,8 +101,8 @@ class RingTransfers(NamedTuple):
         grads: their gradients.
     """
 
-    keys: tuple[Transfer, ...]
-    grads: tuple[Transfer, ...]
+    keys: tuple[KVTransfer, ...]
+    grads: tuple[KVTransfer, ...]
 
 
 class RingStep(NamedTuple):
@@ -123,10 +123,10 @@ class RingStep(NamedTuple):
     first: tuple[Tile, ...]
     more: tuple[Tile, ...]
     grad_rows: TokenRanges
-    kv_sends: tuple[Transfer, ...]
-    kv_recvs: tuple[Transfer, ...]
-    grad_sends: tuple[Transfer, ...]
-    grad_recvs: tuple[Transfer, ...]
+    kv_sends: tuple[KVTransfer, ...]
+    kv_recvs: tuple[KVTransfer, ...]
+    grad_sends: tuple[KVTransfer, ...]
+    grad_recvs: tuple[KVTransfer, ...]
 
 
 Shards = tuple[TokenRanges, ...]  # positions that every rank holds
@@ -147,8 +147,8 @@ def plan_transfers(ring: Ring, queries: Shards, keys: Shards, mask: Mask) -> Rin
     """
     if not len(queries) == len(keys) == ring.size:
         raise ValueError(f"shards of {len(queries)} (queries) and {len(keys)} (keys) ranks in a ring of {ring.size}")
-    key_transfers: list[Transfer] = []
-    grad_transfers: list[Transfer] = []
+    key_transfers: list[KVTransfer] = []
+    grad_transfers: list[KVTransfer] = []
     for source in range(ring.size):
         ranks = [ring.visited(source, step) for step in range(ring.size)]
         wanted = [visible_rows(queries[rank], keys[source], mask) for rank in ranks]
@@ -163,7 +163,7 @@ def _running_union(sets: Iterable[TokenRanges]) -> list[TokenRanges]:
     return list(accumulate(sets, lambda left, right: union([*left, *right])))
 
 
-def _key_transfers(source: int, ranks: list[int], wanted: list[TokenRanges], inner: int) -> list[Transfer]:
+def _key_transfers(source: int, ranks: list[int], wanted: list[TokenRanges], inner: int) -> list[KVTransfer]:
     """Send keys on inside a window while a later rank needs them, and from its first rank to the next window's."""
     transfers = []
     onward = _running_union(reversed(wanted))[::-1]  # what a step and all later ones need
@@ -172,11 +172,13 @@ def _key_transfers(source: int, ranks: list[int], wanted: list[TokenRanges], inn
         hops = [(step, step + 1, inside[step + 1 - begin]) for step in range(begin, begin + inner - 1)]
         if begin + inner < len(ranks):
             hops.append((begin, begin + inner, onward[begin + inner]))
-        transfers += [Transfer(source, ranks[post], ranks[wait], rows, post, wait) for post, wait, rows in hops if rows]
+        transfers += [
+            KVTransfer(source, ranks[post], ranks[wait], rows, post, wait) for post, wait, rows in hops if rows
+        ]
     return transfers
 
 
-def _grad_transfers(source: int, ranks: list[int], wanted: list[TokenRanges], inner: int) -> list[Transfer]:
+def _grad_transfers(source: int, ranks: list[int], wanted: list[TokenRanges], inner: int) -> list[KVTransfer]:
     """Send gradients along the keys' way inside a window, and from the last rank that adds to them to their owner."""
     transfers = []
     for begin in range(0, len(ranks), inner):
@@ -186,9 +188,9 @@ def _grad_transfers(source: int, ranks: list[int], wanted: list[TokenRanges], in
             done = difference(wanted[step], later[step - begin])
             passed = intersection(so_far[step - begin], later[step - begin])
             if done:
-                transfers.append(Transfer(source, rank, source, done, step, len(ranks)))
+                transfers.append(KVTransfer(source, rank, source, done, step, len(ranks)))
             if passed:
-                transfers.append(Transfer(source, rank, ranks[step + 1], passed, step, step + 1))
+                transfers.append(KVTransfer(source, rank, ranks[step + 1], passed, step, step + 1))
     return transfers
 
 
@@ -233,11 +235,11 @@ def plan_ring_attention(
     return tuple(steps)
 
 
-def _received(transfers: list[Transfer], source: int) -> TokenRanges:
+def _received(transfers: list[KVTransfer], source: int) -> TokenRanges:
     return union(rows for one in transfers if one.source == source for rows in one.rows)
 
 
-def _posted(transfers: list[Transfer], step: int) -> tuple[Transfer, ...]:
+def _posted(transfers: list[KVTransfer], step: int) -> tuple[KVTransfer, ...]:
     return tuple(one for one in transfers if one.post == step)
 
 

@@ -13,7 +13,7 @@ from megatron.longseq.distributed import SentCounter
 Message = tuple[int, Tensor]  # (group rank of the peer, contiguous tensor)
 
 
-class Work(Protocol):
+class P2PWork(Protocol):
     """Messages in flight."""
 
     def wait(self) -> None:
@@ -24,8 +24,8 @@ class Work(Protocol):
 class P2PChannel(Protocol):
     """Point-to-point messages among the ranks of a ring, ordered for each pair of ranks."""
 
-    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Work:
-        """Start sends and receives. The tensors must not be used before `Work.wait` returns."""
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> P2PWork:
+        """Start sends and receives. The tensors must not be used before `P2PWork.wait` returns."""
         ...
 
 
@@ -69,7 +69,7 @@ class ProcessGroupP2P:
     group: dist.ProcessGroup
     sent: SentCounter = field(default_factory=SentCounter)
 
-    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Work:
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> P2PWork:
         """See `P2PChannel.post`."""
         for _, tensor in sends:
             self.sent.count(tensor.nbytes)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from megatron.longseq.attention.kernels.base import Kernel, accumulation_dtype
 from megatron.longseq.attention.plan.ranges import TokenRange, TokenRanges, count_before, rows_of, size
-from megatron.longseq.attention.plan.ring_schedule import RingStep, Transfer
-from megatron.longseq.attention.runtime.comm import Message, P2PChannel, Work
+from megatron.longseq.attention.plan.ring_schedule import KVTransfer, RingStep
+from megatron.longseq.attention.runtime.comm import Message, P2PChannel, P2PWork
 from megatron.longseq.attention.runtime.tiled import tiled_backward, tiled_forward
 
 KV = tuple[Tensor, Tensor]  # keys and values [rows, b, hk, d], contiguous, or the gradients of both
@@ -141,17 +141,17 @@ class _Transfers:
 
     def __init__(self, near: P2PChannel, far: P2PChannel) -> None:
         self._near, self._far = near, far
-        self._due: dict[int, list[tuple[Work, list[Received]]]] = defaultdict(list)
+        self._due: dict[int, list[tuple[P2PWork, list[Received]]]] = defaultdict(list)
 
     def post(
         self,
-        sends: Sequence[Transfer],
+        sends: Sequence[KVTransfer],
         buffer: KV,
         buffer_rows: TokenRanges,
-        recvs: Sequence[Transfer],
+        recvs: Sequence[KVTransfer],
         like: Tensor,
         dtype: torch.dtype,
-    ) -> list[tuple[Transfer, KV]]:
+    ) -> list[tuple[KVTransfer, KV]]:
         """Start the transfers of a step.
 
         Args:
@@ -192,7 +192,7 @@ class _Transfers:
                 yield received.pop(0)
 
 
-def _is_far(transfer: Transfer) -> bool:
+def _is_far(transfer: KVTransfer) -> bool:
     return transfer.wait != transfer.post + 1
 
 

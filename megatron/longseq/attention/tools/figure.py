@@ -46,7 +46,7 @@ class Sending(NamedTuple):
     part: float
 
 
-class Scene(NamedTuple):
+class AttentionScene(NamedTuple):
     """What the picture shows of a sequence of 2C chunks.
 
     Attributes:
@@ -62,7 +62,7 @@ class Scene(NamedTuple):
     steps: tuple[tuple[tuple[Cell, ...], tuple[Sending, ...]], ...]
 
 
-def scene(mesh: Mesh) -> Scene:
+def scene(mesh: Mesh) -> AttentionScene:
     """Return the scene of plain causal attention; a chunk is one token."""
     layout = Layout(mesh, (2 * mesh.size,))
     shards = layout.shards(range(1))
@@ -79,7 +79,7 @@ def scene(mesh: Mesh) -> Scene:
         )
         for index in range(mesh.ring)
     ]
-    return Scene(
+    return AttentionScene(
         mesh,
         tuple(_numbers(layout.positions(rank, 0)) for rank in range(mesh.size)),
         tuple(_numbers(layout.ring_positions(mesh.place(rank).ring, 0)) for rank in range(mesh.size)),
@@ -104,7 +104,7 @@ def _numbers(spans: tuple[TokenRange, ...]) -> tuple[int, ...]:
     return tuple(number for span in spans for number in range(*span))
 
 
-def draw(scene: Scene, file: Path) -> None:
+def draw(scene: AttentionScene, file: Path) -> None:
     """Write the picture as SVG or PNG, by the file's suffix.
 
     Raises:
@@ -138,7 +138,7 @@ def _axes(figure: Any, box: tuple[float, float, float, float]) -> Any:
     return axes
 
 
-def _holdings(axes: Any, scene: Scene, held: tuple[tuple[int, ...], ...], *, shared: bool) -> None:
+def _holdings(axes: Any, scene: AttentionScene, held: tuple[tuple[int, ...], ...], *, shared: bool) -> None:
     """Draw ranks as rows and chunks as columns; the height of a bar is the share of the heads."""
     mesh, chunks = scene.mesh, 2 * scene.mesh.size
     axes.set_xlim(0, chunks)
@@ -165,7 +165,7 @@ def _holdings(axes: Any, scene: Scene, held: tuple[tuple[int, ...], ...], *, sha
     axes.set_title(text, **TITLE, pad=4)
 
 
-def _step(axes: Any, scene: Scene, index: int, cells: tuple[Cell, ...], sendings: tuple[Sending, ...]) -> None:
+def _step(axes: Any, scene: AttentionScene, index: int, cells: tuple[Cell, ...], sendings: tuple[Sending, ...]) -> None:
     """Draw queries as rows and keys as columns; what no step computes is masked."""
     chunks = 2 * scene.mesh.size
     axes.set_xlim(0, chunks)

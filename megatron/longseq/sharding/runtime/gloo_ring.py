@@ -18,7 +18,7 @@ from megatron.longseq.sharding.runtime.collectives import CollectiveRunner, Regi
 from megatron.longseq.sharding.runtime.process_groups import Communicators
 
 
-class Transfer(NamedTuple):
+class ShardTransfer(NamedTuple):
     """Shards [begin, end) of a bucket, sent to or received from a peer; with `adds` the receiver adds them."""
 
     peer: int
@@ -37,8 +37,8 @@ class RingMessage(NamedTuple):
     """
 
     number: int
-    send: Transfer
-    receive: Transfer
+    send: ShardTransfer
+    receive: ShardTransfer
 
 
 def ring_messages(groups: RankGroups, collective: Collective, member: int) -> tuple[RingMessage, ...]:
@@ -58,8 +58,8 @@ def ring_messages(groups: RankGroups, collective: Collective, member: int) -> tu
         steps.append(
             RingMessage(
                 number,
-                Transfer(ring[(place + 1) % size], *_piece(groups, collective.scope, sent), adds),
-                Transfer(ring[(place - 1) % size], *_piece(groups, collective.scope, received), adds),
+                ShardTransfer(ring[(place + 1) % size], *_piece(groups, collective.scope, sent), adds),
+                ShardTransfer(ring[(place - 1) % size], *_piece(groups, collective.scope, received), adds),
             )
         )
     return tuple(steps)
@@ -99,7 +99,7 @@ class GlooRingRunner(CollectiveRunner):
         steps, sent = self._steps(collective), 0
         adding = [step.number for step in steps if step.receive.adds]
 
-        def piece(transfer: Transfer) -> Tensor:
+        def piece(transfer: ShardTransfer) -> Tensor:
             return flat[(transfer.begin - first) * shard : (transfer.end - first) * shard]
 
         for step in steps:

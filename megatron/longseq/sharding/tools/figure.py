@@ -55,7 +55,7 @@ class Holding(NamedTuple):
     states: tuple[tuple[range, ...], ...]
 
 
-class Timeline(NamedTuple):
+class CollectiveTimeline(NamedTuple):
     """When the collectives of buckets run in a mode."""
 
     mode: CollectivesMode
@@ -75,7 +75,7 @@ class Cost(NamedTuple):
     sent: CommVolume
 
 
-class Scene(NamedTuple):
+class ShardingScene(NamedTuple):
     """What the figure shows.
 
     Attributes:
@@ -90,17 +90,17 @@ class Scene(NamedTuple):
     groups: RankGroups
     holdings: tuple[Holding, ...]
     kind: CollectiveKind
-    timelines: tuple[Timeline, ...]
+    timelines: tuple[CollectiveTimeline, ...]
     job: TrainingJob
     costs: tuple[Cost, ...]
 
 
-def scene(job: TrainingJob = SEVEN_B) -> Scene:
+def scene(job: TrainingJob = SEVEN_B) -> ShardingScene:
     """Return what the figure shows; `job` is that of the costs."""
     kind = CollectiveKind.REDUCE_SCATTER
     costs = sorted((_cost(strategy, job) for strategy in RUNNING), key=lambda one: (one.sent.between, -one.held.total))
     timelines = tuple(_times(kind, mode) for mode in CollectivesMode)
-    return Scene(FOUR, tuple(map(_holds, SHOWN)), kind, timelines, job, tuple(costs))
+    return ShardingScene(FOUR, tuple(map(_holds, SHOWN)), kind, timelines, job, tuple(costs))
 
 
 def _holds(strategy: Strategy) -> Holding:
@@ -110,10 +110,10 @@ def _holds(strategy: Strategy) -> Holding:
     )
 
 
-def _times(kind: CollectiveKind, mode: CollectivesMode) -> Timeline:
+def _times(kind: CollectiveKind, mode: CollectivesMode) -> CollectiveTimeline:
     shards = [size / NODES.ranks for size in BUCKETS]
     collectives, is_overlapped = full_collective(kind, NODES, mode), mode is CollectivesMode.OVERLAPPED
-    return Timeline(mode, time_collectives(collectives, NODES, LINKS, shards, is_overlapped=is_overlapped))
+    return CollectiveTimeline(mode, time_collectives(collectives, NODES, LINKS, shards, is_overlapped=is_overlapped))
 
 
 def _cost(strategy: Strategy, job: TrainingJob) -> Cost:
@@ -121,7 +121,7 @@ def _cost(strategy: Strategy, job: TrainingJob) -> Cost:
     return Cost(strategy, memory(strategy, job.groups, job.model, job.widths), sent)
 
 
-def draw(scene: Scene, file: Path) -> None:
+def draw(scene: ShardingScene, file: Path) -> None:
     """Draw the figure, as SVG or PNG by the file's suffix.
 
     Raises:
@@ -148,7 +148,7 @@ def _axes(figure: Any, box: tuple[float, float, float, float]) -> Any:
     return axes
 
 
-def _holding(axes: Any, scene: Scene, holding: Holding, *, is_first: bool) -> None:
+def _holding(axes: Any, scene: ShardingScene, holding: Holding, *, is_first: bool) -> None:
     """Draw a row for every state and a column for every rank; a column is as wide as a full buffer."""
     groups = scene.groups
     starts = [rank * 1.12 + rank // groups.size * 0.18 for rank in range(groups.ranks)]
@@ -168,7 +168,7 @@ def _holding(axes: Any, scene: Scene, holding: Holding, *, is_first: bool) -> No
     axes.set_xlabel(f"{groups.count} groups of {groups.size} ranks", fontsize=7.5, labelpad=2)
 
 
-def _timeline(axes: Any, scene: Scene, timeline: Timeline, latest: float) -> None:
+def _timeline(axes: Any, scene: ShardingScene, timeline: CollectiveTimeline, latest: float) -> None:
     """Draw a row for every link; a flat collective occupies both, and serial ones leave one idle."""
     for row in _ROWS.values():
         axes.add_patch(Rectangle((0, row), latest * 1e3, _BAR, facecolor=EMPTY, linewidth=0))
@@ -187,7 +187,7 @@ def _timeline(axes: Any, scene: Scene, timeline: Timeline, latest: float) -> Non
     axes.set_title(f"{timeline.mode}: {timeline.end * 1e3:.2f} ms", **TITLE, pad=3)
 
 
-def _costs(figure: Any, scene: Scene) -> None:
+def _costs(figure: Any, scene: ShardingScene) -> None:
     """Draw a row for every strategy."""
     rows = [_BAR / 2 + row for row in range(len(scene.costs))]
     held = _bars(figure, (0.555, 0.22), "GB on a rank", [cost.held.total for cost in scene.costs])
@@ -219,7 +219,7 @@ def _bars(figure: Any, place: tuple[float, float], title: str, sizes: list[int])
     return axes
 
 
-def _legends(figure: Any, scene: Scene) -> None:
+def _legends(figure: Any, scene: ShardingScene) -> None:
     words: dict[str, Any] = {**LEGEND, "borderaxespad": 0, "borderpad": 0, "handlelength": 1.2}
     size, gigabytes = sum(BUCKETS) / 1e6, (LINKS.inside.bandwidth / 1e9, LINKS.between.bandwidth / 1e9)
     text = (
