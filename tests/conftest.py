@@ -23,7 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Let one worker run all tests of several processes, one after another, and the other one all other files.
+    """Let one worker run all tests on several ranks, one after another, and the other one all other files.
 
     Ranks use both cores, and share runs and fixtures. pytest-xdist has `--dist loadgroup` for this, but version 3.8
     loses the groups under pytest 9.2: it writes them into an attribute that pytest no longer reads.
@@ -33,15 +33,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class RanksOnOneWorker(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "ranks" if starts_processes(config.rootpath / file) else file
+            return "ranks" if runs_on_ranks(config.rootpath / file) else file
 
     return RanksOnOneWorker(config, log)
 
 
 @functools.cache
-def starts_processes(file: Path) -> bool:
-    """Return whether the tests of a file start ranks or whole commands: all but the unit tests that have no pool."""
-    return file.parent.name != "unit" or "RankPool" in file.read_text()
+def runs_on_ranks(file: Path) -> bool:
+    """Return whether the tests of a file run on ranks. Those of scripts start processes too, but wait for most of them."""
+    return file.parent.name not in ("scripts", "unit") or "RankPool" in file.read_text()
 
 
 @pytest.fixture(scope="session")
