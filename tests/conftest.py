@@ -40,7 +40,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @functools.cache
 def runs_on_ranks(file: Path) -> bool:
-    """Return whether the tests of a file run on ranks. Those of scripts start processes too, but wait for most of them."""
+    """Return whether the tests of a file run on ranks; those of scripts are processes that mostly run one at a time."""
     return file.parent.name not in ("scripts", "unit") or "RankPool" in file.read_text()
 
 
