@@ -90,6 +90,7 @@ def test_where_the_input_is_frozen_the_weights_get_their_gradients(layers: Layer
     assert all(torch.equal(a, b) for a, b in zip(gradients(layers, out), expected, strict=True))
 
 
+@pytest.mark.slow  # upstream compiles an extension for it, for half a minute
 def test_recomputed_outputs_that_are_thrown_away(layers: Layers) -> None:
     """Upstream's other kind of recomputation, of which the linear after it is the last user."""
     from megatron.core.tensor_parallel.random import CheckpointWithoutOutput

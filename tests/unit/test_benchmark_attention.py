@@ -266,6 +266,7 @@ def test_ranks_that_do_not_fit_are_refused(ranks):
         main(["--ranks", *ranks])
 
 
+@pytest.mark.slow  # a run of the benchmark
 def test_a_short_run_ends_in_the_json_line(capsys):
     arguments = "--ranks 2 --lengths 512 --kv-heads 2 --rounds 1 --who ours torch"
     assert main(arguments.split()) == 0

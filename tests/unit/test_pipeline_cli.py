@@ -234,6 +234,7 @@ def test_the_simulator_agrees_with_known_figures(model, seq_length, microbatches
         assert result.sequences == pytest.approx(sequences, abs=0.005)
 
 
+@pytest.mark.slow  # a documentation table
 def test_the_papers_table_shows_half_of_its_bubble_without_more_memory(capsys):
     assert main(["table"]) == 0
     text = capsys.readouterr().out
