@@ -1,4 +1,4 @@
-"""Look at this machine, apply the start set for real, undo it, and see that the undo was exact."""
+"""Examine this machine: apply the records of stage `start`, undo them, and check that the undo was exact."""
 
 import importlib.metadata
 import importlib.util
@@ -18,7 +18,7 @@ OPTIONAL = {"transformer-engine": "transformer_engine", "apex": "apex", "flash-a
 
 
 def examine() -> bool:
-    """Print what was found; True when all is well."""
+    """Print the findings. Return whether nothing is wrong."""
     healthy = _upstream()
     _environment()
     return _start_set() and healthy

@@ -25,7 +25,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 
 def run(script: str, argv: Sequence[str], megatron: Choice = "tree") -> None:
-    """Apply the start set, then execute the script as `__main__`; what it raises, it raises.
+    """Apply the records of stage `start`, then execute the script as `__main__`. The script's exceptions pass through.
 
     Raises:
         PatchError: no such script, an unusable `megatron`, or a patch that was refused.
@@ -52,7 +52,7 @@ def run(script: str, argv: Sequence[str], megatron: Choice = "tree") -> None:
 
 
 def search_path(path: Sequence[str], home: Path, safe: bool) -> list[str]:
-    """`sys.path` for a script in `home`: its folder in the place of the one `-m` put there, this project at the end.
+    """Return `sys.path` for a script in `home`: its folder first, where `-m` put another one, and this project last.
 
     Args:
         path: the present `sys.path`, whose first entry is the working directory unless Python runs in safe-path mode.

@@ -1,4 +1,4 @@
-"""System `cpu`: upstream's loop on CPU processes over gloo. Never acts where a CUDA device is available.
+"""System `cpu`: upstream's training loop on CPU processes over gloo. Does nothing where a CUDA device is available.
 
 Principle: upstream asks `torch.cuda.is_available()` in few places and then has a right CPU branch, so that answer stays
 False. Everywhere else it names CUDA without asking: there each `torch.cuda` entry point gets the twin that PyTorch

@@ -1,4 +1,4 @@
-"""Upstream's flags where there is no CUDA: the same run where that is possible, a refusal by name where it is not."""
+"""Upstream's flags without CUDA: set those that do not change the result, refuse the others by name."""
 
 import functools
 import os
@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-# attribute: (the value a CPU can serve, what it stands for). Only how a result is computed changes, never the result.
+# attribute: (its value on a CPU, the flag that says the same). These values do not change a result.
 CPU_VALUES: dict[str, tuple[Any, str]] = {
     "distributed_backend": ("gloo", "--distributed-backend gloo"),
     "transformer_impl": ("local", "--transformer-impl local"),
@@ -16,7 +16,7 @@ CPU_VALUES: dict[str, tuple[Any, str]] = {
     "no_persist_layer_norm": (True, "--no-persist-layer-norm"),
 }
 
-# flag: (is it asked for?, why only a GPU can serve it)
+# flag: (whether the arguments use it, why it needs a GPU)
 GPU_ONLY: dict[str, tuple[Callable[[Namespace], bool], str]] = {
     "--fp8-format": (lambda a: a.fp8 is not None, "FP8 matrix products come from TransformerEngine"),
     "--fp4-format": (lambda a: a.fp4 is not None, "FP4 matrix products come from TransformerEngine"),
@@ -51,12 +51,12 @@ GPU_ONLY: dict[str, tuple[Callable[[Namespace], bool], str]] = {
 
 
 def gpu_only_flags(args: Namespace) -> list[str]:
-    """Return one line per flag in `args` that only a GPU can serve, with the reason."""
+    """Return one line with the reason for each flag in `args` that needs a GPU."""
     return [f"  {flag}: {why}" for flag, (asked, why) in GPU_ONLY.items() if asked(args)]
 
 
 def set_cpu_values(args: Namespace) -> list[str]:
-    """Give `args` the values a CPU can serve; return the flags that say the same, for the log."""
+    """Set the values for a CPU in `args`. Return the flags that say the same, for the log."""
     changed = []
     for name, (value, flag) in CPU_VALUES.items():
         if getattr(args, name) != value:
@@ -66,7 +66,7 @@ def set_cpu_values(args: Namespace) -> list[str]:
 
 
 def for_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `validate_args`: refuse what only a GPU serves, set what a CPU needs, then validate as upstream does.
+    """Wrap `validate_args`: refuse flags that need a GPU, set values for a CPU, then call upstream.
 
     Raises:
         ValueError: lists every flag that cannot be served without CUDA.
@@ -83,7 +83,7 @@ def for_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
         changed = set_cpu_values(args)
         if changed and args.rank == 0:
             print(f"> no CUDA device: running on CPU as if given {' '.join(changed)}", flush=True)
-        # Upstream insists on this variable for overlapping GPU queues; a CPU has one queue by nature.
+        # Upstream requires this variable so that GPU queues overlap; a CPU has one queue.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         return original(args, defaults or {})
 

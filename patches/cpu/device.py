@@ -1,4 +1,4 @@
-"""`torch.cuda` answered by PyTorch's own CPU twins, for as long as one context manager is open."""
+"""Replace `torch.cuda` by equivalents for the CPU while a context manager is open."""
 
 import logging
 import os
@@ -27,7 +27,7 @@ def _names_cuda(device: Any) -> bool:
 
 
 class CudaMeansCpu(TorchFunctionMode):
-    """Every torch call made under this mode that asks for a CUDA device gets the CPU.
+    """Redirect every torch call that names a CUDA device to the CPU.
 
     `device='cuda' | 'cuda:i' | i` becomes `cpu`, `x.cuda()` is `x`, pinned memory is ordinary memory, and `x.type()`
     names the CUDA twin (`torch.cuda.FloatTensor`): upstream's optimizers tell parameter types apart by that string.
@@ -51,7 +51,7 @@ class CudaMeansCpu(TorchFunctionMode):
 
 
 class CpuStream:
-    """One in-order queue: everything asked of it has already happened."""
+    """A stream of the CPU: all work is done when it is submitted."""
 
     def __init__(self, device: Any = None, priority: int = 0, **_: Any) -> None:
         self.device, self.priority = torch.device("cpu"), priority
@@ -77,13 +77,13 @@ class CpuStream:
 
 
 class CpuEvent:
-    """A point in the one in-order queue, with the wall clock for `elapsed_time`."""
+    """An event of the CPU. It records the wall clock for `elapsed_time`."""
 
     def __init__(self, enable_timing: bool = False, **_: Any) -> None:
         self.seconds = 0.0
 
     def record(self, stream: Any = None) -> None:
-        """Note the time."""
+        """Record the time."""
         self.seconds = time.perf_counter()
 
     def wait(self, stream: Any = None) -> None:
@@ -97,18 +97,18 @@ class CpuEvent:
         return True
 
     def elapsed_time(self, end: "CpuEvent") -> float:
-        """Milliseconds from this event to `end`."""
+        """Return the milliseconds from this event to `end`."""
         return (end.seconds - self.seconds) * 1e3
 
 
 def resident_bytes(device: Any = None) -> int:
-    """Resident size of this process in bytes."""
+    """Return the resident size of this process in bytes."""
     with open("/proc/self/statm", encoding="ascii") as statm:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_resident_bytes(device: Any = None) -> int:
-    """Largest resident size of this process so far, in bytes (the kernel keeps it; it is never reset)."""
+    """Return the largest resident size of this process so far, in bytes. The kernel counts it and never resets it."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB
 
 
@@ -131,11 +131,11 @@ def _properties(device: Any = None) -> SimpleNamespace:
 
 
 def _nothing(*_: Any, **__: Any) -> None:
-    """Stand in for an entry point that orders or frees GPU work: the CPU has none."""
+    """Do nothing, in the place of a function that orders or frees GPU work."""
 
 
 def _twins(ranks_on_this_host: int) -> dict[str, Any]:
-    """Every `torch.cuda` name that upstream's training path reads, with its CPU twin."""
+    """Return the CPU equivalent of every `torch.cuda` name that upstream's training reads."""
     generator = torch.default_generator
     stream = CpuStream()
     resident = dict.fromkeys(("memory_allocated", "memory_reserved", "device_memory_used"), resident_bytes)
@@ -202,7 +202,7 @@ def mode_in_backward(mode: TorchFunctionMode) -> Iterator[None]:
 
 @contextmanager
 def _one_generator() -> Iterator[None]:
-    """Keep upstream's RNG tracker from warning at every fork that the CPU's generator moved: it is the only one."""
+    """Filter the warning of upstream's RNG tracker that the CPU's generator changed. On a CPU there is no other one."""
 
     def says_something_else(record: logging.LogRecord) -> bool:
         return "CPU RNG state changed" not in record.getMessage()
@@ -217,7 +217,7 @@ def _one_generator() -> Iterator[None]:
 
 @contextmanager
 def cpu_stands_in_for_cuda(ranks_on_this_host: int | None = None) -> Iterator[None]:
-    """Open the twins; everything is as before once it closes.
+    """Replace `torch.cuda` by its CPU equivalents, and restore it on exit.
 
     Args:
         ranks_on_this_host: what `torch.cuda.device_count()` answers; the launcher's LOCAL_WORLD_SIZE by default.

@@ -12,7 +12,7 @@ def allow_no_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def initialize_megatron(*args: Any, **kwargs: Any) -> Any:
-        if not args:  # the switch is upstream's first positional parameter: a caller who gives it has decided
+        if not args:  # the switch is upstream's first parameter: keep the value of a caller who passes it
             kwargs.setdefault("allow_no_cuda", True)
         return original(*args, **kwargs)
 
@@ -20,7 +20,7 @@ def allow_no_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def without_trace(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function that draws random numbers: afterwards the generator's state is what it was before."""
+    """Wrap a function that draws random numbers: restore the state of the generator afterwards."""
 
     @functools.wraps(original)
     def set_jit_fusion_options(*args: Any, **kwargs: Any) -> Any:

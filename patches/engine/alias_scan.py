@@ -1,4 +1,4 @@
-"""Find who still holds an object under another name: `from x import f as g`, default arguments, tables, specs.
+"""Find further references to an object: `from x import f as g`, default arguments, tables, layer specs.
 
 Scanned is what loaded modules reach without running code: their globals; in these, classes (their dicts and bases),
 functions (defaults, closures, `__wrapped__`), partials, containers and instances of scanned modules' classes. Of other
@@ -22,14 +22,14 @@ _SKIPPED = frozenset({*sys.stdlib_module_names, "patches", "torch", "torchgen", 
 }
 _SCALARS = frozenset({int, float, str, bytes, bool, complex, type(None), types.ModuleType})
 _CACHED = type(functools.lru_cache(lambda: None))
-_Path = tuple["_Path | None", str, Any]  # how the holder was reached, a format, what goes into it
-_Leads = list[tuple[str, Any, Any]]  # what a value holds, each with how to append it to a name
+_Path = tuple["_Path | None", str, Any]  # path to the holder, format of the last step, its argument
+_Leads = list[tuple[str, Any, Any]]  # values that a value refers to, each with the format of its name
 _Reader = Callable[[Any], _Leads]
 
 
 @dataclass(frozen=True)
 class Original:
-    """An object that nobody should hold any more: the raw `__dict__` entry and the function inside of it."""
+    """A replaced object: the raw `__dict__` entry and the function inside it. No scanned module should refer to it."""
 
     record: Record
     raw: Any
@@ -38,7 +38,7 @@ class Original:
 
 @dataclass(frozen=True)
 class Hit:
-    """`name` says where the object was found, starting with `module:`."""
+    """A reference to a replaced object. `name` is the path to it, starting with `module:`."""
 
     record: Record
     module: str
@@ -46,7 +46,7 @@ class Hit:
 
 
 def scan(originals: Sequence[Original], installed: frozenset[int] = frozenset()) -> list[Hit]:
-    """Every place in loaded modules that holds one of the originals.
+    """Return every place in loaded modules that refers to one of the originals.
 
     Args:
         originals: what to look for.
@@ -58,7 +58,7 @@ def scan(originals: Sequence[Original], installed: frozenset[int] = frozenset())
     modules = _modules()
     names = {module.__name__ for module in modules}
     seen, hits, readers = set(installed), [], _Readers()
-    # Breadth first: what is reached in several ways is looked into by the shortest, so the depth limit cuts no corner.
+    # Breadth first: a value is scanned on its shortest path, so the depth limit does not depend on the order.
     queue: deque[tuple[_Leads, str, _Path | None, int]] = deque()
     for module in modules:
         held, depth = list(vars(module).items()), 0
@@ -87,25 +87,25 @@ def _render(path: _Path) -> str:
 
 
 def _modules() -> list[types.ModuleType]:
-    """Loaded modules worth a look, each once, by name."""
+    """Return the loaded modules to scan, each once, by name."""
     unique = {id(m): m for m in list(sys.modules.values()) if isinstance(m, types.ModuleType)}
     kept = (m for m in unique.values() if m.__name__.partition(".")[0] not in _SKIPPED)
     return sorted(kept, key=lambda module: module.__name__)
 
 
 def _is_deep(module: types.ModuleType) -> bool:
-    """Whether to look into what the module's names hold: Megatron's modules, and any that nobody installed."""
+    """Return whether to scan the values of the module's names: in Megatron's modules, and in modules not installed."""
     file = getattr(module, "__file__", None) or ""
     return module.__name__.startswith("megatron") or not ("site-packages" in file or "dist-packages" in file)
 
 
 def _belongs_elsewhere(value: Any, kind: type, module: str, names: Set[str]) -> bool:
-    """A class that another scanned module defines is looked into there, so that it is named by its home."""
+    """Return whether another scanned module defines the class. It is scanned there, under its own module's name."""
     return issubclass(kind, type) and value.__module__ != module and value.__module__ in names
 
 
 class _Readers(dict[type, "_Reader | None"]):
-    """By type, the function that lists what a value of it holds; None: nothing.
+    """By type, the function that lists the values that a value of it refers to; None if it refers to none.
 
     Goes by `type(value)`: an isinstance check would ask `__class__`, which proxies answer with code of their own.
     """

@@ -1,4 +1,4 @@
-"""Carry records out, all or none, and undo them exactly, last in first out.
+"""Apply records, all or none, and undo them exactly, in reverse order.
 
 No state lives here: `apply` returns an `Applied`, which knows how to undo itself. `patches.engine.session` remembers
 what is active in the process.
@@ -21,7 +21,7 @@ from patches.upstream.source import Upstream
 
 @dataclass(frozen=True)
 class Binding:
-    """One place we set: what its `__dict__` held before (ABSENT: nothing of its own) and what we put there."""
+    """A place that was set: its `__dict__` entry before (ABSENT if there was none) and the entry that we set."""
 
     record: Record
     place: Place
@@ -31,7 +31,7 @@ class Binding:
 
 @dataclass(eq=False)
 class Applied:
-    """What one `apply` did. `undo` puts everything back; a second `undo` has nothing left to do."""
+    """The changes of one `apply`. `undo` reverts them; a second `undo` does nothing."""
 
     records: tuple[Record, ...]
     fingerprints: dict[str, str]
@@ -69,7 +69,7 @@ class Applied:
                 )
 
     def roll_back(self) -> None:
-        """Restore without asking; a context that fails to leave is raised after all else is restored."""
+        """Restore without checks. Raise the error of a context that fails to exit after everything else is restored."""
         try:
             self._undo.close()
         finally:
@@ -77,7 +77,7 @@ class Applied:
             self.contexts.clear()
 
     def bind(self, record: Record, place: Place, value: Any) -> None:
-        """Set a place and remember what it held."""
+        """Set a place and record its previous entry."""
         before = place.own()
         place.put(value)
         self._undo.callback(place.put, before)
@@ -101,7 +101,7 @@ def apply(
     lock: Lock | None = None,
     upstream: Upstream | None = None,
 ) -> Applied:
-    """Apply records in the given order; on any failure nothing of them stays.
+    """Apply records in the given order. Undo all of them if one fails.
 
     All checks that need no import come first: conflicts, then the fingerprint of every upstream place. The modules of
     targets and aliases are imported as each record's turn comes, so a `context` that has to be in place before
@@ -140,7 +140,7 @@ def _holds(active: Record, wanted: Record) -> bool:
 
 
 def verified(records: Sequence[Record], lock: Lock | None, upstream: Upstream) -> dict[str, str]:
-    """The fingerprint of each upstream place of the records, once all of them match the lock; nothing is imported.
+    """Return the fingerprint of each upstream place of the records. All of them must match the lock; imports nothing.
 
     Raises:
         Drift: a source differs from the lock.
@@ -173,7 +173,7 @@ def _carry_out(applied: Applied, record: Record) -> None:
         raise bad(f"{record.id} replaces its target by itself", record.impl, "the implementation is the original")
     places = [target, *(_alias(label, record, raw, core) for label in record.aliases)]
     _refuse_second_patch(applied, record, places)
-    if target.own() is raw:  # an inherited object belongs to the base class, which rightly goes on holding it
+    if target.own() is raw:  # an inherited object stays in the base class, which is right
         applied.originals.append(aliases.Original(record, raw, core))
     for place in places:
         holds_core = place.own() is core and core is not raw
@@ -181,7 +181,7 @@ def _carry_out(applied: Applied, record: Record) -> None:
 
 
 def _refuse_second_patch(applied: Applied, record: Record, places: Sequence[Place]) -> None:
-    """Refuse one place under two labels (a class under two modules), which no comparison of labels finds."""
+    """Refuse a place that has two labels (a class under two modules). Comparing labels does not find it."""
     taken = {binding.place.key: binding for binding in applied.bindings}
     for place in places:
         if place.key in taken:
@@ -199,7 +199,7 @@ def _installed(applied: Applied) -> frozenset[int]:
 
 
 def _alias(label: str, record: Record, raw: Any, core: Any) -> Place:
-    """Resolve a declared alias, which has to hold the very object that the target holds."""
+    """Resolve a declared alias. It must refer to the same object as the target."""
     place = resolve(label)
     if place.own() is not raw and place.own() is not core:
         raise UnknownTarget(

@@ -1,4 +1,4 @@
-"""What was applied, as one short string that ranks, logs and checkpoints can compare."""
+"""A short hash of the applied patches, which ranks, logs and checkpoints compare."""
 
 import hashlib
 import importlib.util
@@ -14,7 +14,7 @@ LENGTH = 12
 
 
 def hashes(sets: Iterable[Applied]) -> dict[str, str]:
-    """Per applied record and callback, in order: a short hash of its wiring, its upstream sources and its own source.
+    """Return a short hash of the fields, upstream sources and own source of each applied record and callback.
 
     Paths do not go in, so machines with different installation folders agree.
     """
@@ -27,19 +27,19 @@ def hashes(sets: Iterable[Applied]) -> dict[str, str]:
 
 
 def of(record: Record, part: Record | Callback, fingerprints: Mapping[str, str]) -> str:
-    """The hash of one record, or of one callback of a hook, over given fingerprints of upstream's places."""
+    """Return the hash of a record, or of a callback of a hook, for given fingerprints of upstream's places."""
     wiring = [part.id, record.action, record.places, part.impl, part.when]
     sources = {place: fingerprints[place] for place in record.upstream_places}
     return _short([wiring, sources, _source_sha256(part)])
 
 
 def combined(per_record: Mapping[str, str]) -> str:
-    """The digest of a whole set; order matters, because wraps stack."""
+    """Return the digest of a set. It depends on the order, because wraps are nested."""
     return _short(list(per_record.items()))
 
 
 def difference(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
-    """In words, what `ours` has, lacks or has differently, compared with `theirs`; empty when they are equal."""
+    """Describe which patches `ours` has, lacks or has changed, compared with `theirs`. Empty if they are equal."""
     parts = [
         ("added", [i for i in ours if i not in theirs]),
         ("removed", [i for i in theirs if i not in ours]),
@@ -52,7 +52,7 @@ def difference(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
 
 
 def report(records: Iterable[Record], per_record: Mapping[str, str]) -> list[str]:
-    """The lines for the log: one per patch and callback of a hook, then the digest of all."""
+    """Return the lines for the log: one per patch and callback of a hook, then the digest of all."""
     records = list(records)
     lines = [f"patch {p.id}: {r.action} {r.target} [{per_record[p.id]}]" for r in records for p in r.parts]
     return [*lines, f"patches: {len(records)} applied, digest {combined(per_record)}"]

@@ -1,4 +1,4 @@
-"""A place is an entry of one `__dict__`: read it, set it, put it back exactly as it was."""
+"""Read, set and restore a place: an entry of one `__dict__`."""
 
 import functools
 import importlib
@@ -16,7 +16,7 @@ Owner = types.ModuleType | type
 
 @dataclass(frozen=True)
 class Place:
-    """`name` in `owner.__dict__`; `label` is its `module:Qual.name`."""
+    """The entry `name` of `owner.__dict__`. `label` is its `module:Qual.name`."""
 
     label: str
     owner: Owner
@@ -24,28 +24,28 @@ class Place:
 
     @property
     def key(self) -> tuple[int, str]:
-        """Equal for two labels of one place."""
+        """Return a key that is equal for two labels of the same place."""
         return id(self.owner), self.name
 
     def own(self) -> Any:
-        """The raw entry (a descriptor stays a descriptor), or ABSENT."""
+        """Return the raw entry (a descriptor, not its value), or ABSENT."""
         return vars(self.owner).get(self.name, ABSENT)
 
     def raw(self) -> Any:
-        """The raw entry, inherited ones included, or ABSENT."""
+        """Return the raw entry, or an inherited one, or ABSENT."""
         if isinstance(self.owner, type):
             return next((vars(c)[self.name] for c in self.owner.__mro__ if self.name in vars(c)), ABSENT)
         return self.own()
 
     def put(self, value: Any) -> None:
-        """Set the raw entry; ABSENT deletes it."""
+        """Set the raw entry. ABSENT deletes it."""
         if value is ABSENT:
             delattr(self.owner, self.name)
         else:
             setattr(self.owner, self.name, value)
 
     def file(self) -> str:
-        """The file of the module that holds the place, for messages."""
+        """Return the file of the module that the place is in, for messages."""
         return getattr(importlib.import_module(self.label.partition(":")[0]), "__file__", None) or self.label
 
 
@@ -91,14 +91,14 @@ def _unknown(label: str, module: str, why: str) -> UnknownTarget:
 
 
 def underlying(raw: Any) -> Any:
-    """What a static method, class method or property wraps (the getter); anything else is itself."""
+    """Return the function in a static method, class method or property (its getter); otherwise the value itself."""
     if isinstance(raw, staticmethod | classmethod):
         return raw.__func__
     return raw.fget if isinstance(raw, property) else raw
 
 
 def like(raw: Any, new: Any) -> Any:
-    """`new` as the same kind of descriptor as `raw`; a property keeps its setter and deleter."""
+    """Return `new` as the same kind of descriptor as `raw`. A property keeps its setter and deleter."""
     if isinstance(new, staticmethod | classmethod | property):
         return new
     if isinstance(raw, property):
@@ -107,7 +107,7 @@ def like(raw: Any, new: Any) -> Any:
 
 
 def implementation(part: Record | Callback) -> Callable[..., Any]:
-    """Import what the `impl` of a record or callback names.
+    """Import the implementation of a record or callback.
 
     Raises:
         BadImplementation: it does not exist or cannot be called.
@@ -116,7 +116,7 @@ def implementation(part: Record | Callback) -> Callable[..., Any]:
 
 
 def load(label: str, role: str) -> Callable[..., Any]:
-    """Import `module:Qual.name`, which has to be callable; `role` says what it is, for the message.
+    """Import `module:Qual.name`, which must be callable. `role` is its description in the message.
 
     Raises:
         BadImplementation: it does not exist or cannot be called.
@@ -132,7 +132,7 @@ def load(label: str, role: str) -> Callable[..., Any]:
 
 
 def bad(what: str, label: str, why: str) -> BadImplementation:
-    """A `BadImplementation` about the object that `label` names."""
+    """Return a `BadImplementation` error about the object named `label`."""
     return BadImplementation(what, where=label, why=why, todo="correct the implementation, or the record that names it")
 
 

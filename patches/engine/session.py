@@ -1,4 +1,4 @@
-"""What is applied in this process. `SESSION` is the only state of this package."""
+"""The patches applied in this process. `SESSION` is the only state of this package."""
 
 import atexit
 import sys
@@ -17,7 +17,7 @@ from patches.upstream.lock import Lock
 
 
 class Session:
-    """A stack of applied sets over one ledger, and what their implementations keep.
+    """A stack of applied sets of one ledger, and the state of their implementations.
 
     Args:
         records: the ledger to choose from.
@@ -36,22 +36,22 @@ class Session:
 
     @property
     def records(self) -> tuple[Record, ...]:
-        """The active records in the order of their application."""
+        """Return the active records in the order of their application."""
         return tuple(record for applied in self.stack for record in applied.records)
 
     @property
     def hashes(self) -> dict[str, str]:
-        """Per active record and callback its hash, see `patches.engine.digest.hashes`."""
+        """Return the hash of each active record and callback, see `patches.engine.digest.hashes`."""
         return digest.hashes(self.stack)
 
     def apply(self, records: Sequence[Record]) -> engine.Applied:
-        """Apply records; those that are active already are skipped. See `patches.engine.apply.apply` for the errors."""
+        """Apply the records that are not active yet. See `patches.engine.apply.apply` for the errors."""
         applied = engine.apply(records, active=self.records, lock=self.lock)
         self.stack.append(applied)
         return applied
 
     def undo(self, applied: engine.Applied) -> None:
-        """Undo a set; sets on top of it that share a place have to be undone first (ForeignChange says so)."""
+        """Undo a set. Undo later sets that share a place with it first; otherwise this raises ForeignChange."""
         if applied not in self.stack:
             return
         try:
@@ -69,7 +69,7 @@ class Session:
                 close()
 
     def leave(self) -> None:
-        """Put everything back without asking, at the end of the process.
+        """Restore everything without checks, at the end of the process.
 
         A context manager that Python finds open when it takes its modules down fails there, with a traceback on stderr.
         """
@@ -79,14 +79,14 @@ class Session:
             self._drop_state(applied)
 
     def start(self) -> engine.Applied:
-        """Apply the records of stage `start` that this machine asks for; call it before upstream is imported.
+        """Apply the records of stage `start` that this machine needs. Call it before upstream is imported.
 
         A second call returns the first one's handle.
         """
         return self._stage("start", None)
 
     def select_and_apply(self, args: Namespace) -> engine.Applied:
-        """Apply the records of stage `flags` that the parsed arguments ask for; the same choice again is a no-op.
+        """Apply the records of stage `flags` that the parsed arguments ask for. Repeating the same choice does nothing.
 
         Raises:
             PatchError: patches were chosen before in this process, for arguments that ask for others.
@@ -119,7 +119,7 @@ def chosen(records: Sequence[Record], args: Namespace | None) -> list[Record]:
 
 
 def wanted(part: Record | Callback, args: Namespace | None) -> bool:
-    """Ask the predicate of a record or callback.
+    """Call the predicate of a record or callback.
 
     Raises:
         PatchError: the predicate cannot be loaded, or failed on these arguments.
@@ -144,14 +144,14 @@ SESSION = Session()
 
 
 def start() -> engine.Applied:
-    """`Session.start` of this process; what is applied is put back when the process ends."""
-    atexit.unregister(SESSION.leave)  # a second call registers nothing a second time
+    """Call `Session.start` of this process, and restore everything when the process ends."""
+    atexit.unregister(SESSION.leave)  # a second call must not register it twice
     atexit.register(SESSION.leave)
     return SESSION.start()
 
 
 def select_and_apply(args: Namespace) -> engine.Applied:
-    """`Session.select_and_apply` of this process."""
+    """Call `Session.select_and_apply` of this process."""
     return SESSION.select_and_apply(args)
 
 

@@ -1,4 +1,4 @@
-"""PyTorch's Adam with the contract of the fused ones: the step count lies in the parameter group, not in the state."""
+"""PyTorch's Adam with the interface of the fused ones: the step count is in the parameter group, not in the state."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ import torch
 
 
 class GroupStepAdam(torch.optim.Adam):
-    """`torch.optim.Adam` (its kernels, its update) whose groups count the steps.
+    """Subclass `torch.optim.Adam` so that parameter groups count the steps. Kernels and update are PyTorch's.
 
     Upstream's distributed optimizer shards, saves and reshards `exp_avg` and `exp_avg_sq`; a third tensor `step` per
     parameter breaks its loaders. Here `step` stands in the group between two calls of `step()`, as in apex's FusedAdam.
@@ -24,7 +24,7 @@ class GroupStepAdam(torch.optim.Adam):
         super().__init__(params, decoupled_weight_decay=adam_w_mode, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take a loaded state; torch's own check wants a `step` tensor in every parameter's while it looks."""
+        """Set a loaded state. torch's check expects a `step` tensor per parameter, so each has one during the check."""
         without = [entry for entry in state["state"].values() if entry and "step" not in entry]
         for entry in without:
             entry["step"] = torch.zeros(())
@@ -41,8 +41,8 @@ class GroupStepAdam(torch.optim.Adam):
         """
         for group, states in self._states_with_gradient():
             for state in states:
-                if state:  # an empty one is torch's to fill, from step 0
-                    done = group.get("step", state.get("step", 0))  # a plain torch checkpoint counts in the state
+                if state:  # torch fills an empty state itself, from step 0
+                    done = group.get("step", state.get("step", 0))  # plain torch keeps the count in the state
                     state["step"] = torch.tensor(float(done), dtype=torch.float32)
         result = super().step(closure)
         for group, states in self._states_with_gradient():
@@ -59,7 +59,7 @@ class GroupStepAdam(torch.optim.Adam):
 
 @contextmanager
 def adam_counts_steps_per_group() -> Iterator[None]:
-    """Let upstream find `GroupStepAdam` where it looks for apex's FusedAdam; bindings are restored on exit."""
+    """Bind `GroupStepAdam` where upstream looks for apex's FusedAdam. Restore the bindings on exit."""
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 

@@ -1,4 +1,4 @@
-"""System `log`: the figures that long-sequence training is judged by, beside upstream's own log line."""
+"""System `log`: throughput and peak memory beside upstream's log line, and the norm of gathered parameters."""
 
 from patches.hooks import PARAMS_NORM
 from patches.record import Callback, Record

@@ -1,4 +1,4 @@
-"""The norm of a step's parameters, where their all-gather still runs when upstream computes the norm."""
+"""Wait for the all-gather of parameters before upstream computes their norm."""
 
 import functools
 from argparse import Namespace
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def is_early(args: Namespace) -> bool:
-    """Whether --log-params-norm would read parameters that are not gathered yet; in bf16 it reads main parameters.
+    """Return whether --log-params-norm would read parameters before their all-gather. In bf16 it reads main parameters.
 
     Flags from a YAML file of upstream may leave out any of them.
     """
@@ -16,7 +16,7 @@ def is_early(args: Namespace) -> bool:
 
 
 def of_gathered(original: Callable[..., float]) -> Callable[..., float]:
-    """Wrap `calc_params_l2_norm`: wait for the all-gather of parameters first. The next forward finds it done."""
+    """Wrap `calc_params_l2_norm`: wait for the all-gather of parameters first. The next forward does not wait again."""
 
     @functools.wraps(original)
     def calc_params_l2_norm(model: Any, *args: Any, **kwargs: Any) -> float:

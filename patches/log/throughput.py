@@ -1,4 +1,4 @@
-"""One more log line per interval: tokens per second, model TFLOP/s and the peak memory of the fullest rank."""
+"""Log tokens per second, model TFLOP/s and the highest peak memory of all ranks, once per log interval."""
 
 import functools
 from argparse import Namespace
@@ -9,7 +9,7 @@ _MIB = 2**20
 
 
 def asked_for(args: Namespace) -> bool:
-    """Whether upstream's own `--log-throughput` is given."""
+    """Return whether upstream's `--log-throughput` is given."""
     return bool(getattr(args, "log_throughput", False))
 
 
@@ -32,7 +32,7 @@ def line(iteration: int, seconds: float, tokens: int, flops: float, ranks: int, 
 
 
 def with_throughput_line(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `training_log`: after upstream's line comes ours, at the same steps, in TensorBoard too."""
+    """Wrap `training_log`: log our line after upstream's, at the same steps, and write its values to TensorBoard."""
 
     @functools.wraps(original)
     def training_log(
@@ -43,7 +43,7 @@ def with_throughput_line(original: Callable[..., Any]) -> Callable[..., Any]:
         args = get_args()
         if iteration % args.log_interval != 0 or named.get("is_first_iteration"):
             return original(loss_dict, total_loss_dict, learning_rate, iteration, *rest, **named)
-        seconds = _seconds_per_step(total_loss_dict)  # upstream's call sets both back to zero
+        seconds = _seconds_per_step(total_loss_dict)  # read before upstream's call, which resets both counters
         result = original(loss_dict, total_loss_dict, learning_rate, iteration, *rest, **named)
         _report(args, iteration, seconds, named)
         return result

@@ -1,4 +1,4 @@
-"""What another upstream means for each patch: same, changed, gone, perhaps fixed there."""
+"""Compare each patch with another upstream: same, changed, gone, or perhaps fixed there."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ State = Literal["same", "new", "changed", "fixed upstream?", "gone"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """One record against another upstream; `details` has a line or a diff per place that is not the same."""
+    """The result for one record. `details` has a line or a diff for each place that differs."""
 
     record: Record
     state: State
@@ -71,7 +71,7 @@ def _difference(place: str, lock: Lock, new: Symbol, here: Upstream) -> str:
 
 
 def diff(old: Symbol, new: Symbol) -> str:
-    """A unified diff of two symbols' sources."""
+    """Return a unified diff of two symbols' sources."""
     lines = difflib.unified_diff(
         old.text.split("\n"),
         new.text.split("\n"),
@@ -83,7 +83,7 @@ def diff(old: Symbol, new: Symbol) -> str:
 
 
 def lines(found: Sequence[Verdict]) -> list[str]:
-    """The report: one line per patch, what changed below it, a summary at the end."""
+    """Return the report: one line per patch with its changes below, then a summary."""
     out = []
     for verdict in found:
         out.append(f"{verdict.state:16} {verdict.record.id}")

@@ -1,4 +1,4 @@
-"""`upstream.lock`: the upstream the patches are written against, as data."""
+"""Read and write `upstream.lock`: the version and fingerprints of upstream that the patches are written for."""
 
 import json
 from collections.abc import Iterable
@@ -47,7 +47,7 @@ class Lock:
 
 
 def fingerprints(records: Iterable[Record], upstream: Upstream) -> tuple[dict[str, str], list[UnknownTarget]]:
-    """Fingerprint every upstream place of the records; those that are gone come back as errors."""
+    """Fingerprint every upstream place of the records. Return an error for each place that is gone."""
     symbols, gone = {}, []
     for place in sorted({place for record in records for place in record.upstream_places}):
         try:
@@ -58,7 +58,7 @@ def fingerprints(records: Iterable[Record], upstream: Upstream) -> tuple[dict[st
 
 
 def make(records: Iterable[Record], distribution: Distribution) -> Lock:
-    """The lock of these records over this wheel.
+    """Return the lock of these records for this wheel.
 
     Raises:
         PatchError: the tree has no RECORD (a checkout cannot be locked).
@@ -97,7 +97,7 @@ def read(path: Path | None = None) -> Lock:
 
 
 def write(lock: Lock, path: Path | None = None) -> None:
-    """Write a lock file, in one step, sorted, so that diffs are small."""
+    """Write a lock file atomically, sorted so that diffs are small."""
     path = path or PATH
     scratch = path.with_name(path.name + ".new")
     scratch.write_text(json.dumps({"wheel": NAME, **asdict(lock)}, indent=2, sort_keys=True) + "\n")

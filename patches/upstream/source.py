@@ -21,14 +21,14 @@ from patches.errors import UnknownTarget
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One module's file: its dotted name, where it lies, its bytes."""
+    """The source file of a module: its dotted name, path and bytes."""
 
     module: str
     path: str
     data: bytes
 
     def lines(self) -> list[str]:
-        """The text split where Python counts lines, without line ends."""
+        """Return the lines of the text as Python counts them, without line ends."""
         return self.data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
@@ -43,26 +43,26 @@ class Symbol:
 
     @property
     def fingerprint(self) -> str:
-        """Hex sha256 of `text`."""
+        """Return the sha256 of `text`, in hex."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 class Finder(Protocol):
-    """Anything that can serve modules' sources: the import path, a folder, a wheel file."""
+    """A provider of modules' sources: the import path, a folder, a wheel file."""
 
     label: str
 
     def find(self, module: str) -> Source | None:
-        """The module's source, or None where there is no such module or it has no Python source."""
+        """Return the module's source, or None if there is no such module or it has no Python source."""
 
 
 class ImportPath:
-    """Sources as `import` would take them: loaded modules first, then `sys.path` and the installed finders."""
+    """Sources as `import` finds them: loaded modules first, then `sys.path` and the installed finders."""
 
     label = "the import path"
 
     def find(self, module: str) -> Source | None:
-        """The file that is, or would be, imported as `module`; nothing is imported to find out."""
+        """Return the file that is, or would be, imported as `module`. Import nothing."""
         origin, locations, name = None, None, ""
         for part in module.split("."):
             name = f"{name}.{part}" if name else part
@@ -76,7 +76,7 @@ class ImportPath:
 
 
 def _step(name: str, locations: list[str] | None) -> tuple[str | None, list[str] | None] | None:
-    """One level of a dotted name: (file, where its children are searched), or None if there is no such module."""
+    """Find one level of a dotted name. Return (file, search path of its children), or None if there is no module."""
     loaded = sys.modules.get(name)
     if isinstance(loaded, ModuleType):
         path = getattr(loaded, "__path__", None)
@@ -109,19 +109,19 @@ def _in_folders(part: str, folders: Iterable[str]) -> tuple[str | None, list[str
 
 
 def syntax_tree(data: bytes) -> ast.Module:
-    """Parse a module's bytes; most of what a verification takes (tests keep the trees: `tests.warm`)."""
+    """Parse a module's bytes. This is most of the time of a verification; tests cache the trees (`tests.warm`)."""
     return ast.parse(data)
 
 
 class Upstream:
-    """Symbols of one tree of sources; every file is read and parsed once."""
+    """The symbols of a tree of sources. Each file is read and parsed once."""
 
     def __init__(self, finder: Finder | None = None) -> None:
         self.finder: Finder = finder or ImportPath()
         self._parsed: dict[str, tuple[Source, ast.Module]] = {}
 
     def source(self, module: str) -> tuple[Source, ast.Module]:
-        """The module's source and syntax tree.
+        """Return the module's source and syntax tree.
 
         Raises:
             UnknownTarget: no such module, or its file is not valid Python.
@@ -169,7 +169,7 @@ class Upstream:
         raise AssertionError("a place has at least one name")
 
     def _inherited(self, module: str, owner: ast.ClassDef, name: str) -> tuple[list[ast.stmt], str]:
-        """The bindings of `name` in the bases of a class, as far as bases are plain names; with their module."""
+        """Return the bindings of `name` in a class's bases, with their module. Follow bases that are plain names."""
         for base in owner.bases:
             if not isinstance(base, ast.Name):
                 continue
@@ -186,7 +186,7 @@ class Upstream:
         return [], module
 
     def _class(self, module: str, name: str) -> tuple[str, ast.ClassDef] | None:
-        """Follow a class name through `from ... import` to its definition; None outside of these sources."""
+        """Follow a class name through `from ... import` to its definition. Return None outside these sources."""
         source = self.finder.find(module)
         if source is None:
             return None
@@ -208,7 +208,7 @@ def _imported_from(module: str, is_package: bool, node: ast.ImportFrom) -> str:
 
 
 def _bindings(body: list[ast.stmt], name: str) -> Iterator[ast.stmt]:
-    """The statements that bind `name` in this scope, in order, also inside if, try and with."""
+    """Return the statements that bind `name` in this scope, in order, also inside if, try and with."""
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             if node.name == name:

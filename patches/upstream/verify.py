@@ -1,4 +1,4 @@
-"""Hold an upstream (installed, unpacked, wheel file, checkout) against the lock, importing neither torch nor it."""
+"""Compare an upstream (installed, unpacked, wheel file, checkout) with the lock. Import neither torch nor upstream."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from patches.upstream.wheel import NAME, Distribution, Folder
 
 
 def problems(records: Sequence[Record], lock: Lock, distribution: Distribution, finder: Finder) -> list[PatchError]:
-    """Everything in which this upstream differs from the one the patches were written against.
+    """Return every difference between this upstream and the one that the patches are written for.
 
     Args:
         records: the ledger.
@@ -65,7 +65,7 @@ def _release(lock: Lock, distribution: Distribution) -> Iterator[PatchError]:
 def _symbols(
     records: Sequence[Record], lock: Lock, upstream: Upstream, found: list[PatchError]
 ) -> tuple[dict[str, list[str]], set[str]]:
-    """Check every patched place; returns the places by file, and those that drifted."""
+    """Check every patched place. Return the places by file, and the differences."""
     held: dict[str, list[str]] = {}
     drifted = set()
     places = {place: record for record in records for place in record.upstream_places}
@@ -90,7 +90,7 @@ def _symbols(
 
 
 def elsewhere(records: Sequence[Record], distribution: Distribution, upstream: Upstream) -> list[str]:
-    """Modules with patched symbols that would be imported from outside of the installed wheel, as `module: file`."""
+    """Return the patched modules that would be imported from outside the installed wheel, as `module: file`."""
     if not isinstance(distribution.tree, Folder):
         return []
     modules = sorted({place.partition(":")[0] for record in records for place in record.upstream_places})

@@ -1,4 +1,4 @@
-"""Upstream as a distribution: a folder (site-packages, unpacked wheel, checkout) or a wheel file, and its RECORD."""
+"""Read upstream and its RECORD from a folder (site-packages, unpacked wheel, checkout) or a wheel file."""
 
 import base64
 import csv
@@ -26,16 +26,16 @@ class Tree(Protocol):
     label: str
 
     def read(self, path: str) -> bytes | None:
-        """The bytes of a file, or None where there is none."""
+        """Return the bytes of a file, or None if there is none."""
 
     def where(self, path: str) -> str:
-        """How to name a file in a message."""
+        """Return the name of a file for messages."""
 
     def records(self) -> list[str]:
-        """The paths of all megatron-core RECORD files at the root."""
+        """Return the paths of all megatron-core RECORD files at the root."""
 
     def find(self, module: str) -> Source | None:
-        """The module's source, or None."""
+        """Return the module's source, or None."""
 
 
 class Folder:
@@ -45,25 +45,25 @@ class Folder:
         self.root, self.label = root, str(root)
 
     def read(self, path: str) -> bytes | None:
-        """The bytes of a file, or None where there is none."""
+        """Return the bytes of a file, or None if there is none."""
         file = self.root / path
         return file.read_bytes() if file.is_file() else None
 
     def where(self, path: str) -> str:
-        """How to name a file in a message."""
+        """Return the name of a file for messages."""
         return str(self.root / path)
 
     def records(self) -> list[str]:
-        """The paths of all megatron-core RECORD files at the root."""
+        """Return the paths of all megatron-core RECORD files at the root."""
         return [str(p.relative_to(self.root)) for p in sorted(self.root.glob("megatron_core-*.dist-info/RECORD"))]
 
     def find(self, module: str) -> Source | None:
-        """The module's source, or None."""
+        """Return the module's source, or None."""
         return _find(self, module)
 
 
 class WheelFile:
-    """A `.whl`, read in place."""
+    """A `.whl` file, which is read without unpacking."""
 
     def __init__(self, path: Path) -> None:
         self.label = str(path)
@@ -74,19 +74,19 @@ class WheelFile:
         self._names = set(self._zip.namelist())
 
     def read(self, path: str) -> bytes | None:
-        """The bytes of a file, or None where there is none."""
+        """Return the bytes of a file, or None if there is none."""
         return self._zip.read(path) if path in self._names else None
 
     def where(self, path: str) -> str:
-        """How to name a file in a message."""
+        """Return the name of a file for messages."""
         return f"{self.label}!{path}"
 
     def records(self) -> list[str]:
-        """The paths of all megatron-core RECORD files at the root."""
+        """Return the paths of all megatron-core RECORD files at the root."""
         return sorted(name for name in self._names if _DIST_INFO.fullmatch(name))
 
     def find(self, module: str) -> Source | None:
-        """The module's source, or None."""
+        """Return the module's source, or None."""
         return _find(self, module)
 
 
@@ -101,7 +101,7 @@ def _find(tree: Tree, module: str) -> Source | None:
 
 @dataclass(frozen=True)
 class Distribution:
-    """A tree with what its RECORD says: `files` maps each file under `megatron/` to its sha256 (urlsafe base64).
+    """A tree and its RECORD. `files` maps each file under `megatron/` to its sha256 (urlsafe base64).
 
     `files` is None for a checkout, which has no RECORD.
     """
@@ -112,14 +112,14 @@ class Distribution:
 
     @property
     def record_sha256(self) -> str | None:
-        """Hash of the part of RECORD that is the same on every machine and Python: upstream's own sources, sorted."""
+        """Return the hash of upstream's own rows of RECORD, sorted. It is the same on every machine."""
         if self.files is None:
             return None
         sources = ((path, digest) for path, digest in sorted(self.files.items()) if not path.endswith(COMPILED))
         return hashlib.sha256("".join(f"{path},{digest}\n" for path, digest in sources).encode()).hexdigest()
 
     def altered(self) -> Iterator[tuple[str, str]]:
-        """(path, `missing` or `changed`) of every file that differs from RECORD."""
+        """Return (path, `missing` or `changed`) of every file that differs from RECORD."""
         for path, expected in sorted((self.files or {}).items()):
             data = self.tree.read(path)
             if data is None:
@@ -156,7 +156,7 @@ def open_distribution(path: Path) -> Distribution:
 
 
 def installed() -> Distribution:
-    """The megatron-core of this interpreter.
+    """Return the megatron-core of this interpreter.
 
     Raises:
         PatchError: none is installed, or it came without a RECORD.
