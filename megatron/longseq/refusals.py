@@ -51,7 +51,8 @@ def refuse_without_effect(args: Namespace, missing: str, **defaults: Any) -> Non
     for name, default in defaults.items():
         value = getattr(args, name, default)
         if value != default:
-            given = "" if value is True else f" {value}"
+            values = value if isinstance(value, list | tuple) else () if value is True else (value,)
+            given = "".join(f" {one}" for one in values)
             raise ValueError(f"--{name.replace('_', '-')}{given}: {missing}, so it would change nothing; give both.")
 
 

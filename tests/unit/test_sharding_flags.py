@@ -206,6 +206,7 @@ def test_what_is_served_is_let_through(values: dict[str, Any]) -> None:
     ("values", "message"),
     [
         ({"paro_group_size": 2}, "--paro-group-size 2: --paro is not given, so it would change nothing"),
+        ({"paro_links": [100.0, 10.0]}, "--paro-links 100.0 10.0: --paro is not given, so it would change nothing"),
         ({"paro_collectives": "flat"}, "--paro-collectives flat: --paro is not given"),
         ({"paro": "NI"}, "'NI': give three letters"),
         ({"paro": "nig"}, "'nig': give three letters"),
