@@ -11,10 +11,8 @@ import pytest
 from megatron.longseq.unserved import UNSERVED, refuse_unserved
 
 QUIET: dict[str, Any] = {
-    "sft": False,
     "freeze_all_layers": False,
     "fim_data": False,
-    "dataloader_inter_document_masking": False,
     "hybrid_context_parallel": False,
     "logits_load_dir": None,
     "per_dataset_sequences_path": None,
@@ -71,10 +69,8 @@ SERVED: list[dict[str, Any]] = [
     {"dataloader_type": "cyclic", "position_embedding_type": "yarn"},
 ]
 ASKED: dict[str, dict[str, Any]] = {
-    "--sft": {"sft": True},
     "--freeze-all-layers": {"freeze_all_layers": True},
     "--fim-data": {"fim_data": True},
-    "--dataloader-inter-document-masking": {"dataloader_inter_document_masking": True},
     "--hybrid-context-parallel": {"hybrid_context_parallel": True},
     "--logits-load-dir": {"logits_load_dir": "somewhere"},
     "--per-dataset-sequences-path": {"per_dataset_sequences_path": "file.json"},
