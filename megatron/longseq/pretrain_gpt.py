@@ -63,41 +63,11 @@ def get_batch(data_iterator: Any, vp_stage: int | None, micro_batch_size: int) -
     Raises:
         ValueError: the samples do not have the expected size, or no `cu_seqlens`.
     """
-    args, tp_rank = get_args(), mpu.get_tensor_model_parallel_rank()
+    args = get_args()
     has_documents, has_tokens = packs_documents(args), is_first_or_last_pipeline_stage(vp_stage)
     if not has_tokens and not has_documents:
         return {}
-    batch: Batch = {}
-    if tp_rank == 0:
-        sample = next(data_iterator)
-        keys = (*TOKENS, *DOCUMENTS) if has_documents else TOKENS
-        batch = {key: sample[key].cuda(non_blocking=True) if key in sample else None for key in keys}
-        if has_documents and batch["cu_seqlens"] is None:
-            raise ValueError(
-                f"rank {args.rank}: documents are packed, but samples of the data set have no cu_seqlens. Use one of "
-                "upstream's data sets."
-            )
-        if args.tensor_model_parallel_size > 1:
-            _check_size(tuple(sample["tokens"].shape), (micro_batch_size, args.seq_length), args.rank)
-    sizes = {"micro_batch_size": micro_batch_size, "seq_length": args.seq_length}
-    stage = {
-        "is_pipeline_first_stage": mpu.is_pipeline_first_stage(),
-        "is_pipeline_last_stage": mpu.is_pipeline_last_stage(),
-        "pipeline_model_parallel_size": args.pipeline_model_parallel_size,
-        "mtp_on_this_rank": False,
-    }
-    group = {
-        "tp_rank": tp_rank,
-        "broadcast_group": mpu.get_tensor_model_parallel_group(),
-        "broadcast_src_rank": mpu.get_tensor_model_parallel_src_rank(),
-        "cp_size": args.context_parallel_size,
-    }
-    content = {
-        "create_attention_mask_in_dataloader": args.create_attention_mask_in_dataloader,
-        "has_cu_seqlens": has_documents,
-        "is_hybrid_cp": False,
-    }
-    batch = get_batch_on_this_tp_rank(batch, **sizes, **stage, **group, **content)
+    batch = _broadcast(_read(data_iterator, micro_batch_size), micro_batch_size)
     batch = flatten_batch_for_packed_sequences(batch)
     if not has_tokens:
         return {key: batch[key] for key in DOCUMENTS}
@@ -107,6 +77,55 @@ def get_batch(data_iterator: Any, vp_stage: int | None, micro_batch_size: int) -
         cp_group=mpu.get_context_parallel_group(),
         use_per_sequence_balancing=args.dataloader_inter_document_masking and not args.sft,
     )
+
+
+def _read(data_iterator: Any, micro_batch_size: int) -> Batch:
+    """Read the next micro-batch on tensor-parallel rank 0; return an empty dict on other ranks."""
+    if mpu.get_tensor_model_parallel_rank() != 0:
+        return {}
+    args, sample = get_args(), next(data_iterator)
+    keys = (*TOKENS, *DOCUMENTS) if packs_documents(args) else TOKENS
+    if packs_documents(args) and "cu_seqlens" not in sample:
+        raise ValueError(
+            f"rank {args.rank}: documents are packed, but samples of the data set have no cu_seqlens. Use one of "
+            "upstream's data sets."
+        )
+    if args.tensor_model_parallel_size > 1:
+        _check_size(tuple(sample["tokens"].shape), (micro_batch_size, args.seq_length), args.rank)
+    return {key: sample[key].cuda(non_blocking=True) if key in sample else None for key in keys}
+
+
+def _broadcast(batch: Batch, micro_batch_size: int) -> Batch:
+    """Return a micro-batch on every tensor-parallel rank, with the tensors that its pipeline stage needs."""
+    args = get_args()
+    sizes = {"micro_batch_size": micro_batch_size, "seq_length": args.seq_length}
+    stage = {
+        "is_pipeline_first_stage": mpu.is_pipeline_first_stage(),
+        "is_pipeline_last_stage": mpu.is_pipeline_last_stage(),
+        "pipeline_model_parallel_size": args.pipeline_model_parallel_size,
+        "mtp_on_this_rank": False,
+    }
+    group = {
+        "tp_rank": mpu.get_tensor_model_parallel_rank(),
+        "broadcast_group": mpu.get_tensor_model_parallel_group(),
+        "broadcast_src_rank": mpu.get_tensor_model_parallel_src_rank(),
+        "cp_size": args.context_parallel_size,
+    }
+    content = {
+        "create_attention_mask_in_dataloader": args.create_attention_mask_in_dataloader,
+        "has_cu_seqlens": packs_documents(args),
+        "is_hybrid_cp": False,
+    }
+    return get_batch_on_this_tp_rank(batch, **sizes, **stage, **group, **content)
+
+
+def _check_size(given: tuple[int, ...], expected: tuple[int, int], rank: int) -> None:
+    if given != expected:
+        raise ValueError(
+            f"rank {rank}: the data loader returns samples of size {list(given)}, but the other "
+            f"tensor-parallel ranks expect {list(expected)} ([micro-batch, sequence]). Use a data set whose batches "
+            "all have the same size."
+        )
 
 
 def packed_documents(batch: Batch, tokens_per_sample: int) -> PackedSeqParams | None:
@@ -129,15 +148,6 @@ def packed_documents(batch: Batch, tokens_per_sample: int) -> PackedSeqParams | 
         max_seqlen_kv=int(longest.max()),
         tokens_per_sample=tokens_per_sample,
     )
-
-
-def _check_size(given: tuple[int, ...], expected: tuple[int, int], rank: int) -> None:
-    if given != expected:
-        raise ValueError(
-            f"rank {rank}: the data loader returns samples of size {list(given)}, but the other "
-            f"tensor-parallel ranks expect {list(expected)} ([micro-batch, sequence]). Use a data set whose batches "
-            "all have the same size."
-        )
 
 
 def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:

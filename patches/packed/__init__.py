@@ -91,7 +91,7 @@ RECORDS = (
         why="Upstream cuts the batches of --sft over context-parallel ranks with TransformerEngine, and in a layout "
         "that its rotary embedding knows, but our attention does not.",
         when=_READS,
-        test="tests/distributed/test_packed.py::test_an_upstream_script_trains_on_conversations",
+        test="tests/distributed/test_sft.py::test_an_upstream_script_trains_on_conversations",
         remove_when="upstream takes the layout of a batch from its caller",
     ),
 )

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 
 from tests.distributed.equality import SNAPSHOTS, Start, assert_equal
-from tests.distributed.flags import FULL, MOE, OVERLAP, PP2, PP4, SELECTIVE, TP2, VPP, flags
+from tests.distributed.flags import FULL, MOE, OVERLAP, PP2, PP4, SELECTIVE, TINY, TP2, VPP, flags
 from tests.packed_corpus import ALIGNED, RAGGED, write_documents
-from tests.pool import RankPool
+from tests.pool import RankFailure, RankPool
 from tests.regression.arm import run_arm
 from tests.regression.trainings import Trainings
 
@@ -74,18 +74,105 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[st
     return flags_of
 
 
+Flags = Callable[[str, str], list[str]]
+
+
+@pytest.fixture
+def packed(start: Start, corpora: Callable[[str], list[str]]) -> Flags:
+    """Return a function from a corpus's name and a model's flags to the flags of both arms."""
+
+    def flags_of(corpus: str, model: str) -> list[str]:
+        base = [*start(model), *corpora(corpus)]
+        base.remove("--mock-data")
+        return base
+
+    return flags_of
+
+
 @pytest.mark.parametrize("case", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in CASES])
 def test_packed_documents_equal_the_masks(
-    ranks: RankPool,
-    start: Start,
-    trainings: Trainings,
-    corpora: Callable[[str], list[str]],
-    tell: Callable[[str], None],
-    case: str,
+    ranks: RankPool, trainings: Trainings, packed: Flags, tell: Callable[[str], None], case: str
 ) -> None:
     world, corpus, model, own = CASES[case]
-    base = [*start(f"{model} --eod-mask-loss"), *corpora(corpus)]
-    base.remove("--mock-data")
+    base = packed(corpus, f"{model} --eod-mask-loss")
     theirs = trainings.once("U", 1, [*base, *flags(MASK)], float64=True, snapshots=SNAPSHOTS)
     ours = run_arm(ranks, "O", world, [*base, *flags(own)], float64=True, snapshots=SNAPSHOTS)
     assert_equal(ours, theirs, f"packed documents, {case}", tell)
+
+
+SCRIPT = "tests.distributed.packed_scripts:"
+
+
+@pytest.mark.parametrize(
+    ("world", "own"),
+    [
+        (2, f"{STORED} {PP2} {VPP}"),
+        pytest.param(4, f"{STORED} {CP2} {PP2} --seq1f1b-splits 2", marks=pytest.mark.slow),
+        pytest.param(4, f"{MASK} {PP4}", marks=pytest.mark.slow),
+        pytest.param(2, f"{MASK} {CP2}", marks=pytest.mark.slow),
+        pytest.param(2, f"{STORED} {TP2}", marks=pytest.mark.slow),
+    ],
+)
+def test_an_upstream_script_reads_documents_on_every_stage(
+    ranks: RankPool, trainings: Trainings, packed: Flags, tell: Callable[[str], None], world: int, own: str
+) -> None:
+    base = packed("ragged", f"{TWO} --eod-mask-loss --eval-iters 0")
+    theirs = trainings.once("U", 1, [*base, *flags(MASK)], float64=True, snapshots=SNAPSHOTS)
+    named = {"float64": True, "snapshots": SNAPSHOTS, "mutant": f"{SCRIPT}as_upstreams_script"}
+    ours = run_arm(ranks, "O", world, [*base, *flags(own)], **named)
+    assert ours.planted > 0
+    assert_equal(ours, theirs, f"packed documents, upstream's calls, {own}", tell)
+
+
+@pytest.mark.parametrize(
+    ("world", "own"),
+    [
+        (2, CP2),
+        pytest.param(1, "", marks=pytest.mark.slow),
+        pytest.param(2, f"{PP2} --seq1f1b-splits 3", marks=pytest.mark.slow),
+        pytest.param(4, f"{CP2} {PP2}", marks=pytest.mark.slow),
+    ],
+)
+def test_documents_that_a_script_packs_itself(
+    ranks: RankPool, trainings: Trainings, start: Start, tell: Callable[[str], None], world: int, own: str
+) -> None:
+    base, named = start(TWO), {"float64": True, "snapshots": SNAPSHOTS}
+    theirs = trainings.once("U", 1, base, mutant=f"{SCRIPT}own_mask", **named)
+    ours = run_arm(ranks, "O", world, [*base, *flags(own)], mutant=f"{SCRIPT}own_borders", **named)
+    assert ours.planted > 0
+    assert_equal(ours, theirs, f"packed documents of the script's own, {own}", tell)
+
+
+@pytest.mark.parametrize(
+    ("twist", "own", "words"),
+    [
+        (
+            "other_documents_on_rank_one",
+            CP2,
+            r"ranks that share a micro-batch have different.*\[\[0\], \[1\]\]",
+        ),
+        ("no_documents_on_rank_one", CP2, r"\[\[0\], \[1\]\]"),
+        ("other_documents_on_rank_one", PP2, "stages have read the documents of different micro-batches"),
+        pytest.param(
+            "other_documents_on_rank_one",
+            f"{PP2} --seq1f1b-splits 2",
+            "stages have read the documents of different micro-batches",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_ranks_that_disagree_are_named(ranks: RankPool, packed: Flags, twist: str, own: str, words: str) -> None:
+    with pytest.raises(RankFailure, match=words):
+        run_arm(ranks, "O", 2, [*packed("ragged", ""), *flags(STORED, own)], mutant=SCRIPT + twist)
+
+
+LONG = "--seq-length 1024 --max-position-embeddings 1024 --train-iters 1 --global-batch-size 1 --eval-iters 0"
+
+
+def test_no_tensor_grows_with_the_square_of_the_sequence(ranks: RankPool, corpora: Callable[[str], list[str]]) -> None:
+    """The census sees upstream's mask and scores, so it would see ours."""
+    base = [flag for flag in flags(TINY, LONG) if flag != "--mock-data"] + corpora("ragged")
+    named = {"mutant": f"{SCRIPT}counted_squares"}
+    for own, world in ((f"{MASK} {CP2}", 2), (f"{STORED} --seq1f1b-splits 2", 1)):
+        assert run_arm(ranks, "O", world, [*base, *flags(own)], **named).planted == 0
+    assert run_arm(ranks, "U", 1, [*base, *flags(MASK)], **named).planted > 4

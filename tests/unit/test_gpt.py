@@ -11,6 +11,7 @@ import pytest
 from megatron.longseq.unserved import UNSERVED, refuse_unserved
 
 QUIET: dict[str, Any] = {
+    "sft": False,
     "freeze_all_layers": False,
     "fim_data": False,
     "hybrid_context_parallel": False,
@@ -66,9 +67,11 @@ SERVED: list[dict[str, Any]] = [
     {"split": "1", "eval_iters": 0},
     {"full_validation": True, **SETS, "eval_micro_batch_size": 1, "tensor_model_parallel_size": 2},
     {"mtp_num_layers": 1},
+    {"sft": True, "eval_iters": 0, **OWN},
     {"dataloader_type": "cyclic", "position_embedding_type": "yarn"},
 ]
 ASKED: dict[str, dict[str, Any]] = {
+    "--sft with --eval-iters 0": {"sft": True, "eval_iters": 0, **OWN, "valid_data_path": ["some"]},
     "--freeze-all-layers": {"freeze_all_layers": True},
     "--fim-data": {"fim_data": True},
     "--hybrid-context-parallel": {"hybrid_context_parallel": True},

@@ -49,10 +49,6 @@ NOT_WITH_DOCUMENTS: Refusals = {
         lambda a: a.position_embedding_type == "mrope",
         "its positions are those of images, not of documents",
     ),
-    "--fused-single-qkv-rope": (
-        lambda a: getattr(a, "fused_single_qkv_rope", False),
-        "upstream does not fuse it for packed sequences",
-    ),
     "--allow-ambiguous-pad-tokens": (
         lambda a: a.reset_attention_mask and a.allow_ambiguous_pad_tokens,
         "where padding is the end-of-document token, samples do not tell where documents end",
