@@ -24,7 +24,7 @@ def write_tokenizer(folder: Path) -> Path:
 
 
 def write_conversations(path: Path, lines: int, seed: int = 1) -> Path:
-    """Write packed conversations of unlike lengths, each line of at most 60 tokens."""
+    """Write packed conversations of unlike lengths, each line of at most 63 tokens, padding included."""
     draw = random.Random(seed)
 
     def words(least: int, most: int) -> str:
@@ -35,9 +35,9 @@ def write_conversations(path: Path, lines: int, seed: int = 1) -> Path:
         for _ in range(lines):
             messages = []
             for _ in range(draw.randint(1, 3)):
-                messages.append({"role": "system", "content": words(1, 3)})
-                messages.append({"role": "user", "content": words(1, 5)})
-                messages.append({"role": "assistant", "content": words(1, 6)})
+                messages.append({"role": "system", "content": words(1, 2)})
+                messages.append({"role": "user", "content": words(1, 3)})
+                messages.append({"role": "assistant", "content": words(3, 8)})
             file.write(json.dumps({"messages": messages}) + "\n")
     return path
 

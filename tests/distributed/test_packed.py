@@ -171,7 +171,7 @@ LONG = "--seq-length 1024 --max-position-embeddings 1024 --train-iters 1 --globa
 
 def test_no_tensor_grows_with_the_square_of_the_sequence(ranks: RankPool, corpora: Callable[[str], list[str]]) -> None:
     """The census sees upstream's mask and scores, so it would see ours."""
-    base = [flag for flag in flags(TINY, LONG) if flag != "--mock-data"] + corpora("ragged")
+    base = [flag for flag in flags(TINY, LONG) if flag != "--mock-data"] + corpora("ragged") + ["--split", "1,0,0"]
     named = {"mutant": f"{SCRIPT}counted_squares"}
     for own, world in ((f"{MASK} {CP2}", 2), (f"{STORED} --seq1f1b-splits 2", 1)):
         assert run_arm(ranks, "O", world, [*base, *flags(own)], **named).planted == 0

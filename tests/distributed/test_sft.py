@@ -21,7 +21,7 @@ pytest.importorskip("datasets", reason="upstream's SFT data set reads conversati
 pytest.importorskip("transformers", reason="upstream's SFT tokenizer needs it")
 
 CP2 = "--context-parallel-size 2"
-STEPS = "--train-iters 3 --lr-decay-iters 3 --lr-decay-style cosine --global-batch-size 4 --micro-batch-size 2"
+STEPS = "--train-iters 3 --lr-decay-iters 3 --lr-decay-style cosine --global-batch-size 16 --micro-batch-size 2"
 
 Train = Callable[..., Run]
 
