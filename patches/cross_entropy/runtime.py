@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import weakref
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -55,16 +56,20 @@ def with_chunked_loss(original: Callable[..., Any]) -> Callable[..., Any]:
 def with_checked_model(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `get_forward_backward_func`: before the first step of a model, refuse one that chunks do not serve."""
 
+    checked: weakref.WeakSet[Any] = weakref.WeakSet()
+
     @functools.wraps(original)
     def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
-        return functools.partial(_run_checked, original(*args, **kwargs))
+        return functools.partial(_run_checked, checked, original(*args, **kwargs))
 
     return get_forward_backward_func
 
 
-def _run_checked(run: Callable[..., Any], *args: Any, model: Any, **kwargs: Any) -> Any:
+def _run_checked(checked: weakref.WeakSet[Any], run: Callable[..., Any], *args: Any, model: Any, **kwargs: Any) -> Any:
     from megatron.longseq.cross_entropy.runtime.output_layer import check_model
 
     for chunk in model if isinstance(model, list) else [model]:
-        check_model(chunk)
+        if chunk not in checked:
+            check_model(chunk)
+            checked.add(chunk)
     return run(*args, model=model, **kwargs)

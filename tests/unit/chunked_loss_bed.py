@@ -242,6 +242,7 @@ def rounding(chunk: int) -> list[tuple[float, float]]:
         call = ChunkedLossCall(chunk, group)
         theirs = gradients(lambda h, w: vocab_parallel_cross_entropy(h @ w.t(), labels, 0.0, group), torch.bfloat16)
         ours = gradients(lambda h, w: chunked_cross_entropy(h, w, labels, call), torch.bfloat16)
-        exact = gradients(lambda h, w: -(h @ w.t()).log_softmax(-1).gather(-1, labels[..., None])[..., 0], torch.float64)
+        pick = labels.unsqueeze(-1)
+        exact = gradients(lambda h, w: -(h @ w.t()).log_softmax(-1).gather(-1, pick).squeeze(-1), torch.float64)
         apart = [[float((a - b).norm() / b.norm()) for a, b in zip(one, exact, strict=True)] for one in (theirs, ours)]
         return list(zip(*apart, strict=True))

@@ -41,7 +41,7 @@ TWO_RANKS = {
 
 @pytest.mark.parametrize(("tp", "cases"), [(1, ONE_RANK), (2, TWO_RANKS)], ids=["1", "2"])
 def test_equals_upstreams_model_in_float64(ranks: RankPool, tp: int, cases: dict[str, Case]) -> None:
-    """Losses, and the gradients of all parameters and of the hidden states, for all sizes of chunks and random masks."""
+    """Losses, gradients of all parameters and of the hidden states, for all sizes of chunks and a random mask."""
     for found in ranks.run(tp, differences, list(cases.values()), tp):
         assert {name: apart for name, apart in zip(cases, found, strict=True) if not apart <= REASSOCIATION} == {}
 

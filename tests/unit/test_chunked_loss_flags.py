@@ -3,6 +3,7 @@
 import sys
 import warnings
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,14 @@ import torch
 
 from megatron.longseq.cross_entropy.arguments import (
     NOT_IN_CHUNKS,
+    REFUSALS,
+    add_cross_entropy_arguments,
     check_cross_entropy_numbers,
     describe_chunks,
     refuse_unserved_cross_entropy,
     wants_chunks,
 )
+from megatron.longseq.refusals import flags_table, refusals_table
 from tests.distributed.flags import TINY, flags
 from tests.pool import RankPool
 from tests.unit import weight_bed
@@ -142,7 +146,7 @@ def messages_of_models() -> dict[str, str]:
 def test_other_models_are_refused_before_their_first_step(ranks: RankPool) -> None:
     (found,) = ranks.run(1, messages_of_models)
     words = {
-        "loss": "cannot serve this OwnLoss: it has a compute_language_model_loss of its own",
+        "loss": "cannot serve this OwnLoss: its compute_language_model_loss is not upstream's",
         "layer": "cannot serve this GPTModel: its output layer is OwnLayer",
         "gathers": "cannot serve this GPTModel: it gathers whole logits",
         "bias": "cannot serve this GPTModel: its output layer has a bias",
@@ -185,3 +189,9 @@ def test_a_script_that_asks_for_logits_gets_them_and_is_told(ranks: RankPool) ->
         "the script asks the model for logits (labels=None)",
         "the script gives the model an output_processor",
     ]
+
+
+def test_the_page_lists_the_flag_and_its_refusals() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "cross-entropy.md").read_text()
+    assert f"begin -->\n{flags_table(add_cross_entropy_arguments)}\n<!-- flags: end" in page
+    assert f"begin -->\n{refusals_table(REFUSALS)}\n<!-- refusals: end" in page

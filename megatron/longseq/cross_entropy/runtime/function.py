@@ -27,6 +27,8 @@ from torch.autograd.function import once_differentiable
 
 type Tensor = torch.Tensor
 
+BLOCK = 8192  # rows of the weight whose product is added at once; large enough for full speed
+
 
 @dataclass(frozen=True, slots=True)
 class ChunkedLossCall:
@@ -235,7 +237,8 @@ class _WeightGrad:
     """
 
     def __init__(self, weight: Tensor, call: ChunkedLossCall) -> None:
-        self._weight, self._total = weight, None
+        self._weight = weight
+        self._total: Tensor | None = None
         self._is_fused = call.fused and hasattr(weight, "main_grad")
         self._dtype = torch.promote_types(weight.dtype, torch.float32)
 
@@ -251,11 +254,23 @@ class _WeightGrad:
             kernels = layers.fused_weight_gradient_mlp_cuda
             name = "wgrad_gemm_accum_fp32" if main_grad.dtype is torch.float32 else "wgrad_gemm_accum_fp16"
             getattr(kernels, name)(hidden, logit_grad, main_grad)
-        elif self._total is not None and self._dtype is self._weight.dtype:
-            self._total.addmm_(logit_grad.t(), hidden)
+        elif self._dtype is not self._weight.dtype:
+            self._add_wide(logit_grad, hidden)
+        elif self._total is None:
+            self._total = torch.mm(logit_grad.t(), hidden)
         else:
-            product = _wide_product(logit_grad, hidden, self._dtype)
-            self._total = product if self._total is None else self._total.add_(product)
+            self._total.addmm_(logit_grad.t(), hidden)
+
+    def _add_wide(self, logit_grad: Tensor, hidden: Tensor) -> None:
+        """Add a product of 16 bits in float32, for some rows of the weight at a time, so that it needs little memory.
+
+        Only CUDA's product is in float32. Others are rounded to 16 bits before they are added.
+        """
+        if self._total is None:
+            self._total = torch.zeros_like(self._weight, dtype=self._dtype)
+        options = {"out_dtype": self._dtype} if logit_grad.is_cuda else {}
+        for total, columns in zip(self._total.split(BLOCK), logit_grad.split(BLOCK, dim=1), strict=True):
+            total.add_(torch.mm(columns.t(), hidden, **options))
 
     def finish(self) -> Tensor | None:
         """Return what autograd passes on: the gradient, or if it is in `main_grad` what upstream's layer returns."""
@@ -267,10 +282,3 @@ class _WeightGrad:
         weight.grad_added_to_main_grad = True
         # Hooks of the parameter run only if there is a gradient; with a tied embedding it is added to another one.
         return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
-
-
-def _wide_product(logit_grad: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `logit_grad` transposed times `hidden` in a wider dtype; only CUDA's product of 16 bits is not rounded."""
-    if logit_grad.dtype is not dtype and logit_grad.is_cuda:
-        return torch.mm(logit_grad.t(), hidden, out_dtype=dtype)
-    return torch.mm(logit_grad.t(), hidden).to(dtype)

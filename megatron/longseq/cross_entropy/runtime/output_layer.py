@@ -136,18 +136,26 @@ def check_model(chunk: torch.nn.Module) -> None:
 
 
 def _fault(model: LanguageModule) -> str | None:
+    """Return the first reason why a model cannot be served."""
     if not isinstance(model, GPTModel):
         return "it computes its loss from whole logits; GPTModel is served"
     if not model.post_process:
         return None
-    for name, owner in (("compute_language_model_loss", LanguageModule), ("_scale_logits", LanguageModule)):
-        if name in model.__dict__ or getattr(type(model), name) is not getattr(owner, name):
-            return f"it has a {name} of its own, which reads whole logits"
     layer = model.output_layer
-    if type(layer) is not layers.ColumnParallelLinear:
-        return f"its output layer is {type(layer).__name__}, not upstream's ColumnParallelLinear"
-    if layer.bias is not None:
-        return "its output layer has a bias"
-    if layer.gather_output:
-        return "it gathers whole logits (parallel_output=False)"
-    return None
+    faults = {
+        "its compute_language_model_loss is not upstream's, and reads whole logits": _is_own(
+            model, "compute_language_model_loss"
+        ),
+        "its _scale_logits is not upstream's, and reads whole logits": _is_own(model, "_scale_logits"),
+        f"its output layer is {type(layer).__name__}, not upstream's ColumnParallelLinear": (
+            type(layer) is not layers.ColumnParallelLinear
+        ),
+        "its output layer has a bias": getattr(layer, "bias", None) is not None,
+        "it gathers whole logits (parallel_output=False)": getattr(layer, "gather_output", False),
+    }
+    return next((why for why, holds in faults.items() if holds), None)
+
+
+def _is_own(model: LanguageModule, name: str) -> bool:
+    """Return whether a method is not the one of upstream's LanguageModule."""
+    return name in model.__dict__ or getattr(type(model), name) is not getattr(LanguageModule, name)
