@@ -11,7 +11,7 @@ PAIRS = 32  # of a row and a head, in a program
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _merge(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913, PLR0917
+def _merge(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
     out,
     lse,
     block_out,
@@ -32,10 +32,10 @@ def _merge(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913, PLR0917
     block_lse_s,
     block_lse_b,
     block_lse_h,
-    HAS_ROWS: tl.constexpr,  # noqa: N803
-    DIM: tl.constexpr,  # noqa: N803
-    DIMS: tl.constexpr,  # noqa: N803
-    PAIRS: tl.constexpr,  # noqa: N803
+    HAS_ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     is_pair = pair < pairs
