@@ -56,7 +56,6 @@ QUICK = {
     "one rank, --reset-attention-mask, PP 2, V 2",
     "ring, --reset-attention-mask",
     "segments, PP 2, aligned",
-    "ring and segments",
 }
 
 

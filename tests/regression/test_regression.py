@@ -22,7 +22,7 @@ QUICK = {
     *("same-layout", "pipeline", "tensor-sequence", "tied-virtual-stages", "documents", "recompute"),
     *("data-parallel", "data-overlap", "rerun", "resume", "single-precision"),
     *("seq1f1b", "seq1f1b-documents", "seq1f1b-executor", "seq1f1b-zero-bubble"),
-    *("usp-hybrid", "usp-segments", "usp-ulysses"),
+    *("usp-hybrid", "usp-segments", "usp-ulysses", "packed-aligned"),
     *("paro-iig", "paro-ggg-tensor"),
 }
 # One planted error for each check that can turn red, and for each system.
@@ -35,6 +35,7 @@ QUICK_MUTANTS = {
     ("tensor-sequence", "norm_not_summed"),
     ("seq1f1b", "lost_prefix_gradient"),
     ("usp-hybrid", "rope_of_local_positions"),
+    ("packed-aligned", "neighbour_at_a_border"),
     ("paro-iig", "norm_of_own_shard"),
 }
 
