@@ -129,7 +129,7 @@ def train(plan: QuickstartRun, data: list[str], until: int) -> None:
             show(line)
     if process.wait() != 0:
         say("".join(tail))
-        raise SystemExit(f"quickstart: the training failed with status {process.returncode}; its log: {log}")
+        raise SystemExit(f"quickstart: the training failed with status {process.returncode}; see its log {log}")
 
 
 def show(line: str) -> None:

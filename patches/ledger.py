@@ -42,7 +42,7 @@ def checked(records: Iterable[Record]) -> tuple[Record, ...]:
     for record in records:
         for part in dict.fromkeys((record, *record.parts)):
             if part.id in seen:
-                raise _wrong(part, "its id is used twice", "rename one of the two")
+                raise _wrong(part, "its id is not unique", "rename one of the two")
             seen.add(part.id)
         for part in record.parts:
             for name, place in (("impl", part.impl), ("when", part.when)):
@@ -67,9 +67,9 @@ def refuse_conflicts(records: Sequence[Record]) -> None:
             earlier = holders.setdefault(place, record)
             if earlier is not record:
                 raise Conflict(
-                    f"{earlier.id} and {record.id} cannot both have {place}",
+                    f"{earlier.id} and {record.id} cannot both patch {place}",
                     where=f"patches.{earlier.system} and patches.{record.system}",
-                    why="one place holds one patch, so that the order of what systems do there stands in one list",
+                    why="a place can have one patch only; a hook defines the order in which systems act there",
                     todo="make both of them callbacks of one hook (patches/hooks.py), and apply them together",
                 )
 
@@ -102,8 +102,8 @@ def by_id(identifier: str) -> Record:
     raise LedgerError(
         f"there is no patch {identifier!r}",
         where="the ledger",
-        why=f"it holds: {', '.join(dict.fromkeys(i for r in RECORDS for i in (r.id, *(p.id for p in r.parts))))}",
-        todo="python -m patches list",
+        why=f"the patches are {', '.join(dict.fromkeys(i for r in RECORDS for i in (r.id, *(p.id for p in r.parts))))}",
+        todo="list them: python -m patches list",
     )
 
 

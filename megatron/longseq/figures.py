@@ -21,9 +21,9 @@ def check_output(file: Path, suffixes: Sequence[str] = SUFFIXES) -> None:
     """
     if file.suffix not in suffixes:
         listed = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
-        raise ValueError(f"--output {file}: it is written as {listed}, not {file.suffix or 'without a suffix'}")
+        raise ValueError(f"--output {file}: the suffix must be {listed}, but it is {file.suffix or 'missing'}")
     if not file.absolute().parent.is_dir():
-        raise ValueError(f"--output {file}: there is no folder {file.absolute().parent}; make it first")
+        raise ValueError(f"--output {file}: there is no folder {file.absolute().parent}; create it first")
 
 
 @contextmanager

@@ -170,8 +170,8 @@ def _swapped(owner: Any, names: dict[str, Any]) -> Iterator[None]:
     missing = [name for name in names if not hasattr(owner, name)]
     if missing:
         raise RuntimeError(
-            f"{owner.__name__} of torch {torch.__version__} has no {', '.join(missing)}: the CPU twins in "
-            f"patches/cpu/device.py were written for torch 2.11 to 2.13. Install one of these, or mend the table."
+            f"{owner.__name__} of torch {torch.__version__} has no {', '.join(missing)}: patches/cpu/device.py was "
+            "written for torch 2.11 to 2.13. Install one of these, or correct its table."
         )
     before = {name: vars(owner)[name] for name in names}
     for name, twin in names.items():
@@ -226,7 +226,7 @@ def cpu_stands_in_for_cuda(ranks_on_this_host: int | None = None) -> Iterator[No
         RuntimeError: a CUDA device is available, or this torch lacks a name of the table.
     """
     if torch.cuda.is_available():
-        raise RuntimeError("The cpu patch was asked for where a CUDA device is available; it never acts there.")
+        raise RuntimeError("The patch cpu.device must not be applied, because a CUDA device is available.")
     ranks = ranks_on_this_host or node_ranks() or 1
     twins = _twins(ranks)
     random = {name: twins[name] for name in ("get_rng_state", "set_rng_state", "manual_seed", "manual_seed_all")}

@@ -57,9 +57,9 @@ def _blends(args: Namespace) -> tuple[Any, Any]:
     from megatron.training.utils import get_blend_and_blend_per_split
 
     flags = {
-        "data_args_path": "prefixes of data (or a weight before each of them), separated by white space",
-        "per_split_data_args_path": "a JSON object with the keys train, valid and test, each of which holds prefixes "
-        "of data (or a weight before each of them), or null",
+        "data_args_path": "prefixes of data, separated by white space, optionally with a weight before each",
+        "per_split_data_args_path": "a JSON object with the keys train, valid and test, each with a list of prefixes "
+        "of data, optionally with a weight before each, or null",
     }
     try:
         return get_blend_and_blend_per_split(args)  # type: ignore[no-any-return]
@@ -69,7 +69,7 @@ def _blends(args: Namespace) -> tuple[Any, Any]:
             if file is not None:
                 what = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
                 raise ValueError(
-                    f"--{name.replace('_', '-')} {file}: {what}. The file has to hold {content}."
+                    f"--{name.replace('_', '-')} {file}: {what}. The file must contain {content}."
                 ) from error
         raise
 
@@ -86,8 +86,8 @@ def without_endless_loop(original: Callable[..., int]) -> Callable[..., int]:
         if num_tokens_per_epoch <= 0 and self.num_samples is not None:
             raise ValueError(
                 f"the {self.index_split.name} split gets no tokens of {self.dataset_path} ({len(self.indices)} "
-                f"documents), and {self.num_samples} samples are asked of it: upstream would count epochs without "
-                "end. Give another --split, or data for each split (--train-data-path, --valid-data-path, "
+                f"documents), but {self.num_samples} samples are requested; upstream would count epochs forever. "
+                "Give another --split, or data for each split (--train-data-path, --valid-data-path, "
                 "--test-data-path)."
             )
         return original(self, num_tokens_per_epoch)

@@ -61,8 +61,8 @@ def refuse_stale_indices(dataset: Any) -> None:
     if not indices_match(lengths, dataset.document_index, dataset.sample_index, dataset.config.sequence_length):
         pattern = str(cached).removesuffix("sample_index.npy") + "*"
         raise ValueError(
-            f"{dataset.dataset_path} (.bin, .idx) changed after upstream cached sample indices of it, and they no "
-            f"longer fit: their names do not depend on the content of the data. Remove them: rm {pattern}"
+            f"{dataset.dataset_path} (.bin, .idx) changed after upstream cached its sample indices, whose names do "
+            f"not depend on the content of the data. Remove them: rm {pattern}"
         )
 
 

@@ -29,7 +29,7 @@ def _report(saved: dict[str, str] | None) -> None:
     change = digest.difference(hashes, saved) if saved is not None else ""
     if saved is not None and change:
         print(
-            f"> WARNING: patches differ from those the checkpoint was written under (its digest "
+            "> WARNING: the patches differ from those of the run that saved the checkpoint (its digest "
             f"{digest.combined(saved)}, now {digest.combined(hashes)}): {change}",
             flush=True,
         )

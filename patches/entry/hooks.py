@@ -124,7 +124,11 @@ def compare_ranks(hashes: Mapping[str, str]) -> None:
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        print("> patches: torch.distributed is not initialised, ranks were not compared", file=sys.stderr, flush=True)
+        print(
+            "> patches: ranks were not compared, because torch.distributed is not initialized",
+            file=sys.stderr,
+            flush=True,
+        )
         return
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, dict(hashes))
@@ -145,9 +149,9 @@ def refuse_disagreement(gathered: list[dict[str, str]]) -> None:
     most, *others = sorted(ranks, key=lambda key: (-len(ranks[key]), ranks[key]))
     lines = [f"ranks {_spans(ranks[key])}: {digest.difference(dict(key), dict(most))}" for key in others]
     raise RankMismatch(
-        "the ranks run under different patches",
+        "the ranks have different patches",
         where="; ".join(lines) + f" (compared with ranks {_spans(ranks[most])}, digest {digest.combined(dict(most))})",
-        why="they would compute different things and hang or diverge later",
+        why="they would hang or diverge later",
         todo="start all ranks with the same flags, the same installation of this project and the same kind of device",
     )
 

@@ -22,7 +22,7 @@ def current_sharding() -> Any:
     """
     found = session.SESSION.state.get("paro.groups")
     if found is None:
-        raise RuntimeError("sharding (--paro): a model is wrapped before initialize_megatron has run")
+        raise RuntimeError("--paro: a model is wrapped before initialize_megatron has run; call that first")
     return found
 
 

@@ -17,7 +17,7 @@ def with_plan(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `validate_args`: refuse what our schedules do not support, and validate the schedules of the run.
 
     Raises:
-        ValueError: flags do not go together, the partition does not fit, or a number of micro-batches has no schedule.
+        ValueError: flags cannot be combined, the partition does not fit, or a number of micro-batches has no schedule.
     """
 
     @functools.wraps(original)

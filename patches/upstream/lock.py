@@ -32,12 +32,12 @@ class Lock:
             raise Drift(
                 f"{symbol.place} has no fingerprint in the lock",
                 where=f"{symbol.path}:{symbol.line}",
-                why="a patch of an upstream symbol is only applied to source that was read when it was written",
-                todo="read the source, then write the lock anew: python -m patches bump --write",
+                why="a patch is applied only to the upstream source that it was written for",
+                todo="read the source, then update the lock: python -m patches bump --write",
             )
         if known != symbol.fingerprint:
             raise Drift(
-                f"{symbol.place} is not the source its patch was written against",
+                f"{symbol.place} is not the source that its patch was written for",
                 where=f"{symbol.path}:{symbol.line}",
                 why=f"its fingerprint is {symbol.fingerprint[:12]}, the lock says {known[:12]} ({NAME} {self.version})",
                 todo=f"restore the wheel: pip install --force-reinstall --no-deps {NAME}=={self.version}; "
@@ -66,10 +66,10 @@ def make(records: Iterable[Record], distribution: Distribution) -> Lock:
     """
     if distribution.record_sha256 is None:
         raise PatchError(
-            "a checkout cannot be locked",
+            "the lock cannot be written from a checkout",
             where=distribution.tree.label,
-            why="the lock names a released wheel, by the RECORD it carries",
-            todo="give the wheel file, or a folder it was installed or unpacked to",
+            why="the lock identifies a released wheel by its RECORD, which a checkout does not have",
+            todo="give the wheel file, or a folder that it is installed or unpacked in",
         )
     symbols, gone = fingerprints(records, Upstream(distribution.tree))
     for error in gone:

@@ -143,14 +143,14 @@ def open_distribution(path: Path) -> Distribution:
     tree: Tree = Folder(path) if path.is_dir() else WheelFile(path)
     records = tree.records()
     if len(records) > 1:
-        raise _unusable(path, f"it holds more than one megatron-core: {', '.join(records)}")
+        raise _unusable(path, f"it contains more than one megatron-core: {', '.join(records)}")
     if records:
         match = _DIST_INFO.fullmatch(records[0])
         assert match is not None
         return Distribution(tree, match[1], _upstream_rows((tree.read(records[0]) or b"").decode()))
     info = tree.read("megatron/core/package_info.py")
     if info is None:
-        raise _unusable(path, "it holds neither a megatron_core-*.dist-info nor megatron/core")
+        raise _unusable(path, "it contains neither a megatron_core-*.dist-info nor megatron/core")
     numbers = dict(_VERSION.findall(info.decode()))
     return Distribution(tree, ".".join(numbers.get(k, "?") for k in ("MAJOR", "MINOR", "PATCH")), None)
 
@@ -168,7 +168,7 @@ def installed() -> Distribution:
             f"{NAME} is not installed",
             where="this Python interpreter",
             why="upstream is a pinned wheel, not part of this repository",
-            todo=f"install it: pip install {NAME}==VERSION, with the version that patches/upstream.lock names",
+            todo=f"install the version in patches/upstream.lock: pip install {NAME}==VERSION",
         ) from error
     root = Path(str(found.locate_file("")))
     record = found.read_text("RECORD")
@@ -187,8 +187,8 @@ def _upstream_rows(record: str) -> dict[str, str]:
 
 def _unusable(path: Path, why: str) -> PatchError:
     return PatchError(
-        "no upstream Megatron to read",
+        "there is no upstream Megatron to read",
         where=str(path),
         why=why,
-        todo="name a megatron_core wheel file, a folder it was unpacked or installed to, or a Megatron-LM checkout",
+        todo="give a megatron_core wheel file, a folder that it is unpacked or installed in, or a Megatron-LM checkout",
     )

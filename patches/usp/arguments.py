@@ -1,4 +1,4 @@
-"""Callback at upstream's validation of flags: choose a layout before it, refuse what we do not serve after it."""
+"""Callback at upstream's validation of flags: choose a layout before it, refuse unsupported flags after it."""
 
 import functools
 import inspect
@@ -12,10 +12,10 @@ from patches.usp.conditions import spreads_attention, spreads_local_attention
 
 
 def with_context_plan(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `validate_args`: choose for --context-parallel-auto, then refuse what is not served.
+    """Wrap `validate_args`: choose for --context-parallel-auto, then refuse unsupported flags.
 
     Raises:
-        ValueError: Flags do not go together, or heads or lengths do not fit the layout.
+        ValueError: Flags cannot be combined, or heads or lengths do not fit the layout.
     """
 
     @functools.wraps(original)
@@ -36,7 +36,7 @@ def with_context_plan(original: Callable[..., Any]) -> Callable[..., Any]:
         types = validate_comm_types(args, _lengths(args))
         if args.rank == 0:
             for name, one in types.items():
-                keys = ", keys gathered" if one.gathers else ""
+                keys = ", all-gather of keys" if one.gathers else ""
                 chosen = ", chosen by --context-parallel-auto" if is_chosen else ""
                 print(
                     f"> attention over {one.mesh.size} context-parallel ranks ({name}): Ulysses {one.mesh.ulysses} x "
@@ -61,7 +61,9 @@ def _refuse_ours_alone(args: Namespace) -> None:
         ("--context-parallel-placement", args.context_parallel_placement != "head-first"),
     ):
         if is_given:
-            raise ValueError(f"{flag}: TransformerEngine's attention has none; give --transformer-impl local, too.")
+            raise ValueError(
+                f"{flag}: TransformerEngine's attention does not have it; give --transformer-impl local, too."
+            )
 
 
 def _refuse_order(args: Namespace) -> None:
@@ -71,8 +73,8 @@ def _refuse_order(args: Namespace) -> None:
 
     if "sort_ranks" not in inspect.signature(dist.new_group).parameters:
         raise ValueError(
-            "--context-parallel-placement context-first: this PyTorch sorts the ranks of every group (new_group has no "
-            "sort_ranks); use a later one, or head-first."
+            "--context-parallel-placement context-first: this PyTorch sorts the ranks of every group (new_group has "
+            "no argument sort_ranks); install a later version, or give head-first."
         )
     if args.transformer_impl != "local" and not spreads_local_attention(args):
-        raise ValueError("--context-parallel-placement context-first: give --transformer-impl local, too.")
+        raise ValueError("--context-parallel-placement context-first needs --transformer-impl local; give both.")

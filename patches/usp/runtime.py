@@ -17,7 +17,7 @@ def current_context() -> Any:
     """
     context = session.SESSION.state.get("usp.groups")
     if context is None:
-        raise RuntimeError("context parallelism: attention is built before initialize_megatron has run")
+        raise RuntimeError("context parallelism: attention was built before initialize_megatron; call that first")
     return context
 
 

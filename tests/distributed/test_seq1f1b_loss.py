@@ -71,8 +71,8 @@ def test_parameters_of_the_loss_alone(ranks: RankPool) -> None:
 @pytest.mark.parametrize(
     ("script", "words"),
     [
-        ("second_call", "micro-batch 0, segment 0 of 3: the script's forward step calls the model that it was given a"),
-        ("pooled", "the model returns (1,) for a segment of 37 tokens; --seq1f1b-splits puts the segments' outputs"),
+        ("second_call", "micro-batch 0, segment 0 of 3: the script's forward step calls the model twice"),
+        ("pooled", "the model returns (1,) for a segment of 37 tokens, but --seq1f1b-splits concatenates outputs"),
     ],
 )
 def test_what_segments_cannot_serve_is_refused(ranks: RankPool, script: str, words: str) -> None:

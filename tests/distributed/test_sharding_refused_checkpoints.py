@@ -49,7 +49,7 @@ def test_states_that_upstream_has_mixed_up_are_refused(ranks: RankPool, tmp_path
     right, wrong = (logical_tensors(folder / "iter_0000001") for folder in (one, several))
     mixed_up = [name for name in right if (right[name] - wrong[name]).norm() > 0.01 * right[name].norm()]
     assert mixed_up and all(name.startswith("optimizer.state.") for name in mixed_up)
-    message = r"optimizer states of .* do not belong to the weights in the same checkpoint: .*issue 504"
+    message = r"optimizer states of .* do not match the weights in the checkpoint: .*issue 504"
     with pytest.raises(RankFailure, match=message):
         run_arm(ranks, "O", 2, [*flags(MORE, PARO), "--load", str(several)], float64=True)
 

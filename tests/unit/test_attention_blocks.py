@@ -125,7 +125,7 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="window of -1"):
         plan_causal(TokenRange(0, 4), Mask(1, -1), rectangular=True)
     documents = Documents((packed([4]),))
-    with pytest.raises(ValueError, match="documents of 1 sequences for a batch of 2"):
+    with pytest.raises(ValueError, match="1 lists of documents for a batch of 2"):
         plan_causal(TokenRange(0, 4), Mask(2, None, documents), rectangular=True)
     with pytest.raises(ValueError, match="positions 0 to 5 are computed"):
         plan_causal(TokenRange(0, 5), Mask(1, None, documents), rectangular=True)
@@ -133,5 +133,5 @@ def test_bad_input_is_refused() -> None:
         Documents(((DocumentSpan(0, 4, 0), DocumentSpan(4, 6, 3)),))
     with pytest.raises(ValueError, match=re.escape("expected bool [b, 1, rows, keys]")):
         document_starts(torch.zeros(1, 4, 4, dtype=torch.bool))
-    with pytest.raises(ValueError, match="rows 2 to 6 has keys up to 4"):
+    with pytest.raises(ValueError, match="rows 2 to 6, but keys only up to 4"):
         document_starts(torch.zeros(1, 1, 4, 4, dtype=torch.bool), 2)

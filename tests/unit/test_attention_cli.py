@@ -70,7 +70,7 @@ def test_the_documentations_picture_is_the_codes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--output", "a.pdf"], "it is written as .svg or .png, not .pdf"),
+        (["--output", "a.pdf"], "the suffix must be .svg or .png, but it is .pdf"),
         (["--output", "missing/a.svg"], "there is no folder"),
         (["--output", "a.svg", "--hierarchical-context-parallel-sizes", "1", "9"], "a ring of 9 ranks: 8 at most"),
         (["--output", "a.svg", "--hierarchical-context-parallel-sizes", "0", "2"], "a mesh of 0 x 2"),
@@ -116,7 +116,7 @@ def test_the_tables_defaults_are_those_of_the_issue(capsys: pytest.CaptureFixtur
 
 def test_a_length_that_does_not_divide_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["table", "--seq-length", "1000"]) == 1
-    assert "give multiples of 16" in capsys.readouterr().err
+    assert "give a multiple of 16" in capsys.readouterr().err
 
 
 def test_tables_import_neither_torch_nor_upstream() -> None:

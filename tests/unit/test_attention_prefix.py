@@ -229,7 +229,7 @@ def test_dropout_draws_the_same_mask_in_backward(recompute: str, lengths: list[i
         ("f0 f1 f2 b1", "segment 1 of 3: backward out of order; all 3 forwards and 0 backwards ran, the backward of"),
         ("f0 f1 f2 b2 b0", "segment 0 of 3: backward out of order; all 3 forwards and 1 backwards ran"),
         ("f0 f1 f2 r2 f0 b2", "segment 2 of 3: backward out of order; forward of 1 of 3 segments ran"),
-        ("f0 f1 f2 b2 b1 b0 b0", "segment 0 of 3: backward, but nothing is cached of this micro-batch"),
+        ("f0 f1 f2 b2 b1 b0 b0", "segment 0 of 3: backward, but the cache is empty for this micro-batch"),
     ],
 )
 def test_wrong_order_is_refused_by_name(steps: str, message: str) -> None:
@@ -252,7 +252,7 @@ def test_what_was_not_announced_is_refused() -> None:
     cache = SegmentKVCache()
     inputs = qkv(12, 1, (2, 1))
     split = Split(inputs, [8, 4], cache, CpuFlash())
-    with pytest.raises(SegmentOrderError, match=r"no segment is current; set cache\.current"):
+    with pytest.raises(SegmentOrderError, match=r"without a current segment; set cache\.current"):
         split.attend(*split.leaves[0])
     cache.current = split.units[0]
     with pytest.raises(ValueError, match=r"4 queries for 8 of \(8, 4\)"):

@@ -105,7 +105,7 @@ def test_a_torch_without_a_name_of_the_table_is_refused(monkeypatch: pytest.Monk
 def test_never_acts_where_cuda_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert not conditions.no_cuda(None)
-    with pytest.raises(RuntimeError, match="never acts there"), device.cpu_stands_in_for_cuda():
+    with pytest.raises(RuntimeError, match="must not be applied"), device.cpu_stands_in_for_cuda():
         pass
 
 

@@ -66,4 +66,4 @@ def test_what_is_sent_is_less_than_the_others_send() -> None:
 def test_impossible_heads_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     heads = ["--num-attention-heads", "7", "--num-query-groups", "2"]
     assert main(["meshes", "--context-parallel-size", "4", *heads, "--seq-length", "64"]) == 1
-    assert "7 query heads cannot share 2 heads" in capsys.readouterr().err
+    assert "7 query heads are not a multiple of 2 key-value heads" in capsys.readouterr().err

@@ -134,7 +134,7 @@ def test_checkpoint_of_other_patches_is_reported(load_checkpoint, own_session, c
     theirs = {"entry.checkpoint-digest": "0", "gone.one": "1"}
     load_checkpoint(longseq_patch_hashes=theirs)
     out = capsys.readouterr().out
-    assert out.count("> WARNING: patches differ from those the checkpoint was written under") == 1
+    assert out.count("> WARNING: the patches differ from those of the run that saved the checkpoint") == 1
     assert "removed gone.one; changed entry.checkpoint-digest" in out
     assert f"now {digest.combined(own_session.hashes)}" in out
     load_checkpoint(rank=1, longseq_patch_hashes=theirs)
@@ -167,7 +167,7 @@ def agreement(different: bool) -> str:
 def test_ranks_that_differ_are_refused_on_every_rank(ranks):
     assert ranks.run(2, agreement, False) == ["agreed"] * 2
     for told in ranks.run(2, agreement, True):
-        assert "the ranks run under different patches" in told
+        assert "the ranks have different patches" in told
         assert "ranks 1: removed entry.checkpoint-digest (compared with ranks 0" in told
 
 

@@ -53,15 +53,15 @@ def test_lock_round_trip(tmp_path):
     [
         ({"id": "other.one"}, r"`planted\.short-name`"),
         ({"why": " "}, "why is empty"),
-        ({"action": "swap"}, "none of replace, wrap, hook, context"),
-        ({"stage": "late"}, "neither start nor flags"),
+        ({"action": "swap"}, "is not replace, wrap, hook or context"),
+        ({"stage": "late"}, "is not start or flags"),
         ({"target": "planted_up"}, "is not `module:Qual.name`"),
         ({"action": "context", "target": "a:b"}, "is not a module name"),
         ({"action": "context", "target": "a", "aliases": ("a:b",)}, "a context has no aliases"),
         ({"impl": "planted_impl"}, "impl 'planted_impl'"),
-        ({"aliases": ("planted_up:f",)}, "named twice"),
-        ({"action": "hook"}, "a hook has no impl, when, test and remove_when"),
-        ({"callbacks": (callback("a:f"),)}, "only a hook has callbacks"),
+        ({"aliases": ("planted_up:f",)}, "are not unique"),
+        ({"action": "hook"}, "a hook has no impl, when, test or remove_when"),
+        ({"callbacks": (callback("a:f"),)}, "only a hook can have callbacks"),
     ],
 )
 def test_malformed_records(fields, text):
@@ -72,9 +72,9 @@ def test_malformed_records(fields, text):
 def test_contradictions_in_the_ledger():
     one = record("a:f", "patches.engine.place:load")
     assert ledger.checked([one]) == (one,)
-    with pytest.raises(LedgerError, match="its id is used twice"):
+    with pytest.raises(LedgerError, match="its id is not unique"):
         ledger.checked([one, one])
-    with pytest.raises(Conflict, match="one place holds one patch"):
+    with pytest.raises(Conflict, match="a place can have one patch only"):
         ledger.checked([one, record("a:f", "patches.engine.place:load", id="planted.two")])
     with pytest.raises(LedgerError, match=r"patches\.nowhere, which does not exist"):
         ledger.checked([record("a:f", "patches.nowhere:f")])
@@ -92,7 +92,7 @@ def test_callbacks_find_their_hook_in_the_order_of_systems():
         ledger.with_callbacks([], [inner])
     with pytest.raises(LedgerError, match="no system registers a callback"):
         ledger.with_callbacks([hook("a:f")], [])
-    with pytest.raises(LedgerError, match="its id is used twice"):
+    with pytest.raises(LedgerError, match="its id is not unique"):
         ledger.checked([joined, hook("a:g", callback("patches.engine.place:load"), id="planted.two")])
 
 

@@ -95,7 +95,7 @@ def test_a_regular_megatron_package_is_refused(script, tmp_path):
     (script.parent / "megatron").mkdir()
     (script.parent / "megatron" / "__init__.py").touch()
     done = start(script, cwd=tmp_path)
-    assert done.returncode == 1 and "hides every other part" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "hides the other parts" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_script_that_holds_an_original_is_told_which(script, tmp_path):

@@ -206,7 +206,7 @@ def test_make_fits_zero_bubble_to_the_costs():
         (lambda: interleaved(Pipeline(8, 8, 4, 2), slack=1, group=2), "at least 3 micro-batches per group"),
         (lambda: interleaved(Pipeline(4, 8, 4, 1)), "use one_f_one_b"),
         (lambda: one_f_one_b(Pipeline(4, 8, 4, 2)), "use interleaved"),
-        (lambda: one_f_one_b(Pipeline(4, 8, 4), -1), "slack is a number of segments from 0, not -1"),
+        (lambda: one_f_one_b(Pipeline(4, 8, 4), -1), "slack must be at least 0 segments, not -1"),
         (lambda: make(Pipeline(4, 8, 4), slack=-1, zero_bubble=True), "not -1"),
         (lambda: make(Pipeline(4, 8, 4, 2), zero_bubble=True), "one virtual stage per rank, not 2"),
     ],

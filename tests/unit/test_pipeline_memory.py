@@ -94,5 +94,5 @@ def test_by_hand() -> None:
 
 def test_other_recomputations_are_refused() -> None:
     for wrong in (("some",), ("full", "random"), ("full", "block", 0)):
-        with pytest.raises(ValueError, match="upstream has selective or full"):
+        with pytest.raises(ValueError, match="must be selective or full"):
             Recompute(*wrong)

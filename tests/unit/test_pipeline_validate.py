@@ -133,7 +133,7 @@ def test_samples_of_two_micro_batches_do_not_mix(kwargs, stages):
         forwards = [action for action in order if action.kind is F]
         mixed = [forwards[0], forwards[2], forwards[1], forwards[3], *forwards[4:]]
         orders.append((*mixed, *(action for action in order if action.kind is not F)))
-    message = "rank 0, action 1: the forward of micro-batch 1, segment 0 runs where the forward of .* segment 1 is due"
+    message = "rank 0, action 1: the forward of micro-batch 1, segment 0 runs before the forward of .* segment 1, but"
     with pytest.raises(ScheduleError, match=message):
         prove(replace(schedule, orders=tuple(orders)))
 
@@ -141,7 +141,9 @@ def test_samples_of_two_micro_batches_do_not_mix(kwargs, stages):
 def test_micro_batches_run_in_the_order_of_the_data():
     pipeline = Pipeline(2, 2)
     order = (Action(F, 1), Action(F, 0), Action(B, 1), Action(B, 0))
-    with pytest.raises(ScheduleError, match="rank 0, action 0: the forward of micro-batch 1, segment 0 runs where the"):
+    with pytest.raises(
+        ScheduleError, match="rank 0, action 0: the forward of micro-batch 1, segment 0 runs before the"
+    ):
         prove(Schedule("backwards", pipeline, (order, order)))
 
 
@@ -149,7 +151,9 @@ def test_virtual_stages_draw_each_for_itself():
     schedule = forward_only(Pipeline(2, 4, 2, 2))
     one, other = Action(F, 0, 1, 1), Action(F, 1, 0, 1)
     prove(schedule)
-    with pytest.raises(ScheduleError, match="virtual stage 1 runs where the forward of micro-batch 0, segment 1, virt"):
+    with pytest.raises(
+        ScheduleError, match="virtual stage 1 runs before the forward of micro-batch 0, segment 1, virt"
+    ):
         prove(swapped_everywhere(schedule, one, other))
 
 
@@ -188,7 +192,7 @@ def test_a_cyclic_wait():
         r"rank 1 waits in action 1 \(forward of micro-batch 1, segment 0\) for its input from rank 0, which waits"
     )
     with pytest.raises(ScheduleError, match=message):
-        prove(Schedule("circle", pipeline, orders))
+        prove(Schedule("deadlock", pipeline, orders))
 
 
 @given(st.data())

@@ -186,7 +186,7 @@ def test_an_error_names_what_failed_and_stops_what_comes_later(is_overlapped: bo
         named = r"rank 3: reduce-scatter between of bucket 1 of gradients failed: OSError: connection lost"
         with pytest.raises(CommError, match=rf"^{named}"):
             second.wait()
-        with pytest.raises(CommError, match=rf"bucket 2 did not run, as an earlier collective failed: {named}"):
+        with pytest.raises(CommError, match=rf"bucket 2 did not run because an earlier collective failed: {named}"):
             mine.submit(SCATTER, bucket(2), "bucket 2")
         first.wait()
         with pytest.raises(CommError, match=named):
@@ -212,7 +212,7 @@ def test_what_was_submitted_before_an_error_fails_rather_than_hangs(is_overlappe
             handles[0].wait()
         for number, handle in enumerate(handles[1:], 1):
             with pytest.raises(
-                CommError, match=rf"bucket {number} did not run, as .* of bucket 0 failed: OSError: gone"
+                CommError, match=rf"bucket {number} did not run because .* of bucket 0 failed: OSError: gone"
             ):
                 handle.wait()
     assert not fake.ran
@@ -241,11 +241,11 @@ def test_closing_ends_what_was_submitted_and_refuses_more() -> None:
             mine.submit(ALL_REDUCE, bucket(number), "x")
     assert sum(map(len, fake.ran.values())) == 12 and threading.active_count() == before
     mine.close()
-    with pytest.raises(CommError, match="rank 0: bucket 4 is submitted after the queues were closed"):
+    with pytest.raises(CommError, match="rank 0: bucket 4 was submitted after the queues were closed"):
         mine.submit(SCATTER, bucket(4), "bucket 4")
     lane = CommThread("one")
     lane.close()
-    with pytest.raises(RuntimeError, match="one is closed and runs no more tasks"):
+    with pytest.raises(RuntimeError, match="one is closed and cannot run more tasks"):
         lane.put(lambda: None, None)
 
 

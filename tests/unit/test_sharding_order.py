@@ -95,7 +95,7 @@ def test_one_link_holds_nothing_back() -> None:
 
 
 def test_no_lag_is_refused() -> None:
-    with pytest.raises(ValueError, match="after 0 more submissions: give at least 1"):
+    with pytest.raises(ValueError, match="the lag is 0 submissions, but must be at least 1"):
         OverlapOrder(is_overlapped=True, lag=0)
 
 

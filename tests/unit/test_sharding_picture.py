@@ -87,7 +87,7 @@ def test_draw_writes_every_part_the_same_each_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("file", "words"),
-    [("a.pdf", "it is written as .svg or .png, not .pdf"), ("missing/a.svg", "there is no folder")],
+    [("a.pdf", "the suffix must be .svg or .png, but it is .pdf"), ("missing/a.svg", "there is no folder")],
 )
 def test_what_cannot_be_drawn_is_refused_and_nothing_is_written(
     file: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -301,5 +301,5 @@ def test_it_wins_where_links_differ_and_falls_back_where_they_do_not(kind: Colle
     ],
 )
 def test_links_that_are_none_are_refused(wrong: Callable[[], object]) -> None:
-    with pytest.raises(ValueError, match=r"give a speed and a latency|give at least 1"):
+    with pytest.raises(ValueError, match=r"they must be > 0|give at least 1"):
         wrong()

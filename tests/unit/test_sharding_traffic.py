@@ -323,11 +323,11 @@ def test_uneven_parameters_are_padded_to_whole_shards() -> None:
 
 @pytest.mark.parametrize(("params", "trainable"), [(10, 0), (10, 11), (0, 0), (10, -1)])
 def test_models_that_are_none_are_refused(params: int, trainable: int) -> None:
-    with pytest.raises(ValueError, match="parameters are trained: give 1 to"):
+    with pytest.raises(ValueError, match="parameters cannot be trained; give 1 to"):
         Model(params, trainable)
 
 
 @pytest.mark.parametrize("values", [(0,), (1, -1.0), (1, 1.0, -1.0), (1, 1.0, 1.0, 1.5), (1, 1.0, 1.0, -0.1)])
 def test_work_that_is_none_is_refused(values: tuple) -> None:
-    with pytest.raises(ValueError, match="give at least 1, seconds from 0, and a share"):
+    with pytest.raises(ValueError, match="give at least 1 micro-batch, seconds of at least 0 and a share"):
         ComputeTime(*values)

@@ -375,7 +375,7 @@ def store_keeping() -> None:
             def backward() -> None:
                 (linear(x)[0] * 1).sum().backward()
 
-            with pytest.raises(RuntimeError, match="outside of a schedule's action"):
+            with pytest.raises(RuntimeError, match="outside of the schedule"):
                 backward()
             store.begin("a")
             backward()
@@ -387,13 +387,13 @@ def store_keeping() -> None:
             backward()
             assert pending_bytes(store) == 4 * rows * (HIDDEN + 2 * VOCABULARY)  # both have the same input
             store.end()
-            with pytest.raises(RuntimeError, match="outside of a schedule's action"):
+            with pytest.raises(RuntimeError, match="outside of the schedule"):
                 backward()
             with pytest.raises(RuntimeError, match="never computed for the units a, b"):
                 store.assert_empty()
             store.run("b")
             assert linear.weight.grad is not None
-            with pytest.raises(RuntimeError, match="no weight gradients of unit b"):
+            with pytest.raises(RuntimeError, match="unit b has no weight gradients"):
                 store.run("b")
             store.reset()
             store.assert_empty()
@@ -420,13 +420,13 @@ def changed_tensors() -> None:
             store.begin("a")
             backward()
             store.run("a")
-            with pytest.raises(RuntimeError, match="outside of a schedule's action"):
+            with pytest.raises(RuntimeError, match="outside of the schedule"):
                 backward()
             store.begin("b")
             kept = backward()
             with torch.no_grad():
                 kept.zero_()
-            with pytest.raises(RuntimeError, match=r"weight \(64, 32\) was written to between its BACKWARD"):
+            with pytest.raises(RuntimeError, match=r"weight \(64, 32\) was modified in place between its BACKWARD"):
                 store.run("b")
 
 

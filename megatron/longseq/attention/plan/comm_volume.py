@@ -152,7 +152,7 @@ def peer_all_to_all(layer: LayerShape, *, repeated: bool) -> Volume:
     """
     ulysses, heads = layer.layout.mesh.ulysses, layer.heads
     if not repeated and heads.kv % ulysses:
-        raise ValueError(f"{heads.kv} heads of keys and values over {ulysses} ranks: none without repeating them")
+        raise ValueError(f"{heads.kv} key-value heads cannot be divided among {ulysses} ranks")
     return _all_to_all(layer, 2 * heads.query + 2 * (heads.query if repeated else heads.kv), collectives=4)
 
 

@@ -151,8 +151,8 @@ class SegmentKVCache:
         """
         if self.current is None:
             raise SegmentOrderError(
-                f"layer {layer}: attention runs, but no segment is current; set cache.current before every forward and "
-                "every backward of a segment"
+                f"layer {layer}: attention runs without a current segment; set cache.current before each forward and "
+                "backward of a segment"
             )
         return self.current
 
@@ -174,8 +174,8 @@ class SegmentKVCache:
             expected = (segment.tokens, *first.shape[1:])
             if new.shape != expected or new.dtype != first.dtype:
                 raise ValueError(
-                    f"layer {layer}, {segment}: keys or values are {new.dtype} {tuple(new.shape)}, expected "
-                    f"{first.dtype} {expected}: {segment.tokens} tokens of the segment's {segment.lengths}"
+                    f"layer {layer}, {segment}: keys or values are {new.dtype} {tuple(new.shape)}, not {first.dtype} "
+                    f"{expected}, for {segment.tokens} tokens of segments {segment.lengths}"
                 )
         if not recomputed:
             cache.parts.append(tuple(without_base(x.detach()).contiguous() for x in tensors))
@@ -191,7 +191,7 @@ class SegmentKVCache:
         """
         cache = self._layers.get((layer, segment.microbatch))
         if cache is None:
-            raise SegmentOrderError(f"layer {layer}, {segment}: backward, but nothing is cached of this micro-batch")
+            raise SegmentOrderError(f"layer {layer}, {segment}: backward, but the cache is empty for this micro-batch")
         current = self.current_segment(layer)
         if (current.microbatch, current.index) != (segment.microbatch, segment.index):
             raise SegmentOrderError(f"layer {layer}, {segment}: backward, but the current segment is {self.current}")
@@ -250,7 +250,7 @@ class SegmentKVCache:
                 f"layer {layer}, micro-batch {mb}: {_progress(cache)}" for (layer, mb), cache in self._layers.items()
             ]
             shown = "; ".join(left[:8]) + (f"; and {len(left) - 8} more" if len(left) > 8 else "")
-            raise SegmentOrderError(f"keys and values of earlier segments are left at the end of the step: {shown}")
+            raise SegmentOrderError(f"the KV cache is not empty at the end of the step: {shown}")
 
     def reset(self) -> None:
         """Free everything after a step that did not finish."""

@@ -261,4 +261,4 @@ class GradAccumulator:
                 begin = count_before(self._grad_rows, one.begin + keys.begin - passed)
                 return TokenRange(begin, begin + keys.size)
             passed += one.size
-        raise AssertionError(f"keys {tuple(keys)} lie beyond the {passed} rows that are held")
+        raise AssertionError(f"keys {tuple(keys)} are beyond the {passed} rows in the buffer")

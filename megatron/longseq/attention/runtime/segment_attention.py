@@ -77,7 +77,7 @@ def segment_attention(  # noqa: PLR0913
     """
     segment = cache.current_segment(layer)
     if q.shape[0] != segment.tokens:
-        raise ValueError(f"layer {layer}, {segment}: {q.shape[0]} queries for {segment.tokens} of {segment.lengths}")
+        raise ValueError(f"layer {layer}, {segment}: {q.shape[0]} queries, but {segment.tokens} tokens")
     q, segment = differentiable(cache, layer, segment, q, k, v)
     mask = Mask(q.shape[1], window, documents)
     tiles = plan_causal(TokenRange(segment.begin, segment.end), mask, rectangular=kernel.rectangular)

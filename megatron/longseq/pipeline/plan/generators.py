@@ -119,8 +119,8 @@ def zb_h1(pipeline: Pipeline, slack: int = 0, costs: Costs | None = None) -> Sch
     """
     if pipeline.virtual > 1:
         raise ScheduleError(
-            f"zero-bubble has one virtual stage per rank, not {pipeline.virtual}: virtual stages already divide the "
-            "bubble and hold the memory that delayed weight gradients need; drop one of the two"
+            f"zero-bubble has one virtual stage per rank, not {pipeline.virtual}; leave --zero-bubble or the virtual "
+            "stages out"
         )
     limit = pipeline.stages + pipeline.segments - 1 + _extra(slack, pipeline.stages - 1)
     costs = uniform_costs(pipeline, 1, 1, 1) if costs is None else costs
@@ -238,7 +238,7 @@ def _fill(pipeline: Pipeline, ranks: list[_Filler], costs: Costs) -> None:
 
 def _extra(slack: int, after: int) -> int:
     if slack < 0:
-        raise ScheduleError(f"slack is a number of segments from 0, not {slack}")
+        raise ScheduleError(f"slack must be at least 0 segments, not {slack}")
     return slack * after
 
 

@@ -45,9 +45,9 @@ class Proof:
         pipeline = self.schedule.pipeline
         lengths = (1,) * pipeline.segments if lengths is None else lengths
         if len(lengths) != pipeline.segments or min(lengths) < 0 or not sum(lengths):
-            raise ValueError(f"{pipeline.segments} segments need as many lengths from 0, not {list(lengths)}")
+            raise ValueError(f"{pipeline.segments} segments need as many lengths of at least 0, not {list(lengths)}")
         if not 0 <= weight_share <= 1:
-            raise ValueError(f"the share that lives until the weight gradient is from 0 to 1, not {weight_share}")
+            raise ValueError(f"the memory share kept for the weight gradient must be 0 to 1, not {weight_share}")
         freed = _freed(self.schedule, weight_share)
         whole = sum(lengths) * pipeline.virtual
         return tuple(
@@ -67,7 +67,7 @@ def prove(schedule: Schedule) -> Proof:
     """
     pipeline = schedule.pipeline
     if len(schedule.orders) != pipeline.stages:
-        raise ScheduleError(f"{schedule.name} has {len(schedule.orders)} orders for {pipeline.stages} ranks")
+        raise ScheduleError(f"{schedule.name} has {len(schedule.orders)} orders, not {pipeline.stages}, one per rank")
     kinds = [ActionKind.FORWARD]
     if not schedule.is_forward_only:
         kinds += [ActionKind.BACKWARD, ActionKind.WEIGHT] if schedule.splits_weights else [ActionKind.BACKWARD]
@@ -97,9 +97,9 @@ def _check_complete(rank: int, order: Sequence[Action], wanted: set[Action]) -> 
     first: dict[Action, int] = {}
     for index, action in enumerate(order):
         if action not in wanted:
-            raise ScheduleError(f"rank {rank}, action {index}: the {action} is of no unit of the pipeline")
+            raise ScheduleError(f"rank {rank}, action {index}: the {action} does not belong to this pipeline")
         if action in first:
-            raise ScheduleError(f"rank {rank}, action {index}: the {action} ran before, as action {first[action]}")
+            raise ScheduleError(f"rank {rank}, action {index}: the {action} is also action {first[action]}")
         first[action] = index
     missing = wanted - first.keys()
     if missing:
@@ -148,8 +148,8 @@ def _check_data(pipeline: Pipeline, rank: int, order: Sequence[Action]) -> None:
         if (action.microbatch, action.segment) != divmod(unit, pipeline.segments):
             wanted = Action(ActionKind.FORWARD, *divmod(unit, pipeline.segments), action.vstage)
             raise ScheduleError(
-                f"rank {rank}, action {index}: the {action} runs where the {wanted} is due: on each virtual stage "
-                "micro-batches run forward one after the other, as the data iterator gives them"
+                f"rank {rank}, action {index}: the {action} runs before the {wanted}, but each virtual stage must "
+                "run micro-batches forward in the order of the data iterator"
             )
         expected[action.vstage] += 1
 
@@ -170,8 +170,8 @@ def _check_messages(schedule: Schedule) -> None:
         for (index, message), (awaits, awaited) in zip(messages, received[edge], strict=True):
             if message != awaited:
                 raise ScheduleError(
-                    f"rank {edge[1]}, action {index} sends the input of the {message}, but rank {edge[2]} receives in "
-                    f"another order: its action {awaits} awaits the input of the {awaited}"
+                    f"rank {edge[1]}, action {index} sends the input of the {message}, but rank {edge[2]} receives "
+                    f"in a different order: its action {awaits} expects the input of the {awaited}"
                 )
 
 

@@ -122,7 +122,7 @@ class HangReporter:
         prepare: Callable[[], object] = lambda: None,
     ) -> None:
         if seconds < 0:
-            raise ValueError(f"the hang report cannot wait {seconds} s: give seconds, or 0 for none")
+            raise ValueError(f"the hang report cannot wait {seconds} s; give 0 for no report, or more")
         self.seconds = seconds
         self._say, self._clock, self._prepare = say, clock, prepare
         # Only the executor's thread writes these, each in one assignment; the reporting thread reads them.

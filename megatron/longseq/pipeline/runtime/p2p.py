@@ -65,7 +65,7 @@ class Outbox:
         if self.queue is not None:
             self.queue.join()
         if self.failure is not None:
-            raise RuntimeError(f"a message could not be delivered: {self.failure}") from self.failure
+            raise RuntimeError(f"a message could not be sent or received: {self.failure}") from self.failure
 
     def _wait_in_turn(self) -> None:
         assert self.queue is not None
@@ -270,4 +270,4 @@ class Mailbox:
             self.channels.outbox.close()
         left = [str(action) for action in (*self.posted, *(action for due in self.due for action in due))]
         if left:
-            raise RuntimeError(f"pipeline rank {self.rank} ends its step without having received the {left[0]}")
+            raise RuntimeError(f"pipeline rank {self.rank} ended its step before it received the {left[0]}")

@@ -154,7 +154,7 @@ def _chosen(timelines: list[Timeline], rows: str | None) -> list[Timeline]:
     except ValueError:
         numbers = []
     if not numbers or not all(1 <= number <= len(timelines) for number in numbers):
-        raise ValueError(f"--rows {rows}: give rows of the table, numbers from 1 to {len(timelines)}, such as 1,4")
+        raise ValueError(f"--rows {rows}: give row numbers of the table, from 1 to {len(timelines)}, such as 1,4")
     return [timelines[number - 1] for number in numbers]
 
 
@@ -200,7 +200,9 @@ def _model(args: argparse.Namespace) -> CostModel:
         return seconds(shape, fit(read_samples(args.layer_seconds), left))
     speed = args.device_tflops * 1e12 * args.tensor_model_parallel_size
     if not speed > 0:
-        raise ValueError(f"--device-tflops {args.device_tflops} on {args.tensor_model_parallel_size} devices: no speed")
+        raise ValueError(
+            f"--device-tflops {args.device_tflops} on {args.tensor_model_parallel_size} devices: give more"
+        )
     return flops(shape, speed)
 
 
@@ -212,7 +214,7 @@ def _window(text: str | None) -> int | None:
     except ValueError:
         raise ValueError(f"--window-size {text}: give two numbers LEFT,0") from None
     if right != 0:
-        raise ValueError(f"--window-size {text}: a causal model sees nothing to the right; give {left},0")
+        raise ValueError(f"--window-size {text}: a causal model does not attend to later tokens; give {left},0")
     return None if left == -1 else left
 
 
@@ -233,7 +235,7 @@ def _pattern(text: str | None, layers: int) -> tuple[bool, ...]:
 
 def _fit(args: argparse.Namespace) -> None:
     if not args.output.absolute().parent.is_dir():
-        raise ValueError(f"--output {args.output}: there is no folder {args.output.absolute().parent}; make it first")
+        raise ValueError(f"--output {args.output}: there is no folder {args.output.absolute().parent}; create it first")
     lengths = [int(word) for word in args.lengths.split(",")]
     samples = layer_samples(read_measured(args.measured), lengths, args.layers_per_stage)
     print(fit(samples, _window(args.window_size)))

@@ -229,7 +229,7 @@ def layer_samples(measured: Timeline, lengths: Sequence[int], layers: int) -> li
     if len(lengths) != pipeline.segments or layers < 1:
         raise ValueError(
             f"{len(lengths)} lengths and {layers} layers per stage for a step of {pipeline.segments} segments: give "
-            "one length per segment (the run printed them when it started) and the layers of a virtual stage"
+            "one length per segment (the run printed them) and the layers of a virtual stage"
         )
     costs = measured_costs(measured)
     plain = max(pipeline.depth - 1, 1)  # the last stage has the head

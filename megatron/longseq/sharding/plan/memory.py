@@ -44,7 +44,7 @@ class Model:
 
     def __post_init__(self) -> None:
         if not 0 < self.trainable <= self.params:
-            raise ValueError(f"{self.trainable} of {self.params} parameters are trained: give 1 to {self.params}")
+            raise ValueError(f"{self.trainable} of {self.params} parameters cannot be trained; give 1 to {self.params}")
 
     def shard(self, groups: RankGroups) -> int:
         """Return the elements of one of n shards of the parameters; buffers are padded to full shards."""

@@ -100,7 +100,7 @@ class OverlapOrder:
 
     def __init__(self, *, is_overlapped: bool, lag: int = 1) -> None:
         if lag < 1:
-            raise ValueError(f"a collective that returns to a link after {lag} more submissions: give at least 1")
+            raise ValueError(f"the lag is {lag} submissions, but must be at least 1")
         self._is_overlapped, self._lag = is_overlapped, lag
         self._jobs = 0
         self._delayed: deque[list[QueuedCollective]] = deque()

@@ -127,7 +127,7 @@ class CommQueues:
             CommError: the queues are closed, or a collective has failed before.
         """
         if self._is_closed:
-            raise CommError(f"rank {self._rank}: {label} is submitted after the queues were closed")
+            raise CommError(f"rank {self._rank}: {label} was submitted after the queues were closed")
         self._raise_earlier_failure(label)
         for collective in collectives:
             self._runner.check(collective, region)
@@ -198,4 +198,4 @@ class CommQueues:
 
     def _raise_earlier_failure(self, label: str) -> None:
         if self._failure is not None:
-            raise CommError(f"{label} did not run, as an earlier collective failed: {self._failure}")
+            raise CommError(f"{label} did not run because an earlier collective failed: {self._failure}")
