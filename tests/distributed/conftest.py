@@ -64,6 +64,6 @@ def equal(ranks: RankPool, start: Start, upstream: Callable[..., Run], tell: Cal
 
 
 @pytest.fixture(scope="session")
-def sharded_run(ranks: RankPool) -> Callable[[str], list[sharding_bed.Seen]]:
+def sharded_run(ranks: RankPool) -> Callable[[str], list[sharding_bed.RankRecord]]:
     """Return a function that trains (once per case) under a sharding strategy, and what every rank noted."""
     return functools.cache(functools.partial(sharding_bed.train, ranks))

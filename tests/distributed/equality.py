@@ -74,7 +74,7 @@ def assert_equal(run: Run, reference: Run, name: str, tell: Callable[[str], None
 
 def distance(ours: Snapshot, theirs: Snapshot) -> float:
     """Return the largest difference of a weight or an optimizer state, relative to its norm."""
-    assert not ours.torn
+    assert not ours.differing_copies
     mine, yours = ({name: a for name, a in one.tensors.items() if not name.startswith(MAIN)} for one in (ours, theirs))
     assert mine.keys() == yours.keys() and ours.weights and ours.first_moments
     norms = {name: float(numpy.linalg.norm(array)) for name, array in yours.items()}

@@ -194,7 +194,7 @@ def places(lists: Sequence[Sequence[int]], size: int) -> tuple[int, int, int, di
     return made.member, made.logical.rank(), groups.logical(made.member), named
 
 
-def one_stays_away() -> tuple[str, float]:
+def run_without_one_rank() -> tuple[str, float]:
     """Return what the other rank's lanes say, and after how long."""
     rank, groups = begin(), RankGroups(2, 2)
     communicators = open_groups(dist.group.WORLD, groups, timedelta(seconds=1))

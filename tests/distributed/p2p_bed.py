@@ -137,7 +137,7 @@ def _at_forward(number: int, act: Any) -> Iterator[Planted]:
         yield planted
 
 
-def train_as_a_mortal(job: Job) -> None:
+def train_with_rank_1_in_a_child(job: Job) -> None:
     """Train; on rank 1 in a child, so that its death leaves somebody who waits for what rank 0 says."""
     if os.environ["RANK"] == "0":
         train_on_this_rank(job)
@@ -152,7 +152,7 @@ def train_as_a_mortal(job: Job) -> None:
     time.sleep(40)
 
 
-def meet_a_dead_peer(first: str) -> str:
+def communicate_with_dead_peer(first: str) -> str:
     """Rank 1 dies once the channels are open; rank 0 then sends to it, or posts a receive; return what it is told."""
     from megatron.longseq.pipeline.plan.generators import make
     from megatron.longseq.pipeline.plan.receives import plan_receives

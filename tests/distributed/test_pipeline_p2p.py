@@ -143,7 +143,7 @@ def test_a_killed_peer_is_named_in_the_error(ranks: RankPool) -> None:
     own = flags(TINY, PP2, "--seq1f1b-splits 3 --train-iters 1")
     job = Job("O", tuple(own), mutant="tests.distributed.p2p_bed:dying_stage")
     with pytest.raises(RankFailure) as failure:
-        ranks.run(2, p2p_bed.train_as_a_mortal, job)
+        ranks.run(2, p2p_bed.train_with_rank_1_in_a_child, job)
     told = str(failure.value)
     assert "rank 0 raised" in told
     sentence = (
@@ -163,5 +163,5 @@ def test_a_killed_peer_is_named_in_the_error(ranks: RankPool) -> None:
 )
 def test_a_peer_that_is_gone_already_is_named_too(ranks: RankPool, first: str, where: str) -> None:
     """The backend then fails at once, in the call that only starts the message."""
-    told, _ = ranks.run(2, p2p_bed.meet_a_dead_peer, first)
+    told, _ = ranks.run(2, p2p_bed.communicate_with_dead_peer, first)
     assert re.match(rf"BrokenMessage: rank 0 has waited \d+ s in {re.escape(where)}, and got an error instead: ", told)

@@ -19,7 +19,7 @@ def test_a_raising_rank_is_named_and_the_others_are_not_waited_for(ranks: RankPo
 
 
 def test_a_killed_rank_is_named(ranks: RankPool) -> None:
-    with pytest.raises(RankFailure, match="rank 1 died without a word"):
+    with pytest.raises(RankFailure, match="rank 1 died without an error message"):
         ranks.run(2, jobs.die_on, 1, timeout=60)
 
 

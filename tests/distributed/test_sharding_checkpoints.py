@@ -88,7 +88,7 @@ def undisturbed(ranks: RankPool) -> Run:
 def assert_loaded(loaded: Snapshot, checkpoint: Path) -> None:
     """Hold weights and optimizer states, right after they were loaded, to the bits that were saved."""
     saved = logical_tensors(checkpoint)
-    assert loaded.tensors.keys() == saved.keys() and not loaded.torn
+    assert loaded.tensors.keys() == saved.keys() and not loaded.differing_copies
     assert any(name.startswith("optimizer.state.exp_avg_sq.") for name in saved)
     assert [name for name, array in loaded.tensors.items() if not numpy.array_equal(array, saved[name].numpy())] == []
 

@@ -7,7 +7,7 @@ import pytest
 from megatron.longseq.sharding.plan.collectives import CollectiveKind, CollectivesMode, full_collective
 from megatron.longseq.sharding.plan.comm_volume import volume
 from megatron.longseq.sharding.plan.rank_groups import RankGroups
-from tests.benchmarks.calls import Seen, watching
+from tests.benchmarks.calls import SentMessages, watching
 from tests.benchmarks.sharding_race import GLOO, RING, Arm, Heat, race_on_this_rank
 from tests.pool import RankFailure
 
@@ -19,7 +19,7 @@ GROUPED = (Arm(GLOO, CollectivesMode.HIERARCHICAL, 1), Arm(GLOO, CollectivesMode
 RINGS = tuple(Arm(RING, mode, buckets) for mode, buckets in zip(CollectivesMode, (1, 2, 4), strict=True))
 
 
-def watched(heats: list[Heat]) -> Seen:
+def watched(heats: list[Heat]) -> SentMessages:
     """Race in view of everyone; runs on a rank."""
     with watching() as seen:
         race_on_this_rank(GROUPS.size, heats)

@@ -56,7 +56,7 @@ def test_states_that_upstream_has_mixed_up_are_refused(ranks: RankPool, tmp_path
 
 def test_killed_save_leaves_the_one_before(ranks: RankPool, tmp_path: Path) -> None:
     line = [*flags(MORE, PARO, "--save-interval 1"), "--load", str(tmp_path / "killed")]
-    with pytest.raises(RankFailure, match=r"rank 1 died without a word|rank 0 raised"):
+    with pytest.raises(RankFailure, match=r"rank 1 died without an error message|rank 0 raised"):
         run_arm(
             ranks,
             "O",

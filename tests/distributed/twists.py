@@ -113,19 +113,19 @@ def nan_gradient_on_rank_one() -> Iterator[Planted]:
 
     planted, watched = Planted(), set[int]()
 
-    def spoil(grad: torch.Tensor) -> torch.Tensor:
+    def insert_nan(grad: torch.Tensor) -> torch.Tensor:
         if get_args().curr_iteration != 4:
             return grad
         planted.times += 1
-        spoilt = grad.clone()
-        spoilt.view(-1)[-1] = torch.nan
-        return spoilt
+        with_nan = grad.clone()
+        with_nan.view(-1)[-1] = torch.nan
+        return with_nan
 
     def forward_step(original: Any, data_iterator: Any, model: Any, *rest: Any, **named: Any) -> Any:
         if torch.distributed.get_rank() == 1 and id(model) not in watched:
             watched.add(id(model))
             next(p for name, p in model.named_parameters() if name.endswith("mlp.linear_fc2.weight")).register_hook(
-                spoil
+                insert_nan
             )
         return original(data_iterator, model, *rest, **named)
 

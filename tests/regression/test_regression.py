@@ -80,7 +80,7 @@ def test_a_snapshot_is_what_a_checkpoint_holds(ranks: RankPool, outcomes: Outcom
     assert {name for name in saved if name.split(".")[0] in ("decoder", "embedding", "optimizer")} == set(made)
     for name, array in made.items():
         assert numpy.array_equal(saved[name].numpy(), array), name
-    assert run.snapshots[1].first_moments and not run.snapshots[1].torn
+    assert run.snapshots[1].first_moments and not run.snapshots[1].differing_copies
 
 
 @pytest.mark.parametrize("name", [marked(name in QUICK, name) for name in CASES])

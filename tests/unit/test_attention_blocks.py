@@ -120,14 +120,14 @@ def test_other_masks_are_refused(row: int, key: int, hide: bool) -> None:
 
 
 def test_bad_input_is_refused() -> None:
-    with pytest.raises(ValueError, match="there is none"):
+    with pytest.raises(ValueError, match="there are no queries"):
         plan_causal(TokenRange(4, 4), Mask(1), rectangular=True)
     with pytest.raises(ValueError, match="window of -1"):
         plan_causal(TokenRange(0, 4), Mask(1, -1), rectangular=True)
     documents = Documents((packed([4]),))
     with pytest.raises(ValueError, match="1 lists of documents for a batch of 2"):
         plan_causal(TokenRange(0, 4), Mask(2, None, documents), rectangular=True)
-    with pytest.raises(ValueError, match="positions 0 to 5 are computed"):
+    with pytest.raises(ValueError, match="attention covers positions 0 to 5"):
         plan_causal(TokenRange(0, 5), Mask(1, None, documents), rectangular=True)
     with pytest.raises(ValueError, match=re.escape("(4, 6, 3) (begin, end, start) does not continue (0, 4, 0)")):
         Documents(((DocumentSpan(0, 4, 0), DocumentSpan(4, 6, 3)),))

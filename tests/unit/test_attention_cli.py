@@ -64,7 +64,7 @@ def test_the_documentations_picture_is_the_codes(tmp_path: Path) -> None:
     file = tmp_path / "a.svg"
     assert main(["draw", "--output", str(file)]) == 0
     kept = ROOT / "docs" / "pictures" / "usp.svg"
-    assert drawn(kept) == drawn(file), "draw it anew: python -m megatron.longseq.attention draw --output " + str(kept)
+    assert drawn(kept) == drawn(file), "draw it again: python -m megatron.longseq.attention draw --output " + str(kept)
 
 
 @pytest.mark.parametrize(
@@ -72,8 +72,11 @@ def test_the_documentations_picture_is_the_codes(tmp_path: Path) -> None:
     [
         (["--output", "a.pdf"], "the suffix must be .svg or .png, but it is .pdf"),
         (["--output", "missing/a.svg"], "there is no folder"),
-        (["--output", "a.svg", "--hierarchical-context-parallel-sizes", "1", "9"], "a ring of 9 ranks: 8 at most"),
-        (["--output", "a.svg", "--hierarchical-context-parallel-sizes", "0", "2"], "a mesh of 0 x 2"),
+        (
+            ["--output", "a.svg", "--hierarchical-context-parallel-sizes", "1", "9"],
+            "a ring of 9 ranks: the figure has colours for at most 8",
+        ),
+        (["--output", "a.svg", "--hierarchical-context-parallel-sizes", "0", "2"], "mesh of 0 x 2"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_and_nothing_is_written(

@@ -55,10 +55,10 @@ def test_every_rank_learns_where_every_document_starts(mesh: tuple[int, int], le
     [
         (
             torch.zeros(1, 1, 16, 60, dtype=torch.bool),
-            "context-parallel rank 2 of 4: an attention mask of (1, 1, 16, 60)",
+            "context-parallel rank 2 of 4: the attention mask has shape (1, 1, 16, 60)",
         ),
         (torch.zeros(1, 1, 64, 64, dtype=torch.bool), "but a sequence of 64 tokens needs [b, 1, 16, 64]"),
-        (torch.zeros(16, 64, dtype=torch.bool), "an attention mask of (16, 64)"),
+        (torch.zeros(16, 64, dtype=torch.bool), "the attention mask has shape (16, 64)"),
     ],
 )
 def test_masks_of_other_shapes_are_refused(mask: Tensor, words: str) -> None:

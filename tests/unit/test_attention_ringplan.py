@@ -367,7 +367,7 @@ def test_volumes_beside_others() -> None:
         (lambda: Mask(2, None, Documents((packed([4]),))), "1 lists of documents for a batch of 2"),
         (
             lambda: plan_transfers(Ring(2, 2), ((TokenRange(0, 2),),), ((TokenRange(0, 2),),), Mask(1)),
-            "shards of 1 (queries) and 1",
+            "1 query shards and 1 key shards",
         ),
         (
             lambda: plan_tiles((TokenRange(0, 4),), (TokenRange(2, 6),), Mask(1), rectangular=True),

@@ -187,7 +187,7 @@ def test_the_kind_of_a_layer() -> None:
             {"cp_comm_type": ["a2a"], "num_attention_heads": 24, "num_query_groups": 6},
             "neither does 8 divide the 6 heads of keys and values, nor they it",
         ),
-        ({"cp_comm_type": ["a2a"], "tensor_model_parallel_size": 2}, "with 4 query heads and 1 of keys and values"),
+        ({"cp_comm_type": ["a2a"], "tensor_model_parallel_size": 2}, "with 4 query heads and 1 key-value heads"),
         (
             {
                 "sequence_parallel": True,
@@ -292,7 +292,7 @@ def told(ranks: RankPool, *cases: str) -> list[tuple[str | None, Any, Any]]:
 CP4 = "--context-parallel-size 4"
 
 
-def assert_told(ranks: RankPool, cases: dict[str, str | None]) -> None:
+def assert_refusals(ranks: RankPool, cases: dict[str, str | None]) -> None:
     """Check what is refused, and that the rest passes."""
     for case, (message, _, _), want in zip(cases, told(ranks, *cases), cases.values(), strict=True):
         assert (message is None) == (want is None), (case, message)
@@ -318,16 +318,16 @@ def test_upstreams_validation_refuses_what_context_cannot_serve(ranks: RankPool)
         "--context-parallel-auto": "--context-parallel-auto: --context-parallel-size is 1",
         f"{CP4} --context-parallel-auto --cp-comm-type a2a": "--context-parallel-auto sets --cp-comm-type",
     }
-    assert_told(ranks, cases)
+    assert_refusals(ranks, cases)
 
 
 def test_upstreams_validation_refuses_segments_that_ranks_cannot_share(ranks: RankPool) -> None:
     cases: dict[str, str | None] = {
         f"{CP4} --ring-window 2 --seq1f1b-splits 4": None,
         f"{CP4} --seq1f1b-splits 4 --seq1f1b-partition 24,16,16,8": None,
-        f"{CP4} --seq1f1b-splits 4 --seq1f1b-partition 16,16,20,12": "20 is not a positive multiple of 8 (every",
+        f"{CP4} --seq1f1b-splits 4 --seq1f1b-partition 16,16,20,12": "20 is not a positive multiple of 8 (each",
     }
-    assert_told(ranks, cases)
+    assert_refusals(ranks, cases)
 
 
 def test_auto_chooses_before_upstream_validates(ranks: RankPool) -> None:

@@ -14,7 +14,7 @@ from megatron.longseq.sharding.tools.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "paro.md").read_text()
-COMMAND = "write it anew: python -m megatron.longseq.sharding"
+COMMAND = "update it: python -m megatron.longseq.sharding"
 
 
 def between(name: str) -> str:

@@ -14,7 +14,7 @@ from megatron.longseq.refusals import flags_table, refusals_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "usp.md").read_text()
-COMMAND = "write it anew: python -m megatron.longseq.attention"
+COMMAND = "update it: python -m megatron.longseq.attention"
 LLAMA3 = "--context-parallel-size 16 --num-attention-heads 32 --num-query-groups 8 --seq-length 65536"
 FEW = "--context-parallel-size 8 --num-attention-heads 32 --num-query-groups 4 --seq-length 65536"
 

@@ -196,14 +196,14 @@ def test_contexts_and_bindings_are_undone_in_one_reverse_order(up, bed):
             yield
             seen.append((planted_up.f(1), planted_up.g(1)))
     """
-    looker = bed.load("planted_looker", source)
+    importer = bed.load("planted_looker", source)
     records = [
         record("planted_up:f", "planted_impl:wrap", "wrap", id="planted.a"),
         record("planted_up", "planted_looker:look", "context", id="planted.b"),
         record("planted_up:g", "planted_impl:wrap", "wrap", id="planted.c"),
     ]
     engine.apply(records).undo()
-    assert looker.seen == [(("wrapped", 1), -1)] * 2 and (up.f(1), up.g(1)) == (1, -1)
+    assert importer.seen == [(("wrapped", 1), -1)] * 2 and (up.f(1), up.g(1)) == (1, -1)
 
 
 def test_all_or_nothing(up, bed):

@@ -184,7 +184,7 @@ def test_an_alignment_that_does_not_fit_is_refused():
     model = flops(paper("7B", 4096))
     with pytest.raises(ValueError, match="an alignment of 12 tokens is not a positive multiple of 8"):
         balanced(model, 2, multiple=8, align=12)
-    with pytest.raises(ValueError, match=r"holds 2 pieces of 2048 tokens, fewer than the 4 segments"):
+    with pytest.raises(ValueError, match=r"holds 2 blocks of 2048 tokens, fewer than the 4 segments"):
         balanced(model, 4, align=2048)
     with pytest.raises(ValueError, match="give one per segment"):
         given(model, [4096], 2)

@@ -64,7 +64,7 @@ def test_an_action_of_no_unit(action):
 
 
 def test_an_order_too_few():
-    with pytest.raises(ScheduleError, match="3 orders for 4 ranks"):
+    with pytest.raises(ScheduleError, match="3 orders, not 4, one per rank"):
         prove(replace(seq(), orders=seq().orders[:3]))
 
 
@@ -109,14 +109,14 @@ def test_sends_out_of_order():
     forwards = (Action(F, 0), Action(F, 1))
     orders = ((*forwards, Action(B, 0), Action(B, 1)), (*forwards, Action(B, 1), Action(B, 0)))
     message = (
-        "rank 1, action 2 sends the input of the backward of micro-batch 1, segment 0, but rank 0 receives in another "
-        "order: its action 2 awaits the input of the backward of micro-batch 0, segment 0"
+        "rank 1, action 2 sends the input of the backward of micro-batch 1, segment 0, but rank 0 receives in a "
+        "different order: its action 2 expects the input of the backward of micro-batch 0, segment 0"
     )
     with pytest.raises(ScheduleError, match=message):
         prove(Schedule("crossed", pipeline, orders))
 
 
-def swapped_everywhere(schedule: Schedule, one: Action, other: Action) -> Schedule:
+def swap_on_all_ranks(schedule: Schedule, one: Action, other: Action) -> Schedule:
     """Exchange two actions on every rank, so that the order of messages stays one."""
     names = {one: other, other: one}
     orders = tuple(tuple(names.get(action, action) for action in order) for order in schedule.orders)
@@ -154,7 +154,7 @@ def test_virtual_stages_draw_each_for_itself():
     with pytest.raises(
         ScheduleError, match="virtual stage 1 runs before the forward of micro-batch 0, segment 1, virt"
     ):
-        prove(swapped_everywhere(schedule, one, other))
+        prove(swap_on_all_ranks(schedule, one, other))
 
 
 def test_backwards_of_two_micro_batches_may_mix():
@@ -212,7 +212,7 @@ def test_two_swapped_actions_are_refused_or_legal_by_plain_rules(data):
     except ScheduleError as error:
         refused = True
         assert "rank" in str(error) and "action" in str(error)
-    assert refused == breaks_a_rule(mutant)
+    assert refused == violates_a_rule(mutant)
 
 
 class Rank:
@@ -299,7 +299,7 @@ def test_what_the_proof_accepts_runs_in_a_model_of_the_executor(data):
         first = data.draw(st.integers(0, len(order) - 1))
         second = data.draw(st.integers(max(first - 3, 0), min(first + 3, len(order) - 1)))
         if data.draw(st.booleans()):
-            schedule = swapped_everywhere(schedule, order[first], order[second])
+            schedule = swap_on_all_ranks(schedule, order[first], order[second])
         else:
             order[first], order[second] = order[second], order[first]
             schedule = changed(schedule, rank, order)
@@ -310,7 +310,7 @@ def test_what_the_proof_accepts_runs_in_a_model_of_the_executor(data):
     assert executed(schedule)
 
 
-def breaks_a_rule(schedule: Schedule) -> bool:
+def violates_a_rule(schedule: Schedule) -> bool:
     """Whether a one-virtual-stage schedule is illegal: local order, data, order per direction, or a stuck run."""
     last, stages = schedule.pipeline.segments - 1, schedule.pipeline.stages
     lanes = []

@@ -75,8 +75,8 @@ ASKED: list[tuple[str, dict[str, Any], str]] = [
         {"overlap_param_gather_with_optimizer_step": True},
         "splits the optimizer in two",
     ),
-    ("--tensor-parallel-num-weight-shards", {"gtp_weight_remat_size": 2}, "by itself"),
-    ("--expert-tensor-parallel-num-weight-shards", {"expert_gtp_weight_remat_size": 2}, "by itself"),
+    ("--tensor-parallel-num-weight-shards", {"gtp_weight_remat_size": 2}, "its own sharding"),
+    ("--expert-tensor-parallel-num-weight-shards", {"expert_gtp_weight_remat_size": 2}, "its own sharding"),
     ("--expert-model-parallel-size", {"expert_model_parallel_size": 2}, EXPERTS),
     ("--expert-tensor-parallel-size", {"expert_tensor_parallel_size": 2}, EXPERTS),
     ("--save-wgrads-interval", {"save_wgrads_interval": 1}, "unsharded gradients"),
@@ -95,7 +95,7 @@ ASKED: list[tuple[str, dict[str, Any], str]] = [
 ]
 WITH_SHARDED_GRADIENTS: list[tuple[str, dict[str, Any], str]] = [
     ("--delay-wgrad-compute", {"delay_wgrad_compute": True}, "reduce-scatter"),
-    ("--defer-embedding-wgrad-compute", {"defer_embedding_wgrad_compute": True}, "after the last micro-batch"),
+    ("--defer-embedding-wgrad-compute", {"defer_embedding_wgrad_compute": True}, "after the last reduce-scatter"),
     ("--zero-bubble", {"zero_bubble": True}, "N in the middle"),
 ]
 WITH_SHARDED_PARAMETERS: list[tuple[str, dict[str, Any], str]] = [
@@ -214,7 +214,7 @@ def test_what_is_served_is_let_through(values: dict[str, Any]) -> None:
         ({"paro": "GNN"}, "GNN: parameters are sharded globally.*give --paro GNG"),
         ({"paro": "INI"}, "--paro INI does not run: --paro III holds less"),
         ({"paro": "GNG"}, "--paro GNG does not run: --paro GGG holds less"),
-        ({"paro": "GIG"}, "--paro GIG does not run: --paro IIG gathers parameters inside a group alone"),
+        ({"paro": "GIG"}, "--paro GIG does not run: --paro IIG gathers parameters inside a group only"),
         ({"paro": "NIG", "paro_group_size": 0}, "--paro-group-size 0: give at least 1"),
         ({"paro": "NIG", "paro_links": [math.nan, 1.0]}, "nan, 1.0]: give positive, finite bandwidths"),
         ({"paro": "NIG", "paro_links": [1.0, math.inf]}, "1.0, inf]: give positive, finite bandwidths"),
@@ -390,7 +390,7 @@ def test_the_line_that_is_told() -> None:
         )
 
 
-Told = tuple[str | None, dict[str, Any], str]
+ValidationResult = tuple[str | None, dict[str, Any], str]
 SET = (
     "paro_group_size",
     "paro_groups",
@@ -401,7 +401,7 @@ SET = (
 )
 
 
-def what_upstreams_validation_says(cases: list[list[str]], node: str | None) -> list[Told]:
+def what_upstreams_validation_says(cases: list[list[str]], node: str | None) -> list[ValidationResult]:
     """Parse and validate each command line as rank 0 of four; return what is refused, set and printed."""
     import contextlib
     import io
@@ -415,7 +415,7 @@ def what_upstreams_validation_says(cases: list[list[str]], node: str | None) -> 
     patches.start()
     from megatron.training import arguments
 
-    said: list[Told] = []
+    said: list[ValidationResult] = []
     for case in cases:
         sys.argv = ["pretrain_gpt.py", *case]
         message, parsed_args, output = None, Namespace(), io.StringIO()
@@ -431,10 +431,10 @@ def what_upstreams_validation_says(cases: list[list[str]], node: str | None) -> 
     return said
 
 
-def said(ranks: RankPool, *cases: str, node: str | None = "2") -> list[Told]:
+def said(ranks: RankPool, *cases: str, node: str | None = "2") -> list[ValidationResult]:
     """Of the tiny model; all cases under the same patches."""
     lines = [flags(TINY, case) for case in cases]
-    result: list[Told] = ranks.run(1, what_upstreams_validation_says, lines, node)[0]
+    result: list[ValidationResult] = ranks.run(1, what_upstreams_validation_says, lines, node)[0]
     return result
 
 

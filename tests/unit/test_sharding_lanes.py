@@ -30,7 +30,7 @@ from megatron.longseq.sharding.runtime.collectives import CollectiveRunner, Regi
 from megatron.longseq.sharding.runtime.comm_queue import CommError, CommQueues, Work
 from megatron.longseq.sharding.runtime.comm_streams import CommThread
 from megatron.longseq.sharding.runtime.process_groups import Communicators
-from tests.unit.lanes_bed import LIMIT, Fake, Meeting, bucket, on_ranks
+from tests.unit.lanes_bed import LIMIT, Fake, FakeRendezvous, bucket, on_ranks
 
 CPU = torch.device("cpu")
 SCATTER = (SCATTER_INSIDE, SCATTER_BETWEEN)
@@ -65,7 +65,7 @@ def soon(holds: Callable[[], bool]) -> bool:
 @pytest.mark.parametrize("seed", range(4))
 def test_all_ranks_have_one_order_however_late_each_is(is_overlapped: bool, seed: int) -> None:
     groups = RankGroups(4, 2)
-    meeting, script = Meeting(groups), random.Random(seed)
+    meeting, script = FakeRendezvous(groups), random.Random(seed)
     jobs = [script.choice(JOBS) for _ in range(24)]
     waits = {job: script.sample(range(job + 1), 2 if job else 1) for job in range(2, 24, 3)}
     fakes = [Fake(meeting, member, 10 * seed + member) for member in range(4)]

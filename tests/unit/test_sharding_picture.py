@@ -82,7 +82,7 @@ def test_draw_writes_every_part_the_same_each_time(tmp_path: Path) -> None:
     assert wanted == {name for name in names if name.split("-")[0] in ("held", "time", "cost")}
 
     kept = ROOT / "docs" / "pictures" / "paro.svg"
-    assert drawn(kept) == (names, words), f"draw it anew: python -m megatron.longseq.sharding draw --output {kept}"
+    assert drawn(kept) == (names, words), f"draw it again: python -m megatron.longseq.sharding draw --output {kept}"
 
 
 @pytest.mark.parametrize(
