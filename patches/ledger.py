@@ -88,7 +88,7 @@ def _wrong(part: Record | Callback, why: str, todo: str) -> LedgerError:
 
 
 def by_id(identifier: str) -> Record:
-    """The record of that id; of a callback's id, its hook with that callback alone.
+    """Return the record with this id, or the hook of the callback with this id, with only that callback.
 
     Raises:
         LedgerError: there is none; the message lists what there is.
@@ -108,12 +108,12 @@ def by_id(identifier: str) -> Record:
 
 
 def of_systems(*systems: str) -> tuple[Record, ...]:
-    """What these systems apply, in ledger order: their records, and hooks with their callbacks alone."""
+    """Return the records of these systems, and hooks with their callbacks only, in the order of the ledger."""
     return _with_parts(lambda part: part.system in systems, RECORDS)
 
 
 def merged(records: Iterable[Record]) -> list[Record]:
-    """Join hooks of one id, each of which may have some of its callbacks, in the ledger's order of callbacks."""
+    """Merge records of the same hook, which may have different callbacks, in the ledger's order of callbacks."""
     found: dict[str, Record] = {}
     for record in records:
         earlier = found.get(record.id, record)
@@ -123,7 +123,7 @@ def merged(records: Iterable[Record]) -> list[Record]:
 
 
 def without(records: Iterable[Record], identifier: str) -> tuple[Record, ...]:
-    """The records without the one of that id, or without the callback of that id."""
+    """Return the records without the record or callback that has this id."""
     kept = (record for record in records if record.id != identifier)
     return _with_parts(lambda part: part.id != identifier, kept)
 

@@ -71,7 +71,7 @@ def _not_loaded() -> str:
 
 
 def _group_mismatch(error: Exception) -> str | None:
-    """Name the settings by which the distributed optimizer did not find a parameter group in the checkpoint."""
+    """Explain which settings differ if the distributed optimizer did not find a parameter group in the checkpoint."""
     from megatron.core.optimizer.optimizer import param_group_identifier_keys as keys
 
     wanted = error.args[0] if isinstance(error, KeyError) and error.args else None

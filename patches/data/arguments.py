@@ -16,7 +16,7 @@ DATA_FLAGS = (
 
 
 def reads_data(args: Namespace) -> bool:
-    """Whether the flags name indexed data; --dataloader-fast-cache-load trusts what was checked when it was cached.
+    """Return whether the flags name indexed data to check. With --dataloader-fast-cache-load the cache was checked.
 
     Flags from a YAML file of upstream may leave out any of them.
     """

@@ -124,11 +124,7 @@ def compare_ranks(hashes: Mapping[str, str]) -> None:
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        print(
-            "> patches: ranks were not compared, because torch.distributed is not initialized",
-            file=sys.stderr,
-            flush=True,
-        )
+        print("> patches: torch.distributed is not initialized, ranks were not compared", file=sys.stderr, flush=True)
         return
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, dict(hashes))

@@ -61,9 +61,7 @@ def _refuse_ours_alone(args: Namespace) -> None:
         ("--context-parallel-placement", args.context_parallel_placement != "head-first"),
     ):
         if is_given:
-            raise ValueError(
-                f"{flag}: TransformerEngine's attention does not have it; give --transformer-impl local, too."
-            )
+            raise ValueError(f"{flag}: TransformerEngine does not have this; give --transformer-impl local, too.")
 
 
 def _refuse_order(args: Namespace) -> None:

@@ -74,7 +74,7 @@ def test_the_documentations_picture_is_the_codes(tmp_path: Path) -> None:
         (["--output", "missing/a.svg"], "there is no folder"),
         (
             ["--output", "a.svg", "--hierarchical-context-parallel-sizes", "1", "9"],
-            "a ring of 9 ranks: the figure has colours for at most 8",
+            "a ring of 9 ranks: a figure can show 8",
         ),
         (["--output", "a.svg", "--hierarchical-context-parallel-sizes", "0", "2"], "mesh of 0 x 2"),
     ],

@@ -195,7 +195,7 @@ def test_an_illegal_degree_is_refused_with_the_legal_ones() -> None:
         ValueError, match=r"8 query heads cannot be shared by 3 .* Possible degrees: .*--cp-comm-type p2p$"
     ):
         check_heads(Mesh(3, 1), Heads(8, 2))
-    with pytest.raises(ValueError, match="neither does 4 divide the 6 heads of keys and values") as error:
+    with pytest.raises(ValueError, match="4 does not divide the 6 key-value heads") as error:
         check_heads(Mesh(4, 1), Heads(12, 6))
     assert "--context-parallel-size 4 --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2" in str(
         error.value

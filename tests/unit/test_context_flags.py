@@ -185,7 +185,7 @@ def test_the_kind_of_a_layer() -> None:
         ),
         (
             {"cp_comm_type": ["a2a"], "num_attention_heads": 24, "num_query_groups": 6},
-            "neither does 8 divide the 6 heads of keys and values, nor they it",
+            "8 does not divide the 6 key-value heads, or the reverse",
         ),
         ({"cp_comm_type": ["a2a"], "tensor_model_parallel_size": 2}, "with 4 query heads and 1 key-value heads"),
         (

@@ -180,7 +180,7 @@ def test_speed_sequence_parallelism_and_windows_count(tmp_path, capsys):
         (["--output", "a.svg", "--num-layers", "30"], "30 layers cannot be divided evenly among 4 stages"),
         (["--output", "a.svg", "--slack", "-1"], "slack must be at least 0 segments, not -1"),
         (["--output", "a.svg", "--stages", "0"], "stages"),
-        (["--output", "a.svg", "--device-tflops", "0"], "devices: give more"),
+        (["--output", "a.svg", "--device-tflops", "0"], "devices: too few"),
         (["--output", "a.svg", "--window-size", "7"], "give two numbers LEFT,0"),
         (["--output", "a.svg", "--window-size", "7,1"], "does not attend to later tokens; give 7,0"),
         (["--output", "a.svg", "--window-size", "7,0", "--window-attn-skip-freq", "x"], "written out"),

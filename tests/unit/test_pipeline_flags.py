@@ -104,11 +104,11 @@ IN_SCHEDULES: list[tuple[str, dict[str, Any], str]] = [
     ("--cuda-graph-impl", {"cuda_graph_impl": "local"}, "graphs"),
     ("--fine-grained-activation-offloading", {"fine_grained_activation_offloading": True}, "reload the activations"),
     ("--fine-grained-activation-offloading", {"cpu_offloading_num_layers": 1}, "reload the activations"),
-    ("--tensor-parallel-num-weight-shards", {"gtp_weight_remat_size": 2}, "not tested with our schedules"),
+    ("--tensor-parallel-num-weight-shards", {"gtp_weight_remat_size": 2}, "not tested with our"),
     (
         "--expert-tensor-parallel-num-weight-shards",
         {"expert_gtp_weight_remat_size": 2},
-        "not tested with our schedules",
+        "not tested with our",
     ),
     ("--use-megatron-fsdp", {"use_megatron_fsdp": True}, "all-gathers and reduce-scatters"),
     ("--use-megatron-fsdp", {"use_torch_fsdp2": True}, "all-gathers and reduce-scatters"),

@@ -74,7 +74,7 @@ def check_heads(mesh: Mesh, heads: Heads) -> None:
     if heads.query % mesh.ulysses:
         why = f"{heads.query} query heads cannot be shared by {mesh.ulysses} ranks"
     else:
-        why = f"neither does {mesh.ulysses} divide the {heads.kv} heads of keys and values, nor they it"
+        why = f"{mesh.ulysses} does not divide the {heads.kv} key-value heads, or the reverse"
     choices = "; ".join(mesh_flags(Mesh(*pair)) for pair in legal_meshes(mesh.size, heads))
     raise ValueError(
         f"Ulysses over {mesh.ulysses} of {mesh.size} context-parallel ranks, with {heads.query} query heads and "

@@ -31,22 +31,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m megatron.longseq.attention", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     meshes = commands.add_parser(
-        "meshes", help="markdown: every legal U x R, its flags, and what a rank sends per layer"
+        "meshes", help="print a Markdown table of every legal U x R: its flags, and what a rank sends per layer"
     )
     _add_sizes(meshes, needed=True)
     meshes.set_defaults(run=_meshes)
     table = commands.add_parser(
-        "table", help="markdown: bytes and messages of a layer over U x R, beside other implementations and the paper"
+        "table", help="print a Markdown table of a layer's bytes and messages, with other implementations and the paper"
     )
     _add_sizes(table, needed=False)
     table.set_defaults(run=_table)
-    draw = commands.add_parser("draw", help="chunks before and after the all-to-all, and the blocks of every ring step")
-    draw.add_argument("--output", type=Path, required=True, metavar="FILE", help="picture (.svg, .png)")
+    draw = commands.add_parser("draw", help="draw the chunks around the all-to-all, and the blocks of every ring step")
+    draw.add_argument("--output", type=Path, required=True, metavar="FILE", help="picture to write (.svg, .png)")
     draw.add_argument(
         "--hierarchical-context-parallel-sizes", type=int, nargs=2, default=(2, 4), metavar=("U", "R"), help="2 4"
     )
     draw.set_defaults(run=_draw)
-    ours = commands.add_parser("flags", help="markdown: our flags of a training run, and what is refused")
+    ours = commands.add_parser("flags", help="print Markdown tables of our flags and of those that they refuse")
     ours.set_defaults(run=lambda args: print(f"{flags_table(add_context_arguments)}\n\n{refusals_table(REFUSALS)}"))
     return parser
 
@@ -58,7 +58,7 @@ def _add_sizes(parser: argparse.ArgumentParser, *, needed: bool) -> None:
     parser.add_argument("--num-attention-heads", type=int, required=needed, default=heads)
     parser.add_argument("--num-query-groups", type=int, default=groups, help=f"default: {groups or 'as many as heads'}")
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
-    parser.add_argument("--kv-channels", type=int, default=128, help="of a head (default 128)")
+    parser.add_argument("--kv-channels", type=int, default=128, help="size of a head (default 128)")
     parser.add_argument("--seq-length", type=int, required=needed, default=tokens)
 
 

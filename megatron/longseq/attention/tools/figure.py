@@ -113,7 +113,7 @@ def draw(scene: AttentionScene, file: Path) -> None:
     check_output(file)
     ranks, ring = scene.mesh.size, scene.mesh.ring
     if ring > len(COLOURS):
-        raise ValueError(f"a ring of {ring} ranks: the figure has colours for at most {len(COLOURS)}")
+        raise ValueError(f"a ring of {ring} ranks: a figure can show {len(COLOURS)}")
     side = min((_WIDE - _MARGIN - _GAP * ring) / ring, 2.6)
     above = _HEAD + _ROW * ranks
     tall = above + _HEAD + side + _FOOT + _LEGEND

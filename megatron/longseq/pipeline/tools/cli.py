@@ -66,15 +66,15 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--measured", type=Path, required=True, metavar="FOLDER", help="folder of --pipeline-trace")
     profile.add_argument("--lengths", required=True, metavar="N1,N2,...", help="tokens per segment of that run")
     profile.add_argument("--layers-per-stage", type=int, required=True, help="layers of a virtual stage")
-    profile.add_argument("--window-size", metavar="LEFT,0", help="keys before the query's own that it sees")
+    profile.add_argument("--window-size", metavar="LEFT,0", help="keys before its own that a query attends to")
     profile.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON")
     profile.set_defaults(run=_fit)
     paper = commands.add_parser(
-        "table", help="print the paper's configurations, simulated beside published, as markdown"
+        "table", help="print Markdown tables of the paper's configurations, simulated and published"
     )
     paper.set_defaults(run=lambda args: print(markdown()))
     ours = commands.add_parser(
-        "flags", help="print the flags of a training run, and the flags that they refuse, as markdown"
+        "flags", help="print Markdown tables of our training flags and of the flags that they refuse"
     )
     ours.set_defaults(run=lambda args: print(f"{flags_table(add_pipeline_arguments)}\n\n{refusals_table(REFUSALS)}"))
     return parser
@@ -89,15 +89,15 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--slack", type=int, default=0, help="extra segments of warm-up per downstream stage (default 0)"
     )
-    group.add_argument("--zero-bubble", action="store_true", help="weight gradients as actions of their own")
+    group.add_argument("--zero-bubble", action="store_true", help="compute weight gradients in separate actions")
     group.add_argument("--partition", default="balanced", help="even, balanced (default), paper, or lengths N1,N2,...")
     group.add_argument("--tensor-model-parallel-size", type=int, default=1)
-    group.add_argument("--sequence-parallel", action="store_true", help="lengths are multiples of the size above")
-    group.add_argument("--latency", type=float, default=0.0, help="seconds of a message between stages (default 0)")
+    group.add_argument("--sequence-parallel", action="store_true", help="align lengths to that size")
+    group.add_argument("--latency", type=float, default=0.0, help="seconds per message between stages (default 0)")
     group.add_argument(
         "--recompute-granularity",
         choices=("full", "selective"),
-        help="upstream's flag: what backward recomputes, for the column of bytes kept (its time is not counted)",
+        help="upstream's flag; it affects only the column of bytes kept, not the time",
     )
     group.add_argument("--recompute-method", choices=METHODS, default="uniform", help="upstream's, with full")
     group.add_argument("--recompute-num-layers", type=int, default=1, help="upstream's, with full (default 1)")
@@ -106,8 +106,8 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
         "--layer-seconds",
         type=Path,
         metavar="FILE",
-        help="JSON: measurements of a layer, [[begin, end, forward seconds, backward seconds], ...], instead of FLOPs "
-        "and speed",
+        help="use a layer's measured times instead of FLOPs: JSON, [[begin, end, forward seconds, backward seconds], "
+        "...]",
     )
 
 
@@ -121,7 +121,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag, type=int, default=0)
     group.add_argument("--swiglu", action="store_true")
     group.add_argument("--moe-router-topk", type=int, default=1, help="experts per token (default 1)")
-    group.add_argument("--window-size", metavar="LEFT,0", help="keys before the query's own that it sees")
+    group.add_argument("--window-size", metavar="LEFT,0", help="keys before its own that a query attends to")
     group.add_argument("--window-attn-skip-freq", help="every Nth layer has no window, or a list [1,1,0,...]: 1 has it")
 
 
@@ -200,9 +200,7 @@ def _model(args: argparse.Namespace) -> CostModel:
         return seconds(shape, fit(read_samples(args.layer_seconds), left))
     speed = args.device_tflops * 1e12 * args.tensor_model_parallel_size
     if not speed > 0:
-        raise ValueError(
-            f"--device-tflops {args.device_tflops} on {args.tensor_model_parallel_size} devices: give more"
-        )
+        raise ValueError(f"--device-tflops {args.device_tflops} on {args.tensor_model_parallel_size} devices: too few")
     return flops(shape, speed)
 
 
