@@ -1,4 +1,4 @@
-"""Ranks for distributed tests: forked from one warm process, so that a job of N ranks starts in a fraction of a second.
+"""Fork the ranks of distributed tests from one warm process, so that a job starts in a fraction of a second.
 
     pool.run(2, "tests.distributed.jobs:all_reduce_of_ones")        # one result per rank
 
@@ -134,7 +134,7 @@ class RankPool:
 
 
 def _kill(process: Any) -> None:
-    """End a rank and everything it started, also when the rank itself is gone already."""
+    """Kill a rank and all processes that it started, even if the rank itself has ended."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()

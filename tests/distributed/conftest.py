@@ -1,4 +1,4 @@
-"""Runs that several files compare with, each made once: seed checkpoints and upstream's own runs."""
+"""Fixtures of runs that several files compare with: seed checkpoints and upstream's runs, once per session."""
 
 import functools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""How equal a run has to be to upstream's own, in float64: by reassociation alone."""
+"""Compare a run with upstream's in float64, where they may differ only by the order of summation."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -53,14 +53,14 @@ def worst(ours: list[Step], theirs: list[Step], name: str) -> float:
 
 
 def assert_steps_equal(ours: list[Step], theirs: list[Step]) -> float:
-    """Hold every loss and norm to 1e-9; return the largest relative difference."""
+    """Require losses and norms to agree within 1e-9. Return the largest relative difference."""
     apart = max(worst(ours, theirs, "loss"), worst(ours, theirs, "grad_norm"))
     assert apart <= RELATIVE
     return apart
 
 
 def assert_equal(run: Run, reference: Run, name: str, tell: Callable[[str], None], learns: float = 0.02) -> None:
-    """Hold losses and norms to 1e-9, every weight and optimizer state to 1e-8 of its norm.
+    """Require losses and norms to agree within 1e-9, and weights and optimizer states within 1e-8 of their norms.
 
     The reference's loss has to fall by `learns`.
     """

@@ -1,4 +1,4 @@
-"""Jobs about lanes over real groups: results beside plain sums, and what torch.distributed is given beside counters."""
+"""Run collectives over real process groups, and compare results with plain sums and calls with counters."""
 
 import random
 import time
@@ -47,7 +47,7 @@ class Case(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a case did on a rank."""
+    """The result of a case on one rank."""
 
     buckets: list[bytes]
     is_right: bool

@@ -1,4 +1,4 @@
-"""A run under a sharding strategy, through `pretrain`, with what it sends and what it holds noted step by step."""
+"""Train with a sharding strategy through `pretrain`, and record in every step what a rank sends and holds."""
 
 import importlib
 import sys
@@ -72,7 +72,7 @@ class StorageBytes:
 
 @dataclass
 class RankRecord:
-    """What one rank noted.
+    """What one rank recorded.
 
     Attributes:
         member: this rank, as the data-parallel group numbers it.
@@ -216,7 +216,7 @@ def _held(model: list[Any], optimizer: Any) -> StorageBytes:
 
 @contextmanager
 def _watching(seen: RankRecord, model: list[Any]) -> Iterator[None]:
-    """Note how many units and buckets are whole at once."""
+    """Record how many units and buckets are unsharded at the same time."""
     from megatron.longseq.sharding.runtime.bucket_storage import FullBucket
 
     kinds: dict[int, tuple[str, str]] = {}

@@ -1,4 +1,4 @@
-"""Attention over real groups of ranks: right, and as many bytes and messages as the formulas say."""
+"""Attention over real process groups is correct and sends the bytes and messages of the formulas."""
 
 from megatron.longseq.attention.plan.comm_volume import Volume, all_gather, all_to_all, ring
 from megatron.longseq.attention.plan.layout import Mesh

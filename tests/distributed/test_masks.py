@@ -1,4 +1,4 @@
-"""Attention masks that a script makes itself: read from every batch, whichever flags are given.
+"""Attention masks that a script creates are read from every batch, with any flags.
 
 The reference is upstream's own run on one rank with the same script.
 """

@@ -1,4 +1,4 @@
-"""The pool of ranks: results in rank order, and a failure that names its rank."""
+"""The pool returns results in rank order, and its errors name the rank."""
 
 import time
 

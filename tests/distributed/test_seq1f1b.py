@@ -97,7 +97,7 @@ def test_any_mask_and_both_forms_of_loss(equal: Equal, twist: str, own: str) -> 
 
 
 def test_flag_changes_the_schedule(ranks: RankPool) -> None:
-    """Two stages, 8 micro-batches: 16 forwards of whole sequences, three times as many of three segments."""
+    """Two stages and 8 micro-batches make 16 forwards of whole sequences, and three times as many of 3 segments."""
     once = flags(TINY, PP2, "--train-iters 1")
 
     def forwards(twist: str, own: str = "--seq1f1b-splits 3") -> tuple[int, bool]:

@@ -1,4 +1,4 @@
-"""Bytes that a run sends, counted at the collective calls, are those of the formula: all of them, in every step."""
+"""The bytes that a run sends in every step, counted at the collective calls, equal the formula."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,7 +65,7 @@ def _told(sent: CommVolume) -> str:
 
 
 def test_buckets_are_those_of_the_model(sharded_run: Callable[[str], list[RankRecord]]) -> None:
-    """Embedding (gathered before forward alone), layers, last norm, output layer: hidden size 32, feed-forward 64."""
+    """Return the units: embedding (gathered before forward only), layers, last norm, output layer."""
     layer = 32 + 32 * 3 * 32 + 32 * 32 + 32 + 3 * 64 * 32
     (seen, *_) = sharded_run("GGG, flat")
     assert [(bucket.numel, bucket.gathers) for bucket in seen.buckets] == [
@@ -78,7 +78,7 @@ def test_buckets_are_those_of_the_model(sharded_run: Callable[[str], list[RankRe
 
 
 def test_frozen_layers_below_what_is_trained_are_gathered_once(sharded_run: Callable[[str], list[RankRecord]]) -> None:
-    """The first layer and the embedding have no backward; what is above the trained feed-forward has one."""
+    """The first layer and the embedding have no backward; layers above the trained MLP have one."""
     (seen, *_) = sharded_run("ING")
     trained = [bucket for bucket in seen.buckets if bucket.is_trained]
     frozen = [bucket for bucket in seen.buckets if not bucket.is_trained]
@@ -88,7 +88,7 @@ def test_frozen_layers_below_what_is_trained_are_gathered_once(sharded_run: Call
 
 @contextmanager
 def reduced_twice() -> Iterator[Planted]:
-    """A bucket's gradients of the second step are sent once more, to nowhere: no loss shows it."""
+    """An additional send of a bucket's gradients in the second step, which no loss shows, is detected."""
     from megatron.longseq.sharding.runtime.bucket_storage import GradStore
     from megatron.longseq.sharding.runtime.state import ShardingState
 

@@ -1,4 +1,4 @@
-"""Lanes over gloo: every way of a collective is the plain sum, to the bit however late ranks are, and counted."""
+"""Collectives over gloo give the plain sum in every mode, bitwise even if ranks are late, and count their bytes."""
 
 from collections.abc import Callable
 from itertools import product

@@ -1,4 +1,4 @@
-"""What a rank holds between steps is what the formula says, and whole buckets come and go."""
+"""The memory of a rank between steps equals the formula, and full buckets are freed."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The race of collectives on ranks without a bed: every arm is right, and what it sends is seen at the calls."""
+"""The benchmark of collectives computes correct results, and its bytes are counted at the calls."""
 
 from collections import Counter
 
@@ -20,14 +20,14 @@ RINGS = tuple(Arm(RING, mode, buckets) for mode, buckets in zip(CollectivesMode,
 
 
 def watched(heats: list[Heat]) -> SentMessages:
-    """Race in view of everyone; runs on a rank."""
+    """Run the benchmark and count its calls; runs on a rank."""
     with watching() as seen:
         race_on_this_rank(GROUPS.size, heats)
     return seen
 
 
 def out_of_order(heats: list[Heat]) -> None:
-    """Race with rings whose messages land one shard off; runs on a rank."""
+    """Run the benchmark with rings whose messages arrive one shard off; runs on a rank."""
     from megatron.longseq.sharding.runtime import gloo_ring as messages
 
     steps = messages.ring_messages
@@ -44,7 +44,7 @@ def out_of_order(heats: list[Heat]) -> None:
 
 @pytest.mark.parametrize("kind", CollectiveKind)
 def test_every_arm_is_right_and_timed_in_every_round(ranks, kind):
-    """On every rank an arm's result is compared with what it should be before it is timed."""
+    """Every rank checks the result of an arm before it times it."""
     results = ranks.run(4, race_on_this_rank, GROUPS.size, [Heat(kind, SIZE, FLAT + GROUPED + RINGS, 2)])
     for timed in results:
         assert [one.arm for one in timed] == [*FLAT, *GROUPED, *RINGS]

@@ -1,4 +1,4 @@
-"""Checkpoints that sharding cannot go on from are refused by name; a save that is killed leaves the one before."""
+"""Checkpoints that sharding cannot load are refused by name, and a save that is killed leaves the previous one."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def test_bound_optimizer_states_are_refused(ranks: RankPool, tmp_path: Path, lay
 
 
 def test_states_that_upstream_has_mixed_up_are_refused(ranks: RankPool, tmp_path: Path) -> None:
-    """Upstream alone: the same step, saved out of several padded buckets and out of one, is not the same."""
+    """With upstream only, the same step saved from several padded buckets differs from that saved from one."""
     one, several = tmp_path / "one", tmp_path / "several"
     run_arm(ranks, "U", 2, flags(ONE, RESHARDABLE), one, float64=True)
     run_arm(ranks, "U", 2, flags(ONE, RESHARDABLE, OVERLAP, BUCKETS), several, float64=True)

@@ -1,4 +1,4 @@
-"""Steps that overflow, and gradients that are no numbers: every rank sees them, whoever holds them."""
+"""All ranks skip steps that overflow or have NaN gradients, regardless of the rank that has them."""
 
 import functools
 from collections.abc import Callable
@@ -71,7 +71,7 @@ def upstreams_end(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_nan_in_one_ranks_gradient_ends_the_run(
     ranks: RankPool, upstreams_end: dict[str, torch.Tensor], tmp_path: Path, name: str
 ) -> None:
-    """Upstream runs the step again on all ranks, saves what it had before it, and ends."""
+    """Upstream repeats the step on all ranks, saves the state before it, and exits."""
     with pytest.raises(RankFailure, match=ENDED):
         line = flags(TINY, f"--paro {name} {PAIRS} {ASYNC} --train-iters 5")
         run_arm(ranks, "O", 4, line, tmp_path, float64=True, mutant=NAN_GRADIENT)

@@ -1,4 +1,4 @@
-"""`kill -9` of one rank in mid-run: the launcher names it, nothing stays, the resumed run is the undisturbed one."""
+"""After `kill -9` of a rank, the launcher names it, no process is left, and the run resumes without a difference."""
 
 import os
 import re

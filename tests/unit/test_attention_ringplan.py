@@ -363,7 +363,7 @@ def test_volumes_beside_others() -> None:
     [
         (lambda: Ring(8, 3), "windows of 3 do not divide a ring of 8 ranks; give [1, 2, 4, 8]"),
         (lambda: Ring(0, 1), "windows of 1 do not divide a ring of 0 ranks"),
-        (lambda: Mask(1, -1), "a sliding window of -1 keys"),
+        (lambda: Mask(1, -1), "sliding window of -1 keys"),
         (lambda: Mask(2, None, Documents((packed([4]),))), "1 lists of documents for a batch of 2"),
         (
             lambda: plan_transfers(Ring(2, 2), ((TokenRange(0, 2),),), ((TokenRange(0, 2),),), Mask(1)),

@@ -52,7 +52,7 @@ def test_a_dropped_weight_gradient():
 
 def test_a_repeated_action():
     order = seq().orders[1]
-    with pytest.raises(ScheduleError, match="rank 1, action 24: the backward of micro-batch 3, segment 0 ran before"):
+    with pytest.raises(ScheduleError, match="rank 1, action 24: the backward of micro-batch 3, segment 0 is also"):
         prove(changed(seq(), 1, [*order, order[-1]]))
 
 
@@ -188,8 +188,8 @@ def test_a_cyclic_wait():
         (Action(F, 0), Action(F, 1), Action(B, 0), Action(B, 1)),
     )
     message = (
-        r"never ends: rank 0 waits in action 1 \(backward of micro-batch 0, segment 0\) for its input from rank 1; "
-        r"rank 1 waits in action 1 \(forward of micro-batch 1, segment 0\) for its input from rank 0, which waits"
+        r"deadlocks: rank 0 waits in action 1 \(backward of micro-batch 0, segment 0\) for its input from rank 1; "
+        r"rank 1 waits in action 1 \(forward of micro-batch 1, segment 0\) for its input from rank 0, which is waiting"
     )
     with pytest.raises(ScheduleError, match=message):
         prove(Schedule("deadlock", pipeline, orders))

@@ -123,9 +123,9 @@ def test_a_group_size_divides_the_ranks() -> None:
         with pytest.raises(ValueError, match="data-parallel ranks cannot be divided into groups of"):
             RankGroups(ranks, size)
     for wrong in (-1, 8):
-        with pytest.raises(ValueError, match="of 8 data-parallel ranks"):
+        with pytest.raises(ValueError, match="among 8 data-parallel ranks"):
             RankGroups(8, 2).logical(wrong)
-        with pytest.raises(ValueError, match="of 8 data-parallel ranks"):
+        with pytest.raises(ValueError, match="among 8 data-parallel ranks"):
             RankGroups(8, 2).member(wrong)
     for wrong_members in ([0, 1, 2], [0, 1, 2, 2]):
         with pytest.raises(ValueError, match="are not 4 different"):
