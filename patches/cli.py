@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron.longseq.command_line import markdown_table
 from patches import ledger
 from patches.errors import PatchError
 from patches.record import Callback, Record
@@ -95,8 +96,7 @@ def markdown(records: Sequence[Record]) -> str:
         )
         rows += [["", f"`{c.id}`", "", "callback", c.why, c.remove_when] for c in record.callbacks]
     head = ["", "patch", "upstream symbol", "action", "why", "can go when"]
-    cells = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    return markdown_table(head, [[cell.replace("|", "\\|") for cell in row] for row in rows])
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -1,6 +1,5 @@
 """Callback at upstream's validation of flags: choose a layout before it, refuse what we do not serve after it."""
 
-import functools
 import inspect
 from argparse import Namespace
 from collections.abc import Callable
@@ -18,7 +17,6 @@ def with_context_plan(original: Callable[..., Any]) -> Callable[..., Any]:
         ValueError: Flags do not go together, or heads or lengths do not fit the layout.
     """
 
-    @functools.wraps(original)
     def validate_args(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
         from megatron.longseq.attention.plan.comm_type import choose_comm_type, comm_types, validate_comm_types
 

@@ -116,7 +116,6 @@ class SegmentAttention(torch.autograd.Function):
             dq = tiled_backward(call.kernel, saved, grad.view_as(out), call.tiles, call.scale, grads.add)
         assert dq is not None, "a segment has rows"
         dk, dv = grads.own()
-        call.cache.update_bytes(layer)
         call.cache.finish(call.layer, call.segment)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None
 

@@ -63,11 +63,11 @@ class Wait:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Open:
-    """A wait in progress; `is_done` tells whether it has ended, None means that the host blocks in it."""
+    """A wait in progress; `is_done` tells whether it has ended."""
 
     wait: Wait
     since: float
-    is_done: Callable[[], bool] | None = None
+    is_done: Callable[[], bool] = lambda: False  # the host blocks in it
 
 
 def _still_open(items: tuple[_Open, ...]) -> tuple[_Open, ...]:
@@ -76,21 +76,9 @@ def _still_open(items: tuple[_Open, ...]) -> tuple[_Open, ...]:
 
 def _is_done(item: _Open) -> bool:
     try:
-        return item.is_done is not None and item.is_done()
+        return item.is_done()
     except RuntimeError:  # a failed device or backend: not done, and the report is needed
         return False
-
-
-def message_error(wait: Wait, seconds: float, error: BaseException) -> BrokenMessage:
-    """Return an error that adds who waited for what to an error of the backend (a dead peer, a timeout).
-
-    Args:
-        wait: the wait.
-        seconds: how long it lasted.
-        error: the backend's error; its first line is repeated.
-    """
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return BrokenMessage(f"{wait.sentence(seconds)}, and got an error instead: {first}. {wait.todo()}")
 
 
 def _to_stderr(text: str) -> None:
@@ -162,14 +150,16 @@ class HangReporter:
         """Mark the body of this context as a wait of the host.
 
         Raises:
-            BrokenMessage: the backend raised a RuntimeError (a dead peer, a timeout).
+            BrokenMessage: the backend raised a RuntimeError (a dead peer, a timeout), whose first line is repeated.
         """
         began = self._clock()
         self._blocked = _Open(wait, began)
         try:
             yield
         except RuntimeError as error:
-            raise message_error(wait, self._clock() - began, error) from error
+            cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            report = wait.sentence(self._clock() - began)
+            raise BrokenMessage(f"{report}, and got an error instead: {cause}. {wait.todo()}") from error
         finally:
             self._blocked = None
 

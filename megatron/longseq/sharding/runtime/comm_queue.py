@@ -8,13 +8,12 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 from threading import Lock
-from typing import Protocol
 
 import torch
 
 from megatron.longseq.sharding.plan.collectives import Collective, Collectives
 from megatron.longseq.sharding.plan.overlap_order import Link, OverlapOrder, QueuedCollective
-from megatron.longseq.sharding.runtime.collectives import Region
+from megatron.longseq.sharding.runtime.collectives import CollectiveRunner, Region
 from megatron.longseq.sharding.runtime.comm_streams import CommQueue, Completion, comm_queue_for
 
 Callback = Callable[[], object]
@@ -22,18 +21,6 @@ Callback = Callable[[], object]
 
 class CommError(RuntimeError):
     """A collective failed; the message names the collective, the bucket and the rank."""
-
-
-class Runner(Protocol):
-    """What runs collectives: `CollectiveRunner`."""
-
-    def check(self, collective: Collective, region: Region) -> None:
-        """Raise ValueError if a collective cannot run on a region."""
-        ...
-
-    def run(self, collective: Collective, region: Region) -> None:
-        """Run a collective in place."""
-        ...
 
 
 class _Submission:
@@ -48,7 +35,7 @@ class _Submission:
         self.region = self.after = None
 
     def is_done(self) -> bool:
-        return not self.missing and self.completion is not None and self.completion.is_done()
+        return not self.missing and self.completion is not None and self.completion.query()
 
 
 class Work:
@@ -85,7 +72,7 @@ class CommQueues:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: CollectiveRunner,
         device: torch.device,
         rank: int,
         *,
