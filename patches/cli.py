@@ -145,7 +145,8 @@ def _fields(part: Record | Callback) -> list[str]:
 def _bump(options: argparse.Namespace) -> int:
     distribution = wheel.open_distribution(options.wheel) if options.wheel else wheel.installed()
     known = lock.read()
-    found = bump.verdicts(ledger.RECORDS, known, Upstream(distribution.tree), Upstream())
+    there, here = Upstream(distribution.tree), Upstream()
+    found = [bump.verdict(record, known, there, here) for record in ledger.RECORDS]
     print(
         "\n".join(
             [f"{wheel.NAME} {known.version} -> {distribution.version} ({distribution.tree.label})", *bump.lines(found)]

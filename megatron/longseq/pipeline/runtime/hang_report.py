@@ -21,11 +21,6 @@ from typing import Self
 
 from megatron.longseq.pipeline.plan.schedule import Action
 
-_TODO = (
-    "Look at the end of the log of rank {peer}: it died, it hangs outside of the pipeline (data, checkpoint), or it "
-    "waits for somebody itself; follow the ranks to the one that waits for nobody."
-)
-
 
 class BrokenMessage(RuntimeError):
     """A receive or a send ended with an error of the backend."""
@@ -51,14 +46,15 @@ class Wait:
     peer: int
     what: str
 
-    def sentence(self, seconds: float) -> str:
-        """Return the report after a wait of `seconds`."""
+    def report(self, seconds: float, error: str = "") -> str:
+        """Return the report after a wait of `seconds`, perhaps with an error of the backend, and what to do."""
         where = f"action {self.index + 1} of {self.total} ({self.action})"
-        return f"rank {self.rank} has waited {seconds:.0f} s in {where} for {self.what} from rank {self.peer}"
-
-    def todo(self) -> str:
-        """Return what the user should do."""
-        return _TODO.format(peer=self.peer)
+        cause = f", and got an error instead: {error}" if error else ""
+        return (
+            f"rank {self.rank} has waited {seconds:.0f} s in {where} for {self.what} from rank {self.peer}{cause}. "
+            f"Look at the end of the log of rank {self.peer}: it died, it hangs outside of the pipeline (data, "
+            "checkpoint), or it waits for somebody itself; follow the ranks to the one that waits for nobody."
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,8 +154,7 @@ class HangReporter:
             yield
         except RuntimeError as error:
             cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            report = wait.sentence(self._clock() - began)
-            raise BrokenMessage(f"{report}, and got an error instead: {cause}. {wait.todo()}") from error
+            raise BrokenMessage(wait.report(self._clock() - began, cause)) from error
         finally:
             self._blocked = None
 
@@ -184,7 +179,7 @@ class HangReporter:
         again = 2 * self._reported[1] if self._reported is not None and self._reported[0] is item else self.seconds
         if waited >= again:
             self._reported = (item, waited)
-            self._say(f"{item.wait.sentence(waited)}. {item.wait.todo()}")
+            self._say(item.wait.report(waited))
 
     def _late(self, now: float) -> tuple[_Open, float] | None:
         """Return the wait that could be reported, if any, and when its time starts to count."""
