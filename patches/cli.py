@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron.longseq.command_line import markdown_table
 from patches import ledger
 from patches.errors import PatchError
 from patches.record import Callback, Record
@@ -89,6 +88,8 @@ def _list(options: argparse.Namespace) -> int:
 
 def markdown(records: Sequence[Record]) -> str:
     """The table of patches for docs/patches.md; the callbacks of a hook stand below it, without a number."""
+    from megatron.longseq.command_line import markdown_table  # here, as `verify` imports nothing of megatron
+
     rows = []
     for number, record in enumerate(records, start=1):
         rows.append(
