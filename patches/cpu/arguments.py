@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.longseq.refusals import Refusals, refused
 
-# attribute: (its value on a CPU, the flag that says the same). These values do not change a result.
+# attribute: (its value on a CPU, the equivalent flag). These values do not change a result.
 CPU_VALUES: dict[str, tuple[Any, str]] = {
     "distributed_backend": ("gloo", "--distributed-backend gloo"),
     "transformer_impl": ("local", "--transformer-impl local"),
@@ -19,17 +19,17 @@ CPU_VALUES: dict[str, tuple[Any, str]] = {
 
 # flag: (whether the arguments use it, why it needs a GPU)
 GPU_ONLY: Refusals = {
-    "--fp8-format": (lambda a: a.fp8 is not None, "FP8 matrix products come from TransformerEngine"),
-    "--fp4-format": (lambda a: a.fp4 is not None, "FP4 matrix products come from TransformerEngine"),
-    "--cuda-graph-impl": (lambda a: a.cuda_graph_impl != "none", "there is no CUDA graph to capture"),
-    "--optimizer-cuda-graph": (lambda a: a.optimizer_cuda_graph, "there is no CUDA graph to capture"),
-    "--tp-comm-overlap": (lambda a: a.tp_comm_overlap, "its user buffers come from TransformerEngine"),
-    "--use-nccl-ub": (lambda a: a.nccl_ub, "its buffers are NCCL's"),
-    "--use-sharp": (lambda a: a.use_sharp, "it offloads NCCL collectives to the switch"),
-    "--use-megatron-fsdp": (lambda a: a.use_megatron_fsdp, "it allocates and streams on CUDA throughout"),
-    "--use-torch-fsdp2": (lambda a: a.use_torch_fsdp2, "upstream binds it to a CUDA mesh"),
-    "--optimizer-cpu-offload": (lambda a: a.optimizer_cpu_offload, "there is no GPU to offload from"),
-    "--cpu-offloading-num-layers": (lambda a: a.cpu_offloading_num_layers > 0, "there is no GPU to offload from"),
+    "--fp8-format": (lambda a: a.fp8 is not None, "TransformerEngine computes FP8 matrix products, on a GPU only"),
+    "--fp4-format": (lambda a: a.fp4 is not None, "TransformerEngine computes FP4 matrix products, on a GPU only"),
+    "--cuda-graph-impl": (lambda a: a.cuda_graph_impl != "none", "a CPU has no CUDA graphs"),
+    "--optimizer-cuda-graph": (lambda a: a.optimizer_cuda_graph, "a CPU has no CUDA graphs"),
+    "--tp-comm-overlap": (lambda a: a.tp_comm_overlap, "its user buffers belong to TransformerEngine"),
+    "--use-nccl-ub": (lambda a: a.nccl_ub, "its buffers belong to NCCL"),
+    "--use-sharp": (lambda a: a.use_sharp, "it offloads NCCL collectives to the network switch"),
+    "--use-megatron-fsdp": (lambda a: a.use_megatron_fsdp, "it uses CUDA memory and streams throughout"),
+    "--use-torch-fsdp2": (lambda a: a.use_torch_fsdp2, "upstream creates a CUDA device mesh for it"),
+    "--optimizer-cpu-offload": (lambda a: a.optimizer_cpu_offload, "there is no GPU memory to offload"),
+    "--cpu-offloading-num-layers": (lambda a: a.cpu_offloading_num_layers > 0, "there is no GPU memory to offload"),
     "--fine-grained-activation-offloading": (
         lambda a: a.fine_grained_activation_offloading,
         "there is no GPU memory to offload",

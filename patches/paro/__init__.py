@@ -35,8 +35,8 @@ RECORDS = (
         target="megatron.training.checkpointing:_build_sharded_state_dict_metadata",
         impl="patches.paro.freeze:by_layer",
         reads=("megatron.core.transformer.transformer_block:TransformerBlock.sharded_state_dict",),
-        why="Upstream stacks all layers' tensors in a checkpoint, and refuses to write the optimizer states of those "
-        "layers alone that are trained.",
+        why="Upstream stacks the tensors of all layers in a checkpoint, so it cannot save optimizer states if only "
+        "some layers are trained.",
         when="patches.paro.freeze:freezes",
         test="tests/distributed/test_partial.py::test_is_saved_and_resumed",
         remove_when="upstream saves layers separately by default, as it announces",

@@ -60,7 +60,7 @@ def make(records: Iterable[Record], distribution: Distribution) -> Lock:
     """Return the lock of these records for this wheel.
 
     Raises:
-        PatchError: the tree has no RECORD (a checkout cannot be locked).
+        PatchError: the tree has no RECORD (it is a checkout).
         UnknownTarget: a place is gone.
     """
     if distribution.record_sha256 is None:

@@ -292,6 +292,6 @@ def refuse_inputs(where: str, given: dict[str, Any]) -> None:
     unserved = [name for name, value in given.items() if value is not None]
     if unserved:
         raise ValueError(
-            f"{where}: {', '.join(unserved)} handed to one layer cannot be cut into segments or over ranks; documents "
-            "are read from the mask that the model is given, with --reset-attention-mask."
+            f"{where}: {', '.join(unserved)} passed to one layer cannot be cut into segments or distributed over "
+            "ranks; pass the attention mask to the model, with --reset-attention-mask."
         )

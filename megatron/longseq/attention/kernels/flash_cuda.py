@@ -31,8 +31,8 @@ def _window(scores: Scores, q: Tensor, k: Tensor) -> _Window:
     """
     if scores.window is not None and not scores.causal and q.shape[0] > k.shape[0] + 1:
         raise ValueError(
-            f"a sliding window over {k.shape[0]} keys for {q.shape[0]} rows: flash kernels hide keys from the "
-            "first rows of such a block; plan it as two blocks, as `plan_tiles` does"
+            f"sliding window with {k.shape[0]} keys and {q.shape[0]} queries: the flash kernels would mask keys of "
+            "the first queries; split the block in two, as `plan_tiles` does"
         )
     left = -1 if scores.window is None else scores.window
     return {"window_size_left": left, "window_size_right": 0 if scores.causal else -1}

@@ -33,8 +33,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_sizes(table, needed=False)
     table.set_defaults(run=lambda args: tables.volumes(*_sizes(args)))
-    draw = commands.add_parser("draw", help="chunks before and after the all-to-all, and the blocks of every ring step")
-    draw.add_argument("--output", type=Path, required=True, metavar="FILE", help="picture (.svg, .png)")
+    draw = commands.add_parser("draw", help="draw the chunks around the all-to-all, and the blocks of every ring step")
+    draw.add_argument("--output", type=Path, required=True, metavar="FILE", help="picture to write (.svg, .png)")
     draw.add_argument(
         "--hierarchical-context-parallel-sizes", type=int, nargs=2, default=(2, 4), metavar=("U", "R"), help="2 4"
     )

@@ -74,10 +74,10 @@ class PipelinePlan:
             if is_deadlock_free_on_one_queue(schedule, receives):
                 return receives
         raise ValueError(
-            "CUDA_DEVICE_MAX_CONNECTIONS=1 has a GPU start all work in the order in which it is given, and in that "
-            f"order the ranks of {schedule.name} ({schedule.pipeline}) would wait for each other's messages in a "
-            "circle: give fewer segments or virtual stages, or less --seq1f1b-slack, or leave the variable unset where "
-            "upstream lets you (without tensor and context parallelism, or from Blackwell on)."
+            "with CUDA_DEVICE_MAX_CONNECTIONS=1, a GPU starts work in the order of submission, and in that order the "
+            f"ranks of {schedule.name} ({schedule.pipeline}) would deadlock on each other's messages. Give fewer "
+            "segments or virtual stages, or less --seq1f1b-slack; or unset the variable where upstream allows it "
+            "(without tensor and context parallelism, or on Blackwell and later GPUs)."
         )
 
 

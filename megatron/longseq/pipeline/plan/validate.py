@@ -43,7 +43,7 @@ class Proof:
         pipeline = self.schedule.pipeline
         lengths = (1,) * pipeline.segments if lengths is None else lengths
         if len(lengths) != pipeline.segments or min(lengths) < 0 or not sum(lengths):
-            raise ValueError(f"{pipeline.segments} segments need as many lengths from 0, not {list(lengths)}")
+            raise ValueError(f"{pipeline.segments} segments need as many lengths of at least 0, not {list(lengths)}")
         freed = _freed(self.schedule)
         whole = sum(lengths) * pipeline.virtual
         return tuple(

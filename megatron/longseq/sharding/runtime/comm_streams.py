@@ -105,7 +105,7 @@ class CommThread:
             RuntimeError: the queue is closed.
         """
         if not self._end.alive:
-            raise RuntimeError(f"{self._thread.name} is closed and runs no more tasks")
+            raise RuntimeError(f"{self._thread.name} is closed and cannot run more tasks")
         end = TaskEnd()
         self._queue.put((task, after, end))
         return end
