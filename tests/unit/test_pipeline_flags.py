@@ -53,7 +53,7 @@ ASKED: list[tuple[str, dict[str, Any], str]] = [
     ("--is-hybrid-model", {"is_hybrid_model": True}, "state"),
     ("--is-hybrid-model", {"hybrid_layer_pattern": "M*-"}, "state"),
     ("--is-hybrid-model", {"linear_attention_freq": 2}, "state"),
-    ("--experimental-attention-variant", {"experimental_attention_variant": "dsa"}, "the the keys of earlier segments"),
+    ("--experimental-attention-variant", {"experimental_attention_variant": "dsa"}, "the keys of earlier segments"),
     ("--softmax-type", {"softmax_type": "learnable"}, "plain softmax"),
     ("--position-embedding-type mrope", {"position_embedding_type": "mrope"}, "positions"),
     ("--qk-clip", {"qk_clip": True}, "logits"),
@@ -336,7 +336,7 @@ def test_prediction_of_further_tokens_in_a_stage_of_its_own_is_refused() -> None
 def test_a_mask_handed_to_a_layer_past_the_flags_is_refused(kind: str) -> None:
     from megatron.core.transformer.enums import AttnMaskType
 
-    with pytest.raises(ValueError, match=f"--seq1f1b-splits, layer 3: attention mask type {kind} is not served"):
+    with pytest.raises(ValueError, match=f"--seq1f1b-splits, layer 3: attention mask type {kind} is not supported"):
         refuse_mask_type(AttnMaskType[kind], "--seq1f1b-splits, layer 3")
     nothing = dict.fromkeys(("attention_mask", "attention_bias", "packed_seq_params"))
     for name in nothing:
