@@ -1,4 +1,4 @@
-"""One layer's attention on emulated context-parallel ranks, forward and backward apart, and the dense result of it."""
+"""Run one layer's attention on emulated context-parallel ranks, and compute the dense result to compare with."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,4 +1,4 @@
-"""Fake collectives for lanes: ranks are threads that meet, and fail where one brings something else than another."""
+"""Fake collectives: ranks are threads that wait for each other, and fail if their collectives differ."""
 
 import random
 import threading

@@ -1,4 +1,4 @@
-"""Planted modules for the tests of `patches`: written to a temporary folder, importable, gone again afterwards."""
+"""Write importable modules to a temporary folder for the tests of `patches`, and remove them afterwards."""
 
 import importlib
 import sys

@@ -1,4 +1,4 @@
-"""Plans of blocks: each visible score once, no other; and documents from masks."""
+"""Plans of blocks compute each visible score once and no other; documents are read from masks."""
 
 import re
 

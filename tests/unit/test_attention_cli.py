@@ -1,4 +1,4 @@
-"""The command line: the picture shows the layout and each score once; the table is the formulas; refusals are clean."""
+"""The picture shows the layout and each score once, the table contains the formulas, and bad input is refused."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Attention over context-parallel ranks, a thread each: equal to dense attention, repeatable, without excess memory."""
+"""Attention over context-parallel ranks (threads) equals dense attention, is reproducible and needs little memory."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""What attention keeps between a forward and its repetition: it runs once, and nothing stays."""
+"""With recomputation attention runs once, and its kept results are freed."""
 
 import gc
 from collections.abc import Callable, Iterator

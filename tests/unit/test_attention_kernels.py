@@ -1,4 +1,4 @@
-"""Block kernels against attention by autograd in float64, one interface for all of them."""
+"""Block kernels, behind one interface, equal attention by autograd in float64."""
 
 import itertools
 import sys

@@ -1,4 +1,4 @@
-"""Who holds which tokens: upstream's chunks before the all-to-all, the ring's zigzag after it; and who shares heads."""
+"""Ranks hold upstream's chunks before the all-to-all and the ring's zigzag after it."""
 
 import re
 from itertools import pairwise, product

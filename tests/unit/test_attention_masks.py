@@ -1,4 +1,4 @@
-"""Documents read from rows of masks that are spread over ranks: once a micro-batch, and wrong masks refused."""
+"""Documents are read from distributed rows of masks once per micro-batch, and invalid masks are refused."""
 
 import re
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""Attention by segments against unsplit attention: results, order, memory, recomputation, dropout."""
+"""Attention by segments equals unsplit attention in results, order, memory, recomputation and dropout."""
 
 import math
 from collections.abc import Callable

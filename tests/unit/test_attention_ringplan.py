@@ -1,4 +1,4 @@
-"""The ring's plan by brute force: each visible score once and no other; every message used; bytes exact."""
+"""Check the ring's plan by brute force: each visible score once and no other, every message used, bytes exact."""
 
 import re
 from collections import Counter

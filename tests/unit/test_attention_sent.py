@@ -1,4 +1,4 @@
-"""What leaves the emulated ranks, byte by byte and message by message, is what the formulas say."""
+"""The bytes and messages that emulated ranks send equal the formulas."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The attention benchmark: who holds what, the ratios of canned measurements, its instruments, and one short run."""
+"""Check the attention benchmark: its layouts, ratios of given measurements, its counters, and one short run."""
 
 import ast
 import importlib.metadata

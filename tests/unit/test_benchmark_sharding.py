@@ -1,4 +1,4 @@
-"""What the sharding benchmark says and decides, without a network: command lines, counters, ratios, the JSON line."""
+"""Check the sharding benchmark without a network: command lines, counters, ratios and the JSON line."""
 
 import json
 import os

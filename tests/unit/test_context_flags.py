@@ -1,4 +1,4 @@
-"""The flags of context parallelism: what they spread, what is chosen, and what is refused by name with the reason."""
+"""The flags of context parallelism: the layouts that they select, and the combinations that are refused."""
 
 import os
 import sys
@@ -168,8 +168,8 @@ def test_the_kind_of_a_layer() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"cp_comm_type": ["ring"]}, r"--cp-comm-type ring: give p2p, a2a, a2a\+p2p, all_gather, one for all layers"),
-        ({"cp_comm_type": ["p2p", "a2a"]}, "--cp-comm-type p2p a2a: 2 for --num-layers 4; give one for all"),
+        ({"cp_comm_type": ["ring"]}, r"--cp-comm-type ring: give p2p, a2a, a2a\+p2p, all_gather, for all layers"),
+        ({"cp_comm_type": ["p2p", "a2a"]}, "--cp-comm-type p2p a2a: 2 types for --num-layers 4; give one for all"),
         ({"cp_comm_type": ["a2a+p2p"]}, "--hierarchical-context-parallel-sizes nothing: give two sizes"),
         (HYBRID | {"hierarchical_context_parallel_sizes": [2, 2]}, "sizes 2 2: give two sizes.* product is .*-size 8"),
         (HYBRID | {"hierarchical_context_parallel_sizes": [2, 2, 2]}, "sizes 2 2 2: give two sizes"),
@@ -311,7 +311,7 @@ def test_upstreams_validation_refuses_what_context_cannot_serve(ranks: RankPool)
         f"{CP4} --softmax-type learnable": "--softmax-type with --context-parallel-size: the attention kernels",
         f"{CP4} --window-size 8,8": "--window-size with --context-parallel-size: a window that includes later tokens",
         f"{CP4} --cp-comm-type ring": "--cp-comm-type ring: give p2p",
-        f"{CP4} --cp-comm-type p2p a2a": "2 for --num-layers 4",
+        f"{CP4} --cp-comm-type p2p a2a": "2 types for --num-layers 4",
         f"{CP4} --cp-comm-type a2a --num-attention-heads 6 --num-query-groups 3 --kv-channels 16": "Possible degrees:",
         f"{CP4} --ring-window 3": "windows of 3 do not divide a ring of 4 ranks",
         "--ring-window 2": "--ring-window 2: --context-parallel-size is 1",

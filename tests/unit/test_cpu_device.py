@@ -1,4 +1,4 @@
-"""The cpu system: upstream's CUDA names answered by the CPU, exactly undone, never where CUDA is available."""
+"""The cpu system replaces torch.cuda by CPU functions, restores it exactly, and does nothing if CUDA is available."""
 
 from types import SimpleNamespace
 

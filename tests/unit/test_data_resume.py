@@ -1,4 +1,4 @@
-"""ProcessKilled at any moment, a run leaves no half output, goes on, and ends bit for bit as if undisturbed."""
+"""ProcessA run that is killed at any time leaves no partial output, resumes, and gives bitwise the same result."""
 
 import fcntl
 import json

@@ -1,4 +1,4 @@
-"""Data that give a part of a run no sample: what `prepare` prints works, everything else is refused, nothing loops."""
+"""Data without samples for a part of a run are refused instead of looping; the flags that `prepare` prints work."""
 
 import random
 import shlex

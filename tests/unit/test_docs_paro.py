@@ -1,4 +1,4 @@
-"""The page about PaRO keeps its word: its tables are the code's."""
+"""The tables of the page about PaRO equal those of the code."""
 
 import re
 from argparse import ArgumentParser

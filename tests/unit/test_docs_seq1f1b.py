@@ -1,4 +1,4 @@
-"""The page about Seq1F1B keeps its word: its tables are the code's."""
+"""The tables of the page about Seq1F1B equal those of the code."""
 
 import re
 from argparse import ArgumentParser

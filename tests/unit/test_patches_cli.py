@@ -1,4 +1,4 @@
-"""`python -m patches` in processes of its own, on the installed wheel and on doctored copies of it."""
+"""Run `python -m patches` in separate processes, on the installed wheel and on modified copies of it."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The ledger itself: every record is whole, every reference resolves, the lock holds exactly its symbols."""
+"""Every record of the ledger is complete, every reference resolves, and the lock has exactly its symbols."""
 
 import ast
 from argparse import Namespace

@@ -1,4 +1,4 @@
-"""A schedule is proven for every number of micro-batches that a run has, and for no other."""
+"""Schedules are validated for exactly the numbers of micro-batches that a run has."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The command line: pictures and tables from flags, refusals without a half-made file, the paper's table."""
+"""The command line makes pictures and tables from flags, and refuses bad input without a partial file."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Timelines as pictures, traces and measured files: nothing lost, nothing half made, what is wrong is named."""
+"""Pictures, traces and measured files contain the whole timeline, and errors name the file."""
 
 import json
 import re

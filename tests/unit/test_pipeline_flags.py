@@ -1,4 +1,4 @@
-"""The flags of the pipeline schedules: what they refuse, what they leave alone, and what they make of the model."""
+"""The flags of the pipeline schedules: the combinations that are refused, and the plans that they give."""
 
 import argparse
 import functools
@@ -99,7 +99,7 @@ IN_SCHEDULES: list[tuple[str, dict[str, Any], str]] = [
         "one sample at a time",
     ),
     ("--variable-seq-lengths", {"variable_seq_lengths": True}, "the plan fixes the shapes"),
-    ("--moe-paged-stash", {"moe_paged_stash": True}, "pages"),
+    ("--moe-paged-stash", {"moe_paged_stash": True}, "order"),
     ("--hybrid-context-parallel", {"hybrid_context_parallel": True}, "its own schedule"),
     ("--cuda-graph-impl", {"cuda_graph_impl": "local"}, "graphs"),
     ("--fine-grained-activation-offloading", {"fine_grained_activation_offloading": True}, "reload the activations"),
@@ -537,7 +537,7 @@ def test_upstreams_validation_refuses_what_segments_cannot_serve(ranks: RankPool
         "--seq1f1b-splits 4 --seq1f1b-partition even": None,
         "--seq1f1b-splits 3 --seq1f1b-partition 32,20,12": None,
         "--seq1f1b-splits 2 --softmax-type learnable": "--softmax-type with --seq1f1b-splits: the attention kernels",
-        "--seq1f1b-splits 2 --window-size 8,8": "--window-size with --seq1f1b-splits: a window that reaches to the",
+        "--seq1f1b-splits 2 --window-size 8,8": "--window-size with --seq1f1b-splits: a window that includes",
         "--seq1f1b-splits 3 --seq1f1b-partition 32,32": "2 lengths for --seq1f1b-splits 3; give one per segment",
         "--seq1f1b-splits 2 --seq1f1b-partition 32,33": "the lengths sum to 65, but --seq-length is 64",
         "--seq1f1b-splits 2 --seq1f1b-partition 32;32": "'32;32': give even, balanced or lengths",

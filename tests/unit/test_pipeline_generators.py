@@ -1,4 +1,4 @@
-"""The generators against upstream's own orders, the closed forms of bubble and memory, and their refusals."""
+"""Generated schedules equal upstream's orders and the closed forms of bubble and memory; invalid sizes are refused."""
 
 import math
 from types import SimpleNamespace

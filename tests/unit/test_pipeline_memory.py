@@ -1,4 +1,4 @@
-"""Bytes kept for backward: the formula, by hand and against what real training steps keep, counted."""
+"""The formula of bytes kept for backward equals calculations by hand and the bytes counted in real steps."""
 
 from collections.abc import Callable
 

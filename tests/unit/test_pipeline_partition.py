@@ -1,4 +1,4 @@
-"""Where a sequence is cut: the authors' lists, the closed form against bisection, alignment, refusals."""
+"""Partitions equal the authors' lists and bisection, are aligned, and invalid ones are refused."""
 
 import dataclasses
 from itertools import product

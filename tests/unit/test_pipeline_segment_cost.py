@@ -1,4 +1,4 @@
-"""What segments cost: cells against masks counted one by one, FLOPs against sums by hand, fits against known lines."""
+"""The costs of segments equal counted masks, sums of FLOPs by hand, and fits of known coefficients."""
 
 import random
 

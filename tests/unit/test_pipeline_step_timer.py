@@ -1,4 +1,4 @@
-"""The timer's spans: what ran, in order, on a clock that ranks share."""
+"""The step timer records all actions in order, on a clock that ranks share."""
 
 import contextlib
 import time

@@ -1,4 +1,4 @@
-"""The proof refuses every broken schedule, naming rank and action, and counts what lives as plain counting does."""
+"""The validation refuses every wrong schedule with its rank and action, and its memory equals a plain count."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The pages keep their word: the table of patches is the ledger's, links and files exist."""
+"""The table of patches equals the ledger, and links and files of the pages exist."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""The comparator, green on equal runs and red on everything that a run could hide behind."""
+"""The comparison accepts equal runs and detects every planted difference."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The flags of PaRO: what they set among upstream's, what a group is by default, and what is refused and why."""
+"""The flags of PaRO: the upstream flags that they set, the default group, and the combinations that are refused."""
 
 import math
 import os
@@ -212,8 +212,8 @@ def test_what_is_served_is_let_through(values: dict[str, Any]) -> None:
         ({"paro": "nig"}, "'nig': give three letters"),
         ({"paro": "NGI"}, "NGI: gradients are sharded globally.*give --paro NGG"),
         ({"paro": "GNN"}, "GNN: parameters are sharded globally.*give --paro GNG"),
-        ({"paro": "INI"}, "--paro INI does not run: --paro III holds less"),
-        ({"paro": "GNG"}, "--paro GNG does not run: --paro GGG holds less"),
+        ({"paro": "INI"}, "--paro INI does not run: --paro III uses less memory"),
+        ({"paro": "GNG"}, "--paro GNG does not run: --paro GGG uses less memory"),
         ({"paro": "GIG"}, "--paro GIG does not run: --paro IIG gathers parameters inside a group only"),
         ({"paro": "NIG", "paro_group_size": 0}, "--paro-group-size 0: give at least 1"),
         ({"paro": "NIG", "paro_links": [math.nan, 1.0]}, "nan, 1.0]: give positive, finite bandwidths"),
@@ -348,7 +348,12 @@ def test_without_groups_no_node_is_asked_for() -> None:
             r"have \[1, 2\] ranks on nodes of 3 ranks, so a node cannot be a group",
         ),
         (6, 2, {"tensor_model_parallel_size": 4}, "6 ranks are not a multiple of 4 tensor-parallel x 1 pipeline"),
-        (6, 6, {"paro_group_size": 4}, r"6 data-parallel ranks in groups of 4.*one of \[1, 2, 3, 6\]"),
+        (
+            6,
+            6,
+            {"paro_group_size": 4},
+            r"6 data-parallel ranks cannot be divided into groups of 4.*one of \[1, 2, 3, 6\]",
+        ),
     ],
     ids=str,
 )
@@ -444,13 +449,13 @@ def test_upstreams_validation_refuses_what_sharding_cannot_serve(ranks: RankPool
         "--paro NIG --overlap-grad-reduce --overlap-param-gather": None,
         "--paro IIN": "IIN: gradients are sharded inside a group",
         "--paro GIG": "--paro GIG does not run",
-        "--paro NIG --paro-group-size 3": "4 data-parallel ranks in groups of 3",
-        f"--paro NIG --paro-group-size 4 {TP2}": "2 data-parallel ranks in groups of 4",
+        "--paro NIG --paro-group-size 3": "4 data-parallel ranks cannot be divided into groups of 3",
+        f"--paro NIG --paro-group-size 4 {TP2}": "2 data-parallel ranks cannot be divided into groups of 4",
         "--paro NNI --num-distributed-optimizer-instances 4": "--num-distributed-optimizer-instances with --paro NNI",
         "--paro GGG --use-megatron-fsdp": "--use-megatron-fsdp with --paro GGG: it has its own sharding",
         "--paro GGG --use-torch-fsdp2": "--use-torch-fsdp2 with --paro GGG: it has its own sharding",
-        "--paro NNG --optimizer muon": "--optimizer with --paro NNG: upstream's distributed optimizer",
-        "--paro NNG --optimizer sgd": "--optimizer with --paro NNG: upstream's distributed optimizer",
+        "--paro NNG --optimizer muon": "--optimizer with --paro NNG: PaRO uses upstream's",
+        "--paro NNG --optimizer sgd": "--optimizer with --paro NNG: PaRO uses upstream's",
         "--paro NNG --freeze-all-layers": "--freeze-all-layers with --paro NNG",
         "--paro NNG --enable-cuda-graph": "--cuda-graph-impl with --paro NNG",
         "--paro NNG --grad-reduce-in-bf16": "--grad-reduce-in-bf16 with --paro NNG: it has no effect",

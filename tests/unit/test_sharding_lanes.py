@@ -1,4 +1,4 @@
-"""Lanes: one order on all ranks however late each is, phases that truly overlap, errors that name what failed."""
+"""Collectives run in one order on all ranks, overlap, and report errors with the collective that failed."""
 
 import gc
 import random

@@ -1,4 +1,4 @@
-"""In which order phases go on links: as the plan has it where all buckets are there, and never much slower."""
+"""The order of collectives on links equals the plan if all buckets are ready, and is never much slower."""
 
 from itertools import zip_longest
 

@@ -1,4 +1,4 @@
-"""The picture: every rank's parts make the whole, links never do two things at once, and it is the documentation's."""
+"""The picture shows complete shards and links that do one thing at a time, and equals the documentation's."""
 
 import itertools
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The overlapping ring: proven by symbolic execution, wrong ones refused, timed against closed forms."""
+"""The overlapping ring is proven by symbolic execution, wrong plans are refused, and times equal closed forms."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Lanes on streams, whatever order a GPU takes that events allow; tests/gpu has the same on a real one."""
+"""Collectives on streams are correct in any order that events allow; tests/gpu repeats this on a GPU."""
 
 import random
 import weakref

@@ -1,4 +1,4 @@
-"""Jobs for ranks of the pool: gradients of a small model of upstream's, by its own backward and by the split one."""
+"""Compute gradients of a small upstream model on ranks of the pool, by its own backward and by the split one."""
 
 import contextlib
 import hashlib
