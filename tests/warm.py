@@ -13,7 +13,7 @@ warnings.filterwarnings("ignore")
 import megatron.core.datasets.blended_megatron_dataset_builder  # noqa: E402
 import megatron.core.datasets.helpers  # noqa: E402
 import megatron.core.models.mimo  # noqa: E402
-import megatron.core.tokenizers.text  # noqa: E402
+import megatron.core.tokenizers.text  # noqa: E402, F401
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402
 from megatron.training import argument_utils, arguments, training  # noqa: E402, F401
