@@ -6,6 +6,7 @@ Each step writes a file and is skipped if the file exists, so a second call ends
 """
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -33,6 +34,7 @@ TRAINING = """
 """
 STEP = re.compile(r"iteration +(\d+)/ *(\d+) .*?lm loss: ([\d.E+-]+)")
 SPEED = re.compile(r"tokens/s: ([\d.]+)")
+say = functools.partial(print, flush=True)
 HELD_OUT = re.compile(r"validation loss at iteration (\d+)( on validation set)? \|.*?lm loss value: ([\d.E+-]+)")
 STAGES = re.compile(
     r"\]: *((?:> initializing torch distributed|> building train|loading checkpoint|saving checkpoint).*)"
@@ -94,11 +96,6 @@ class QuickstartRun:
         ]
         files = ["--arguments-file", self.folder / "arguments.json"]
         return [*(MODEL + TRAINING + own).split(), *data, *map(str, [*folders, *files])]
-
-
-def say(text: str) -> None:
-    """Print a line and flush."""
-    print(text, flush=True)
 
 
 def prepare_text(plan: QuickstartRun) -> list[str]:

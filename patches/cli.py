@@ -88,6 +88,8 @@ def _list(options: argparse.Namespace) -> int:
 
 def markdown(records: Sequence[Record]) -> str:
     """The table of patches for docs/patches.md; the callbacks of a hook stand below it, without a number."""
+    from megatron.longseq.command_line import markdown_table  # here, as `verify` imports nothing of megatron
+
     rows = []
     for number, record in enumerate(records, start=1):
         rows.append(
@@ -95,8 +97,7 @@ def markdown(records: Sequence[Record]) -> str:
         )
         rows += [["", f"`{c.id}`", "", "callback", c.why, c.remove_when] for c in record.callbacks]
     head = ["", "patch", "upstream symbol", "action", "why", "can go when"]
-    cells = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    return markdown_table(head, [[cell.replace("|", "\\|") for cell in row] for row in rows])
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -145,7 +146,8 @@ def _fields(part: Record | Callback) -> list[str]:
 def _bump(options: argparse.Namespace) -> int:
     distribution = wheel.open_distribution(options.wheel) if options.wheel else wheel.installed()
     known = lock.read()
-    found = bump.verdicts(ledger.RECORDS, known, Upstream(distribution.tree), Upstream())
+    there, here = Upstream(distribution.tree), Upstream()
+    found = [bump.verdict(record, known, there, here) for record in ledger.RECORDS]
     print(
         "\n".join(
             [f"{wheel.NAME} {known.version} -> {distribution.version} ({distribution.tree.label})", *bump.lines(found)]

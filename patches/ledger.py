@@ -1,7 +1,7 @@
 """All records, in the order they are applied: systems from the inside out, within a system as it lists them."""
 
 import importlib.util
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,11 +107,6 @@ def by_id(identifier: str) -> Record:
     )
 
 
-def of_systems(*systems: str) -> tuple[Record, ...]:
-    """What these systems apply, in ledger order: their records, and hooks with their callbacks alone."""
-    return _with_parts(lambda part: part.system in systems, RECORDS)
-
-
 def merged(records: Iterable[Record]) -> list[Record]:
     """Join hooks of one id, each of which may have some of its callbacks, in the ledger's order of callbacks."""
     found: dict[str, Record] = {}
@@ -120,17 +115,6 @@ def merged(records: Iterable[Record]) -> list[Record]:
         both = by_id(record.id).only((*earlier.parts, *record.parts)) if earlier.parts != record.parts else None
         found[record.id] = both or record
     return list(found.values())
-
-
-def without(records: Iterable[Record], identifier: str) -> tuple[Record, ...]:
-    """The records without the one of that id, or without the callback of that id."""
-    kept = (record for record in records if record.id != identifier)
-    return _with_parts(lambda part: part.id != identifier, kept)
-
-
-def _with_parts(keep: Callable[[Record | Callback], bool], records: Iterable[Record]) -> tuple[Record, ...]:
-    found = (record.only(tuple(part for part in record.parts if keep(part))) for record in records)
-    return tuple(record for record in found if record is not None)
 
 
 _SYSTEMS = (cpu, local, entry, data, checkpoint, log, recompute, seq1f1b, usp, paro)

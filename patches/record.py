@@ -65,15 +65,12 @@ class Record:
             target once, in the `callbacks` of all systems; `context` enters the context manager that `impl()` returns,
             for a scope of many small changes (its target is a module name).
         target: `module:Qual.name` of the upstream symbol (`context`: a module name).
-        why: one sentence: what upstream does not do, or does wrongly, without this.
-        impl: `module:name` of ours, imported only when applied. A hook has none.
+        why, test, remove_when, reads: see `Callback`.
+        impl: `module:name` of ours, imported only when applied.
         when: `module:name` of a predicate; called as `predicate(args)`, with None for records of stage `start`. A hook
-            has none: it is applied when one of its callbacks is.
-        test: pytest id of the test that is red without this record. A hook has none.
-        remove_when: what has to happen upstream for this record to go. A hook has none.
+            has no impl, when, test and remove_when: it is applied when one of its callbacks is.
         aliases: further `module:Qual.name` places that hold the same object under import (`from x import f`); they
             are bound together with the target. An alias that is not named here is an error of the alias scan.
-        reads: upstream places that are not changed but whose source the patch relies on; fingerprints guard them too.
         stage: `start` is applied before upstream is imported, `flags` once the command line is parsed.
         link: the upstream fix, when this is a backport.
         callbacks: of a hook, the innermost first: the last one runs first, and sees the result last. The ledger fills

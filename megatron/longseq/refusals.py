@@ -1,7 +1,7 @@
-"""Flags that do not go together: one table per reason, one error that lists every match, one table for the docs."""
+"""Flags that do not go together: one table per reason, and one error that lists every match."""
 
 import os
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,28 +74,3 @@ def refuse_unwritable(flag: str, folder: Path, advice: str) -> None:
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"{flag}: {existing} is not a folder that this process can write to; {advice}.")
-
-
-def flags_table(add_arguments: Callable[[ArgumentParser], Any]) -> str:
-    """Return a Markdown table of the flags that a function adds to a parser, with their defaults and help texts."""
-    parser = ArgumentParser(add_help=False)
-    add_arguments(parser)
-    lines = ["| flag | default | |", "|---|---|---|"]
-    for action in parser._actions:
-        takes = action.metavar or "|".join(action.choices or ())
-        takes = takes if isinstance(takes, str) else " ".join(takes)
-        flag = f"{action.option_strings[0]} {takes}".rstrip().replace("|", r"\|")  # a bar would end the cell
-        default = "off" if action.default is None or action.default is False else str(action.default)
-        lines.append(f"| `{flag}` | {default} | {action.help} |")
-    return "\n".join(lines)
-
-
-def refusals_table(tables: Mapping[str, Refusals]) -> str:
-    """Return a Markdown table of every refused flag, which flag of ours refuses it, and why.
-
-    Args:
-        tables: by the flag of ours, as it stands in the documentation.
-    """
-    lines = ["| refused | with | why |", "|---|---|---|"]
-    lines += [f"| `{flag}` | {ours} | {why} |" for ours, table in tables.items() for flag, (_, why) in table.items()]
-    return "\n".join(lines)

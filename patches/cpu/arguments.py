@@ -1,10 +1,11 @@
 """Upstream's flags without CUDA: set those that do not change the result, refuse the others by name."""
 
-import functools
 import os
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
+
+from megatron.longseq.refusals import Refusals, refused
 
 # attribute: (its value on a CPU, the flag that says the same). These values do not change a result.
 CPU_VALUES: dict[str, tuple[Any, str]] = {
@@ -17,7 +18,7 @@ CPU_VALUES: dict[str, tuple[Any, str]] = {
 }
 
 # flag: (whether the arguments use it, why it needs a GPU)
-GPU_ONLY: dict[str, tuple[Callable[[Namespace], bool], str]] = {
+GPU_ONLY: Refusals = {
     "--fp8-format": (lambda a: a.fp8 is not None, "FP8 matrix products come from TransformerEngine"),
     "--fp4-format": (lambda a: a.fp4 is not None, "FP4 matrix products come from TransformerEngine"),
     "--cuda-graph-impl": (lambda a: a.cuda_graph_impl != "none", "there is no CUDA graph to capture"),
@@ -52,7 +53,7 @@ GPU_ONLY: dict[str, tuple[Callable[[Namespace], bool], str]] = {
 
 def gpu_only_flags(args: Namespace) -> list[str]:
     """Return one line with the reason for each flag in `args` that needs a GPU."""
-    return [f"  {flag}: {why}" for flag, (asked, why) in GPU_ONLY.items() if asked(args)]
+    return refused(args, GPU_ONLY)
 
 
 def set_cpu_values(args: Namespace) -> list[str]:
@@ -72,7 +73,6 @@ def for_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
         ValueError: lists every flag that cannot be served without CUDA.
     """
 
-    @functools.wraps(original)
     def validate_args(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
         refused = gpu_only_flags(args)
         if refused:

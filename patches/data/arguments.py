@@ -1,6 +1,5 @@
 """Refuse data that cannot give a run its samples, when flags are validated and where upstream would loop forever."""
 
-import functools
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -32,16 +31,16 @@ def with_usable_data(original: Callable[..., Any]) -> Callable[..., Any]:
         ValueError: see `megatron.longseq.data.validate`.
     """
 
-    @functools.wraps(original)
     def validate_args(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
         result = original(args, defaults or {})
-        from megatron.longseq.data.validate import DataRequest, check_datasets
+        from megatron.longseq.data.validate import check_datasets
 
-        blend, per_part = _blends(args)
         check_datasets(
-            DataRequest(
-                blend, per_part, args.split, args.seq_length, args.full_validation, args.multiple_validation_sets
-            )
+            *_blends(args),
+            split=args.split,
+            sequence=args.seq_length,
+            full_validation=args.full_validation,
+            separate_validation=args.multiple_validation_sets,
         )
         return result
 
@@ -81,7 +80,6 @@ def without_endless_loop(original: Callable[..., int]) -> Callable[..., int]:
         ValueError: an epoch has no tokens; names the data and the split.
     """
 
-    @functools.wraps(original)
     def _get_num_epochs(self: Any, num_tokens_per_epoch: int) -> int:
         if num_tokens_per_epoch <= 0 and self.num_samples is not None:
             raise ValueError(

@@ -1,6 +1,5 @@
 """What the ledger does at upstream's argument parsing and initialisation."""
 
-import functools
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping
@@ -27,7 +26,6 @@ class _Parsing:
 def choose_patches(parse_args: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap upstream's `parse_args`: add our flags to the script's own, then apply the patches that the flags need."""
 
-    @functools.wraps(parse_args)
     def parse(extra_args_provider: Provider | None = None, ignore_unknown_args: bool = False) -> Any:
         kept: _Parsing = session.SESSION.state.setdefault("entry.parse-args", _Parsing())
         kept.script = extra_args_provider or kept.script  # the second time, upstream has lost the script's flags
@@ -93,7 +91,6 @@ def escape_help(parser: ArgumentParser) -> None:
 def agree_on_patches(initialize_megatron: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap upstream's `initialize_megatron`: once the ranks are connected, they compare their patches."""
 
-    @functools.wraps(initialize_megatron)
     def initialize(*args: Any, **kwargs: Any) -> Any:
         finish = initialize_megatron(*args, **kwargs)
         if callable(finish):  # with --lazy-mpu-init the caller connects the ranks later, by this function

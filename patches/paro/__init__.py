@@ -3,7 +3,7 @@
 from patches.hooks import INITIALIZE, PARAMS_NORM, READ_CHECKPOINT, VALIDATE_ARGS
 from patches.record import Callback, Record
 
-_ASKED_FOR = "patches.paro.conditions:shards"
+_ASKED_FOR = "megatron.longseq.sharding.arguments:wants_sharding"
 
 RECORDS = (
     Record(
@@ -37,7 +37,7 @@ RECORDS = (
         reads=("megatron.core.transformer.transformer_block:TransformerBlock.sharded_state_dict",),
         why="Upstream stacks all layers' tensors in a checkpoint, and refuses to write the optimizer states of those "
         "layers alone that are trained.",
-        when="patches.paro.conditions:freezes",
+        when="patches.paro.freeze:freezes",
         test="tests/distributed/test_partial.py::test_is_saved_and_resumed",
         remove_when="upstream writes layers apart by default, as it announces",
     ),

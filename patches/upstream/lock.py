@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from patches.errors import Drift, PatchError, UnknownTarget
+from patches.errors import Drift, PatchError
 from patches.record import Record
 from patches.upstream.source import Symbol, Upstream
 from patches.upstream.wheel import NAME, Distribution
@@ -46,15 +46,14 @@ class Lock:
             )
 
 
-def fingerprints(records: Iterable[Record], upstream: Upstream) -> tuple[dict[str, str], list[UnknownTarget]]:
-    """Fingerprint every upstream place of the records. Return an error for each place that is gone."""
-    symbols, gone = {}, []
-    for place in sorted({place for record in records for place in record.upstream_places}):
-        try:
-            symbols[place] = upstream.symbol(place).fingerprint
-        except UnknownTarget as error:
-            gone.append(error)
-    return symbols, gone
+def fingerprints(records: Iterable[Record], upstream: Upstream) -> dict[str, str]:
+    """Fingerprint every upstream place of the records.
+
+    Raises:
+        UnknownTarget: a place is gone.
+    """
+    places = sorted({place for record in records for place in record.upstream_places})
+    return {place: upstream.symbol(place).fingerprint for place in places}
 
 
 def make(records: Iterable[Record], distribution: Distribution) -> Lock:
@@ -71,9 +70,7 @@ def make(records: Iterable[Record], distribution: Distribution) -> Lock:
             why="the lock names a released wheel, by the RECORD it carries",
             todo="give the wheel file, or a folder it was installed or unpacked to",
         )
-    symbols, gone = fingerprints(records, Upstream(distribution.tree))
-    for error in gone:
-        raise error
+    symbols = fingerprints(records, Upstream(distribution.tree))
     return Lock(distribution.version, distribution.record_sha256, symbols)
 
 

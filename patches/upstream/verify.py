@@ -7,7 +7,7 @@ from patches.errors import Drift, PatchError, UnknownTarget
 from patches.record import Record
 from patches.upstream.lock import Lock
 from patches.upstream.source import Finder, Upstream
-from patches.upstream.wheel import NAME, Distribution, Folder
+from patches.upstream.wheel import NAME, Distribution
 
 
 def problems(records: Sequence[Record], lock: Lock, distribution: Distribution, finder: Finder) -> list[PatchError]:
@@ -91,7 +91,7 @@ def _symbols(
 
 def elsewhere(records: Sequence[Record], distribution: Distribution, upstream: Upstream) -> list[str]:
     """Return the patched modules that would be imported from outside the installed wheel, as `module: file`."""
-    if not isinstance(distribution.tree, Folder):
+    if not isinstance(distribution.tree.root, Path):
         return []
     modules = sorted({place.partition(":")[0] for record in records for place in record.upstream_places})
     sources = [source for source in map(upstream.finder.find, modules) if source is not None]

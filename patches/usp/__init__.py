@@ -4,7 +4,7 @@ from patches.hooks import FORWARD_BACKWARD, INITIALIZE, RECOMPUTE, VALIDATE_ARGS
 from patches.record import Callback, Record
 
 _SPREAD = "patches.usp.conditions:spreads_attention"
-_ASKED_FOR = "patches.usp.conditions:context_parallel"
+_ASKED_FOR = "megatron.longseq.attention.arguments:wants_context"
 
 RECORDS = (
     Record(

@@ -1,6 +1,5 @@
 """Callback at upstream's validation of flags: choose a layout before it, refuse what we do not serve after it."""
 
-import functools
 import inspect
 from argparse import Namespace
 from collections.abc import Callable
@@ -18,9 +17,9 @@ def with_context_plan(original: Callable[..., Any]) -> Callable[..., Any]:
         ValueError: Flags do not go together, or heads or lengths do not fit the layout.
     """
 
-    @functools.wraps(original)
     def validate_args(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
         from megatron.longseq.attention.plan.comm_type import choose_comm_type, comm_types, validate_comm_types
+        from megatron.longseq.pipeline.plan.from_args import segment_lengths
 
         is_chosen = args.context_parallel_auto
         if is_chosen:
@@ -33,7 +32,7 @@ def with_context_plan(original: Callable[..., Any]) -> Callable[..., Any]:
             return result
         refuse_unserved_context(args)
         _refuse_order(args)
-        types = validate_comm_types(args, _lengths(args))
+        types = validate_comm_types(args, segment_lengths(args))
         if args.rank == 0:
             for name, one in types.items():
                 keys = ", keys gathered" if one.gathers else ""
@@ -46,12 +45,6 @@ def with_context_plan(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return validate_args
-
-
-def _lengths(args: Namespace) -> tuple[int, ...]:
-    from megatron.longseq.pipeline.plan.from_args import segment_lengths
-
-    return segment_lengths(args)
 
 
 def _refuse_ours_alone(args: Namespace) -> None:

@@ -62,15 +62,16 @@ def evaluations(notes: Notes) -> Iterator[None]:
 def store_bytes(notes: Notes) -> Iterator[None]:
     """Note after every step of ours whether it was one of evaluation, and what the chunks' stores hold."""
     from megatron.longseq.pipeline.forward_backward import ForwardBackward
+    from tests.kv_bytes import held, peaks
 
     def call(original: Any, runner: Any, **named: Any) -> Any:
         result = original(runner, **named)
         stores = [chunk.store for chunk in runner.chunks]
-        totals = [(s.bytes(), s.peak_bytes) for s in stores]
+        totals = [(held(store), found.get(store, 0)) for store in stores]
         notes.append((named.get("forward_only", False), tuple(map(sum, zip(*totals, strict=True)))))
         return result
 
-    with wrapped(ForwardBackward, "__call__", call):
+    with peaks() as found, wrapped(ForwardBackward, "__call__", call):
         yield
 
 

@@ -28,7 +28,7 @@ def empty_ranks() -> Iterator[Planted]:
 def empty_ranks_without_the_record() -> Iterator[Planted]:
     """As `empty_ranks`, and the ledger has no record `usp.loss`."""
     from patches.engine.session import SESSION
-    from patches.ledger import without
+    from tests.ledgers import without
 
     SESSION.ledger = without(SESSION.ledger, "usp.loss")
     with empty_ranks() as planted:
@@ -97,7 +97,7 @@ def counted_forwards() -> Iterator[Planted]:
 def counted_forwards_without_the_schedule() -> Iterator[Planted]:
     """As `counted_forwards`, and the ledger has no record `seq1f1b.schedule`: its flags are parsed, but not served."""
     from patches.engine.session import SESSION
-    from patches.ledger import without
+    from tests.ledgers import without
 
     SESSION.ledger = without(SESSION.ledger, "seq1f1b.schedule")
     with counted_forwards() as planted:

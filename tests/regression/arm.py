@@ -123,13 +123,13 @@ def run_arm(
 def patched(arm: Arm) -> Iterator[Any]:
     """Apply the patches of an arm, and yield what was applied."""
     import patches
-    from patches import ledger
     from patches.engine import session
+    from tests import ledgers
 
     if arm == "O":
         yield patches.start()
     else:
-        floor = session.chosen(ledger.of_systems("cpu", "local"), None)
+        floor = session.chosen(ledgers.of_systems("cpu", "local"), None)
         with patches.applied(floor) as applied:
             yield applied
 

@@ -16,7 +16,6 @@ from megatron.longseq.attention.kernels.reference import visible_mask
 from megatron.longseq.attention.plan.comm_volume import (
     LayerShape,
     Volume,
-    all_gather,
     all_to_all,
     paper_elements,
     peer_all_to_all,
@@ -35,6 +34,7 @@ from megatron.longseq.attention.plan.ring_schedule import (
     plan_transfers,
 )
 from megatron.longseq.attention.plan.tiles import Mask, Tile, plan_tiles
+from tests.unit.context_run import all_gather
 from tests.unit.test_attention_blocks import dense, packed
 from tests.unit.test_attention_layout import numbers
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.longseq.refusals import flags_table, refusals_table
+from megatron.longseq.command_line import flags_table, refusals_table
 from megatron.longseq.sharding import arguments as flags
 from megatron.longseq.sharding.plan.strategy import ALL, RUNNING
 from megatron.longseq.sharding.tools import tables as page

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron.longseq.command_line import flags_table, refusals_table
 from megatron.longseq.pipeline import arguments as flags
 from megatron.longseq.pipeline.tools import paper
-from megatron.longseq.refusals import flags_table, refusals_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "seq1f1b.md").read_text()

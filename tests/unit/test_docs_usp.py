@@ -10,7 +10,7 @@ from megatron.longseq.attention import arguments as flags
 from megatron.longseq.attention.plan.heads import Heads
 from megatron.longseq.attention.tools import tables as page
 from megatron.longseq.attention.tools.cli import main
-from megatron.longseq.refusals import flags_table, refusals_table
+from megatron.longseq.command_line import flags_table, refusals_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "usp.md").read_text()

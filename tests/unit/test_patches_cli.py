@@ -184,11 +184,11 @@ def test_a_changed_backport_asks_whether_it_is_fixed(bed):
     path = bed.write("megatron.planted.mod", "def f(x):\n    return x\n")
     backport = record("megatron.planted.mod:f", link="https://example.org/pull/1")
     known = bed.lock(backport)
-    assert bump.verdicts([backport], known, Upstream(), Upstream())[0].state == "same"
+    assert bump.verdict(backport, known, Upstream(), Upstream()).state == "same"
     path.write_text("def f(x):\n    return x + 1\n")
-    (verdict,) = bump.verdicts([backport], known, Upstream(), Upstream())
+    verdict = bump.verdict(backport, known, Upstream(), Upstream())
     assert verdict.state == "fixed upstream?" and "backports https://example.org/pull/1" in verdict.details[-1]
-    assert bump.verdicts([backport], bed.lock(), Upstream(), Upstream())[0].state == "new"
+    assert bump.verdict(backport, bed.lock(), Upstream(), Upstream()).state == "new"
 
 
 def test_doctor():

@@ -12,6 +12,7 @@ from patches.engine import digest
 from patches.engine.place import implementation, load
 from patches.errors import Conflict, LedgerError, PatchError, RankMismatch
 from patches.upstream import lock, wheel
+from tests.ledgers import without
 from tests.unit.patch_bed import callback, hook, record
 
 pytest_plugins = ["tests.unit.patch_bed"]
@@ -87,7 +88,7 @@ def test_callbacks_find_their_hook_in_the_order_of_systems():
     outer = callback("patches.engine.place:load", id="planted.outer")
     (joined,) = ledger.with_callbacks([hook("a:f")], [inner, outer])
     assert joined.callbacks == (inner, outer) and ledger.checked([joined]) == (joined,)
-    assert ledger.without([joined], inner.id) == (hook("a:f", outer),) and ledger.without([joined], joined.id) == ()
+    assert without([joined], inner.id) == (hook("a:f", outer),) and without([joined], joined.id) == ()
     with pytest.raises(LedgerError, match=r"there is no hook 'planted\.one'"):
         ledger.with_callbacks([], [inner])
     with pytest.raises(LedgerError, match="no system registers a callback"):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from megatron.longseq.arguments import add_longseq_arguments
-from megatron.longseq.attention.module import refuse_segment_inputs, refuse_window
+from megatron.longseq.attention.module import refuse_inputs, refuse_mask_type, refuse_window
 from megatron.longseq.pipeline.arguments import (
     NOT_IN_SCHEDULES,
     NOT_IN_SEGMENTS,
@@ -333,11 +333,13 @@ def test_a_mask_handed_to_a_layer_past_the_flags_is_refused(kind: str) -> None:
     from megatron.core.transformer.enums import AttnMaskType
 
     with pytest.raises(ValueError, match=f"--seq1f1b-splits, layer 3: attention with mask type {kind} is not served"):
-        refuse_segment_inputs(3, None, AttnMaskType[kind])
-    for name in ("attention_mask", "attention_bias", "packed_seq_params"):
+        refuse_mask_type(AttnMaskType[kind], "--seq1f1b-splits, layer 3")
+    nothing = dict.fromkeys(("attention_mask", "attention_bias", "packed_seq_params"))
+    for name in nothing:
         with pytest.raises(ValueError, match=f"layer 3: {name} handed to one layer"):
-            refuse_segment_inputs(3, **{name: torch.zeros(1)})
-    refuse_segment_inputs(3, None, AttnMaskType.causal, attention_bias=None, packed_seq_params=None)
+            refuse_inputs("layer 3", {**nothing, name: torch.zeros(1)})
+    refuse_mask_type(AttnMaskType.causal, "layer 3")
+    refuse_inputs("layer 3", nothing)
 
 
 def test_a_window_that_a_script_sets_is_refused_if_it_reaches_to_the_right() -> None:

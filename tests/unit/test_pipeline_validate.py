@@ -367,13 +367,11 @@ def test_peak_live_with_virtual_stages():
 def test_peak_live_with_weight_gradients():
     order = (Action(F, 0), Action(F, 1), Action(B, 0), Action(B, 1), Action(W, 0), Action(W, 1))
     late = prove(Schedule("late", Pipeline(1, 2), (order,)))
-    assert late.peak_units == (2,) and late.peak_live(weight_share=0.25) == (2.0,)
+    assert late.peak_units == (2,) and late.peak_live() == (2.0,)
     order = (Action(F, 0), Action(B, 0), Action(F, 1), Action(B, 1), Action(W, 0), Action(W, 1))
     turns = prove(Schedule("in turn", Pipeline(1, 2), (order,)))
     assert turns.peak_units == (2,)
     assert turns.peak_live() == (2.0,)
-    assert turns.peak_live(weight_share=0.25) == (1.25,)
-    assert turns.peak_live(weight_share=0.0) == (1.0,)
 
 
 def test_evaluation_keeps_nothing():
@@ -381,7 +379,7 @@ def test_evaluation_keeps_nothing():
     assert proof.peak_live() == (0.0,) * 4
 
 
-@pytest.mark.parametrize("lengths, share", [([1, 2, 3], 1.0), ([1, -1], 1.0), ([0, 0], 1.0), ([1, 1], 1.5)])
-def test_peak_live_refuses(lengths, share):
+@pytest.mark.parametrize("lengths", [[1, 2, 3], [1, -1], [0, 0]])
+def test_peak_live_refuses(lengths):
     with pytest.raises(ValueError, match="not"):
-        prove(make(Pipeline(2, 2, 2))).peak_live(lengths, share)
+        prove(make(Pipeline(2, 2, 2))).peak_live(lengths)

@@ -258,17 +258,13 @@ def test_what_hides_behind_compute() -> None:
     assert (ends.finish_grads, ends.finish_params) == (1.0, 1.0) and ends.hidden == pytest.approx(0.75)
 
 
-def test_buckets_count_collectives_and_whole_ones_in_flight() -> None:
+def test_buckets_count_collectives() -> None:
     groups, model = RankGroups(4, 2), Model(400, 400)
     for one, is_flat in product(ALL, (False, True)):
         single, many = (comm_volume(one, groups, model, buckets=count, is_flat=is_flat).step(2) for count in (1, 5))
         assert many.collectives == 5 * single.collectives and replace(many, collectives=0) == replace(
             single, collectives=0
         )
-    held = {
-        name: memory(Strategy.parse(name), groups, model, bucket=100).buckets for name in ("NNG", "NIG", "INI", "IIG")
-    }
-    assert held == {"NNG": 0, "NIG": 800, "INI": 400, "IIG": 1200}
 
 
 @pytest.mark.parametrize("strategy", ALL, ids=str)

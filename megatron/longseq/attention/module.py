@@ -150,15 +150,10 @@ class LongSequenceAttention(MegatronModule):
         Raises:
             ValueError: An argument is not served.
         """
-        if self.segments is not None:
-            refuse_segment_inputs(self.layer_number, attention_mask, attn_mask_type, attention_bias, packed_seq_params)
-        else:
-            refuse_mask_type(attn_mask_type, f"layer {self.layer_number}")
-            if attention_bias is not None or packed_seq_params is not None:
-                raise ValueError(
-                    f"layer {self.layer_number}: attention over context-parallel ranks takes no bias and no "
-                    "packed_seq_params; documents are packed with --reset-attention-mask"
-                )
+        where = f"{'' if self.segments is None else '--seq1f1b-splits, '}layer {self.layer_number}"
+        refuse_mask_type(attn_mask_type, where)
+        given = {"attention_bias": attention_bias, "packed_seq_params": packed_seq_params}
+        refuse_inputs(where, given if self.segments is None else {"attention_mask": attention_mask, **given})
         if self.context is not None:
             return self._over_ranks(self.context, query, key, value, attention_mask)
         assert self.segments is not None, "without context parallelism, layers have this module under segments only"
@@ -288,24 +283,15 @@ def refuse_window(config: Any, where: str) -> None:
         )
 
 
-def refuse_segment_inputs(
-    layer: int,
-    attention_mask: Tensor | None = None,
-    attn_mask_type: AttnMaskType | None = None,
-    attention_bias: Tensor | None = None,
-    packed_seq_params: Any = None,
-) -> None:
-    """Refuse what a script gives to core attention under segments; names and order are upstream's.
+def refuse_inputs(where: str, given: dict[str, Any]) -> None:
+    """Refuse what a script gives to one layer's attention, by upstream's names.
 
     Raises:
-        ValueError: Names the layer and the arguments.
+        ValueError: Names the layer and the arguments that are not None.
     """
-    where = f"--seq1f1b-splits, layer {layer}"
-    refuse_mask_type(attn_mask_type, where)
-    given = {"attention_mask": attention_mask, "attention_bias": attention_bias, "packed_seq_params": packed_seq_params}
     unserved = [name for name, value in given.items() if value is not None]
     if unserved:
         raise ValueError(
-            f"{where}: {', '.join(unserved)} handed to one layer cannot be cut into segments; documents are read from "
-            "the mask that the model is given."
+            f"{where}: {', '.join(unserved)} handed to one layer cannot be cut into segments or over ranks; documents "
+            "are read from the mask that the model is given, with --reset-attention-mask."
         )

@@ -217,12 +217,9 @@ def check_pipeline_numbers(args: Namespace) -> None:
         refuse_without_effect(args, "none of our schedules is asked for", pipeline_patience=PATIENCE)
     if getattr(args, "pipeline_trace", None) == "":
         raise ValueError("--pipeline-trace is empty; name a folder, or leave it out.")
-    if getattr(args, "pipeline_trace", None) is None and getattr(args, "pipeline_trace_step", TRACED) != TRACED:
-        raise ValueError(
-            f"--pipeline-trace-step {args.pipeline_trace_step}: --pipeline-trace is not given, so nothing would be "
-            "written; give both."
-        )
-    if getattr(args, "pipeline_trace", None) is not None:
+    if getattr(args, "pipeline_trace", None) is None:
+        refuse_without_effect(args, "--pipeline-trace is not given", pipeline_trace_step=TRACED)
+    else:
         folder = Path(args.pipeline_trace)
         refuse_unwritable(f"--pipeline-trace {args.pipeline_trace}", folder, "name a folder that is writable, or new")
     _check_layer_seconds(args)

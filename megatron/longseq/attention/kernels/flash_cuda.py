@@ -3,7 +3,7 @@
 import importlib
 import inspect
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from megatron.longseq.attention.kernels.base import Scores, dense
 HEAD_DIM_STEP, HEAD_DIM_LIMIT = 8, 256
 _FORWARD = ("q", "k", "v", "dropout_p", "softmax_scale", "causal", "window_size_left", "window_size_right")
 _BACKWARD = ("dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv", *_FORWARD[3:])
+_Window = dict[str, int]
+_Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 def _batch_first(x: Tensor) -> Tensor:
@@ -20,29 +22,20 @@ def _batch_first(x: Tensor) -> Tensor:
     return dense(x).transpose(0, 1)
 
 
-class _Arguments(NamedTuple):
-    """`Scores` as flash attention's arguments; a window of -1 is none."""
+def _window(scores: Scores, q: Tensor, k: Tensor) -> _Window:
+    """Return the window of scores as flash attention's arguments, for q and k [s, b, h, d]; -1 is none.
 
-    scale: float
-    causal: bool
-    left: int
-    right: int
-
-    @classmethod
-    def of(cls, scores: Scores, q: Tensor, k: Tensor) -> "_Arguments":
-        """Return the arguments for q and k [s, b, h, d].
-
-        Raises:
-            ValueError: The kernels would also hide keys on the right: they treat a block that is not causal as one with
-                a window of all keys to the right of the diagonal.
-        """
-        if scores.window is not None and not scores.causal and q.shape[0] > k.shape[0] + 1:
-            raise ValueError(
-                f"a sliding window over {k.shape[0]} keys for {q.shape[0]} rows: flash kernels hide keys from the "
-                "first rows of such a block; plan it as two blocks, as `plan_tiles` does"
-            )
-        left = -1 if scores.window is None else scores.window
-        return cls(scores.scale, scores.causal, left, 0 if scores.causal else -1)
+    Raises:
+        ValueError: The kernels would also hide keys on the right: they treat a block that is not causal as one with a
+            window of all keys to the right of the diagonal.
+    """
+    if scores.window is not None and not scores.causal and q.shape[0] > k.shape[0] + 1:
+        raise ValueError(
+            f"a sliding window over {k.shape[0]} keys for {q.shape[0]} rows: flash kernels hide keys from the "
+            "first rows of such a block; plan it as two blocks, as `plan_tiles` does"
+        )
+    left = -1 if scores.window is None else scores.window
+    return {"window_size_left": left, "window_size_right": 0 if scores.causal else -1}
 
 
 class CudaFlash(ABC):
@@ -58,7 +51,7 @@ class CudaFlash(ABC):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
-        out, lse = self._forward(_batch_first(q), _batch_first(k), _batch_first(v), _Arguments.of(scores, q, k))
+        out, lse = self._forward(_batch_first(q), _batch_first(k), _batch_first(v), scores, _window(scores, q, k))
         if scores.causal and q.shape[0] > k.shape[0]:
             lse = lse.masked_fill(lse == torch.inf, -torch.inf)
         return out.transpose(0, 1), lse
@@ -69,15 +62,19 @@ class CudaFlash(ABC):
         """See `Kernel.backward`."""
         tensors = [_batch_first(x) for x in (grad_out, q, k, v, out)]
         lse = lse.masked_fill(lse == -torch.inf, torch.inf).contiguous()
-        dq, dk, dv = self._backward(tensors, lse, _Arguments.of(scores, q, k))
+        dq, dk, dv = self._backward(tensors, lse, scores, _window(scores, q, k))
         return dq.transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)
 
     @abstractmethod
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor, how: _Arguments) -> tuple[Tensor, Tensor]:
+    def _forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, window: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
         """Return (out [b, s, h, d], lse [b, h, s]) of q, k and v [b, s, h, d]."""
 
     @abstractmethod
-    def _backward(self, tensors: list[Tensor], lse: Tensor, how: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    def _backward(
+        self, tensors: list[Tensor], lse: Tensor, scores: Scores, window: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (dq, dk, dv) of grad_out, q, k, v and out, all [b, s, h, d]."""
 
 
@@ -86,7 +83,9 @@ class TorchCudaFlash(CudaFlash):
 
     name = "torch CUDA flash"
 
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor, how: _Arguments) -> tuple[Tensor, Tensor]:
+    def _forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, window: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             q,
             k,
@@ -96,15 +95,16 @@ class TorchCudaFlash(CudaFlash):
             q.shape[1],
             k.shape[1],
             0.0,  # dropout
-            how.causal,
+            scores.causal,
             False,  # debug mask
-            scale=how.scale,
-            window_size_left=how.left,
-            window_size_right=how.right,
+            scale=scores.scale,
+            **window,
         )
         return out, lse
 
-    def _backward(self, tensors: list[Tensor], lse: Tensor, how: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    def _backward(
+        self, tensors: list[Tensor], lse: Tensor, scores: Scores, window: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         grad_out, q, k, v, out = tensors
         seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # unused without dropout
         return torch.ops.aten._flash_attention_backward(
@@ -119,12 +119,11 @@ class TorchCudaFlash(CudaFlash):
             q.shape[1],
             k.shape[1],
             0.0,
-            how.causal,
+            scores.causal,
             seed,
             seed,
-            scale=how.scale,
-            window_size_left=how.left,
-            window_size_right=how.right,
+            scale=scores.scale,
+            **window,
         )
 
 
@@ -136,23 +135,26 @@ class FlashAttn(CudaFlash):
     def __init__(self) -> None:
         self._functions = load_flash_attn()
 
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor, how: _Arguments) -> tuple[Tensor, Tensor]:
+    def _forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, window: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
         out, lse, *_ = self._functions[0](
             q,
             k,
             v,
             dropout_p=0.0,
-            softmax_scale=how.scale,
-            causal=how.causal,
-            window_size_left=how.left,
-            window_size_right=how.right,
+            softmax_scale=scores.scale,
+            causal=scores.causal,
+            **window,
             softcap=0.0,
             alibi_slopes=None,
             return_softmax=False,
         )
         return out, lse
 
-    def _backward(self, tensors: list[Tensor], lse: Tensor, how: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    def _backward(
+        self, tensors: list[Tensor], lse: Tensor, scores: Scores, window: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         grad_out, q, k, v, out = tensors
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         self._functions[1](
@@ -166,10 +168,9 @@ class FlashAttn(CudaFlash):
             dk,
             dv,
             dropout_p=0.0,
-            softmax_scale=how.scale,
-            causal=how.causal,
-            window_size_left=how.left,
-            window_size_right=how.right,
+            softmax_scale=scores.scale,
+            causal=scores.causal,
+            **window,
             softcap=0.0,
             alibi_slopes=None,
             deterministic=torch.are_deterministic_algorithms_enabled(),

@@ -252,6 +252,5 @@ def _with_cache(call: AttentionCall, cache: SegmentKVCache, saved: list[Tensor],
     grads = SegmentGradAccumulator(layer, rows)
     grads.add(TokenRange(0, dk.shape[1]), TokenRange(0, rows.end), dk, dv)
     own_k, own_v = grads.own()
-    cache.update_bytes(layer)
     cache.finish(call.layer, rows)
     return dq, (own_k, own_v)

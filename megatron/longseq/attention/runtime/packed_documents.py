@@ -159,8 +159,7 @@ class MaskReader:
     changes through NumPy or `.data` are not visible in any other way.
 
     Attributes:
-        collectives: collectives of the context-parallel group.
-        rank: this context-parallel rank.
+        collectives, rank: see `gather_document_starts`.
         needs_mask: whether every stage must be given a mask (--reset-attention-mask).
         stages: pipeline stages, virtual ones included. Upstream gives those between the first and the last no batch.
     """

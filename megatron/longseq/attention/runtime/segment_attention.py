@@ -116,7 +116,6 @@ class SegmentAttention(torch.autograd.Function):
             dq = tiled_backward(call.kernel, saved, grad.view_as(out), call.tiles, call.scale, grads.add)
         assert dq is not None, "a segment has rows"
         dk, dv = grads.own()
-        call.cache.update_bytes(layer)
         call.cache.finish(call.layer, call.segment)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None
 
@@ -128,19 +127,9 @@ def _generator_state(q: Tensor) -> Tensor:
 @contextmanager
 def _restored_generator(q: Tensor, state: Tensor | None) -> Iterator[None]:
     """Draw the random numbers of the forward again, and restore the generator's state afterwards."""
-    if state is None:
+    with torch.random.fork_rng([q.device] if q.is_cuda else [], enabled=state is not None):
+        if state is not None and q.is_cuda:
+            torch.cuda.set_rng_state(state, q.device)
+        elif state is not None:
+            torch.set_rng_state(state)
         yield
-        return
-    now = _generator_state(q)
-    _set_generator(q, state)
-    try:
-        yield
-    finally:
-        _set_generator(q, now)
-
-
-def _set_generator(q: Tensor, state: Tensor) -> None:
-    if q.is_cuda:
-        torch.cuda.set_rng_state(state, q.device)
-    else:
-        torch.set_rng_state(state)

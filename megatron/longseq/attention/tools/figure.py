@@ -20,6 +20,7 @@ from megatron.longseq.figures import (
     RED,
     SKY,
     TITLE,
+    axes_at,
     check_output,
     figure_file,
 )
@@ -129,8 +130,7 @@ def draw(scene: AttentionScene, file: Path) -> None:
 
 
 def _axes(figure: Any, box: tuple[float, float, float, float]) -> Any:
-    width, height = figure.get_size_inches()
-    axes = figure.add_axes((box[0] / width, box[1] / height, box[2] / width, box[3] / height))
+    axes = axes_at(figure, box)
     axes.set_facecolor(EMPTY)
     axes.tick_params(length=0, labelsize=7.5)
     for side in axes.spines.values():

@@ -47,10 +47,8 @@ class SegmentedModel:
     Attributes:
         module: the chunk in upstream's wrappers (DDP, Float16Module).
         lengths: tokens per segment.
-        needs_mask: whether every micro-batch must have an attention mask (upstream's --reset-attention-mask).
+        needs_mask, sends_documents, context: see `ForwardBackward`.
         allows_documents: whether masks may separate documents: there is one stage, or documents are sent.
-        sends_documents: whether a micro-batch's documents are sent from stage to stage.
-        context: process groups of context parallelism; None: every rank has whole segments.
         store: keys and values of earlier segments.
         outputs: outputs of segments and their gradients, on the last stage.
         starts: micro-batch -> position at which every token's document starts, [micro-batch, sequence].

@@ -274,12 +274,10 @@ class Attachment:
 
     Attributes:
         names: names of the split linears.
-        left: names of linears that are not split, with the reason.
     """
 
-    def __init__(self, splits: dict[str, _Split], left: dict[str, str]) -> None:
-        self._splits = splits
-        self.names, self.left = tuple(splits), left
+    def __init__(self, splits: dict[str, _Split]) -> None:
+        self._splits, self.names = splits, tuple(splits)
         for split in splits.values():
             split.linear._forward_impl = split
 
@@ -319,20 +317,17 @@ def attach(chunks: torch.nn.Module | Sequence[torch.nn.Module], store: WeightGra
             "RowParallelLinear, which --transformer-impl local uses"
         )
     holders = Counter(parameter for _, module in named for parameter in module._parameters.values())
-    left = {name: why for name, linear in linears.items() if (why := _left_alone(linear, holders))}
     for name, linear in linears.items():
         _refuse(name, linear)
-    return Attachment({name: _Split(linear, store) for name, linear in linears.items() if name not in left}, left)
+    return Attachment({name: _Split(linear, store) for name, linear in linears.items() if _is_split(linear, holders)})
 
 
-def _left_alone(linear: Linear, holders: Counter[Any]) -> str | None:
-    if linear.weight is None:
-        return "its weight is passed in: tied to the embedding of the same stage, autograd sums both gradients"
-    if not linear.weight.requires_grad:
-        return "its weight is frozen"
-    if holders[linear.weight] > 1:
-        return "its weight is also another module's: autograd sums both gradients"
-    return None
+def _is_split(linear: Linear, holders: Counter[Any]) -> bool:
+    """Return whether a linear has a trained weight of its own; autograd sums the gradients of a shared one.
+
+    A weight that is passed in (None here) is that of the embedding of the same stage.
+    """
+    return linear.weight is not None and linear.weight.requires_grad and holders[linear.weight] == 1
 
 
 def _refuse(name: str, linear: Linear) -> None:

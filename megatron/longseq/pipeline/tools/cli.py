@@ -2,10 +2,11 @@
 
 import argparse
 import ast
-import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
+from megatron.longseq.command_line import add_flags_command, run_command
 from megatron.longseq.figures import check_output, complete_file
 from megatron.longseq.pipeline.arguments import REFUSALS, add_pipeline_arguments
 from megatron.longseq.pipeline.plan.memory import METHODS, Recompute
@@ -25,20 +26,13 @@ from megatron.longseq.pipeline.tools.compare import (
     write_samples,
 )
 from megatron.longseq.pipeline.tools.paper import markdown
-from megatron.longseq.refusals import flags_table, refusals_table
 
 SUFFIXES = (".svg", ".png", ".json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, or 1 after an error."""
-    args = _parser().parse_args(argv)
-    try:
-        args.run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    """Run one command and return the exit status: 0, or 1 after an error."""
+    return run_command(_parser(), argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,11 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     paper = commands.add_parser(
         "table", help="print the paper's configurations, simulated beside published, as markdown"
     )
-    paper.set_defaults(run=lambda args: print(markdown()))
-    ours = commands.add_parser(
-        "flags", help="print the flags of a training run, and the flags that they refuse, as markdown"
-    )
-    ours.set_defaults(run=lambda args: print(f"{flags_table(add_pipeline_arguments)}\n\n{refusals_table(REFUSALS)}"))
+    paper.set_defaults(run=lambda args: markdown())
+    add_flags_command(commands, add_pipeline_arguments, REFUSALS)
     return parser
 
 
@@ -125,15 +116,15 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--window-attn-skip-freq", help="every Nth layer has no window, or a list [1,1,0,...]: 1 has it")
 
 
-def _draw(args: argparse.Namespace) -> None:
+def _draw(args: argparse.Namespace) -> str | None:
     check_output(args.output, SUFFIXES)
     if args.measured is not None:
         measured = read_measured(args.measured)
         _write([measured, replay(measured)], args.output)
-        return
+        return None
     result = run(_choice(args), _model(args), _cluster(args))
     _write([result.timeline], args.output)
-    print(table([result]))
+    return table([result])
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -182,20 +173,9 @@ def _cluster(args: argparse.Namespace) -> Cluster:
 def _model(args: argparse.Namespace) -> CostModel:
     layers = max(args.stages * args.virtual, 1) if args.num_layers is None else args.num_layers
     left = _window(args.window_size)
-    shape = ModelShape(
-        num_layers=layers,
-        hidden_size=args.hidden_size,
-        num_attention_heads=args.num_attention_heads,
-        seq_length=args.seq_length,
-        padded_vocab_size=args.padded_vocab_size,
-        ffn_hidden_size=args.ffn_hidden_size,
-        num_query_groups=args.num_query_groups,
-        kv_channels=args.kv_channels,
-        swiglu=args.swiglu,
-        moe_router_topk=args.moe_router_topk,
-        window=left,
-        windowed=_pattern(args.window_attn_skip_freq, layers),
-    )
+    given = {field.name: getattr(args, field.name) for field in fields(ModelShape) if hasattr(args, field.name)}
+    windowed = _pattern(args.window_attn_skip_freq, layers)
+    shape = ModelShape(**{**given, "num_layers": layers, "window": left, "windowed": windowed})
     if args.layer_seconds is not None:
         return seconds(shape, fit(read_samples(args.layer_seconds), left))
     speed = args.device_tflops * 1e12 * args.tensor_model_parallel_size
@@ -231,10 +211,11 @@ def _pattern(text: str | None, layers: int) -> tuple[bool, ...]:
         ) from None
 
 
-def _fit(args: argparse.Namespace) -> None:
+def _fit(args: argparse.Namespace) -> str:
     if not args.output.absolute().parent.is_dir():
         raise ValueError(f"--output {args.output}: there is no folder {args.output.absolute().parent}; make it first")
     lengths = [int(word) for word in args.lengths.split(",")]
     samples = layer_samples(read_measured(args.measured), lengths, args.layers_per_stage)
-    print(fit(samples, _window(args.window_size)))
+    layer = fit(samples, _window(args.window_size))
     write_samples(args.output, samples)
+    return str(layer)

@@ -142,7 +142,13 @@ def ring_seconds(
     shards: Sequence[float],
 ) -> float:
     """Return when the last bucket of a collective over all ranks is done, in seconds; see `time_collectives`."""
-    collectives, is_overlapped = full_collective(kind, groups, mode), mode is CollectivesMode.OVERLAPPED
+    return _last_end(full_collective(kind, groups, mode), mode, groups, links, shards)
+
+
+def _last_end(
+    collectives: Collectives, mode: CollectivesMode, groups: RankGroups, links: LinkSpeeds, shards: Sequence[float]
+) -> float:
+    is_overlapped = mode is CollectivesMode.OVERLAPPED
     times = time_collectives(collectives, groups, links, shards, is_overlapped=is_overlapped)
     return max((time.end for time in times), default=0.0)
 
@@ -267,10 +273,7 @@ def predict(strategy: Strategy, job: TrainingJob) -> Prediction:
 
 def _term_seconds(collectives: Collectives, job: TrainingJob, shard: float) -> float:
     """Return the seconds of collectives on equal buckets; `shard`: bytes of one of the n shards of all of them."""
-    shards = [shard / job.buckets] * job.buckets
-    is_overlapped = job.mode is CollectivesMode.OVERLAPPED
-    times = time_collectives(collectives, job.groups, job.links, shards, is_overlapped=is_overlapped)
-    return max((time.end for time in times), default=0.0)
+    return _last_end(collectives, job.mode, job.groups, job.links, [shard / job.buckets] * job.buckets)
 
 
 def rank(

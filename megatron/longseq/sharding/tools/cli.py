@@ -3,11 +3,10 @@ the `table` and `flags` of the documentation.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron.longseq.refusals import flags_table, refusals_table
+from megatron.longseq.command_line import add_flags_command, run_command
 from megatron.longseq.sharding.arguments import REFUSALS, add_sharding_arguments
 from megatron.longseq.sharding.plan.collectives import CollectivesMode
 from megatron.longseq.sharding.plan.memory import Model
@@ -17,16 +16,8 @@ from megatron.longseq.sharding.tools import tables as page
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit status: 0 done, 1 refused."""
-    args = _parser().parse_args(argv)
-    try:
-        text = args.run(args)
-        if text is not None:
-            print(text)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    """Run one command and return the exit status: 0, or 1 after an error."""
+    return run_command(_parser(), argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,8 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     table = commands.add_parser("table", help="markdown: every strategy, which to take, and what is refused")
     table.set_defaults(run=lambda args: page.page())
-    flags = commands.add_parser("flags", help="markdown: the flags of a training run, and what is refused")
-    flags.set_defaults(run=lambda args: f"{flags_table(add_sharding_arguments)}\n\n{refusals_table(REFUSALS)}")
+    add_flags_command(commands, add_sharding_arguments, REFUSALS)
     draw = commands.add_parser("draw", help="which rank keeps what, two links over time, memory and communication")
     draw.add_argument("--output", type=Path, required=True, metavar="FILE", help="picture (.svg, .png)")
     draw.set_defaults(run=_draw)
