@@ -18,8 +18,8 @@ TP = "--tensor-model-parallel-size 2"
 PP = "--pipeline-model-parallel-size 2"
 DISTRIBUTED_OPTIMIZER = "--use-distributed-optimizer"
 RESHARDABLE = "--dist-ckpt-optim-fully-reshardable"
-HALF, WHOLE = 3, 6
-STEPS = f"{TINY} --train-iters {WHOLE} --save-interval {HALF}"
+HALF, WHOLE = 2, 4
+STEPS = f"{TINY} --global-batch-size 4 --train-iters {WHOLE} --save-interval {HALF}"
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ CASES = {
     "documents, four stages": (4, DOCUMENTS, f"{PP4} --seq1f1b-splits 3"),
     "documents, V 2": (2, DOCUMENTS, f"{PP2} {VPP} --seq1f1b-splits 3"),
     "learned positions": (2, "--position-embedding-type learned_absolute", f"{PP2} --seq1f1b-splits 3"),
-    "no positions": (2, "--position-embedding-type none", f"{PP2} --seq1f1b-splits 3"),
+    "no positions": (2, "--position-embedding-type none --global-batch-size 8", f"{PP2} --seq1f1b-splits 3"),
     "rotary positions, a half, scaled": (2, "--rotary-percent 0.5 --use-rope-scaling", f"{PP2} --seq1f1b-splits 3"),
     "mixture of experts": (2, MOE, f"{PP2} --seq1f1b-splits 3"),
     "per-token loss": (2, "--calculate-per-token-loss", f"{PP2} --seq1f1b-splits 3"),

@@ -27,8 +27,8 @@ SLOW: list[Case] = [
     (4, "squared_mean", "", f"{PP2} {CP2} {K2}", 2),
     (1, "squared_mean", "", K2, 1),
     (2, "neighbours", "", f"{PP2} {K3}", 1),
-    (1, "maximum", "", K3, 1),
-    (2, "maximum", "", f"{PP2} {VPP} {K2}", 1),
+    (1, "maximum", "--global-batch-size 8", K3, 1),
+    (2, "maximum", "--global-batch-size 8", f"{PP2} {VPP} {K2}", 1),
     (2, "neighbours", "", f"{PP2} {VPP} {FULL} {K2}", 1),
     (1, "logits", "", K2, 1),
     (2, "logits", "", f"{PP2} {VPP} {K3}", 1),
@@ -38,8 +38,8 @@ SLOW: list[Case] = [
     (4, "squared_mean", "", f"{PP2} {TP2} --sequence-parallel {K2}", 2),
     (2, "busy_script", "", f"{PP2} {VPP} {K2}", 1),
     (2, "squared_mean_per_token", "", f"{PP2} {K2}", 1),
-    (2, "first_tokens", "", f"{PP2} {K3}", 1),
-    (1, "first_tokens", "", K3, 1),
+    (2, "first_tokens", "--global-batch-size 8", f"{PP2} {K3}", 1),
+    (1, "first_tokens", "--global-batch-size 8", K3, 1),
 ]
 
 

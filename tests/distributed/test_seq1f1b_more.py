@@ -80,7 +80,7 @@ def test_a_batch_is_read_and_cut_once_per_micro_batch(ranks: RankPool, layout: s
 
 
 def test_checkpoints_go_both_ways(ranks: RankPool, tmp_path: Path) -> None:
-    base = flags(TINY, PP2, "--save-interval 2")
+    base = flags(TINY, PP2, "--save-interval 2 --global-batch-size 4")
     theirs = run_arm(ranks, "U", 2, base, tmp_path / "U", float64=True)
     ours = run_arm(ranks, "O", 2, [*base, *flags(K3)], tmp_path / "O", float64=True)
     from_theirs, from_ours = (["--load", str(tmp_path / arm), "--ckpt-step", "2"] for arm in "UO")

@@ -34,9 +34,10 @@ def error(pool: RankPool, world: int, own: str) -> float:
 
 # Ranks, flags of layout, flags of whole sequences and of segments
 LAYOUTS = {
-    "one stage": (1, "", "", ["--seq1f1b-splits 4", "--seq1f1b-splits 16"]),
+    "one stage": (1, "", "", ["--seq1f1b-splits 16"]),
 }
 SLOW = {
+    "one stage, few segments": (1, "", "", ["--seq1f1b-splits 4"]),
     "tied, zero bubble": (2, f"--tied {PP2}", "", ["--seq1f1b-splits 8 --zero-bubble"]),
     "DP 2, overlap": (2, OVERLAP, "", ["--seq1f1b-splits 16"]),
     "DP 2, no distributed optimizer, overlap": (2, "--overlap-grad-reduce", "", ["--seq1f1b-splits 16"]),

@@ -43,7 +43,7 @@ def names(folder: Path) -> list[str]:
 def kill_when(command: list[str], reached) -> None:
     """Start the command line in a process, `kill -9` it as soon as `reached()`, and wait until its workers are gone."""
     process = subprocess.Popen([sys.executable, "-m", "megatron.longseq.data", *command], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not reached():
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
@@ -51,7 +51,7 @@ def kill_when(command: list[str], reached) -> None:
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=120)
+    _, alive = psutil.wait_procs(children, timeout=300)
     assert not alive, "workers outlive their killed parent"
 
 
