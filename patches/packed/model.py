@@ -21,7 +21,7 @@ def _make() -> Any:
     from megatron.core import parallel_state
     from megatron.training import get_args
 
-    from megatron.longseq.attention.runtime.comm import ProcessGroupCollectives
+    from megatron.longseq.attention.runtime.comm import GroupCollectives
     from megatron.longseq.attention.runtime.packed_batch import PackedReader
     from megatron.longseq.pipeline.plan.from_args import segment_lengths
     from patches.packed.conditions import packs_documents
@@ -31,7 +31,7 @@ def _make() -> Any:
     return PackedReader(
         ranks=args.context_parallel_size,
         rank=parallel_state.get_context_parallel_rank(),
-        agreement=ProcessGroupCollectives(group) if group.size() > 1 else None,
+        agreement=GroupCollectives(group) if group.size() > 1 else None,
         lengths=segment_lengths(args) if args.seq1f1b_splits > 1 else None,
         always=packs_documents(args),
     )
