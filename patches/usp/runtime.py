@@ -6,6 +6,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+from patches.conditions import has_local_layers
 from patches.engine import session
 
 
@@ -29,11 +30,11 @@ def with_context_groups(original: Callable[..., Any]) -> Callable[..., Any]:
         from megatron.core import parallel_state
         from megatron.training import get_args
 
-        from patches.usp.conditions import spreads_local_attention
-
         flags = get_args()
         sizes = flags.hierarchical_context_parallel_sizes
-        if spreads_local_attention(flags):  # upstream's hierarchical groups are TransformerEngine's, and need einops
+        # Upstream's hierarchical groups are for TransformerEngine's attention, and need einops. A layer spec of the
+        # script's own may build that attention, which segments then replace.
+        if flags.spec is None or has_local_layers(flags):
             flags.hierarchical_context_parallel_sizes = None
         try:
             finish = original(*args, **kwargs)
@@ -69,16 +70,60 @@ def _open(flags: Namespace) -> Any:
     )
 
 
-def with_context_attention(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `LocalSpecProvider.core_attention`: layers get `LongSequenceAttention`."""
+def with_chosen_attention(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `LocalSpecProvider.core_attention`: local layers get ours, or TransformerEngine's where it was asked for."""
 
     @functools.wraps(original)
     def core_attention(self: Any) -> Any:
-        from megatron.longseq.attention.module import LongSequenceAttention
+        from megatron.training import get_args
 
-        return functools.partial(LongSequenceAttention, context=current_context)
+        from patches.usp.conditions import spreads_attention
+
+        if spreads_attention(get_args()):
+            return _our_attention()
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+        return TEDotProductAttention
 
     return core_attention
+
+
+def with_our_attention(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `TESpecProvider.core_attention`: TransformerEngine's layers get `LongSequenceAttention`."""
+
+    @functools.wraps(original)
+    def core_attention(self: Any) -> Any:
+        return _our_attention()
+
+    return core_attention
+
+
+def _our_attention() -> Callable[..., Any]:
+    from megatron.longseq.attention.module import LongSequenceAttention
+
+    return functools.partial(LongSequenceAttention, context=current_context)
+
+
+def refusing_te_attention(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `TEDotProductAttention.__init__`: refuse it where attention over context-parallel ranks is ours.
+
+    A model of several parts may turn context parallelism off in the configuration of one of them, which keeps its own.
+
+    Raises:
+        ValueError: Names the layer.
+    """
+
+    @functools.wraps(original)
+    def __init__(self: Any, config: Any, layer_number: int, *args: Any, **kwargs: Any) -> Any:
+        if config.context_parallel_size == 1:
+            return original(self, config, layer_number, *args, **kwargs)
+        raise ValueError(
+            f"layer {layer_number}: its layer spec names TransformerEngine's core attention, but attention over "
+            "context-parallel ranks is ours. Let the spec take the core attention of upstream's spec provider "
+            "(get_backend(...).core_attention()), or give --context-parallel-attention transformer_engine."
+        )
+
+    return __init__
 
 
 def with_recompute_cache(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,8 +20,8 @@ READS = (
 def model_difference(args: Namespace, *, is_ours: bool, is_local: bool, on_gpu: bool) -> str | None:
     """Return a warning if upstream's attention and ours compute different models under these flags, else None.
 
-    Ours (`--seq1f1b-splits` above 1, or `--context-parallel-size` above 1 without TransformerEngine) keeps documents
-    apart in every layer, inside any window.
+    Ours (`--seq1f1b-splits` above 1, or `--context-parallel-size` above 1 unless core attention is TransformerEngine's)
+    keeps documents apart in every layer, inside any window.
 
     Args:
         args: upstream's parsed arguments, not yet validated.
