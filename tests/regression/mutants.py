@@ -2,7 +2,7 @@
 
 A planted error is a context manager that is applied in the ranks of arm O. It yields a `Planted` that counts how often
 it acted. An error that never acts proves nothing, and the suite reports it. Errors of context parallelism are in
-`mutants_usp.py`, those of sharding in `mutants_paro.py`.
+`mutants_usp.py`, those of sharding in `mutants_paro.py`, those of the chunked loss in `mutants_cross_entropy.py`.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tests.regression import mutants_paro, mutants_usp
+from tests.regression import mutants_cross_entropy, mutants_paro, mutants_usp
 from tests.regression.planted import Planted, wrapped
 
 MICRO_BATCHES = 4  # per step and rank, in the cases that use dropped_micro_batch
@@ -217,5 +217,6 @@ MUTANTS: dict[str, Callable[[], Any]] = {
         mean_of_segment_means,
         *mutants_usp.ALL,
         *mutants_paro.ALL,
+        *mutants_cross_entropy.ALL,
     )
 }

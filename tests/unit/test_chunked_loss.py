@@ -1,0 +1,73 @@
+"""The chunked cross entropy equals upstream's GPTModel and PyTorch's cross entropy, and never holds whole logits."""
+
+import pytest
+
+from tests.pool import RankPool
+from tests.unit.chunked_loss_bed import (
+    BATCH,
+    HIDDEN,
+    SEQUENCE,
+    VOCABULARY,
+    Case,
+    differences,
+    fused_differences,
+    largest_tensors,
+    pytorch_difference,
+    rounding,
+)
+
+# Sums of 512 logits, 192 tokens or 16 channels in another order: n eps is 1e-13.
+REASSOCIATION = 1e-12
+
+ONE_RANK = {
+    "whole model": Case(),
+    "tied": Case(tied=True),
+    "last stage": Case(tail=True),
+    "last stage, tied": Case(tail=True, tied=True),
+    "muP": Case(tail=True, config={"use_mup": True, "mup_base_hidden_size": 4, "mup_output_mult": 0.25}),
+    "frozen output layer": Case(tail=True, frozen="output_layer"),
+    "frozen below the output layer": Case(tail=True, frozen="decoder"),
+    "nothing trained": Case(tail=True, frozen=""),
+}
+TWO_RANKS = {
+    "tensor parallel": Case(),
+    "tensor parallel, last stage": Case(tail=True),
+    "sequence parallel": Case(sequence_parallel=True),
+    "sequence parallel, tied": Case(sequence_parallel=True, tied=True),
+    "sequence parallel, last stage": Case(sequence_parallel=True, tail=True),
+    "sequence parallel, frozen output layer": Case(sequence_parallel=True, tail=True, frozen="output_layer"),
+}
+
+
+@pytest.mark.parametrize(("tp", "cases"), [(1, ONE_RANK), (2, TWO_RANKS)], ids=["1", "2"])
+def test_equals_upstreams_model_in_float64(ranks: RankPool, tp: int, cases: dict[str, Case]) -> None:
+    """Losses, gradients of all parameters and of the hidden states, for all sizes of chunks and a random mask."""
+    for found in ranks.run(tp, differences, list(cases.values()), tp):
+        assert {name: apart for name, apart in zip(cases, found, strict=True) if not apart <= REASSOCIATION} == {}
+
+
+@pytest.mark.parametrize(("tp", "gathers"), [(1, False), (2, False), (2, True)])
+def test_equals_pytorchs_cross_entropy(ranks: RankPool, tp: int, gathers: bool) -> None:
+    assert max(ranks.run(tp, pytorch_difference, tp, gathers)) <= REASSOCIATION
+
+
+def test_weight_gradients_are_added_to_the_main_gradient_by_upstreams_kernel(ranks: RankPool) -> None:
+    """The stand-in adds in float32, so what is equal is upstream's sum over tokens within float32's rounding."""
+    cases = [Case(fused=True, tail=True), Case(fused=True, tied=True)]
+    (found,) = ranks.run(1, fused_differences, cases)
+    assert max(found) <= 1e-5
+
+
+@pytest.mark.parametrize(("tp", "case"), [(1, Case()), (2, Case(sequence_parallel=True))], ids=["1", "2"])
+def test_no_tensor_has_the_size_of_whole_logits(ranks: RankPool, tp: int, case: Case) -> None:
+    logits = BATCH * SEQUENCE * VOCABULARY // tp
+    scores = BATCH * 2 // tp * SEQUENCE**2  # of the two attention heads: what is left
+    for whole, chunked, as_whole in ranks.run(tp, largest_tensors, case, tp, [None, 16, 10_000]):
+        assert whole >= logits and as_whole >= logits
+        assert chunked <= max(scores, VOCABULARY * HIDDEN) < logits
+
+
+def test_bf16_is_as_exact_as_upstreams(ranks: RankPool) -> None:
+    """Chunks round their products of 16 bits one by one, and add them up in float32."""
+    (found,) = ranks.run(1, rounding, 16)
+    assert all(0 < ours <= 1.5 * theirs for theirs, ours in found), found
