@@ -47,7 +47,7 @@ def runs(start: Start, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ru
             "theirs": training(f"{TE} {KEPT}", keep=True),
             "ours, from theirs": training(f"{TE} {OURS}", [*plain, str(folder / "theirs")]),
             "theirs, from ours": training(TE, [*plain, str(folder / "ours")]),
-            "theirs in local layers": training(THEIRS),
+            "theirs in local layers": training(f"--transformer-impl local {THEIRS}"),
             "ours in segments": training(f"{TE} --seq1f1b-splits 2"),
             "a spec of its own": training(f"{TE} {OURS} {SPEC}"),
         },

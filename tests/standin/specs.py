@@ -3,7 +3,7 @@
 from typing import Any
 
 
-def naming_te_attention() -> Any:
+def naming_te_attention(config: Any) -> Any:
     """Return upstream's spec of TransformerEngine's layers, with its core attention named once more."""
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
