@@ -17,7 +17,8 @@ from tests.standin.runs import Training, train
 
 TE = "--transformer-impl transformer_engine"
 OURS, THEIRS = (f"--context-parallel-attention {name}" for name in ("longseq", "transformer_engine"))
-KEPT = "--save-interval 2 --ckpt-format torch"  # this format holds whatever a module's state_dict holds
+# This format holds whatever a module's state_dict holds.
+KEPT = "--save-interval 2 --ckpt-format torch"
 SPEC = "--spec tests.standin.specs naming_te_attention"
 
 SLOW = {
@@ -37,19 +38,21 @@ def runs(start: Start, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ru
     """Train once for the tests of this file."""
     folder = tmp_path_factory.mktemp("te")
 
-    def training(own: str, base: list[str] | None = None, keep: bool = False) -> Training:
-        return Training("O", 2, (base or start("")) + flags(CP2, own), keep, SNAPSHOTS if base is None else ())
+    def training(base: list[str], own: str, keep: bool = False) -> Training:
+        return Training("O", 2, base + flags(CP2, own), keep, () if "--ckpt-step" in base else SNAPSHOTS)
 
-    plain = flags(TINY, EVALUATED, KEPT, "--ckpt-step 2 --load")
+    # A seed checkpoint holds upstream's initial weights, but in another format than KEPT's.
+    seed, initial = start(""), flags(TINY, EVALUATED, KEPT)
+    saved = [*initial, "--ckpt-step", "2", "--load"]
     return train(
         {
-            "ours": training(f"{TE} {OURS} {KEPT}", keep=True),
-            "theirs": training(f"{TE} {KEPT}", keep=True),
-            "ours, from theirs": training(f"{TE} {OURS}", [*plain, str(folder / "theirs")]),
-            "theirs, from ours": training(TE, [*plain, str(folder / "ours")]),
-            "theirs in local layers": training(f"--transformer-impl local {THEIRS}"),
-            "ours in segments": training(f"{TE} --seq1f1b-splits 2"),
-            "a spec of its own": training(f"{TE} {OURS} {SPEC}"),
+            "ours": training(initial, f"{TE} {OURS}", keep=True),
+            "theirs": training(initial, TE, keep=True),
+            "ours, from theirs": training([*saved, str(folder / "theirs")], f"{TE} {OURS}"),
+            "theirs, from ours": training([*saved, str(folder / "ours")], TE),
+            "theirs in local layers": training(seed, f"--transformer-impl local {THEIRS}"),
+            "ours in segments": training(seed, f"{TE} --seq1f1b-splits 2"),
+            "a spec of its own": training(seed, f"{TE} {OURS} {SPEC}"),
         },
         folder,
     )
@@ -65,6 +68,8 @@ def records(run: Run) -> set[str]:
     return {name for name in run.header["patches"] if name.startswith("usp.")} - {"usp.arguments"}
 
 
+# Of one rank: four layers, four micro-batches a step, three steps and an evaluation.
+FORWARDS = 4 * 4 * (3 + 1)
 OURS_ANYWHERE = {"usp.groups", "usp.loss", "usp.te-layers"}
 
 
@@ -72,7 +77,7 @@ def test_ours_in_te_layers(
     runs: dict[str, Run | str], upstream: Callable[..., Run], tell: Callable[[str], None]
 ) -> None:
     run = finished(runs["ours"])
-    assert records(run) == OURS_ANYWHERE | {"usp.te-attention"}
+    assert records(run) == OURS_ANYWHERE | {"usp.te-attention"} and run.planted == 2 * FORWARDS
     assert_equal(run, upstream(""), "ours in TransformerEngine's layers", tell)
 
 
@@ -80,7 +85,7 @@ def test_theirs_in_te_layers_by_default(
     runs: dict[str, Run | str], upstream: Callable[..., Run], tell: Callable[[str], None]
 ) -> None:
     run = finished(runs["theirs"])
-    assert records(run) == set()
+    assert records(run) == set() and run.planted == 0
     assert_equal(run, upstream(""), "TransformerEngine's in its own layers", tell)
 
 
@@ -88,7 +93,7 @@ def test_theirs_in_local_layers(
     runs: dict[str, Run | str], upstream: Callable[..., Run], tell: Callable[[str], None]
 ) -> None:
     run = finished(runs["theirs in local layers"])
-    assert records(run) == {"usp.core-attention"}
+    assert records(run) == {"usp.core-attention"} and run.planted == 0
     assert_equal(run, upstream(""), "TransformerEngine's in local layers", tell)
 
 
@@ -96,7 +101,7 @@ def test_ours_in_te_layers_in_segments_by_default(
     runs: dict[str, Run | str], upstream: Callable[..., Run], tell: Callable[[str], None]
 ) -> None:
     run = finished(runs["ours in segments"])
-    assert records(run) == OURS_ANYWHERE | {"usp.batch"}
+    assert records(run) == OURS_ANYWHERE | {"usp.batch"} and run.planted == 2 * 2 * FORWARDS  # segments, ranks
     assert_equal(run, upstream(""), "ours in TransformerEngine's layers, segments", tell)
 
 

@@ -11,12 +11,15 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tests.pool import RankFailure, RankPool
 from tests.regression.arm import Arm, Job, Result, Run, run_arm
 from tests.regression.arm import train_on_this_rank as train_with_local_layers
+from tests.regression.planted import Planted, wrapped
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).resolve().parents[2]
 
@@ -38,6 +41,8 @@ class Training:
 
 def train(trainings: dict[str, Training], folder: Path, timeout: float = 900.0) -> dict[str, Run | str]:
     """Run the trainings one after the other, and return each one's run, or its error's text.
+
+    `Run.planted` is the number of forwards of our attention, over all ranks.
 
     Args:
         trainings: by name.
@@ -71,7 +76,15 @@ def main(folder: Path) -> None:
         saves = folder / name if one.keep else None
         try:
             found[name] = run_arm(
-                pool, one.arm, one.world, one.flags, saves, float64=True, snapshots=one.snapshots, timeout=200
+                pool,
+                one.arm,
+                one.world,
+                one.flags,
+                saves,
+                float64=True,
+                mutant="tests.standin.runs:counted_attention",
+                snapshots=one.snapshots,
+                timeout=200,
             )
         except RankFailure as error:
             found[name] = str(error)
@@ -82,6 +95,21 @@ def train_on_this_rank(job: Job) -> Result:
     """Train on a rank in the layers of --transformer-impl."""
     keep_te_layers()
     return train_with_local_layers(job)
+
+
+@contextmanager
+def counted_attention() -> Iterator[Planted]:
+    """Count the forwards of our attention."""
+    from megatron.longseq.attention.module import LongSequenceAttention
+
+    planted = Planted()
+
+    def forward(original: Any, *args: Any, **named: Any) -> Any:
+        planted.times += 1
+        return original(*args, **named)
+
+    with wrapped(LongSequenceAttention, "forward", forward):
+        yield planted
 
 
 def keep_te_layers() -> None:
