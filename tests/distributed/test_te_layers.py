@@ -68,8 +68,8 @@ def records(run: Run) -> set[str]:
     return {name for name in run.header["patches"] if name.startswith("usp.")} - {"usp.arguments"}
 
 
-# Of one rank: four layers, four micro-batches a step, three steps and an evaluation.
-FORWARDS = 4 * 4 * (3 + 1)
+# Of one rank: four layers, four micro-batches a step, three steps and three evaluations (one in between, two last).
+FORWARDS = 4 * 4 * (3 + 3)
 OURS_ANYWHERE = {"usp.groups", "usp.loss", "usp.te-layers"}
 
 
