@@ -30,7 +30,7 @@ RECORDS = (
         impl="patches.usp.runtime:with_our_attention",
         reads=(
             "megatron.core.models.gpt.gpt_layer_specs:get_gpt_layer_with_transformer_engine_submodules",
-            "megatron.core.transformer.attention:Attention.__init__",
+            "megatron.core.extensions.transformer_engine:TEDotProductAttention.__init__",
         ),
         why="TransformerEngine's layers take its core attention; no flag of upstream's chooses another.",
         when="patches.usp.conditions:spreads_attention_in_te_layers",
@@ -38,16 +38,16 @@ RECORDS = (
         remove_when="upstream lets a flag or a hook choose the core attention of TransformerEngine's layers",
     ),
     Record(
-        id="usp.te-attention",
+        id="usp.own-specs",
         system="usp",
         action="wrap",
-        target="megatron.core.extensions.transformer_engine:TEDotProductAttention.__init__",
-        impl="patches.usp.runtime:refusing_te_attention",
+        target="megatron.core.transformer.attention:Attention.__init__",
+        impl="patches.usp.runtime:refusing_other_attention",
         why="A layer spec that names TransformerEngine's core attention itself does not ask the spec provider, and "
         "would have it where ours was chosen.",
-        when="patches.usp.conditions:refuses_te_attention",
+        when="patches.usp.conditions:spreads_whole_sequences",
         test="tests/distributed/test_te_layers.py::test_a_spec_of_its_own_is_refused",
-        remove_when="upstream lets a flag or a hook choose the core attention of TransformerEngine's layers",
+        remove_when="upstream lets a flag or a hook choose the core attention of any layer",
     ),
     Record(
         id="usp.batch",

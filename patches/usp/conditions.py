@@ -38,9 +38,9 @@ def spreads_segments(args: Namespace) -> bool:
     return context_parallel(args) and args.seq1f1b_splits > 1
 
 
-def refuses_te_attention(args: Namespace) -> bool:
-    """Return whether no layer may hold TransformerEngine's core attention; in segments, ours takes its place later."""
-    return spreads_attention(args) and not spreads_segments(args) and has_transformer_engine()
+def spreads_whole_sequences(args: Namespace) -> bool:
+    """Return whether attention is ours without segments, which take the place of any core attention later."""
+    return spreads_attention(args) and not spreads_segments(args)
 
 
 def has_transformer_engine() -> bool:

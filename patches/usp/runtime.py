@@ -104,24 +104,27 @@ def _our_attention() -> Callable[..., Any]:
     return functools.partial(LongSequenceAttention, context=current_context)
 
 
-def refusing_te_attention(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `TEDotProductAttention.__init__`: refuse it where attention over context-parallel ranks is ours.
+def refusing_other_attention(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `Attention.__init__`: refuse a core attention other than ours over context-parallel ranks.
 
     A model of several parts may turn context parallelism off in the configuration of one of them, which keeps its own.
 
     Raises:
-        ValueError: Names the layer.
+        ValueError: Names the layer and its core attention.
     """
 
     @functools.wraps(original)
-    def __init__(self: Any, config: Any, layer_number: int, *args: Any, **kwargs: Any) -> Any:
-        if config.context_parallel_size == 1:
-            return original(self, config, layer_number, *args, **kwargs)
-        raise ValueError(
-            f"layer {layer_number}: its layer spec names TransformerEngine's core attention, but attention over "
-            "context-parallel ranks is ours. Let the spec take the core attention of upstream's spec provider "
-            "(get_backend(...).core_attention()), or give --context-parallel-attention transformer_engine."
-        )
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        from megatron.longseq.attention.module import LongSequenceAttention
+
+        original(self, *args, **kwargs)
+        core = self.core_attention
+        if self.config.context_parallel_size > 1 and not isinstance(core, LongSequenceAttention):
+            raise ValueError(
+                f"layer {self.layer_number}: its layer spec names {type(core).__name__}, but attention over "
+                "context-parallel ranks is ours. Let the spec take the core attention of upstream's spec provider "
+                "(get_backend(...).core_attention()), or give --context-parallel-attention transformer_engine."
+            )
 
     return __init__
 

@@ -77,7 +77,7 @@ def test_ours_in_te_layers(
     runs: dict[str, Run | str], upstream: Callable[..., Run], tell: Callable[[str], None]
 ) -> None:
     run = finished(runs["ours"])
-    assert records(run) == OURS_ANYWHERE | {"usp.te-attention"} and run.planted == 2 * FORWARDS
+    assert records(run) == OURS_ANYWHERE | {"usp.own-specs"} and run.planted == 2 * FORWARDS
     assert_equal(run, upstream(""), "ours in TransformerEngine's layers", tell)
 
 
@@ -114,7 +114,7 @@ def test_checkpoints_go_both_ways(runs: dict[str, Run | str], name: str) -> None
 def test_a_spec_of_its_own_is_refused(runs: dict[str, Run | str]) -> None:
     told = runs["a spec of its own"]
     assert isinstance(told, str)
-    assert "layer 1: its layer spec names TransformerEngine's core attention" in told
+    assert "layer 1: its layer spec names TEDotProductAttention" in told
     assert "--context-parallel-attention transformer_engine" in told
 
 
