@@ -1,6 +1,5 @@
-"""Callback at upstream's validation of flags: choose a layout before it, refuse what we do not serve after it."""
+"""Callback at upstream's validation of flags: choose a layout before it, refuse unsupported flags after it."""
 
-import functools
 import inspect
 from argparse import Namespace
 from collections.abc import Callable
@@ -13,15 +12,15 @@ from patches.usp.conditions import has_transformer_engine, spreads_attention, sp
 
 
 def with_context_plan(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `validate_args`: choose for --context-parallel-auto, then refuse what is not served.
+    """Wrap `validate_args`: choose for --context-parallel-auto, then refuse unsupported flags.
 
     Raises:
-        ValueError: Flags do not go together, or heads or lengths do not fit the layout.
+        ValueError: Flags cannot be combined, or heads or lengths do not fit the layout.
     """
 
-    @functools.wraps(original)
     def validate_args(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
         from megatron.longseq.attention.plan.comm_type import choose_comm_type, comm_types, validate_comm_types
+        from megatron.longseq.pipeline.plan.from_args import segment_lengths
 
         refuse_unserved_te_attention(args, is_installed=has_transformer_engine())
         is_chosen = args.context_parallel_auto
@@ -36,11 +35,11 @@ def with_context_plan(original: Callable[..., Any]) -> Callable[..., Any]:
         # Segments replace the core attention of a layer, whichever its spec names.
         refuse_unserved_context(args, is_local=has_local_layers(args) or spreads_segments(args))
         _refuse_order(args)
-        types = validate_comm_types(args, _lengths(args))
+        types = validate_comm_types(args, segment_lengths(args))
         if args.rank == 0:
             layers = "" if has_local_layers(args) else " in TransformerEngine's layers"
             for name, one in types.items():
-                keys = ", keys gathered" if one.gathers else ""
+                keys = ", all-gather of keys" if one.gathers else ""
                 chosen = ", chosen by --context-parallel-auto" if is_chosen else ""
                 print(
                     f"> attention over {one.mesh.size} context-parallel ranks ({name}){layers}: Ulysses "
@@ -52,12 +51,6 @@ def with_context_plan(original: Callable[..., Any]) -> Callable[..., Any]:
     return validate_args
 
 
-def _lengths(args: Namespace) -> tuple[int, ...]:
-    from megatron.longseq.pipeline.plan.from_args import segment_lengths
-
-    return segment_lengths(args)
-
-
 def _refuse_ours_alone(args: Namespace) -> None:
     """Refuse flags that TransformerEngine's context parallelism does not have."""
     for flag, is_given in (
@@ -66,7 +59,7 @@ def _refuse_ours_alone(args: Namespace) -> None:
     ):
         if is_given:
             raise ValueError(
-                f"{flag}: TransformerEngine's attention has none; give --context-parallel-attention longseq, too."
+                f"{flag}: TransformerEngine's attention does not have this; give --context-parallel-attention longseq."
             )
 
 
@@ -77,6 +70,6 @@ def _refuse_order(args: Namespace) -> None:
 
     if "sort_ranks" not in inspect.signature(dist.new_group).parameters:
         raise ValueError(
-            "--context-parallel-placement context-first: this PyTorch sorts the ranks of every group (new_group has no "
-            "sort_ranks); use a later one, or head-first."
+            "--context-parallel-placement context-first: this PyTorch sorts the ranks of every group (new_group has "
+            "no argument sort_ranks); install a later version, or give head-first."
         )

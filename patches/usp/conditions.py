@@ -8,14 +8,9 @@ from patches.conditions import has_local_layers, no_cuda
 from patches.recompute.frozen import recomputes
 
 
-def context_parallel(args: Namespace) -> bool:
-    """Return whether there are context-parallel ranks; --context-parallel-auto also chooses for TransformerEngine."""
-    return wants_context(args)
-
-
 def spreads_attention(args: Namespace) -> bool:
     """Return whether attention over context-parallel ranks is ours, in any layers."""
-    return context_parallel(args) and serves_core_attention(args, is_local=has_local_layers(args))
+    return wants_context(args) and serves_core_attention(args, is_local=has_local_layers(args))
 
 
 def spreads_local_attention(args: Namespace) -> bool:
@@ -25,7 +20,7 @@ def spreads_local_attention(args: Namespace) -> bool:
 
 def context_parallel_in_local_layers(args: Namespace) -> bool:
     """Return whether local layers run over context-parallel ranks, for which upstream's core attention is replaced."""
-    return context_parallel(args) and has_local_layers(args)
+    return wants_context(args) and has_local_layers(args)
 
 
 def spreads_attention_in_te_layers(args: Namespace) -> bool:
@@ -35,7 +30,7 @@ def spreads_attention_in_te_layers(args: Namespace) -> bool:
 
 def spreads_segments(args: Namespace) -> bool:
     """Return whether segments are sharded over ranks; their attention is ours under any layer spec."""
-    return context_parallel(args) and args.seq1f1b_splits > 1
+    return wants_context(args) and args.seq1f1b_splits > 1
 
 
 def spreads_whole_sequences(args: Namespace) -> bool:

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 
 import torch
 
-from tests.gpu.arms import Bench, Trained, train_on_this_rank
+from tests.gpu.arms import Bench, RunResult, train_on_this_rank
 from tests.gpu.figures import Report, skip
 from tests.gpu.training import SIZES, STEPS, TINY, apart_from, cannot_share, tell
 from tests.pool import RankFailure
@@ -73,8 +73,8 @@ def compare(
     bench: Bench,
     base: Sequence[str],
     cases: dict[str, str],
-    theirs: Trained,
-    exact: Trained,
+    theirs: RunResult,
+    exact: RunResult,
     ranks: int,
 ) -> None:
     """Hold every case to the reference, within its own distance from a run of more exact arithmetic."""
@@ -89,7 +89,7 @@ def compare(
         tell(report, name, ours, apart=apart, allowed=allowed, right=all(apart[one] <= allowed[one] for one in allowed))
 
 
-def train_with_standin(arm: Arm, flags: list[str], float64: bool) -> Trained:
+def train_with_standin(arm: Arm, flags: list[str], float64: bool) -> RunResult:
     """Train on a rank without a GPU."""
     keep_te_layers()
     return train_on_this_rank(arm, flags, float64)
