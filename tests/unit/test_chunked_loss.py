@@ -12,6 +12,7 @@ from tests.unit.chunked_loss_bed import (
     differences,
     fused_differences,
     largest_tensors,
+    products,
     pytorch_difference,
     rounding,
 )
@@ -51,10 +52,12 @@ def test_equals_pytorchs_cross_entropy(ranks: RankPool, tp: int, gathers: bool) 
     assert max(ranks.run(tp, pytorch_difference, tp, gathers)) <= REASSOCIATION
 
 
-def test_weight_gradients_are_added_to_the_main_gradient_by_upstreams_kernel(ranks: RankPool) -> None:
-    """The stand-in adds in float32, so what is equal is upstream's sum over tokens within float32's rounding."""
-    cases = [Case(fused=True, tail=True), Case(fused=True, tied=True)]
-    (found,) = ranks.run(1, fused_differences, cases)
+def test_weight_gradients_are_added_to_main_gradients_by_upstreams_kernel(ranks: RankPool) -> None:
+    """Upstream's data-parallel wrapper reduces them while backward runs.
+
+    The stand-in for the kernel adds in float32, so the sums over tokens are equal within float32's rounding.
+    """
+    (found,) = ranks.run(1, fused_differences, [Case(fused=True, tail=True), Case(fused=True, tied=True)])
     assert max(found) <= 1e-5
 
 
@@ -71,3 +74,10 @@ def test_bf16_is_as_exact_as_upstreams(ranks: RankPool) -> None:
     """Chunks round their products of 16 bits one by one, and add them up in float32."""
     (found,) = ranks.run(1, rounding, 16)
     assert all(0 < ours <= 1.5 * theirs for theirs, ours in found), found
+
+
+def test_backward_computes_the_logits_once_more(ranks: RankPool) -> None:
+    """Four products for every token, where upstream computes three."""
+    one = 2 * BATCH * SEQUENCE * VOCABULARY // 2 * HIDDEN
+    for whole, chunked in ranks.run(2, products, Case(sequence_parallel=True), 2, 31):
+        assert chunked - whole == one
