@@ -1,7 +1,9 @@
 """The chunked cross entropy equals upstream's GPTModel and PyTorch's cross entropy, and never holds whole logits."""
 
 import pytest
+import torch
 
+from megatron.longseq.cross_entropy.runtime.function import ChunkedLossCall, _WeightGrad
 from tests.pool import RankPool
 from tests.unit.chunked_loss_bed import (
     BATCH,
@@ -71,9 +73,17 @@ def test_no_tensor_has_the_size_of_whole_logits(ranks: RankPool, tp: int, case: 
 
 
 def test_bf16_is_as_exact_as_upstreams(ranks: RankPool) -> None:
-    """Chunks round their products of 16 bits one by one, and add them up in float32."""
-    (found,) = ranks.run(1, rounding, 16)
+    (found,) = ranks.run(1, rounding, 1)
     assert all(0 < ours <= 1.5 * theirs for theirs, ours in found), found
+
+
+def test_the_weights_gradient_is_added_up_in_float32() -> None:
+    """In bf16 a sum of ones ends at 256."""
+    total = _WeightGrad(torch.zeros(3, 2, dtype=torch.bfloat16), ChunkedLossCall(1, group=None))
+    for _ in range(1000):
+        total.add(torch.ones(1, 3, dtype=torch.bfloat16), torch.ones(1, 2, dtype=torch.bfloat16))
+    gradient = total.finish()
+    assert gradient is not None and gradient.dtype is torch.bfloat16 and gradient.eq(1000).all()
 
 
 def test_backward_computes_the_logits_once_more(ranks: RankPool) -> None:
