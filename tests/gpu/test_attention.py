@@ -8,10 +8,10 @@ from torch import Tensor
 
 from megatron.longseq.attention.kernels.base import Kernel, Scores
 from megatron.longseq.attention.kernels.flash_cuda import FlashAttn, TorchCudaFlash, load_flash_attn
+from megatron.longseq.attention.kernels.merge import merge_
 from megatron.longseq.attention.kernels.reference import Reference
 from megatron.longseq.attention.kernels.select import select_kernel
 from megatron.longseq.attention.runtime.kv_cache import SegmentKVCache
-from megatron.longseq.attention.runtime.tiled import merge_
 from tests.unit.attention_bed import Split, oracle, qkv, seen, tensors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

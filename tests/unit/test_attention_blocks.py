@@ -10,8 +10,9 @@ from torch import Tensor
 
 from megatron.longseq.attention.kernels.base import Scores
 from megatron.longseq.attention.kernels.reference import visible_mask
+from megatron.longseq.attention.plan.launches import Tile
 from megatron.longseq.attention.plan.ranges import Documents, DocumentSpan, TokenRange
-from megatron.longseq.attention.plan.tiles import Mask, Tile, plan_causal
+from megatron.longseq.attention.plan.tiles import Mask, plan_causal
 from megatron.longseq.attention.runtime.packed_documents import document_starts, documents_from_starts
 from tests.unit.attention_bed import seen
 

@@ -138,6 +138,14 @@ class Counting(CpuFlash):
         self.backwards += 1
         return super().backward(*args)
 
+    def forward_packed(self, *args: Any) -> Any:
+        self.forwards += 1
+        return super().forward_packed(*args)
+
+    def backward_packed(self, *args: Any) -> Any:
+        self.backwards += 1
+        return super().backward_packed(*args)
+
 
 @pytest.mark.parametrize(
     ("mesh", "kind"),

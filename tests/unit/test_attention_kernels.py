@@ -2,7 +2,6 @@
 
 import itertools
 import sys
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -11,13 +10,14 @@ import torch
 from torch import Tensor
 
 from megatron.longseq.attention.kernels import select as choice
-from megatron.longseq.attention.kernels.base import Kernel, Scores
-from megatron.longseq.attention.kernels.flash_cuda import CudaFlash, FlashAttn, TorchCudaFlash
+from megatron.longseq.attention.kernels.base import Kernel, PackedLengths, Scores
+from megatron.longseq.attention.kernels.flash_cuda import CudaFlash, FlashAttn, FlashAttn3, TorchCudaFlash
+from megatron.longseq.attention.kernels.merge import merge_
 from megatron.longseq.attention.kernels.reference import Reference, visible_mask
 from megatron.longseq.attention.kernels.select import KernelRequest, select_kernel
 from megatron.longseq.attention.kernels.torch_cpu import CpuFlash
-from megatron.longseq.attention.runtime.tiled import merge_
 from tests.unit.attention_bed import assert_close, tensors, worst
+from tests.unit.flash_bed import early_flash_attn_3, flash_attn_2, flash_attn_3, install
 
 HEADS = {"MHA": (4, 4), "GQA": (4, 2), "MQA": (4, 1)}
 SIZES = [(1, 1), (1, 9), (7, 7), (5, 12), (7, 12), (12, 5), (33, 70)]
@@ -25,78 +25,25 @@ SCORES = [Scores(0.3), Scores(0.3, True), Scores(0.3, True, 3), Scores(0.3, True
 
 
 @pytest.fixture
-def flash_attn(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def flash_attn(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Put a package in flash-attn's place: its documented functions and conventions, computed by the reference."""
-    module = ModuleType("flash_attn.flash_attn_interface")
-    exact = Reference()
-
-    def scores_of(scale: float, causal: bool, left: int, right: int) -> Scores:
-        assert right == (0 if causal else -1) and left >= -1
-        return Scores(scale, causal, None if left == -1 else left)
-
-    def _flash_attn_forward(  # noqa: PLR0917
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        dropout_p: float,
-        softmax_scale: float,
-        causal: bool,
-        window_size_left: int,
-        window_size_right: int,
-        softcap: float,
-        alibi_slopes: Tensor | None,
-        return_softmax: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        assert (dropout_p, softcap, alibi_slopes, return_softmax) == (0.0, 0.0, None, False)
-        scores = scores_of(softmax_scale, causal, window_size_left, window_size_right)
-        out, lse = exact.forward(*(x.transpose(0, 1) for x in (q, k, v)), scores)
-        nothing = torch.empty(0)
-        return out.transpose(0, 1), lse.masked_fill(lse == -torch.inf, torch.inf), nothing, nothing
-
-    def _flash_attn_backward(  # noqa: PLR0917
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        softmax_lse: Tensor,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-        dropout_p: float,
-        softmax_scale: float,
-        causal: bool,
-        window_size_left: int,
-        window_size_right: int,
-        softcap: float,
-        alibi_slopes: Tensor | None,
-        deterministic: bool,
-        rng_state: Tensor | None = None,
-    ) -> Tensor:
-        assert (dropout_p, softcap, alibi_slopes, deterministic, rng_state) == (0.0, 0.0, None, False, None)
-        assert not (softmax_lse == -torch.inf).any() and softmax_lse.is_contiguous()
-        scores = scores_of(softmax_scale, causal, window_size_left, window_size_right)
-        inputs = [x.transpose(0, 1) for x in (dout, q, k, v, out)]
-        for grad, value in zip((dq, dk, dv), exact.backward(*inputs, softmax_lse, scores), strict=True):
-            grad.copy_(value.transpose(0, 1))
-        return torch.empty(0)
-
-    module._flash_attn_forward = _flash_attn_forward  # type: ignore[attr-defined]
-    module._flash_attn_backward = _flash_attn_backward  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
-    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", module)
-    yield module
+    module = flash_attn_2()
+    install(monkeypatch, module)
+    return module
 
 
-@pytest.fixture(params=["cpu", "reference", "flash_attn interface"])
-def kernel(request: pytest.FixtureRequest) -> Kernel:
+@pytest.fixture(params=["cpu", "reference", "flash_attn interface", "flash_attn 3 interface", "an early flash_attn 3"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernel:
     """Each kernel that runs here."""
     if request.param == "cpu":
         return CpuFlash()
     if request.param == "reference":
         return Reference()
-    request.getfixturevalue("flash_attn")
-    return FlashAttn()
+    if request.param == "flash_attn interface":
+        request.getfixturevalue("flash_attn")
+        return FlashAttn()
+    install(monkeypatch, early_flash_attn_3() if "early" in request.param else flash_attn_3())
+    return FlashAttn3()
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -253,7 +200,9 @@ def test_choice_says_what_and_why() -> None:
     with pytest.warns(UserWarning, match="values of 128 beside keys of 192.*slow and large"):
         assert select_kernel(cpu, torch.float32, 192, value_dim=128).kernel.name == "reference"
     assert select_kernel(cpu, torch.float32, 64, only="reference").kernel.name == "reference"
-    with pytest.raises(ValueError, match="not torch CUDA flash: device cpu; the kernels are flash_attn, torch CUDA"):
+    with pytest.raises(
+        ValueError, match="not torch CUDA flash: device cpu; the kernels are flash_attn 3, flash_attn, "
+    ):
         select_kernel(cpu, torch.float32, 64, only="torch CUDA flash")
     with pytest.raises(ValueError, match="no attention kernel is called 'fast'"):
         select_kernel(cpu, torch.float32, 64, only="fast")
@@ -295,4 +244,36 @@ def test_pytorchs_cuda_operator_takes_our_arguments() -> None:
         out, lse = kernel.forward(q, k, v, scores)
         assert (out.shape, lse.shape, lse.dtype) == (q.shape, (2, 4, 24), torch.float32)
         grads = kernel.backward(grad, q, k, v, out, lse, scores)
+        assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]
+
+
+def test_hopper_takes_flash_attention_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, flash_attn_3())
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: object() if name in sys.modules else None)
+    cuda = torch.device("cuda")
+    for capability, name in (((9, 0), "flash_attn 3"), ((8, 0), "torch CUDA flash"), ((10, 0), "torch CUDA flash")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert select_kernel(cuda, torch.bfloat16, 128).kernel.name == name
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    sys.modules["flash_attn_interface"]._flash_attn_backward = lambda dout, q, k: None  # type: ignore[attr-defined]
+    taken = select_kernel(cuda, torch.bfloat16, 128)
+    assert (
+        taken.kernel.name == "torch CUDA flash"
+        and "a function of dout, q, k, which is not FlashAttention 3's" in taken.why
+    )
+
+
+def test_pytorchs_cuda_operator_takes_packed_blocks() -> None:
+    """On the meta device, as `test_pytorchs_cuda_operator_takes_our_arguments`."""
+    kernel, lengths = TorchCudaFlash(), PackedLengths((3, 20, 1), (3, 30, 7))
+    lengths.memo["offsets", torch.device("meta")] = tuple(
+        torch.empty(4, dtype=torch.int32, device="meta") for _ in range(2)
+    )
+    q, k, v, grad = (
+        torch.empty(s, 1, h, 64, dtype=torch.bfloat16, device="meta") for s, h in ((24, 4), (40, 2), (40, 2), (24, 4))
+    )
+    for scores in SCORES:
+        out, lse = kernel.forward_packed(q, k, v, scores, lengths)
+        assert (out.shape, lse.shape, lse.dtype) == (q.shape, (1, 4, 24), torch.float32)
+        grads = kernel.backward_packed(grad, q, k, v, out, lse, scores, lengths)
         assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]

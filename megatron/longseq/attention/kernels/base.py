@@ -1,7 +1,9 @@
 """Interface of a block attention kernel."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +24,38 @@ class Scores:
     window: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class PackedLengths:
+    """Lengths of blocks whose queries, and whose keys, are packed one after another.
+
+    Attributes:
+        rows: queries of every block, at least one.
+        keys: keys of every block, at least one.
+        memo: what kernels derive from the lengths, such as offsets on a device.
+    """
+
+    rows: tuple[int, ...]
+    keys: tuple[int, ...]
+    memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def offsets(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the first query and the first key of every block and the totals, two tensors int32 [blocks + 1]."""
+        key = ("offsets", device)
+        if key not in self.memo:
+            self.memo[key] = tuple(
+                torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32).to(device)
+                for lengths in (self.rows, self.keys)
+            )
+        return self.memo[key]  # type: ignore[no-any-return]
+
+    def longest(self) -> tuple[int, int, tuple[int, int]]:
+        """Return the most rows, the most keys, and the lengths of the block with the most rows beside its keys."""
+        if "longest" not in self.memo:
+            steepest = max(zip(self.rows, self.keys, strict=True), key=lambda block: block[0] - block[1])
+            self.memo["longest"] = max(self.rows), max(self.keys), steepest
+        return self.memo["longest"]  # type: ignore[no-any-return]
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type in which results and gradients of a type are summed: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -38,6 +72,9 @@ class Kernel(Protocol):
     Layouts: q [sq, b, hq, d], k [sk, b, hk, d], v [sk, b, hk, dv], where hk divides hq; out [sq, b, hq, dv] in the type
     of q; lse [b, hq, sq], the natural log-sum-exp of the scaled scores, in float32 (float64 for float64). There is at
     least one row and one key. A row that sees no key has out 0 and lse -inf.
+
+    The packed functions compute many blocks in one call. Their queries, and their keys, lie one after another in
+    tensors of batch size 1. Every row sees at least one key of its block.
 
     Attributes:
         name: name in the log.
@@ -60,4 +97,24 @@ class Kernel(Protocol):
         self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (dq, dk, dv) of a block; out and lse are those of all keys that the rows see, not of the block."""
+        ...
+
+    def forward_packed(
+        self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, lengths: PackedLengths
+    ) -> tuple[Tensor, Tensor]:
+        """Return (out, lse) of packed blocks with one mask."""
+        ...
+
+    def backward_packed(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scores: Scores,
+        lengths: PackedLengths,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (dq, dk, dv) of packed blocks; see `backward`."""
         ...

@@ -3,16 +3,19 @@
 import importlib
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron.longseq.attention.kernels.base import Scores, dense
+from megatron.longseq.attention.kernels.base import PackedLengths, Scores, dense
 
 HEAD_DIM_STEP, HEAD_DIM_LIMIT = 8, 256
-_FORWARD = ("q", "k", "v", "dropout_p", "softmax_scale", "causal", "window_size_left", "window_size_right")
-_BACKWARD = ("dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv", *_FORWARD[3:])
+_FORWARD = ("q", "k", "v")
+_BACKWARD = ("dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv")
+_LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+_OPTIONS = ("dropout_p", "softmax_scale", "causal", "window_size_left", "window_size_right")
 
 
 def _batch_first(x: Tensor) -> Tensor:
@@ -21,35 +24,59 @@ def _batch_first(x: Tensor) -> Tensor:
 
 
 class _Arguments(NamedTuple):
-    """`Scores` as flash attention's arguments; a window of -1 is none."""
+    """`Scores` and lengths as flash attention's arguments.
+
+    Attributes:
+        scale, causal: as in `Scores`.
+        left, right: keys of the window before and behind a row; -1: all.
+        rows, keys: lengths of the block; of packed blocks, the longest ones.
+        row_offsets, key_offsets: see `PackedLengths.offsets`; None: blocks are not packed.
+    """
 
     scale: float
     causal: bool
     left: int
     right: int
+    rows: int
+    keys: int
+    row_offsets: Tensor | None = None
+    key_offsets: Tensor | None = None
 
     @classmethod
-    def of(cls, scores: Scores, q: Tensor, k: Tensor) -> "_Arguments":
-        """Return the arguments for q and k [s, b, h, d].
+    def of(cls, scores: Scores, rows: int, keys: int) -> "_Arguments":
+        """Return the arguments for a block.
 
         Raises:
             ValueError: The kernels would also hide keys on the right: they treat a block that is not causal as one with
                 a window of all keys to the right of the diagonal.
         """
-        if scores.window is not None and not scores.causal and q.shape[0] > k.shape[0] + 1:
+        if scores.window is not None and not scores.causal and rows > keys + 1:
             raise ValueError(
-                f"a sliding window over {k.shape[0]} keys for {q.shape[0]} rows: flash kernels hide keys from the "
+                f"a sliding window over {keys} keys for {rows} rows: flash kernels hide keys from the "
                 "first rows of such a block; plan it as two blocks, as `plan_tiles` does"
             )
         left = -1 if scores.window is None else scores.window
-        return cls(scores.scale, scores.causal, left, 0 if scores.causal else -1)
+        return cls(scores.scale, scores.causal, left, 0 if scores.causal else -1, rows, keys)
+
+    @classmethod
+    def of_packed(cls, scores: Scores, lengths: PackedLengths, device: torch.device) -> "_Arguments":
+        """Return the arguments for packed blocks.
+
+        Raises:
+            ValueError: See `of`.
+        """
+        rows, keys, steepest = lengths.longest()
+        made = cls.of(scores, *steepest)
+        row_offsets, key_offsets = lengths.offsets(device)
+        return made._replace(rows=rows, keys=keys, row_offsets=row_offsets, key_offsets=key_offsets)
 
 
 class CudaFlash(ABC):
     """Kernel for bfloat16 and float16, head sizes that are multiples of 8 up to 256, and shared key heads.
 
-    Both implementations are aligned bottom-right, support windows, and take [b, s, h, d] of any strides if the last one
-    is 1. The log-sum-exp of a row that sees no key is +inf, or -inf where the kernel splits the keys.
+    All implementations are aligned bottom-right, support windows, and take [b, s, h, d] of any strides if the last one
+    is 1. The log-sum-exp of a row that sees no key is +inf, or -inf where the kernel splits the keys. Packed blocks are
+    [total, h, d], with the first row of every block in an int32 tensor.
     """
 
     rectangular = True
@@ -58,7 +85,8 @@ class CudaFlash(ABC):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
-        out, lse = self._forward(_batch_first(q), _batch_first(k), _batch_first(v), _Arguments.of(scores, q, k))
+        how = _Arguments.of(scores, q.shape[0], k.shape[0])
+        out, lse = self._forward([_batch_first(x) for x in (q, k, v)], how)
         if scores.causal and q.shape[0] > k.shape[0]:
             lse = lse.masked_fill(lse == torch.inf, -torch.inf)
         return out.transpose(0, 1), lse
@@ -67,18 +95,47 @@ class CudaFlash(ABC):
         self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`."""
-        tensors = [_batch_first(x) for x in (grad_out, q, k, v, out)]
-        lse = lse.masked_fill(lse == -torch.inf, torch.inf).contiguous()
-        dq, dk, dv = self._backward(tensors, lse, _Arguments.of(scores, q, k))
+        how = _Arguments.of(scores, q.shape[0], k.shape[0])
+        dq, dk, dv = self._backward([_batch_first(x) for x in (grad_out, q, k, v, out)], _for_backward(lse), how)
         return dq.transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)
 
+    def forward_packed(
+        self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, lengths: PackedLengths
+    ) -> tuple[Tensor, Tensor]:
+        """See `Kernel.forward_packed`: one call."""
+        how = _Arguments.of_packed(scores, lengths, q.device)
+        out, lse = self._forward([dense(x)[:, 0] for x in (q, k, v)], how)
+        return out.unsqueeze(1), lse.unsqueeze(0)
+
+    def backward_packed(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scores: Scores,
+        lengths: PackedLengths,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Kernel.backward_packed`: one call."""
+        how = _Arguments.of_packed(scores, lengths, q.device)
+        tensors = [dense(x)[:, 0] for x in (grad_out, q, k, v, out)]
+        dq, dk, dv = self._backward(tensors, _for_backward(lse)[0], how)
+        return dq.unsqueeze(1), dk.unsqueeze(1), dv.unsqueeze(1)
+
     @abstractmethod
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor, how: _Arguments) -> tuple[Tensor, Tensor]:
-        """Return (out [b, s, h, d], lse [b, h, s]) of q, k and v [b, s, h, d]."""
+    def _forward(self, tensors: list[Tensor], how: _Arguments) -> tuple[Tensor, Tensor]:
+        """Return (out, lse) of q, k and v: [b, s, h, d] and [b, h, s], or packed [total, h, d] and [h, total]."""
 
     @abstractmethod
     def _backward(self, tensors: list[Tensor], lse: Tensor, how: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (dq, dk, dv) of grad_out, q, k, v and out, all [b, s, h, d]."""
+        """Return (dq, dk, dv) of grad_out, q, k, v and out, all as in `_forward`."""
+
+
+def _for_backward(lse: Tensor) -> Tensor:
+    """Return log-sum-exps with which rows that see no key have weights 0."""
+    return lse.masked_fill(lse == -torch.inf, torch.inf).contiguous()
 
 
 class TorchCudaFlash(CudaFlash):
@@ -86,15 +143,13 @@ class TorchCudaFlash(CudaFlash):
 
     name = "torch CUDA flash"
 
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor, how: _Arguments) -> tuple[Tensor, Tensor]:
+    def _forward(self, tensors: list[Tensor], how: _Arguments) -> tuple[Tensor, Tensor]:
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q,
-            k,
-            v,
-            None,  # cumulative lengths, for packed batches only
-            None,
-            q.shape[1],
-            k.shape[1],
+            *tensors,
+            how.row_offsets,
+            how.key_offsets,
+            how.rows,
+            how.keys,
             0.0,  # dropout
             how.causal,
             False,  # debug mask
@@ -105,19 +160,14 @@ class TorchCudaFlash(CudaFlash):
         return out, lse
 
     def _backward(self, tensors: list[Tensor], lse: Tensor, how: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
-        grad_out, q, k, v, out = tensors
-        seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # unused without dropout
+        seed = torch.zeros(2, dtype=torch.uint64, device=lse.device)  # unused without dropout
         return torch.ops.aten._flash_attention_backward(
-            grad_out,
-            q,
-            k,
-            v,
-            out,
+            *tensors,
             lse,
-            None,
-            None,
-            q.shape[1],
-            k.shape[1],
+            how.row_offsets,
+            how.key_offsets,
+            how.rows,
+            how.keys,
             0.0,
             how.causal,
             seed,
@@ -136,66 +186,146 @@ class FlashAttn(CudaFlash):
     def __init__(self) -> None:
         self._functions = load_flash_attn()
 
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor, how: _Arguments) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = self._functions[0](
-            q,
-            k,
-            v,
-            dropout_p=0.0,
-            softmax_scale=how.scale,
-            causal=how.causal,
-            window_size_left=how.left,
-            window_size_right=how.right,
-            softcap=0.0,
-            alibi_slopes=None,
-            return_softmax=False,
-        )
+    def _forward(self, tensors: list[Tensor], how: _Arguments) -> tuple[Tensor, Tensor]:
+        function = self._functions.forward if how.row_offsets is None else self._functions.varlen_forward
+        out, lse, *_ = function(*tensors, **self._packed(how), **self._options(how), return_softmax=False)
         return out, lse
 
     def _backward(self, tensors: list[Tensor], lse: Tensor, how: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
-        grad_out, q, k, v, out = tensors
-        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        self._functions[1](
-            grad_out,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            dq,
-            dk,
-            dv,
-            dropout_p=0.0,
-            softmax_scale=how.scale,
-            causal=how.causal,
-            window_size_left=how.left,
-            window_size_right=how.right,
-            softcap=0.0,
-            alibi_slopes=None,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-        )
+        function = self._functions.backward if how.row_offsets is None else self._functions.varlen_backward
+        dq, dk, dv = (torch.empty_like(x) for x in tensors[1:4])
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        function(*tensors, lse, dq, dk, dv, **self._packed(how), **self._options(how), deterministic=deterministic)
         return dq, dk, dv
 
+    @staticmethod
+    def _packed(how: _Arguments) -> dict[str, Any]:
+        if how.row_offsets is None:
+            return {}
+        return {
+            "cu_seqlens_q": how.row_offsets,
+            "cu_seqlens_k": how.key_offsets,
+            "max_seqlen_q": how.rows,
+            "max_seqlen_k": how.keys,
+        }
 
-def load_flash_attn() -> tuple[Any, Any]:
-    """Return flash-attn's forward and backward functions.
+    @staticmethod
+    def _options(how: _Arguments) -> dict[str, Any]:
+        return {
+            "dropout_p": 0.0,
+            "softmax_scale": how.scale,
+            "causal": how.causal,
+            "window_size_left": how.left,
+            "window_size_right": how.right,
+            "softcap": 0.0,
+            "alibi_slopes": None,
+        }
+
+
+class _FlashAttnFunctions(NamedTuple):
+    """Functions of the flash-attn package."""
+
+    forward: Any
+    backward: Any
+    varlen_forward: Any
+    varlen_backward: Any
+
+
+def load_flash_attn() -> _FlashAttnFunctions:
+    """Return flash-attn's forward and backward functions, of batches and of packed blocks.
 
     Raises:
         ImportError: The package is missing or broken, or its functions do not take the arguments of version 2.7.
     """
     module = importlib.import_module("flash_attn.flash_attn_interface")
     functions = []
-    for name, wanted in (("_flash_attn_forward", _FORWARD), ("_flash_attn_backward", _BACKWARD)):
+    for name, wanted in (
+        ("_flash_attn_forward", (*_FORWARD, *_OPTIONS)),
+        ("_flash_attn_backward", (*_BACKWARD, *_OPTIONS)),
+        ("_flash_attn_varlen_forward", (*_FORWARD, *_LENGTHS, *_OPTIONS)),
+        ("_flash_attn_varlen_backward", (*_BACKWARD, *_LENGTHS, *_OPTIONS)),
+    ):
         plain = getattr(module, name, None)
         if plain is None:
             raise ImportError(f"flash_attn has no {name}")
-        names = _parameters(plain)
+        names = list(_parameters(plain))
         if names[: len(wanted)] != list(wanted):
             raise ImportError(f"flash_attn's {name} takes {', '.join(names)}; version 2.7 or later is needed")
         functions.append(getattr(module, f"_wrapped{name}", plain))
-    return functions[0], functions[1]
+    return _FlashAttnFunctions(*functions)
 
 
-def _parameters(function: Any) -> list[str]:
-    """Return the parameter names of a function, or of the function that a torch custom operator wraps."""
-    return list(inspect.signature(getattr(function, "_init_fn", function)).parameters)
+class FlashAttn3(CudaFlash):
+    """FlashAttention 3 (package flash_attn_interface), for Hopper."""
+
+    name = "flash_attn 3"
+
+    def __init__(self) -> None:
+        self._forward_of, self._backward_of = load_flash_attn_3()
+
+    def _forward(self, tensors: list[Tensor], how: _Arguments) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = self._forward_of(tensors, how)
+        return out, lse
+
+    def _backward(self, tensors: list[Tensor], lse: Tensor, how: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = (torch.empty_like(x) for x in tensors[1:4])
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        self._backward_of([*tensors, lse], how, dq=dq, dk=dk, dv=dv, deterministic=deterministic)
+        return dq, dk, dv
+
+
+class _FlashAttn3Function:
+    """A function of FlashAttention 3, whose releases differ in names and in what may be left out.
+
+    Args:
+        function: the function.
+        first: names of its first parameters.
+        needed: names of others that must be there.
+
+    Raises:
+        ImportError: It takes other arguments.
+    """
+
+    def __init__(self, function: Any, first: tuple[str, ...], needed: tuple[str, ...]) -> None:
+        taken = _parameters(function)
+        self._function, self._has_pair = function, "window_size" in taken
+        self._causal = "is_causal" if "is_causal" in taken else "causal"
+        window = ("window_size",) if self._has_pair else ("window_size_left", "window_size_right")
+        wanted = {*needed, *_LENGTHS, *window, self._causal, "softmax_scale"}
+        if list(taken)[: len(first)] != list(first) or not wanted <= {*taken}:
+            raise ImportError(
+                f"flash_attn_interface has a function of {', '.join(taken)}, which is not FlashAttention 3's"
+            )
+        required = [name for name, one in taken.items() if one.default is one.empty and name not in first]
+        self._unused = dict.fromkeys(name for name in required if name not in {*wanted, *needed})
+
+    def __call__(self, tensors: list[Tensor], how: _Arguments, **more: Any) -> Any:
+        """Call the function with tensors and with the arguments that all releases have."""
+        lengths = (how.row_offsets, how.key_offsets, how.rows, how.keys) if how.row_offsets is not None else [None] * 4
+        named = {**self._unused, **dict(zip(_LENGTHS, lengths, strict=True)), **more}
+        named |= {"softmax_scale": how.scale, self._causal: how.causal}
+        if self._has_pair:
+            return self._function(*tensors, **named, window_size=(how.left, how.right))
+        return self._function(*tensors, **named, window_size_left=how.left, window_size_right=how.right)
+
+
+def load_flash_attn_3() -> tuple[_FlashAttn3Function, _FlashAttn3Function]:
+    """Return FlashAttention 3's forward and backward functions.
+
+    Raises:
+        ImportError: The package is missing or broken, or its functions take other arguments than those used here.
+    """
+    module = importlib.import_module("flash_attn_interface")
+    functions = [getattr(module, name, None) for name in ("_flash_attn_forward", "_flash_attn_backward")]
+    if None in functions:
+        raise ImportError("flash_attn_interface has no _flash_attn_forward, or no _flash_attn_backward")
+    forward, backward = functions
+    return (
+        _FlashAttn3Function(forward, _FORWARD, ()),
+        _FlashAttn3Function(backward, _BACKWARD[:6], (*_BACKWARD[6:], "deterministic")),
+    )
+
+
+def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a function, or of the function that a torch custom operator wraps."""
+    return inspect.signature(getattr(function, "_init_fn", function)).parameters

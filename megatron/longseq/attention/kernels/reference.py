@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as drop
 
-from megatron.longseq.attention.kernels.base import Scores, accumulation_dtype
+from megatron.longseq.attention.kernels.base import PackedLengths, Scores, accumulation_dtype
+from megatron.longseq.attention.kernels.padded import backward_in_batches, forward_in_batches
+
+MOST_SCORES = 1 << 22  # of a batch of several packed blocks and one head, which are held at once
 
 
 def visible_mask(rows: int, keys: int, scores: Scores, device: torch.device) -> Tensor:
@@ -38,17 +41,57 @@ class Reference:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
-        logits = self._logits(q, k, scores)
-        lse = logits.logsumexp(-1)
-        weights = self._weights(logits, lse).mul_(self._dropout_mask(logits, q.dtype))
-        out = self._heads(weights @ self._keys(v), q).to(q.dtype)
-        return out, lse.flatten(1, 2).to(accumulation_dtype(q.dtype))
+        return self.forward_padded(q, k, v, scores, None)
 
     def backward(
         self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`."""
-        logits = self._logits(q, k, scores)
+        return self.backward_padded(grad_out, q, k, v, out, lse, scores, None)
+
+    def forward_packed(
+        self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, lengths: PackedLengths
+    ) -> tuple[Tensor, Tensor]:
+        """See `Kernel.forward_packed`."""
+        return forward_in_batches(self, q, k, v, scores, lengths, MOST_SCORES)
+
+    def backward_packed(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scores: Scores,
+        lengths: PackedLengths,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Kernel.backward_packed`."""
+        return backward_in_batches(self, grad_out, q, k, v, out, lse, scores, lengths, MOST_SCORES)
+
+    def forward_padded(
+        self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, hidden: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """See `PaddedKernel.forward_padded`."""
+        logits = self._logits(q, k, scores, hidden)
+        lse = logits.logsumexp(-1)
+        weights = self._weights(logits, lse).mul_(self._dropout_mask(logits, q.dtype))
+        out = self._heads(weights @ self._keys(v), q).to(q.dtype)
+        return out, lse.flatten(1, 2).to(accumulation_dtype(q.dtype))
+
+    def backward_padded(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scores: Scores,
+        hidden: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `PaddedKernel.backward_padded`."""
+        logits = self._logits(q, k, scores, hidden)
         mask = self._dropout_mask(logits, q.dtype)
         weights = self._weights(logits, lse.to(logits.dtype).unflatten(1, logits.shape[1:3]))
         grad, result = self._group(grad_out, k), self._group(out, k)
@@ -75,9 +118,12 @@ class Reference:
         """Return [b, hk, hq / hk, s, d] as [s, b, hq, d]."""
         return x.reshape(q.shape[1], q.shape[2], q.shape[0], -1).permute(2, 0, 1, 3)
 
-    def _logits(self, q: Tensor, k: Tensor, scores: Scores) -> Tensor:
+    def _logits(self, q: Tensor, k: Tensor, scores: Scores, hidden: Tensor | None) -> Tensor:
+        """Return the scores [b, hk, hq / hk, sq, sk], -inf where they are masked by `hidden`, or else by `scores`."""
         logits = (self._group(q, k) @ self._keys(k).mT).mul_(scores.scale)
-        if scores.causal or scores.window is not None:
+        if hidden is not None:
+            logits.masked_fill_(hidden[:, None, None], -torch.inf)
+        elif scores.causal or scores.window is not None:
             logits.masked_fill_(~visible_mask(q.shape[0], k.shape[0], scores, q.device), -torch.inf)
         return logits
 

@@ -1,11 +1,12 @@
 """Selection of the fastest kernel for some tensors, and the reason for it."""
 
+import functools
 import importlib.util
 import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.utils import log_single_rank
@@ -16,13 +17,20 @@ from megatron.longseq.attention.kernels.flash_cuda import (
     HEAD_DIM_LIMIT,
     HEAD_DIM_STEP,
     FlashAttn,
+    FlashAttn3,
     TorchCudaFlash,
     load_flash_attn,
+    load_flash_attn_3,
 )
+from megatron.longseq.attention.kernels.merge import merge_
 from megatron.longseq.attention.kernels.reference import Reference
 from megatron.longseq.attention.kernels.torch_cpu import CpuFlash
 
 logger = logging.getLogger(__name__)
+
+HOPPER = 9  # major compute capability of the devices for which FlashAttention 3 is made
+
+Merge = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], None]  # see `merge.merge_`
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,24 +130,53 @@ def _against_cuda(need: KernelRequest) -> str | None:
 
 
 def _against_package(need: KernelRequest) -> str | None:
+    return _against_cuda(need) or _against_module("flash_attn", load_flash_attn)
+
+
+def _against_package_3(need: KernelRequest) -> str | None:
     reason = _against_cuda(need)
-    if reason:
-        return reason
-    if importlib.util.find_spec("flash_attn") is None:
+    if reason is None and torch.cuda.get_device_capability()[0] != HOPPER:
+        reason = "the device is no Hopper"
+    return reason or _against_module("flash_attn_interface", load_flash_attn_3)
+
+
+def _against_module(name: str, load: Callable[[], Any]) -> str | None:
+    """Return why the functions of a package cannot be used."""
+    if importlib.util.find_spec(name) is None:
         return "not installed"
     try:
-        load_flash_attn()
+        load()
     except ImportError as error:
         return str(error)
     return None
 
 
 _CANDIDATES: dict[str, tuple[Callable[[KernelRequest], str | None], Callable[[KernelRequest], Kernel]]] = {
+    FlashAttn3.name: (_against_package_3, lambda need: FlashAttn3()),
     FlashAttn.name: (_against_package, lambda need: FlashAttn()),
     TorchCudaFlash.name: (_against_cuda, lambda need: TorchCudaFlash()),
     CpuFlash.name: (_against_cpu, lambda need: CpuFlash()),
     Reference.name: (lambda need: None, lambda need: Reference(dropout=need.dropout)),
 }
+
+
+class MergeChoice(NamedTuple):
+    """Function that merges a block's result into the running one, and one line that says why this one was selected."""
+
+    function: Merge
+    why: str
+
+
+@functools.cache
+def select_merge(device_type: str) -> MergeChoice:
+    """Return the fastest merge on a type of device: fused by Triton on a GPU, else PyTorch's operators."""
+    if device_type != "cuda":
+        return MergeChoice(merge_, f"merge by PyTorch's operators (device {device_type})")
+    try:
+        from megatron.longseq.attention.kernels.merge_triton import fused_merge_
+    except ImportError as error:
+        return MergeChoice(merge_, f"merge by PyTorch's operators (not fused: {error})")
+    return MergeChoice(fused_merge_, "fused merge by Triton")
 
 
 @dataclass
@@ -160,6 +197,6 @@ class KernelSelector:
         if key not in self.kernels:
             choice = select_kernel(*key[:3], value_dim=key[3], dropout=dropout)
             level = logging.WARNING if choice.kernel.name == Reference.name else logging.INFO
-            log_single_rank(logger, level, f"{self.owner}: {choice.why}")
+            log_single_rank(logger, level, f"{self.owner}: {choice.why}; {select_merge(query.device.type).why}")
             self.kernels[key] = choice.kernel
         return self.kernels[key]

@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from megatron.longseq.attention.kernels.base import Scores, dense
+from megatron.longseq.attention.kernels.base import PackedLengths, Scores, dense
+from megatron.longseq.attention.kernels.padded import backward_in_batches, forward_in_batches
 from megatron.longseq.attention.kernels.reference import visible_mask
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+MOST_SCORES = 1 << 62  # of a batch: the operator holds none
 
 
 class CpuFlash:
@@ -38,14 +41,7 @@ class CpuFlash:
         if blind:
             out, lse = self.forward(q[blind:], k, v, scores)
             return _prepend_zeros(blind, out), pad(lse, (blind, 0), value=-torch.inf)
-        out, lse = _forward(
-            *(_heads_first(x) for x in (q, k, v)),
-            0.0,
-            scores.causal and scores.window is None,
-            attn_mask=self._additive_mask(q, k, scores),
-            scale=scores.scale,
-        )
-        return out.permute(2, 0, 1, 3), lse
+        return self.forward_padded(q, k, v, scores, None)
 
     def backward(
         self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
@@ -55,12 +51,61 @@ class CpuFlash:
         if blind:
             dq, dk, dv = self.backward(grad_out[blind:], q[blind:], k, v, out[blind:], lse[..., blind:], scores)
             return _prepend_zeros(blind, dq), dk, dv
+        return self.backward_padded(grad_out, q, k, v, out, lse, scores, None)
+
+    def forward_packed(
+        self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, lengths: PackedLengths
+    ) -> tuple[Tensor, Tensor]:
+        """See `Kernel.forward_packed`: a batch of padded blocks for every few similar lengths."""
+        return forward_in_batches(self, q, k, v, scores, lengths, MOST_SCORES)
+
+    def backward_packed(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scores: Scores,
+        lengths: PackedLengths,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Kernel.backward_packed`."""
+        return backward_in_batches(self, grad_out, q, k, v, out, lse, scores, lengths, MOST_SCORES)
+
+    def forward_padded(
+        self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, hidden: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """See `PaddedKernel.forward_padded`."""
+        _refuse_misaligned(q, k, scores)
+        out, lse = _forward(
+            *(_heads_first(x) for x in (q, k, v)),
+            0.0,
+            scores.causal and scores.window is None,
+            attn_mask=self._additive_mask(q, k, scores) if hidden is None else _additive(hidden, q.dtype),
+            scale=scores.scale,
+        )
+        return out.permute(2, 0, 1, 3), lse
+
+    def backward_padded(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scores: Scores,
+        hidden: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `PaddedKernel.backward_padded`."""
+        _refuse_misaligned(q, k, scores)
         grads = _backward(
             *(_heads_first(x) for x in (grad_out, q, k, v, out)),
             lse,
             0.0,
             scores.causal and scores.window is None,
-            attn_mask=self._additive_mask(q, k, scores),
+            attn_mask=self._additive_mask(q, k, scores) if hidden is None else _additive(hidden, q.dtype),
             scale=scores.scale,
         )
         dq, dk, dv = (grad.permute(2, 0, 1, 3) for grad in grads)
@@ -77,7 +122,7 @@ class CpuFlash:
         cached = self._mask  # read once, because another thread may replace it
         if cached is None or cached[0] != key:
             seen = visible_mask(q.shape[0], k.shape[0], scores, q.device)
-            self._mask = cached = key, torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
+            self._mask = cached = key, _additive(~seen, q.dtype)
         return cached[1]
 
 
@@ -86,18 +131,28 @@ def _heads_first(x: Tensor) -> Tensor:
     return dense(x).permute(1, 2, 0, 3)
 
 
+def _additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return -inf where keys are hidden: [rows, keys], or [b, 1, rows, keys] of masks [b, rows, keys]."""
+    mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+    return mask if mask.dim() == 2 else mask.unsqueeze(1)
+
+
 def _blind_rows(q: Tensor, k: Tensor, scores: Scores) -> int:
-    """Return the number of first rows that see no key.
+    """Return the number of first rows that see no key."""
+    return max(0, q.shape[0] - k.shape[0]) if scores.causal else 0
+
+
+def _refuse_misaligned(q: Tensor, k: Tensor, scores: Scores) -> None:
+    """Refuse a block that the operator would misalign.
 
     Raises:
-        ValueError: The operator would misalign the block.
+        ValueError: A causal block without a window has more keys than rows.
     """
     if scores.causal and scores.window is None and q.shape[0] < k.shape[0]:
         raise ValueError(
             f"a causal block of {q.shape[0]} rows and {k.shape[0]} keys: PyTorch's CPU operator takes squares; plan it "
             "as two blocks, as `plan_tiles` does with rectangular=False"
         )
-    return max(0, q.shape[0] - k.shape[0]) if scores.causal else 0
 
 
 def _prepend_zeros(rows: int, x: Tensor) -> Tensor:

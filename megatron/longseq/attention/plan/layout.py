@@ -4,18 +4,22 @@ Upstream cuts a sequence into 2C chunks; context-parallel rank c of C holds chun
 c = r * U + u, the U ranks of a Ulysses group hold chunks r and 2R - 1 - r of 2R together, in the same zigzag. The
 all-to-all therefore delivers the ring's layout once its second halves are reordered (`Layout.received_rows`).
 
-A sequence that runs in segments is cut segment by segment: each segment into 2C chunks.
+A sequence that runs in segments is cut segment by segment: each segment into 2C chunks. Where a ring's work is better
+shared out by documents, a segment is cut into pieces first, and each piece into 2C chunks (`plan.layout_choice`); with
+documents padded to 2C tokens, one piece for each, this is TransformerEngine's layout.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Literal, NamedTuple, get_args
 
 from megatron.longseq.attention.plan.ranges import TokenRange, TokenRanges, union
 
 Placement = Literal["head-first", "context-first"]
+
+
+Pieces = tuple[tuple[int, ...], ...]  # tokens of the pieces of every segment
 
 
 class Coordinates(NamedTuple):
@@ -116,14 +120,16 @@ class Layout:
         mesh: the ranks.
         lengths: tokens of every segment (--seq1f1b-splits), in order; one length for a sequence without segments.
         tensor: tensor-parallel ranks that share a rank's tokens under --sequence-parallel, else 1.
+        pieces: tokens of the pieces of every segment, in order; None: each segment is one piece.
 
     Raises:
-        ValueError: There is no segment, or the length of one does not divide.
+        ValueError: There is no segment, the length of one does not divide, or pieces do not fill their segment.
     """
 
     mesh: Mesh
     lengths: tuple[int, ...]
     tensor: int = 1
+    pieces: Pieces | None = None
 
     def __post_init__(self) -> None:
         multiple = length_multiple(self.mesh.size, self.tensor)
@@ -136,6 +142,22 @@ class Layout:
                 f"{self.mesh.size} context-parallel ranks{shared}, so give multiples of {multiple}, for instance "
                 f"{max(multiple, -(-length // multiple) * multiple)}"
             )
+        if self.pieces is not None:
+            self._check_pieces(self.pieces)
+
+    def _check_pieces(self, pieces: Pieces) -> None:
+        multiple = 2 * self.mesh.size
+        if tuple(sum(each) for each in pieces) != self.lengths:
+            raise ValueError(
+                f"pieces of {[sum(each) for each in pieces]} tokens for segments of {list(self.lengths)}: give the "
+                "pieces of every segment, without gaps"
+            )
+        wrong = [length for each in pieces for length in each if length < 1 or length % multiple]
+        if wrong:
+            raise ValueError(
+                f"a piece of {wrong[0]} tokens: it is cut into 2 chunks for each of {self.mesh.size} context-parallel "
+                f"ranks, so give multiples of {multiple}"
+            )
 
     def begin(self, segment: int) -> int:
         """Return the position of a segment's first token."""
@@ -145,21 +167,23 @@ class Layout:
         """Return the number of a segment's tokens on a rank."""
         return self.lengths[segment] // self.mesh.size
 
-    def positions(self, rank: int, segment: int) -> tuple[TokenRange, TokenRange]:
-        """Return the positions of a segment that a rank holds before the all-to-all, in order: upstream's layout.
+    def positions(self, rank: int, segment: int) -> tuple[TokenRange, ...]:
+        """Return the positions of a segment that a rank holds before the all-to-all, in order: two ranges a piece.
+
+        With one piece this is upstream's layout.
 
         Raises:
             ValueError: There is no such rank.
         """
-        return self._pair(rank, self.mesh.size, segment)
+        return self._chunks(rank, self.mesh.size, segment)
 
-    def ring_positions(self, ring: int, segment: int) -> tuple[TokenRange, TokenRange]:
+    def ring_positions(self, ring: int, segment: int) -> tuple[TokenRange, ...]:
         """Return the positions of a segment that each rank of a Ulysses group holds after the all-to-all, in order.
 
         Raises:
             ValueError: There is no such ring index.
         """
-        return self._pair(ring, self.mesh.ring, segment)
+        return self._chunks(ring, self.mesh.ring, segment)
 
     def shard(self, ring: int, segments: range) -> TokenRanges:
         """Return the positions of some segments at a ring index, in the order of its buffer of keys."""
@@ -172,18 +196,16 @@ class Layout:
     def received_rows(self, segments: range) -> tuple[ReceivedRows, ...]:
         """Return the rows that the all-to-all of some segments delivers, in the order of `ring_positions`.
 
-        The list is the same on all ranks. Of each segment, the first halves of ranks 0 to U - 1 are followed by the
+        The list is the same on all ranks. Of each piece, the first halves of ranks 0 to U - 1 are followed by the
         second halves of ranks U - 1 to 0: what is received as [U, 2, chunk, ...] becomes [2, U, chunk, ...], with the
         second half flipped over U. The way back uses the same list.
         """
         ranks = range(self.mesh.ulysses)
-        received, offset = [], 0
-        for segment in segments:
-            chunk = self.tokens(segment) // 2
-            first, second = (
-                TokenRange(offset, offset + chunk),
-                TokenRange(offset + chunk, offset + self.tokens(segment)),
-            )
+        received: list[ReceivedRows] = []
+        offset = 0
+        for length in (length for segment in segments for length in self._pieces(segment)):
+            border, end = offset + length // (2 * self.mesh.size), offset + length // self.mesh.size
+            first, second = TokenRange(offset, border), TokenRange(border, end)
             received += [ReceivedRows(rank, first) for rank in ranks]
             received += [ReceivedRows(rank, second) for rank in reversed(ranks)]
             offset = second.end
@@ -195,23 +217,25 @@ class Layout:
         `ReceivedRows.source` is a ring index here.
         """
         received: list[tuple[TokenRange, ReceivedRows]] = []
-        sizes = [self.lengths[segment] // self.mesh.ring for segment in segments]
-        offsets = accumulate(sizes, initial=0)
-        for segment, offset in zip(segments, offsets, strict=False):
-            for ring in range(self.mesh.ring):
-                at = offset
-                for span in self.ring_positions(ring, segment):
-                    received.append((span, ReceivedRows(ring, TokenRange(at, at + span.size))))
-                    at += span.size
+        for ring in range(self.mesh.ring):
+            at = 0
+            for span in (span for segment in segments for span in self.ring_positions(ring, segment)):
+                received.append((span, ReceivedRows(ring, TokenRange(at, at + span.size))))
+                at += span.size
         return tuple(rows for _, rows in sorted(received))
 
-    def _pair(self, index: int, size: int, segment: int) -> tuple[TokenRange, TokenRange]:
-        """Return chunks `index` and `2 * size - 1 - index` of a segment's 2 * size chunks."""
+    def _pieces(self, segment: int) -> tuple[int, ...]:
+        return (self.lengths[segment],) if self.pieces is None else self.pieces[segment]
+
+    def _chunks(self, index: int, size: int, segment: int) -> tuple[TokenRange, ...]:
+        """Return chunks `index` and `2 * size - 1 - index` of the 2 * size chunks of every piece of a segment."""
         if not 0 <= index < size:
             raise ValueError(f"rank {index} of {size}: count from 0 to {size - 1}")
-        begin, length = self.begin(segment), self.lengths[segment]
-        first, second = index, 2 * size - 1 - index
-        return (
-            TokenRange(begin + first * length // (2 * size), begin + (first + 1) * length // (2 * size)),
-            TokenRange(begin + second * length // (2 * size), begin + (second + 1) * length // (2 * size)),
-        )
+        begin, chunks = self.begin(segment), []
+        for length in self._pieces(segment):
+            chunks += [
+                TokenRange(begin + number * length // (2 * size), begin + (number + 1) * length // (2 * size))
+                for number in (index, 2 * size - 1 - index)
+            ]
+            begin += length
+        return tuple(chunks)

@@ -4,9 +4,12 @@ A set is a tuple of sorted ranges that neither touch nor overlap. It describes p
 a buffer that holds some of these positions in ascending order.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
+from bisect import bisect_left, bisect_right
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 
 class TokenRange(NamedTuple):
@@ -47,8 +50,17 @@ def union(ranges: Iterable[TokenRange]) -> TokenRanges:
 
 def intersection(left: TokenRanges, right: TokenRanges) -> TokenRanges:
     """Return the positions that are in both sets."""
-    overlaps = (TokenRange(max(a.begin, b.begin), min(a.end, b.end)) for a in left for b in right)
-    return tuple(one for one in overlaps if one.size > 0)
+    overlaps: list[TokenRange] = []
+    i = j = 0
+    while i < len(left) and j < len(right):
+        begin, end = max(left[i].begin, right[j].begin), min(left[i].end, right[j].end)
+        if begin < end:
+            overlaps.append(TokenRange(begin, end))
+        if left[i].end < right[j].end:
+            i += 1
+        else:
+            j += 1
+    return tuple(overlaps)
 
 
 def difference(left: TokenRanges, right: TokenRanges) -> TokenRanges:
@@ -56,7 +68,7 @@ def difference(left: TokenRanges, right: TokenRanges) -> TokenRanges:
     if not left:
         return ()
     edges = [left[0].begin, *(edge for one in right for edge in one), left[-1].end]
-    gaps = [TokenRange(edges[i], edges[i + 1]) for i in range(0, len(edges), 2)]
+    gaps = (TokenRange(edges[i], edges[i + 1]) for i in range(0, len(edges), 2))
     return intersection(left, tuple(gap for gap in gaps if gap.size > 0))
 
 
@@ -65,16 +77,51 @@ def size(ranges: TokenRanges) -> int:
     return sum(one.size for one in ranges)
 
 
-def clip(ranges: TokenRanges, begin: int, end: int) -> TokenRanges:
-    """Return the part of a set that lies in [begin, end)."""
-    return intersection(ranges, (TokenRange(begin, end),)) if begin < end else ()
-
-
 def count_before(ranges: TokenRanges, bound: int) -> int:
     """Return how many positions of a set are below a bound, which is the row of `bound` in a buffer of the set."""
     return sum(min(one.end, bound) - one.begin for one in ranges if one.begin < bound)
 
 
+class RowFinder:
+    """Finds rows in a buffer that holds a set of positions, by bisection: for many look-ups in one buffer.
+
+    Args:
+        ranges: positions that the buffer holds, in the order of its rows.
+    """
+
+    def __init__(self, ranges: TokenRanges) -> None:
+        self._ranges = ranges
+        self._begins = [one.begin for one in ranges]
+        self._rows = list(accumulate((one.size for one in ranges), initial=0))
+
+    def before(self, bound: int) -> int:
+        """Return `count_before(ranges, bound)`."""
+        index = bisect_left(self._begins, bound)
+        if index == 0:
+            return 0
+        last = self._ranges[index - 1]
+        return self._rows[index - 1] + min(last.end, bound) - last.begin
+
+    def clip(self, begin: int, end: int) -> TokenRanges:
+        """Return the part of the set that lies in [begin, end)."""
+        first = max(0, bisect_right(self._begins, begin) - 1)
+        near = self._ranges[first : bisect_left(self._begins, end)]
+        cut = (TokenRange(max(one.begin, begin), min(one.end, end)) for one in near)
+        return tuple(one for one in cut if one.size > 0)
+
+    def positions(self, rows: TokenRange) -> TokenRanges:
+        """Return the positions that some consecutive rows of the buffer hold."""
+        found, index, row = [], bisect_right(self._rows, rows.begin) - 1, rows.begin
+        while row < rows.end:
+            held = self._ranges[index]
+            begin = held.begin + row - self._rows[index]
+            found.append(TokenRange(begin, min(held.end, begin + rows.end - row)))
+            row += found[-1].size
+            index += 1
+        return tuple(found)
+
+
+@lru_cache(maxsize=128)
 def rows_of(buffer: TokenRanges, wanted: TokenRanges) -> TokenRanges:
     """Return the rows at which a buffer holds some positions.
 
@@ -90,11 +137,13 @@ def rows_of(buffer: TokenRanges, wanted: TokenRanges) -> TokenRanges:
         raise ValueError(
             f"a buffer of positions {_shown(buffer)} does not hold {_shown(missing)} of the wanted {_shown(wanted)}"
         )
-    return union(TokenRange(count_before(buffer, one.begin), count_before(buffer, one.end)) for one in wanted)
+    row = RowFinder(buffer).before
+    return union(TokenRange(row(one.begin), row(one.end)) for one in wanted)
 
 
-def _shown(ranges: TokenRanges) -> list[tuple[int, ...]]:
-    return [tuple(one) for one in ranges]
+def _shown(ranges: TokenRanges) -> str:
+    few = ", ".join(str(tuple(one)) for one in ranges[:8])
+    return f"[{few}]" if len(ranges) <= 8 else f"[{few}, and {len(ranges) - 8} more]"
 
 
 class DocumentSpan(NamedTuple):
@@ -105,18 +154,24 @@ class DocumentSpan(NamedTuple):
     start: int
 
 
+def _begin_of(span: DocumentSpan) -> int:
+    return span.begin
+
+
 @dataclass(frozen=True, slots=True)
 class Documents:
     """Packed documents of a micro-batch.
 
     Attributes:
         spans: for every sequence of the batch, the spans of its documents in order and without gaps.
+        plans: what has been planned for these documents (`cached_plan`); it is freed with them.
 
     Raises:
         ValueError: A span is empty, out of order, or starts after its first position.
     """
 
     spans: tuple[tuple[DocumentSpan, ...], ...]
+    plans: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for sequence, spans in enumerate(self.spans):
@@ -142,7 +197,9 @@ class Documents:
                 f"sequence {sequence} of the batch: positions {positions.begin} to {positions.end} are computed, but "
                 f"documents are known for positions {known}; read them from the mask of the whole sequence"
             )
+        first = bisect_right(spans, positions.begin, key=_begin_of) - 1
+        near = spans[first : bisect_left(spans, positions.end, key=_begin_of)]
         clipped = (
-            DocumentSpan(max(span.begin, positions.begin), min(span.end, positions.end), span.start) for span in spans
+            DocumentSpan(max(span.begin, positions.begin), min(span.end, positions.end), span.start) for span in near
         )
         return tuple(span for span in clipped if span.begin < span.end)

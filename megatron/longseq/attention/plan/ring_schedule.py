@@ -13,26 +13,24 @@ next window. Each window sends its sum of gradients to the owner.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
+from megatron.longseq.attention.plan.launches import Block, JoinedTiles, Tile, Tiles
 from megatron.longseq.attention.plan.layout import Layout
 from megatron.longseq.attention.plan.ranges import (
+    RowFinder,
     TokenRange,
     TokenRanges,
-    count_before,
     difference,
     intersection,
     size,
     union,
 )
 from megatron.longseq.attention.plan.tiles import (
-    Block,
     Mask,
-    Tile,
     TilePlan,
-    plan_causal,
+    cached_plan,
     plan_tiles,
     visible_rows,
 )
@@ -111,7 +109,7 @@ class RingStep(NamedTuple):
     Attributes:
         source: ring index of the owner of the step's keys.
         kv_rows: rows of the source's keys that this rank holds, one after another. Empty: nothing is computed.
-        first, more: tiles, see `TilePlan`; their blocks count keys from the first row held.
+        tiles: tiles of `first` and then of `more`, see `TilePlan`; their blocks count keys from the first row held.
         grad_rows: rows of the source's keys whose gradients lie here after the step, received or computed. In step 0
             all of the rank's own rows, which stay here.
         kv_sends, kv_recvs: messages posted before the blocks are computed.
@@ -120,19 +118,28 @@ class RingStep(NamedTuple):
 
     source: int
     kv_rows: TokenRanges
-    first: tuple[Tile, ...]
-    more: tuple[Tile, ...]
+    tiles: JoinedTiles
     grad_rows: TokenRanges
     kv_sends: tuple[KVTransfer, ...]
     kv_recvs: tuple[KVTransfer, ...]
     grad_sends: tuple[KVTransfer, ...]
     grad_recvs: tuple[KVTransfer, ...]
 
+    @property
+    def first(self) -> Tiles:
+        """Tiles of the rank's own positions, see `TilePlan`."""
+        return self.tiles.parts[0]
+
+    @property
+    def more(self) -> Tiles:
+        """Tiles that are merged into existing results, see `TilePlan`."""
+        return self.tiles.parts[1]
+
 
 Shards = tuple[TokenRanges, ...]  # positions that every rank holds
 
 
-@lru_cache(maxsize=256)
+@cached_plan(maxsize=256)
 def plan_transfers(ring: Ring, queries: Shards, keys: Shards, mask: Mask) -> RingTransfers:
     """Return all messages of a ring, in the order of sources and steps.
 
@@ -194,7 +201,7 @@ def _grad_transfers(source: int, ranks: list[int], wanted: list[TokenRanges], in
     return transfers
 
 
-@lru_cache(maxsize=256)
+@cached_plan(maxsize=256)
 def plan_ring_attention(
     ring: Ring, queries: Shards, keys: Shards, mask: Mask, rank: int, *, rectangular: bool
 ) -> tuple[RingStep, ...]:
@@ -216,15 +223,18 @@ def plan_ring_attention(
         source = ring.source(rank, index)
         everything = (TokenRange(0, size(keys[source])),)
         held = everything if index == 0 else _received(recvs[0], source)
-        plan = plan_tiles(queries[rank], keys[source], mask, rectangular=rectangular) if held else TilePlan((), ())
+        plan = (
+            plan_tiles(queries[rank], keys[source], mask, rectangular=rectangular)
+            if held
+            else TilePlan(Tiles(), Tiles())
+        )
         added = [one for one in recvs[1] if one.source == source and one.wait == index]
         computed = everything if index == 0 else visible_rows(queries[rank], keys[source], mask)
         steps.append(
             RingStep(
                 source=source,
                 kv_rows=held,
-                first=tuple(_packed(tile, held) for tile in plan.first),
-                more=tuple(_packed(tile, held) for tile in plan.more),
+                tiles=JoinedTiles(_packed(plan.first, held), _packed(plan.more, held)),
                 grad_rows=union([*computed, *(rows for one in added for rows in one.rows)]),
                 kv_sends=_posted(sends[0], index),
                 kv_recvs=_posted(recvs[0], index),
@@ -243,16 +253,27 @@ def _posted(transfers: list[KVTransfer], step: int) -> tuple[KVTransfer, ...]:
     return tuple(one for one in transfers if one.post == step)
 
 
-def _packed(tile: Tile, held: TokenRanges) -> Tile:
-    """Return a tile whose blocks count keys through the rows held; a block never spans two ranges of them."""
-    blocks = (
-        Block(block.keys.shifted(count_before(held, block.keys.begin) - block.keys.begin), block.causal, block.window)
-        for block in tile.blocks
-    )
-    return Tile(tile.batch, tile.rows, tuple(blocks))
+def _packed(tiles: Tiles, held: TokenRanges) -> Tiles:
+    """Return tiles whose blocks count keys through the rows held; a block never spans two ranges of them."""
+    row = RowFinder(held).before
+
+    def packed(block: Block) -> Block:
+        return Block(block.keys.shifted(row(block.keys.begin) - block.keys.begin), block.causal, block.window)
+
+    return Tiles(Tile(tile.batch, tile.rows, tuple(packed(block) for block in tile.blocks)) for tile in tiles)
 
 
-def plan_all_gather(layout: Layout, ring: int, segments: range, mask: Mask, *, rectangular: bool) -> tuple[Tile, ...]:
+@cached_plan(maxsize=256)
+def plan_layout_ring(
+    ring: Ring, layout: Layout, segment: int, mask: Mask, rank: int, *, rectangular: bool
+) -> tuple[RingStep, ...]:
+    """Return `plan_ring_attention` of a segment's queries and of the keys of all segments up to it."""
+    own, seen = range(segment, segment + 1), range(segment + 1)
+    return plan_ring_attention(ring, layout.shards(own), layout.shards(seen), mask, rank, rectangular=rectangular)
+
+
+@cached_plan(maxsize=256)
+def plan_all_gather(layout: Layout, ring: int, segments: range, mask: Mask, *, rectangular: bool) -> Tiles:
     """Return the tiles of a rank that has gathered all keys up to the last segment's end, in order of position.
 
     Args:
@@ -262,10 +283,6 @@ def plan_all_gather(layout: Layout, ring: int, segments: range, mask: Mask, *, r
         mask: see `Mask`.
         rectangular: see `plan_tiles`.
     """
-    tiles: list[Tile] = []
-    row = 0
-    for queries in layout.shard(ring, segments):
-        for tile in plan_causal(queries, mask, rectangular=rectangular):
-            tiles.append(Tile(tile.batch, tile.rows.shifted(row), tile.blocks))
-        row += queries.size
-    return tuple(tiles)
+    end = layout.begin(segments.stop)
+    queries = layout.shard(ring, segments)
+    return plan_tiles(queries, (TokenRange(0, end),), mask, rectangular=rectangular).first

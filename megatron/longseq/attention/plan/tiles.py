@@ -3,21 +3,23 @@
 Under a causal mask, a sliding window and packed documents, a query sees one interval of positions. A buffer holds
 positions in ascending order, perhaps with gaps, so this interval is a range of the buffer's rows. A tile is a range of
 queries with the blocks of keys that they see; partial results of its blocks are merged by log-sum-exp.
+
+The blocks of many documents are computed by few calls of a kernel, see `plan.launches`.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from megatron.longseq.attention.plan.launches import Block, Tile, Tiles
 from megatron.longseq.attention.plan.ranges import (
     Documents,
     DocumentSpan,
+    RowFinder,
     TokenRange,
     TokenRanges,
-    clip,
-    count_before,
     intersection,
     rows_of,
     union,
@@ -71,34 +73,37 @@ class Mask:
         return self.window is not None and span.end - 1 - self.window > self.first_visible(span)
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Keys that the queries of a tile see.
+Plan = TypeVar("Plan")
 
-    Attributes:
-        keys: rows of the buffer of keys.
-        causal: the last query sees all keys, and each query before it one key less. Otherwise every query sees all.
-        window: as in `Mask`, for blocks that a window cuts; None: the window hides nothing here.
+
+def cached_plan(maxsize: int) -> Callable[[Callable[..., Plan]], Callable[..., Plan]]:
+    """Return a decorator that caches a function of hashable arguments, one of which is a `Mask`.
+
+    Every step has other documents, so in a cache of the process their plans would pile up. They are kept with the
+    documents instead (`Documents.plans`), and freed with them.
+
+    Args:
+        maxsize: number of plans without documents that are kept.
     """
 
-    keys: TokenRange
-    causal: bool
-    window: int | None = None
+    def decorate(function: Callable[..., Plan]) -> Callable[..., Plan]:
+        kept = functools.lru_cache(maxsize)(function)
 
+        @functools.wraps(function)
+        def plan(*args: Any, **options: Any) -> Plan:
+            mask = next(one for one in args if isinstance(one, Mask))
+            if mask.documents is None:
+                return kept(*args, **options)
+            given = tuple((mask.batch, mask.window) if one is mask else one for one in args)
+            key: Hashable = (function.__qualname__, given, tuple(sorted(options.items())))
+            plans = mask.documents.plans
+            if key not in plans:
+                plans[key] = function(*args, **options)
+            return plans[key]  # type: ignore[no-any-return]
 
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """Queries of some sequences and the blocks of keys that they see.
+        return plan
 
-    Attributes:
-        batch: sequences of the batch.
-        rows: rows of the buffer of queries.
-        blocks: blocks of keys; every query sees at least one key of the first block.
-    """
-
-    batch: TokenRange
-    rows: TokenRange
-    blocks: tuple[Block, ...]
+    return decorate
 
 
 class TilePlan(NamedTuple):
@@ -110,11 +115,11 @@ class TilePlan(NamedTuple):
         more: tiles that are merged into existing results. Together with `first` they hold each visible score once.
     """
 
-    first: tuple[Tile, ...]
-    more: tuple[Tile, ...]
+    first: Tiles
+    more: Tiles
 
 
-@lru_cache(maxsize=4096)
+@cached_plan(maxsize=4096)
 def visible_positions(queries: TokenRanges, mask: Mask) -> TokenRanges:
     """Return the positions that any of the queries sees, in any sequence."""
     spans = (span for _, spans in mask.document_spans(queries) for span in spans)
@@ -126,7 +131,7 @@ def visible_rows(queries: TokenRanges, keys: TokenRanges, mask: Mask) -> TokenRa
     return rows_of(keys, intersection(keys, visible_positions(queries, mask)))
 
 
-def plan_causal(queries: TokenRange, mask: Mask, *, rectangular: bool) -> tuple[Tile, ...]:
+def plan_causal(queries: TokenRange, mask: Mask, *, rectangular: bool) -> Tiles:
     """Plan attention of consecutive queries to all keys up to their end.
 
     Args:
@@ -142,7 +147,7 @@ def plan_causal(queries: TokenRange, mask: Mask, *, rectangular: bool) -> tuple[
     return plan_tiles((queries,), (TokenRange(0, queries.end),), mask, rectangular=rectangular).first
 
 
-@lru_cache(maxsize=4096)
+@cached_plan(maxsize=4096)
 def plan_tiles(queries: TokenRanges, keys: TokenRanges, mask: Mask, *, rectangular: bool) -> TilePlan:
     """Plan attention of some queries to a buffer of keys.
 
@@ -158,24 +163,27 @@ def plan_tiles(queries: TokenRanges, keys: TokenRanges, mask: Mask, *, rectangul
     """
     first: list[Tile] = []
     more: list[Tile] = []
+    held, row_of = RowFinder(keys), RowFinder(queries).before
     for batch, spans in mask.document_spans(queries):
         uncut: list[_Rows] = []
         for span in spans:
-            row = count_before(queries, span.begin)
+            row = row_of(span.begin)
+            holds_own = _holds(held, span)
             if mask.window is None or not mask.window_cuts(span):
-                uncut += _rows_without_window(span, row, keys, mask.first_visible(span))
+                seen = TokenRange(held.before(mask.first_visible(span)), held.before(span.end))
+                if seen.size:
+                    uncut.append(_Rows(TokenRange(row, row + span.end - span.begin), seen, holds_own))
                 continue
-            holds_own = _holds(keys, span)
-            for piece in clip(keys, mask.first_visible(span), span.end):
+            for piece in held.clip(mask.first_visible(span), span.end):
                 is_own = holds_own and piece.end == span.end
-                shift = count_before(keys, piece.begin) - piece.begin
+                shift = held.before(piece.begin) - piece.begin
                 cut = _windowed_own if is_own else _windowed_earlier
                 for rows, blocks in cut(span, piece, mask.window, rectangular):
                     moved = (Block(block.keys.shifted(shift), block.causal, block.window) for block in blocks)
                     (first if is_own else more).append(Tile(batch, rows.shifted(row - span.begin), tuple(moved)))
         for rows_ in _join_neighbours(uncut):
             (first if rows_.own else more).append(Tile(batch, rows_.rows, rows_.blocks(rectangular)))
-    return TilePlan(tuple(first), tuple(more))
+    return TilePlan(Tiles(first), Tiles(more))
 
 
 class _Rows(NamedTuple):
@@ -194,27 +202,20 @@ class _Rows(NamedTuple):
         return own, Block(TokenRange(self.keys.begin, border), causal=False)
 
 
-def _holds(keys: TokenRanges, span: DocumentSpan) -> bool:
+def _holds(keys: RowFinder, span: DocumentSpan) -> bool:
     """Return whether a buffer of keys holds the positions of a span.
 
     Raises:
         ValueError: It holds some of them only.
     """
-    held = count_before(keys, span.end) - count_before(keys, span.begin)
+    held = keys.before(span.end) - keys.before(span.begin)
     if held not in (0, span.end - span.begin):
+        among = [tuple(one) for one in keys.clip(span.begin, span.end)]
         raise ValueError(
-            f"queries of positions {span.begin} to {span.end}, but {held} of them among the keys of positions "
-            f"{[tuple(one) for one in keys]}: queries and keys must be of one layout"
+            f"queries of positions {span.begin} to {span.end}, but {held} of them, {among}, are among the keys: "
+            "queries and keys must be of one layout"
         )
     return held > 0
-
-
-def _rows_without_window(span: DocumentSpan, row: int, keys: TokenRanges, first: int) -> Iterator[_Rows]:
-    """Yield the rows of a span with the keys from position `first` on, if there are any."""
-    own = _holds(keys, span)
-    seen = TokenRange(count_before(keys, first), count_before(keys, span.end))
-    if seen.size:
-        yield _Rows(TokenRange(row, row + span.end - span.begin), seen, own)
 
 
 def _join_neighbours(all_rows: Sequence[_Rows]) -> list[_Rows]:

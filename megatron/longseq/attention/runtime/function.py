@@ -19,13 +19,13 @@ from megatron.longseq.attention.kernels.base import Kernel
 from megatron.longseq.attention.plan.heads import Heads, check_heads
 from megatron.longseq.attention.plan.ranges import Documents, TokenRange
 from megatron.longseq.attention.plan.tiles import Mask
+from megatron.longseq.attention.runtime.grad_sums import KV
 from megatron.longseq.attention.runtime.kv_cache import (
     SegmentGradAccumulator,
     SegmentKVCache,
     differentiable,
     without_base,
 )
-from megatron.longseq.attention.runtime.ring import KV
 from megatron.longseq.attention.runtime.strategies import CPCall, CPStrategy
 from megatron.longseq.attention.runtime.tiled import Result
 from megatron.longseq.attention.runtime.ulysses import Ulysses

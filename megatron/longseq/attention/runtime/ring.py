@@ -6,21 +6,21 @@ dtype. Gradients of keys travel in the accumulation dtype, one step behind the k
 """
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron.longseq.attention.kernels.base import Kernel, accumulation_dtype
-from megatron.longseq.attention.plan.ranges import TokenRange, TokenRanges, count_before, rows_of, size
+from megatron.longseq.attention.plan.ranges import TokenRanges, rows_of, size
 from megatron.longseq.attention.plan.ring_schedule import KVTransfer, RingStep
 from megatron.longseq.attention.runtime.comm import Message, P2PChannel, P2PWork
+from megatron.longseq.attention.runtime.grad_sums import KV, GradAccumulator, Received, empty_kv
+from megatron.longseq.attention.runtime.packing import take_rows
 from megatron.longseq.attention.runtime.tiled import tiled_backward, tiled_forward
 
-KV = tuple[Tensor, Tensor]  # keys and values [rows, b, hk, d], contiguous, or the gradients of both
 Saved = tuple[Tensor, KV, Tensor, Tensor]  # q, own keys and values, out, log-sum-exp
-Received = tuple[KV, TokenRanges]  # keys or gradients from another rank, and their rows in the source's buffer
 
 # Messages with gradients to their owners that may stay in flight: rank 0 posts this many in every step.
 MAX_RETURNS_IN_FLIGHT = 2
@@ -101,8 +101,7 @@ def ring_backward(
     transfers = _Transfers(channels.grads, channels.far_grads)
     for index, step, kv in _iterate_steps(own, steps, channels):
         grads = GradAccumulator(own[0], step.grad_rows, step.kv_rows) if index else own_grads
-        tiles = (*step.first, *step.more)
-        dq = tiled_backward(kernel, (q, *kv, out, lse), grad_out, tiles, scale, grads.add, is_partial=True, dq=dq)
+        dq = tiled_backward(kernel, (q, *kv, out, lse), grad_out, step.tiles, scale, grads.add, is_partial=True, dq=dq)
         del kv
         grads.add_received(transfers.wait(index))
         dtype = accumulation_dtype(q.dtype)
@@ -165,7 +164,7 @@ class _Transfers:
         Returns:
             The receives with the tensors that they fill.
         """
-        filled = [(one, _empty_kv(like, size(one.rows), dtype)) for one in recvs]
+        filled = [(one, empty_kv(like, size(one.rows), dtype)) for one in recvs]
         for channel, is_far in ((self._near, False), (self._far, True)):
             outgoing: dict[int, list[Message]] = defaultdict(list)
             incoming: dict[int, list[Message]] = defaultdict(list)
@@ -173,7 +172,7 @@ class _Transfers:
             for one in sends:
                 if _is_far(one) == is_far:
                     rows = rows_of(buffer_rows, one.rows)
-                    outgoing[one.wait] += [(one.receiver, _take_rows(x, rows)) for x in buffer]
+                    outgoing[one.wait] += [(one.receiver, take_rows(x, rows)) for x in buffer]
             for one, kv in filled:
                 if _is_far(one) == is_far:
                     incoming[one.wait] += [(one.sender, x) for x in kv]
@@ -194,71 +193,3 @@ class _Transfers:
 
 def _is_far(transfer: KVTransfer) -> bool:
     return transfer.wait != transfer.post + 1
-
-
-def _empty_kv(like: Tensor, rows: int, dtype: torch.dtype) -> KV:
-    """Return uninitialised keys and values of some rows."""
-    first, second = (like.new_empty(rows, *like.shape[1:], dtype=dtype) for _ in range(2))
-    return first, second
-
-
-def _take_rows(buffer: Tensor, rows: TokenRanges) -> Tensor:
-    """Return some rows of a buffer as a contiguous tensor, without a copy if they are one range."""
-    parts = [buffer[one.slice()] for one in rows]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-class GradAccumulator:
-    """Sum of the gradients of some rows of a source's keys and values, in the accumulation dtype.
-
-    Args:
-        like: keys [..., b, hk, d]; gives shape, type and device.
-        grad_rows: rows of the source that are summed.
-        kv_rows: rows of the source through which the blocks count keys.
-    """
-
-    def __init__(self, like: Tensor, grad_rows: TokenRanges, kv_rows: TokenRanges) -> None:
-        self._like, self._grad_rows, self._kv_rows = like, grad_rows, kv_rows
-        self._sum: KV | None = None
-
-    def add(self, batch: TokenRange, keys: TokenRange, dk: Tensor, dv: Tensor) -> None:
-        """Add the gradients of a block. The tensors may become the sum and change later.
-
-        Args:
-            batch: sequences.
-            keys: keys of the block, counted through `kv_rows`.
-            dk, dv: [keys, sequences, hk, d].
-        """
-        rows = self._summed_rows(keys)
-        if self._sum is None and rows.size == size(self._grad_rows) and batch.size == self._like.shape[1]:
-            dtype = accumulation_dtype(self._like.dtype)
-            self._sum = dk.to(dtype).contiguous(), dv.to(dtype).contiguous()
-            return
-        for total, grad in zip(self.result(), (dk, dv), strict=True):
-            total[rows.slice(), batch.slice()].add_(grad)
-
-    def add_received(self, sums: Iterable[Received]) -> None:
-        """Add what other ranks have summed."""
-        for kv, rows in sums:
-            begin = 0
-            for one in rows_of(self._grad_rows, rows):
-                for total, received in zip(self.result(), kv, strict=True):
-                    total[one.slice()].add_(received[begin : begin + one.size])
-                begin += one.size
-
-    def result(self) -> KV:
-        """Return the sums of dk and dv, zeros if nothing was added."""
-        if self._sum is None:
-            first, second = _empty_kv(self._like, size(self._grad_rows), accumulation_dtype(self._like.dtype))
-            self._sum = first.zero_(), second.zero_()
-        return self._sum
-
-    def _summed_rows(self, keys: TokenRange) -> TokenRange:
-        """Convert a range of `kv_rows` into a range of `grad_rows`."""
-        passed = 0
-        for one in self._kv_rows:
-            if keys.begin < passed + one.size:
-                begin = count_before(self._grad_rows, one.begin + keys.begin - passed)
-                return TokenRange(begin, begin + keys.size)
-            passed += one.size
-        raise AssertionError(f"keys {tuple(keys)} lie beyond the {passed} rows that are held")

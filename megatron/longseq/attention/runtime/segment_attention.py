@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from megatron.longseq.attention.kernels.base import Kernel
+from megatron.longseq.attention.plan.launches import Tiles
 from megatron.longseq.attention.plan.ranges import Documents, TokenRange
-from megatron.longseq.attention.plan.tiles import Mask, Tile, plan_causal
+from megatron.longseq.attention.plan.tiles import Mask, plan_causal
 from megatron.longseq.attention.runtime.kv_cache import (
     SegmentGradAccumulator,
     SegmentKVCache,
@@ -39,7 +40,7 @@ class _SegmentCall:
     segment: Segment
     kernel: Kernel
     scale: float
-    tiles: tuple[Tile, ...]
+    tiles: Tiles
     fork: Fork
 
 

@@ -12,19 +12,14 @@ from torch import Tensor
 
 from megatron.longseq.attention.kernels.base import Kernel
 from megatron.longseq.attention.plan.heads import Heads
+from megatron.longseq.attention.plan.launches import Tiles
 from megatron.longseq.attention.plan.layout import Layout, Mesh
 from megatron.longseq.attention.plan.ranges import TokenRange
 from megatron.longseq.attention.plan.ring_schedule import Ring, RingStep, plan_all_gather, plan_ring_attention
-from megatron.longseq.attention.plan.tiles import Mask, Tile
+from megatron.longseq.attention.plan.tiles import Mask
 from megatron.longseq.attention.runtime.comm import GroupCollectives
-from megatron.longseq.attention.runtime.ring import (
-    KV,
-    GradAccumulator,
-    RingChannels,
-    Saved,
-    ring_backward,
-    ring_forward,
-)
+from megatron.longseq.attention.runtime.grad_sums import KV, GradAccumulator
+from megatron.longseq.attention.runtime.ring import RingChannels, Saved, ring_backward, ring_forward
 from megatron.longseq.attention.runtime.tiled import tiled_backward, tiled_forward
 from megatron.longseq.attention.runtime.ulysses import Ulysses
 from megatron.longseq.segment import Segment
@@ -132,7 +127,7 @@ class AllGatherCall:
 
     kernel: Kernel
     scale: float
-    tiles: tuple[Tile, ...]
+    tiles: Tiles
     collectives: GroupCollectives
     layout: Layout
     index: int

@@ -1,34 +1,21 @@
-"""Attention by tiles: run blocks through a kernel, merge their results, and pass on the gradients of their keys."""
+"""Attention by tiles: launch a kernel on their blocks, merge the results, and pass on the gradients of the keys.
 
-from collections.abc import Callable, Sequence
+The blocks of many documents are packed into a launch (`plan.launches`).
+"""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from megatron.longseq.attention.kernels.base import Kernel, Scores, accumulation_dtype
+from megatron.longseq.attention.kernels.base import Kernel, accumulation_dtype
+from megatron.longseq.attention.kernels.select import Merge, select_merge
+from megatron.longseq.attention.plan.launches import Tiles
 from megatron.longseq.attention.plan.ranges import TokenRange
-from megatron.longseq.attention.plan.tiles import Tile
+from megatron.longseq.attention.runtime.packing import PackedLaunch
 
 KeyGrads = Callable[[TokenRange, TokenRange, Tensor, Tensor], None]  # (sequences, keys, dk, dv)
 Result = tuple[Tensor, Tensor]  # out, log-sum-exp
-
-
-def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
-    """Merge the result of a block into `out` and `lse`, in place.
-
-    Rows that see no key of the block (log-sum-exp of -inf) are unchanged; rows that saw no key before take the block's
-    result.
-
-    Args:
-        out: [s, b, h, d], float32 (float64).
-        lse: [b, h, s], float32 or float64. Over many merges, float32 loses a fifth of a kernel's accuracy: near 8 its
-            spacing is 5e-7, which is the error of every weight.
-        block_out: [s, b, h, d], any float type, finite in every row.
-        block_lse: [b, h, s], float32 (float64).
-    """
-    share = torch.sigmoid(block_lse - lse).masked_fill_(block_lse == -torch.inf, 0.0)
-    out.lerp_(block_out.to(out.dtype), share.to(out.dtype).permute(2, 0, 1).unsqueeze(-1))
-    torch.logaddexp(lse, block_lse.to(lse.dtype), out=lse)
 
 
 def tiled_forward(
@@ -36,7 +23,7 @@ def tiled_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    tiles: Sequence[Tile],
+    tiles: Tiles,
     scale: float,
     *,
     is_partial: bool = False,
@@ -60,42 +47,56 @@ def tiled_forward(
         the accumulation type (in float64 if partial).
     """
     is_partial = is_partial or result is not None
-    begins = result is None
-    for tile in tiles:
-        rows, batch = tile.rows.slice(), tile.batch.slice()
-        dtype = _block_dtype(kernel, q, is_partial or len(tile.blocks) > 1)
-        block_q = q[rows, batch].to(dtype)
-        merged = (result[0][rows, batch], result[1][batch, :, rows]) if result is not None and not begins else None
-        for block in tile.blocks:
-            keys = block.keys.slice()
-            scores = Scores(scale, block.causal, block.window)
-            out, lse = kernel.forward(block_q, k[keys, batch].to(dtype), v[keys, batch].to(dtype), scores)
-            if merged is None:
-                merged = (out.to(accumulation_dtype(q.dtype)) if len(tile.blocks) > 1 else out, lse)
-            else:
-                merge_(*merged, out, lse)
-        if not begins:
+    merge = select_merge(q.device.type).function
+    begun = result
+    for launch in tiles.launches:
+        packed = PackedLaunch.of(launch, q.shape[1], q.device)
+        dtype = _block_dtype(kernel, q, is_partial or launch.is_part)
+        given = packed.rows.take(q), packed.keys.take(k), packed.keys.take(v)
+        out, lse = packed.forward(kernel, *(x.to(dtype) for x in given), scale)
+        if result is None and launch.begins:
+            wide = is_partial or any(one.is_part for one in tiles.launches)
+            begun = _begin(begun, packed, q, (out, lse), wide, torch.float64 if is_partial else lse.dtype)
             continue
-        assert merged is not None, "a tile has at least one block"
-        out_type = accumulation_dtype(q.dtype) if is_partial else q.dtype
-        lse_type = torch.float64 if is_partial else accumulation_dtype(q.dtype)
-        if len(tiles) == 1:
-            return merged[0].to(out_type).contiguous(), merged[1].to(lse_type)
-        if result is None:
-            result = (
-                q.new_empty(*q.shape[:3], v.shape[-1], dtype=out_type),
-                q.new_empty(q.shape[1], q.shape[2], q.shape[0], dtype=lse_type),
-            )
-        result[0][rows, batch], result[1][batch, :, rows] = merged
-    assert result is not None, "there is at least one tile"
-    return result
+        assert begun is not None, "the first launches begin a result"
+        _merge(merge, begun, packed, out, lse)
+    assert begun is not None, "there is at least one tile"
+    out_type = accumulation_dtype(q.dtype) if is_partial else q.dtype
+    return begun[0].to(out_type), begun[1].to(torch.float64 if is_partial else accumulation_dtype(q.dtype))
+
+
+def _begin(
+    begun: Result | None, packed: PackedLaunch, q: Tensor, block: Result, wide: bool, lse_type: torch.dtype
+) -> Result:
+    """Write the result of the first blocks of some rows, and return the result of all rows."""
+    out, lse = block
+    out_type = accumulation_dtype(q.dtype) if wide else q.dtype
+    if begun is None and packed.rows.covers(q):
+        return out.to(out_type).contiguous(), lse.to(lse_type).contiguous()
+    if begun is None:
+        begun = (
+            q.new_empty(*q.shape[:3], out.shape[-1], dtype=out_type),
+            q.new_empty(q.shape[1], q.shape[2], q.shape[0], dtype=lse_type),
+        )
+    packed.rows.put(begun[0], out)
+    packed.put_lse(begun[1], lse)
+    return begun
+
+
+def _merge(merge: Merge, result: Result, packed: PackedLaunch, out: Tensor, lse: Tensor) -> None:
+    """Merge the result of some blocks into that of all rows, in place."""
+    rows = packed.rows
+    if rows.index is None:
+        merge(result[0][rows.rows.slice(), rows.batch.slice()], packed.take_lse(result[1]), out, lse, None)
+    else:
+        merge(result[0], result[1], out, lse, rows.index)
 
 
 def tiled_backward(
     kernel: Kernel,
     saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     grad_out: Tensor,
-    tiles: Sequence[Tile],
+    tiles: Tiles,
     scale: float,
     key_grads: KeyGrads,
     *,
@@ -122,37 +123,25 @@ def tiled_backward(
     """
     q, k, v, out, lse = saved
     is_partial = is_partial or dq is not None
-    dq_type = accumulation_dtype(q.dtype) if is_partial else q.dtype
-    for tile in tiles:
-        rows, batch = tile.rows.slice(), tile.batch.slice()
-        several = len(tile.blocks) > 1
-        dtype = _block_dtype(kernel, q, is_partial or several or q.shape[2] != k.shape[2])
-        block_grad, block_q, block_out = (x[rows, batch].to(dtype) for x in (grad_out, q, out))
-        tile_dq: Tensor | None = None
-        for block in tile.blocks:
-            keys = block.keys.slice()
-            grad_q, grad_k, grad_v = kernel.backward(
-                block_grad,
-                block_q,
-                k[keys, batch].to(dtype),
-                v[keys, batch].to(dtype),
-                block_out,
-                lse[batch, :, rows],
-                Scores(scale, block.causal, block.window),
-            )
-            key_grads(tile.batch, block.keys, grad_k, grad_v)
-            if tile_dq is None:
-                tile_dq = grad_q.to(accumulation_dtype(q.dtype)) if several else grad_q
-            else:
-                tile_dq.add_(grad_q)
-        assert tile_dq is not None, "a tile has at least one block"
-        if dq is None and tile_dq.shape == q.shape:
-            dq = tile_dq.to(dq_type)
+    is_sum = is_partial or any(launch.is_part for launch in tiles.launches)
+    sum_type = accumulation_dtype(q.dtype) if is_sum else q.dtype
+    for launch in tiles.launches:
+        packed = PackedLaunch.of(launch, q.shape[1], q.device)
+        dtype = _block_dtype(kernel, q, is_partial or launch.is_part or q.shape[2] != k.shape[2])
+        given = [packed.rows.take(grad_out), packed.rows.take(q), packed.keys.take(k), packed.keys.take(v)]
+        given = [x.to(dtype) for x in (*given, packed.rows.take(out))]
+        grad_q, *grads = packed.backward(kernel, [*given, packed.take_lse(lse)], scale)
+        del given
+        sequences, keys, (grad_k, grad_v) = packed.spread_keys(grads, q.shape[1])
+        del grads
+        key_grads(sequences, keys, grad_k, grad_v)
+        if dq is None and packed.rows.covers(q):
+            dq = grad_q.to(sum_type)
             continue
         if dq is None:
-            dq = torch.zeros_like(q, dtype=dq_type)
-        dq[rows, batch].add_(tile_dq)
-    return dq
+            dq = torch.zeros_like(q, dtype=sum_type, memory_format=torch.contiguous_format)
+        packed.rows.add(dq, grad_q)
+    return dq if dq is None or is_partial else dq.to(q.dtype)
 
 
 def _block_dtype(kernel: Kernel, q: Tensor, is_part_of_sum: bool) -> torch.dtype:

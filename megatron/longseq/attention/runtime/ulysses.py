@@ -18,8 +18,8 @@ from megatron.longseq.attention.kernels.base import accumulation_dtype
 from megatron.longseq.attention.plan.heads import Heads
 from megatron.longseq.attention.plan.layout import ReceivedRows
 from megatron.longseq.attention.runtime.comm import GroupCollectives
+from megatron.longseq.attention.runtime.grad_sums import KV
 from megatron.longseq.attention.runtime.kv_cache import without_base
-from megatron.longseq.attention.runtime.ring import KV
 
 
 @dataclass(frozen=True)
