@@ -19,10 +19,12 @@ def with_refusals(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def validate_args(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
+        from megatron.longseq.pipeline.plan.from_args import segment_lengths
+
         result = original(args, defaults or {})
         refuse_unserved_cross_entropy(args)
         if args.rank == 0:
-            print(f"> {describe_chunks(args)}", flush=True)
+            print(f"> {describe_chunks(args, segment_lengths(args))}", flush=True)
         return result
 
     return validate_args

@@ -70,10 +70,21 @@ def test_numbers() -> None:
         check_cross_entropy_numbers(args(cross_entropy_chunk_tokens=0))
 
 
-@pytest.mark.parametrize(("chunk", "context", "warns"), [(127, 1, False), (128, 1, True), (64, 2, True)])
-def test_chunks_that_hold_whole_logits_are_told(chunk: int, context: int, warns: bool) -> None:
+@pytest.mark.parametrize(
+    ("chunk", "context", "lengths", "warns"),
+    [
+        (127, 1, (64,), False),
+        (128, 1, (64,), True),
+        (64, 2, (64,), True),
+        (79, 1, (40, 24), False),
+        (80, 1, (40,), True),
+    ],
+)
+def test_chunks_that_hold_whole_logits_are_told(
+    chunk: int, context: int, lengths: tuple[int, ...], warns: bool
+) -> None:
     sizes = {"micro_batch_size": 2, "eval_micro_batch_size": 1, "seq_length": 64, "context_parallel_size": context}
-    text = describe_chunks(args(**sizes, cross_entropy_chunk_tokens=chunk))
+    text = describe_chunks(args(**sizes, cross_entropy_chunk_tokens=chunk), lengths)
     assert text.startswith("WARNING") == warns and f"chunks of {chunk} tokens" in text
 
 
