@@ -1,4 +1,4 @@
-"""Put the chunked cross entropy into upstream's GPTModel, and refuse flags and models that it does not serve."""
+"""Put the chunked cross entropy into upstream's GPTModel, and refuse flags and models that it does not support."""
 
 import functools
 import inspect
@@ -56,7 +56,7 @@ def with_chunked_loss(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_checked_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `get_forward_backward_func`: before the first step of a model, refuse one that chunks do not serve."""
+    """Wrap `get_forward_backward_func`: before the first step of a model, refuse one that chunks do not support."""
 
     checked: weakref.WeakSet[Any] = weakref.WeakSet()
 

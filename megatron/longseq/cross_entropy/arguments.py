@@ -22,7 +22,7 @@ NOT_IN_CHUNKS: Refusals = {
     "--mtp-num-layers": (lambda a: a.mtp_num_layers, "upstream computes the logits of its further predictions whole"),
     "--is-hybrid-model": (
         lambda a: a.is_hybrid_model or a.hybrid_layer_pattern,
-        "HybridModel computes its loss from whole logits; GPTModel is served",
+        "HybridModel computes its loss from whole logits; only GPTModel is supported",
     ),
     "--fp8-output-proj": (lambda a: a.fp8_output_proj, "the output layer is then TransformerEngine's"),
     "--tensor-parallel-num-weight-shards": (
