@@ -1,4 +1,4 @@
-"""System `log`: log throughput, MFU and peak memory, count FLOPs of documents, compute the norm of gathered parameters."""
+"""System `log`: log throughput, MFU and peak memory, count FLOPs of documents, compute norms of gathered parameters."""
 
 from patches.hooks import PARAMS_NORM
 from patches.record import Callback, Record

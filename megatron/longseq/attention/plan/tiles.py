@@ -212,8 +212,8 @@ def _holds(keys: RowFinder, span: DocumentSpan) -> bool:
     if held not in (0, span.end - span.begin):
         among = [tuple(one) for one in keys.clip(span.begin, span.end)]
         raise ValueError(
-            f"queries have positions {span.begin} to {span.end}, but only {held} of these positions have keys ({among}); "
-            "queries and keys must have the same layout"
+            f"queries have positions {span.begin} to {span.end}, but only {held} of these positions have keys "
+            f"({among}); queries and keys must have the same layout"
         )
     return held > 0
 
