@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from megatron.longseq.attention.plan.model_difference import model_difference
+from patches.entry.hooks import _tell_unlike
 from tests.distributed.flags import DOCUMENTS, PP2, TINY, VPP, flags
 from tests.pool import RankPool
 from tests.regression.arm import run_arm
@@ -50,6 +51,20 @@ def test_what_makes_two_models_is_named(given: dict[str, Any], where: dict[str, 
     for is_ours, runs in ((True, "runs there"), (False, "runs here")):
         text = model_difference(args(**given), is_ours=is_ours, **where)
         assert (text is None) if reason is None else (text is not None and reason in text and runs in text)
+
+
+@pytest.mark.parametrize(
+    ("choice", "reason"),
+    [
+        ("auto", "in layers with a window"),
+        ("longseq", "in layers with a window"),
+        ("transformer_engine", "TransformerEngine's causal attention reads no mask"),
+    ],
+)
+def test_local_layers_may_hold_te_attention(choice: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"context_parallel_size": 2, "context_parallel_attention": choice, "transformer_impl": "local"}
+    _tell_unlike(args(**WINDOW, **given))
+    assert reason in capsys.readouterr().out
 
 
 @pytest.mark.slow
