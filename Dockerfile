@@ -21,7 +21,7 @@ RUN pip install --no-cache-dir --require-hashes -r requirements.lock
 RUN useradd --create-home longseq && chown longseq /opt/megatron-longseq
 COPY --chown=longseq . ./
 USER longseq
-RUN python scripts/lib/check_env.py . run data test dev && python -m patches verify
+RUN python scripts/lib/check_env.py . run data sft test dev && python -m patches verify
 CMD ["bash", "scripts/test.sh"]
 
 FROM ${TRAIN_BASE} AS train

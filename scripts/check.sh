@@ -8,7 +8,7 @@ set -euo pipefail
 # shellcheck source=scripts/lib/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/setup.sh"
 
-setup_environment run data test dev
+setup_environment run data sft test dev
 PATH=$(dirname "$PY"):$PATH
 cd "$ROOT"
 

@@ -5,7 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # One list is enough, because the same versions exist for x86_64 and aarch64 and for Python 3.12 and 3.13.
 {
   printf '# Every package of the two commands, pinned with hashes. Made by: bash scripts/lock.sh\n'
-  uv pip compile setup.py --extra run --extra data --extra test --extra dev --upgrade --quiet --generate-hashes \
+  uv pip compile setup.py --extra run --extra data --extra sft --extra test --extra dev --upgrade --quiet --generate-hashes \
     --python-version 3.12 --python-platform x86_64-manylinux_2_28 --no-header --no-emit-index-url
 } >requirements.lock.new
 mv requirements.lock.new requirements.lock

@@ -7,7 +7,7 @@ set -euo pipefail
 # shellcheck source=scripts/lib/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/setup.sh"
 
-setup_environment run data test dev
+setup_environment run data sft test dev
 cd "$ROOT"
 if (($# == 0)) || [[ $* == --all ]]; then
   bash scripts/check.sh

@@ -2,12 +2,13 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from megatron.longseq.attention.arguments import add_context_arguments, check_context_numbers
 from megatron.longseq.cross_entropy.arguments import add_cross_entropy_arguments, check_cross_entropy_numbers
 from megatron.longseq.pipeline.arguments import add_pipeline_arguments, check_pipeline_numbers
-from megatron.longseq.refusals import refuse_unwritable
+from megatron.longseq.refusals import refuse_unwritable, refuse_without_effect
 from megatron.longseq.sharding.arguments import add_sharding_arguments, check_sharding_numbers
 
 
@@ -21,6 +22,7 @@ def add_longseq_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         The same parser, as upstream's `extra_args_provider` requires.
     """
     _add_record_arguments(parser)
+    _add_log_arguments(parser)
     add_pipeline_arguments(parser)
     add_context_arguments(parser)
     add_sharding_arguments(parser)
@@ -35,6 +37,7 @@ def validate_longseq_arguments(args: argparse.Namespace) -> None:
         ValueError: a flag is not supported. The message names it, the reason and what to do.
     """
     _validate_record_arguments(args)
+    _check_log_arguments(args)
     _check_save(args)
     check_pipeline_numbers(args)
     check_context_numbers(args)
@@ -56,6 +59,26 @@ def _add_record_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write every argument, as upstream resolved it, to this file (JSON) when the run starts",
     )
+
+
+def _add_log_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(title="longseq: log")
+    group.add_argument(
+        "--peak-tflops-per-gpu",
+        type=float,
+        metavar="TFLOPS",
+        help="peak of a GPU in TFLOP/s, for the MFU of --log-throughput (default: by the device's name, dense bf16)",
+    )
+
+
+def _check_log_arguments(args: argparse.Namespace) -> None:
+    peak = getattr(args, "peak_tflops_per_gpu", None)
+    if peak is None:
+        return
+    if not (math.isfinite(peak) and peak > 0):
+        raise ValueError(f"--peak-tflops-per-gpu {peak:g}: the peak of a GPU in TFLOP/s is a number above 0.")
+    if not getattr(args, "log_throughput", False):
+        refuse_without_effect(args, "--log-throughput is not given", peak_tflops_per_gpu=None)
 
 
 def _validate_record_arguments(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""System `log`: throughput and peak memory beside upstream's log line, and the norm of gathered parameters."""
+"""System `log`: throughput, MFU and peak memory beside upstream's log line, FLOPs of documents, norm of parameters."""
 
 from patches.hooks import PARAMS_NORM
 from patches.record import Callback, Record
@@ -10,11 +10,38 @@ RECORDS = (
         action="wrap",
         target="megatron.training.training:training_log",
         impl="patches.log.throughput:with_throughput_line",
-        why="Upstream's --log-throughput prints TFLOP/s to one digit, and neither tokens per second nor the peak "
-        "memory of the fullest rank.",
+        why="Upstream's --log-throughput prints TFLOP/s to one digit, from the documents of the last step of an "
+        "interval, and neither tokens per second, nor MFU, nor the peak memory of the fullest rank.",
         when="patches.log.throughput:asked_for",
         test="tests/distributed/test_log.py::test_log_line_tells_tokens_flops_and_memory",
-        remove_when="upstream's log line carries tokens per second and peak memory",
+        remove_when="upstream's log line carries tokens per second, MFU and peak memory",
+    ),
+    Record(
+        id="log.documents",
+        system="log",
+        action="replace",
+        target="megatron.training.training:update_seqlen_stats_from_cu_seqlens",
+        impl="patches.log.documents:add_documents",
+        why="Upstream adds the documents of an evaluation to those of the next step, and one micro-batch several times "
+        "with virtual stages, so that its FLOPs are too many.",
+        when="patches.conditions:always",
+        test="tests/distributed/test_log.py::test_flops_are_those_of_the_documents",
+        remove_when="upstream counts each micro-batch of a step once",
+        stage="start",
+    ),
+    Record(
+        id="log.document-sums",
+        system="log",
+        action="replace",
+        target="megatron.training.training:consume_seqlen_stats_in_iteration",
+        impl="patches.log.documents:take_sums",
+        reads=("megatron.training.training:num_floating_point_operations",),
+        why="Upstream adds up over all ranks what some of them may not have reported, which hangs, and counts whole "
+        "documents in layers with a sliding window.",
+        when="patches.conditions:always",
+        test="tests/distributed/test_log.py::test_flops_are_those_of_the_documents",
+        remove_when="upstream counts the visible scores, and its ranks agree whether documents are packed",
+        stage="start",
     ),
 )
 

@@ -16,9 +16,9 @@ LOCK=$ROOT/requirements.lock
 STAMP=$VENV_DIR/.complete
 OURS=$VENV_DIR/.made-by-setup
 INSTALL_LOG=$ROOT/.venv-install.log
-# Measured: 5.1 GB installed, and 1.4 GB of wheels in TMPDIR during the installation.
-NEED_VENV_MB=5600
-NEED_TMP_MB=1500
+# Measured: 5.5 GB installed, and 1.5 GB of wheels in TMPDIR during the installation.
+NEED_VENV_MB=6000
+NEED_TMP_MB=1600
 
 setup_environment() {
   if [[ -n ${VENV:-} ]]; then
@@ -72,7 +72,7 @@ make_environment() {
 create_environment() {
   find_python
   check_disk
-  say "creating $VENV_DIR with $BASE_PYTHON (about 5 GB once; log: $INSTALL_LOG)"
+  say "creating $VENV_DIR with $BASE_PYTHON (about 5.5 GB once; log: $INSTALL_LOG)"
   # The exit of this subshell, for whatever reason, removes an incomplete environment.
   (
     trap '[[ -e $STAMP ]] || rm -rf "$VENV_DIR"' EXIT

@@ -246,3 +246,55 @@ def _mask_of_kind(kind: int, content: torch.Tensor, again: dict[str, torch.Tenso
         whole.data.copy_(mask)  # unseen by autograd, as a copy from NumPy is
         return whole
     return mask
+
+
+def random_documents(tokens: torch.Tensor) -> torch.Tensor:
+    """Return ends of packed documents that depend on the tokens alone, int32 [documents + 1], for [b, s] tokens."""
+    generator = torch.Generator().manual_seed(int(tokens.sum()))
+    inner = torch.randint(1, tokens.numel(), (5,), generator=generator)
+    rows = torch.arange(0, tokens.numel() + 1, tokens.shape[1])
+    return torch.cat([rows, inner]).unique().to(torch.int32)
+
+
+@contextmanager
+def reported_documents() -> Iterator[Planted]:
+    """Ranks that read a batch report its documents to upstream; the other stages and ranks report nothing."""
+    from megatron.training import training
+
+    from megatron.longseq import pretrain_gpt
+
+    planted = Planted()
+
+    class Samples:
+        def __init__(self, samples: Any) -> None:
+            self.samples = samples
+
+        def __next__(self) -> Any:
+            sample = next(self.samples)
+            training.update_seqlen_stats_from_cu_seqlens(random_documents(sample["tokens"]))
+            planted.times += 1
+            return sample
+
+    def get_batch(original: Any, samples: Any, *rest: Any) -> Any:
+        return original(samples and Samples(samples), *rest)
+
+    with wrapped(pretrain_gpt, "get_batch", get_batch):
+        yield planted
+
+
+@contextmanager
+def counted_flops() -> Iterator[Planted]:
+    """Count the FLOPs of all matrix products of the training steps."""
+    from megatron.training import training
+    from torch.utils.flop_counter import FlopCounterMode
+
+    planted = Planted()
+
+    def train_step(original: Any, *args: Any, **kwargs: Any) -> Any:
+        with FlopCounterMode(display=False) as counter:
+            result = original(*args, **kwargs)
+        planted.times += counter.get_total_flops()
+        return result
+
+    with wrapped(training, "train_step", train_step):
+        yield planted

@@ -74,7 +74,7 @@ class Machine:
         real.chmod(0o755)
         self.path.fake("py", ENV_PYTHON.format(pip=body, real=str(real)), self.folder)
 
-    def start(self, call: str = "setup_environment run data test dev", **env: str) -> subprocess.Popen[str]:
+    def start(self, call: str = "setup_environment run data sft test dev", **env: str) -> subprocess.Popen[str]:
         script = f"set -euo pipefail; source scripts/lib/setup.sh; {call}; printf 'PY=%s\\n' \"$PY\""
         return subprocess.Popen(
             ["bash", "-c", script],
@@ -350,7 +350,7 @@ def test_the_lock_pins_every_requirement_with_hashes() -> None:
     lock = (ROOT / "requirements.lock").read_text()
     pins = dict(re.findall(r"^([a-z0-9._-]+)==(\S+) \\\n    --hash=sha256:", lock, re.MULTILINE))
     assert len(pins) == len(re.findall(r"^[a-z0-9]", lock, re.MULTILINE)), "a line without version or hash"
-    for line in requirements(ROOT / "setup.py", ["run", "data", "test", "dev"]):
+    for line in requirements(ROOT / "setup.py", ["run", "data", "sft", "test", "dev"]):
         need = Requirement(line)
         assert need.name in pins, f"{line} is not in requirements.lock: bash scripts/lock.sh"
         assert need.specifier.contains(Version(pins[need.name])), line

@@ -5,9 +5,10 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from megatron.longseq.data import DataError, corpus, manifest, splits
+from megatron.longseq.data import DataError, chat, corpus, manifest, splits
+from megatron.longseq.data.conversations import Conversations
 from megatron.longseq.data.encode import EncodeOptions, available_cores
 from megatron.longseq.data.prepare import PrepareRequest, prepare
 from megatron.longseq.data.tokenizer import TokenizerSpec, byte_spec, file_spec, load
@@ -45,8 +46,20 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="in folders, take only files that match this pattern; may be repeated",
     )
-    make.add_argument("--format", choices=("auto", "text", "jsonl"), default="auto", help="auto: chosen by suffix")
-    make.add_argument("--json-key", default="text", help="key of the document in a jsonl line")
+    make.add_argument(
+        "--format",
+        choices=("auto", *get_args(corpus.FileFormat)),
+        default="auto",
+        help="auto: text or jsonl, chosen by suffix; conversations: jsonl of messages",
+    )
+    make.add_argument(
+        "--json-key", help="key of the document or of the messages in a jsonl line (default: text or messages)"
+    )
+    make.add_argument(
+        "--sft-tokenizer-prompt-format",
+        choices=chat.PROMPT_FORMATS,
+        help=f"upstream's flag, for conversations (default: {chat.PROMPT_FORMATS[0]}; default: the tokenizer's own)",
+    )
     make.add_argument("--shuffle-seed", type=int, help="shuffle the documents with this seed (default: keep the order)")
     make.add_argument(
         "--skip-malformed", action="store_true", help="leave malformed documents out, and count and list them"
@@ -55,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     stdlib = commands.add_parser("stdlib", help="convert the sources of this interpreter's standard library, shuffled")
     stdlib.add_argument("--shuffle-seed", type=int, default=STDLIB_SEED)
     # The user cannot repair source files in another encoding, so they are skipped.
-    stdlib.set_defaults(run=_prepare, inputs=None, json_key="text", skip_malformed=True)
+    stdlib.set_defaults(run=_prepare, inputs=None, format="text", json_key=None, skip_malformed=True)
     for command in (make, stdlib):
         _add_output_arguments(command)
     flags = commands.add_parser("flags", help="print upstream's flags that train on an output")
@@ -75,7 +88,11 @@ def _add_output_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--output", required=True, metavar="PREFIX", help="write PREFIX.bin, PREFIX.idx and PREFIX.json"
     )
-    command.add_argument("--tokenizer-model", metavar="FILE", help="a Hugging Face tokenizer.json (default: bytes)")
+    command.add_argument(
+        "--tokenizer-model",
+        metavar="PATH",
+        help="a Hugging Face tokenizer.json (default: bytes); for conversations the folder of a tokenizer",
+    )
     command.add_argument("--eod-token", help="token that ends a document (default: eos_token of its config)")
     command.add_argument("--no-special-tokens", action="store_true", help="do not add BOS and other tokens of the file")
     command.add_argument("--append-eod", action=argparse.BooleanOptionalAction, default=True)
@@ -104,7 +121,12 @@ def _prepare(args: argparse.Namespace) -> None:
         files=files,
         prefix=args.output,
         tokenizer=_tokenizer(args),
-        options=EncodeOptions(args.json_key, args.append_eod, args.skip_malformed, args.shuffle_seed),
+        options=EncodeOptions(
+            args.json_key or ("messages" if args.format == "conversations" else "text"),
+            args.append_eod,
+            args.skip_malformed,
+            args.shuffle_seed,
+        ),
         workers=args.workers,
         overwrite=args.overwrite,
         shard_bytes=None if args.shard_mb is None else max(int(args.shard_mb * 1e6), 1),
@@ -119,7 +141,8 @@ def _prepare(args: argparse.Namespace) -> None:
         raise DataError(f"{error.filename or args.output}: {error.strerror or error}") from error
     if made:
         _statistics(args.output)
-        _warn_about_empty_parts(manifest.read(args.output)["documents"])
+        if not request.tokenizer.is_chat:
+            _warn_about_empty_parts(manifest.read(args.output)["documents"])
         _flags(argparse.Namespace(prefix=args.output))
 
 
@@ -136,6 +159,10 @@ def _warn_about_empty_parts(documents: int) -> None:
 
 
 def _tokenizer(args: argparse.Namespace) -> TokenizerSpec:
+    if args.format == "conversations":
+        return _chat_tokenizer(args)
+    if getattr(args, "sft_tokenizer_prompt_format", None):
+        raise DataError("--sft-tokenizer-prompt-format belongs to conversations: give --format conversations too")
     if args.tokenizer_model:
         return file_spec(args.tokenizer_model, args.eod_token, not args.no_special_tokens)
     if args.eod_token or args.no_special_tokens:
@@ -143,9 +170,21 @@ def _tokenizer(args: argparse.Namespace) -> TokenizerSpec:
     return byte_spec()
 
 
+def _chat_tokenizer(args: argparse.Namespace) -> TokenizerSpec:
+    if args.eod_token or args.no_special_tokens or not args.append_eod:
+        raise DataError(
+            "--format conversations: the chat template determines all tokens; leave out --eod-token, "
+            "--no-special-tokens and --no-append-eod"
+        )
+    if not args.tokenizer_model:
+        raise DataError("--format conversations requires the folder of a Hugging Face tokenizer: --tokenizer-model")
+    return chat.chat_spec(args.tokenizer_model, args.sft_tokenizer_prompt_format or chat.PROMPT_FORMATS[0])
+
+
 def _flags(args: argparse.Namespace) -> None:
     content = manifest.read(args.prefix)
-    print(shlex.join(manifest.training_flags(args.prefix, content["tokenizer"], content["documents"])))
+    inputs = list(content["input_stamps"])
+    print(shlex.join(manifest.training_flags(args.prefix, content["tokenizer"], content["documents"], inputs)))
 
 
 def _statistics(prefix: str) -> None:
@@ -153,6 +192,8 @@ def _statistics(prefix: str) -> None:
     lengths, tokenizer = content["lengths"], content["tokenizer"]
     print(f"{prefix}: {content['documents']:,} documents, {content['tokens']:,} tokens ({content['dtype']})")
     print("tokens per document: " + "  ".join(f"{name} {value:,}" for name, value in lengths.items()))
+    if "tokens_in_loss" in content:
+        print(f"conversations: {content['tokens_in_loss']:,} tokens count in the loss")
     print(f"skipped: {content['empty_documents']:,} empty, {content['malformed']['count']:,} malformed")
     name = tokenizer["model"] or "bytes"
     print(f"tokenizer: {name}, vocabulary {tokenizer['vocab_size']:,}, end of document {tokenizer['eod_id']}")
@@ -168,12 +209,14 @@ def _inspect(args: argparse.Namespace) -> None:
         raise DataError(f"--document {args.document}: {args.prefix} holds documents 0 to {count - 1}")
     fields = dict(content["tokenizer"])
     fields["model"] = args.tokenizer_model or fields["model"]
-    tokenizer = load(TokenizerSpec(**fields))
+    spec = TokenizerSpec(**fields)
+    tokenizer = chat.load_chat(spec) if spec.is_chat else load(spec)
     number = args.document % count
     # The ids are a view of the memory-mapped data set, which upstream unmaps when the data set is deleted.
     dataset = indexed_dataset().IndexedDataset(args.prefix)
     ids = dataset[number].tolist()
-    print(f"document {number}: {len(ids):,} tokens")
+    in_loss = f", {int(Conversations(args.prefix)[number].loss_mask.sum()):,} in the loss" if spec.is_chat else ""
+    print(f"document {number}: {len(ids):,} tokens{in_loss}")
     text = tokenizer.decode(ids)
     sys.stdout.flush()
     sys.stdout.buffer.write(text.encode("utf-8", errors="replace"))

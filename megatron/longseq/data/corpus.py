@@ -10,7 +10,7 @@ from typing import Literal
 
 from megatron.longseq.data import MOST_SHOWN, DataError
 
-FileFormat = Literal["text", "jsonl"]
+FileFormat = Literal["text", "jsonl", "conversations"]
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 # Folders in the standard library's folder that are left out: installed packages, and tests. Some distributions do not
@@ -45,7 +45,8 @@ class SourceFile:
         path: absolute path.
         size: in bytes.
         mtime_ns: modification time in nanoseconds.
-        kind: whether the file is one document (text) or holds one document per line (jsonl).
+        kind: whether the file is one document (text), or holds one document (jsonl) or the messages of one or several
+            conversations per line.
     """
 
     path: str

@@ -1,7 +1,7 @@
 """Tokenize shards, in this process or in worker processes.
 
-A shard produces a file of token ids and a record. Both are renamed into place only when they are complete, so an
-interrupted run can resume from the finished shards.
+A shard produces a file of token ids, for conversations one of their loss mask, and a record. They are renamed into
+place only when they are complete, the record last, so an interrupted run can resume from the finished shards.
 """
 
 import json
@@ -13,16 +13,20 @@ import threading
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron.longseq.data import MOST_SHOWN, DataError
-from megatron.longseq.data.shards import Shard, read_documents
-from megatron.longseq.data.tokenizer import Ids, Tokenizer, TokenizerSpec, load
+from megatron.longseq.data.chat import load_chat
+from megatron.longseq.data.shards import InputDocument, Shard, read_documents
+from megatron.longseq.data.tokenizer import Ids, TokenizerSpec, load
 
+Arrays = tuple[NDArray[Any], ...]  # what is written of a document: its ids, and of a conversation its loss mask
 LONGEST = 2**31 - 1  # tokens per document: upstream's index stores the length as a signed 32-bit integer
 # Shards submitted to the pool per worker: enough to keep all workers busy, few enough to stop soon after an error.
 SUBMITTED_PER_WORKER = 4
@@ -33,8 +37,8 @@ class EncodeOptions:
     """Options that change the output, apart from the inputs and the tokenizer.
 
     Attributes:
-        json_key: key of the text in a jsonl line.
-        append_eod: append the end-of-document id to each document.
+        json_key: key of the text, or of the messages of conversations, in a jsonl line.
+        append_eod: append the end-of-document id to each document. Conversations end as their chat template says.
         skip_malformed: leave malformed documents out instead of refusing the input.
         shuffle_seed: seed for shuffling the documents; None keeps their order.
     """
@@ -50,8 +54,9 @@ class ShardRecord:
     """The result of one shard.
 
     Attributes:
-        documents: number of documents written.
+        documents: number of documents or conversations written.
         tokens: number of tokens written.
+        trained: of conversations, number of tokens that count in the loss.
         empty: number of empty documents, which are left out.
         lines: number of lines in each file range of the shard.
         malformed: `(index of the file range, line in it counted from 0, reason)` of each malformed document.
@@ -59,6 +64,7 @@ class ShardRecord:
 
     documents: int = 0
     tokens: int = 0
+    trained: int = 0
     empty: int = 0
     lines: list[int] = field(default_factory=list)
     malformed: list[tuple[int, int, str]] = field(default_factory=list)
@@ -74,19 +80,24 @@ def token_path(folder: Path, index: int) -> Path:
     return folder / f"{index:08d}.tokens"
 
 
+def mask_path(folder: Path, index: int) -> Path:
+    """Return the path of a shard's loss mask, which holds a byte for each token of its conversations."""
+    return folder / f"{index:08d}.mask"
+
+
 def record_path(folder: Path, index: int) -> Path:
     """Return the path of a shard's record: document lengths and a `ShardRecord`. A shard with a record is finished."""
     return folder / f"{index:08d}.npz"
 
 
 def encode_shard(shard: Shard, spec: TokenizerSpec, options: EncodeOptions, folder: Path) -> tuple[Shard, ShardRecord]:
-    """Tokenize the documents of a shard and write its token file and its record.
+    """Tokenize the documents of a shard and write its token file, for conversations its mask file, and its record.
 
     Args:
         shard: the shard.
         spec: the tokenizer.
         options: how documents are read and written.
-        folder: the folder for both files.
+        folder: the folder for the files.
 
     Returns:
         The shard and its record.
@@ -94,37 +105,58 @@ def encode_shard(shard: Shard, spec: TokenizerSpec, options: EncodeOptions, fold
     Raises:
         DataError: an input cannot be read, or a file cannot be written.
     """
-    tokenizer, record = load(spec), ShardRecord()
-    lengths: list[int] = []
-    unfinished = folder / f"{shard.index:08d}.{os.getpid()}.unfinished"
+    record, lengths = ShardRecord(), list[int]()
+    names = [token_path(folder, shard.index), *([mask_path(folder, shard.index)] if spec.is_chat else [])]
+    unfinished = [name.with_suffix(f"{name.suffix}.{os.getpid()}.unfinished") for name in names]
+    record_file = record_path(folder, shard.index)
+    unfinished.append(record_file.with_suffix(f".{os.getpid()}.unfinished"))
     try:
-        with open(unfinished, "wb") as stream:
-            for number, part in enumerate(shard.ranges):
-                lines = 0
-                for document in read_documents(part, options.json_key):
-                    lines = document.line + 1
-                    ids = _encode_text(document.text, tokenizer, spec, options) if document.text else None
-                    reason = document.reason or _why_too_long(ids)
-                    if reason:
-                        record.malformed.append((number, document.line, reason))
-                        if not options.skip_malformed and len(record.malformed) >= MOST_SHOWN:
-                            return shard, record
-                    elif ids is None or not len(ids):
-                        record.empty += 1
-                    else:
-                        stream.write(ids.data)
-                        lengths.append(len(ids))
-                record.lines.append(lines)
-        record.documents, record.tokens = len(lengths), sum(lengths)
-        os.replace(unfinished, token_path(folder, shard.index))
-        with open(unfinished, "wb") as stream:
+        with ExitStack() as stack:
+            streams = [stack.enter_context(open(path, "wb")) for path in unfinished[:-1]]
+            if not _encode_documents(shard, spec, options, record, lengths, streams):
+                return shard, record
+        for path, name in zip(unfinished, names, strict=False):
+            os.replace(path, name)
+        with open(unfinished[-1], "wb") as stream:
             np.savez(stream, lengths=np.array(lengths, dtype=np.int64), record=np.array(json.dumps(asdict(record))))
-        os.replace(unfinished, record_path(folder, shard.index))
+        os.replace(unfinished[-1], record_file)
     except OSError as error:
         raise DataError(f"shard {shard.index} ({error.filename or folder}): {error.strerror}") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        for path in unfinished:
+            path.unlink(missing_ok=True)
     return shard, record
+
+
+def _encode_documents(
+    shard: Shard,
+    spec: TokenizerSpec,
+    options: EncodeOptions,
+    record: ShardRecord,
+    lengths: list[int],
+    streams: Sequence[BinaryIO],
+) -> bool:
+    """Write the documents of a shard to the streams. Return False if too many are malformed to go on."""
+    for number, part in enumerate(shard.ranges):
+        lines = 0
+        for document in read_documents(part, options.json_key):
+            lines = document.line + 1
+            try:
+                encoded = _encode(document, spec, options)
+            except DataError as error:
+                record.malformed.append((number, document.line, str(error)))
+                if not options.skip_malformed and len(record.malformed) >= MOST_SHOWN:
+                    return False
+                continue
+            record.empty += not encoded
+            for arrays in encoded:
+                for stream, array in zip(streams, arrays, strict=True):
+                    stream.write(array.data)
+                lengths.append(len(arrays[0]))
+                record.trained += int(arrays[1].sum()) if spec.is_chat else 0
+        record.lines.append(lines)
+    record.documents, record.tokens = len(lengths), sum(lengths)
+    return True
 
 
 def read_record(folder: Path, index: int) -> tuple[NDArray[np.int64], ShardRecord]:
@@ -135,31 +167,49 @@ def read_record(folder: Path, index: int) -> tuple[NDArray[np.int64], ShardRecor
         return file["lengths"], ShardRecord(**fields)
 
 
-def read_finished(folder: Path, index: int, itemsize: int) -> ShardRecord | None:
+def read_finished(folder: Path, index: int, spec: TokenizerSpec) -> ShardRecord | None:
     """Return the record of a shard that an earlier run finished, or None if its files are missing or truncated."""
+    itemsize = shard_dtype(spec.vocab_size)().itemsize
     try:
         _, record = read_record(folder, index)
         is_complete = token_path(folder, index).stat().st_size == record.tokens * itemsize
+        is_complete &= not spec.is_chat or mask_path(folder, index).stat().st_size == record.tokens
     except (OSError, ValueError, KeyError, EOFError):
         return None
     return record if is_complete else None
 
 
-def _encode_text(text: str, tokenizer: Tokenizer, spec: TokenizerSpec, options: EncodeOptions) -> Ids:
+def _encode(document: InputDocument, spec: TokenizerSpec, options: EncodeOptions) -> list[Arrays]:
+    """Return the ids of a document, or ids and loss mask of each conversation of a line; nothing for an empty one.
+
+    Raises:
+        DataError: the document is malformed, or too long; says why.
+    """
+    if document.reason:
+        raise DataError(document.reason)
     dtype = shard_dtype(spec.vocab_size)
-    ids: Ids = tokenizer.encode(text).astype(dtype)
+    encoded: list[Arrays] = []
+    for conversation in document.conversations:
+        ids, mask = load_chat(spec).encode(conversation)
+        encoded.append((ids.astype(dtype), mask))
+    if document.text:
+        encoded.append((_encode_text(document.text, spec, options),))
+    longest = max((len(arrays[0]) for arrays in encoded), default=0)
+    if longest > LONGEST:
+        raise DataError(
+            f"the document has {longest:,} tokens; upstream's index holds at most {LONGEST:,} for one document: "
+            "split it"
+        )
+    return [arrays for arrays in encoded if len(arrays[0])]
+
+
+def _encode_text(text: str, spec: TokenizerSpec, options: EncodeOptions) -> Ids:
+    dtype = shard_dtype(spec.vocab_size)
+    ids: Ids = load(spec).encode(text).astype(dtype)
     # A tokenizer file may append the end-of-document id itself. It must not appear twice.
     if options.append_eod and len(ids) and ids[-1] != spec.eod_id:
         ids = np.concatenate([ids, np.array([spec.eod_id], dtype=dtype)], dtype=dtype)
     return ids
-
-
-def _why_too_long(ids: Ids | None) -> str:
-    if ids is None or len(ids) <= LONGEST:
-        return ""
-    return (
-        f"the document has {len(ids):,} tokens; upstream's index holds at most {LONGEST:,} for one document: split it"
-    )
 
 
 def available_cores() -> int:

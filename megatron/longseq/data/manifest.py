@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.longseq.data import DataError, splits
+from megatron.longseq.data import LOSS_MASK, DataError, splits
 from megatron.longseq.data.corpus import SourceFile
 from megatron.longseq.data.encode import EncodeOptions
 from megatron.longseq.data.tokenizer import TokenizerSpec
@@ -47,7 +47,8 @@ class Identity:
 
 def identity(files: Sequence[SourceFile], options: EncodeOptions, tokenizer: TokenizerSpec) -> Identity:
     """Collect what determines an output."""
-    return Identity({file.path: file.stamp for file in files}, asdict(options), asdict(tokenizer))
+    fields = {name: value for name, value in asdict(tokenizer).items() if value is not None}
+    return Identity({file.path: file.stamp for file in files}, asdict(options), fields)
 
 
 def differences(old: Identity, new: Identity) -> list[str]:
@@ -85,17 +86,25 @@ def length_statistics(lengths: NDArray[np.int64]) -> dict[str, float]:
     return {"min": int(lengths.min()), "mean": mean, "p50": p50, "p90": p90, "p99": p99, "max": int(lengths.max())}
 
 
-def training_flags(prefix: str, tokenizer: dict[str, Any], documents: int) -> list[str]:
-    """Return upstream's flags that train on an output.
+def training_flags(prefix: str, tokenizer: dict[str, Any], documents: int, inputs: Sequence[str]) -> list[str]:
+    """Return upstream's flags that train on an output. For conversations they name the inputs.
 
-    Pretraining needs the vocabulary size and the end-of-document id, but no tokenizer. If there are few documents, the
-    flags contain a `--split`, because upstream's default would leave validation or test without documents.
+    Upstream's --sft reads the conversations of a jsonl file and tokenizes them while it trains. Pretraining needs the
+    vocabulary size and the end-of-document id, but no tokenizer. If there are few documents, the flags contain a
+    `--split`, because upstream's default would leave validation or test without documents.
 
     Args:
         prefix: path of the output without suffix.
         tokenizer: fields of `TokenizerSpec`.
         documents: number of documents.
+        inputs: paths of the input files.
     """
+    if tokenizer["type"] == "sft":
+        return [
+            *("--sft", "--data-path", *inputs),
+            *("--tokenizer-type", "SFTTokenizer", "--tokenizer-model", tokenizer["model"]),
+            *("--sft-tokenizer-prompt-format", tokenizer["prompt_format"]),
+        ]
     return [
         *("--data-path", prefix),
         *("--tokenizer-type", "NullTokenizer"),
@@ -129,7 +138,7 @@ def build(
         **counts,
         "tokenizer": made.tokenizer,
         "options": made.options,
-        "flags": training_flags(prefix, made.tokenizer, len(lengths)),
+        "flags": training_flags(prefix, made.tokenizer, len(lengths), list(made.files)),
         "inputs": {"files": len(sizes), "bytes": sum(sizes), "sha256_of_stamps": made.inputs_digest},
         "input_stamps": made.files,
     }
@@ -139,7 +148,7 @@ def read(prefix: str) -> dict[str, Any]:
     """Read the manifest of an output.
 
     Raises:
-        DataError: the manifest is missing, damaged or of another version, or it does not match the `.bin` file.
+        DataError: the manifest is missing, damaged or of another version, or it does not match the `.bin` files.
     """
     path = Path(f"{prefix}.json")
     try:
@@ -153,14 +162,16 @@ def read(prefix: str) -> dict[str, Any]:
         raise DataError(
             f"{path}: its format is {found}, but this version reads {FORMAT}; rebuild the output with --overwrite"
         )
-    for suffix in (".bin", ".idx"):
-        if not Path(prefix + suffix).is_file():
-            raise DataError(f"{prefix}{suffix} is missing, but {path} exists; rebuild the output with --overwrite")
-    size = Path(f"{prefix}.bin").stat().st_size
-    if size != content["bin_bytes"]:
-        raise DataError(
-            f"{prefix}.bin has {size} bytes, but {path} says {content['bin_bytes']}; rebuild with --overwrite"
-        )
+    sizes = {prefix: content["bin_bytes"]}
+    if "tokens_in_loss" in content:  # conversations
+        sizes[prefix + LOSS_MASK] = content["tokens"]
+    for part, expected in sizes.items():
+        for suffix in (".bin", ".idx"):
+            if not Path(part + suffix).is_file():
+                raise DataError(f"{part}{suffix} is missing, but {path} exists; rebuild the output with --overwrite")
+        size = Path(f"{part}.bin").stat().st_size
+        if size != expected:
+            raise DataError(f"{part}.bin has {size} bytes, but {path} says {expected}; rebuild with --overwrite")
     return dict(content)
 
 

@@ -51,7 +51,7 @@ class PrepareRequest:
 
 
 def prepare(request: PrepareRequest, say: Say = print) -> bool:
-    """Write `prefix.bin`, `prefix.idx` and `prefix.json`.
+    """Write `prefix.bin`, `prefix.idx` and `prefix.json`, for conversations also their loss mask.
 
     Returns:
         False if the output exists already and was made from the same inputs, options and tokenizer.
@@ -138,8 +138,7 @@ def _resume(
         _clear(folder)
         write.write_atomically(plan_file, plan_key)
         return {}
-    itemsize = shard_dtype(request.tokenizer.vocab_size)().itemsize
-    found = {shard.index: read_finished(folder, shard.index, itemsize) for shard in shards}
+    found = {shard.index: read_finished(folder, shard.index, request.tokenizer) for shard in shards}
     done = {index: record for index, record in found.items() if record is not None}
     say(f"{request.prefix}: resuming, {len(done)} of {len(shards)} shards are finished")
     return done
@@ -155,7 +154,7 @@ def _encode(
     """
     todo = [shard for shard in shards if shard.index not in done]
     total, ready = sum(shard.size for shard in shards), sum(shards[index].size for index in done)
-    itemsize = shard_dtype(request.tokenizer.vocab_size)().itemsize
+    itemsize = _bytes_per_token(request.tokenizer)
     # An upper estimate: one byte per token for the byte tokenizer, two for others, whose tokens have about three bytes.
     tokens = total if request.tokenizer.type == "byte" else total // 2
     _check_space(request.folder, 2 * tokens * itemsize - ready * itemsize)
@@ -204,6 +203,11 @@ def _refuse_malformed(folder: Path, named: Sequence[str]) -> None:
     )
 
 
+def _bytes_per_token(tokenizer: TokenizerSpec) -> int:
+    """Return the bytes of a token in the files of a shard: its id, and of conversations its place in the loss mask."""
+    return int(shard_dtype(tokenizer.vocab_size)().itemsize) + int(tokenizer.is_chat)
+
+
 def _check_space(folder: Path, wanted: int) -> None:
     free = shutil.disk_usage(folder).free
     if wanted > free:
@@ -237,17 +241,24 @@ def _finish(
         shutil.rmtree(folder)
         empty = sum(r.empty for r in records)
         raise DataError(f"no documents in the inputs ({empty} empty, {len(named)} malformed); nothing was written")
-    _check_space(folder, tokens * shard_dtype(vocab_size)().itemsize)
+    _check_space(folder, tokens * _bytes_per_token(request.tokenizer))
     say("merging with upstream's builder (importing it takes seconds)")
     write.indexed_dataset()
     with Progress("merging", documents, unit="documents") as progress:
         lengths, dtype = write.merge(
-            folder, len(shards), vocab_size, request.options.shuffle_seed, lambda n, t: progress.advance(n, n, t)
+            folder,
+            len(shards),
+            vocab_size,
+            request.options.shuffle_seed,
+            lambda n, t: progress.advance(n, n, t),
+            request.tokenizer.is_chat,
         )
     counts: dict[str, Any] = {
         "empty_documents": sum(record.empty for record in records),
         "malformed": {"count": len(named), "listed": named[: manifest.MOST_LISTED]},
     }
+    if request.tokenizer.is_chat:
+        counts["tokens_in_loss"] = sum(record.trained for record in records)
     content = manifest.build(wanted, request.prefix, lengths, dtype, counts)
     write.write_atomically(folder / "out.json", json.dumps(content, indent=1) + "\n")
     write.publish(folder, request.prefix)

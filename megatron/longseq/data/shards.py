@@ -6,7 +6,7 @@ Large jsonl files are split into byte ranges. A range owns the lines that begin 
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from megatron.longseq.data.corpus import FileFormat, SourceFile
 
@@ -14,6 +14,9 @@ from megatron.longseq.data.corpus import FileFormat, SourceFile
 FILE_COST = 4096
 # Bounds of the default shard size in bytes, and the number of shards to aim for.
 SMALLEST, LARGEST, SHARDS = 1 << 20, 256 << 20, 1024
+
+
+Conversation = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -46,17 +49,19 @@ class Shard:
 
 @dataclass(frozen=True)
 class InputDocument:
-    """One document, or the reason why the input at this place is malformed.
+    """One document or the conversations of one line, or the reason why the input at this place is malformed.
 
     Attributes:
         line: line number, counted from 0 at the start of the file range.
         text: the document; empty for an empty or a malformed one.
         reason: why the document is malformed; empty if it is not.
+        conversations: the conversations of the line, each of which begins with its system message if it has one.
     """
 
     line: int
     text: str = ""
     reason: str = ""
+    conversations: tuple[Conversation, ...] = ()
 
 
 def default_shard_bytes(files: Iterable[SourceFile]) -> int:
@@ -89,7 +94,7 @@ def plan_shards(files: Sequence[SourceFile], shard_bytes: int) -> list[Shard]:
 
 
 def _split_file(file: SourceFile, shard_bytes: int) -> Iterator[FileRange]:
-    step = shard_bytes if file.kind == "jsonl" else max(file.size, 1)
+    step = max(file.size, 1) if file.kind == "text" else shard_bytes
     for start in range(0, max(file.size, 1), step):
         yield FileRange(file.path, file.kind, start, min(start + step, file.size))
 
@@ -128,14 +133,14 @@ def read_documents(part: FileRange, json_key: str) -> Iterator[InputDocument]:
 
     Args:
         part: the file range to read.
-        json_key: key of the text in a jsonl line.
+        json_key: key of the text, or of the messages of conversations, in a jsonl line.
     """
     with open(part.path, "rb") as stream:
         if part.kind == "text":
             yield _from_text(stream.read(part.size))
             return
         for number, line in enumerate(owned_lines(stream, part.start, part.stop)):
-            yield _from_json(number, line, json_key)
+            yield _from_json(number, line, json_key, part.kind)
 
 
 def _from_text(content: bytes) -> InputDocument:
@@ -145,7 +150,7 @@ def _from_text(content: bytes) -> InputDocument:
         return InputDocument(content.count(b"\n", 0, error.start), reason=_not_utf8(content, error))
 
 
-def _from_json(number: int, line: bytes, key: str) -> InputDocument:
+def _from_json(number: int, line: bytes, key: str, kind: FileFormat) -> InputDocument:
     line = line.rstrip()  # removes the CR of CRLF, which would appear in the parser's messages
     if not line:
         return InputDocument(number)
@@ -156,22 +161,51 @@ def _from_json(number: int, line: bytes, key: str) -> InputDocument:
     except (ValueError, RecursionError) as error:
         detail = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         return InputDocument(number, reason=f"not JSON: {detail}")
-    reason = _why_no_text(record, key)
+    if kind == "conversations":
+        reason = _why_no_key(record, key) or _why_no_messages(record[key], key)
+        return InputDocument(number, reason=reason, conversations=() if reason else split_conversations(record[key]))
+    reason = _why_no_key(record, key) or _why_no_text(record[key], f"key {key!r}")
     return InputDocument(number, reason=reason) if reason else InputDocument(number, text=record[key])
 
 
-def _why_no_text(record: object, key: str) -> str:
+def split_conversations(messages: Conversation) -> tuple[Conversation, ...]:
+    """Split the messages of a line before each system message, as upstream's SFT data set does."""
+    conversations: list[Conversation] = []
+    for message in messages:
+        if message["role"] == "system" or not conversations:
+            conversations.append([])
+        conversations[-1].append(message)
+    return tuple(conversations)
+
+
+def _why_no_key(record: object, key: str) -> str:
     if not isinstance(record, dict):
         return f"expected a JSON object, found {_json_type(record)}"
     if key not in record:
         return f"no key {key!r} (its keys: {', '.join(sorted(record)[:8]) or 'none'})"
-    text = record[key]
+    return ""
+
+
+def _why_no_messages(messages: object, key: str) -> str:
+    if not isinstance(messages, list):
+        return f"key {key!r} holds {_json_type(messages)}, not a list of messages"
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict):
+            return f"message {number}: expected a JSON object, found {_json_type(message)}"
+        for field in ("role", "content"):
+            reason = _why_no_key(message, field) or _why_no_text(message[field], f"key {field!r}")
+            if reason:
+                return f"message {number}: {reason}"
+    return ""
+
+
+def _why_no_text(text: object, where: str) -> str:
     if not isinstance(text, str):
-        return f"key {key!r} holds {_json_type(text)}, not a string"
+        return f"{where} holds {_json_type(text)}, not a string"
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        return f"key {key!r} holds a lone surrogate at character {error.start}, which UTF-8 cannot represent"
+        return f"{where} holds a lone surrogate at character {error.start}, which UTF-8 cannot represent"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Tokenize by bytes or with a Hugging Face tokenizer file, through one interface."""
+"""Tokenize text by bytes or with a Hugging Face tokenizer file, through one interface. `chat.py` has conversations."""
 
 import hashlib
 import json
@@ -22,12 +22,14 @@ class TokenizerSpec:
     """Everything that determines the ids. Workers load the tokenizer from it, and the manifest contains it.
 
     Attributes:
-        type: `byte` or `huggingface`.
+        type: `byte`, `huggingface`, or `sft` for conversations.
         vocab_size: number of ids.
         eod_id: id of the end of a document.
-        sha256: hash of the tokenizer file, or of the rule of the byte tokenizer.
-        model: path of the tokenizer file; empty for bytes.
+        sha256: hash of the tokenizer file or of the files of its folder, or of the rule of the byte tokenizer.
+        model: path of the tokenizer file, or of its folder for conversations; empty for bytes.
         special_tokens: whether the file's post-processor may add tokens such as BOS.
+        prompt_format: upstream's --sft-tokenizer-prompt-format, for conversations only.
+        pad_id: id of padding, which never counts in the loss; for conversations only.
     """
 
     type: str
@@ -36,6 +38,13 @@ class TokenizerSpec:
     sha256: str
     model: str = ""
     special_tokens: bool = True
+    prompt_format: str | None = None
+    pad_id: int | None = None
+
+    @property
+    def is_chat(self) -> bool:
+        """Return whether documents are conversations, whose tokens do not all count in the loss."""
+        return self.type == "sft"
 
 
 class Tokenizer(Protocol):

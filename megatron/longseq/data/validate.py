@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from megatron.longseq.data import LOSS_MASK
 from megatron.longseq.data.splits import DEFAULT, NAMES, split_ranges, suggest_split_flags
 
 Blend = tuple[Sequence[str], Sequence[float] | None]  # prefixes of data sets, and their weights if they are given
@@ -45,13 +46,14 @@ class IndexedFile:
     def has_tokens(self, part: range, tokens: int) -> bool:
         """Return whether the documents `part` hold at least `tokens` tokens. Stop reading lengths once they do."""
         total = 0
-        for lengths in self._lengths(part):
+        for lengths in self.lengths(part):
             total += int(lengths.sum())
             if total >= tokens:
                 return True
         return total >= tokens
 
-    def _lengths(self, part: range) -> Iterator[np.ndarray]:
+    def lengths(self, part: range) -> Iterator[np.ndarray]:
+        """Yield the lengths of the documents `part` in tokens, up to `CHUNK` at a time."""
         with open(f"{self.prefix}.idx", "rb") as stream:
             stream.seek(HEADER + LENGTH * part.start)
             for start in range(part.start, part.stop, CHUNK):
@@ -160,7 +162,26 @@ def check_datasets(request: DataRequest) -> None:
 
 def _local_datasets(blend: Blend) -> list[IndexedFile]:
     found = (None if "://" in prefix else read_index(prefix) for prefix in blend[0])
-    return [dataset for dataset in found if dataset is not None]
+    datasets = [dataset for dataset in found if dataset is not None]
+    for dataset in datasets:
+        if Path(f"{dataset.prefix}{LOSS_MASK}.idx").is_file():
+            _check_loss_mask(dataset)
+    return datasets
+
+
+def _check_loss_mask(dataset: IndexedFile) -> None:
+    """Refuse conversations whose loss mask is damaged or belongs to others."""
+    mask = read_index(dataset.prefix + LOSS_MASK)
+    whole = range(dataset.documents)
+    if mask is None or mask.documents != dataset.documents or not _equal(mask.lengths(whole), dataset.lengths(whole)):
+        raise ValueError(
+            f"{dataset.prefix}{LOSS_MASK} (.bin, .idx) is not the loss mask of the conversations of {dataset.prefix}. "
+            f"{PREPARE_AGAIN}"
+        )
+
+
+def _equal(left: Iterator[np.ndarray], right: Iterator[np.ndarray]) -> bool:
+    return all(np.array_equal(one, other) for one, other in zip(left, right, strict=True))
 
 
 def _check_weights(blend: Blend, where: str) -> None:
