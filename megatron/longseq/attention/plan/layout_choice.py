@@ -144,9 +144,9 @@ def _cost(
             if one.gathers:
                 steps = [(scores.sum(1), rows.sum(1))]
             else:
-                ring, ranks = Ring(one.mesh.ring, window or one.mesh.ring), np.arange(one.mesh.ring)
+                ring, ranks = Ring(one.mesh.ring, window or one.mesh.ring), range(one.mesh.ring)
                 sources = [[ring.source(rank, step) for rank in ranks] for step in ranks]
-                steps = [(scores[ranks, source], rows[ranks, source]) for source in sources]
+                steps = [(scores[list(ranks), source], rows[list(ranks), source]) for source in sources]
             for of_rank, received in steps:
                 most = int(np.maximum(of_rank, ROW_COST * received).max())
                 cost += most + STEP_COST if most else 0
