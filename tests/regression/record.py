@@ -15,7 +15,8 @@ from tests.regression.snapshot import Array, Part, parts_of_this_rank
 
 Step = dict[str, Any]
 Food = dict[str, Array]
-FOOD = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+FOOD = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens")
+ORACLE_FOOD = (*FOOD[:3], FOOD[-1])  # what the oracle computes from
 
 
 class Tasting:
@@ -94,7 +95,9 @@ class Recorder:
                 }
             )
             if self.keep_food:
-                self.food.append([{name: batch[name].numpy() for name in FOOD[:3]} for batch in batches])
+                self.food.append(
+                    [{name: batch[name].numpy() for name in ORACLE_FOOD if name in batch} for batch in batches]
+                )
             if iteration in self.snapshots:
                 self.parts[iteration] = parts_of_this_rank(model, optimizer)
             return result

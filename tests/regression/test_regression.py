@@ -30,7 +30,7 @@ QUICK_MUTANTS = {
     ("same-layout", "late_learning_rate"),
     ("pipeline", "scaled_loss"),
     ("single-precision", "scaled_loss"),
-    ("documents", "leaking_mask"),
+    ("documents", "leaking_documents"),
     ("data-overlap", "stale_parameter"),
     ("tensor-sequence", "norm_not_summed"),
     ("seq1f1b", "lost_prefix_gradient"),
@@ -72,7 +72,7 @@ def test_arm_u_is_the_locked_wheel_untouched() -> None:
 def test_a_snapshot_is_what_a_checkpoint_holds(ranks: RankPool, outcomes: Outcomes, tmp_path: Path) -> None:
     """Check a layout that shards everything: tensors, their gate and up halves, and optimizer states."""
     suite = outcomes.suite
-    flags = [*suite.models["tied"], *suite.corpus.flags, "--train-iters", "1", "--lr-warmup-iters", "0"]
+    flags = [*suite.models["tied"], *suite.corpus("paragraphs").flags, "--train-iters", "1", "--lr-warmup-iters", "0"]
     layout = "--pipeline-model-parallel-size 2 --use-distributed-optimizer --tensor-model-parallel-size 2"
     layout += " --dist-ckpt-optim-fully-reshardable"
     run = run_arm(ranks, "O", 4, [*flags, *layout.split()], tmp_path / "saved", float64=True, snapshots=(1,))

@@ -18,6 +18,7 @@ from megatron.longseq.attention.plan.layout import Layout
 from megatron.longseq.attention.plan.ranges import Documents
 from megatron.longseq.attention.runtime.function import AttentionCall, RecomputeCache, attend_once, make_call
 from megatron.longseq.attention.runtime.kv_cache import SegmentKVCache
+from megatron.longseq.attention.runtime.packed_batch import PackedDocuments
 from megatron.longseq.attention.runtime.packed_documents import MaskReader
 from megatron.longseq.attention.runtime.segment_attention import segment_attention
 from megatron.longseq.attention.runtime.strategies import CPStrategy
@@ -145,33 +146,44 @@ class LongSequenceAttention(MegatronModule):
             key, value: [n, b, hk, d].
             attention_mask: bool [b, 1, n, sequence], True where a key is hidden; None under segments.
             attn_mask_type: a causal type, or None.
-            attention_bias, packed_seq_params: None.
+            attention_bias: None.
+            packed_seq_params: documents of the micro-batch, as the model passes them on; None: see `attention_mask`.
 
         Raises:
             ValueError: An argument is not served.
         """
+        packed = packed_seq_params if isinstance(packed_seq_params, PackedDocuments) else None
         if self.segments is not None:
-            refuse_segment_inputs(self.layer_number, attention_mask, attn_mask_type, attention_bias, packed_seq_params)
+            unread = packed_seq_params if packed is None else None
+            refuse_segment_inputs(self.layer_number, attention_mask, attn_mask_type, attention_bias, unread)
         else:
             refuse_mask_type(attn_mask_type, f"layer {self.layer_number}")
-            if attention_bias is not None or packed_seq_params is not None:
+            if attention_bias is not None or (packed_seq_params is not None and packed is None):
                 raise ValueError(
-                    f"layer {self.layer_number}: attention over context-parallel ranks takes no bias and no "
-                    "packed_seq_params; documents are packed with --reset-attention-mask"
+                    f"layer {self.layer_number}: attention over context-parallel ranks takes no bias, and "
+                    "packed_seq_params of a whole model alone; hand them to GPTModel"
                 )
         if self.context is not None:
-            return self._over_ranks(self.context, query, key, value, attention_mask)
+            return self._over_ranks(self.context, query, key, value, attention_mask, packed)
         assert self.segments is not None, "without context parallelism, layers have this module under segments only"
         return self._over_segments(self.segments, query, key, value)
 
     def _over_ranks(
-        self, context: ContextParallel, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None
+        self,
+        context: ContextParallel,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        packed: PackedDocuments | None,
     ) -> Tensor:
         segments = self.segments
 
         def call_for(first: AttentionCall | None) -> AttentionCall:
             if segments is not None:
                 documents = segments.documents.get(segments.cache.current_segment(self.layer_number).microbatch)
+            elif packed is not None:
+                documents = packed.documents
             elif first is not None:  # the script may have changed the mask since
                 documents = first.documents
             else:
@@ -307,5 +319,5 @@ def refuse_segment_inputs(
     if unserved:
         raise ValueError(
             f"{where}: {', '.join(unserved)} handed to one layer cannot be cut into segments; documents are read from "
-            "the mask that the model is given."
+            "the packed_seq_params or the mask that the model is given."
         )

@@ -151,6 +151,15 @@ def documents_from_starts(starts: Tensor, begin: int = 0) -> Documents:
     return Documents(tuple(sequences))
 
 
+def starts_of(documents: Documents) -> Tensor:
+    """Return the first position of every token's document, int32 [b, sequence], on the host."""
+    rows = [
+        torch.cat([torch.full((span.end - span.begin,), span.start, dtype=torch.int32) for span in spans])
+        for spans in documents.spans
+    ]
+    return torch.stack(rows)
+
+
 @dataclass
 class MaskReader:
     """Reads the documents of every micro-batch from its mask, once for all layers of a forward.
@@ -190,8 +199,8 @@ class MaskReader:
         if mask is None:
             if self.needs_mask:
                 raise ValueError(
-                    "--reset-attention-mask is given, but this stage has no attention mask: with more than 2 pipeline "
-                    "stages use --seq1f1b-splits, which hands documents from stage to stage."
+                    "--reset-attention-mask is given, but the script hands the model neither packed_seq_params nor an "
+                    "attention mask; hand it the batch's on every pipeline stage."
                 )
             return None
         version = 0 if mask.is_inference() else mask._version
@@ -207,7 +216,8 @@ class MaskReader:
         if documents is not None and self.stages > 2:
             raise ValueError(
                 f"the attention mask separates documents, but with {self.stages} pipeline stages (virtual ones "
-                "included) those between the first and the last get no batch and would not hear of them: give "
-                "--seq1f1b-splits 2 or more, which hands documents from stage to stage."
+                "included) those between the first and the last get no batch and would not hear of them: give the "
+                "model packed_seq_params on every stage, or --seq1f1b-splits 2 or more, which hands documents from "
+                "stage to stage."
             )
         return documents
