@@ -16,6 +16,7 @@ HYBRID = f"{CP4} --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 
 MASK = "--reset-position-ids --reset-attention-mask"
 STORED = "--dataloader-inter-document-masking"
 GATHERED = f"{CP2} --cp-comm-type all_gather"
+BY_DOCUMENT = "--context-parallel-layout document"
 TWO = "--micro-batch-size 2"
 LEARNED = "--position-embedding-type learned_absolute"
 
@@ -51,12 +52,30 @@ CASES = {
     "2 x 2 and segments, full recompute": (4, "ragged", "", f"{STORED} {HYBRID} --seq1f1b-splits 3 {FULL}"),
     "gathered and segments, PP 2": (4, "aligned", TWO, f"{STORED} {GATHERED} {PP2} --seq1f1b-splits 3"),
     "ring and segments, PP 2, V 2": (4, "ragged", TWO, f"{MASK} {CP2} {PP2} {VPP} --seq1f1b-splits 2"),
+    "by document, ring, learned positions": (2, "ragged", LEARNED, f"{STORED} {CP2} {BY_DOCUMENT}"),
+    "by document, double ring, full recompute": (
+        4,
+        "ragged",
+        "",
+        f"{STORED} {CP4} --ring-window 2 {BY_DOCUMENT} {FULL}",
+    ),
+    "by document, gathered and segments": (2, "ragged", "", f"{STORED} {GATHERED} {BY_DOCUMENT} --seq1f1b-splits 3"),
+    "by document, 2 x 2 and segments": (4, "aligned", "", f"{STORED} {HYBRID} {BY_DOCUMENT} --seq1f1b-splits 3"),
+    "by document, PP 2, V 2": (4, "ragged", "", f"{MASK} {CP2} {PP2} {VPP} {BY_DOCUMENT}"),
+    "by document, TP 2, sequence parallel": (
+        4,
+        "ragged",
+        "",
+        f"{STORED} {CP2} {TP2} --sequence-parallel {BY_DOCUMENT}",
+    ),
 }
 QUICK = {
     "one rank, --reset-attention-mask, PP 2, V 2",
     "ring, --reset-attention-mask",
     "segments, PP 2, aligned",
     "ring and segments",
+    "by document, ring, learned positions",
+    "by document, gathered and segments",
 }
 
 

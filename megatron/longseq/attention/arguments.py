@@ -5,6 +5,7 @@ from argparse import ArgumentParser, Namespace
 from typing import get_args
 
 from megatron.longseq.attention.plan.layout import Placement
+from megatron.longseq.attention.plan.layout_choice import LayoutKind
 from megatron.longseq.refusals import Refusals, refuse, refuse_without_effect
 
 # flag: (whether the arguments use it, why our attention does not serve it over context-parallel ranks)
@@ -99,6 +100,12 @@ def add_context_arguments(parser: ArgumentParser) -> None:
         help="a2a+p2p: which ranks are neighbours, those of an all-to-all (head-first) or those of a ring",
     )
     group.add_argument(
+        "--context-parallel-layout",
+        choices=get_args(LayoutKind),
+        default="auto",
+        help="packed documents on a ring: a zigzag of the sequence, one of each document, or the faster of the two",
+    )
+    group.add_argument(
         "--ring-window",
         type=int,
         metavar="W",
@@ -126,6 +133,7 @@ def check_context_numbers(args: Namespace) -> None:
             "--context-parallel-size is 1",
             context_parallel_auto=False,
             ring_window=None,
+            context_parallel_layout="auto",
             context_parallel_placement="head-first",
         )
 
