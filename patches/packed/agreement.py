@@ -8,7 +8,6 @@ from typing import Any
 def of_stages(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `get_forward_backward_func`: after a step, compare the documents of all pipeline stages."""
 
-    @functools.wraps(original)
     def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
         return functools.partial(_run_compared, original(*args, **kwargs))
 

@@ -1,6 +1,5 @@
 """Callback at upstream's validation of flags: documents travel as cumulative lengths, and no mask is made."""
 
-import functools
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +24,6 @@ def with_packed_documents(original: Callable[..., Any]) -> Callable[..., Any]:
         ValueError: Flags do not go together.
     """
 
-    @functools.wraps(original)
     def validate_args(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
         if args.sft:
             refuse_unserved_sft(args)

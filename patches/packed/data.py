@@ -1,6 +1,5 @@
 """Samples whose documents end after end-of-document tokens, and data sets on every pipeline stage."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,6 @@ def ending_at_eod(original: Callable[..., Any]) -> Callable[..., Any]:
     positions from them.
     """
 
-    @functools.wraps(original)
     def __getitem__(self: Any, idx: int | None) -> dict[str, Any]:
         sample = original(self, idx)
         lengths = _lengths(sample["tokens"], self.config.tokenizer.eod)
@@ -48,7 +46,6 @@ def _documents(lengths: Any, resets_positions: bool) -> dict[str, Any]:
 def on_every_stage(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `BlendedMegatronDatasetBuilder.__init__`: every pipeline stage reads cu_seqlens from the data set."""
 
-    @functools.wraps(original)
     def __init__(self: Any, cls: Any, sizes: Any, is_built_on_rank: Callable[[], bool], config: Any) -> None:
         from megatron.core import parallel_state
 

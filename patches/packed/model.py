@@ -1,6 +1,5 @@
 """The model's entry: packed documents are read once per micro-batch, and layers get them in a form of our own."""
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -56,7 +55,6 @@ def with_documents(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `GPTModel.forward`: turn the script's `packed_seq_params` into documents that our attention reads."""
     signature = inspect.signature(original)
 
-    @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         from megatron.longseq.attention.runtime.packed_batch import (
             PackedDocuments,
@@ -90,7 +88,6 @@ def with_positions_in_documents(original: Callable[..., Any]) -> Callable[..., A
     """Wrap `GPTModel._preprocess`: rotary frequencies are those of each token's position in its document."""
     signature = inspect.signature(original)
 
-    @functools.wraps(original)
     def _preprocess(self: Any, *args: Any, **kwargs: Any) -> Any:
         from megatron.core.packed_seq_params import PackedSeqParams
 
@@ -113,7 +110,6 @@ def with_positions_in_documents(original: Callable[..., Any]) -> Callable[..., A
 def within_documents(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `DotProductAttention.forward`: attention within documents, if the model has got some."""
 
-    @functools.wraps(original)
     def forward(
         self: Any,
         query: Any,

@@ -1,6 +1,5 @@
 """Batches that our attention distributes over context-parallel ranks: by sequence, by document, segment by segment."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,6 @@ def by_segment(original: Callable[..., Any]) -> Callable[..., Any]:
     is sharded alike and hidden states have the shapes that pipeline stages expect.
     """
 
-    @functools.wraps(original)
     def cut_by_segment(batch: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         from megatron.training import get_args
 
@@ -54,7 +52,6 @@ def by_sequence(original: Callable[..., Any]) -> Callable[..., Any]:
     Upstream's needs TransformerEngine, and documents whose lengths are multiples of twice the number of ranks.
     """
 
-    @functools.wraps(original)
     def cut_by_sequence(batch: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         from megatron.core import utils
 

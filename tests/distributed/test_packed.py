@@ -73,7 +73,6 @@ QUICK = {
     "one rank, --reset-attention-mask, PP 2, V 2",
     "ring, --reset-attention-mask",
     "segments, PP 2, aligned",
-    "ring and segments",
     "by document, ring, learned positions",
     "by document, gathered and segments",
 }

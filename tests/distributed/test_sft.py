@@ -36,7 +36,7 @@ def train(ranks: RankPool, trainings: Trainings, tmp_path_factory: pytest.TempPa
 
     def run(world: int, own: str, mutant: str | None = None) -> Run:
         given = [*base, *conversations, *trainings.load(*flags(TINY)), *flags(own)]
-        named = {"float64": True, "snapshots": SNAPSHOTS, "keep_food": world == 1}
+        named = {"float64": True, "snapshots": SNAPSHOTS, "keep_batches": world == 1}
         if mutant is None:
             return trainings.once("O", world, given, **named)
         return run_arm(ranks, "O", world, given, mutant=mutant, **named)
@@ -48,8 +48,8 @@ def test_one_rank_equals_the_oracle(train: Train, trainings: Trainings) -> None:
     run = train(1, "")
     seed = {name: x for name, x in logical_tensors(trainings.seed(*flags(TINY))).items() if "optimizer" not in name}
     settings = oracle.Settings.of([*flags(TINY, STEPS), "--sft"])
-    curve, _ = oracle.train(seed, run.food, settings)
-    borders = [row for step in run.food for batch in step for row in batch["cu_seqlens"]]
+    curve, _ = oracle.train(seed, run.batches, settings)
+    borders = [row for step in run.batches for batch in step for row in batch["cu_seqlens"]]
     assert max(len(set(row.tolist())) for row in borders) > 3, "samples hold several conversations"
     for name in ("loss", "grad_norm", "tokens", "learning_rate"):
         assert [step[name] for step in run.curve] == pytest.approx([step[name] for step in curve], rel=1e-9), name

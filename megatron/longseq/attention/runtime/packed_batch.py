@@ -134,8 +134,8 @@ class PackedReader:
 
     def _agreed(self, borders: Tensor | None, problem: str | None) -> tuple[int, list[int]]:
         """Compare the borders with those of the other ranks; return their digest and their values on the host."""
-        own = _digest(borders, problem)
-        values = borders.to(torch.int64) if borders is not None else own[:0]
+        own = _digest(borders, problem).to(_device())  # a script's borders may still be on the host
+        values = borders.to(own) if borders is not None else own[:0]
         if self.agreement is None:
             digest, *host = torch.cat((own, values)).tolist()
             return digest, host
