@@ -23,12 +23,11 @@ from megatron.core.utils import (
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
-from megatron.training import get_args, get_timers, pretrain, print_rank_0
+from megatron.training import get_args, get_timers, pretrain, print_rank_0, training
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.models.gpt import GPTModelConfig
-from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron.longseq.freeze import add_freeze_arguments, check_train_only, freeze_hook
@@ -134,7 +133,7 @@ def packed_documents(batch: Batch, tokens_per_sample: int) -> PackedSeqParams | 
     if borders is None:
         return None
     padded, longest = batch.get("cu_seqlens_padded"), batch["max_seqlen"]
-    update_seqlen_stats_from_cu_seqlens(borders[0])  # upstream's count of FLOPs
+    training.update_seqlen_stats_from_cu_seqlens(borders[0])  # upstream's count of FLOPs
     borders = (borders if padded is None else padded)[0]
     own_padded = None if padded is None else borders
     assert longest is not None, "upstream's data sets return it with cu_seqlens"

@@ -24,13 +24,13 @@ ENGINE = {"transformer_impl": "transformer_engine"}
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("--attention-dropout", {"attention_dropout": 0.1}, "give 0"),
-    ("--multi-latent-attention", {"multi_latent_attention": True}, "differ in size"),
+    ("--multi-latent-attention", {"multi_latent_attention": True}, "different sizes"),
     ("--is-hybrid-model", {"is_hybrid_model": True}, "recurrent"),
-    ("--experimental-attention-variant", {"experimental_attention_variant": "dsa"}, "of its own"),
+    ("--experimental-attention-variant", {"experimental_attention_variant": "dsa"}, "its own core attention"),
     ("--softmax-type", {"softmax_type": "learnable"}, "plain softmax"),
     ("--qk-clip", {"qk_clip": True}, "logits"),
     ("--window-size", {"window_size": (8, 8)}, "not causal"),
-    ("--mtp-num-layers", {"mtp_num_layers": 1}, "shifted tokens"),
+    ("--mtp-num-layers", {"mtp_num_layers": 1}, "next document"),
     ("--hybrid-context-parallel", {"hybrid_context_parallel": True}, "from batch to batch"),
     ("--cuda-graph-impl", {"cuda_graph_impl": "local"}, "graph"),
     ("--position-embedding-type mrope", {"position_embedding_type": "mrope"}, "images"),

@@ -38,14 +38,22 @@ NOT_WITH_CONTEXT: Refusals = {
 }
 
 
-ONE_RANK_TOO = (
-    *("--attention-dropout", "--multi-latent-attention", "--is-hybrid-model", "--experimental-attention-variant"),
-    *("--softmax-type", "--qk-clip", "--window-size", "--mtp-num-layers", "--hybrid-context-parallel"),
-    "--cuda-graph-impl",
-)
-# flag: (whether the arguments use it, why attention within packed documents does not serve it on one rank either)
+# Of the flags above, those that attention within packed documents does not serve on one rank either, and why.
+_WHY_NOT_WITH_DOCUMENTS = {
+    "--attention-dropout": "the flash kernels do not implement dropout; give 0",
+    "--multi-latent-attention": "its keys and values have different sizes",
+    "--is-hybrid-model": "recurrent layers would pass their state from document to document",
+    "--experimental-attention-variant": "it has its own core attention",
+    "--softmax-type": "the attention kernels implement the plain softmax only",
+    "--qk-clip": "the attention kernels do not store the logits",
+    "--window-size": "a window that includes later tokens is not causal; give RIGHT 0",
+    "--mtp-num-layers": "its labels may belong to the next document",
+    "--hybrid-context-parallel": "it changes the ranks from batch to batch",
+    "--cuda-graph-impl": "documents differ from batch to batch, and a graph does not",
+}
+# flag: (whether the arguments use it, why attention within packed documents does not serve it)
 NOT_WITH_DOCUMENTS: Refusals = {
-    **{flag: NOT_WITH_CONTEXT[flag] for flag in ONE_RANK_TOO},
+    **{flag: (NOT_WITH_CONTEXT[flag][0], why) for flag, why in _WHY_NOT_WITH_DOCUMENTS.items()},
     "--position-embedding-type mrope": (
         lambda a: a.position_embedding_type == "mrope",
         "its positions are those of images, not of documents",
@@ -70,11 +78,11 @@ NOT_WITH_SFT: Refusals = {
     ),
     "the package datasets": (
         lambda a: importlib.util.find_spec("datasets") is None,
-        "upstream reads conversations with it; pip install datasets",
+        "upstream reads conversations with it; pip install -e .[sft]",
     ),
     "the package transformers": (
         lambda a: importlib.util.find_spec("transformers") is None,
-        "upstream's SFTTokenizer needs it; pip install transformers",
+        "upstream's SFTTokenizer needs it; pip install -e .[sft]",
     ),
 }
 
