@@ -23,7 +23,7 @@ def _run_compared(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     import torch
     from megatron.core import parallel_state
 
-    from megatron.longseq.attention.runtime.comm import ProcessGroupCollectives
+    from megatron.longseq.attention.runtime.comm import GroupCollectives
     from patches.packed.model import packed_reader
 
     reader = packed_reader()
@@ -35,7 +35,7 @@ def _run_compared(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return result
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     own = torch.tensor([min(digests), max(digests)], dtype=torch.int64, device=device)
-    everyone = ProcessGroupCollectives(group).all_gather(own).tolist()
+    everyone = GroupCollectives(group).all_gather(own).tolist()
     if len({digest for pair in everyone for digest in pair}) > 1:
         raise ValueError(
             f"packed documents, pipeline stage {group.rank()} of {group.size()}: stages have read the documents of "

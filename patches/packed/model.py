@@ -22,7 +22,7 @@ def _make() -> Any:
     from megatron.training import get_args, print_rank_0
 
     from megatron.longseq.attention.plan.comm_type import comm_types
-    from megatron.longseq.attention.runtime.comm import ProcessGroupCollectives
+    from megatron.longseq.attention.runtime.comm import GroupCollectives
     from megatron.longseq.attention.runtime.document_layouts import DocumentLayouts
     from megatron.longseq.attention.runtime.packed_batch import PackedReader
     from megatron.longseq.pipeline.plan.from_args import segment_lengths
@@ -45,7 +45,7 @@ def _make() -> Any:
     return PackedReader(
         ranks=args.context_parallel_size,
         rank=parallel_state.get_context_parallel_rank(),
-        agreement=ProcessGroupCollectives(group) if group.size() > 1 else None,
+        agreement=GroupCollectives(group) if group.size() > 1 else None,
         layouts=layouts,
         always=packs_documents(args),
     )
