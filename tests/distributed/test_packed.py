@@ -52,7 +52,7 @@ CASES = {
     "2 x 2 and segments, full recompute": (4, "ragged", "", f"{STORED} {HYBRID} --seq1f1b-splits 3 {FULL}"),
     "gathered and segments, PP 2": (4, "aligned", TWO, f"{STORED} {GATHERED} {PP2} --seq1f1b-splits 3"),
     "ring and segments, PP 2, V 2": (4, "ragged", TWO, f"{MASK} {CP2} {PP2} {VPP} --seq1f1b-splits 2"),
-    "by document, ring, learned positions": (2, "ragged", LEARNED, f"{STORED} {CP2} {BY_DOCUMENT}"),
+    "by document, ring": (2, "ragged", "", f"{STORED} {CP2} {BY_DOCUMENT}"),
     "by document, double ring, full recompute": (
         4,
         "ragged",
@@ -73,7 +73,7 @@ QUICK = {
     "one rank, --reset-attention-mask, PP 2, V 2",
     "ring, --reset-attention-mask",
     "segments, PP 2, aligned",
-    "by document, ring, learned positions",
+    "by document, ring",
     "by document, gathered and segments",
 }
 
