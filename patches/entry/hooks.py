@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.longseq import arguments
-from megatron.longseq.attention.arguments import NOT_WITH_DOCUMENTS
 from megatron.longseq.attention.plan.model_difference import READS, model_difference
-from megatron.longseq.refusals import refused
 from patches.conditions import no_cuda
 from patches.engine import digest, session
 from patches.errors import RankMismatch
+from patches.packed.conditions import serves_documents
 
 Provider = Callable[[ArgumentParser], ArgumentParser]
 
@@ -60,7 +59,7 @@ def _tell_unlike(args: Any) -> None:
         return
     is_local = args.transformer_impl == "local" or no_cuda(args)
     is_ours = getattr(args, "seq1f1b_splits", 1) > 1 or (args.context_parallel_size > 1 and is_local)
-    is_dense = bool(refused(args, NOT_WITH_DOCUMENTS))
+    is_dense = not serves_documents(args)
     text = model_difference(args, is_ours=is_ours, is_local=is_local, on_gpu=not no_cuda(args), is_dense=is_dense)
     if text is not None:
         print(text, flush=True)
