@@ -115,8 +115,7 @@ def test_packed_documents_equal_the_masks(
     base = packed(corpus, f"{model} --eod-mask-loss")
     theirs = trainings.once("U", 1, [*base, *flags(MASK)], float64=True, snapshots=SNAPSHOTS)
     ours = run_arm(ranks, "O", world, [*base, *flags(own)], float64=True, snapshots=SNAPSHOTS)
-    # Single sequences of short documents teach little in a few steps.
-    assert_equal(ours, theirs, f"packed documents, {case}", tell, learns=0.005)
+    assert_equal(ours, theirs, f"packed documents, {case}", tell)
 
 
 SCRIPT = "tests.distributed.packed_scripts:"
