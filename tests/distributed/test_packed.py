@@ -100,7 +100,7 @@ def packed(start: Start, corpora: Callable[[str], list[str]]) -> Flags:
     """Return a function from a corpus's name and a model's flags to the flags of both arms."""
 
     def flags_of(corpus: str, model: str) -> list[str]:
-        base = [*start(model), *corpora(corpus)]
+        base = [*start(model), *corpora(corpus), "--lr", "2e-3"]  # larger steps overshoot on these tokens
         base.remove("--mock-data")
         return base
 
