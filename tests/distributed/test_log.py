@@ -141,6 +141,9 @@ def test_flops_are_those_of_the_documents(
     if (model, world) != ("grouped queries", 1):
         assert run_arm(ranks, "O", world, flags(TINY, MODELS[model], STEPS, own), mutant=TWIST).planted
         printed = _printed(ranks)
+    sums = re.findall(r"sums of documents: \(([\d.]+), ([\d.]+)\)", printed)
+    on_each_rank = [(float(BATCH * SEQUENCE), squares_of(ends, model)) for ends in documents]
+    assert sorted((float(tokens), float(squares)) for tokens, squares in sums) == sorted(on_each_rank * world)
     linear, square = linear_and_square(model)
     for row, first in zip(LINE.findall(printed), (0, 2), strict=True):
         per_rank, tflops, causal, full = (float(value) for value in row[2:6])
