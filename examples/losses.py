@@ -63,9 +63,9 @@ def main() -> int:
     apart = [abs(run[step].loss / first[step].loss - 1) for _, run in others for step in first]
     beyond = [difference for difference in apart if not difference <= args.tolerance]  # NaN is beyond
     if beyond:
-        print(f"error: the losses differ by {beyond[0]:.1e}; rounding explains {args.tolerance:.0e}", file=sys.stderr)
+        print(f"error: the losses differ by {beyond[0]:.1e}, more than {args.tolerance:.0e}", file=sys.stderr)
         return 1
-    print(f"the largest relative difference is {max(apart, default=0.0):.1e}: rounding")
+    print(f"the largest relative difference is {max(apart, default=0.0):.1e}, which is within rounding")
     return 0
 
 

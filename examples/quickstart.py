@@ -6,6 +6,7 @@ Each step writes a file and is skipped if the file exists, so a second call ends
 """
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -33,6 +34,7 @@ TRAINING = """
 """
 STEP = re.compile(r"iteration +(\d+)/ *(\d+) .*?lm loss: ([\d.E+-]+)")
 SPEED = re.compile(r"tokens/s: ([\d.]+)")
+say = functools.partial(print, flush=True)
 HELD_OUT = re.compile(r"validation loss at iteration (\d+)( on validation set)? \|.*?lm loss value: ([\d.E+-]+)")
 STAGES = re.compile(
     r"\]: *((?:> initializing torch distributed|> building train|loading checkpoint|saving checkpoint).*)"
@@ -96,11 +98,6 @@ class QuickstartRun:
         return [*(MODEL + TRAINING + own).split(), *data, *map(str, [*folders, *files])]
 
 
-def say(text: str) -> None:
-    """Print a line and flush."""
-    print(text, flush=True)
-
-
 def prepare_text(plan: QuickstartRun) -> list[str]:
     """Prepare the sources of the standard library, and return upstream's flags that train on them."""
     module = [sys.executable, "-m", "megatron.longseq.data"]
@@ -129,7 +126,7 @@ def train(plan: QuickstartRun, data: list[str], until: int) -> None:
             show(line)
     if process.wait() != 0:
         say("".join(tail))
-        raise SystemExit(f"quickstart: the training failed with status {process.returncode}; its log: {log}")
+        raise SystemExit(f"quickstart: the training failed with status {process.returncode}; see its log {log}")
 
 
 def show(line: str) -> None:

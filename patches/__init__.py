@@ -1,4 +1,4 @@
-"""The wiring between upstream Megatron and `megatron.longseq`: one declared, checked, undoable record per change.
+"""Connect upstream Megatron to `megatron.longseq`: one record per change, which is checked and can be undone.
 
 Importing this package imports neither torch nor megatron. `start()` and `select_and_apply(args)` are what a training
 run uses, `applied(...)` is what a test uses; `python -m patches --help` lists the tools.

@@ -29,41 +29,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m patches", description="The patches on upstream Megatron.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("list", help="all patches")
+    command = commands.add_parser("list", help="list all patches")
     form = command.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="every field")
-    form.add_argument("--markdown", action="store_true", help="the table of docs/patches.md")
+    form.add_argument("--json", action="store_true", help="print every field")
+    form.add_argument("--markdown", action="store_true", help="print the table of docs/patches.md")
     command.set_defaults(command=_list)
 
-    command = commands.add_parser("verify", help="is upstream the one the patches were written against?")
-    command.add_argument("--wheel", type=Path, metavar="DIR_OR_WHL", help="check this one, not the installed one")
+    command = commands.add_parser("verify", help="check that upstream is the version that the patches were written for")
+    command.add_argument("--wheel", type=Path, metavar="DIR_OR_WHL", help="check this upstream, not the installed one")
     command.set_defaults(command=_verify)
 
-    command = commands.add_parser("show", help="one patch, with the live diff between upstream's source and ours")
+    command = commands.add_parser("show", help="show one patch, with the diff between upstream's source and ours")
     command.add_argument("id")
     command.set_defaults(command=_show)
 
-    command = commands.add_parser("bump", help="what another upstream means for each patch")
+    command = commands.add_parser("bump", help="compare each patch with another upstream")
     command.add_argument(
-        "wheel", type=Path, nargs="?", metavar="WHEEL", help="file or folder; default: the installed one"
+        "wheel", type=Path, nargs="?", metavar="WHEEL", help="wheel file or folder (default: the installed one)"
     )
-    command.add_argument("--write", action="store_true", help="rewrite upstream.lock for it")
+    command.add_argument("--write", action="store_true", help="write upstream.lock for it")
     command.set_defaults(command=_bump)
 
     command = commands.add_parser(
-        "run", help="run an unmodified Megatron-LM script under the patches its flags ask for"
+        "run", help="run an unmodified Megatron-LM script with the patches that its flags select"
     )
     command.add_argument(
         "--megatron",
         choices=("tree", "wheel"),
         default="tree",
-        help="whose megatron.core to import when the script's folder holds one (default: tree, the folder's own)",
+        help="import megatron.core from the script's folder (tree, the default) or from the installed wheel",
     )
     command.add_argument("script")
     command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS")
     command.set_defaults(command=_run)
 
-    command = commands.add_parser("doctor", help="examine this machine; apply the start set for real and undo it")
+    command = commands.add_parser("doctor", help="examine this machine; apply the patches of stage start and undo them")
     command.set_defaults(command=_doctor)
     return parser
 
@@ -88,6 +88,8 @@ def _list(options: argparse.Namespace) -> int:
 
 def markdown(records: Sequence[Record]) -> str:
     """The table of patches for docs/patches.md; the callbacks of a hook stand below it, without a number."""
+    from megatron.longseq.command_line import markdown_table  # here, as `verify` imports nothing of megatron
+
     rows = []
     for number, record in enumerate(records, start=1):
         rows.append(
@@ -95,8 +97,7 @@ def markdown(records: Sequence[Record]) -> str:
         )
         rows += [["", f"`{c.id}`", "", "callback", c.why, c.remove_when] for c in record.callbacks]
     head = ["", "patch", "upstream symbol", "action", "why", "can go when"]
-    cells = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    return markdown_table(head, [[cell.replace("|", "\\|") for cell in row] for row in rows])
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -145,7 +146,8 @@ def _fields(part: Record | Callback) -> list[str]:
 def _bump(options: argparse.Namespace) -> int:
     distribution = wheel.open_distribution(options.wheel) if options.wheel else wheel.installed()
     known = lock.read()
-    found = bump.verdicts(ledger.RECORDS, known, Upstream(distribution.tree), Upstream())
+    there, here = Upstream(distribution.tree), Upstream()
+    found = [bump.verdict(record, known, there, here) for record in ledger.RECORDS]
     print(
         "\n".join(
             [f"{wheel.NAME} {known.version} -> {distribution.version} ({distribution.tree.label})", *bump.lines(found)]

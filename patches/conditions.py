@@ -1,4 +1,4 @@
-"""Predicates that several systems share; a system's own predicates stand in its own folder.
+"""Predicates that several systems share; the others are in the folders of their systems.
 
 A predicate takes the parsed arguments (None for records of stage `start`) and says whether the patch is wanted.
 """
@@ -7,12 +7,12 @@ from argparse import Namespace
 
 
 def always(args: Namespace | None) -> bool:
-    """Every run."""
+    """Return True: the patch applies to every run."""
     return True
 
 
 def no_cuda(args: Namespace | None) -> bool:
-    """No CUDA device is there."""
+    """Return whether there is no CUDA device."""
     import torch
 
     return not torch.cuda.is_available()

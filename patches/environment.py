@@ -13,7 +13,7 @@ def node_ranks() -> int | None:
     if text is None:
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"LOCAL_WORLD_SIZE={text}: it says how many ranks a node runs; unset it, or give 1 or more.")
+        raise ValueError(f"LOCAL_WORLD_SIZE={text}: not a number of ranks per node; unset it, or give 1 or more.")
     return int(text)
 
 

@@ -1,4 +1,4 @@
-"""Upstream functions at which several systems act: each is wrapped once, and systems register callbacks there.
+"""Upstream functions that several systems extend: each is wrapped once, and systems register callbacks there.
 
 A callback is a decorator, `callback(call) -> function`: its function does what the system needs before and after it
 calls `call`. `patches.ledger` nests the callbacks in the order of systems, the first one innermost.
@@ -20,7 +20,7 @@ RECORDS = (
         system="hook",
         action="hook",
         target="megatron.training.arguments:validate_args",
-        why="Systems set and refuse flags before upstream validates them, and refuse what it has resolved afterwards, "
+        why="Systems set flags before upstream validates them, and refuse unsupported flags before and after it, "
         "before any process group exists.",
     ),
     Record(
@@ -54,7 +54,7 @@ RECORDS = (
         action="hook",
         target="megatron.training.utils.common_utils:calc_params_l2_norm",
         aliases=("megatron.training.utils:calc_params_l2_norm", "megatron.training.training:calc_params_l2_norm"),
-        why="--log-params-norm reads parameters where another rank has the current values, or has the same ones.",
+        why="--log-params-norm reads parameters that are not gathered yet, or that several ranks have.",
     ),
     Record(
         id=FORWARD_BACKWARD,
@@ -65,7 +65,7 @@ RECORDS = (
             "megatron.core.pipeline_parallel:get_forward_backward_func",
             "megatron.training.training:get_forward_backward_func",
         ),
-        why="The function that upstream gets here runs the forward and backward passes of a step.",
+        why="This returns the function that runs the forward and backward passes of a step.",
     ),
     Record(
         id=RECOMPUTE,

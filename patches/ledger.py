@@ -1,7 +1,7 @@
 """All records, in the order they are applied: systems from the inside out, within a system as it lists them."""
 
 import importlib.util
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def checked(records: Iterable[Record]) -> tuple[Record, ...]:
     for record in records:
         for part in dict.fromkeys((record, *record.parts)):
             if part.id in seen:
-                raise _wrong(part, "its id is used twice", "rename one of the two")
+                raise _wrong(part, "its id is not unique", "rename one of the two")
             seen.add(part.id)
         for part in record.parts:
             for name, place in (("impl", part.impl), ("when", part.when)):
@@ -67,9 +67,9 @@ def refuse_conflicts(records: Sequence[Record]) -> None:
             earlier = holders.setdefault(place, record)
             if earlier is not record:
                 raise Conflict(
-                    f"{earlier.id} and {record.id} cannot both have {place}",
+                    f"{earlier.id} and {record.id} cannot both patch {place}",
                     where=f"patches.{earlier.system} and patches.{record.system}",
-                    why="one place holds one patch, so that the order of what systems do there stands in one list",
+                    why="a place can have one patch only; a hook defines the order in which systems act there",
                     todo="make both of them callbacks of one hook (patches/hooks.py), and apply them together",
                 )
 
@@ -88,7 +88,7 @@ def _wrong(part: Record | Callback, why: str, todo: str) -> LedgerError:
 
 
 def by_id(identifier: str) -> Record:
-    """The record of that id; of a callback's id, its hook with that callback alone.
+    """Return the record with this id, or the hook of the callback with this id, with only that callback.
 
     Raises:
         LedgerError: there is none; the message lists what there is.
@@ -102,35 +102,19 @@ def by_id(identifier: str) -> Record:
     raise LedgerError(
         f"there is no patch {identifier!r}",
         where="the ledger",
-        why=f"it holds: {', '.join(dict.fromkeys(i for r in RECORDS for i in (r.id, *(p.id for p in r.parts))))}",
-        todo="python -m patches list",
+        why=f"the patches are {', '.join(dict.fromkeys(i for r in RECORDS for i in (r.id, *(p.id for p in r.parts))))}",
+        todo="list them: python -m patches list",
     )
 
 
-def of_systems(*systems: str) -> tuple[Record, ...]:
-    """What these systems apply, in ledger order: their records, and hooks with their callbacks alone."""
-    return _with_parts(lambda part: part.system in systems, RECORDS)
-
-
 def merged(records: Iterable[Record]) -> list[Record]:
-    """Join hooks of one id, each of which may have some of its callbacks, in the ledger's order of callbacks."""
+    """Merge records of the same hook, which may have different callbacks, in the ledger's order of callbacks."""
     found: dict[str, Record] = {}
     for record in records:
         earlier = found.get(record.id, record)
         both = by_id(record.id).only((*earlier.parts, *record.parts)) if earlier.parts != record.parts else None
         found[record.id] = both or record
     return list(found.values())
-
-
-def without(records: Iterable[Record], identifier: str) -> tuple[Record, ...]:
-    """The records without the one of that id, or without the callback of that id."""
-    kept = (record for record in records if record.id != identifier)
-    return _with_parts(lambda part: part.id != identifier, kept)
-
-
-def _with_parts(keep: Callable[[Record | Callback], bool], records: Iterable[Record]) -> tuple[Record, ...]:
-    found = (record.only(tuple(part for part in record.parts if keep(part))) for record in records)
-    return tuple(record for record in found if record is not None)
 
 
 _SYSTEMS = (cpu, local, entry, data, checkpoint, log, recompute, seq1f1b, usp, paro, cross_entropy)

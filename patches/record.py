@@ -65,15 +65,12 @@ class Record:
             target once, in the `callbacks` of all systems; `context` enters the context manager that `impl()` returns,
             for a scope of many small changes (its target is a module name).
         target: `module:Qual.name` of the upstream symbol (`context`: a module name).
-        why: one sentence: what upstream does not do, or does wrongly, without this.
-        impl: `module:name` of ours, imported only when applied. A hook has none.
+        why, test, remove_when, reads: see `Callback`.
+        impl: `module:name` of ours, imported only when applied.
         when: `module:name` of a predicate; called as `predicate(args)`, with None for records of stage `start`. A hook
-            has none: it is applied when one of its callbacks is.
-        test: pytest id of the test that is red without this record. A hook has none.
-        remove_when: what has to happen upstream for this record to go. A hook has none.
+            has no impl, when, test and remove_when: it is applied when one of its callbacks is.
         aliases: further `module:Qual.name` places that hold the same object under import (`from x import f`); they
             are bound together with the target. An alias that is not named here is an error of the alias scan.
-        reads: upstream places that are not changed but whose source the patch relies on; fingerprints guard them too.
         stage: `start` is applied before upstream is imported, `flags` once the command line is parsed.
         link: the upstream fix, when this is a backport.
         callbacks: of a hook, the innermost first: the last one runs first, and sees the result last. The ledger fills
@@ -108,22 +105,22 @@ class Record:
         if not _ID.fullmatch(self.id) or not self.id.startswith(self.system + "."):
             faults.append(f"id must read `{self.system}.short-name`, in lower case")
         if self.action not in ("replace", "wrap", "hook", "context"):
-            faults.append(f"action {self.action!r} is none of replace, wrap, hook, context")
+            faults.append(f"action {self.action!r} is not replace, wrap, hook or context")
         if self.stage not in ("start", "flags"):
-            faults.append(f"stage {self.stage!r} is neither start nor flags")
+            faults.append(f"stage {self.stage!r} is not start or flags")
         shape = _MODULE if self.action == "context" else _PLACE
         if not shape.fullmatch(self.target):
             wanted = "a module name" if self.action == "context" else "`module:Qual.name`"
             faults.append(f"target {self.target!r} is not {wanted}")
         if self.action == "hook" and (self.impl or self.when or self.test or self.remove_when):
-            faults.append("a hook has no impl, when, test and remove_when: its callbacks have")
+            faults.append("a hook has no impl, when, test or remove_when; its callbacks have them")
         if self.action != "hook" and self.callbacks:
-            faults.append("only a hook has callbacks")
+            faults.append("only a hook can have callbacks")
         faults += [f"alias {place!r} is not `module:name`" for place in self.aliases if not _PLACE.fullmatch(place)]
         if self.action == "context" and self.aliases:
             faults.append("a context has no aliases: its context manager restores everything it changes")
         if len(set(self.places)) != len(self.places):
-            faults.append("the target or an alias is named twice")
+            faults.append("the target and its aliases are not unique")
         return faults
 
     @property
@@ -170,5 +167,5 @@ def _refuse(what: str, system: str, faults: list[str]) -> None:
             f"{what} is malformed",
             where=f"patches.{system}",
             why="; ".join(dict.fromkeys(faults)),
-            todo="correct it; patches/record.py says what each field holds",
+            todo="correct it; patches/record.py describes the fields",
         )

@@ -35,7 +35,7 @@ def run(script: str, argv: Sequence[str], megatron: Choice = "tree") -> None:
         raise PatchError(
             f"there is no script {script}",
             where=os.getcwd(),
-            why="`run` wants the path of a Python file",
+            why="`run` needs the path of a Python file",
             todo="python -m patches run [--megatron tree|wheel] PATH/pretrain_gpt.py ARGS...",
         )
     sys.path[:] = search_path(sys.path, path.resolve().parent, bool(sys.flags.safe_path))
@@ -75,7 +75,7 @@ def prefer_wheel() -> None:
         raise PatchError(
             "megatron is already imported",
             where=str(getattr(sys.modules[loaded[0]], "__file__", loaded[0])),
-            why="`--megatron wheel` chooses where it is imported from",
+            why="`--megatron wheel` must choose the place before it is imported",
             todo="call `python -m patches run` in a fresh process",
         )
     first = str(wheel.installed().tree.where("megatron"))
@@ -89,8 +89,8 @@ def _refuse_regular_package() -> None:
         file = Path(entry or os.curdir, "megatron", "__init__.py")
         if file.is_file():
             raise PatchError(
-                "a megatron/__init__.py hides every other part of the `megatron` namespace",
+                "a file megatron/__init__.py hides the other parts of the `megatron` namespace package",
                 where=str(file),
-                why="with it, Python imports all of `megatron` from that one folder, which has no `longseq`",
-                todo="remove that file (if it is empty, nothing is lost), or take that folder off PYTHONPATH",
+                why="with it, Python imports `megatron` from this folder only, which has no `longseq`",
+                todo="remove the file if it is empty, or remove its folder from PYTHONPATH",
             )

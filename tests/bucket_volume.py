@@ -1,4 +1,4 @@
-"""What sharded runs send, counted bucket by bucket: the formula beside which the runs' own counters are held."""
+"""Compute what sharded runs send, bucket by bucket. Tests compare the runs' counters with this formula."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Fixtures that several test folders share, and the figures that tests tell at the end of a session."""
+"""Fixtures that several test folders share, and the figures that tests print at the end of a session."""
 
 import functools
 from collections.abc import Callable

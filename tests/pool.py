@@ -1,4 +1,4 @@
-"""Ranks for distributed tests: forked from one warm process, so that a job of N ranks starts in a fraction of a second.
+"""Fork the ranks of distributed tests from one warm process, so that a job starts in a fraction of a second.
 
     pool.run(2, "tests.distributed.jobs:all_reduce_of_ones")        # one result per rank
 
@@ -96,7 +96,7 @@ class RankPool:
             timeout: seconds for the whole job.
 
         Raises:
-            RankFailure: a rank raised, died without a word, or did not end in time; the others are killed.
+            RankFailure: a rank raised, died without an error message, or did not end in time; the others are killed.
         """
         name = job if isinstance(job, str) else f"{job.__module__}:{job.__qualname__}"
         self.jobs += 1
@@ -134,7 +134,7 @@ class RankPool:
 
 
 def _kill(process: Any) -> None:
-    """End a rank and everything it started, also when the rank itself is gone already."""
+    """Kill a rank and all processes that it started, even if the rank itself has ended."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
@@ -145,7 +145,7 @@ def _result(name: str, rank: int, connection: Any, log: Path) -> Any:
     try:
         kind, value = connection.recv()
     except EOFError:
-        raise RankFailure(f"{name}: rank {rank} died without a word.\n{_tail(log)}") from None
+        raise RankFailure(f"{name}: rank {rank} died without an error message.\n{_tail(log)}") from None
     if kind == "raised":
         raise RankFailure(f"{name}: rank {rank} raised\n{value}\n--- end of its output ({log}) ---\n{_tail(log)}")
     return value

@@ -1,7 +1,8 @@
 """Helpers for process groups that the runtimes of all systems share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -58,3 +59,25 @@ def same_backend_options(group: dist.ProcessGroup) -> Any:
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=existing.is_high_priority_stream)
     options.config = existing.config
     return options
+
+
+def new_groups(
+    wanted: Iterable[Sequence[int]], like: dist.ProcessGroup, timeout: timedelta | None = None, **options: Any
+) -> dist.ProcessGroup:
+    """Create a process group for every list of ranks, and return this rank's. This is a collective over the whole job.
+
+    torch requires that every rank of the job creates every group, in the same order.
+
+    Args:
+        wanted: global ranks of the groups; every rank of the job is in one of them.
+        like: a group with the backend and the options of the new ones.
+        timeout: after which an unfinished message is an error; None: the backend's default.
+        **options: further arguments of `torch.distributed.new_group`.
+    """
+    own = None
+    for ranks in wanted:
+        group = dist.new_group(list(ranks), timeout, dist.get_backend(like), same_backend_options(like), **options)
+        if dist.get_rank() in ranks:
+            own = group
+    assert own is not None, "this rank is in one of the lists"
+    return own

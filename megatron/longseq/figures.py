@@ -21,9 +21,9 @@ def check_output(file: Path, suffixes: Sequence[str] = SUFFIXES) -> None:
     """
     if file.suffix not in suffixes:
         listed = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
-        raise ValueError(f"--output {file}: it is written as {listed}, not {file.suffix or 'without a suffix'}")
+        raise ValueError(f"--output {file}: the suffix must be {listed}, but it is {file.suffix or 'missing'}")
     if not file.absolute().parent.is_dir():
-        raise ValueError(f"--output {file}: there is no folder {file.absolute().parent}; make it first")
+        raise ValueError(f"--output {file}: there is no folder {file.absolute().parent}; create it first")
 
 
 @contextmanager
@@ -55,3 +55,9 @@ def figure_file(file: Path, width: float, height: float, **style: Any) -> Iterat
         yield figure
         with complete_file(file) as half:
             figure.savefig(half, dpi=140, metadata={"Date": None} if file.suffix == ".svg" else None)
+
+
+def axes_at(figure: Any, box: tuple[float, float, float, float]) -> Any:
+    """Add axes at a box of a figure: left, bottom, width and height in inches."""
+    width, height = figure.get_size_inches()
+    return figure.add_axes((box[0] / width, box[1] / height, box[2] / width, box[3] / height))

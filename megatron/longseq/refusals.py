@@ -1,12 +1,12 @@
-"""Flags that do not go together: one table per reason, one error that lists every match, one table for the docs."""
+"""Flags that do not go together: one table per reason, and one error that lists every match."""
 
 import os
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-# flag: (whether the arguments use it, why it cannot be served)
+# flag: (whether the arguments use it, why it is not supported)
 Refusals = Mapping[str, tuple[Callable[[Namespace], Any], str]]
 
 
@@ -16,14 +16,14 @@ def refused(args: Namespace, refusals: Refusals, beside: str = "") -> list[str]:
     Args:
         args: upstream's arguments.
         refusals: the flags, with a predicate and a reason each.
-        beside: the flag of ours that refuses them.
+        beside: the flag of ours that cannot be combined with them.
     """
     with_ours = f" with {beside}" if beside else ""
     return [f"  {flag}{with_ours}: {why}" for flag, (is_used, why) in refusals.items() if is_used(args)]
 
 
 def refuse(args: Namespace, tables: Iterable[tuple[str, Refusals]]) -> None:
-    """Refuse flags that do not go together with ours.
+    """Refuse flags that cannot be combined with ours.
 
     Args:
         args: upstream's arguments.
@@ -34,15 +34,15 @@ def refuse(args: Namespace, tables: Iterable[tuple[str, Refusals]]) -> None:
     """
     lines = [line for beside, refusals in tables for line in refused(args, refusals, beside)]
     if lines:
-        raise ValueError("These flags do not go together:\n" + "\n".join(lines))
+        raise ValueError("These flags cannot be combined:\n" + "\n".join(lines))
 
 
 def refuse_without_effect(args: Namespace, missing: str, **defaults: Any) -> None:
-    """Refuse flags of ours that would change nothing because the flag that they belong to is missing.
+    """Refuse flags of ours that have no effect because another flag is missing.
 
     Args:
         args: parsed arguments.
-        missing: what is missing, as in "--paro is not given".
+        missing: the reason, such as "--paro is not given".
         **defaults: for each flag, by its attribute, the value that it has when it is not given.
 
     Raises:
@@ -53,7 +53,7 @@ def refuse_without_effect(args: Namespace, missing: str, **defaults: Any) -> Non
         if value != default:
             values = value if isinstance(value, list | tuple) else () if value is True else (value,)
             given = "".join(f" {one}" for one in values)
-            raise ValueError(f"--{name.replace('_', '-')}{given}: {missing}, so it would change nothing; give both.")
+            raise ValueError(f"--{name.replace('_', '-')}{given}: {missing}, so it has no effect; give both.")
 
 
 def refuse_unwritable(flag: str, folder: Path, advice: str) -> None:
@@ -74,28 +74,3 @@ def refuse_unwritable(flag: str, folder: Path, advice: str) -> None:
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"{flag}: {existing} is not a folder that this process can write to; {advice}.")
-
-
-def flags_table(add_arguments: Callable[[ArgumentParser], Any]) -> str:
-    """Return a Markdown table of the flags that a function adds to a parser, with their defaults and help texts."""
-    parser = ArgumentParser(add_help=False)
-    add_arguments(parser)
-    lines = ["| flag | default | |", "|---|---|---|"]
-    for action in parser._actions:
-        takes = action.metavar or "|".join(action.choices or ())
-        takes = takes if isinstance(takes, str) else " ".join(takes)
-        flag = f"{action.option_strings[0]} {takes}".rstrip().replace("|", r"\|")  # a bar would end the cell
-        default = "off" if action.default is None or action.default is False else str(action.default)
-        lines.append(f"| `{flag}` | {default} | {action.help} |")
-    return "\n".join(lines)
-
-
-def refusals_table(tables: Mapping[str, Refusals]) -> str:
-    """Return a Markdown table of every refused flag, which flag of ours refuses it, and why.
-
-    Args:
-        tables: by the flag of ours, as it stands in the documentation.
-    """
-    lines = ["| refused | with | why |", "|---|---|---|"]
-    lines += [f"| `{flag}` | {ours} | {why} |" for ours, table in tables.items() for flag, (_, why) in table.items()]
-    return "\n".join(lines)

@@ -24,9 +24,9 @@ class Segment:
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < len(self.lengths):
-            raise ValueError(f"segment {self.index} of {len(self.lengths)}: count from 0 to {len(self.lengths) - 1}")
+            raise ValueError(f"there is no segment {self.index}; give 0 to {len(self.lengths) - 1}")
         if min(self.lengths) < 1:
-            raise ValueError(f"segments of {self.lengths} tokens: each needs at least one; use fewer segments")
+            raise ValueError(f"segments of {self.lengths} tokens: each needs at least one token; use fewer segments")
 
     @property
     def begin(self) -> int:

@@ -37,8 +37,8 @@ UNSERVED: Refusals = {
     ),
     "--dataloader-fast-cache-load": (
         lambda a: a.dataloader_fast_cache_load and (a.data_cache_path is None or a.data_path is not None),
-        "it requires --data-cache-path with every cache built, and data sets given by --train-data-path, "
-        "--valid-data-path and --test-data-path or by --per-split-data-args-path, not by --data-path",
+        "it requires --data-cache-path with all caches built, and data sets given by --train-data-path, "
+        "--valid-data-path and --test-data-path, or by --per-split-data-args-path instead of --data-path",
     ),
     "--dataloader-defer-npy-index-mmap": (
         lambda a: a.dataloader_defer_npy_index_mmap and a.data_cache_path is None,

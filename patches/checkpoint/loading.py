@@ -1,6 +1,5 @@
 """Explain why a checkpoint cannot be loaded. Files are examined after a failure, so that loading takes no longer."""
 
-import functools
 import traceback
 from argparse import Namespace
 from collections.abc import Callable
@@ -18,7 +17,6 @@ def with_named_faults(original: Callable[..., Any]) -> Callable[..., Any]:
         ValueError: on every rank that fails; what upstream raised is its cause. Other failures stay as they are.
     """
 
-    @functools.wraps(original)
     def _load_base_checkpoint(load_dir: Any, args: Namespace, *rest: Any, **named: Any) -> Any:
         try:
             return original(load_dir, args, *rest, **named)
@@ -44,7 +42,6 @@ def with_explained_failures(original: Callable[..., Any]) -> Callable[..., Any]:
         ValueError: on every rank that fails; what upstream raised is its cause. Other failures stay as they are.
     """
 
-    @functools.wraps(original)
     def load_checkpoint(*args: Any, **named: Any) -> Any:
         try:
             return original(*args, **named)
@@ -71,7 +68,7 @@ def _not_loaded() -> str:
 
 
 def _group_mismatch(error: Exception) -> str | None:
-    """Name the settings by which the distributed optimizer did not find a parameter group in the checkpoint."""
+    """Explain which settings differ if the distributed optimizer did not find a parameter group in the checkpoint."""
     from megatron.core.optimizer.optimizer import param_group_identifier_keys as keys
 
     wanted = error.args[0] if isinstance(error, KeyError) and error.args else None

@@ -1,4 +1,4 @@
-"""System `cpu`: upstream's training loop on CPU processes over gloo. Does nothing where a CUDA device is available.
+"""System `cpu`: run upstream's training loop on CPU processes over gloo. It does nothing if a CUDA device is available.
 
 Principle: upstream asks `torch.cuda.is_available()` in few places and then has a right CPU branch, so that answer stays
 False. Everywhere else it names CUDA without asking: there each `torch.cuda` entry point gets the twin that PyTorch
@@ -18,11 +18,11 @@ RECORDS = (
         action="context",
         target="torch.cuda",
         impl="patches.cpu.device:cpu_stands_in_for_cuda",
-        why="Upstream makes tensors, streams, events, generators and memory reports on 'cuda' without asking "
-        "whether there is one; without a CUDA device each is answered by PyTorch's CPU twin.",
+        why="Upstream creates tensors, streams, events, generators and memory reports on 'cuda' without checking "
+        "that a CUDA device exists. Without one, PyTorch's CPU counterparts take their place.",
         when=_NO_CUDA,
         test="tests/unit/test_cpu_device.py::test_upstream_style_tensor_lands_on_cpu",
-        remove_when="upstream takes the device from one place",
+        remove_when="upstream reads the device from one setting",
         stage="start",
     ),
     Record(
@@ -35,9 +35,9 @@ RECORDS = (
             "megatron.training.initialize:_warmup_jit_function",
             "megatron.core.transformer.moe.router:Router.__init__",
         ),
-        why="Before the model is made, upstream warms fused functions up with random tensors whose sizes follow the "
-        "layout. On a GPU they come from CUDA's generator, and the weights of routers from the CPU's; here both are "
-        "one, so a router's weights would depend on the layout.",
+        why="Before it builds the model, upstream warms up fused functions with random tensors whose sizes depend on "
+        "the layout. A GPU draws them from CUDA's generator and router weights from the CPU's. A CPU has one "
+        "generator, so router weights would depend on the layout.",
         when=_NO_CUDA,
         test="tests/distributed/test_initial_weights.py::test_initial_weights_are_those_of_one_rank",
         remove_when="upstream draws a router's weights from a tracker, or warms up without random numbers",
@@ -51,7 +51,7 @@ CALLBACKS = (
         id="cpu.initialize",
         hook=INITIALIZE,
         impl="patches.cpu.initialize:allow_no_cuda",
-        why="pretrain() does not pass on upstream's own allow_no_cuda switch, and stops for want of CUDA.",
+        why="pretrain() does not pass upstream's allow_no_cuda argument on, so it fails without CUDA.",
         when=_NO_CUDA,
         test="tests/unit/test_cpu_device.py::test_initialize_is_told_that_no_cuda_is_fine",
         remove_when="pretrain() passes allow_no_cuda on",
@@ -60,8 +60,8 @@ CALLBACKS = (
         id="cpu.arguments",
         hook=VALIDATE_ARGS,
         impl="patches.cpu.arguments:for_cpu",
-        why="Flags that only a GPU can serve are given their CPU value where the result is the same (backend, "
-        "fusions), and refused by name where it is not, before any process group exists.",
+        why="Some flags need a GPU. Those that do not change the result (backend, fusions) get a CPU value; the "
+        "others are refused before any process group exists.",
         when=_NO_CUDA,
         test="tests/unit/test_cpu_arguments.py::test_gpu_only_flags_are_refused_by_name",
         remove_when="upstream validates its flags against the device",

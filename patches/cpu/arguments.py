@@ -1,12 +1,13 @@
-"""Upstream's flags without CUDA: set those that do not change the result, refuse the others by name."""
+"""Validate upstream's flags without CUDA: set those that do not change the result, and refuse the others."""
 
-import functools
 import os
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-# attribute: (its value on a CPU, the flag that says the same). These values do not change a result.
+from megatron.longseq.refusals import Refusals, refused
+
+# attribute: (its value on a CPU, the equivalent flag). These values do not change a result.
 CPU_VALUES: dict[str, tuple[Any, str]] = {
     "distributed_backend": ("gloo", "--distributed-backend gloo"),
     "transformer_impl": ("local", "--transformer-impl local"),
@@ -17,46 +18,46 @@ CPU_VALUES: dict[str, tuple[Any, str]] = {
 }
 
 # flag: (whether the arguments use it, why it needs a GPU)
-GPU_ONLY: dict[str, tuple[Callable[[Namespace], bool], str]] = {
-    "--fp8-format": (lambda a: a.fp8 is not None, "FP8 matrix products come from TransformerEngine"),
-    "--fp4-format": (lambda a: a.fp4 is not None, "FP4 matrix products come from TransformerEngine"),
-    "--cuda-graph-impl": (lambda a: a.cuda_graph_impl != "none", "there is no CUDA graph to capture"),
-    "--optimizer-cuda-graph": (lambda a: a.optimizer_cuda_graph, "there is no CUDA graph to capture"),
-    "--tp-comm-overlap": (lambda a: a.tp_comm_overlap, "its user buffers come from TransformerEngine"),
-    "--use-nccl-ub": (lambda a: a.nccl_ub, "its buffers are NCCL's"),
-    "--use-sharp": (lambda a: a.use_sharp, "it offloads NCCL collectives to the switch"),
-    "--use-megatron-fsdp": (lambda a: a.use_megatron_fsdp, "it allocates and streams on CUDA throughout"),
-    "--use-torch-fsdp2": (lambda a: a.use_torch_fsdp2, "upstream binds it to a CUDA mesh"),
-    "--optimizer-cpu-offload": (lambda a: a.optimizer_cpu_offload, "there is no GPU to offload from"),
-    "--cpu-offloading-num-layers": (lambda a: a.cpu_offloading_num_layers > 0, "there is no GPU to offload from"),
+GPU_ONLY: Refusals = {
+    "--fp8-format": (lambda a: a.fp8 is not None, "TransformerEngine computes FP8 matrix products, on a GPU only"),
+    "--fp4-format": (lambda a: a.fp4 is not None, "TransformerEngine computes FP4 matrix products, on a GPU only"),
+    "--cuda-graph-impl": (lambda a: a.cuda_graph_impl != "none", "a CPU has no CUDA graphs"),
+    "--optimizer-cuda-graph": (lambda a: a.optimizer_cuda_graph, "a CPU has no CUDA graphs"),
+    "--tp-comm-overlap": (lambda a: a.tp_comm_overlap, "its user buffers belong to TransformerEngine"),
+    "--use-nccl-ub": (lambda a: a.nccl_ub, "its buffers belong to NCCL"),
+    "--use-sharp": (lambda a: a.use_sharp, "it offloads NCCL collectives to the network switch"),
+    "--use-megatron-fsdp": (lambda a: a.use_megatron_fsdp, "it uses CUDA memory and streams throughout"),
+    "--use-torch-fsdp2": (lambda a: a.use_torch_fsdp2, "upstream creates a CUDA device mesh for it"),
+    "--optimizer-cpu-offload": (lambda a: a.optimizer_cpu_offload, "there is no GPU memory to offload"),
+    "--cpu-offloading-num-layers": (lambda a: a.cpu_offloading_num_layers > 0, "there is no GPU memory to offload"),
     "--fine-grained-activation-offloading": (
         lambda a: a.fine_grained_activation_offloading,
-        "there is no GPU to offload from",
+        "there is no GPU memory to offload",
     ),
     "--use-precision-aware-optimizer": (
         lambda a: a.use_precision_aware_optimizer,
-        "its Adam is TransformerEngine's fused kernel",
+        "it uses TransformerEngine's fused Adam kernel",
     ),
-    "--te-rng-tracker": (lambda a: a.te_rng_tracker, "the tracker is TransformerEngine's"),
-    "--moe-grouped-gemm": (lambda a: a.moe_grouped_gemm, "the grouped product is a CUDA kernel"),
+    "--te-rng-tracker": (lambda a: a.te_rng_tracker, "it uses TransformerEngine's tracker"),
+    "--moe-grouped-gemm": (lambda a: a.moe_grouped_gemm, "the grouped matrix product is a CUDA kernel"),
     "--cross-entropy-fusion-impl te": (
         lambda a: a.cross_entropy_loss_fusion and a.cross_entropy_fusion_impl == "te",
-        "the kernel is TransformerEngine's",
+        "it uses TransformerEngine's CUDA kernel",
     ),
     "--moe-token-dispatcher-type alltoall": (
         lambda a: a.moe_token_dispatcher_type == "alltoall" and a.expert_model_parallel_size > 1,
-        "upstream hands its split sizes over in a form that only the CUDA path converts; allgather works",
+        "upstream converts its split sizes on the CUDA path only; give allgather",
     ),
 }
 
 
 def gpu_only_flags(args: Namespace) -> list[str]:
     """Return one line with the reason for each flag in `args` that needs a GPU."""
-    return [f"  {flag}: {why}" for flag, (asked, why) in GPU_ONLY.items() if asked(args)]
+    return refused(args, GPU_ONLY)
 
 
 def set_cpu_values(args: Namespace) -> list[str]:
-    """Set the values for a CPU in `args`. Return the flags that say the same, for the log."""
+    """Set the values for a CPU in `args`. Return the equivalent flags, for the log."""
     changed = []
     for name, (value, flag) in CPU_VALUES.items():
         if getattr(args, name) != value:
@@ -69,10 +70,9 @@ def for_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `validate_args`: refuse flags that need a GPU, set values for a CPU, then call upstream.
 
     Raises:
-        ValueError: lists every flag that cannot be served without CUDA.
+        ValueError: lists every flag that needs CUDA.
     """
 
-    @functools.wraps(original)
     def validate_args(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
         refused = gpu_only_flags(args)
         if refused:
@@ -82,7 +82,7 @@ def for_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
             )
         changed = set_cpu_values(args)
         if changed and args.rank == 0:
-            print(f"> no CUDA device: running on CPU as if given {' '.join(changed)}", flush=True)
+            print(f"> no CUDA device: running on CPU, with {' '.join(changed)}", flush=True)
         # Upstream requires this variable so that GPU queues overlap; a CPU has one queue.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         return original(args, defaults or {})

@@ -50,17 +50,22 @@ class CudaMeansCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _nothing(*_: Any, **__: Any) -> None:
+    """Do nothing, in the place of a function that orders, awaits or frees GPU work."""
+
+
+def _is_done(_: Any) -> bool:
+    return True
+
+
 class CpuStream:
-    """A stream of the CPU: all work is done when it is submitted."""
+    """A stream of the CPU: all work is done when it is submitted, so there is nothing to wait for."""
+
+    wait_stream = wait_event = synchronize = _nothing
+    query = _is_done
 
     def __init__(self, device: Any = None, priority: int = 0, **_: Any) -> None:
         self.device, self.priority = torch.device("cpu"), priority
-
-    def wait_stream(self, stream: Any) -> None:
-        """Nothing to wait for."""
-
-    def wait_event(self, event: Any) -> None:
-        """Nothing to wait for."""
 
     def record_event(self, event: "CpuEvent | None" = None) -> "CpuEvent":
         """Return the event, recorded."""
@@ -68,16 +73,12 @@ class CpuStream:
         event.record(self)
         return event
 
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
-
-    def query(self) -> bool:
-        """All work is done."""
-        return True
-
 
 class CpuEvent:
     """An event of the CPU. It records the wall clock for `elapsed_time`."""
+
+    wait = synchronize = _nothing
+    query = _is_done
 
     def __init__(self, enable_timing: bool = False, **_: Any) -> None:
         self.seconds = 0.0
@@ -85,16 +86,6 @@ class CpuEvent:
     def record(self, stream: Any = None) -> None:
         """Record the time."""
         self.seconds = time.perf_counter()
-
-    def wait(self, stream: Any = None) -> None:
-        """Nothing to wait for."""
-
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
-
-    def query(self) -> bool:
-        """All work is done."""
-        return True
 
     def elapsed_time(self, end: "CpuEvent") -> float:
         """Return the milliseconds from this event to `end`."""
@@ -128,10 +119,6 @@ def _memory_stats(device: Any = None) -> dict[str, int]:
 def _properties(device: Any = None) -> SimpleNamespace:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return SimpleNamespace(name="cpu", major=0, minor=0, multi_processor_count=os.cpu_count(), total_memory=memory)
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    """Do nothing, in the place of a function that orders or frees GPU work."""
 
 
 def _twins(ranks_on_this_host: int) -> dict[str, Any]:
@@ -170,8 +157,8 @@ def _swapped(owner: Any, names: dict[str, Any]) -> Iterator[None]:
     missing = [name for name in names if not hasattr(owner, name)]
     if missing:
         raise RuntimeError(
-            f"{owner.__name__} of torch {torch.__version__} has no {', '.join(missing)}: the CPU twins in "
-            f"patches/cpu/device.py were written for torch 2.11 to 2.13. Install one of these, or mend the table."
+            f"{owner.__name__} of torch {torch.__version__} has no {', '.join(missing)}: patches/cpu/device.py was "
+            "written for torch 2.11 to 2.13. Install one of these, or correct its table."
         )
     before = {name: vars(owner)[name] for name in names}
     for name, twin in names.items():
@@ -226,7 +213,7 @@ def cpu_stands_in_for_cuda(ranks_on_this_host: int | None = None) -> Iterator[No
         RuntimeError: a CUDA device is available, or this torch lacks a name of the table.
     """
     if torch.cuda.is_available():
-        raise RuntimeError("The cpu patch was asked for where a CUDA device is available; it never acts there.")
+        raise RuntimeError("The patch cpu.device must not be applied, because a CUDA device is available.")
     ranks = ranks_on_this_host or node_ranks() or 1
     twins = _twins(ranks)
     random = {name: twins[name] for name in ("get_rng_state", "set_rng_state", "manual_seed", "manual_seed_all")}

@@ -1,6 +1,5 @@
 """Start upstream without CUDA."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 def allow_no_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `initialize_megatron`: pass upstream's own switch `allow_no_cuda=True`."""
 
-    @functools.wraps(original)
     def initialize_megatron(*args: Any, **kwargs: Any) -> Any:
         if not args:  # the switch is upstream's first parameter: keep the value of a caller who passes it
             kwargs.setdefault("allow_no_cuda", True)
@@ -22,7 +20,6 @@ def allow_no_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
 def without_trace(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a function that draws random numbers: restore the state of the generator afterwards."""
 
-    @functools.wraps(original)
     def set_jit_fusion_options(*args: Any, **kwargs: Any) -> Any:
         with torch.random.fork_rng(devices=[]):
             return original(*args, **kwargs)

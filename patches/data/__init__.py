@@ -1,4 +1,4 @@
-"""System `data`: the processes that read samples, and the files that they read from."""
+"""System `data`: check the data files of a run, and end its data workers."""
 
 from patches.hooks import VALIDATE_ARGS
 from patches.record import Callback, Record
@@ -12,13 +12,13 @@ RECORDS = (
         aliases=("megatron.training.training:build_pretraining_data_loader",),
         impl="patches.data.loader:checked_loader",
         reads=("megatron.core.datasets.gpt_dataset:GPTDataset._build_document_sample_shuffle_indices",),
-        why="Upstream names cached sample indices by the path of the data and not by its content, and reads other data "
-        "of that path through them. With --exit-signal-handler its data workers ignore SIGTERM, by which Python ends "
-        "them when their rank exits; if something still holds their iterator (the traceback of an exception does), "
-        "the rank waits for them forever.",
+        why="Upstream names cached sample indices by the path of the data, so it would use them for other data at "
+        "the same path. With --exit-signal-handler its data workers ignore SIGTERM, which Python sends when "
+        "their rank exits. If their iterator is still referenced (by a traceback, for example), the rank waits "
+        "forever.",
         when="patches.conditions:always",
         test="tests/distributed/test_data_workers.py::test_kept_iterators_do_not_keep_their_workers",
-        remove_when="the names of cached indices depend on the data's content, and data workers end with their rank",
+        remove_when="names of cached indices depend on the data's content, and data workers end with their rank",
         stage="start",
     ),
     Record(
@@ -27,7 +27,7 @@ RECORDS = (
         action="wrap",
         target="megatron.core.datasets.gpt_dataset:GPTDataset._get_num_epochs",
         impl="patches.data.arguments:without_endless_loop",
-        why="Upstream adds up the tokens of an epoch until they suffice, without end where an epoch has none.",
+        why="Upstream counts epochs until they have enough tokens. The loop never ends if an epoch has no tokens.",
         when="patches.conditions:always",
         test="tests/unit/test_data_usable.py::test_the_loop_over_epochs_ends",
         remove_when="upstream refuses a split without tokens",
@@ -44,8 +44,8 @@ CALLBACKS = (
             "megatron.core.datasets.blended_megatron_dataset_config:convert_split_vector_to_split_matrix",
             "megatron.core.datasets.blended_megatron_dataset_builder:BlendedMegatronDatasetBuilder._build_megatron_dataset_splits",
         ),
-        why="Upstream does not look whether --split gives every part a document, nor whether the files of a data set "
-        "belong together, before it builds samples on some of the ranks while the others wait.",
+        why="Upstream does not check that --split gives every part a document, or that the files of a data set "
+        "belong together. It fails later, when some ranks build samples while the others wait.",
         when="patches.data.arguments:reads_data",
         test="tests/unit/test_data_usable.py::test_upstreams_validation_refuses_a_split_without_documents",
         remove_when="upstream checks its data sets when it validates its arguments",

@@ -1,6 +1,5 @@
 """Refuse data that cannot give a run its samples, when flags are validated and where upstream would loop forever."""
 
-import functools
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,7 @@ DATA_FLAGS = (
 
 
 def reads_data(args: Namespace) -> bool:
-    """Whether the flags name indexed data; --dataloader-fast-cache-load trusts what was checked when it was cached.
+    """Return whether the flags name indexed data to check. With --dataloader-fast-cache-load the cache was checked.
 
     Flags from a YAML file of upstream may leave out any of them.
     """
@@ -32,16 +31,16 @@ def with_usable_data(original: Callable[..., Any]) -> Callable[..., Any]:
         ValueError: see `megatron.longseq.data.validate`.
     """
 
-    @functools.wraps(original)
     def validate_args(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
         result = original(args, defaults or {})
-        from megatron.longseq.data.validate import DataRequest, check_datasets
+        from megatron.longseq.data.validate import check_datasets
 
-        blend, per_part = _blends(args)
         check_datasets(
-            DataRequest(
-                blend, per_part, args.split, args.seq_length, args.full_validation, args.multiple_validation_sets
-            )
+            *_blends(args),
+            split=args.split,
+            sequence=args.seq_length,
+            full_validation=args.full_validation,
+            separate_validation=args.multiple_validation_sets,
         )
         return result
 
@@ -57,9 +56,9 @@ def _blends(args: Namespace) -> tuple[Any, Any]:
     from megatron.training.utils import get_blend_and_blend_per_split
 
     flags = {
-        "data_args_path": "prefixes of data (or a weight before each of them), separated by white space",
-        "per_split_data_args_path": "a JSON object with the keys train, valid and test, each of which holds prefixes "
-        "of data (or a weight before each of them), or null",
+        "data_args_path": "prefixes of data, separated by white space, optionally with a weight before each",
+        "per_split_data_args_path": "a JSON object with the keys train, valid and test, each with a list of prefixes "
+        "of data, optionally with a weight before each, or null",
     }
     try:
         return get_blend_and_blend_per_split(args)  # type: ignore[no-any-return]
@@ -69,7 +68,7 @@ def _blends(args: Namespace) -> tuple[Any, Any]:
             if file is not None:
                 what = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
                 raise ValueError(
-                    f"--{name.replace('_', '-')} {file}: {what}. The file has to hold {content}."
+                    f"--{name.replace('_', '-')} {file}: {what}. The file must contain {content}."
                 ) from error
         raise
 
@@ -81,13 +80,12 @@ def without_endless_loop(original: Callable[..., int]) -> Callable[..., int]:
         ValueError: an epoch has no tokens; names the data and the split.
     """
 
-    @functools.wraps(original)
     def _get_num_epochs(self: Any, num_tokens_per_epoch: int) -> int:
         if num_tokens_per_epoch <= 0 and self.num_samples is not None:
             raise ValueError(
                 f"the {self.index_split.name} split gets no tokens of {self.dataset_path} ({len(self.indices)} "
-                f"documents), and {self.num_samples} samples are asked of it: upstream would count epochs without "
-                "end. Give another --split, or data for each split (--train-data-path, --valid-data-path, "
+                f"documents), but {self.num_samples} samples are requested; upstream would count epochs forever. "
+                "Give another --split, or data for each split (--train-data-path, --valid-data-path, "
                 "--test-data-path)."
             )
         return original(self, num_tokens_per_epoch)

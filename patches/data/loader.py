@@ -1,7 +1,6 @@
 """Data loaders whose cached sample indices fit their data, and whose workers end when their rank exits."""
 
 import atexit
-import functools
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -23,13 +22,12 @@ def checked_loader(original: Callable[..., Any]) -> Callable[..., Any]:
         ValueError: names the cached indices that belong to other data.
     """
 
-    @functools.wraps(original)
     def build_pretraining_data_loader(dataset: Any, *args: Any, **kwargs: Any) -> Any:
         for one in _indexed_datasets(dataset):
             refuse_stale_indices(one)
         loader = original(dataset, *args, **kwargs)
         if type(loader) is DataLoader:  # not a script's own loader (--dataloader-type external)
-            loader.__class__ = _Loader
+            return _EndsWorkers(loader)
         return loader
 
     return build_pretraining_data_loader
@@ -61,8 +59,8 @@ def refuse_stale_indices(dataset: Any) -> None:
     if not indices_match(lengths, dataset.document_index, dataset.sample_index, dataset.config.sequence_length):
         pattern = str(cached).removesuffix("sample_index.npy") + "*"
         raise ValueError(
-            f"{dataset.dataset_path} (.bin, .idx) changed after upstream cached sample indices of it, and they no "
-            f"longer fit: their names do not depend on the content of the data. Remove them: rm {pattern}"
+            f"{dataset.dataset_path} (.bin, .idx) changed after upstream cached its sample indices, whose names do "
+            f"not depend on the content of the data. Remove them: rm {pattern}"
         )
 
 
@@ -106,12 +104,21 @@ class _Iterators:
         atexit.unregister(self.shut_down)
 
 
-class _Loader(DataLoader[Any]):
-    """A data loader whose workers are shut down at exit."""
+class _EndsWorkers:
+    """A data loader, but for its iterators: their workers are shut down at exit."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def __len__(self) -> int:
+        return len(self._loader)
 
     def __iter__(self) -> Any:
-        iterator = super().__iter__()
-        if self.num_workers > 0:
+        iterator = iter(self._loader)
+        if self._loader.num_workers > 0:
             iterators: _Iterators = session.SESSION.state.setdefault(ID, _Iterators())
             iterators.add(iterator)
         return iterator

@@ -125,12 +125,8 @@ def _of_class(value: Any) -> _Leads:
     ]
 
 
-def _of_method(value: Any) -> _Leads:
-    return [("", "", value.__func__)]
-
-
-def _of_property(value: Any) -> _Leads:
-    return [("", "", part) for part in (value.fget, value.fset, value.fdel)]
+def _of_attributes(*names: str, form: str = "") -> _Reader:
+    return lambda value: [(form, "", getattr(value, name)) for name in names]
 
 
 def _of_partial(value: Any) -> _Leads:
@@ -139,10 +135,6 @@ def _of_partial(value: Any) -> _Leads:
         *((" (partial argument {})", i, inner) for i, inner in enumerate(value.args)),
         *((" (partial argument {})", k, inner) for k, inner in value.keywords.items()),
     ]
-
-
-def _of_cached(value: Any) -> _Leads:
-    return [(" (cached)", "", value.__wrapped__)]
 
 
 def _of_dict(value: Any) -> _Leads:
@@ -154,7 +146,11 @@ def _of_container(value: Any) -> _Leads:
 
 
 def _of_instance(value: Any) -> _Leads:
-    return [(".{}", name, inner) for name, inner in _instance_dict(value)]
+    try:
+        fields = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return []
+    return [(".{}", name, inner) for name, inner in list(fields.items())] if type(fields) is dict else []
 
 
 def _of_function(function: types.FunctionType) -> _Leads:
@@ -173,20 +169,12 @@ def _of_function(function: types.FunctionType) -> _Leads:
     return leads
 
 
-def _instance_dict(value: Any) -> list[tuple[str, Any]]:
-    try:
-        fields = object.__getattribute__(value, "__dict__")
-    except AttributeError:
-        return []
-    return list(fields.items()) if type(fields) is dict else []
-
-
 _BY_TYPE: dict[type, _Reader] = {
     types.FunctionType: _of_function,
-    **dict.fromkeys((staticmethod, classmethod, types.MethodType), _of_method),
-    property: _of_property,
+    **dict.fromkeys((staticmethod, classmethod, types.MethodType), _of_attributes("__func__")),
+    property: _of_attributes("fget", "fset", "fdel"),
     **dict.fromkeys((functools.partial, functools.partialmethod), _of_partial),
-    _CACHED: _of_cached,
+    _CACHED: _of_attributes("__wrapped__", form=" (cached)"),
 }
 _BY_BASE: dict[type, _Reader] = {
     type: _of_class,

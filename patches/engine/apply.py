@@ -54,7 +54,7 @@ class Applied:
         leftovers = aliases.scan(ours)
         if leftovers:
             raise _stale(
-                leftovers, "our object is still in use after the undo", "it was imported while the patch was in"
+                leftovers, "our object is still in use after the undo", "it was imported while the patch was applied"
             )
 
     def _refuse_foreign_changes(self) -> None:
@@ -62,7 +62,7 @@ class Applied:
         for binding in last.values():
             if binding.place.own() is not binding.after:
                 raise ForeignChange(
-                    f"{binding.place.label} no longer holds what {binding.record.id} put there",
+                    f"{binding.place.label} no longer holds the object that {binding.record.id} put there",
                     where=binding.place.file(),
                     why=f"it now holds {binding.place.own()!r}, so restoring the original would drop that change",
                     todo="undo the later change first (patches are undone in the reverse order of their application)",
@@ -89,7 +89,7 @@ class Applied:
             module(record.target)
         manager = implementation(record)()
         if not isinstance(manager, AbstractContextManager):
-            raise bad(f"{record.id} makes no context manager", record.impl, f"it returned a {type(manager).__name__}")
+            raise bad(f"{record.id} returns no context manager", record.impl, f"it returned a {type(manager).__name__}")
         self._undo.enter_context(manager)
         self.contexts.append(record)
 
@@ -124,14 +124,12 @@ def apply(
             _carry_out(applied, record)
         hits = aliases.scan(applied.originals, _installed(applied))
         if hits:
-            raise _stale(hits, "the original is still in use under another name", "calls through it would go unpatched")
+            raise _stale(hits, "the original is still in use under another name", "it would bypass the patch")
     except BaseException as error:
         applied.roll_back()
         if isinstance(error, PatchError) or not isinstance(error, Exception):
             raise
-        raise bad(
-            "a patch could not be put in place", _at(applied, todo), f"{type(error).__name__}: {error}"
-        ) from error
+        raise bad("a patch could not be applied", _at(applied, todo), f"{type(error).__name__}: {error}") from error
     return applied
 
 
@@ -170,7 +168,7 @@ def _carry_out(applied: Applied, record: Record) -> None:
     new = implementation(record) if record.action == "replace" else wrapped(record, core)
     value = like(raw, new)
     if value is raw:
-        raise bad(f"{record.id} replaces its target by itself", record.impl, "the implementation is the original")
+        raise bad(f"{record.id} does not change its target", record.impl, "the implementation is the original")
     places = [target, *(_alias(label, record, raw, core) for label in record.aliases)]
     _refuse_second_patch(applied, record, places)
     if target.own() is raw:  # an inherited object stays in the base class, which is right
@@ -187,9 +185,9 @@ def _refuse_second_patch(applied: Applied, record: Record, places: Sequence[Plac
         if place.key in taken:
             other = taken[place.key]
             raise Conflict(
-                f"{other.record.id} and {record.id} cannot both have {place.label}",
+                f"{other.record.id} and {record.id} cannot both patch {place.label}",
                 where=place.file(),
-                why=f"{other.place.label} is the same place, and one place holds one patch",
+                why=f"{other.place.label} is the same place, and a place can have one patch only",
                 todo="make both of them callbacks of one hook (patches/hooks.py)",
             )
 
@@ -203,7 +201,7 @@ def _alias(label: str, record: Record, raw: Any, core: Any) -> Place:
     place = resolve(label)
     if place.own() is not raw and place.own() is not core:
         raise UnknownTarget(
-            f"{label} is no alias of {record.target}",
+            f"{label} is not an alias of {record.target}",
             where=place.file(),
             why=f"it holds {place.raw()!r}, not the target's object",
             todo=f"correct the aliases of {record.id}, or undo whoever changed one of the two",

@@ -66,7 +66,7 @@ def _source_sha256(part: Record | Callback) -> str:
             f"the implementation of {part.id} has no source file",
             where=part.impl,
             why="its source is part of the digest that ranks and checkpoints compare",
-            todo="keep implementations in Python files",
+            todo="put the implementation in a Python file",
         )
     return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
 

@@ -86,7 +86,7 @@ def _unknown(label: str, module: str, why: str) -> UnknownTarget:
         f"there is no {label} to patch",
         where=module,
         why=why,
-        todo="correct the record's target or alias; `python -m patches verify` says what drifted upstream",
+        todo="correct the record's target or alias; `python -m patches verify` shows what changed upstream",
     )
 
 
@@ -149,7 +149,7 @@ def wrapped(record: Record, original: Any) -> Any:
         new = implementation(part)(inner)
         if not callable(new) or new is inner:
             why = "it returned the original" if new is inner else f"it returned a {type(new).__name__}"
-            raise bad(f"the wrap {part.id} makes no new callable", part.impl, why)
+            raise bad(f"the wrap {part.id} does not return a new callable", part.impl, why)
         if getattr(new, "__wrapped__", None) is not inner:
             functools.update_wrapper(new, inner)
         inner = new

@@ -100,7 +100,7 @@ class Session:
             done = self._stages[stage] = self.apply(selected)
         elif not set(done.records) <= set(selected) <= set(self.records):
             raise PatchError(
-                "the patches of this process were already chosen, for other flags",
+                "the patches of this process were already chosen, for different flags",
                 where=" ".join(sys.argv[:1]) or "this process",
                 why=f"chosen: {_ids(done.records)}; the flags now ask for: {_ids(selected)}",
                 todo="parse one set of flags per process; in tests, use `with patches.applied(...)`",
@@ -132,7 +132,7 @@ def wanted(part: Record | Callback, args: Namespace | None) -> bool:
             f"the predicate of {part.id} failed",
             where=part.when,
             why=f"{type(error).__name__}: {error}",
-            todo="a predicate has to answer for every set of parsed arguments; correct it",
+            todo="correct the predicate; it must work for every set of parsed arguments",
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""System `entry`: our flags, the choice of patches, and the checks that all ranks and checkpoints agree on it."""
+"""System `entry`: add our flags, choose the patches, and compare them between ranks and with checkpoints."""
 
 from patches.hooks import INITIALIZE, READ_CHECKPOINT
 from patches.record import Callback, Record
@@ -10,9 +10,9 @@ RECORDS = (
         action="wrap",
         target="megatron.training.arguments:parse_args",
         impl="patches.entry.hooks:choose_patches",
-        why="Upstream takes further flags only from the script it runs; unmodified scripts have to know ours, and "
-        "patches are chosen from the parsed flags. Its `--help` ends in a ValueError, for a bare percent sign in the "
-        "help of --moe-paged-stash-buffer-size-factor-cuda.",
+        why="Upstream accepts further flags only from the training script, but unmodified scripts need ours, and the "
+        "parsed flags select the patches. Its `--help` raises a ValueError because the help of "
+        "--moe-paged-stash-buffer-size-factor-cuda contains an unescaped percent sign.",
         when="patches.conditions:always",
         test="tests/unit/test_patches_entry.py::test_parse_args_takes_our_flags_and_chooses_patches",
         remove_when="upstream lets an installed package add argument groups and a hook after parsing",
@@ -25,7 +25,7 @@ CALLBACKS = (
         id="entry.rank-agreement",
         hook=INITIALIZE,
         impl="patches.entry.hooks:agree_on_patches",
-        why="Upstream has no hook after torch.distributed is up, where ranks can compare what they run.",
+        why="Upstream has no hook after it initializes torch.distributed, where ranks can compare their patches.",
         when="patches.conditions:always",
         test="tests/unit/test_patches_entry.py::test_ranks_that_differ_are_refused_on_every_rank",
         remove_when="upstream calls a hook at the end of initialize_megatron",
@@ -34,10 +34,10 @@ CALLBACKS = (
         id="entry.checkpoint-digest",
         hook=READ_CHECKPOINT,
         impl="patches.entry.checkpoint:compare_with_checkpoint",
-        why="Upstream compares a few model arguments with those of the checkpoint, and not the patches under which it "
-        "was written.",
+        why="Upstream compares a few model arguments with the checkpoint, but not the patches that were applied when "
+        "it was saved.",
         when="patches.conditions:always",
         test="tests/unit/test_patches_entry.py::test_checkpoint_of_other_patches_is_reported",
-        remove_when="upstream lets a callback compare further arguments with the checkpoint's",
+        remove_when="upstream lets a callback compare further arguments with the checkpoint",
     ),
 )

@@ -1,6 +1,5 @@
 """Report which patches changed since a checkpoint was written."""
 
-import functools
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,6 @@ def compare_with_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
     This is a report and no error: a run that moves from CPU to GPU, or uses another system, has other patches.
     """
 
-    @functools.wraps(original)
     def _load_base_checkpoint(load_dir: Any, args: Namespace, rank0: bool = False, *rest: Any, **named: Any) -> Any:
         found = original(load_dir, args, rank0, *rest, **named)
         if not rank0 and args.rank == 0 and not args.finetune:  # upstream reads the common part first, with rank0
@@ -29,7 +27,7 @@ def _report(saved: dict[str, str] | None) -> None:
     change = digest.difference(hashes, saved) if saved is not None else ""
     if saved is not None and change:
         print(
-            f"> WARNING: patches differ from those the checkpoint was written under (its digest "
+            "> WARNING: the patches differ from those of the run that saved the checkpoint (its digest "
             f"{digest.combined(saved)}, now {digest.combined(hashes)}): {change}",
             flush=True,
         )

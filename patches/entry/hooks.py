@@ -1,6 +1,5 @@
 """What the ledger does at upstream's argument parsing and initialisation."""
 
-import functools
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping
@@ -27,7 +26,6 @@ class _Parsing:
 def choose_patches(parse_args: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap upstream's `parse_args`: add our flags to the script's own, then apply the patches that the flags need."""
 
-    @functools.wraps(parse_args)
     def parse(extra_args_provider: Provider | None = None, ignore_unknown_args: bool = False) -> Any:
         kept: _Parsing = session.SESSION.state.setdefault("entry.parse-args", _Parsing())
         kept.script = extra_args_provider or kept.script  # the second time, upstream has lost the script's flags
@@ -93,7 +91,6 @@ def escape_help(parser: ArgumentParser) -> None:
 def agree_on_patches(initialize_megatron: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap upstream's `initialize_megatron`: once the ranks are connected, they compare their patches."""
 
-    @functools.wraps(initialize_megatron)
     def initialize(*args: Any, **kwargs: Any) -> Any:
         finish = initialize_megatron(*args, **kwargs)
         if callable(finish):  # with --lazy-mpu-init the caller connects the ranks later, by this function
@@ -124,7 +121,7 @@ def compare_ranks(hashes: Mapping[str, str]) -> None:
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        print("> patches: torch.distributed is not initialised, ranks were not compared", file=sys.stderr, flush=True)
+        print("> patches: torch.distributed is not initialized, ranks were not compared", file=sys.stderr, flush=True)
         return
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, dict(hashes))
@@ -145,9 +142,9 @@ def refuse_disagreement(gathered: list[dict[str, str]]) -> None:
     most, *others = sorted(ranks, key=lambda key: (-len(ranks[key]), ranks[key]))
     lines = [f"ranks {_spans(ranks[key])}: {digest.difference(dict(key), dict(most))}" for key in others]
     raise RankMismatch(
-        "the ranks run under different patches",
+        "the ranks have different patches",
         where="; ".join(lines) + f" (compared with ranks {_spans(ranks[most])}, digest {digest.combined(dict(most))})",
-        why="they would compute different things and hang or diverge later",
+        why="they would hang or diverge later",
         todo="start all ranks with the same flags, the same installation of this project and the same kind of device",
     )
 

@@ -1,6 +1,6 @@
-"""System `local`: what the wheel alone lacks where TransformerEngine and apex are not installed, on CPU or GPU.
+"""System `local`: complete the wheel where TransformerEngine and apex are not installed, on CPU or GPU.
 
-With either of them installed upstream uses its kernels, the predicates are false, and none of this acts.
+If one of them is installed, upstream uses its kernels and the predicates are false.
 """
 
 from patches.hooks import LOAD_CHECKPOINT
@@ -14,9 +14,9 @@ RECORDS = (
         target="megatron.core.datasets",
         impl="patches.local.helpers:compiled_helper_is_found",
         reads=("megatron.core.datasets.utils:compile_helpers",),
-        why="Upstream compiles its dataset helper at the start of every run: from a Makefile, which the wheel does not "
-        "have, though it has the compiled helper; or in a Megatron tree, which needs a compiler and pybind11 on every "
-        "machine, though the installed wheel has the same helper.",
+        why="Upstream compiles its dataset helper at the start of every run. The wheel has the compiled helper but "
+        "not the Makefile. In a Megatron tree, compiling needs a compiler and pybind11 on every machine, "
+        "although the installed wheel has the same helper.",
         when="patches.conditions:always",
         test="tests/unit/test_local.py::test_compiled_helper_of_the_wheel_is_used",
         remove_when="upstream looks for a compiled helper before it compiles one",
@@ -28,8 +28,8 @@ RECORDS = (
         action="wrap",
         target="megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__",
         impl="patches.local.norm:marked_for_sequence_parallel",
-        why="Upstream refuses PyTorch's norms under --sequence-parallel; they work once their weights are marked, so "
-        "that their gradients are summed over the tensor-parallel ranks.",
+        why="Upstream refuses PyTorch's norms with --sequence-parallel. They work once their weights are marked, "
+        "because upstream then sums their gradients over the tensor-parallel ranks.",
         when="patches.local.conditions:no_fused_norm",
         test="tests/unit/test_local.py::test_norm_is_marked_for_sequence_parallel",
         remove_when="WrappedTorchNorm marks its weights",
@@ -45,11 +45,11 @@ RECORDS = (
             "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.state_dict",
             "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",
         ),
-        why="With torch.optim.AdamW the distributed optimizer cannot be resumed: a fresh state has no 'step' "
-        "(assertion), and loaded ones share a single step tensor, which then counts once per parameter.",
+        why="The distributed optimizer cannot resume with torch.optim.AdamW: an assertion fails because a new state "
+        "has no 'step', and loaded states share one step tensor, which then advances once per parameter.",
         when="patches.local.conditions:no_fused_adam",
         test="tests/distributed/test_checkpoints.py::test_distributed_optimizer_resumes_exactly",
-        remove_when="upstream keeps Adam's step per parameter when it loads a torch optimizer",
+        remove_when="upstream loads a step for each parameter of a torch optimizer",
         stage="start",
     ),
 )
@@ -63,8 +63,8 @@ CALLBACKS = (
             "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_parameter_state_from_dp_reshardable",
             "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_parameter_state_from_dp_zero",
         ),
-        why="Two loaders of optimizer states copy into fp32 parameters while autograd records, which refuses the "
-        "in-place write.",
+        why="Two loaders of optimizer states copy into fp32 parameters with autograd enabled, which refuses in-place "
+        "writes.",
         when="patches.conditions:always",
         test="tests/distributed/test_checkpoints.py::test_distributed_optimizer_resumes_exactly",
         remove_when="all loaders of optimizer states disable autograd, as some do",

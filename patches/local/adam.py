@@ -1,6 +1,5 @@
 """PyTorch's Adam with the interface of the fused ones: the step count is in the parameter group, not in the state."""
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -81,4 +80,4 @@ def adam_counts_steps_per_group() -> Iterator[None]:
 
 def without_grad(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `load_checkpoint`, so that loaders of optimizer states may write into parameters in place."""
-    return functools.wraps(original)(torch.no_grad()(original))
+    return torch.no_grad()(original)

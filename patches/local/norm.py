@@ -1,7 +1,6 @@
 """PyTorch's LayerNorm and RMSNorm under sequence parallelism."""
 
 import copy
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,6 @@ def marked_for_sequence_parallel(original: Callable[..., torch.nn.Module]) -> Ca
     upstream sums those of parameters that carry `sequence_parallel = True`.
     """
 
-    @functools.wraps(original)
     def __new__(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
         plain = copy.copy(config)
         plain.sequence_parallel = False

@@ -1,6 +1,5 @@
 """Wait for the all-gather of parameters before upstream computes their norm."""
 
-import functools
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +17,6 @@ def is_early(args: Namespace) -> bool:
 def of_gathered(original: Callable[..., float]) -> Callable[..., float]:
     """Wrap `calc_params_l2_norm`: wait for the all-gather of parameters first. The next forward does not wait again."""
 
-    @functools.wraps(original)
     def calc_params_l2_norm(model: Any, *args: Any, **kwargs: Any) -> float:
         for chunk in model if isinstance(model, list) else [model]:
             if chunk.ddp_config.overlap_param_gather:

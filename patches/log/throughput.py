@@ -1,6 +1,5 @@
 """Log tokens per second, model TFLOP/s, MFU and the highest peak memory of all ranks, once per log interval."""
 
-import functools
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,7 +44,6 @@ class Interval:
 def with_throughput_line(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `training_log`: log our line after upstream's, at the same steps, and write its values to TensorBoard."""
 
-    @functools.wraps(original)
     def training_log(
         loss_dict: Any, total_loss_dict: Any, learning_rate: Any, iteration: int, *rest: Any, **named: Any
     ) -> Any:

@@ -1,9 +1,9 @@
-"""System `paro`: parameters, gradients and optimizer states each sharded not, inside a group, or globally."""
+"""System `paro`: shard parameters, gradients and optimizer states, each inside a group, globally or not at all."""
 
 from patches.hooks import INITIALIZE, PARAMS_NORM, READ_CHECKPOINT, VALIDATE_ARGS
 from patches.record import Callback, Record
 
-_ASKED_FOR = "patches.paro.conditions:shards"
+_ASKED_FOR = "megatron.longseq.sharding.arguments:wants_sharding"
 
 RECORDS = (
     Record(
@@ -22,11 +22,11 @@ RECORDS = (
             "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._copy_model_grads_to_main_grads",
             "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._copy_main_params_to_model_params",
         ),
-        why="Upstream's data-parallel wrapper, its buffers and the distributed optimizer are built in several places "
-        "and keep full buckets; subclasses of ours, in their place, keep shards and gather or reduce bucket by bucket.",
+        why="Upstream's data-parallel wrapper, buffers and distributed optimizer are created in several modules and "
+        "hold unsharded buckets. Our subclasses hold shards, and gather and reduce them bucket by bucket.",
         when=_ASKED_FOR,
         test="tests/distributed/test_sharding.py::test_equals_upstream_in_float64",
-        remove_when="upstream takes the classes of its wrapper, buffer and optimizer from its caller",
+        remove_when="upstream lets the caller pass the classes of its wrapper, buffer and optimizer",
     ),
     Record(
         id="paro.partial-layers",
@@ -35,11 +35,11 @@ RECORDS = (
         target="megatron.training.checkpointing:_build_sharded_state_dict_metadata",
         impl="patches.paro.freeze:by_layer",
         reads=("megatron.core.transformer.transformer_block:TransformerBlock.sharded_state_dict",),
-        why="Upstream stacks all layers' tensors in a checkpoint, and refuses to write the optimizer states of those "
-        "layers alone that are trained.",
-        when="patches.paro.conditions:freezes",
+        why="Upstream stacks the tensors of all layers in a checkpoint, so it cannot save optimizer states if only "
+        "some layers are trained.",
+        when="patches.paro.freeze:freezes",
         test="tests/distributed/test_partial.py::test_is_saved_and_resumed",
-        remove_when="upstream writes layers apart by default, as it announces",
+        remove_when="upstream saves layers separately by default, as it announces",
     ),
 )
 
@@ -49,9 +49,8 @@ CALLBACKS = (
         hook=VALIDATE_ARGS,
         impl="patches.paro.arguments:with_sharding",
         reads=("megatron.training.initialize:_initialize_distributed",),
-        why="--paro has to set upstream's distributed optimizer and the form of its checkpoints before "
-        "upstream validates its flags, and what sharding cannot serve has to be refused before any process group "
-        "exists.",
+        why="--paro sets upstream's distributed optimizer and its checkpoint format, which must happen before "
+        "upstream validates its flags. Unsupported flags are refused before any process group exists.",
         when=_ASKED_FOR,
         test="tests/unit/test_sharding_flags.py::test_upstreams_validation_refuses_what_sharding_cannot_serve",
         remove_when="upstream calls hooks before and after validating its arguments",
@@ -60,31 +59,31 @@ CALLBACKS = (
         id="paro.groups",
         hook=INITIALIZE,
         impl="patches.paro.runtime:with_sharding_groups",
-        why="Every rank has to make the groups of the strategy at the same time.",
+        why="All ranks have to create the strategy's process groups together.",
         when=_ASKED_FOR,
         test="tests/distributed/test_sharding.py::test_equals_upstream_in_float64",
-        remove_when="upstream lets a caller add to its groups",
+        remove_when="upstream lets a caller add process groups",
     ),
     Callback(
         id="paro.manifest",
         hook=READ_CHECKPOINT,
         impl="patches.paro.checkpoints:with_manifest",
         reads=("megatron.training.checkpointing:load_checkpoint",),
-        why="Optimizer states in a form that sharding cannot read fail deep inside upstream, on missing tensors or "
-        "sizes of buckets, and do not say which run saved them.",
+        why="If optimizer states have a format that sharding cannot load, upstream fails on missing tensors or "
+        "bucket sizes, and its error does not say which run saved them.",
         when=_ASKED_FOR,
         test="tests/distributed/test_sharding_refused_checkpoints.py::test_bound_optimizer_states_are_refused",
-        remove_when="upstream names the form that it finds and the one that it needs",
+        remove_when="upstream names the format that it finds and the one that it needs",
     ),
     Callback(
         id="paro.params-norm",
         hook=PARAMS_NORM,
         impl="patches.paro.runtime:of_one_copy",
         reads=("megatron.training.utils.common_utils:_get_param_data",),
-        why="--log-params-norm adds up main parameters over all data-parallel ranks, of which several hold the same "
-        "ones unless optimizer states are sharded globally.",
+        why="--log-params-norm sums over all data-parallel ranks. Unless optimizer states are sharded globally, "
+        "several of them have the same main parameters, which would be counted more than once.",
         when=_ASKED_FOR,
         test="tests/distributed/test_log_figures.py::test_figures_are_those_of_one_rank",
-        remove_when="upstream adds up over the ranks that its optimizer is sharded over",
+        remove_when="upstream sums over the ranks that its optimizer is sharded over",
     ),
 )

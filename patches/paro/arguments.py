@@ -1,6 +1,5 @@
 """Upstream's validation of its flags, with what --paro sets before it and what --paro refuses before and after it."""
 
-import functools
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,6 @@ def with_sharding(original: Callable[..., Any]) -> Callable[..., Any]:
         ValueError: flags cannot be combined, or the group size does not divide the ranks.
     """
 
-    @functools.wraps(original)
     def validate_args(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
         refuse_unserved_sharding(args)
         plan = resolve(args, node_ranks())

@@ -1,6 +1,5 @@
 """What a checkpoint says about the run that saved it, checked before anything is loaded from it."""
 
-import functools
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,6 @@ def with_manifest(original: Callable[..., Any]) -> Callable[..., Any]:
         ValueError: see `refuse_bound_states`.
     """
 
-    @functools.wraps(original)
     def _load_base_checkpoint(load_dir: Any, args: Namespace, rank0: bool = False, *rest: Any, **named: Any) -> Any:
         found = original(load_dir, args, rank0, *rest, **named)
         common, place, is_release, _ = found

@@ -22,14 +22,13 @@ def current_sharding() -> Any:
     """
     found = session.SESSION.state.get("paro.groups")
     if found is None:
-        raise RuntimeError("sharding (--paro): a model is wrapped before initialize_megatron has run")
+        raise RuntimeError("--paro: a model is wrapped before initialize_megatron has run; call that first")
     return found
 
 
 def with_sharding_groups(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `initialize_megatron`: afterwards, create the strategy's process groups and queues."""
 
-    @functools.wraps(original)
     def initialize_megatron(*args: Any, **kwargs: Any) -> Any:
         from megatron.core import parallel_state
         from megatron.training import get_args
@@ -47,7 +46,6 @@ def with_sharding_groups(original: Callable[..., Any]) -> Callable[..., Any]:
 def of_one_copy(original: Callable[..., float]) -> Callable[..., float]:
     """Wrap `calc_params_l2_norm`: if several ranks hold equal main parameters, only those of one rank count."""
 
-    @functools.wraps(original)
     def calc_params_l2_norm(model: Any, *args: Any, **kwargs: Any) -> float:
         if current_sharding().optimizer_groups.replicas.rank() == 0:
             return original(model, *args, **kwargs)

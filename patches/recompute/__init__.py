@@ -1,4 +1,4 @@
-"""System `recompute`: upstream's activation recomputation where nothing below a layer is trained."""
+"""System `recompute`: fix upstream's activation recomputation for layers whose inputs need no gradient."""
 
 from patches.hooks import RECOMPUTE
 from patches.record import Callback, Record
@@ -17,10 +17,10 @@ RECORDS = (
             "megatron.core.tensor_parallel.random:CheckpointWithoutOutput.discard_output_and_register_recompute",
         ),
         impl="patches.recompute.frozen:kept_if_inputs_are_frozen",
-        why="The same for the modules whose output is thrown away and computed again (layernorm, moe_act, ...).",
+        why="The same applies to modules whose output is recomputed (layernorm, moe_act, ...).",
         when=_ASKED_FOR,
         test=_TEST,
-        remove_when="CheckpointWithoutOutput runs a function as it is when none of its inputs needs a gradient",
+        remove_when="CheckpointWithoutOutput does not recompute a function if none of its inputs needs a gradient",
     ),
 )
 
@@ -30,10 +30,10 @@ CALLBACKS = (
         hook=RECOMPUTE,
         reads=("megatron.core.tensor_parallel.random:CheckpointFunction",),
         impl="patches.recompute.frozen:unless_inputs_are_frozen",
-        why="Where no input of a recomputed layer needs a gradient, upstream never runs its backward, so what is "
-        "trained inside gets no gradient, without a word.",
+        why="If no input of a recomputed layer needs a gradient, upstream never runs its backward, so trained "
+        "parameters inside silently get no gradient.",
         when=_ASKED_FOR,
         test=_TEST,
-        remove_when="CheckpointFunction runs a function as it is when none of its inputs needs a gradient",
+        remove_when="CheckpointFunction does not recompute a function if none of its inputs needs a gradient",
     ),
 )

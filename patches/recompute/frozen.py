@@ -5,7 +5,6 @@ does, parameters that are trained inside would get no gradient. So autograd reco
 nothing if nothing inside is trained.
 """
 
-import functools
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -19,7 +18,6 @@ def recomputes(args: Namespace) -> bool:
 def unless_inputs_are_frozen(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `checkpoint(function, distribute_saved_activations, *inputs)`."""
 
-    @functools.wraps(original)
     def checkpoint(function: Callable[..., Any], distribute_saved_activations: bool, *inputs: Any) -> Any:
         if _are_frozen(inputs):
             return function(*inputs)
@@ -31,7 +29,6 @@ def unless_inputs_are_frozen(original: Callable[..., Any]) -> Callable[..., Any]
 def kept_if_inputs_are_frozen(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `CheckpointWithoutOutput.checkpoint(run_function, *inputs)`."""
 
-    @functools.wraps(original)
     def checkpoint(self: Any, run_function: Callable[..., Any], *inputs: Any) -> Any:
         if not _are_frozen(inputs):
             return original(self, run_function, *inputs)

@@ -1,4 +1,4 @@
-"""System `seq1f1b`: pipeline schedules over segments of a sequence, in place of upstream's own."""
+"""System `seq1f1b`: run pipeline schedules over segments of a sequence instead of upstream's own."""
 
 from patches.hooks import FORWARD_BACKWARD, VALIDATE_ARGS
 from patches.record import Callback, Record
@@ -25,17 +25,17 @@ CALLBACKS = (
             "megatron.core.transformer.dot_product_attention:DotProductAttention.forward",
         ),
         impl="patches.seq1f1b.schedule:with_our_schedule",
-        why="Upstream chooses among its own schedules, and each of them runs whole sequences.",
+        why="Upstream can choose only among its own schedules, which run whole sequences.",
         when=_ASKED_FOR,
         test="tests/distributed/test_seq1f1b.py::test_flag_changes_the_schedule",
-        remove_when="upstream lets a caller register a schedule, or ships sequence-level ones",
+        remove_when="upstream lets a caller register a schedule, or has sequence-level schedules itself",
     ),
     Callback(
         id="seq1f1b.arguments",
         hook=VALIDATE_ARGS,
         impl="patches.seq1f1b.schedule:with_plan",
-        why="What the schedules cannot serve has to be refused once upstream has resolved its flags and before any "
-        "process group exists.",
+        why="Flags that the schedules do not support are refused after upstream has resolved its flags and before "
+        "any process group exists.",
         when=_ASKED_FOR,
         test="tests/unit/test_pipeline_flags.py::test_upstreams_validation_refuses_what_segments_cannot_serve",
         remove_when="upstream calls a hook after validating its arguments",

@@ -58,7 +58,7 @@ def prove_batches(args: Namespace, plan: Any) -> list[str]:
             message = f"{batch.name}, {batch.microbatches} micro-batches: {error}"
             if batch.is_certain:
                 raise ValueError(message) from error
-            warnings.append(f"{message}. Training stops if it resumes before the batch size is past.")
+            warnings.append(f"{message}. Training stops if it resumes before or at this batch size.")
     return warnings
 
 
@@ -124,11 +124,11 @@ def reached_sizes(
             break
         if size < 1 or size % samples_per_round:
             raise ValueError(
-                f"batch size {size} is no multiple of {samples_per_round}, the samples of one micro-batch on all "
+                f"batch size {size} is not a multiple of {samples_per_round}, the samples of one micro-batch on all "
                 "data-parallel ranks"
             )
         if sizes and size < sizes[-1]:
-            raise ValueError(f"batch size {size} follows {sizes[-1]}, and upstream lets none become smaller")
+            raise ValueError(f"batch size {size} follows {sizes[-1]}, but upstream cannot reduce the batch size")
         sizes += [size] if size not in sizes else []
         if end is None:
             break
@@ -147,14 +147,14 @@ def refuse_stages(args: Namespace) -> None:
     if any(predicts[:-1]):
         raise ValueError(
             f"--pipeline-model-parallel-layout {args.pipeline_model_parallel_layout}: our pipeline schedules do not "
-            f"serve multi-token prediction in stage {predicts.index(True)}: upstream's messages then differ in size "
-            "from stage to stage. Put it into the last stage."
+            f"support multi-token prediction in stage {predicts.index(True)}, because upstream's messages then have "
+            "different sizes. Put it into the last stage."
         )
     empty = [stage for stage, count in enumerate(layers[:-1]) if count < 1]
     if args.zero_bubble and empty:
         raise ValueError(
-            f"--zero-bubble: pipeline stage {empty[0]} of {len(layers)} has no transformer layer, so no weight "
-            f"gradient to compute apart (layers per stage: {layers}). Give each stage but the last a layer, by "
+            f"--zero-bubble: pipeline stage {empty[0]} of {len(layers)} has no transformer layer, so it has no "
+            f"weight gradients to delay (layers per stage: {layers}). Give each stage except the last a layer, with "
             "--num-layers, --decoder-first-pipeline-num-layers, --pipeline-model-parallel-layout or --account-for-..."
         )
 

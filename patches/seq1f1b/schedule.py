@@ -17,10 +17,9 @@ def with_plan(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `validate_args`: refuse what our schedules do not support, and validate the schedules of the run.
 
     Raises:
-        ValueError: flags do not go together, the partition does not fit, or a number of micro-batches has no schedule.
+        ValueError: flags cannot be combined, the partition does not fit, or a number of micro-batches has no schedule.
     """
 
-    @functools.wraps(original)
     def validate_args(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
         result = original(args, defaults or {})
         refuse_unserved(args)
@@ -42,7 +41,6 @@ def with_plan(original: Callable[..., Any]) -> Callable[..., Any]:
 def with_our_schedule(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `get_forward_backward_func`: return one `ForwardBackward` for all steps of this process."""
 
-    @functools.wraps(original)
     def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
         state = session.SESSION.state
         if "seq1f1b.schedule" not in state:

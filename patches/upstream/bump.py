@@ -1,7 +1,7 @@
 """Compare each patch with another upstream: same, changed, gone, or perhaps fixed there."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,19 +22,15 @@ class Verdict:
     details: tuple[str, ...] = ()
 
 
-def verdicts(records: Iterable[Record], lock: Lock, there: Upstream, here: Upstream) -> list[Verdict]:
-    """Judge every record.
+def verdict(record: Record, lock: Lock, there: Upstream, here: Upstream) -> Verdict:
+    """Judge a record.
 
     Args:
-        records: the ledger.
+        record: the record.
         lock: the fingerprints the patches were written against.
         there: the other upstream.
         here: the present one, to draw a diff from where it still matches the lock.
     """
-    return [_verdict(record, lock, there, here) for record in records]
-
-
-def _verdict(record: Record, lock: Lock, there: Upstream, here: Upstream) -> Verdict:
     details, gone, known = [], False, True
     for place in record.upstream_places:
         try:
@@ -85,11 +81,11 @@ def diff(old: Symbol, new: Symbol) -> str:
 def lines(found: Sequence[Verdict]) -> list[str]:
     """Return the report: one line per patch with its changes below, then a summary."""
     out = []
-    for verdict in found:
-        out.append(f"{verdict.state:16} {verdict.record.id}")
-        out += [f"    {line}" for detail in verdict.details for line in detail.split("\n")]
-        if verdict.state in ("changed", "gone", "fixed upstream?"):
-            for part in verdict.record.parts:
+    for one in found:
+        out.append(f"{one.state:16} {one.record.id}")
+        out += [f"    {line}" for detail in one.details for line in detail.split("\n")]
+        if one.state in ("changed", "gone", "fixed upstream?"):
+            for part in one.record.parts:
                 out += [f"    {part.id} can go: {part.remove_when}", f"    {part.id} test: {part.test}"]
     counts = {state: sum(v.state == state for v in found) for state in dict.fromkeys(v.state for v in found)}
     return [*out, "patches: " + (", ".join(f"{n} {state}" for state, n in counts.items()) or "none")]

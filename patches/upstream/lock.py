@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from patches.errors import Drift, PatchError, UnknownTarget
+from patches.errors import Drift, PatchError
 from patches.record import Record
 from patches.upstream.source import Symbol, Upstream
 from patches.upstream.wheel import NAME, Distribution
@@ -32,12 +32,12 @@ class Lock:
             raise Drift(
                 f"{symbol.place} has no fingerprint in the lock",
                 where=f"{symbol.path}:{symbol.line}",
-                why="a patch of an upstream symbol is only applied to source that was read when it was written",
-                todo="read the source, then write the lock anew: python -m patches bump --write",
+                why="a patch is applied only to the upstream source that it was written for",
+                todo="read the source, then update the lock: python -m patches bump --write",
             )
         if known != symbol.fingerprint:
             raise Drift(
-                f"{symbol.place} is not the source its patch was written against",
+                f"{symbol.place} is not the source that its patch was written for",
                 where=f"{symbol.path}:{symbol.line}",
                 why=f"its fingerprint is {symbol.fingerprint[:12]}, the lock says {known[:12]} ({NAME} {self.version})",
                 todo=f"restore the wheel: pip install --force-reinstall --no-deps {NAME}=={self.version}; "
@@ -46,34 +46,31 @@ class Lock:
             )
 
 
-def fingerprints(records: Iterable[Record], upstream: Upstream) -> tuple[dict[str, str], list[UnknownTarget]]:
-    """Fingerprint every upstream place of the records. Return an error for each place that is gone."""
-    symbols, gone = {}, []
-    for place in sorted({place for record in records for place in record.upstream_places}):
-        try:
-            symbols[place] = upstream.symbol(place).fingerprint
-        except UnknownTarget as error:
-            gone.append(error)
-    return symbols, gone
+def fingerprints(records: Iterable[Record], upstream: Upstream) -> dict[str, str]:
+    """Fingerprint every upstream place of the records.
+
+    Raises:
+        UnknownTarget: a place is gone.
+    """
+    places = sorted({place for record in records for place in record.upstream_places})
+    return {place: upstream.symbol(place).fingerprint for place in places}
 
 
 def make(records: Iterable[Record], distribution: Distribution) -> Lock:
     """Return the lock of these records for this wheel.
 
     Raises:
-        PatchError: the tree has no RECORD (a checkout cannot be locked).
+        PatchError: the tree has no RECORD (it is a checkout).
         UnknownTarget: a place is gone.
     """
     if distribution.record_sha256 is None:
         raise PatchError(
-            "a checkout cannot be locked",
+            "the lock cannot be written from a checkout",
             where=distribution.tree.label,
-            why="the lock names a released wheel, by the RECORD it carries",
-            todo="give the wheel file, or a folder it was installed or unpacked to",
+            why="the lock identifies a released wheel by its RECORD, which a checkout does not have",
+            todo="give the wheel file, or a folder that it is installed or unpacked in",
         )
-    symbols, gone = fingerprints(records, Upstream(distribution.tree))
-    for error in gone:
-        raise error
+    symbols = fingerprints(records, Upstream(distribution.tree))
     return Lock(distribution.version, distribution.record_sha256, symbols)
 
 

@@ -7,7 +7,7 @@ from patches.errors import Drift, PatchError, UnknownTarget
 from patches.record import Record
 from patches.upstream.lock import Lock
 from patches.upstream.source import Finder, Upstream
-from patches.upstream.wheel import NAME, Distribution, Folder
+from patches.upstream.wheel import NAME, Distribution
 
 
 def problems(records: Sequence[Record], lock: Lock, distribution: Distribution, finder: Finder) -> list[PatchError]:
@@ -25,7 +25,7 @@ def problems(records: Sequence[Record], lock: Lock, distribution: Distribution, 
     for path, state in distribution.altered():
         where = distribution.tree.where(path)
         inside = held.get(where, [])
-        note = "it holds no patched symbol"
+        note = "it contains no patched symbol"
         if inside:
             note = "patched symbols in it: " + ", ".join(
                 f"{place} ({'drifted, see above' if place in drifted else 'unchanged'})" for place in inside
@@ -34,7 +34,7 @@ def problems(records: Sequence[Record], lock: Lock, distribution: Distribution, 
             Drift(
                 f"{path} is {state}",
                 where=where,
-                why=f"its sha256 is not the one the wheel's RECORD states; {note}",
+                why=f"its sha256 is not the one in the wheel's RECORD; {note}",
                 todo=f"reinstall: pip install --force-reinstall --no-deps {NAME}=={lock.version}",
             )
         )
@@ -46,10 +46,10 @@ def _release(lock: Lock, distribution: Distribution) -> Iterator[PatchError]:
         return
     if distribution.version != lock.version:
         yield Drift(
-            f"{NAME} is {distribution.version}, the lock names {lock.version}",
+            f"{NAME} has version {distribution.version}, but the lock has {lock.version}",
             where=distribution.tree.label,
-            why="patches are written against one release",
-            todo=f"pip install {NAME}=={lock.version}, or move on: python -m patches bump WHEEL",
+            why="the patches are written for one release",
+            todo=f"pip install {NAME}=={lock.version}, or change the version: python -m patches bump WHEEL",
         )
     elif distribution.record_sha256 != lock.record_sha256:
         yield Drift(
@@ -57,7 +57,7 @@ def _release(lock: Lock, distribution: Distribution) -> Iterator[PatchError]:
             where=distribution.tree.label,
             why=f"its upstream part hashes to {str(distribution.record_sha256)[:12]}, not {lock.record_sha256[:12]}: "
             "another build of this release (another Python or platform), or a changed one",
-            todo=f"install the published wheel of {NAME}=={lock.version}, or check the build and write the lock anew: "
+            todo=f"install the published wheel of {NAME}=={lock.version}, or check the build and update the lock: "
             "python -m patches bump --write",
         )
 
@@ -80,9 +80,9 @@ def _symbols(
     for place in sorted(set(lock.symbols) - set(places)):
         found.append(
             Drift(
-                f"the lock holds {place}, which no patch touches",
+                f"the lock has {place}, but no patch uses it",
                 where="patches/upstream.lock",
-                why="a record was removed or its target renamed, and the lock was not written anew",
+                why="a record was removed or its target renamed, and the lock was not updated",
                 todo="python -m patches bump --write",
             )
         )
@@ -91,7 +91,7 @@ def _symbols(
 
 def elsewhere(records: Sequence[Record], distribution: Distribution, upstream: Upstream) -> list[str]:
     """Return the patched modules that would be imported from outside the installed wheel, as `module: file`."""
-    if not isinstance(distribution.tree, Folder):
+    if not isinstance(distribution.tree.root, Path):
         return []
     modules = sorted({place.partition(":")[0] for record in records for place in record.upstream_places})
     sources = [source for source in map(upstream.finder.find, modules) if source is not None]

@@ -9,7 +9,6 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from patches.errors import PatchError
 from patches.upstream.source import Source
@@ -20,29 +19,22 @@ _DIST_INFO = re.compile(r"megatron_core-([^/]+)\.dist-info/RECORD")
 _VERSION = re.compile(r"^(MAJOR|MINOR|PATCH) = (\d+)$", re.MULTILINE)
 
 
-class Tree(Protocol):
-    """Files below one root, named with forward slashes; also a `Finder` of modules' sources."""
+class Tree:
+    """Files below a folder that holds `megatron/`, or in a `.whl` file, which is not unpacked. Also a `Finder`.
 
-    label: str
+    Args:
+        path: the folder or the wheel file. Files in it are named with forward slashes.
 
-    def read(self, path: str) -> bytes | None:
-        """Return the bytes of a file, or None if there is none."""
+    Raises:
+        PatchError: the file is not a wheel.
+    """
 
-    def where(self, path: str) -> str:
-        """Return the name of a file for messages."""
-
-    def records(self) -> list[str]:
-        """Return the paths of all megatron-core RECORD files at the root."""
-
-    def find(self, module: str) -> Source | None:
-        """Return the module's source, or None."""
-
-
-class Folder:
-    """A folder that holds `megatron/`."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.label = root, str(root)
+    def __init__(self, path: Path) -> None:
+        self.label = str(path)
+        try:
+            self.root: Path | zipfile.Path = path if path.is_dir() else zipfile.Path(path)
+        except zipfile.BadZipFile as error:
+            raise _unusable(path, f"it is not a wheel file: {error}") from error
 
     def read(self, path: str) -> bytes | None:
         """Return the bytes of a file, or None if there is none."""
@@ -55,48 +47,17 @@ class Folder:
 
     def records(self) -> list[str]:
         """Return the paths of all megatron-core RECORD files at the root."""
-        return [str(p.relative_to(self.root)) for p in sorted(self.root.glob("megatron_core-*.dist-info/RECORD"))]
+        paths = (f"{entry.name}/RECORD" for entry in self.root.iterdir())
+        return sorted(path for path in paths if _DIST_INFO.fullmatch(path) and (self.root / path).is_file())
 
     def find(self, module: str) -> Source | None:
         """Return the module's source, or None."""
-        return _find(self, module)
-
-
-class WheelFile:
-    """A `.whl` file, which is read without unpacking."""
-
-    def __init__(self, path: Path) -> None:
-        self.label = str(path)
-        try:
-            self._zip = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error:
-            raise _unusable(path, f"it is not a wheel file: {error}") from error
-        self._names = set(self._zip.namelist())
-
-    def read(self, path: str) -> bytes | None:
-        """Return the bytes of a file, or None if there is none."""
-        return self._zip.read(path) if path in self._names else None
-
-    def where(self, path: str) -> str:
-        """Return the name of a file for messages."""
-        return f"{self.label}!{path}"
-
-    def records(self) -> list[str]:
-        """Return the paths of all megatron-core RECORD files at the root."""
-        return sorted(name for name in self._names if _DIST_INFO.fullmatch(name))
-
-    def find(self, module: str) -> Source | None:
-        """Return the module's source, or None."""
-        return _find(self, module)
-
-
-def _find(tree: Tree, module: str) -> Source | None:
-    stem = module.replace(".", "/")
-    for path in (f"{stem}/__init__.py", f"{stem}.py"):
-        data = tree.read(path)
-        if data is not None:
-            return Source(module, tree.where(path), data)
-    return None
+        stem = module.replace(".", "/")
+        for path in (f"{stem}/__init__.py", f"{stem}.py"):
+            data = self.read(path)
+            if data is not None:
+                return Source(module, self.where(path), data)
+        return None
 
 
 @dataclass(frozen=True)
@@ -140,17 +101,17 @@ def open_distribution(path: Path) -> Distribution:
     """
     if not path.exists():
         raise _unusable(path, "there is no such file or folder")
-    tree: Tree = Folder(path) if path.is_dir() else WheelFile(path)
+    tree = Tree(path)
     records = tree.records()
     if len(records) > 1:
-        raise _unusable(path, f"it holds more than one megatron-core: {', '.join(records)}")
+        raise _unusable(path, f"it contains more than one megatron-core: {', '.join(records)}")
     if records:
         match = _DIST_INFO.fullmatch(records[0])
         assert match is not None
         return Distribution(tree, match[1], _upstream_rows((tree.read(records[0]) or b"").decode()))
     info = tree.read("megatron/core/package_info.py")
     if info is None:
-        raise _unusable(path, "it holds neither a megatron_core-*.dist-info nor megatron/core")
+        raise _unusable(path, "it contains neither a megatron_core-*.dist-info nor megatron/core")
     numbers = dict(_VERSION.findall(info.decode()))
     return Distribution(tree, ".".join(numbers.get(k, "?") for k in ("MAJOR", "MINOR", "PATCH")), None)
 
@@ -168,13 +129,13 @@ def installed() -> Distribution:
             f"{NAME} is not installed",
             where="this Python interpreter",
             why="upstream is a pinned wheel, not part of this repository",
-            todo=f"install it: pip install {NAME}==VERSION, with the version that patches/upstream.lock names",
+            todo=f"install the version in patches/upstream.lock: pip install {NAME}==VERSION",
         ) from error
     root = Path(str(found.locate_file("")))
     record = found.read_text("RECORD")
     if record is None:
         raise _unusable(root, f"the installed {NAME} has no RECORD, so its files cannot be checked")
-    return Distribution(Folder(root), found.version, _upstream_rows(record))
+    return Distribution(Tree(root), found.version, _upstream_rows(record))
 
 
 def _upstream_rows(record: str) -> dict[str, str]:
@@ -187,8 +148,8 @@ def _upstream_rows(record: str) -> dict[str, str]:
 
 def _unusable(path: Path, why: str) -> PatchError:
     return PatchError(
-        "no upstream Megatron to read",
+        "there is no upstream Megatron to read",
         where=str(path),
         why=why,
-        todo="name a megatron_core wheel file, a folder it was unpacked or installed to, or a Megatron-LM checkout",
+        todo="give a megatron_core wheel file, a folder that it is unpacked or installed in, or a Megatron-LM checkout",
     )

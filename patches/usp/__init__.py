@@ -1,10 +1,10 @@
-"""System `usp`: attention over context-parallel ranks (Ulysses x ring) without TransformerEngine."""
+"""System `usp`: distribute attention over context-parallel ranks (Ulysses x ring) without TransformerEngine."""
 
 from patches.hooks import FORWARD_BACKWARD, INITIALIZE, RECOMPUTE, VALIDATE_ARGS
 from patches.record import Callback, Record
 
 _SPREAD = "patches.usp.conditions:spreads_attention"
-_ASKED_FOR = "patches.usp.conditions:context_parallel"
+_ASKED_FOR = "megatron.longseq.attention.arguments:wants_context"
 
 RECORDS = (
     Record(
@@ -17,10 +17,10 @@ RECORDS = (
             "megatron.core.transformer.attention:Attention.forward",
             "megatron.core.transformer.dot_product_attention:DotProductAttention.forward",
         ),
-        why="Upstream's core attention without TransformerEngine refuses context parallelism.",
+        why="Without TransformerEngine, upstream's core attention refuses context parallelism.",
         when="patches.usp.conditions:spreads_local_attention",
         test="tests/distributed/test_context.py::test_equals_upstream_in_float64",
-        remove_when="upstream's DotProductAttention serves context parallelism",
+        remove_when="upstream's DotProductAttention supports context parallelism",
     ),
     Record(
         id="usp.batch",
@@ -29,10 +29,10 @@ RECORDS = (
         target="megatron.core.utils:_get_batch_on_this_cp_rank_per_sequence_balancing",
         impl="patches.usp.batch:by_segment",
         reads=("megatron.core.utils:get_batch_on_this_cp_rank",),
-        why="With segments each of them is spread over all ranks, where upstream spreads the sequence as a whole.",
+        why="Upstream distributes a whole sequence over the ranks, but each segment has to be distributed.",
         when="patches.usp.conditions:spreads_segments",
         test="tests/distributed/test_context.py::test_segments_equal_upstream_in_float64",
-        remove_when="upstream takes the layout of a batch from its caller",
+        remove_when="upstream lets the caller pass the layout of a batch",
     ),
 )
 
@@ -41,8 +41,8 @@ CALLBACKS = (
         id="usp.arguments",
         hook=VALIDATE_ARGS,
         impl="patches.usp.arguments:with_context_plan",
-        why="--context-parallel-auto has to choose before upstream validates its flags, and what our attention cannot "
-        "serve has to be refused after it and before any process group exists.",
+        why="--context-parallel-auto sets --cp-comm-type before upstream validates its flags. Flags that our "
+        "attention does not support are refused afterwards, before any process group exists.",
         when=_ASKED_FOR,
         test="tests/unit/test_context_flags.py::test_upstreams_validation_refuses_what_context_cannot_serve",
         remove_when="upstream calls hooks before and after validating its arguments",
@@ -51,30 +51,30 @@ CALLBACKS = (
         id="usp.groups",
         hook=INITIALIZE,
         impl="patches.usp.runtime:with_context_groups",
-        why="Every rank has to make the groups of the all-to-all and of the ring at the same time, and upstream's own "
-        "hierarchical groups want einops.",
+        why="All ranks have to create the groups of the all-to-all and of the ring together. Upstream's own "
+        "hierarchical groups need einops.",
         when=_SPREAD,
         test="tests/distributed/test_context.py::test_equals_upstream_in_float64",
-        remove_when="upstream hands its groups to core attention and lets a caller add to them",
+        remove_when="upstream passes its groups to core attention and lets a caller add process groups",
     ),
     Callback(
-        id="usp.kept",
+        id="usp.recompute-cache",
         hook=RECOMPUTE,
         impl="patches.usp.runtime:with_recompute_cache",
         reads=("megatron.core.tensor_parallel.random:CheckpointFunction",),
-        why="Attention over ranks is not to run a second time where activations are computed again: its result is kept "
-        "with the function that upstream keeps for that, and goes with it.",
+        why="Recomputation would run distributed attention, with its communication, a second time. The result of the "
+        "first forward is kept until the recomputation has used it.",
         when="patches.usp.conditions:recomputes_spread_attention",
         test="tests/unit/test_attention_kept.py::test_attention_of_a_recomputed_layer_runs_once",
-        remove_when="upstream hands a recomputed function what its first forward left",
+        remove_when="upstream can pass results of the first forward to the recomputation",
     ),
     Callback(
         id="usp.loss",
         hook=FORWARD_BACKWARD,
         impl="patches.usp.loss:over_the_whole_sequence",
         reads=("megatron.core.pipeline_parallel.schedules:forward_step_calc_loss",),
-        why="Upstream divides a rank's loss by the valid tokens of its own part of the sequence, so an uneven loss "
-        "mask weighs tokens by the rank that they fall on.",
+        why="Upstream divides a rank's loss by the valid tokens of its own part of the sequence. With an uneven loss "
+        "mask, the weight of a token would depend on its rank.",
         when=_SPREAD,
         test="tests/distributed/test_context.py::test_any_mask",
         remove_when="upstream sums the number of tokens over the context-parallel ranks",

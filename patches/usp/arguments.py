@@ -1,6 +1,5 @@
-"""Callback at upstream's validation of flags: choose a layout before it, refuse what we do not serve after it."""
+"""Callback at upstream's validation of flags: choose a layout before it, refuse unsupported flags after it."""
 
-import functools
 import inspect
 from argparse import Namespace
 from collections.abc import Callable
@@ -12,15 +11,15 @@ from patches.usp.conditions import spreads_attention, spreads_local_attention
 
 
 def with_context_plan(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `validate_args`: choose for --context-parallel-auto, then refuse what is not served.
+    """Wrap `validate_args`: choose for --context-parallel-auto, then refuse unsupported flags.
 
     Raises:
-        ValueError: Flags do not go together, or heads or lengths do not fit the layout.
+        ValueError: Flags cannot be combined, or heads or lengths do not fit the layout.
     """
 
-    @functools.wraps(original)
     def validate_args(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
         from megatron.longseq.attention.plan.comm_type import choose_comm_type, comm_types, validate_comm_types
+        from megatron.longseq.pipeline.plan.from_args import segment_lengths
 
         is_chosen = args.context_parallel_auto
         if is_chosen:
@@ -33,10 +32,10 @@ def with_context_plan(original: Callable[..., Any]) -> Callable[..., Any]:
             return result
         refuse_unserved_context(args)
         _refuse_order(args)
-        types = validate_comm_types(args, _lengths(args))
+        types = validate_comm_types(args, segment_lengths(args))
         if args.rank == 0:
             for name, one in types.items():
-                keys = ", keys gathered" if one.gathers else ""
+                keys = ", all-gather of keys" if one.gathers else ""
                 chosen = ", chosen by --context-parallel-auto" if is_chosen else ""
                 print(
                     f"> attention over {one.mesh.size} context-parallel ranks ({name}): Ulysses {one.mesh.ulysses} x "
@@ -48,12 +47,6 @@ def with_context_plan(original: Callable[..., Any]) -> Callable[..., Any]:
     return validate_args
 
 
-def _lengths(args: Namespace) -> tuple[int, ...]:
-    from megatron.longseq.pipeline.plan.from_args import segment_lengths
-
-    return segment_lengths(args)
-
-
 def _refuse_ours_alone(args: Namespace) -> None:
     """Refuse flags that TransformerEngine's context parallelism does not have."""
     for flag, is_given in (
@@ -61,7 +54,7 @@ def _refuse_ours_alone(args: Namespace) -> None:
         ("--context-parallel-placement", args.context_parallel_placement != "head-first"),
     ):
         if is_given:
-            raise ValueError(f"{flag}: TransformerEngine's attention has none; give --transformer-impl local, too.")
+            raise ValueError(f"{flag}: TransformerEngine does not have this; give --transformer-impl local, too.")
 
 
 def _refuse_order(args: Namespace) -> None:
@@ -71,8 +64,8 @@ def _refuse_order(args: Namespace) -> None:
 
     if "sort_ranks" not in inspect.signature(dist.new_group).parameters:
         raise ValueError(
-            "--context-parallel-placement context-first: this PyTorch sorts the ranks of every group (new_group has no "
-            "sort_ranks); use a later one, or head-first."
+            "--context-parallel-placement context-first: this PyTorch sorts the ranks of every group (new_group has "
+            "no argument sort_ranks); install a later version, or give head-first."
         )
     if args.transformer_impl != "local" and not spreads_local_attention(args):
-        raise ValueError("--context-parallel-placement context-first: give --transformer-impl local, too.")
+        raise ValueError("--context-parallel-placement context-first needs --transformer-impl local; give both.")

@@ -1,6 +1,5 @@
 """Batches of sequences that run in segments: each segment is sharded over the context-parallel ranks."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,6 @@ _ALONG_ROWS = "attention_mask"  # [b, 1, sequence, keys]; all other tensors have
 def by_segment(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap the function behind `get_batch_on_this_cp_rank`: shard every segment as upstream shards a sequence."""
 
-    @functools.wraps(original)
     def cut_by_segment(batch: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         from megatron.training import get_args
 

@@ -7,19 +7,14 @@ from patches.conditions import no_cuda
 from patches.recompute.frozen import recomputes
 
 
-def context_parallel(args: Namespace) -> bool:
-    """Return whether there are context-parallel ranks; --context-parallel-auto also chooses for TransformerEngine."""
-    return wants_context(args)
-
-
 def spreads_local_attention(args: Namespace) -> bool:
     """Return whether ours replaces upstream's local core attention, which runs on any machine without CUDA."""
-    return context_parallel(args) and (args.transformer_impl == "local" or no_cuda(args))
+    return wants_context(args) and (args.transformer_impl == "local" or no_cuda(args))
 
 
 def spreads_segments(args: Namespace) -> bool:
     """Return whether segments are sharded over ranks; their attention is ours under any layer spec."""
-    return context_parallel(args) and args.seq1f1b_splits > 1
+    return wants_context(args) and args.seq1f1b_splits > 1
 
 
 def spreads_attention(args: Namespace) -> bool:

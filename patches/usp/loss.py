@@ -13,7 +13,6 @@ def over_the_whole_sequence(original: Callable[..., Any]) -> Callable[..., Any]:
     --calculate-per-token-loss, upstream counts tokens over all ranks itself.
     """
 
-    @functools.wraps(original)
     def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
         from megatron.training import get_args
 

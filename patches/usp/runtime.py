@@ -17,14 +17,13 @@ def current_context() -> Any:
     """
     context = session.SESSION.state.get("usp.groups")
     if context is None:
-        raise RuntimeError("context parallelism: attention is built before initialize_megatron has run")
+        raise RuntimeError("context parallelism: attention was built before initialize_megatron; call that first")
     return context
 
 
 def with_context_groups(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `initialize_megatron`: afterwards, create the process groups of the all-to-all and of the ring."""
 
-    @functools.wraps(original)
     def initialize_megatron(*args: Any, **kwargs: Any) -> Any:
         from megatron.core import parallel_state
         from megatron.training import get_args
@@ -53,7 +52,7 @@ def _open(flags: Namespace) -> Any:
 
     from megatron.longseq.attention.module import ContextParallel
     from megatron.longseq.attention.plan.comm_type import comm_types
-    from megatron.longseq.attention.runtime.comm import ProcessGroupCollectives
+    from megatron.longseq.attention.runtime.comm import GroupCollectives
     from megatron.longseq.attention.runtime.packed_documents import MaskReader
     from megatron.longseq.attention.runtime.process_groups import open_strategies, reorder_context_group
 
@@ -65,14 +64,13 @@ def _open(flags: Namespace) -> Any:
     stages = flags.pipeline_model_parallel_size * (flags.virtual_pipeline_model_parallel_size or 1)
     return ContextParallel(
         open_strategies(group, types, flags.ring_window, timeout),
-        MaskReader(ProcessGroupCollectives(group), group.rank(), needs_mask=flags.reset_attention_mask, stages=stages),
+        MaskReader(GroupCollectives(group), group.rank(), needs_mask=flags.reset_attention_mask, stages=stages),
     )
 
 
 def with_context_attention(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `LocalSpecProvider.core_attention`: layers get `LongSequenceAttention`."""
 
-    @functools.wraps(original)
     def core_attention(self: Any) -> Any:
         from megatron.longseq.attention.module import LongSequenceAttention
 
@@ -84,7 +82,6 @@ def with_context_attention(original: Callable[..., Any]) -> Callable[..., Any]:
 def with_recompute_cache(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `checkpoint(function, distribute_saved_activations, *inputs)`: the function keeps attention's results."""
 
-    @functools.wraps(original)
     def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
         return original(current_context().recompute_cache.wrap(function), *args)
 

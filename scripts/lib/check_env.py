@@ -62,12 +62,12 @@ def main() -> int:
     wrong = faults(lines)
     if not wrong:
         return 0
-    print(f"error: the environment of {sys.executable} does not fit:", file=sys.stderr)
+    print(f"error: the environment of {sys.executable} does not have the required packages:", file=sys.stderr)
     for fault in wrong:
         print(f"    {fault}", file=sys.stderr)
     quoted = " ".join(f"'{line}'" for line in lines)
     print(
-        f"  what to do: {sys.executable} -m pip install {quoted}\n  (or unset VENV: the scripts then make .venv)",
+        f"  what to do: {sys.executable} -m pip install {quoted}\n  (or unset VENV, so that the scripts create .venv)",
         file=sys.stderr,
     )
     return 1

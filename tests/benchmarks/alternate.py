@@ -55,7 +55,7 @@ class Measured:
     peak_bytes: int = 0
 
 
-class Kept:
+class SavedBytes:
     """Counts the bytes that autograd keeps for backward: storages, each once, without parameters."""
 
     def __init__(self, parameters: Iterator[torch.nn.Parameter]) -> None:
@@ -72,7 +72,7 @@ class Kept:
             yield
 
     def _pack(self, tensor: torch.Tensor) -> Any:
-        kept = _Keeper(tensor)
+        kept = _SavedTensor(tensor)
         place = tensor.untyped_storage().data_ptr()
         if place not in self.excluded:
             if self.holders.setdefault(place, 0) == 0:
@@ -90,12 +90,12 @@ class Kept:
             del self.holders[place]
 
 
-class _Keeper:
+class _SavedTensor:
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
 
 
-def stored_bytes(runner: Any, kept: Kept) -> int:
+def stored_bytes(runner: Any, kept: SavedBytes) -> int:
     """Return the bytes of segments' keys, values and their gradients that autograd does not keep as well."""
     slots = [slot for chunk in runner.chunks for slot in chunk.store._layers.values()] if runner else []
     storages = [x.untyped_storage() for slot in slots for part in (*slot.parts, *slot.grads.values()) for x in part]
@@ -144,7 +144,7 @@ class _Race:
         self.job, self.upstream = job, upstream
         self.runners: dict[int, Any] = {}
         self.results: list[Measured] = []
-        self.kept: Kept | None = None
+        self.kept: SavedBytes | None = None
 
     @property
     def turn(self) -> Measured:
@@ -172,7 +172,7 @@ class _Race:
         runner = self._runner(contestant.segments)
         with ExitStack() as stack:
             if self.job.count_bytes:
-                self.kept = Kept(parameter for chunk in model for parameter in chunk.parameters())
+                self.kept = SavedBytes(parameter for chunk in model for parameter in chunk.parameters())
                 self.kept.further = functools.partial(stored_bytes, runner, self.kept)
                 stack.enter_context(self.kept.counting())
             start = time.perf_counter()

@@ -81,7 +81,7 @@ class Measured:
 
 
 @dataclass
-class Tried:
+class TrialRun:
     """What one rank found in a short first call.
 
     Attributes:

@@ -20,7 +20,7 @@ from tests.benchmarks.attention_contest import (
     Contestant,
     Measured,
     Size,
-    Tried,
+    TrialRun,
     held,
 )
 from tests.benchmarks.attention_truth import errors, truth, whole
@@ -46,7 +46,7 @@ class Job:
     dtype: torch.dtype
 
 
-def run_on_this_rank(job: Job) -> tuple[list[Tried], list[Measured]]:
+def run_on_this_rank(job: Job) -> tuple[list[TrialRun], list[Measured]]:
     """Run all contestants, each on as many of the first ranks as it has; in a rank of the pool."""
     rank, cores = int(os.environ["RANK"]), sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})  # before gloo starts its threads, which inherit it
@@ -67,15 +67,15 @@ class _Race:
         self.groups = {ranks: _block(ranks) for ranks in sorted({one.ranks for one in everyone})}
         self.attends = {one: _attend(one, self.groups[one.ranks]) for one in everyone}
 
-    def trials(self) -> list[Tried]:
+    def trials(self) -> list[TrialRun]:
         """Run everyone once at a short length: count what is sent, find out who cannot."""
         trials = dict.fromkeys(
             (one, Size(self.job.trial, size.heads, size.dim)) for size, who, _ in self.job.sizes for one in who
         )
         return [self._trial(one, size) for one, size in trials]
 
-    def _trial(self, one: Contestant, size: Size) -> Tried:
-        tried, failure = Tried(one, size), None
+    def _trial(self, one: Contestant, size: Size) -> TrialRun:
+        tried, failure = TrialRun(one, size), None
         if self.rank < one.ranks:
             local = self._local(one, whole(size, self.job.dtype))
             try:

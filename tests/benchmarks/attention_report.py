@@ -16,7 +16,7 @@ from tests.benchmarks.attention_contest import (
     Contestant,
     Measured,
     Size,
-    Tried,
+    TrialRun,
 )
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 4e-2}
@@ -162,7 +162,7 @@ def _is_ours(row: Row, ranks: int) -> bool:
     return row.contestant.who == OURS and row.contestant.ranks == ranks
 
 
-def sent_bytes(ranks: Sequence[Sequence[Tried]]) -> dict[tuple[Contestant, Size], int]:
+def sent_bytes(ranks: Sequence[Sequence[TrialRun]]) -> dict[tuple[Contestant, Size], int]:
     """Return what all ranks together sent in the short first call; those that failed are left out."""
     total: dict[tuple[Contestant, Size], int] = defaultdict(int)
     for one in (tried for of_rank in ranks for tried in of_rank if tried.failure is None):
@@ -218,7 +218,7 @@ def summary(table: Sequence[Row], sent: dict[tuple[Contestant, Size], int], dtyp
     return {key: mean(found) for key, found in figures.items()} | {"dtype": dtype, "measured_at": measured_at}
 
 
-def text(table: Sequence[Row], tried: Sequence[Tried], sent: dict[tuple[Contestant, Size], int], dtype: str) -> str:
+def text(table: Sequence[Row], tried: Sequence[TrialRun], sent: dict[tuple[Contestant, Size], int], dtype: str) -> str:
     """Return the tables."""
     lines = []
     for size, ranks in dict.fromkeys((row.size, row.contestant.ranks) for row in table):

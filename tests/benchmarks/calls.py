@@ -23,7 +23,7 @@ _RINGS = {
 }
 
 
-class Seen:
+class SentMessages:
     """What a rank has sent, message by message or as rings send it: of n pieces all but one, twice for an all-reduce.
 
     Attributes:
@@ -65,14 +65,14 @@ class Seen:
             self.bytes[ranks] += size
             self.collectives[ranks] += 1
 
-    def __sub__(self, before: "Seen") -> "Seen":
-        rest = Seen()
+    def __sub__(self, before: "SentMessages") -> "SentMessages":
+        rest = SentMessages()
         rest.bytes, rest.collectives = self.bytes - before.bytes, self.collectives - before.collectives
         return rest
 
-    def copy(self) -> "Seen":
+    def copy(self) -> "SentMessages":
         """Return what was seen until now."""
-        return self - Seen()
+        return self - SentMessages()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"bytes": self.bytes, "collectives": self.collectives}
@@ -86,8 +86,8 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(one)
 
 
-class _Watch(TorchDispatchMode):
-    def __init__(self, seen: Seen) -> None:
+class _CallRecorder(TorchDispatchMode):
+    def __init__(self, seen: SentMessages) -> None:
         super().__init__()
         self.seen = seen
 
@@ -98,13 +98,13 @@ class _Watch(TorchDispatchMode):
 
 
 @contextmanager
-def watching() -> Iterator[Seen]:
+def watching() -> Iterator[SentMessages]:
     """See all collectives inside: of this thread, and of all that are started meanwhile."""
-    seen, run = Seen(), threading.Thread.run
+    seen, run = SentMessages(), threading.Thread.run
 
     def watched(thread: threading.Thread) -> None:
-        with _Watch(seen):
+        with _CallRecorder(seen):
             run(thread)
 
-    with mock.patch.object(threading.Thread, "run", watched), _Watch(seen):
+    with mock.patch.object(threading.Thread, "run", watched), _CallRecorder(seen):
         yield seen

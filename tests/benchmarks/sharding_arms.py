@@ -15,7 +15,7 @@ import torch
 
 from megatron.longseq.sharding.plan.collectives import CollectivesMode
 from megatron.longseq.sharding.plan.memory import Widths
-from tests.benchmarks.calls import Seen, watching
+from tests.benchmarks.calls import SentMessages, watching
 from tests.benchmarks.twonodes import Bed
 from tests.bucket_volume import Bucket, describe_buckets
 
@@ -72,7 +72,7 @@ def arms(size: int) -> tuple[Arm, ...]:
 
 
 @dataclass
-class Trained:
+class TrainingResult:
     """What one rank saw of a run.
 
     Attributes:
@@ -83,7 +83,7 @@ class Trained:
     """
 
     starts: list[float] = field(default_factory=list)
-    seen: list[Seen] = field(default_factory=list)
+    seen: list[SentMessages] = field(default_factory=list)
     buckets: list[Bucket] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
@@ -96,16 +96,16 @@ class Trained:
         """Return the seconds of every step that counts, to the next one's beginning."""
         return [after - before for before, after in zip(self.starts[WARM:-1], self.starts[WARM + 1 :], strict=True)]
 
-    def sent(self) -> list[Seen]:
+    def sent(self) -> list[SentMessages]:
         """Return what was seen in every step that counts."""
         return [after - before for before, after in zip(self.seen[WARM:-1], self.seen[WARM + 1 :], strict=True)]
 
 
-def train_on_this_rank(flags: Sequence[str]) -> Trained:
+def train_on_this_rank(flags: Sequence[str]) -> TrainingResult:
     """Train by `pretrain` with these flags, on one thread; runs in a rank of the bed."""
     torch.set_num_threads(1)
     sys.argv = ["pretrain_gpt.py", *flags]
-    found = Trained()
+    found = TrainingResult()
     with watching() as seen:
         import patches
 
@@ -119,7 +119,7 @@ def train_on_this_rank(flags: Sequence[str]) -> Trained:
     return found
 
 
-def _watched(train_step: Callable[..., Any], found: Trained, seen: Seen) -> Callable[..., Any]:
+def _watched(train_step: Callable[..., Any], found: TrainingResult, seen: SentMessages) -> Callable[..., Any]:
     def step(forward_step_func: Any, data_iterator: Any, model: Any, *args: Any, **named: Any) -> Any:
         if not found.starts:
             torch.distributed.barrier()
@@ -151,7 +151,7 @@ class Result:
 
     arm: Arm
     seconds: list[list[float]]
-    ranks: list[Trained]
+    ranks: list[TrainingResult]
 
     @property
     def rounds(self) -> list[float]:

@@ -18,7 +18,7 @@ from megatron.longseq.sharding.plan.collectives import CollectiveKind, Collectiv
 from megatron.longseq.sharding.plan.rank_groups import RankGroups
 from megatron.longseq.sharding.plan.time_model import LinkSpeeds
 from megatron.longseq.sharding.runtime.collectives import CollectiveRunner, region_of
-from megatron.longseq.sharding.runtime.comm_queue import CommQueues, Runner
+from megatron.longseq.sharding.runtime.comm_queue import CommQueues
 from megatron.longseq.sharding.runtime.gloo_ring import GlooRingRunner
 from megatron.longseq.sharding.runtime.process_groups import open_groups
 from megatron.longseq.sharding.tools.probe_links import probe
@@ -124,7 +124,7 @@ class Race:
             self.tracks.setdefault((GLOO, mode), self._track(groups, gloo, mode))
             self.tracks[RING, mode] = self._track(groups, ring, mode)
 
-    def _track(self, groups: RankGroups, runner: Runner, mode: CollectivesMode) -> Track:
+    def _track(self, groups: RankGroups, runner: CollectiveRunner, mode: CollectivesMode) -> Track:
         is_overlapped = mode is CollectivesMode.OVERLAPPED
         return Track(groups, CommQueues(runner, torch.device("cpu"), self.member, is_overlapped=is_overlapped))
 

@@ -9,7 +9,7 @@ from megatron.longseq.sharding.plan.memory import Model
 from megatron.longseq.sharding.plan.rank_groups import RankGroups
 from megatron.longseq.sharding.plan.strategy import Strategy
 from megatron.longseq.sharding.plan.time_model import ComputeTime, LinkSpeeds, TrainingJob, predict
-from tests.benchmarks.calls import Seen
+from tests.benchmarks.calls import SentMessages
 from tests.benchmarks.sharding_arms import WIDTHS, Result
 from tests.bucket_volume import bucket_volume
 
@@ -42,7 +42,7 @@ def sent_and_formula(result: Result, groups: RankGroups, microbatches: int) -> t
     return counted[0], formula
 
 
-def by_scope(seen: Seen, groups: RankGroups) -> dict[str, int]:
+def by_scope(seen: SentMessages, groups: RankGroups) -> dict[str, int]:
     """Return bytes inside nodes, between them, and over all ranks.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Runs that several files compare with, each made once: seed checkpoints and upstream's own runs."""
+"""Fixtures of runs that several files compare with: seed checkpoints and upstream's runs, once per session."""
 
 import functools
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.distributed import sharding_bed
-from tests.distributed.equality import SNAPSHOTS, Equal, Start, assert_equal
+from tests.distributed.equality import LEARNS, SNAPSHOTS, Equal, Start, assert_equal
 from tests.distributed.flags import EVALUATED, TINY, flags
 from tests.pool import RankPool
 from tests.regression.arm import Run, run_arm
@@ -54,7 +54,7 @@ def equal(ranks: RankPool, start: Start, upstream: Callable[..., Run], tell: Cal
         own: str,
         twist: str | None = None,
         theirs: str | None = None,
-        learns: float = 0.02,
+        learns: float = LEARNS,
     ) -> Run:
         run = run_arm(ranks, "O", world, start(model) + flags(own), float64=True, snapshots=SNAPSHOTS, mutant=twist)
         assert_equal(run, upstream(model, theirs or twist), name, tell, learns)
@@ -64,6 +64,6 @@ def equal(ranks: RankPool, start: Start, upstream: Callable[..., Run], tell: Cal
 
 
 @pytest.fixture(scope="session")
-def sharded_run(ranks: RankPool) -> Callable[[str], list[sharding_bed.Seen]]:
+def sharded_run(ranks: RankPool) -> Callable[[str], list[sharding_bed.RankRecord]]:
     """Return a function that trains (once per case) under a sharding strategy, and what every rank noted."""
     return functools.cache(functools.partial(sharding_bed.train, ranks))

@@ -1,4 +1,4 @@
-"""A job about attention over real groups: what torch.distributed is given, beside what lanes say that they sent."""
+"""Run attention over real process groups, and compare the calls of torch.distributed with our counters."""
 
 from contextlib import ExitStack
 from typing import Any
@@ -45,7 +45,7 @@ def given_to_torch(stack: ExitStack) -> dict[str, SentCounter]:
 
 
 def said(strategy: CPStrategy) -> dict[str, SentCounter]:
-    """What a spread's own counters say, alike."""
+    """Return our counters in the same form."""
     around = [getattr(strategy.ring, name).sent for name in CHANNELS]
     ring = SentCounter(sum(one.bytes for one in around), sum(one.messages for one in around))
     exchanged = strategy.ulysses.sent if strategy.ulysses else SentCounter()  # type: ignore[attr-defined]

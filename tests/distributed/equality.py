@@ -1,4 +1,4 @@
-"""How equal a run has to be to upstream's own, in float64: by reassociation alone."""
+"""Compare a run with upstream's in float64, where they may differ only by the order of summation."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -13,6 +13,8 @@ from tests.regression.snapshot import Snapshot
 # these models are some 1e4 terms (four layers of 700 forward, twice that backward, 1,000 tokens), and a dozen steps
 # pass changes on: 3e-11, which leaves a factor of 40 for terms that cancel. One rounding to float32 would be 6e-8.
 RELATIVE = 1e-9
+# A learning rate of 0 leaves falls of up to 1.2% between batches, for any function of the loss; training makes over 3%.
+LEARNS = 0.02
 STEPS = 3  # a first one, one on what that has updated, and after an evaluation one more
 SNAPSHOTS = (1, STEPS)
 MAIN = "optimizer.state.param."  # copies of the weights, which upstream's plain optimizer has not
@@ -30,7 +32,7 @@ class Equal(Protocol):
         own: str,
         twist: str | None = None,
         theirs: str | None = None,
-        learns: float = 0.02,
+        learns: float = LEARNS,
     ) -> Run:
         """Train, compare, and return the run.
 
@@ -41,7 +43,7 @@ class Equal(Protocol):
             own: flags of arm O alone.
             twist: what the script does differently, in both arms.
             theirs: upstream's twist, where it is another one.
-            learns: by how much the reference's loss has to fall.
+            learns: by which part of its first value the reference's loss has to fall.
         """
 
 
@@ -53,28 +55,28 @@ def worst(ours: list[Step], theirs: list[Step], name: str) -> float:
 
 
 def assert_steps_equal(ours: list[Step], theirs: list[Step]) -> float:
-    """Hold every loss and norm to 1e-9; return the largest relative difference."""
+    """Require losses and norms to agree within 1e-9. Return the largest relative difference."""
     apart = max(worst(ours, theirs, "loss"), worst(ours, theirs, "grad_norm"))
     assert apart <= RELATIVE
     return apart
 
 
-def assert_equal(run: Run, reference: Run, name: str, tell: Callable[[str], None], learns: float = 0.02) -> None:
-    """Hold losses and norms to 1e-9, every weight and optimizer state to 1e-8 of its norm.
+def assert_equal(run: Run, reference: Run, name: str, tell: Callable[[str], None], learns: float = LEARNS) -> None:
+    """Require losses and norms to agree within 1e-9, and weights and optimizer states within 1e-8 of their norms.
 
-    The reference's loss has to fall by `learns`.
+    The reference's loss has to fall by the part `learns` of its first value.
     """
     assert len(reference.curve) == STEPS
     apart = assert_steps_equal(run.curve, reference.curve)
     tensors = max(distance(run.snapshots[at], reference.snapshots[at]) for at in SNAPSHOTS)
     tell(f"float64  {name}: largest relative difference of losses and norms {apart:.1e}, of tensors {tensors:.1e}")
     assert tensors <= 10 * RELATIVE
-    assert reference.curve[-1]["loss"] < reference.curve[0]["loss"] - learns
+    assert reference.curve[-1]["loss"] < (1 - learns) * reference.curve[0]["loss"]
 
 
 def distance(ours: Snapshot, theirs: Snapshot) -> float:
     """Return the largest difference of a weight or an optimizer state, relative to its norm."""
-    assert not ours.torn
+    assert not ours.differing_copies
     mine, yours = ({name: a for name, a in one.tensors.items() if not name.startswith(MAIN)} for one in (ours, theirs))
     assert mine.keys() == yours.keys() and ours.weights and ours.first_moments
     norms = {name: float(numpy.linalg.norm(array)) for name, array in yours.items()}

@@ -1,4 +1,4 @@
-"""Scripts that freeze a part of the model in their own way, planted into both arms of a comparison."""
+"""Scripts that freeze a part of the model themselves, for both arms of a comparison."""
 
 import gc
 import re
@@ -60,7 +60,7 @@ def last_tokens() -> Iterator[Planted]:
 
 @contextmanager
 def _embedded(trained: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[Planted]:
-    """Where none of a segment's positions is trained, its embedding needs no gradient."""
+    """Train only some positions. The embedding of a segment without trained positions needs no gradient."""
     from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 
     planted = Planted()
@@ -77,7 +77,7 @@ def _embedded(trained: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[Plant
 
 @contextmanager
 def upper_half_after_wrapping() -> Iterator[Planted]:
-    """As `upper_half`, once data parallelism has wrapped the model."""
+    """Freeze as `upper_half` does, but after data parallelism has wrapped the model."""
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.utils import unwrap_model
 
@@ -93,7 +93,7 @@ def upper_half_after_wrapping() -> Iterator[Planted]:
 
 @contextmanager
 def lower_half_without_autograd() -> Iterator[Planted]:
-    """As `upper_half`, and the frozen layers run under `torch.no_grad`."""
+    """Freeze as `upper_half` does, and run the frozen layers under `torch.no_grad`."""
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     def forward(original: Any, layer: Any, *args: Any, **named: Any) -> Any:
@@ -106,7 +106,7 @@ def lower_half_without_autograd() -> Iterator[Planted]:
 
 @contextmanager
 def upper_half_and_live_bytes(notes: list[Any]) -> Iterator[None]:
-    """As `upper_half`, and note after every step the bytes of all tensors that are alive."""
+    """Freeze as `upper_half` does, and record the bytes of all live tensors after every step."""
     from megatron.training import training
 
     def train_step(original: Any, *args: Any, **named: Any) -> Any:

@@ -25,7 +25,7 @@ def raise_on(rank: int) -> None:
 
 
 def die_on(rank: int) -> None:
-    """Die without a word on one rank."""
+    """Die without an error message on one rank."""
     if int(os.environ["RANK"]) == rank:
         os.kill(os.getpid(), 9)
 

@@ -1,4 +1,4 @@
-"""Jobs about lanes over real groups: results beside plain sums, and what torch.distributed is given beside counters."""
+"""Run collectives over real process groups, and compare results with plain sums and calls with counters."""
 
 import random
 import time
@@ -47,7 +47,7 @@ class Case(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a case did on a rank."""
+    """The result of a case on one rank."""
 
     buckets: list[bytes]
     is_right: bool
@@ -194,7 +194,7 @@ def places(lists: Sequence[Sequence[int]], size: int) -> tuple[int, int, int, di
     return made.member, made.logical.rank(), groups.logical(made.member), named
 
 
-def one_stays_away() -> tuple[str, float]:
+def run_without_one_rank() -> tuple[str, float]:
     """Return what the other rank's lanes say, and after how long."""
     rank, groups = begin(), RankGroups(2, 2)
     communicators = open_groups(dist.group.WORLD, groups, timedelta(seconds=1))

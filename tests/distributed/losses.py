@@ -1,4 +1,4 @@
-"""Loss functions that are no sums over tokens, planted into both arms: see `run_arm(mutant=...)`.
+"""Loss functions that are not sums over tokens, for both arms: see `run_arm(mutant=...)`.
 
 `times` counts the calls of the loss function.
 """
@@ -46,7 +46,7 @@ def _log_of_mean(mask: Tensor, losses: Tensor) -> Tensor:
 
 
 def _neighbours(mask: Tensor, losses: Tensor) -> Tensor:
-    """Mean, and what neighbouring tokens differ by: a pair may lie on both sides of a segment's border."""
+    """Add the differences of neighbouring tokens to the mean. A pair may cross the border of two segments."""
     return losses.mean() + (losses[:, 1:] - losses[:, :-1]).square().mean()
 
 
@@ -55,7 +55,7 @@ def _maximum(mask: Tensor, losses: Tensor) -> Tensor:
 
 
 def _first_tokens(mask: Tensor, losses: Tensor) -> Tensor:
-    """No token of a short last segment adds to it."""
+    """Ignore all tokens of a short last segment."""
     return losses[:, :40].mean() ** 2
 
 
@@ -64,7 +64,7 @@ def _constant(mask: Tensor, losses: Tensor) -> Tensor:
 
 
 def _teacher_and_student(labels: Tensor, logits: Tensor) -> Tensor:
-    """Squared divergence of the logits, [micro-batch, sequence, vocabulary], from those of a teacher."""
+    """Return the squared difference of the logits, [micro-batch, sequence, vocabulary], from a teacher's."""
     generator = torch.Generator().manual_seed(3)
     noise = torch.rand(logits.shape[-1], logits.shape[-1], generator=generator, dtype=torch.float64)
     teacher = (noise + 6 * torch.eye(logits.shape[-1], dtype=torch.float64))[labels].log_softmax(-1)
@@ -91,7 +91,7 @@ def _planted(loss: Callable[[Tensor, Tensor], Tensor], per_token: bool = False) 
 
 @contextmanager
 def own_parameter() -> Iterator[Planted]:
-    """The loss function multiplies by a parameter of the model that no forward uses, and adds a norm that one uses."""
+    """Multiply the loss by a parameter that no forward uses, and add the norm of one that a forward uses."""
     from megatron.core.models.gpt.gpt_model import GPTModel
 
     models = []
@@ -129,7 +129,7 @@ def _forward_step(step: Callable[..., Any], loss: AbstractContextManager[Planted
 
 @contextmanager
 def logits() -> Iterator[Planted]:
-    """The script asks the model for logits, not for losses."""
+    """Call the model without labels, so that it returns logits instead of losses."""
     from megatron.core.utils import get_attr_wrapped_model
     from megatron.training import get_args
 
@@ -150,7 +150,7 @@ def logits() -> Iterator[Planted]:
 
 @contextmanager
 def busy_script() -> Iterator[Planted]:
-    """Between model and loss the script writes into output and batch, hooks a gradient, checks it and makes a tuple."""
+    """Write into output and batch between model and loss, add a gradient hook, check it and return a tuple."""
 
     def forward_step(original: Any, data: Any, model: torch.nn.Module) -> Any:
         output, loss = original(data, model)
@@ -172,7 +172,7 @@ def busy_script() -> Iterator[Planted]:
 
 @contextmanager
 def log_on_one_rank() -> Iterator[Planted]:
-    """The script looks at the output on the first tensor-parallel rank alone; reading a batch again is collective."""
+    """Read the output only on the first tensor-parallel rank. Reading a batch again is a collective."""
     from megatron.core import mpu
 
     def forward_step(original: Any, data: Any, model: torch.nn.Module) -> Any:
@@ -187,7 +187,7 @@ def log_on_one_rank() -> Iterator[Planted]:
 
 @contextmanager
 def second_call() -> Iterator[Planted]:
-    """The script calls the model twice in a forward step."""
+    """Call the model twice in a forward step."""
 
     def forward_step(original: Any, data: Any, model: torch.nn.Module) -> Any:
         def twice(*args: Any, **named: Any) -> Tensor:
@@ -202,7 +202,7 @@ def second_call() -> Iterator[Planted]:
 
 @contextmanager
 def pooled() -> Iterator[Planted]:
-    """The model itself takes the mean over the sequence."""
+    """Let the model itself compute the mean over the sequence."""
     from megatron.core.models.gpt.gpt_model import GPTModel
 
     def forward(original: Any, model: torch.nn.Module, *args: Any, **named: Any) -> Tensor:
@@ -214,7 +214,7 @@ def pooled() -> Iterator[Planted]:
 
 @contextmanager
 def one_step_fails() -> Iterator[Planted]:
-    """The loss function raises once, in the third micro-batch of the second step; the script then runs that step anew.
+    """Raise once in the loss function, in the third micro-batch of the second step. The script then repeats that step.
 
     It does so with further samples.
     """

@@ -1,4 +1,4 @@
-"""Jobs about messages between stages: what goes over the wire, in which order, and what a rank says that waits."""
+"""Jobs that check the messages between stages: contents, order, and the report of a rank that waits."""
 
 import os
 import time
@@ -17,7 +17,7 @@ from tests.regression.planted import Planted, wrapped
 
 @contextmanager
 def traffic(notes: Notes) -> Iterator[None]:
-    """Note per training step what was sent and received, as (peer, bytes), and what must not be called at all."""
+    """Record what each training step sends and receives, as (peer, bytes), and calls that must not happen."""
     from megatron.core import mpu
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
@@ -56,7 +56,7 @@ def traffic(notes: Notes) -> Iterator[None]:
 
 
 def exchange(stages: int, virtual: int, lengths: tuple[int, ...], microbatches: int, options: dict[str, Any]) -> int:
-    """Send through every schedule's messages numbers that say what they are of; return how many came.
+    """Send a number that identifies its message along every message of each schedule. Return how many arrived.
 
     Every rank dawdles differently, so that messages wait for receives and receives for messages. With more ranks than
     stages there are several pipelines, whose ranks take turns as upstream's do.
@@ -107,14 +107,14 @@ def exchange(stages: int, virtual: int, lengths: tuple[int, ...], microbatches: 
 
 @contextmanager
 def stalled_stage() -> Iterator[Planted]:
-    """The last stage sits on its first segment for 2.6 seconds, every other on nothing."""
+    """Delay the first segment of the last stage by 2.6 seconds."""
     with _at_forward(1, lambda: time.sleep(2.6)) as planted:
         yield planted
 
 
 @contextmanager
 def dying_stage() -> Iterator[Planted]:
-    """The last stage is killed in its fifth forward."""
+    """Kill the last stage in its fifth forward."""
     with _at_forward(5, lambda: os.kill(os.getpid(), 9)) as planted:
         yield planted
 
@@ -137,7 +137,7 @@ def _at_forward(number: int, act: Any) -> Iterator[Planted]:
         yield planted
 
 
-def train_as_a_mortal(job: Job) -> None:
+def train_with_rank_1_in_a_child(job: Job) -> None:
     """Train; on rank 1 in a child, so that its death leaves somebody who waits for what rank 0 says."""
     if os.environ["RANK"] == "0":
         train_on_this_rank(job)
@@ -152,8 +152,8 @@ def train_as_a_mortal(job: Job) -> None:
     time.sleep(40)
 
 
-def meet_a_dead_peer(first: str) -> str:
-    """Rank 1 dies once the channels are open; rank 0 then sends to it, or posts a receive; return what it is told."""
+def communicate_with_dead_peer(first: str) -> str:
+    """Kill rank 1 once the channels are open, then send or receive on rank 0. Return the error message of rank 0."""
     from megatron.longseq.pipeline.plan.generators import make
     from megatron.longseq.pipeline.plan.receives import plan_receives
     from megatron.longseq.pipeline.plan.schedule import Pipeline
@@ -188,7 +188,7 @@ def meet_a_dead_peer(first: str) -> str:
 
 
 def finish_before_the_peer_begins() -> None:
-    """Rank 0 has only sends in an evaluation, and rank 1 comes 1.7 seconds late to take them."""
+    """Run an evaluation in which rank 0 only sends and rank 1 receives 1.7 seconds late."""
     from megatron.longseq.pipeline.plan.generators import forward_only
     from megatron.longseq.pipeline.plan.receives import plan_receives
     from megatron.longseq.pipeline.plan.schedule import Pipeline
@@ -210,7 +210,7 @@ def finish_before_the_peer_begins() -> None:
 
 
 def wait_beyond_the_limit() -> str:
-    """Rank 1 sends nothing for as long as rank 0's messages may take; return what rank 0 is told."""
+    """Let rank 1 send nothing until rank 0's messages time out. Return the error message of rank 0."""
     from megatron.longseq.pipeline.plan.generators import make
     from megatron.longseq.pipeline.plan.receives import plan_receives
     from megatron.longseq.pipeline.plan.schedule import Pipeline

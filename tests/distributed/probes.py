@@ -1,4 +1,4 @@
-"""Runs through `pretrain` in which a probe notes more than `run_arm` does: probes are context managers given a list."""
+"""Runs through `pretrain` that record more than `run_arm` does. A probe is a context manager that gets a list."""
 
 import importlib
 import inspect
@@ -40,7 +40,7 @@ def _on_this_rank(arm: Arm, flags: list[str], probe: str) -> Notes:
 
 @contextmanager
 def evaluations(notes: Notes) -> Iterator[None]:
-    """Note the losses of every `evaluate`, one of which runs before the first training step."""
+    """Record the losses of every `evaluate`. One of them runs before the first training step."""
     from megatron.training import training
 
     def evaluate(original: Any, *args: Any, **named: Any) -> Any:
@@ -60,22 +60,23 @@ def evaluations(notes: Notes) -> Iterator[None]:
 
 @contextmanager
 def store_bytes(notes: Notes) -> Iterator[None]:
-    """Note after every step of ours whether it was one of evaluation, and what the chunks' stores hold."""
+    """Record after every step whether it was an evaluation, and what the KV caches of the chunks hold."""
     from megatron.longseq.pipeline.forward_backward import ForwardBackward
+    from tests.kv_bytes import held, peaks
 
     def call(original: Any, runner: Any, **named: Any) -> Any:
         result = original(runner, **named)
         stores = [chunk.store for chunk in runner.chunks]
-        totals = [(s.bytes(), s.peak_bytes) for s in stores]
+        totals = [(held(store), found.get(store, 0)) for store in stores]
         notes.append((named.get("forward_only", False), tuple(map(sum, zip(*totals, strict=True)))))
         return result
 
-    with wrapped(ForwardBackward, "__call__", call):
+    with peaks() as found, wrapped(ForwardBackward, "__call__", call):
         yield
 
 
 def _logits(data: Any, model: torch.nn.Module) -> Any:
-    """A forward step without labels, whose loss function hands the output out."""
+    """Return a forward step without labels, whose loss function returns the output."""
     tokens = next(data)["tokens"] if data is not None else None
     positions = None if tokens is None else torch.arange(tokens.shape[1]).expand_as(tokens)
 
@@ -88,7 +89,7 @@ def _logits(data: Any, model: torch.nn.Module) -> Any:
 
 @contextmanager
 def collected_logits(notes: Notes) -> Iterator[None]:
-    """Note, before the first training step, the logits that a forward-only pass without labels collects."""
+    """Record the logits that a forward-only pass without labels collects before the first training step."""
     from megatron.core import mpu
     from megatron.training import get_args, training
 
@@ -118,7 +119,7 @@ def collected_logits(notes: Notes) -> Iterator[None]:
 
 @contextmanager
 def batches(notes: Notes) -> Iterator[None]:
-    """Note how often the script reads a batch, and how often it is cut for a context-parallel rank, in the run."""
+    """Count how often the script reads a batch, and how often a batch is sharded over context-parallel ranks."""
     from megatron.core import utils
 
     from megatron.longseq import pretrain_gpt

@@ -1,4 +1,4 @@
-"""A run under a sharding strategy, through `pretrain`, with what it sends and what it holds noted step by step."""
+"""Train with a sharding strategy through `pretrain`, and record in every step what a rank sends and holds."""
 
 import importlib
 import sys
@@ -61,7 +61,7 @@ MORE = {
 
 
 @dataclass
-class Held:
+class StorageBytes:
     """Bytes of storages on a rank between two steps."""
 
     params: int = 0
@@ -71,8 +71,8 @@ class Held:
 
 
 @dataclass
-class Seen:
-    """What one rank noted.
+class RankRecord:
+    """What one rank recorded.
 
     Attributes:
         member: this rank, as the data-parallel group numbers it.
@@ -94,12 +94,12 @@ class Seen:
     all: int = 0
     microbatches: list[int] = field(default_factory=list)
     sent: list[CommVolume] = field(default_factory=list)
-    held: list[Held] = field(default_factory=list)
+    held: list[StorageBytes] = field(default_factory=list)
     units: int = 0
     gradients: int = 0
 
 
-def train(pool: RankPool, case: str, planted: str | None = None) -> list[Seen]:
+def train(pool: RankPool, case: str, planted: str | None = None) -> list[RankRecord]:
     """Train one of the cases on four ranks, `planted` being `module:function` of an error; return what each noted."""
     samples = groups_of(case).ranks  # of a step with one micro-batch
     words = flags(MODEL, BUCKETS, f"--train-samples {sum(STEPS) * samples} --paro {case[:3]}", (CASES | MORE)[case])
@@ -116,7 +116,7 @@ def groups_of(case: str) -> RankGroups:
     return RankGroups(ranks, int(own[own.index("--paro-group-size") + 1]) if "--paro-group-size" in own else ranks)
 
 
-def train_on_this_rank(words: list[str], planted: str | None = None) -> Seen:
+def train_on_this_rank(words: list[str], planted: str | None = None) -> RankRecord:
     """Runs in a rank of the pool."""
     import patches
 
@@ -126,7 +126,7 @@ def train_on_this_rank(words: list[str], planted: str | None = None) -> Seen:
 
     from megatron.longseq.pretrain_gpt import main
 
-    seen = Seen()
+    seen = RankRecord()
     with ExitStack() as stack:
         if planted:
             module, name = planted.split(":")
@@ -137,7 +137,7 @@ def train_on_this_rank(words: list[str], planted: str | None = None) -> Seen:
     return seen
 
 
-def _noting(seen: Seen) -> Callable[..., Any]:
+def _noting(seen: RankRecord) -> Callable[..., Any]:
     def step(original: Any, forward_step: Any, data: Any, model: Any, optimizer: Any, *rest: Any, **named: Any) -> Any:
         from megatron.core.num_microbatches_calculator import get_num_microbatches
 
@@ -157,7 +157,7 @@ def _noting(seen: Seen) -> Callable[..., Any]:
     return step
 
 
-def _introduce(seen: Seen, model: list[Any]) -> None:
+def _introduce(seen: RankRecord, model: list[Any]) -> None:
     from megatron.training import get_args
 
     from megatron.longseq.sharding.plan.from_args import widths
@@ -182,9 +182,9 @@ def stores_of(chunk: Any) -> list[Any]:
     )
 
 
-def _held(model: list[Any], optimizer: Any) -> Held:
+def _held(model: list[Any], optimizer: Any) -> StorageBytes:
     """Sum the sizes of storages, each counted once."""
-    held, known = Held(), set()
+    held, known = StorageBytes(), set()
 
     def count(kind: str, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -215,8 +215,8 @@ def _held(model: list[Any], optimizer: Any) -> Held:
 
 
 @contextmanager
-def _watching(seen: Seen, model: list[Any]) -> Iterator[None]:
-    """Note how many units and buckets are whole at once."""
+def _watching(seen: RankRecord, model: list[Any]) -> Iterator[None]:
+    """Record how many units and buckets are unsharded at the same time."""
     from megatron.longseq.sharding.runtime.bucket_storage import FullBucket
 
     kinds: dict[int, tuple[str, str]] = {}

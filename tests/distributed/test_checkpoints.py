@@ -18,13 +18,13 @@ TP = "--tensor-model-parallel-size 2"
 PP = "--pipeline-model-parallel-size 2"
 DISTRIBUTED_OPTIMIZER = "--use-distributed-optimizer"
 RESHARDABLE = "--dist-ckpt-optim-fully-reshardable"
-HALF, WHOLE = 3, 6
-STEPS = f"{TINY} --train-iters {WHOLE} --save-interval {HALF}"
+HALF, WHOLE = 2, 4
+STEPS = f"{TINY} --global-batch-size 4 --train-iters {WHOLE} --save-interval {HALF}"
 
 
 @dataclass(frozen=True)
 class Halves:
-    """What a resumed run is compared with, and what it starts from.
+    """The uninterrupted run to compare with, and the checkpoint to start from.
 
     Attributes:
         undisturbed: trained without a break.
@@ -50,7 +50,7 @@ def halves(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
 
 def resume(ranks: RankPool, stopped: Path, folder: Path, layout: str, world: int = 2) -> Run:
-    """Go on from where a run stopped, in the same layout or in another."""
+    """Resume a run in the same layout or in another one."""
     return run_arm(ranks, "O", world, [*flags(STEPS, layout), "--load", str(stopped)], folder, float64=True)
 
 
@@ -122,7 +122,7 @@ def test_checkpoint_loads_into_another_layout(
 
 @pytest.mark.slow  # as test_sharding_refused_checkpoints.py has it for ours
 def test_bound_optimizer_state_is_refused_in_another_layout(ranks: RankPool, halves: Callable[[str], Halves]) -> None:
-    """What upstream cannot: optimizer state bound to one layout (`dp_reshardable`) goes into no other."""
+    """Upstream cannot load optimizer states of format `dp_reshardable` into another layout."""
     stopped = halves(DISTRIBUTED_OPTIMIZER).stopped
     with pytest.raises(RankFailure, match="reshardable"):
         run_arm(ranks, "O", 2, [*flags(STEPS, DISTRIBUTED_OPTIMIZER, PP), "--load", str(stopped)], float64=True)

@@ -112,7 +112,7 @@ def test_any_mask(equal: Equal, twist: str, name: str) -> None:
 
 
 def test_a_loss_of_ones_own_tokens_is_another(ranks: RankPool, start: Start, upstream: Callable[..., Run]) -> None:
-    """Without the record each rank divides by the valid tokens of its own part: the report is right, gradients not."""
+    """Without the record each rank divides by its own valid tokens: the reported loss is right, gradients are not."""
     twist = "tests.distributed.twists:empty_ranks"
     run = run_arm(
         ranks, "O", 2, start("") + flags(CP2), float64=True, snapshots=SNAPSHOTS, mutant=f"{twist}_without_the_record"

@@ -1,11 +1,11 @@
-"""Attention over real groups of ranks: right, and as many bytes and messages as the formulas say."""
+"""Attention over real process groups is correct and sends the bytes and messages of the formulas."""
 
-from megatron.longseq.attention.plan.comm_volume import Volume, all_gather, all_to_all, ring
+from megatron.longseq.attention.plan.comm_volume import Volume, all_to_all, ring
 from megatron.longseq.attention.plan.layout import Mesh
 from megatron.longseq.distributed import SentCounter
 from tests.distributed.context_bed import attend
 from tests.pool import RankPool
-from tests.unit.context_run import Problem
+from tests.unit.context_run import Problem, all_gather
 
 SEGMENTS = (32, 16, 16)
 

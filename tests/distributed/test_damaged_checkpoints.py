@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be loaded: every failure names the file or the setting, and what helps; none has status 0."""
+"""If a checkpoint cannot be loaded, the message names the file or setting and what to do; the status is not 0."""
 
 import re
 import shutil
@@ -122,7 +122,7 @@ def saved_by_torch(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def _fails(ranks: RankPool, words: list[str], said: str) -> None:
-    """One rank fails, with a message and not by a status of 0."""
+    """A failure on one rank gives a message and a status other than 0."""
     with pytest.raises(RankFailure) as failure:
         run_arm(ranks, "O", 1, words)
     last = str(failure.value).split("--- end of its output")[0]

@@ -1,4 +1,4 @@
-"""Data workers end with their run: no step keeps the data iterator, and an iterator that is kept does not keep them."""
+"""Data workers end with their run, even if something still has a reference to the data iterator."""
 
 import atexit
 import gc
@@ -51,7 +51,7 @@ def test_nothing_holds_the_data_iterators_after_training(ranks: RankPool, ranks_
 
 
 def exit_with_kept_iterators(kind: str) -> int:
-    """End a rank of which something keeps the iterators, as Python ends it; return how many workers are left."""
+    """Exit a rank while its iterators are still referenced. Return how many workers are left."""
     from megatron.training import global_vars
     from megatron.training.dist_signal_handler import DistributedSignalHandler
 

@@ -1,4 +1,4 @@
-"""Evaluation with another micro-batch size and number of micro-batches than training, in every layout of a batch."""
+"""Evaluation may use a different micro-batch size and number of micro-batches from training, in every layout."""
 
 import functools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Scripts that freeze a part of the model themselves: trained as upstream trains it, and nothing is kept for ever."""
+"""Scripts that freeze a part of the model themselves train as with upstream, and leak no memory."""
 
 import pytest
 
@@ -66,7 +66,7 @@ def test_frozen_layers_equal_upstream_in_float64(equal: Equal, case: str) -> Non
     ],
 )
 def test_nothing_is_left_of_a_step(ranks: RankPool, world: int, own: str) -> None:
-    """Evaluations in between, too. Two results of 64 tokens would be 32 KiB and more in every micro-batch."""
+    """Evaluations run in between. A leak of two results of 64 tokens would be at least 32 KiB per micro-batch."""
     line = flags(TINY, EVALUATED, "--train-iters 6", own)
     for notes in run_probed(ranks, "O", world, line, PLACE + "upper_half_and_live_bytes"):
         assert len(notes) == 6

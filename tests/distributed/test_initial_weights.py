@@ -1,4 +1,4 @@
-"""Weights that are drawn without a checkpoint, on one rank and on several."""
+"""Compare the weights that are drawn without a checkpoint on one rank and on several."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ Weights = dict[str, tuple[numpy.ndarray, bool]]  # name -> weight, whether tenso
 
 @contextmanager
 def drawn(notes: Notes) -> Iterator[None]:
-    """Note the parameters before the first step, and leave out the training."""
+    """Record the parameters before the first step, and skip the training."""
     from megatron.training import training
 
     def train(original: Any, forward_step: Any, model: list[torch.nn.Module], *rest: Any, **named: Any) -> Any:
@@ -53,7 +53,7 @@ SLOW = ("", TP2, "--expert-model-parallel-size 2", "--micro-batch-size 2", f"{CP
 
 @pytest.mark.parametrize("own", [*QUICK, *(pytest.param(own, marks=pytest.mark.slow) for own in SLOW)])
 def test_initial_weights_are_those_of_one_rank(weights: Callable[[int, str], list[Weights]], own: str) -> None:
-    """But for parts of tensor-parallel weights and for spread experts, which upstream draws per rank on any device."""
+    """Exclude tensor-parallel weights and distributed experts, which upstream draws per rank on any device."""
     (one,) = weights(1, "")
     for mine in weights(2, own):
         compared = [
@@ -67,7 +67,7 @@ def test_initial_weights_are_those_of_one_rank(weights: Callable[[int, str], lis
 
 @pytest.mark.slow
 def test_initial_weights_of_the_first_stage_are_those_of_one_rank(weights: Callable[[int, str], list[Weights]]) -> None:
-    """Upstream seeds every other stage anew, on any device."""
+    """Upstream uses a new seed for every other stage, on any device."""
     (one,), (first, second) = weights(1, ""), weights(2, PP2)
     assert all(numpy.array_equal(array, one[name][0]) for name, (array, _) in first.items())
     router = "module.decoder.layers.0.mlp.router.weight"

@@ -51,7 +51,7 @@ QUICK_NOISY = [("PP 2", "bf16")]  # float32: single-precision.toml
 
 
 def in_float64() -> Iterator[Any]:
-    """Every layout untied, and tied where it touches the embeddings (recomputation does not)."""
+    """Return every layout with untied embeddings, and with tied ones unless it only recomputes."""
     for model in ("", TIED):
         for layout in LAYOUTS:
             name = f"{layout}-{'tied' if model else 'untied'}"

@@ -23,7 +23,7 @@ TRIPLETS = ("NNN", "NNI", "NNG", "NII", "NIG", "NGG", "III", "IIG", "ING", "IGG"
 
 
 def paro(triplet: str) -> str:
-    """A triplet with groups of two ranks, where it has groups."""
+    """Return the flags of a triplet, with groups of two ranks if it has groups."""
     return f"--paro {triplet} {PAIRS if 'I' in triplet else FLAT}"
 
 
@@ -67,7 +67,7 @@ def figures(line: str) -> Iterator[tuple[str, float]]:
 
 
 def printed(pool: RankPool, world: int) -> list[dict[str, float]]:
-    """What the last rank printed of every step, and of every evaluation."""
+    """Return the log lines of every step and evaluation, which the last rank prints."""
     text = (pool.logs / f"job{pool.jobs:03d}-rank{world - 1}.log").read_text()
     steps = [dict(figures(match[2])) for match in STEP.finditer(text)]
     return steps + [dict(figures(match[1])) for match in HELD_OUT.finditer(text)]
@@ -122,5 +122,5 @@ GRADIENTS = ("grad norm", "num zeros", "lm loss PPL")
 
 
 def unprinted(own: str) -> set[str]:
-    """Where parameters are sharded, no rank holds whole ones, and --log-params-norm is refused."""
+    """With sharded parameters, --log-params-norm is refused, because no rank has unsharded parameters."""
     return {"params norm"} if "--paro I" in own or "--paro G" in own else set()

@@ -1,4 +1,4 @@
-"""Attention masks that a script makes itself: read from every batch, whichever flags are given.
+"""Attention masks that a script creates are read from every batch, with any flags.
 
 The reference is upstream's own run on one rank with the same script.
 """
@@ -49,7 +49,7 @@ def test_documents_of_every_batch(equal: Equal, case: str) -> None:
         (f"{PP2} --seq1f1b-splits 2 --no-create-attention-mask-in-dataloader", "micro-batch 1: the script's attention"),
         pytest.param(
             f"{PP2} {VPP} {CP2}",
-            "with 4 pipeline stages (virtual ones included) those between the first and the last",
+            "with 4 pipeline stages (including virtual ones), the stages between the first and the last",
             marks=pytest.mark.slow,
         ),
     ],

@@ -1,4 +1,4 @@
-"""--train-only: what is frozen keeps its bits, and what is trained is trained as among all, in every layout."""
+"""--train-only keeps frozen parameters bitwise and trains the others as in a full training, in every layout."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -40,7 +40,7 @@ MODEL = "--clip-grad 0"  # so that a gradient alone is what it is among all
 
 
 def only(pattern: str) -> str:
-    """The flags of a model of which a part is trained."""
+    """Return the flags of a model that is trained partially."""
     return f"{MODEL} --train-only {pattern}"
 
 

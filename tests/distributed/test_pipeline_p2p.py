@@ -1,4 +1,4 @@
-"""Messages between stages: as many and as large as the plan says, in order, and nobody waits in silence."""
+"""Messages between stages have the number, sizes and order of the plan, and long waits are reported."""
 
 import re
 from collections import Counter
@@ -34,7 +34,7 @@ MICROBATCHES, TOKENS, HIDDEN, DOUBLE, INT32 = 8, 64, 64, 8, 4
 def test_messages_and_bytes_are_the_plans(
     ranks: RankPool, stages: int, virtual: int, own: str, lengths: tuple[int, ...]
 ) -> None:
-    """Over every boundary of stages go 2 * M * K messages a step: every segment's hidden states, and their gradient.
+    """Each stage boundary has 2 * M * K messages per step: the hidden states of every segment and their gradients.
 
     With segments and masks from the loader, every micro-batch's documents go ahead: an int32 per token.
     """
@@ -81,7 +81,7 @@ def test_messages_and_bytes_are_the_plans(
 def test_every_message_reaches_the_action_it_is_for(
     ranks: RankPool, world: int, stages: int, virtual: int, lengths: tuple[int, ...], options: dict[str, Any]
 ) -> None:
-    """Two training steps with an evaluation between them; the last two cases are two pipelines beside each other."""
+    """Run two training steps with an evaluation between them. The last two cases have two pipelines."""
     came = ranks.run(world, p2p_bed.exchange, stages, virtual, lengths, 6, options)
     per_pipeline = 5 * 6 * len(lengths) * (stages * virtual - 1)  # two steps there and back, one evaluation there
     assert sum(came) == per_pipeline * (world // stages)
@@ -90,7 +90,7 @@ def test_every_message_reaches_the_action_it_is_for(
 @pytest.mark.parametrize("stages", [2, 3, 5])
 @pytest.mark.parametrize("virtual", [1, 2])
 def test_between_two_ranks_a_lane_goes_one_way(stages: int, virtual: int) -> None:
-    """NCCL keeps the order of posting per communicator: a receive posted early must hold up no send."""
+    """NCCL keeps the order of posting per communicator, so a receive that is posted early must not delay a send."""
     pipeline = Pipeline(stages, 1, 1, virtual)
     names = {
         (kind, wraps): f"{kind} {wraps}"
@@ -117,12 +117,12 @@ def test_a_message_that_does_not_come_in_time_is_an_error(ranks: RankPool) -> No
 
 
 def log(ranks: RankPool, rank: int) -> str:
-    """What a rank of the last job printed."""
+    """Return what a rank of the last job printed."""
     return (ranks.logs / f"job{ranks.jobs:03d}-rank{rank}.log").read_text()
 
 
 def test_a_waiting_rank_says_for_what(ranks: RankPool) -> None:
-    """Rank 0 can run 4 segments ahead; its fifth action is the first backward, and rank 1 sleeps over its forward."""
+    """Rank 0 can run 4 segments ahead. Its fifth action is the first backward, while rank 1 sleeps in its forward."""
     own = flags(TINY, PP2, "--seq1f1b-splits 3 --pipeline-patience 1 --train-iters 1")
     run = run_arm(ranks, "O", 2, own, mutant="tests.distributed.p2p_bed:stalled_stage")
     assert run.planted == 1 and len(run.curve) == 1
@@ -143,7 +143,7 @@ def test_a_killed_peer_is_named_in_the_error(ranks: RankPool) -> None:
     own = flags(TINY, PP2, "--seq1f1b-splits 3 --train-iters 1")
     job = Job("O", tuple(own), mutant="tests.distributed.p2p_bed:dying_stage")
     with pytest.raises(RankFailure) as failure:
-        ranks.run(2, p2p_bed.train_as_a_mortal, job)
+        ranks.run(2, p2p_bed.train_with_rank_1_in_a_child, job)
     told = str(failure.value)
     assert "rank 0 raised" in told
     sentence = (
@@ -162,6 +162,6 @@ def test_a_killed_peer_is_named_in_the_error(ranks: RankPool) -> None:
     ],
 )
 def test_a_peer_that_is_gone_already_is_named_too(ranks: RankPool, first: str, where: str) -> None:
-    """The backend then fails at once, in the call that only starts the message."""
-    told, _ = ranks.run(2, p2p_bed.meet_a_dead_peer, first)
+    """The backend then fails in the call that starts the message."""
+    told, _ = ranks.run(2, p2p_bed.communicate_with_dead_peer, first)
     assert re.match(rf"BrokenMessage: rank 0 has waited \d+ s in {re.escape(where)}, and got an error instead: ", told)

@@ -1,4 +1,4 @@
-"""The pool of ranks: results in rank order, and a failure that names its rank."""
+"""The pool returns results in rank order, and its errors name the rank."""
 
 import time
 
@@ -15,12 +15,12 @@ def test_every_rank_takes_part(ranks: RankPool) -> None:
 
 def test_a_raising_rank_is_named_and_the_others_are_not_waited_for(ranks: RankPool) -> None:
     with pytest.raises(RankFailure, match=r"rank 1 raised[\s\S]*planted on rank 1"):
-        ranks.run(2, jobs.raise_on, 1, timeout=60)
+        ranks.run(2, jobs.raise_on, 1, timeout=300)
 
 
 def test_a_killed_rank_is_named(ranks: RankPool) -> None:
-    with pytest.raises(RankFailure, match="rank 1 died without a word"):
-        ranks.run(2, jobs.die_on, 1, timeout=60)
+    with pytest.raises(RankFailure, match="rank 1 died without an error message"):
+        ranks.run(2, jobs.die_on, 1, timeout=300)
 
 
 def test_a_hang_ends_at_the_limit(ranks: RankPool) -> None:

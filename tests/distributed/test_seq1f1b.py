@@ -55,7 +55,7 @@ CASES = {
     "documents, four stages": (4, DOCUMENTS, f"{PP4} --seq1f1b-splits 3"),
     "documents, V 2": (2, DOCUMENTS, f"{PP2} {VPP} --seq1f1b-splits 3"),
     "learned positions": (2, "--position-embedding-type learned_absolute", f"{PP2} --seq1f1b-splits 3"),
-    "no positions": (2, "--position-embedding-type none", f"{PP2} --seq1f1b-splits 3"),
+    "no positions": (2, "--position-embedding-type none --global-batch-size 8", f"{PP2} --seq1f1b-splits 3"),
     "rotary positions, a half, scaled": (2, "--rotary-percent 0.5 --use-rope-scaling", f"{PP2} --seq1f1b-splits 3"),
     "mixture of experts": (2, MOE, f"{PP2} --seq1f1b-splits 3"),
     "per-token loss": (2, "--calculate-per-token-loss", f"{PP2} --seq1f1b-splits 3"),
@@ -97,7 +97,7 @@ def test_any_mask_and_both_forms_of_loss(equal: Equal, twist: str, own: str) -> 
 
 
 def test_flag_changes_the_schedule(ranks: RankPool) -> None:
-    """Two stages, 8 micro-batches: 16 forwards of whole sequences, three times as many of three segments."""
+    """Two stages and 8 micro-batches make 16 forwards of whole sequences, and three times as many of 3 segments."""
     once = flags(TINY, PP2, "--train-iters 1")
 
     def forwards(twist: str, own: str = "--seq1f1b-splits 3") -> tuple[int, bool]:

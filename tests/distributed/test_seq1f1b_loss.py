@@ -1,4 +1,4 @@
-"""Under Seq1F1B the loss may be any function of the model's whole output: it runs once per micro-batch."""
+"""With Seq1F1B the loss may be any function of the whole output, because it runs once per micro-batch."""
 
 import re
 from collections.abc import Callable
@@ -27,8 +27,8 @@ SLOW: list[Case] = [
     (4, "squared_mean", "", f"{PP2} {CP2} {K2}", 2),
     (1, "squared_mean", "", K2, 1),
     (2, "neighbours", "", f"{PP2} {K3}", 1),
-    (1, "maximum", "", K3, 1),
-    (2, "maximum", "", f"{PP2} {VPP} {K2}", 1),
+    (1, "maximum", "--global-batch-size 8", K3, 1),
+    (2, "maximum", "--global-batch-size 8", f"{PP2} {VPP} {K2}", 1),
     (2, "neighbours", "", f"{PP2} {VPP} {FULL} {K2}", 1),
     (1, "logits", "", K2, 1),
     (2, "logits", "", f"{PP2} {VPP} {K3}", 1),
@@ -38,8 +38,8 @@ SLOW: list[Case] = [
     (4, "squared_mean", "", f"{PP2} {TP2} --sequence-parallel {K2}", 2),
     (2, "busy_script", "", f"{PP2} {VPP} {K2}", 1),
     (2, "squared_mean_per_token", "", f"{PP2} {K2}", 1),
-    (2, "first_tokens", "", f"{PP2} {K3}", 1),
-    (1, "first_tokens", "", K3, 1),
+    (2, "first_tokens", "--global-batch-size 8", f"{PP2} {K3}", 1),
+    (1, "first_tokens", "--global-batch-size 8", K3, 1),
 ]
 
 
@@ -55,13 +55,13 @@ def test_any_function_of_the_output(equal: Equal, upstream: Callable[..., Run], 
     ("world", "own"), [(2, f"{PP2} {K3}"), pytest.param(2, f"{PP2} --zero-bubble", marks=pytest.mark.slow)]
 )
 def test_loss_that_does_not_depend_on_the_output(ranks: RankPool, start: Start, world: int, own: str) -> None:
-    """The gradients are zero then, on every stage, as upstream's are on one."""
+    """The gradients are then zero on every stage, as upstream's are on one stage."""
     run = run_arm(ranks, "O", world, start("") + flags(own), float64=True, mutant="tests.distributed.losses:constant")
     assert all(step["grad_norm"] == 0 for step in run.curve) and len(run.curve) == 3
 
 
 def test_parameters_of_the_loss_alone(ranks: RankPool) -> None:
-    """A bucket that hooks reduce in the last backward waits for the gradients that came with the loss, too."""
+    """A bucket that hooks reduce in the last backward also waits for the gradients of the loss."""
     base, place = flags(TINY, "--train-iters 3 --overlap-grad-reduce"), "tests.distributed.losses:own_parameter"
     theirs = run_arm(ranks, "U", 1, base, float64=True, mutant=place)
     ours = run_arm(ranks, "O", 1, base + flags(K3), float64=True, mutant=place)
@@ -71,8 +71,8 @@ def test_parameters_of_the_loss_alone(ranks: RankPool) -> None:
 @pytest.mark.parametrize(
     ("script", "words"),
     [
-        ("second_call", "micro-batch 0, segment 0 of 3: the script's forward step calls the model that it was given a"),
-        ("pooled", "the model returns (1,) for a segment of 37 tokens; --seq1f1b-splits puts the segments' outputs"),
+        ("second_call", "micro-batch 0, segment 0 of 3: the script's forward step calls the model twice"),
+        ("pooled", "the model returns (1,) for a segment of 37 tokens, but --seq1f1b-splits concatenates outputs"),
     ],
 )
 def test_what_segments_cannot_serve_is_refused(ranks: RankPool, script: str, words: str) -> None:
@@ -81,7 +81,7 @@ def test_what_segments_cannot_serve_is_refused(ranks: RankPool, script: str, wor
 
 
 def test_nothing_is_left_of_a_step_that_failed(ranks: RankPool) -> None:
-    """With whole sequences nothing is kept from action to action, but for deferred weight gradients."""
+    """With whole sequences nothing is kept between actions, except for deferred weight gradients."""
     base, place = flags(TINY, EVALUATED, "--zero-bubble"), "tests.distributed.losses:one_step_fails"
     whole, parts = (run_arm(ranks, "O", 1, base + flags(own), float64=True, mutant=place) for own in ("", K3))
     assert_steps_equal(parts.curve, whole.curve)

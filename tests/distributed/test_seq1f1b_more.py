@@ -1,4 +1,4 @@
-"""What surrounds training under Seq1F1B: evaluation, checkpoints, dropout, half precision, measured timelines, logits.
+"""Seq1F1B works with evaluation, checkpoints, dropout, half precision, measured timelines and collected logits.
 
 The reference is upstream's own run (arm U) on the same stages, which starts from the same weights.
 """
@@ -60,7 +60,7 @@ def test_validation_losses_are_upstreams(
 
 
 def test_evaluations_leave_memory_as_it_is(ranks: RankPool) -> None:
-    """Keys and values of one micro-batch at a time, five times over; training's buffers are not needed again."""
+    """The KV cache holds one micro-batch at a time, five times in a row. Training's buffers are not needed."""
     base = flags(TINY, PP2, K3, "--eval-iters 5 --eval-interval 2 --train-iters 2 --global-batch-size 4")
     for notes in run_probed(ranks, "O", 2, base, f"{PROBES}:store_bytes"):
         trained = [totals for evaluates, totals in notes if not evaluates]
@@ -72,7 +72,7 @@ def test_evaluations_leave_memory_as_it_is(ranks: RankPool) -> None:
 
 @pytest.mark.parametrize("layout", ["", pytest.param(VPP, marks=pytest.mark.slow)])
 def test_a_batch_is_read_and_cut_once_per_micro_batch(ranks: RankPool, layout: str) -> None:
-    """Not once per segment. Each of a batch's 3 segments is cut once for a context-parallel rank."""
+    """A batch is read once, not per segment. Each of its 3 segments is sharded once for a context-parallel rank."""
     base = flags(TINY, PP2, K3, layout, "--context-parallel-size 2 --train-iters 2 --global-batch-size 4")
     virtual = 2 if layout else 1
     for rank, (counts,) in enumerate(run_probed(ranks, "O", 4, base, f"{PROBES}:batches")):
@@ -80,7 +80,7 @@ def test_a_batch_is_read_and_cut_once_per_micro_batch(ranks: RankPool, layout: s
 
 
 def test_checkpoints_go_both_ways(ranks: RankPool, tmp_path: Path) -> None:
-    base = flags(TINY, PP2, "--save-interval 2")
+    base = flags(TINY, PP2, "--save-interval 2 --global-batch-size 4")
     theirs = run_arm(ranks, "U", 2, base, tmp_path / "U", float64=True)
     ours = run_arm(ranks, "O", 2, [*base, *flags(K3)], tmp_path / "O", float64=True)
     from_theirs, from_ours = (["--load", str(tmp_path / arm), "--ckpt-step", "2"] for arm in "UO")
@@ -99,7 +99,7 @@ def test_checkpoints_go_both_ways(ranks: RankPool, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_dropout_differs_no_more_than_other_masks_do(ranks: RankPool, tell: Callable[[str], None]) -> None:
-    """The masks of segments are others than those of whole sequences, as those of two stages are others than of one."""
+    """Dropout masks of segments differ from those of whole sequences, as those of two stages differ from one."""
     base = flags(TINY, "--hidden-dropout 0.1 --attention-dropout 0.1 --train-iters 8")
     one = run_arm(ranks, "U", 1, base, float64=True)
     two = run_arm(ranks, "U", 2, base + flags(PP2), float64=True)
@@ -113,7 +113,7 @@ def test_dropout_differs_no_more_than_other_masks_do(ranks: RankPool, tell: Call
 
 
 def gap(one: Run, other: Run) -> float:
-    """Root mean square difference of the losses."""
+    """Return the root mean square difference of the losses."""
     apart = [a["loss"] - b["loss"] for a, b in zip(one.curve, other.curve, strict=True)]
     return float(numpy.sqrt(numpy.mean(numpy.square(apart))))
 

@@ -1,4 +1,4 @@
-"""Under segments a micro-batch adds to 16-bit gradients once: their error does not grow with the number of segments."""
+"""With segments a micro-batch is added to 16-bit gradients once, so their error does not grow with the segments."""
 
 from collections.abc import Callable
 
@@ -27,16 +27,17 @@ def gradients(pool: RankPool, world: int, own: str, precision: str) -> numpy.nda
 
 
 def error(pool: RankPool, world: int, own: str) -> float:
-    """Relative error of gradients that are added up in bf16: all else is bitwise the run that adds in float32."""
+    """Return the relative error of gradients summed in bf16. All else is bitwise the run that sums in float32."""
     exact, found = (gradients(pool, world, own, precision) for precision in ("--bf16", HALF))
     return float(numpy.linalg.norm(found - exact) / numpy.linalg.norm(exact))
 
 
 # Ranks, flags of layout, flags of whole sequences and of segments
 LAYOUTS = {
-    "one stage": (1, "", "", ["--seq1f1b-splits 4", "--seq1f1b-splits 16"]),
+    "one stage": (1, "", "", ["--seq1f1b-splits 16"]),
 }
 SLOW = {
+    "one stage, few segments": (1, "", "", ["--seq1f1b-splits 4"]),
     "tied, zero bubble": (2, f"--tied {PP2}", "", ["--seq1f1b-splits 8 --zero-bubble"]),
     "DP 2, overlap": (2, OVERLAP, "", ["--seq1f1b-splits 16"]),
     "DP 2, no distributed optimizer, overlap": (2, "--overlap-grad-reduce", "", ["--seq1f1b-splits 16"]),

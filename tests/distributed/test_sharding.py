@@ -67,7 +67,7 @@ def test_equals_upstream_in_float64(equal: Equal, case: str) -> None:
 
 @pytest.mark.slow
 def test_two_runs_with_the_same_flags_have_the_same_bits(equal: Equal) -> None:
-    """Without --paro-links, too: nothing that decides the order of sums is measured in a run."""
+    """This holds without --paro-links too: no measurement determines the order of sums."""
     own = f"--paro NIG --paro-group-size 2 {ASYNC} {BUCKETS}"
     one, two = (equal("sharding, run twice", 4, "--global-batch-size 8", own) for _ in range(2))
     assert [step["loss"] for step in one.curve] == [step["loss"] for step in two.curve]

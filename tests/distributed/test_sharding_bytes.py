@@ -1,4 +1,4 @@
-"""Bytes that a run sends, counted at the collective calls, are those of the formula: all of them, in every step."""
+"""The bytes that a run sends in every step, counted at the collective calls, equal the formula."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,14 +10,14 @@ from megatron.longseq.sharding.plan.comm_volume import CommVolume
 from megatron.longseq.sharding.plan.strategy import Strategy
 from megatron.longseq.sharding.runtime.collectives import Region
 from tests.bucket_volume import bucket_volume
-from tests.distributed.sharding_bed import CASES, MORE, STEPS, Seen, groups_of, train
+from tests.distributed.sharding_bed import CASES, MORE, STEPS, RankRecord, groups_of, train
 from tests.pool import RankPool
 from tests.regression.planted import Planted, wrapped
 
 ALL = [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)]
 
 
-def formula(case: str, seen: Seen, microbatches: int) -> CommVolume:
+def formula(case: str, seen: RankRecord, microbatches: int) -> CommVolume:
     """Return what the formula says of one step of a rank."""
     groups = groups_of(case)
     is_flat = "flat" in case or 1 in (groups.count, groups.size)  # with links of one kind flat is as fast, and taken
@@ -35,7 +35,7 @@ def less(after: CommVolume, before: CommVolume) -> CommVolume:
     return after + before * -1
 
 
-def wrong(case: str, ranks: list[Seen]) -> list[str]:
+def wrong(case: str, ranks: list[RankRecord]) -> list[str]:
     """Return every difference between what was sent and the formula."""
     found = []
     for seen in ranks:
@@ -51,7 +51,7 @@ def wrong(case: str, ranks: list[Seen]) -> list[str]:
 
 @pytest.mark.parametrize("case", ALL)
 def test_bytes_sent_equal_the_formula(
-    sharded_run: Callable[[str], list[Seen]], case: str, tell: Callable[[str], None]
+    sharded_run: Callable[[str], list[RankRecord]], case: str, tell: Callable[[str], None]
 ) -> None:
     ranks = sharded_run(case)
     assert not wrong(case, ranks)
@@ -64,8 +64,8 @@ def _told(sent: CommVolume) -> str:
     return f"{sent.inside} inside, {sent.between} between, {sent.flat} flat in {sent.collectives} calls"
 
 
-def test_buckets_are_those_of_the_model(sharded_run: Callable[[str], list[Seen]]) -> None:
-    """Embedding (gathered before forward alone), layers, last norm, output layer: hidden size 32, feed-forward 64."""
+def test_buckets_are_those_of_the_model(sharded_run: Callable[[str], list[RankRecord]]) -> None:
+    """Return the units: embedding (gathered before forward only), layers, last norm, output layer."""
     layer = 32 + 32 * 3 * 32 + 32 * 32 + 32 + 3 * 64 * 32
     (seen, *_) = sharded_run("GGG, flat")
     assert [(bucket.numel, bucket.gathers) for bucket in seen.buckets] == [
@@ -77,8 +77,8 @@ def test_buckets_are_those_of_the_model(sharded_run: Callable[[str], list[Seen]]
     assert all(bucket.is_trained for bucket in seen.buckets)
 
 
-def test_frozen_layers_below_what_is_trained_are_gathered_once(sharded_run: Callable[[str], list[Seen]]) -> None:
-    """The first layer and the embedding have no backward; what is above the trained feed-forward has one."""
+def test_frozen_layers_below_what_is_trained_are_gathered_once(sharded_run: Callable[[str], list[RankRecord]]) -> None:
+    """The first layer and the embedding have no backward; layers above the trained MLP have one."""
     (seen, *_) = sharded_run("ING")
     trained = [bucket for bucket in seen.buckets if bucket.is_trained]
     frozen = [bucket for bucket in seen.buckets if not bucket.is_trained]
@@ -88,7 +88,7 @@ def test_frozen_layers_below_what_is_trained_are_gathered_once(sharded_run: Call
 
 @contextmanager
 def reduced_twice() -> Iterator[Planted]:
-    """A bucket's gradients of the second step are sent once more, to nowhere: no loss shows it."""
+    """An additional send of a bucket's gradients in the second step, which no loss shows, is detected."""
     from megatron.longseq.sharding.runtime.bucket_storage import GradStore
     from megatron.longseq.sharding.runtime.state import ShardingState
 

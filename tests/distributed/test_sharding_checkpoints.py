@@ -1,4 +1,4 @@
-"""Checkpoints of all sharding strategies: any other goes on from what one saves, as upstream would without a break.
+"""A checkpoint of any sharding strategy resumes under any other, as upstream would without an interruption.
 
 A chain of short runs, each under another strategy, number of ranks or layout, hands its checkpoint on to the next one.
 The reference is one run of upstream's on one rank.
@@ -86,9 +86,9 @@ def undisturbed(ranks: RankPool) -> Run:
 
 
 def assert_loaded(loaded: Snapshot, checkpoint: Path) -> None:
-    """Hold weights and optimizer states, right after they were loaded, to the bits that were saved."""
+    """Require that weights and optimizer states, right after loading, have the bits that were saved."""
     saved = logical_tensors(checkpoint)
-    assert loaded.tensors.keys() == saved.keys() and not loaded.torn
+    assert loaded.tensors.keys() == saved.keys() and not loaded.differing_copies
     assert any(name.startswith("optimizer.state.exp_avg_sq.") for name in saved)
     assert [name for name, array in loaded.tensors.items() if not numpy.array_equal(array, saved[name].numpy())] == []
 

@@ -1,4 +1,4 @@
-"""Lanes over gloo: every way of a collective is the plain sum, to the bit however late ranks are, and counted."""
+"""Collectives over gloo give the plain sum in every mode, bitwise even if ranks are late, and count their bytes."""
 
 from collections.abc import Callable
 from itertools import product
@@ -12,7 +12,7 @@ from megatron.longseq.sharding.plan.collectives import CollectiveKind, Collectiv
 from megatron.longseq.sharding.plan.comm_volume import volume
 from megatron.longseq.sharding.plan.rank_groups import RankGroups
 from megatron.longseq.sharding.plan.time_model import LinkSpeed
-from tests.distributed.lanes_bed import Case, Result, collect, one_stays_away, places, probed, probed_flag
+from tests.distributed.lanes_bed import Case, Result, collect, places, probed, probed_flag, run_without_one_rank
 from tests.pool import RankPool
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -94,7 +94,7 @@ def test_every_data_parallel_group_has_its_own_in_logical_order(
 
 
 def test_a_rank_that_stays_away_is_an_error_in_time(ranks: RankPool) -> None:
-    (said, seconds), _ = ranks.run(2, one_stays_away)
+    (said, seconds), _ = ranks.run(2, run_without_one_rank)
     assert said.startswith("rank 0: reduce-scatter inside of bucket 5 of gradients failed: RuntimeError")
     assert seconds > 0.9
 

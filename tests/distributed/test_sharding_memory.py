@@ -1,4 +1,4 @@
-"""What a rank holds between steps is what the formula says, and whole buckets come and go."""
+"""The memory of a rank between steps equals the formula, and full buckets are freed."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ import pytest
 from megatron.longseq.sharding.plan.memory import Model, memory
 from megatron.longseq.sharding.plan.strategy import Level, Strategy
 from megatron.longseq.sharding.runtime.bucket_storage import IN_FLIGHT
-from tests.distributed.sharding_bed import CASES, MORE, STEPS, Seen, groups_of
+from tests.distributed.sharding_bed import CASES, MORE, STEPS, RankRecord, groups_of
 
 ALL = [
     pytest.param(case, marks=[pytest.mark.slow] * (case in MORE))
@@ -18,7 +18,7 @@ ALL = [
 
 @pytest.mark.parametrize("case", ALL)
 def test_a_rank_holds_what_the_formula_says(
-    sharded_run: Callable[[str], list[Seen]], case: str, tell: Callable[[str], None]
+    sharded_run: Callable[[str], list[RankRecord]], case: str, tell: Callable[[str], None]
 ) -> None:
     strategy, groups, ranks = Strategy.parse(case[:3]), groups_of(case), sharded_run(case)
     for seen in ranks:
@@ -43,14 +43,14 @@ def test_a_rank_holds_what_the_formula_says(
 
 
 @pytest.mark.parametrize("case", ALL)
-def test_few_buckets_are_whole_at_once(sharded_run: Callable[[str], list[Seen]], case: str) -> None:
+def test_few_buckets_are_whole_at_once(sharded_run: Callable[[str], list[RankRecord]], case: str) -> None:
     strategy = Strategy.parse(case[:3])
     for seen in sharded_run(case):
         assert seen.units == (2 if strategy.params > Level.NONE else 0)  # the one in use, and the one that comes
         assert seen.gradients == (gradients(case, seen) if strategy.grads > Level.NONE else 0)
 
 
-def gradients(case: str, seen: Seen) -> int:
+def gradients(case: str, seen: RankRecord) -> int:
     """Return how many buckets of gradients are whole: the one that fills, and those that are sent as they are."""
     if "flat" in case or seen.widths.grad_wire != seen.widths.grad:
         return 1

@@ -1,4 +1,4 @@
-"""Sharded runs that train a part of the parameters, against upstream's own on one rank with the same ones frozen."""
+"""Sharded runs that train a part of the parameters equal upstream's run on one rank with the same ones frozen."""
 
 import re
 from collections.abc import Callable

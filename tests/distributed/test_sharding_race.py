@@ -1,4 +1,4 @@
-"""The race of collectives on ranks without a bed: every arm is right, and what it sends is seen at the calls."""
+"""The benchmark of collectives computes correct results, and its bytes are counted at the calls."""
 
 from collections import Counter
 
@@ -7,7 +7,7 @@ import pytest
 from megatron.longseq.sharding.plan.collectives import CollectiveKind, CollectivesMode, full_collective
 from megatron.longseq.sharding.plan.comm_volume import volume
 from megatron.longseq.sharding.plan.rank_groups import RankGroups
-from tests.benchmarks.calls import Seen, watching
+from tests.benchmarks.calls import SentMessages, watching
 from tests.benchmarks.sharding_race import GLOO, RING, Arm, Heat, race_on_this_rank
 from tests.pool import RankFailure
 
@@ -19,15 +19,15 @@ GROUPED = (Arm(GLOO, CollectivesMode.HIERARCHICAL, 1), Arm(GLOO, CollectivesMode
 RINGS = tuple(Arm(RING, mode, buckets) for mode, buckets in zip(CollectivesMode, (1, 2, 4), strict=True))
 
 
-def watched(heats: list[Heat]) -> Seen:
-    """Race in view of everyone; runs on a rank."""
+def watched(heats: list[Heat]) -> SentMessages:
+    """Run the benchmark and count its calls; runs on a rank."""
     with watching() as seen:
         race_on_this_rank(GROUPS.size, heats)
     return seen
 
 
 def out_of_order(heats: list[Heat]) -> None:
-    """Race with rings whose messages land one shard off; runs on a rank."""
+    """Run the benchmark with rings whose messages arrive one shard off; runs on a rank."""
     from megatron.longseq.sharding.runtime import gloo_ring as messages
 
     steps = messages.ring_messages
@@ -44,7 +44,7 @@ def out_of_order(heats: list[Heat]) -> None:
 
 @pytest.mark.parametrize("kind", CollectiveKind)
 def test_every_arm_is_right_and_timed_in_every_round(ranks, kind):
-    """On every rank an arm's result is compared with what it should be before it is timed."""
+    """Every rank checks the result of an arm before it times it."""
     results = ranks.run(4, race_on_this_rank, GROUPS.size, [Heat(kind, SIZE, FLAT + GROUPED + RINGS, 2)])
     for timed in results:
         assert [one.arm for one in timed] == [*FLAT, *GROUPED, *RINGS]

@@ -1,4 +1,4 @@
-"""Steps that overflow, and gradients that are no numbers: every rank sees them, whoever holds them."""
+"""All ranks skip steps that overflow or have NaN gradients, regardless of the rank that has them."""
 
 import functools
 from collections.abc import Callable
@@ -20,7 +20,7 @@ PAIRS = "--paro-group-size 2"
 HALF = (
     "--fp16 --initial-loss-scale 2097152 --hysteresis 1 --train-iters 7 --lr 1e-4 --min-lr 1e-5 --global-batch-size 4"
 )
-SPOILT = "tests.distributed.twists:nan_gradient_on_rank_one"
+NAN_GRADIENT = "tests.distributed.twists:nan_gradient_on_rank_one"
 BY_DEFAULT = ["IIG"]
 ENDED = "upstream ended with status 16"  # resume to tell a passing fault from a lasting one
 SAVED = "iter_0000004"
@@ -41,8 +41,8 @@ def upstream(ranks: RankPool) -> Callable[[str | None], Run]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_skips_the_same_steps_as_upstream(ranks: RankPool, upstream: Callable[[str | None], Run], name: str) -> None:
-    theirs = upstream(SPOILT)
-    ours = run_arm(ranks, "O", 4, flags(TINY, HALF, f"--paro {name} {PAIRS} {ASYNC}"), mutant=SPOILT)
+    theirs = upstream(NAN_GRADIENT)
+    ours = run_arm(ranks, "O", 4, flags(TINY, HALF, f"--paro {name} {PAIRS} {ASYNC}"), mutant=NAN_GRADIENT)
     assert ours.planted == theirs.planted > 0
     skipped = [step["skipped"] for step in theirs.curve]
     # The first scale overflows, a halved one does not; the fifth step is the spoilt one. When the scale is small enough
@@ -63,7 +63,7 @@ def upstreams_end(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> 
     """Return what upstream saves as it ends over a gradient that is no number."""
     folder = tmp_path_factory.mktemp("upstream")
     with pytest.raises(RankFailure, match=ENDED):
-        run_arm(ranks, "U", 4, flags(TINY, OVERLAP, "--train-iters 5"), folder, float64=True, mutant=SPOILT)
+        run_arm(ranks, "U", 4, flags(TINY, OVERLAP, "--train-iters 5"), folder, float64=True, mutant=NAN_GRADIENT)
     return logical_tensors(folder / SAVED)
 
 
@@ -71,10 +71,10 @@ def upstreams_end(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_nan_in_one_ranks_gradient_ends_the_run(
     ranks: RankPool, upstreams_end: dict[str, torch.Tensor], tmp_path: Path, name: str
 ) -> None:
-    """Upstream runs the step again on all ranks, saves what it had before it, and ends."""
+    """Upstream repeats the step on all ranks, saves the state before it, and exits."""
     with pytest.raises(RankFailure, match=ENDED):
         line = flags(TINY, f"--paro {name} {PAIRS} {ASYNC} --train-iters 5")
-        run_arm(ranks, "O", 4, line, tmp_path, float64=True, mutant=SPOILT)
+        run_arm(ranks, "O", 4, line, tmp_path, float64=True, mutant=NAN_GRADIENT)
     found = (ranks.logs / f"job{ranks.jobs:03d}-rank1.log").read_text()
     assert "found NaN in local grad norm for bucket" in found
     saved = logical_tensors(tmp_path / SAVED)
@@ -85,5 +85,5 @@ def test_nan_in_one_ranks_gradient_ends_the_run(
 @pytest.mark.slow
 def test_nan_that_is_not_looked_for_is_in_every_ranks_norm(ranks: RankPool) -> None:
     line = flags(TINY, f"--paro IIG {PAIRS} {ASYNC} --no-check-for-nan-in-loss-and-grad --train-iters 5")
-    run = run_arm(ranks, "O", 4, line, mutant=SPOILT)
+    run = run_arm(ranks, "O", 4, line, mutant=NAN_GRADIENT)
     assert [step["grad_norm"] == step["grad_norm"] for step in run.curve] == [True] * 4 + [False]

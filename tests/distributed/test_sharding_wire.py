@@ -1,4 +1,4 @@
-"""Gradients in bf16 on the wire accumulate in float32: their error does not grow with the number of micro-batches."""
+"""Gradients that are sent in bf16 accumulate in float32, so their error does not grow with the micro-batches."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""What a script may do differently, planted into both arms of a comparison: see `run_arm(mutant=...)`."""
+"""Variations of a script, for both arms of a comparison: see `run_arm(mutant=...)`."""
 
 import os
 from collections.abc import Iterator
@@ -12,23 +12,23 @@ from tests.regression.planted import Planted, wrapped
 
 @contextmanager
 def ragged_mask() -> Iterator[Planted]:
-    """Three in ten tokens do not count, nor does any of the first 40 in every second micro-batch (whole segments)."""
+    """Mask three in ten tokens, and the first 40 tokens of every second micro-batch (whole segments)."""
     with _masked(slice(40)) as planted:
         yield planted
 
 
 @contextmanager
 def empty_ranks() -> Iterator[Planted]:
-    """As `ragged_mask`; in every second micro-batch the first 4 tokens alone can count: all are on one rank."""
+    """Mask as `ragged_mask` does; in every second micro-batch only the first 4 tokens, all on one rank, can count."""
     with _masked(slice(4, None)) as planted:
         yield planted
 
 
 @contextmanager
 def empty_ranks_without_the_record() -> Iterator[Planted]:
-    """As `empty_ranks`, and the ledger has no record `usp.loss`."""
+    """Mask as `empty_ranks` does, and remove the record `usp.loss` from the ledger."""
     from patches.engine.session import SESSION
-    from patches.ledger import without
+    from tests.ledgers import without
 
     SESSION.ledger = without(SESSION.ledger, "usp.loss")
     with empty_ranks() as planted:
@@ -59,7 +59,7 @@ def _masked(silent: slice) -> Iterator[Planted]:
 
 @contextmanager
 def mean_loss() -> Iterator[Planted]:
-    """The loss function returns upstream's older pair: a mean, and a report of it.
+    """Return upstream's older pair from the loss function: a mean, and its report.
 
     The mean is a view of another tensor: right for upstream wherever it does not deallocate the loss, which is on one
     stage and with virtual stages.
@@ -80,7 +80,7 @@ def mean_loss() -> Iterator[Planted]:
 
 @contextmanager
 def counted_forwards() -> Iterator[Planted]:
-    """Nothing is changed; `times` counts the forwards of a stage's layers."""
+    """Change nothing; count the forwards of a stage's layers in `times`."""
     from megatron.core.transformer.transformer_block import TransformerBlock
 
     planted = Planted()
@@ -95,9 +95,9 @@ def counted_forwards() -> Iterator[Planted]:
 
 @contextmanager
 def counted_forwards_without_the_schedule() -> Iterator[Planted]:
-    """As `counted_forwards`, and the ledger has no record `seq1f1b.schedule`: its flags are parsed, but not served."""
+    """Count as `counted_forwards` does, without the record `seq1f1b.schedule`, so that its flags have no effect."""
     from patches.engine.session import SESSION
-    from patches.ledger import without
+    from tests.ledgers import without
 
     SESSION.ledger = without(SESSION.ledger, "seq1f1b.schedule")
     with counted_forwards() as planted:
@@ -106,26 +106,26 @@ def counted_forwards_without_the_schedule() -> Iterator[Planted]:
 
 @contextmanager
 def nan_gradient_on_rank_one() -> Iterator[Planted]:
-    """In the fifth step, one element of one gradient of rank 1 is NaN before anything is reduced."""
+    """Set one element of a gradient of rank 1 to NaN in the fifth step, before gradients are reduced."""
     from megatron.training import get_args
 
     from megatron.longseq import pretrain_gpt
 
     planted, watched = Planted(), set[int]()
 
-    def spoil(grad: torch.Tensor) -> torch.Tensor:
+    def insert_nan(grad: torch.Tensor) -> torch.Tensor:
         if get_args().curr_iteration != 4:
             return grad
         planted.times += 1
-        spoilt = grad.clone()
-        spoilt.view(-1)[-1] = torch.nan
-        return spoilt
+        with_nan = grad.clone()
+        with_nan.view(-1)[-1] = torch.nan
+        return with_nan
 
     def forward_step(original: Any, data_iterator: Any, model: Any, *rest: Any, **named: Any) -> Any:
         if torch.distributed.get_rank() == 1 and id(model) not in watched:
             watched.add(id(model))
             next(p for name, p in model.named_parameters() if name.endswith("mlp.linear_fc2.weight")).register_hook(
-                spoil
+                insert_nan
             )
         return original(data_iterator, model, *rest, **named)
 
@@ -135,7 +135,7 @@ def nan_gradient_on_rank_one() -> Iterator[Planted]:
 
 @contextmanager
 def counted_parameter_sends() -> Iterator[Planted]:
-    """Nothing is changed; `times` counts the elements of buckets whose parameters are sent after a step."""
+    """Change nothing; count the elements of buckets whose parameters are sent after a step in `times`."""
     from megatron.longseq.sharding.runtime.bucket_storage import ParamStore
 
     planted = Planted()
@@ -150,7 +150,7 @@ def counted_parameter_sends() -> Iterator[Planted]:
 
 @contextmanager
 def killed_in_the_second_save() -> Iterator[Planted]:
-    """Rank 1 dies while it writes the second checkpoint."""
+    """Kill rank 1 while it writes the second checkpoint."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     planted = Planted()
@@ -167,7 +167,7 @@ def killed_in_the_second_save() -> Iterator[Planted]:
 
 @contextmanager
 def counted_frozen_without_memory() -> Iterator[Planted]:
-    """Nothing is changed; `times` counts frozen parameters that have no memory when the optimizer begins its step.
+    """Change nothing; count frozen parameters without memory at the start of the optimizer's step in `times`.
 
     Raises:
         AssertionError: one has.
@@ -189,7 +189,7 @@ def counted_frozen_without_memory() -> Iterator[Planted]:
 
 @contextmanager
 def own_masks() -> Iterator[Planted]:
-    """The script makes attention masks itself, of another kind in every micro-batch; the first is the plain causal one.
+    """Create attention masks in the script, of a different kind in every micro-batch. The first one is plain causal.
 
     Plain, no mask at all, documents of every sequence, documents of one sequence for all, and documents written in
     place into a tensor that was handed before.
@@ -200,7 +200,7 @@ def own_masks() -> Iterator[Planted]:
 
 @contextmanager
 def masks_of_tokens() -> Iterator[Planted]:
-    """As `own_masks`, but the script has a mask on stages that have tokens alone."""
+    """Create masks as `own_masks` does, but only on stages that have tokens."""
     with _own_masks(always=False) as planted:
         yield planted
 

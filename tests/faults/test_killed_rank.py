@@ -1,4 +1,4 @@
-"""`kill -9` of one rank in mid-run: the launcher names it, nothing stays, the resumed run is the undisturbed one."""
+"""After `kill -9` of a rank, the launcher names it, no process is left, and the run resumes without a difference."""
 
 import os
 import re
@@ -77,7 +77,7 @@ def test_killed_rank_is_named_and_the_run_resumes(ranks: RankPool, tmp_path: Pat
     everyone = {p.pid for leader in ranks_of(disturbed) for p in [leader, *leader.children(recursive=True)]}
     started = time.monotonic()
     os.kill(victim.pid, signal.SIGKILL)
-    rest, _ = process.communicate(timeout=120)
+    rest, _ = process.communicate(timeout=400)
     said += rest
     tell(f"kill -9 of a rank: the launcher ended {time.monotonic() - started:.1f} s later")
     assert process.returncode != 0
@@ -88,9 +88,8 @@ def test_killed_rank_is_named_and_the_run_resumes(ranks: RankPool, tmp_path: Pat
     saved = int((disturbed / "checkpoints/latest_checkpointed_iteration.txt").read_text())
     assert saved % SAVED == 0 and 0 < saved < STEPS
 
-    resumed, _ = (process := launch(disturbed)).communicate(timeout=240)
-    assert process.returncode == 0, resumed[-3000:]
-    assert f"at iteration {saved}" in resumed
+    run_arm(ranks, "O", 2, training(disturbed))
+    assert f"at iteration {saved}" in (ranks.logs / f"job{ranks.jobs:03d}-rank0.log").read_text()
     expected, got = loss_curve.read(undisturbed / "tb").train, loss_curve.read(disturbed / "tb").train
     assert [step for step, _ in got] == list(range(1, STEPS + 1))
     assert got == expected

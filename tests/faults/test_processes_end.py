@@ -1,4 +1,4 @@
-"""However a run ends, its ranks and their data workers are gone: nothing holds them, and nothing waits for them."""
+"""However a run ends, its ranks and their data workers end too."""
 
 import os
 import re
@@ -82,7 +82,7 @@ def _launch(folder: Path, system: str, end: str, handler: bool) -> subprocess.Po
 
 
 def _wait(folder: Path, process: subprocess.Popen[bytes], said: str) -> None:
-    """Wait until the run has said something that matches; until it has ended, if it never does."""
+    """Wait until the output of the run matches, or the run has ended."""
     while process.poll() is None and not re.search(said, (folder / "log").read_text(errors="replace")):
         time.sleep(0.1)
 

@@ -39,7 +39,7 @@ RECOMPUTE = {
 
 
 @dataclass
-class Trained:
+class RunResult:
     """What one short training did.
 
     Attributes:
@@ -58,7 +58,7 @@ class Trained:
     patches: list[str] = field(default_factory=list)
 
 
-class DidNotFit(RuntimeError):
+class OutOfMemory(RuntimeError):
     """The device's memory did not suffice."""
 
 
@@ -68,27 +68,27 @@ class Bench:
     def __init__(self) -> None:
         self.pool = RankPool(Path(mkdtemp(prefix="ranks-", dir=os.environ.get(LOGS))))
 
-    def train(self, arm: Arm, *flags: str, float64: bool = False, ranks: int = 1, timeout: float = 300.0) -> Trained:
+    def train(self, arm: Arm, *flags: str, float64: bool = False, ranks: int = 1, timeout: float = 300.0) -> RunResult:
         """Train with upstream's flags and ours; return what the last pipeline stage saw.
 
         Raises:
-            DidNotFit: out of memory.
+            OutOfMemory: out of memory.
             RankFailure: anything else went wrong, or took longer than `timeout` seconds.
         """
         words = [word for text in (GPU, MODEL, *flags) for word in text.split()]
         try:
-            found: list[Trained] = self.pool.run(ranks, train_on_this_rank, arm, words, float64, timeout=timeout)
+            found: list[RunResult] = self.pool.run(ranks, train_on_this_rank, arm, words, float64, timeout=timeout)
         except RankFailure as error:
             if "OutOfMemoryError" in str(error) or "out of memory" in str(error):
-                raise DidNotFit(str(error)[-400:]) from None
+                raise OutOfMemory(str(error)[-400:]) from None
             raise
         return found[-1]
 
 
-def train_on_this_rank(arm: Arm, flags: list[str], float64: bool) -> Trained:
+def train_on_this_rank(arm: Arm, flags: list[str], float64: bool) -> RunResult:
     """Run in a rank of the pool."""
     sys.argv = ["pretrain_gpt.py", *flags]
-    trained = Trained()
+    trained = RunResult()
     with ExitStack() as stack:
         stack.enter_context(patched(arm))
         if float64:
@@ -107,7 +107,7 @@ def train_on_this_rank(arm: Arm, flags: list[str], float64: bool) -> Trained:
     return trained
 
 
-def _noting(train_step: Any, trained: Trained) -> Any:
+def _noting(train_step: Any, trained: RunResult) -> Any:
     def noted(forward_step: Any, data_iterator: Any, model: Any, optimizer: Any, *rest: Any, **named: Any) -> Any:
         torch.cuda.synchronize()
         begin = time.perf_counter()

@@ -28,7 +28,7 @@ from megatron.longseq.pipeline.plan.segment_cost import Coefficients, Sample, fi
 from megatron.longseq.pipeline.plan.simulate import Costs, simulate
 from tests.gpu.stack import Measured, Sizes, build, forget, measure, one_rank
 
-Known = dict[str, Measured]
+Measurements = dict[str, Measured]
 ROUNDING = {"bfloat16": 0.05, "float32": 1e-4}  # by how much, relatively, a gradient may differ
 USABLE = 0.9  # of the free memory: the rest is lost to fragments
 
@@ -120,9 +120,9 @@ def layers_that_fit(one: int, two: int, room: int, most: int) -> int:
     return max(1, min(most, 1 + int((USABLE * room - one) // (two - one))))
 
 
-def _measure_all(options: argparse.Namespace, layers: int) -> tuple[Known, dict[str, float], list[str]]:
+def _measure_all(options: argparse.Namespace, layers: int) -> tuple[Measurements, dict[str, float], list[str]]:
     """Measure every stack, length and cut; returns also the gradients' differences, and what did not fit."""
-    known: Known = {}
+    known: Measurements = {}
     apart: dict[str, float] = {}
     missing: list[str] = []
     for groups in options.groups:
@@ -146,7 +146,7 @@ def _measure_all(options: argparse.Namespace, layers: int) -> tuple[Known, dict[
     return known, apart, missing
 
 
-def _row(m: Measured, known: Known, apart: dict[str, float], options: argparse.Namespace) -> dict[str, Any]:
+def _row(m: Measured, known: Measurements, apart: dict[str, float], options: argparse.Namespace) -> dict[str, Any]:
     """One line of the table."""
     whole = known.get(replace(m, lengths=(m.tokens,)).name)
     layer = _layer([one for one in known.values() if (one.groups, one.tokens) == (m.groups, m.tokens)])

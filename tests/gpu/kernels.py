@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small sizes, for a CPU")
     options = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore", message=".*holds the whole score matrix")
+    warnings.filterwarnings("ignore", message=".*stores the whole score matrix")
     device, report = torch.device(options.device), Report()
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for kernel in kernels(device, dtype):
@@ -223,7 +223,7 @@ def time_all(report: Report, device: torch.device, tiny: bool) -> None:
 
     for kernel in kernels(device, torch.bfloat16):
         if kernel.name == Reference.name and not tiny:
-            continue  # it holds the whole score matrix
+            continue  # it stores the whole score matrix
 
         def ours(kernel: Kernel = kernel) -> None:
             out, lse = kernel.forward(q, k, v, scores)

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from tests.gpu.arms import RECOMPUTE, Bench, DidNotFit, Trained
+from tests.gpu.arms import RECOMPUTE, Bench, OutOfMemory, RunResult
 from tests.gpu.figures import Report
 from tests.pool import RankFailure
 
@@ -47,12 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(
-    report: Report, name: str, bench: Bench, arm: str, flags: Sequence[str], theirs: Trained | None
-) -> Trained | None:
+    report: Report, name: str, bench: Bench, arm: str, flags: Sequence[str], theirs: RunResult | None
+) -> RunResult | None:
     """Train and tell; None where it did not fit."""
     try:
         found = bench.train(arm, *flags)  # type: ignore[arg-type]
-    except DidNotFit:
+    except OutOfMemory:
         report.tell(name, did_not_fit=True)
         return None
     except RankFailure as error:

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small sizes, for a CPU")
     options = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore", message=".*holds the whole score matrix")
+    warnings.filterwarnings("ignore", message=".*stores the whole score matrix")
     device, report = torch.device(options.device), Report()
     tokens, dim = (64, 16) if options.tiny else (2048, 64)
     for dtype in (torch.float32, torch.bfloat16):

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MARK = "LONGSEQ_GPU_STEP"  # environment: says of a process which step started it
 LOGS = "LONGSEQ_GPU_LOGS"  # see arms.py
 PATIENCE = 3.0  # times its estimate a step may take
-LAST_WORDS = 5.0  # seconds that are kept to end a step and to print
+END_SECONDS = 5.0  # seconds that are kept to end a step and to print
 TAIL = 1500  # characters of a failed step's output in the result
 TORCHES = ("2.11", "2.12", "2.13")
 # A compiler may be missing, and compiling takes minutes; a name may not resolve where there is no network.
@@ -40,7 +40,7 @@ ENVIRONMENT = {
 }
 
 
-class Stopped(Exception):
+class StopSignal(Exception):
     """A signal asked for the end."""
 
 
@@ -55,7 +55,7 @@ class Runner:
 
     def left(self) -> float:
         """Return the seconds until the end."""
-        return 60 * self.options.minutes - LAST_WORDS - (time.monotonic() - self.begin)
+        return 60 * self.options.minutes - END_SECONDS - (time.monotonic() - self.begin)
 
     def run(self) -> int:
         """Run the plan; print the result."""
@@ -66,7 +66,7 @@ class Runner:
             self.result["machine"] = self.machine()
             for section in self.sections:
                 self.section(section)
-        except Stopped as end:
+        except StopSignal as end:
             self.result["stopped"] = str(end)
         return self.end()
 
@@ -193,7 +193,7 @@ print(json.dumps(found))
 
 def _stop(number: int, frame: Any) -> None:
     signal.signal(number, signal.SIG_IGN)  # once is enough
-    raise Stopped(f"signal {signal.Signals(number).name}")
+    raise StopSignal(f"signal {signal.Signals(number).name}")
 
 
 def end_all(mark: str) -> None:

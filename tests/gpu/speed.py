@@ -37,9 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for tokens in options.tokens:
             layers = options.layers or _layers(options, tokens)
             for splits in options.splits:
-                _tell(report, f"ours, {tokens} tokens, K {splits}", options, layers, tokens, splits)
+                _run_stack(report, f"ours, {tokens} tokens, K {splits}", options, layers, tokens, splits)
             fewer = layers
-            while not _tell(report, f"upstream, {tokens} tokens, {fewer} layers", options, fewer, tokens, None):
+            while not _run_stack(report, f"upstream, {tokens} tokens, {fewer} layers", options, fewer, tokens, None):
                 if fewer == 1:
                     break
                 fewer = max(1, fewer // 4)
@@ -77,7 +77,9 @@ def _layers(options: argparse.Namespace, tokens: int) -> int:
     return layers_that_fit(peaks[0], peaks[1], room, MODEL_LAYERS)
 
 
-def _tell(report: Report, name: str, options: argparse.Namespace, layers: int, tokens: int, splits: int | None) -> bool:
+def _run_stack(
+    report: Report, name: str, options: argparse.Namespace, layers: int, tokens: int, splits: int | None
+) -> bool:
     """Measure one stack and tell it; False where it did not fit."""
     sizes = _sizes(options, layers)
     try:

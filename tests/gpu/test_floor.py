@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from examples import loss_curve
-from patches import ledger
 from patches.engine import session
+from tests import ledgers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_cpu_records_are_not_wanted_where_cuda_is_available() -> None:
-    assert not session.chosen(ledger.of_systems("cpu"), None)
+    assert not session.chosen(ledgers.of_systems("cpu"), None)
 
 
 def test_quickstart_on_the_gpus(tmp_path: Path, tell: Callable[[str], None]) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from tests.gpu.arms import Bench, Trained
+from tests.gpu.arms import Bench, RunResult
 from tests.gpu.figures import Report, skip
 from tests.pool import RankFailure
 from tests.regression.compare import LOSS_TOLERANCE
@@ -88,7 +88,7 @@ def compare(report: Report, bench: Bench, system: str, kind: str, base: Sequence
         tell(report, f"{name}, {kind}", ours, apart=apart, allowed=allowed, right=right)
 
 
-def tell(report: Report, name: str, trained: Trained, **figures: object) -> None:
+def tell(report: Report, name: str, trained: RunResult, **figures: object) -> None:
     """Tell one training's losses and norms, and what follows from them."""
     report.tell(
         name,
@@ -101,11 +101,11 @@ def tell(report: Report, name: str, trained: Trained, **figures: object) -> None
     )
 
 
-def _finite(trained: Trained) -> bool:
+def _finite(trained: RunResult) -> bool:
     return all(map(math.isfinite, (*trained.losses, *trained.norms)))
 
 
-def apart_from(ours: Trained, theirs: Trained) -> dict[str, float]:
+def apart_from(ours: RunResult, theirs: RunResult) -> dict[str, float]:
     """Return the largest relative differences of loss and of gradient norm over the steps."""
     pairs = {"loss": (ours.losses, theirs.losses), "norm": (ours.norms, theirs.norms)}
     return {name: max(abs(a / b - 1) for a, b in zip(*curves, strict=True)) for name, curves in pairs.items()}
@@ -114,14 +114,14 @@ def apart_from(ours: Trained, theirs: Trained) -> dict[str, float]:
 def cannot_share(bench: Bench, device: str) -> str | None:
     """Return why two ranks cannot use one device, or None: they sent and summed something on it."""
     try:
-        found = bench.pool.run(2, meet_on_one_device, device, timeout=60)
+        found = bench.pool.run(2, communicate_on_one_device, device, timeout=60)
     except RankFailure as error:
         lines = [line for line in str(error).splitlines() if "rror" in line or "uplicate" in line]
         return f"two ranks cannot share this device: {' / '.join(lines[-2:])[:300]}"
     return None if found == [3.0, 3.0] else f"two ranks share this device and sum wrongly: {found}"
 
 
-def meet_on_one_device(device: str) -> float:
+def communicate_on_one_device(device: str) -> float:
     """Sum over two ranks, and send to the next; runs on a rank."""
     if device == "cuda":
         torch.cuda.set_device(0)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from tests.pool import RankPool
-from tests.regression.record import Food, Recorder, Step, merge
+from tests.regression.record import Batch, Recorder, Step, merge
 from tests.regression.snapshot import Part, Snapshot, assemble
 
 Arm = Literal["U", "O"]
@@ -27,7 +27,7 @@ class Run:
     Attributes:
         curve: one record per step, joined over the ranks.
         folder: folder of its checkpoints (`iter_NNNNNNN`).
-        food: the batches of every step, if requested.
+        batches: the batches of every step, if requested.
         header: versions, applied patches and their digest.
         snapshots: weights and optimizer states after the requested iterations.
         planted: how often the planted error acted, summed over all ranks.
@@ -36,7 +36,7 @@ class Run:
 
     curve: list[Step]
     folder: Path | None
-    food: list[list[Food]]
+    batches: list[list[Batch]]
     header: dict[str, Any]
     snapshots: dict[int, Snapshot]
     planted: int
@@ -56,7 +56,7 @@ class Job:
     flags: tuple[str, ...]
     float64: bool = False
     mutant: str | None = None
-    keep_food: bool = False
+    keep_batches: bool = False
     snapshots: tuple[int, ...] = ()
 
 
@@ -65,7 +65,7 @@ class Result:
     """The result of one rank, see `Run`."""
 
     steps: list[Step]
-    food: list[list[Food]]
+    batches: list[list[Batch]]
     parts: dict[int, list[Part]]
     header: dict[str, Any]
     planted: int
@@ -80,7 +80,7 @@ def run_arm(
     *,
     float64: bool = False,
     mutant: str | None = None,
-    keep_food: bool = False,
+    keep_batches: bool = False,
     snapshots: tuple[int, ...] = (),
     timeout: float = 400.0,
 ) -> Run:
@@ -94,24 +94,24 @@ def run_arm(
         folder: folder for checkpoints, which are written as `--save-interval` says and at the end. None saves nothing.
         float64: run in double precision.
         mutant: `module:function` of a planted error, which is a context manager.
-        keep_food: also return the batches.
+        keep_batches: also return the batches.
         snapshots: iterations after which weights and optimizer states are kept. The iteration of a loaded checkpoint
             gives its state as loaded.
         timeout: in seconds.
 
     Raises:
         RankFailure: a rank raised an exception, died or hung.
-        Torn: ranks disagree on a value that all must share.
+        RankDisagreement: ranks disagree on a value that all must share.
     """
     start = time.monotonic()
     if folder is not None:
         flags = [*flags, "--save", str(folder)]
-    job = Job(arm, tuple(flags), float64, mutant, keep_food, snapshots)
+    job = Job(arm, tuple(flags), float64, mutant, keep_batches, snapshots)
     results: list[Result] = pool.run(world_size, train_on_this_rank, job, timeout=timeout)
     return Run(
         curve=merge([result.steps for result in results]),
         folder=folder,
-        food=results[0].food,
+        batches=results[0].batches,
         header=results[0].header,
         snapshots={at: assemble([result.parts[at] for result in results]) for at in results[0].parts},
         planted=sum(result.planted for result in results),
@@ -123,20 +123,20 @@ def run_arm(
 def patched(arm: Arm) -> Iterator[Any]:
     """Apply the patches of an arm, and yield what was applied."""
     import patches
-    from patches import ledger
     from patches.engine import session
+    from tests import ledgers
 
     if arm == "O":
         yield patches.start()
     else:
-        floor = session.chosen(ledger.of_systems("cpu", "local"), None)
+        floor = session.chosen(ledgers.of_systems("cpu", "local"), None)
         with patches.applied(floor) as applied:
             yield applied
 
 
 def train_on_this_rank(job: Job) -> Result:
     """Train on one rank of the pool."""
-    recorder = Recorder(job.keep_food, job.snapshots)
+    recorder = Recorder(job.keep_batches, job.snapshots)
     sys.argv = ["pretrain_gpt.py", *job.flags]
     with ExitStack() as stack:
         stack.enter_context(patched(job.arm))
@@ -154,7 +154,7 @@ def train_on_this_rank(job: Job) -> Result:
         with _early_end():
             main()
         header = _header(job.arm)
-    return Result(recorder.steps, recorder.food, recorder.parts, header, planted.times if planted else 0)
+    return Result(recorder.steps, recorder.batches, recorder.parts, header, planted.times if planted else 0)
 
 
 def _mutant(place: str) -> Any:

@@ -184,8 +184,8 @@ def _same(name: str, theirs: Sequence[Step], ours: Sequence[Mapping[str, Any]]) 
 
 def _replicas(iteration: int, snapshot: Snapshot) -> Check:
     name = f"replicas at {iteration}"
-    if snapshot.torn:
-        return broken(name, f"ranks hold different copies of {', '.join(snapshot.torn)}")
+    if snapshot.differing_copies:
+        return broken(name, f"ranks hold different copies of {', '.join(snapshot.differing_copies)}")
     return Check(name, 0.0, "all ranks hold the same copies")
 
 

@@ -61,10 +61,10 @@ def judge(case: Case, trials: Sequence[Trial], steps: int, at: Sequence[int]) ->
 
 def _fit(other: Evidence, u: Evidence, steps: int, at: Sequence[int]) -> list[Check]:
     """Return the faults of a floor run: it must be complete, and use the samples and learning rates of U."""
-    return [check for check in compare(u, other, steps, at, Anything()) if not check.passed]
+    return [check for check in compare(u, other, steps, at, AcceptAll()) if not check.passed]
 
 
-class Anything:
+class AcceptAll:
     """Rules that accept any numbers and tensors, because floor runs measure how much they may differ."""
 
     def numbers(self, *args: object) -> list[Check]:

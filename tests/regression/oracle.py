@@ -116,12 +116,12 @@ def token_losses(weights: Weights, tokens: Tensor, labels: Tensor, settings: Set
     return torch.logsumexp(logits, -1) - logits.gather(-1, labels[..., None])[..., 0]
 
 
-def train(seed: Mapping[str, Tensor], food: Sequence[Any], settings: Settings) -> tuple[list[dict[str, Any]], Weights]:
+def train(seed: Mapping[str, Tensor], steps: Sequence[Any], settings: Settings) -> tuple[list[dict[str, Any]], Weights]:
     """Train on recorded batches.
 
     Args:
         seed: the initial weights.
-        food: the micro-batches of each step, with `tokens` and `labels` of shape [micro-batch, sequence].
+        steps: the micro-batches of each step, with `tokens` and `labels` of shape [micro-batch, sequence].
         settings: see Settings.
 
     Returns:
@@ -132,7 +132,7 @@ def train(seed: Mapping[str, Tensor], food: Sequence[Any], settings: Settings) -
     first = {name: torch.zeros_like(w) for name, w in weights.items()}
     second = {name: torch.zeros_like(w) for name, w in weights.items()}
     curve = []
-    for step, batches in enumerate(food):
+    for step, batches in enumerate(steps):
         total, count = 0.0, 0
         for batch in batches:
             tokens, labels = (torch.as_tensor(batch[name]).long() for name in ("tokens", "labels"))

@@ -14,23 +14,23 @@ import torch
 from tests.regression.snapshot import Array, Part, parts_of_this_rank
 
 Step = dict[str, Any]
-Food = dict[str, Array]
-FOOD = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+Batch = dict[str, Array]
+BATCH_FIELDS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 
-class Tasting:
+class BatchRecorder:
     """Wrap a data iterator and keep copies of its batches."""
 
     def __init__(self, iterable: Any) -> None:
         self.iterable = iterable
         self.batches: list[dict[str, torch.Tensor]] = []
 
-    def __iter__(self) -> "Tasting":
+    def __iter__(self) -> "BatchRecorder":
         return self
 
     def __next__(self) -> Any:
         batch = next(self.iterable)
-        self.batches.append({name: batch[name].clone() for name in FOOD if name in batch})
+        self.batches.append({name: batch[name].clone() for name in BATCH_FIELDS if name in batch})
         return batch
 
     def take(self) -> list[dict[str, torch.Tensor]]:
@@ -44,7 +44,7 @@ def sample_hashes(batches: list[dict[str, torch.Tensor]]) -> list[str]:
     hashes = []
     for batch in batches:
         for row in range(batch["tokens"].shape[0]):
-            content = b"".join(batch[name][row].to(torch.int64).numpy().tobytes() for name in FOOD[:3])
+            content = b"".join(batch[name][row].to(torch.int64).numpy().tobytes() for name in BATCH_FIELDS[:3])
             hashes.append(hashlib.sha256(content).hexdigest()[:16])
     return hashes
 
@@ -53,34 +53,34 @@ class Recorder:
     """Wrap `train_step` and append one record per call to `steps`.
 
     Args:
-        keep_food: also keep the batches, for the oracle.
+        keep_batches: also keep the batches, for the oracle.
         snapshots: iterations after which this rank's parts of weights and optimizer states are kept. That of a loaded
             checkpoint is taken before the first step.
     """
 
-    def __init__(self, keep_food: bool = False, snapshots: Collection[int] = ()) -> None:
+    def __init__(self, keep_batches: bool = False, snapshots: Collection[int] = ()) -> None:
         self.steps: list[Step] = []
-        self.food: list[list[Food]] = []
+        self.batches: list[list[Batch]] = []
         self.parts: dict[int, list[Part]] = {}
-        self.keep_food = keep_food
+        self.keep_batches = keep_batches
         self.snapshots = snapshots
-        self._tastings: dict[int, Tasting] = {}
+        self._batch_recorders: dict[int, BatchRecorder] = {}
 
     def wrap(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
         """Return a `train_step` that records every call."""
         from megatron.training import get_args
 
-        def recorded(
+        def train_and_record(
             forward_step: Any, data_iterator: Any, model: Any, optimizer: Any, *rest: Any, **named: Any
         ) -> Any:
-            tasting = self._taste(data_iterator)
+            batch_recorder = self._record_batches(data_iterator)
             iteration = get_args().curr_iteration + 1
             if not self.steps and iteration - 1 in self.snapshots:
                 self.parts[iteration - 1] = parts_of_this_rank(model, optimizer)
             learning_rate = optimizer.param_groups[0]["lr"] if optimizer.param_groups else None
             with exact_norm(optimizer) as norm:
                 result = train_step(forward_step, data_iterator, model, optimizer, *rest, **named)
-            batches = tasting.take() if tasting else []
+            batches = batch_recorder.take() if batch_recorder else []
             loss = result[0].get("lm loss")
             self.steps.append(
                 {
@@ -93,15 +93,15 @@ class Recorder:
                     "samples": sample_hashes(batches),
                 }
             )
-            if self.keep_food:
-                self.food.append([{name: batch[name].numpy() for name in FOOD[:3]} for batch in batches])
+            if self.keep_batches:
+                self.batches.append([{name: batch[name].numpy() for name in BATCH_FIELDS[:3]} for batch in batches])
             if iteration in self.snapshots:
                 self.parts[iteration] = parts_of_this_rank(model, optimizer)
             return result
 
-        return recorded
+        return train_and_record
 
-    def _taste(self, data_iterator: Any) -> Tasting | None:
+    def _record_batches(self, data_iterator: Any) -> BatchRecorder | None:
         """Wrap the data of the first model chunk on the first pipeline stage.
 
         Context-parallel ranks read the same samples, so only the first of them records.
@@ -111,11 +111,11 @@ class Recorder:
         first = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
         if first is None or mpu.get_pipeline_model_parallel_rank() != 0 or mpu.get_context_parallel_rank() != 0:
             return None
-        tasting = self._tastings.get(id(first))
-        if tasting is None:
-            tasting = self._tastings[id(first)] = Tasting(first.iterable)
-            first.iterable = tasting
-        return tasting
+        batch_recorder = self._batch_recorders.get(id(first))
+        if batch_recorder is None:
+            batch_recorder = self._batch_recorders[id(first)] = BatchRecorder(first.iterable)
+            first.iterable = batch_recorder
+        return batch_recorder
 
 
 @contextmanager
@@ -124,19 +124,19 @@ def exact_norm(optimizer: Any) -> Iterator[list[float | None]]:
     seen: list[float | None] = [None]
     step = optimizer.step
 
-    def noted() -> Any:
+    def step_and_record_norm() -> Any:
         success, norm, zeros = step()
         seen[0] = None if norm is None else float(norm)
         return success, norm, zeros
 
-    optimizer.step = noted
+    optimizer.step = step_and_record_norm
     try:
         yield seen
     finally:
         del optimizer.step
 
 
-class Torn(ValueError):
+class RankDisagreement(ValueError):
     """Ranks disagree on a value that all must share."""
 
 
@@ -144,10 +144,10 @@ def merge(ranks: list[list[Step]]) -> list[Step]:
     """Join the records of all ranks into one curve.
 
     Raises:
-        Torn: ranks disagree on a value that all must share, or on the number of steps.
+        RankDisagreement: ranks disagree on a value that all must share, or on the number of steps.
     """
     if len({len(steps) for steps in ranks}) != 1:
-        raise Torn(f"ranks made different numbers of steps: {[len(steps) for steps in ranks]}")
+        raise RankDisagreement(f"ranks made different numbers of steps: {[len(steps) for steps in ranks]}")
     return [_join([steps[index] for steps in ranks]) for index in range(len(ranks[0]))]
 
 
@@ -158,7 +158,7 @@ def _join(steps: list[Step]) -> Step:
         if name == "grad_norm" and not values and all(step["skipped"] for step in steps):
             values = {None}  # upstream computes no norm in a step that overflows
         elif len(values) != 1 and not (values and all(math.isnan(value) for value in values)):
-            raise Torn(f"step {steps[0]['iteration']}: ranks disagree on {name}: {sorted(values)}")
+            raise RankDisagreement(f"step {steps[0]['iteration']}: ranks disagree on {name}: {sorted(values)}")
         curve[name] = values.pop()
     samples = sorted(sample for step in steps for sample in step["samples"])
     curve["tokens"] = sum(step["tokens"] for step in steps)

@@ -30,7 +30,7 @@ class Snapshot:
     """Whole tensors by their names in upstream's checkpoints, and names of those whose copies differ between ranks."""
 
     tensors: dict[str, Array] = field(default_factory=dict)
-    torn: list[str] = field(default_factory=list)
+    differing_copies: list[str] = field(default_factory=list)
 
     @property
     def weights(self) -> dict[str, Array]:
@@ -117,8 +117,8 @@ def assemble(ranks: Sequence[Sequence[Part]]) -> Snapshot:
         done = covered.setdefault(part.name, numpy.zeros(part.whole, bool))
         box = tuple(slice(start, start + size) for start, size in zip(part.offset, part.data.shape, strict=True))
         differs = (tensor[box] != part.data) & ~(numpy.isnan(tensor[box]) & numpy.isnan(part.data))
-        if (done[box] & differs).any() and part.name not in snapshot.torn:
-            snapshot.torn.append(part.name)
+        if (done[box] & differs).any() and part.name not in snapshot.differing_copies:
+            snapshot.differing_copies.append(part.name)
         tensor[box], done[box] = part.data, True
     holes = [name for name, done in covered.items() if not done.all()]
     if holes:

@@ -16,7 +16,7 @@ from tests.regression.compare import Check, Evidence, agrees_with_oracle, broken
 from tests.regression.corpus import make_corpus
 from tests.regression.judge import Trial, Verdict, judge, verdict
 from tests.regression.mutants import MUTANTS
-from tests.regression.record import Torn
+from tests.regression.record import RankDisagreement
 from tests.regression.snapshot import Snapshot
 from tests.regression.tensors import logical_tensors
 from tests.regression.trainings import Trainings
@@ -94,7 +94,7 @@ class Suite:
                 run = self._train(case, replace(case.o, resume_at=None), seed, mutant=name)
                 planted += run.planted
                 trials.append(replace(trial, o=_evidence(run)))
-        except Torn as error:
+        except RankDisagreement as error:
             return Verdict(True, f"ranks agree ({error})")
         except RankFailure as error:
             return Verdict(False, f"its run crashed, which proves nothing: {error}", error=True)
@@ -116,7 +116,7 @@ class Suite:
         settings = oracle.Settings.of(self._flags(case, case.seeds[0]))
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # its tensors are too small for two threads
-        outcome.oracle, state = oracle.train(seed, u.food, settings)
+        outcome.oracle, state = oracle.train(seed, u.batches, settings)
         torch.set_num_threads(threads)
         return agrees_with_oracle(
             outcome.oracle, Snapshot({name: t.numpy() for name, t in state.items()}), _evidence(u)
@@ -137,7 +137,7 @@ class Suite:
         named: dict[str, Any] = {
             "float64": case.arithmetic == "float64",
             "mutant": f"{MUTANTS[mutant].__module__}:{mutant}" if mutant else None,
-            "keep_food": plan.world == 1,
+            "keep_batches": plan.world == 1,
             "snapshots": tuple(sorted({*EARLY, MUTANT_STEPS, case.steps})),
         }
         if plan.resume_at is None:
@@ -155,7 +155,7 @@ def _joined(first: Run, second: Run) -> Run:
     return replace(
         second,
         curve=[*first.curve, *second.curve],
-        food=[*first.food, *second.food],
+        batches=[*first.batches, *second.batches],
         snapshots=first.snapshots | second.snapshots,
         seconds=first.seconds + second.seconds,
     )

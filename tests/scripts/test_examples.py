@@ -120,7 +120,7 @@ def test_what_the_paper_does_not_have_is_refused_with_what_it_has(words: tuple[s
 def test_the_laptops_run_shows_equal_losses_and_a_picture(tmp_path: Path) -> None:
     done = example(tmp_path / "run", "--steps", "4")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "1F1B     Seq1F1B" in done.stdout and ": rounding" in done.stdout
+    assert "1F1B     Seq1F1B" in done.stdout and ", which is within rounding" in done.stdout
     assert (tmp_path / "run/timeline.png").read_bytes().startswith(b"\x89PNG")
     again = example(tmp_path / "run")
     assert again.returncode == 2 and "holds a run already" in again.stderr

@@ -11,7 +11,7 @@ from examples import loss_curve
 from examples.quickstart import show
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 24
+STEPS = 16
 
 
 def quickstart(folder: Path, steps: int = STEPS) -> subprocess.CompletedProcess[str]:
@@ -33,6 +33,7 @@ def test_quickstart_trains_resumes_and_tells(tmp_path: Path) -> None:
     assert arguments["pipeline_model_parallel_size"] == 2 and "cpu.device" in arguments["longseq_patches"]
     log = (tmp_path / "log.txt").read_text()
     assert f"at iteration {STEPS // 2}" in log and "tokens/s" in log
+    assert log.count("> patches:") == 2, "rank 0 alone reports the patches of each of the two runs"
     last = done.stdout[done.stdout.index("\nDone") :]
     assert "Where:" in last and "Try next:" in last
     shown = re.findall(r"held-out loss ([\d.]+)", done.stdout)

@@ -88,7 +88,7 @@ class Machine:
 
     def setup(self, **env: str) -> tuple[int, str, str]:
         process = self.start(**env)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
         return process.returncode, out, err
 
     def refused(self, **env: str) -> str:
@@ -201,12 +201,12 @@ def test_an_interrupted_installation_leaves_nothing(machine: Machine, signum: si
     )
     wait_until(lambda: pid_file.exists() and pid_file.read_text() != "")
     os.killpg(process.pid, signum)
-    assert process.wait(timeout=120) != 0
+    assert process.wait(timeout=300) != 0
     wait_until(lambda: not machine.venv.exists())
     wait_until(lambda: not Path("/proc", pid_file.read_text()).exists())
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"

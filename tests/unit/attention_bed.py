@@ -1,4 +1,4 @@
-"""Plain unsplit attention by autograd, and sequences run through a store segment by segment."""
+"""Compute plain attention by autograd, and run sequences through a KV cache segment by segment."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""One layer's attention on emulated context-parallel ranks, forward and backward apart, and the dense result of it."""
+"""Run one layer's attention on emulated context-parallel ranks, and compute the dense result to compare with."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron.longseq.attention.kernels.base import Kernel
 from megatron.longseq.attention.kernels.torch_cpu import CpuFlash
-from megatron.longseq.attention.plan.comm_volume import LayerShape
+from megatron.longseq.attention.plan.comm_volume import LayerShape, Volume
 from megatron.longseq.attention.plan.heads import Heads
 from megatron.longseq.attention.plan.layout import Layout, Mesh
 from megatron.longseq.attention.plan.ranges import Documents
@@ -190,3 +190,19 @@ def run(problem: Problem, **kwargs: Any) -> list[Tensor]:
 def alone(problem: Problem) -> Problem:
     """The same attention on one rank, unsegmented: one kernel call a tile."""
     return replace(problem, mesh=Mesh(1, 1), lengths=(sum(problem.lengths),), gathers=False, inner=None)
+
+
+def all_gather(layer: LayerShape, *, kept: bool) -> Volume:
+    """Return the volume of --cp-comm-type all_gather: one all-gather of keys, one reduce-scatter of gradients.
+
+    Args:
+        layer: shape of the layer.
+        kept: backward still holds the gathered keys (always so with segments); otherwise it gathers them again.
+    """
+    mesh = layer.layout.mesh
+    if mesh.ring == 1:
+        return Volume(0, 0, 0, 0)
+    elements = layer.key_elements((mesh.ring - 1) * layer.tokens)
+    messages = mesh.size * layer.segments
+    keys, again = elements * layer.item, 0 if kept else 1
+    return Volume(keys, again * keys + elements * layer.grad_item, messages, (1 + again) * messages)

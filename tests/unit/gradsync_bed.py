@@ -1,4 +1,4 @@
-"""Upstream's own schedules and ours on a model of one weight, with callbacks that write down when they are called."""
+"""Run upstream's schedules and ours on a model of one weight, with callbacks that record when they are called."""
 
 from argparse import Namespace
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Fake collectives for lanes: ranks are threads that meet, and fail where one brings something else than another."""
+"""Fake collectives: ranks are threads that wait for each other, and fail if their collectives differ."""
 
 import random
 import threading
@@ -21,7 +21,7 @@ def bucket(number: int) -> Region:
     return Region(None, torch.tensor([number]))
 
 
-class Meeting:
+class FakeRendezvous:
     """Where fake ranks meet: those of a scope's group go on when all of them are there, with the same collective."""
 
     def __init__(self, groups: RankGroups) -> None:
@@ -57,7 +57,7 @@ class Meeting:
 class Fake:
     """A runner of one rank: notes what runs, late at random, and calls what a test planted."""
 
-    def __init__(self, meeting: Meeting | None = None, member: int = 0, seed: int | None = None) -> None:
+    def __init__(self, meeting: FakeRendezvous | None = None, member: int = 0, seed: int | None = None) -> None:
         self.meeting, self.member = meeting, member
         self.delays = random.Random(seed) if seed is not None else None
         self.ran: dict[str, list[tuple[int, Collective]]] = defaultdict(list)

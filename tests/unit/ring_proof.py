@@ -1,4 +1,4 @@
-"""Plans of ring collectives and their checker: no link does two things at once, both sides agree, the result is right.
+"""Plans of ring collectives, and a checker: a link does one thing at a time, both sides agree, the result is right.
 
 Each member's shards are followed as sets of contributions: whose part of the sum, or whose shard, lies where. A set of
 members is the bits of an integer.

@@ -1,4 +1,4 @@
-"""A GPU's streams without one: each is a queue, and any order that their events allow may happen."""
+"""Emulate a GPU's streams: each is a queue, and work runs in any order that the events allow."""
 
 import random
 from collections import deque

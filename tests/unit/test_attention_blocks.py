@@ -1,4 +1,4 @@
-"""Plans of blocks: each visible score once, no other; and documents from masks."""
+"""Plans of blocks compute each visible score once and no other; documents are read from masks."""
 
 import re
 
@@ -121,18 +121,18 @@ def test_other_masks_are_refused(row: int, key: int, hide: bool) -> None:
 
 
 def test_bad_input_is_refused() -> None:
-    with pytest.raises(ValueError, match="there is none"):
+    with pytest.raises(ValueError, match="there are no queries"):
         plan_causal(TokenRange(4, 4), Mask(1), rectangular=True)
     with pytest.raises(ValueError, match="window of -1"):
         plan_causal(TokenRange(0, 4), Mask(1, -1), rectangular=True)
     documents = Documents((packed([4]),))
-    with pytest.raises(ValueError, match="documents of 1 sequences for a batch of 2"):
+    with pytest.raises(ValueError, match="1 lists of documents for a batch of 2"):
         plan_causal(TokenRange(0, 4), Mask(2, None, documents), rectangular=True)
-    with pytest.raises(ValueError, match="positions 0 to 5 are computed"):
+    with pytest.raises(ValueError, match="attention covers positions 0 to 5"):
         plan_causal(TokenRange(0, 5), Mask(1, None, documents), rectangular=True)
     with pytest.raises(ValueError, match=re.escape("(4, 6, 3) (begin, end, start) does not continue (0, 4, 0)")):
         Documents(((DocumentSpan(0, 4, 0), DocumentSpan(4, 6, 3)),))
     with pytest.raises(ValueError, match=re.escape("expected bool [b, 1, rows, keys]")):
         document_starts(torch.zeros(1, 4, 4, dtype=torch.bool))
-    with pytest.raises(ValueError, match="rows 2 to 6 has keys up to 4"):
+    with pytest.raises(ValueError, match="rows 2 to 6, but keys only up to 4"):
         document_starts(torch.zeros(1, 1, 4, 4, dtype=torch.bool), 2)

@@ -1,4 +1,4 @@
-"""The command line: the picture shows the layout and each score once; the table is the formulas; refusals are clean."""
+"""The picture shows the layout and each score once, the table contains the formulas, and bad input is refused."""
 
 import subprocess
 import sys
@@ -64,16 +64,19 @@ def test_the_documentations_picture_is_the_codes(tmp_path: Path) -> None:
     file = tmp_path / "a.svg"
     assert main(["draw", "--output", str(file)]) == 0
     kept = ROOT / "docs" / "pictures" / "usp.svg"
-    assert drawn(kept) == drawn(file), "draw it anew: python -m megatron.longseq.attention draw --output " + str(kept)
+    assert drawn(kept) == drawn(file), "draw it again: python -m megatron.longseq.attention draw --output " + str(kept)
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--output", "a.pdf"], "it is written as .svg or .png, not .pdf"),
+        (["--output", "a.pdf"], "the suffix must be .svg or .png, but it is .pdf"),
         (["--output", "missing/a.svg"], "there is no folder"),
-        (["--output", "a.svg", "--hierarchical-context-parallel-sizes", "1", "9"], "a ring of 9 ranks: 8 at most"),
-        (["--output", "a.svg", "--hierarchical-context-parallel-sizes", "0", "2"], "a mesh of 0 x 2"),
+        (
+            ["--output", "a.svg", "--hierarchical-context-parallel-sizes", "1", "9"],
+            "a ring of 9 ranks: a figure can show 8",
+        ),
+        (["--output", "a.svg", "--hierarchical-context-parallel-sizes", "0", "2"], "mesh of 0 x 2"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_and_nothing_is_written(
@@ -116,7 +119,7 @@ def test_the_tables_defaults_are_those_of_the_issue(capsys: pytest.CaptureFixtur
 
 def test_a_length_that_does_not_divide_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["table", "--seq-length", "1000"]) == 1
-    assert "give multiples of 16" in capsys.readouterr().err
+    assert "give a multiple of 16" in capsys.readouterr().err
 
 
 def test_tables_import_neither_torch_nor_upstream() -> None:

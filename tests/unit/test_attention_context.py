@@ -1,4 +1,4 @@
-"""Attention over context-parallel ranks, a thread each: equal to dense attention, repeatable, without excess memory."""
+"""Attention over context-parallel ranks (threads) equals dense attention, is reproducible and needs little memory."""
 
 import math
 import random
@@ -215,13 +215,13 @@ def test_what_does_not_fit_is_refused_before_anything_is_sent() -> None:
         with pytest.raises(ValueError, match=words):
             make_call(changed.get("q", q), changed.get("k", k), strategy, kernel, SCALE, **changed.get("more", {}))
 
-    refused("layer 0: no dropout of attention weights", Reference(0.1))
-    refused(r"queries \(16, 2, 4, 8\) and keys \(12, 2, 2, 8\) on a rank, for 64 tokens on 4 context-par", k=k[:12])
-    refused("keys .* on a rank", k=k[..., :4])
+    refused("layer 0: attention over context-parallel ranks does not support dropout", Reference(0.1))
+    refused(r"queries have shape \(16, 2, 4, 8\) and keys \(12, 2, 2, 8\), which does not fit 64 tokens on 4", k=k[:12])
+    refused("keys .* does not fit", k=k[..., :4])
     refused("segment 0 of 1 has 60 tokens", q=q[:15], k=k[:15])
     refused("Ulysses over 2 of 4 context-parallel ranks, with 3 query heads and 3", q=q[:, :, :3], k=q[:, :, :3])
-    refused("documents of 1 sequences for a batch of 2", more={"documents": Documents((packed([64]),))})
-    with pytest.raises(ValueError, match=r"layer 0: values \(16, 2, 2, 4\) beside keys"):
+    refused("1 lists of documents for a batch of 2", more={"documents": Documents((packed([64]),))})
+    with pytest.raises(ValueError, match=r"layer 0: values have shape \(16, 2, 2, 4\) and keys"):
         context_attention(q, k, v[..., :4], make_call(q, k, strategy, problem.kernel, SCALE))
     assert strategy.ulysses is not None and strategy.ring is not None
     assert strategy.ulysses.sent.messages == strategy.ring.kv.sent.messages == 0  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Key heads that several query heads share, in bfloat16: no worse than PyTorch's attention with repeated heads."""
+"""Grouped key heads in bfloat16 are as accurate as PyTorch's attention with repeated heads."""
 
 from collections.abc import Callable
 from typing import Any

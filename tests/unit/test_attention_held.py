@@ -26,7 +26,7 @@ ROWS = 32  # of a rank, in every ring
 KEY_HEADS = 2  # tell tensors of keys and of values from others
 
 
-class Held(TorchDispatchMode):
+class LiveTensors(TorchDispatchMode):
     """Tensors that were made under it and are still there: all, and those of keys, values and their gradients."""
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Held(TorchDispatchMode):
 
 
 @dataclass
-class Watched(CpuFlash):
+class OutputCountingKernel(CpuFlash):
     """A kernel that counts, on every rank, how many of its outputs are there when it is called again."""
 
     most: int = 0
@@ -94,9 +94,9 @@ def held(problem: Problem, backward: bool) -> tuple[int, int]:
     """Most bytes, and most buffers of keys, that any rank had made and held in one direction."""
     ranks = Ranks(problem, problem.inputs())
 
-    def watched(job: Any) -> list[Held]:
-        def run(rank: int) -> Held:
-            with Held() as seen:
+    def watched(job: Any) -> list[LiveTensors]:
+        def run(rank: int) -> LiveTensors:
+            with LiveTensors() as seen:
                 job(rank)
             return seen
 
@@ -126,7 +126,7 @@ def test_a_double_ring_holds_two_buffers_more(monkeypatch: pytest.MonkeyPatch, i
 
 @pytest.mark.parametrize("ranks", [2, 8])
 def test_no_steps_own_output_is_kept(ranks: int) -> None:
-    kernel = Watched()
+    kernel = OutputCountingKernel()
     problem = replace(problem_of(ranks), kernel=kernel)
     Ranks(problem, problem.inputs()).forward()
     assert kernel.most == 1  # the first step's, into which the others are merged
@@ -148,14 +148,14 @@ def test_what_came_is_unpacked_where_it_was_packed(kv: int) -> None:
     exchange = Ulysses(4, Heads(8, kv), received_rows, echo)  # type: ignore[arg-type]
     q, k, v = (torch.randn(ROWS, 1, heads, 8) for heads in (8, kv, kv))
 
-    def lie_there(*results: Tensor) -> bool:
+    def share_storage(*results: Tensor) -> bool:
         return all(result.untyped_storage().data_ptr() == echo.place for result in results)
 
     heads, keys = exchange.scatter_heads(q, k, v)
-    assert lie_there(heads, *keys) and all(x.is_contiguous() for x in (heads, *keys))
-    assert lie_there(exchange.gather_outputs(heads))
-    assert lie_there(exchange.scatter_gradient(q))
-    assert lie_there(*exchange.gather_gradients([heads, *keys]))
+    assert share_storage(heads, *keys) and all(x.is_contiguous() for x in (heads, *keys))
+    assert share_storage(exchange.gather_outputs(heads))
+    assert share_storage(exchange.scatter_gradient(q))
+    assert share_storage(*exchange.gather_gradients([heads, *keys]))
 
 
 def test_a_segments_queries_keep_nothing_else_alive() -> None:

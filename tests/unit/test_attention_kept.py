@@ -1,4 +1,4 @@
-"""What attention keeps between a forward and its repetition: it runs once, and nothing stays."""
+"""With recomputation attention runs once, and its kept results are freed."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from tests.unit.attention_bed import SCALE
 from tests.unit.context_bed import strategies
 from tests.unit.test_attention_context import Counting
 
-RECORDS = ("cpu.device", "recompute.checkpoint", "usp.kept")
+RECORDS = ("cpu.device", "recompute.checkpoint", "usp.recompute-cache")
 TOKENS, WIDTH = 37, 16  # a number of tokens that nothing else has
 
 

@@ -1,4 +1,4 @@
-"""Block kernels against attention by autograd in float64, one interface for all of them."""
+"""Block kernels, behind one interface, equal attention by autograd in float64."""
 
 import itertools
 import sys
@@ -81,11 +81,11 @@ def test_forward_and_backward_of_a_block(kernel: Kernel, heads: str, scores: Sco
     for sq, sk in SIZES:
         q, k, v, grad = tensors([(sq, 2, hq, 8), (sk, 2, hk, 8), (sk, 2, hk, 8), (sq, 2, hq, 8)], seed=sq + sk)
         if isinstance(kernel, CudaFlash) and scores.window is not None and not scores.causal and sq > sk + 1:
-            with pytest.raises(ValueError, match="flash kernels hide keys from the first rows"):
+            with pytest.raises(ValueError, match="flash kernels would mask keys of the first queries"):
                 kernel.forward(q, k, v, scores)
             continue
         if isinstance(kernel, CpuFlash) and is_rectangle(sq, sk, scores):
-            with pytest.raises(ValueError, match="PyTorch's CPU operator takes squares"):
+            with pytest.raises(ValueError, match="PyTorch's CPU kernel needs equal numbers"):
                 kernel.forward(q, k, v, scores)
             continue
         out, lse, *grads = expected(q, k, v, grad, scores)
@@ -197,14 +197,14 @@ def test_choice_says_what_and_why() -> None:
     assert taken.kernel.name == "torch CPU flash" and "not flash_attn: device cpu" in taken.why
     dropped = select_kernel(cpu, torch.float32, 64, dropout=0.1)
     assert dropped.kernel.dropout == 0.1 and "not torch CPU flash: no attention dropout" in dropped.why
-    with pytest.warns(UserWarning, match="values of 128 beside keys of 192.*slow and large"):
+    with pytest.warns(UserWarning, match="values of 128 beside keys of 192.*it is slow and stores"):
         assert select_kernel(cpu, torch.float32, 192, value_dim=128).kernel.name == "reference"
     assert select_kernel(cpu, torch.float32, 64, only="reference").kernel.name == "reference"
     with pytest.raises(
         ValueError, match="not torch CUDA flash: device cpu; the kernels are flash_attn 3, flash_attn, "
     ):
         select_kernel(cpu, torch.float32, 64, only="torch CUDA flash")
-    with pytest.raises(ValueError, match="no attention kernel is called 'fast'"):
+    with pytest.raises(ValueError, match="there is no attention kernel 'fast'"):
         select_kernel(cpu, torch.float32, 64, only="fast")
     with pytest.raises(ValueError, match="int64 tensors"):
         select_kernel(cpu, torch.int64, 64)
@@ -229,7 +229,7 @@ def test_cuda_kernels_know_their_limits(flash_attn: ModuleType, monkeypatch: pyt
     assert "older than Ampere" in str(choice._against_package(KernelRequest(**fit)))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     flash_attn._flash_attn_forward = lambda q, k, v, dropout_p, softmax_scale, causal, window_size: None  # 2.6
-    assert "version 2.7 or later is needed" in str(choice._against_package(KernelRequest(**fit)))
+    assert "install flash-attn 2.7 or later" in str(choice._against_package(KernelRequest(**fit)))
     monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
     assert choice._against_package(KernelRequest(**fit)) == "not installed"
 

@@ -1,4 +1,4 @@
-"""Who holds which tokens: upstream's chunks before the all-to-all, the ring's zigzag after it; and who shares heads."""
+"""Ranks hold upstream's chunks before the all-to-all and the ring's zigzag after it."""
 
 import re
 from itertools import pairwise, product
@@ -141,17 +141,17 @@ def test_groups_of_both_placements(mesh: Mesh) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Mesh(0, 2), "a mesh of 0 x 2 (Ulysses x ring) ranks: each needs at least 1"),
+        (lambda: Mesh(0, 2), "mesh of 0 x 2 (Ulysses x ring) ranks: both must be at least 1"),
         (lambda: Mesh(2, 2, "tail-first"), "placement 'tail-first': give head-first or context-first"),
         (lambda: Mesh(2, 2).ordered([0, 1, 2]), "needs 4 global ranks in ascending order"),
         (lambda: Mesh(2, 2).ordered([0, 2, 1, 3]), "needs 4 global ranks in ascending order"),
         (lambda: Layout(Mesh(2, 2), (16, 12)), "segment 1 of 2 has 12 tokens"),
-        (lambda: Layout(Mesh(2, 2), (16, 12)), "give multiples of 8, for instance 16"),
-        (lambda: Layout(Mesh(2, 1), (16, 4), tensor=4), "over 4 tensor-parallel ranks, so give multiples of 8"),
+        (lambda: Layout(Mesh(2, 2), (16, 12)), "give a multiple of 8, for instance 16"),
+        (lambda: Layout(Mesh(2, 1), (16, 4), tensor=4), "over 4 tensor-parallel ranks; give a multiple of 8"),
         (lambda: Layout(Mesh(2, 1), ()), "segment 0 of 0 has 0 tokens"),
-        (lambda: Layout(Mesh(2, 1), (8,)).positions(2, 0), "rank 2 of 2: count from 0 to 1"),
-        (lambda: Heads(8, 3), "8 query heads cannot share 3 heads of keys and values evenly"),
-        (lambda: Heads.of(8, 2, tensor=3), "8 attention heads in 2 query groups cannot be shared by 3"),
+        (lambda: Layout(Mesh(2, 1), (8,)).positions(2, 0), "rank 2 is not in a group of 2; give 0 to 1"),
+        (lambda: Heads(8, 3), "8 query heads are not a multiple of 3 key-value heads"),
+        (lambda: Heads.of(8, 2, tensor=3), "8 heads in 2 query groups cannot be divided among 3"),
         (lambda: choose_mesh(0, 8, 8, 8), "each must be at least 1"),
     ],
 )
@@ -191,9 +191,11 @@ def test_legal_degrees_are_those_with_whole_heads_that_belong_together(size: int
 
 def test_an_illegal_degree_is_refused_with_the_legal_ones() -> None:
     check_heads(Mesh(4, 2), Heads(8, 2))
-    with pytest.raises(ValueError, match=r"8 query heads cannot be shared by 3 .* Legal here: .*--cp-comm-type p2p$"):
+    with pytest.raises(
+        ValueError, match=r"8 query heads cannot be shared by 3 .* Possible degrees: .*--cp-comm-type p2p$"
+    ):
         check_heads(Mesh(3, 1), Heads(8, 2))
-    with pytest.raises(ValueError, match="neither does 4 divide the 6 heads of keys and values") as error:
+    with pytest.raises(ValueError, match="4 does not divide the 6 key-value heads") as error:
         check_heads(Mesh(4, 1), Heads(12, 6))
     assert "--context-parallel-size 4 --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2" in str(
         error.value
@@ -239,5 +241,5 @@ def test_sets_of_numbers(left: list[tuple[int, int]], right: list[tuple[int, int
     both = union([*a, *b])
     assert [numbers(both)[n] for n in numbers(rows_of(both, a))] == numbers(a)
     if plain_b - plain_a:
-        with pytest.raises(ValueError, match="does not hold"):
+        with pytest.raises(ValueError, match="holds positions"):
             rows_of(a, b)

@@ -1,4 +1,4 @@
-"""Documents read from rows of masks that are spread over ranks: once a micro-batch, and wrong masks refused."""
+"""Documents are read from distributed rows of masks once per micro-batch, and invalid masks are refused."""
 
 import re
 from collections import defaultdict
@@ -55,10 +55,10 @@ def test_every_rank_learns_where_every_document_starts(mesh: tuple[int, int], le
     [
         (
             torch.zeros(1, 1, 16, 60, dtype=torch.bool),
-            "context-parallel rank 2 of 4: an attention mask of (1, 1, 16, 60)",
+            "context-parallel rank 2 of 4: the attention mask has shape (1, 1, 16, 60)",
         ),
-        (torch.zeros(1, 1, 64, 64, dtype=torch.bool), "for a sequence of 64 tokens; expected [b, 1, 16, 64]"),
-        (torch.zeros(16, 64, dtype=torch.bool), "an attention mask of (16, 64)"),
+        (torch.zeros(1, 1, 64, 64, dtype=torch.bool), "but a sequence of 64 tokens needs [b, 1, 16, 64]"),
+        (torch.zeros(16, 64, dtype=torch.bool), "the attention mask has shape (16, 64)"),
     ],
 )
 def test_masks_of_other_shapes_are_refused(mask: Tensor, words: str) -> None:
@@ -141,7 +141,7 @@ def test_a_mask_of_one_sequence_is_that_of_all() -> None:
     def job(rank: int, way: ThreadCollectives) -> None:
         reader, mask = MaskReader(way, rank), rows(hidden(one), layout, rank)
         assert reader.documents(mask, layout, 2, 0) == Documents(one.spans * 2)
-        with pytest.raises(ValueError, match="an attention mask of 3 sequences for a micro-batch of 2"):
+        with pytest.raises(ValueError, match="the attention mask has 3 sequences, but the micro-batch has 2"):
             reader.documents(rows(hidden(PACKED), layout, rank), layout, 2, 0)
 
     on_ranks(layout, job)
@@ -155,7 +155,7 @@ def test_documents_that_other_stages_do_not_hear_of_and_a_missing_mask_are_refus
         assert reader.documents(rows(hidden(PLAIN), layout, rank), layout, 3, 0) is None
         with pytest.raises(ValueError, match=r"with 4 pipeline stages .* between the first and the last get no batch"):
             reader.documents(rows(hidden(PACKED), layout, rank), layout, 3, 0)
-        with pytest.raises(ValueError, match="--reset-attention-mask is given, but this stage has no attention mask"):
+        with pytest.raises(ValueError, match="--reset-attention-mask: this stage has no attention mask"):
             MaskReader(way, rank, needs_mask=True).documents(None, layout, 3, 0)
 
     on_ranks(layout, job)

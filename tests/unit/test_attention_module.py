@@ -1,4 +1,4 @@
-"""A layer's core attention is replaced while it runs in segments; its state in checkpoints is that of upstream's."""
+"""A layer's core attention is replaced while it runs in segments, and its checkpoint state is upstream's."""
 
 from argparse import Namespace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Attention by segments against unsplit attention: results, order, memory, recomputation, dropout."""
+"""Attention by segments equals unsplit attention in results, order, memory, recomputation and dropout."""
 
 import math
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from megatron.longseq.attention.runtime import kv_cache as store_module
 from megatron.longseq.attention.runtime.kv_cache import SegmentKVCache, SegmentOrderError
 from megatron.longseq.attention.runtime.segment_attention import segment_attention
 from megatron.longseq.segment import Segment
+from tests.kv_bytes import held, peaks
 from tests.unit.attention_bed import SCALE, Split, assert_close, oracle, plain, qkv, seen, segments
 from tests.unit.test_attention_blocks import dense, packed
 
@@ -151,14 +152,14 @@ def test_forward_only_frees_at_the_last_segment() -> None:
     inputs, cache = qkv(12, 2, (4, 2)), SegmentKVCache()
     for microbatch in range(3):
         split = Split(inputs, [5, 4, 3], cache, CpuFlash(), forward_only=True, microbatch=microbatch)
-        with torch.no_grad():
+        with torch.no_grad(), peaks() as found:
             for index in range(3):
-                assert bool(cache.bytes()) == bool(index)
+                assert bool(held(cache)) == bool(index)
                 split.forward(index)
         cache.assert_empty()
         outs = torch.cat([out for out in split.outs if out is not None])
         assert_close([outs], oracle(inputs, seen(12))[:1], 12)
-    assert cache.bytes() == 0 and cache.peak_bytes == 2 * 12 * 2 * 2 * 8 * 8
+        assert held(cache) == 0 and found[cache] == 2 * 12 * 2 * 2 * 8 * 8
 
 
 def _kept_weights(lengths: list[int], state: Tensor, p: float) -> Tensor:
@@ -229,7 +230,7 @@ def test_dropout_draws_the_same_mask_in_backward(recompute: str, lengths: list[i
         ("f0 f1 f2 b1", "segment 1 of 3: backward out of order; all 3 forwards and 0 backwards ran, the backward of"),
         ("f0 f1 f2 b2 b0", "segment 0 of 3: backward out of order; all 3 forwards and 1 backwards ran"),
         ("f0 f1 f2 r2 f0 b2", "segment 2 of 3: backward out of order; forward of 1 of 3 segments ran"),
-        ("f0 f1 f2 b2 b1 b0 b0", "segment 0 of 3: backward, but nothing is cached of this micro-batch"),
+        ("f0 f1 f2 b2 b1 b0 b0", "segment 0 of 3: backward, but the cache is empty for this micro-batch"),
     ],
 )
 def test_wrong_order_is_refused_by_name(steps: str, message: str) -> None:
@@ -252,10 +253,10 @@ def test_what_was_not_announced_is_refused() -> None:
     cache = SegmentKVCache()
     inputs = qkv(12, 1, (2, 1))
     split = Split(inputs, [8, 4], cache, CpuFlash())
-    with pytest.raises(SegmentOrderError, match=r"no segment is current; set cache\.current"):
+    with pytest.raises(SegmentOrderError, match=r"without a current segment; set cache\.current"):
         split.attend(*split.leaves[0])
     cache.current = split.units[0]
-    with pytest.raises(ValueError, match=r"4 queries for 8 of \(8, 4\)"):
+    with pytest.raises(ValueError, match=r"4 queries, but 8 tokens"):
         split.attend(*split.leaves[1])
     with pytest.raises(ValueError, match=r"keys or values are torch\.float64 "):
         split.attend(split.leaves[0][0], *split.leaves[1][1:])
@@ -282,7 +283,7 @@ def test_what_is_left_is_named_and_forgotten() -> None:
         cache.assert_empty()
     cache.reset()
     cache.assert_empty()
-    assert cache.bytes() == 0 and cache.current is None
+    assert held(cache) == 0 and cache.current is None
     inputs = qkv(12, 1, (2, 1))
     assert_close(Split(inputs, [8, 4], cache, CpuFlash()).run().results(), oracle(inputs, seen(12)), 12)
 
@@ -295,20 +296,19 @@ def test_bytes_are_those_of_the_formula_and_steady() -> None:
     inputs = [qkv(12, 2, (4, 2), seed=s, dtype=torch.bfloat16) for s in range(2)]
     for _ in range(3):
         a, b = (Split(inputs[mb], lengths, cache, CpuFlash(), microbatch=mb) for mb in range(2))
-        for index, tokens in enumerate((5, 9, 12)):
-            a.forward(index)
-            assert cache.bytes() == tokens * keys
-        for index, tokens in enumerate((5, 9, 12)):
-            b.forward(index)
-            assert cache.bytes() == (12 + tokens) * keys
-        for split, further in ((a, 12), (b, 0)):
-            for index, tokens in ((2, 9), (1, 5), (0, 0)):
-                split.backward(index)
-                assert cache.bytes() == (tokens + further) * keys + tokens * accumulators
-        assert cache.bytes() == 0
-        assert cache.peak_bytes == 24 * keys + 9 * accumulators
-    cache.reset_peak()
-    assert cache.peak_bytes == 0
+        with peaks() as found:
+            for index, tokens in enumerate((5, 9, 12)):
+                a.forward(index)
+                assert held(cache) == tokens * keys
+            for index, tokens in enumerate((5, 9, 12)):
+                b.forward(index)
+                assert held(cache) == (12 + tokens) * keys
+            for split, further in ((a, 12), (b, 0)):
+                for index, tokens in ((2, 9), (1, 5), (0, 0)):
+                    split.backward(index)
+                    assert held(cache) == (tokens + further) * keys + tokens * accumulators
+        assert held(cache) == 0
+        assert found[cache] == 24 * keys + 9 * accumulators
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -331,7 +331,7 @@ def test_autograd_keeps_q_out_and_lse_alone(batch: int, window: int | None) -> N
         assert out.untyped_storage().data_ptr() in storages, "out is kept once, with whoever else keeps it"
         assert out.is_contiguous()
         kept.append(out)
-    assert cache.bytes() == 2 * 4 * 12 * batch * 32
+    assert held(cache) == 2 * 4 * 12 * batch * 32
     for segment in reversed(segments(0, lengths)):
         cache.current = segment
         grads = torch.autograd.grad(kept[segment.index].sum(), fused)

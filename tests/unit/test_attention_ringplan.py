@@ -1,4 +1,4 @@
-"""The ring's plan by brute force: each visible score once and no other; every message used; bytes exact."""
+"""Check the ring's plan by brute force: each visible score once and no other, every message used, bytes exact."""
 
 import re
 from collections import Counter
@@ -16,7 +16,6 @@ from megatron.longseq.attention.kernels.reference import visible_mask
 from megatron.longseq.attention.plan.comm_volume import (
     LayerShape,
     Volume,
-    all_gather,
     all_to_all,
     paper_elements,
     peer_all_to_all,
@@ -36,6 +35,7 @@ from megatron.longseq.attention.plan.ring_schedule import (
     plan_transfers,
 )
 from megatron.longseq.attention.plan.tiles import Mask, plan_tiles
+from tests.unit.context_run import all_gather
 from tests.unit.test_attention_blocks import dense, packed
 from tests.unit.test_attention_layout import numbers
 
@@ -333,7 +333,7 @@ def test_volumes_beside_others() -> None:
     assert ours.bytes / theirs.bytes == 80 / 128 <= 0.65
     assert ours.forward_bytes == (1 << 17) * 7 * 10 * 128 * 2  # tokens, to 7 others, (32 + 2 * 8 + 32) / 8 heads
     assert (ours.forward_messages, theirs.forward_messages) == (2 * 32, 4 * 32)
-    with pytest.raises(ValueError, match="4 heads of keys and values over 8 ranks: none without repeating them"):
+    with pytest.raises(ValueError, match="4 key-value heads cannot be divided among 8 ranks"):
         peer_all_to_all(setup, repeated=False)
     plain = LayerShape(layout, Heads(32, 32))
     assert peer_all_to_all(plain, repeated=False).bytes == all_to_all(plain).bytes
@@ -362,17 +362,17 @@ def test_volumes_beside_others() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Ring(8, 3), "a ring of 8 ranks in windows of 3: give a window of [1, 2, 4, 8]"),
-        (lambda: Ring(0, 1), "a ring of 0 ranks in windows of 1"),
-        (lambda: Mask(1, -1), "a sliding window of -1 keys"),
-        (lambda: Mask(2, None, Documents((packed([4]),))), "documents of 1 sequences for a batch of 2"),
+        (lambda: Ring(8, 3), "windows of 3 do not divide a ring of 8 ranks; give [1, 2, 4, 8]"),
+        (lambda: Ring(0, 1), "windows of 1 do not divide a ring of 0 ranks"),
+        (lambda: Mask(1, -1), "sliding window of -1 keys"),
+        (lambda: Mask(2, None, Documents((packed([4]),))), "1 lists of documents for a batch of 2"),
         (
             lambda: plan_transfers(Ring(2, 2), ((TokenRange(0, 2),),), ((TokenRange(0, 2),),), Mask(1)),
-            "shards of 1 (queries) and 1",
+            "1 query shards and 1 key shards",
         ),
         (
             lambda: plan_tiles((TokenRange(0, 4),), (TokenRange(2, 6),), Mask(1), rectangular=True),
-            "queries of positions 0 to 4, but 2 of them, [(2, 4)], are among the keys",
+            "queries have positions 0 to 4, but only 2 of these positions have keys ([(2, 4)])",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""What leaves the emulated ranks, byte by byte and message by message, is what the formulas say."""
+"""The bytes and messages that emulated ranks send equal the formulas."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,7 +10,6 @@ import torch
 from megatron.longseq.attention.plan.comm_volume import (
     LayerShape,
     Volume,
-    all_gather,
     all_to_all,
     peer_all_to_all,
     peer_ring,
@@ -23,7 +22,7 @@ from megatron.longseq.attention.plan.ring_schedule import Ring, plan_transfers
 from megatron.longseq.attention.plan.tiles import Mask
 from megatron.longseq.attention.runtime.strategies import CPStrategy
 from megatron.longseq.distributed import SentCounter
-from tests.unit.context_run import Problem, Ranks
+from tests.unit.context_run import Problem, Ranks, all_gather
 from tests.unit.test_attention_context import DOCUMENTS, MESHES
 
 NOTHING = Volume(0, 0, 0, 0)

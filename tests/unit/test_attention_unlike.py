@@ -1,4 +1,4 @@
-"""Flags of which upstream's attention and ours make two models: said once, in the run's log, for either run."""
+"""A run logs one warning for flags with which upstream's attention and ours compute different models."""
 
 import re
 from pathlib import Path

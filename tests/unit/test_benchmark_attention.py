@@ -1,4 +1,4 @@
-"""The attention benchmark: who holds what, the ratios of canned measurements, its instruments, and one short run."""
+"""Check the attention benchmark: its layouts, ratios of given measurements, its counters, and one short run."""
 
 import ast
 import importlib.metadata
@@ -24,7 +24,7 @@ from tests.benchmarks.attention_contest import (
     Contestant,
     Measured,
     Size,
-    Tried,
+    TrialRun,
     contestants,
     held,
 )
@@ -146,8 +146,8 @@ def test_ring_bytes_are_those_counted_over_the_least_of_a_peer():
 
 
 def test_the_tables_say_what_is_wrong_and_who_cannot_run():
-    failed = Tried(Contestant(YUNCHANG, Mesh(4, 1), "zigzag", True), SIZE, failure="RuntimeError: shape")
-    sent = sent_bytes([[Tried(RING, SIZE, 64 * 10), failed], [Tried(RING, SIZE, 64 * 20), failed]])
+    failed = TrialRun(Contestant(YUNCHANG, Mesh(4, 1), "zigzag", True), SIZE, failure="RuntimeError: shape")
+    sent = sent_bytes([[TrialRun(RING, SIZE, 64 * 10), failed], [TrialRun(RING, SIZE, 64 * 20), failed]])
     said = text([*TABLE, canned(OTHER, (1.0,), (1.0,), error=float("nan"))], [failed], sent, "float32").splitlines()
     (wrong,) = (line for line in said if "ring-flash-attn" in line)
     assert wrong.endswith("WRONG: out, dq, dk, dv")

@@ -1,4 +1,4 @@
-"""What the sharding benchmark says and decides, without a network: command lines, counters, ratios, the JSON line."""
+"""Check the sharding benchmark without a network: command lines, counters, ratios and the JSON line."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.benchmarks import sharding_arms as training
 from tests.benchmarks import sharding_report as report
 from tests.benchmarks import sharding_steps as steps
 from tests.benchmarks import twonodes
-from tests.benchmarks.calls import Seen
+from tests.benchmarks.calls import SentMessages
 from tests.benchmarks.sharding import _parser, _rounded
 from tests.benchmarks.sharding_race import GLOO, RING, Timed
 from tests.benchmarks.twonodes import (
@@ -226,7 +226,7 @@ def test_every_arm_and_ratio_is_in_the_table():
 
 def seen(**counts):
     ranks = {"all": (0, 1, 2, 3), "inside": (2, 3), "between": (1, 3)}
-    found = Seen()
+    found = SentMessages()
     found.bytes.update({ranks[scope]: count for scope, count in counts.items()})
     return found
 
@@ -238,7 +238,7 @@ def trained(arm, seconds, sent=None, loss=5.0):
 
     def rank():
         sums = [{scope: number * count for scope, count in (sent or {}).items()} for number in range(len(starts))]
-        return training.Trained(
+        return training.TrainingResult(
             starts, [seen(**each) for each in sums], [Bucket(3000), Bucket(1000)], [loss] * len(starts)
         )
 
@@ -285,7 +285,7 @@ def test_a_byte_too_much_is_not_the_formula_s():
 
 
 def test_ranks_of_no_scope_are_refused():
-    found = Seen()
+    found = SentMessages()
     found.bytes[0, 1, 2] = 5
     with pytest.raises(ValueError, match="no scope"):
         steps.by_scope(found, GROUPS)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron.longseq.command_line import flags_table, refusals_table
 from megatron.longseq.cross_entropy.arguments import (
     NOT_IN_CHUNKS,
     REFUSALS,
@@ -18,7 +19,6 @@ from megatron.longseq.cross_entropy.arguments import (
     refuse_unserved_cross_entropy,
     wants_chunks,
 )
-from megatron.longseq.refusals import flags_table, refusals_table
 from tests.distributed.flags import TINY, flags
 from tests.pool import RankPool
 from tests.unit import weight_bed

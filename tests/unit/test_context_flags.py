@@ -1,4 +1,4 @@
-"""The flags of context parallelism: what they spread, what is chosen, and what is refused by name with the reason."""
+"""The flags of context parallelism: the layouts that they select, and the combinations that are refused."""
 
 import os
 import sys
@@ -33,11 +33,11 @@ MODEL = {"num_layers": 4, "num_attention_heads": 8, "group_query_attention": Tru
 # Every way to ask for what attention over context-parallel ranks cannot serve: (flag in the message, values, why)
 ASKED: list[tuple[str, dict[str, Any], str]] = [
     ("--attention-dropout", {"attention_dropout": 0.1}, "give 0"),
-    ("--multi-latent-attention", {"multi_latent_attention": True}, "differ in size"),
+    ("--multi-latent-attention", {"multi_latent_attention": True}, "different sizes"),
     ("--is-hybrid-model", {"is_hybrid_model": True}, "recurrent"),
     ("--is-hybrid-model", {"hybrid_layer_pattern": "M*-"}, "recurrent"),
     ("--is-hybrid-model", {"linear_attention_freq": 2}, "recurrent"),
-    ("--experimental-attention-variant", {"experimental_attention_variant": "dsa"}, "core attention of its own"),
+    ("--experimental-attention-variant", {"experimental_attention_variant": "dsa"}, "its own core attention"),
     ("--softmax-type", {"softmax_type": "learnable"}, "plain softmax"),
     ("--qk-clip", {"qk_clip": True}, "logits"),
     ("--qk-clip", {"log_max_attention_logit": True}, "logits"),
@@ -54,7 +54,7 @@ ASKED: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("--sft", {"sft": True}, "THD"),
     ("--dataloader-inter-document-masking", {"dataloader_inter_document_masking": True}, "--reset-attention-mask"),
-    ("--mtp-num-layers", {"mtp_num_layers": 1}, "shifted tokens"),
+    ("--mtp-num-layers", {"mtp_num_layers": 1}, "not tested with context"),
     ("--hybrid-context-parallel", {"hybrid_context_parallel": True}, "from batch to batch"),
     ("--cuda-graph-impl", {"cuda_graph_impl": "local"}, "graph"),
 ]
@@ -110,7 +110,7 @@ def test_what_is_served_is_let_through(values: dict[str, Any]) -> None:
     ("values", "message"),
     [
         ({"context_parallel_size": 4, "ring_window": 0}, "--ring-window 0: give at least 1"),
-        ({"ring_window": 2}, "--ring-window 2: --context-parallel-size is 1, so it would change nothing"),
+        ({"ring_window": 2}, "--ring-window 2: --context-parallel-size is 1, so it has no effect"),
         ({"context_parallel_auto": True}, "--context-parallel-auto: --context-parallel-size is 1"),
         (
             {"context_parallel_placement": "context-first"},
@@ -168,26 +168,26 @@ def test_the_kind_of_a_layer() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"cp_comm_type": ["ring"]}, r"--cp-comm-type ring: give p2p, a2a, a2a\+p2p, all_gather, one for all layers"),
-        ({"cp_comm_type": ["p2p", "a2a"]}, "--cp-comm-type p2p a2a: 2 for --num-layers 4; give one for all"),
+        ({"cp_comm_type": ["ring"]}, r"--cp-comm-type ring: give p2p, a2a, a2a\+p2p, all_gather, for all layers"),
+        ({"cp_comm_type": ["p2p", "a2a"]}, "--cp-comm-type p2p a2a: 2 types for --num-layers 4; give one for all"),
         ({"cp_comm_type": ["a2a+p2p"]}, "--hierarchical-context-parallel-sizes nothing: give two sizes"),
         (HYBRID | {"hierarchical_context_parallel_sizes": [2, 2]}, "sizes 2 2: give two sizes.* product is .*-size 8"),
         (HYBRID | {"hierarchical_context_parallel_sizes": [2, 2, 2]}, "sizes 2 2 2: give two sizes"),
-        ({"hierarchical_context_parallel_sizes": [2, 4]}, r"is used by --cp-comm-type a2a\+p2p alone; give both"),
-        ({"context_parallel_placement": "context-first"}, r"placement places --cp-comm-type a2a\+p2p alone; give both"),
-        ({"ring_window": 3}, r"a ring of 8 ranks in windows of 3: give a window of \[1, 2, 4, 8\]"),
-        (HYBRID | {"ring_window": 8}, "a ring of 4 ranks in windows of 8"),
-        ({"ring_window": 2, "cp_comm_type": ["a2a"]}, "--ring-window 2: no layer's keys go round a ring"),
-        ({"ring_window": 2, "cp_comm_type": ["all_gather"]}, "--ring-window 2: no layer's keys go round a ring"),
+        ({"hierarchical_context_parallel_sizes": [2, 4]}, r"needs --cp-comm-type a2a\+p2p; give both"),
+        ({"context_parallel_placement": "context-first"}, r"placement needs --cp-comm-type a2a\+p2p; give both"),
+        ({"ring_window": 3}, r"windows of 3 do not divide a ring of 8 ranks; give \[1, 2, 4, 8\]"),
+        (HYBRID | {"ring_window": 8}, "windows of 8 do not divide a ring of 4 ranks"),
+        ({"ring_window": 2, "cp_comm_type": ["a2a"]}, "--ring-window 2: no layer uses a ring"),
+        ({"ring_window": 2, "cp_comm_type": ["all_gather"]}, "--ring-window 2: no layer uses a ring"),
         (
             {"cp_comm_type": ["a2a"], "num_attention_heads": 12, "num_query_groups": 12},
-            "12 query heads cannot be shared by 8 ranks. Legal here: .*a2a.p2p --hierarchical-.*-sizes 4 2",
+            "12 query heads cannot be shared by 8 ranks. Possible degrees: .*a2a.p2p --hierarchical-.*-sizes 4 2",
         ),
         (
             {"cp_comm_type": ["a2a"], "num_attention_heads": 24, "num_query_groups": 6},
-            "neither does 8 divide the 6 heads of keys and values, nor they it",
+            "8 does not divide the 6 key-value heads, or the reverse",
         ),
-        ({"cp_comm_type": ["a2a"], "tensor_model_parallel_size": 2}, "with 4 query heads and 1 of keys and values"),
+        ({"cp_comm_type": ["a2a"], "tensor_model_parallel_size": 2}, "with 4 query heads and 1 key-value heads"),
         (
             {
                 "sequence_parallel": True,
@@ -195,7 +195,7 @@ def test_the_kind_of_a_layer() -> None:
                 "num_attention_heads": 6,
                 "num_query_groups": 3,
             },
-            "segment 0 of 2 has 64 tokens.*3 tensor-parallel ranks, so give multiples of 48",
+            "segment 0 of 2 has 64 tokens.*3 tensor-parallel ranks; give a multiple of 48",
         ),
     ],
     ids=str,
@@ -206,7 +206,9 @@ def test_what_does_not_fit_is_refused(values: dict[str, Any], message: str) -> N
 
 
 def test_segments_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(ValueError, match="segment 1 of 2 has 24 tokens: it is cut into 2 chunks for each of 8"):
+    with pytest.raises(
+        ValueError, match="segment 1 of 2 has 24 tokens: it is cut into 2 chunks per context-parallel rank, of 8"
+    ):
         validate_comm_types(args(**MODEL, context_parallel_size=8), (32, 24))
 
 
@@ -239,10 +241,10 @@ def test_the_largest_all_to_all_inside_a_node_is_chosen(
     ("values", "message"),
     [
         ({}, "--context-parallel-auto: --context-parallel-size is 1"),
-        ({"context_parallel_size": 4, "cp_comm_type": ["a2a"]}, "--context-parallel-auto chooses --cp-comm-type"),
+        ({"context_parallel_size": 4, "cp_comm_type": ["a2a"]}, "--context-parallel-auto sets --cp-comm-type"),
         (
             {"context_parallel_size": 4, "hierarchical_context_parallel_sizes": [2, 2]},
-            "and --hierarchical-context-parallel-sizes itself; leave them out",
+            "and --hierarchical-context-parallel-sizes, and one of them is given",
         ),
     ],
     ids=str,
@@ -290,7 +292,7 @@ def told(ranks: RankPool, *cases: str) -> list[tuple[str | None, Any, Any]]:
 CP4 = "--context-parallel-size 4"
 
 
-def assert_told(ranks: RankPool, cases: dict[str, str | None]) -> None:
+def assert_refusals(ranks: RankPool, cases: dict[str, str | None]) -> None:
     """Check what is refused, and that the rest passes."""
     for case, (message, _, _), want in zip(cases, told(ranks, *cases), cases.values(), strict=True):
         assert (message is None) == (want is None), (case, message)
@@ -305,27 +307,27 @@ def test_upstreams_validation_refuses_what_context_cannot_serve(ranks: RankPool)
         f"{hybrid} --hierarchical-context-parallel-sizes 2 2 --context-parallel-placement context-first": None,
         hybrid: "--hierarchical-context-parallel-sizes nothing: give two sizes",
         f"{hybrid} --hierarchical-context-parallel-sizes 4 2": "whose product is --context-parallel-size 4",
-        f"{CP4} --attention-dropout 0.1": "--attention-dropout with --context-parallel-size: weights are dropped by no",
+        f"{CP4} --attention-dropout 0.1": "--attention-dropout with --context-parallel-size: the flash kernels",
         f"{CP4} --softmax-type learnable": "--softmax-type with --context-parallel-size: the attention kernels",
-        f"{CP4} --window-size 8,8": "--window-size with --context-parallel-size: a window that reaches to the right",
+        f"{CP4} --window-size 8,8": "--window-size with --context-parallel-size: a window that includes later tokens",
         f"{CP4} --cp-comm-type ring": "--cp-comm-type ring: give p2p",
-        f"{CP4} --cp-comm-type p2p a2a": "2 for --num-layers 4",
-        f"{CP4} --cp-comm-type a2a --num-attention-heads 6 --num-query-groups 3 --kv-channels 16": "Legal here:",
-        f"{CP4} --ring-window 3": "a ring of 4 ranks in windows of 3",
+        f"{CP4} --cp-comm-type p2p a2a": "2 types for --num-layers 4",
+        f"{CP4} --cp-comm-type a2a --num-attention-heads 6 --num-query-groups 3 --kv-channels 16": "Possible degrees:",
+        f"{CP4} --ring-window 3": "windows of 3 do not divide a ring of 4 ranks",
         "--ring-window 2": "--ring-window 2: --context-parallel-size is 1",
         "--context-parallel-auto": "--context-parallel-auto: --context-parallel-size is 1",
-        f"{CP4} --context-parallel-auto --cp-comm-type a2a": "--context-parallel-auto chooses --cp-comm-type",
+        f"{CP4} --context-parallel-auto --cp-comm-type a2a": "--context-parallel-auto sets --cp-comm-type",
     }
-    assert_told(ranks, cases)
+    assert_refusals(ranks, cases)
 
 
 def test_upstreams_validation_refuses_segments_that_ranks_cannot_share(ranks: RankPool) -> None:
     cases: dict[str, str | None] = {
         f"{CP4} --ring-window 2 --seq1f1b-splits 4": None,
         f"{CP4} --seq1f1b-splits 4 --seq1f1b-partition 24,16,16,8": None,
-        f"{CP4} --seq1f1b-splits 4 --seq1f1b-partition 16,16,20,12": "20 is not a positive multiple of 8 (every",
+        f"{CP4} --seq1f1b-splits 4 --seq1f1b-partition 16,16,20,12": "20 is not a positive multiple of 8 (each",
     }
-    assert_told(ranks, cases)
+    assert_refusals(ranks, cases)
 
 
 def test_auto_chooses_before_upstream_validates(ranks: RankPool) -> None:

@@ -1,4 +1,4 @@
-"""The cpu system: upstream's CUDA names answered by the CPU, exactly undone, never where CUDA is available."""
+"""The cpu system replaces torch.cuda by CPU functions, restores it exactly, and does nothing if CUDA is available."""
 
 from types import SimpleNamespace
 
@@ -105,7 +105,7 @@ def test_a_torch_without_a_name_of_the_table_is_refused(monkeypatch: pytest.Monk
 def test_never_acts_where_cuda_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert not conditions.no_cuda(None)
-    with pytest.raises(RuntimeError, match="never acts there"), device.cpu_stands_in_for_cuda():
+    with pytest.raises(RuntimeError, match="must not be applied"), device.cpu_stands_in_for_cuda():
         pass
 
 

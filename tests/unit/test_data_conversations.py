@@ -2,6 +2,7 @@
 
 import json
 from argparse import ArgumentParser
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from megatron.longseq.data import DataError, manifest
 from megatron.longseq.data.__main__ import main
 from megatron.longseq.data.chat import PROMPT_FORMATS
 from megatron.longseq.data.conversations import Conversations
-from megatron.longseq.data.validate import DataRequest, check_datasets
+from megatron.longseq.data.validate import check_datasets
 
 TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
@@ -224,14 +225,22 @@ def test_a_damaged_or_foreign_loss_mask_is_refused(tmp_path: Path, folder: Path)
     out, other = str(tmp_path / "out"), str(tmp_path / "other")
     assert prepare(write(tmp_path / "chat.jsonl", LINES), tmp_path / "out", folder) == 0
     assert prepare(write(tmp_path / "more.jsonl", LINES[::-1]), tmp_path / "other", folder) == 0
-    request = DataRequest(([out], None), None, "1,0,0", 8)
-    check_datasets(request)
+    check = partial(
+        check_datasets,
+        ([out], None),
+        None,
+        split="1,0,0",
+        sequence=8,
+        full_validation=False,
+        separate_validation=False,
+    )
+    check()
     for suffix in (".bin", ".idx"):  # of the same number of conversations and tokens
         Path(f"{out}.loss_mask{suffix}").write_bytes(Path(f"{other}.loss_mask{suffix}").read_bytes())
     with pytest.raises(DataError, match="holds the loss mask of other conversations"):
         Conversations(out)
     with pytest.raises(ValueError, match="is not the loss mask of the conversations of"):
-        check_datasets(request)
+        check()
     Path(f"{out}.loss_mask.bin").write_bytes(b"1")
     with pytest.raises(DataError, match=r"out\.loss_mask\.bin has 1 bytes"):
         Conversations(out)

@@ -1,4 +1,4 @@
-"""Which files are documents, in which order, and what is refused."""
+"""Input files become documents in a fixed order, and invalid ones are refused."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""Malformed documents are refused by file and line, whatever the shards; nothing is made."""
+"""Malformed documents are refused by file and line, for any shard size, and nothing is written."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Inputs that are no text as they lie there are named for what they are, before any work; text stays text."""
+"""Compressed and binary inputs are refused with their format before any work; text is accepted."""
 
 import bz2
 import gzip

@@ -1,4 +1,4 @@
-"""What goes in comes out: read back by upstream's own reader, the same for any number of workers."""
+"""Upstream's reader returns the documents that were prepared, for any number of workers."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""The plan of work covers every byte once, and ranges of a jsonl file yield every line once, wherever they are cut."""
+"""Shards cover every byte once, and ranges of a jsonl file yield every line once for any cut."""
 
 import io
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""Data that give a part of a run no sample: what `prepare` prints works, everything else is refused, nothing loops."""
+"""Data without samples for a part of a run are refused instead of looping; the flags that `prepare` prints work."""
 
 import random
 import shlex
@@ -104,7 +104,7 @@ def build_without_documents(prefix: str, samples: int) -> str:
 def test_the_loop_over_epochs_ends(ranks: RankPool, tmp_path: Path, samples: int) -> None:
     prefix = index_of(tmp_path, "ten", [300] * 10)
     (said,) = ranks.run(1, build_without_documents, prefix, samples)
-    assert f"the valid split gets no tokens of {prefix} (0 documents), and {samples} samples are asked" in said
+    assert f"the valid split gets no tokens of {prefix} (0 documents), and {samples} samples are requested" in said
 
 
 def messages_of_upstreams_validation(cases: list[list[str]]) -> list[str | None]:
@@ -172,10 +172,10 @@ def test_upstreams_validation_refuses_a_split_without_documents(ranks: RankPool,
         f"--train-data-path {ten} --valid-data-path 0 {one} 1 {ten} --multiple-validation-sets": None,
         f"--data-args-path {tmp_path}/none": f"--data-args-path {tmp_path}/none: No such file or directory. The file",
         f"--data-args-path {tmp_path}/blank": f"--data-args-path {tmp_path}/blank: ValueError: not enough values",
-        f"--per-split-data-args-path {tmp_path}": f"{tmp_path}: Is a directory. The file has to hold a JSON object",
+        f"--per-split-data-args-path {tmp_path}": f"{tmp_path}: Is a directory. The file must contain a JSON object",
         f"--per-split-data-args-path {tmp_path}/blank": f"{tmp_path}/blank: JSONDecodeError: Expecting value",
         f"--per-split-data-args-path {tmp_path}/list": f"{tmp_path}/list: TypeError: list indices must be",
-        f"--per-split-data-args-path {tmp_path}/half": f"{tmp_path}/half: KeyError: 'valid'. The file has to hold",
+        f"--per-split-data-args-path {tmp_path}/half": f"{tmp_path}/half: KeyError: 'valid'. The file must contain",
         f"--train-data-path {ten} --valid-data-path {empty}": f"the valid data: {empty} holds no documents",
         f"--data-path {ten} --split 8,1,1 --full-validation --seq-length 64": None,
         f"--data-path {ten} --split 8,1,1 --full-validation --seq-length 512 --max-position-embeddings 512": (

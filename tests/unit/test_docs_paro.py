@@ -1,4 +1,4 @@
-"""The page about PaRO keeps its word: its tables are the code's."""
+"""The tables of the page about PaRO equal those of the code."""
 
 import re
 from argparse import ArgumentParser
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.longseq.refusals import flags_table, refusals_table
+from megatron.longseq.command_line import flags_table, refusals_table
 from megatron.longseq.sharding import arguments as flags
 from megatron.longseq.sharding.plan.strategy import ALL, RUNNING
 from megatron.longseq.sharding.tools import tables as page
@@ -14,7 +14,7 @@ from megatron.longseq.sharding.tools.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "paro.md").read_text()
-COMMAND = "write it anew: python -m megatron.longseq.sharding"
+COMMAND = "update it: python -m megatron.longseq.sharding"
 
 
 def between(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The page about Seq1F1B keeps its word: its tables are the code's."""
+"""The tables of the page about Seq1F1B equal those of the code."""
 
 import re
 from argparse import ArgumentParser
@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron.longseq.command_line import flags_table, refusals_table
 from megatron.longseq.pipeline import arguments as flags
 from megatron.longseq.pipeline.tools import paper
-from megatron.longseq.refusals import flags_table, refusals_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "seq1f1b.md").read_text()
-COMMAND = "write it anew: python -m megatron.longseq.pipeline flags"
+COMMAND = "update it: python -m megatron.longseq.pipeline flags"
 REFUSALS = {**flags.NOT_IN_SEGMENTS, **flags.NOT_WITH_ZERO_BUBBLE, **flags.NOT_IN_SCHEDULES}
 
 
@@ -28,7 +28,7 @@ def cells(table: str) -> list[list[str]]:
 
 @pytest.mark.slow
 def test_the_simulated_tables_are_the_simulators() -> None:
-    assert between("table") == paper.markdown(), "write them anew: python -m megatron.longseq.pipeline table"
+    assert between("table") == paper.markdown(), "update them: python -m megatron.longseq.pipeline table"
 
 
 def test_the_flags_are_those_of_the_parser() -> None:

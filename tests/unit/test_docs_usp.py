@@ -1,4 +1,4 @@
-"""The page about USP keeps its word: its tables are the code's."""
+"""The tables of the page about USP equal those of the code."""
 
 import re
 from argparse import ArgumentParser
@@ -10,11 +10,11 @@ from megatron.longseq.attention import arguments as flags
 from megatron.longseq.attention.plan.heads import Heads
 from megatron.longseq.attention.tools import tables as page
 from megatron.longseq.attention.tools.cli import main
-from megatron.longseq.refusals import flags_table, refusals_table
+from megatron.longseq.command_line import flags_table, refusals_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "usp.md").read_text()
-COMMAND = "write it anew: python -m megatron.longseq.attention"
+COMMAND = "update it: python -m megatron.longseq.attention"
 LLAMA3 = "--context-parallel-size 16 --num-attention-heads 32 --num-query-groups 8 --seq-length 65536"
 FEW = "--context-parallel-size 8 --num-attention-heads 32 --num-query-groups 4 --seq-length 65536"
 
@@ -66,4 +66,4 @@ def test_what_is_sent_is_less_than_the_others_send() -> None:
 def test_impossible_heads_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     heads = ["--num-attention-heads", "7", "--num-query-groups", "2"]
     assert main(["meshes", "--context-parallel-size", "4", *heads, "--seq-length", "64"]) == 1
-    assert "7 query heads cannot share 2 heads" in capsys.readouterr().err
+    assert "7 query heads are not a multiple of 2 key-value heads" in capsys.readouterr().err

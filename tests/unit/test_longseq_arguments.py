@@ -1,4 +1,4 @@
-"""What every system's flags share: files and folders that a run writes to are looked at when flags are parsed."""
+"""Files and folders that a run writes to are checked when flags are parsed."""
 
 from argparse import Namespace
 from pathlib import Path

@@ -117,7 +117,7 @@ def test_declared_alias_of_a_static_method_stays_callable(bed, up):
 
 def test_a_declared_alias_that_holds_something_else_is_refused(bed, up):
     user = bed.load("planted_user", "def f(x):\n    return 'another'\n")
-    with pytest.raises(UnknownTarget, match="planted_user:f is no alias of planted_up:f"):
+    with pytest.raises(UnknownTarget, match="planted_user:f is not an alias of planted_up:f"):
         engine.apply([record("planted_up:f", aliases=("planted_user:f",))])
     assert up.f(1) == 1 and user.f(1) == "another"
 

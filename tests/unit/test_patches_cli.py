@@ -1,4 +1,4 @@
-"""`python -m patches` in processes of its own, on the installed wheel and on doctored copies of it."""
+"""Run `python -m patches` in separate processes, on the installed wheel and on modified copies of it."""
 
 import json
 import os
@@ -90,7 +90,7 @@ def test_one_byte_in_a_patched_function_is_named(copy):
     )
     for done in (cli("verify", "--wheel", copy), cli("verify", path=copy)):
         assert done.returncode == 1
-        assert f"entry.parse-args: {PARSE} is not the source its patch was written against" in done.stderr
+        assert f"entry.parse-args: {PARSE} is not the source that its patch was written for" in done.stderr
         assert f"where: {file}:{line}" in done.stderr and "what to do: restore the wheel: pip install" in done.stderr
         assert re.search(rf"patched symbols in it: .*{PARSE} \(drifted, see above\)", done.stderr)
         assert "verify: 2 differences" in done.stderr
@@ -104,7 +104,7 @@ def test_one_byte_elsewhere_is_named_too(copy):
     assert done.returncode == 1 and "is not the source" not in done.stderr
     assert f"megatron/training/arguments.py is changed\n  where: {copy}" in done.stderr
     assert re.search(rf"patched symbols in it: .*{PARSE} \(unchanged\)", done.stderr)
-    assert "megatron/core/enums.py is missing" in done.stderr and "holds no patched symbol" in done.stderr
+    assert "megatron/core/enums.py is missing" in done.stderr and "contains no patched symbol" in done.stderr
 
 
 def test_a_patched_file_that_no_longer_parses(copy):
@@ -120,10 +120,13 @@ def test_another_release_and_another_build_are_named(copy):
     assert "the RECORD of megatron-core" in done.stderr and "megatron/core/extra.py is missing" in done.stderr
     info.rename(copy / "megatron_core-0.20.0.dist-info")
     done = cli("verify", "--wheel", copy)
-    assert done.returncode == 1 and f"megatron-core is 0.20.0, the lock names {lock.read().version}" in done.stderr
+    assert (
+        done.returncode == 1
+        and f"megatron-core has version 0.20.0, but the lock has {lock.read().version}" in done.stderr
+    )
 
 
-@pytest.mark.parametrize(("name", "text"), [("nowhere", "no such file or folder"), (".", "holds neither")])
+@pytest.mark.parametrize(("name", "text"), [("nowhere", "no such file or folder"), (".", "contains neither")])
 def test_verify_of_nothing(tmp_path, name, text):
     done = cli("verify", "--wheel", tmp_path / name)
     assert done.returncode == 1 and text in done.stderr and "Traceback" not in done.stderr
@@ -135,7 +138,7 @@ def test_the_lock_and_the_ledger_have_to_name_the_same_symbols():
     known = lock.read()
     more = lock.Lock(known.version, known.record_sha256, known.symbols | {"megatron.core:left_over": "0"})
     less = lock.Lock(known.version, known.record_sha256, {k: v for k, v in known.symbols.items() if k != PARSE})
-    for changed, text in ((more, "megatron.core:left_over, which no patch touches"), (less, "has no fingerprint")):
+    for changed, text in ((more, "megatron.core:left_over, but no patch uses it"), (less, "has no fingerprint")):
         (problem,) = verify.problems(ledger.RECORDS, changed, wheel.installed(), ImportPath())
         assert text in str(problem)
 
@@ -184,11 +187,11 @@ def test_a_changed_backport_asks_whether_it_is_fixed(bed):
     path = bed.write("megatron.planted.mod", "def f(x):\n    return x\n")
     backport = record("megatron.planted.mod:f", link="https://example.org/pull/1")
     known = bed.lock(backport)
-    assert bump.verdicts([backport], known, Upstream(), Upstream())[0].state == "same"
+    assert bump.verdict(backport, known, Upstream(), Upstream()).state == "same"
     path.write_text("def f(x):\n    return x + 1\n")
-    (verdict,) = bump.verdicts([backport], known, Upstream(), Upstream())
+    verdict = bump.verdict(backport, known, Upstream(), Upstream())
     assert verdict.state == "fixed upstream?" and "backports https://example.org/pull/1" in verdict.details[-1]
-    assert bump.verdicts([backport], bed.lock(), Upstream(), Upstream())[0].state == "new"
+    assert bump.verdict(backport, bed.lock(), Upstream(), Upstream()).state == "new"
 
 
 def test_doctor():

@@ -158,7 +158,7 @@ def test_sets_are_undone_last_in_first_out(up):
     original = up.f
     first = engine.apply([record("planted_up:f", "planted_impl:wrap", "wrap", id="planted.a")])
     second = engine.apply([record("planted_up:f", "planted_impl:wrap", "wrap", id="planted.b")])
-    with pytest.raises(ForeignChange, match=r"planted_up:f no longer holds what planted\.a put there"):
+    with pytest.raises(ForeignChange, match=r"planted_up:f no longer holds the object that planted\.a put there"):
         first.undo()
     assert up.f(1) == ("wrapped", ("wrapped", 1)), "a refused undo touches nothing"
     second.undo()
@@ -196,14 +196,14 @@ def test_contexts_and_bindings_are_undone_in_one_reverse_order(up, bed):
             yield
             seen.append((planted_up.f(1), planted_up.g(1)))
     """
-    looker = bed.load("planted_looker", source)
+    importer = bed.load("planted_looker", source)
     records = [
         record("planted_up:f", "planted_impl:wrap", "wrap", id="planted.a"),
         record("planted_up", "planted_looker:look", "context", id="planted.b"),
         record("planted_up:g", "planted_impl:wrap", "wrap", id="planted.c"),
     ]
     engine.apply(records).undo()
-    assert looker.seen == [(("wrapped", 1), -1)] * 2 and (up.f(1), up.g(1)) == (1, -1)
+    assert importer.seen == [(("wrapped", 1), -1)] * 2 and (up.f(1), up.g(1)) == (1, -1)
 
 
 def test_all_or_nothing(up, bed):
@@ -265,9 +265,9 @@ def test_two_records_on_one_place_are_refused(up, first, second):
         )
 
     a, b = one(first, "a"), one(second, "b")
-    with pytest.raises(Conflict, match=r"planted\.a and planted\.b cannot both have planted_up:f"):
+    with pytest.raises(Conflict, match=r"planted\.a and planted\.b cannot both patch planted_up:f"):
         engine.apply([a, b])
-    with pytest.raises(Conflict, match="one place holds one patch"):
+    with pytest.raises(Conflict, match="a place can have one patch only"):
         engine.apply([b], active=[a])
     assert up.f(1) == 1
 
@@ -388,7 +388,7 @@ def test_stage_flags_are_chosen_once(up, bed):
     assert (up.f(1), up.g(1)) == (("ours", 1), -1)
     assert own.select_and_apply(Namespace(f=True, g=False)) is handle
     for other in (Namespace(f=True, g=True), Namespace(f=False, g=False)):
-        with pytest.raises(RuntimeError, match="already chosen, for other flags"):
+        with pytest.raises(RuntimeError, match="already chosen, for different flags"):
             own.select_and_apply(other)
     own.undo(handle)
     assert own.select_and_apply(Namespace(f=False, g=True)) is not handle

@@ -1,4 +1,4 @@
-"""The ledger itself: every record is whole, every reference resolves, the lock holds exactly its symbols."""
+"""Every record of the ledger is complete, every reference resolves, and the lock has exactly its symbols."""
 
 import ast
 from argparse import Namespace
@@ -12,6 +12,7 @@ from patches.engine import digest
 from patches.engine.place import implementation, load
 from patches.errors import Conflict, LedgerError, PatchError, RankMismatch
 from patches.upstream import lock, wheel
+from tests.ledgers import without
 from tests.unit.patch_bed import callback, hook, record
 
 pytest_plugins = ["tests.unit.patch_bed"]
@@ -53,15 +54,15 @@ def test_lock_round_trip(tmp_path):
     [
         ({"id": "other.one"}, r"`planted\.short-name`"),
         ({"why": " "}, "why is empty"),
-        ({"action": "swap"}, "none of replace, wrap, hook, context"),
-        ({"stage": "late"}, "neither start nor flags"),
+        ({"action": "swap"}, "is not replace, wrap, hook or context"),
+        ({"stage": "late"}, "is not start or flags"),
         ({"target": "planted_up"}, "is not `module:Qual.name`"),
         ({"action": "context", "target": "a:b"}, "is not a module name"),
         ({"action": "context", "target": "a", "aliases": ("a:b",)}, "a context has no aliases"),
         ({"impl": "planted_impl"}, "impl 'planted_impl'"),
-        ({"aliases": ("planted_up:f",)}, "named twice"),
-        ({"action": "hook"}, "a hook has no impl, when, test and remove_when"),
-        ({"callbacks": (callback("a:f"),)}, "only a hook has callbacks"),
+        ({"aliases": ("planted_up:f",)}, "are not unique"),
+        ({"action": "hook"}, "a hook has no impl, when, test or remove_when"),
+        ({"callbacks": (callback("a:f"),)}, "only a hook can have callbacks"),
     ],
 )
 def test_malformed_records(fields, text):
@@ -72,9 +73,9 @@ def test_malformed_records(fields, text):
 def test_contradictions_in_the_ledger():
     one = record("a:f", "patches.engine.place:load")
     assert ledger.checked([one]) == (one,)
-    with pytest.raises(LedgerError, match="its id is used twice"):
+    with pytest.raises(LedgerError, match="its id is not unique"):
         ledger.checked([one, one])
-    with pytest.raises(Conflict, match="one place holds one patch"):
+    with pytest.raises(Conflict, match="a place can have one patch only"):
         ledger.checked([one, record("a:f", "patches.engine.place:load", id="planted.two")])
     with pytest.raises(LedgerError, match=r"patches\.nowhere, which does not exist"):
         ledger.checked([record("a:f", "patches.nowhere:f")])
@@ -87,12 +88,12 @@ def test_callbacks_find_their_hook_in_the_order_of_systems():
     outer = callback("patches.engine.place:load", id="planted.outer")
     (joined,) = ledger.with_callbacks([hook("a:f")], [inner, outer])
     assert joined.callbacks == (inner, outer) and ledger.checked([joined]) == (joined,)
-    assert ledger.without([joined], inner.id) == (hook("a:f", outer),) and ledger.without([joined], joined.id) == ()
+    assert without([joined], inner.id) == (hook("a:f", outer),) and without([joined], joined.id) == ()
     with pytest.raises(LedgerError, match=r"there is no hook 'planted\.one'"):
         ledger.with_callbacks([], [inner])
     with pytest.raises(LedgerError, match="no system registers a callback"):
         ledger.with_callbacks([hook("a:f")], [])
-    with pytest.raises(LedgerError, match="its id is used twice"):
+    with pytest.raises(LedgerError, match="its id is not unique"):
         ledger.checked([joined, hook("a:g", callback("patches.engine.place:load"), id="planted.two")])
 
 

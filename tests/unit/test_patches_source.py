@@ -148,10 +148,10 @@ def test_a_loaded_module_is_read_where_it_was_loaded_from(bed, tmp_path):
 
 
 def test_the_lock_holds_for_the_wheels_of_other_pythons(tmp_path):
-    from patches.upstream.wheel import Distribution, Folder
+    from patches.upstream.wheel import Distribution, Tree
 
     sources = {"megatron/core/a.py": "x"}
     builds = [{**sources, f"megatron/core/helpers_cpp.cpython-{v}.so": v} for v in ("312", "313")]
-    hashes = {Distribution(Folder(tmp_path), "1", build).record_sha256 for build in builds}
+    hashes = {Distribution(Tree(tmp_path), "1", build).record_sha256 for build in builds}
     assert len(hashes) == 1
-    assert Distribution(Folder(tmp_path), "1", {"megatron/core/a.py": "y"}).record_sha256 not in hashes
+    assert Distribution(Tree(tmp_path), "1", {"megatron/core/a.py": "y"}).record_sha256 not in hashes

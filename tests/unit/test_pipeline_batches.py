@@ -1,4 +1,4 @@
-"""A schedule is proven for every number of micro-batches that a run has, and for no other."""
+"""Schedules are validated for exactly the numbers of micro-batches that a run has."""
 
 from pathlib import Path
 
@@ -40,11 +40,11 @@ def test_sizes_are_those_of_the_run_step_by_step(more: list[tuple[int, int]], fi
 
 def test_a_size_that_is_no_whole_number_of_micro_batches_matters_if_it_comes() -> None:
     entries = [(0, 4), (8, 6), (100, 8)]
-    with pytest.raises(ValueError, match="batch size 6 is no multiple of 4"):
+    with pytest.raises(ValueError, match="batch size 6 is not a multiple of 4"):
         reached_sizes(entries, 4, steps=3)
     with pytest.raises(ValueError, match="no batch size is a multiple of 4"):
         reached_sizes([], 4)
-    with pytest.raises(ValueError, match="batch size 0 is no multiple"):
+    with pytest.raises(ValueError, match="batch size 0 is not a multiple"):
         reached_sizes([(0, 0)], 4)
     assert reached_sizes(entries, 4, steps=2) == [4]
     assert reached_sizes([(0, 8), (2, 6), (4, 8)], 4) == [8], "the first step passes over the second entry"

@@ -1,4 +1,4 @@
-"""The command line: pictures and tables from flags, refusals without a half-made file, the paper's table."""
+"""The command line makes pictures and tables from flags, and refuses bad input without a partial file."""
 
 import json
 import subprocess
@@ -92,14 +92,14 @@ def test_compare_draws_the_chosen_rows_in_that_order(tmp_path):
 @pytest.mark.parametrize("rows", ["0", "8", "1,", "first"])
 def test_rows_that_are_not_there_are_refused(rows, tmp_path, capsys):
     assert main(["compare", *SIZES, *SHAPE, "--rows", rows, "--output", str(tmp_path / "a.json")]) == 1
-    assert "numbers from 1 to 7" in capsys.readouterr().err
+    assert "from 1 to 7" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 def test_an_impossible_schedule_is_listed_with_its_reason(capsys):
     assert main(["compare", *SIZES, *SHAPE, "--virtual", "3"]) == 0
     text = capsys.readouterr().out
-    assert "Not possible: 1F1B-I V=3: 32 layers cannot be dealt equally to 12 model stages" in text
+    assert "Not possible: 1F1B-I V=3: 32 layers cannot be divided evenly among 12 stages" in text
     assert "1F1B-I V=3" not in rows(text)
 
 
@@ -174,20 +174,20 @@ def test_speed_sequence_parallelism_and_windows_count(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--output", "a.pdf"], "--output a.pdf: it is written as .svg, .png or .json, not .pdf"),
+        (["--output", "a.pdf"], "--output a.pdf: the suffix must be .svg, .png or .json, but it is .pdf"),
         (["--output", "nowhere/a.svg"], "there is no folder"),
-        (["--output", "a.svg", "--partition", "thirds"], "'thirds' is neither even nor balanced"),
-        (["--output", "a.svg", "--num-layers", "30"], "30 layers cannot be dealt equally to 4 model stages"),
-        (["--output", "a.svg", "--slack", "-1"], "slack is a number of segments from 0, not -1"),
+        (["--output", "a.svg", "--partition", "thirds"], "'thirds': give even, balanced"),
+        (["--output", "a.svg", "--num-layers", "30"], "30 layers cannot be divided evenly among 4 stages"),
+        (["--output", "a.svg", "--slack", "-1"], "slack must be at least 0 segments, not -1"),
         (["--output", "a.svg", "--stages", "0"], "stages"),
-        (["--output", "a.svg", "--device-tflops", "0"], "no speed"),
+        (["--output", "a.svg", "--device-tflops", "0"], "devices: too few"),
         (["--output", "a.svg", "--window-size", "7"], "give two numbers LEFT,0"),
-        (["--output", "a.svg", "--window-size", "7,1"], "sees nothing to the right; give 7,0"),
+        (["--output", "a.svg", "--window-size", "7,1"], "does not attend to later tokens; give 7,0"),
         (["--output", "a.svg", "--window-size", "7,0", "--window-attn-skip-freq", "x"], "written out"),
-        (["--output", "a.svg", "--window-size", "7,0", "--window-attn-skip-freq", "[1]"], "exactly 4 layers"),
+        (["--output", "a.svg", "--window-size", "7,0", "--window-attn-skip-freq", "[1]"], "a window and 4 layers"),
         (["--output", "a.svg", "--layer-seconds", "nothing.json"], "nothing.json"),
         (["--output", "a.svg", "--layer-seconds", "bad.json"], "bad.json: not a JSON list"),
-        (["--output", "a.svg", "--measured", "nowhere"], "no rank-0000.json here"),
+        (["--output", "a.svg", "--measured", "nowhere"], "there is no rank-0000.json"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_and_leaves_no_file(flags, message, tmp_path, monkeypatch, capsys):

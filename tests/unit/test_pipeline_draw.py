@@ -1,4 +1,4 @@
-"""Timelines as pictures, traces and measured files: nothing lost, nothing half made, what is wrong is named."""
+"""Pictures, traces and measured files contain the whole timeline, and errors name the file."""
 
 import json
 import re
@@ -168,15 +168,15 @@ def spoil_span(file: Path, row: int, column: int, value) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda f: [file.unlink() for file in f.iterdir()], "no rank-0000.json here"),
-        (lambda f: (f / "rank-0000.json").unlink(), r"files of ranks \[1\] for a pipeline of 2 stages"),
-        (lambda f: (f / "rank-0001.json").unlink(), r"files of ranks \[0\] for a pipeline of 2 stages"),
+        (lambda f: [file.unlink() for file in f.iterdir()], "there is no rank-0000.json"),
+        (lambda f: (f / "rank-0000.json").unlink(), r"files of ranks \[1\], but the pipeline has 2 stages"),
+        (lambda f: (f / "rank-0001.json").unlink(), r"files of ranks \[0\], but the pipeline has 2 stages"),
         (lambda f: write_measured(f, 2, CASES[0].pipeline, "measured", []), r"files of ranks \[0, 1, 2\]"),
-        (spoil_sizes, r"rank-0001.json: is of .* but rank-0000.json is of .* different runs"),
-        (lambda f: edit(f / "rank-0001.json", name="other"), "different runs"),
-        (lambda f: edit(f / "rank-0001.json", rank=0), "tells of rank 0, whose file is rank-0000.json"),
-        (lambda f: (f / "rank-0001.json").write_text("{"), "rank-0001.json: no record of a measured rank"),
-        (lambda f: (f / "rank-0001.json").write_text("[]"), "no record of a measured rank"),
+        (spoil_sizes, r"rank-0001.json: it records .* but rank-0000.json records .* several runs"),
+        (lambda f: edit(f / "rank-0001.json", name="other"), "several runs"),
+        (lambda f: edit(f / "rank-0001.json", rank=0), "it holds rank 0, whose file is rank-0000.json"),
+        (lambda f: (f / "rank-0001.json").write_text("{"), "rank-0001.json: this is not a timeline"),
+        (lambda f: (f / "rank-0001.json").write_text("[]"), "this is not a timeline"),
         (lambda f: spoil_span(f / "rank-0000.json", 0, 0, "X"), "'X' is not a valid ActionKind"),
         (lambda f: spoil_span(f / "rank-0000.json", 0, 1, 9), "forward of micro-batch 9, segment 0 is outside"),
         (lambda f: spoil_span(f / "rank-0000.json", 1, 2, 0), "forward of micro-batch 0, segment 0 ran twice"),
@@ -211,5 +211,5 @@ def test_a_replay_takes_medians_and_refuses_what_is_no_schedule():
     late[0][-1] = replace(last, end=last.end + 100)  # one stray action moves no median
     late = replace(case, spans=tuple(map(tuple, late)))
     assert late.makespan > 100 and replay(late).makespan == replay(case).makespan
-    with pytest.raises(ScheduleError, match="never ends"):
+    with pytest.raises(ScheduleError, match="deadlocks"):
         replay(replace(case, spans=(case.spans[0], tuple(reversed(case.spans[1])))))

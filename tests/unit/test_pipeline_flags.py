@@ -1,4 +1,4 @@
-"""The flags of the pipeline schedules: what they refuse, what they leave alone, and what they make of the model."""
+"""The flags of the pipeline schedules: the combinations that are refused, and the plans that they give."""
 
 import argparse
 import functools
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from megatron.longseq.arguments import add_longseq_arguments
-from megatron.longseq.attention.module import refuse_segment_inputs, refuse_window
+from megatron.longseq.attention.module import refuse_inputs, refuse_mask_type, refuse_window
 from megatron.longseq.pipeline.arguments import (
     NOT_IN_SCHEDULES,
     NOT_IN_SEGMENTS,
@@ -49,20 +49,20 @@ ZERO_BUBBLE = {"zero_bubble": True, "transformer_impl": "local"}
 # Every way to ask for what segments cannot serve: (flag in the message, values, why)
 ASKED: list[tuple[str, dict[str, Any], str]] = [
     ("--multi-latent-attention", {"multi_latent_attention": True}, "latents"),
-    ("--mtp-num-layers", {"mtp_num_layers": 1}, "beyond the end of a segment"),
+    ("--mtp-num-layers", {"mtp_num_layers": 1}, "labels of the next segment"),
     ("--is-hybrid-model", {"is_hybrid_model": True}, "state"),
     ("--is-hybrid-model", {"hybrid_layer_pattern": "M*-"}, "state"),
     ("--is-hybrid-model", {"linear_attention_freq": 2}, "state"),
-    ("--experimental-attention-variant", {"experimental_attention_variant": "dsa"}, "keys of earlier segments"),
+    ("--experimental-attention-variant", {"experimental_attention_variant": "dsa"}, "the keys of earlier segments"),
     ("--softmax-type", {"softmax_type": "learnable"}, "plain softmax"),
     ("--position-embedding-type mrope", {"position_embedding_type": "mrope"}, "positions"),
     ("--qk-clip", {"qk_clip": True}, "logits"),
     ("--qk-clip", {"log_max_attention_logit": True}, "logits"),
-    ("--window-size", {"window_size": (8, 8)}, "later segments"),
+    ("--window-size", {"window_size": (8, 8)}, "keys of later segments"),
     (
         "--reset-attention-mask",
         {"reset_attention_mask": True, "create_attention_mask_in_dataloader": False},
-        "read from the mask",
+        "read from the attention mask",
     ),
     ("--sft", {"sft": True}, "THD"),
     ("--dataloader-inter-document-masking", {"dataloader_inter_document_masking": True}, "THD"),
@@ -98,22 +98,26 @@ IN_SCHEDULES: list[tuple[str, dict[str, Any], str]] = [
         {"full_validation": True, "eval_micro_batch_size": 2, "pipeline_model_parallel_size": 2},
         "one sample at a time",
     ),
-    ("--variable-seq-lengths", {"variable_seq_lengths": True}, "known from the plan"),
-    ("--moe-paged-stash", {"moe_paged_stash": True}, "pages"),
-    ("--hybrid-context-parallel", {"hybrid_context_parallel": True}, "schedule of upstream's own"),
+    ("--variable-seq-lengths", {"variable_seq_lengths": True}, "the plan fixes the shapes"),
+    ("--moe-paged-stash", {"moe_paged_stash": True}, "order"),
+    ("--hybrid-context-parallel", {"hybrid_context_parallel": True}, "its own schedule"),
     ("--cuda-graph-impl", {"cuda_graph_impl": "local"}, "graphs"),
-    ("--fine-grained-activation-offloading", {"fine_grained_activation_offloading": True}, "offloaded"),
-    ("--fine-grained-activation-offloading", {"cpu_offloading_num_layers": 1}, "offloaded"),
-    ("--tensor-parallel-num-weight-shards", {"gtp_weight_remat_size": 2}, "not proven"),
-    ("--expert-tensor-parallel-num-weight-shards", {"expert_gtp_weight_remat_size": 2}, "not proven"),
-    ("--use-megatron-fsdp", {"use_megatron_fsdp": True}, "gathers and reductions"),
-    ("--use-megatron-fsdp", {"use_torch_fsdp2": True}, "gathers and reductions"),
+    ("--fine-grained-activation-offloading", {"fine_grained_activation_offloading": True}, "reload the activations"),
+    ("--fine-grained-activation-offloading", {"cpu_offloading_num_layers": 1}, "reload the activations"),
+    ("--tensor-parallel-num-weight-shards", {"gtp_weight_remat_size": 2}, "not tested with our"),
+    (
+        "--expert-tensor-parallel-num-weight-shards",
+        {"expert_gtp_weight_remat_size": 2},
+        "not tested with our",
+    ),
+    ("--use-megatron-fsdp", {"use_megatron_fsdp": True}, "all-gathers and reduce-scatters"),
+    ("--use-megatron-fsdp", {"use_torch_fsdp2": True}, "all-gathers and reduce-scatters"),
 ]
 WITH_ZERO_BUBBLE: list[tuple[str, dict[str, Any], str]] = [
     ("--num-layers-per-virtual-pipeline-stage", {"virtual_pipeline_model_parallel_size": 2}, "one stage per rank"),
     ("--transformer-impl", {"transformer_impl": "transformer_engine"}, "--transformer-impl local"),
-    ("--num-experts", {"num_experts": 4}, "at once"),
-    ("--delay-wgrad-compute", {"delay_wgrad_compute": True}, "same gradients"),
+    ("--num-experts", {"num_experts": 4}, "both gradients together"),
+    ("--delay-wgrad-compute", {"delay_wgrad_compute": True}, "same weight gradients"),
     ("--num-distributed-optimizer-instances", {"num_distributed_optimizer_instances": 2}, "twice"),
 ]
 
@@ -227,15 +231,15 @@ def test_what_segments_serve_is_let_through(values: dict[str, Any]) -> None:
         ({"seq1f1b_splits": 0}, "--seq1f1b-splits 0: give at least 1"),
         ({"seq1f1b_slack": -1}, "--seq1f1b-slack -1: give at least 0"),
         ({"pipeline_trace_step": 0}, "--pipeline-trace-step 0: give at least 1"),
-        ({"pipeline_patience": 5.0}, "--pipeline-patience 5.0: none of our schedules is asked for, so it would change"),
-        ({"pipeline_patience": 0.0}, "--pipeline-patience 0.0: give seconds, more than 0"),
-        ({"pipeline_patience": math.nan}, "--pipeline-patience nan: give seconds, more than 0"),
-        ({"pipeline_patience": math.inf}, r"--pipeline-patience inf: give seconds, more than 0 and at most 1e\+08"),
+        ({"pipeline_patience": 5.0}, "--pipeline-patience 5.0: no flag selects our schedules, so it has no effect"),
+        ({"pipeline_patience": 0.0}, "--pipeline-patience 0.0: give seconds above 0"),
+        ({"pipeline_patience": math.nan}, "--pipeline-patience nan: give seconds above 0"),
+        ({"pipeline_patience": math.inf}, r"--pipeline-patience inf: give seconds above 0 and at most 1e\+08"),
         ({"pipeline_trace": "/dev/null/trace"}, "--pipeline-trace /dev/null/trace: /dev/null is not a folder"),
         ({"pipeline_trace": ""}, "--pipeline-trace is empty"),
         ({"pipeline_trace_step": 4}, "--pipeline-trace-step 4: --pipeline-trace is not given"),
-        ({"seq1f1b_layer_seconds": "file"}, "--seq1f1b-layer-seconds file: it balances segments, and neither"),
-        (SEGMENTS | {"seq1f1b_layer_seconds": "file", "seq1f1b_partition": "even"}, "file: it balances segments"),
+        ({"seq1f1b_layer_seconds": "file"}, "--seq1f1b-layer-seconds file: the file balances segments, but neither"),
+        (SEGMENTS | {"seq1f1b_layer_seconds": "file", "seq1f1b_partition": "even"}, "file: the file balances segments"),
         ({"seq1f1b_partition": "40,24"}, "--seq1f1b-partition 40,24: lists segments, but --seq1f1b-splits is 1"),
     ],
 )
@@ -250,11 +254,11 @@ def test_numbers_that_mean_nothing_are_refused(values: dict[str, Any], message: 
         (None, "No such file or directory"),
         ("folder", "Is a directory"),
         ("", "not a JSON list"),
-        ("{}", "0 different segments cannot settle"),
+        ("{}", "0 different segments do not determine"),
         ("[[0, 8, 1]]", "not a JSON list"),
         ("[[0, 8, NaN, 1]]", "must be finite and above 0"),
         ("[[8, 0, 1, 1]]", "a segment needs 0 <= begin < end"),
-        ("[[0, 8, 1, 1], [0, 16, 2, 2]]", "2 different segments cannot settle"),
+        ("[[0, 8, 1, 1], [0, 16, 2, 2]]", "2 different segments do not determine"),
         ("\udcff", "not a JSON list"),
         ("[" * 100_000, "not a JSON list"),
     ],
@@ -267,7 +271,7 @@ def test_a_file_of_seconds_that_cannot_be_read_is_refused_by_name(
         file.mkdir()
     elif content is not None:
         file.write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=f"--seq1f1b-layer-seconds {file}: .*{why}.*; give a file that python -m"):
+    with pytest.raises(ValueError, match=f"--seq1f1b-layer-seconds {file}: .*{why}.*; give a JSON list of"):
         check_pipeline_numbers(args(**SEGMENTS, seq1f1b_layer_seconds=str(file)))
 
 
@@ -277,7 +281,7 @@ def test_a_file_of_seconds_that_cannot_be_read_is_refused_by_name(
         ({"train_iters": 2}, "--pipeline-trace-step 3: --train-iters ends this run after 2 steps at most"),
         ({"train_samples": 16, "global_batch_size": 8}, "--train-samples ends this run after 2 steps"),
         ({"train_iters": 9, "exit_interval": 2}, "--exit-interval ends this run after 2 steps"),
-        ({"train_iters": 9, "skip_train": True}, "--skip-train leaves none"),
+        ({"train_iters": 9, "skip_train": True}, "--skip-train runs none"),
     ],
     ids=str,
 )
@@ -332,16 +336,18 @@ def test_prediction_of_further_tokens_in_a_stage_of_its_own_is_refused() -> None
 def test_a_mask_handed_to_a_layer_past_the_flags_is_refused(kind: str) -> None:
     from megatron.core.transformer.enums import AttnMaskType
 
-    with pytest.raises(ValueError, match=f"--seq1f1b-splits, layer 3: attention with mask type {kind} is not served"):
-        refuse_segment_inputs(3, None, AttnMaskType[kind])
-    for name in ("attention_mask", "attention_bias", "packed_seq_params"):
-        with pytest.raises(ValueError, match=f"layer 3: {name} handed to one layer"):
-            refuse_segment_inputs(3, **{name: torch.zeros(1)})
-    refuse_segment_inputs(3, None, AttnMaskType.causal, attention_bias=None, packed_seq_params=None)
+    with pytest.raises(ValueError, match=f"--seq1f1b-splits, layer 3: attention mask type {kind} is not supported"):
+        refuse_mask_type(AttnMaskType[kind], "--seq1f1b-splits, layer 3")
+    nothing = dict.fromkeys(("attention_mask", "attention_bias", "packed_seq_params"))
+    for name in nothing:
+        with pytest.raises(ValueError, match=f"layer 3: {name} passed to one layer"):
+            refuse_inputs("layer 3", {**nothing, name: torch.zeros(1)})
+    refuse_mask_type(AttnMaskType.causal, "layer 3")
+    refuse_inputs("layer 3", nothing)
 
 
 def test_a_window_that_a_script_sets_is_refused_if_it_reaches_to_the_right() -> None:
-    with pytest.raises(ValueError, match=r"layer 1: a window of \(4, 4\) reaches to the right"):
+    with pytest.raises(ValueError, match=r"layer 1: the window \(4, 4\) includes later tokens"):
         refuse_window(Namespace(window_size=(4, 4)), "layer 1")
     for window in (None, (4, 0), (-1, -1), [4, -1]):
         refuse_window(Namespace(window_size=window), "layer 1")
@@ -483,14 +489,14 @@ def test_layers_whose_attention_is_another_are_refused_and_nothing_is_bound() ->
     first = _bare(TransformerLayer, self_attention=causal)
     for attention, message in (
         (_bare(CrossAttention), "decoder.1 has CrossAttention"),
-        (blind, "mask type padding is not served"),
+        (blind, "mask type padding is not supported"),
     ):
         layers = nn.ModuleList([first, _bare(TransformerLayer, self_attention=attention)])
         model = _bare(GPTModel, decoder=layers)
         with pytest.raises(ValueError, match=message):
             SegmentedModel(model, (32, 32)).attach()
         assert "forward" not in vars(model) and "forward" not in vars(causal.core_attention)
-    with pytest.raises(ValueError, match="serves GPTModel; this chunk is Linear with 0 of them"):
+    with pytest.raises(ValueError, match="one GPTModel, but this chunk is Linear and contains 0 of them"):
         SegmentedModel(nn.Linear(1, 1), (32, 32)).attach()
 
 
@@ -531,10 +537,10 @@ def test_upstreams_validation_refuses_what_segments_cannot_serve(ranks: RankPool
         "--seq1f1b-splits 4 --seq1f1b-partition even": None,
         "--seq1f1b-splits 3 --seq1f1b-partition 32,20,12": None,
         "--seq1f1b-splits 2 --softmax-type learnable": "--softmax-type with --seq1f1b-splits: the attention kernels",
-        "--seq1f1b-splits 2 --window-size 8,8": "--window-size with --seq1f1b-splits: a window that reaches to the",
+        "--seq1f1b-splits 2 --window-size 8,8": "--window-size with --seq1f1b-splits: a window that includes",
         "--seq1f1b-splits 3 --seq1f1b-partition 32,32": "2 lengths for --seq1f1b-splits 3; give one per segment",
         "--seq1f1b-splits 2 --seq1f1b-partition 32,33": "the lengths sum to 65, but --seq-length is 64",
-        "--seq1f1b-splits 2 --seq1f1b-partition 32;32": "'32;32' is neither even nor balanced nor lengths",
+        "--seq1f1b-splits 2 --seq1f1b-partition 32;32": "'32;32': give even, balanced or lengths",
         "--seq1f1b-splits 65": "--seq-length 64 cannot be cut into 65 segments of at least 1 tokens",
     }
     for case, message, want in zip(cases, told(ranks, *cases), cases.values(), strict=True):

@@ -118,7 +118,7 @@ def test_one_that_computes_with_the_output_runs_again(script: Script, last: int,
 
 
 def test_a_script_that_calls_no_model_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="without a call of the model"):
+    with pytest.raises(RuntimeError, match="did not call the model"):
         run(lambda data, model: (next(data)["tokens"], None), is_last_stage=True)
 
 

@@ -1,4 +1,4 @@
-"""The generators against upstream's own orders, the closed forms of bubble and memory, and their refusals."""
+"""Generated schedules equal upstream's orders and the closed forms of bubble and memory; invalid sizes are refused."""
 
 import math
 from types import SimpleNamespace
@@ -206,7 +206,7 @@ def test_make_fits_zero_bubble_to_the_costs():
         (lambda: interleaved(Pipeline(8, 8, 4, 2), slack=1, group=2), "at least 3 micro-batches per group"),
         (lambda: interleaved(Pipeline(4, 8, 4, 1)), "use one_f_one_b"),
         (lambda: one_f_one_b(Pipeline(4, 8, 4, 2)), "use interleaved"),
-        (lambda: one_f_one_b(Pipeline(4, 8, 4), -1), "slack is a number of segments from 0, not -1"),
+        (lambda: one_f_one_b(Pipeline(4, 8, 4), -1), "slack must be at least 0 segments, not -1"),
         (lambda: make(Pipeline(4, 8, 4), slack=-1, zero_bubble=True), "not -1"),
         (lambda: make(Pipeline(4, 8, 4, 2), zero_bubble=True), "one virtual stage per rank, not 2"),
     ],
@@ -232,7 +232,7 @@ def test_the_number_of_microbatches_that_a_refusal_names_works(stages, segments,
 @pytest.mark.parametrize("pipeline, slack, group", [(Pipeline(4, 5, 1, 3), 0, 4), (Pipeline(8, 8, 4, 4), 1, 2)])
 def test_the_group_rules_are_needed(monkeypatch, pipeline, slack, group):
     monkeypatch.setattr(orders, "_check_group", lambda *_: None)
-    with pytest.raises(ScheduleError, match="never ends: rank 0 waits in action"):
+    with pytest.raises(ScheduleError, match="deadlocks: rank 0 waits in action"):
         prove(interleaved(pipeline, slack, group))
 
 

@@ -1,4 +1,4 @@
-"""Gradients of a micro-batch meet a 16-bit buffer once, before upstream is told that they are complete."""
+"""Gradients of a micro-batch are added to a 16-bit buffer once, before upstream's hooks see them."""
 
 from argparse import Namespace
 from typing import Any

@@ -1,4 +1,4 @@
-"""The watch tells who waits for what, once and then more and more rarely, and never without need."""
+"""The hang report names the rank, the action and the peer, repeats at growing intervals, and reports no short wait."""
 
 import threading
 import time

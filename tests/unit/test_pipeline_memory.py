@@ -1,4 +1,4 @@
-"""Bytes kept for backward: the formula, by hand and against what real training steps keep, counted."""
+"""The formula of bytes kept for backward equals calculations by hand and the bytes counted in real steps."""
 
 from collections.abc import Callable
 
@@ -94,5 +94,5 @@ def test_by_hand() -> None:
 
 def test_other_recomputations_are_refused() -> None:
     for wrong in (("some",), ("full", "random"), ("full", "block", 0)):
-        with pytest.raises(ValueError, match="upstream has selective or full"):
+        with pytest.raises(ValueError, match="must be selective or full"):
             Recompute(*wrong)

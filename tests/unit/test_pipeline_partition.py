@@ -1,4 +1,4 @@
-"""Where a sequence is cut: the authors' lists, the closed form against bisection, alignment, refusals."""
+"""Partitions equal the authors' lists and bisection, are aligned, and invalid ones are refused."""
 
 import dataclasses
 from itertools import product
@@ -159,7 +159,7 @@ def test_a_flags_text_is_parsed():
 @pytest.mark.parametrize(
     ("text", "segments", "multiple", "message"),
     [
-        ("halves", 2, 1, "'halves' is neither even nor balanced nor lengths such as 3072,1024"),
+        ("halves", 2, 1, "'halves': give even, balanced or lengths such as 3072,1024"),
         ("2048,2048", 3, 1, "2 lengths for --seq1f1b-splits 3; give one per segment"),
         ("2048,2047", 2, 1, r"sum to 4095, but --seq-length is 4096; change one by \+1"),
         ("4096,0", 2, 1, "0 is not a positive multiple of 1"),
@@ -171,7 +171,7 @@ def test_a_flags_text_is_parsed():
             "cannot be cut into 4097 segments of at least 1 tokens; lower --seq1f1b-splits to at most 4096",
         ),
         ("balanced", 513, 8, "lower --seq1f1b-splits to at most 512"),
-        ("even", 2, 3, "--seq-length 4096 is not a multiple of 3 .* the nearest that is: 4095"),
+        ("even", 2, 3, "--seq-length 4096 is not a multiple of 3 .* the nearest multiple is 4095"),
         ("balanced", 0, 1, "must be at least 1"),
     ],
 )
@@ -184,7 +184,7 @@ def test_an_alignment_that_does_not_fit_is_refused():
     model = flops(paper("7B", 4096))
     with pytest.raises(ValueError, match="an alignment of 12 tokens is not a positive multiple of 8"):
         balanced(model, 2, multiple=8, align=12)
-    with pytest.raises(ValueError, match=r"holds 2 pieces of 2048 tokens, fewer than the 4 segments"):
+    with pytest.raises(ValueError, match=r"holds 2 blocks of 2048 tokens, fewer than the 4 segments"):
         balanced(model, 4, align=2048)
     with pytest.raises(ValueError, match="give one per segment"):
         given(model, [4096], 2)

@@ -1,4 +1,4 @@
-"""Receives are posted early, never before what they depend on, and end in one queue where that is said."""
+"""Receives are posted early, but not before the messages that they depend on, and do not deadlock on one queue."""
 
 from collections import deque
 from collections.abc import Iterator

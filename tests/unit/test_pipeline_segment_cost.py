@@ -1,4 +1,4 @@
-"""What segments cost: cells against masks counted one by one, FLOPs against sums by hand, fits against known lines."""
+"""The costs of segments equal counted masks, sums of FLOPs by hand, and fits of known coefficients."""
 
 import random
 
@@ -67,11 +67,11 @@ def test_windows_are_counted_by_layer():
     [
         ({"num_layers": 0}, "num_layers must be at least 1, not 0"),
         ({"num_query_groups": 3}, "num_query_groups 3 does not divide num_attention_heads 4"),
-        ({"hidden_size": 3}, "leaves 4 heads no channel"),
+        ({"hidden_size": 3}, "is too small for 4 heads"),
         ({"ffn_hidden_size": -1}, "ffn_hidden_size cannot be negative"),
-        ({"window": -1}, "None means all of them"),
+        ({"window": -1}, "None for all"),
         ({"windowed": (True, True)}, "needs a window"),
-        ({"window": 4, "windowed": (True,)}, "pattern of 1 layers needs a window and exactly 2 layers"),
+        ({"window": 4, "windowed": (True,)}, "pattern of 1 layers needs a window and 2 layers"),
     ],
 )
 def test_impossible_shapes_are_refused(change, message):
@@ -134,7 +134,7 @@ def test_a_fit_never_goes_below_zero():
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
-        ([Sample(0, 8, 1, 1)] * 5, "1 different segments cannot settle three coefficients"),
+        ([Sample(0, 8, 1, 1)] * 5, "1 different segments do not determine three coefficients"),
         ([Sample(0, 8, 1, 1), Sample(8, 8, 1, 1)], "0 <= begin < end"),
         ([Sample(0, 8, 1, 0)], "must be finite and above 0"),
         ([Sample(0, 8, float("nan"), 1)], "must be finite and above 0"),

@@ -1,4 +1,4 @@
-"""The clock against an independent one (longest paths by relaxation), closed forms and known figures."""
+"""The simulation equals an independent one (longest paths by relaxation), closed forms and known figures."""
 
 import math
 

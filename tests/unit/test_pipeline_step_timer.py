@@ -1,4 +1,4 @@
-"""The timer's spans: what ran, in order, on a clock that ranks share."""
+"""The step timer records all actions in order, on a clock that ranks share."""
 
 import contextlib
 import time
@@ -30,8 +30,8 @@ def test_spans_are_in_order_in_unix_time_and_as_long_as_the_actions(timer: StepT
     with timer.action(FIRST):
         time.sleep(0.05)
     time.sleep(0.02)
-    timer.begin(SECOND)
-    timer.end()
+    with timer.action(SECOND):
+        pass
     first, second = timer.finish()
     moments.append(time.perf_counter())
     assert (first.action, second.action) == (FIRST, SECOND)
@@ -62,11 +62,11 @@ def test_a_step_that_was_given_up_leaves_nothing(timer: StepTimer) -> None:
     timer.start_step()
     with timer.action(FIRST):
         pass
-    timer.begin(FIRST)
-    time.sleep(0.01)
-    moment = time.perf_counter()
-    timer.start_step()
-    again = time.time()
+    with timer.action(FIRST):
+        time.sleep(0.01)
+        moment = time.perf_counter()
+        timer.start_step()
+        again = time.time()
     with timer.action(SECOND):
         pass
     (span,) = timer.finish()
@@ -76,18 +76,10 @@ def test_a_step_that_was_given_up_leaves_nothing(timer: StepTimer) -> None:
         timer.finish()
 
 
-def test_calls_out_of_order_are_refused(timer: StepTimer) -> None:
+def test_calls_without_a_step_are_refused(timer: StepTimer) -> None:
+    with pytest.raises(RuntimeError, match="no step was started"), timer.action(FIRST):
+        pass
     with pytest.raises(RuntimeError, match="no step was started"):
-        timer.begin(FIRST)
-    with pytest.raises(RuntimeError, match="no step was started"):
-        timer.finish()
-    timer.start_step()
-    with pytest.raises(RuntimeError, match="call begin first"):
-        timer.end()
-    timer.begin(FIRST)
-    with pytest.raises(RuntimeError, match="forward of micro-batch 0, segment 0 has not ended"):
-        timer.begin(SECOND)
-    with pytest.raises(RuntimeError, match="has not ended"):
         timer.finish()
 
 
@@ -116,8 +108,7 @@ def test_device_spans_say_when_the_device_ran_and_the_host_waits_once(monkeypatc
     monkeypatch.setattr(module.time, "time", lambda: 1_000.0 + _LateEvent.now)
     monkeypatch.setattr(_LateEvent, "now", 0.0)
     monkeypatch.setattr(_LateEvent, "synchronized", 0)
-    clock = DeviceClock()
-    timer = StepTimer(clock)
+    timer = StepTimer(DeviceClock())
     for step in range(3):
         begin = _LateEvent.now
         timer.start_step()
@@ -128,15 +119,13 @@ def test_device_spans_say_when_the_device_ran_and_the_host_waits_once(monkeypatc
         assert [span.start - begin for span in spans] == pytest.approx([1005, 1006])
         assert [span.end - begin for span in spans] == pytest.approx([1006, 1007])
         assert _LateEvent.synchronized == step + 1
-    assert len(clock._pool) == 6  # reference, four stamps, last: used again in every step
 
 
 def test_a_moved_wall_clock_bends_no_span(monkeypatch: pytest.MonkeyPatch) -> None:
     timer, began = StepTimer(HostClock()), time.perf_counter()
     timer.start_step()
-    timer.begin(FIRST)
-    monkeypatch.setattr(module.time, "time", lambda: 0.0)
-    timer.end()
+    with timer.action(FIRST):
+        monkeypatch.setattr(module.time, "time", lambda: 0.0)
     (span,) = timer.finish()
     assert 0 <= span.end - span.start <= time.perf_counter() - began
 

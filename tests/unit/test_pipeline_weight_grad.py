@@ -1,4 +1,4 @@
-"""The split backward: bitwise upstream's gradients, no weight product in B, all of them in W."""
+"""The split backward gives bitwise upstream's gradients, and computes all weight products in W."""
 
 from collections.abc import Callable
 from dataclasses import replace

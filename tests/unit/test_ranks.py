@@ -1,4 +1,4 @@
-"""Process groups of our own have what upstream's flags gave to its own."""
+"""Our process groups get the options that upstream's flags give to its groups."""
 
 from types import SimpleNamespace
 from typing import Any

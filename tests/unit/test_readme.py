@@ -1,4 +1,4 @@
-"""The pages keep their word: the table of patches is the ledger's, links and files exist."""
+"""The table of patches equals the ledger, and links and files of the pages exist."""
 
 import re
 import subprocess
@@ -15,7 +15,7 @@ def test_table_of_patches_is_the_ledgers() -> None:
     )
     page = (ROOT / "docs" / "patches.md").read_text()
     table = page.split("<!-- patches: begin -->\n")[1].split("<!-- patches: end -->")[0]
-    assert table == listed.stdout, "write it anew: python -m patches list --markdown"
+    assert table == listed.stdout, "update it: python -m patches list --markdown"
 
 
 def test_every_link_and_every_named_file_exists() -> None:

@@ -1,4 +1,4 @@
-"""The comparator, green on equal runs and red on everything that a run could hide behind."""
+"""The comparison accepts equal runs and detects every planted difference."""
 
 import math
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from tests.regression.compare import (
 )
 from tests.regression.judge import Trial, judge, verdict
 from tests.regression.noise import Floor, Noisy, line, student, tensors_within_noise, unbiased
-from tests.regression.record import Torn, merge
+from tests.regression.record import RankDisagreement, merge
 from tests.regression.snapshot import Part, Snapshot, assemble
 
 STEPS, AT = 6, (1, 2, 6)
@@ -98,8 +98,8 @@ def edit_tensor(at: int, name: str, change: float) -> Callable[[Evidence], Evide
     return edit
 
 
-def torn(evidence: Evidence) -> Evidence:
-    evidence.snapshots[2].torn.append("a")
+def differing_copies(evidence: Evidence) -> Evidence:
+    evidence.snapshots[2].differing_copies.append("a")
     return evidence
 
 
@@ -118,7 +118,7 @@ FLAWS = {
     "gradient norm": (edit_step("grad_norm", 2.0 * (1 + 2e-9)), "grad_norm"),
     "moment": (edit_tensor(2, "optimizer.state.exp_avg.b", 1e-7), "first_moments at 2"),
     "weight": (edit_tensor(6, "a", 1e-7), "weights at 6"),
-    "replicas": (torn, "replicas at 2"),
+    "replicas": (differing_copies, "replicas at 2"),
 }
 
 
@@ -268,7 +268,7 @@ def test_a_floor_fed_otherwise_is_red() -> None:
     assert "floor 0: samples" in red(checks)
 
 
-def test_ranks_that_disagree_are_torn() -> None:
+def test_ranks_that_disagree_are_refused() -> None:
     step = {
         "iteration": 1,
         "loss": 1.0,
@@ -279,18 +279,18 @@ def test_ranks_that_disagree_are_torn() -> None:
         "samples": ["x"],
     }
     assert merge([[step], [step | {"loss": None}]])[0]["loss"] == 1.0
-    with pytest.raises(Torn, match="loss"):
+    with pytest.raises(RankDisagreement, match="loss"):
         merge([[step], [step | {"loss": 2.0}]])
-    with pytest.raises(Torn, match="numbers of steps"):
+    with pytest.raises(RankDisagreement, match="numbers of steps"):
         merge([[step], []])
 
 
-def test_parts_make_a_whole_and_holes_and_torn_replicas_are_seen() -> None:
+def test_assemble_finds_missing_parts_and_differing_copies() -> None:
     left = Part("a", (4,), (0,), numpy.arange(2.0))
     right = Part("a", (4,), (2,), numpy.arange(2.0))
     made = assemble([[left], [right], [right]])
-    assert made.tensors["a"].tolist() == [0, 1, 0, 1] and not made.torn
-    assert assemble([[left], [right], [replace(right, data=numpy.ones(2))]]).torn == ["a"]
+    assert made.tensors["a"].tolist() == [0, 1, 0, 1] and not made.differing_copies
+    assert assemble([[left], [right], [replace(right, data=numpy.ones(2))]]).differing_copies == ["a"]
     with pytest.raises(ValueError, match="no rank holds all of a"):
         assemble([[left]])
 

@@ -1,4 +1,4 @@
-"""The sharded subclasses stand in upstream's modules while the patch is applied, and nowhere afterwards."""
+"""The sharded subclasses are bound in upstream's modules while the patch is applied, and not afterwards."""
 
 import inspect
 import sys

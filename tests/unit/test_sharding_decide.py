@@ -1,4 +1,4 @@
-"""Flat or not: as asked, or as the clock says for links of given speeds."""
+"""Collectives run flat as the flag says, or as the time model predicts for the bandwidths of links."""
 
 import pytest
 

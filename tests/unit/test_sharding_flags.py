@@ -1,4 +1,4 @@
-"""The flags of PaRO: what they set among upstream's, what a group is by default, and what is refused and why."""
+"""The flags of PaRO: the upstream flags that they set, the default group, and the combinations that are refused."""
 
 import math
 import os
@@ -37,25 +37,25 @@ from tests.distributed.flags import TINY, TP2, flags
 from tests.pool import RankPool
 from tests.unit.test_pipeline_flags import args as parsed
 
-EXPERTS = "other data-parallel groups"
+EXPERTS = "different data-parallel groups"
 
 # Every way to ask for what no sharding can serve: (flag in the message, values, why)
 ASKED: list[tuple[str, dict[str, Any], str]] = [
-    ("--num-distributed-optimizer-instances", {"num_distributed_optimizer_instances": 2}, "last letter"),
+    ("--num-distributed-optimizer-instances", {"num_distributed_optimizer_instances": 2}, "third letter"),
     ("--use-megatron-fsdp", {"use_megatron_fsdp": True}, "GGG, IIG and III"),
     ("--use-torch-fsdp2", {"use_torch_fsdp2": True}, "GGG and NGG"),
     *[
-        ("--optimizer", {"optimizer": name}, "adam alone")
+        ("--optimizer", {"optimizer": name}, "adam only")
         for name in ("sgd", "muon", "dist_muon", "lion", "soap", "adaptive_muon")
     ],
     ("--use-precision-aware-optimizer", {"use_precision_aware_optimizer": True}, "upstream's buffers"),
-    ("--optimizer-cpu-offload", {"optimizer_cpu_offload": True}, "not ordered"),
+    ("--optimizer-cpu-offload", {"optimizer_cpu_offload": True}, "not synchronized"),
     ("--freeze-all-layers", {"freeze_all_layers": True}, "--train-only"),
-    ("--fp8-param-gather", {"fp8_param_gather": True}, "one plain type"),
-    ("--fp4-param-gather", {"fp4_param_gather": True}, "one plain type"),
-    ("--reuse-grad-buf-for-mxfp8-param-ag", {"reuse_grad_buf_for_mxfp8_param_ag": True}, "sharded apart"),
+    ("--fp8-param-gather", {"fp8_param_gather": True}, "quantized parameters"),
+    ("--fp4-param-gather", {"fp4_param_gather": True}, "quantized parameters"),
+    ("--reuse-grad-buf-for-mxfp8-param-ag", {"reuse_grad_buf_for_mxfp8_param_ag": True}, "sharded separately"),
     ("--use-nccl-ub", {"nccl_ub": True}, "registered memory"),
-    ("--use-sharp", {"use_sharp": True}, "upstream's own groups"),
+    ("--use-sharp", {"use_sharp": True}, "upstream's process groups"),
     ("--create-all-gather-group", {"create_all_gather_group": True}, "leave it out"),
     ("--cuda-graph-impl", {"cuda_graph_impl": "local"}, "graph"),
     ("--cuda-graph-impl", {"optimizer_cuda_graph": True}, "graph"),
@@ -73,14 +73,14 @@ ASKED: list[tuple[str, dict[str, Any], str]] = [
     (
         "--overlap-param-gather-with-optimizer-step",
         {"overlap_param_gather_with_optimizer_step": True},
-        "two optimizers",
+        "splits the optimizer in two",
     ),
-    ("--tensor-parallel-num-weight-shards", {"gtp_weight_remat_size": 2}, "by itself"),
-    ("--expert-tensor-parallel-num-weight-shards", {"expert_gtp_weight_remat_size": 2}, "by itself"),
+    ("--tensor-parallel-num-weight-shards", {"gtp_weight_remat_size": 2}, "its own sharding"),
+    ("--expert-tensor-parallel-num-weight-shards", {"expert_gtp_weight_remat_size": 2}, "its own sharding"),
     ("--expert-model-parallel-size", {"expert_model_parallel_size": 2}, EXPERTS),
     ("--expert-tensor-parallel-size", {"expert_tensor_parallel_size": 2}, EXPERTS),
-    ("--save-wgrads-interval", {"save_wgrads_interval": 1}, "whole gradients"),
-    ("--init-model-with-meta-device", {"init_model_with_meta_device": True}, "from their values"),
+    ("--save-wgrads-interval", {"save_wgrads_interval": 1}, "unsharded gradients"),
+    ("--init-model-with-meta-device", {"init_model_with_meta_device": True}, "from the initial values"),
     ("--ckpt-format", {"ckpt_format": "torch"}, "torch_dist"),
     ("--ckpt-format", {"ckpt_format": "fsdp_dtensor"}, "torch_dist"),
     ("--ckpt-convert-format", {"ckpt_convert_format": "torch"}, "torch_dist"),
@@ -94,20 +94,20 @@ ASKED: list[tuple[str, dict[str, Any], str]] = [
     ("--fake-process-group", {"fake_process_group": True}, "nothing is sent"),
 ]
 WITH_SHARDED_GRADIENTS: list[tuple[str, dict[str, Any], str]] = [
-    ("--delay-wgrad-compute", {"delay_wgrad_compute": True}, "come late"),
-    ("--defer-embedding-wgrad-compute", {"defer_embedding_wgrad_compute": True}, "after the last micro-batch"),
+    ("--delay-wgrad-compute", {"delay_wgrad_compute": True}, "reduce-scatter"),
+    ("--defer-embedding-wgrad-compute", {"defer_embedding_wgrad_compute": True}, "after the last reduce-scatter"),
     ("--zero-bubble", {"zero_bubble": True}, "N in the middle"),
 ]
 WITH_SHARDED_PARAMETERS: list[tuple[str, dict[str, Any], str]] = [
-    ("--fp8-format", {"fp8": "hybrid"}, "whole copies"),
-    ("--fp8-format", {"fp4": "e2m1"}, "whole copies"),
-    ("--save-params-interval", {"save_params_interval": 1}, "whole parameters"),
-    ("--log-params-norm", {"log_params_norm": True}, "whole parameters"),
-    ("--async-save", {"async_save": True}, "given back between"),
+    ("--fp8-format", {"fp8": "hybrid"}, "unsharded copies"),
+    ("--fp8-format", {"fp4": "e2m1"}, "unsharded copies"),
+    ("--save-params-interval", {"save_params_interval": 1}, "unsharded parameters"),
+    ("--log-params-norm", {"log_params_norm": True}, "unsharded parameters"),
+    ("--async-save", {"async_save": True}, "frees meanwhile"),
     (
         "--check-weight-hash-across-dp-replicas-interval",
         {"check_weight_hash_across_dp_replicas_interval": 1},
-        "different parts",
+        "different shards",
     ),
     ("--load-main-params-from-ckpt", {"load_main_params_from_ckpt": True}, "main parameters"),
 ]
@@ -205,22 +205,22 @@ def test_what_is_served_is_let_through(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"paro_group_size": 2}, "--paro-group-size 2: --paro is not given, so it would change nothing"),
-        ({"paro_links": [100.0, 10.0]}, "--paro-links 100.0 10.0: --paro is not given, so it would change nothing"),
+        ({"paro_group_size": 2}, "--paro-group-size 2: --paro is not given, so it has no effect"),
+        ({"paro_links": [100.0, 10.0]}, "--paro-links 100.0 10.0: --paro is not given, so it has no effect"),
         ({"paro_collectives": "flat"}, "--paro-collectives flat: --paro is not given"),
         ({"paro": "NI"}, "'NI': give three letters"),
         ({"paro": "nig"}, "'nig': give three letters"),
         ({"paro": "NGI"}, "NGI: gradients are sharded globally.*give --paro NGG"),
         ({"paro": "GNN"}, "GNN: parameters are sharded globally.*give --paro GNG"),
-        ({"paro": "INI"}, "--paro INI does not run: --paro III holds less"),
-        ({"paro": "GNG"}, "--paro GNG does not run: --paro GGG holds less"),
-        ({"paro": "GIG"}, "--paro GIG does not run: --paro IIG gathers parameters inside a group alone"),
+        ({"paro": "INI"}, "--paro INI does not run: --paro III uses less memory"),
+        ({"paro": "GNG"}, "--paro GNG does not run: --paro GGG uses less memory"),
+        ({"paro": "GIG"}, "--paro GIG does not run: --paro IIG gathers parameters inside a group only"),
         ({"paro": "NIG", "paro_group_size": 0}, "--paro-group-size 0: give at least 1"),
-        ({"paro": "NIG", "paro_links": [math.nan, 1.0]}, "nan, 1.0]: give positive, finite speeds"),
-        ({"paro": "NIG", "paro_links": [1.0, math.inf]}, "1.0, inf]: give positive, finite speeds"),
+        ({"paro": "NIG", "paro_links": [math.nan, 1.0]}, "nan, 1.0]: give positive, finite bandwidths"),
+        ({"paro": "NIG", "paro_links": [1.0, math.inf]}, "1.0, inf]: give positive, finite bandwidths"),
         (
             {"paro": "NNG", "paro_group_size": 2, "paro_collectives": "flat"},
-            "--paro-group-size 2: --paro NNG with --paro-collectives flat has no groups",
+            "--paro-group-size 2: --paro NNG with --paro-collectives flat uses no groups",
         ),
         ({"paro": "NIG", "yaml_cfg": "run.yaml"}, "--paro with --yaml-cfg"),
     ],
@@ -304,7 +304,7 @@ def test_what_validation_changes_is_refused(name: str, value: Any) -> None:
     found = resolve(given, None)
     given.data_parallel_size = 8
     setattr(given, name, value)
-    with pytest.raises(ValueError, match=f"--paro NII: upstream's validation has left .*{name}"):
+    with pytest.raises(ValueError, match=f"--paro NII: upstream's validation set .*{name}"):
         check_unchanged(given, found)
 
 
@@ -339,11 +339,21 @@ def test_without_groups_no_node_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("world", "node", "values", "message"),
     [
-        (8, 3, {}, r"lie unevenly on nodes of 3 ranks.*one of \[1, 2, 4, 8\]"),
-        (8, 5, {"pipeline_model_parallel_size": 2}, "lie unevenly on nodes of 5"),
-        (4, 3, {"tensor_model_parallel_size": 2}, r"have \[1, 2\] ranks on nodes of 3 ranks, so a node is no group"),
-        (6, 2, {"tensor_model_parallel_size": 4}, "6 ranks are no multiple of 4 tensor-parallel x 1 pipeline"),
-        (6, 6, {"paro_group_size": 4}, r"6 data-parallel ranks in groups of 4.*one of \[1, 2, 3, 6\]"),
+        (8, 3, {}, r"are distributed unevenly over nodes of 3 ranks.*one of \[1, 2, 4, 8\]"),
+        (8, 5, {"pipeline_model_parallel_size": 2}, "are distributed unevenly over nodes of 5"),
+        (
+            4,
+            3,
+            {"tensor_model_parallel_size": 2},
+            r"have \[1, 2\] ranks on nodes of 3 ranks, so a node cannot be a group",
+        ),
+        (6, 2, {"tensor_model_parallel_size": 4}, "6 ranks are not a multiple of 4 tensor-parallel x 1 pipeline"),
+        (
+            6,
+            6,
+            {"paro_group_size": 4},
+            r"6 data-parallel ranks cannot be .*one of \[1, 2, 3, 6\]",
+        ),
     ],
     ids=str,
 )
@@ -385,7 +395,7 @@ def test_the_line_that_is_told() -> None:
         )
 
 
-Told = tuple[str | None, dict[str, Any], str]
+ValidationResult = tuple[str | None, dict[str, Any], str]
 SET = (
     "paro_group_size",
     "paro_groups",
@@ -396,7 +406,7 @@ SET = (
 )
 
 
-def what_upstreams_validation_says(cases: list[list[str]], node: str | None) -> list[Told]:
+def what_upstreams_validation_says(cases: list[list[str]], node: str | None) -> list[ValidationResult]:
     """Parse and validate each command line as rank 0 of four; return what is refused, set and printed."""
     import contextlib
     import io
@@ -410,7 +420,7 @@ def what_upstreams_validation_says(cases: list[list[str]], node: str | None) -> 
     patches.start()
     from megatron.training import arguments
 
-    said: list[Told] = []
+    said: list[ValidationResult] = []
     for case in cases:
         sys.argv = ["pretrain_gpt.py", *case]
         message, parsed_args, output = None, Namespace(), io.StringIO()
@@ -426,10 +436,10 @@ def what_upstreams_validation_says(cases: list[list[str]], node: str | None) -> 
     return said
 
 
-def said(ranks: RankPool, *cases: str, node: str | None = "2") -> list[Told]:
+def said(ranks: RankPool, *cases: str, node: str | None = "2") -> list[ValidationResult]:
     """Of the tiny model; all cases under the same patches."""
     lines = [flags(TINY, case) for case in cases]
-    result: list[Told] = ranks.run(1, what_upstreams_validation_says, lines, node)[0]
+    result: list[ValidationResult] = ranks.run(1, what_upstreams_validation_says, lines, node)[0]
     return result
 
 
@@ -439,16 +449,16 @@ def test_upstreams_validation_refuses_what_sharding_cannot_serve(ranks: RankPool
         "--paro NIG --overlap-grad-reduce --overlap-param-gather": None,
         "--paro IIN": "IIN: gradients are sharded inside a group",
         "--paro GIG": "--paro GIG does not run",
-        "--paro NIG --paro-group-size 3": "4 data-parallel ranks in groups of 3",
-        f"--paro NIG --paro-group-size 4 {TP2}": "2 data-parallel ranks in groups of 4",
+        "--paro NIG --paro-group-size 3": "4 data-parallel ranks cannot be divided into groups of 3",
+        f"--paro NIG --paro-group-size 4 {TP2}": "2 data-parallel ranks cannot be divided into groups of 4",
         "--paro NNI --num-distributed-optimizer-instances 4": "--num-distributed-optimizer-instances with --paro NNI",
-        "--paro GGG --use-megatron-fsdp": "--use-megatron-fsdp with --paro GGG: it shards by itself",
-        "--paro GGG --use-torch-fsdp2": "--use-torch-fsdp2 with --paro GGG: it shards by itself",
-        "--paro NNG --optimizer muon": "--optimizer with --paro NNG: upstream's distributed optimizer",
-        "--paro NNG --optimizer sgd": "--optimizer with --paro NNG: upstream's distributed optimizer",
+        "--paro GGG --use-megatron-fsdp": "--use-megatron-fsdp with --paro GGG: it has its own sharding",
+        "--paro GGG --use-torch-fsdp2": "--use-torch-fsdp2 with --paro GGG: it has its own sharding",
+        "--paro NNG --optimizer muon": "--optimizer with --paro NNG: PaRO uses upstream's",
+        "--paro NNG --optimizer sgd": "--optimizer with --paro NNG: PaRO uses upstream's",
         "--paro NNG --freeze-all-layers": "--freeze-all-layers with --paro NNG",
         "--paro NNG --enable-cuda-graph": "--cuda-graph-impl with --paro NNG",
-        "--paro NNG --grad-reduce-in-bf16": "--grad-reduce-in-bf16 with --paro NNG: it would change nothing",
+        "--paro NNG --grad-reduce-in-bf16": "--grad-reduce-in-bf16 with --paro NNG: it has no effect",
         "--paro NNG --ddp-reduce-scatter-with-fp32-accumulation": "--ddp-reduce-scatter-with-fp32-accumulation with",
         f"--paro NNG {TP2} --sequence-parallel --tensor-parallel-num-weight-shards 4": "--tensor-parallel-num-weight-",
         "--paro NNG --num-experts 4 --expert-model-parallel-size 2": "--expert-model-parallel-size with --paro NNG",
@@ -501,7 +511,7 @@ def test_a_node_of_no_ranks_is_refused(text: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
     assert node_ranks() == 16
     monkeypatch.setenv("LOCAL_WORLD_SIZE", text)
-    with pytest.raises(ValueError, match=f"LOCAL_WORLD_SIZE={text}: it says how many"):
+    with pytest.raises(ValueError, match=f"LOCAL_WORLD_SIZE={text}: not a number of ranks"):
         node_ranks()
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     assert node_ranks() is None

@@ -1,4 +1,4 @@
-"""Lanes: one order on all ranks however late each is, phases that truly overlap, errors that name what failed."""
+"""Collectives run in one order on all ranks, overlap, and report errors with the collective that failed."""
 
 import gc
 import random
@@ -30,7 +30,7 @@ from megatron.longseq.sharding.runtime.collectives import CollectiveRunner, Regi
 from megatron.longseq.sharding.runtime.comm_queue import CommError, CommQueues, Work
 from megatron.longseq.sharding.runtime.comm_streams import CommThread
 from megatron.longseq.sharding.runtime.process_groups import Communicators
-from tests.unit.lanes_bed import LIMIT, Fake, Meeting, bucket, on_ranks
+from tests.unit.lanes_bed import LIMIT, Fake, FakeRendezvous, bucket, on_ranks
 
 CPU = torch.device("cpu")
 SCATTER = (SCATTER_INSIDE, SCATTER_BETWEEN)
@@ -65,7 +65,7 @@ def soon(holds: Callable[[], bool]) -> bool:
 @pytest.mark.parametrize("seed", range(4))
 def test_all_ranks_have_one_order_however_late_each_is(is_overlapped: bool, seed: int) -> None:
     groups = RankGroups(4, 2)
-    meeting, script = Meeting(groups), random.Random(seed)
+    meeting, script = FakeRendezvous(groups), random.Random(seed)
     jobs = [script.choice(JOBS) for _ in range(24)]
     waits = {job: script.sample(range(job + 1), 2 if job else 1) for job in range(2, 24, 3)}
     fakes = [Fake(meeting, member, 10 * seed + member) for member in range(4)]
@@ -186,7 +186,7 @@ def test_an_error_names_what_failed_and_stops_what_comes_later(is_overlapped: bo
         named = r"rank 3: reduce-scatter between of bucket 1 of gradients failed: OSError: connection lost"
         with pytest.raises(CommError, match=rf"^{named}"):
             second.wait()
-        with pytest.raises(CommError, match=rf"bucket 2 did not run, as an earlier collective failed: {named}"):
+        with pytest.raises(CommError, match=rf"bucket 2 did not run because an earlier collective failed: {named}"):
             mine.submit(SCATTER, bucket(2), "bucket 2")
         first.wait()
         with pytest.raises(CommError, match=named):
@@ -212,7 +212,7 @@ def test_what_was_submitted_before_an_error_fails_rather_than_hangs(is_overlappe
             handles[0].wait()
         for number, handle in enumerate(handles[1:], 1):
             with pytest.raises(
-                CommError, match=rf"bucket {number} did not run, as .* of bucket 0 failed: OSError: gone"
+                CommError, match=rf"bucket {number} did not run because .* of bucket 0 failed: OSError: gone"
             ):
                 handle.wait()
     assert not fake.ran
@@ -241,11 +241,11 @@ def test_closing_ends_what_was_submitted_and_refuses_more() -> None:
             mine.submit(ALL_REDUCE, bucket(number), "x")
     assert sum(map(len, fake.ran.values())) == 12 and threading.active_count() == before
     mine.close()
-    with pytest.raises(CommError, match="rank 0: bucket 4 is submitted after the queues were closed"):
+    with pytest.raises(CommError, match="rank 0: bucket 4 was submitted after the queues were closed"):
         mine.submit(SCATTER, bucket(4), "bucket 4")
     lane = CommThread("one")
     lane.close()
-    with pytest.raises(RuntimeError, match="one is closed and runs no more tasks"):
+    with pytest.raises(RuntimeError, match="one is closed and cannot run more tasks"):
         lane.put(lambda: None, None)
 
 

@@ -1,4 +1,4 @@
-"""Where parameters lie: whole buckets of whole units, every parameter once, every bucket in equal shards."""
+"""Buckets contain whole units, every parameter occurs once, and every bucket divides into equal shards."""
 
 import torch
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Links from measured times: found again from the clock's own, robust to noise; and flat unless another way wins."""
+"""Fitting measured times recovers the links of the time model, also with noise; flat is the default choice."""
 
 import random
 from math import inf

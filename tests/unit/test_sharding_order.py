@@ -1,4 +1,4 @@
-"""In which order phases go on links: as the plan has it where all buckets are there, and never much slower."""
+"""The order of collectives on links equals the plan if all buckets are ready, and is never much slower."""
 
 from itertools import zip_longest
 
@@ -19,7 +19,7 @@ from megatron.longseq.sharding.plan.collectives import (
     Scope,
     full_collective,
 )
-from megatron.longseq.sharding.plan.overlap_order import Link, OverlapOrder, QueuedCollective, schedule
+from megatron.longseq.sharding.plan.overlap_order import OverlapOrder, QueuedCollective, schedule
 from megatron.longseq.sharding.plan.rank_groups import RankGroups
 from megatron.longseq.sharding.plan.time_model import LinkSpeed, LinkSpeeds, time_collectives
 
@@ -37,7 +37,7 @@ def batch(
     return [turn for _ in range(buckets) for turn in order.submit(collectives)] + order.flush(buckets - 1)
 
 
-def on(link: Link, turns: list[QueuedCollective]) -> list[tuple[int, int]]:
+def on(link: Scope, turns: list[QueuedCollective]) -> list[tuple[int, int]]:
     return [(turn.job, turn.turn) for turn in turns if turn.link is link]
 
 
@@ -46,11 +46,11 @@ def test_a_batch_has_the_order_of_the_plan(kind: CollectiveKind, buckets: int, m
     collectives = full_collective(kind, GROUPS, CollectivesMode.OVERLAPPED)
     turns = batch(collectives, buckets, is_overlapped=is_overlapped, lag=buckets + more)
     runs = schedule(collectives, buckets, is_overlapped=is_overlapped)
-    for scope, link in ((Scope.INSIDE, Link.INSIDE), (Scope.BETWEEN, Link.BETWEEN)):
+    for scope in (Scope.INSIDE, Scope.BETWEEN):
         if is_overlapped:
-            assert on(link, turns) == [(run.bucket, run.turn) for run in runs if run.collective.scope is scope]
-        elif link is Link.BETWEEN:
-            assert on(link, turns) == [(run.bucket, run.turn) for run in runs]
+            assert on(scope, turns) == [(run.bucket, run.turn) for run in runs if run.collective.scope is scope]
+        elif scope is Scope.BETWEEN:
+            assert on(scope, turns) == [(run.bucket, run.turn) for run in runs]
     assert all(turn.collective == collectives[turn.turn] for turn in turns)
 
 
@@ -67,9 +67,9 @@ def test_a_job_that_comes_back_to_no_link_is_never_held_back(kind: CollectiveKin
 
 def test_the_next_job_starts_before_one_comes_back() -> None:
     order = OverlapOrder(is_overlapped=True)
-    first, second, third = (on(Link.INSIDE, order.submit(ALL_REDUCE)) for _ in range(3))
+    first, second, third = (on(Scope.INSIDE, order.submit(ALL_REDUCE)) for _ in range(3))
     assert (first, second, third) == ([(0, 0)], [(1, 0), (0, 2)], [(2, 0), (1, 2)])
-    assert on(Link.INSIDE, order.flush(1)) == [] and on(Link.INSIDE, order.flush(2)) == [(2, 2)]
+    assert on(Scope.INSIDE, order.flush(1)) == [] and on(Scope.INSIDE, order.flush(2)) == [(2, 2)]
     assert order.flush(9) == []
 
 
@@ -77,31 +77,31 @@ def test_waiting_for_an_early_job_holds_the_later_ones_back() -> None:
     order = OverlapOrder(is_overlapped=True, lag=3)
     for _ in range(3):
         order.submit(ALL_REDUCE)
-    assert on(Link.INSIDE, order.flush(0)) == [(0, 2)]
-    assert on(Link.INSIDE, order.submit(ALL_REDUCE)) == [(3, 0)]
-    assert on(Link.INSIDE, order.submit(ALL_REDUCE)) == [(4, 0), (1, 2)]
+    assert on(Scope.INSIDE, order.flush(0)) == [(0, 2)]
+    assert on(Scope.INSIDE, order.submit(ALL_REDUCE)) == [(3, 0)]
+    assert on(Scope.INSIDE, order.submit(ALL_REDUCE)) == [(4, 0), (1, 2)]
 
 
 def test_a_flat_collective_waits_its_turn_between_groups() -> None:
     order = OverlapOrder(is_overlapped=True)
     turns = [*order.submit((SCATTER_INSIDE, SCATTER_BETWEEN)), *order.submit(FLAT), *order.submit((GATHER_BETWEEN,))]
-    assert on(Link.BETWEEN, turns) == [(0, 1), (1, 0), (2, 0)] and on(Link.INSIDE, turns) == [(0, 0)]
+    assert on(Scope.BETWEEN, turns) == [(0, 1), (1, 0), (2, 0)] and on(Scope.INSIDE, turns) == [(0, 0)]
 
 
 def test_one_link_holds_nothing_back() -> None:
     order = OverlapOrder(is_overlapped=False)
-    assert [turn.link for turn in order.submit(ALL_REDUCE)] == [Link.BETWEEN] * 3
+    assert [turn.link for turn in order.submit(ALL_REDUCE)] == [Scope.BETWEEN] * 3
     assert [turn.collective for turn in order.submit(FLAT)] == list(FLAT)
 
 
 def test_no_lag_is_refused() -> None:
-    with pytest.raises(ValueError, match="after 0 more submissions: give at least 1"):
+    with pytest.raises(ValueError, match="the lag is 0 submissions, but must be at least 1"):
         OverlapOrder(is_overlapped=True, lag=0)
 
 
 def clock(turns: list[QueuedCollective], links: LinkSpeeds) -> float:
     """Return when the last of them is done, each starting when its link and its job's phase before it are."""
-    free: dict[Link, float] = dict.fromkeys(Link, 0.0)
+    free: dict[Scope, float] = dict.fromkeys(Scope, 0.0)
     reached: dict[int, float] = {}
     for turn in turns:
         begin = max(free[turn.link], reached.get(turn.job, 0.0))

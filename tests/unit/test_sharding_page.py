@@ -94,10 +94,10 @@ def test_choose_takes_compute_that_hides_and_a_trainable_share(capsys: pytest.Ca
     ("extra", "message"),
     [
         (["--memory-gb", "1"], "the smallest, GGG, needs 1.9 GB"),
-        (["--trainable", "0"], "0 of 6740000000 parameters are trained"),
+        (["--trainable", "0"], "0 of 6740000000 parameters cannot be trained"),
         (["--hidden", "2"], "a share from 0 to 1"),
         (["--paro-group-size", "7"], "--paro-group-size one of"),
-        (["--between-gbs", "0"], "give a speed"),
+        (["--between-gbs", "0"], "they must be > 0"),
         (["--channels", "0"], "give at least 1"),
         (["--buckets", "0"], "buckets"),
     ],

@@ -1,4 +1,4 @@
-"""The picture: every rank's parts make the whole, links never do two things at once, and it is the documentation's."""
+"""The picture shows complete shards and links that do one thing at a time, and equals the documentation's."""
 
 import itertools
 from pathlib import Path
@@ -82,12 +82,12 @@ def test_draw_writes_every_part_the_same_each_time(tmp_path: Path) -> None:
     assert wanted == {name for name in names if name.split("-")[0] in ("held", "time", "cost")}
 
     kept = ROOT / "docs" / "pictures" / "paro.svg"
-    assert drawn(kept) == (names, words), f"draw it anew: python -m megatron.longseq.sharding draw --output {kept}"
+    assert drawn(kept) == (names, words), f"draw it again: python -m megatron.longseq.sharding draw --output {kept}"
 
 
 @pytest.mark.parametrize(
     ("file", "words"),
-    [("a.pdf", "it is written as .svg or .png, not .pdf"), ("missing/a.svg", "there is no folder")],
+    [("a.pdf", "the suffix must be .svg or .png, but it is .pdf"), ("missing/a.svg", "there is no folder")],
 )
 def test_what_cannot_be_drawn_is_refused_and_nothing_is_written(
     file: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

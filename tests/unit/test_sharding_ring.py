@@ -1,4 +1,4 @@
-"""The overlapping ring: proven by symbolic execution, wrong ones refused, timed against closed forms."""
+"""The overlapping ring is proven by symbolic execution, wrong plans are refused, and times equal closed forms."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -124,7 +124,7 @@ def send(step: PlannedMessage, **changes: object) -> PlannedMessage:
 
 PLAN = plan_ring_collective(GROUPS, CollectiveKind.REDUCE_SCATTER, CollectivesMode.OVERLAPPED, 2)
 GATHER = plan_ring_collective(GROUPS, CollectiveKind.ALL_GATHER, CollectivesMode.OVERLAPPED, 2)
-LONE = plan_ring_collective(GROUPS, CollectiveKind.ALL_GATHER, CollectivesMode.OVERLAPPED)
+SINGLE = plan_ring_collective(GROUPS, CollectiveKind.ALL_GATHER, CollectivesMode.OVERLAPPED)
 REDUCE = plan_ring_collective(GROUPS, CollectiveKind.ALL_REDUCE, CollectivesMode.OVERLAPPED, 2)
 
 
@@ -157,7 +157,10 @@ def adding(step: PlannedMessage) -> PlannedMessage:
         (replace(PLAN, runs=PLAN.runs[::-1]), "phase 1 of the bucket comes where its phase 0 is due"),
         (replace(PLAN, runs=tuple(run._replace(slot=0) for run in PLAN.runs)), "the link is busy with bucket 0"),
         (replace(PLAN, runs=tuple(run._replace(slot=run.bucket) for run in PLAN.runs)), "listed after slot 1"),
-        (replace(LONE, runs=tuple(run._replace(slot=0) for run in LONE.runs)), "another phase of the bucket runs"),
+        (
+            replace(SINGLE, runs=tuple(run._replace(slot=0) for run in SINGLE.runs)),
+            "another phase of the bucket runs",
+        ),
         (replace(PLAN, runs=(PLAN.runs[0]._replace(slot=9), *PLAN.runs[1:])), "listed after slot 9"),
         (replace(PLAN, runs=PLAN.runs[:-1]), "buckets have different numbers of phases"),
         (replace(PLAN, kind=CollectiveKind.ALL_REDUCE), "it ends with"),
@@ -301,5 +304,5 @@ def test_it_wins_where_links_differ_and_falls_back_where_they_do_not(kind: Colle
     ],
 )
 def test_links_that_are_none_are_refused(wrong: Callable[[], object]) -> None:
-    with pytest.raises(ValueError, match=r"give a speed and a latency|give at least 1"):
+    with pytest.raises(ValueError, match=r"they must be > 0|give at least 1"):
         wrong()

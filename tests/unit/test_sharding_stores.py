@@ -1,4 +1,4 @@
-"""What is on its way when: the end of a step takes a copy for the wire only of sums that are complete."""
+"""At the end of a step, gradients are copied to the communication dtype only once their sums are complete."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

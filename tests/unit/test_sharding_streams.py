@@ -1,4 +1,4 @@
-"""Lanes on streams, whatever order a GPU takes that events allow; tests/gpu has the same on a real one."""
+"""Collectives on streams are correct in any order that events allow; tests/gpu repeats this on a GPU."""
 
 import random
 import weakref
@@ -27,7 +27,7 @@ ALL_REDUCE = (SCATTER_INSIDE, REDUCE_BETWEEN, GATHER_INSIDE)
 JOBS = [(SCATTER_INSIDE, SCATTER_BETWEEN), ALL_REDUCE, (GATHER_BETWEEN, GATHER_INSIDE), ()]
 
 
-class Doubling:
+class DoublingRunner:
     """A runner whose phases give the current stream work: what is there, twice and 1 more, in two steps."""
 
     def __init__(self, machine: Machine) -> None:
@@ -74,7 +74,7 @@ def test_any_order_that_events_allow_is_right(machine: Machine, is_overlapped: b
 
 def one_order(machine: Machine, seed: int, is_overlapped: bool) -> int:
     """Run six jobs in one order; return how many lanes worked at once."""
-    order, runner = random.Random(seed), Doubling(machine)
+    order, runner = random.Random(seed), DoublingRunner(machine)
     lanes = CommQueues(runner, GPU, 0, is_overlapped=is_overlapped, lag=1 + seed % 3)
     after: list[int] = []
     seen: list[int] = []
@@ -101,7 +101,7 @@ def test_a_stream_that_does_not_wait_sees_too_little(machine: Machine) -> None:
     seen: list[int] = []
     for seed in range(30):
         part = torch.zeros(1)
-        lanes = CommQueues(Doubling(machine), GPU, 0, is_overlapped=True)
+        lanes = CommQueues(DoublingRunner(machine), GPU, 0, is_overlapped=True)
         lanes.submit(JOBS[0], Region(None, part), "x")
         machine.do(reading(part, seen))
         machine.run(random.Random(seed))
@@ -109,7 +109,7 @@ def test_a_stream_that_does_not_wait_sees_too_little(machine: Machine) -> None:
 
 
 def test_memory_is_kept_until_it_is_waited_for_or_seen_to_be_done(machine: Machine) -> None:
-    lanes, order = CommQueues(Doubling(machine), GPU, 0, is_overlapped=True), random.Random(0)
+    lanes, order = CommQueues(DoublingRunner(machine), GPU, 0, is_overlapped=True), random.Random(0)
     part = torch.zeros(1)
     held = weakref.ref(part)
     handle = lanes.submit(JOBS[0], Region(None, part), "nobody waits")
@@ -122,7 +122,7 @@ def test_memory_is_kept_until_it_is_waited_for_or_seen_to_be_done(machine: Machi
 
 
 def test_a_phase_that_raises_is_named_at_once(machine: Machine) -> None:
-    runner = Doubling(machine)
+    runner = DoublingRunner(machine)
 
     def run(collective: Collective, region: Region) -> None:
         raise OSError("gone")
@@ -142,7 +142,7 @@ def test_memory_that_a_hook_gives_back_is_used_again_only_after_lanes(machine: M
     seen: list[int] = []
     hooks = machine.stream(GPU)
     for seed in range(40):
-        lanes, part = CommQueues(Doubling(machine), GPU, 0, is_overlapped=True), torch.zeros(1)
+        lanes, part = CommQueues(DoublingRunner(machine), GPU, 0, is_overlapped=True), torch.zeros(1)
         with machine.on(hooks):
             note = reading(part, seen)
             lanes.submit(JOBS[0], Region(None, part), "x", partial(machine.do, note)).wait()

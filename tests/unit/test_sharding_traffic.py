@@ -1,4 +1,4 @@
-"""Memory, bytes and seconds of every strategy: against published closed forms, and against counting from scratch."""
+"""Memory, bytes and seconds of every strategy equal published closed forms and independent counts."""
 
 from dataclasses import replace
 from itertools import pairwise, product
@@ -258,17 +258,13 @@ def test_what_hides_behind_compute() -> None:
     assert (ends.finish_grads, ends.finish_params) == (1.0, 1.0) and ends.hidden == pytest.approx(0.75)
 
 
-def test_buckets_count_collectives_and_whole_ones_in_flight() -> None:
+def test_buckets_count_collectives() -> None:
     groups, model = RankGroups(4, 2), Model(400, 400)
     for one, is_flat in product(ALL, (False, True)):
         single, many = (comm_volume(one, groups, model, buckets=count, is_flat=is_flat).step(2) for count in (1, 5))
         assert many.collectives == 5 * single.collectives and replace(many, collectives=0) == replace(
             single, collectives=0
         )
-    held = {
-        name: memory(Strategy.parse(name), groups, model, bucket=100).buckets for name in ("NNG", "NIG", "INI", "IIG")
-    }
-    assert held == {"NNG": 0, "NIG": 800, "INI": 400, "IIG": 1200}
 
 
 @pytest.mark.parametrize("strategy", ALL, ids=str)
@@ -323,11 +319,11 @@ def test_uneven_parameters_are_padded_to_whole_shards() -> None:
 
 @pytest.mark.parametrize(("params", "trainable"), [(10, 0), (10, 11), (0, 0), (10, -1)])
 def test_models_that_are_none_are_refused(params: int, trainable: int) -> None:
-    with pytest.raises(ValueError, match="parameters are trained: give 1 to"):
+    with pytest.raises(ValueError, match="parameters cannot be trained; give 1 to"):
         Model(params, trainable)
 
 
 @pytest.mark.parametrize("values", [(0,), (1, -1.0), (1, 1.0, -1.0), (1, 1.0, 1.0, 1.5), (1, 1.0, 1.0, -0.1)])
 def test_work_that_is_none_is_refused(values: tuple) -> None:
-    with pytest.raises(ValueError, match="give at least 1, seconds from 0, and a share"):
+    with pytest.raises(ValueError, match="give at least 1 micro-batch, seconds of at least 0 and a share"):
         ComputeTime(*values)

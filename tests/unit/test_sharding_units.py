@@ -1,4 +1,4 @@
-"""When a unit's parameters are whole: in its forward and its backward, and one unit ahead; never else."""
+"""A unit's parameters are gathered in its forward and backward and one unit ahead, and at no other time."""
 
 from collections.abc import Sequence
 

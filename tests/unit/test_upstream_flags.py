@@ -142,7 +142,7 @@ def upstreams_flags() -> dict[str, tuple[str, str]]:
     return found
 
 
-def does_something(attribute: str) -> bool:
+def has_effect(attribute: str) -> bool:
     of_arguments, of_anything = reads()
     composed = attribute.startswith(tuple(COMPOSED))
     return attribute in of_arguments or (attribute in filled_by_name() and (composed or attribute in of_anything))
@@ -156,7 +156,7 @@ def test_every_flag_of_upstream_is_read_or_refused_or_listed() -> None:
     silent = [
         flag
         for flag, (attribute, group) in upstreams_flags().items()
-        if not does_something(attribute) and flag not in REFUSED | LISTED | RESOLVED.keys() and group not in GROUPS
+        if not has_effect(attribute) and flag not in REFUSED | LISTED | RESOLVED.keys() and group not in GROUPS
     ]
     assert silent == [], "these flags are parsed and read nowhere: serve, refuse or list them, with the reason"
     assert len(upstreams_flags()) > 700
@@ -166,13 +166,13 @@ def test_what_is_listed_exists_and_is_read_nowhere() -> None:
     known = upstreams_flags()
     named = [*LISTED, *RESOLVED]
     assert len(named) == len({*named}) and {*named} <= known.keys() and known.keys() >= REFUSED
-    assert [flag for flag in named if does_something(known[flag][0])] == []
+    assert [flag for flag in named if has_effect(known[flag][0])] == []
     assert not {*named} & REFUSED
 
 
 def test_a_flag_that_nobody_reads_is_found() -> None:
-    assert does_something("micro_batch_size") and does_something("hidden_size") and does_something("lr_warmup_iters")
-    assert not does_something("a_new_flag_of_upstream")
+    assert has_effect("micro_batch_size") and has_effect("hidden_size") and has_effect("lr_warmup_iters")
+    assert not has_effect("a_new_flag_of_upstream")
     assert "mid_level_dataset_surplus" not in filled_by_name(), "only our script hands it on"
 
 

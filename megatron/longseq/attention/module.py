@@ -51,7 +51,7 @@ class ContextParallel:
             ValueError: There are no process groups for this type.
         """
         if comm_type not in self.strategies:
-            raise ValueError(f"--cp-comm-type {comm_type}: groups are open for {', '.join(self.strategies)} alone")
+            raise ValueError(f"--cp-comm-type {comm_type}: there are only groups for {', '.join(self.strategies)}")
         return self.strategies[comm_type]
 
 
@@ -116,7 +116,7 @@ class LongSequenceAttention(MegatronModule):
         if attention_type != "self" or attn_mask_type is AttnMaskType.no_mask or (self.context and self.dropout):
             raise ValueError(
                 f"layer {layer_number}: {attention_type} attention with mask {attn_mask_type.name} and dropout "
-                f"{self.dropout} over context-parallel ranks; causal self-attention without dropout is served"
+                f"{self.dropout} over context-parallel ranks is not supported; use causal self-attention without it"
             )
         refuse_mask_type(attn_mask_type, f"layer {layer_number}")
         refuse_window(config, f"layer {layer_number}")
@@ -148,17 +148,12 @@ class LongSequenceAttention(MegatronModule):
             attention_bias, packed_seq_params: None.
 
         Raises:
-            ValueError: An argument is not served.
+            ValueError: An argument is not supported.
         """
-        if self.segments is not None:
-            refuse_segment_inputs(self.layer_number, attention_mask, attn_mask_type, attention_bias, packed_seq_params)
-        else:
-            refuse_mask_type(attn_mask_type, f"layer {self.layer_number}")
-            if attention_bias is not None or packed_seq_params is not None:
-                raise ValueError(
-                    f"layer {self.layer_number}: attention over context-parallel ranks takes no bias and no "
-                    "packed_seq_params; documents are packed with --reset-attention-mask"
-                )
+        where = f"{'' if self.segments is None else '--seq1f1b-splits, '}layer {self.layer_number}"
+        refuse_mask_type(attn_mask_type, where)
+        given = {"attention_bias": attention_bias, "packed_seq_params": packed_seq_params}
+        refuse_inputs(where, given if self.segments is None else {"attention_mask": attention_mask, **given})
         if self.context is not None:
             return self._over_ranks(self.context, query, key, value, attention_mask)
         assert self.segments is not None, "without context parallelism, layers have this module under segments only"
@@ -269,13 +264,13 @@ def refuse_mask_type(kind: AttnMaskType | None, where: str) -> None:
     """
     if kind not in (None, AttnMaskType.causal, AttnMaskType.causal_bottom_right):
         raise ValueError(
-            f"{where}: attention with mask type {kind.name} is not served, only causal; leave attn_mask_type out, or "
+            f"{where}: attention mask type {kind.name} is not supported, only causal; leave attn_mask_type out, or "
             "train this model without --seq1f1b-splits and --context-parallel-size."
         )
 
 
 def refuse_window(config: Any, where: str) -> None:
-    """Refuse a window that reaches to the right, which a script may set without --window-size.
+    """Refuse a window that includes later tokens, which a script may set without --window-size.
 
     Raises:
         ValueError: Names the layer and the window.
@@ -283,29 +278,20 @@ def refuse_window(config: Any, where: str) -> None:
     window = config.window_size
     if window is not None and window[1] not in (0, -1):
         raise ValueError(
-            f"{where}: a window of {tuple(window)} reaches to the right and is not causal; give (left, 0) as the "
-            "configuration's window_size."
+            f"{where}: the window {tuple(window)} includes later tokens, so it is not causal; set the "
+            "configuration's window_size to (left, 0)."
         )
 
 
-def refuse_segment_inputs(
-    layer: int,
-    attention_mask: Tensor | None = None,
-    attn_mask_type: AttnMaskType | None = None,
-    attention_bias: Tensor | None = None,
-    packed_seq_params: Any = None,
-) -> None:
-    """Refuse what a script gives to core attention under segments; names and order are upstream's.
+def refuse_inputs(where: str, given: dict[str, Any]) -> None:
+    """Refuse what a script gives to one layer's attention, by upstream's names.
 
     Raises:
-        ValueError: Names the layer and the arguments.
+        ValueError: Names the layer and the arguments that are not None.
     """
-    where = f"--seq1f1b-splits, layer {layer}"
-    refuse_mask_type(attn_mask_type, where)
-    given = {"attention_mask": attention_mask, "attention_bias": attention_bias, "packed_seq_params": packed_seq_params}
     unserved = [name for name, value in given.items() if value is not None]
     if unserved:
         raise ValueError(
-            f"{where}: {', '.join(unserved)} handed to one layer cannot be cut into segments; documents are read from "
-            "the mask that the model is given."
+            f"{where}: {', '.join(unserved)} passed to one layer cannot be cut into segments or distributed over "
+            "ranks; pass the attention mask to the model, with --reset-attention-mask."
         )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from megatron.longseq.command_line import run_command
 from megatron.longseq.data import DataError, chat, corpus, manifest, splits
 from megatron.longseq.data.conversations import Conversations
 from megatron.longseq.data.encode import EncodeOptions, available_cores
@@ -23,16 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 for success, 1 for a refused input, 130 after an interrupt.
     """
-    args = _parser().parse_args(argv)
     try:
-        args.run(args)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return run_command(_parser(), argv)
     except KeyboardInterrupt:
         print("interrupted; finished shards are kept, and the same command resumes from them", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

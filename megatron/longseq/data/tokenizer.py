@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,16 +47,6 @@ class TokenizerSpec:
         return self.type == "sft"
 
 
-class Tokenizer(Protocol):
-    """Convert text to ids and back."""
-
-    def encode(self, text: str) -> Ids:
-        """Return the ids of a text, [tokens], each in `[0, vocab_size)`, without the end-of-document id."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, without the end-of-document id."""
-
-
 def byte_spec() -> TokenizerSpec:
     """Return the byte tokenizer. Ids are the bytes of the UTF-8 text, and 256 ends a document."""
     rule = b"byte-level: the id is the byte of the UTF-8 text, end of document is 256"
@@ -93,7 +83,7 @@ def file_spec(model: str, eod_token: str | None = None, special_tokens: bool = T
 
 
 @lru_cache(maxsize=1)
-def load(spec: TokenizerSpec) -> Tokenizer:
+def load(spec: TokenizerSpec) -> "Tokenizer":
     """Load the tokenizer. It is loaded once per process.
 
     Raises:
@@ -111,9 +101,11 @@ def load(spec: TokenizerSpec) -> Tokenizer:
 
 class _Bytes:
     def encode(self, text: str) -> Ids:
+        """Return the ids of a text, [tokens], each in `[0, vocab_size)`, without the end-of-document id."""
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
 
     def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, without the end-of-document id."""
         return bytes(i for i in ids if i < BYTE_IDS).decode("utf-8", errors="replace")
 
 
@@ -128,6 +120,9 @@ class _HuggingFace:
     def decode(self, ids: Sequence[int]) -> str:
         kept = [int(i) for i in ids if i != self._spec.eod_id]
         return str(self._tokenizer.decode(kept, skip_special_tokens=False))
+
+
+Tokenizer = _Bytes | _HuggingFace
 
 
 def _load_file(path: Path) -> tuple[str, Any]:

@@ -106,11 +106,20 @@ def _data_bytes(stream: BinaryIO, sequences: int, token_bytes: int) -> int:
     return int(start) + int(length) * token_bytes
 
 
-@dataclass(frozen=True)
-class DataRequest:
-    """The data that upstream's flags ask for.
+def check_datasets(
+    blend: Blend | None,
+    per_part: Sequence[Blend | None] | None,
+    *,
+    split: str | None,
+    sequence: int,
+    full_validation: bool,
+    separate_validation: bool,
+) -> None:
+    """Refuse data sets that give a part of the run no document, no token or no sample.
 
-    Attributes:
+    Data that is not on a local disk is not checked. Upstream reports it if it is missing.
+
+    Args:
         blend: the data that `split` divides into parts, or None if each part has its own data.
         per_part: the data of train, valid and test, if each part has its own.
         split: upstream's --split.
@@ -118,46 +127,32 @@ class DataRequest:
         full_validation: --full-validation, which reads each validation sample once.
         separate_validation: --multiple-validation-sets, which does not blend the validation sets, so that their weights
             are not used.
-    """
-
-    blend: Blend | None
-    per_part: Sequence[Blend | None] | None
-    split: str | None
-    sequence: int
-    full_validation: bool = False
-    separate_validation: bool = False
-
-
-def check_datasets(request: DataRequest) -> None:
-    """Refuse data sets that give a part of the run no document, no token or no sample.
-
-    Data that is not on a local disk is not checked. Upstream reports it if it is missing.
 
     Raises:
         ValueError: a data set cannot be used. The message names it, the part, and flags that work.
     """
-    if request.blend is not None and request.split is not None:
-        _check_weights(request.blend, "--data-path")
-        datasets = _local_datasets(request.blend)
+    if blend is not None and split is not None:
+        _check_weights(blend, "--data-path")
+        datasets = _local_datasets(blend)
         for dataset in datasets:
             _check_not_empty(dataset, "--data-path")
-        _check_split(datasets, request.split)
-        reads_once = len(request.blend[0]) > 1 and request.blend[1] is None
+        _check_split(datasets, split)
+        reads_once = len(blend[0]) > 1 and blend[1] is None
         for dataset in datasets:
-            for name, part in zip(NAMES, split_ranges(request.split, dataset.documents), strict=True):
+            for name, part in zip(NAMES, split_ranges(split, dataset.documents), strict=True):
                 if part is not None:
-                    once = reads_once or (request.full_validation and name == "valid")
-                    _check_length(dataset, part, name, request.sequence if once else 0)
-    for name, blend in zip(NAMES, request.per_part or (), strict=False):
-        if blend is None:
+                    once = reads_once or (full_validation and name == "valid")
+                    _check_length(dataset, part, name, sequence if once else 0)
+    for name, own in zip(NAMES, per_part or (), strict=False):
+        if own is None:
             continue
-        is_blended = len(blend[0]) > 1 and not (request.separate_validation and name == "valid")
+        is_blended = len(own[0]) > 1 and not (separate_validation and name == "valid")
         if is_blended:
-            _check_weights(blend, f"the {name} data")
-        once = (is_blended and blend[1] is None) or (request.full_validation and name == "valid")
-        for dataset in _local_datasets(blend):
+            _check_weights(own, f"the {name} data")
+        once = (is_blended and own[1] is None) or (full_validation and name == "valid")
+        for dataset in _local_datasets(own):
             _check_not_empty(dataset, f"the {name} data")
-            _check_length(dataset, range(dataset.documents), name, request.sequence if once else 0)
+            _check_length(dataset, range(dataset.documents), name, sequence if once else 0)
 
 
 def _local_datasets(blend: Blend) -> list[IndexedFile]:

@@ -14,44 +14,44 @@ LONGEST_PATIENCE = 1e8  # seconds; Python's threads cannot wait longer than abou
 NOT_IN_SEGMENTS: Refusals = {
     "--multi-latent-attention": (
         lambda a: a.multi_latent_attention,
-        "earlier segments' keys are kept per head, not as latents",
+        "the KV cache of earlier segments holds keys per head, not latents",
     ),
-    "--mtp-num-layers": (lambda a: a.mtp_num_layers, "its labels reach beyond the end of a segment"),
+    "--mtp-num-layers": (lambda a: a.mtp_num_layers, "it needs labels of the next segment"),
     "--is-hybrid-model": (
         lambda a: a.is_hybrid_model or a.hybrid_layer_pattern or a.linear_attention_freq,
-        "recurrent layers would have to pass their state from segment to segment",
+        "recurrent layers would have to pass their state to the next segment",
     ),
     "--experimental-attention-variant": (
         lambda a: a.experimental_attention_variant is not None,
-        "its core attention cannot take keys of earlier segments",
+        "its core attention cannot use the keys of earlier segments",
     ),
     "--softmax-type": (lambda a: a.softmax_type != "vanilla", "the attention kernels implement the plain softmax only"),
     "--position-embedding-type mrope": (
         lambda a: a.position_embedding_type == "mrope",
-        "its positions are not those of one sequence",
+        "its positions do not count the tokens of one sequence",
     ),
-    "--qk-clip": (lambda a: a.qk_clip or a.log_max_attention_logit, "the attention kernels do not keep the logits"),
+    "--qk-clip": (lambda a: a.qk_clip or a.log_max_attention_logit, "the attention kernels do not store the logits"),
     "--window-size": (
         lambda a: a.window_size is not None and a.window_size[1] not in (0, -1),
-        "a window that reaches to the right sees tokens of later segments",
+        "a window that includes later tokens needs keys of later segments; give RIGHT 0",
     ),
     "--reset-attention-mask": (
         lambda a: a.reset_attention_mask and not a.create_attention_mask_in_dataloader,
-        "documents are read from the mask, which --no-create-attention-mask-in-dataloader does not create",
+        "document boundaries are read from the attention mask; leave --no-create-attention-mask-in-dataloader out",
     ),
     "--sft": (lambda a: a.sft, "packed sequences in THD form are not cut into segments"),
     "--dataloader-inter-document-masking": (
         lambda a: a.dataloader_inter_document_masking,
-        "packed sequences in THD form are not cut into segments; --reset-attention-mask packs documents",
+        "packed sequences (THD) cannot be cut into segments; --reset-attention-mask packs documents",
     ),
     "--fp8-format": (
         lambda a: a.fp8 or a.fp4,
-        "scaling factors that follow micro-batches are not tested with segments",
+        "scaling factors, which upstream updates per micro-batch, are not tested with segments",
     ),
-    "--tp-comm-overlap": (lambda a: a.tp_comm_overlap, "its buffers have the shape of a whole sequence"),
+    "--tp-comm-overlap": (lambda a: a.tp_comm_overlap, "its buffers have the size of a whole sequence"),
     "--moe-router-load-balancing-type": (
         lambda a: a.num_experts and _balances(a),
-        "balance is a statistic of the whole micro-batch; give --moe-router-load-balancing-type none",
+        "load balancing uses statistics of the whole micro-batch; give --moe-router-load-balancing-type none",
     ),
     "--moe-z-loss-coeff": (
         lambda a: a.num_experts and a.moe_z_loss_coeff,
@@ -59,7 +59,7 @@ NOT_IN_SEGMENTS: Refusals = {
     ),
     "--moe-expert-capacity-factor": (
         lambda a: a.num_experts and (a.moe_expert_capacity_factor or a.moe_expert_rank_capacity_factor),
-        "capacity would be that of a segment, and other tokens would be dropped",
+        "the capacity would apply to a segment, so different tokens would be dropped",
     ),
 }
 
@@ -75,52 +75,49 @@ NOT_IN_SCHEDULES: Refusals = {
     ),
     "--decoder-seq-length": (
         lambda a: a.decoder_seq_length not in (None, a.seq_length),
-        "every stage has the hidden states of one sequence length",
+        "all stages exchange hidden states of one sequence length",
     ),
     "--full-validation with --eval-micro-batch-size": (
         lambda a: a.full_validation and (a.eval_micro_batch_size or 1) > 1 and a.pipeline_model_parallel_size > 1,
         "upstream reads a full validation set one sample at a time; give --eval-micro-batch-size 1",
     ),
-    "--variable-seq-lengths": (lambda a: a.variable_seq_lengths, "shapes are known from the plan, not negotiated"),
-    "--moe-paged-stash": (lambda a: a.moe_paged_stash, "pages follow upstream's own schedules"),
-    "--hybrid-context-parallel": (lambda a: a.hybrid_context_parallel, "it is a schedule of upstream's own"),
+    "--variable-seq-lengths": (lambda a: a.variable_seq_lengths, "the plan fixes the shapes of all messages"),
+    "--moe-paged-stash": (lambda a: a.moe_paged_stash, "it follows the order of upstream's schedules"),
+    "--hybrid-context-parallel": (lambda a: a.hybrid_context_parallel, "it uses its own schedule"),
     "--cuda-graph-impl": (
         lambda a: a.cuda_graph_impl != "none",
-        "upstream's own schedules create the graphs, and segments have several shapes where a graph has one",
+        "upstream's own schedules create the graphs, and a graph has one shape while segments have several",
     ),
     "--fine-grained-activation-offloading": (
         lambda a: a.fine_grained_activation_offloading or a.cpu_offloading_num_layers,
-        "upstream's own schedules reload offloaded activations, in the order of whole micro-batches",
+        "upstream's own schedules reload the activations, in the order of whole micro-batches",
     ),
     "--tensor-parallel-num-weight-shards": (
         lambda a: a.gtp_weight_remat_size > 1,
-        "gathers of weights and reductions of gradients that overlap the next action are not proven with them",
+        "its all-gathers and reduce-scatters overlap the next action, which is not tested with our schedules",
     ),
     "--expert-tensor-parallel-num-weight-shards": (
         lambda a: a.expert_gtp_weight_remat_size > 1,
-        "gathers of weights and reductions of gradients that overlap the next action are not proven with them",
+        "its all-gathers and reduce-scatters overlap the next action, which is not tested with our schedules",
     ),
     "--use-megatron-fsdp": (
         lambda a: a.use_megatron_fsdp or a.use_torch_fsdp2,
-        "its gathers and reductions follow the backwards of whole micro-batches",
+        "its all-gathers and reduce-scatters follow whole micro-batches",
     ),
 }
 
 # flag: (whether it is used, why it does not work with --zero-bubble)
 NOT_WITH_ZERO_BUBBLE: Refusals = {
-    "--num-layers-per-virtual-pipeline-stage": (
-        lambda a: _virtual(a) > 1,
-        "ZB-H1 is an order for one stage per rank",
-    ),
+    "--num-layers-per-virtual-pipeline-stage": (lambda a: _virtual(a) > 1, "ZB-H1 is defined for one stage per rank"),
     "--transformer-impl": (
         lambda a: a.transformer_impl != "local",
-        "only the backward of upstream's local linear layers is split; give --transformer-impl local",
+        "only upstream's local linear layers can compute the two gradients separately; give --transformer-impl local",
     ),
-    "--num-experts": (lambda a: a.num_experts, "expert layers compute both gradients at once"),
-    "--delay-wgrad-compute": (lambda a: a.delay_wgrad_compute, "both would defer the same gradients"),
+    "--num-experts": (lambda a: a.num_experts, "expert layers compute both gradients together"),
+    "--delay-wgrad-compute": (lambda a: a.delay_wgrad_compute, "both flags defer the same weight gradients"),
     "--num-distributed-optimizer-instances": (
         lambda a: a.num_distributed_optimizer_instances > 1,
-        "upstream would reduce the gradients of its first step twice",
+        "upstream would reduce the gradients of the first step twice",
     ),
 }
 
@@ -158,12 +155,12 @@ def add_pipeline_arguments(parser: ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="E",
-        help="run E more segments forward before the first backward, per downstream stage: less bubble, more memory",
+        help="run E more segment forwards before the first backward for each later stage: less bubble, more memory",
     )
     group.add_argument(
         "--zero-bubble",
         action="store_true",
-        help="compute weight gradients separately from input gradients, when a rank would wait otherwise (ZB-H1)",
+        help="compute weight gradients separately from input gradients, when the rank would otherwise be idle (ZB-H1)",
     )
     group.add_argument(
         "--pipeline-trace",
@@ -175,14 +172,14 @@ def add_pipeline_arguments(parser: ArgumentParser) -> None:
         type=int,
         default=TRACED,
         metavar="N",
-        help="training step of this run to write, from 1",
+        help="the training step to write, counted from 1 at the start of this run",
     )
     group.add_argument(
         "--pipeline-patience",
         type=float,
         default=PATIENCE,
         metavar="SECONDS",
-        help="report what a rank waits for when it has waited this long for another stage",
+        help="report what a rank is waiting for after it has waited this long for another stage",
     )
 
 
@@ -210,19 +207,15 @@ def check_pipeline_numbers(args: Namespace) -> None:
         raise ValueError(f"--seq1f1b-partition {partition}: lists segments, but --seq1f1b-splits is 1; give both.")
     if not 0 < getattr(args, "pipeline_patience", 1.0) <= LONGEST_PATIENCE:
         raise ValueError(
-            f"--pipeline-patience {args.pipeline_patience}: give seconds, more than 0 and at most "
-            f"{LONGEST_PATIENCE:.0e}."
+            f"--pipeline-patience {args.pipeline_patience}: give seconds above 0 and at most {LONGEST_PATIENCE:.0e}."
         )
     if not wants_our_schedule(args):
-        refuse_without_effect(args, "none of our schedules is asked for", pipeline_patience=PATIENCE)
+        refuse_without_effect(args, "no flag selects our schedules", pipeline_patience=PATIENCE)
     if getattr(args, "pipeline_trace", None) == "":
         raise ValueError("--pipeline-trace is empty; name a folder, or leave it out.")
-    if getattr(args, "pipeline_trace", None) is None and getattr(args, "pipeline_trace_step", TRACED) != TRACED:
-        raise ValueError(
-            f"--pipeline-trace-step {args.pipeline_trace_step}: --pipeline-trace is not given, so nothing would be "
-            "written; give both."
-        )
-    if getattr(args, "pipeline_trace", None) is not None:
+    if getattr(args, "pipeline_trace", None) is None:
+        refuse_without_effect(args, "--pipeline-trace is not given", pipeline_trace_step=TRACED)
+    else:
         folder = Path(args.pipeline_trace)
         refuse_unwritable(f"--pipeline-trace {args.pipeline_trace}", folder, "name a folder that is writable, or new")
     _check_layer_seconds(args)
@@ -235,15 +228,15 @@ def _check_layer_seconds(args: Namespace) -> None:
         return
     if not args.zero_bubble and (args.seq1f1b_splits == 1 or args.seq1f1b_partition != "balanced"):
         raise ValueError(
-            f"--seq1f1b-layer-seconds {file}: it balances segments, and neither --seq1f1b-splits above 1 with "
+            f"--seq1f1b-layer-seconds {file}: the file balances segments, but neither --seq1f1b-splits above 1 with "
             "--seq1f1b-partition balanced nor --zero-bubble is given; leave it out."
         )
     try:
         fit(read_samples(Path(file)))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--seq1f1b-layer-seconds {file}: {getattr(error, 'strerror', None) or error}; give a file that python -m "
-            "megatron.longseq.pipeline fit has read, a list of [begin, end, forward seconds, backward seconds]."
+            f"--seq1f1b-layer-seconds {file}: {getattr(error, 'strerror', None) or error}; give a JSON list of "
+            "[begin, end, forward seconds, backward seconds], as python -m megatron.longseq.pipeline fit reads it."
         ) from error
 
 
@@ -256,7 +249,7 @@ def check_trace_step(args: Namespace) -> None:
     if args.pipeline_trace is None:
         return
     if args.skip_train:
-        raise ValueError("--pipeline-trace: a training step is measured, and --skip-train leaves none; leave one out.")
+        raise ValueError("--pipeline-trace: it records a training step, but --skip-train runs none; leave one out.")
     samples = None if args.train_samples is None or args.step_batch_size_schedule else args.train_samples
     steps = {
         "--train-iters": args.train_iters,

@@ -82,9 +82,9 @@ class ForwardBackward:
             ValueError: the step cannot be cut into segments; the message says why.
         """
         if decoder_seq_length not in (None, seq_length) or adjust_tensor_shapes_fn is not None:
-            raise ValueError("our schedules serve decoder-only models of one sequence length, without distillation.")
+            raise ValueError("our schedules support decoder-only models of one sequence length, without distillation.")
         if sum(self.plan.lengths) != seq_length:
-            raise ValueError(f"segments of {self.plan.lengths} tokens do not make up a sequence of {seq_length}.")
+            raise ValueError(f"segments of {self.plan.lengths} tokens do not sum to the sequence length {seq_length}.")
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         modules = model if isinstance(model, list) else [model]
         self._prepare(modules, p2p_communicator.pp_group if p2p_communicator is not None else groups.pp)
@@ -121,8 +121,8 @@ class ForwardBackward:
 
     def _warn_of_missing_trace(self) -> None:
         print(
-            f"> WARNING: --pipeline-trace-step {self.trace_step}: this run ended after {self.steps} training steps of "
-            "its own, so no timeline was written.",
+            f"> WARNING: --pipeline-trace-step {self.trace_step}: this run ended after {self.steps} training steps, "
+            "so no timeline was written.",
             flush=True,
         )
 
@@ -188,12 +188,12 @@ def _refuse_config(config: Any) -> None:
     """
     if config.mtp_standalone:
         raise ValueError(
-            "our pipeline schedules do not serve multi-token prediction in a pipeline stage of its own: upstream's "
-            "messages then differ in size from stage to stage. Put its layers into the last decoder layers' stage."
+            "our pipeline schedules do not support multi-token prediction in its own pipeline stage, because "
+            "upstream's messages then have different sizes. Put its layers into the stage of the last decoder layers."
         )
     if config.num_microbatches_with_partial_activation_checkpoints is not None:
         raise ValueError(
-            "our pipeline schedules recompute every micro-batch alike; leave "
+            "our pipeline schedules recompute all micro-batches in the same way; leave "
             "num_microbatches_with_partial_activation_checkpoints out of the model's configuration."
         )
 

@@ -52,8 +52,8 @@ class _Arguments(NamedTuple):
         """
         if scores.window is not None and not scores.causal and rows > keys + 1:
             raise ValueError(
-                f"a sliding window over {keys} keys for {rows} rows: flash kernels hide keys from the "
-                "first rows of such a block; plan it as two blocks, as `plan_tiles` does"
+                f"sliding window with {keys} keys and {rows} queries: the flash kernels would mask keys of the first "
+                "queries; split the block in two, as `plan_tiles` does"
             )
         left = -1 if scores.window is None else scores.window
         return cls(scores.scale, scores.causal, left, 0 if scores.causal else -1, rows, keys)
@@ -250,7 +250,7 @@ def load_flash_attn() -> _FlashAttnFunctions:
             raise ImportError(f"flash_attn has no {name}")
         names = list(_parameters(plain))
         if names[: len(wanted)] != list(wanted):
-            raise ImportError(f"flash_attn's {name} takes {', '.join(names)}; version 2.7 or later is needed")
+            raise ImportError(f"flash_attn's {name} takes {', '.join(names)}; install flash-attn 2.7 or later")
         functions.append(getattr(module, f"_wrapped{name}", plain))
     return _FlashAttnFunctions(*functions)
 

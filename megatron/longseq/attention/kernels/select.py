@@ -83,27 +83,27 @@ def select_kernel(
         ValueError: `only` names no kernel, or one that does not support the tensors; or the type is no float type.
     """
     if not dtype.is_floating_point:
-        raise ValueError(f"attention of {dtype} tensors: give a float type")
+        raise ValueError(f"attention tensors have dtype {dtype}; give a floating-point dtype")
     need = KernelRequest(device.type, dtype, head_dim, value_dim or head_dim, dropout)
     candidates = {name: entry for name, entry in _CANDIDATES.items() if only in (None, name)}
     if not candidates:
-        raise ValueError(f"no attention kernel is called {only!r}: {', '.join(_CANDIDATES)}")
+        raise ValueError(f"there is no attention kernel {only!r}; give one of {', '.join(_CANDIDATES)}")
     against: list[str] = []
     for name, (obstacle, make) in candidates.items():
         reason = obstacle(need)
         if reason is None:
             why = f"attention kernel {name}" + (f" ({'; '.join(against)})" if against else "")
             if name == Reference.name and only is None and not dropout:
-                warnings.warn(f"{why}: holds the whole score matrix, slow and large", stacklevel=2)
+                warnings.warn(f"{why}: it is slow and stores the whole score matrix", stacklevel=2)
             return KernelChoice(make(need), why)
         against.append(f"not {name}: {reason}")
-    raise ValueError(f"{'; '.join(against)}; the kernels are {', '.join(_CANDIDATES)}")
+    raise ValueError(f"no attention kernel can compute this: {'; '.join(against)}")
 
 
 def _against_flash(need: KernelRequest) -> str | None:
     """Return why no flash kernel supports a request; None if nothing speaks against it."""
     if need.dropout:
-        return f"no attention dropout ({need.dropout} asked)"
+        return f"it has no attention dropout ({need.dropout} is requested)"
     if need.value_dim != need.head_dim:
         return f"values of {need.value_dim} beside keys of {need.head_dim}"
     return None
@@ -123,7 +123,7 @@ def _against_cuda(need: KernelRequest) -> str | None:
     if need.dtype not in (torch.bfloat16, torch.float16):
         return f"{need.dtype}"
     if need.head_dim % HEAD_DIM_STEP or need.head_dim > HEAD_DIM_LIMIT:
-        return f"head size {need.head_dim} is no multiple of {HEAD_DIM_STEP} up to {HEAD_DIM_LIMIT}"
+        return f"head size {need.head_dim} is not a multiple of {HEAD_DIM_STEP} up to {HEAD_DIM_LIMIT}"
     if torch.cuda.get_device_capability() < (8, 0):
         return "the device is older than Ampere"
     return _against_flash(need)

@@ -150,8 +150,8 @@ def _refuse_misaligned(q: Tensor, k: Tensor, scores: Scores) -> None:
     """
     if scores.causal and scores.window is None and q.shape[0] < k.shape[0]:
         raise ValueError(
-            f"a causal block of {q.shape[0]} rows and {k.shape[0]} keys: PyTorch's CPU operator takes squares; plan it "
-            "as two blocks, as `plan_tiles` does with rectangular=False"
+            f"causal block of {q.shape[0]} queries and {k.shape[0]} keys: PyTorch's CPU kernel needs equal numbers; "
+            "split it in two, as `plan_tiles` does with rectangular=False"
         )
 
 

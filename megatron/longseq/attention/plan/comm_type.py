@@ -39,11 +39,11 @@ def comm_types(args: Namespace) -> dict[str, CommType]:
     names = list(dict.fromkeys(args.cp_comm_type))
     unknown = [name for name in names if name not in NAMES]
     if unknown:
-        raise ValueError(f"--cp-comm-type {' '.join(unknown)}: give {', '.join(NAMES)}, one for all layers or one each")
+        raise ValueError(f"--cp-comm-type {' '.join(unknown)}: give {', '.join(NAMES)}, for all layers or one each")
     if len(args.cp_comm_type) not in (1, args.num_layers):
         raise ValueError(
-            f"--cp-comm-type {' '.join(args.cp_comm_type)}: {len(args.cp_comm_type)} for --num-layers "
-            f"{args.num_layers}; give one for all layers, or one each"
+            f"--cp-comm-type {' '.join(args.cp_comm_type)}: {len(args.cp_comm_type)} types for --num-layers "
+            f"{args.num_layers}; give one for all layers, or one per layer"
         )
     return {name: _comm_type(name, args) for name in names}
 
@@ -67,9 +67,9 @@ def mesh_of_sizes(args: Namespace) -> Mesh:
     if not sizes or len(sizes) != 2 or sizes[0] * sizes[1] != size:
         given = " ".join(str(number) for number in sizes or ()) or "nothing"
         raise ValueError(
-            f"--cp-comm-type a2a+p2p with --hierarchical-context-parallel-sizes {given}: give two sizes, ranks of the "
-            f"all-to-all (Ulysses) and of the ring, whose product is --context-parallel-size {size}; "
-            "--context-parallel-auto chooses them"
+            f"--cp-comm-type a2a+p2p with --hierarchical-context-parallel-sizes {given}: give two sizes, the ranks "
+            f"of the all-to-all (Ulysses) and of the ring, whose product is --context-parallel-size {size}; or give "
+            "--context-parallel-auto, which chooses both"
         )
     return Mesh(sizes[0], sizes[1], args.context_parallel_placement)
 
@@ -87,12 +87,12 @@ def choose_comm_type(args: Namespace, node_size: int) -> None:
     size = args.context_parallel_size
     if size == 1:
         raise ValueError(
-            "--context-parallel-auto: --context-parallel-size is 1; give the number of ranks to spread over"
+            "--context-parallel-auto: --context-parallel-size is 1, so there is nothing to choose; give both"
         )
     if args.hierarchical_context_parallel_sizes or list(args.cp_comm_type) != ["p2p"]:
         raise ValueError(
-            "--context-parallel-auto chooses --cp-comm-type and --hierarchical-context-parallel-sizes itself; leave "
-            "them out, or leave it out"
+            "--context-parallel-auto sets --cp-comm-type and --hierarchical-context-parallel-sizes, and one of them "
+            "is given; leave it out, or leave --context-parallel-auto out"
         )
     groups = args.num_query_groups if args.group_query_attention else None
     mesh = choose_mesh(size, args.num_attention_heads, groups, node_size, args.tensor_model_parallel_size)
@@ -127,11 +127,11 @@ def _refuse_unused(args: Namespace, types: Mapping[str, CommType]) -> None:
     rings = [one.mesh.ring for one in types.values() if one.mesh.ring > 1 and not one.gathers]
     if args.ring_window is not None:
         if not rings:
-            raise ValueError(f"--ring-window {args.ring_window}: no layer's keys go round a ring of several ranks")
+            raise ValueError(f"--ring-window {args.ring_window}: no layer uses a ring of several ranks; leave it out")
         for ring in rings:
             Ring(ring, args.ring_window)
     if "a2a+p2p" not in types:
         if args.hierarchical_context_parallel_sizes:
-            raise ValueError("--hierarchical-context-parallel-sizes is used by --cp-comm-type a2a+p2p alone; give both")
+            raise ValueError("--hierarchical-context-parallel-sizes needs --cp-comm-type a2a+p2p; give both")
         if args.context_parallel_placement != "head-first":
-            raise ValueError("--context-parallel-placement places --cp-comm-type a2a+p2p alone; give both")
+            raise ValueError("--context-parallel-placement needs --cp-comm-type a2a+p2p; give both")

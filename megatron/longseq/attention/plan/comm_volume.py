@@ -112,22 +112,6 @@ def ring(layer: LayerShape, inner: int | None = None) -> Volume:
     return Volume(keys, keys + elements * layer.grad_item, hops, hops + grads)
 
 
-def all_gather(layer: LayerShape, *, kept: bool) -> Volume:
-    """Return the volume of --cp-comm-type all_gather: one all-gather of keys, one reduce-scatter of gradients.
-
-    Args:
-        layer: shape of the layer.
-        kept: backward still holds the gathered keys (always so with segments); otherwise it gathers them again.
-    """
-    mesh = layer.layout.mesh
-    if mesh.ring == 1:
-        return Volume(0, 0, 0, 0)
-    elements = layer.key_elements((mesh.ring - 1) * layer.tokens)
-    messages = mesh.size * layer.segments
-    keys, again = elements * layer.item, 0 if kept else 1
-    return Volume(keys, again * keys + elements * layer.grad_item, messages, (1 + again) * messages)
-
-
 def peer_ring(layer: LayerShape) -> Volume:
     """Return the volume of other implementations' ring: whole shards, R - 1 hops of keys, R of float32 gradients."""
     mesh = layer.layout.mesh
@@ -152,7 +136,7 @@ def peer_all_to_all(layer: LayerShape, *, repeated: bool) -> Volume:
     """
     ulysses, heads = layer.layout.mesh.ulysses, layer.heads
     if not repeated and heads.kv % ulysses:
-        raise ValueError(f"{heads.kv} heads of keys and values over {ulysses} ranks: none without repeating them")
+        raise ValueError(f"{heads.kv} key-value heads cannot be divided among {ulysses} ranks")
     return _all_to_all(layer, 2 * heads.query + 2 * (heads.query if repeated else heads.kv), collectives=4)
 
 

@@ -22,7 +22,7 @@ class Heads:
 
     def __post_init__(self) -> None:
         if self.query < 1 or self.kv < 1 or self.query % self.kv:
-            raise ValueError(f"{self.query} query heads cannot share {self.kv} heads of keys and values evenly")
+            raise ValueError(f"{self.query} query heads are not a multiple of {self.kv} key-value heads")
 
     @classmethod
     def of(cls, heads: int, groups: int | None = None, tensor: int = 1) -> "Heads":
@@ -39,7 +39,7 @@ class Heads:
         groups = heads if groups is None else groups
         if heads % tensor or (groups % tensor and tensor % groups):
             raise ValueError(
-                f"{heads} attention heads in {groups} query groups cannot be shared by {tensor} tensor-parallel ranks"
+                f"{heads} heads in {groups} query groups cannot be divided among {tensor} tensor-parallel ranks"
             )
         return cls(heads // tensor, max(groups // tensor, 1))
 
@@ -74,11 +74,11 @@ def check_heads(mesh: Mesh, heads: Heads) -> None:
     if heads.query % mesh.ulysses:
         why = f"{heads.query} query heads cannot be shared by {mesh.ulysses} ranks"
     else:
-        why = f"neither does {mesh.ulysses} divide the {heads.kv} heads of keys and values, nor they it"
+        why = f"{mesh.ulysses} does not divide the {heads.kv} key-value heads, or the reverse"
     choices = "; ".join(mesh_flags(Mesh(*pair)) for pair in legal_meshes(mesh.size, heads))
     raise ValueError(
         f"Ulysses over {mesh.ulysses} of {mesh.size} context-parallel ranks, with {heads.query} query heads and "
-        f"{heads.kv} of keys and values on a tensor-parallel rank: {why}. Legal here: {choices}"
+        f"{heads.kv} key-value heads per tensor-parallel rank: {why}. Possible degrees: {choices}"
     )
 
 

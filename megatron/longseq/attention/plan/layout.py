@@ -60,7 +60,7 @@ class Mesh:
 
     def __post_init__(self) -> None:
         if self.ulysses < 1 or self.ring < 1:
-            raise ValueError(f"a mesh of {self.ulysses} x {self.ring} (Ulysses x ring) ranks: each needs at least 1")
+            raise ValueError(f"mesh of {self.ulysses} x {self.ring} (Ulysses x ring) ranks: both must be at least 1")
         if self.placement not in get_args(Placement):
             raise ValueError(f"context-parallel placement {self.placement!r}: give {' or '.join(get_args(Placement))}")
 
@@ -138,9 +138,9 @@ class Layout:
             index, length = wrong[0] if wrong else (0, 0)
             shared = f" and their tokens over {self.tensor} tensor-parallel ranks" if self.tensor > 1 else ""
             raise ValueError(
-                f"segment {index} of {len(self.lengths)} has {length} tokens: it is cut into 2 chunks for each of "
-                f"{self.mesh.size} context-parallel ranks{shared}, so give multiples of {multiple}, for instance "
-                f"{max(multiple, -(-length // multiple) * multiple)}"
+                f"segment {index} of {len(self.lengths)} has {length} tokens: it is cut into 2 chunks per "
+                f"context-parallel rank, of {self.mesh.size} ranks{shared}; give a multiple of {multiple}, for "
+                f"instance {max(multiple, -(-length // multiple) * multiple)}"
             )
         if self.pieces is not None:
             self._check_pieces(self.pieces)
@@ -230,7 +230,7 @@ class Layout:
     def _chunks(self, index: int, size: int, segment: int) -> tuple[TokenRange, ...]:
         """Return chunks `index` and `2 * size - 1 - index` of the 2 * size chunks of every piece of a segment."""
         if not 0 <= index < size:
-            raise ValueError(f"rank {index} of {size}: count from 0 to {size - 1}")
+            raise ValueError(f"rank {index} is not in a group of {size}; give 0 to {size - 1}")
         begin, chunks = self.begin(segment), []
         for length in self._pieces(segment):
             chunks += [

@@ -134,9 +134,7 @@ def rows_of(buffer: TokenRanges, wanted: TokenRanges) -> TokenRanges:
     """
     missing = difference(wanted, buffer)
     if missing:
-        raise ValueError(
-            f"a buffer of positions {_shown(buffer)} does not hold {_shown(missing)} of the wanted {_shown(wanted)}"
-        )
+        raise ValueError(f"the buffer holds positions {_shown(buffer)}, but not {_shown(missing)} of {_shown(wanted)}")
     row = RowFinder(buffer).before
     return union(TokenRange(row(one.begin), row(one.end)) for one in wanted)
 
@@ -180,8 +178,8 @@ class Documents:
                 if not (0 <= span.start <= span.begin < span.end and follows):
                     raise ValueError(
                         f"sequence {sequence} of the batch: document span {tuple(span)} (begin, end, start) does not "
-                        f"continue {tuple(spans[number - 1]) if number else 'the sequence'}: documents must follow one "
-                        "another without gaps, each starting at its own first position"
+                        f"continue {tuple(spans[number - 1]) if number else 'the sequence'}; documents must be "
+                        "contiguous, and each must start at its own first position"
                     )
 
     def within(self, sequence: int, positions: TokenRange) -> tuple[DocumentSpan, ...]:
@@ -194,8 +192,8 @@ class Documents:
         if not spans or spans[0].begin > positions.begin or spans[-1].end < positions.end:
             known = f"{spans[0].begin} to {spans[-1].end}" if spans else "none"
             raise ValueError(
-                f"sequence {sequence} of the batch: positions {positions.begin} to {positions.end} are computed, but "
-                f"documents are known for positions {known}; read them from the mask of the whole sequence"
+                f"sequence {sequence} of the batch: attention covers positions {positions.begin} to {positions.end}, "
+                f"but documents are known only for {known}; read them from the mask of the whole sequence"
             )
         first = bisect_right(spans, positions.begin, key=_begin_of) - 1
         near = spans[first : bisect_left(spans, positions.end, key=_begin_of)]

@@ -54,7 +54,7 @@ class Ring:
     def __post_init__(self) -> None:
         if self.size < 1 or self.inner < 1 or self.size % self.inner:
             legal = [width for width in range(1, self.size + 1) if self.size % width == 0]
-            raise ValueError(f"a ring of {self.size} ranks in windows of {self.inner}: give a window of {legal}")
+            raise ValueError(f"windows of {self.inner} do not divide a ring of {self.size} ranks; give {legal}")
 
     def visited(self, source: int, step: int) -> int:
         """Return the rank that computes with a source's keys in a step."""
@@ -153,7 +153,7 @@ def plan_transfers(ring: Ring, queries: Shards, keys: Shards, mask: Mask) -> Rin
         ValueError: The number of shards is not the number of ranks.
     """
     if not len(queries) == len(keys) == ring.size:
-        raise ValueError(f"shards of {len(queries)} (queries) and {len(keys)} (keys) ranks in a ring of {ring.size}")
+        raise ValueError(f"{len(queries)} query shards and {len(keys)} key shards for a ring of {ring.size} ranks")
     key_transfers: list[KVTransfer] = []
     grad_transfers: list[KVTransfer] = []
     for source in range(ring.size):

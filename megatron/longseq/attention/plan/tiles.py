@@ -49,9 +49,9 @@ class Mask:
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 0:
-            raise ValueError(f"a sliding window of {self.window} keys before a query: give 0 or more, or None for all")
+            raise ValueError(f"sliding window of {self.window} keys: give 0 or more, or None for all keys")
         if self.documents is not None and len(self.documents.spans) != self.batch:
-            raise ValueError(f"documents of {len(self.documents.spans)} sequences for a batch of {self.batch}")
+            raise ValueError(f"{len(self.documents.spans)} lists of documents for a batch of {self.batch}")
 
     def document_spans(self, queries: TokenRanges) -> list[tuple[TokenRange, tuple[DocumentSpan, ...]]]:
         """Return (sequences, document spans of the queries); neighbouring sequences with equal spans are grouped."""
@@ -143,7 +143,7 @@ def plan_causal(queries: TokenRange, mask: Mask, *, rectangular: bool) -> Tiles:
         ValueError: There are no queries, or the documents do not cover them.
     """
     if queries.size < 1 or queries.begin < 0:
-        raise ValueError(f"attention of positions {queries.begin} to {queries.end}: there is none")
+        raise ValueError(f"there are no queries at positions {queries.begin} to {queries.end}")
     return plan_tiles((queries,), (TokenRange(0, queries.end),), mask, rectangular=rectangular).first
 
 
@@ -212,8 +212,8 @@ def _holds(keys: RowFinder, span: DocumentSpan) -> bool:
     if held not in (0, span.end - span.begin):
         among = [tuple(one) for one in keys.clip(span.begin, span.end)]
         raise ValueError(
-            f"queries of positions {span.begin} to {span.end}, but {held} of them, {among}, are among the keys: "
-            "queries and keys must be of one layout"
+            f"queries have positions {span.begin} to {span.end}, but only {held} of these positions have keys "
+            f"({among}); queries and keys must have the same layout"
         )
     return held > 0
 

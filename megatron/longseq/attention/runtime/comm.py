@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -13,53 +12,22 @@ from megatron.longseq.distributed import SentCounter
 Message = tuple[int, Tensor]  # (group rank of the peer, contiguous tensor)
 
 
-class P2PWork(Protocol):
-    """Messages in flight."""
-
-    def wait(self) -> None:
-        """Wait for the messages; on a GPU, make the current stream wait. Sent tensors may then be overwritten."""
-        ...
-
-
-class P2PChannel(Protocol):
-    """Point-to-point messages among the ranks of a ring, ordered for each pair of ranks."""
-
-    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> P2PWork:
-        """Start sends and receives. The tensors must not be used before `P2PWork.wait` returns."""
-        ...
-
-
-class GroupCollectives(Protocol):
-    """Collectives among the ranks of a group."""
-
-    def all_to_all(self, sent: Tensor) -> Tensor:
-        """Send entry i of [ranks, ...] to rank i; return [ranks, ...], whose entry i is from rank i."""
-        ...
-
-    def all_gather(self, own: Tensor) -> Tensor:
-        """Return every rank's tensor, as [ranks, ...]."""
-        ...
-
-    def reduce_scatter(self, parts: Tensor) -> Tensor:
-        """Return the sum over ranks of the entry of [ranks, ...] that has this rank's index."""
-        ...
-
-
-class _Works:
-    """Handles of torch.distributed, with the tensors that they need kept alive."""
+class P2PWork:
+    """Messages in flight: handles of torch.distributed, with the tensors that they need kept alive."""
 
     def __init__(self, works: list[dist.Work], tensors: list[Tensor]) -> None:
         self._works, self._tensors = works, tensors
 
     def wait(self) -> None:
+        """Wait for the messages; on a GPU, make the current stream wait. Sent tensors may then be overwritten."""
         for work in self._works:
             work.wait()
         self._works, self._tensors = [], []
 
 
 @dataclass
-class ProcessGroupP2P:
-    """`P2PChannel` over a process group of its own.
+class P2PChannel:
+    """Point-to-point messages among the ranks of a ring, ordered for each pair, over a process group of its own.
 
     Attributes:
         group: ranks in the order of the ring.
@@ -70,7 +38,7 @@ class ProcessGroupP2P:
     sent: SentCounter = field(default_factory=SentCounter)
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> P2PWork:
-        """See `P2PChannel.post`."""
+        """Start sends and receives. The tensors must not be used before `P2PWork.wait` returns."""
         for _, tensor in sends:
             self.sent.count(tensor.nbytes)
         operations = [
@@ -79,12 +47,12 @@ class ProcessGroupP2P:
             for peer, tensor in messages
         ]
         works = dist.batch_isend_irecv(operations) if operations else []
-        return _Works(works, [tensor for _, tensor in (*sends, *receives)])
+        return P2PWork(works, [tensor for _, tensor in (*sends, *receives)])
 
 
 @dataclass
-class ProcessGroupCollectives:
-    """`GroupCollectives` over a process group.
+class GroupCollectives:
+    """Collectives among the ranks of a process group.
 
     Attributes:
         group: the ranks, in order.
@@ -95,14 +63,14 @@ class ProcessGroupCollectives:
     sent: SentCounter = field(default_factory=SentCounter)
 
     def all_to_all(self, sent: Tensor) -> Tensor:
-        """See `GroupCollectives.all_to_all`."""
+        """Send entry i of [ranks, ...] to rank i; return [ranks, ...], whose entry i is from rank i."""
         self.sent.count(sent[1:].nbytes)
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=self.group)
         return received
 
     def all_gather(self, own: Tensor) -> Tensor:
-        """See `GroupCollectives.all_gather`."""
+        """Return every rank's tensor, as [ranks, ...]."""
         size = self.group.size()
         self.sent.count(own.nbytes * (size - 1))
         gathered = own.new_empty(size * own.shape[0], *own.shape[1:])
@@ -110,5 +78,8 @@ class ProcessGroupCollectives:
         return gathered.view(size, *own.shape)
 
     def reduce_scatter(self, parts: Tensor) -> Tensor:
-        """See `GroupCollectives.reduce_scatter`. Sums in the order of ranks, so that a run repeats to the bit."""
+        """Return the sum over ranks of the entry of [ranks, ...] that has this rank's index.
+
+        Sums in the order of ranks, so that a run repeats to the bit.
+        """
         return self.all_to_all(parts).sum(0)

@@ -139,11 +139,11 @@ def make_call(  # noqa: PLR0913
     ranks = strategy.mesh.size
     segment = cache.current_segment(layer) if cache is not None else Segment(0, 0, (q.shape[0] * ranks,))
     if kernel.dropout:
-        raise ValueError(f"layer {layer}: no dropout of attention weights over context-parallel ranks")
+        raise ValueError(f"layer {layer}: attention over context-parallel ranks does not support dropout; set it to 0")
     if q.shape[0] * ranks != segment.tokens or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
         raise ValueError(
-            f"layer {layer}, {segment}: queries {tuple(q.shape)} and keys {tuple(k.shape)} on a rank, for "
-            f"{segment.tokens} tokens on {ranks} context-parallel ranks"
+            f"layer {layer}, {segment}: queries have shape {tuple(q.shape)} and keys {tuple(k.shape)}, which does "
+            f"not fit {segment.tokens} tokens on {ranks} context-parallel ranks"
         )
     heads = Heads(q.shape[2], k.shape[2])
     check_heads(strategy.mesh, heads)
@@ -166,8 +166,8 @@ def context_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, resu
     """
     if v.shape != k.shape:
         raise ValueError(
-            f"layer {call.layer}: values {tuple(v.shape)} beside keys {tuple(k.shape)}; over context-parallel ranks "
-            "they travel together and have one shape"
+            f"layer {call.layer}: values have shape {tuple(v.shape)} and keys {tuple(k.shape)}, but context-parallel "
+            "ranks send both as one tensor, so the shapes must be equal"
         )
     q, segment = differentiable(call.cache, call.layer, call.segment, q, k, v)
     return ContextAttention.apply(q, k, v, replace(call, segment=segment), result)  # type: ignore[no-any-return,no-untyped-call]
@@ -252,6 +252,5 @@ def _with_cache(call: AttentionCall, cache: SegmentKVCache, saved: list[Tensor],
     grads = SegmentGradAccumulator(layer, rows)
     grads.add(TokenRange(0, dk.shape[1]), TokenRange(0, rows.end), dk, dv)
     own_k, own_v = grads.own()
-    cache.update_bytes(layer)
     cache.finish(call.layer, rows)
     return dq, (own_k, own_v)

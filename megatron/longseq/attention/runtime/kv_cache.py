@@ -30,7 +30,6 @@ class LayerCache:
         frozen: number of first segments in which nothing needs a gradient, so that they have no backward.
         grads: sums of the gradients that later segments contribute, by segment, in the accumulation dtype.
         written: segments whose forward has run.
-        counted: bytes of this cache in `SegmentKVCache.bytes`.
     """
 
     lengths: tuple[int, ...]
@@ -39,7 +38,6 @@ class LayerCache:
     frozen: int = 0
     grads: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     written: int = 0
-    counted: int = 0
 
     def __post_init__(self) -> None:
         self.left = len(self.lengths)
@@ -77,10 +75,6 @@ class LayerCache:
                 total.zero_()
         for total, grad in zip(self.grads[index], grads, strict=True):
             total[rows.slice(), batch.slice()].add_(grad)
-
-    def bytes(self) -> int:
-        """Return the bytes of all tensors."""
-        return sum(x.nbytes for tensors in (*self.parts, *self.grads.values()) for x in tensors)
 
 
 class SegmentGradAccumulator:
@@ -134,14 +128,11 @@ class SegmentKVCache:
     Attributes:
         current: the segment that runs. The executor sets it before every forward *and before every backward*, in which
             recomputation runs forwards again. Autograd may run these in other threads, so it is a plain attribute.
-        peak_bytes: maximum of `bytes` since `reset_peak`.
     """
 
     def __init__(self) -> None:
         self.current: Segment | None = None
-        self.peak_bytes = 0
         self._layers: dict[tuple[int, int], LayerCache] = {}
-        self._bytes = 0
 
     def current_segment(self, layer: int) -> Segment:
         """Return the current segment.
@@ -151,8 +142,8 @@ class SegmentKVCache:
         """
         if self.current is None:
             raise SegmentOrderError(
-                f"layer {layer}: attention runs, but no segment is current; set cache.current before every forward and "
-                "every backward of a segment"
+                f"layer {layer}: attention runs without a current segment; set cache.current before each forward and "
+                "backward of a segment"
             )
         return self.current
 
@@ -174,13 +165,12 @@ class SegmentKVCache:
             expected = (segment.tokens, *first.shape[1:])
             if new.shape != expected or new.dtype != first.dtype:
                 raise ValueError(
-                    f"layer {layer}, {segment}: keys or values are {new.dtype} {tuple(new.shape)}, expected "
-                    f"{first.dtype} {expected}: {segment.tokens} tokens of the segment's {segment.lengths}"
+                    f"layer {layer}, {segment}: keys or values are {new.dtype} {tuple(new.shape)}, not {first.dtype} "
+                    f"{expected}, for {segment.tokens} tokens of segments {segment.lengths}"
                 )
         if not recomputed:
             cache.parts.append(tuple(without_base(x.detach()).contiguous() for x in tensors))
             cache.written += 1
-            self.update_bytes(cache)
         return cache
 
     def read(self, layer: int, segment: Segment) -> LayerCache:
@@ -191,7 +181,7 @@ class SegmentKVCache:
         """
         cache = self._layers.get((layer, segment.microbatch))
         if cache is None:
-            raise SegmentOrderError(f"layer {layer}, {segment}: backward, but nothing is cached of this micro-batch")
+            raise SegmentOrderError(f"layer {layer}, {segment}: backward, but the cache is empty for this micro-batch")
         current = self.current_segment(layer)
         if (current.microbatch, current.index) != (segment.microbatch, segment.index):
             raise SegmentOrderError(f"layer {layer}, {segment}: backward, but the current segment is {self.current}")
@@ -213,31 +203,15 @@ class SegmentKVCache:
         else:
             del cache.parts[segment.index]
             cache.grads.pop(segment.index, None)
-        self.update_bytes(cache)
         if cache.left == 0:
-            self._free(layer, segment.microbatch)
-
-    def update_bytes(self, cache: LayerCache) -> None:
-        """Update `bytes` and `peak_bytes` after a layer's cache has changed."""
-        held = cache.bytes()
-        self._bytes += held - cache.counted
-        cache.counted = held
-        self.peak_bytes = max(self.peak_bytes, self._bytes)
+            del self._layers[layer, segment.microbatch]
 
     def release(self, microbatch: int) -> None:
         """Free the caches of a finished micro-batch whose backward never ran: the layer's output needed no gradient."""
         for layer, index in list(self._layers):
             cache = self._layers[layer, index]
             if index == microbatch and cache.written == cache.left == len(cache.lengths):
-                self._free(layer, index)
-
-    def bytes(self) -> int:
-        """Return the bytes of all caches."""
-        return self._bytes
-
-    def reset_peak(self) -> None:
-        """Restart `peak_bytes`."""
-        self.peak_bytes = self.bytes()
+                del self._layers[layer, index]
 
     def assert_empty(self) -> None:
         """Check at the end of a step that the backward of every segment has run.
@@ -250,12 +224,11 @@ class SegmentKVCache:
                 f"layer {layer}, micro-batch {mb}: {_progress(cache)}" for (layer, mb), cache in self._layers.items()
             ]
             shown = "; ".join(left[:8]) + (f"; and {len(left) - 8} more" if len(left) > 8 else "")
-            raise SegmentOrderError(f"keys and values of earlier segments are left at the end of the step: {shown}")
+            raise SegmentOrderError(f"the KV cache is not empty at the end of the step: {shown}")
 
     def reset(self) -> None:
         """Free everything after a step that did not finish."""
-        for layer, microbatch in list(self._layers):
-            self._free(layer, microbatch)
+        self._layers.clear()
         self.current = None
 
     def _open(self, layer: int, segment: Segment) -> LayerCache:
@@ -263,17 +236,6 @@ class SegmentKVCache:
             raise SegmentOrderError(f"layer {layer}, {segment}: forward, but segment 0 of this micro-batch has not run")
         cache = self._layers[layer, segment.microbatch] = LayerCache(segment.lengths)
         return cache
-
-    def _free(self, layer: int, microbatch: int) -> None:
-        self._bytes -= self._layers.pop((layer, microbatch)).counted
-
-
-def may_need_backward(*inputs: Tensor) -> bool:
-    """Return whether a backward of these inputs may follow.
-
-    Outside of autograd, as in the first forward of what is recomputed, this is not known, so the answer is yes.
-    """
-    return not torch.is_grad_enabled() or any(x.requires_grad for x in inputs)
 
 
 def differentiable(
@@ -283,9 +245,10 @@ def differentiable(
 
     Keys of earlier segments may need a gradient where nothing of this segment does: a script may train only the first
     tokens of a sequence (a prompt). Autograd does not see these keys, so the queries are made to require a gradient in
-    their place. If neither needs a gradient, the segment is marked as forward-only.
+    their place. If neither needs a gradient, the segment is marked as forward-only. Outside of autograd, as in the
+    first forward of what is recomputed, this is not known, and nothing is changed.
     """
-    if segment.forward_only or may_need_backward(q, k, v):
+    if segment.forward_only or not torch.is_grad_enabled() or any(x.requires_grad for x in (q, k, v)):
         return q, segment
     if cache is not None and cache.may_need_grad(layer, segment.microbatch):
         return q.detach().requires_grad_(), segment

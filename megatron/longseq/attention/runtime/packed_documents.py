@@ -48,13 +48,13 @@ def read_document_starts(attention_mask: Tensor, begin: int = 0) -> Tensor:
     """
     if attention_mask.dim() != 4 or attention_mask.shape[1] != 1 or attention_mask.dtype != torch.bool:
         raise ValueError(
-            f"an attention mask of {attention_mask.dtype} {tuple(attention_mask.shape)}: "
-            "expected bool [b, 1, rows, keys]"
+            f"the attention mask is {attention_mask.dtype} {tuple(attention_mask.shape)}; expected bool [b, 1, rows, "
+            "keys]"
         )
     hidden = attention_mask[:, 0]
     batch, rows, keys = hidden.shape
     if begin < 0 or begin + rows > keys:
-        raise ValueError(f"an attention mask of rows {begin} to {begin + rows} has keys up to {keys} alone")
+        raise ValueError(f"the attention mask has rows {begin} to {begin + rows}, but keys only up to {keys}")
     position = torch.arange(begin, begin + rows, device=hidden.device)
     key = torch.arange(keys, device=hidden.device, dtype=torch.int32)
     starts = torch.empty(batch, rows, dtype=torch.int64, device=hidden.device)
@@ -86,8 +86,8 @@ def gather_document_starts(mask: Tensor, layout: Layout, rank: int, collectives:
     total = sum(layout.lengths)
     if mask.dim() != 4 or (mask.shape[2] * layout.mesh.size, mask.shape[3]) != (total, total):
         raise ValueError(
-            f"context-parallel rank {rank} of {layout.mesh.size}: an attention mask of {tuple(mask.shape)} for a "
-            f"sequence of {total} tokens; expected [b, 1, {total // layout.mesh.size}, {total}]"
+            f"context-parallel rank {rank} of {layout.mesh.size}: the attention mask has shape {tuple(mask.shape)}, "
+            f"but a sequence of {total} tokens needs [b, 1, {total // layout.mesh.size}, {total}]"
         )
     starts, row = [], 0
     for one in _positions(layout, rank):
@@ -118,7 +118,7 @@ def expand_to_batch(starts: Tensor, batch: int) -> Tensor:
         ValueError: The mask is of another number of sequences.
     """
     if starts.shape[0] not in (1, batch):
-        raise ValueError(f"an attention mask of {starts.shape[0]} sequences for a micro-batch of {batch}")
+        raise ValueError(f"the attention mask has {starts.shape[0]} sequences, but the micro-batch has {batch}")
     return starts.expand(batch, -1)
 
 
@@ -159,8 +159,7 @@ class MaskReader:
     changes through NumPy or `.data` are not visible in any other way.
 
     Attributes:
-        collectives: collectives of the context-parallel group.
-        rank: this context-parallel rank.
+        collectives, rank: see `gather_document_starts`.
         needs_mask: whether every stage must be given a mask (--reset-attention-mask).
         stages: pipeline stages, virtual ones included. Upstream gives those between the first and the last no batch.
     """
@@ -190,8 +189,8 @@ class MaskReader:
         if mask is None:
             if self.needs_mask:
                 raise ValueError(
-                    "--reset-attention-mask is given, but this stage has no attention mask: with more than 2 pipeline "
-                    "stages use --seq1f1b-splits, which hands documents from stage to stage."
+                    "--reset-attention-mask: this stage has no attention mask. With more than 2 pipeline stages, "
+                    "give --seq1f1b-splits 2 or more, which sends documents from stage to stage."
                 )
             return None
         version = 0 if mask.is_inference() else mask._version
@@ -206,8 +205,8 @@ class MaskReader:
     def _checked(self, documents: Documents | None) -> Documents | None:
         if documents is not None and self.stages > 2:
             raise ValueError(
-                f"the attention mask separates documents, but with {self.stages} pipeline stages (virtual ones "
-                "included) those between the first and the last get no batch and would not hear of them: give "
-                "--seq1f1b-splits 2 or more, which hands documents from stage to stage."
+                f"the attention mask separates documents, but with {self.stages} pipeline stages (including virtual "
+                "ones), the stages between the first and the last get no batch and no mask. Give --seq1f1b-splits 2 "
+                "or more, which sends document boundaries from stage to stage."
             )
         return documents

@@ -8,10 +8,10 @@ import torch.distributed as dist
 
 from megatron.longseq.attention.plan.comm_type import CommType
 from megatron.longseq.attention.plan.layout import Mesh
-from megatron.longseq.attention.runtime.comm import ProcessGroupCollectives, ProcessGroupP2P
+from megatron.longseq.attention.runtime.comm import GroupCollectives, P2PChannel
 from megatron.longseq.attention.runtime.ring import RingChannels
 from megatron.longseq.attention.runtime.strategies import CPStrategy
-from megatron.longseq.distributed import all_groups, same_backend_options
+from megatron.longseq.distributed import all_groups, new_groups
 
 CHANNELS = ("kv", "grads", "far_kv", "far_grads")  # fields of `RingChannels`
 
@@ -21,15 +21,8 @@ def reorder_context_group(group: dist.ProcessGroup, mesh: Mesh, timeout: timedel
 
     All ranks of the job call this at the same time. Data and rotary positions are cut by the rank in the new group.
     """
-    own = tuple(dist.get_process_group_ranks(group))
-    made = None
-    for ranks in all_groups(own):
-        ordered = list(mesh.ordered(ranks))
-        new = dist.new_group(ordered, timeout, dist.get_backend(group), same_backend_options(group), sort_ranks=False)
-        if ranks == own:
-            made = new
-    assert made is not None, "this rank's group is one of all groups"
-    return made
+    lists = all_groups(dist.get_process_group_ranks(group))
+    return new_groups([mesh.ordered(ranks) for ranks in lists], group, timeout, sort_ranks=False)
 
 
 def open_strategies(
@@ -61,9 +54,9 @@ def open_strategies(
             made[key] = CPStrategy(
                 mesh,
                 rank,
-                ProcessGroupCollectives(ulysses) if mesh.ulysses > 1 else None,
-                RingChannels(*(ProcessGroupP2P(channels.get(channel, channels["kv"])) for channel in CHANNELS)),
-                ProcessGroupCollectives(channels["kv"]),
+                GroupCollectives(ulysses) if mesh.ulysses > 1 else None,
+                RingChannels(*(P2PChannel(channels.get(channel, channels["kv"])) for channel in CHANNELS)),
+                GroupCollectives(channels["kv"]),
             )
         base = made[key]
         strategies[name] = CPStrategy(mesh, rank, base.ulysses, base.ring, base.gather if gathers else None, window)
@@ -74,13 +67,9 @@ def _make(
     groups: Sequence[tuple[int, ...]], names: Sequence[str], like: dist.ProcessGroup, timeout: timedelta | None
 ) -> dict[str, dist.ProcessGroup]:
     """Make a process group of every name for every group of ranks, with another's backend; return this rank's."""
-    own = {}
-    for ranks in groups:
-        for name in names:
-            group = dist.new_group(list(ranks), timeout, dist.get_backend(like), same_backend_options(like))
-            if dist.get_rank() in ranks:
-                own[name] = group
-                _connect(group)
+    own = {name: new_groups(groups, like, timeout) for name in names}
+    for group in own.values():
+        _connect(group)
     return own
 
 

@@ -81,12 +81,9 @@ def ring_backward(
     """Compute the gradients of `ring_forward`.
 
     Args:
-        kernel: computes a block.
+        kernel, steps, channels, scale: see `ring_forward`.
         saved: q, own keys and values, and the results of `ring_forward`.
         grad_out: [n, b, hq, d].
-        steps: steps of the forward.
-        channels: to the other ranks.
-        scale: factor of the scores.
 
     Returns:
         dq [n, b, hq, d] in the type of q, and the gradients of the own keys and values in the accumulation dtype.

@@ -78,7 +78,7 @@ def segment_attention(  # noqa: PLR0913
     """
     segment = cache.current_segment(layer)
     if q.shape[0] != segment.tokens:
-        raise ValueError(f"layer {layer}, {segment}: {q.shape[0]} queries for {segment.tokens} of {segment.lengths}")
+        raise ValueError(f"layer {layer}, {segment}: {q.shape[0]} queries, but {segment.tokens} tokens")
     q, segment = differentiable(cache, layer, segment, q, k, v)
     mask = Mask(q.shape[1], window, documents)
     tiles = plan_causal(TokenRange(segment.begin, segment.end), mask, rectangular=kernel.rectangular)
@@ -117,7 +117,6 @@ class SegmentAttention(torch.autograd.Function):
             dq = tiled_backward(call.kernel, saved, grad.view_as(out), call.tiles, call.scale, grads.add)
         assert dq is not None, "a segment has rows"
         dk, dv = grads.own()
-        call.cache.update_bytes(layer)
         call.cache.finish(call.layer, call.segment)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None
 
@@ -129,19 +128,9 @@ def _generator_state(q: Tensor) -> Tensor:
 @contextmanager
 def _restored_generator(q: Tensor, state: Tensor | None) -> Iterator[None]:
     """Draw the random numbers of the forward again, and restore the generator's state afterwards."""
-    if state is None:
+    with torch.random.fork_rng([q.device] if q.is_cuda else [], enabled=state is not None):
+        if state is not None and q.is_cuda:
+            torch.cuda.set_rng_state(state, q.device)
+        elif state is not None:
+            torch.set_rng_state(state)
         yield
-        return
-    now = _generator_state(q)
-    _set_generator(q, state)
-    try:
-        yield
-    finally:
-        _set_generator(q, now)
-
-
-def _set_generator(q: Tensor, state: Tensor) -> None:
-    if q.is_cuda:
-        torch.cuda.set_rng_state(state, q.device)
-    else:
-        torch.set_rng_state(state)

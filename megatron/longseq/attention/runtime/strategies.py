@@ -5,7 +5,6 @@ the keys of all ranks.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -69,34 +68,13 @@ class CPStrategy:
         return RingCall(kernel, scale, steps, self.ring, segment.per_rank(self.mesh.ring))
 
 
-class CPCall(Protocol):
-    """Attention of one call over a ring."""
-
-    @property
-    def segment(self) -> Segment:
-        """The segment with lengths in rows of the KV cache."""
-        ...
-
-    def gather_kv(self, kv: KV) -> KV:
-        """Return the keys and values to cache of a segment, from this rank's [n, b, hk, d]."""
-        ...
-
-    def forward(self, q: Tensor, kv: KV) -> tuple[Tensor, Tensor]:
-        """Return (out, lse); `kv` is what `gather_kv` returned of all segments up to this one."""
-        ...
-
-    def backward(self, saved: Saved, grad_out: Tensor) -> tuple[Tensor, KV]:
-        """Return dq and the gradients of `kv` in the accumulation dtype."""
-        ...
-
-    def reduce_kv_grads(self, grads: KV) -> KV:
-        """Return the gradient of `gather_kv`: this rank's [n, b, hk, d]."""
-        ...
-
-
 @dataclass(frozen=True)
 class RingCall:
-    """Keys and values go round the ring."""
+    """Attention of one call: keys and values go round the ring.
+
+    Attributes:
+        segment: the segment with lengths in rows of the KV cache.
+    """
 
     kernel: Kernel
     scale: float
@@ -105,25 +83,28 @@ class RingCall:
     segment: Segment
 
     def gather_kv(self, kv: KV) -> KV:
-        """See `CPCall.gather_kv`: a rank caches its own."""
+        """Return the keys and values to cache of a segment, from this rank's [n, b, hk, d]: a rank caches its own."""
         return kv
 
     def forward(self, q: Tensor, kv: KV) -> tuple[Tensor, Tensor]:
-        """See `CPCall.forward`."""
+        """Return (out, lse); `kv` is what `gather_kv` returned of all segments up to this one."""
         return ring_forward(self.kernel, q, kv, self.steps, self.channels, self.scale)
 
     def backward(self, saved: Saved, grad_out: Tensor) -> tuple[Tensor, KV]:
-        """See `CPCall.backward`."""
+        """Return dq and the gradients of `kv` in the accumulation dtype."""
         return ring_backward(self.kernel, saved, grad_out, self.steps, self.channels, self.scale)
 
     def reduce_kv_grads(self, grads: KV) -> KV:
-        """See `CPCall.reduce_kv_grads`: the ring has returned them to their owners."""
+        """Return the gradient of `gather_kv`, [n, b, hk, d]: the ring has returned it to the owner."""
         return grads
 
 
 @dataclass(frozen=True)
 class AllGatherCall:
-    """Every rank gathers all keys in order of position; gradients are reduce-scattered in the order of ranks."""
+    """Attention of one call, as `RingCall`: every rank gathers all keys in order of position.
+
+    Their gradients are reduce-scattered in the order of ranks.
+    """
 
     kernel: Kernel
     scale: float
@@ -134,22 +115,22 @@ class AllGatherCall:
 
     @property
     def segment(self) -> Segment:
-        """See `CPCall.segment`."""
+        """See `RingCall.segment`."""
         return Segment(0, self.index, self.layout.lengths)
 
     def gather_kv(self, kv: KV) -> KV:
-        """See `CPCall.gather_kv`: all ranks', in order of position."""
+        """See `RingCall.gather_kv`: all ranks', in order of position."""
         gathered = self.collectives.all_gather(torch.stack(kv, dim=1))
         order = self.layout.all_gather_order(range(self.index, self.index + 1))
         k, v = (torch.cat([gathered[source, rows.slice(), which] for source, rows in order]) for which in (0, 1))
         return k, v
 
     def forward(self, q: Tensor, kv: KV) -> tuple[Tensor, Tensor]:
-        """See `CPCall.forward`."""
+        """See `RingCall.forward`."""
         return tiled_forward(self.kernel, q, *kv, self.tiles, self.scale)
 
     def backward(self, saved: Saved, grad_out: Tensor) -> tuple[Tensor, KV]:
-        """See `CPCall.backward`."""
+        """See `RingCall.backward`."""
         q, kv, out, lse = saved
         all_rows = (TokenRange(0, kv[0].shape[0]),)
         grads = GradAccumulator(kv[0], all_rows, all_rows)
@@ -158,7 +139,7 @@ class AllGatherCall:
         return dq, grads.result()
 
     def reduce_kv_grads(self, grads: KV) -> KV:
-        """See `CPCall.reduce_kv_grads`."""
+        """See `RingCall.reduce_kv_grads`."""
         ranks, dk = self.layout.mesh.ring, grads[0]
         parts = dk.new_empty(ranks, dk.shape[0] // ranks, 2, *dk.shape[1:])
         begin = 0
@@ -168,3 +149,6 @@ class AllGatherCall:
             begin += rows.size
         own = self.collectives.reduce_scatter(parts)
         return own[:, 0], own[:, 1]
+
+
+CPCall = RingCall | AllGatherCall

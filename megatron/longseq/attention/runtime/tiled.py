@@ -109,11 +109,10 @@ def tiled_backward(
     in float32 so that no part of the sum is rounded. The tile's q, k, v, out and gradient then exist in float32, too.
 
     Args:
-        kernel: computes a block.
+        kernel, scale: see `tiled_forward`.
         saved: q, k, v, out, lse; out and lse are those of all keys that a row sees, here or on other ranks.
         grad_out: [sq, b, hq, dv].
         tiles: tiles of the forward, or some of them.
-        scale: factor of the scores.
         key_grads: called with (sequences, keys, dk, dv) of every block; sums them.
         is_partial: gradients from further keys will be added. dq stays in the accumulation type.
         dq: gradient from other keys in the accumulation type; added to in place and returned.

@@ -5,7 +5,6 @@
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,41 +12,34 @@ from megatron.longseq.attention.arguments import REFUSALS, add_context_arguments
 from megatron.longseq.attention.plan.heads import Heads
 from megatron.longseq.attention.plan.layout import Mesh
 from megatron.longseq.attention.tools import tables
-from megatron.longseq.refusals import flags_table, refusals_table
+from megatron.longseq.command_line import add_flags_command, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status: 0 if it is done, 1 if it is refused."""
-    args = _parser().parse_args(argv)
-    try:
-        args.run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    """Run one command and return the exit status: 0, or 1 after an error."""
+    return run_command(_parser(), argv)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m megatron.longseq.attention", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     meshes = commands.add_parser(
-        "meshes", help="markdown: every legal U x R, its flags, and what a rank sends per layer"
+        "meshes", help="print a Markdown table of every legal U x R: its flags, and what a rank sends per layer"
     )
     _add_sizes(meshes, needed=True)
-    meshes.set_defaults(run=_meshes)
+    meshes.set_defaults(run=lambda args: tables.meshes(*_sizes(args)))
     table = commands.add_parser(
-        "table", help="markdown: bytes and messages of a layer over U x R, beside other implementations and the paper"
+        "table", help="print a Markdown table of a layer's bytes and messages, with other implementations and the paper"
     )
     _add_sizes(table, needed=False)
-    table.set_defaults(run=_table)
-    draw = commands.add_parser("draw", help="chunks before and after the all-to-all, and the blocks of every ring step")
-    draw.add_argument("--output", type=Path, required=True, metavar="FILE", help="picture (.svg, .png)")
+    table.set_defaults(run=lambda args: tables.volumes(*_sizes(args)))
+    draw = commands.add_parser("draw", help="draw the chunks around the all-to-all, and the blocks of every ring step")
+    draw.add_argument("--output", type=Path, required=True, metavar="FILE", help="picture to write (.svg, .png)")
     draw.add_argument(
         "--hierarchical-context-parallel-sizes", type=int, nargs=2, default=(2, 4), metavar=("U", "R"), help="2 4"
     )
     draw.set_defaults(run=_draw)
-    ours = commands.add_parser("flags", help="markdown: our flags of a training run, and what is refused")
-    ours.set_defaults(run=lambda args: print(f"{flags_table(add_context_arguments)}\n\n{refusals_table(REFUSALS)}"))
+    add_flags_command(commands, add_context_arguments, REFUSALS)
     return parser
 
 
@@ -58,20 +50,13 @@ def _add_sizes(parser: argparse.ArgumentParser, *, needed: bool) -> None:
     parser.add_argument("--num-attention-heads", type=int, required=needed, default=heads)
     parser.add_argument("--num-query-groups", type=int, default=groups, help=f"default: {groups or 'as many as heads'}")
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
-    parser.add_argument("--kv-channels", type=int, default=128, help="of a head (default 128)")
+    parser.add_argument("--kv-channels", type=int, default=128, help="size of a head (default 128)")
     parser.add_argument("--seq-length", type=int, required=needed, default=tokens)
 
 
-def _meshes(args: argparse.Namespace) -> None:
-    print(tables.meshes(args.context_parallel_size, _heads(args), args.seq_length, args.kv_channels))
-
-
-def _table(args: argparse.Namespace) -> None:
-    print(tables.volumes(args.context_parallel_size, _heads(args), args.seq_length, args.kv_channels))
-
-
-def _heads(args: argparse.Namespace) -> Heads:
-    return Heads.of(args.num_attention_heads, args.num_query_groups, args.tensor_model_parallel_size)
+def _sizes(args: argparse.Namespace) -> tuple[int, Heads, int, int]:
+    heads = Heads.of(args.num_attention_heads, args.num_query_groups, args.tensor_model_parallel_size)
+    return args.context_parallel_size, heads, args.seq_length, args.kv_channels
 
 
 def _draw(args: argparse.Namespace) -> None:

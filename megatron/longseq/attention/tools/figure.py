@@ -20,6 +20,7 @@ from megatron.longseq.figures import (
     RED,
     SKY,
     TITLE,
+    axes_at,
     check_output,
     figure_file,
 )
@@ -113,7 +114,7 @@ def draw(scene: AttentionScene, file: Path) -> None:
     check_output(file)
     ranks, ring = scene.mesh.size, scene.mesh.ring
     if ring > len(COLOURS):
-        raise ValueError(f"a ring of {ring} ranks: {len(COLOURS)} at most can be told apart in a picture")
+        raise ValueError(f"a ring of {ring} ranks: a figure can show {len(COLOURS)}")
     side = min((_WIDE - _MARGIN - _GAP * ring) / ring, 2.6)
     above = _HEAD + _ROW * ranks
     tall = above + _HEAD + side + _FOOT + _LEGEND
@@ -129,8 +130,7 @@ def draw(scene: AttentionScene, file: Path) -> None:
 
 
 def _axes(figure: Any, box: tuple[float, float, float, float]) -> Any:
-    width, height = figure.get_size_inches()
-    axes = figure.add_axes((box[0] / width, box[1] / height, box[2] / width, box[3] / height))
+    axes = axes_at(figure, box)
     axes.set_facecolor(EMPTY)
     axes.tick_params(length=0, labelsize=7.5)
     for side in axes.spines.values():

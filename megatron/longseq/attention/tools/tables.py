@@ -1,7 +1,5 @@
 """Markdown tables of the documentation: what every U x R sends."""
 
-from collections.abc import Sequence
-
 from megatron.longseq.attention.plan.comm_volume import (
     LayerShape,
     Volume,
@@ -13,6 +11,7 @@ from megatron.longseq.attention.plan.comm_volume import (
 )
 from megatron.longseq.attention.plan.heads import Heads, legal_meshes, mesh_flags
 from megatron.longseq.attention.plan.layout import Layout, Mesh
+from megatron.longseq.command_line import markdown_table
 
 MIB = 2**20
 
@@ -42,7 +41,7 @@ def meshes(size: int, heads: Heads, tokens: int, dim: int = 128) -> str:
         cells = [f"{total / MIB / size:.0f}" for total in numbers]
         lines.append([f"{mesh.ulysses} x {mesh.ring}", f"`{mesh_flags(mesh)}`", *cells])
     names = ("U x R", "flags", "all-to-all", "ring", "together", "others", "the paper's count")
-    return _markdown(names, "|---|---|--:|--:|--:|--:|--:|", lines)
+    return markdown_table(names, lines, "|---|---|--:|--:|--:|--:|--:|")
 
 
 def volumes(size: int, heads: Heads, tokens: int, dim: int = 128) -> str:
@@ -59,7 +58,7 @@ def volumes(size: int, heads: Heads, tokens: int, dim: int = 128) -> str:
         "the paper's all-to-all + ring",
     )
     lines = [_volumes_of(layer) for layer in _layers(size, heads, tokens, dim)]
-    return _markdown(names, f"|---|{'--:|' * (len(names) - 1)}", lines)
+    return markdown_table(names, lines, f"|---|{'--:|' * (len(names) - 1)}")
 
 
 def _volumes_of(layer: LayerShape) -> list[str]:
@@ -82,11 +81,6 @@ def _volumes_of(layer: LayerShape) -> list[str]:
 
 def _layers(size: int, heads: Heads, tokens: int, dim: int) -> list[LayerShape]:
     return [LayerShape(Layout(Mesh(*pair), (tokens,)), heads, dim=dim) for pair in legal_meshes(size, heads)]
-
-
-def _markdown(names: Sequence[str], rule: str, lines: Sequence[Sequence[str]]) -> str:
-    head, *body = (f"| {' | '.join(cells)} |" for cells in (names, *lines))
-    return "\n".join([head, rule, *body])
 
 
 def _volume(volume: Volume) -> str:

@@ -27,13 +27,9 @@ class PipelinePlan:
     """How steps run. It follows from the flags alone, so it is the same on every rank.
 
     Attributes:
-        stages: pipeline-parallel size.
-        virtual: virtual stages per rank.
+        stages, virtual: see `Pipeline`.
         lengths: tokens per segment.
-        slack: extra segments of warm-up per downstream stage.
-        zero_bubble: whether weight gradients are actions of their own.
-        group: micro-batches that a virtual stage runs in a row (interleaved only); None: the fewest possible.
-        costs: costs of every stage's segments, to which a zero-bubble order is fitted; None: all equal.
+        slack, zero_bubble, group, costs: see `generators.make`.
         one_queue: whether all streams of a GPU share a queue (CUDA_DEVICE_MAX_CONNECTIONS=1).
     """
 
@@ -46,51 +42,43 @@ class PipelinePlan:
     costs: Costs | None = field(default=None, repr=False)
     one_queue: bool = False
 
+    @functools.lru_cache(maxsize=64)  # noqa: B019  # plans live as long as the process
     def schedule(self, microbatches: int, forward_only: bool = False) -> Schedule:
         """Return the validated schedule of a step.
 
         Raises:
             ValueError: there is no schedule for this number of micro-batches; the message says which numbers have one.
         """
-        return _schedule(self, microbatches, forward_only)
+        pipeline = Pipeline(self.stages, microbatches, len(self.lengths), self.virtual)
+        if forward_only:
+            schedule = generators.forward_only(pipeline, self.group)
+        else:
+            schedule = generators.make(
+                pipeline, slack=self.slack, zero_bubble=self.zero_bubble, group=self.group, costs=self.costs
+            )
+        prove(schedule)
+        return schedule
 
+    @functools.lru_cache(maxsize=64)  # noqa: B019
     def receives(self, microbatches: int, forward_only: bool = False) -> tuple[ReceiveOrder, ...]:
         """Return the receive order of every rank in such a step.
 
         Raises:
             ValueError: the ranks would deadlock on one queue.
         """
-        return _receives(self, microbatches, forward_only)
-
-
-@functools.lru_cache(maxsize=64)
-def _schedule(plan: PipelinePlan, microbatches: int, forward_only: bool) -> Schedule:
-    pipeline = Pipeline(plan.stages, microbatches, len(plan.lengths), plan.virtual)
-    if forward_only:
-        schedule = generators.forward_only(pipeline, plan.group)
-    else:
-        schedule = generators.make(
-            pipeline, slack=plan.slack, zero_bubble=plan.zero_bubble, group=plan.group, costs=plan.costs
+        schedule = self.schedule(microbatches, forward_only)
+        if not self.one_queue:
+            return plan_receives(schedule)
+        for ahead in range(1, AHEAD + 1):  # on one queue, a receive behind another one delays compute
+            receives = plan_receives(schedule, ahead)
+            if is_deadlock_free_on_one_queue(schedule, receives):
+                return receives
+        raise ValueError(
+            "with CUDA_DEVICE_MAX_CONNECTIONS=1, a GPU starts work in the order of submission, and in that order the "
+            f"ranks of {schedule.name} ({schedule.pipeline}) would deadlock on each other's messages. Give fewer "
+            "segments or virtual stages, or less --seq1f1b-slack; or unset the variable where upstream allows it "
+            "(without tensor and context parallelism, or on Blackwell and later GPUs)."
         )
-    prove(schedule)
-    return schedule
-
-
-@functools.lru_cache(maxsize=64)
-def _receives(plan: PipelinePlan, microbatches: int, forward_only: bool) -> tuple[ReceiveOrder, ...]:
-    schedule = _schedule(plan, microbatches, forward_only)
-    if not plan.one_queue:
-        return plan_receives(schedule)
-    for ahead in range(1, AHEAD + 1):  # on one queue, a receive behind another one delays compute
-        receives = plan_receives(schedule, ahead)
-        if is_deadlock_free_on_one_queue(schedule, receives):
-            return receives
-    raise ValueError(
-        "CUDA_DEVICE_MAX_CONNECTIONS=1 has a GPU start all work in the order in which it is given, and in that order "
-        f"the ranks of {schedule.name} ({schedule.pipeline}) would wait for each other's messages in a circle: give "
-        "fewer segments or virtual stages, or less --seq1f1b-slack, or leave the variable unset where upstream lets "
-        "you (without tensor and context parallelism, or from Blackwell on)."
-    )
 
 
 def plan_from_args(args: Namespace, *, one_queue: bool = False) -> PipelinePlan:

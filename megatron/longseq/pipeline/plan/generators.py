@@ -79,9 +79,7 @@ def interleaved(pipeline: Pipeline, slack: int = 0, group: int | None = None) ->
     group that have not returned. Without slack these are upstream's rules, applied to segments.
 
     Args:
-        pipeline: sizes of the pipeline.
-        slack: extra segments that a rank runs forward before its first backward, per downstream stage.
-        group: micro-batches per group; None: the smallest possible.
+        pipeline, slack, group: see `make`.
 
     Raises:
         ScheduleError: there are no virtual stages, the group is too small or larger than the number of micro-batches,
@@ -110,17 +108,15 @@ def zb_h1(pipeline: Pipeline, slack: int = 0, costs: Costs | None = None) -> Sch
     (P-1) * max(F, B - e*F, F + B - (1+e)*W) seconds; that of 1F1B takes (P-1) * (F + B + W).
 
     Args:
-        pipeline: sizes of the pipeline.
-        slack: extra segments that a rank runs forward before its first backward, per downstream stage.
-        costs: costs to which the order is fitted, the same on all ranks; None: F = B = W.
+        pipeline, slack, costs: see `make`.
 
     Raises:
         ScheduleError: the pipeline has virtual stages, or the slack is negative.
     """
     if pipeline.virtual > 1:
         raise ScheduleError(
-            f"zero-bubble has one virtual stage per rank, not {pipeline.virtual}: virtual stages already divide the "
-            "bubble and hold the memory that delayed weight gradients need; drop one of the two"
+            f"zero-bubble has one virtual stage per rank, not {pipeline.virtual}; leave --zero-bubble or the virtual "
+            "stages out"
         )
     limit = pipeline.stages + pipeline.segments - 1 + _extra(slack, pipeline.stages - 1)
     costs = uniform_costs(pipeline, 1, 1, 1) if costs is None else costs
@@ -238,7 +234,7 @@ def _fill(pipeline: Pipeline, ranks: list[_Filler], costs: Costs) -> None:
 
 def _extra(slack: int, after: int) -> int:
     if slack < 0:
-        raise ScheduleError(f"slack is a number of segments from 0, not {slack}")
+        raise ScheduleError(f"slack must be at least 0 segments, not {slack}")
     return slack * after
 
 

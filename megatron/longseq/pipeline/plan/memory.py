@@ -36,8 +36,8 @@ class Recompute:
     def __post_init__(self) -> None:
         if self.granularity not in GRANULARITIES or self.method not in METHODS or self.num_layers < 1:
             raise ValueError(
-                f"recomputation {self.granularity}, {self.method}, {self.num_layers} layers: upstream has selective or "
-                "full, and for full uniform or block, and at least one layer"
+                f"recomputation {self.granularity}, {self.method}, {self.num_layers} layers: the granularity must be "
+                "selective or full; full needs the method uniform or block and at least 1 layer"
             )
 
 

@@ -57,9 +57,7 @@ def parse(text: str, model: CostModel, segments: int, *, multiple: int = 1, alig
     try:
         lengths = [int(word) for word in text.split(",")]
     except ValueError:
-        raise ValueError(
-            f"--seq1f1b-partition {text!r} is neither even nor balanced nor lengths such as 3072,1024"
-        ) from None
+        raise ValueError(f"--seq1f1b-partition {text!r}: give even, balanced or lengths such as 3072,1024") from None
     return given(model, lengths, segments, multiple=multiple)
 
 
@@ -84,9 +82,9 @@ def given(model: CostModel, lengths: Sequence[int], segments: int, *, multiple: 
     for length in lengths:
         if length < 1 or length % multiple:
             raise ValueError(
-                f"--seq1f1b-partition {text}: {length} is not a positive multiple of {multiple} "
-                "(every segment is shared equally by context-parallel ranks, two chunks each, and under "
-                "--sequence-parallel by tensor-parallel ones)"
+                f"--seq1f1b-partition {text}: {length} is not a positive multiple of {multiple} (each segment is "
+                "divided into two chunks per context-parallel rank and, with --sequence-parallel, among the "
+                "tensor-parallel ranks)"
             )
     if sum(lengths) != total:
         raise ValueError(
@@ -127,8 +125,8 @@ def balanced(model: CostModel, segments: int, *, multiple: int = 1, align: int |
             raise ValueError(f"an alignment of {align} tokens is not a positive multiple of {multiple}")
         if total // align < segments:
             raise ValueError(
-                f"--seq-length {total} holds {total // align} pieces of {align} tokens, fewer than the "
-                f"{segments} segments; lower --seq1f1b-splits or the alignment"
+                f"--seq-length {total} holds {total // align} blocks of {align} tokens, fewer than the {segments} "
+                "segments; lower --seq1f1b-splits or the alignment"
             )
         return _partition("balanced", model, _cut(model, segments, align), align)
     choices = [math.lcm(multiple, TILE >> i) for i in range(TILE.bit_length())]
@@ -149,8 +147,8 @@ def check_length(total: int, segments: int, multiple: int) -> int:
         raise ValueError(f"{segments} segments in multiples of {multiple}: both must be at least 1")
     if total % multiple:
         raise ValueError(
-            f"--seq-length {total} is not a multiple of {multiple} (the ranks that share every segment); "
-            f"the nearest that is: {round(total / multiple) * multiple}"
+            f"--seq-length {total} is not a multiple of {multiple} (the ranks that share each segment); the nearest "
+            f"multiple is {round(total / multiple) * multiple}"
         )
     if total // multiple < segments:
         raise ValueError(

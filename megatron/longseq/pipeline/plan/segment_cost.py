@@ -81,7 +81,7 @@ class ModelShape:
                 raise ValueError(f"a model's {name} cannot be negative: {getattr(self, name)}")
         if not self.kv_channels and self.hidden_size < self.num_attention_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} leaves {self.num_attention_heads} heads no channel; give kv_channels"
+                f"hidden_size {self.hidden_size} is too small for {self.num_attention_heads} heads; give kv_channels"
             )
         if self.num_attention_heads % self.groups:
             raise ValueError(
@@ -89,11 +89,11 @@ class ModelShape:
             )
         if self.window is not None and self.window < 0:
             raise ValueError(
-                f"window {self.window}: a window counts the keys before the query's own, from 0; None means all of them"
+                f"window {self.window}: give the number of keys before the query, 0 or more, or None for all"
             )
         if self.windowed and (self.window is None or len(self.windowed) != self.num_layers):
             raise ValueError(
-                f"a window pattern of {len(self.windowed)} layers needs a window and exactly {self.num_layers} layers"
+                f"a window pattern of {len(self.windowed)} layers needs a window and {self.num_layers} layers"
             )
 
     @property
@@ -233,7 +233,7 @@ def segment_costs(
         ValueError: the lengths do not sum to the sequence, or the layers cannot be assigned so.
     """
     if sum(lengths) != model.shape.seq_length:
-        raise ValueError(f"segments {list(lengths)} sum to {sum(lengths)}, not to {model.shape.seq_length} tokens")
+        raise ValueError(f"segments {list(lengths)} sum to {sum(lengths)} tokens, not to {model.shape.seq_length}")
     counts = _assign_layers(model.shape.num_layers, stages * virtual, layers)
     ends = list(accumulate(lengths))
     segments = [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
@@ -252,12 +252,12 @@ def _assign_layers(total: int, depth: int, layers: Sequence[int] | None) -> list
     if layers is None:
         if total % depth:
             raise ValueError(
-                f"{total} layers cannot be dealt equally to {depth} model stages; change --num-layers, the stages or "
-                "the virtual stages, or say how many layers each has"
+                f"{total} layers cannot be divided evenly among {depth} stages; change --num-layers, the stages or "
+                "the virtual stages, or give the number of layers of each"
             )
         return [total // depth] * depth
     if len(layers) != depth or sum(layers) != total or min(layers) < 0:
-        raise ValueError(f"layers per stage {list(layers)}: need {depth} numbers from 0 that sum to {total}")
+        raise ValueError(f"layers per stage {list(layers)}: give {depth} numbers of at least 0 that sum to {total}")
     return list(layers)
 
 
@@ -293,8 +293,8 @@ def fit(samples: Sequence[Sample], window: int | None = None) -> Coefficients:
     points = [(cells(sample.begin, sample.end, window), sample.end - sample.begin) for sample in samples]
     if len(set(points)) < 3:
         raise ValueError(
-            f"{len(set(points))} different segments cannot settle three coefficients (per cell, per token, per call); "
-            "measure at least 3 lengths, for instance 1/8, 1/4 and 1/2 of the sequence"
+            f"{len(set(points))} different segments do not determine three coefficients (per cell, per token, per "
+            "call); measure at least 3 lengths, for instance 1/8, 1/4 and 1/2 of the sequence"
         )
     forward = _least_squares(points, [sample.forward for sample in samples])
     backward = _least_squares(points, [sample.backward for sample in samples])
@@ -312,8 +312,8 @@ def _least_squares(points: Sequence[tuple[int, int]], times: Sequence[float]) ->
             solved = _solve([[row[j] for j in columns] for row in rows])
             if solved is None and size == 3:
                 raise ValueError(
-                    f"the samples' cells and tokens, {sorted(set(points))}, lie on one line, so attention cannot be "
-                    "told from the products; measure lengths that differ by factors of two"
+                    f"cells and tokens of the samples, {sorted(set(points))}, lie on one line, so attention and "
+                    "linear layers cannot be separated; measure lengths that differ by factors of two"
                 )
             if solved is None or min(solved) < 0:
                 continue

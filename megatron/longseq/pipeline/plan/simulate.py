@@ -82,7 +82,7 @@ class Costs:
     def __post_init__(self) -> None:
         shapes = {tuple(map(len, table)) for table in (self.forward, self.backward, self.weight)}
         if len(shapes) > 1 or len(set(shapes.pop())) != 1:
-            raise ValueError("forward, backward and weight costs need the same shape: stages x segments")
+            raise ValueError("forward, backward and weight costs must have the same shape, stages x segments")
         for name in ("forward", "backward", "weight"):
             for stage, row in enumerate(getattr(self, name)):
                 for segment, cost in enumerate(row):
@@ -126,7 +126,7 @@ def simulate(schedule: Schedule, costs: Costs, latency: float = 0.0) -> Timeline
     pipeline = schedule.pipeline
     if (len(costs.forward), len(costs.forward[0])) != (pipeline.depth, pipeline.segments):
         raise ValueError(
-            f"costs are for {len(costs.forward)} stages x {len(costs.forward[0])} segments, the pipeline has "
+            f"costs have shape {len(costs.forward)} stages x {len(costs.forward[0])} segments, but the pipeline has "
             f"{pipeline.depth} x {pipeline.segments}"
         )
     if latency < 0:
@@ -212,5 +212,5 @@ def _check_done(schedule: Schedule, starts: list[list[float]], blocked: set[int]
         assert sender is not None, "only actions with a message can wait"
         chain.append(f"rank {rank} waits in action {index} ({action}) for its input from rank {sender[0]}")
         rank = sender[0]
-    end = "which waits itself" if rank in blocked else "which has ended"
-    raise ScheduleError(f"{schedule.name} never ends: {'; '.join(chain)}, {end}")
+    end = "which is waiting too" if rank in blocked else "which has ended"
+    raise ScheduleError(f"{schedule.name} deadlocks: {'; '.join(chain)}, {end}")

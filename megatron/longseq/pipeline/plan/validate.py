@@ -31,24 +31,20 @@ class Proof:
     schedule: Schedule
     peak_units: tuple[int, ...]
 
-    def peak_live(self, lengths: Sequence[int] | None = None, weight_share: float = 1.0) -> tuple[float, ...]:
+    def peak_live(self, lengths: Sequence[int] | None = None) -> tuple[float, ...]:
         """Return per rank the peak of live activations, in units of one whole sequence on all of the rank's stages.
 
         Args:
             lengths: tokens per segment; None: equal lengths.
-            weight_share: share of a unit's activations that is kept until its weight gradient, in a schedule with
-                weight gradients; the backward frees the rest.
 
         Raises:
-            ValueError: there is not one length per segment, or the share is outside 0..1.
+            ValueError: there is not one length per segment.
         """
         pipeline = self.schedule.pipeline
         lengths = (1,) * pipeline.segments if lengths is None else lengths
         if len(lengths) != pipeline.segments or min(lengths) < 0 or not sum(lengths):
-            raise ValueError(f"{pipeline.segments} segments need as many lengths from 0, not {list(lengths)}")
-        if not 0 <= weight_share <= 1:
-            raise ValueError(f"the share that lives until the weight gradient is from 0 to 1, not {weight_share}")
-        freed = _freed(self.schedule, weight_share)
+            raise ValueError(f"{pipeline.segments} segments need as many lengths of at least 0, not {list(lengths)}")
+        freed = _freed(self.schedule)
         whole = sum(lengths) * pipeline.virtual
         return tuple(
             max(_live(order, {kind: freed[kind] / whole for kind in ActionKind}, lengths), default=0.0)
@@ -67,7 +63,7 @@ def prove(schedule: Schedule) -> Proof:
     """
     pipeline = schedule.pipeline
     if len(schedule.orders) != pipeline.stages:
-        raise ScheduleError(f"{schedule.name} has {len(schedule.orders)} orders for {pipeline.stages} ranks")
+        raise ScheduleError(f"{schedule.name} has {len(schedule.orders)} orders, not {pipeline.stages}, one per rank")
     kinds = [ActionKind.FORWARD]
     if not schedule.is_forward_only:
         kinds += [ActionKind.BACKWARD, ActionKind.WEIGHT] if schedule.splits_weights else [ActionKind.BACKWARD]
@@ -78,7 +74,7 @@ def prove(schedule: Schedule) -> Proof:
         _check_data(pipeline, rank, order)
     _check_messages(schedule)
     simulate(schedule, uniform_costs(pipeline))
-    freed = _freed(schedule, 1.0)
+    freed = _freed(schedule)
     ones = (1,) * pipeline.segments
     peaks = tuple(round(max(_live(order, freed, ones), default=0)) for order in schedule.orders)
     return Proof(schedule, peaks)
@@ -97,9 +93,9 @@ def _check_complete(rank: int, order: Sequence[Action], wanted: set[Action]) -> 
     first: dict[Action, int] = {}
     for index, action in enumerate(order):
         if action not in wanted:
-            raise ScheduleError(f"rank {rank}, action {index}: the {action} is of no unit of the pipeline")
+            raise ScheduleError(f"rank {rank}, action {index}: the {action} does not belong to this pipeline")
         if action in first:
-            raise ScheduleError(f"rank {rank}, action {index}: the {action} ran before, as action {first[action]}")
+            raise ScheduleError(f"rank {rank}, action {index}: the {action} is also action {first[action]}")
         first[action] = index
     missing = wanted - first.keys()
     if missing:
@@ -148,8 +144,8 @@ def _check_data(pipeline: Pipeline, rank: int, order: Sequence[Action]) -> None:
         if (action.microbatch, action.segment) != divmod(unit, pipeline.segments):
             wanted = Action(ActionKind.FORWARD, *divmod(unit, pipeline.segments), action.vstage)
             raise ScheduleError(
-                f"rank {rank}, action {index}: the {action} runs where the {wanted} is due: on each virtual stage "
-                "micro-batches run forward one after the other, as the data iterator gives them"
+                f"rank {rank}, action {index}: the {action} runs before the {wanted}, but each virtual stage must "
+                "run micro-batches forward in the order of the data iterator"
             )
         expected[action.vstage] += 1
 
@@ -170,17 +166,17 @@ def _check_messages(schedule: Schedule) -> None:
         for (index, message), (awaits, awaited) in zip(messages, received[edge], strict=True):
             if message != awaited:
                 raise ScheduleError(
-                    f"rank {edge[1]}, action {index} sends the input of the {message}, but rank {edge[2]} receives in "
-                    f"another order: its action {awaits} awaits the input of the {awaited}"
+                    f"rank {edge[1]}, action {index} sends the input of the {message}, but rank {edge[2]} receives "
+                    f"in a different order: its action {awaits} expects the input of the {awaited}"
                 )
 
 
-def _freed(schedule: Schedule, weight_share: float) -> dict[ActionKind, float]:
+def _freed(schedule: Schedule) -> dict[ActionKind, float]:
     """Return by how many live units an action of each kind changes their number."""
     if schedule.is_forward_only:
         return dict.fromkeys(ActionKind, 0.0)
-    share = weight_share if schedule.splits_weights else 0.0
-    return {ActionKind.FORWARD: 1.0, ActionKind.BACKWARD: share - 1.0, ActionKind.WEIGHT: -share}
+    kept = float(schedule.splits_weights)  # until the weight gradient
+    return {ActionKind.FORWARD: 1.0, ActionKind.BACKWARD: kept - 1.0, ActionKind.WEIGHT: -kept}
 
 
 def _live(order: Sequence[Action], change: dict[ActionKind, float], lengths: Sequence[int]) -> Iterator[float]:

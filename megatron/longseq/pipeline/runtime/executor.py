@@ -229,7 +229,7 @@ class Executor:
 
     def _assert_finished(self) -> None:
         if self.alive:
-            raise RuntimeError(f"pipeline rank {self.rank}: no backward for units {sorted(self.alive)}")
+            raise RuntimeError(f"pipeline rank {self.rank}: no backward ran for units {sorted(self.alive)}")
         for chunk in self.chunks:
             chunk.assert_empty()
         if self.weights is not None:

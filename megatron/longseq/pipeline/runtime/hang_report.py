@@ -21,11 +21,6 @@ from typing import Self
 
 from megatron.longseq.pipeline.plan.schedule import Action
 
-_TODO = (
-    "Look at the end of the log of rank {peer}: it died, it hangs outside of the pipeline (data, checkpoint), or it "
-    "waits for somebody itself; follow the ranks to the one that waits for nobody."
-)
-
 
 class BrokenMessage(RuntimeError):
     """A receive or a send ended with an error of the backend."""
@@ -51,23 +46,24 @@ class Wait:
     peer: int
     what: str
 
-    def sentence(self, seconds: float) -> str:
-        """Return the report after a wait of `seconds`."""
+    def report(self, seconds: float, error: str = "") -> str:
+        """Return the report after a wait of `seconds`, perhaps with an error of the backend, and what to do."""
         where = f"action {self.index + 1} of {self.total} ({self.action})"
-        return f"rank {self.rank} has waited {seconds:.0f} s in {where} for {self.what} from rank {self.peer}"
-
-    def todo(self) -> str:
-        """Return what the user should do."""
-        return _TODO.format(peer=self.peer)
+        cause = f", and got an error instead: {error}" if error else ""
+        return (
+            f"rank {self.rank} has waited {seconds:.0f} s in {where} for {self.what} from rank {self.peer}{cause}. "
+            f"Look at the end of the log of rank {self.peer}: it died, it hangs outside of the pipeline (data, "
+            "checkpoint), or it waits for somebody itself; follow the ranks to the one that waits for nobody."
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Open:
-    """A wait in progress; `is_done` tells whether it has ended, None means that the host blocks in it."""
+    """A wait in progress; `is_done` tells whether it has ended."""
 
     wait: Wait
     since: float
-    is_done: Callable[[], bool] | None = None
+    is_done: Callable[[], bool] = lambda: False  # the host blocks in it
 
 
 def _still_open(items: tuple[_Open, ...]) -> tuple[_Open, ...]:
@@ -76,21 +72,9 @@ def _still_open(items: tuple[_Open, ...]) -> tuple[_Open, ...]:
 
 def _is_done(item: _Open) -> bool:
     try:
-        return item.is_done is not None and item.is_done()
+        return item.is_done()
     except RuntimeError:  # a failed device or backend: not done, and the report is needed
         return False
-
-
-def message_error(wait: Wait, seconds: float, error: BaseException) -> BrokenMessage:
-    """Return an error that adds who waited for what to an error of the backend (a dead peer, a timeout).
-
-    Args:
-        wait: the wait.
-        seconds: how long it lasted.
-        error: the backend's error; its first line is repeated.
-    """
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return BrokenMessage(f"{wait.sentence(seconds)}, and got an error instead: {first}. {wait.todo()}")
 
 
 def _to_stderr(text: str) -> None:
@@ -122,7 +106,7 @@ class HangReporter:
         prepare: Callable[[], object] = lambda: None,
     ) -> None:
         if seconds < 0:
-            raise ValueError(f"the hang report cannot wait {seconds} s: give seconds, or 0 for none")
+            raise ValueError(f"the hang report cannot wait {seconds} s; give 0 for no report, or more")
         self.seconds = seconds
         self._say, self._clock, self._prepare = say, clock, prepare
         # Only the executor's thread writes these, each in one assignment; the reporting thread reads them.
@@ -162,14 +146,15 @@ class HangReporter:
         """Mark the body of this context as a wait of the host.
 
         Raises:
-            BrokenMessage: the backend raised a RuntimeError (a dead peer, a timeout).
+            BrokenMessage: the backend raised a RuntimeError (a dead peer, a timeout), whose first line is repeated.
         """
         began = self._clock()
         self._blocked = _Open(wait, began)
         try:
             yield
         except RuntimeError as error:
-            raise message_error(wait, self._clock() - began, error) from error
+            cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise BrokenMessage(wait.report(self._clock() - began, cause)) from error
         finally:
             self._blocked = None
 
@@ -194,7 +179,7 @@ class HangReporter:
         again = 2 * self._reported[1] if self._reported is not None and self._reported[0] is item else self.seconds
         if waited >= again:
             self._reported = (item, waited)
-            self._say(f"{item.wait.sentence(waited)}. {item.wait.todo()}")
+            self._say(item.wait.report(waited))
 
     def _late(self, now: float) -> tuple[_Open, float] | None:
         """Return the wait that could be reported, if any, and when its time starts to count."""

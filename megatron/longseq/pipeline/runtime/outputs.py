@@ -78,9 +78,9 @@ class Outputs:
         if not isinstance(output, torch.Tensor) or output.dim() < 2 or output.shape[1] != segment.tokens:
             found = f"{tuple(output.shape)}" if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
             raise ValueError(
-                f"the model returns {found} for a segment of {segment.tokens} tokens; --seq1f1b-splits puts the "
-                "segments' outputs, [micro-batch, segment, ...], together for the loss function. Compute what pools or "
-                "gathers tokens in the loss function, or train with --seq1f1b-splits 1."
+                f"the model returns {found} for a segment of {segment.tokens} tokens, but --seq1f1b-splits "
+                "concatenates outputs of shape [micro-batch, segment, ...] for the loss function. Pool or gather "
+                "tokens in the loss function, or train with --seq1f1b-splits 1."
             )
         microbatch, index = segment.microbatch, segment.index
         self.root = _Root.apply(output, lambda: self._take(microbatch, index))
@@ -103,8 +103,8 @@ class Outputs:
         """
         if self.root is None:
             raise RuntimeError(
-                "the script's forward step returned without a call of the model that it was given; --seq1f1b-splits "
-                "needs one call per forward step. Train it with --seq1f1b-splits 1."
+                "the script's forward step did not call the model, but --seq1f1b-splits needs one call per forward "
+                "step. Train with --seq1f1b-splits 1."
             )
         root, self.root = self.root, None
         return root

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron.longseq.distributed import all_groups, same_backend_options
+from megatron.longseq.distributed import all_groups, new_groups
 from megatron.longseq.pipeline.plan.receives import ReceiveOrder
 from megatron.longseq.pipeline.plan.schedule import Action, ActionKind, Schedule, source, target
 from megatron.longseq.pipeline.runtime.hang_report import HangReporter, Wait
@@ -65,7 +65,7 @@ class Outbox:
         if self.queue is not None:
             self.queue.join()
         if self.failure is not None:
-            raise RuntimeError(f"a message could not be delivered: {self.failure}") from self.failure
+            raise RuntimeError(f"a message could not be sent or received: {self.failure}") from self.failure
 
     def _wait_in_turn(self) -> None:
         assert self.queue is not None
@@ -111,19 +111,17 @@ def open_channels(group: dist.ProcessGroup, virtual: int, timeout: timedelta | N
         virtual: virtual stages per rank; messages wrap around only if there is more than one.
         timeout: time after which a missing message is an error; None: the backend's own.
     """
-    mine, backend = dist.get_process_group_ranks(group), dist.get_backend(group)
-    wraps = (False, True) if virtual > 1 else (False,)
-    channels = {}
-    for ranks in all_groups(mine):  # torch requires every rank to take part in creating every group
-        for kind in (ActionKind.FORWARD, ActionKind.BACKWARD):
-            for wrap in wraps:
-                channel = dist.new_group(list(ranks), timeout, backend, same_backend_options(group))
-                if ranks == tuple(mine):
-                    channels[kind, wrap] = channel
+    mine = dist.get_process_group_ranks(group)
+    pipelines = all_groups(mine)
+    channels = {
+        (kind, wrap): new_groups(pipelines, group, timeout)
+        for kind in (ActionKind.FORWARD, ActionKind.BACKWARD)
+        for wrap in ((False, True) if virtual > 1 else (False,))
+    }
     for (kind, wrap), channel in channels.items():
         for sender, receiver in _edges(len(mine), kind, wrap):
             _connect(channel, mine, sender, receiver)
-    return StageChannels(group, channels, Outbox(backend))
+    return StageChannels(group, channels, Outbox(dist.get_backend(group)))
 
 
 def _edges(size: int, kind: ActionKind, wrap: bool) -> list[tuple[int, int]]:
@@ -155,12 +153,8 @@ class Mailbox:
     """The messages of one rank during one step.
 
     Args:
-        channels: the process groups.
-        schedule: what all ranks run.
-        receive_order: when this rank posts its receives.
-        shape: function from a segment to the shape of its hidden states on this rank.
+        channels, schedule, receive_order, shape, reporter: see `Executor`.
         make: creates an empty tensor of a shape, with the dtype and device of the hidden states.
-        reporter: reports waits that take too long.
         starts: shape [micro-batch, sequence] of the document starts, or None to send none. They are sent ahead of the
             hidden states of a micro-batch's first segment, since upstream gives no batch to the stages between the
             first and the last.
@@ -270,4 +264,4 @@ class Mailbox:
             self.channels.outbox.close()
         left = [str(action) for action in (*self.posted, *(action for due in self.due for action in due))]
         if left:
-            raise RuntimeError(f"pipeline rank {self.rank} ends its step without having received the {left[0]}")
+            raise RuntimeError(f"pipeline rank {self.rank} ended its step before it received the {left[0]}")

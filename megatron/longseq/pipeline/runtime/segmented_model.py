@@ -47,10 +47,8 @@ class SegmentedModel:
     Attributes:
         module: the chunk in upstream's wrappers (DDP, Float16Module).
         lengths: tokens per segment.
-        needs_mask: whether every micro-batch must have an attention mask (upstream's --reset-attention-mask).
+        needs_mask, sends_documents, context: see `ForwardBackward`.
         allows_documents: whether masks may separate documents: there is one stage, or documents are sent.
-        sends_documents: whether a micro-batch's documents are sent from stage to stage.
-        context: process groups of context parallelism; None: every rank has whole segments.
         store: keys and values of earlier segments.
         outputs: outputs of segments and their gradients, on the last stage.
         starts: micro-batch -> position at which every token's document starts, [micro-batch, sequence].
@@ -82,8 +80,8 @@ class SegmentedModel:
         models = [module for module in self.module.modules() if isinstance(module, GPTModel)]
         if len(models) != 1:
             raise ValueError(
-                f"--seq1f1b-splits serves GPTModel; this chunk is {type(self.module).__name__} with {len(models)} of "
-                "them inside. Train it with --seq1f1b-splits 1."
+                "--seq1f1b-splits supports model chunks with one GPTModel, but this chunk is "
+                f"{type(self.module).__name__} and contains {len(models)} of them. Train it with --seq1f1b-splits 1."
             )
         for name, module in self.module.named_modules():
             if isinstance(module, TransformerLayer):
@@ -140,7 +138,7 @@ class SegmentedModel:
         self.store.assert_empty()
         left = sorted({*self.outputs.wholes, *self.outputs.gradients, *self.documents})
         if left:
-            raise RuntimeError(f"micro-batches {left} were never finished")
+            raise RuntimeError(f"the step ended before micro-batches {left} were finished")
 
     def _model_forward(self, model: GPTModel) -> Callable[..., torch.Tensor]:
         original = model.forward
@@ -158,8 +156,8 @@ class SegmentedModel:
     def _refuse_second_call(self) -> None:
         if self.has_run:
             raise RuntimeError(
-                f"{self._here()}: the script's forward step calls the model that it was given a second time; "
-                "--seq1f1b-splits needs one call per forward step. Train it with --seq1f1b-splits 1."
+                f"{self._here()}: the script's forward step calls the model twice, but --seq1f1b-splits needs one "
+                "call per forward step. Train it with --seq1f1b-splits 1."
             )
         self.has_run = True
 
@@ -184,15 +182,15 @@ class SegmentedModel:
         if mask is None:
             if self.needs_mask and microbatch not in self.documents:
                 raise ValueError(
-                    f"micro-batch {microbatch}: --reset-attention-mask is given, but the script hands the model no "
-                    "attention mask; hand it the batch's."
+                    f"micro-batch {microbatch}: --reset-attention-mask is given, but the script passes no attention "
+                    "mask to the model; pass the mask of the batch."
                 )
             return
         self.learn_documents(microbatch, expand_to_batch(self._starts(mask), batch).contiguous())
         if self.documents[microbatch] is not None and not self.allows_documents:
             raise ValueError(
-                f"micro-batch {microbatch}: the script's attention mask separates documents, and they are not handed "
-                "from stage to stage under --no-create-attention-mask-in-dataloader; leave that flag out."
+                f"micro-batch {microbatch}: the script's attention mask separates documents, but document boundaries "
+                "are not sent between stages with --no-create-attention-mask-in-dataloader; leave that flag out."
             )
 
     def _starts(self, mask: torch.Tensor) -> torch.Tensor:
@@ -234,6 +232,6 @@ def _refuse_attention(name: str, attention: torch.nn.Module) -> None:
         refuse_window(attention.config, f"--seq1f1b-splits, layer {name}")
     elif not isinstance(attention, IdentityOp):
         raise ValueError(
-            f"--seq1f1b-splits serves SelfAttention; layer {name} has {type(attention).__name__}, which would see the "
-            "tokens of one segment alone. Train it with --seq1f1b-splits 1."
+            f"--seq1f1b-splits supports SelfAttention, but layer {name} has {type(attention).__name__}, which would "
+            "attend to the tokens of one segment only. Train it with --seq1f1b-splits 1."
         )

@@ -19,25 +19,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from megatron.longseq.pipeline.plan.schedule import Action, Pipeline
 from megatron.longseq.pipeline.plan.simulate import ActionTime
-
-
-class Clock(Protocol):
-    """Records moments, and converts them to Unix time later."""
-
-    def restart(self) -> None:
-        """Start a step; earlier stamps become invalid."""
-
-    def stamp(self) -> Any:
-        """Record the current moment."""
-
-    def read(self, stamps: Sequence[Any]) -> list[float]:
-        """Return the Unix time of each stamp of this step, in seconds."""
 
 
 class HostClock:
@@ -63,22 +50,13 @@ class DeviceClock:
     when the host has waited for the last event.
     """
 
-    def __init__(self) -> None:
-        self._pool: list[Any] = []  # events, reused in every step
-        self._used = 0
-
     def restart(self) -> None:
-        """Start a step: reuse the events, and record the reference event."""
-        self._used = 0
+        """Start a step: record the reference event."""
         self._reference = self.stamp()
 
     def stamp(self) -> Any:
         """Record an event."""
-        if self._used == len(self._pool):
-            new: Any = torch.cuda.Event
-            self._pool.append(new(enable_timing=True))
-        event = self._pool[self._used]
-        self._used += 1
+        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
@@ -97,51 +75,29 @@ class StepTimer:
         clock: `HostClock` or `DeviceClock`.
     """
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: HostClock | DeviceClock) -> None:
         self._clock = clock
-        self._open: tuple[Action, Any] | None = None
-        self._actions: list[Action] | None = None
-        self._stamps: list[Any] = []
+        self._stamps: list[tuple[Action, Any, Any]] | None = None
 
     def start_step(self) -> None:
         """Start a step, and discard an unfinished one."""
-        self._open, self._actions, self._stamps = None, [], []
+        self._stamps = []
         self._clock.restart()
-
-    def begin(self, action: Action) -> None:
-        """Start an action. Call this after its input has arrived, so that waiting is not part of the action's time.
-
-        Raises:
-            RuntimeError: no step was started, or another action has not ended.
-        """
-        if self._actions is None or self._open is not None:
-            why = "no step was started" if self._open is None else f"the {self._open[0]} has not ended"
-            raise RuntimeError(f"cannot record the {action}: {why}; call start_step, begin, end in this order")
-        self._open = (action, self._clock.stamp())
-
-    def end(self) -> None:
-        """End the action. Call this before its output is sent.
-
-        Raises:
-            RuntimeError: no action has begun.
-        """
-        if self._open is None or self._actions is None:
-            raise RuntimeError("no action to end: call begin first")
-        action, start = self._open
-        self._actions.append(action)
-        self._stamps += (start, self._clock.stamp())
-        self._open = None
 
     @contextmanager
     def action(self, action: Action) -> Iterator[None]:
-        """Measure an action as a context; an action that raises is not recorded."""
-        self.begin(action)
-        try:
-            yield
-        except BaseException:
-            self._open = None
-            raise
-        self.end()
+        """Measure an action as a context; an action that raises is not recorded.
+
+        Enter it after the action's input has arrived, and leave it before its output is sent: waiting is not part of
+        the action's time.
+
+        Raises:
+            RuntimeError: no step was started.
+        """
+        stamps = self._started()
+        start = self._clock.stamp()
+        yield
+        stamps.append((action, start, self._clock.stamp()))
 
     def finish(self) -> tuple[ActionTime, ...]:
         """End the step.
@@ -150,15 +106,16 @@ class StepTimer:
             The actions in the order in which they ran, with start and end in seconds of Unix time.
 
         Raises:
-            RuntimeError: no step was started, or an action has not ended.
+            RuntimeError: no step was started.
         """
-        if self._actions is None or self._open is not None:
-            why = "no step was started" if self._open is None else f"the {self._open[0]} has not ended"
-            raise RuntimeError(f"cannot finish a step: {why}")
-        times = iter(self._clock.read(self._stamps))
-        spans = tuple(ActionTime(action, next(times), next(times)) for action in self._actions)
-        self._actions = None
-        return spans
+        stamps, self._stamps = self._started(), None
+        times = iter(self._clock.read([moment for _, *both in stamps for moment in both]))
+        return tuple(ActionTime(action, next(times), next(times)) for action, _, _ in stamps)
+
+    def _started(self) -> list[tuple[Action, Any, Any]]:
+        if self._stamps is None:
+            raise RuntimeError("no step was started: call start_step first")
+        return self._stamps
 
 
 def write_measured(folder: Path, rank: int, pipeline: Pipeline, name: str, spans: Sequence[ActionTime]) -> Path:

@@ -74,9 +74,9 @@ class _Product:
         if (self.input._version, self.grad_output._version) != self.versions:
             shape = tuple(self.call.weight.shape)
             raise RuntimeError(
-                f"an input or output gradient of the linear with weight {shape} was written to between its BACKWARD "
-                "and its WEIGHT action: the weight gradient would be wrong. Do not write into a unit's tensors before "
-                "its WEIGHT action has run"
+                f"the input or the output gradient of the linear layer with weight {shape} was modified in place "
+                "between its BACKWARD and its WEIGHT action, so the weight gradient would be wrong. Do not modify a "
+                "unit's tensors before its WEIGHT action has run"
             )
 
     def total_input(self) -> tuple[Tensor, Any]:
@@ -161,8 +161,8 @@ class WeightGradStore:
         """
         if self._unit is None:
             raise RuntimeError(
-                "a backward ran outside of a schedule's action, so no WEIGHT action will compute its weight gradients. "
-                "Call begin(unit) before it, or detach the model"
+                "a backward ran outside of the schedule, so no WEIGHT action will compute its weight gradients. Call "
+                "begin(unit) before it, or detach the model"
             )
         input, grad_output = input.detach(), grad_output.detach()  # without their graph
         product = _Product(call, input, grad_output, (input._version, grad_output._version))
@@ -184,7 +184,7 @@ class WeightGradStore:
         """
         if unit not in self._pending:
             raise RuntimeError(
-                f"no weight gradients of unit {unit}: its backward did not run, or they were computed already"
+                f"unit {unit} has no weight gradients: its backward did not run, or they were computed already"
             )
         products = self._pending.pop(unit)
         if self._unit == unit:
@@ -274,12 +274,10 @@ class Attachment:
 
     Attributes:
         names: names of the split linears.
-        left: names of linears that are not split, with the reason.
     """
 
-    def __init__(self, splits: dict[str, _Split], left: dict[str, str]) -> None:
-        self._splits = splits
-        self.names, self.left = tuple(splits), left
+    def __init__(self, splits: dict[str, _Split]) -> None:
+        self._splits, self.names = splits, tuple(splits)
         for split in splits.values():
             split.linear._forward_impl = split
 
@@ -315,24 +313,21 @@ def attach(chunks: torch.nn.Module | Sequence[torch.nn.Module], store: WeightGra
     }
     if not linears:
         raise ValueError(
-            "zero-bubble found no linear of upstream's own in this rank's model: it splits ColumnParallelLinear and "
-            "RowParallelLinear, which --transformer-impl local uses"
+            "--zero-bubble: the model of this rank has no ColumnParallelLinear or RowParallelLinear, whose backward "
+            "it splits; give --transformer-impl local"
         )
     holders = Counter(parameter for _, module in named for parameter in module._parameters.values())
-    left = {name: why for name, linear in linears.items() if (why := _left_alone(linear, holders))}
     for name, linear in linears.items():
         _refuse(name, linear)
-    return Attachment({name: _Split(linear, store) for name, linear in linears.items() if name not in left}, left)
+    return Attachment({name: _Split(linear, store) for name, linear in linears.items() if _is_split(linear, holders)})
 
 
-def _left_alone(linear: Linear, holders: Counter[Any]) -> str | None:
-    if linear.weight is None:
-        return "its weight is passed in: tied to the embedding of the same stage, autograd sums both gradients"
-    if not linear.weight.requires_grad:
-        return "its weight is frozen"
-    if holders[linear.weight] > 1:
-        return "its weight is also another module's: autograd sums both gradients"
-    return None
+def _is_split(linear: Linear, holders: Counter[Any]) -> bool:
+    """Return whether a linear has a trained weight of its own; autograd sums the gradients of a shared one.
+
+    A weight that is passed in (None here) is that of the embedding of the same stage.
+    """
+    return linear.weight is not None and linear.weight.requires_grad and holders[linear.weight] == 1
 
 
 def _refuse(name: str, linear: Linear) -> None:
@@ -347,4 +342,4 @@ def _refuse(name: str, linear: Linear) -> None:
     }
     for reason, holds in reasons.items():
         if holds:
-            raise ValueError(f"zero-bubble cannot split the backward of {name}: {reason}")
+            raise ValueError(f"--zero-bubble cannot split the backward of {name}: {reason}")

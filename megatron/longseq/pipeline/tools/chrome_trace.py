@@ -25,20 +25,20 @@ def read_measured(folder: Path) -> Timeline:
     """
     files = sorted(folder.glob("rank-*.json"))
     if not files:
-        raise ValueError(f"{folder}: no rank-0000.json here; give the folder that a run wrote its measured timeline to")
+        raise ValueError(f"{folder}: there is no rank-0000.json; give the folder of a run's --pipeline-trace")
     records = [_record(file) for file in files]
     name, pipeline, _, _ = records[0]
     for file, record in zip(files, records, strict=True):
         if record[:2] != (name, pipeline):
             raise ValueError(
-                f"{file}: is of {record[0]!r} with {record[1]}, but {files[0].name} is of {name!r} with {pipeline}; "
-                "the folder holds files of different runs: remove the old ones"
+                f"{file}: it records {record[0]!r} with {record[1]}, but {files[0].name} records {name!r} with "
+                f"{pipeline}; the folder holds files of several runs, so remove the old ones"
             )
     ranks = [record[2] for record in records]
     if ranks != list(range(pipeline.stages)):
         raise ValueError(
-            f"{folder}: files of ranks {ranks} for a pipeline of {pipeline.stages} stages; "
-            "each pipeline rank must have written exactly one, into this folder"
+            f"{folder}: there are files of ranks {ranks}, but the pipeline has {pipeline.stages} stages; collect one "
+            "file per pipeline rank in this folder"
         )
     first = min((span.start for record in records for span in record[3]), default=0.0)
     spans = tuple(
@@ -58,10 +58,10 @@ def _record(file: Path) -> tuple[str, Pipeline, int, list[ActionTime]]:
         ]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"{file}: no record of a measured rank ({type(error).__name__}: {error}); write it again"
+            f"{file}: this is not a timeline of --pipeline-trace ({type(error).__name__}: {error}); record it again"
         ) from error
     if file.name != f"rank-{rank:04d}.json":
-        raise ValueError(f"{file}: tells of rank {rank}, whose file is rank-{rank:04d}.json; it was renamed or copied")
+        raise ValueError(f"{file}: it holds rank {rank}, whose file is rank-{rank:04d}.json; it was renamed or copied")
     _check(file, pipeline, spans)
     return name, pipeline, rank, spans
 
@@ -72,9 +72,9 @@ def _check(file: Path, pipeline: Pipeline, spans: list[ActionTime]) -> None:
         action = span.action
         sizes = (pipeline.microbatches, pipeline.segments, pipeline.virtual)
         if not all(0 <= i < n for i, n in zip((action.microbatch, action.segment, action.vstage), sizes, strict=True)):
-            raise ValueError(f"{file}: the {action} is outside {pipeline}")
+            raise ValueError(f"{file}: the {action} does not belong to {pipeline}")
         if action in seen:
-            raise ValueError(f"{file}: the {action} ran twice; a file holds one step")
+            raise ValueError(f"{file}: the {action} occurs twice, but a file holds one step")
         if not span.start <= span.end:
             raise ValueError(f"{file}: the {action} ended at {span.end} s, before it began at {span.start} s")
         seen.add(action)

@@ -2,10 +2,11 @@
 
 import argparse
 import ast
-import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
+from megatron.longseq.command_line import add_flags_command, run_command
 from megatron.longseq.figures import check_output, complete_file
 from megatron.longseq.pipeline.arguments import REFUSALS, add_pipeline_arguments
 from megatron.longseq.pipeline.plan.memory import METHODS, Recompute
@@ -25,20 +26,13 @@ from megatron.longseq.pipeline.tools.compare import (
     write_samples,
 )
 from megatron.longseq.pipeline.tools.paper import markdown
-from megatron.longseq.refusals import flags_table, refusals_table
 
 SUFFIXES = (".svg", ".png", ".json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, or 1 after an error."""
-    args = _parser().parse_args(argv)
-    try:
-        args.run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    """Run one command and return the exit status: 0, or 1 after an error."""
+    return run_command(_parser(), argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,17 +60,14 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--measured", type=Path, required=True, metavar="FOLDER", help="folder of --pipeline-trace")
     profile.add_argument("--lengths", required=True, metavar="N1,N2,...", help="tokens per segment of that run")
     profile.add_argument("--layers-per-stage", type=int, required=True, help="layers of a virtual stage")
-    profile.add_argument("--window-size", metavar="LEFT,0", help="keys before the query's own that it sees")
+    profile.add_argument("--window-size", metavar="LEFT,0", help="keys before its own that a query attends to")
     profile.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON")
     profile.set_defaults(run=_fit)
     paper = commands.add_parser(
-        "table", help="print the paper's configurations, simulated beside published, as markdown"
+        "table", help="print Markdown tables of the paper's configurations, simulated and published"
     )
-    paper.set_defaults(run=lambda args: print(markdown()))
-    ours = commands.add_parser(
-        "flags", help="print the flags of a training run, and the flags that they refuse, as markdown"
-    )
-    ours.set_defaults(run=lambda args: print(f"{flags_table(add_pipeline_arguments)}\n\n{refusals_table(REFUSALS)}"))
+    paper.set_defaults(run=lambda args: markdown())
+    add_flags_command(commands, add_pipeline_arguments, REFUSALS)
     return parser
 
 
@@ -89,15 +80,15 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--slack", type=int, default=0, help="extra segments of warm-up per downstream stage (default 0)"
     )
-    group.add_argument("--zero-bubble", action="store_true", help="weight gradients as actions of their own")
+    group.add_argument("--zero-bubble", action="store_true", help="compute weight gradients in separate actions")
     group.add_argument("--partition", default="balanced", help="even, balanced (default), paper, or lengths N1,N2,...")
     group.add_argument("--tensor-model-parallel-size", type=int, default=1)
-    group.add_argument("--sequence-parallel", action="store_true", help="lengths are multiples of the size above")
-    group.add_argument("--latency", type=float, default=0.0, help="seconds of a message between stages (default 0)")
+    group.add_argument("--sequence-parallel", action="store_true", help="align lengths to that size")
+    group.add_argument("--latency", type=float, default=0.0, help="seconds per message between stages (default 0)")
     group.add_argument(
         "--recompute-granularity",
         choices=("full", "selective"),
-        help="upstream's flag: what backward recomputes, for the column of bytes kept (its time is not counted)",
+        help="upstream's flag; it affects only the column of bytes kept, not the time",
     )
     group.add_argument("--recompute-method", choices=METHODS, default="uniform", help="upstream's, with full")
     group.add_argument("--recompute-num-layers", type=int, default=1, help="upstream's, with full (default 1)")
@@ -106,8 +97,8 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
         "--layer-seconds",
         type=Path,
         metavar="FILE",
-        help="JSON: measurements of a layer, [[begin, end, forward seconds, backward seconds], ...], instead of FLOPs "
-        "and speed",
+        help="use a layer's measured times instead of FLOPs: JSON, [[begin, end, forward seconds, backward seconds], "
+        "...]",
     )
 
 
@@ -121,19 +112,19 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag, type=int, default=0)
     group.add_argument("--swiglu", action="store_true")
     group.add_argument("--moe-router-topk", type=int, default=1, help="experts per token (default 1)")
-    group.add_argument("--window-size", metavar="LEFT,0", help="keys before the query's own that it sees")
+    group.add_argument("--window-size", metavar="LEFT,0", help="keys before its own that a query attends to")
     group.add_argument("--window-attn-skip-freq", help="every Nth layer has no window, or a list [1,1,0,...]: 1 has it")
 
 
-def _draw(args: argparse.Namespace) -> None:
+def _draw(args: argparse.Namespace) -> str | None:
     check_output(args.output, SUFFIXES)
     if args.measured is not None:
         measured = read_measured(args.measured)
         _write([measured, replay(measured)], args.output)
-        return
+        return None
     result = run(_choice(args), _model(args), _cluster(args))
     _write([result.timeline], args.output)
-    print(table([result]))
+    return table([result])
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -154,7 +145,7 @@ def _chosen(timelines: list[Timeline], rows: str | None) -> list[Timeline]:
     except ValueError:
         numbers = []
     if not numbers or not all(1 <= number <= len(timelines) for number in numbers):
-        raise ValueError(f"--rows {rows}: give rows of the table, numbers from 1 to {len(timelines)}, such as 1,4")
+        raise ValueError(f"--rows {rows}: give row numbers of the table, from 1 to {len(timelines)}, such as 1,4")
     return [timelines[number - 1] for number in numbers]
 
 
@@ -182,25 +173,14 @@ def _cluster(args: argparse.Namespace) -> Cluster:
 def _model(args: argparse.Namespace) -> CostModel:
     layers = max(args.stages * args.virtual, 1) if args.num_layers is None else args.num_layers
     left = _window(args.window_size)
-    shape = ModelShape(
-        num_layers=layers,
-        hidden_size=args.hidden_size,
-        num_attention_heads=args.num_attention_heads,
-        seq_length=args.seq_length,
-        padded_vocab_size=args.padded_vocab_size,
-        ffn_hidden_size=args.ffn_hidden_size,
-        num_query_groups=args.num_query_groups,
-        kv_channels=args.kv_channels,
-        swiglu=args.swiglu,
-        moe_router_topk=args.moe_router_topk,
-        window=left,
-        windowed=_pattern(args.window_attn_skip_freq, layers),
-    )
+    given = {field.name: getattr(args, field.name) for field in fields(ModelShape) if hasattr(args, field.name)}
+    windowed = _pattern(args.window_attn_skip_freq, layers)
+    shape = ModelShape(**{**given, "num_layers": layers, "window": left, "windowed": windowed})
     if args.layer_seconds is not None:
         return seconds(shape, fit(read_samples(args.layer_seconds), left))
     speed = args.device_tflops * 1e12 * args.tensor_model_parallel_size
     if not speed > 0:
-        raise ValueError(f"--device-tflops {args.device_tflops} on {args.tensor_model_parallel_size} devices: no speed")
+        raise ValueError(f"--device-tflops {args.device_tflops} on {args.tensor_model_parallel_size} devices: too few")
     return flops(shape, speed)
 
 
@@ -212,7 +192,7 @@ def _window(text: str | None) -> int | None:
     except ValueError:
         raise ValueError(f"--window-size {text}: give two numbers LEFT,0") from None
     if right != 0:
-        raise ValueError(f"--window-size {text}: a causal model sees nothing to the right; give {left},0")
+        raise ValueError(f"--window-size {text}: a causal model does not attend to later tokens; give {left},0")
     return None if left == -1 else left
 
 
@@ -231,10 +211,11 @@ def _pattern(text: str | None, layers: int) -> tuple[bool, ...]:
         ) from None
 
 
-def _fit(args: argparse.Namespace) -> None:
+def _fit(args: argparse.Namespace) -> str:
     if not args.output.absolute().parent.is_dir():
-        raise ValueError(f"--output {args.output}: there is no folder {args.output.absolute().parent}; make it first")
+        raise ValueError(f"--output {args.output}: there is no folder {args.output.absolute().parent}; create it first")
     lengths = [int(word) for word in args.lengths.split(",")]
     samples = layer_samples(read_measured(args.measured), lengths, args.layers_per_stage)
-    print(fit(samples, _window(args.window_size)))
+    layer = fit(samples, _window(args.window_size))
     write_samples(args.output, samples)
+    return str(layer)

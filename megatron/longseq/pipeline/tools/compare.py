@@ -8,6 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from statistics import median
 
+from megatron.longseq.command_line import markdown_table
 from megatron.longseq.pipeline.plan.generators import make
 from megatron.longseq.pipeline.plan.memory import Recompute, head_bytes, peak_bytes, stage_bytes
 from megatron.longseq.pipeline.plan.partition import Partition, check_length, imbalance_of, parse
@@ -22,11 +23,9 @@ class ScheduleChoice:
     """The choices that determine a schedule.
 
     Attributes:
-        segments: segments per sequence, K.
+        segments, virtual: see `Pipeline`.
         partition: "even", "balanced", lengths "N1,N2,...", or "paper" for that of the paper's authors.
-        virtual: virtual stages per rank, V.
-        slack: extra segments that run forward before the first backward, per downstream stage.
-        zero_bubble: whether weight gradients are actions of their own.
+        slack, zero_bubble: see `generators.make`.
     """
 
     segments: int = 1
@@ -164,22 +163,20 @@ def table(results: Sequence[Result | str]) -> str:
     The reasons why choices have no schedule follow the table.
     """
     done = [result for result in results if isinstance(result, Result)]
-    lines = [
-        "| schedule | bubble | step (s) | throughput | sequences | segments (tokens) | bytes kept |",
-        "|---|--:|--:|--:|--:|---|--:|",
-    ]
-    for result in done:
-        timeline = result.timeline
-        cells = [
+    rows = [
+        (
             str(result.choice),
-            f"{timeline.bubble:.1%}",
-            f"{timeline.makespan:.4g}",
-            f"{done[0].timeline.makespan / timeline.makespan:.3f}x",
+            f"{result.timeline.bubble:.1%}",
+            f"{result.timeline.makespan:.4g}",
+            f"{done[0].timeline.makespan / result.timeline.makespan:.3f}x",
             f"{result.sequences:.2f}",
             ", ".join(map(str, result.partition.lengths)),
             f"{result.bytes_kept / done[0].bytes_kept:.2f}x",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        )
+        for result in done
+    ]
+    head = ("schedule", "bubble", "step (s)", "throughput", "sequences", "segments (tokens)", "bytes kept")
+    lines = [markdown_table(head, rows, "|---|--:|--:|--:|--:|---|--:|")]
     if done and done[0].floor >= 0.0005:
         why = "because the slowest rank has more to compute than the mean (the last has the head)"
         lines += ["", f"Of every bubble, {done[0].floor:.1%} is there {why}: no order of actions removes it."]
@@ -229,7 +226,7 @@ def layer_samples(measured: Timeline, lengths: Sequence[int], layers: int) -> li
     if len(lengths) != pipeline.segments or layers < 1:
         raise ValueError(
             f"{len(lengths)} lengths and {layers} layers per stage for a step of {pipeline.segments} segments: give "
-            "one length per segment (the run printed them when it started) and the layers of a virtual stage"
+            "one length per segment (the run printed them) and the layers of a virtual stage"
         )
     costs = measured_costs(measured)
     plain = max(pipeline.depth - 1, 1)  # the last stage has the head

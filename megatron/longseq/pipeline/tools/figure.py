@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import EngFormatter
 
-from megatron.longseq.figures import BLUE, EMPTY, GREEN, LEGEND, ORANGE, TITLE, check_output, figure_file
+from megatron.longseq.figures import BLUE, EMPTY, GREEN, LEGEND, ORANGE, TITLE, axes_at, check_output, figure_file
 from megatron.longseq.pipeline.plan.schedule import Action, ActionKind
 from megatron.longseq.pipeline.plan.simulate import ActionTime, Timeline
 
@@ -45,15 +45,10 @@ def draw(timelines: Sequence[Timeline], file: Path) -> None:
             rows = _ROW * timeline.pipeline.stages
             box = (_MARGIN, top - 0.30 - rows, wide - _MARGIN - 0.12, rows)
             top -= height
-            axes = figure.add_axes(_share(box, figure))
+            axes = axes_at(figure, box)
             _panel(axes, timeline, end, box[2])
             axes.tick_params(labelbottom=timeline is timelines[-1])
         _legend(figure, timelines)
-
-
-def _share(box: tuple[float, float, float, float], figure: Any) -> tuple[float, float, float, float]:
-    width, height = figure.get_size_inches()
-    return box[0] / width, box[1] / height, box[2] / width, box[3] / height
 
 
 def _panel(axes: Any, timeline: Timeline, end: float, inches: float) -> None:

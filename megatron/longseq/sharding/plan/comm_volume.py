@@ -103,10 +103,8 @@ def comm_volume(
     """Return what a rank sends under a strategy.
 
     Args:
-        strategy: the triplet, valid or not.
-        groups: the data-parallel ranks.
+        strategy, groups, widths: see `memory`.
         model: its parameters. Frozen parameters are gathered like others, but neither reduced nor sent after a step.
-        widths: bytes of an element.
         buckets: number of buckets of parameters, and of gradients.
         is_flat: whether flat collectives run where there are any (--paro-collectives flat).
     """

@@ -42,10 +42,7 @@ def choose_mode(
     """Return the mode that is predicted to be fastest: flat, unless another one is faster by more than a margin.
 
     Args:
-        kind: of the collective over all ranks.
-        groups: the data-parallel ranks.
-        links: their speeds.
-        shards: bytes of one of the n shards of every bucket.
+        kind, groups, links, shards: see `ring_seconds`.
         margin: by how much the flat collective has to be beaten.
     """
     times = {mode: ring_seconds(kind, mode, groups, links, shards) for mode in CollectivesMode}

@@ -66,8 +66,8 @@ def data_parallel_ranks(args: Namespace) -> int:
     )
     if world % (tensor * pipeline * context):
         raise ValueError(
-            f"{world} ranks are no multiple of {tensor} tensor-parallel x {pipeline} pipeline-parallel x {context} "
-            "context-parallel ones: give sizes whose product divides them"
+            f"{world} ranks are not a multiple of {tensor} tensor-parallel x {pipeline} pipeline-parallel x "
+            f"{context} context-parallel ranks; give sizes whose product divides {world}"
         )
     return world // (tensor * pipeline)
 
@@ -102,14 +102,14 @@ def node_group_size(args: Namespace, node_ranks: int | None) -> int:
     """
     if node_ranks is None:
         raise ValueError(
-            "--paro: the number of ranks on a node is unknown (LOCAL_WORLD_SIZE is not set), and a group is a node by "
-            "default; give --paro-group-size, or launch with torchrun."
+            "--paro: a group is a node by default, but LOCAL_WORLD_SIZE is not set, so the number of ranks per node "
+            "is unknown; give --paro-group-size, or launch with torchrun."
         )
     sizes = {node_size(group, node_ranks) for group in members(args)}
     if len(sizes) > 1:
         raise ValueError(
-            f"data-parallel groups have {sorted(sizes)} ranks on nodes of {node_ranks} ranks, so a node is no group: "
-            "give --paro-group-size"
+            f"data-parallel groups have {sorted(sizes)} ranks on nodes of {node_ranks} ranks, so a node cannot be a "
+            "group; give --paro-group-size"
         )
     return sizes.pop()
 
@@ -171,8 +171,8 @@ def check_unchanged(args: Namespace, plan: ShardingPlan) -> None:
     other = {name: getattr(args, name) for name, value in wanted.items() if getattr(args, name) != value}
     if other:
         raise ValueError(
-            f"--paro {plan.strategy}: upstream's validation has left {other} where "
-            f"{ ({name: wanted[name] for name in other}) } is needed; another flag changes it, leave that out."
+            f"--paro {plan.strategy}: upstream's validation set {other}, but "
+            f"{ ({name: wanted[name] for name in other}) } is needed; leave the flag out that changes it."
         )
     args.paro_wire = args.paro_wire or grad_type(args)
 

@@ -44,7 +44,7 @@ class Model:
 
     def __post_init__(self) -> None:
         if not 0 < self.trainable <= self.params:
-            raise ValueError(f"{self.trainable} of {self.params} parameters are trained: give 1 to {self.params}")
+            raise ValueError(f"{self.trainable} of {self.params} parameters cannot be trained; give 1 to {self.params}")
 
     def shard(self, groups: RankGroups) -> int:
         """Return the elements of one of n shards of the parameters; buffers are padded to full shards."""
@@ -60,13 +60,11 @@ class Memory(NamedTuple):
 
     Attributes:
         params, grads, optimizer: of the shards that a rank keeps between collectives.
-        buckets: of full buckets of sharded states, allocated while layers use them.
     """
 
     params: int
     grads: int
     optimizer: int
-    buckets: int
 
     @property
     def total(self) -> int:
@@ -74,27 +72,21 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def memory(
-    strategy: Strategy, groups: RankGroups, model: Model, widths: Widths = MEGATRON, bucket: int = 0, in_flight: int = 2
-) -> Memory:
+def memory(strategy: Strategy, groups: RankGroups, model: Model, widths: Widths = MEGATRON) -> Memory:
     """Return the memory of model states on a rank (PaRO, arXiv 2310.06003, section 3).
+
+    As in the paper, full buckets of sharded states, allocated while layers use them, are left out.
 
     Args:
         strategy: the triplet, valid or not.
         groups: the data-parallel ranks.
         model: its parameters.
         widths: bytes of an element.
-        bucket: elements of the largest bucket; 0 leaves full buckets out, as the paper does.
-        in_flight: full buckets at a time. Of parameters: the one in use and the one being gathered. Of gradients: those
-            in flight, in the communication dtype, besides the one that is being filled.
     """
     shard, trainable = model.shard(groups), model.trainable_shard(groups)
     shards = {level: groups.ranks // groups.shards(level) for level in Level}
-    full = in_flight * widths.param if strategy.params > Level.NONE else 0
-    full += widths.grad + in_flight * widths.grad_wire if strategy.grads > Level.NONE else 0
     return Memory(
         params=shards[strategy.params] * shard * widths.param,
         grads=shards[strategy.grads] * trainable * widths.grad,
         optimizer=shards[strategy.optimizer] * trainable * widths.optimizer,
-        buckets=bucket * full,
     )

@@ -6,7 +6,6 @@ ranks must start them in the same order, so the order depends only on the order 
 """
 
 from collections import deque
-from enum import StrEnum
 from typing import NamedTuple
 
 from megatron.longseq.sharding.plan.collectives import Collective, Collectives, Scope
@@ -56,29 +55,20 @@ def schedule(collectives: Collectives, buckets: int, *, is_overlapped: bool) -> 
     return tuple(runs)
 
 
-class Link(StrEnum):
-    """The kind of link that a collective occupies.
-
-    A flat collective counts as BETWEEN: a flat ring is as slow as its hop between groups.
-    """
-
-    INSIDE = "inside"
-    BETWEEN = "between"
-
-
 class QueuedCollective(NamedTuple):
     """A collective to put on a link's queue now.
 
     Attributes:
         job: number of the submission, from 0.
         turn: its index among the submission's collectives.
-        link: whose queue it goes to.
+        link: INSIDE or BETWEEN, whose queue it goes to. A flat collective goes to BETWEEN: a flat ring is as slow as
+            its hop between groups.
         collective: what runs.
     """
 
     job: int
     turn: int
-    link: Link
+    link: Scope
     collective: Collective
 
 
@@ -100,7 +90,7 @@ class OverlapOrder:
 
     def __init__(self, *, is_overlapped: bool, lag: int = 1) -> None:
         if lag < 1:
-            raise ValueError(f"a collective that returns to a link after {lag} more submissions: give at least 1")
+            raise ValueError(f"the lag is {lag} submissions, but must be at least 1")
         self._is_overlapped, self._lag = is_overlapped, lag
         self._jobs = 0
         self._delayed: deque[list[QueuedCollective]] = deque()
@@ -121,8 +111,8 @@ class OverlapOrder:
             turns += self._delayed.popleft()
         return turns
 
-    def _link(self, collective: Collective) -> Link:
-        return Link.INSIDE if self._is_overlapped and collective.scope is Scope.INSIDE else Link.BETWEEN
+    def _link(self, collective: Collective) -> Scope:
+        return Scope.INSIDE if self._is_overlapped and collective.scope is Scope.INSIDE else Scope.BETWEEN
 
 
 def _returns_to_a_link(turns: list[QueuedCollective]) -> int:

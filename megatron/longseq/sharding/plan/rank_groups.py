@@ -36,7 +36,7 @@ class RankGroups:
     def __post_init__(self) -> None:
         if self.ranks < 1 or self.size < 1 or self.ranks % self.size:
             raise ValueError(
-                f"{self.ranks} data-parallel ranks in groups of {self.size}: groups must have one size, so give "
+                f"{self.ranks} data-parallel ranks cannot be divided into groups of {self.size}; give "
                 f"--paro-group-size one of {list(legal_sizes(self.ranks))}"
             )
 
@@ -56,7 +56,7 @@ class RankGroups:
             ValueError: there is no such member.
         """
         if not 0 <= member < self.ranks:
-            raise ValueError(f"member {member} of {self.ranks} data-parallel ranks")
+            raise ValueError(f"there is no member {member} among {self.ranks} data-parallel ranks")
         return member % self.size * self.count + member // self.size
 
     def member(self, logical: int) -> int:
@@ -66,7 +66,7 @@ class RankGroups:
             ValueError: there is no such rank.
         """
         if not 0 <= logical < self.ranks:
-            raise ValueError(f"logical rank {logical} of {self.ranks} data-parallel ranks")
+            raise ValueError(f"there is no logical rank {logical} among {self.ranks} data-parallel ranks")
         return logical % self.count * self.size + logical // self.count
 
     def owned(self, level: Level, member: int) -> range:
@@ -111,12 +111,12 @@ def node_size(members: Sequence[int], node_ranks: int) -> int:
         ValueError: nodes have different numbers of data-parallel ranks, or those of a node are not neighbours.
     """
     if node_ranks < 1 or not members:
-        raise ValueError(f"{len(members)} data-parallel ranks on nodes of {node_ranks} ranks: give at least 1 of each")
+        raise ValueError(f"{len(members)} data-parallel ranks on nodes of {node_ranks} ranks: both must be at least 1")
     runs = [(node, len(list(run))) for node, run in groupby(members, key=lambda rank: rank // node_ranks)]
     sizes = {size for _, size in runs}
     if len(sizes) > 1 or len({node for node, _ in runs}) < len(runs):
         raise ValueError(
-            f"data-parallel ranks {list(members)} lie unevenly on nodes of {node_ranks} ranks, so a node is no group: "
-            f"give --paro-group-size one of {list(legal_sizes(len(members)))}"
+            f"data-parallel ranks {list(members)} are distributed unevenly over nodes of {node_ranks} ranks, so a "
+            f"node cannot be a group; give --paro-group-size one of {list(legal_sizes(len(members)))}"
         )
     return sizes.pop()

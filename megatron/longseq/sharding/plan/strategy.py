@@ -51,8 +51,8 @@ class Strategy:
         """
         if len(text) != 3 or set(text) - set(LETTERS):
             raise ValueError(
-                f"sharding strategy {text!r}: give three letters, for parameters, gradients and optimizer states, each "
-                "N (not sharded), I (inside a group) or G (globally), for instance NIG"
+                f"sharding strategy {text!r}: give three letters, for parameters, gradients and optimizer states, "
+                "each N (not sharded), I (inside a group) or G (globally), such as NIG"
             )
         return cls(*(Level(LETTERS.index(letter)) for letter in text))
 

@@ -48,7 +48,7 @@ class LinkSpeed:
 
     def __post_init__(self) -> None:
         if not (self.bandwidth > 0 and isfinite(self.latency) and self.latency >= 0):
-            raise ValueError(f"a link of {self.bandwidth} bytes/s and {self.latency} s: give a speed and a latency")
+            raise ValueError(f"bandwidth {self.bandwidth} bytes/s, latency {self.latency} s: they must be > 0 and >= 0")
 
     def seconds(self, size: float) -> float:
         """Return the seconds of a message of `size` bytes."""
@@ -75,7 +75,7 @@ class LinkSpeeds:
 
     def __post_init__(self) -> None:
         if self.channels < 1:
-            raise ValueError(f"a flat ring over {self.channels} links between groups: give at least 1")
+            raise ValueError(f"a flat ring has {self.channels} links between groups; give at least 1")
 
     def seconds(self, collective: Collective, groups: RankGroups, shard: float) -> float:
         """Return the seconds of a collective on a bucket.
@@ -142,7 +142,13 @@ def ring_seconds(
     shards: Sequence[float],
 ) -> float:
     """Return when the last bucket of a collective over all ranks is done, in seconds; see `time_collectives`."""
-    collectives, is_overlapped = full_collective(kind, groups, mode), mode is CollectivesMode.OVERLAPPED
+    return _last_end(full_collective(kind, groups, mode), mode, groups, links, shards)
+
+
+def _last_end(
+    collectives: Collectives, mode: CollectivesMode, groups: RankGroups, links: LinkSpeeds, shards: Sequence[float]
+) -> float:
+    is_overlapped = mode is CollectivesMode.OVERLAPPED
     times = time_collectives(collectives, groups, links, shards, is_overlapped=is_overlapped)
     return max((time.end for time in times), default=0.0)
 
@@ -168,8 +174,8 @@ class ComputeTime:
     def __post_init__(self) -> None:
         if self.microbatches < 1 or min(self.forward, self.backward) < 0 or not 0 <= self.hidden <= 1:
             raise ValueError(
-                f"{self.microbatches} micro-batches of {self.forward} s and {self.backward} s, {self.hidden} of it "
-                "hiding communication: give at least 1, seconds from 0, and a share from 0 to 1"
+                f"{self.microbatches} micro-batches of {self.forward} s and {self.backward} s, share {self.hidden} "
+                "overlapped: give at least 1 micro-batch, seconds of at least 0 and a share from 0 to 1"
             )
 
 
@@ -200,7 +206,7 @@ class TrainingJob:
 
     def __post_init__(self) -> None:
         if self.buckets < 1:
-            raise ValueError(f"parameters in {self.buckets} buckets: give at least 1")
+            raise ValueError(f"{self.buckets} buckets of parameters: give at least 1")
 
 
 class StepSeconds(NamedTuple):
@@ -267,10 +273,7 @@ def predict(strategy: Strategy, job: TrainingJob) -> Prediction:
 
 def _term_seconds(collectives: Collectives, job: TrainingJob, shard: float) -> float:
     """Return the seconds of collectives on equal buckets; `shard`: bytes of one of the n shards of all of them."""
-    shards = [shard / job.buckets] * job.buckets
-    is_overlapped = job.mode is CollectivesMode.OVERLAPPED
-    times = time_collectives(collectives, job.groups, job.links, shards, is_overlapped=is_overlapped)
-    return max((time.end for time in times), default=0.0)
+    return _last_end(collectives, job.mode, job.groups, job.links, [shard / job.buckets] * job.buckets)
 
 
 def rank(
@@ -300,8 +303,8 @@ def fastest(job: TrainingJob, strategies: Iterable[Strategy] = RUNNING, limit: f
         least = min(rank(job, strategies), key=lambda one: one.memory, default=None)
         needs = f"the smallest, {least.strategy}, needs {least.memory / 1e9:.1f} GB" if least else "there is none"
         raise ValueError(
-            f"no sharding strategy fits model states of {job.model.params} parameters ({job.model.trainable} trained) "
-            f"on each of {job.groups.ranks} data-parallel ranks into {(limit or 0) / 1e9:.1f} GB: {needs}. Give more "
-            "ranks, or more tensor or pipeline parallelism"
+            f"no sharding strategy fits the model states of {job.model.params} parameters ({job.model.trainable} "
+            f"trained) into {(limit or 0) / 1e9:.1f} GB on each of {job.groups.ranks} data-parallel ranks: {needs}. "
+            "Give more ranks, or more tensor or pipeline parallelism"
         )
     return ranked[0]

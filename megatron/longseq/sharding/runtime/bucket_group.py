@@ -70,7 +70,7 @@ class ShardedBucketGroup(_ParamAndGradBucketGroup):
             ValueError: `force_all_reduce` is set.
         """
         if force_all_reduce:
-            raise ValueError("force_all_reduce: a sharding strategy (--paro) sums gradients where they are stored")
+            raise ValueError("force_all_reduce is not supported with --paro, which reduces gradients to shards")
         if self._is_started:
             return
         if self.reduces_each_microbatch:
@@ -110,8 +110,8 @@ class ShardedBucketGroup(_ParamAndGradBucketGroup):
     def _reduce(self) -> None:
         if self._is_started:
             raise RuntimeError(
-                f"rank {torch.distributed.get_rank()}: bucket {self.label} had a gradient after the step's last "
-                "micro-batch: with --overlap-grad-reduce, all backwards but the last run inside no_sync()"
+                f"rank {torch.distributed.get_rank()}: bucket {self.label} got a gradient after the last micro-batch "
+                "of the step. With --overlap-grad-reduce, run all backwards except the last inside no_sync()"
             )
         passes = self.sharding.passes
         self._counts = {param: count - passes for param, count in self._counts.items()}
@@ -133,8 +133,8 @@ class ShardedBucketGroup(_ParamAndGradBucketGroup):
             missing = sum(count < self.sharding.passes for count in self._counts.values())
             raise RuntimeError(
                 f"rank {torch.distributed.get_rank()}: {missing} of {len(self._counts)} parameters of bucket "
-                f"{self.label} had no gradient in the last micro-batch, but sharded gradients (--paro with I or G as "
-                "second letter) are reduced when all are there. Keep gradients unsharded (N), or freeze those "
+                f"{self.label} got no gradient in the last micro-batch, but sharded gradients (--paro with I or G as "
+                "second letter) are reduced once all of them exist. Leave gradients unsharded (N), or freeze these "
                 "parameters."
             )
 

@@ -60,31 +60,41 @@ class FullBucket:
         return self.flat.untyped_storage()
 
 
-class GradStore:
-    """Gradients of a bucket.
-
-    At level N they accumulate in the full bucket. At levels I and G they accumulate in this rank's shard, and the full
-    bucket is scratch memory for the gradients of one micro-batch.
+class _Store:
+    """A state of a bucket: the full bucket while it is allocated, and what this rank keeps.
 
     Args:
         sharding: of the job.
+        level: sharding level of the state.
         numel: elements of the bucket.
-        dtype: in which gradients accumulate.
-        device: of the memory.
+        dtype, device: of the memory.
 
     Attributes:
         full: the full bucket.
-        shard_range: elements of the bucket that this rank accumulates.
-        shard: their gradients; at level N, the full bucket.
+        shard_range: elements of the bucket that this rank keeps.
+        shard: their values; at level N, the full bucket.
+    """
+
+    def __init__(
+        self, sharding: ShardingState, level: Level, numel: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        self.sharding, self.level, self.numel = sharding, level, numel
+        self.full = FullBucket(numel, dtype, device)
+        self.shard_range = sharding.shard_range(level, numel)
+        self.shard = self.full.flat
+        if level is not Level.NONE:
+            self.shard = torch.empty(len(self.shard_range), dtype=dtype, device=device).zero_()
+
+
+class GradStore(_Store):
+    """Gradients of a bucket, in the dtype in which they accumulate.
+
+    At level N they accumulate in the full bucket. At levels I and G they accumulate in this rank's shard, and the full
+    bucket is scratch memory for the gradients of one micro-batch.
     """
 
     def __init__(self, sharding: ShardingState, numel: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        self.sharding, self.level, self.numel = sharding, sharding.strategy.grads, numel
-        self.full = FullBucket(numel, dtype, device)
-        self.shard_range = sharding.shard_range(self.level, numel)
-        self.shard = self.full.flat
-        if self.level is not Level.NONE:
-            self.shard = torch.empty(len(self.shard_range), dtype=dtype, device=device).zero_()
+        super().__init__(sharding, sharding.strategy.grads, numel, dtype, device)
         self._owned_range = sharding.shard_range(sharding.strategy.optimizer, numel)
         self._collectives = sharding.bucket_collectives(numel * (sharding.comm_dtype or dtype).itemsize)
         self._reducing: Work | None = None
@@ -172,32 +182,18 @@ class GradStore:
         return self.sharding.queues.submit(collectives, region, f"gradients of {label}", after, behind)
 
 
-class ParamStore:
+class ParamStore(_Store):
     """Parameters of a bucket, trained or frozen.
 
     At level N the full bucket is always allocated. At levels I and G this rank keeps its shard, and the full bucket is
     gathered for every use.
 
-    Args:
-        sharding: of the job.
-        numel: elements of the bucket.
-        dtype: of the parameters.
-        device: of the memory.
-
     Attributes:
-        full: the full bucket.
-        shard_range: elements of the bucket that this rank keeps.
-        shard: their values; at level N, the full bucket.
         syncing: work of `sync`, until `finish_sync`.
     """
 
     def __init__(self, sharding: ShardingState, numel: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        self.sharding, self.level, self.numel = sharding, sharding.strategy.params, numel
-        self.full = FullBucket(numel, dtype, device)
-        self.shard_range = sharding.shard_range(self.level, numel)
-        self.shard = self.full.flat
-        if self.level is not Level.NONE:
-            self.shard = torch.empty(len(self.shard_range), dtype=dtype, device=device).zero_()
+        super().__init__(sharding, sharding.strategy.params, numel, dtype, device)
         self._collectives = sharding.bucket_collectives(numel * dtype.itemsize)
         self.syncing: Work | None = None
         self._gathering: Work | None = None

@@ -72,8 +72,8 @@ def refuse_bound_states(args: Namespace, saved: Any, form: str | None, place: st
             )
     raise ValueError(
         f"{place} was saved by {describe_run(saved)}, with optimizer states {why}; this run is {describe_run(args)} "
-        f"and reads {READ_EVERYWHERE} ones. {how}. Or give --no-load-optim: weights are read, and the "
-        "optimizer starts anew."
+        f"and reads {READ_EVERYWHERE} ones. {how}. Or give --no-load-optim to load only the weights and start with "
+        "new optimizer states."
     )
 
 
@@ -103,8 +103,8 @@ def matching_weights(optimizer: Any, stores: Mapping[torch.nn.Parameter, ParamSt
         if not apart <= MISMATCH:
             raise ValueError(
                 f"rank {torch.distributed.get_rank()}: optimizer states of {optimizer._param_name(param)} do not "
-                f"belong to the weights in the same checkpoint: main parameters are {apart:.1%} of the norm away. "
-                "Upstream's distributed optimizer mixes tensors up where it saves fully reshardable states out of "
-                "several padded buckets, as with --overlap-grad-reduce (its issue 504). Give --no-load-optim: weights "
-                "are right, and the optimizer starts anew."
+                f"match the weights in the checkpoint: main parameters differ by {apart:.1%} of the norm. Upstream's "
+                "distributed optimizer saves wrong fully reshardable states if there are several padded buckets, as "
+                "with --overlap-grad-reduce (its issue 504). The weights are correct: give --no-load-optim to load "
+                "only them and start with new optimizer states."
             )

@@ -8,13 +8,12 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 from threading import Lock
-from typing import Protocol
 
 import torch
 
-from megatron.longseq.sharding.plan.collectives import Collective, Collectives
-from megatron.longseq.sharding.plan.overlap_order import Link, OverlapOrder, QueuedCollective
-from megatron.longseq.sharding.runtime.collectives import Region
+from megatron.longseq.sharding.plan.collectives import Collective, Collectives, Scope
+from megatron.longseq.sharding.plan.overlap_order import OverlapOrder, QueuedCollective
+from megatron.longseq.sharding.runtime.collectives import CollectiveRunner, Region
 from megatron.longseq.sharding.runtime.comm_streams import CommQueue, Completion, comm_queue_for
 
 Callback = Callable[[], object]
@@ -22,18 +21,6 @@ Callback = Callable[[], object]
 
 class CommError(RuntimeError):
     """A collective failed; the message names the collective, the bucket and the rank."""
-
-
-class Runner(Protocol):
-    """What runs collectives: `CollectiveRunner`."""
-
-    def check(self, collective: Collective, region: Region) -> None:
-        """Raise ValueError if a collective cannot run on a region."""
-        ...
-
-    def run(self, collective: Collective, region: Region) -> None:
-        """Run a collective in place."""
-        ...
 
 
 class _Submission:
@@ -48,7 +35,7 @@ class _Submission:
         self.region = self.after = None
 
     def is_done(self) -> bool:
-        return not self.missing and self.completion is not None and self.completion.is_done()
+        return not self.missing and self.completion is not None and self.completion.query()
 
 
 class Work:
@@ -85,7 +72,7 @@ class CommQueues:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: CollectiveRunner,
         device: torch.device,
         rank: int,
         *,
@@ -95,7 +82,7 @@ class CommQueues:
     ) -> None:
         self._runner, self._rank = runner, rank
         self._order = OverlapOrder(is_overlapped=is_overlapped, lag=lag)
-        links = tuple(Link) if is_overlapped else (Link.BETWEEN,)
+        links = (Scope.INSIDE, Scope.BETWEEN) if is_overlapped else (Scope.BETWEEN,)
         self._queues = {link: make(device, f"paro-{link}") for link in links}
         self._pending: dict[int, _Submission] = {}
         self._unreleased: deque[_Submission] = deque()
@@ -127,7 +114,7 @@ class CommQueues:
             CommError: the queues are closed, or a collective has failed before.
         """
         if self._is_closed:
-            raise CommError(f"rank {self._rank}: {label} is submitted after the queues were closed")
+            raise CommError(f"rank {self._rank}: {label} was submitted after the queues were closed")
         self._raise_earlier_failure(label)
         for collective in collectives:
             self._runner.check(collective, region)
@@ -136,7 +123,7 @@ class CommQueues:
         submission = _Submission(self._count, label, region, after)
         self._count += 1
         submission.missing = max(len(collectives), 1)
-        submission.completion = self._queues[Link.BETWEEN].mark()
+        submission.completion = self._queues[Scope.BETWEEN].mark()
         if behind is not None:
             self._put_all(self._order.flush(behind.submission.number))
             submission.completion = behind.submission.completion
@@ -144,7 +131,7 @@ class CommQueues:
         self._unreleased.append(submission)
         turns = self._order.submit(collectives)
         if not collectives:
-            self._put(submission, Link.BETWEEN, None)
+            self._put(submission, Scope.BETWEEN, None)
         self._put_all(turns)
         return Work(partial(self._wait, submission), submission)
 
@@ -167,7 +154,7 @@ class CommQueues:
         for turn in turns:
             self._put(self._pending[turn.job], turn.link, turn.collective)
 
-    def _put(self, submission: _Submission, link: Link, collective: Collective | None) -> None:
+    def _put(self, submission: _Submission, link: Scope, collective: Collective | None) -> None:
         """Put a collective on a queue; without a collective, only the submission's callback."""
         submission.missing -= 1
         is_last, region = not submission.missing, submission.region
@@ -198,4 +185,4 @@ class CommQueues:
 
     def _raise_earlier_failure(self, label: str) -> None:
         if self._failure is not None:
-            raise CommError(f"{label} did not run, as an earlier collective failed: {self._failure}")
+            raise CommError(f"{label} did not run because an earlier collective failed: {self._failure}")

@@ -6,9 +6,10 @@ tasks at once. A thread runs them itself, because gloo's collectives block until
 
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from queue import SimpleQueue
-from threading import Event, Thread, current_thread
+from threading import Thread, current_thread
 from typing import Any, Protocol
 
 import torch
@@ -18,51 +19,19 @@ EXIT_SECONDS = 1.0  # how long an exiting process waits for a thread that is sti
 
 
 class Completion(Protocol):
-    """The end of a task."""
+    """The end of a task: a `torch.cuda.Event`, or `TaskEnd`."""
 
     def wait(self) -> None:
         """Block until the task is done and raise its error; on a GPU, make the current stream wait instead."""
         ...
 
-    def is_done(self) -> bool:
+    def query(self) -> bool:
         """Return whether the task has ended, with or without an error."""
         ...
 
 
-class CommQueue(Protocol):
-    """Runs tasks in order."""
-
-    def mark(self) -> Completion | None:
-        """Return the end of what the caller has given the device so far; None if it has ended already."""
-        ...
-
-    def put(self, task: Task, after: Completion | None) -> Completion:
-        """Run a task after all earlier ones of this queue and after `after`, whose error it then raises."""
-        ...
-
-    def close(self) -> None:
-        """Block until all tasks are done, and end the queue."""
-        ...
-
-
-class StreamEvent:
-    """A point in a CUDA stream; see `Completion`."""
-
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._event.record(stream)
-
-    def wait(self) -> None:
-        """Make the current stream wait for this point."""
-        self._event.wait()
-
-    def is_done(self) -> bool:
-        """Return whether the stream has reached this point."""
-        return bool(self._event.query())  # type: ignore[no-untyped-call]
-
-
 class CommStream:
-    """A CUDA stream; see `CommQueue`. Tasks are launched at once, so `put` raises what they raise.
+    """A CUDA stream that runs tasks in order. They are launched at once, so `put` raises what they raise.
 
     Args:
         name: unused; streams have no names.
@@ -74,48 +43,46 @@ class CommStream:
         self.name = name
         self._stream = torch.cuda.Stream(device, priority=-1 if is_urgent else 0)  # type: ignore[no-untyped-call]
 
-    def mark(self) -> Completion:
-        """Return a point in the current stream."""
-        return StreamEvent(torch.cuda.current_stream(self._stream.device))
+    def mark(self) -> Completion | None:
+        """Return the end of what the caller has given the device so far: a point in the current stream."""
+        return _record_event(torch.cuda.current_stream(self._stream.device))
 
     def put(self, task: Task, after: Completion | None) -> Completion:
-        """Launch a task in the stream."""
+        """Launch a task in the stream, after all earlier ones and after `after`."""
         with torch.cuda.stream(self._stream):
             if after is not None:
                 after.wait()
             task()
-            return StreamEvent(self._stream)
+            return _record_event(self._stream)
 
     def close(self) -> None:
         """Block until the stream is idle."""
         self._stream.synchronize()
 
 
-class _Result:
+def _record_event(stream: torch.cuda.Stream) -> Completion:
+    event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(stream)
+    return event  # type: ignore[no-any-return]
+
+
+class TaskEnd(Future[None]):
     """The end of a thread's task; see `Completion`."""
 
-    def __init__(self) -> None:
-        self._ended = Event()
-        self._error: BaseException | None = None
-
-    def end(self, error: BaseException | None) -> None:
-        self._error = error
-        self._ended.set()
-
     def wait(self) -> None:
-        self._ended.wait()
-        if self._error is not None:
-            raise self._error
+        """Block until the task is done and raise its error."""
+        self.result()
 
-    def is_done(self) -> bool:
-        return self._ended.is_set()
+    def query(self) -> bool:
+        """Return whether the task has ended."""
+        return self.done()
 
 
-_Queue = SimpleQueue[tuple[Task, Completion | None, _Result] | None]
+_Queue = SimpleQueue[tuple[Task, Completion | None, TaskEnd] | None]
 
 
 class CommThread:
-    """A thread; see `CommQueue`. It ends with `close` or with its last reference, and never blocks a process's exit.
+    """A thread that runs tasks in order. It ends with `close` or its last reference, and never blocks a process's exit.
 
     Args:
         name: of the thread.
@@ -127,20 +94,21 @@ class CommThread:
         self._thread.start()
         self._end = weakref.finalize(self, _end, self._queue, self._thread, EXIT_SECONDS)
 
-    def mark(self) -> None:
+    def mark(self) -> Completion | None:
         """Return None: without a GPU, the caller's own work is done when it calls."""
+        return None
 
     def put(self, task: Task, after: Completion | None) -> Completion:
-        """Hand the thread a task.
+        """Hand the thread a task, to run after all earlier ones and after `after`, whose error it then raises.
 
         Raises:
             RuntimeError: the queue is closed.
         """
         if not self._end.alive:
-            raise RuntimeError(f"{self._thread.name} is closed and runs no more tasks")
-        result = _Result()
-        self._queue.put((task, after, result))
-        return result
+            raise RuntimeError(f"{self._thread.name} is closed and cannot run more tasks")
+        end = TaskEnd()
+        self._queue.put((task, after, end))
+        return end
 
     def close(self) -> None:
         """Block until all tasks are done, and end the thread."""
@@ -150,15 +118,15 @@ class CommThread:
 
 def _serve(queue: _Queue) -> None:
     while (item := queue.get()) is not None:
-        task, after, result = item
+        task, after, end = item
         try:
             if after is not None:
                 after.wait()
             task()
-            result.end(None)
+            end.set_result(None)
         except BaseException as error:
-            result.end(error)
-        del item, task, after, result  # keep nothing of this task alive while waiting for the next
+            end.set_exception(error)
+        del item, task, after, end  # keep nothing of this task alive while waiting for the next
 
 
 def _end(queue: _Queue, thread: Thread, seconds: float | None) -> None:
@@ -174,8 +142,11 @@ def allocate_on_default_stream(device: torch.device) -> Iterator[None]:
     Each of the two streams waits for what the other was given before: memory of a stream cannot be used by another one
     until that stream has caught up.
     """
-    default, current = _streams(device)
-    if default is current or default == current:
+    if device.type != "cuda":
+        yield
+        return
+    default, current = torch.cuda.default_stream(device), torch.cuda.current_stream(device)
+    if default == current:
         yield
         return
     default.wait_stream(current)
@@ -184,11 +155,7 @@ def allocate_on_default_stream(device: torch.device) -> Iterator[None]:
     current.wait_stream(default)
 
 
-def _streams(device: torch.device) -> tuple[Any, Any]:
-    """Return the default and the current stream of a GPU; None for other devices."""
-    if device.type != "cuda":
-        return None, None
-    return torch.cuda.default_stream(device), torch.cuda.current_stream(device)
+CommQueue = CommStream | CommThread
 
 
 def comm_queue_for(device: torch.device, name: str, *, is_urgent: bool = False) -> CommQueue:

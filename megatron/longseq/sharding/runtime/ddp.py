@@ -169,7 +169,7 @@ class ShardedDataParallel(distributed_data_parallel.DistributedDataParallel):
                 units[unit].params.extend(_frozen_stores(frozen, self.sharding))
         tied = _tied(self.module)
         if tied is not None:  # the output layer computes with the embedding's weight
-            mine, theirs = units.setdefault(tied.layer, _Stores([], [])), units[tied.embedding]
+            mine, theirs = units.setdefault(tied[0], _Stores([], [])), units[tied[1]]
             mine.grads.extend(theirs.grads)
             mine.params.extend(theirs.params)
         if self.sharding.strategy.params is Level.NONE:
@@ -205,17 +205,11 @@ class _Stores(NamedTuple):
     params: list[ParamStore]
 
 
-class _Tied(NamedTuple):
-    """Names of the unit that computes with another one's weight, and of that one."""
-
-    layer: str
-    embedding: str
-
-
-def _tied(chunk: torch.nn.Module) -> _Tied | None:
+def _tied(chunk: torch.nn.Module) -> tuple[str, str] | None:
+    """Return the names of the unit that computes with another one's weight, and of that one."""
     for name, module in chunk.named_modules():
         if getattr(module, "share_embeddings_and_output_weights", False) and module.pre_process and module.post_process:
-            return _Tied(f"{name}.output_layer".lstrip("."), f"{name}.embedding".lstrip("."))
+            return f"{name}.output_layer".lstrip("."), f"{name}.embedding".lstrip(".")
     return None
 
 

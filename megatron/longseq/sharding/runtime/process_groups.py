@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from megatron.longseq.distributed import all_groups, same_backend_options
+from megatron.longseq.distributed import all_groups, new_groups
 from megatron.longseq.sharding.plan.collectives import Scope
 from megatron.longseq.sharding.plan.rank_groups import RankGroups
 from megatron.longseq.sharding.plan.strategy import Level
@@ -40,26 +40,21 @@ def open_groups(
     Raises:
         ValueError: the data-parallel group has another number of ranks than `groups`.
     """
-    mine, backend = tuple(dist.get_process_group_ranks(data_parallel)), dist.get_backend(data_parallel)
-    me, scopes, logical = dist.get_rank(), {}, None
-    for members in all_groups(mine):
-        everyone = groups.ordered(members)
-        wanted: list[tuple[Scope | None, tuple[int, ...]]] = [(None, everyone), (Scope.FLAT, everyone)]
-        wanted += [(Scope.INSIDE, ranks) for ranks in groups.inside(members)]
-        wanted += [(Scope.BETWEEN, ranks) for ranks in groups.between(members)]
-        for scope, ranks in wanted:  # torch requires that every rank of the job creates every group
-            if scope is not None and len(ranks) == 1:
-                continue
-            name = f"paro-{scope or 'logical'}"
-            made = dist.new_group(
-                list(ranks), timeout, backend, same_backend_options(data_parallel), sort_ranks=False, group_desc=name
-            )
-            if me in ranks and scope is None:
-                logical = made
-            elif me in ranks and scope is not None:
-                scopes[scope] = made
-    assert logical is not None, "this rank's own group is among those of all ranks"
-    return Communicators(mine.index(me), scopes, logical)
+    mine = dist.get_process_group_ranks(data_parallel)
+    lists = all_groups(mine)
+    everyone = [groups.ordered(members) for members in lists]
+    wanted: dict[Scope, list[tuple[int, ...]]] = {
+        Scope.FLAT: everyone,
+        Scope.INSIDE: [ranks for members in lists for ranks in groups.inside(members)],
+        Scope.BETWEEN: [ranks for members in lists for ranks in groups.between(members)],
+    }
+
+    def make(lists: Sequence[tuple[int, ...]], name: str) -> dist.ProcessGroup:
+        return new_groups(lists, data_parallel, timeout, sort_ranks=False, group_desc=f"paro-{name}")
+
+    logical = make(everyone, "logical")
+    scopes = {scope: make(lists, scope) for scope, lists in wanted.items() if len(lists[0]) > 1}
+    return Communicators(mine.index(dist.get_rank()), scopes, logical)
 
 
 class OptimizerGroups(NamedTuple):
@@ -82,25 +77,19 @@ def open_optimizer_groups(
     """Create the optimizer's process groups. Every rank of the job must call this at the same time.
 
     Args:
-        data_parallel: this rank's data-parallel group (with context parallelism), in upstream's order.
-        groups: how its ranks are grouped.
+        data_parallel, groups, timeout: see `open_groups`.
         level: sharding level of the optimizer states.
-        timeout: after which an unfinished collective is an error; None: the backend's default.
     """
-    lists, backend = all_groups(dist.get_process_group_ranks(data_parallel)), dist.get_backend(data_parallel)
+    lists = all_groups(dist.get_process_group_ranks(data_parallel))
     copies = [copies_of(members, groups, level) for members in lists]
 
-    def make(ranks: Sequence[int]) -> dist.ProcessGroup | None:
-        made = dist.new_group(list(ranks), timeout=timeout, backend=backend, sort_ranks=False)
-        return made if dist.get_rank() in ranks else None
-
-    def mine(wanted: Sequence[Sequence[int]]) -> dist.ProcessGroup:
-        return next(group for group in [make(ranks) for ranks in wanted] if group is not None)
+    def make(wanted: Sequence[Sequence[int]]) -> dist.ProcessGroup:
+        return new_groups(wanted, data_parallel, timeout, sort_ranks=False)
 
     return OptimizerGroups(
-        shards=mine([ranks for each in copies for ranks in each]),
-        replicas=mine([ranks for each in copies for ranks in zip(*each, strict=True)]),
-        statistics=mine([sorted(sum(same, ())) for same in zip(*copies, strict=True)]),
+        shards=make([ranks for each in copies for ranks in each]),
+        replicas=make([ranks for each in copies for ranks in zip(*each, strict=True)]),
+        statistics=make([sorted(sum(same, ())) for same in zip(*copies, strict=True)]),
     )
 
 

@@ -18,7 +18,7 @@ from megatron.longseq.sharding.plan.collectives import (
 )
 from megatron.longseq.sharding.plan.rank_groups import RankGroups
 from megatron.longseq.sharding.plan.strategy import Level, Strategy
-from megatron.longseq.sharding.runtime.collectives import Region
+from megatron.longseq.sharding.runtime.collectives import Region, region_of
 from megatron.longseq.sharding.runtime.comm_queue import CommQueues
 from megatron.longseq.sharding.runtime.process_groups import OptimizerGroups
 
@@ -66,7 +66,7 @@ class ShardingState:
 
     def region(self, full: Tensor) -> Region:
         """Return a full bucket as collectives take it, with this rank's slice, 1/m of it."""
-        return Region(full, cut(full, self.shard_range(Level.GROUP, full.numel())))
+        return region_of(full, self.groups, self.member)
 
 
 def cut(flat: Tensor, span: range, base: int = 0) -> Tensor:

@@ -3,11 +3,10 @@ the `table` and `flags` of the documentation.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron.longseq.refusals import flags_table, refusals_table
+from megatron.longseq.command_line import add_flags_command, run_command
 from megatron.longseq.sharding.arguments import REFUSALS, add_sharding_arguments
 from megatron.longseq.sharding.plan.collectives import CollectivesMode
 from megatron.longseq.sharding.plan.memory import Model
@@ -17,47 +16,38 @@ from megatron.longseq.sharding.tools import tables as page
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit status: 0 done, 1 refused."""
-    args = _parser().parse_args(argv)
-    try:
-        text = args.run(args)
-        if text is not None:
-            print(text)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    """Run one command and return the exit status: 0, or 1 after an error."""
+    return run_command(_parser(), argv)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m megatron.longseq.sharding", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    table = commands.add_parser("table", help="markdown: every strategy, which to take, and what is refused")
+    table = commands.add_parser("table", help="print Markdown tables: the costs of all strategies, and which to choose")
     table.set_defaults(run=lambda args: page.page())
-    flags = commands.add_parser("flags", help="markdown: the flags of a training run, and what is refused")
-    flags.set_defaults(run=lambda args: f"{flags_table(add_sharding_arguments)}\n\n{refusals_table(REFUSALS)}")
-    draw = commands.add_parser("draw", help="which rank keeps what, two links over time, memory and communication")
-    draw.add_argument("--output", type=Path, required=True, metavar="FILE", help="picture (.svg, .png)")
+    add_flags_command(commands, add_sharding_arguments, REFUSALS)
+    draw = commands.add_parser("draw", help="draw shards by rank, both links over time, memory and communication")
+    draw.add_argument("--output", type=Path, required=True, metavar="FILE", help="picture to write (.svg, .png)")
     draw.set_defaults(run=_draw)
-    probe = commands.add_parser("probe", help="the --paro-links to give; run it under torchrun on all ranks of a job")
+    probe = commands.add_parser("probe", help="measure links and print --paro-links; run under torchrun on all ranks")
     probe.add_argument("--paro-group-size", type=int, help="ranks of a group (default: those of a node)")
     probe.set_defaults(run=_probe)
-    choose = commands.add_parser("choose", help="markdown: the strategies that fit, the fastest first")
-    choose.add_argument("--params", type=float, required=True, help="of a tensor- and pipeline-parallel rank")
-    choose.add_argument("--trainable", type=float, help="of them trained (default: all)")
+    choose = commands.add_parser("choose", help="print a Markdown table of the strategies that fit, fastest first")
+    choose.add_argument("--params", type=float, required=True, help="parameters of a model-parallel rank")
+    choose.add_argument("--trainable", type=float, help="trained parameters (default: all)")
     choose.add_argument("--ranks", type=int, required=True, help="data-parallel times context-parallel ranks")
     choose.add_argument("--paro-group-size", type=int, required=True, help="ranks of a group")
     choose.add_argument(
         "--paro-collectives", choices=[mode.value for mode in CollectivesMode], default=CollectivesMode.OVERLAPPED.value
     )
-    choose.add_argument("--microbatches", type=int, required=True, help="of a rank in a step, A")
-    choose.add_argument("--memory-gb", type=float, help="for model states on a rank (default: no limit)")
-    choose.add_argument("--inside-gbs", type=float, required=True, help="GB/s of a rank inside its group")
-    choose.add_argument("--between-gbs", type=float, required=True, help="GB/s of a rank between groups: its share")
-    choose.add_argument("--inside-latency", type=float, default=3e-6, help="seconds of a message (default 3e-6)")
-    choose.add_argument("--between-latency", type=float, default=15e-6, help="seconds of a message (default 15e-6)")
-    choose.add_argument("--channels", type=int, help="ranks' links that a flat ring fills (default: a group's)")
-    choose.add_argument("--buckets", type=int, default=8, help="of parameters, and of gradients (default 8)")
+    choose.add_argument("--microbatches", type=int, required=True, help="micro-batches of a rank per step, A")
+    choose.add_argument("--memory-gb", type=float, help="memory for the model states of a rank (default: no limit)")
+    choose.add_argument("--inside-gbs", type=float, required=True, help="bandwidth of a rank inside its group, in GB/s")
+    choose.add_argument("--between-gbs", type=float, required=True, help="bandwidth of a rank between groups, in GB/s")
+    choose.add_argument("--inside-latency", type=float, default=3e-6, help="latency in seconds (default 3e-6)")
+    choose.add_argument("--between-latency", type=float, default=15e-6, help="latency in seconds (default 15e-6)")
+    choose.add_argument("--channels", type=int, help="links that a flat ring uses (default: one per rank of a group)")
+    choose.add_argument("--buckets", type=int, default=8, help="buckets of parameters and of gradients (default 8)")
     choose.add_argument("--forward-seconds", type=float, default=0.0, help="compute of a micro-batch (default 0)")
     choose.add_argument("--backward-seconds", type=float, default=0.0, help="compute of a micro-batch (default 0)")
     choose.add_argument("--hidden", type=float, default=0.0, help="share of compute that hides communication, 0 to 1")

@@ -55,7 +55,7 @@ def fit_link(groups: RankGroups, measurements: Sequence[Measurement]) -> LinkSpe
     if not points:
         return None
     if min(seconds for _, seconds in points) <= 0:
-        raise ValueError(f"collectives that took {[one.seconds for one in measurements]} s: times must be positive")
+        raise ValueError(f"collectives took {[one.seconds for one in measurements]} s: times must be positive")
     # Minimise the squares of 1 - (latency + size / bandwidth) / time, linear in u = 1 / time and v = size / time.
     u, v = [1 / seconds for _, seconds in points], [size / seconds for size, seconds in points]
     uu, uv, vv = (sum(a * b for a, b in zip(x, y, strict=True)) for x, y in ((u, u), (u, v), (v, v)))
@@ -157,7 +157,7 @@ def probe_this_job(group_size: int | None) -> str | None:
         ValueError: torchrun has not started this process, or the group size does not divide the ranks.
     """
     if "RANK" not in os.environ:
-        raise ValueError("probe runs on all ranks of a job: torchrun ... -m megatron.longseq.sharding probe")
+        raise ValueError("run probe on all ranks of a job: torchrun ... -m megatron.longseq.sharding probe")
     groups = RankGroups(int(os.environ["WORLD_SIZE"]), group_size or int(os.environ["LOCAL_WORLD_SIZE"]))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -1,9 +1,10 @@
 """The Markdown tables of docs/paro.md, from the flags and the formulas."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
+from megatron.longseq.command_line import markdown_table
 from megatron.longseq.sharding.arguments import INSTEAD
 from megatron.longseq.sharding.plan.collectives import CollectivesMode
 from megatron.longseq.sharding.plan.comm_volume import CommVolume, comm_volume
@@ -33,18 +34,6 @@ class Training(NamedTuple):
 TRAININGS = (Training("full", 1.0), Training("partial, 1 of 16", 1 / 16), Training("adapters, 3 of 1000", 3 / 1000))
 MICROBATCHES = (1, 4, 16, 64)
 LIMITS = (2e9, 5e9, 10e9, 20e9, 40e9, None)
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A Markdown table."""
-
-    head: Sequence[str]
-    rows: Iterable[Sequence[str]]
-
-    def __str__(self) -> str:
-        lines = [self.head, ["---"] * len(self.head), *self.rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def setting(job: TrainingJob) -> str:
@@ -78,7 +67,7 @@ def strategies(job: TrainingJob = SEVEN_B) -> str:
                 f"{prediction.seconds.communication:.2f}",
             ]
         )
-    return str(Table(head, rows))
+    return markdown_table(head, rows)
 
 
 def _step(strategy: Strategy, job: TrainingJob) -> CommVolume:
@@ -91,12 +80,12 @@ def _step(strategy: Strategy, job: TrainingJob) -> CommVolume:
 def refused() -> str:
     """Return every strategy that is refused, and the one to give instead."""
     rows = [[str(one), str(one.better), (one.refusal() or "").split(": ", 1)[1]] for one in ALL if not one.is_valid]
-    return str(Table(["refused", "give", "why"], rows))
+    return markdown_table(["refused", "give", "why"], rows)
 
 
 def not_run() -> str:
     """Return every valid strategy that is not implemented, and what to give instead."""
-    return str(Table(["not run", "instead"], INSTEAD.items()))
+    return markdown_table(["not run", "instead"], INSTEAD.items())
 
 
 def guideline(job: TrainingJob = SEVEN_B, limits: Sequence[float | None] = LIMITS) -> str:
@@ -115,7 +104,7 @@ def guideline(job: TrainingJob = SEVEN_B, limits: Sequence[float | None] = LIMIT
         for limit in limits:
             cells = [_cell(replace(job, model=model, work=ComputeTime(count)), limit) for count in MICROBATCHES]
             rows.append([training.name, "none" if limit is None else f"{limit / 1e9:g}", *cells])
-    return str(Table(head, rows))
+    return markdown_table(head, rows)
 
 
 def _cell(job: TrainingJob, limit: float | None) -> str:
@@ -143,7 +132,7 @@ def ranked(job: TrainingJob, limit: float | None) -> str:
         ]
         for one in rank(job, RUNNING, limit)
     ]
-    return str(Table(["flags", "memory GB", "step s", "communication s", "of the fastest"], rows))
+    return markdown_table(["flags", "memory GB", "step s", "communication s", "of the fastest"], rows)
 
 
 def page() -> str:
