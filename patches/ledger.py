@@ -5,7 +5,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from patches import checkpoint, cpu, cross_entropy, data, entry, hooks, local, log, paro, recompute, seq1f1b, usp
+from patches import (
+    checkpoint,
+    cpu,
+    cross_entropy,
+    data,
+    entry,
+    hooks,
+    local,
+    log,
+    packed,
+    paro,
+    recompute,
+    seq1f1b,
+    usp,
+)
 from patches.errors import Conflict, LedgerError
 from patches.record import Callback, Record
 
@@ -117,7 +131,7 @@ def merged(records: Iterable[Record]) -> list[Record]:
     return list(found.values())
 
 
-_SYSTEMS = (cpu, local, entry, data, checkpoint, log, recompute, seq1f1b, usp, paro, cross_entropy)
+_SYSTEMS = (cpu, local, entry, data, checkpoint, log, recompute, seq1f1b, usp, packed, paro, cross_entropy)
 
 RECORDS: tuple[Record, ...] = checked(
     with_callbacks(

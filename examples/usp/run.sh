@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains with upstream on one rank and with Ulysses 2 x ring 2 on four, on packed documents, and compares the losses.
+# Trains on packed documents on one rank and with Ulysses 2 x ring 2 on four, and compares the losses.
 #
 #   bash examples/usp/run.sh [--run-dir DIR] [--steps N]        # about a minute, after .venv exists
 #
@@ -17,7 +17,7 @@ HYBRID=(--context-parallel-size 4 --cp-comm-type a2a+p2p --hierarchical-context-
 options usp 1 "$@"
 ((${#words[@]} == 0)) || unknown "${words[0]}"
 begin 4 one hybrid segments
-train 1 one "upstream's own attention, one rank"
+train 1 one "one rank"
 train 4 hybrid "Ulysses 2 x ring 2: ${HYBRID[*]}" "${HYBRID[@]}"
 train 4 segments "the same with two segments: --seq1f1b-splits 2" "${HYBRID[@]}" --seq1f1b-splits 2
 losses "one=one rank" "hybrid=2 x 2" "segments=2 x 2, segments"

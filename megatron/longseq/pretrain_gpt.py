@@ -13,17 +13,20 @@ from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import (
     StragglerDetector,
+    flatten_batch_for_packed_sequences,
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
-from megatron.training import get_args, get_timers, pretrain, print_rank_0
+from megatron.training import get_args, get_timers, pretrain, print_rank_0, training
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
+from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
@@ -31,9 +34,16 @@ from megatron.longseq.freeze import add_freeze_arguments, check_train_only, free
 from megatron.longseq.unserved import refuse_unserved, without_effect
 
 Batch = dict[str, torch.Tensor | None]
+TOKENS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+DOCUMENTS = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
 
 SPIKE = 10.0  # --check-for-spiky-loss: loss / largest loss so far; same value as in Megatron-LM's script
 stragglers = StragglerDetector()  # --log-straggler; a singleton that upstream's training loop configures
+
+
+def packs_documents(args: Any) -> bool:
+    """Return whether samples have `cu_seqlens`, which say where their documents begin."""
+    return bool(args.sft or args.dataloader_inter_document_masking)
 
 
 def get_batch(data_iterator: Any, vp_stage: int | None, micro_batch_size: int) -> Batch:
@@ -45,22 +55,48 @@ def get_batch(data_iterator: Any, vp_stage: int | None, micro_batch_size: int) -
         micro_batch_size: number of sequences that the other tensor-parallel ranks expect.
 
     Returns:
-        Tensors of shape [micro-batch, sequence / context-parallel size]. Pipeline stages between the first and the last
-        get an empty dict.
+        Tensors of shape [micro-batch, sequence / context-parallel size]. With packed documents also `cu_seqlens` of the
+        whole micro-batch, int32 [1, documents + 1], and `max_seqlen`. Pipeline stages between the first and the last
+        get those alone, or without documents an empty dict.
 
     Raises:
-        ValueError: the samples do not have the expected size.
+        ValueError: the samples do not have the expected size, or no `cu_seqlens`.
     """
-    if not is_first_or_last_pipeline_stage(vp_stage):
+    args = get_args()
+    has_documents, has_tokens = packs_documents(args), is_first_or_last_pipeline_stage(vp_stage)
+    if not has_tokens and not has_documents:
         return {}
-    args, tp_rank = get_args(), mpu.get_tensor_model_parallel_rank()
-    batch: Batch = {}
-    if tp_rank == 0:
-        sample = next(data_iterator)
-        keys = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
-        batch = {key: sample[key].cuda(non_blocking=True) if key in sample else None for key in keys}
-        if args.tensor_model_parallel_size > 1:
-            _check_size(tuple(sample["tokens"].shape), (micro_batch_size, args.seq_length), args.rank)
+    batch = _broadcast(_read(data_iterator, micro_batch_size), micro_batch_size)
+    batch = flatten_batch_for_packed_sequences(batch)
+    if not has_tokens:
+        return {key: batch[key] for key in DOCUMENTS}
+    return get_batch_on_this_cp_rank(
+        batch,
+        is_hybrid_cp=False,
+        cp_group=mpu.get_context_parallel_group(),
+        use_per_sequence_balancing=args.dataloader_inter_document_masking and not args.sft,
+    )
+
+
+def _read(data_iterator: Any, micro_batch_size: int) -> Batch:
+    """Read the next micro-batch on tensor-parallel rank 0; return an empty dict on other ranks."""
+    if mpu.get_tensor_model_parallel_rank() != 0:
+        return {}
+    args, sample = get_args(), next(data_iterator)
+    keys = (*TOKENS, *DOCUMENTS) if packs_documents(args) else TOKENS
+    if packs_documents(args) and "cu_seqlens" not in sample:
+        raise ValueError(
+            f"rank {args.rank}: documents are packed, but samples of the data set have no cu_seqlens. Use one of "
+            "upstream's data sets."
+        )
+    if args.tensor_model_parallel_size > 1:
+        _check_size(tuple(sample["tokens"].shape), (micro_batch_size, args.seq_length), args.rank)
+    return {key: sample[key].cuda(non_blocking=True) if key in sample else None for key in keys}
+
+
+def _broadcast(batch: Batch, micro_batch_size: int) -> Batch:
+    """Return a micro-batch on every tensor-parallel rank, with the tensors that its pipeline stage needs."""
+    args = get_args()
     sizes = {"micro_batch_size": micro_batch_size, "seq_length": args.seq_length}
     stage = {
         "is_pipeline_first_stage": mpu.is_pipeline_first_stage(),
@@ -69,18 +105,17 @@ def get_batch(data_iterator: Any, vp_stage: int | None, micro_batch_size: int) -
         "mtp_on_this_rank": False,
     }
     group = {
-        "tp_rank": tp_rank,
+        "tp_rank": mpu.get_tensor_model_parallel_rank(),
         "broadcast_group": mpu.get_tensor_model_parallel_group(),
         "broadcast_src_rank": mpu.get_tensor_model_parallel_src_rank(),
         "cp_size": args.context_parallel_size,
     }
     content = {
         "create_attention_mask_in_dataloader": args.create_attention_mask_in_dataloader,
-        "has_cu_seqlens": False,
+        "has_cu_seqlens": packs_documents(args),
         "is_hybrid_cp": False,
     }
-    batch = get_batch_on_this_tp_rank(batch, **sizes, **stage, **group, **content)
-    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    return get_batch_on_this_tp_rank(batch, **sizes, **stage, **group, **content)
 
 
 def _check_size(given: tuple[int, ...], expected: tuple[int, int], rank: int) -> None:
@@ -90,6 +125,28 @@ def _check_size(given: tuple[int, ...], expected: tuple[int, int], rank: int) ->
             f"tensor-parallel ranks expect {list(expected)} ([micro-batch, sequence]). Use a data set whose batches "
             "all have the same size."
         )
+
+
+def packed_documents(batch: Batch, tokens_per_sample: int) -> PackedSeqParams | None:
+    """Return the documents of a micro-batch as upstream's models take them, or None if it has none."""
+    borders = batch.get("cu_seqlens")
+    if borders is None:
+        return None
+    padded, longest = batch.get("cu_seqlens_padded"), batch["max_seqlen"]
+    training.update_seqlen_stats_from_cu_seqlens(borders[0])  # upstream's count of FLOPs
+    borders = (borders if padded is None else padded)[0]
+    own_padded = None if padded is None else borders
+    assert longest is not None, "upstream's data sets return it with cu_seqlens"
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=borders,
+        cu_seqlens_kv=borders,
+        cu_seqlens_q_padded=own_padded,
+        cu_seqlens_kv_padded=own_padded,
+        max_seqlen_q=int(longest.max()),
+        max_seqlen_kv=int(longest.max()),
+        tokens_per_sample=tokens_per_sample,
+    )
 
 
 def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
@@ -142,8 +199,11 @@ def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[torch.Tens
     timers("batch-generator").stop()
     names = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
     tokens, position_ids, attention_mask, labels, loss_mask = (batch.get(name) for name in names)
+    documents = packed_documents(batch, args.seq_length)
     with stragglers:
-        output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
+        output = model(
+            tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask, packed_seq_params=documents
+        )
     return output, partial(loss_func, loss_mask)
 
 
@@ -171,6 +231,7 @@ def dataset_config(args: Any) -> GPTDatasetConfig:
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
+        inter_document_masking=args.dataloader_inter_document_masking,
         context_parallel_size=args.context_parallel_size,
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
@@ -188,9 +249,10 @@ def datasets_provider(samples: list[int], vp_stage: int | None = None) -> tuple[
     print_rank_0("> building train, validation and test datasets ...")
 
     def reads_data() -> bool:
-        return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
+        reads = packs_documents(args) or is_first_or_last_pipeline_stage(vp_stage)
+        return mpu.get_tensor_model_parallel_rank() == 0 and reads
 
-    dataset = MockGPTDataset if args.mock_data else GPTDataset
+    dataset = SFTDataset if args.sft else MockGPTDataset if args.mock_data else GPTDataset
     return BlendedMegatronDatasetBuilder(dataset, samples, reads_data, dataset_config(args)).build()
 
 

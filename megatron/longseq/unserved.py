@@ -19,10 +19,12 @@ def _has_data(args: Namespace, part: str) -> bool:
 
 # flag: (whether the arguments ask for it, why this script does not support it)
 UNSERVED: Refusals = {
-    "--sft": (lambda a: a.sft, _THEIRS),
+    "--sft with --eval-iters 0": (
+        lambda a: a.sft and a.eval_iters == 0 and (_has_data(a, "valid") or _has_data(a, "test")),
+        "upstream's loader fails where no conversation of a part is wanted; give --split 1,0,0, or --eval-iters",
+    ),
     "--freeze-all-layers": (lambda a: a.freeze_all_layers, _THEIRS),
     "--fim-data": (lambda a: a.fim_data, _THEIRS),
-    "--dataloader-inter-document-masking": (lambda a: a.dataloader_inter_document_masking, _THEIRS),
     "--hybrid-context-parallel": (lambda a: a.hybrid_context_parallel, _THEIRS),
     "--logits-load-dir": (lambda a: a.logits_load_dir is not None, _THEIRS),
     "--per-dataset-sequences-path": (lambda a: a.per_dataset_sequences_path is not None, _THEIRS),

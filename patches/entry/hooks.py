@@ -11,6 +11,7 @@ from megatron.longseq.attention.plan.model_difference import READS, model_differ
 from patches.conditions import no_cuda
 from patches.engine import digest, session
 from patches.errors import RankMismatch
+from patches.packed.conditions import serves_documents
 
 Provider = Callable[[ArgumentParser], ArgumentParser]
 
@@ -58,7 +59,8 @@ def _tell_unlike(args: Any) -> None:
         return
     is_local = args.transformer_impl == "local" or no_cuda(args)
     is_ours = getattr(args, "seq1f1b_splits", 1) > 1 or (args.context_parallel_size > 1 and is_local)
-    text = model_difference(args, is_ours=is_ours, is_local=is_local, on_gpu=not no_cuda(args))
+    is_dense = not serves_documents(args)
+    text = model_difference(args, is_ours=is_ours, is_local=is_local, on_gpu=not no_cuda(args), is_dense=is_dense)
     if text is not None:
         print(text, flush=True)
 

@@ -62,6 +62,7 @@ def _forward_backward() -> Any:
     from megatron.training import get_args
 
     from megatron.longseq.pipeline.forward_backward import ForwardBackward
+    from patches.packed.model import packed_reader
     from patches.usp.conditions import spreads_segments
     from patches.usp.runtime import current_context
 
@@ -71,6 +72,7 @@ def _forward_backward() -> Any:
         needs_mask=args.reset_attention_mask,
         sends_documents=args.create_attention_mask_in_dataloader,
         context=current_context() if spreads_segments(args) else None,
+        packed=packed_reader() if args.seq1f1b_splits > 1 else None,
         patience=args.pipeline_patience,
         timeout=timedelta(minutes=args.distributed_timeout_minutes),
         trace=functools.partial(_write_trace, Path(args.pipeline_trace)) if args.pipeline_trace else None,

@@ -28,9 +28,13 @@ RECORDS = (
         action="wrap",
         target="megatron.core.utils:_get_batch_on_this_cp_rank_per_sequence_balancing",
         impl="patches.usp.batch:by_segment",
-        reads=("megatron.core.utils:get_batch_on_this_cp_rank",),
-        why="Upstream distributes a whole sequence over the ranks, but each segment has to be distributed.",
-        when="patches.usp.conditions:spreads_segments",
+        reads=(
+            "megatron.core.utils:get_batch_on_this_cp_rank",
+            "megatron.core.utils:flatten_batch_for_packed_sequences",
+        ),
+        why="Upstream distributes a whole sequence over the ranks, but each segment has to be distributed. Of packed "
+        "documents it joins the sequences of a micro-batch into one, which pipeline stages do not expect.",
+        when="patches.packed.conditions:reads_documents",
         test="tests/distributed/test_context.py::test_segments_equal_upstream_in_float64",
         remove_when="upstream lets the caller pass the layout of a batch",
     ),

@@ -1,15 +1,22 @@
-"""Batches of sequences that run in segments: each segment is sharded over the context-parallel ranks."""
+"""Batches that our attention distributes over context-parallel ranks: sequence by sequence, and segment by segment."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+_ALONG_SEQUENCE = ("tokens", "labels", "loss_mask", "position_ids")  # [b, sequence]
+# Of THD batches; never cut, whatever their lengths are.
+_METADATA = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group")
 _ALONG_ROWS = "attention_mask"  # [b, 1, sequence, keys]; all other tensors have the sequence in dimension 1
 
 
 def by_segment(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the function behind `get_batch_on_this_cp_rank`: shard every segment as upstream shards a sequence."""
+    """Wrap the function behind `get_batch_on_this_cp_rank`: shard every segment as upstream shards a sequence.
+
+    Upstream joins the sequences of a packed micro-batch into one. They are separated again here, so that every sequence
+    is sharded alike and hidden states have the shapes that pipeline stages expect.
+    """
 
     def cut_by_segment(batch: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         from megatron.training import get_args
@@ -17,7 +24,10 @@ def by_segment(original: Callable[..., Any]) -> Callable[..., Any]:
         from megatron.longseq.pipeline.plan.from_args import segment_lengths
 
         flags = get_args()
-        cut = {name: value for name, value in batch.items() if _is_cut(value, flags.seq_length)}
+        batch = as_sequences(batch, flags.seq_length)
+        if getattr(flags, "seq1f1b_splits", 1) == 1:
+            return original(batch, *args, **kwargs)  # type: ignore[no-any-return]
+        cut = {name: value for name, value in batch.items() if _is_cut(name, value, flags.seq_length)}
         rest = {name: value for name, value in batch.items() if name not in cut}
         parts, begin = [], 0
         for length in segment_lengths(flags):
@@ -30,9 +40,39 @@ def by_segment(original: Callable[..., Any]) -> Callable[..., Any]:
     return cut_by_segment
 
 
+def by_sequence(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the function that cuts a batch document by document: ours is cut as batches without documents are.
+
+    Upstream's needs TransformerEngine, and documents whose lengths are multiples of twice the number of ranks.
+    """
+
+    def cut_by_sequence(batch: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        from megatron.core import utils
+
+        return utils._get_batch_on_this_cp_rank_per_sequence_balancing(batch, *args, **kwargs)  # type: ignore[no-any-return]
+
+    return cut_by_sequence
+
+
+def as_sequences(batch: dict[str, Any], length: int) -> dict[str, Any]:
+    """Return a packed batch [1, b * length] as [b, length], if no document lies in two of the sequences."""
+    borders = batch.get("cu_seqlens_padded")
+    borders = batch.get("cu_seqlens") if borders is None else borders
+    joined = [batch[name] for name in _ALONG_SEQUENCE if isinstance(batch.get(name), torch.Tensor)]
+    if borders is None or not joined or joined[0].shape[0] != 1 or joined[0].shape[1] in (0, length):
+        return batch
+    total = joined[0].shape[1]
+    if total % length or not set(range(0, total, length)) <= set(borders.flatten().tolist()):
+        return batch
+    views = {name: batch[name].view(-1, length) for name in _ALONG_SEQUENCE if batch.get(name) is not None}
+    return {**batch, **views}
+
+
 def _dim(name: str) -> int:
     return 2 if name == _ALONG_ROWS else 1
 
 
-def _is_cut(value: Any, length: int) -> bool:
+def _is_cut(name: str, value: Any, length: int) -> bool:
+    if name in _METADATA:
+        return False
     return isinstance(value, torch.Tensor) and value.dim() >= 2 and length in value.shape[1:3]

@@ -93,8 +93,8 @@ def squares_of(documents: list[torch.Tensor], model: str) -> float:
 @pytest.fixture(scope="module")
 def on_one_rank(ranks: RankPool) -> tuple[str, list[list[torch.Tensor]]]:
     """What a run on one rank printed, and the documents of every step, which every model and layout reads."""
-    run = run_arm(ranks, "O", 1, flags(TINY, STEPS), mutant=TWIST, keep_food=True)
-    batches = [[torch.as_tensor(np.asarray(batch["tokens"])) for batch in step] for step in run.food]
+    run = run_arm(ranks, "O", 1, flags(TINY, STEPS), mutant=TWIST, keep_batches=True)
+    batches = [[torch.as_tensor(np.asarray(batch["tokens"])) for batch in step] for step in run.batches]
     return _printed(ranks), [[random_documents(tokens) for tokens in step] for step in batches]
 
 

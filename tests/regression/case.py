@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tests.regression.corpus import NAMES
 from tests.regression.mutants import MUTANTS
 
 FOLDER = Path(__file__).parent
 ARITHMETIC = {"float64": (), "float32": (), "bf16": ("--bf16",)}
 CLASSES = {"E0": ("float64", "float32", "bf16"), "E1": ("float64", "float32"), "E2": ("bf16",)}
-KEYS = {"proves", "model", "flags", "steps", "arithmetic", "class", "oracle", "learns", "mutants", "seeds", "floor"}
+KEYS = {"proves", "model", "corpus", "flags", "steps", "arithmetic", "class"}
+KEYS |= {"oracle", "learns", "mutants", "seeds", "floor"}
 REQUIRED = {"proves", "model", "arithmetic", "class", "learns", "U", "O"}
 FEWEST_FLOORS = {"E1": 3, "E2": 2}  # per seed; one other order of summation is too small a sample of the noise
 FEWEST_STEPS = 6  # number of steps of a run with a planted error
@@ -49,6 +51,7 @@ class Case:
     name: str
     proves: str
     model: str
+    corpus: str
     flags: tuple[str, ...]
     steps: int
     arithmetic: str
@@ -94,6 +97,7 @@ def read_case(path: Path, models: Mapping[str, Any]) -> Case:
         name=path.stem,
         proves=table["proves"],
         model=table["model"],
+        corpus=table.get("corpus", NAMES[0]),
         flags=tuple(shlex.split(table.get("flags", ""))),
         steps=table.get("steps", 20),
         arithmetic=table["arithmetic"],
@@ -113,8 +117,9 @@ def _check(path: Path, table: Mapping[str, Any], models: Mapping[str, Any]) -> N
     for wrong, what in ((set(table) - allowed, "unknown"), (REQUIRED - set(table), "missing")):
         if wrong:
             raise CaseError(f"{path}: {what} key {', '.join(sorted(wrong))}; keys are {', '.join(sorted(allowed))}")
-    for key, known in (("model", models), ("arithmetic", ARITHMETIC), ("class", CLASSES)):
-        if table[key] not in known:
+    choices: dict[str, Any] = {"model": models, "arithmetic": ARITHMETIC, "class": CLASSES, "corpus": NAMES}
+    for key, known in choices.items():
+        if key in table and table[key] not in known:
             raise CaseError(f"{path}: {key} is {table[key]!r}; choose one of {', '.join(known)}")
     strange = set(table.get("mutants", ())) - set(MUTANTS)
     if strange:

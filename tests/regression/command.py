@@ -69,7 +69,7 @@ def run(
     logs = scratch / "logs"
     logs.mkdir(parents=True)
     suite = Suite(RankPool(logs), scratch)
-    header["data sha256"] = suite.corpus.sha256
+    header["data sha256"] = suite.corpus("paragraphs").sha256
     outcomes = []
     for case in cases:
         outcome = suite.run_case(case)

@@ -1,4 +1,4 @@
-"""Prepare the corpus of all arms: paragraphs of the Python standard library as bytes."""
+"""Prepare the corpora of all arms: paragraphs of the standard library as bytes, and documents of chosen lengths."""
 
 import hashlib
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron.longseq.data.corpus import find_files
 from megatron.longseq.data.prepare import PrepareRequest, prepare
 from megatron.longseq.data.tokenizer import byte_spec
+from tests.packed_corpus import ALIGNED, RAGGED, write_documents
 
 PACKAGES = ("asyncio", "email", "http", "json", "logging")
 
@@ -21,8 +22,16 @@ class Corpus:
     sha256: str
 
 
-def make_corpus(folder: Path) -> Corpus:
-    """Write the corpus into `folder`. Each paragraph is a document, so that a sequence holds many documents."""
+CHOSEN = {"ragged": RAGGED, "aligned": ALIGNED}  # lengths of documents
+NAMES = ("paragraphs", *CHOSEN)
+CHOSEN_TOKENS = 30_000
+
+
+def make_corpus(folder: Path, name: str = "paragraphs") -> Corpus:
+    """Write a corpus into `folder`. Sequences hold many documents: paragraphs, or those of chosen lengths."""
+    if name != "paragraphs":
+        flags = tuple(write_documents(folder / "corpus", CHOSEN[name], CHOSEN_TOKENS))
+        return Corpus(flags, hashlib.sha256((folder / "corpus.bin").read_bytes()).hexdigest())
     library = Path(sysconfig.get_paths()["stdlib"])
     sources = sorted(path for package in PACKAGES for path in (library / package).glob("*.py"))
     paragraphs = [text for path in sources for text in path.read_text("utf-8").split("\n\n") if text.strip()]

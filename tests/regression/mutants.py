@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tests.regression import mutants_cross_entropy, mutants_paro, mutants_usp
+from tests.regression import mutants_cross_entropy, mutants_packed, mutants_paro, mutants_usp
 from tests.regression.planted import Planted, wrapped
 
 MICRO_BATCHES = 4  # per step and rank, in the cases that use dropped_micro_batch
@@ -69,26 +69,6 @@ def rope_without_offset() -> Iterator[Planted]:
         return torch.cat((original(self, half, offset), original(self, length - half, offset)))
 
     with wrapped(RotaryEmbedding, "get_emb", get_emb):
-        yield planted
-
-
-@contextmanager
-def leaking_mask() -> Iterator[Planted]:
-    """Let tokens attend to earlier documents in the sequence: the mask is only causal."""
-    from megatron.longseq import pretrain_gpt
-
-    planted = Planted()
-
-    def get_batch(original: Any, *args: Any) -> Any:
-        batch = original(*args)
-        mask = batch.get("attention_mask")
-        if mask is not None:
-            causal = torch.ones_like(mask).triu(diagonal=1)
-            planted.times += int((mask != causal).any())
-            batch["attention_mask"] = causal
-        return batch
-
-    with wrapped(pretrain_gpt, "get_batch", get_batch):
         yield planted
 
 
@@ -208,7 +188,6 @@ MUTANTS: dict[str, Callable[[], Any]] = {
         dropped_micro_batch,
         scaled_loss,
         rope_without_offset,
-        leaking_mask,
         stale_parameter,
         norm_not_summed,
         late_learning_rate,
@@ -216,6 +195,7 @@ MUTANTS: dict[str, Callable[[], Any]] = {
         lost_prefix_gradient,
         mean_of_segment_means,
         *mutants_usp.ALL,
+        *mutants_packed.ALL,
         *mutants_paro.ALL,
         *mutants_cross_entropy.ALL,
     )

@@ -58,20 +58,6 @@ def rope_of_local_positions() -> Iterator[Planted]:
 
 
 @contextmanager
-def leaking_documents() -> Iterator[Planted]:
-    """Ignore documents in attention over context-parallel ranks."""
-    from megatron.longseq.attention.runtime.packed_documents import MaskReader
-
-    planted = Planted()
-
-    def documents(original: Any, *args: Any) -> None:
-        planted.times += original(*args) is not None
-
-    with wrapped(MaskReader, "documents", documents):
-        yield planted
-
-
-@contextmanager
 def loss_divided_by_ranks() -> Iterator[Planted]:
     """Divide the loss by the number of context-parallel ranks a second time.
 
@@ -196,7 +182,6 @@ ALL = (
     zigzag_off_by_one,
     unflipped_arrivals,
     rope_of_local_positions,
-    leaking_documents,
     loss_divided_by_ranks,
     loss_over_own_tokens,
     replicas_not_summed,

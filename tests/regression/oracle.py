@@ -4,6 +4,7 @@ It relies only on the format of upstream's checkpoints: names of weights and the
 positions, losses, gradients, clipping, Adam and the learning rate from the tokens.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ Weights = dict[str, Tensor]
 LAYER = "decoder.layers."
 ATTENTION, MLP = f"{LAYER}self_attention.", f"{LAYER}mlp."
 HEAD, EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
+POSITIONS = "embedding.position_embeddings.weight"
 FINAL = "decoder.final_layernorm.weight"
 
 
@@ -24,7 +26,10 @@ class Settings:
     """Values of upstream's flags that the computation depends on.
 
     Attributes:
-        documents: whether sequences hold several documents, with attention inside each one only.
+        documents: whether sequences hold several documents. Each one is computed by itself, without packing.
+        masks_eod: whether end-of-document tokens have no loss.
+        conversations: whether the loss mask of a sample says which tokens have a loss (--sft).
+        rotates: whether positions are rotary ones.
     """
 
     heads: int
@@ -37,6 +42,9 @@ class Settings:
     weight_decay: float
     eod: int
     documents: bool
+    masks_eod: bool
+    conversations: bool
+    rotates: bool
 
     @classmethod
     def of(cls, flags: Sequence[str]) -> "Settings":
@@ -49,11 +57,14 @@ class Settings:
             steps=int(value["--train-iters"]),
             peak=float(value["--lr"]),
             floor=float(value["--min-lr"]),
-            warmup=int(value["--lr-warmup-iters"]),
-            clip=float(value["--clip-grad"]),
+            warmup=int(value.get("--lr-warmup-iters", 0)),
+            clip=float(value.get("--clip-grad", 1.0)),
             weight_decay=float(value["--weight-decay"]),
-            eod=int(value["--null-tokenizer-eod-id"]),
-            documents="--reset-attention-mask" in value and "--eod-mask-loss" in value,
+            eod=int(value.get("--null-tokenizer-eod-id", -1)),
+            documents="--reset-attention-mask" in value,
+            masks_eod="--eod-mask-loss" in value,
+            conversations="--sft" in value,
+            rotates=value["--position-embedding-type"] == "rope",
         )
 
 
@@ -81,39 +92,71 @@ def rotate(x: Tensor) -> Tensor:
     return torch.cat((turned.real, turned.imag), -1)
 
 
-def attention(x: Tensor, qkv: Tensor, visible: Tensor, heads: int, groups: int) -> Tensor:
+def attention(x: Tensor, qkv: Tensor, heads: int, groups: int, *, rotates: bool = True) -> Tensor:
     """Compute grouped-query attention. The rows of `qkv` hold, for each group, its queries, its key and its value."""
     batch, sequence, _ = x.shape
     per_group = heads // groups
     rows = (x @ qkv.T).view(batch, sequence, groups, per_group + 2, -1).permute(0, 2, 3, 1, 4)
     query, key, value = rows[:, :, :per_group], rows[:, :, per_group : per_group + 1], rows[:, :, per_group + 1 :]
-    query = rotate(query.flatten(1, 2)).view_as(query)
-    key = rotate(key.flatten(1, 2)).view_as(key)
+    if rotates:
+        query = rotate(query.flatten(1, 2)).view_as(query)
+        key = rotate(key.flatten(1, 2)).view_as(key)
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-    scores = scores.masked_fill(~visible[:, None, None], -math.inf)
+    hidden = torch.ones(sequence, sequence, dtype=torch.bool).triu(1)
+    scores = scores.masked_fill(hidden, -math.inf)
     mixed = torch.softmax(scores, -1) @ value
     return mixed.permute(0, 3, 1, 2, 4).reshape(batch, sequence, -1)
 
 
 def token_losses(weights: Weights, tokens: Tensor, labels: Tensor, settings: Settings) -> Tensor:
-    """Return the cross entropy of every token, [batch, sequence]."""
-    sequence = tokens.shape[1]
-    visible = torch.ones(sequence, sequence, dtype=torch.bool).tril().expand(len(tokens), -1, -1)
-    if settings.documents:
-        ends = (tokens == settings.eod).long()
-        document = ends.cumsum(1) - ends  # the end-of-document token belongs to the document that it ends
-        visible = visible & (document[:, :, None] == document[:, None, :])
+    """Return the cross entropy of every token, [batch, sequence]; each sequence is one document."""
     x = weights[EMBEDDING][tokens]
+    if POSITIONS in weights:
+        x = x + weights[POSITIONS][: tokens.shape[1]]
     for layer in range(weights[f"{ATTENTION}linear_qkv.weight"].shape[0]):
         w = {name: tensor[layer] for name, tensor in weights.items() if name.startswith(LAYER)}
         inner = norm(x, w[f"{ATTENTION}linear_qkv.layer_norm_weight"])
-        mixed = attention(inner, w[f"{ATTENTION}linear_qkv.weight"], visible, settings.heads, settings.groups)
+        qkv = w[f"{ATTENTION}linear_qkv.weight"]
+        mixed = attention(inner, qkv, settings.heads, settings.groups, rotates=settings.rotates)
         x = x + mixed @ w[f"{ATTENTION}linear_proj.weight"].T
         inner = norm(x, w[f"{MLP}linear_fc1.layer_norm_weight"])
         gate, up = (inner @ w[f"{MLP}linear_fc1.weight"].T).chunk(2, -1)
         x = x + (gate * torch.sigmoid(gate) * up) @ w[f"{MLP}linear_fc2.weight"].T
     logits = norm(x, weights[FINAL]) @ weights.get(HEAD, weights[EMBEDDING]).T
-    return torch.logsumexp(logits, -1) - logits.gather(-1, labels[..., None])[..., 0]
+    return torch.logsumexp(logits, -1) - logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+
+
+def losses_of_documents(
+    weights: Weights, tokens: Tensor, labels: Tensor, borders: Sequence[Sequence[int]], settings: Settings
+) -> Tensor:
+    """Return the cross entropy of every token, [batch, sequence], one document after the other."""
+    rows = []
+    for row, borders_of_row in enumerate(borders):
+        pieces = [slice(begin, end) for begin, end in itertools.pairwise(borders_of_row) if begin < end]
+        losses = [token_losses(weights, tokens[row, None, one], labels[row, None, one], settings)[0] for one in pieces]
+        rows.append(torch.cat(losses))
+    return torch.stack(rows)
+
+
+def borders_of(batch: Mapping[str, Any], settings: Settings) -> list[list[int]]:
+    """Return where the documents of every sequence begin, and its length.
+
+    Samples with `cu_seqlens` say it themselves; with --reset-attention-mask a document ends behind each end-of-document
+    token; otherwise a sequence is one document.
+    """
+    tokens = torch.as_tensor(batch["tokens"])
+    if "cu_seqlens" in batch:
+        return torch.as_tensor(batch["cu_seqlens"]).tolist()  # type: ignore[no-any-return]
+    ends = [torch.nonzero(row == settings.eod).flatten() + 1 if settings.documents else row[:0] for row in tokens]
+    return [[0, *found.tolist(), tokens.shape[1]] for found in ends]
+
+
+def _counts(batch: Mapping[str, Any], settings: Settings) -> Tensor:
+    """Return which tokens have a loss, bool [batch, sequence]."""
+    if settings.conversations:
+        return torch.as_tensor(batch["loss_mask"]).bool()
+    tokens = torch.as_tensor(batch["tokens"])
+    return tokens != settings.eod if settings.masks_eod else torch.ones_like(tokens, dtype=torch.bool)
 
 
 def train(seed: Mapping[str, Tensor], steps: Sequence[Any], settings: Settings) -> tuple[list[dict[str, Any]], Weights]:
@@ -136,8 +179,8 @@ def train(seed: Mapping[str, Tensor], steps: Sequence[Any], settings: Settings) 
         total, count = 0.0, 0
         for batch in batches:
             tokens, labels = (torch.as_tensor(batch[name]).long() for name in ("tokens", "labels"))
-            counts = tokens != settings.eod if settings.documents else torch.ones_like(tokens, dtype=torch.bool)
-            losses = token_losses(weights, tokens, labels, settings)[counts]
+            counts = _counts(batch, settings)
+            losses = losses_of_documents(weights, tokens, labels, borders_of(batch, settings), settings)[counts]
             (losses.mean() / len(batches)).backward()  # type: ignore[no-untyped-call]  # as upstream, every micro-batch has the same weight
             total, count = total + losses.sum().item(), count + losses.numel()
         length = math.sqrt(sum(float((w.grad**2).sum()) for w in weights.values() if w.grad is not None))

@@ -15,7 +15,8 @@ from tests.regression.snapshot import Array, Part, parts_of_this_rank
 
 Step = dict[str, Any]
 Batch = dict[str, Array]
-BATCH_FIELDS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+BATCH_FIELDS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens")
+ORACLE_FIELDS = (*BATCH_FIELDS[:3], BATCH_FIELDS[-1])  # what the oracle computes from
 
 
 class BatchRecorder:
@@ -94,7 +95,8 @@ class Recorder:
                 }
             )
             if self.keep_batches:
-                self.batches.append([{name: batch[name].numpy() for name in BATCH_FIELDS[:3]} for batch in batches])
+                names = [name for name in ORACLE_FIELDS if name in batches[0]]
+                self.batches.append([{name: batch[name].numpy() for name in names} for batch in batches])
             if iteration in self.snapshots:
                 self.parts[iteration] = parts_of_this_rank(model, optimizer)
             return result

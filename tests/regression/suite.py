@@ -13,7 +13,7 @@ from tests.regression import oracle
 from tests.regression.arm import Run, run_arm
 from tests.regression.case import ARITHMETIC, FEWEST_STEPS, ArmPlan, Case, load_models
 from tests.regression.compare import Check, Evidence, agrees_with_oracle, broken, learned
-from tests.regression.corpus import make_corpus
+from tests.regression.corpus import Corpus, make_corpus
 from tests.regression.judge import Trial, Verdict, judge, verdict
 from tests.regression.mutants import MUTANTS
 from tests.regression.record import RankDisagreement
@@ -59,7 +59,7 @@ class Suite:
     def __init__(self, pool: RankPool, folder: Path) -> None:
         self.pool, self.folder = pool, folder
         self.models = load_models()
-        self.corpus = make_corpus(folder / "corpus")
+        self.corpora: dict[str, Corpus] = {}
         self.trainings = Trainings(pool, folder)
 
     def run_case(self, case: Case) -> Outcome:
@@ -110,10 +110,10 @@ class Suite:
             return [broken("oracle", "arm X trains on the batches of one process of U; give U world = 1")]
         seed = {
             name: tensor
-            for name, tensor in logical_tensors(self._seed(case.model)).items()
+            for name, tensor in logical_tensors(self._seed(case)).items()
             if not name.startswith("optimizer.")
         }
-        settings = oracle.Settings.of(self._flags(case, case.seeds[0]))
+        settings = oracle.Settings.of([*self._flags(case, case.seeds[0]), *case.u.flags])
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # its tensors are too small for two threads
         outcome.oracle, state = oracle.train(seed, u.batches, settings)
@@ -125,14 +125,24 @@ class Suite:
     def _flags(self, case: Case, seed: int) -> list[str]:
         steps = str(case.steps)
         schedule = ("--train-iters", steps, "--lr-decay-iters", steps, "--seed", str(seed))
-        return [*self.models[case.model], *self.corpus.flags, *case.flags, *ARITHMETIC[case.arithmetic], *schedule]
+        return [*self._model(case), *case.flags, *ARITHMETIC[case.arithmetic], *schedule]
 
-    def _seed(self, model: str) -> Path:
-        """Return the checkpoint with upstream\'s initial weights, from which every run of a model starts."""
-        return self.trainings.seed(*self.models[model], *self.corpus.flags)
+    def corpus(self, name: str) -> Corpus:
+        """Return a corpus, which is made when it is first needed."""
+        if name not in self.corpora:
+            self.corpora[name] = make_corpus(self.folder / f"corpus-{name}", name)
+        return self.corpora[name]
+
+    def _model(self, case: Case) -> tuple[str, ...]:
+        """Return upstream's flags of the model and the data."""
+        return (*self.models[case.model], *self.corpus(case.corpus).flags)
+
+    def _seed(self, case: Case) -> Path:
+        """Return the checkpoint with upstream's initial weights, from which every run of a model starts."""
+        return self.trainings.seed(*self._model(case))
 
     def _train(self, case: Case, plan: ArmPlan, seed: int, mutant: str | None = None) -> Run:
-        load = self.trainings.load(*self.models[case.model], *self.corpus.flags)
+        load = self.trainings.load(*self._model(case))
         flags = [*self._flags(case, seed), *plan.flags]
         named: dict[str, Any] = {
             "float64": case.arithmetic == "float64",

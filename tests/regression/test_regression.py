@@ -22,7 +22,7 @@ QUICK = {
     *("same-layout", "pipeline", "tensor-sequence", "tied-virtual-stages", "documents", "recompute"),
     *("data-parallel", "data-overlap", "rerun", "resume", "single-precision"),
     *("seq1f1b", "seq1f1b-documents", "seq1f1b-executor", "seq1f1b-zero-bubble"),
-    *("usp-hybrid", "usp-segments", "usp-ulysses"),
+    *("usp-hybrid", "usp-segments", "usp-ulysses", "packed-aligned"),
     *("paro-iig", "paro-ggg-tensor"),
 }
 # One planted error for each check that can turn red, and for each system.
@@ -30,11 +30,12 @@ QUICK_MUTANTS = {
     ("same-layout", "late_learning_rate"),
     ("pipeline", "scaled_loss"),
     ("single-precision", "scaled_loss"),
-    ("documents", "leaking_mask"),
+    ("documents", "leaking_documents"),
     ("data-overlap", "stale_parameter"),
     ("tensor-sequence", "norm_not_summed"),
     ("seq1f1b", "lost_prefix_gradient"),
     ("usp-hybrid", "rope_of_local_positions"),
+    ("packed-aligned", "neighbour_at_a_border"),
     ("paro-iig", "norm_of_own_shard"),
 }
 
@@ -79,7 +80,7 @@ def test_arm_u_is_the_locked_wheel_untouched() -> None:
 def test_a_snapshot_is_what_a_checkpoint_holds(ranks: RankPool, outcomes: Outcomes, tmp_path: Path) -> None:
     """Check a layout that shards everything: tensors, their gate and up halves, and optimizer states."""
     suite = outcomes.suite
-    flags = [*suite.models["tied"], *suite.corpus.flags, "--train-iters", "1", "--lr-warmup-iters", "0"]
+    flags = [*suite.models["tied"], *suite.corpus("paragraphs").flags, "--train-iters", "1", "--lr-warmup-iters", "0"]
     layout = "--pipeline-model-parallel-size 2 --use-distributed-optimizer --tensor-model-parallel-size 2"
     layout += " --dist-ckpt-optim-fully-reshardable"
     run = run_arm(ranks, "O", 4, [*flags, *layout.split()], tmp_path / "saved", float64=True, snapshots=(1,))

@@ -155,7 +155,7 @@ def test_documents_that_other_stages_do_not_hear_of_and_a_missing_mask_are_refus
         assert reader.documents(rows(hidden(PLAIN), layout, rank), layout, 3, 0) is None
         with pytest.raises(ValueError, match=r"with 4 pipeline stages .* between the first and the last get no batch"):
             reader.documents(rows(hidden(PACKED), layout, rank), layout, 3, 0)
-        with pytest.raises(ValueError, match="--reset-attention-mask: this stage has no attention mask"):
+        with pytest.raises(ValueError, match="--reset-attention-mask: the script passes neither"):
             MaskReader(way, rank, needs_mask=True).documents(None, layout, 3, 0)
 
     on_ranks(layout, job)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron.longseq.attention.plan.model_difference import model_difference
-from tests.distributed.flags import DOCUMENTS, PP2, TINY, VPP, flags
+from tests.distributed.flags import PP2, TINY, VPP, flags
 from tests.pool import RankPool
 from tests.regression.arm import run_arm
 from tests.unit.test_pipeline_flags import args
@@ -52,10 +52,26 @@ def test_what_makes_two_models_is_named(given: dict[str, Any], where: dict[str, 
         assert (text is None) if reason is None else (text is not None and reason in text and runs in text)
 
 
+@pytest.mark.parametrize(
+    ("given", "where", "is_dense", "is_told"),
+    [
+        (WINDOW, LOCAL, False, False),  # our attention runs on one rank, too
+        (WINDOW, LOCAL, True, True),
+        (WINDOW, ENGINE, False, True),
+        (WINDOW | {"dataloader_inter_document_masking": True}, ENGINE, True, False),
+    ],
+)
+def test_documents_without_a_mask_are_one_model(
+    given: dict[str, Any], where: dict[str, bool], is_dense: bool, is_told: bool
+) -> None:
+    text = model_difference(args(**given), is_ours=False, is_dense=is_dense, **where)
+    assert (text is not None) == is_told
+
+
 @pytest.mark.slow
 def test_it_is_said_once_in_the_runs_log(ranks: RankPool) -> None:
     """By rank 0, when flags are parsed: before any process group exists."""
-    base = flags(TINY, DOCUMENTS, "--window-size 7,0 --train-iters 1")
+    base = flags(TINY, "--window-size -1,0 --train-iters 1")
     for own, where in ((f"{PP2} --seq1f1b-splits 2", "there"), (f"{PP2} {VPP}", "here")):
         run_arm(ranks, "O", 2, base + flags(own))
         first, second = (log(ranks.logs, ranks.jobs, rank) for rank in range(2))

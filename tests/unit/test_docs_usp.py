@@ -40,7 +40,7 @@ def test_the_flags_are_those_of_the_parser() -> None:
 def test_the_refusals_are_those_of_the_code() -> None:
     assert between("refusals") == refusals_table(flags.REFUSALS), f"{COMMAND} flags"
     rows = [(row[0].strip("`"), row[2]) for row in cells(between("refusals"))]
-    assert rows == [(flag, why) for flag, (_, why) in flags.NOT_WITH_CONTEXT.items()]
+    assert rows == [(flag, why) for table in flags.REFUSALS.values() for flag, (_, why) in table.items()]
 
 
 def test_every_refusals_table_is_in_the_page() -> None:

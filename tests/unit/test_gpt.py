@@ -14,7 +14,6 @@ QUIET: dict[str, Any] = {
     "sft": False,
     "freeze_all_layers": False,
     "fim_data": False,
-    "dataloader_inter_document_masking": False,
     "hybrid_context_parallel": False,
     "logits_load_dir": None,
     "per_dataset_sequences_path": None,
@@ -68,13 +67,13 @@ SERVED: list[dict[str, Any]] = [
     {"split": "1", "eval_iters": 0},
     {"full_validation": True, **SETS, "eval_micro_batch_size": 1, "tensor_model_parallel_size": 2},
     {"mtp_num_layers": 1},
+    {"sft": True, "eval_iters": 0, **OWN},
     {"dataloader_type": "cyclic", "position_embedding_type": "yarn"},
 ]
 ASKED: dict[str, dict[str, Any]] = {
-    "--sft": {"sft": True},
+    "--sft with --eval-iters 0": {"sft": True, "eval_iters": 0, **OWN, "valid_data_path": ["some"]},
     "--freeze-all-layers": {"freeze_all_layers": True},
     "--fim-data": {"fim_data": True},
-    "--dataloader-inter-document-masking": {"dataloader_inter_document_masking": True},
     "--hybrid-context-parallel": {"hybrid_context_parallel": True},
     "--logits-load-dir": {"logits_load_dir": "somewhere"},
     "--per-dataset-sequences-path": {"per_dataset_sequences_path": "file.json"},

@@ -59,13 +59,6 @@ ASKED: list[tuple[str, dict[str, Any], str]] = [
     ("--qk-clip", {"qk_clip": True}, "logits"),
     ("--qk-clip", {"log_max_attention_logit": True}, "logits"),
     ("--window-size", {"window_size": (8, 8)}, "keys of later segments"),
-    (
-        "--reset-attention-mask",
-        {"reset_attention_mask": True, "create_attention_mask_in_dataloader": False},
-        "read from the attention mask",
-    ),
-    ("--sft", {"sft": True}, "THD"),
-    ("--dataloader-inter-document-masking", {"dataloader_inter_document_masking": True}, "THD"),
     ("--fp8-format", {"fp8": "hybrid"}, "scaling factors"),
     ("--fp8-format", {"fp4": "e2m1"}, "scaling factors"),
     ("--tp-comm-overlap", {"tp_comm_overlap": True}, "whole sequence"),
@@ -190,11 +183,11 @@ def test_every_refusal_is_tried() -> None:
 
 
 def test_all_reasons_are_told_at_once() -> None:
-    lines = refused(args(**SEGMENTS, zero_bubble=True, sft=True, multi_latent_attention=True, moe_paged_stash=True))
+    lines = refused(args(**SEGMENTS, zero_bubble=True, qk_clip=True, multi_latent_attention=True, moe_paged_stash=True))
     assert [line.split()[0] for line in lines] == [
         "--moe-paged-stash",
         "--multi-latent-attention",
-        "--sft",
+        "--qk-clip",
         "--transformer-impl",
     ]
 
@@ -206,6 +199,9 @@ def test_all_reasons_are_told_at_once() -> None:
         {"window_size": (8, 0)},
         {"window_size": (-1, -1)},
         {"reset_attention_mask": True},
+        {"reset_attention_mask": True, "create_attention_mask_in_dataloader": False},
+        {"sft": True},
+        {"dataloader_inter_document_masking": True},
         {"reset_position_ids": True, "eod_mask_loss": True},
         {"position_embedding_type": "yarn"},
         {"position_embedding_type": "none"},

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Parts of the wheel that no training of a GPT model runs: what only they read is not read.
 ELSEWHERE = re.compile(
     r"core/(inference|export|post_training|quantization)/|core/models/(bert|T5|vision|mimo|multimodal|audio)/|"
-    r"core/datasets/(bert|t5|masked|multimodal)_|training/(datasets/(fim|sft)_dataset|inprocess_restart|models/hybrid)|"
+    r"core/datasets/(bert|t5|masked|multimodal)_|training/(datasets/fim_dataset|inprocess_restart|models/hybrid)|"
     r"training/(yaml_arguments|config/)"
 )
 PARSING = "training/arguments.py"  # reads every flag that it checks: no evidence that the flag does something
@@ -185,7 +185,6 @@ NOT_FROM_FLAGS = {
     "add_extra_token_to_sequence": "upstream has no flag for it",
     "hybrid_context_parallel": "refused",
     "sequences_per_dataset": "refused: --per-dataset-sequences-path",
-    "inter_document_masking": "refused: --dataloader-inter-document-masking",
 }
 
 

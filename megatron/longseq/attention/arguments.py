@@ -1,5 +1,6 @@
 """Flags of context parallelism, and the flags that our attention refuses."""
 
+import importlib.util
 from argparse import ArgumentParser, Namespace
 from typing import get_args
 
@@ -30,30 +31,65 @@ NOT_WITH_CONTEXT: Refusals = {
         lambda a: a.window_size is not None and a.window_size[1] not in (0, -1),
         "a window that includes later tokens is not causal; give RIGHT 0",
     ),
-    "--reset-attention-mask": (
-        lambda a: a.reset_attention_mask and not a.create_attention_mask_in_dataloader,
-        "document boundaries are read from the attention mask; leave --no-create-attention-mask-in-dataloader out",
-    ),
-    "--reset-attention-mask with more than 2 pipeline stages": (
-        lambda a: a.reset_attention_mask and a.seq1f1b_splits == 1 and _stages(a) > 2,
-        "upstream passes no mask to the stages in the middle (virtual stages count); --seq1f1b-splits 2 or more does",
-    ),
-    "--sft": (lambda a: a.sft, "packed sequences (THD) are not supported yet; --reset-attention-mask packs documents"),
-    "--dataloader-inter-document-masking": (
-        lambda a: a.dataloader_inter_document_masking,
-        "packed sequences (THD) are not supported yet; --reset-attention-mask packs documents",
-    ),
     "--mtp-num-layers": (lambda a: a.mtp_num_layers, "it is not tested with context parallelism"),
     "--hybrid-context-parallel": (lambda a: a.hybrid_context_parallel, "it changes the ranks from batch to batch"),
     "--cuda-graph-impl": (lambda a: a.cuda_graph_impl != "none", "messages between ranks cannot be captured"),
 }
 
 
-REFUSALS = {"`--context-parallel-size` above 1": NOT_WITH_CONTEXT}
+# Of the flags above, those that attention within packed documents does not serve on one rank either, and why.
+_WHY_NOT_WITH_DOCUMENTS = {
+    "--attention-dropout": "the flash kernels do not implement dropout; give 0",
+    "--multi-latent-attention": "its keys and values have different sizes",
+    "--is-hybrid-model": "recurrent layers would pass their state from document to document",
+    "--experimental-attention-variant": "it has its own core attention",
+    "--softmax-type": "the attention kernels implement the plain softmax only",
+    "--qk-clip": "the attention kernels do not store the logits",
+    "--window-size": "a window that includes later tokens is not causal; give RIGHT 0",
+    "--mtp-num-layers": "its labels may belong to the next document",
+    "--hybrid-context-parallel": "it changes the ranks from batch to batch",
+    "--cuda-graph-impl": "documents differ from batch to batch, and a graph does not",
+}
+# flag: (whether the arguments use it, why attention within packed documents does not serve it)
+NOT_WITH_DOCUMENTS: Refusals = {
+    **{flag: (NOT_WITH_CONTEXT[flag][0], why) for flag, why in _WHY_NOT_WITH_DOCUMENTS.items()},
+    "--position-embedding-type mrope": (
+        lambda a: a.position_embedding_type == "mrope",
+        "its positions are those of images, not of documents",
+    ),
+    "--allow-ambiguous-pad-tokens": (
+        lambda a: a.reset_attention_mask and a.allow_ambiguous_pad_tokens,
+        "where padding is the end-of-document token, samples do not tell where documents end",
+    ),
+}
 
+# flag: (whether the arguments use it, why upstream's SFT data set does not serve it)
+NOT_WITH_SFT: Refusals = {
+    "--reset-attention-mask": (
+        lambda a: a.reset_attention_mask,
+        "each conversation is a document; leave it out",
+    ),
+    "--reset-position-ids": (lambda a: a.reset_position_ids, "positions restart in every conversation; leave it out"),
+    "--mock-data": (lambda a: a.mock_data, "there are no mock conversations; give --data-path a jsonl file"),
+    "--tokenizer-type": (
+        lambda a: a.tokenizer_type != "SFTTokenizer",
+        "no other tokenizer knows the roles of a conversation; give --tokenizer-type SFTTokenizer",
+    ),
+    "the package datasets": (
+        lambda a: importlib.util.find_spec("datasets") is None,
+        "upstream reads conversations with it; pip install -e .[sft]",
+    ),
+    "the package transformers": (
+        lambda a: importlib.util.find_spec("transformers") is None,
+        "upstream's SFTTokenizer needs it; pip install -e .[sft]",
+    ),
+}
 
-def _stages(args: Namespace) -> int:
-    return args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1)  # type: ignore[no-any-return]
+REFUSALS = {
+    "`--context-parallel-size` above 1": NOT_WITH_CONTEXT,
+    "packed documents": NOT_WITH_DOCUMENTS,
+    "`--sft`": NOT_WITH_SFT,
+}
 
 
 def add_context_arguments(parser: ArgumentParser) -> None:
@@ -109,3 +145,12 @@ def refuse_unserved_context(args: Namespace) -> None:
         ValueError: Lists every such flag with the reason.
     """
     refuse(args, [("--context-parallel-size", NOT_WITH_CONTEXT)])
+
+
+def refuse_unserved_sft(args: Namespace) -> None:
+    """Refuse flags that upstream's data set of conversations does not serve, and packages that it needs.
+
+    Raises:
+        ValueError: Lists every such flag or package with the reason.
+    """
+    refuse(args, [("--sft", NOT_WITH_SFT)])

@@ -18,6 +18,7 @@ from megatron.longseq.attention.plan.layout import Layout
 from megatron.longseq.attention.plan.ranges import Documents
 from megatron.longseq.attention.runtime.function import AttentionCall, RecomputeCache, attend_once, make_call
 from megatron.longseq.attention.runtime.kv_cache import SegmentKVCache
+from megatron.longseq.attention.runtime.packed_batch import PackedDocuments
 from megatron.longseq.attention.runtime.packed_documents import MaskReader
 from megatron.longseq.attention.runtime.segment_attention import segment_attention
 from megatron.longseq.attention.runtime.strategies import CPStrategy
@@ -145,28 +146,38 @@ class LongSequenceAttention(MegatronModule):
             key, value: [n, b, hk, d].
             attention_mask: bool [b, 1, n, sequence], True where a key is hidden; None under segments.
             attn_mask_type: a causal type, or None.
-            attention_bias, packed_seq_params: None.
+            attention_bias: None.
+            packed_seq_params: documents of the micro-batch, as the model passes them on; None: see `attention_mask`.
 
         Raises:
             ValueError: An argument is not supported.
         """
+        packed = packed_seq_params if isinstance(packed_seq_params, PackedDocuments) else None
         where = f"{'' if self.segments is None else '--seq1f1b-splits, '}layer {self.layer_number}"
         refuse_mask_type(attn_mask_type, where)
-        given = {"attention_bias": attention_bias, "packed_seq_params": packed_seq_params}
+        given = {"attention_bias": attention_bias, "packed_seq_params": packed_seq_params if packed is None else None}
         refuse_inputs(where, given if self.segments is None else {"attention_mask": attention_mask, **given})
         if self.context is not None:
-            return self._over_ranks(self.context, query, key, value, attention_mask)
+            return self._over_ranks(self.context, query, key, value, attention_mask, packed)
         assert self.segments is not None, "without context parallelism, layers have this module under segments only"
         return self._over_segments(self.segments, query, key, value)
 
     def _over_ranks(
-        self, context: ContextParallel, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None
+        self,
+        context: ContextParallel,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        packed: PackedDocuments | None,
     ) -> Tensor:
         segments = self.segments
 
         def call_for(first: AttentionCall | None) -> AttentionCall:
             if segments is not None:
                 documents = segments.documents.get(segments.cache.current_segment(self.layer_number).microbatch)
+            elif packed is not None:
+                documents = packed.documents
             elif first is not None:  # the script may have changed the mask since
                 documents = first.documents
             else:
@@ -293,5 +304,5 @@ def refuse_inputs(where: str, given: dict[str, Any]) -> None:
     if unserved:
         raise ValueError(
             f"{where}: {', '.join(unserved)} passed to one layer cannot be cut into segments or distributed over "
-            "ranks; pass the attention mask to the model, with --reset-attention-mask."
+            "ranks; pass packed_seq_params or the attention mask to the model."
         )

@@ -35,15 +35,6 @@ NOT_IN_SEGMENTS: Refusals = {
         lambda a: a.window_size is not None and a.window_size[1] not in (0, -1),
         "a window that includes later tokens needs keys of later segments; give RIGHT 0",
     ),
-    "--reset-attention-mask": (
-        lambda a: a.reset_attention_mask and not a.create_attention_mask_in_dataloader,
-        "document boundaries are read from the attention mask; leave --no-create-attention-mask-in-dataloader out",
-    ),
-    "--sft": (lambda a: a.sft, "packed sequences in THD form are not cut into segments"),
-    "--dataloader-inter-document-masking": (
-        lambda a: a.dataloader_inter_document_masking,
-        "packed sequences (THD) cannot be cut into segments; --reset-attention-mask packs documents",
-    ),
     "--fp8-format": (
         lambda a: a.fp8 or a.fp4,
         "scaling factors, which upstream updates per micro-batch, are not tested with segments",

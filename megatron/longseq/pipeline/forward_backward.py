@@ -12,6 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 
 from megatron.longseq.attention.module import ContextParallel
+from megatron.longseq.attention.runtime.packed_batch import PackedReader
 from megatron.longseq.pipeline.plan.from_args import PipelinePlan
 from megatron.longseq.pipeline.plan.schedule import Schedule
 from megatron.longseq.pipeline.plan.simulate import ActionTime
@@ -33,6 +34,7 @@ class ForwardBackward:
         needs_mask: whether every micro-batch must have an attention mask (--reset-attention-mask).
         sends_documents: whether the documents of every micro-batch are sent from stage to stage (with segments).
         context: process groups of context parallelism; None without it.
+        packed: reads packed documents; None: those of one context-parallel rank without a comparison of ranks.
         patience: seconds after which a waiting rank reports what it waits for.
         timeout: time after which a missing message is an error; None: the backend's own.
         trace: called with the schedule, this rank's place and its measured actions of one step; None: not measured.
@@ -43,6 +45,7 @@ class ForwardBackward:
     needs_mask: bool = False
     sends_documents: bool = False
     context: ContextParallel | None = None
+    packed: PackedReader | None = None
     patience: float = 60.0
     timeout: timedelta | None = None
     trace: Callable[[Schedule, int, tuple[ActionTime, ...]], None] | None = None
@@ -157,6 +160,7 @@ class ForwardBackward:
             allows_documents=sends or self.plan.stages == 1,
             sends_documents=sends,
             context=self.context,
+            packed=self.packed or PackedReader(1, 0, lengths=tuple(self.plan.lengths)),
         )
 
     def _executor(self, step: StepRequest, microbatches: int, config: Any, groups: Any) -> Executor:

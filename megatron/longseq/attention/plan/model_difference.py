@@ -7,6 +7,7 @@ FUSED_SOFTMAX_LIMIT = 4096  # longest row of upstream's fused softmax, in keys
 READS = (
     "window_size",
     "reset_attention_mask",
+    "dataloader_inter_document_masking",
     "transformer_impl",
     "context_parallel_size",
     "pipeline_model_parallel_size",
@@ -17,19 +18,22 @@ READS = (
 )
 
 
-def model_difference(args: Namespace, *, is_ours: bool, is_local: bool, on_gpu: bool) -> str | None:
+def model_difference(
+    args: Namespace, *, is_ours: bool, is_local: bool, on_gpu: bool, is_dense: bool = True
+) -> str | None:
     """Return a warning if upstream's attention and ours compute different models under these flags, else None.
 
-    Ours (`--seq1f1b-splits` above 1, or `--context-parallel-size` above 1 without TransformerEngine) keeps documents
-    apart in every layer, inside any window.
+    Ours (`--seq1f1b-splits` above 1, `--context-parallel-size` above 1 without TransformerEngine, or packed documents
+    without a mask) keeps documents apart in every layer, inside any window.
 
     Args:
         args: upstream's parsed arguments, not yet validated.
         is_ours: whether this run uses our attention.
         is_local: whether upstream's attention would be its local one, and not TransformerEngine's.
         on_gpu: whether the run is on a GPU.
+        is_dense: whether --reset-attention-mask makes a dense mask for upstream's local attention on one rank.
     """
-    reasons = [*_window(args, is_local), *_documents(args, is_local, on_gpu)]
+    reasons = [*_window(args, is_local), *_documents(args, is_local, on_gpu, is_dense)]
     if not reasons:
         return None
     listed = "".join(f"\n>   - {reason}" for reason in reasons)
@@ -54,9 +58,9 @@ def _window(args: Namespace, is_local: bool) -> list[str]:
     ]
 
 
-def _documents(args: Namespace, is_local: bool, on_gpu: bool) -> list[str]:
+def _documents(args: Namespace, is_local: bool, on_gpu: bool, is_dense: bool) -> list[str]:
     """Return the cases in which tokens see other documents in upstream's attention. In ours they never do."""
-    if not args.reset_attention_mask:
+    if not args.reset_attention_mask or args.dataloader_inter_document_masking or (is_local and not is_dense):
         return []
     flag = "--reset-attention-mask"
     if not is_local:

@@ -151,6 +151,15 @@ def documents_from_starts(starts: Tensor, begin: int = 0) -> Documents:
     return Documents(tuple(sequences))
 
 
+def starts_of(documents: Documents) -> Tensor:
+    """Return the first position of every token's document, int32 [b, sequence], on the host."""
+    rows = [
+        torch.cat([torch.full((span.end - span.begin,), span.start, dtype=torch.int32) for span in spans])
+        for spans in documents.spans
+    ]
+    return torch.stack(rows)
+
+
 @dataclass
 class MaskReader:
     """Reads the documents of every micro-batch from its mask, once for all layers of a forward.
@@ -189,8 +198,8 @@ class MaskReader:
         if mask is None:
             if self.needs_mask:
                 raise ValueError(
-                    "--reset-attention-mask: this stage has no attention mask. With more than 2 pipeline stages, "
-                    "give --seq1f1b-splits 2 or more, which sends documents from stage to stage."
+                    "--reset-attention-mask: the script passes neither packed_seq_params nor an attention mask to the "
+                    "model; pass those of the batch on every pipeline stage."
                 )
             return None
         version = 0 if mask.is_inference() else mask._version
@@ -206,7 +215,7 @@ class MaskReader:
         if documents is not None and self.stages > 2:
             raise ValueError(
                 f"the attention mask separates documents, but with {self.stages} pipeline stages (including virtual "
-                "ones), the stages between the first and the last get no batch and no mask. Give --seq1f1b-splits 2 "
-                "or more, which sends document boundaries from stage to stage."
+                "ones), the stages between the first and the last get no batch and no mask. Pass packed_seq_params on "
+                "every stage, or give --seq1f1b-splits 2 or more, which sends document boundaries from stage to stage."
             )
         return documents

@@ -25,19 +25,26 @@ from megatron.longseq.attention.module import (
     run_in_segments,
 )
 from megatron.longseq.attention.plan.layout import Layout, Mesh
+from megatron.longseq.attention.plan.packing import has_borders
 from megatron.longseq.attention.plan.ranges import Documents
 from megatron.longseq.attention.runtime.kv_cache import SegmentKVCache
+from megatron.longseq.attention.runtime.packed_batch import (
+    PackedReader,
+    micro_batch_shape,
+    refuse_unserved_model,
+)
 from megatron.longseq.attention.runtime.packed_documents import (
     document_starts,
     expand_to_batch,
     gather_document_starts,
     packed_documents,
+    starts_of,
 )
 from megatron.longseq.pipeline.runtime.outputs import Outputs
 from megatron.longseq.segment import Segment
 
 ALONG_SEQUENCE = ("input_ids", "position_ids", "labels", "loss_mask", "padding_mask")  # [micro-batch, sequence]
-UNSERVED = ("decoder_input", "inference_context", "inference_params", "packed_seq_params", "output_processor")
+UNSERVED = ("decoder_input", "inference_context", "inference_params", "output_processor")
 
 
 @dataclass
@@ -49,10 +56,12 @@ class SegmentedModel:
         lengths: tokens per segment.
         needs_mask, sends_documents, context: see `ForwardBackward`.
         allows_documents: whether masks may separate documents: there is one stage, or documents are sent.
+        packed: reads the documents that the script passes to the model as `packed_seq_params`.
         store: keys and values of earlier segments.
         outputs: outputs of segments and their gradients, on the last stage.
         starts: micro-batch -> position at which every token's document starts, [micro-batch, sequence].
         documents: micro-batch -> documents for the attention planner; None: every sequence is one document.
+        read: micro-batch -> documents that were read from `packed_seq_params`; positions restart in each of them.
         has_run: whether the model has run since `enter`.
     """
 
@@ -62,10 +71,12 @@ class SegmentedModel:
     allows_documents: bool = True
     sends_documents: bool = False
     context: ContextParallel | None = None
+    packed: PackedReader = field(default_factory=lambda: PackedReader(1, 0))
     store: SegmentKVCache = field(default_factory=SegmentKVCache)
     outputs: Outputs = field(default_factory=Outputs)
     starts: dict[int, torch.Tensor] = field(default_factory=dict)
     documents: dict[int, Documents | None] = field(default_factory=dict)
+    read: dict[int, Documents] = field(default_factory=dict)
     kernels: KernelSelector = field(default_factory=lambda: KernelSelector("segments"))
     bound: list[torch.nn.Module] = field(default_factory=list)
     undo_attention: list[Callable[[], None]] = field(default_factory=list)
@@ -119,15 +130,15 @@ class SegmentedModel:
         """Free a micro-batch after its last action."""
         self.store.release(microbatch)
         self.outputs.leave(microbatch)
-        self.starts.pop(microbatch, None)
-        self.documents.pop(microbatch, None)
+        for known in (self.starts, self.documents, self.read):
+            known.pop(microbatch, None)
 
     def reset(self) -> None:
         """Free all micro-batches, after a step that failed."""
         self.store.reset()
         self.outputs = Outputs()
-        self.starts.clear()
-        self.documents.clear()
+        for known in (self.starts, self.documents, self.read):
+            known.clear()
 
     def assert_empty(self) -> None:
         """Check at the end of a step that every segment was freed.
@@ -166,12 +177,47 @@ class SegmentedModel:
         unserved = [name for name in UNSERVED if given.get(name) is not None]
         if unserved:
             raise ValueError(f"--seq1f1b-splits cannot cut {', '.join(unserved)} into segments; leave it out.")
-        if segment.index == 0:
+        if segment.index == 0 and (given.get("packed_seq_params") is not None or self.packed.always):
+            self._read_packed(given, model)
+        elif segment.index == 0:
             self._read_mask(given.get("attention_mask"), _sequences(given, model))
         given["attention_mask"] = None
+        given["packed_seq_params"] = None
+        if segment.microbatch in self.read:
+            whole = self.store.current_segment(0)
+            device = next(model.parameters()).device
+            packed = self.packed.packed(self.read[segment.microbatch], whole.total, segment.index, device)
+            refuse_unserved_model(model, packed)
+            given["packed_seq_params"] = packed
         for name in ALONG_SEQUENCE:
             if given.get(name) is not None:
                 given[name] = given[name][:, segment.begin : segment.end]
+
+    def _read_packed(self, given: dict[str, Any], model: GPTModel) -> None:
+        """Read the documents of a micro-batch from what the script hands to the model at the first segment.
+
+        Raises:
+            ValueError: They are malformed, ranks or stages disagree, or there is a mask, too.
+        """
+        microbatch = self._here().microbatch
+        if given.get("attention_mask") is not None:
+            raise ValueError(
+                f"micro-batch {microbatch}: the script hands the model packed_seq_params and an attention mask; hand "
+                "it one of them."
+            )
+        refuse_unserved_model(model)
+        length = self.store.current_segment(0).total
+        sequences, _ = micro_batch_shape(given, None if model.pre_process else model.decoder.input_tensor, 1)
+        documents = self.packed.documents(given.get("packed_seq_params"), sequences, length, chunk=id(self))
+        starts = starts_of(documents)
+        if microbatch in self.starts and not torch.equal(self.starts[microbatch].cpu(), starts):
+            raise ValueError(
+                f"micro-batch {microbatch}: this pipeline stage was handed other documents than the previous one; hand "
+                "every stage the packed_seq_params of the same micro-batch."
+            )
+        self.read[microbatch] = documents
+        self.starts[microbatch] = starts.to(next(model.parameters()).device)
+        self.documents[microbatch] = documents if has_borders(documents) else None
 
     def _read_mask(self, mask: torch.Tensor | None, batch: int) -> None:
         """Read the documents of a micro-batch from the mask that the script gives the model at the first segment.
@@ -182,8 +228,8 @@ class SegmentedModel:
         if mask is None:
             if self.needs_mask and microbatch not in self.documents:
                 raise ValueError(
-                    f"micro-batch {microbatch}: --reset-attention-mask is given, but the script passes no attention "
-                    "mask to the model; pass the mask of the batch."
+                    f"micro-batch {microbatch}: --reset-attention-mask is given, but the script passes neither "
+                    "packed_seq_params nor an attention mask to the model; pass those of the batch."
                 )
             return
         self.learn_documents(microbatch, expand_to_batch(self._starts(mask), batch).contiguous())
@@ -211,7 +257,10 @@ class SegmentedModel:
 
     def _rotary_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(max_seq_len: int, offset: int = 0, **kwargs: Any) -> Any:
-            # Upstream shards the result over context-parallel ranks, as it has sharded the segment's tokens.
+            # Upstream shards the result over context-parallel ranks, as it has sharded the segment's tokens. That of
+            # packed documents is the whole sequence's, of which `PackedDocuments.rotary` takes rows.
+            if kwargs.get("packed_seq"):
+                return original(max_seq_len, offset=offset, **kwargs)
             return original(max_seq_len, offset=offset + self.store.current_segment(0).begin, **kwargs)
 
         return forward
