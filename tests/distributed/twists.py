@@ -263,7 +263,7 @@ def random_documents(tokens: torch.Tensor) -> torch.Tensor:
 def reported_documents() -> Iterator[Planted]:
     """Ranks that read a batch report its documents to upstream, those of later stages several times.
 
-    The other stages and ranks report nothing. Every rank prints the sums that it gets.
+    The other stages and ranks report nothing.
     """
     from megatron.core import mpu
     from megatron.training import training
@@ -286,15 +286,24 @@ def reported_documents() -> Iterator[Planted]:
     def get_batch(original: Any, samples: Any, *rest: Any) -> Any:
         return original(samples and Samples(samples), *rest)
 
+    with wrapped(pretrain_gpt, "get_batch", get_batch), printed_sums():
+        yield planted
+
+
+@contextmanager
+def printed_sums() -> Iterator[Planted]:
+    """Every rank prints tokens and squares of the documents of each step."""
+    from megatron.training import training
+
+    planted = Planted()
+
     def consume(original: Any) -> Any:
         sums = original()
         print(f"sums of documents: {sums}")
+        planted.times += 1
         return sums
 
-    with (
-        wrapped(pretrain_gpt, "get_batch", get_batch),
-        wrapped(training, "consume_seqlen_stats_in_iteration", consume),
-    ):
+    with wrapped(training, "consume_seqlen_stats_in_iteration", consume):
         yield planted
 
 
