@@ -58,10 +58,11 @@ def _tell_unlike(args: Any) -> None:
     """Say where upstream's attention and ours make two models of the same flags."""
     if not all(hasattr(args, name) for name in READS):  # of a YAML file that leaves flags out
         return
-    is_local = has_local_layers(args)
-    is_ours = getattr(args, "seq1f1b_splits", 1) > 1 or (
-        args.context_parallel_size > 1 and serves_core_attention(args, is_local=is_local)
-    )
+    is_local, is_distributed = has_local_layers(args), args.context_parallel_size > 1
+    serves_ranks = is_distributed and serves_core_attention(args, is_local=is_local)
+    is_ours = getattr(args, "seq1f1b_splits", 1) > 1 or serves_ranks
+    if is_distributed and not is_ours:  # local layers may hold TransformerEngine's attention
+        is_local = False
     is_dense = not serves_documents(args)
     text = model_difference(args, is_ours=is_ours, is_local=is_local, on_gpu=not no_cuda(args), is_dense=is_dense)
     if text is not None:

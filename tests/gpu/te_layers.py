@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     on_cpu = options.device == "cpu"
     if on_cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        sys.path.insert(0, str(HERE))
+        paths = (str(HERE), os.environ.get("PYTHONPATH", ""))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # of the process that ranks are forked from
     elif find_spec("transformer_engine") is None:
         return skip("TransformerEngine is not installed")
     bench, report = Bench(train_with_standin if on_cpu else None), Report()
