@@ -40,7 +40,7 @@ CASES = {
     "ring, PP 2, V 2, --reset-attention-mask": (4, "ragged", TWO, f"{MASK} {CP2} {PP2} {VPP}"),
     "ring, TP 2, sequence parallel": (4, "ragged", TWO, f"{STORED} {CP2} {TP2} --sequence-parallel"),
     "ring, DP 2, distributed optimizer": (4, "ragged", "", f"{STORED} {CP2} {OVERLAP}"),
-    "ring, PaRO": (4, "ragged", "", f"{STORED} {CP2} --paro iig"),
+    "ring, PaRO": (4, "ragged", "", f"{STORED} {CP2} --paro IIG"),
     "experts": (2, "ragged", f"{TWO} {MOE}", f"{STORED} {CP2}"),
     "segments": (1, "ragged", TWO, f"{STORED} --seq1f1b-splits 3"),
     "segments, PP 2, aligned": (2, "aligned", TWO, f"{STORED} {PP2} --seq1f1b-splits 4 --seq1f1b-partition even"),

@@ -6,6 +6,7 @@ from typing import get_args
 
 from megatron.longseq.attention.plan.layout import Placement
 from megatron.longseq.attention.plan.layout_choice import LayoutKind
+from megatron.longseq.data.splits import reads_prepared
 from megatron.longseq.refusals import Refusals, refuse, refuse_without_effect
 
 # flag: (whether the arguments use it, why our attention does not support it over context-parallel ranks)
@@ -87,15 +88,15 @@ NOT_WITH_SFT: Refusals = {
     "--reset-position-ids": (lambda a: a.reset_position_ids, "positions restart in every conversation; leave it out"),
     "--mock-data": (lambda a: a.mock_data, "there are no mock conversations; give --data-path a jsonl file"),
     "--tokenizer-type": (
-        lambda a: a.tokenizer_type != "SFTTokenizer",
+        lambda a: a.tokenizer_type != "SFTTokenizer" and not reads_prepared(a),
         "no other tokenizer knows the roles of a conversation; give --tokenizer-type SFTTokenizer",
     ),
     "the package datasets": (
-        lambda a: importlib.util.find_spec("datasets") is None,
+        lambda a: importlib.util.find_spec("datasets") is None and not reads_prepared(a),
         "upstream reads conversations with it; pip install -e .[sft]",
     ),
     "the package transformers": (
-        lambda a: importlib.util.find_spec("transformers") is None,
+        lambda a: importlib.util.find_spec("transformers") is None and not reads_prepared(a),
         "upstream's SFTTokenizer needs it; pip install -e .[sft]",
     ),
 }
