@@ -4,12 +4,12 @@ from argparse import Namespace
 
 from megatron.longseq.attention.arguments import NOT_WITH_DOCUMENTS, serves_core_attention, wants_context
 from megatron.longseq.refusals import refused
-from patches.conditions import no_cuda
+from patches.conditions import has_local_layers, no_cuda
 
 
 def is_local(args: Namespace) -> bool:
     """Return whether upstream's layers are its local ones, which they are on any machine without CUDA."""
-    return getattr(args, "transformer_impl", None) == "local" or no_cuda(args)
+    return has_local_layers(args) if hasattr(args, "transformer_impl") else no_cuda(args)
 
 
 def reads_documents(args: Namespace) -> bool:

@@ -56,6 +56,7 @@ def _refuse_ours_alone(args: Namespace) -> None:
     for flag, is_given in (
         ("--ring-window", args.ring_window is not None),
         ("--context-parallel-placement", args.context_parallel_placement != "head-first"),
+        ("--context-parallel-layout", args.context_parallel_layout != "auto"),
     ):
         if is_given:
             raise ValueError(

@@ -16,6 +16,7 @@ HYBRID = f"{CP4} --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 
 MASK = "--reset-position-ids --reset-attention-mask"
 STORED = "--dataloader-inter-document-masking"
 GATHERED = f"{CP2} --cp-comm-type all_gather"
+BY_DOCUMENT = "--context-parallel-layout document"
 TWO = "--micro-batch-size 2"
 LEARNED = "--position-embedding-type learned_absolute"
 
@@ -39,7 +40,7 @@ CASES = {
     "ring, PP 2, V 2, --reset-attention-mask": (4, "ragged", TWO, f"{MASK} {CP2} {PP2} {VPP}"),
     "ring, TP 2, sequence parallel": (4, "ragged", TWO, f"{STORED} {CP2} {TP2} --sequence-parallel"),
     "ring, DP 2, distributed optimizer": (4, "ragged", "", f"{STORED} {CP2} {OVERLAP}"),
-    "ring, PaRO": (4, "ragged", "", f"{STORED} {CP2} --paro iig"),
+    "ring, PaRO": (4, "ragged", "", f"{STORED} {CP2} --paro IIG"),
     "experts": (2, "ragged", f"{TWO} {MOE}", f"{STORED} {CP2}"),
     "segments": (1, "ragged", TWO, f"{STORED} --seq1f1b-splits 3"),
     "segments, PP 2, aligned": (2, "aligned", TWO, f"{STORED} {PP2} --seq1f1b-splits 4 --seq1f1b-partition even"),
@@ -51,11 +52,29 @@ CASES = {
     "2 x 2 and segments, full recompute": (4, "ragged", "", f"{STORED} {HYBRID} --seq1f1b-splits 3 {FULL}"),
     "gathered and segments, PP 2": (4, "aligned", TWO, f"{STORED} {GATHERED} {PP2} --seq1f1b-splits 3"),
     "ring and segments, PP 2, V 2": (4, "ragged", TWO, f"{MASK} {CP2} {PP2} {VPP} --seq1f1b-splits 2"),
+    "by document, ring": (2, "ragged", "", f"{STORED} {CP2} {BY_DOCUMENT}"),
+    "by document, double ring, full recompute": (
+        4,
+        "ragged",
+        "",
+        f"{STORED} {CP4} --ring-window 2 {BY_DOCUMENT} {FULL}",
+    ),
+    "by document, gathered and segments": (2, "ragged", "", f"{STORED} {GATHERED} {BY_DOCUMENT} --seq1f1b-splits 3"),
+    "by document, 2 x 2 and segments": (4, "aligned", "", f"{STORED} {HYBRID} {BY_DOCUMENT} --seq1f1b-splits 3"),
+    "by document, PP 2, V 2": (4, "ragged", "", f"{MASK} {CP2} {PP2} {VPP} {BY_DOCUMENT}"),
+    "by document, TP 2, sequence parallel": (
+        4,
+        "ragged",
+        "",
+        f"{STORED} {CP2} {TP2} --sequence-parallel {BY_DOCUMENT}",
+    ),
 }
 QUICK = {
     "one rank, --reset-attention-mask, PP 2, V 2",
     "ring, --reset-attention-mask",
     "segments, PP 2, aligned",
+    "by document, ring",
+    "by document, gathered and segments",
 }
 
 

@@ -70,7 +70,7 @@ def records(run: Run) -> set[str]:
 
 # Of one rank: four layers, four micro-batches a step, three steps and three evaluations (one in between, two last).
 FORWARDS = 4 * 4 * (3 + 3)
-OURS_ANYWHERE = {"usp.groups", "usp.loss", "usp.te-layers"}
+OURS_ANYWHERE = {"usp.batch", "usp.groups", "usp.loss", "usp.te-layers"}
 
 
 def test_ours_in_te_layers(

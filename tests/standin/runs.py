@@ -117,6 +117,7 @@ def keep_te_layers() -> None:
     import patches.cpu.arguments
     import patches.entry.hooks
     import patches.local.conditions
+    import patches.packed.conditions
     import patches.usp.arguments
     import patches.usp.conditions
     import patches.usp.runtime
@@ -125,7 +126,8 @@ def keep_te_layers() -> None:
         return bool(args.transformer_impl == "local")
 
     del patches.cpu.arguments.CPU_VALUES["transformer_impl"]
-    for module in (patches.entry.hooks, patches.usp.arguments, patches.usp.conditions, patches.usp.runtime):
+    ask = (patches.entry.hooks, patches.packed.conditions, patches.usp.arguments, patches.usp.conditions)
+    for module in (*ask, patches.usp.runtime):
         module.has_local_layers = has_local_layers  # type: ignore[attr-defined]
     for module in (patches.usp.arguments, patches.usp.conditions):
         module.has_transformer_engine = lambda: True  # type: ignore[attr-defined]

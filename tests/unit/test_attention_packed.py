@@ -23,6 +23,7 @@ from megatron.longseq.attention.kernels.reference import Reference
 from megatron.longseq.attention.kernels.torch_cpu import CpuFlash
 from megatron.longseq.attention.plan.launches import Launch
 from megatron.longseq.attention.plan.layout import Layout, Mesh
+from megatron.longseq.attention.plan.layout_choice import document_pieces
 from megatron.longseq.attention.plan.ranges import (
     Documents,
     RowFinder,
@@ -130,7 +131,10 @@ def test_random_documents_equal_dense_attention(data: st.DataObject) -> None:
         kernel=data.draw(st.sampled_from([CpuFlash(), Reference()])),
     )
     found = data.draw(documents(96, problem.batch, 96 // (2 * problem.mesh.size)))
-    problem = Problem(**{**vars(problem), "documents": found})
+    pieces = None
+    if data.draw(st.booleans()):
+        pieces = document_pieces(Documents(found.spans[:1]), problem.lengths, problem.mesh.size)
+    problem = Problem(**{**vars(problem), "documents": found, "pieces": pieces})
     assert_close(run(problem), problem.expected(problem.inputs()), 96)
 
 

@@ -5,6 +5,8 @@ from argparse import ArgumentParser, Namespace
 from typing import get_args
 
 from megatron.longseq.attention.plan.layout import Placement
+from megatron.longseq.attention.plan.layout_choice import LayoutKind
+from megatron.longseq.data.splits import reads_prepared
 from megatron.longseq.refusals import Refusals, refuse, refuse_without_effect
 
 # flag: (whether the arguments use it, why our attention does not support it over context-parallel ranks)
@@ -86,15 +88,15 @@ NOT_WITH_SFT: Refusals = {
     "--reset-position-ids": (lambda a: a.reset_position_ids, "positions restart in every conversation; leave it out"),
     "--mock-data": (lambda a: a.mock_data, "there are no mock conversations; give --data-path a jsonl file"),
     "--tokenizer-type": (
-        lambda a: a.tokenizer_type != "SFTTokenizer",
+        lambda a: a.tokenizer_type != "SFTTokenizer" and not reads_prepared(a),
         "no other tokenizer knows the roles of a conversation; give --tokenizer-type SFTTokenizer",
     ),
     "the package datasets": (
-        lambda a: importlib.util.find_spec("datasets") is None,
+        lambda a: importlib.util.find_spec("datasets") is None and not reads_prepared(a),
         "upstream reads conversations with it; pip install -e .[sft]",
     ),
     "the package transformers": (
-        lambda a: importlib.util.find_spec("transformers") is None,
+        lambda a: importlib.util.find_spec("transformers") is None and not reads_prepared(a),
         "upstream's SFTTokenizer needs it; pip install -e .[sft]",
     ),
 }
@@ -127,6 +129,12 @@ def add_context_arguments(parser: ArgumentParser) -> None:
         choices=get_args(Placement),
         default="head-first",
         help="neighbouring ranks with a2a+p2p: those of an all-to-all (head-first) or those of a ring (context-first)",
+    )
+    group.add_argument(
+        "--context-parallel-layout",
+        choices=get_args(LayoutKind),
+        default="auto",
+        help="packed documents on a ring: a zigzag of the sequence, one of each document, or the faster of the two",
     )
     group.add_argument(
         "--ring-window",
@@ -168,6 +176,7 @@ def check_context_numbers(args: Namespace) -> None:
             context_parallel_auto=False,
             context_parallel_attention="auto",
             ring_window=None,
+            context_parallel_layout="auto",
             context_parallel_placement="head-first",
         )
 

@@ -192,6 +192,7 @@ class LongSequenceAttention(MegatronModule):
                 self.scale,
                 window=self.window,
                 documents=documents,
+                pieces=packed.pieces if packed is not None else None,
                 layer=self.layer_number,
                 cache=segments.cache if segments is not None else None,
             )
