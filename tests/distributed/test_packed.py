@@ -15,6 +15,7 @@ CP2, CP4 = "--context-parallel-size 2", "--context-parallel-size 4"
 HYBRID = f"{CP4} --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2"
 MASK = "--reset-position-ids --reset-attention-mask"
 STORED = "--dataloader-inter-document-masking"
+PARO = "--paro IIG --paro-group-size 2 --paro-links 100 1"
 GATHERED = f"{CP2} --cp-comm-type all_gather"
 BY_DOCUMENT = "--context-parallel-layout document"
 TWO = "--micro-batch-size 2"
@@ -40,7 +41,7 @@ CASES = {
     "ring, PP 2, V 2, --reset-attention-mask": (4, "ragged", TWO, f"{MASK} {CP2} {PP2} {VPP}"),
     "ring, TP 2, sequence parallel": (4, "ragged", TWO, f"{STORED} {CP2} {TP2} --sequence-parallel"),
     "ring, DP 2, distributed optimizer": (4, "ragged", "", f"{STORED} {CP2} {OVERLAP}"),
-    "ring, PaRO": (4, "ragged", "", f"{STORED} {CP2} --paro IIG"),
+    "ring, PaRO": (4, "ragged", "", f"{STORED} {CP2} {PARO}"),
     "experts": (2, "ragged", f"{TWO} {MOE}", f"{STORED} {CP2}"),
     "segments": (1, "ragged", TWO, f"{STORED} --seq1f1b-splits 3"),
     "segments, PP 2, aligned": (2, "aligned", TWO, f"{STORED} {PP2} --seq1f1b-splits 4 --seq1f1b-partition even"),

@@ -23,6 +23,7 @@ pytest.importorskip("datasets", reason="upstream's SFT data set reads conversati
 pytest.importorskip("transformers", reason="upstream's SFT tokenizer needs it")
 
 CP2 = "--context-parallel-size 2"
+PARO = "--paro IIG --paro-group-size 2 --paro-links 100 1"
 STEPS = "--train-iters 3 --lr-decay-iters 3 --lr-decay-style cosine --global-batch-size 16 --micro-batch-size 2"
 
 Train = Callable[..., Run]
@@ -65,7 +66,7 @@ def test_one_rank_equals_the_oracle(train: Train, trainings: Trainings) -> None:
         pytest.param(4, f"{CP2} {PP2} {VPP}", marks=pytest.mark.slow),
         pytest.param(4, f"{CP2} {TP2} --sequence-parallel {FULL}", marks=pytest.mark.slow),
         pytest.param(2, f"{PP2} --seq1f1b-splits 2", marks=pytest.mark.slow),
-        pytest.param(4, f"{CP2} --paro iig", marks=pytest.mark.slow),
+        pytest.param(4, f"{CP2} {PARO}", marks=pytest.mark.slow),
     ],
 )
 def test_several_ranks_equal_one(train: Train, tell: Callable[[str], None], world: int, own: str) -> None:
