@@ -90,7 +90,7 @@ def test_packed_blocks_are_blocks_one_by_one(kernel: Kernel, mask: str, heads: t
     q, k, v, grad = tensors([(t, 1, heads[0], 8), (s, 1, heads[1], 8), (s, 1, heads[1], 8), (t, 1, heads[0], 8)])
     if scores.window is not None and not scores.causal and isinstance(kernel, FlashAttn | FlashAttn3):
         wide = PackedLengths((*lengths.rows[:-1], 9), (*lengths.keys[:-1], 1))
-        with pytest.raises(ValueError, match="sliding window over 1 keys for 9 rows"):
+        with pytest.raises(ValueError, match="sliding window with 1 keys and 9 queries"):
             kernel.forward_packed(q, k, v, scores, wide)
     out, lse = kernel.forward_packed(q, k, v, scores, lengths)
     grads = kernel.backward_packed(grad, q, k, v, out, lse, scores, lengths)
