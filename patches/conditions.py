@@ -16,3 +16,8 @@ def no_cuda(args: Namespace | None) -> bool:
     import torch
 
     return not torch.cuda.is_available()
+
+
+def has_local_layers(args: Namespace) -> bool:
+    """Layers are upstream's local ones: as the flag says, and always without CUDA."""
+    return args.transformer_impl == "local" or no_cuda(args)

@@ -7,6 +7,7 @@ import numpy
 import torch
 
 EOD, VOCABULARY = 255, 256
+WORDS = 32  # tokens that occur, few so that a model learns within some steps
 # A document of one token is the end-of-document token alone.
 RAGGED = (1, 2, 1, 1, 3, 5, 200, 7, 11, 2, 13, 17, 1, 19, 23, 29, 31, 37, 300, 41, 43, 2, 47, 53, 59, 61, 1, 67, 71)
 # Every border is that of a chunk: of 2 or 4 ranks, or of a segment.
@@ -44,6 +45,6 @@ def _repeated(lengths: tuple[int, ...], tokens: int) -> Iterator[int]:
 
 
 def _walk(generator: numpy.random.Generator, length: int) -> list[int]:
-    """Return tokens in which a model can learn to predict the next one: each follows the one before by a small step."""
+    """Return tokens whose successors a model can learn to predict: each follows the one before by a small step."""
     steps = generator.integers(1, 4, size=length)
-    return [int(token) % EOD for token in numpy.cumsum(steps) + generator.integers(0, EOD)]
+    return [int(token) % WORDS for token in numpy.cumsum(steps) + generator.integers(0, WORDS)]

@@ -26,10 +26,10 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_timers, pretrain, print_rank_0, training
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
-from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from megatron.longseq.conversation_dataset import ConversationDataset
 from megatron.longseq.freeze import add_freeze_arguments, check_train_only, freeze_hook
 from megatron.longseq.unserved import refuse_unserved, without_effect
 
@@ -252,7 +252,7 @@ def datasets_provider(samples: list[int], vp_stage: int | None = None) -> tuple[
         reads = packs_documents(args) or is_first_or_last_pipeline_stage(vp_stage)
         return mpu.get_tensor_model_parallel_rank() == 0 and reads
 
-    dataset = SFTDataset if args.sft else MockGPTDataset if args.mock_data else GPTDataset
+    dataset = ConversationDataset if args.sft else MockGPTDataset if args.mock_data else GPTDataset
     return BlendedMegatronDatasetBuilder(dataset, samples, reads_data, dataset_config(args)).build()
 
 

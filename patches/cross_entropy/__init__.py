@@ -24,7 +24,7 @@ RECORDS = (
         "loss; its output_processor, which could do otherwise, is an argument that scripts do not give.",
         when=_ASKED_FOR,
         test="tests/distributed/test_chunked_loss.py::test_flag_bounds_the_logits",
-        remove_when="upstream ships a linear cross entropy that serves sequence parallelism and tied embeddings",
+        remove_when="upstream ships a linear cross entropy that supports sequence parallelism and tied embeddings",
     ),
 )
 
@@ -33,10 +33,10 @@ CALLBACKS = (
         id="cross_entropy.arguments",
         hook=VALIDATE_ARGS,
         impl="patches.cross_entropy.runtime:with_refusals",
-        why="What chunks cannot serve has to be refused once upstream has resolved its flags and before any process "
+        why="What chunks do not support has to be refused once upstream has resolved its flags and before any process "
         "group exists.",
         when=_ASKED_FOR,
-        test="tests/unit/test_chunked_loss_flags.py::test_upstreams_validation_refuses_what_chunks_cannot_serve",
+        test="tests/unit/test_chunked_loss_flags.py::test_upstreams_validation_refuses_unsupported_flags",
         remove_when="upstream calls a hook after validating its arguments",
     ),
     Callback(

@@ -1,4 +1,4 @@
-"""Put the chunked cross entropy into upstream's GPTModel, and refuse flags and models that it does not serve."""
+"""Put the chunked cross entropy into upstream's GPTModel, and refuse flags and models that it does not support."""
 
 import functools
 import inspect
@@ -19,10 +19,12 @@ def with_refusals(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def validate_args(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
+        from megatron.longseq.pipeline.plan.from_args import segment_lengths
+
         result = original(args, defaults or {})
         refuse_unserved_cross_entropy(args)
         if args.rank == 0:
-            print(f"> {describe_chunks(args)}", flush=True)
+            print(f"> {describe_chunks(args, segment_lengths(args))}", flush=True)
         return result
 
     return validate_args
@@ -54,7 +56,7 @@ def with_chunked_loss(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_checked_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `get_forward_backward_func`: before the first step of a model, refuse one that chunks do not serve."""
+    """Wrap `get_forward_backward_func`: before the first step of a model, refuse one that chunks do not support."""
 
     checked: weakref.WeakSet[Any] = weakref.WeakSet()
 

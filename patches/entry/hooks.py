@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.longseq import arguments
+from megatron.longseq.attention.arguments import serves_core_attention
 from megatron.longseq.attention.plan.model_difference import READS, model_difference
-from patches.conditions import no_cuda
+from patches.conditions import has_local_layers, no_cuda
 from patches.engine import digest, session
 from patches.errors import RankMismatch
 from patches.packed.conditions import serves_documents
@@ -57,8 +58,11 @@ def _tell_unlike(args: Any) -> None:
     """Say where upstream's attention and ours make two models of the same flags."""
     if not all(hasattr(args, name) for name in READS):  # of a YAML file that leaves flags out
         return
-    is_local = args.transformer_impl == "local" or no_cuda(args)
-    is_ours = getattr(args, "seq1f1b_splits", 1) > 1 or (args.context_parallel_size > 1 and is_local)
+    is_local, is_distributed = has_local_layers(args), args.context_parallel_size > 1
+    serves_ranks = is_distributed and serves_core_attention(args, is_local=is_local)
+    is_ours = getattr(args, "seq1f1b_splits", 1) > 1 or serves_ranks
+    if is_distributed and not is_ours:  # local layers may hold TransformerEngine's attention
+        is_local = False
     is_dense = not serves_documents(args)
     text = model_difference(args, is_ours=is_ours, is_local=is_local, on_gpu=not no_cuda(args), is_dense=is_dense)
     if text is not None:

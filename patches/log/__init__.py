@@ -1,4 +1,4 @@
-"""System `log`: throughput, MFU and peak memory in the log, FLOPs of documents, the norm of gathered parameters."""
+"""System `log`: log throughput, MFU and peak memory, count FLOPs of documents, compute norms of gathered parameters."""
 
 from patches.hooks import PARAMS_NORM
 from patches.record import Callback, Record

@@ -2,19 +2,21 @@
 
 from argparse import Namespace
 
-from megatron.longseq.attention.arguments import NOT_WITH_DOCUMENTS, wants_context
+from megatron.longseq.attention.arguments import NOT_WITH_DOCUMENTS, serves_core_attention, wants_context
 from megatron.longseq.refusals import refused
-from patches.conditions import no_cuda
+from patches.conditions import has_local_layers, no_cuda
 
 
 def is_local(args: Namespace) -> bool:
     """Return whether upstream's layers are its local ones, which they are on any machine without CUDA."""
-    return getattr(args, "transformer_impl", None) == "local" or no_cuda(args)
+    return has_local_layers(args) if hasattr(args, "transformer_impl") else no_cuda(args)
 
 
 def reads_documents(args: Namespace) -> bool:
     """Return whether packed documents of a model reach our attention, whoever packs them."""
-    return is_local(args) or getattr(args, "seq1f1b_splits", 1) > 1
+    if not wants_context(args):
+        return is_local(args) or getattr(args, "seq1f1b_splits", 1) > 1
+    return serves_core_attention(args, is_local=is_local(args))
 
 
 def reads_documents_on_one_rank(args: Namespace) -> bool:

@@ -19,20 +19,34 @@ def packed_reader() -> Any:
 
 def _make() -> Any:
     from megatron.core import parallel_state
-    from megatron.training import get_args
+    from megatron.training import get_args, print_rank_0
 
+    from megatron.longseq.attention.plan.comm_type import comm_types
     from megatron.longseq.attention.runtime.comm import GroupCollectives
+    from megatron.longseq.attention.runtime.document_layouts import DocumentLayouts
     from megatron.longseq.attention.runtime.packed_batch import PackedReader
     from megatron.longseq.pipeline.plan.from_args import segment_lengths
     from patches.packed.conditions import packs_documents
 
     args = get_args()
+    lengths = segment_lengths(args) if args.seq1f1b_splits > 1 else None
+    layouts = DocumentLayouts(lengths=lengths)
+    if args.context_parallel_size > 1:
+        is_known = args.context_parallel_layout != "auto" or packs_documents(args)
+        layouts = DocumentLayouts(
+            tuple(comm_types(args).values()),
+            lengths,
+            # A batch that the script packs itself may be cut as without documents.
+            args.context_parallel_layout if is_known else "sequence",
+            args.ring_window,
+            lambda line: print_rank_0(f"> {line}"),
+        )
     group = parallel_state.get_tensor_and_context_parallel_group()
     return PackedReader(
         ranks=args.context_parallel_size,
         rank=parallel_state.get_context_parallel_rank(),
         agreement=GroupCollectives(group) if group.size() > 1 else None,
-        lengths=segment_lengths(args) if args.seq1f1b_splits > 1 else None,
+        layouts=layouts,
         always=packs_documents(args),
     )
 
@@ -61,6 +75,7 @@ def with_documents(original: Callable[..., Any]) -> Callable[..., Any]:
         tensor = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         shape = micro_batch_shape(given, None if self.pre_process else self.decoder.input_tensor, reader.ranks, tensor)
         documents = reader.documents(params, *shape, chunk=id(self))
+        reader.check_cut(documents, shape[1], given)
         packed = reader.packed(documents, shape[1], 0, next(self.parameters()).device)
         refuse_unserved_model(self, packed)
         given["packed_seq_params"] = packed

@@ -1,4 +1,4 @@
-"""System `usp`: distribute attention over context-parallel ranks (Ulysses x ring) without TransformerEngine."""
+"""System `usp`: attention over context-parallel ranks (Ulysses x ring), in local and in TransformerEngine's layers."""
 
 from patches.hooks import FORWARD_BACKWARD, INITIALIZE, RECOMPUTE, VALIDATE_ARGS
 from patches.record import Callback, Record
@@ -12,15 +12,42 @@ RECORDS = (
         system="usp",
         action="wrap",
         target="megatron.core.models.backends:LocalSpecProvider.core_attention",
-        impl="patches.usp.runtime:with_context_attention",
+        impl="patches.usp.runtime:with_chosen_attention",
         reads=(
             "megatron.core.transformer.attention:Attention.forward",
             "megatron.core.transformer.dot_product_attention:DotProductAttention.forward",
         ),
         why="Without TransformerEngine, upstream's core attention refuses context parallelism.",
-        when="patches.usp.conditions:spreads_local_attention",
+        when="patches.usp.conditions:context_parallel_in_local_layers",
         test="tests/distributed/test_context.py::test_equals_upstream_in_float64",
         remove_when="upstream's DotProductAttention supports context parallelism",
+    ),
+    Record(
+        id="usp.te-layers",
+        system="usp",
+        action="wrap",
+        target="megatron.core.extensions.transformer_engine_spec_provider:TESpecProvider.core_attention",
+        impl="patches.usp.runtime:with_our_attention",
+        reads=(
+            "megatron.core.models.gpt.gpt_layer_specs:get_gpt_layer_with_transformer_engine_submodules",
+            "megatron.core.extensions.transformer_engine:TEDotProductAttention.__init__",
+        ),
+        why="TransformerEngine's layers take its core attention; no flag of upstream's chooses another.",
+        when="patches.usp.conditions:spreads_attention_in_te_layers",
+        test="tests/distributed/test_te_layers.py::test_ours_in_te_layers",
+        remove_when="upstream lets a flag or a hook choose the core attention of TransformerEngine's layers",
+    ),
+    Record(
+        id="usp.own-specs",
+        system="usp",
+        action="wrap",
+        target="megatron.core.transformer.attention:Attention.__init__",
+        impl="patches.usp.runtime:refusing_other_attention",
+        why="A layer spec that names TransformerEngine's core attention itself does not ask the spec provider, and "
+        "would have it where ours was chosen.",
+        when="patches.usp.conditions:spreads_whole_sequences",
+        test="tests/distributed/test_te_layers.py::test_a_spec_of_its_own_is_refused",
+        remove_when="upstream lets a flag or a hook choose the core attention of any layer",
     ),
     Record(
         id="usp.batch",

@@ -5,9 +5,10 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from megatron.longseq.attention.arguments import refuse_unserved_context
+from megatron.longseq.attention.arguments import refuse_unserved_context, refuse_unserved_te_attention
+from patches.conditions import has_local_layers
 from patches.environment import node_ranks
-from patches.usp.conditions import spreads_attention, spreads_local_attention
+from patches.usp.conditions import has_transformer_engine, spreads_attention, spreads_segments
 
 
 def with_context_plan(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -21,6 +22,7 @@ def with_context_plan(original: Callable[..., Any]) -> Callable[..., Any]:
         from megatron.longseq.attention.plan.comm_type import choose_comm_type, comm_types, validate_comm_types
         from megatron.longseq.pipeline.plan.from_args import segment_lengths
 
+        refuse_unserved_te_attention(args, is_installed=has_transformer_engine())
         is_chosen = args.context_parallel_auto
         if is_chosen:
             choose_comm_type(args, node_ranks() or 1)
@@ -30,16 +32,18 @@ def with_context_plan(original: Callable[..., Any]) -> Callable[..., Any]:
         if not spreads_attention(args):
             _refuse_ours_alone(args)
             return result
-        refuse_unserved_context(args)
+        # Segments replace the core attention of a layer, whichever its spec names.
+        refuse_unserved_context(args, is_local=has_local_layers(args) or spreads_segments(args))
         _refuse_order(args)
         types = validate_comm_types(args, segment_lengths(args))
         if args.rank == 0:
+            layers = "" if has_local_layers(args) else " in TransformerEngine's layers"
             for name, one in types.items():
                 keys = ", all-gather of keys" if one.gathers else ""
                 chosen = ", chosen by --context-parallel-auto" if is_chosen else ""
                 print(
-                    f"> attention over {one.mesh.size} context-parallel ranks ({name}): Ulysses {one.mesh.ulysses} x "
-                    f"ring {one.mesh.ring}{keys}{chosen}",
+                    f"> attention over {one.mesh.size} context-parallel ranks ({name}){layers}: Ulysses "
+                    f"{one.mesh.ulysses} x ring {one.mesh.ring}{keys}{chosen}",
                     flush=True,
                 )
         return result
@@ -52,9 +56,12 @@ def _refuse_ours_alone(args: Namespace) -> None:
     for flag, is_given in (
         ("--ring-window", args.ring_window is not None),
         ("--context-parallel-placement", args.context_parallel_placement != "head-first"),
+        ("--context-parallel-layout", args.context_parallel_layout != "auto"),
     ):
         if is_given:
-            raise ValueError(f"{flag}: TransformerEngine does not have this; give --transformer-impl local, too.")
+            raise ValueError(
+                f"{flag}: TransformerEngine's attention does not have this; give --context-parallel-attention longseq."
+            )
 
 
 def _refuse_order(args: Namespace) -> None:
@@ -67,5 +74,3 @@ def _refuse_order(args: Namespace) -> None:
             "--context-parallel-placement context-first: this PyTorch sorts the ranks of every group (new_group has "
             "no argument sort_ranks); install a later version, or give head-first."
         )
-    if args.transformer_impl != "local" and not spreads_local_attention(args):
-        raise ValueError("--context-parallel-placement context-first needs --transformer-impl local; give both.")

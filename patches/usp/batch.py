@@ -1,4 +1,4 @@
-"""Batches that our attention distributes over context-parallel ranks: sequence by sequence, and segment by segment."""
+"""Batches that our attention distributes over context-parallel ranks: by sequence, by document, segment by segment."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +14,8 @@ _ALONG_ROWS = "attention_mask"  # [b, 1, sequence, keys]; all other tensors have
 def by_segment(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap the function behind `get_batch_on_this_cp_rank`: shard every segment as upstream shards a sequence.
 
+    Packed documents may have a layout of their own (`DocumentLayouts`).
+
     Upstream joins the sequences of a packed micro-batch into one. They are separated again here, so that every sequence
     is sharded alike and hidden states have the shapes that pipeline stages expect.
     """
@@ -25,6 +27,10 @@ def by_segment(original: Callable[..., Any]) -> Callable[..., Any]:
 
         flags = get_args()
         batch = as_sequences(batch, flags.seq_length)
+        if flags.context_parallel_size > 1 and _borders(batch) is not None:
+            by_document = _cut_by_document(batch)
+            if by_document is not None:
+                return by_document
         if getattr(flags, "seq1f1b_splits", 1) == 1:
             return original(batch, *args, **kwargs)  # type: ignore[no-any-return]
         cut = {name: value for name, value in batch.items() if _is_cut(name, value, flags.seq_length)}
@@ -54,10 +60,37 @@ def by_sequence(original: Callable[..., Any]) -> Callable[..., Any]:
     return cut_by_sequence
 
 
+def _borders(batch: dict[str, Any]) -> torch.Tensor | None:
+    """Return the cumulative lengths of a packed batch with padding, as the model's entry reads them."""
+    padded = batch.get("cu_seqlens_padded")
+    return batch.get("cu_seqlens") if padded is None else padded
+
+
+def _cut_by_document(batch: dict[str, Any]) -> dict[str, Any] | None:
+    """Return this rank's part of a packed batch; None if its documents lie as a sequence without documents does."""
+    from megatron.longseq.attention.plan.packing import documents_of
+    from patches.packed.model import packed_reader
+
+    known = {name: batch[name] for name in _ALONG_SEQUENCE if isinstance(batch.get(name), torch.Tensor)}
+    borders, reader = _borders(batch), packed_reader()
+    if not known or borders is None:
+        return None
+    sequences, length = next(iter(known.values())).shape[:2]
+    try:
+        documents = documents_of(borders.flatten().tolist(), sequences, length)
+    except ValueError:
+        return None  # the model's entry refuses them, on all ranks at once
+    layout = reader.layouts.cut(documents, length)
+    if layout.pieces is None:
+        return None
+    rows = [torch.arange(*one) for part in range(len(layout.lengths)) for one in layout.positions(reader.rank, part)]
+    index = torch.cat(rows).to(borders.device)
+    return {**batch, **{name: value.index_select(1, index) for name, value in known.items()}}
+
+
 def as_sequences(batch: dict[str, Any], length: int) -> dict[str, Any]:
     """Return a packed batch [1, b * length] as [b, length], if no document lies in two of the sequences."""
-    borders = batch.get("cu_seqlens_padded")
-    borders = batch.get("cu_seqlens") if borders is None else borders
+    borders = _borders(batch)
     joined = [batch[name] for name in _ALONG_SEQUENCE if isinstance(batch.get(name), torch.Tensor)]
     if borders is None or not joined or joined[0].shape[0] != 1 or joined[0].shape[1] in (0, length):
         return batch

@@ -1,15 +1,31 @@
-"""Conditions under which our attention runs over context-parallel ranks."""
+"""Conditions under which our attention runs over context-parallel ranks, by the layers that hold it."""
 
 from argparse import Namespace
+from importlib.util import find_spec
 
-from megatron.longseq.attention.arguments import wants_context
-from patches.conditions import no_cuda
+from megatron.longseq.attention.arguments import serves_core_attention, wants_context
+from patches.conditions import has_local_layers, no_cuda
 from patches.recompute.frozen import recomputes
 
 
+def spreads_attention(args: Namespace) -> bool:
+    """Return whether attention over context-parallel ranks is ours, in any layers."""
+    return wants_context(args) and serves_core_attention(args, is_local=has_local_layers(args))
+
+
 def spreads_local_attention(args: Namespace) -> bool:
-    """Return whether ours replaces upstream's local core attention, which runs on any machine without CUDA."""
-    return wants_context(args) and (args.transformer_impl == "local" or no_cuda(args))
+    """Return whether ours replaces the core attention of upstream's local layers."""
+    return spreads_attention(args) and has_local_layers(args)
+
+
+def context_parallel_in_local_layers(args: Namespace) -> bool:
+    """Return whether local layers run over context-parallel ranks, for which upstream's core attention is replaced."""
+    return wants_context(args) and has_local_layers(args)
+
+
+def spreads_attention_in_te_layers(args: Namespace) -> bool:
+    """Return whether ours replaces TransformerEngine's core attention in its own layers."""
+    return spreads_attention(args) and not has_local_layers(args)
 
 
 def spreads_segments(args: Namespace) -> bool:
@@ -17,9 +33,14 @@ def spreads_segments(args: Namespace) -> bool:
     return wants_context(args) and args.seq1f1b_splits > 1
 
 
-def spreads_attention(args: Namespace) -> bool:
-    """Return whether any attention over context-parallel ranks is ours."""
-    return spreads_local_attention(args) or spreads_segments(args)
+def spreads_whole_sequences(args: Namespace) -> bool:
+    """Return whether attention is ours without segments, which take the place of any core attention later."""
+    return spreads_attention(args) and not spreads_segments(args)
+
+
+def has_transformer_engine() -> bool:
+    """Return whether TransformerEngine is installed, and there is a GPU to run it on."""
+    return find_spec("transformer_engine") is not None and not no_cuda(None)
 
 
 def recomputes_spread_attention(args: Namespace) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+from patches.conditions import has_local_layers
 from patches.engine import session
 
 
@@ -28,11 +29,11 @@ def with_context_groups(original: Callable[..., Any]) -> Callable[..., Any]:
         from megatron.core import parallel_state
         from megatron.training import get_args
 
-        from patches.usp.conditions import spreads_local_attention
-
         flags = get_args()
         sizes = flags.hierarchical_context_parallel_sizes
-        if spreads_local_attention(flags):  # upstream's hierarchical groups are TransformerEngine's, and need einops
+        # Upstream's hierarchical groups are for TransformerEngine's attention, and need einops. A layer spec of the
+        # script's own may build that attention, which segments then replace.
+        if flags.spec is None or has_local_layers(flags):
             flags.hierarchical_context_parallel_sizes = None
         try:
             finish = original(*args, **kwargs)
@@ -68,15 +69,60 @@ def _open(flags: Namespace) -> Any:
     )
 
 
-def with_context_attention(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `LocalSpecProvider.core_attention`: layers get `LongSequenceAttention`."""
+def with_chosen_attention(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `LocalSpecProvider.core_attention`: local layers get ours, or TransformerEngine's where it was asked for."""
 
     def core_attention(self: Any) -> Any:
-        from megatron.longseq.attention.module import LongSequenceAttention
+        from megatron.training import get_args
 
-        return functools.partial(LongSequenceAttention, context=current_context)
+        from patches.usp.conditions import spreads_attention
+
+        if spreads_attention(get_args()):
+            return _our_attention()
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+        return TEDotProductAttention
 
     return core_attention
+
+
+def with_our_attention(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `TESpecProvider.core_attention`: TransformerEngine's layers get `LongSequenceAttention`."""
+
+    def core_attention(self: Any) -> Any:
+        return _our_attention()
+
+    return core_attention
+
+
+def _our_attention() -> Callable[..., Any]:
+    from megatron.longseq.attention.module import LongSequenceAttention
+
+    return functools.partial(LongSequenceAttention, context=current_context)
+
+
+def refusing_other_attention(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `Attention.__init__`: refuse a core attention other than ours over context-parallel ranks.
+
+    A model of several parts may turn context parallelism off in the configuration of one of them, which keeps its own.
+
+    Raises:
+        ValueError: Names the layer and its core attention.
+    """
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        from megatron.longseq.attention.module import LongSequenceAttention
+
+        original(self, *args, **kwargs)
+        core = self.core_attention
+        if self.config.context_parallel_size > 1 and not isinstance(core, LongSequenceAttention):
+            raise ValueError(
+                f"layer {self.layer_number}: its layer spec names {type(core).__name__}, but attention over "
+                "context-parallel ranks is ours. Let the spec take the core attention of upstream's spec provider "
+                "(get_backend(...).core_attention()), or give --context-parallel-attention transformer_engine."
+            )
+
+    return __init__
 
 
 def with_recompute_cache(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -51,3 +51,18 @@ def sft_flags(folder: Path) -> list[str]:
         *("--tokenizer-type", "SFTTokenizer", "--tokenizer-model", str(tokenizer)),
         *("--sft-tokenizer-prompt-format", "nemotron-h-aligned"),
     ]
+
+
+def write_packs(folder: Path, prefix: str, tokens: int) -> Path:
+    """Write a line for each pack of the prepared conversations of `folder`, which all begin with a system message."""
+    from megatron.longseq.data.conversations import Conversations
+    from megatron.longseq.data.packing import pack_in_order
+    from megatron.longseq.data.shards import split_conversations
+
+    lines = [json.loads(line)["messages"] for line in (folder / "conversations.jsonl").read_text().splitlines()]
+    every = [conversation for line in lines for conversation in split_conversations(line)]
+    path = folder / "packs.jsonl"
+    with path.open("w") as file:
+        for pack in pack_in_order(Conversations(prefix).lengths, tokens):
+            file.write(json.dumps({"messages": [message for number in pack for message in every[number]]}) + "\n")
+    return path

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.distributed.conversations import sft_flags
 from tests.distributed.flags import MOE, PP2, TINY, VPP, flags
 from tests.distributed.twists import random_documents
 from tests.pool import RankPool
@@ -128,6 +129,12 @@ def test_without_the_flag_upstreams_log_is_untouched(ranks: RankPool) -> None:
     assert "log.throughput" not in _printed(ranks)
 
 
+def sums_of_all_ranks(printed: str) -> list[tuple[float, float]]:
+    """Return tokens and squares that the ranks printed."""
+    found = re.findall(r"sums of documents: \(([\d.]+), ([\d.]+)\)", printed)
+    return sorted((float(tokens), float(squares)) for tokens, squares in found)
+
+
 @pytest.mark.parametrize(("model", "layout"), RUNS)
 def test_flops_are_those_of_the_documents(
     ranks: RankPool,
@@ -141,6 +148,8 @@ def test_flops_are_those_of_the_documents(
     if (model, world) != ("grouped queries", 1):
         assert run_arm(ranks, "O", world, flags(TINY, MODELS[model], STEPS, own), mutant=TWIST).planted
         printed = _printed(ranks)
+    on_each_rank = [(float(BATCH * SEQUENCE), squares_of(ends, model)) for ends in documents]
+    assert sums_of_all_ranks(printed) == sorted(on_each_rank * world)
     linear, square = linear_and_square(model)
     for row, first in zip(LINE.findall(printed), (0, 2), strict=True):
         per_rank, tflops, causal, full = (float(value) for value in row[2:6])
@@ -150,3 +159,24 @@ def test_flops_are_those_of_the_documents(
         assert tflops * 1e12 / per_rank == pytest.approx(linear + square / 2 * scores, rel=1e-3)
         assert causal / 100 == pytest.approx(tflops / PEAK, rel=1e-3)
         assert full / causal == pytest.approx((linear + square * scores) / (linear + square / 2 * scores), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        f"{PP2} --context-parallel-size 2 --seq1f1b-splits 2",
+        pytest.param(f"{PP2} {VPP} --context-parallel-size 2", marks=pytest.mark.slow),
+    ],
+)
+def test_conversations_count_their_own_squares(ranks: RankPool, tmp_path: Path, own: str) -> None:
+    """Here every stage reports the documents, at every virtual stage."""
+    base = [flag for flag in flags(TINY, "--train-iters 2 --log-throughput", own) if flag != "--mock-data"]
+    twist = "tests.distributed.twists:printed_sums"
+    run = run_arm(ranks, "O", 4, [*base, *sft_flags(tmp_path)], mutant=twist, keep_batches=True)
+    expected = []
+    for step in run.batches:
+        rows = [row for batch in step for row in np.asarray(batch["cu_seqlens"])]
+        lengths = [length for row in rows for length in np.diff(row).tolist()]
+        assert np.count_nonzero(lengths) > BATCH
+        expected.append((float(sum(lengths)), float(sum(length**2 for length in lengths))))
+    assert sums_of_all_ranks(_printed(ranks)) == sorted(expected * 4)

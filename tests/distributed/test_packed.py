@@ -15,7 +15,9 @@ CP2, CP4 = "--context-parallel-size 2", "--context-parallel-size 4"
 HYBRID = f"{CP4} --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2"
 MASK = "--reset-position-ids --reset-attention-mask"
 STORED = "--dataloader-inter-document-masking"
+PARO = "--paro IIG --paro-group-size 2 --paro-links 100 1"
 GATHERED = f"{CP2} --cp-comm-type all_gather"
+BY_DOCUMENT = "--context-parallel-layout document"
 TWO = "--micro-batch-size 2"
 LEARNED = "--position-embedding-type learned_absolute"
 
@@ -34,28 +36,46 @@ CASES = {
     "gathered, aligned": (2, "aligned", "", f"{STORED} {GATHERED}"),
     "double ring": (4, "aligned", "", f"{STORED} {CP4} --ring-window 2"),
     "scaled RoPE": (2, "ragged", "--use-rope-scaling", f"{STORED} {CP2}"),
-    "window": (2, "ragged", "", f"{STORED} {CP2} --cp-comm-type a2a {SELECTIVE}"),
+    "Ulysses, recompute of attention": (2, "ragged", "", f"{STORED} {CP2} --cp-comm-type a2a {SELECTIVE}"),
     "ring, learned positions, PP 2": (4, "ragged", LEARNED, f"{STORED} {CP2} {PP2}"),
     "ring, PP 2, V 2, --reset-attention-mask": (4, "ragged", TWO, f"{MASK} {CP2} {PP2} {VPP}"),
     "ring, TP 2, sequence parallel": (4, "ragged", TWO, f"{STORED} {CP2} {TP2} --sequence-parallel"),
     "ring, DP 2, distributed optimizer": (4, "ragged", "", f"{STORED} {CP2} {OVERLAP}"),
-    "ring, PaRO": (4, "ragged", "", f"{STORED} {CP2} --paro iig"),
+    "ring, PaRO": (4, "ragged", "", f"{STORED} {CP2} {PARO}"),
     "experts": (2, "ragged", f"{TWO} {MOE}", f"{STORED} {CP2}"),
     "segments": (1, "ragged", TWO, f"{STORED} --seq1f1b-splits 3"),
     "segments, PP 2, aligned": (2, "aligned", TWO, f"{STORED} {PP2} --seq1f1b-splits 4 --seq1f1b-partition even"),
     "segments, PP 2, --reset-attention-mask": (2, "ragged", LEARNED, f"{MASK} {PP2} --seq1f1b-splits 3"),
     "segments, PP 4, full recompute": (4, "ragged", "", f"{STORED} {PP4} --seq1f1b-splits 3 {FULL}"),
-    "segments, PP 2, V 2, zero positions": (2, "ragged", TWO, f"{STORED} {PP2} {VPP} --seq1f1b-splits 2"),
+    "segments, PP 2, V 2": (2, "ragged", TWO, f"{STORED} {PP2} {VPP} --seq1f1b-splits 2"),
     "segments, TP 2, sequence parallel": (2, "ragged", "", f"{STORED} {TP2} --sequence-parallel --seq1f1b-splits 2"),
     "ring and segments": (2, "ragged", TWO, f"{STORED} {CP2} --seq1f1b-splits 3"),
     "2 x 2 and segments, full recompute": (4, "ragged", "", f"{STORED} {HYBRID} --seq1f1b-splits 3 {FULL}"),
     "gathered and segments, PP 2": (4, "aligned", TWO, f"{STORED} {GATHERED} {PP2} --seq1f1b-splits 3"),
     "ring and segments, PP 2, V 2": (4, "ragged", TWO, f"{MASK} {CP2} {PP2} {VPP} --seq1f1b-splits 2"),
+    "by document, ring": (2, "ragged", "", f"{STORED} {CP2} {BY_DOCUMENT}"),
+    "by document, double ring, full recompute": (
+        4,
+        "ragged",
+        "",
+        f"{STORED} {CP4} --ring-window 2 {BY_DOCUMENT} {FULL}",
+    ),
+    "by document, gathered and segments": (2, "ragged", "", f"{STORED} {GATHERED} {BY_DOCUMENT} --seq1f1b-splits 3"),
+    "by document, 2 x 2 and segments": (4, "aligned", "", f"{STORED} {HYBRID} {BY_DOCUMENT} --seq1f1b-splits 3"),
+    "by document, PP 2, V 2": (4, "ragged", "", f"{MASK} {CP2} {PP2} {VPP} {BY_DOCUMENT}"),
+    "by document, TP 2, sequence parallel": (
+        4,
+        "ragged",
+        "",
+        f"{STORED} {CP2} {TP2} --sequence-parallel {BY_DOCUMENT}",
+    ),
 }
 QUICK = {
     "one rank, --reset-attention-mask, PP 2, V 2",
     "ring, --reset-attention-mask",
     "segments, PP 2, aligned",
+    "by document, ring",
+    "by document, gathered and segments",
 }
 
 
@@ -81,7 +101,7 @@ def packed(start: Start, corpora: Callable[[str], list[str]]) -> Flags:
     """Return a function from a corpus's name and a model's flags to the flags of both arms."""
 
     def flags_of(corpus: str, model: str) -> list[str]:
-        base = [*start(model), *corpora(corpus)]
+        base = [*start(model), *corpora(corpus), "--lr", "2e-3"]  # larger steps overshoot on these tokens
         base.remove("--mock-data")
         return base
 

@@ -6,9 +6,11 @@ to equal the independent oracle.
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from megatron.longseq.data.__main__ import main
 from tests.distributed.equality import SNAPSHOTS, assert_equal, assert_steps_equal
 from tests.distributed.flags import FULL, PP2, TINY, TP2, VPP, flags
 from tests.pool import RankPool
@@ -21,6 +23,7 @@ pytest.importorskip("datasets", reason="upstream's SFT data set reads conversati
 pytest.importorskip("transformers", reason="upstream's SFT tokenizer needs it")
 
 CP2 = "--context-parallel-size 2"
+PARO = "--paro IIG --paro-group-size 2 --paro-links 100 1"
 STEPS = "--train-iters 3 --lr-decay-iters 3 --lr-decay-style cosine --global-batch-size 16 --micro-batch-size 2"
 
 Train = Callable[..., Run]
@@ -63,12 +66,35 @@ def test_one_rank_equals_the_oracle(train: Train, trainings: Trainings) -> None:
         pytest.param(4, f"{CP2} {PP2} {VPP}", marks=pytest.mark.slow),
         pytest.param(4, f"{CP2} {TP2} --sequence-parallel {FULL}", marks=pytest.mark.slow),
         pytest.param(2, f"{PP2} --seq1f1b-splits 2", marks=pytest.mark.slow),
-        pytest.param(4, f"{CP2} --paro iig", marks=pytest.mark.slow),
+        pytest.param(4, f"{CP2} {PARO}", marks=pytest.mark.slow),
     ],
 )
 def test_several_ranks_equal_one(train: Train, tell: Callable[[str], None], world: int, own: str) -> None:
     """Padding between conversations, which upstream's data set adds for context parallelism, changes nothing."""
     assert_equal(_without_samples(train(world, own)), _without_samples(train(1, "")), f"conversations, {own}", tell)
+
+
+def test_prepared_conversations_train_as_their_jsonl(
+    ranks: RankPool, trainings: Trainings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The files of `prepare`, packed by lengths, give the losses of jsonl lines that hold the same conversations."""
+    from tests.distributed.conversations import sft_flags, write_packs
+
+    folder = tmp_path / "jsonl"
+    folder.mkdir()
+    conversations = sft_flags(folder)
+    command = ["prepare", str(folder / "conversations.jsonl"), "--output", str(tmp_path / "chat"), "--workers", "1"]
+    assert main([*command, "--format", "conversations", "--tokenizer-model", str(folder / "tokenizer")]) == 0
+    capsys.readouterr()
+    assert main(["flags", str(tmp_path / "chat")]) == 0
+    prepared = [*capsys.readouterr().out.split(), "--split", "1,0,0"]
+    conversations[conversations.index("--data-path") + 1] = str(write_packs(folder, str(tmp_path / "chat"), 64))
+    base = [flag for flag in flags(TINY, STEPS) if flag != "--mock-data"]
+    curves = [
+        run_arm(ranks, "O", 1, [*base, *given, *trainings.load(*flags(TINY))], float64=True).curve
+        for given in (conversations, prepared)
+    ]
+    assert_steps_equal(*curves)
 
 
 def test_an_upstream_script_trains_on_conversations(train: Train) -> None:

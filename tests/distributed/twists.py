@@ -249,16 +249,23 @@ def _mask_of_kind(kind: int, content: torch.Tensor, again: dict[str, torch.Tenso
 
 
 def random_documents(tokens: torch.Tensor) -> torch.Tensor:
-    """Return ends of packed documents that depend on the tokens alone, int32 [documents + 1], for [b, s] tokens."""
+    """Return ends of packed documents that depend on the tokens alone, int32 [documents + 1], for [b, s] tokens.
+
+    Some sequences are one document, some have many, so that steps differ.
+    """
     generator = torch.Generator().manual_seed(int(tokens.sum()))
-    inner = torch.randint(1, tokens.numel(), (5,), generator=generator)
+    inner = torch.randint(1, tokens.numel(), (int(tokens.sum()) % 3 * 10,), generator=generator)
     rows = torch.arange(0, tokens.numel() + 1, tokens.shape[1])
     return torch.cat([rows, inner]).unique().to(torch.int32)
 
 
 @contextmanager
 def reported_documents() -> Iterator[Planted]:
-    """Ranks that read a batch report its documents to upstream; the other stages and ranks report nothing."""
+    """Ranks that read a batch report its documents to upstream, those of later stages several times.
+
+    The other stages and ranks report nothing.
+    """
+    from megatron.core import mpu
     from megatron.training import training
 
     from megatron.longseq import pretrain_gpt
@@ -271,14 +278,32 @@ def reported_documents() -> Iterator[Planted]:
 
         def __next__(self) -> Any:
             sample = next(self.samples)
-            training.update_seqlen_stats_from_cu_seqlens(random_documents(sample["tokens"]))
+            for _ in range(1 + mpu.get_pipeline_model_parallel_rank()):
+                training.update_seqlen_stats_from_cu_seqlens(random_documents(sample["tokens"]))
             planted.times += 1
             return sample
 
     def get_batch(original: Any, samples: Any, *rest: Any) -> Any:
         return original(samples and Samples(samples), *rest)
 
-    with wrapped(pretrain_gpt, "get_batch", get_batch):
+    with wrapped(pretrain_gpt, "get_batch", get_batch), printed_sums():
+        yield planted
+
+
+@contextmanager
+def printed_sums() -> Iterator[Planted]:
+    """Every rank prints tokens and squares of the documents of each step."""
+    from megatron.training import training
+
+    planted = Planted()
+
+    def consume(original: Any) -> Any:
+        sums = original()
+        print(f"sums of documents: {sums}")
+        planted.times += 1
+        return sums
+
+    with wrapped(training, "consume_seqlen_stats_in_iteration", consume):
         yield planted
 
 

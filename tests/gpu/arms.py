@@ -5,6 +5,7 @@ and of ours (O), each in a process of its own.
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,9 +64,14 @@ class OutOfMemory(RuntimeError):
 
 
 class Bench:
-    """Ranks forked from one process that has imported torch and Megatron, but never touched a device."""
+    """Ranks forked from one process that has imported torch and Megatron, but never touched a device.
 
-    def __init__(self) -> None:
+    Args:
+        job: what a rank does, with the arguments and the result of `train_on_this_rank`, which is the default.
+    """
+
+    def __init__(self, job: Callable[[Arm, list[str], bool], "RunResult"] | None = None) -> None:
+        self.job = job or train_on_this_rank
         self.pool = RankPool(Path(mkdtemp(prefix="ranks-", dir=os.environ.get(LOGS))))
 
     def train(self, arm: Arm, *flags: str, float64: bool = False, ranks: int = 1, timeout: float = 300.0) -> RunResult:
@@ -77,7 +83,7 @@ class Bench:
         """
         words = [word for text in (GPU, MODEL, *flags) for word in text.split()]
         try:
-            found: list[RunResult] = self.pool.run(ranks, train_on_this_rank, arm, words, float64, timeout=timeout)
+            found: list[RunResult] = self.pool.run(ranks, self.job, arm, words, float64, timeout=timeout)
         except RankFailure as error:
             if "OutOfMemoryError" in str(error) or "out of memory" in str(error):
                 raise OutOfMemory(str(error)[-400:]) from None

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from megatron.longseq.attention.kernels.base import Kernel, Scores
-from megatron.longseq.attention.kernels.flash_cuda import FlashAttn, TorchCudaFlash
+from megatron.longseq.attention.kernels.flash_cuda import FlashAttn, FlashAttn3, TorchCudaFlash
 from megatron.longseq.attention.kernels.reference import Reference, visible_mask
+from megatron.longseq.attention.kernels.select import HOPPER
 from megatron.longseq.attention.kernels.torch_cpu import CpuFlash
 from megatron.longseq.attention.plan.ranges import Documents, DocumentSpan
 from megatron.longseq.attention.runtime.kv_cache import SegmentKVCache
@@ -68,10 +69,12 @@ def kernels(device: torch.device, dtype: torch.dtype) -> Iterator[Kernel]:
         yield CpuFlash()
     elif dtype != torch.float32:
         yield TorchCudaFlash()
-        try:
-            yield FlashAttn()
-        except ImportError as error:
-            print(f"flash_attn: {error}")
+        is_hopper = torch.cuda.get_device_capability(device)[0] == HOPPER
+        for made in (FlashAttn, FlashAttn3) if is_hopper else (FlashAttn,):
+            try:
+                yield made()
+            except ImportError as error:
+                print(f"{made.name}: {error}")
     yield Reference()
 
 

@@ -115,6 +115,11 @@ SECTIONS = (
         (_speed(4096, 32, 25), _speed(16384, 64, 30), _speed(32768, 128, 35)),
     ),
     Section(
+        "TransformerEngine",
+        "our attention in TransformerEngine's layers, where it is installed, against its own",
+        (Step("layers", "tests.gpu.te_layers", "", f"{CPU} --tiny", 60),),
+    ),
+    Section(
         "tests",
         "the tests of tests/gpu that need a device and no more packages",
         (Step("pytest", "pytest", TESTS, f"{TESTS} --collect-only", 120),),

@@ -6,11 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.longseq.attention.kernels.base import Kernel, Scores
-from megatron.longseq.attention.kernels.flash_cuda import FlashAttn, TorchCudaFlash, load_flash_attn
+from megatron.longseq.attention.kernels.base import Kernel, PackedLengths, Scores
+from megatron.longseq.attention.kernels.flash_cuda import (
+    FlashAttn,
+    FlashAttn3,
+    TorchCudaFlash,
+    load_flash_attn,
+    load_flash_attn_3,
+)
 from megatron.longseq.attention.kernels.merge import merge_
 from megatron.longseq.attention.kernels.reference import Reference
-from megatron.longseq.attention.kernels.select import select_kernel
+from megatron.longseq.attention.kernels.select import HOPPER, select_kernel, select_merge
 from megatron.longseq.attention.runtime.kv_cache import SegmentKVCache
 from tests.unit.attention_bed import Split, oracle, qkv, seen, tensors
 
@@ -25,16 +31,21 @@ def cuda(*xs: Tensor) -> list[Tensor]:
     return [x.cuda() for x in xs]
 
 
-@pytest.fixture(params=["torch", "flash_attn"])
+@pytest.fixture(params=["torch", "flash_attn", "flash_attn 3"])
 def kernel(request: pytest.FixtureRequest) -> Kernel:
     """Each kernel of this machine."""
     if request.param == "torch":
         return TorchCudaFlash()
     try:
-        load_flash_attn()
+        if request.param == "flash_attn":
+            load_flash_attn()
+            return FlashAttn()
+        load_flash_attn_3()
     except ImportError as error:
         pytest.skip(str(error))
-    return FlashAttn()
+    if torch.cuda.get_device_capability()[0] != HOPPER:
+        pytest.skip("no Hopper")
+    return FlashAttn3()
 
 
 def relative(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
@@ -66,6 +77,55 @@ def test_forward_and_backward_of_a_block(kernel: Kernel, dtype: torch.dtype, hea
         size = max(x.norm() for x in exact)
         for mine, right in zip(grads, exact, strict=True):
             assert mine.dtype == dtype and ((mine.double() - right).norm() / size).item() < narrow
+
+
+PACKED = {  # scores, keys of a block of so many rows
+    "causal": (Scores(0.125, True), lambda rows: rows),
+    "causal with earlier keys": (Scores(0.125, True), lambda rows: rows + 100),
+    "full": (Scores(0.125), lambda rows: 2 * rows),
+    "window": (Scores(0.125, True, 37), lambda rows: rows),
+}
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("mask", PACKED)
+def test_packed_blocks_are_blocks_one_by_one(kernel: Kernel, heads: str, mask: str) -> None:
+    """One call for many documents, against float64; the sizes are beside the largest of the gradients."""
+    (hq, hk), (scores, keys_of) = HEADS[heads], PACKED[mask]
+    rows = (1, 2, 3, 5, 300, 7, 1, 128, 513, 11)
+    lengths = PackedLengths(rows, tuple(keys_of(length) for length in rows))
+    t, s = sum(lengths.rows), sum(lengths.keys)
+    shapes = [(t, 1, hq, 64), (s, 1, hk, 64), (s, 1, hk, 64), (t, 1, hq, 64)]
+    q, k, v, grad = cuda(*tensors(shapes, dtype=torch.bfloat16))
+    exactly, narrow = Reference(compute=torch.float64), 8 * torch.finfo(torch.bfloat16).eps
+    out, lse = exactly.forward_packed(*(x.double() for x in (q, k, v)), scores, lengths)
+    exact = exactly.backward_packed(*(x.double() for x in (grad, q, k, v)), out, lse, scores, lengths)
+    got, got_lse = kernel.forward_packed(q, k, v, scores, lengths)
+    assert relative([got, got_lse.exp()], [out, lse.exp()]) < narrow
+    size = max(x.norm() for x in exact)
+    for mine, right in zip(kernel.backward_packed(grad, q, k, v, got, got_lse, scores, lengths), exact, strict=True):
+        assert ((mine.double() - right).norm() / size).item() < narrow
+
+
+def test_fused_merge_is_the_merge_by_operators() -> None:
+    merge = select_merge("cuda").function
+    assert merge is not merge_, select_merge("cuda").why
+    for batch, rows in (
+        (2, None),
+        (1, torch.arange(5, 400, 3, device="cuda")),
+        (3, torch.arange(1, 900, 2, device="cuda")),
+    ):
+        shape = (400, batch, 8, 80)
+        block = shape if rows is None else (len(rows), 1, 8, 80)
+        out, block_out = cuda(*tensors([shape, block], dtype=torch.float32))
+        lse, block_lse = (10 * x for x in cuda(*tensors([(batch, 8, 400), (block[1], 8, block[0])])))
+        lse[..., :9] = block_lse[..., ::5] = -torch.inf
+        given = [out, lse, block_out.bfloat16(), block_lse.float()]
+        fused, plain = ([x.clone() for x in given] for _ in range(2))
+        merge(*fused, rows)
+        merge_(*plain, rows)
+        torch.testing.assert_close(fused[0], plain[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(fused[1], plain[1], rtol=1e-12, atol=1e-12)
 
 
 def test_parts_of_the_keys_merge_to_the_whole(kernel: Kernel) -> None:

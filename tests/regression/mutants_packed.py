@@ -25,6 +25,20 @@ def leaking_documents() -> Iterator[Planted]:
 
 
 @contextmanager
+def batch_by_sequence() -> Iterator[Planted]:
+    """Cut the batch as a sequence without documents, where attention takes it for cut by document."""
+    from patches.usp import batch
+
+    planted = Planted()
+
+    def cut(original: Callable[..., Any], given: dict[str, Any]) -> None:
+        planted.times += original(given) is not None
+
+    with wrapped(batch, "_cut_by_document", cut):
+        yield planted
+
+
+@contextmanager
 def border_off_by_one() -> Iterator[Planted]:
     """End every document one token late, where the next one has more than one."""
     from megatron.longseq.attention.runtime import packed_batch
@@ -92,4 +106,4 @@ def neighbour_at_a_border() -> Iterator[Planted]:
         yield planted
 
 
-ALL = (leaking_documents, border_off_by_one, positions_run_on, neighbour_at_a_border)
+ALL = (batch_by_sequence, leaking_documents, border_off_by_one, positions_run_on, neighbour_at_a_border)

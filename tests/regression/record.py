@@ -95,7 +95,7 @@ class Recorder:
                 }
             )
             if self.keep_batches:
-                names = [name for name in ORACLE_FIELDS if name in batches[0]]
+                names = [name for name in ORACLE_FIELDS if batches and name in batches[0]]
                 self.batches.append([{name: batch[name].numpy() for name in names} for batch in batches])
             if iteration in self.snapshots:
                 self.parts[iteration] = parts_of_this_rank(model, optimizer)

@@ -29,7 +29,8 @@ class Case:
         tail: a last pipeline stage (hidden states in, losses out), not a whole model.
         sequence_parallel: upstream's flag.
         dtype: of the parameters; the model runs in double precision if it is float32.
-        fused: whether upstream's fused kernel adds weight gradients to the main gradient.
+        fused: whether upstream's fused kernel adds weight gradients to the main gradients of upstream's data-parallel
+            wrapper.
         frozen: name of parameters that are not trained.
         config: further fields of the configuration.
     """
@@ -89,10 +90,11 @@ def model_of(case: Case) -> Any:
     )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(case.frozen not in name)
-        if case.fused:
-            parameter.main_grad = torch.ones_like(parameter)
-            parameter.grad_added_to_main_grad = False
-    return model
+    if not case.fused:
+        return model
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    return DistributedDataParallel(config, DistributedDataParallelConfig(overlap_grad_reduce=True), model)
 
 
 def run(case: Case, model: Any, chunk: int | None) -> Found:
@@ -110,9 +112,9 @@ def run(case: Case, model: Any, chunk: int | None) -> Found:
     if case.sequence_parallel:
         hidden = hidden.chunk(2)[parallel_state.get_tensor_model_parallel_rank()].clone()
     hidden.requires_grad_(case.frozen != "hidden")
-    model.zero_grad()
+    model.zero_grad_buffer() if case.fused else model.zero_grad()
     if case.tail:
-        model.set_input_tensor(hidden)
+        (model.module if case.fused else model).set_input_tensor(hidden)
     positions = torch.arange(SEQUENCE).expand(BATCH, -1)
     mask = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)[None, None]
     processor = {} if chunk is None else {"output_processor": ChunkedLoss(chunk)}
@@ -122,12 +124,12 @@ def run(case: Case, model: Any, chunk: int | None) -> Found:
         (losses * weights).sum().backward()
     if case.tail and hidden.grad is not None:
         found["hidden"] = hidden.grad.clone()
+    if case.fused:
+        model.finish_grad_sync()
     for name, parameter in model.named_parameters():
-        if case.fused:
-            found[f"main {name}"], parameter.main_grad = parameter.main_grad, torch.ones_like(parameter)
-            parameter.grad_added_to_main_grad = False
-        elif parameter.grad is not None:
-            found[name] = parameter.grad.clone()
+        gradient = parameter.main_grad if case.fused else parameter.grad
+        if gradient is not None:
+            found[name] = gradient.clone()
     return found
 
 
@@ -213,6 +215,23 @@ def largest_tensors(case: Case, tp: int, chunks: Sequence[int | None]) -> list[i
                 run(case, model, chunk)
             found.append(largest.elements)
         return found
+
+
+def products(case: Case, tp: int, chunk: int) -> tuple[int, int]:
+    """Return the operations of matrix products, upstream's and in chunks. Runs on a rank."""
+    from torch.utils.flop_counter import FlopCounterMode, mm_flop
+
+    def addmm(_: Any, first: Any, second: Any, *, out_shape: Any = None, **__: Any) -> int:
+        return mm_flop(first, second)  # type: ignore[no-any-return]
+
+    further = {torch.ops.aten.addmm_: addmm}
+    with groups(tp):
+        model, found = model_of(case), []
+        for size in (None, chunk):
+            with FlopCounterMode(display=False, custom_mapping=further) as counted:
+                run(case, model, size)
+            found.append(counted.get_total_flops())
+        return found[0], found[1]
 
 
 def rounding(chunk: int) -> list[tuple[float, float]]:

@@ -11,7 +11,7 @@ from megatron.longseq.attention.kernels.base import Kernel
 from megatron.longseq.attention.kernels.torch_cpu import CpuFlash
 from megatron.longseq.attention.plan.comm_volume import LayerShape, Volume
 from megatron.longseq.attention.plan.heads import Heads
-from megatron.longseq.attention.plan.layout import Layout, Mesh
+from megatron.longseq.attention.plan.layout import Layout, Mesh, Pieces
 from megatron.longseq.attention.plan.ranges import Documents
 from megatron.longseq.attention.runtime.function import (
     AttentionCall,
@@ -36,7 +36,7 @@ class Problem:
         heads: of queries, and of keys and values.
         lengths: tokens of every segment; more than one: computed one after another, through a store.
         batch, dim: of the tensors.
-        window, documents: see `context.make_call`.
+        window, documents, pieces: see `context.make_call`.
         gathers, inner: all-gather instead of a ring; ranks of a window of a double ring.
         dtype: of the inputs.
         kernel: of the blocks.
@@ -49,6 +49,7 @@ class Problem:
     dim: int = 8
     window: int | None = None
     documents: Documents | None = None
+    pieces: Pieces | None = None
     gathers: bool = False
     inner: int | None = None
     dtype: torch.dtype = torch.float64
@@ -57,7 +58,7 @@ class Problem:
     @property
     def layout(self) -> Layout:
         """Of the tokens."""
-        return Layout(self.mesh, self.lengths)
+        return Layout(self.mesh, self.lengths, pieces=self.pieces)
 
     @property
     def setup(self) -> LayerShape:
@@ -166,7 +167,11 @@ class Ranks:
         problem, cache = self.problem, self.stores[rank]
         if cache is not None:
             cache.current = Segment(0, segment, problem.lengths)
-        options: dict[str, Any] = {"window": problem.window, "documents": problem.documents}
+        options: dict[str, Any] = {
+            "window": problem.window,
+            "documents": problem.documents,
+            "pieces": problem.pieces,
+        }
         return make_call(q, k, self.strategies[rank], problem.kernel, SCALE, **options, layer=1, cache=cache)
 
     def results(self) -> list[Tensor]:

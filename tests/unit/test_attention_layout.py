@@ -33,6 +33,12 @@ def sorted_apart(spans: TokenRanges) -> bool:
     return all(a.end < b.begin for a, b in pairwise(spans)) and all(span.size > 0 for span in spans)
 
 
+def cuts(length: int) -> st.SearchStrategy[tuple[int, ...]]:
+    """Lengths of pieces of a length."""
+    ends = st.sets(st.integers(1, length)).map(lambda inside: sorted({0, length, *inside}))
+    return ends.map(lambda edges: tuple(b - a for a, b in pairwise(edges)))
+
+
 @st.composite
 def layouts(draw: st.DrawFn) -> Layout:
     mesh = Mesh(
@@ -41,7 +47,10 @@ def layouts(draw: st.DrawFn) -> Layout:
     tensor = draw(st.sampled_from([1, 2, 3, 4]))
     multiple = length_multiple(mesh.size, tensor)
     lengths = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
-    return Layout(mesh, tuple(length * multiple for length in lengths), tensor)
+    pieces = tuple(draw(cuts(length * multiple // (2 * mesh.size))) for length in lengths) if mesh.size > 1 else None
+    if pieces is not None:
+        pieces = tuple(tuple(2 * mesh.size * piece for piece in each) for each in pieces)
+    return Layout(mesh, tuple(length * multiple for length in lengths), tensor, draw(st.sampled_from([None, pieces])))
 
 
 def held(layout: Layout, segments: range) -> list[list[int]]:
@@ -149,6 +158,11 @@ def test_groups_of_both_placements(mesh: Mesh) -> None:
         (lambda: Layout(Mesh(2, 2), (16, 12)), "give a multiple of 8, for instance 16"),
         (lambda: Layout(Mesh(2, 1), (16, 4), tensor=4), "over 4 tensor-parallel ranks; give a multiple of 8"),
         (lambda: Layout(Mesh(2, 1), ()), "segment 0 of 0 has 0 tokens"),
+        (
+            lambda: Layout(Mesh(2, 1), (16, 8), pieces=((8, 4), (8,))),
+            "pieces of [12, 8] tokens for segments of [16, 8]",
+        ),
+        (lambda: Layout(Mesh(2, 1), (16,), pieces=((10, 6),)), "a piece of 10 tokens"),
         (lambda: Layout(Mesh(2, 1), (8,)).positions(2, 0), "rank 2 is not in a group of 2; give 0 to 1"),
         (lambda: Heads(8, 3), "8 query heads are not a multiple of 3 key-value heads"),
         (lambda: Heads.of(8, 2, tensor=3), "8 heads in 2 query groups cannot be divided among 3"),

@@ -3,7 +3,9 @@
 from argparse import Namespace
 from typing import Any
 
+import pytest
 import torch
+from megatron.core.transformer.enums import AttnMaskType
 from torch import nn
 
 from megatron.longseq.attention.kernels.select import KernelSelector
@@ -62,3 +64,20 @@ def test_a_replaced_core_attention_runs_segments_and_keeps_upstreams_state() -> 
     layer.eval()
     undo()
     assert layer.core_attention is core and not core.training
+
+
+def test_ours_leaves_out_the_fp8_state_of_te_alone() -> None:
+    layer: Any = Layer()
+    layer.core_attention = LongSequenceAttention(CONFIG, 1, AttnMaskType.causal, "self")
+    assert list(layer.state_dict()) == []
+    state = {"core_attention._extra_state": torch.ones(3, dtype=torch.uint8)}
+    assert layer.load_state_dict(state) == ([], [])
+    with pytest.raises(RuntimeError, match=r"core_attention\.softmax_offset"):
+        layer.load_state_dict(state | {"core_attention.softmax_offset": torch.ones(2)})
+
+
+@pytest.mark.parametrize("name", ["fp8_dot_product_attention", "fp8_multi_head_attention"])
+def test_attention_in_fp8_is_refused(name: str) -> None:
+    config = Namespace(**vars(CONFIG) | {name: True})
+    with pytest.raises(ValueError, match=f"layer 1: the configuration sets {name}"):
+        LongSequenceAttention(config, 1, AttnMaskType.causal, "self")

@@ -23,6 +23,7 @@ from megatron.longseq.attention.kernels.reference import Reference
 from megatron.longseq.attention.kernels.torch_cpu import CpuFlash
 from megatron.longseq.attention.plan.launches import Launch
 from megatron.longseq.attention.plan.layout import Layout, Mesh
+from megatron.longseq.attention.plan.layout_choice import document_pieces
 from megatron.longseq.attention.plan.ranges import (
     Documents,
     RowFinder,
@@ -89,7 +90,7 @@ def test_packed_blocks_are_blocks_one_by_one(kernel: Kernel, mask: str, heads: t
     q, k, v, grad = tensors([(t, 1, heads[0], 8), (s, 1, heads[1], 8), (s, 1, heads[1], 8), (t, 1, heads[0], 8)])
     if scores.window is not None and not scores.causal and isinstance(kernel, FlashAttn | FlashAttn3):
         wide = PackedLengths((*lengths.rows[:-1], 9), (*lengths.keys[:-1], 1))
-        with pytest.raises(ValueError, match="sliding window over 1 keys for 9 rows"):
+        with pytest.raises(ValueError, match="sliding window with 1 keys and 9 queries"):
             kernel.forward_packed(q, k, v, scores, wide)
     out, lse = kernel.forward_packed(q, k, v, scores, lengths)
     grads = kernel.backward_packed(grad, q, k, v, out, lse, scores, lengths)
@@ -130,7 +131,10 @@ def test_random_documents_equal_dense_attention(data: st.DataObject) -> None:
         kernel=data.draw(st.sampled_from([CpuFlash(), Reference()])),
     )
     found = data.draw(documents(96, problem.batch, 96 // (2 * problem.mesh.size)))
-    problem = Problem(**{**vars(problem), "documents": found})
+    pieces = None
+    if data.draw(st.booleans()):
+        pieces = document_pieces(Documents(found.spans[:1]), problem.lengths, problem.mesh.size)
+    problem = Problem(**{**vars(problem), "documents": found, "pieces": pieces})
     assert_close(run(problem), problem.expected(problem.inputs()), 96)
 
 

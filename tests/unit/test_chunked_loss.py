@@ -1,7 +1,9 @@
 """The chunked cross entropy equals upstream's GPTModel and PyTorch's cross entropy, and never holds whole logits."""
 
 import pytest
+import torch
 
+from megatron.longseq.cross_entropy.runtime.function import ChunkedLossCall, _WeightGrad
 from tests.pool import RankPool
 from tests.unit.chunked_loss_bed import (
     BATCH,
@@ -12,6 +14,7 @@ from tests.unit.chunked_loss_bed import (
     differences,
     fused_differences,
     largest_tensors,
+    products,
     pytorch_difference,
     rounding,
 )
@@ -51,10 +54,12 @@ def test_equals_pytorchs_cross_entropy(ranks: RankPool, tp: int, gathers: bool) 
     assert max(ranks.run(tp, pytorch_difference, tp, gathers)) <= REASSOCIATION
 
 
-def test_weight_gradients_are_added_to_the_main_gradient_by_upstreams_kernel(ranks: RankPool) -> None:
-    """The stand-in adds in float32, so what is equal is upstream's sum over tokens within float32's rounding."""
-    cases = [Case(fused=True, tail=True), Case(fused=True, tied=True)]
-    (found,) = ranks.run(1, fused_differences, cases)
+def test_weight_gradients_are_added_to_main_gradients_by_upstreams_kernel(ranks: RankPool) -> None:
+    """Upstream's data-parallel wrapper reduces them while backward runs.
+
+    The stand-in for the kernel adds in float32, so the sums over tokens are equal within float32's rounding.
+    """
+    (found,) = ranks.run(1, fused_differences, [Case(fused=True, tail=True), Case(fused=True, tied=True)])
     assert max(found) <= 1e-5
 
 
@@ -68,6 +73,21 @@ def test_no_tensor_has_the_size_of_whole_logits(ranks: RankPool, tp: int, case: 
 
 
 def test_bf16_is_as_exact_as_upstreams(ranks: RankPool) -> None:
-    """Chunks round their products of 16 bits one by one, and add them up in float32."""
-    (found,) = ranks.run(1, rounding, 16)
+    (found,) = ranks.run(1, rounding, 1)
     assert all(0 < ours <= 1.5 * theirs for theirs, ours in found), found
+
+
+def test_the_weights_gradient_is_added_up_in_float32() -> None:
+    """In bf16 a sum of ones ends at 256."""
+    total = _WeightGrad(torch.zeros(3, 2, dtype=torch.bfloat16), ChunkedLossCall(1, group=None))
+    for _ in range(1000):
+        total.add(torch.ones(1, 3, dtype=torch.bfloat16), torch.ones(1, 2, dtype=torch.bfloat16))
+    gradient = total.finish()
+    assert gradient is not None and gradient.dtype is torch.bfloat16 and gradient.eq(1000).all()
+
+
+def test_backward_computes_the_logits_once_more(ranks: RankPool) -> None:
+    """Four products for every token, where upstream computes three."""
+    one = 2 * BATCH * SEQUENCE * VOCABULARY // 2 * HIDDEN
+    for whole, chunked in ranks.run(2, products, Case(sequence_parallel=True), 2, 31):
+        assert chunked - whole == one

@@ -1,4 +1,4 @@
-"""The flag of the chunked cross entropy: what it refuses, what it leaves alone, and which models it serves."""
+"""The flag of the chunked cross entropy: what it refuses, what it leaves alone, and which models it supports."""
 
 import sys
 import warnings
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron.longseq.command_line import flags_table, refusals_table
 from megatron.longseq.cross_entropy.arguments import (
     NOT_IN_CHUNKS,
     REFUSALS,
@@ -18,20 +19,19 @@ from megatron.longseq.cross_entropy.arguments import (
     refuse_unserved_cross_entropy,
     wants_chunks,
 )
-from megatron.longseq.refusals import flags_table, refusals_table
 from tests.distributed.flags import TINY, flags
 from tests.pool import RankPool
 from tests.unit import weight_bed
 from tests.unit.test_pipeline_flags import args, told
 
-# Every way to ask for what chunks cannot serve: (flag in the message, values, why)
+# Every way to ask for what chunks do not support: (flag in the message, values, why)
 ASKED: list[tuple[str, dict[str, Any], str]] = [
     ("--cross-entropy-loss-fusion", {"cross_entropy_loss_fusion": True}, "leave one of the two out"),
     ("--fp16-lm-cross-entropy", {"fp16_lm_cross_entropy": True}, "does not read this flag either"),
     ("--defer-embedding-wgrad-compute", {"defer_embedding_wgrad_compute": True}, "gradients of whole logits"),
     ("--mtp-num-layers", {"mtp_num_layers": 1}, "further predictions"),
-    ("--is-hybrid-model", {"is_hybrid_model": True}, "GPTModel is served"),
-    ("--is-hybrid-model", {"hybrid_layer_pattern": "M*-"}, "GPTModel is served"),
+    ("--is-hybrid-model", {"is_hybrid_model": True}, "only GPTModel is supported"),
+    ("--is-hybrid-model", {"hybrid_layer_pattern": "M*-"}, "only GPTModel is supported"),
     ("--fp8-output-proj", {"fp8_output_proj": True}, "TransformerEngine's"),
     ("--tensor-parallel-num-weight-shards", {"gtp_weight_remat_size": 2}, "gathered for every chunk"),
     ("--use-megatron-fsdp", {"use_megatron_fsdp": True}, "--paro GGG"),
@@ -70,14 +70,25 @@ def test_numbers() -> None:
         check_cross_entropy_numbers(args(cross_entropy_chunk_tokens=0))
 
 
-@pytest.mark.parametrize(("chunk", "context", "warns"), [(127, 1, False), (128, 1, True), (64, 2, True)])
-def test_chunks_that_hold_whole_logits_are_told(chunk: int, context: int, warns: bool) -> None:
+@pytest.mark.parametrize(
+    ("chunk", "context", "lengths", "warns"),
+    [
+        (127, 1, (64,), False),
+        (128, 1, (64,), True),
+        (64, 2, (64,), True),
+        (79, 1, (40, 24), False),
+        (80, 1, (40,), True),
+    ],
+)
+def test_chunks_that_hold_whole_logits_are_told(
+    chunk: int, context: int, lengths: tuple[int, ...], warns: bool
+) -> None:
     sizes = {"micro_batch_size": 2, "eval_micro_batch_size": 1, "seq_length": 64, "context_parallel_size": context}
-    text = describe_chunks(args(**sizes, cross_entropy_chunk_tokens=chunk))
+    text = describe_chunks(args(**sizes, cross_entropy_chunk_tokens=chunk), lengths)
     assert text.startswith("WARNING") == warns and f"chunks of {chunk} tokens" in text
 
 
-def test_upstreams_validation_refuses_what_chunks_cannot_serve(ranks: RankPool) -> None:
+def test_upstreams_validation_refuses_unsupported_flags(ranks: RankPool) -> None:
     cases: dict[str, str | None] = {
         "--cross-entropy-chunk-tokens 16": None,
         "--cross-entropy-chunk-tokens -1": "--cross-entropy-chunk-tokens -1: give at least 1",
@@ -146,11 +157,11 @@ def messages_of_models() -> dict[str, str]:
 def test_other_models_are_refused_before_their_first_step(ranks: RankPool) -> None:
     (found,) = ranks.run(1, messages_of_models)
     words = {
-        "loss": "cannot serve this OwnLoss: its compute_language_model_loss is not upstream's",
-        "layer": "cannot serve this GPTModel: its output layer is OwnLayer",
-        "gathers": "cannot serve this GPTModel: it gathers whole logits",
-        "bias": "cannot serve this GPTModel: its output layer has a bias",
-        "other": "serves GPTModel; this model is Linear",
+        "loss": "does not support this OwnLoss: its compute_language_model_loss is not upstream's",
+        "layer": "does not support this GPTModel: its output layer is OwnLayer",
+        "gathers": "does not support this GPTModel: it gathers whole logits",
+        "bias": "does not support this GPTModel: its output layer has a bias",
+        "other": "supports GPTModel only; this model is Linear",
     }
     assert found.keys() == words.keys() and all(words[name] in found[name] for name in words), found
 

@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from megatron.longseq.attention.arguments import (
+    NOT_IN_TE_LAYERS,
     NOT_WITH_CONTEXT,
     check_context_numbers,
     refuse_unserved_context,
+    refuse_unserved_te_attention,
+    serves_core_attention,
     wants_context,
 )
 from megatron.longseq.attention.plan.comm_type import (
@@ -48,10 +51,19 @@ ASKED: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-def refused(given: Namespace) -> list[str]:
+# As ASKED, of our attention in TransformerEngine's layers.
+ASKED_IN_TE_LAYERS: list[tuple[str, dict[str, Any], str]] = [
+    ("--transformer-impl inference_optimized", {"transformer_impl": "inference_optimized"}, "for inference"),
+    ("--heterogeneous-layers-config-path", {"heterogeneous_layers_config_path": "file"}, "name TransformerEngine's"),
+    ("--heterogeneous-layers-config-path", {"heterogeneous_layers_config_encoded_json": "{}"}, "themselves"),
+    ("--use-kitchen-attention", {"use_kitchen_attention": True}, "Kitchen's attention"),
+]
+
+
+def refused(given: Namespace, **layers: bool) -> list[str]:
     """The lines of the refusal, none where there is none."""
     try:
-        refuse_unserved_context(given)
+        refuse_unserved_context(given, **layers)
     except ValueError as error:
         return str(error).splitlines()[1:]
     return []
@@ -63,8 +75,43 @@ def test_refuses_by_name_and_reason(flag: str, values: dict[str, Any], why: str)
     assert len(lines) == 1 and lines[0].startswith(f"  {flag} with --context-parallel-size: ") and why in lines[0]
 
 
+@pytest.mark.parametrize(("flag", "values", "why"), ASKED_IN_TE_LAYERS)
+def test_refuses_other_attention_in_te_layers(flag: str, values: dict[str, Any], why: str) -> None:
+    given = args(**SERVED | values)
+    (line,) = refused(given, is_local=False)
+    assert line.startswith(f"  {flag} with --context-parallel-attention longseq: ") and why in line
+    assert refused(given) == []
+
+
 def test_every_refusal_is_tried() -> None:
     assert {flag for flag, _, _ in ASKED} == set(NOT_WITH_CONTEXT)
+    assert {flag for flag, _, _ in ASKED_IN_TE_LAYERS} == set(NOT_IN_TE_LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("choice", "splits", "in_local_layers", "in_te_layers"),
+    [
+        ("auto", 1, True, False),
+        ("auto", 4, True, True),
+        ("longseq", 1, True, True),
+        ("longseq", 4, True, True),
+        ("transformer_engine", 1, False, False),
+    ],
+)
+def test_whose_attention_it_is(choice: str, splits: int, in_local_layers: bool, in_te_layers: bool) -> None:
+    given = args(context_parallel_attention=choice, seq1f1b_splits=splits)
+    assert serves_core_attention(given, is_local=True) is in_local_layers
+    assert serves_core_attention(given, is_local=False) is in_te_layers
+
+
+def test_te_attention_is_refused_where_it_cannot_be() -> None:
+    theirs = {"context_parallel_attention": "transformer_engine"}
+    refuse_unserved_te_attention(args(), is_installed=False)
+    refuse_unserved_te_attention(args(**theirs), is_installed=True)
+    with pytest.raises(ValueError, match="transformer_engine: it does not see the keys of earlier segments"):
+        refuse_unserved_te_attention(args(**theirs, seq1f1b_splits=2), is_installed=True)
+    with pytest.raises(ValueError, match="transformer_engine: TransformerEngine is not installed here, or there is no"):
+        refuse_unserved_te_attention(args(**theirs), is_installed=False)
 
 
 def test_all_reasons_are_told_at_once() -> None:
@@ -103,6 +150,10 @@ def test_what_is_served_is_let_through(values: dict[str, Any]) -> None:
         ({"context_parallel_size": 4, "ring_window": 0}, "--ring-window 0: give at least 1"),
         ({"ring_window": 2}, "--ring-window 2: --context-parallel-size is 1, so it has no effect"),
         ({"context_parallel_auto": True}, "--context-parallel-auto: --context-parallel-size is 1"),
+        (
+            {"context_parallel_attention": "longseq"},
+            "--context-parallel-attention longseq: --context-parallel-size is 1",
+        ),
         (
             {"context_parallel_placement": "context-first"},
             "--context-parallel-placement context-first: --context-parallel-size is 1",
@@ -307,9 +358,16 @@ def test_upstreams_validation_refuses_what_context_cannot_serve(ranks: RankPool)
         f"{CP4} --ring-window 3": "windows of 3 do not divide a ring of 4 ranks",
         "--ring-window 2": "--ring-window 2: --context-parallel-size is 1",
         "--context-parallel-auto": "--context-parallel-auto: --context-parallel-size is 1",
+        f"{CP4} --context-parallel-attention longseq": None,
         f"{CP4} --context-parallel-auto --cp-comm-type a2a": "--context-parallel-auto sets --cp-comm-type",
     }
     assert_refusals(ranks, cases)
+
+
+def test_upstreams_validation_refuses_te_attention_without_a_gpu(ranks: RankPool) -> None:
+    assert_refusals(
+        ranks, {f"{CP4} --context-parallel-attention transformer_engine": "TransformerEngine is not installed"}
+    )
 
 
 def test_upstreams_validation_refuses_segments_that_ranks_cannot_share(ranks: RankPool) -> None:

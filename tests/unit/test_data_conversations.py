@@ -1,6 +1,8 @@
 """Prepared conversations have the tokens and the loss mask of upstream's own `--sft` path, and stay whole."""
 
 import json
+from argparse import ArgumentParser
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from megatron.longseq.data import DataError, manifest
 from megatron.longseq.data.__main__ import main
 from megatron.longseq.data.chat import PROMPT_FORMATS
 from megatron.longseq.data.conversations import Conversations
-from megatron.longseq.data.validate import DataRequest, check_datasets
+from megatron.longseq.data.validate import check_datasets
 
 TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
@@ -79,23 +81,10 @@ def prepare(path: Path, out: Path, folder: Path, *options: str) -> int:
     return main([*command, "--tokenizer-model", str(folder), *options])
 
 
-@pytest.mark.parametrize("prompt_format", PROMPT_FORMATS)
-def test_tokens_and_mask_are_those_of_upstreams_sft(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path, prompt_format: str
-) -> None:
-    import datasets
+def config_of(path: Path, tokenizer: Any, ranks: int = 1) -> Any:
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
-    from megatron.core.datasets.utils import Split
-    from megatron.core.tokenizers import MegatronTokenizer
-    from megatron.training.datasets.sft_dataset import SFTDataset
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    path = write(tmp_path / "chat.jsonl", LINES)
-    assert prepare(path, tmp_path / "out", folder, "--sft-tokenizer-prompt-format", prompt_format) == 0
-    tokenizer = MegatronTokenizer.from_pretrained(
-        tokenizer_path=str(folder), metadata_path={"library": "sft"}, prompt_format=prompt_format
-    )
-    config = GPTDatasetConfig(
+    return GPTDatasetConfig(
         random_seed=1,
         sequence_length=SEQUENCE,
         blend=([str(path)], None),
@@ -105,10 +94,43 @@ def test_tokens_and_mask_are_those_of_upstreams_sft(
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
-        context_parallel_size=1,
+        context_parallel_size=ranks,
     )
-    low_level = SFTDataset.build_low_level_dataset(str(path), config)
-    upstream = SFTDataset(low_level, str(path), np.arange(len(LINES)), len(LINES), Split.train, config)
+
+
+def sft_tokenizer(folder: Path, prompt_format: str) -> Any:
+    from megatron.core.tokenizers import MegatronTokenizer
+
+    return MegatronTokenizer.from_pretrained(
+        tokenizer_path=str(folder), metadata_path={"library": "sft"}, prompt_format=prompt_format
+    )
+
+
+def build(dataset: Any, path: Path, config: Any, samples: int | None = None) -> Any:
+    """Build a data set of all documents of a path, as upstream's builder does."""
+    from megatron.core.datasets.utils import Split
+
+    low_level = dataset.build_low_level_dataset(str(path), config)
+    count = dataset.numel_low_level_dataset(low_level)
+    return dataset(low_level, str(path), np.arange(count), samples or count, Split.train, config)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `datasets` write its cache into the test's folder."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("prompt_format", PROMPT_FORMATS)
+def test_tokens_and_mask_are_those_of_upstreams_sft(tmp_path: Path, folder: Path, prompt_format: str) -> None:
+    from megatron.training.datasets.sft_dataset import SFTDataset
+
+    path = write(tmp_path / "chat.jsonl", LINES)
+    assert prepare(path, tmp_path / "out", folder, "--sft-tokenizer-prompt-format", prompt_format) == 0
+    tokenizer = sft_tokenizer(folder, prompt_format)
+    upstream = build(SFTDataset, path, config_of(path, tokenizer))
     ours = Conversations(str(tmp_path / "out"))
     assert len(ours) == sum(CONVERSATIONS)
     first = 0
@@ -149,11 +171,6 @@ def test_shards_and_shuffling_keep_conversations_and_their_masks_whole(
 
     assert content(in_order) != content(shuffled) and sorted(content(in_order)) == sorted(content(shuffled))
     capsysbinary.readouterr()
-    assert main(["flags", str(tmp_path / "a")]) == 0
-    assert capsysbinary.readouterr().out.decode().split() == [
-        *("--sft", "--data-path", str(path), "--tokenizer-type", "SFTTokenizer", "--tokenizer-model", str(folder)),
-        *("--sft-tokenizer-prompt-format", PROMPT_FORMATS[0]),
-    ]
     assert main(["inspect", str(tmp_path / "a"), "--document", "0"]) == 0
     told = capsysbinary.readouterr().out.decode()
     assert f"{len(in_order[0].ids)} tokens, {in_order[0].loss_mask.sum()} in the loss" in told
@@ -208,14 +225,22 @@ def test_a_damaged_or_foreign_loss_mask_is_refused(tmp_path: Path, folder: Path)
     out, other = str(tmp_path / "out"), str(tmp_path / "other")
     assert prepare(write(tmp_path / "chat.jsonl", LINES), tmp_path / "out", folder) == 0
     assert prepare(write(tmp_path / "more.jsonl", LINES[::-1]), tmp_path / "other", folder) == 0
-    request = DataRequest(([out], None), None, "1,0,0", 8)
-    check_datasets(request)
+    check = partial(
+        check_datasets,
+        ([out], None),
+        None,
+        split="1,0,0",
+        sequence=8,
+        full_validation=False,
+        separate_validation=False,
+    )
+    check()
     for suffix in (".bin", ".idx"):  # of the same number of conversations and tokens
         Path(f"{out}.loss_mask{suffix}").write_bytes(Path(f"{other}.loss_mask{suffix}").read_bytes())
     with pytest.raises(DataError, match="holds the loss mask of other conversations"):
         Conversations(out)
     with pytest.raises(ValueError, match="is not the loss mask of the conversations of"):
-        check_datasets(request)
+        check()
     Path(f"{out}.loss_mask.bin").write_bytes(b"1")
     with pytest.raises(DataError, match=r"out\.loss_mask\.bin has 1 bytes"):
         Conversations(out)
@@ -224,3 +249,56 @@ def test_a_damaged_or_foreign_loss_mask_is_refused(tmp_path: Path, folder: Path)
         text.write_text("text")
         assert main(["prepare", str(text), "--output", str(tmp_path / "text"), "--workers", "1"]) == 0
         Conversations(str(tmp_path / "text"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_packed_samples_are_those_of_upstream_for_the_same_conversations(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str], ranks: int
+) -> None:
+    """Samples from the prepared files equal upstream's from jsonl lines that hold the conversations of a pack."""
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    from megatron.training.arguments import _add_tokenizer_args
+    from megatron.training.datasets.sft_dataset import SFTDataset
+
+    from megatron.longseq.conversation_dataset import ConversationDataset
+
+    sizes = [(1, 1), (5, 2), (1, 1), (1, 1), (4, 2), (2, 1), (1, 1), (7, 1), (1, 1), (1, 2), (2, 1), (1, 1), (8, 9)]
+    systems = [turns(number, rounds) for number, rounds in sizes]
+    path = write(tmp_path / "chat.jsonl", systems)
+    assert prepare(path, tmp_path / "out", folder) == 0
+    capsys.readouterr()
+    assert main(["flags", str(tmp_path / "out")]) == 0
+    parser = _add_tokenizer_args(ArgumentParser())
+    parser.add_argument("--sft", action="store_true")
+    parser.add_argument("--data-path", type=Path)
+    args, _ = parser.parse_known_args(capsys.readouterr().out.split())
+    args.make_vocab_size_divisible_by, args.tensor_model_parallel_size, args.rank = 128, 1, 0
+    assert args.sft and args.data_path == tmp_path / "out"
+    ours = build(ConversationDataset, args.data_path, config_of(args.data_path, build_tokenizer(args), ranks))
+    packs = [[int(number) for number in pack] for pack in ours.dataset]
+    assert sorted(number for pack in packs for number in pack) == list(range(len(systems)))
+    assert 1 < len(packs) < len(systems) and max(map(len, packs)) > 2
+    lines = write(tmp_path / "packs.jsonl", [[one for number in pack for one in systems[number]] for pack in packs])
+    tokenizer = sft_tokenizer(folder, PROMPT_FORMATS[0])
+    upstream = build(SFTDataset, lines, config_of(lines, tokenizer, ranks))
+    for number, pack in enumerate(packs):
+        sample, expected = ours[number], upstream[number]
+        for name in ("tokens", "loss_mask", "position_ids", "cu_seqlens", "max_seqlen"):
+            assert torch.equal(sample[name], expected[name]), name
+        counts = expected["loss_mask"] > 0
+        assert torch.equal(sample["labels"][counts], expected["labels"][counts])
+        # All conversations are whole; the one that is longer than a sample is alone in it, and cut.
+        assert len(set(sample["cu_seqlens"].tolist())) == len(pack) + 1
+        assert len(systems) - 1 not in pack or len(pack) == 1
+    assert torch.equal(ours[0]["tokens"], ours[len(packs)]["tokens"])  # the next epoch
+    fromjsonl = build(ConversationDataset, lines, config_of(lines, tokenizer, ranks))
+    assert torch.equal(fromjsonl[0]["tokens"], upstream[0]["tokens"])
+
+
+def test_a_run_with_another_tokenizer_is_refused(tmp_path: Path, folder: Path) -> None:
+    from megatron.longseq.conversation_dataset import ConversationDataset
+
+    assert prepare(write(tmp_path / "chat.jsonl", LINES), tmp_path / "out", folder) == 0
+    other = sft_tokenizer(folder, "identity")  # pads with another token
+    with pytest.raises(ValueError, match="was prepared with a tokenizer whose padding"):
+        build(ConversationDataset, tmp_path / "out", config_of(tmp_path / "out", other))

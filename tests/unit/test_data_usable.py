@@ -104,7 +104,7 @@ def build_without_documents(prefix: str, samples: int) -> str:
 def test_the_loop_over_epochs_ends(ranks: RankPool, tmp_path: Path, samples: int) -> None:
     prefix = index_of(tmp_path, "ten", [300] * 10)
     (said,) = ranks.run(1, build_without_documents, prefix, samples)
-    assert f"the valid split gets no tokens of {prefix} (0 documents), and {samples} samples are requested" in said
+    assert f"the valid split gets no tokens of {prefix} (0 documents), but {samples} samples are requested" in said
 
 
 def messages_of_upstreams_validation(cases: list[list[str]]) -> list[str | None]:

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from megatron.longseq.attention.plan.comm_type import CommType
 from megatron.longseq.attention.plan.layout import Layout, Mesh
 from megatron.longseq.attention.plan.packing import documents_of
 from megatron.longseq.attention.plan.ranges import Documents
+from megatron.longseq.attention.runtime.document_layouts import DocumentLayouts
 from megatron.longseq.attention.runtime.packed_batch import PackedReader
 from megatron.longseq.attention.runtime.packed_documents import document_starts, starts_of
 from patches.packed.data import ending_at_eod
@@ -89,9 +91,9 @@ def test_positions_are_those_of_the_ranks_tokens(lengths: tuple[int, ...] | None
     starts = starts_of(DOCUMENTS)
     whole = torch.arange(16) - starts
     for rank in range(2):
-        reader = PackedReader(2, rank, lengths=lengths)
+        reader = PackedReader(2, rank, layouts=DocumentLayouts((CommType(Mesh(1, 2)),), lengths))
         for segment in range(len(lengths or (16,))):
-            held = reader.layout(16).positions(rank, segment)
+            held = reader.layouts.layout(DOCUMENTS, 16).positions(rank, segment)
             expected = torch.cat([whole[:, one.slice()] for one in held], dim=1).T
             found = reader.packed(DOCUMENTS, 16, segment, torch.device("cpu"))
             assert found.positions is not None and found.length == 16 and found.documents == DOCUMENTS
@@ -99,6 +101,39 @@ def test_positions_are_those_of_the_ranks_tokens(lengths: tuple[int, ...] | None
             assert torch.equal(given_positions, expected)
             frequencies = torch.arange(16.0)[:, None, None, None].expand(-1, 1, 1, 3)
             assert torch.equal(found.rotary(frequencies)[:, :, 0, 0].expand(-1, 2), expected.float())
+
+
+LONG = Documents((packed([2, 40, 3, 83]),))
+
+
+def test_data_and_model_have_one_layout() -> None:
+    said: list[str] = []
+    for rank in range(4):
+        layouts = DocumentLayouts((CommType(Mesh(1, 4)),), kind="document", say=said.append)
+        reader = PackedReader(4, rank, layouts=layouts)
+        cut = layouts.cut(LONG, 128)
+        assert cut.pieces is not None and len(cut.positions(rank, 0)) > 2
+        reader.check_cut(LONG, 128, {"input_ids": torch.zeros(1, 32)})
+        found = reader.packed(LONG, 128, 0, torch.device("cpu"))
+        whole = torch.arange(128) - starts_of(LONG)[0]
+        assert found.pieces == cut.pieces and found.positions is not None
+        assert torch.equal(found.positions, torch.cat([whole[one.slice()] for one in cut.positions(rank, 0)]))
+    assert len(said) == 4 and said[0].startswith("context-parallel layout of packed documents: by document")
+
+
+def test_data_that_was_cut_otherwise_is_refused() -> None:
+    tokens = {"labels": torch.zeros(1, 32)}
+    by_document = PackedReader(4, 1, layouts=DocumentLayouts((CommType(Mesh(1, 4)),), kind="document"))
+    with pytest.raises(ValueError, match=r"context-parallel rank 1 of 4: the batch was not cut .* by the documents"):
+        by_document.check_cut(LONG, 128, tokens)
+    by_document.check_cut(LONG, 128, {})  # stages in between are given no batch
+    by_document.layouts.cut(Documents((packed([100, 28]),)), 128)
+    with pytest.raises(ValueError, match="or give --context-parallel-layout sequence"):
+        by_document.check_cut(LONG, 128, tokens)
+    by_document.layouts.cut(Documents((packed([2, 39, 4, 83]),)), 128)  # has the same pieces
+    by_document.check_cut(LONG, 128, tokens)
+    by_sequence = PackedReader(4, 1, layouts=DocumentLayouts((CommType(Mesh(1, 4)),), kind="sequence"))
+    by_sequence.check_cut(LONG, 128, tokens)
 
 
 def test_whole_sequences_need_no_documents() -> None:

@@ -89,7 +89,7 @@ def test_a_drawing_is_the_same_bytes_every_time_and_png_is_one(tmp_path):
 
 
 def test_what_cannot_be_drawn_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"written as \.svg or \.png, not \.pdf"):
+    with pytest.raises(ValueError, match=r"suffix must be \.svg or \.png, but it is \.pdf"):
         draw(CASES, tmp_path / "a.pdf")
     with pytest.raises(ValueError, match="no action to draw"):
         draw([Timeline("nothing", Pipeline(1, 1), ((),))], tmp_path / "a.svg")
@@ -178,8 +178,8 @@ def spoil_span(file: Path, row: int, column: int, value) -> None:
         (lambda f: (f / "rank-0001.json").write_text("{"), "rank-0001.json: this is not a timeline"),
         (lambda f: (f / "rank-0001.json").write_text("[]"), "this is not a timeline"),
         (lambda f: spoil_span(f / "rank-0000.json", 0, 0, "X"), "'X' is not a valid ActionKind"),
-        (lambda f: spoil_span(f / "rank-0000.json", 0, 1, 9), "forward of micro-batch 9, segment 0 is outside"),
-        (lambda f: spoil_span(f / "rank-0000.json", 1, 2, 0), "forward of micro-batch 0, segment 0 ran twice"),
+        (lambda f: spoil_span(f / "rank-0000.json", 0, 1, 9), "forward of micro-batch 9, segment 0 does not belong to"),
+        (lambda f: spoil_span(f / "rank-0000.json", 1, 2, 0), "forward of micro-batch 0, segment 0 occurs twice"),
         (lambda f: spoil_span(f / "rank-0000.json", 0, 5, -1), "ended at -1.0 s, before it began"),
         (lambda f: spoil_span(f / "rank-0000.json", 0, 5, float("nan")), "ended at nan s"),
         (lambda f: spoil_span(f / "rank-0000.json", 1, 4, -1), "began before the forward .* that precedes it"),

@@ -210,7 +210,10 @@ def test_the_fastest_that_fits(share: float, limit: float | None, microbatches: 
 
 
 def test_nothing_that_fits_is_an_error_that_says_what_the_smallest_needs() -> None:
-    with pytest.raises(ValueError, match=r"into 1\.0 GB: the smallest, GGG, needs 1\.7 GB\. Give more"):
+    with pytest.raises(
+        ValueError,
+        match=r"into 1\.0 GB on each of 64 data-parallel ranks: the smallest, GGG, needs 1\.7 GB\. Give more",
+    ):
         fastest(PUBLISHED, RUNNING, 1e9)
     with pytest.raises(ValueError, match="there is none"):
         fastest(PUBLISHED, ())

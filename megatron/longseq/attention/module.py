@@ -120,6 +120,7 @@ class LongSequenceAttention(MegatronModule):
                 f"{self.dropout} over context-parallel ranks is not supported; use causal self-attention without it"
             )
         refuse_mask_type(attn_mask_type, f"layer {layer_number}")
+        refuse_fp8_attention(config, f"layer {layer_number}")
         refuse_window(config, f"layer {layer_number}")
         self.scale = softmax_scale or config.softmax_scale or config.kv_channels**-0.5
         has_window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, self.layer_number)
@@ -191,6 +192,7 @@ class LongSequenceAttention(MegatronModule):
                 self.scale,
                 window=self.window,
                 documents=documents,
+                pieces=packed.pieces if packed is not None else None,
                 layer=self.layer_number,
                 cache=segments.cache if segments is not None else None,
             )
@@ -210,6 +212,15 @@ class LongSequenceAttention(MegatronModule):
             documents=segments.documents.get(segments.cache.current_segment(self.layer_number).microbatch),
             fork=contextlib.nullcontext if self.config.sequence_parallel else _fork_rng,
         )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Leave out the FP8 state that TransformerEngine's core attention writes into its place in a checkpoint.
+
+        In the other direction TransformerEngine itself accepts that the state is missing.
+        """
+        for name in [name for name in state_dict if name.startswith(prefix) and name.endswith("_extra_state")]:
+            del state_dict[name]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class ReplacementAttention(LongSequenceAttention):
@@ -278,6 +289,20 @@ def refuse_mask_type(kind: AttnMaskType | None, where: str) -> None:
             f"{where}: attention mask type {kind.name} is not supported, only causal; leave attn_mask_type out, or "
             "train this model without --seq1f1b-splits and --context-parallel-size."
         )
+
+
+def refuse_fp8_attention(config: Any, where: str) -> None:
+    """Refuse attention in FP8, which a script may set: upstream has no flags for it.
+
+    Raises:
+        ValueError: Names the layer and what the configuration sets.
+    """
+    for name in ("fp8_dot_product_attention", "fp8_multi_head_attention"):
+        if getattr(config, name, False):
+            raise ValueError(
+                f"{where}: the configuration sets {name}, but attention of this project computes in the type of its "
+                "inputs; leave it out, linear layers stay in FP8."
+            )
 
 
 def refuse_window(config: Any, where: str) -> None:

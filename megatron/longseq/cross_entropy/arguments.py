@@ -1,6 +1,7 @@
 """The flag of the chunked cross entropy, and the flags of upstream's that it refuses."""
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 
 from megatron.longseq.refusals import Refusals, refuse
 
@@ -21,7 +22,7 @@ NOT_IN_CHUNKS: Refusals = {
     "--mtp-num-layers": (lambda a: a.mtp_num_layers, "upstream computes the logits of its further predictions whole"),
     "--is-hybrid-model": (
         lambda a: a.is_hybrid_model or a.hybrid_layer_pattern,
-        "HybridModel computes its loss from whole logits; GPTModel is served",
+        "HybridModel computes its loss from whole logits; only GPTModel is supported",
     ),
     "--fp8-output-proj": (lambda a: a.fp8_output_proj, "the output layer is then TransformerEngine's"),
     "--tensor-parallel-num-weight-shards": (
@@ -82,15 +83,16 @@ def refuse_unserved_cross_entropy(args: Namespace) -> None:
     refuse(args, [("--cross-entropy-chunk-tokens", NOT_IN_CHUNKS)])
 
 
-def describe_chunks(args: Namespace) -> str:
+def describe_chunks(args: Namespace, lengths: Sequence[int]) -> str:
     """Return a line about the chunks of this run, with a warning if one chunk holds all tokens of a forward.
 
     Args:
         args: validated arguments.
+        lengths: tokens of each part of a sequence that passes the model at once (segments, or the whole sequence).
     """
-    given, context = args.cross_entropy_chunk_tokens, args.context_parallel_size
-    longest = max(args.micro_batch_size, args.eval_micro_batch_size or 0) * args.seq_length // context
+    given, sequences = args.cross_entropy_chunk_tokens, max(args.micro_batch_size, args.eval_micro_batch_size or 0)
+    tokens = sequences * max(lengths) // args.context_parallel_size
     text = f"cross entropy in chunks of {given} tokens"
-    if given < longest:
+    if given < tokens:
         return text
-    return f"WARNING: {text}: a micro-batch has {longest} tokens on a rank, so its logits are held whole"
+    return f"WARNING: {text}: a forward has at most {tokens} tokens on a rank, so its logits are held whole"

@@ -137,8 +137,7 @@ def _prepare(args: argparse.Namespace) -> None:
         raise DataError(f"{error.filename or args.output}: {error.strerror or error}") from error
     if made:
         _statistics(args.output)
-        if not request.tokenizer.is_chat:
-            _warn_about_empty_parts(manifest.read(args.output)["documents"])
+        _warn_about_empty_parts(manifest.read(args.output)["documents"])
         _flags(argparse.Namespace(prefix=args.output))
 
 
@@ -179,8 +178,7 @@ def _chat_tokenizer(args: argparse.Namespace) -> TokenizerSpec:
 
 def _flags(args: argparse.Namespace) -> None:
     content = manifest.read(args.prefix)
-    inputs = list(content["input_stamps"])
-    print(shlex.join(manifest.training_flags(args.prefix, content["tokenizer"], content["documents"], inputs)))
+    print(shlex.join(manifest.training_flags(args.prefix, content["tokenizer"], content["documents"])))
 
 
 def _statistics(prefix: str) -> None:

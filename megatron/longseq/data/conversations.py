@@ -31,6 +31,7 @@ class Conversations:
 
     Attributes:
         lengths: tokens of each conversation.
+        tokenizer: fields of `TokenizerSpec`.
 
     Raises:
         DataError: the output is damaged, or holds no conversations.
@@ -40,6 +41,7 @@ class Conversations:
         content = manifest.read(prefix)
         if "tokens_in_loss" not in content:
             raise DataError(f"{prefix} holds documents, not conversations; prepare it with --format conversations")
+        self.tokenizer: dict[str, Any] = content["tokenizer"]
         upstream = indexed_dataset()
         self._ids, self._masks = (upstream.IndexedDataset(name) for name in (prefix, prefix + LOSS_MASK))
         # Upstream's arrays are views of mapped files, which it unmaps when its data set is deleted: copy them.

@@ -86,30 +86,26 @@ def length_statistics(lengths: NDArray[np.int64]) -> dict[str, float]:
     return {"min": int(lengths.min()), "mean": mean, "p50": p50, "p90": p90, "p99": p99, "max": int(lengths.max())}
 
 
-def training_flags(prefix: str, tokenizer: dict[str, Any], documents: int, inputs: Sequence[str]) -> list[str]:
-    """Return upstream's flags that train on an output. For conversations they name the inputs.
+def training_flags(prefix: str, tokenizer: dict[str, Any], documents: int) -> list[str]:
+    """Return the flags that train on an output: upstream's for documents, those of our GPT script for conversations.
 
-    Upstream's --sft reads the conversations of a jsonl file and tokenizes them while it trains. Pretraining needs the
-    vocabulary size and the end-of-document id, but no tokenizer. If there are few documents, the flags contain a
-    `--split`, because upstream's default would leave validation or test without documents.
+    Training needs the vocabulary size and the ids of the end of a document and of padding, but no tokenizer. If there
+    are few documents, the flags contain a `--split`, because upstream's default would leave validation or test without
+    documents.
 
     Args:
         prefix: path of the output without suffix.
         tokenizer: fields of `TokenizerSpec`.
         documents: number of documents.
-        inputs: paths of the input files.
     """
-    if tokenizer["type"] == "sft":
-        return [
-            *("--sft", "--data-path", *inputs),
-            *("--tokenizer-type", "SFTTokenizer", "--tokenizer-model", tokenizer["model"]),
-            *("--sft-tokenizer-prompt-format", tokenizer["prompt_format"]),
-        ]
+    pad_id = tokenizer.get("pad_id")
     return [
+        *(("--sft",) if tokenizer["type"] == "sft" else ()),
         *("--data-path", prefix),
         *("--tokenizer-type", "NullTokenizer"),
         *("--vocab-size", str(tokenizer["vocab_size"])),
         *("--null-tokenizer-eod-id", str(tokenizer["eod_id"])),
+        *(() if pad_id is None else ("--null-tokenizer-pad-id", str(pad_id))),
         *splits.suggest_split_flags(documents),
     ]
 
@@ -138,7 +134,7 @@ def build(
         **counts,
         "tokenizer": made.tokenizer,
         "options": made.options,
-        "flags": training_flags(prefix, made.tokenizer, len(lengths), list(made.files)),
+        "flags": training_flags(prefix, made.tokenizer, len(lengths)),
         "inputs": {"files": len(sizes), "bytes": sum(sizes), "sha256_of_stamps": made.inputs_digest},
         "input_stamps": made.files,
     }

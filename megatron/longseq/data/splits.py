@@ -79,6 +79,14 @@ def parts_with_data(args: Namespace) -> dict[str, bool]:
     return {name: getattr(args, f"{name}_data_path") is not None for name in NAMES}
 
 
+def reads_prepared(args: Namespace) -> bool:
+    """Return whether the data flags name outputs of `prepare` or other indexed data sets, and nothing else."""
+    flags = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+    words = [word for flag in flags for word in getattr(args, flag, None) or ()]
+    paths = [word for word in words if not re.fullmatch(r"[.0-9]+", word)]  # numbers are weights
+    return bool(paths) and all(Path(f"{path}.idx").is_file() for path in paths)
+
+
 def _parts_in_file(file: str) -> dict[str, bool]:
     """Return which parts upstream's --per-split-data-args-path names, or all if it is not a file on this machine."""
     try:

@@ -12,6 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 
 from megatron.longseq.attention.module import ContextParallel
+from megatron.longseq.attention.runtime.document_layouts import DocumentLayouts
 from megatron.longseq.attention.runtime.packed_batch import PackedReader
 from megatron.longseq.pipeline.plan.from_args import PipelinePlan
 from megatron.longseq.pipeline.plan.schedule import Schedule
@@ -160,7 +161,7 @@ class ForwardBackward:
             allows_documents=sends or self.plan.stages == 1,
             sends_documents=sends,
             context=self.context,
-            packed=self.packed or PackedReader(1, 0, lengths=tuple(self.plan.lengths)),
+            packed=self.packed or PackedReader(1, 0, layouts=DocumentLayouts(lengths=tuple(self.plan.lengths))),
         )
 
     def _executor(self, step: StepRequest, microbatches: int, config: Any, groups: Any) -> Executor:

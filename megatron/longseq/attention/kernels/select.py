@@ -97,7 +97,9 @@ def select_kernel(
                 warnings.warn(f"{why}: it is slow and stores the whole score matrix", stacklevel=2)
             return KernelChoice(make(need), why)
         against.append(f"not {name}: {reason}")
-    raise ValueError(f"no attention kernel can compute this: {'; '.join(against)}")
+    raise ValueError(
+        f"no attention kernel can compute this: {'; '.join(against)}; the kernels are {', '.join(_CANDIDATES)}"
+    )
 
 
 def _against_flash(need: KernelRequest) -> str | None:

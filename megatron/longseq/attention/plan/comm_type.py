@@ -130,6 +130,8 @@ def _refuse_unused(args: Namespace, types: Mapping[str, CommType]) -> None:
             raise ValueError(f"--ring-window {args.ring_window}: no layer uses a ring of several ranks; leave it out")
         for ring in rings:
             Ring(ring, args.ring_window)
+    if args.context_parallel_layout == "document" and all(one.mesh.ring == 1 for one in types.values()):
+        raise ValueError("--context-parallel-layout document: no layer's keys go round a ring; leave it out")
     if "a2a+p2p" not in types:
         if args.hierarchical_context_parallel_sizes:
             raise ValueError("--hierarchical-context-parallel-sizes needs --cp-comm-type a2a+p2p; give both")

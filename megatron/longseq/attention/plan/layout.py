@@ -12,6 +12,7 @@ documents padded to 2C tokens, one piece for each, this is TransformerEngine's l
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple, get_args
 
 from megatron.longseq.attention.plan.ranges import TokenRange, TokenRanges, union
@@ -34,6 +35,18 @@ class ReceivedRows(NamedTuple):
 
     source: int
     rows: TokenRange
+
+
+class RowOrder(tuple[ReceivedRows, ...]):
+    """Received rows in their new order. Its hash is computed once, because indices are cached by it."""
+
+    @cached_property
+    def _hash(self) -> int:
+        return super().__hash__()
+
+    def __hash__(self) -> int:
+        """Return the hash of the rows."""
+        return self._hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,38 +206,24 @@ class Layout:
         """Return `shard` of every ring index."""
         return tuple(self.shard(ring, segments) for ring in range(self.mesh.ring))
 
-    def received_rows(self, segments: range) -> tuple[ReceivedRows, ...]:
+    def received_rows(self, segments: range) -> RowOrder:
         """Return the rows that the all-to-all of some segments delivers, in the order of `ring_positions`.
 
         The list is the same on all ranks. Of each piece, the first halves of ranks 0 to U - 1 are followed by the
         second halves of ranks U - 1 to 0: what is received as [U, 2, chunk, ...] becomes [2, U, chunk, ...], with the
         second half flipped over U. The way back uses the same list.
         """
-        ranks = range(self.mesh.ulysses)
-        received: list[ReceivedRows] = []
-        offset = 0
-        for length in (length for segment in segments for length in self._pieces(segment)):
-            border, end = offset + length // (2 * self.mesh.size), offset + length // self.mesh.size
-            first, second = TokenRange(offset, border), TokenRange(border, end)
-            received += [ReceivedRows(rank, first) for rank in ranks]
-            received += [ReceivedRows(rank, second) for rank in reversed(ranks)]
-            offset = second.end
-        return tuple(received)
+        return _received_rows(self, segments)
 
-    def all_gather_order(self, segments: range) -> tuple[ReceivedRows, ...]:
+    def all_gather_order(self, segments: range) -> RowOrder:
         """Return the rows that an all-gather over the ring delivers of some segments, in order of position.
 
         `ReceivedRows.source` is a ring index here.
         """
-        received: list[tuple[TokenRange, ReceivedRows]] = []
-        for ring in range(self.mesh.ring):
-            at = 0
-            for span in (span for segment in segments for span in self.ring_positions(ring, segment)):
-                received.append((span, ReceivedRows(ring, TokenRange(at, at + span.size))))
-                at += span.size
-        return tuple(rows for _, rows in sorted(received))
+        return _all_gather_order(self, segments)
 
-    def _pieces(self, segment: int) -> tuple[int, ...]:
+    def pieces_of(self, segment: int) -> tuple[int, ...]:
+        """Return the tokens of every piece of a segment."""
         return (self.lengths[segment],) if self.pieces is None else self.pieces[segment]
 
     def _chunks(self, index: int, size: int, segment: int) -> tuple[TokenRange, ...]:
@@ -232,10 +231,35 @@ class Layout:
         if not 0 <= index < size:
             raise ValueError(f"rank {index} is not in a group of {size}; give 0 to {size - 1}")
         begin, chunks = self.begin(segment), []
-        for length in self._pieces(segment):
+        for length in self.pieces_of(segment):
             chunks += [
                 TokenRange(begin + number * length // (2 * size), begin + (number + 1) * length // (2 * size))
                 for number in (index, 2 * size - 1 - index)
             ]
             begin += length
         return tuple(chunks)
+
+
+@lru_cache(maxsize=32)
+def _received_rows(layout: Layout, segments: range) -> RowOrder:
+    ranks = range(layout.mesh.ulysses)
+    received: list[ReceivedRows] = []
+    offset = 0
+    for length in (length for segment in segments for length in layout.pieces_of(segment)):
+        border, end = offset + length // (2 * layout.mesh.size), offset + length // layout.mesh.size
+        first, second = TokenRange(offset, border), TokenRange(border, end)
+        received += [ReceivedRows(rank, first) for rank in ranks]
+        received += [ReceivedRows(rank, second) for rank in reversed(ranks)]
+        offset = end
+    return RowOrder(received)
+
+
+@lru_cache(maxsize=32)
+def _all_gather_order(layout: Layout, segments: range) -> RowOrder:
+    received: list[tuple[TokenRange, ReceivedRows]] = []
+    for ring in range(layout.mesh.ring):
+        at = 0
+        for span in (span for segment in segments for span in layout.ring_positions(ring, segment)):
+            received.append((span, ReceivedRows(ring, TokenRange(at, at + span.size))))
+            at += span.size
+    return RowOrder(rows for _, rows in sorted(received))

@@ -23,8 +23,8 @@ def model_difference(
 ) -> str | None:
     """Return a warning if upstream's attention and ours compute different models under these flags, else None.
 
-    Ours (`--seq1f1b-splits` above 1, `--context-parallel-size` above 1 without TransformerEngine, or packed documents
-    without a mask) keeps documents apart in every layer, inside any window.
+    Ours (`--seq1f1b-splits` above 1, `--context-parallel-size` above 1 unless core attention is TransformerEngine's, or
+    packed documents without a mask) keeps documents apart in every layer, inside any window.
 
     Args:
         args: upstream's parsed arguments, not yet validated.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron.longseq.attention.kernels.base import Kernel
 from megatron.longseq.attention.plan.heads import Heads, check_heads
+from megatron.longseq.attention.plan.layout import Pieces
 from megatron.longseq.attention.plan.ranges import Documents, TokenRange
 from megatron.longseq.attention.plan.tiles import Mask
 from megatron.longseq.attention.runtime.grad_sums import KV
@@ -115,6 +116,7 @@ def make_call(  # noqa: PLR0913
     *,
     window: int | None = None,
     documents: Documents | None = None,
+    pieces: Pieces | None = None,
     layer: int = 0,
     cache: SegmentKVCache | None = None,
 ) -> AttentionCall:
@@ -128,6 +130,7 @@ def make_call(  # noqa: PLR0913
         scale: factor of the scores.
         window: number of keys before its own position that a query sees; None: all.
         documents: packed documents of the whole sequence.
+        pieces: pieces by which the tokens are distributed over the ranks (`Layout.pieces`); None: by sequence.
         layer: number of the layer, unique on the stage; needed with `cache`.
         cache: KV cache of this stage with a current segment. The tokens are those of the segment, which also sees the
             keys of earlier ones. None: the sequence is one segment.
@@ -147,8 +150,8 @@ def make_call(  # noqa: PLR0913
         )
     heads = Heads(q.shape[2], k.shape[2])
     check_heads(strategy.mesh, heads)
-    inner = strategy.plan_call(kernel, scale, segment, Mask(q.shape[1], window, documents))
-    return AttentionCall(strategy.plan_ulysses(heads, segment), inner, segment, layer, cache, documents)
+    inner = strategy.plan_call(kernel, scale, segment, Mask(q.shape[1], window, documents), pieces)
+    return AttentionCall(strategy.plan_ulysses(heads, segment, pieces), inner, segment, layer, cache, documents)
 
 
 def context_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, result: Result | None = None) -> Tensor:

@@ -14,10 +14,11 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron.longseq.attention.plan.layout import Layout, Mesh
+from megatron.longseq.attention.plan.layout import Pieces
 from megatron.longseq.attention.plan.packing import documents_of, has_borders, positions_in_documents
 from megatron.longseq.attention.plan.ranges import Documents
 from megatron.longseq.attention.runtime.comm import GroupCollectives
+from megatron.longseq.attention.runtime.document_layouts import DocumentLayouts
 
 DIGEST_BASE = 1_000_003  # an odd factor, so that the order of lengths changes the digest
 
@@ -28,11 +29,13 @@ class PackedDocuments(PackedSeqParams):
 
     Attributes:
         documents: documents of the whole sequences; None: each sequence is one document.
+        pieces: pieces by which the tokens are distributed over context-parallel ranks, see `Layout`.
         positions: position in its document of each token of this rank, int64 [tokens] or [tokens, sequences].
         length: tokens of a whole sequence.
     """
 
     documents: Documents | None = None
+    pieces: Pieces | None = None
     positions: Tensor | None = None
     length: int = 0
 
@@ -57,7 +60,7 @@ class PackedReader:
         ranks: number of context-parallel ranks.
         rank: this context-parallel rank.
         agreement: collectives of all ranks that read the same micro-batch on this stage; None: there is no other one.
-        lengths: tokens of every segment (--seq1f1b-splits); None: a sequence is one segment.
+        layouts: layouts of the micro-batches over context-parallel ranks, and segments.
         always: whether every micro-batch has documents, so that a rank without them is an error on all ranks.
         digests: for every model chunk, a digest of each micro-batch since `take_digests`.
     """
@@ -65,13 +68,9 @@ class PackedReader:
     ranks: int
     rank: int
     agreement: GroupCollectives | None = None
-    lengths: tuple[int, ...] | None = None
+    layouts: DocumentLayouts = field(default_factory=DocumentLayouts)
     always: bool = False
     digests: dict[int, list[int]] = field(default_factory=dict)
-
-    def layout(self, length: int) -> Layout:
-        """Return where the tokens of a sequence are."""
-        return Layout(Mesh(self.ranks, 1), self.lengths or (length,))
 
     def documents(self, params: PackedSeqParams | None, sequences: int, length: int, chunk: int = 0) -> Documents:
         """Return the documents of a micro-batch. All ranks of `agreement` call this. Synchronizes with the device.
@@ -97,7 +96,8 @@ class PackedReader:
 
     def packed(self, documents: Documents, length: int, segment: int, device: torch.device) -> PackedDocuments:
         """Return what layers get for one segment (0 without segments)."""
-        held = self.layout(length).positions(self.rank, segment)
+        layout = self.layouts.layout(documents, length)
+        held = layout.positions(self.rank, segment)
         rows = [
             torch.cat([torch.arange(*one) for one in positions_in_documents(documents, sequence, held)])
             for sequence in range(len(documents.spans))
@@ -106,9 +106,24 @@ class PackedReader:
         return PackedDocuments(
             qkv_format="sbhd",
             documents=documents if has_borders(documents) else None,
+            pieces=layout.pieces,
             positions=positions.to(device, non_blocking=True),
             length=length,
         )
+
+    def check_cut(self, documents: Documents, length: int, given: Mapping[str, Any]) -> None:
+        """Check that a batch that the model is called with was cut in the layout of its documents.
+
+        Args:
+            documents: documents of the micro-batch.
+            length: tokens of a whole sequence.
+            given: the arguments of the model's forward by their names.
+
+        Raises:
+            ValueError: The batch was cut otherwise.
+        """
+        if self.ranks > 1 and any(given.get(name) is not None for name in ("input_ids", "labels")):
+            self.layouts.check_cut(documents, length, self._where())
 
     def take_digests(self) -> list[int]:
         """Return a digest of all micro-batches since the last call, for each model chunk; [0] if there is none."""

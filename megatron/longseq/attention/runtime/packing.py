@@ -9,9 +9,11 @@ from torch import Tensor
 
 from megatron.longseq.attention.kernels.base import Kernel, PackedLengths, Scores
 from megatron.longseq.attention.plan.launches import Launch
+from megatron.longseq.attention.plan.layout import ReceivedRows
 from megatron.longseq.attention.plan.ranges import TokenRange, TokenRanges
 
 FEW_RANGES = 8  # so many ranges of rows are taken one by one; more are taken by an index
+FEW_PARTS = 64  # likewise for rows of several ranks, which are written to memory by one call
 
 
 def index_of(ranges: Sequence[TokenRange], device: torch.device) -> Tensor:
@@ -44,6 +46,30 @@ def add_rows(total: Tensor, ranges: TokenRanges, values: Tensor, batch: TokenRan
     for one in ranges:
         part[one.slice()].add_(values[begin : begin + one.size])
         begin += one.size
+
+
+@lru_cache(maxsize=32)
+def _order_index(order: tuple[ReceivedRows, ...], rows: int, device: torch.device) -> Tensor:
+    """Return the places in [sources * rows] of some received rows."""
+    return index_of([one.rows.shifted(one.source * rows) for one in order], device)
+
+
+def take_in_order(x: Tensor, order: tuple[ReceivedRows, ...], out: Tensor | None = None) -> Tensor:
+    """Return rows of several sources, [sources, rows, ...], in another order, [sources * rows, ...]."""
+    if len(order) <= FEW_PARTS:
+        return torch.cat([x[source, rows.slice()] for source, rows in order], out=out)
+    return torch.index_select(x.flatten(0, 1), 0, _order_index(order, x.shape[1], x.device), out=out)
+
+
+def put_in_order(x: Tensor, order: tuple[ReceivedRows, ...], values: Tensor) -> None:
+    """Write [sources * rows, ...] to the rows of their sources, [sources, rows, ...]."""
+    if len(order) > FEW_PARTS:
+        x.flatten(0, 1).index_copy_(0, _order_index(order, x.shape[1], x.device), values.to(x.dtype))
+        return
+    begin = 0
+    for source, rows in order:
+        x[source, rows.slice()] = values[begin : begin + rows.size]
+        begin += rows.size
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,13 @@ from torch import Tensor
 from megatron.longseq.attention.kernels.base import Kernel
 from megatron.longseq.attention.plan.heads import Heads
 from megatron.longseq.attention.plan.launches import Tiles
-from megatron.longseq.attention.plan.layout import Layout, Mesh
+from megatron.longseq.attention.plan.layout import Layout, Mesh, Pieces
 from megatron.longseq.attention.plan.ranges import TokenRange
-from megatron.longseq.attention.plan.ring_schedule import Ring, RingStep, plan_all_gather, plan_ring_attention
+from megatron.longseq.attention.plan.ring_schedule import Ring, RingStep, plan_all_gather, plan_layout_ring
 from megatron.longseq.attention.plan.tiles import Mask
 from megatron.longseq.attention.runtime.comm import GroupCollectives
 from megatron.longseq.attention.runtime.grad_sums import KV, GradAccumulator
+from megatron.longseq.attention.runtime.packing import put_in_order, take_in_order
 from megatron.longseq.attention.runtime.ring import RingChannels, Saved, ring_backward, ring_forward
 from megatron.longseq.attention.runtime.tiled import tiled_backward, tiled_forward
 from megatron.longseq.attention.runtime.ulysses import Ulysses
@@ -44,27 +45,24 @@ class CPStrategy:
     gather: GroupCollectives | None = None
     window: int | None = None
 
-    def plan_ulysses(self, heads: Heads, segment: Segment) -> Ulysses:
-        """Return the all-to-alls of a segment."""
-        rows = Layout(self.mesh, segment.lengths).received_rows(range(segment.index, segment.index + 1))
+    def plan_ulysses(self, heads: Heads, segment: Segment, pieces: Pieces | None = None) -> Ulysses:
+        """Return the all-to-alls of a segment; for `pieces` see `Layout`."""
+        layout = Layout(self.mesh, segment.lengths, pieces=pieces)
+        rows = layout.received_rows(range(segment.index, segment.index + 1)) if self.ulysses is not None else ()
         return Ulysses(self.mesh.ulysses, heads, rows, self.ulysses)
 
-    def plan_call(self, kernel: Kernel, scale: float, segment: Segment, mask: Mask) -> "CPCall":
-        """Return the attention of a segment's queries to all keys up to the segment's end."""
-        layout, place = Layout(self.mesh, segment.lengths), self.mesh.place(self.rank)
-        own, seen = range(segment.index, segment.index + 1), range(segment.index + 1)
+    def plan_call(
+        self, kernel: Kernel, scale: float, segment: Segment, mask: Mask, pieces: Pieces | None = None
+    ) -> "CPCall":
+        """Return the attention of a segment's queries to all keys up to its end; for `pieces` see `Layout`."""
+        layout, place = Layout(self.mesh, segment.lengths, pieces=pieces), self.mesh.place(self.rank)
         if self.gather is not None:
+            own = range(segment.index, segment.index + 1)
             tiles = plan_all_gather(layout, place.ring, own, mask, rectangular=kernel.rectangular)
             return AllGatherCall(kernel, scale, tiles, self.gather, layout, segment.index)
         assert self.ring is not None, "every rank has a ring, if only of one rank"
-        steps = plan_ring_attention(
-            Ring(self.mesh.ring, self.window or self.mesh.ring),
-            layout.shards(own),
-            layout.shards(seen),
-            mask,
-            place.ring,
-            rectangular=kernel.rectangular,
-        )
+        ring = Ring(self.mesh.ring, self.window or self.mesh.ring)
+        steps = plan_layout_ring(ring, layout, segment.index, mask, place.ring, rectangular=kernel.rectangular)
         return RingCall(kernel, scale, steps, self.ring, segment.per_rank(self.mesh.ring))
 
 
@@ -122,7 +120,7 @@ class AllGatherCall:
         """See `RingCall.gather_kv`: all ranks', in order of position."""
         gathered = self.collectives.all_gather(torch.stack(kv, dim=1))
         order = self.layout.all_gather_order(range(self.index, self.index + 1))
-        k, v = (torch.cat([gathered[source, rows.slice(), which] for source, rows in order]) for which in (0, 1))
+        k, v = (take_in_order(gathered[:, :, which], order) for which in (0, 1))
         return k, v
 
     def forward(self, q: Tensor, kv: KV) -> tuple[Tensor, Tensor]:
@@ -142,11 +140,9 @@ class AllGatherCall:
         """See `RingCall.reduce_kv_grads`."""
         ranks, dk = self.layout.mesh.ring, grads[0]
         parts = dk.new_empty(ranks, dk.shape[0] // ranks, 2, *dk.shape[1:])
-        begin = 0
-        for source, rows in self.layout.all_gather_order(range(self.index, self.index + 1)):
-            for which, grad in enumerate(grads):
-                parts[source, rows.slice(), which] = grad[begin : begin + rows.size]
-            begin += rows.size
+        order = self.layout.all_gather_order(range(self.index, self.index + 1))
+        for which, grad in enumerate(grads):
+            put_in_order(parts[:, :, which], order, grad)
         own = self.collectives.reduce_scatter(parts)
         return own[:, 0], own[:, 1]
 

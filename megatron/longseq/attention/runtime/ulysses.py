@@ -20,6 +20,7 @@ from megatron.longseq.attention.plan.layout import ReceivedRows
 from megatron.longseq.attention.runtime.comm import GroupCollectives
 from megatron.longseq.attention.runtime.grad_sums import KV
 from megatron.longseq.attention.runtime.kv_cache import without_base
+from megatron.longseq.attention.runtime.packing import put_in_order, take_in_order
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Ulysses:
 
     ranks: int
     heads: Heads
-    received_rows: Sequence[ReceivedRows]
+    received_rows: tuple[ReceivedRows, ...]
     collectives: GroupCollectives | None
 
     def scatter_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, KV]:
@@ -110,7 +111,7 @@ class Ulysses:
         parts = received.split(counts, dim=3)
         outputs = [output.flatten(0, 1) for output in _cut(buffer, [part.shape for part in parts])]
         for part, output in zip(parts, outputs, strict=True):
-            torch.cat([part[source, rows.slice()] for source, rows in self.received_rows], out=output)
+            take_in_order(part, self.received_rows, output)
         return outputs
 
     def _pack_for_sources(self, tensors: list[Tensor]) -> Tensor:
@@ -122,11 +123,8 @@ class Ulysses:
         head = 0
         while tensors:
             x = tensors.pop(0)
-            begin, end = 0, head + x.shape[2]
-            for source, rows in self.received_rows:
-                packed[source, rows.slice(), :, head:end] = x[begin : begin + rows.size]
-                begin += rows.size
-            head = end
+            put_in_order(packed[..., head : head + x.shape[2], :], self.received_rows, x)
+            head += x.shape[2]
         return packed
 
     def _sum_replicas(self, grads: Tensor) -> Tensor:

@@ -128,17 +128,17 @@ def check_model(chunk: torch.nn.Module) -> None:
     """
     models = [module for module in chunk.modules() if isinstance(module, LanguageModule)]
     if not models:
-        raise ValueError(f"{FLAG} serves GPTModel; this model is {type(chunk).__name__}. Leave the flag out.")
+        raise ValueError(f"{FLAG} supports GPTModel only; this model is {type(chunk).__name__}. Leave the flag out.")
     for model in models:
         why = _fault(model)
         if why is not None:
-            raise ValueError(f"{FLAG} cannot serve this {type(model).__name__}: {why}. Leave the flag out.")
+            raise ValueError(f"{FLAG} does not support this {type(model).__name__}: {why}. Leave the flag out.")
 
 
 def _fault(model: LanguageModule) -> str | None:
-    """Return the first reason why a model cannot be served."""
+    """Return the first reason why a model is not supported."""
     if not isinstance(model, GPTModel):
-        return "it computes its loss from whole logits; GPTModel is served"
+        return "it computes its loss from whole logits; only GPTModel is supported"
     if not model.post_process:
         return None
     layer = model.output_layer

@@ -209,6 +209,7 @@ class SegmentedModel:
         length = self.store.current_segment(0).total
         sequences, _ = micro_batch_shape(given, None if model.pre_process else model.decoder.input_tensor, 1)
         documents = self.packed.documents(given.get("packed_seq_params"), sequences, length, chunk=id(self))
+        self.packed.check_cut(documents, length, given)
         starts = starts_of(documents)
         if microbatch in self.starts and not torch.equal(self.starts[microbatch].cpu(), starts):
             raise ValueError(
