@@ -144,6 +144,7 @@ def measure(pool: RankPool, tokens: int, flags: Sequence[str], rounds: int) -> l
         lengths = f"--seq-length {tokens} --max-position-embeddings {tokens} --train-iters {steps + warm}".split()
         job = Job(arm, (*MODEL.split(), *flags, *lengths, *own), steps, warm)
         rows.append(row_of(tokens, arm, pool.run(RANKS, run_on_this_rank, job, timeout=3600)))
+        print(f"{tokens} tokens, {arm}: {rows[-1].seconds:.1f} s per step", flush=True)
     causal = rows[0]
     ideal = causal.seconds / causal.flops
     return [Row(**{**asdict(row), "over_ideal": row.seconds / (row.flops * ideal)}) for row in rows]
