@@ -70,19 +70,19 @@ def _batch(iterator: Any, vp_stage: int | None) -> dict[str, Any]:
     drawn = next(iterator) if rank == 0 else {}
     batch = utils.get_batch_on_this_tp_rank(
         {key: drawn.get(key) for key in (*KEYS, *LENGTHS)} if rank == 0 else {},
-        has_cu_seqlens=True,
-        is_hybrid_cp=False,
-        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
-        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
-        broadcast_group=mpu.get_tensor_model_parallel_group(),
-        cp_size=args.context_parallel_size,
-        tp_rank=rank,
-        micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=False,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        micro_batch_size=args.micro_batch_size,
+        tp_rank=rank,
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        cp_size=args.context_parallel_size,
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        has_cu_seqlens=True,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        mtp_on_this_rank=False,
+        is_hybrid_cp=False,
     )
     joined = utils.flatten_batch_for_packed_sequences(batch)
     if not is_first_or_last_pipeline_stage(vp_stage):
