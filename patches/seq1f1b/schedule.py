@@ -68,7 +68,7 @@ def _forward_backward() -> Any:
 
     args = get_args()
     plan = _plan(args)
-    if args.zero_bubble:  # its order depends on the cost of the output layer, and the tokenizer's size is known now
+    if args.zero_bubble:  # its order depends on the padded vocabulary, which is known only now
         prove_batches(args, plan)
     return ForwardBackward(
         plan=plan,
