@@ -3,11 +3,13 @@
 The levels of the tree are layouts, what is recomputed, and the schedule with the loss; leaves differ in the sharding of
 the model states. A bound is the price of a configuration without what a level has not chosen yet: a layout is bounded
 by its compute and exposed communication without recomputation, bubble, data parallelism and optimizer, and by the
-smallest model states and one micro-batch of layer inputs. `tests/unit/test_planner_plans.py` compares bounds and prices.
+smallest model states and one micro-batch of layer inputs. `tests/unit/test_planner_plans.py` compares bounds
+and prices.
 """
 
 from collections.abc import Hashable, Iterable
 from functools import cached_property
+from math import inf
 from typing import NamedTuple
 
 from megatron.longseq.pipeline.plan.generators import smallest_group
@@ -18,7 +20,7 @@ from megatron.longseq.planner.plan.launch import PlanChoice
 from megatron.longseq.planner.plan.memory import StageParams, stage_params, stages_bytes, state_bytes
 from megatron.longseq.planner.plan.search import LeafPrice
 from megatron.longseq.planner.plan.space import Execution, ParallelLayout, Recomputation, StateSharding
-from megatron.longseq.planner.plan.step import StepPrediction, predict, price
+from megatron.longseq.planner.plan.step import StepPrediction, pipeline_price, predict, price
 from megatron.longseq.planner.plan.task import PlanningTask
 
 # Kinds of a step's seconds that do not shrink when a schedule, a sharding or further recomputation is chosen.
@@ -55,6 +57,7 @@ class PlanningProblem:
         self._seconds: dict[PlanChoice, float] = {}
         self._breakdowns: dict[tuple[ParallelLayout, Execution], dict[str, float]] = {}
         self._states: dict[tuple[int, int, StateSharding], tuple[float, float]] = {}
+        self._smallest: dict[tuple[int, int, bool], StateSharding | None] = {}
         self._peaks: dict[tuple[ParallelLayout, Execution], tuple[float, float]] = {}
         self._kept: dict[tuple[ParallelLayout, Execution], tuple[float, float]] = {}
 
@@ -98,11 +101,12 @@ class PlanningProblem:
         return sum(breakdown[kind] for kind in kinds) * _ROUNDING
 
     def _breakdown(self, layout: ParallelLayout, execution: Execution) -> dict[str, float]:
-        """Return what the seconds consist of without sharded model states."""
-        key = layout, execution
+        """Return what the seconds consist of without sharded model states and chunks of the loss, which add to them."""
+        slack = execution.slack if execution.zero_bubble else 0
+        key = layout, execution._replace(chunk_tokens=None, slack=slack, partition="balanced")
         if key not in self._breakdowns:
-            run = self.task.configuration(PlanChoice(layout, execution, StateSharding()))
-            self._breakdowns[key] = price(self.task.model, self.task.cluster, run)[1]
+            run = self.task.configuration(PlanChoice(*key, StateSharding()))
+            self._breakdowns[key] = pipeline_price(self.task.model, self.task.cluster, run, least=True)
         return self._breakdowns[key]
 
     def node_bytes(self, node: SearchNode) -> float:
@@ -114,13 +118,19 @@ class PlanningProblem:
             execution = Execution(segments, recomputation=recomputation, chunk_tokens=1)
         else:
             execution = node.execution
-        states = self._states_of(node.layout, self._smallest_sharding(node))
-        return self._with_reserve(states, self._kept_of(node.layout, execution))
+        smallest = self._smallest_sharding(node)
+        if smallest is None:
+            return inf
+        return self._with_reserve(self._states_of(node.layout, smallest), self._kept_of(node.layout, execution))
 
-    def _smallest_sharding(self, node: SearchNode) -> StateSharding:
+    def _smallest_sharding(self, node: SearchNode) -> StateSharding | None:
+        """Return the sharding of a node with the smallest model states; None if it has none."""
         layout = node.layout
-        shardings = self._shardings(node)
-        return min(shardings, key=lambda one: max(self._states_of(layout, one)))
+        key = layout.tensor, layout.pipeline, node.execution is not None and node.execution.zero_bubble
+        if key not in self._smallest:
+            sizes = {one: max(self._states_of(layout, one)) for one in self._shardings(node)}
+            self._smallest[key] = min(sizes, key=sizes.__getitem__, default=None)
+        return self._smallest[key]
 
     def leaf_bytes(self, leaf: PlanChoice) -> float:
         """Return the bytes of a plan: with equal layers per stage, the first or the last stage is the fullest."""
@@ -137,7 +147,8 @@ class PlanningProblem:
             run = self.task.configuration(PlanChoice(layout, execution, StateSharding()))
             stages = stages_bytes(self.task.model, run, self.task.cluster)
             first, last = (
-                sum(size for kind, size in stage.items() if kind not in _MODEL_STATES) for stage in (stages[0], stages[-1])
+                sum(size for kind, size in stage.items() if kind not in _MODEL_STATES)
+                for stage in (stages[0], stages[-1])
             )
             self._peaks[key] = first, last
         return self._peaks[key]
@@ -171,7 +182,7 @@ class PlanningProblem:
     def _in_flight(self, layout: ParallelLayout, execution: Execution) -> float:
         """Return the micro-batches that the first stage has run forward when its first backward ends the warm-up."""
         stages, virtual, segments = layout.pipeline, layout.virtual, execution.segments
-        microbatches = min(self.task.space.microbatches(layout), 2 * stages)
+        microbatches = self.task.space.microbatches(layout)
         group = smallest_group(Pipeline(stages, microbatches, segments, virtual), execution.slack) if virtual > 1 else 0
         after = (2 if virtual > 1 else 1) * (stages - 1)
         units = after + (virtual - 1) * group * segments + segments

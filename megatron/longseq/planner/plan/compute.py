@@ -109,7 +109,7 @@ def attention_seconds(model: Architecture, cluster: Cluster, run: Configuration)
     if run.fused_attention:
         pairs = batch * heads * cells(0, length, model.window_size or None) / run.context_parallel_size
         work = 2.0 * per_pair * pairs
-        local = length / run.context_parallel_size
+        local = length / run.context_parallel_size / run.seq1f1b_splits
         rate = local / (local + 384.0)
         peak = 1e12 * cluster.peak_tflops
         forward = work / (peak * cluster.attention_efficiency * rate)
@@ -127,16 +127,18 @@ def attention_seconds(model: Architecture, cluster: Cluster, run: Configuration)
 
 @functools.lru_cache(maxsize=65536)
 def layer_seconds(model: Architecture, cluster: Cluster, run: Configuration, has_experts: bool) -> Seconds:
-    """Return the seconds of a layer's kernels for one micro-batch, without recomputation and communication."""
-    tensor, hidden = run.tensor_model_parallel_size, model.hidden_size
-    tokens = run.micro_batch_size * run.seq_length // run.context_parallel_size
+    """Return the seconds of a layer's kernels for one micro-batch, without recomputation and communication.
+
+    Every segment of a sequence runs the kernels again, on fewer tokens.
+    """
+    tensor, hidden, segments = run.tensor_model_parallel_size, model.hidden_size, run.seq1f1b_splits
+    tokens = run.micro_batch_size * run.seq_length // run.context_parallel_size // segments
     if model.multi_latent_attention:
         total = _latent_seconds(model, cluster, run, tokens)
     else:
         width = (model.num_attention_heads + 2 * max(model.groups, tensor)) * model.channels // tensor
         total = linear_seconds(cluster, run, tokens, width, hidden)
         total += linear_seconds(cluster, run, tokens, hidden, model.value_size // tensor)
-    total += attention_seconds(model, cluster, run)
     gates = 2 if model.swiglu else 1
     if has_experts:
         total += _expert_seconds(model, cluster, run, tokens)
@@ -145,7 +147,8 @@ def layer_seconds(model: Architecture, cluster: Cluster, run: Configuration, has
         total += linear_seconds(cluster, run, tokens, hidden, model.ffn // tensor)
         total += _activation_seconds(model, cluster, run, tokens * model.ffn / tensor)
     total += _norm_seconds(model, cluster, run, tokens)
-    launches = cluster.kernel_seconds
+    total = Seconds(*(segments * part for part in total)) + attention_seconds(model, cluster, run)
+    launches = cluster.kernel_seconds * segments
     return Seconds(max(total.forward, 18 * launches), max(total.backward, 34 * launches), total.weight, total.attention)
 
 
@@ -209,13 +212,20 @@ def _expert_seconds(model: Architecture, cluster: Cluster, run: Configuration, t
 
 @functools.lru_cache(maxsize=65536)
 def head_seconds(model: Architecture, cluster: Cluster, run: Configuration) -> Seconds:
-    """Return the seconds of the output layer and the loss for one micro-batch."""
+    """Return the seconds of the output layer and the loss for one micro-batch.
+
+    A chunked loss computes the logits again in backward.
+    """
     tensor = run.tensor_model_parallel_size
-    tokens = run.micro_batch_size * run.seq_length // run.context_parallel_size
+    segments = run.seq1f1b_splits
+    tokens = run.micro_batch_size * run.seq_length // run.context_parallel_size // segments
     rows = model.padded(tensor) // tensor
     total = linear_seconds(cluster, run, tokens, rows, model.hidden_size, fp8=False)
     logits = float(tokens) * rows
-    return total + Seconds(moved_seconds(cluster, 20.0 * logits), moved_seconds(cluster, 14.0 * logits), 0.0)
+    if run.cross_entropy_chunk_tokens:
+        total = total._replace(backward=total.backward + total.forward)
+    total += Seconds(moved_seconds(cluster, 20.0 * logits), moved_seconds(cluster, 14.0 * logits), 0.0)
+    return Seconds(*(segments * part for part in total))
 
 
 def optimizer_seconds(cluster: Cluster, parameters: float) -> float:

@@ -264,20 +264,23 @@ class SearchSpace:
     def _schedule_refusal(self, layout: ParallelLayout, execution: Execution) -> str | None:
         segments, partition, slack, zero_bubble = execution[:4]
         multiple = length_multiple(layout.context, layout.tensor)
+        refusal = None
         if layout.pipeline == 1 and (segments > 1 or slack or zero_bubble):
-            return "without a pipeline it changes nothing"
-        if self.seq_length // multiple < segments:
-            return "the sequence is too short for the segments"
-        if partition == "even" and segments > 1 and self.seq_length % (segments * multiple):
-            return "equal segments are not multiples of the context-parallel ranks' chunks"
-        if layout.virtual == 1:
-            return None
-        if zero_bubble:
-            return "zero bubble has one virtual stage per rank"
+            refusal = "without a pipeline it changes nothing"
+        elif self.seq_length // multiple < segments:
+            refusal = "the sequence is too short for the segments"
+        elif partition == "even" and segments > 1 and self.seq_length % (segments * multiple):
+            refusal = "equal segments are not multiples of the context-parallel ranks' chunks"
+        elif layout.virtual > 1 and zero_bubble:
+            refusal = "zero bubble has one virtual stage per rank"
+        elif layout.virtual > 1 and self._leaves_a_group(layout, segments, slack):
+            refusal = "virtual stages need a whole number of groups of micro-batches"
+        return refusal
+
+    def _leaves_a_group(self, layout: ParallelLayout, segments: int, slack: int) -> bool:
+        """Return whether the micro-batches are not a multiple of the group that virtual stages need."""
         group = smallest_group(Pipeline(layout.pipeline, 1, segments, layout.virtual), slack)
-        if self.microbatches(layout) % group:
-            return "virtual stages need a whole number of groups of micro-batches"
-        return None
+        return self.microbatches(layout) % group > 0
 
     def refusal(self, layout: ParallelLayout, execution: Execution, sharding: StateSharding) -> str | None:
         """Return why a plan is not valid; None if it is. The restrictions of the space do not count."""
@@ -310,13 +313,13 @@ class SearchSpace:
     def shardings(self, layout: ParallelLayout, execution: Execution) -> Iterator[StateSharding]:
         """Yield every sharding of the model states under a layout."""
         ranks = self.gpus // (layout.tensor * layout.pipeline)
+        if ranks == 1:
+            yield StateSharding()
+            return
         for name in self.strategies:
-            if name == "upstream":
-                yield StateSharding()
-            elif name == "upstream-zero1":
-                if ranks > 1:
-                    yield StateSharding(distributed_optimizer=True)
-            elif ranks > 1:
+            if name.startswith("upstream"):
+                yield StateSharding(distributed_optimizer=name == "upstream-zero1")
+            else:
                 yield from self._paro(Strategy.parse(name), layout, ranks, execution.zero_bubble)
 
     def _paro(
