@@ -236,7 +236,7 @@ def test_what_segments_serve_is_let_through(values: dict[str, Any]) -> None:
         ({"pipeline_trace_step": 4}, "--pipeline-trace-step 4: --pipeline-trace is not given"),
         ({"seq1f1b_layer_seconds": "file"}, "--seq1f1b-layer-seconds file: the file balances segments, but neither"),
         (SEGMENTS | {"seq1f1b_layer_seconds": "file", "seq1f1b_partition": "even"}, "file: the file balances segments"),
-        ({"seq1f1b_partition": "40,24"}, "--seq1f1b-partition 40,24: lists segments, but --seq1f1b-splits is 1"),
+        ({"seq1f1b_partition": "40,24"}, "--seq1f1b-partition 40,24: there are no segments, since --seq1f1b-splits is 1"),
     ],
 )
 def test_numbers_that_mean_nothing_are_refused(values: dict[str, Any], message: str) -> None:

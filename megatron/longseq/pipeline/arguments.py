@@ -133,8 +133,9 @@ def add_pipeline_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--seq1f1b-partition",
         default="balanced",
-        metavar="even|balanced|N1,N2,...",
-        help="tokens per segment: equal lengths, equal cost of forward plus backward, or as listed",
+        metavar="even|balanced|documents|N1,N2,...",
+        help="tokens per segment: equal lengths, equal cost of forward plus backward, equal cost of each micro-batch's "
+        "packed documents, or as listed",
     )
     group.add_argument(
         "--seq1f1b-layer-seconds",
@@ -195,7 +196,7 @@ def check_pipeline_numbers(args: Namespace) -> None:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give at least {least}.")
     partition = getattr(args, "seq1f1b_partition", "balanced")
     if getattr(args, "seq1f1b_splits", 1) == 1 and partition not in ("even", "balanced"):
-        raise ValueError(f"--seq1f1b-partition {partition}: lists segments, but --seq1f1b-splits is 1; give both.")
+        raise ValueError(f"--seq1f1b-partition {partition}: there are no segments, since --seq1f1b-splits is 1; give both.")
     if not 0 < getattr(args, "pipeline_patience", 1.0) <= LONGEST_PATIENCE:
         raise ValueError(
             f"--pipeline-patience {args.pipeline_patience}: give seconds above 0 and at most {LONGEST_PATIENCE:.0e}."
@@ -217,10 +218,10 @@ def _check_layer_seconds(args: Namespace) -> None:
     file = getattr(args, "seq1f1b_layer_seconds", None)
     if file is None:
         return
-    if not args.zero_bubble and (args.seq1f1b_splits == 1 or args.seq1f1b_partition != "balanced"):
+    if not args.zero_bubble and (args.seq1f1b_splits == 1 or args.seq1f1b_partition not in ("balanced", "documents")):
         raise ValueError(
             f"--seq1f1b-layer-seconds {file}: the file balances segments, but neither --seq1f1b-splits above 1 with "
-            "--seq1f1b-partition balanced nor --zero-bubble is given; leave it out."
+            "--seq1f1b-partition balanced or documents nor --zero-bubble is given; leave it out."
         )
     try:
         fit(read_samples(Path(file)))
