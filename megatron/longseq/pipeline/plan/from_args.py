@@ -3,7 +3,7 @@
 import functools
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron.longseq.attention.plan.layout import length_multiple
@@ -147,7 +147,10 @@ def segment_lengths(args: Namespace) -> tuple[int, ...]:
         return (args.seq_length,)
     # Micro-batches that are not cut by their documents are balanced as sequences without documents are.
     text = "balanced" if args.seq1f1b_partition == BY_DOCUMENTS else args.seq1f1b_partition
-    return _lengths(text, args.seq1f1b_splits, _multiple(args), model_shape(args), args.seq1f1b_layer_seconds)
+    # The padded vocabulary is unknown until the tokenizer exists. Lengths that depended on it would change after they
+    # were checked and printed.
+    shape = replace(model_shape(args), padded_vocab_size=args.vocab_size or 0)
+    return _lengths(text, args.seq1f1b_splits, _multiple(args), shape, args.seq1f1b_layer_seconds)
 
 
 def document_cutter(args: Namespace) -> Callable[[Documents], DocumentCut]:
