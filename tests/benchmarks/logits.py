@@ -5,8 +5,8 @@
 The bytes are counted, not measured: upstream's own GPTModel computes its loss and backward on tensors without memory
 (PyTorch's FakeTensorMode), and every storage that an operator makes is counted while it lives. So 128k tokens of a real
 vocabulary are counted on any machine. Counted are all bytes above the model, the sums of its gradients (`main_grad`)
-and its input: logits, the loss's copies, and the gradients of the hidden states and of the weight. `measured` holds the same count against the resident memory of
-a real run that is small enough.
+and its input: logits, the loss's copies, and the gradients of the hidden states and of the weight. `measured` holds the
+same count against the resident memory of a real run that is small enough.
 
 The last line is one JSON object. `logits_peak_ratio_32k` is chunked over upstream's bytes at 32k tokens with upstream's
 defaults (bf16, gradient accumulation fusion) on one rank.
@@ -168,7 +168,9 @@ def _train(setup: Setup, model: Any, hidden: torch.Tensor, labels: torch.Tensor)
     from megatron.longseq.cross_entropy.runtime.output_layer import ChunkedLoss
 
     nothing = dict.fromkeys(("input_ids", "position_ids", "rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin"))
-    processor = {} if setup.chunk is None else {"output_processor": ChunkedLoss(setup.chunk, needs_gradient=setup.overlaps)}
+    processor = (
+        {} if setup.chunk is None else {"output_processor": ChunkedLoss(setup.chunk, needs_gradient=setup.overlaps)}
+    )
     losses = model._postprocess(hidden_states=hidden, labels=labels, **nothing, **processor)
     losses.mean().backward()
 

@@ -146,7 +146,10 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize("case", [pytest.param(name, marks=[pytest.mark.slow] * (name != "ring, PP 2")) for name in CUTS])
+QUICK_CUT = "ring, PP 2"
+
+
+@pytest.mark.parametrize("case", [pytest.param(name, marks=[pytest.mark.slow] * (name != QUICK_CUT)) for name in CUTS])
 def test_segments_cut_by_the_documents_of_each_micro_batch(
     ranks: RankPool,
     trainings: Trainings,
@@ -157,7 +160,8 @@ def test_segments_cut_by_the_documents_of_each_micro_batch(
 ) -> None:
     """Measured costs, in which attention outweighs the rest as in long sequences, cut every micro-batch differently."""
     world, model, own = CUTS[case]
-    samples = [(begin, end, 1e-3 * cells(begin, end) + 1e-4 * (end - begin)) for begin, end in ((0, 64), (0, 32), (8, 32))]
+    pieces = ((0, 64), (0, 32), (8, 32))
+    samples = [(begin, end, 1e-3 * cells(begin, end) + 1e-4 * (end - begin)) for begin, end in pieces]
     (tmp_path / "layer.json").write_text(json.dumps([(*one, 2 * one[-1]) for one in samples]))
     base = packed("ragged", f"{model} --eod-mask-loss")
     theirs = trainings.once("U", 1, [*base, *flags(MASK)], float64=True, snapshots=SNAPSHOTS)
@@ -166,7 +170,6 @@ def test_segments_cut_by_the_documents_of_each_micro_batch(
     ours = run_arm(ranks, "O", world, [*base, *flags(own, cut)], **named)
     assert ours.planted > world, "every rank has taken several cuts"
     assert_equal(ours, theirs, f"segments cut by documents, {case}", tell)
-
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ class Case:
         dtype: of the parameters; the model runs in double precision if it is float32.
         fused: whether upstream's fused kernel adds weight gradients to the main gradients of upstream's data-parallel
             wrapper.
-        main: whether the model is in upstream's data-parallel wrapper without that kernel: its hooks add to main gradients.
+        main: whether the model is in upstream's data-parallel wrapper without that kernel.
         overlaps: whether that wrapper reduces gradients while backward runs, for which hooks need each gradient.
         frozen: name of parameters that are not trained.
         config: further fields of the configuration.

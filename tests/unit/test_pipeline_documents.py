@@ -90,7 +90,8 @@ def test_a_model_at_128k_is_cut_by_its_documents_within_one_percent(lengths: lis
     assert (cut.lengths == by_sequence) == (kind == "sequence")
     assert kind == "sequence" or cut.sequence > 1.1
     line = describe_cuts([cut, DocumentCut("sequence", by_sequence, 1.0, 1.0)])
-    assert line.startswith(f"segments of packed documents: {int(kind == 'documents')} of 2 micro-batches cut by documents")
+    taken = int(kind == "documents")
+    assert line.startswith(f"segments of packed documents: {taken} of 2 micro-batches cut by documents")
 
 
 class _Group:

@@ -36,7 +36,9 @@ class DocumentLayouts:
     window: int | None = None
     sliding: Mapping[int | None, int] | None = None
     say: Callable[[str], None] = field(default=lambda line: None)
-    _recent: "OrderedDict[tuple[Documents, tuple[int, ...]], LayoutChoice]" = field(default_factory=OrderedDict, init=False)
+    _recent: "OrderedDict[tuple[Documents, tuple[int, ...]], LayoutChoice]" = field(
+        default_factory=OrderedDict, init=False
+    )
     _last_cut: Documents | None = field(default=None, init=False)
     _last_kind: str | None = field(default=None, init=False)
 
@@ -83,7 +85,9 @@ class DocumentLayouts:
     def _choice(self, documents: Documents, length: int) -> LayoutChoice:
         lengths = self.lengths or (length,)
         if (documents, lengths) not in self._recent:
-            choice = choose_layout(documents, self.types, lengths, kind=self.kind, window=self.window, sliding=self.sliding)
+            choice = choose_layout(
+                documents, self.types, lengths, kind=self.kind, window=self.window, sliding=self.sliding
+            )
             self._recent[documents, lengths] = choice
             if len(self._recent) > RECENT:
                 self._recent.popitem(last=False)

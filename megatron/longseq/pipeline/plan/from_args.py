@@ -160,9 +160,7 @@ def document_cutter(args: Namespace) -> Callable[[Documents], DocumentCut]:
 
 def _multiple(args: Namespace) -> int:
     """Return the number that the tokens of a segment must be a multiple of."""
-    return length_multiple(
-        args.context_parallel_size, args.tensor_model_parallel_size if args.sequence_parallel else 1
-    )
+    return length_multiple(args.context_parallel_size, args.tensor_model_parallel_size if args.sequence_parallel else 1)
 
 
 @functools.lru_cache(maxsize=8)

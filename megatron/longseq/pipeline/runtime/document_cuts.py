@@ -84,11 +84,13 @@ class DocumentCuts:
         if (own <= 0).any():
             reason = problem or (
                 "another rank that shares this rank's micro-batches has read no documents, malformed ones, or those of "
-                "other micro-batches" if (own < 0).any() else "no rank has read a sample"
+                "other micro-batches"
+                if (own < 0).any()
+                else "no rank has read a sample"
             )
             raise ValueError(
-                f"--seq1f1b-partition documents, rank {_rank()}: {reason}. Every rank that reads data must draw the same "
-                "samples, one for each micro-batch, with the cu_seqlens of upstream's data sets; otherwise give "
+                f"--seq1f1b-partition documents, rank {_rank()}: {reason}. Every rank that reads data must draw the "
+                "same samples, one for each micro-batch, with the cu_seqlens of upstream's data sets; otherwise give "
                 "--seq1f1b-partition balanced."
             )
         return own
