@@ -59,8 +59,7 @@ class Cluster:
         imbalance: slowest rank's compute over the mean, for each doubling of the ranks (stragglers).
         workspace_bytes: buffers of libraries inside the allocator.
         deterministic_workspace_bytes: the same under deterministic_mode.
-        gradient_copy_bytes: bytes per parameter of gradients in the model's dtype that the software keeps beside float32
-            sums.
+        gradient_copy_bytes: bytes per parameter of gradients that the software keeps beside their float32 sums.
         context_bytes: memory outside the allocator (contexts, communicators).
         fragmentation: share of the allocated memory that the allocator reserves in addition.
         products: measured products, interpolated instead of product_efficiency.
