@@ -160,13 +160,7 @@ def layer_seconds(model: Architecture, cluster: Cluster, run: Configuration, has
         total += linear_seconds(cluster, run, tokens, hidden, model.ffn // tensor)
         total += _activation_seconds(model, cluster, run, tokens * model.ffn / tensor)
     total += _norm_seconds(model, cluster, run, tokens)
-<<<<<<< HEAD
-    total = Seconds(*(segments * part for part in total)) + attention_seconds(model, cluster, run)
-    launches = cluster.kernel_seconds * segments
-    return Seconds(max(total.forward, 18 * launches), max(total.backward, 34 * launches), total.weight, total.attention)
-=======
-    return total
->>>>>>> main
+    return Seconds(*(segments * part for part in total)) + attention_seconds(model, cluster, run)
 
 
 def _norm_seconds(model: Architecture, cluster: Cluster, run: Configuration, tokens: int) -> Seconds:
@@ -239,16 +233,12 @@ def head_seconds(model: Architecture, cluster: Cluster, run: Configuration) -> S
     rows = model.padded(tensor) // tensor
     total = linear_seconds(cluster, run, tokens, rows, model.hidden_size, fp8=False)
     logits = float(tokens) * rows
-<<<<<<< HEAD
     if run.cross_entropy_chunk_tokens:
         total = total._replace(backward=total.backward + total.forward)
-    total += Seconds(moved_seconds(cluster, 20.0 * logits), moved_seconds(cluster, 14.0 * logits), 0.0)
-    return Seconds(*(segments * part for part in total))
-=======
     # Unfused, the loss converts to float32, finds the maximum, exponentiates and sums, and backward scales and casts.
     forward, backward = (6.0, 4.0) if run.cross_entropy_loss_fusion else (24.0, 14.0)
-    return total + Seconds(moved_seconds(cluster, forward * logits), moved_seconds(cluster, backward * logits), 0.0)
->>>>>>> main
+    total += Seconds(moved_seconds(cluster, forward * logits), moved_seconds(cluster, backward * logits), 0.0)
+    return Seconds(*(segments * part for part in total))
 
 
 def optimizer_seconds(cluster: Cluster, parameters: float) -> float:
