@@ -67,8 +67,11 @@ def _forward_backward() -> Any:
     from patches.usp.runtime import current_context
 
     args = get_args()
+    plan = _plan(args)
+    if args.zero_bubble:  # its order depends on the padded vocabulary, which is known only now
+        prove_batches(args, plan)
     return ForwardBackward(
-        plan=_plan(args),
+        plan=plan,
         needs_mask=args.reset_attention_mask,
         sends_documents=args.create_attention_mask_in_dataloader,
         context=current_context() if spreads_segments(args) else None,

@@ -2,7 +2,7 @@
 
 import functools
 from argparse import Namespace
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron.longseq.attention.plan.layout import length_multiple
@@ -141,9 +141,10 @@ def segment_lengths(args: Namespace) -> tuple[int, ...]:
     multiple = length_multiple(
         args.context_parallel_size, args.tensor_model_parallel_size if args.sequence_parallel else 1
     )
-    return _lengths(
-        args.seq1f1b_partition, args.seq1f1b_splits, multiple, model_shape(args), args.seq1f1b_layer_seconds
-    )
+    # The padded vocabulary is unknown until the tokenizer exists. Lengths that depended on it would change after they
+    # were checked and printed.
+    shape = replace(model_shape(args), padded_vocab_size=args.vocab_size or 0)
+    return _lengths(args.seq1f1b_partition, args.seq1f1b_splits, multiple, shape, args.seq1f1b_layer_seconds)
 
 
 @functools.lru_cache(maxsize=8)
