@@ -53,6 +53,14 @@ def test_parameters_of_built_in_models(name: str, billions: float) -> None:
     assert architecture(name, {}).parameters / 1e9 == pytest.approx(billions, abs=0.002 * billions**0.5)
 
 
+def test_parameters_of_gpt_with_biases() -> None:
+    """Equation 2 of arXiv 2104.04473: 12 L h^2 (1 + 13 / 12h + (V + s) / 12 L h), and the last norm."""
+    layers, hidden, rows, length = 24, 2304, 51200, 2048
+    values = {"num_layers": layers, "hidden_size": hidden, "num_attention_heads": 24, "vocab_size": rows}
+    found = architecture(None, {**values, "max_position_embeddings": length}).parameters
+    assert found == 12 * layers * hidden**2 + 13 * layers * hidden + (rows + length) * hidden + 2 * hidden
+
+
 def test_every_built_in_model_and_family_is_valid() -> None:
     assert len(names()) > 30
     assert len(families()) >= 10
