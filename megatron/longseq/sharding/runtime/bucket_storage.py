@@ -98,6 +98,7 @@ class GradStore(_Store):
         self._owned_range = sharding.shard_range(sharding.strategy.optimizer, numel)
         self._collectives = sharding.bucket_collectives(numel * (sharding.comm_dtype or dtype).itemsize)
         self._reducing: Work | None = None
+        self._copies_in_flight = IN_FLIGHT * sharding.groups.shards(self.level)  # as much as IN_FLIGHT full buckets
 
     @property
     def owned(self) -> Tensor:
@@ -147,22 +148,25 @@ class GradStore(_Store):
 
     def finish(self, label: str) -> Work:
         """Start summing what has accumulated over all ranks; `owned` has the sums when the work is done."""
-        if self.sharding.comm_dtype is not None:
-            self.wait_for_reduce()  # the copy in the communication dtype must include the last micro-batch
+        collectives, owned, dtype = self._collectives.finish_grads, self.owned, self.sharding.comm_dtype
+        if dtype is None:
+            return self._submit(collectives, self._shard_region(self.shard), label, None, self._reducing)
         copies = self.sharding.copies_in_flight
-        while len(copies) >= IN_FLIGHT:
+        while len(copies) >= self._copies_in_flight:
             copies.popleft().wait()
-        sent = self._to_comm_dtype(self.shard)
-        region = self.sharding.region(sent) if self.level is Level.NONE else Region(None, sent)
-        collectives, owned = self._collectives.finish_grads, self.owned
+        sent = torch.empty_like(self.shard, dtype=dtype)
+
+        def copy() -> None:  # on the queue, behind the last micro-batch's reduction, which the copy must include
+            sent.copy_(self.shard)
 
         def copy_back() -> None:
             owned.copy_(cut(sent, self._owned_range, self.shard_range.start))
 
-        if sent is self.shard:
-            return self._submit(collectives, region, label, None, self._reducing)
-        copies.append(self._submit(collectives, region, label, copy_back, self._reducing))
+        copies.append(self._submit(collectives, self._shard_region(sent), label, copy_back, self._reducing, copy))
         return copies[-1]
+
+    def _shard_region(self, shard: Tensor) -> Region:
+        return self.sharding.region(shard) if self.level is Level.NONE else Region(None, shard)
 
     def scale(self, factor: float | Tensor) -> None:
         """Multiply what has accumulated."""
@@ -177,9 +181,15 @@ class GradStore(_Store):
         return flat if self.sharding.comm_dtype is None else flat.to(self.sharding.comm_dtype)
 
     def _submit(
-        self, collectives: Collectives, region: Region, label: str, after: Callback | None, behind: Work | None = None
+        self,
+        collectives: Collectives,
+        region: Region,
+        label: str,
+        after: Callback | None,
+        behind: Work | None = None,
+        before: Callback | None = None,
     ) -> Work:
-        return self.sharding.queues.submit(collectives, region, f"gradients of {label}", after, behind)
+        return self.sharding.queues.submit(collectives, region, f"gradients of {label}", after, behind, before)
 
 
 class ParamStore(_Store):
