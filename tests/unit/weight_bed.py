@@ -139,9 +139,8 @@ def fused_step(case: Case, model: Any, step: int) -> list[torch.Tensor]:
 
 def split_step(case: Case, model: Any, step: int) -> list[torch.Tensor]:
     """The same micro-batches through the case's order of B and W."""
-    from megatron.longseq.pipeline.runtime.weight_grad import WeightGradStore, attach
-
     from megatron.longseq.pipeline.runtime.grad_sync import BucketReductions
+    from megatron.longseq.pipeline.runtime.weight_grad import WeightGradStore, attach
 
     store, inputs, words = WeightGradStore(), [], case.order.split()
     with attach(model, store):

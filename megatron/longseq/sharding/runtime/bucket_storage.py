@@ -228,22 +228,29 @@ class ParamStore(_Store):
             self.syncing = None
 
     def gather(self, user: str) -> None:
-        """Start gathering the full bucket for a user, unless it is there already."""
+        """Start gathering the full bucket for a user, unless it is there already; behind `sync`, if it is at work."""
         if self.level is Level.NONE:
             return
         self._users.add(user)
         if self.full.is_allocated:
             return
         self.full.allocate()
-        cut(self.full.flat, self.shard_range).copy_(self.shard)
-        region = self.sharding.region(self.full.flat)
-        self._gathering = self.sharding.queues.submit(self._collectives.params, region, f"parameters for {user}")
+        full, shard = cut(self.full.flat, self.shard_range), self.shard
+
+        def copy() -> None:
+            full.copy_(shard)
+
+        region, label = self.sharding.region(self.full.flat), f"parameters for {user}"
+        self._gathering = self.sharding.queues.submit(
+            self._collectives.params, region, label, behind=self.syncing, before=copy
+        )
 
     def wait(self) -> None:
-        """Wait for `gather`, if it has been started."""
+        """Wait for `gather` and `sync`, if they have been started."""
         if self._gathering is not None:
             self._gathering.wait()
             self._gathering = None
+        self.finish_sync()
 
     def release(self, user: str) -> None:
         """Release the full bucket once no user needs it any more."""
