@@ -1,4 +1,4 @@
-"""The order in which real ranks start collectives of weights is the plan's, and attention's messages are not delayed."""
+"""Real ranks start collectives of weights in the order of the plan, and delay no message of attention."""
 
 import sys
 from collections import Counter

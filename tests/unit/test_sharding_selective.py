@@ -1,4 +1,4 @@
-"""With selective overlap, units are gathered and released as the plan says, and attention's messages are not delayed."""
+"""With selective overlap, units are gathered and released as planned, and no message of attention is delayed."""
 
 from typing import Any
 
@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron.longseq.sharding.plan.gather_window import Direction, Launch, Point, launch_point, launches, window
+from megatron.longseq.sharding.plan.gather_window import (
+    CollectiveLaunch,
+    Direction,
+    Point,
+    launch_point,
+    launches,
+    window,
+)
 from megatron.longseq.sharding.runtime.selective_hooks import SelectiveGatherHooks
 from megatron.longseq.sharding.runtime.unit_hooks import Unit
 from tests.unit.test_sharding_units import FakeStore
@@ -137,7 +144,7 @@ def test_launches_are_those_of_the_plan(depth: int, attends: bool) -> None:
 
 
 def _places(log: list[str]) -> list[tuple[str, str, int]]:
-    """Return for every gather the computation before it, the one after it, and the messages of the one before so far."""
+    """Return for every gather the computations before and after it, and the messages of the first so far."""
     found, before, messages = [], "", 0
     for at, event in enumerate(log):
         if event[0] in "FB":
@@ -213,4 +220,4 @@ def test_a_window_is_what_is_used_next(has_backward: list[bool], depth: int, mic
     assert [launch.unit for launch in found if launch.kind == "gather"] == expected
     reduced = [launch for launch in found if launch.kind == "reduce"]
     assert [launch.unit for launch in reduced] == list(reversed(units)) * microbatches
-    assert Launch("reduce", 0, 0, Direction.BACKWARD, Point.END) in reduced
+    assert CollectiveLaunch("reduce", 0, 0, Direction.BACKWARD, Point.END) in reduced

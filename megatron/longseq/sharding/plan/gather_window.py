@@ -29,7 +29,7 @@ class Point(StrEnum):
     END = "end"
 
 
-class Launch(NamedTuple):
+class CollectiveLaunch(NamedTuple):
     """The start of a unit's collectives.
 
     Attributes:
@@ -88,7 +88,7 @@ def launch_point(direction: Direction, depth: int, before: float, after: float) 
 
 def launches(
     has_backward: Sequence[bool], points: Sequence[tuple[Point, Point]], depth: int, microbatches: int
-) -> list[Launch]:
+) -> list[CollectiveLaunch]:
     """Return all launches of a step with one micro-batch after the other, in order; at first nothing is gathered.
 
     Args:
@@ -97,7 +97,7 @@ def launches(
         depth: see `window`.
         microbatches: forward and backward passes of the step.
     """
-    found: list[Launch] = []
+    found: list[CollectiveLaunch] = []
     gathered: set[int] = set()
 
     def use(unit: int, direction: Direction, *, turns: bool) -> None:
@@ -108,10 +108,10 @@ def launches(
             for other in held:
                 if other not in gathered:
                     at = Point.START if other == unit else point
-                    found.append(Launch("gather", other, unit, direction, at))
+                    found.append(CollectiveLaunch("gather", other, unit, direction, at))
                     gathered.add(other)
         if direction is Direction.BACKWARD:
-            found.append(Launch("reduce", unit, unit, direction, Point.END))
+            found.append(CollectiveLaunch("reduce", unit, unit, direction, Point.END))
 
     units = range(len(has_backward))
     for microbatch in range(microbatches):
