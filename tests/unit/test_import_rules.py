@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SYSTEMS = ("attention", "pipeline", "sharding")
-PLANNED = (*SYSTEMS, "flexsp")
+PLANNED = (*SYSTEMS, "flexsp", "planner")
 UPSTREAM = ("torch", "megatron.core", "megatron.training")
 
 
