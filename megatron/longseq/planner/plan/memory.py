@@ -99,6 +99,13 @@ def sharding_groups(run: Configuration, per_node: int, ranks: int | None = None)
     return RankGroups(count, size)
 
 
+@functools.lru_cache(maxsize=65536)
+def _state_bytes(
+    model: Architecture, run: Configuration, cluster: Cluster, params: StageParams
+) -> tuple[tuple[str, float], ...]:
+    return tuple(state_bytes(model, run, cluster, params).items())
+
+
 def state_bytes(model: Architecture, run: Configuration, cluster: Cluster, params: StageParams) -> dict[str, float]:
     """Return the bytes of parameters, gradients and optimizer states of a rank, with gathered buffers of shards."""
     found = {"parameters": 0.0, "gradients": 0.0, "optimizer": 0.0, "gathered": 0.0}
@@ -196,7 +203,7 @@ def stages_bytes(model: Architecture, run: Configuration, cluster: Cluster) -> t
     params = stage_params(model, run)
     found = []
     for stage, count in enumerate(layers):
-        kinds = state_bytes(model, run, cluster, params[stage])
+        kinds = dict(_state_bytes(model, run, cluster, params[stage]))
         kept = peaks[stage] if peaks else in_flight(run, stage) * _stage_kept(model, run, count, stage)
         at_loss = at_layer = 0.0
         again = 0.0 if peaks else per_layer.recomputed * _group(run, count)
