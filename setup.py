@@ -11,7 +11,10 @@ setup(
     python_requires=">=3.12,<3.14",
     # `megatron` is a namespace package (PEP 420): this distribution owns megatron/longseq alone.
     packages=find_namespace_packages(include=["megatron.longseq*", "patches*"]),
-    package_data={"patches": ["upstream.lock"]},
+    package_data={
+        "patches": ["upstream.lock"],
+        "megatron.longseq.planner": ["data/*.json", "data/models/*.json", "data/clusters/*.json", "data/golden/*.csv"],
+    },
     install_requires=[
         "megatron-core==0.19.2",
         "torch>=2.11,<2.14",

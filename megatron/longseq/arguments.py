@@ -41,6 +41,7 @@ def validate_longseq_arguments(args: argparse.Namespace) -> None:
     _validate_record_arguments(args)
     _check_log_arguments(args)
     _check_save(args)
+    _check_checkpoint_step(args)
     check_pipeline_numbers(args)
     check_context_numbers(args)
     check_sharding_numbers(args)
@@ -98,3 +99,12 @@ def _check_save(args: argparse.Namespace) -> None:
     save = getattr(args, "save", None)
     if save and "://" not in save and getattr(args, "rank", 0) == 0:
         refuse_unwritable(f"--save {save}", Path(save), "give a writable folder, or one that can be created")
+
+
+def _check_checkpoint_step(args: argparse.Namespace) -> None:
+    """Refuse a --ckpt-step that names no checkpoint: upstream would train from the beginning, or load the latest."""
+    step = getattr(args, "ckpt_step", None)
+    if step is not None and step < 1:
+        raise ValueError(
+            f"--ckpt-step {step}: give the iteration of a checkpoint, 1 or more, or leave it out to load the latest."
+        )

@@ -1,7 +1,8 @@
-"""Explain why upstream could not load a checkpoint, by looking at its files after the failure."""
+"""Explain why upstream could not load a checkpoint, and which flags changed since one was saved."""
 
 import json
 import zipfile
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 TRACKER = "latest_checkpointed_iteration.txt"
 MODEL_FILE = "model_optim_rng.pt"  # --ckpt-format torch, one per model-parallel rank
 ZIP = b"PK\x03\x04"  # first bytes of a file written by torch.save
+ADAM = ("adam_beta1", "adam_beta2", "adam_eps")  # settings that the optimizer takes from the checkpoint
 FLAGS = {"max_lr": "--lr", "min_lr": "--min-lr"}  # by the name of the setting in a parameter group
 
 
@@ -157,3 +159,38 @@ def explain_group_mismatch(keys: Sequence[str], wanted: Sequence[Any], saved: Se
         "--override-opt-param-scheduler. Give the saved values, or --no-load-optim to load the weights only and start "
         "with new optimizer states."
     )
+
+
+def describe_changed_flags(saved: Namespace, args: Namespace) -> list[str]:
+    """Describe flags that differ from those of a checkpoint and that upstream does not compare.
+
+    Args:
+        saved: the arguments in the checkpoint.
+        args: upstream's arguments of this run, which loads it.
+
+    Returns:
+        One line for each flag: its two values, and what follows from the change.
+    """
+    lines = []
+    if not (args.no_load_optim or args.finetune) and args.optimizer == getattr(saved, "optimizer", None) == "adam":
+        lines = [
+            f"{change}. The optimizer continues with the saved value; give --no-load-optim to start with new optimizer "
+            "states"
+            for change in _changes(saved, args, ADAM)
+        ]
+    for change in _changes(saved, args, ("vocab_size", "padded_vocab_size")):
+        lines.append(
+            f"{change}. Embedding and output layer keep the saved rows that both sizes have; additional rows keep "
+            "their initial values"
+        )
+        break  # the padded size follows from the other one
+    return lines
+
+
+def _changes(saved: Namespace, args: Namespace, names: Sequence[str]) -> list[str]:
+    values = [(name, getattr(args, name, None), getattr(saved, name, None)) for name in names]
+    return [
+        f"--{name.replace('_', '-')} is {ours}, was {theirs}"
+        for name, ours, theirs in values
+        if None not in (ours, theirs) and ours != theirs
+    ]

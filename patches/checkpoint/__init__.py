@@ -1,4 +1,4 @@
-"""System `checkpoint`: if a checkpoint cannot be loaded, name the file, the reason and what to do."""
+"""System `checkpoint`: name what keeps a checkpoint from being loaded, and flags that changed since it was saved."""
 
 from patches.hooks import LOAD_CHECKPOINT, READ_CHECKPOINT
 from patches.record import Callback, Record
@@ -16,6 +16,16 @@ CALLBACKS = (
         when="patches.conditions:always",
         test="tests/distributed/test_damaged_checkpoints.py::test_a_damaged_checkpoint_is_named",
         remove_when="upstream checks the files of a checkpoint and exits with a non-zero status",
+    ),
+    Callback(
+        id="checkpoint.changed-flags",
+        hook=READ_CHECKPOINT,
+        impl="patches.checkpoint.changes:with_changed_flags",
+        why="If --vocab-size has changed, upstream loads the rows that both sizes have. If Adam's betas or epsilon "
+        "have changed, it continues with the saved ones. It reports neither.",
+        when="patches.conditions:always",
+        test="tests/unit/test_patches_entry.py::test_changed_flags_are_reported",
+        remove_when="upstream compares these flags with the checkpoint",
     ),
     Callback(
         id="checkpoint.failures",

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy
 import pytest
 
 from tests.distributed.flags import TINY, flags
@@ -107,6 +108,23 @@ def test_what_is_advised_helps(ranks: RankPool, saved: Path, tmp_path: Path) -> 
 def test_other_learning_rates_are_refused_by_name(ranks: RankPool, saved: Path, other: str, said: str) -> None:
     with pytest.raises(RankFailure, match=f"ValueError: the optimizer cannot continue from the checkpoint: {said}"):
         run_arm(ranks, "O", 2, [*flags(MORE, PARO, other), "--load", str(saved)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [PARO, "--use-distributed-optimizer", ""])
+def test_adams_settings_come_from_the_checkpoint(ranks: RankPool, tmp_path: Path, own: str) -> None:
+    """This is what the report on changed flags says (checkpoint.changed-flags)."""
+    run_arm(ranks, "O", 2, flags(MORE, own, "--exit-interval 2 --save-interval 2"), tmp_path)
+    changes = ("", "--adam-beta1 0.5 --adam-beta2 0.5 --adam-eps 1e-2")
+    last, changed = (
+        run_arm(ranks, "O", 2, [*flags(MORE, own, change), "--load", str(tmp_path)], snapshots=(3,))
+        for change in changes
+    )
+    assert [step["iteration"] for step in changed.curve] == [3]
+    tensors = last.snapshots[3].tensors
+    assert all(numpy.array_equal(changed.snapshots[3].tensors[name], array) for name, array in tensors.items())
+    log = (ranks.logs / f"job{ranks.jobs:03d}-rank0.log").read_text()
+    assert log.count("The optimizer continues with the saved value") == 3
 
 
 TORCH = "--use-distributed-optimizer --ckpt-format torch"

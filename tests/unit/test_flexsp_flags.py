@@ -127,7 +127,6 @@ def test_values_are_read() -> None:
         ({"flexsp_degrees": "8", "flexsp_kinds": "ulysses"}, "4 query heads"),
         ({"flexsp_max_tokens_per_rank": 31}, "needs 32 tokens on each rank of the largest group"),
         ({"flexsp_degrees": "1,2"}, "needs 128 tokens"),
-        ({"flexsp_cost": "/no/such/file.json"}, "/no/such/file.json"),
     ],
 )
 def test_plans_that_cannot_exist_are_refused(values: dict[str, Any], message: str) -> None:

@@ -1,5 +1,6 @@
 """Documents of a step: pieces, order, batches in documents and in tokens, and plans that are made in the background."""
 
+import itertools
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,7 +103,7 @@ def test_batches_in_tokens_follow_one_another(lengths: list[int], tokens: int) -
 
     batches = GlobalBatches(length, documents=4, tokens=tokens)
     found = [batches.samples(step) for step in range(5)]
-    assert found[0].start == 0 and all(a.stop == b.start for a, b in zip(found, found[1:], strict=False))
+    assert found[0].start == 0 and all(a.stop == b.start for a, b in itertools.pairwise(found))
     for batch in found:
         held = [length(sample) for sample in batch]
         assert sum(held) >= tokens > sum(held[:-1])

@@ -26,3 +26,11 @@ def test_a_place_for_checkpoints_that_is_none_is_refused(tmp_path: Path) -> None
 def test_an_arguments_file_that_is_no_file_is_refused(file: str) -> None:
     with pytest.raises(ValueError, match=f"--arguments-file {file}: this is not a file name"):
         validate_longseq_arguments(Namespace(arguments_file=file))
+
+
+@pytest.mark.parametrize("step", [-1, 0])
+def test_a_checkpoint_step_below_1_is_refused(step: int) -> None:
+    with pytest.raises(ValueError, match=f"--ckpt-step {step}: give the iteration of a checkpoint, 1 or more"):
+        validate_longseq_arguments(Namespace(ckpt_step=step))
+    validate_longseq_arguments(Namespace(ckpt_step=1))
+    validate_longseq_arguments(Namespace(ckpt_step=None))

@@ -110,9 +110,9 @@ def test_callbacks_of_one_upstream_function_nest_in_ledger_order(own_session):
     assert training.initialize_megatron is original
 
 
-@pytest.fixture
-def load_checkpoint(own_session, monkeypatch):
-    """Load checkpoints that hold the given arguments, under the callback."""
+@pytest.fixture(params=["entry.checkpoint-digest"])
+def load_checkpoint(own_session, monkeypatch, request):
+    """Load checkpoints that hold the given arguments, under a callback."""
     from megatron.training import checkpointing
 
     saved = []
@@ -120,12 +120,12 @@ def load_checkpoint(own_session, monkeypatch):
         checkpointing, "_load_base_checkpoint", lambda folder, args, rank0=False: ({"args": saved[-1]}, folder, 0, 0)
     )
 
-    def load(rank=0, finetune=False, **fields):
+    def load(rank=0, finetune=False, now=None, **fields):
         saved.append(Namespace(**fields))
         for rank0 in (True, False):  # as upstream, which reads the common part first
-            checkpointing._load_base_checkpoint("folder", Namespace(rank=rank, finetune=finetune), rank0)
+            checkpointing._load_base_checkpoint("folder", Namespace(rank=rank, finetune=finetune, **now or {}), rank0)
 
-    with session.applied("entry.checkpoint-digest"):
+    with session.applied(request.param):
         yield load
 
 
@@ -144,6 +144,25 @@ def test_checkpoint_of_other_patches_is_reported(load_checkpoint, own_session, c
 def test_checkpoint_of_the_same_patches_or_of_plain_upstream_is_silent(load_checkpoint, own_session, capsys):
     load_checkpoint(longseq_patch_hashes=own_session.hashes)
     load_checkpoint()
+    assert capsys.readouterr().out == ""
+
+
+SAVED = {"optimizer": "adam", "adam_beta2": 0.99, "adam_eps": 1e-8, "vocab_size": 300, "padded_vocab_size": 384}
+NOW = {"no_load_optim": False} | SAVED
+
+
+@pytest.mark.parametrize("load_checkpoint", ["checkpoint.changed-flags"], indirect=True)
+def test_changed_flags_are_reported(load_checkpoint, capsys):
+    load_checkpoint(now=NOW | {"adam_beta2": 0.95, "vocab_size": 500, "padded_vocab_size": 512}, **SAVED)
+    beta, vocabulary = capsys.readouterr().out.splitlines()
+    assert beta.startswith("> WARNING: --adam-beta2 is 0.95, was 0.99. The optimizer continues with the saved value")
+    assert vocabulary.startswith("> WARNING: --vocab-size is 500, was 300. Embedding and output layer keep the saved")
+    load_checkpoint(now=NOW | {"vocab_size": None, "padded_vocab_size": 512}, **SAVED)
+    assert "--padded-vocab-size is 512, was 384" in capsys.readouterr().out
+    load_checkpoint(now=NOW, **SAVED)
+    load_checkpoint(now=NOW | {"adam_eps": 1.0}, rank=1, **SAVED)
+    load_checkpoint(now=NOW | {"adam_eps": 1.0, "no_load_optim": True}, **SAVED)
+    load_checkpoint(now=NOW | {"adam_eps": 1.0}, finetune=True, **SAVED)
     assert capsys.readouterr().out == ""
 
 

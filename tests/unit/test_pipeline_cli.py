@@ -24,7 +24,7 @@ from megatron.longseq.pipeline.plan.simulate import simulate, uniform_costs
 from megatron.longseq.pipeline.runtime.step_timer import write_measured
 from megatron.longseq.pipeline.tools import paper
 from megatron.longseq.pipeline.tools.cli import main
-from megatron.longseq.pipeline.tools.compare import Cluster, ScheduleChoice, run
+from megatron.longseq.pipeline.tools.compare import PipelineSetup, ScheduleChoice, run
 
 SHAPE = ["--num-layers", "32", "--hidden-size", "4096", "--num-attention-heads", "32", "--padded-vocab-size", "51200"]
 SIZES = ["--stages", "4", "--microbatches", "8", "--segments", "4"]
@@ -228,7 +228,7 @@ KNOWN = [
 def test_the_simulator_agrees_with_known_figures(model, seq_length, microbatches, choice, bubble, sequences):
     stages, tensor_parallel, shape = paper.MODELS[model]
     costs = replace(flops(replace(shape, seq_length=seq_length)), head=paper.FREE)  # the figures are without the head
-    result = run(choice, costs, Cluster(stages, microbatches, tensor_parallel))
+    result = run(choice, costs, PipelineSetup(stages, microbatches, tensor_parallel))
     assert result.timeline.bubble == pytest.approx(bubble, abs=0.002)
     if sequences is not None:
         assert result.sequences == pytest.approx(sequences, abs=0.005)
@@ -251,11 +251,13 @@ def test_the_papers_table_shows_half_of_its_bubble_without_more_memory(capsys):
 def test_the_floor_is_the_heads_share_of_the_last_stage():
     shape = ModelShape(4, 64, 4, 4096, padded_vocab_size=50000)
     model = flops(shape)
-    result = run(ScheduleChoice(2, "even"), model, Cluster(2, 4))
+    result = run(ScheduleChoice(2, "even"), model, PipelineSetup(2, 4))
     last, first = (
         sum(span.end - span.start for span in result.timeline.spans[rank] if span.action.kind is ActionKind.FORWARD)
         for rank in (1, 0)
     )
     assert last - first == pytest.approx(4 * 4096 * 2 * 64 * 50000)
     assert 0 < result.floor < result.timeline.bubble
-    assert run(ScheduleChoice(2), flops(ModelShape(4, 64, 4, 4096)), Cluster(2, 4)).floor == pytest.approx(0, abs=1e-12)
+    assert run(ScheduleChoice(2), flops(ModelShape(4, 64, 4, 4096)), PipelineSetup(2, 4)).floor == pytest.approx(
+        0, abs=1e-12
+    )

@@ -3,10 +3,11 @@
 from argparse import ArgumentParser, Namespace
 
 from megatron.longseq.attention.arguments import NOT_WITH_DOCUMENTS
+from megatron.longseq.flexsp.plan.cost import FAMILIES, KindFamily
+from megatron.longseq.flexsp.plan.paper import BUILT_IN
+from megatron.longseq.flexsp.plan.planner import PLANNERS
 from megatron.longseq.refusals import Refusals, refuse, refuse_without_effect
 
-KINDS = ("ulysses", "ring", "hybrid")
-PLANNERS = ("heuristic", "exact", "static", "sorted")
 OVERLONG = ("split", "drop")
 AHEAD = 2  # steps that are planned ahead, at the least
 
@@ -102,14 +103,13 @@ def add_flexsp_arguments(parser: ArgumentParser) -> None:
         "--flexsp-planner",
         choices=PLANNERS,
         default="heuristic",
-        help="heuristic; exact: an integer program, for few documents; static: the best single degree for all "
+        help="heuristic; static: the best single degree for all "
         "micro-batches; sorted: the best single degree of every micro-batch of documents sorted by length",
     )
     group.add_argument(
         "--flexsp-cost",
-        metavar="NAME|FILE",
-        help="cost model: a JSON file, or constants of the paper by name (7b-a100, 13b-a100, 30b-a100); by default an "
-        "estimate from the shape of the model",
+        choices=BUILT_IN,
+        help="cost model: constants of the paper by name; by default an estimate from the shape of the model",
     )
     group.add_argument(
         "--flexsp-batch-tokens",
@@ -153,16 +153,16 @@ def parse_degrees(text: str) -> tuple[int, ...] | None:
     return tuple(degrees)
 
 
-def parse_kinds(text: str) -> tuple[str, ...]:
+def parse_kinds(text: str) -> tuple[KindFamily, ...]:
     """Return the kinds of groups that --flexsp-kinds lists.
 
     Raises:
         ValueError: A kind is unknown or named twice.
     """
-    kinds = tuple(text.split(","))
-    if not set(kinds) <= set(KINDS) or len(set(kinds)) != len(kinds):
-        raise ValueError(f"--flexsp-kinds {text}: give some of {', '.join(KINDS)}, each once.")
-    return kinds
+    words = text.split(",")
+    if not set(words) <= set(FAMILIES) or len(set(words)) != len(words):
+        raise ValueError(f"--flexsp-kinds {text}: give some of {', '.join(FAMILIES)}, each once.")
+    return tuple(family for family in FAMILIES if family in words)
 
 
 def check_flexsp_numbers(args: Namespace) -> None:

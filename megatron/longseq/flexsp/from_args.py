@@ -9,6 +9,7 @@ from megatron.longseq.attention.plan.heads import Heads
 from megatron.longseq.attention.plan.layout import Mesh, length_multiple
 from megatron.longseq.flexsp.arguments import parse_degrees, parse_kinds
 from megatron.longseq.flexsp.plan.cost import GroupCostModel, GroupLinks
+from megatron.longseq.flexsp.plan.paper import paper_cost
 from megatron.longseq.flexsp.plan.placement import Placement
 from megatron.longseq.flexsp.plan.plan import Kind, StepPlan
 from megatron.longseq.flexsp.plan.planner import plan_step
@@ -78,17 +79,15 @@ def cost_model(args: Namespace, *, on_gpu: bool) -> GroupCostModel:
     """Return the cost model of --flexsp-cost, with the limits and the heads of the run.
 
     Raises:
-        ValueError: The file is missing or malformed.
+        ValueError: The heads cannot be shared by the tensor-parallel ranks.
     """
     if args.flexsp_cost is None:
         return estimated_cost(args, on_gpu=on_gpu)
     return replace(
-        load_cost(args.flexsp_cost), tokens_per_rank=args.flexsp_max_tokens_per_rank, heads=model_heads(args)
+        paper_cost(args.flexsp_cost.removesuffix("-a100")),
+        tokens_per_rank=args.flexsp_max_tokens_per_rank,
+        heads=model_heads(args),
     )
-
-
-def load_cost(name):
-    raise ValueError(name)
 
 
 def degrees_of(args: Namespace) -> tuple[int, ...]:
@@ -173,7 +172,7 @@ def check_plannable(args: Namespace, *, on_gpu: bool) -> None:
 
     Raises:
         ValueError: Degrees do not fit the ranks, a document of --seq-length tokens fits into no group, or the cost
-            model cannot be read.
+            model is impossible.
     """
     degrees, most = degrees_of(args), args.flexsp_max_tokens_per_rank
     largest = max(degrees)

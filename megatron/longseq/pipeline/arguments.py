@@ -6,6 +6,7 @@ from pathlib import Path
 from megatron.longseq.pipeline.plan.segment_cost import fit, read_samples
 from megatron.longseq.refusals import Refusals, refuse, refuse_unwritable, refuse_without_effect
 
+PARTITION = "balanced"  # default of --seq1f1b-partition
 TRACED = 3  # default of --pipeline-trace-step
 PATIENCE = 60.0  # default of --pipeline-patience, in seconds
 LONGEST_PATIENCE = 1e8  # seconds; Python's threads cannot wait longer than about 9e9
@@ -132,9 +133,10 @@ def add_pipeline_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--seq1f1b-partition",
-        default="balanced",
-        metavar="even|balanced|N1,N2,...",
-        help="tokens per segment: equal lengths, equal cost of forward plus backward, or as listed",
+        default=PARTITION,
+        metavar="even|balanced|documents|N1,N2,...",
+        help="tokens per segment: equal lengths, equal cost of forward plus backward, equal cost of each micro-batch's "
+        "packed documents, or as listed",
     )
     group.add_argument(
         "--seq1f1b-layer-seconds",
@@ -193,9 +195,8 @@ def check_pipeline_numbers(args: Namespace) -> None:
     for flag, least in (("seq1f1b_splits", 1), ("seq1f1b_slack", 0), ("pipeline_trace_step", 1)):
         if getattr(args, flag, least) < least:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give at least {least}.")
-    partition = getattr(args, "seq1f1b_partition", "balanced")
-    if getattr(args, "seq1f1b_splits", 1) == 1 and partition not in ("even", "balanced"):
-        raise ValueError(f"--seq1f1b-partition {partition}: lists segments, but --seq1f1b-splits is 1; give both.")
+    if getattr(args, "seq1f1b_splits", 1) == 1:
+        refuse_without_effect(args, "--seq1f1b-splits is 1", seq1f1b_partition=PARTITION)
     if not 0 < getattr(args, "pipeline_patience", 1.0) <= LONGEST_PATIENCE:
         raise ValueError(
             f"--pipeline-patience {args.pipeline_patience}: give seconds above 0 and at most {LONGEST_PATIENCE:.0e}."
@@ -217,10 +218,10 @@ def _check_layer_seconds(args: Namespace) -> None:
     file = getattr(args, "seq1f1b_layer_seconds", None)
     if file is None:
         return
-    if not args.zero_bubble and (args.seq1f1b_splits == 1 or args.seq1f1b_partition != "balanced"):
+    if not args.zero_bubble and (args.seq1f1b_splits == 1 or args.seq1f1b_partition not in (PARTITION, "documents")):
         raise ValueError(
             f"--seq1f1b-layer-seconds {file}: the file balances segments, but neither --seq1f1b-splits above 1 with "
-            "--seq1f1b-partition balanced nor --zero-bubble is given; leave it out."
+            "--seq1f1b-partition balanced or documents nor --zero-bubble is given; leave it out."
         )
     try:
         fit(read_samples(Path(file)))

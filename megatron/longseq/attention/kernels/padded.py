@@ -6,9 +6,10 @@ batch has a mask of its own. Results of rows that fill up are dropped.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,15 +88,23 @@ class PaddedBatch:
         return taken * kept.view(self.count, -1).T[..., None, None]
 
 
-class PaddedKernel(Protocol):
-    """Computes batches of blocks of one shape [s, b, h, d]; `hidden` as in `PaddedBatch`."""
+class PaddedKernel(ABC):
+    """A kernel that computes packed blocks by batches of blocks of one shape [s, b, h, d].
 
+    Attributes:
+        most_scores: scores of a batch of several blocks and one head, at most.
+    """
+
+    __slots__ = ()
+    most_scores: int
+
+    @abstractmethod
     def forward_padded(
         self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, hidden: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return (out, lse)."""
-        ...
+        """Return (out, lse) of a batch; `hidden` as in `PaddedBatch`."""
 
+    @abstractmethod
     def backward_padded(
         self,
         grad_out: Tensor,
@@ -107,55 +116,51 @@ class PaddedKernel(Protocol):
         scores: Scores,
         hidden: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (dq, dk, dv)."""
-        ...
+        """Return (dq, dk, dv) of a batch; `hidden` as in `PaddedBatch`."""
 
+    def forward_packed(
+        self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, lengths: PackedLengths
+    ) -> tuple[Tensor, Tensor]:
+        """Return (out, lse) of packed blocks, see `Kernel.forward_packed`."""
+        out, lse = None, None
+        for batch in padded_batches(lengths, scores, q.device, self.most_scores):
+            taken = batch.take(q, batch.rows), batch.take(k, batch.keys), batch.take(v, batch.keys)
+            block_out, block_lse = self.forward_padded(*taken, scores, batch.hidden)
+            if out is None or lse is None:
+                out = block_out.new_empty(q.shape[0], 1, *block_out.shape[2:])
+                lse = block_lse.new_empty(1, block_lse.shape[1], q.shape[0])
+            batch.put(out, block_out, batch.rows)
+            batch.put_lse(lse, block_lse)
+        assert out is not None and lse is not None, "there is at least one block"
+        return out, lse
 
-def forward_in_batches(
-    kernel: PaddedKernel, q: Tensor, k: Tensor, v: Tensor, scores: Scores, lengths: PackedLengths, most: int
-) -> tuple[Tensor, Tensor]:
-    """Compute `Kernel.forward_packed` by batches; see `padded_batches`."""
-    out, lse = None, None
-    for batch in padded_batches(lengths, scores, q.device, most):
-        taken = batch.take(q, batch.rows), batch.take(k, batch.keys), batch.take(v, batch.keys)
-        block_out, block_lse = kernel.forward_padded(*taken, scores, batch.hidden)
-        if out is None or lse is None:
-            out = block_out.new_empty(q.shape[0], 1, *block_out.shape[2:])
-            lse = block_lse.new_empty(1, block_lse.shape[1], q.shape[0])
-        batch.put(out, block_out, batch.rows)
-        batch.put_lse(lse, block_lse)
-    assert out is not None and lse is not None, "there is at least one block"
-    return out, lse
-
-
-def backward_in_batches(  # noqa: PLR0913, PLR0917
-    kernel: PaddedKernel,
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scores: Scores,
-    lengths: PackedLengths,
-    most: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `Kernel.backward_packed` by batches; see `padded_batches`."""
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    for batch in padded_batches(lengths, scores, q.device, most):
-        grads = kernel.backward_padded(
-            batch.take_gradient(grad_out),
-            batch.take(q, batch.rows),
-            batch.take(k, batch.keys),
-            batch.take(v, batch.keys),
-            batch.take(out, batch.rows),
-            batch.take_lse(lse),
-            scores,
-            batch.hidden,
-        )
-        for total, grad, side in zip((dq, dk, dv), grads, (batch.rows, batch.keys, batch.keys), strict=True):
-            batch.put(total, grad, side)
-    return dq, dk, dv
+    def backward_packed(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scores: Scores,
+        lengths: PackedLengths,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (dq, dk, dv) of packed blocks, see `Kernel.backward_packed`."""
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        for batch in padded_batches(lengths, scores, q.device, self.most_scores):
+            grads = self.backward_padded(
+                batch.take_gradient(grad_out),
+                batch.take(q, batch.rows),
+                batch.take(k, batch.keys),
+                batch.take(v, batch.keys),
+                batch.take(out, batch.rows),
+                batch.take_lse(lse),
+                scores,
+                batch.hidden,
+            )
+            for total, grad, side in zip((dq, dk, dv), grads, (batch.rows, batch.keys, batch.keys), strict=True):
+                batch.put(total, grad, side)
+        return dq, dk, dv
 
 
 def padded_batches(lengths: PackedLengths, scores: Scores, device: torch.device, most: int) -> tuple[PaddedBatch, ...]:

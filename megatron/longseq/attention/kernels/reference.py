@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as drop
 
-from megatron.longseq.attention.kernels.base import PackedLengths, Scores, accumulation_dtype
-from megatron.longseq.attention.kernels.padded import backward_in_batches, forward_in_batches
-
-MOST_SCORES = 1 << 22  # of a batch of several packed blocks and one head, which are held at once
+from megatron.longseq.attention.kernels.base import Scores, accumulation_dtype
+from megatron.longseq.attention.kernels.padded import PaddedKernel
 
 
 def visible_mask(rows: int, keys: int, scores: Scores, device: torch.device) -> Tensor:
@@ -25,7 +23,7 @@ def visible_mask(rows: int, keys: int, scores: Scores, device: torch.device) -> 
 
 
 @dataclass(slots=True)
-class Reference:
+class Reference(PaddedKernel):
     """Kernel that materialises the score matrix [b, hq, sq, sk] in float32, or float64 for float64.
 
     Attributes:
@@ -36,6 +34,7 @@ class Reference:
     name = "reference"
     rectangular = True
     wide = True
+    most_scores = 1 << 22  # a batch's scores are in memory at once
     dropout: float = 0.0
     compute: torch.dtype | None = None
 
@@ -48,26 +47,6 @@ class Reference:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`."""
         return self.backward_padded(grad_out, q, k, v, out, lse, scores, None)
-
-    def forward_packed(
-        self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, lengths: PackedLengths
-    ) -> tuple[Tensor, Tensor]:
-        """See `Kernel.forward_packed`."""
-        return forward_in_batches(self, q, k, v, scores, lengths, MOST_SCORES)
-
-    def backward_packed(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        scores: Scores,
-        lengths: PackedLengths,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Kernel.backward_packed`."""
-        return backward_in_batches(self, grad_out, q, k, v, out, lse, scores, lengths, MOST_SCORES)
 
     def forward_padded(
         self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, hidden: Tensor | None

@@ -6,17 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from megatron.longseq.attention.kernels.base import PackedLengths, Scores, dense
-from megatron.longseq.attention.kernels.padded import backward_in_batches, forward_in_batches
+from megatron.longseq.attention.kernels.base import Scores, dense
+from megatron.longseq.attention.kernels.padded import PaddedKernel
 from megatron.longseq.attention.kernels.reference import visible_mask
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-MOST_SCORES = 1 << 62  # of a batch: the operator holds none
 
-
-class CpuFlash:
+class CpuFlash(PaddedKernel):
     """Kernel for float64, float32, bfloat16 and float16; shared key heads are not repeated.
 
     The operator aligns a causal block top-left, so a causal block needs as many keys as rows: `plan_tiles` cuts others
@@ -26,6 +24,7 @@ class CpuFlash:
     name = "torch CPU flash"
     rectangular = False
     wide = True
+    most_scores = 1 << 62  # the operator materializes no scores
     dropout = 0.0
 
     def __init__(self) -> None:
@@ -52,26 +51,6 @@ class CpuFlash:
             dq, dk, dv = self.backward(grad_out[blind:], q[blind:], k, v, out[blind:], lse[..., blind:], scores)
             return _prepend_zeros(blind, dq), dk, dv
         return self.backward_padded(grad_out, q, k, v, out, lse, scores, None)
-
-    def forward_packed(
-        self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, lengths: PackedLengths
-    ) -> tuple[Tensor, Tensor]:
-        """See `Kernel.forward_packed`: a batch of padded blocks for every few similar lengths."""
-        return forward_in_batches(self, q, k, v, scores, lengths, MOST_SCORES)
-
-    def backward_packed(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        scores: Scores,
-        lengths: PackedLengths,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Kernel.backward_packed`."""
-        return backward_in_batches(self, grad_out, q, k, v, out, lse, scores, lengths, MOST_SCORES)
 
     def forward_padded(
         self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, hidden: Tensor | None

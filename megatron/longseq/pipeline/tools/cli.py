@@ -14,7 +14,7 @@ from megatron.longseq.pipeline.plan.segment_cost import CostModel, ModelShape, f
 from megatron.longseq.pipeline.plan.simulate import Timeline
 from megatron.longseq.pipeline.tools.chrome_trace import read_measured, write_trace
 from megatron.longseq.pipeline.tools.compare import (
-    Cluster,
+    PipelineSetup,
     Result,
     ScheduleChoice,
     attempt,
@@ -164,10 +164,10 @@ def _choice(args: argparse.Namespace) -> ScheduleChoice:
     return ScheduleChoice(args.segments, partition, args.virtual, args.slack, args.zero_bubble)
 
 
-def _cluster(args: argparse.Namespace) -> Cluster:
+def _cluster(args: argparse.Namespace) -> PipelineSetup:
     multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
     recompute = Recompute(args.recompute_granularity, args.recompute_method, args.recompute_num_layers)
-    return Cluster(args.stages, args.microbatches, multiple, args.latency, recompute)
+    return PipelineSetup(args.stages, args.microbatches, multiple, args.latency, recompute)
 
 
 def _model(args: argparse.Namespace) -> CostModel:

@@ -42,7 +42,7 @@ class ScheduleChoice:
 
 
 @dataclass(frozen=True, slots=True)
-class Cluster:
+class PipelineSetup:
     """The resources of a run.
 
     Attributes:
@@ -83,7 +83,7 @@ class Result:
     floor: float
 
 
-def run(choice: ScheduleChoice, model: CostModel, cluster: Cluster) -> Result:
+def run(choice: ScheduleChoice, model: CostModel, cluster: PipelineSetup) -> Result:
     """Simulate one schedule.
 
     Raises:
@@ -127,7 +127,7 @@ def paper_partition(shape: ModelShape, segments: int, multiple: int = 1) -> Part
     return Partition("paper", tuple(lengths), multiple, imbalance_of(lengths, lambda a, b: forward(cells(a, b), b - a)))
 
 
-def _kept(schedule: Schedule, model: CostModel, cluster: Cluster, partition: Partition) -> float:
+def _kept(schedule: Schedule, model: CostModel, cluster: PipelineSetup, partition: Partition) -> float:
     depth, in_segments = schedule.pipeline.depth, schedule.pipeline.segments > 1
     layers = model.shape.num_layers // depth
     stage = stage_bytes(model.shape, layers, cluster.recompute, in_segments=in_segments)
@@ -146,7 +146,7 @@ def usual(choice: ScheduleChoice) -> list[ScheduleChoice]:
     return choices if choice in choices else [*choices, choice]
 
 
-def attempt(choices: Iterable[ScheduleChoice], model: CostModel, cluster: Cluster) -> list[Result | str]:
+def attempt(choices: Iterable[ScheduleChoice], model: CostModel, cluster: PipelineSetup) -> list[Result | str]:
     """Simulate each choice; the result of one without a schedule is the reason."""
     results: list[Result | str] = []
     for choice in choices:

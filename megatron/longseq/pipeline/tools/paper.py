@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron.longseq.pipeline.plan.segment_cost import Coefficients, Line, ModelShape, flops
-from megatron.longseq.pipeline.tools.compare import Cluster, Result, ScheduleChoice, attempt
+from megatron.longseq.pipeline.tools.compare import PipelineSetup, Result, ScheduleChoice, attempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ def _simulate(row: Row, choices: Sequence[ScheduleChoice], head: bool = True) ->
     model = flops(replace(shape, seq_length=row.seq_length))
     if not head:
         model = replace(model, head=FREE)
-    return attempt(choices, model, Cluster(stages, row.microbatches, tensor_parallel))
+    return attempt(choices, model, PipelineSetup(stages, row.microbatches, tensor_parallel))
 
 
 def _place(row: Row) -> str:

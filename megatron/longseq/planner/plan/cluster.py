@@ -1,0 +1,223 @@
+"""A cluster: what its GPUs compute, keep and send, from data sheets or measured by `calibrate`.
+
+A cluster is named FAMILY-GPUS, such as a800-64. Every number of the family can be replaced:
+`a800-64,node_bandwidth=50e9`.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Curve(NamedTuple):
+    """A measured product: m x k by k x n, and the TFLOP/s that it reached."""
+
+    m: int
+    n: int
+    k: int
+    tflops: float
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs and their links. Bandwidths are bytes per second and direction; latencies are seconds.
+
+    Attributes:
+        name: FAMILY-GPUS.
+        gpus: number of GPUs.
+        gpus_per_node: GPUs that share a node's fast links.
+        peak_tflops: dense bf16 peak of a GPU.
+        fp8_peak_tflops: dense fp8 peak of a GPU; 0: it has none.
+        sms: streaming multiprocessors, over which the tiles of a product are distributed.
+        memory_bytes: memory of a GPU that a process can allocate.
+        memory_bandwidth: of a GPU's memory.
+        link_bandwidth: of a GPU to the others of its node.
+        link_latency: of one hop inside a node.
+        node_bandwidth: of all network adapters of a node together.
+        network_latency: of one hop between nodes.
+        product_efficiency: share of the peak that a large matrix product without tile losses reaches.
+        product_depth: extra depth k that starting and ending a tile costs.
+        fp8_efficiency: product_efficiency for fp8.
+        attention_efficiency: share of the peak that a long fused attention reaches in forward.
+        attention_backward_efficiency: the same in backward.
+        memory_efficiency: share of memory_bandwidth that elementwise kernels reach.
+        link_efficiency: share of link_bandwidth that large collectives reach.
+        network_efficiency: share of node_bandwidth that a collective reaches whose ranks fill their nodes.
+        data_efficiency: share of node_bandwidth that data-parallel collectives reach, of which as many run at once as
+            a node has tensor-parallel ranks.
+        pairwise_efficiency: share of node_bandwidth that messages between pipeline stages reach.
+        splits_messages: whether tensor-parallel ranks send a share of a message to the next stage each, and gather it
+            there, as the software of some installations did (arXiv 2104.04473, section 4.1).
+        message_bytes: size of a collective that reaches half of the bandwidth.
+        layer_seconds: time in which a host issues the kernels of a layer's forward. Backward takes 1.6 times as long.
+        microbatch_seconds: host work of a micro-batch that no kernel hides, such as synchronization.
+        step_seconds: host work of a step.
+        imbalance: slowest rank's compute over the mean, for each doubling of the ranks (stragglers).
+        workspace_bytes: buffers of libraries inside the allocator.
+        deterministic_workspace_bytes: the same under deterministic_mode.
+        gradient_copy_bytes: bytes per parameter of gradients that the software keeps beside their float32 sums.
+        context_bytes: memory outside the allocator (contexts, communicators).
+        fragmentation: share of the allocated memory that the allocator reserves in addition.
+        products: measured products, interpolated instead of product_efficiency.
+        defaults: flags that runs of this installation had in common, as JSON of (flag, value).
+        source: where the numbers come from.
+
+    Raises:
+        ValueError: a number is not positive, or the GPUs do not fill nodes.
+    """
+
+    name: str
+    gpus: int
+    peak_tflops: float
+    memory_bytes: float
+    memory_bandwidth: float
+    gpus_per_node: int = 8
+    fp8_peak_tflops: float = 0.0
+    sms: int = 108
+    link_bandwidth: float = 300e9
+    link_latency: float = 3e-6
+    node_bandwidth: float = 200e9
+    network_latency: float = 8e-6
+    product_efficiency: float = 0.78
+    product_depth: int = 196
+    fp8_efficiency: float = 0.6
+    attention_efficiency: float = 0.6
+    attention_backward_efficiency: float = 0.5
+    memory_efficiency: float = 0.8
+    link_efficiency: float = 0.77
+    network_efficiency: float = 0.8
+    data_efficiency: float = 0.7
+    pairwise_efficiency: float = 0.8
+    splits_messages: bool = False
+    message_bytes: float = 1e6
+    layer_seconds: float = 1.0e-3
+    microbatch_seconds: float = 0.0
+    step_seconds: float = 2e-3
+    imbalance: float = 0.0
+    workspace_bytes: float = 64e6
+    deterministic_workspace_bytes: float = 80e6
+    gradient_copy_bytes: float = 0.0
+    context_bytes: float = 2.5e9
+    fragmentation: float = 0.05
+    products: tuple[Curve, ...] = ()
+    defaults: tuple[tuple[str, Any], ...] = ()
+    source: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "gpus_per_node", "peak_tflops", "memory_bytes", "memory_bandwidth", "link_bandwidth"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"cluster {self.name}: {name} must be positive, not {getattr(self, name)}")
+        if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
+            raise ValueError(
+                f"cluster {self.name}: {self.gpus} GPUs do not fill nodes of {self.gpus_per_node}; give a multiple"
+            )
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes."""
+        return -(-self.gpus // self.gpus_per_node)
+
+    def with_gpus(self, gpus: int) -> "Cluster":
+        """Return the same cluster with another number of GPUs."""
+        return self if gpus == self.gpus else replace(self, gpus=gpus, name=f"{self.name.rsplit('-', 1)[0]}-{gpus}")
+
+    def reserve_bytes(self, allocated: float) -> float:
+        """Return the bytes that a process needs beyond what it has allocated at its peak."""
+        return self.context_bytes + self.fragmentation * allocated
+
+
+_FIELDS = {one.name: one for one in fields(Cluster)}
+_NO_NUMBERS = ("name", "gpus", "products", "defaults", "source", "splits_messages")
+_WHOLE = ("gpus_per_node", "sms", "product_depth")
+NUMBERS = tuple(name for name in _FIELDS if name not in _NO_NUMBERS)
+
+
+def families() -> tuple[str, ...]:
+    """Return the names of the built-in families."""
+    folder = resources.files("megatron.longseq.planner").joinpath("data/clusters")
+    return tuple(sorted(file.name.removesuffix(".json") for file in folder.iterdir() if file.name.endswith(".json")))
+
+
+@functools.lru_cache(maxsize=64)
+def _aliases() -> dict[str, str]:
+    found = {}
+    for family in families():
+        found[family] = family
+        for alias in _read_family(family).get("aliases", ()):
+            found[alias] = family
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _read_family(family: str) -> dict[str, Any]:
+    file = resources.files("megatron.longseq.planner").joinpath(f"data/clusters/{family}.json")
+    return dict(json.loads(file.read_text()))
+
+
+@functools.lru_cache(maxsize=4096)
+def cluster(text: str, gpus: int | None = None) -> Cluster:
+    """Return a cluster.
+
+    Args:
+        text: FAMILY, FAMILY-GPUS or a JSON file that `calibrate` wrote, each optionally followed by `,FIELD=VALUE`.
+        gpus: number of GPUs; it replaces that of the text.
+
+    Raises:
+        ValueError: there is no such family or field, or the number of GPUs is missing.
+    """
+    name, *changes = [part.strip() for part in text.replace(";", ",").split(",")]
+    values, named = _values(name)
+    for change in changes:
+        key, _, value = change.partition("=")
+        if key not in NUMBERS:
+            raise ValueError(f"cluster {text!r}: no number {key!r}; numbers are {', '.join(NUMBERS)}")
+        try:
+            values[key] = int(float(value)) if key in _WHOLE else float(value)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"cluster {text!r}: {key} is {value!r}, not a number") from error
+    count = gpus or named
+    if not count:
+        raise ValueError(f"cluster {text!r}: how many GPUs? Give FAMILY-GPUS, such as {name}-64, or gpus")
+    return from_values({**values, "gpus": count})
+
+
+def _values(name: str) -> tuple[dict[str, Any], int | None]:
+    """Return the numbers of a family or a file, and the number of GPUs that the name has."""
+    path = Path(name)
+    if path.suffix == ".json" and path.is_file():
+        try:
+            content = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON ({error})") from error
+        return {"name": path.stem, **content}, content.get("gpus")
+    family, _, count = name.rpartition("-")
+    aliases = _aliases()
+    lowered = name.lower().replace("_", "-")
+    if lowered in aliases:
+        return {**_read_family(aliases[lowered]), "name": lowered}, None
+    family = family.lower().replace("_", "-")
+    if family in aliases and count.isdigit():
+        return {**_read_family(aliases[family]), "name": f"{family}-{count}"}, int(count)
+    raise ValueError(f"no cluster {name!r}: neither a file nor FAMILY-GPUS with one of {', '.join(families())}")
+
+
+def from_values(values: Mapping[str, Any]) -> Cluster:
+    """Return a cluster from the contents of a file.
+
+    Raises:
+        ValueError: a number is unknown or missing.
+    """
+    content = {key: value for key, value in values.items() if key != "aliases"}
+    unknown = set(content) - set(_FIELDS)
+    if unknown:
+        raise ValueError(f"cluster {values.get('name')}: unknown fields {sorted(unknown)}")
+    content["products"] = tuple(Curve(*one) for one in content.get("products", ()))
+    content["defaults"] = tuple(sorted(dict(content.get("defaults", {})).items()))
+    try:
+        return Cluster(**content)
+    except TypeError as error:
+        raise ValueError(f"cluster {values.get('name')}: {error}") from error

@@ -1,0 +1,347 @@
+"""The shape of a model, under upstream's flag names, and the number of parameters on a rank.
+
+A shape comes from a built-in name, from the `config.json` of a Hugging Face checkpoint, or from flags.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron.longseq.pipeline.plan.segment_cost import ModelShape
+
+
+class LayerParams(NamedTuple):
+    """Parameters of one layer on a rank.
+
+    Attributes:
+        dense: parameters that the data-parallel and context-parallel ranks share.
+        expert: parameters of the experts on the rank, which the expert-data-parallel ranks share.
+    """
+
+    dense: int
+    expert: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder-only transformer. The fields are named as upstream's flags and have upstream's defaults.
+
+    Attributes:
+        num_layers: transformer layers.
+        hidden_size: width of the residual stream.
+        num_attention_heads: query heads.
+        ffn_hidden_size: width of the MLP; 0: upstream's default.
+        num_query_groups: heads of keys and values; 0: one per query head.
+        kv_channels: channels per head; 0: hidden_size // num_attention_heads.
+        vocab_size: tokens before padding.
+        padded_vocab_size: rows of the embedding if the padding is known; 0: padded to a multiple of
+            make_vocab_size_divisible_by * tensor_model_parallel_size.
+        max_position_embeddings: rows of learned positions; 0: the sequence length.
+        moe_layer_freq: every n-th layer has experts, or 0 and 1 per layer.
+
+    Raises:
+        ValueError: the sizes contradict each other.
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    ffn_hidden_size: int = 0
+    num_query_groups: int = 0
+    kv_channels: int = 0
+    vocab_size: int = 0
+    padded_vocab_size: int = 0
+    make_vocab_size_divisible_by: int = 128
+    max_position_embeddings: int = 0
+    position_embedding_type: str = "learned_absolute"
+    untie_embeddings_and_output_weights: bool = False
+    swiglu: bool = False
+    squared_relu: bool = False
+    normalization: str = "LayerNorm"
+    add_bias_linear: bool = True
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    window_size: int = 0
+    num_experts: int = 0
+    moe_ffn_hidden_size: int = 0
+    moe_router_topk: int = 2
+    moe_layer_freq: int | tuple[int, ...] = 1
+    moe_shared_expert_intermediate_size: int = 0
+    multi_latent_attention: bool = False
+    q_lora_rank: int = 0
+    kv_lora_rank: int = 32
+    qk_head_dim: int = 128
+    qk_pos_emb_head_dim: int = 64
+    v_head_dim: int = 128
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        for size in ("num_layers", "hidden_size", "num_attention_heads"):
+            if getattr(self, size) < 1:
+                raise ValueError(f"{size} must be at least 1, not {getattr(self, size)}")
+        if self.num_attention_heads % self.groups:
+            raise ValueError(
+                f"num_query_groups {self.groups} does not divide num_attention_heads {self.num_attention_heads}"
+            )
+        if not self.kv_channels and self.hidden_size < self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is below num_attention_heads; give kv_channels")
+        if isinstance(self.moe_layer_freq, tuple) and len(self.moe_layer_freq) != self.num_layers:
+            raise ValueError(f"moe_layer_freq lists {len(self.moe_layer_freq)} layers of {self.num_layers}")
+
+    @property
+    def groups(self) -> int:
+        """Heads of keys and values."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def channels(self) -> int:
+        """Channels of a head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def ffn(self) -> int:
+        """Width of the MLP of a layer without experts."""
+        return self.shape(1).ffn
+
+    @property
+    def expert_ffn(self) -> int:
+        """Width of an expert."""
+        return self.moe_ffn_hidden_size or self.ffn
+
+    @property
+    def query_size(self) -> int:
+        """Channels of the queries of all heads."""
+        if self.multi_latent_attention:
+            return self.num_attention_heads * (self.qk_head_dim + self.qk_pos_emb_head_dim)
+        return self.num_attention_heads * self.kv_channels or self.hidden_size
+
+    @property
+    def value_size(self) -> int:
+        """Channels of the attention's output of all heads."""
+        return self.num_attention_heads * self.v_head_dim if self.multi_latent_attention else self.query_size
+
+    def key_size(self, tensor: int = 1) -> int:
+        """Channels of the keys of all heads; a tensor-parallel rank has at least one head of them."""
+        return self.query_size * max(self.groups, tensor) // self.num_attention_heads
+
+    def has_experts(self, layer: int) -> bool:
+        """Return whether a layer, counted from 0, has experts."""
+        if not self.num_experts:
+            return False
+        freq = self.moe_layer_freq
+        return layer % freq == 0 if isinstance(freq, int) else bool(freq[layer])
+
+    def padded(self, tensor: int) -> int:
+        """Return the rows of the embedding, padded as upstream pads them for a tensor-parallel size."""
+        if self.padded_vocab_size:
+            return self.padded_vocab_size
+        multiple = self.make_vocab_size_divisible_by * tensor
+        return -(-self.vocab_size // multiple) * multiple
+
+    def shape(self, seq_length: int) -> ModelShape:
+        """Return the shape for the cost model of segments (`pipeline.plan.segment_cost`)."""
+        return ModelShape(
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            seq_length=seq_length,
+            padded_vocab_size=self.padded(1),
+            ffn_hidden_size=self.ffn_hidden_size,
+            num_query_groups=self.groups,
+            kv_channels=self.kv_channels,
+            swiglu=self.swiglu,
+            window=self.window_size or None,
+        )
+
+    def attention_params(self, tensor: int) -> int:
+        """Return the parameters of attention on a tensor-parallel rank, with its norms and biases."""
+        hidden = self.hidden_size
+        if self.multi_latent_attention:
+            return self._latent_params(tensor)
+        qkv = self.query_size + 2 * self.key_size(tensor)
+        count = hidden * qkv // tensor + self.value_size * hidden // tensor
+        count += qkv // tensor if self.add_bias_linear or self.add_qkv_bias else 0
+        count += hidden if self.add_bias_linear else 0
+        return count + (2 * self.channels * self._norm if self.qk_layernorm else 0)
+
+    def _latent_params(self, tensor: int) -> int:
+        hidden, heads = self.hidden_size, self.num_attention_heads
+        query = self.query_size // tensor
+        count = hidden * query if not self.q_lora_rank else hidden * self.q_lora_rank + self.q_lora_rank * query
+        count += hidden * (self.kv_lora_rank + self.qk_pos_emb_head_dim)
+        count += self.kv_lora_rank * heads * (self.qk_head_dim + self.v_head_dim) // tensor
+        count += heads * self.v_head_dim * hidden // tensor
+        return count + (self.q_lora_rank + self.kv_lora_rank) * self._norm
+
+    @property
+    def _norm(self) -> int:
+        """Parameters of a norm per channel."""
+        return 1 if self.normalization == "RMSNorm" else 2
+
+    def mlp_params(self, ffn: int, tensor: int) -> int:
+        """Return the parameters of an MLP of a given width on a tensor-parallel rank."""
+        gates = 2 if self.swiglu else 1
+        count = self.hidden_size * ffn * (gates + 1) // tensor
+        return count + (gates * ffn // tensor + self.hidden_size if self.add_bias_linear else 0)
+
+    def layer_params(self, layer: int, tensor: int = 1, expert: int = 1, expert_tensor: int = 1) -> LayerParams:
+        """Return the parameters of a layer on a rank.
+
+        Args:
+            layer: number of the layer, from 0.
+            tensor: tensor-parallel size.
+            expert: expert-parallel size.
+            expert_tensor: tensor-parallel size of experts.
+        """
+        dense = self.attention_params(tensor) + 2 * self.hidden_size * self._norm
+        if not self.has_experts(layer):
+            return LayerParams(dense + self.mlp_params(self.ffn, tensor), 0)
+        dense += self.hidden_size * self.num_experts
+        if self.moe_shared_expert_intermediate_size:
+            dense += self.mlp_params(self.moe_shared_expert_intermediate_size, tensor)
+        return LayerParams(dense, self.num_experts // expert * self.mlp_params(self.expert_ffn, expert_tensor))
+
+    def embedding_params(self, tensor: int, seq_length: int = 0) -> int:
+        """Return the parameters of the embedding on a tensor-parallel rank of the first stage."""
+        count = self.padded(tensor) // tensor * self.hidden_size
+        if self.position_embedding_type == "learned_absolute":
+            count += (self.max_position_embeddings or seq_length) * self.hidden_size
+        return count
+
+    def head_params(self, tensor: int) -> int:
+        """Return the parameters of the output layer on a tensor-parallel rank of the last stage, and the last norm."""
+        return self.padded(tensor) // tensor * self.hidden_size + self.hidden_size * self._norm
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole model."""
+        layers = sum(sum(self.layer_params(layer)) for layer in range(self.num_layers))
+        tied = not self.untie_embeddings_and_output_weights
+        head = self.hidden_size * self._norm if tied else self.head_params(1)
+        return layers + self.embedding_params(1) + head
+
+
+FIELDS = frozenset(field.name for field in fields(Architecture))
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of the built-in models."""
+    folder = resources.files("megatron.longseq.planner").joinpath("data/models")
+    return tuple(sorted(file.name.removesuffix(".json") for file in folder.iterdir() if file.name.endswith(".json")))
+
+
+@functools.lru_cache(maxsize=64)
+def _built_in(name: str) -> dict[str, Any]:
+    file = resources.files("megatron.longseq.planner").joinpath(f"data/models/{name}.json")
+    return dict(json.loads(file.read_text()))
+
+
+def architecture(model: str | None, overrides: Mapping[str, Any]) -> Architecture:
+    """Return an architecture.
+
+    Args:
+        model: name of a built-in model, a file with upstream's flags in JSON, or a Hugging Face config.json (or its
+            folder); None: the overrides give every size.
+        overrides: upstream's flags in snake case; they replace the model's own.
+
+    Raises:
+        ValueError: there is no such model, or sizes are missing or contradict each other.
+    """
+    base: dict[str, Any] = {}
+    if model:
+        base = read_model(model)
+    values = {**base, **{key: value for key, value in overrides.items() if key in FIELDS}}
+    missing = [key for key in ("num_layers", "hidden_size", "num_attention_heads") if not values.get(key)]
+    if missing:
+        raise ValueError(f"the model lacks {', '.join(missing)}; give model (one of {', '.join(names())}) or the flags")
+    return Architecture(**values)
+
+
+def read_model(model: str) -> dict[str, Any]:
+    """Return the flags of a built-in model or of a file.
+
+    Raises:
+        ValueError: there is no such model, or the file is not understood.
+    """
+    if model in names():
+        return {**_built_in(model), "name": model}
+    path = Path(model)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"no model {model!r}: neither a file nor one of {', '.join(names())}")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    if "hidden_size" in content and ("num_hidden_layers" in content or "model_type" in content):
+        return {**from_hugging_face(content), "name": path.parent.name or model}
+    unknown = set(content) - FIELDS
+    if unknown:
+        raise ValueError(f"{path}: unknown fields {sorted(unknown)}; fields are upstream's flags in snake case")
+    return {**content, "name": path.stem}
+
+
+def from_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags of a Hugging Face config.json of the Llama, Mistral, Qwen or DeepSeek families.
+
+    Raises:
+        ValueError: a size is missing.
+    """
+    try:
+        found: dict[str, Any] = {
+            "num_layers": config["num_hidden_layers"],
+            "hidden_size": config["hidden_size"],
+            "num_attention_heads": config["num_attention_heads"],
+            "ffn_hidden_size": config["intermediate_size"],
+            "vocab_size": config["vocab_size"],
+        }
+    except KeyError as error:
+        raise ValueError(f"the Hugging Face config lacks {error}") from error
+    found |= {
+        "num_query_groups": config.get("num_key_value_heads") or 0,
+        "kv_channels": config.get("head_dim") or 0,
+        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
+        "max_position_embeddings": config.get("max_position_embeddings", 0),
+        "position_embedding_type": "rope",
+        "normalization": "RMSNorm",
+        "swiglu": config.get("hidden_act", "silu") == "silu",
+        "add_bias_linear": bool(config.get("mlp_bias", False)),
+        "add_qkv_bias": bool(config.get("attention_bias", config.get("model_type") == "qwen2")),
+        "qk_layernorm": config.get("model_type", "").startswith("qwen3"),
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "num_experts": config.get("num_local_experts")
+        or config.get("n_routed_experts")
+        or config.get("num_experts", 0),
+        "moe_router_topk": config.get("num_experts_per_tok") or 2,
+        "moe_ffn_hidden_size": config.get("moe_intermediate_size") or 0,
+    }
+    if config.get("kv_lora_rank"):
+        dense = config.get("first_k_dense_replace", 0)
+        shared = config.get("n_shared_experts") or 0
+        found |= {
+            "multi_latent_attention": True,
+            "q_lora_rank": config.get("q_lora_rank") or 0,
+            "kv_lora_rank": config["kv_lora_rank"],
+            "qk_head_dim": config["qk_nope_head_dim"],
+            "qk_pos_emb_head_dim": config["qk_rope_head_dim"],
+            "v_head_dim": config["v_head_dim"],
+            "num_query_groups": 0,
+            "kv_channels": 0,
+            "moe_layer_freq": tuple(int(layer >= dense) for layer in range(found["num_layers"])),
+            "moe_shared_expert_intermediate_size": shared * (config.get("moe_intermediate_size") or 0),
+        }
+    return found
+
+
+def with_layers(model: Architecture, layers: int) -> Architecture:
+    """Return the same model with another number of layers."""
+    return replace(model, num_layers=layers)

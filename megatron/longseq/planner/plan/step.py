@@ -1,0 +1,380 @@
+"""Predict a training step: its seconds and the bytes of every stage, with what they consist of."""
+
+import functools
+import math
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from megatron.longseq.pipeline.plan.segment_cost import flops
+from megatron.longseq.pipeline.plan.simulate import Costs, simulate
+from megatron.longseq.planner.plan.cluster import Cluster
+from megatron.longseq.planner.plan.communication import (
+    boundary_seconds,
+    data_links,
+    group,
+    layer_messages,
+    ring_seconds,
+)
+from megatron.longseq.planner.plan.compute import (
+    Seconds,
+    head_seconds,
+    layer_seconds,
+    moved_seconds,
+    optimizer_seconds,
+)
+from megatron.longseq.planner.plan.configuration import Configuration, reasons
+from megatron.longseq.planner.plan.memory import (
+    StageParams,
+    schedule_of,
+    sharding_groups,
+    stage_params,
+    stages_bytes,
+    widths,
+)
+from megatron.longseq.planner.plan.model import Architecture
+from megatron.longseq.sharding.plan.collectives import CollectivesMode
+from megatron.longseq.sharding.plan.memory import Model
+from megatron.longseq.sharding.plan.strategy import Level
+from megatron.longseq.sharding.plan.time_model import ComputeTime, StepSeconds, TrainingJob
+from megatron.longseq.sharding.plan.time_model import predict as predict_sharding
+
+HOST_BACKWARD = 1.6  # a host's time for the kernels of a layer's backward, over that of its forward
+
+
+@dataclass(frozen=True, slots=True)
+class StepPrediction:
+    """What a step takes.
+
+    Attributes:
+        step_seconds: seconds of a step.
+        tokens_per_second_per_gpu: tokens of all ranks per second and GPU.
+        tflops_per_gpu: model TFLOP/s of a GPU, with causal attention counted once and without recomputation.
+        mfu: share of the peak, causal attention counted once.
+        mfu_full: share of the peak, all scores counted (PaLM, appendix B).
+        stages: for every pipeline rank, bytes of each kind at its peak instant.
+        peak_bytes: allocated bytes of the fullest rank.
+        reserve_bytes: what the process needs beyond them: contexts, communicators, fragmentation.
+        fits: whether both fit the GPU's memory.
+        bubble_seconds: seconds in which the slowest stage waits for others.
+        exposed: seconds of communication that nothing hides, by dimension: tensor, context, expert, pipeline, data.
+        hidden: seconds of communication that run beside compute, by dimension.
+        breakdown: seconds by kind; they sum to the step.
+        reasons: why the run is not valid; empty if it is.
+    """
+
+    step_seconds: float
+    tokens_per_second_per_gpu: float
+    tflops_per_gpu: float
+    mfu: float
+    mfu_full: float
+    stages: tuple[dict[str, float], ...]
+    peak_bytes: float
+    reserve_bytes: float
+    fits: bool
+    bubble_seconds: float
+    exposed: dict[str, float]
+    hidden: dict[str, float]
+    breakdown: dict[str, float]
+    reasons: tuple[str, ...] = field(default=())
+
+
+class _Stage(NamedTuple):
+    """Seconds of a micro-batch on a pipeline rank.
+
+    Attributes:
+        forward, backward: of all layers and the head, with recomputation and exposed communication.
+        weight: the part of `backward` that zero bubble may delay.
+        again: the part of `backward` that is recomputation.
+        tensor, context, expert: exposed communication in both.
+        hidden_tensor, hidden_context: communication beside compute.
+    """
+
+    forward: float
+    backward: float
+    weight: float
+    again: float
+    tensor: float
+    context: float
+    expert: float
+    hidden: float
+
+    @property
+    def both(self) -> float:
+        """Seconds of forward and backward."""
+        return self.forward + self.backward
+
+
+@functools.lru_cache(maxsize=65536)
+def _layer(model: Architecture, cluster: Cluster, run: Configuration, has_experts: bool) -> _Stage:
+    """Return one layer as if it were a stage."""
+    seconds = layer_seconds(model, cluster, run, has_experts)
+    messages = layer_messages(model, cluster, run, has_experts, seconds.attention, seconds.weight)
+    tensor = messages.forward + messages.backward
+    context = messages.context_forward + messages.context_backward
+    forward = max(seconds.forward, cluster.layer_seconds)
+    backward = max(seconds.backward, HOST_BACKWARD * cluster.layer_seconds)
+    forward += messages.forward + messages.context_forward + messages.expert_forward
+    backward += messages.backward + messages.context_backward + messages.expert_backward
+    expert, again = messages.expert_forward + messages.expert_backward, 0.0
+    if run.recompute_granularity == "full":
+        again = forward
+        tensor, context = tensor + messages.forward, context + messages.context_forward
+        expert += messages.expert_forward
+    elif run.recompute_granularity == "selective":
+        again = _recomputed_seconds(model, cluster, run, seconds)
+    return _Stage(forward, backward + again, seconds.weight, again, tensor, context, expert, messages.hidden)
+
+
+def _recomputed_seconds(model: Architecture, cluster: Cluster, run: Configuration, seconds: Seconds) -> float:
+    """Return the seconds of recomputing the modules of --recompute-modules."""
+    modules = set(run.recompute_modules or ("core_attn",))
+    again = seconds.attention if "core_attn" in modules else 0.0
+    if modules & {"mlp", "moe", "shared_experts"}:
+        again += 0.6 * (seconds.forward - seconds.attention)
+    if modules & {"mla_up_proj"}:
+        again += 0.15 * (seconds.forward - seconds.attention)
+    if modules & {"layernorm", "moe_act"}:
+        tokens = run.micro_batch_size * run.seq_length / run.context_parallel_size / run.tensor_model_parallel_size
+        again += moved_seconds(cluster, 8.0 * tokens * model.hidden_size)
+    return again
+
+
+def _scale(one: _Stage, count: float) -> _Stage:
+    return _Stage(*(count * value for value in one))
+
+
+def _sum(one: _Stage, two: _Stage) -> _Stage:
+    return _Stage(*(left + right for left, right in zip(one, two, strict=True)))
+
+
+@functools.lru_cache(maxsize=65536)
+def _stages(model: Architecture, cluster: Cluster, run: Configuration) -> tuple[_Stage, ...]:
+    """Return the seconds of a micro-batch on every pipeline rank."""
+    layers = run.stage_layers(model.num_layers)
+    found, first = [], 0
+    for stage, count in enumerate(layers):
+        with_experts = sum(model.has_experts(first + one) for one in range(count)) if model.num_experts else 0
+        total = _scale(_layer(model, cluster, run, False), count - with_experts)
+        if with_experts:
+            total = _sum(total, _scale(_layer(model, cluster, run, True), with_experts))
+        if run.recompute_granularity == "full" and run.recompute_method == "block":
+            virtual = run.virtual_stages
+            kept = max(0.0, 1 - run.recompute_num_layers * virtual / max(1, count))
+            total = total._replace(backward=total.backward - kept * total.again, again=(1 - kept) * total.again)
+        if stage == len(layers) - 1:
+            head = head_seconds(model, cluster, run)
+            total = total._replace(
+                forward=total.forward + head.forward,
+                backward=total.backward + head.backward,
+                weight=total.weight + head.weight,
+            )
+        found.append(total)
+        first += count
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=4096)
+def _simulated_fill(
+    stages: int, microbatches: int, segments: int, virtual: int, slack: int, weight_share: float, zero_bubble: bool
+) -> float:
+    """Return the bubble of a schedule in units of a stage's forward plus backward, from the pipeline's simulator.
+
+    Args:
+        stages, microbatches, segments, virtual, slack, zero_bubble: see `pipeline.plan.generators.make`.
+        weight_share: share of weight gradients in forward plus backward.
+    """
+    schedule = schedule_of(stages, microbatches, segments, virtual, slack, zero_bubble)
+    pipeline = schedule.pipeline
+    unit = 1.0 / (segments * virtual)
+    rows = [((share * unit,) * segments,) * pipeline.depth for share in (1 / 3, 2 / 3 - weight_share, weight_share)]
+    timeline = simulate(schedule, Costs(*rows))
+    return timeline.makespan - pipeline.microbatches
+
+
+def _bubble(run: Configuration, seconds: tuple[_Stage, ...]) -> float:
+    """Return the seconds in which the slowest stage waits for the other stages to fill and to drain."""
+    stages = run.pipeline_model_parallel_size
+    if stages == 1:
+        return 0.0
+    slowest = max(seconds, key=lambda one: one.both)
+    others = sum(one.both for one in seconds) - slowest.both
+    if run.seq1f1b_splits == 1 and not run.zero_bubble and not run.seq1f1b_slack:
+        return others / run.virtual_stages
+    share = round(slowest.weight / slowest.both, 1) if run.zero_bubble else 0.0
+    fill = _simulated_fill(
+        stages, run.microbatches, run.seq1f1b_splits, run.virtual_stages, run.seq1f1b_slack, share, run.zero_bubble
+    )
+    return fill * others / (stages - 1)
+
+
+class _Data(NamedTuple):
+    """Seconds of data parallelism in a step."""
+
+    exposed: float
+    hidden: float
+
+
+def _data_seconds(
+    model: Architecture, cluster: Cluster, run: Configuration, params: StageParams, forward: float, backward: float
+) -> _Data:
+    """Return the exposed and hidden seconds of reducing gradients and gathering parameters, on one pipeline rank."""
+    ranks = run.data_parallel_size * run.context_parallel_size
+    exposed = hidden = 0.0
+    if ranks > 1 and params.dense:
+        one = _sharding(cluster, run, params.dense, ranks, run.tensor_model_parallel_size, forward, backward)
+        exposed, hidden = one
+    tensor = run.expert_tensor_parallel_size or run.tensor_model_parallel_size
+    experts = ranks * run.tensor_model_parallel_size // (run.expert_model_parallel_size * tensor)
+    if experts > 1 and params.expert:
+        stride = tensor * run.expert_model_parallel_size
+        one = _sharding(cluster, run, params.expert, experts, stride, forward, backward)
+        exposed, hidden = exposed + one.exposed, hidden + one.hidden
+    return _Data(exposed, hidden)
+
+
+def _sharding(
+    cluster: Cluster, run: Configuration, params: int, ranks: int, stride: int, forward: float, backward: float
+) -> _Data:
+    strategy = run.strategy
+    groups = sharding_groups(run, max(1, cluster.gpus_per_node * run.tensor_model_parallel_size // stride), ranks)
+    mode = CollectivesMode(run.paro_collectives) if run.paro else CollectivesMode.FLAT
+    job = TrainingJob(
+        groups,
+        Model(params, params),
+        ComputeTime(run.microbatches),
+        data_links(cluster, stride),
+        widths(run),
+        mode,
+    )
+    spent: StepSeconds = predict_sharding(strategy, job).seconds
+    repeated = spent.params + spent.grads
+    overlapped = strategy.params > Level.NONE or strategy.grads > Level.NONE
+    room = run.microbatches * (forward + backward) if overlapped else 0.0
+    hidden = min(repeated, 0.9 * room)
+    grads = min(spent.finish_grads, backward) if run.overlap_grad_reduce else 0.0
+    gathers = min(spent.finish_params, forward) if run.overlap_param_gather else 0.0
+    hidden += 0.9 * (grads + gathers)
+    return _Data(spent.communication - hidden, hidden)
+
+
+def _optimizer(cluster: Cluster, run: Configuration, params: StageParams) -> float:
+    """Return the seconds of the optimizer's step on a rank."""
+    groups = sharding_groups(run, cluster.gpus_per_node)
+    count = (params.dense + params.expert) / groups.shards(run.strategy.optimizer)
+    gradients = moved_seconds(cluster, 8.0 * (params.dense + params.expert))  # zeroing and scaling the buffer
+    return optimizer_seconds(cluster, count) + gradients
+
+
+def _model_flops(model: Architecture, run: Configuration) -> tuple[float, float]:
+    """Return the FLOPs of a step with causal attention counted once, and the part of attention."""
+    cost = flops(model.shape(run.seq_length))
+    cells = run.seq_length * run.seq_length / 2
+    if model.window_size:
+        cells = min(cells, run.seq_length * model.window_size)
+    attention = 3.0 * cost.layer.forward.cell * cells * model.num_layers * run.global_batch_size
+    tokens = float(run.tokens_per_step)
+    products = 0.0
+    for layer in range(model.num_layers) if model.num_experts else (0,):
+        dense, expert = model.layer_params(layer)
+        used = dense + expert * model.moe_router_topk / max(1, model.num_experts)
+        products += used * (1 if model.num_experts else model.num_layers)
+    products += model.padded(1) * model.hidden_size
+    return 6.0 * products * tokens + attention, attention
+
+
+def price(
+    model: Architecture, cluster: Cluster, run: Configuration
+) -> tuple[float, dict[str, float], dict[str, float]]:
+    """Return the seconds of a step, what they consist of, and the hidden seconds, without memory."""
+    seconds = _stages(model, cluster, run)
+    count = run.microbatches
+    slowest = max(seconds, key=lambda one: one.both)
+    bubble = _bubble(run, seconds)
+    boundary = boundary_seconds(model, cluster, run)
+    stages, virtual, splits = run.pipeline_model_parallel_size, run.virtual_stages, run.seq1f1b_splits
+    overlaps = virtual > 1 and run.overlap_p2p_comm
+    messages = 2.0 * (stages - 1) * boundary
+    if stages > 1:
+        messages += 2.0 * count * virtual * splits * boundary * (0.1 if overlaps or splits > 1 else 1.0)
+    params = stage_params(model, run)
+    data = [
+        _data_seconds(model, cluster, run, one, stage.forward, stage.backward)
+        for one, stage in zip(_ends(params), _ends(seconds), strict=True)
+    ]
+    exposed = max(data, key=lambda one: one.exposed)
+    optimizer = max(_optimizer(cluster, run, one) for one in _ends(params))
+    tied = _tied_seconds(model, cluster, run)
+    stragglers = 1.0 + cluster.imbalance * math.log2(max(1, run.gpus))
+    exchanged = slowest.tensor + slowest.context + slowest.expert
+    breakdown = {
+        "compute": count * (slowest.both - slowest.again - exchanged) * stragglers,
+        "recomputation": count * slowest.again * stragglers,
+        "tensor": count * slowest.tensor,
+        "context": count * slowest.context,
+        "expert": count * slowest.expert,
+        "pipeline": messages,
+        "bubble": bubble,
+        "data": exposed.exposed + tied,
+        "optimizer": optimizer,
+        "host": cluster.step_seconds + count * cluster.microbatch_seconds,
+    }
+    if run.recompute_granularity == "full":  # the recomputed collectives are counted where they belong
+        again = slowest.again - min(slowest.again, exchanged / 3)
+        breakdown["recomputation"] = count * again * stragglers
+        breakdown["compute"] = count * (slowest.both - again - exchanged) * stragglers
+    hidden = {"tensor": count * slowest.hidden, "data": exposed.hidden, "pipeline": 0.0}
+    return sum(breakdown.values()), breakdown, hidden
+
+
+def _ends[Item](items: tuple[Item, ...]) -> tuple[Item, ...]:
+    """Return the first, a middle and the last of some stages: the others are like the middle one."""
+    return items if len(items) <= 3 else (items[0], items[1], items[-1])
+
+
+def _tied_seconds(model: Architecture, cluster: Cluster, run: Configuration) -> float:
+    """Return the seconds of summing the gradients of a tied embedding between the first and the last stage."""
+    if run.pipeline_model_parallel_size == 1 or model.untie_embeddings_and_output_weights:
+        return 0.0
+    size = model.padded(run.tensor_model_parallel_size) / run.tensor_model_parallel_size * model.hidden_size
+    ranks = group(cluster, 2, run.gpus // run.pipeline_model_parallel_size)
+    return 2.0 * ring_seconds(cluster, ranks, size * widths(run).grad)
+
+
+def predict(model: Architecture, cluster: Cluster, run: Configuration) -> StepPrediction:
+    """Return the prediction of a step.
+
+    Args:
+        model: its architecture.
+        cluster: the GPUs; their number is that of the run.
+        run: the configuration. An invalid one is priced too, with the reasons.
+
+    Raises:
+        ValueError: the sizes allow no prediction at all.
+    """
+    why = reasons(model, run)
+    if run.data_parallel_size < 1 or min(run.stage_layers(model.num_layers)) < 0:
+        raise ValueError("; ".join(why))
+    if cluster.gpus != run.gpus:
+        cluster = replace(cluster, gpus=run.gpus)
+    seconds, breakdown, hidden = price(model, cluster, run)
+    stages = stages_bytes(model, run, cluster)
+    peak = max(sum(kinds.values()) for kinds in stages)
+    reserve = cluster.reserve_bytes(peak)
+    work, attention = _model_flops(model, run)
+    rate = work / seconds / run.gpus / 1e12
+    return StepPrediction(
+        step_seconds=seconds,
+        tokens_per_second_per_gpu=run.tokens_per_step / seconds / run.gpus,
+        tflops_per_gpu=rate,
+        mfu=rate / cluster.peak_tflops,
+        mfu_full=rate * (1 + attention / work) / cluster.peak_tflops,
+        stages=stages,
+        peak_bytes=peak,
+        reserve_bytes=reserve,
+        fits=peak + reserve <= cluster.memory_bytes,
+        bubble_seconds=breakdown["bubble"],
+        exposed={name: breakdown[name] for name in ("tensor", "context", "expert", "pipeline", "data")},
+        hidden=hidden,
+        breakdown=breakdown,
+        reasons=tuple(why),
+    )

@@ -1,0 +1,26 @@
+"""The planner's commands."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from megatron.longseq.command_line import run_command
+from megatron.longseq.planner.tools.predict_command import add_predict_command, separate_flags
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status.
+
+    Args:
+        argv: the command line; None: that of the process.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron.longseq.planner",
+        description="predict the time and memory of training runs, and search for the fastest one",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_predict_command(commands)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["predict"]:
+        given = ["predict", *separate_flags(given[1:])]
+    return run_command(parser, given)

@@ -1,0 +1,195 @@
+"""The command `predict`: prices one run that is given by flags, or a table of runs."""
+
+import argparse
+import csv
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron.longseq.command_line import markdown_table
+from megatron.longseq.planner.plan.cluster import Cluster
+from megatron.longseq.planner.plan.flags import check_names, read
+from megatron.longseq.planner.plan.step import StepPrediction, predict
+
+_GB = 1e9
+
+
+def add_predict_command(commands: Any) -> None:
+    """Add the command to the planner's subparsers."""
+    command = commands.add_parser(
+        "predict",
+        help="seconds and memory of one run (flags of the training script), or of a table of runs (--rows)",
+        usage="python -m megatron.longseq.planner predict --model M --cluster C [--gpus N] FLAGS... | --rows FILE.csv",
+    )
+    command.add_argument("--rows", metavar="FILE.csv", help="a table: columns are flags in snake case, gpus, cluster")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("flags", nargs="*", metavar="FLAGS")
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> str:
+    """Return the text that the command prints.
+
+    Raises:
+        ValueError: a flag, a column or a value is not understood.
+    """
+    tokens = list(args.flags)
+    if args.rows:
+        rows = read_rows(Path(args.rows), flags_of(tokens))
+        results = [row_result(values, where) for where, values in rows]
+        return json.dumps(results, indent=1) if args.json else rows_table(results)
+    if not tokens:
+        raise ValueError("give the flags of a run, such as --model llama-7b --cluster a800-64, or --rows FILE.csv")
+    values = flags_of(tokens)
+    model, machine, configuration = read(values)
+    prediction = predict(model, machine, configuration)
+    if args.json:
+        return json.dumps(full_result(prediction, machine), indent=1)
+    return describe(prediction, machine)
+
+
+def separate_flags(argv: Sequence[str]) -> list[str]:
+    """Return a command line of `predict` in which the flags of the run follow `--`, so that argparse passes them on."""
+    own: list[str] = []
+    rest: list[str] = []
+    tokens = list(argv)
+    while tokens:
+        token = tokens.pop(0)
+        if token in ("--json", "-h", "--help") or token.startswith("--rows="):
+            own.append(token)
+        elif token == "--rows" and tokens:
+            own += [token, tokens.pop(0)]
+        elif token != "--":
+            rest.append(token)
+    return [*own, "--", *rest]
+
+
+def flags_of(tokens: Sequence[str]) -> dict[str, Any]:
+    """Return the flags of a command line. A flag without a value is True; several values stay one text.
+
+    Raises:
+        ValueError: a value stands before the first flag.
+    """
+    found: dict[str, Any] = {}
+    name = None
+    for token in tokens:
+        if token.startswith("--") and not token.removeprefix("--")[:1].isdigit():
+            name, _, value = token.partition("=")
+            found[name] = value or True
+        elif name is None:
+            raise ValueError(f"{token!r} is no flag; flags begin with --")
+        else:
+            found[name] = token if found[name] is True else f"{found[name]} {token}"
+    return found
+
+
+def read_rows(path: Path, common: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the rows of a CSV file, each with its place for messages.
+
+    Args:
+        path: the file.
+        common: flags that every row gets where its own cell is empty.
+
+    Raises:
+        ValueError: the file has no rows, or a column is no flag.
+    """
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        columns = list(reader.fieldnames or ())
+        if not columns:
+            raise ValueError(f"{path}: no columns")
+        try:
+            check_names(columns)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        rows = []
+        for number, row in enumerate(reader, start=2):
+            if None in row:
+                raise ValueError(f"{path}, line {number}: more cells than columns")
+            given = {key: value for key, value in row.items() if value not in (None, "")}
+            rows.append((f"{path}, line {number}", {**common, **given}))
+    return rows
+
+
+def row_result(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Return the figures of one row.
+
+    Raises:
+        ValueError: a value is not understood; the message names the row.
+    """
+    model, machine, configuration = read(values, where)
+    try:
+        return short_result(predict(model, machine, configuration))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}" if where else str(error)) from error
+
+
+def short_result(prediction: StepPrediction) -> dict[str, Any]:
+    """Return the figures of a prediction that a table has. GB are 1e9 bytes."""
+    return {
+        "step_seconds": prediction.step_seconds,
+        "tokens_per_second_per_gpu": prediction.tokens_per_second_per_gpu,
+        "tflops_per_gpu": prediction.tflops_per_gpu,
+        "peak_gb": prediction.peak_bytes / _GB,
+        "last_stage_gb": sum(prediction.stages[-1].values()) / _GB,
+        "reserve_gb": prediction.reserve_bytes / _GB,
+        "fits": prediction.fits,
+        "mfu": prediction.mfu,
+        "reasons": list(prediction.reasons),
+    }
+
+
+def full_result(prediction: StepPrediction, machine: Cluster) -> dict[str, Any]:
+    """Return all figures of a prediction."""
+    return {
+        **short_result(prediction),
+        "mfu_full": prediction.mfu_full,
+        "memory_gb": machine.memory_bytes / _GB,
+        "bubble_seconds": prediction.bubble_seconds,
+        "breakdown": prediction.breakdown,
+        "exposed": prediction.exposed,
+        "hidden": prediction.hidden,
+        "stages": [dict(kinds) for kinds in prediction.stages],
+    }
+
+
+def describe(prediction: StepPrediction, machine: Cluster) -> str:
+    """Return a prediction as text."""
+    fit = "fits" if prediction.fits else "does not fit"
+    lines = [
+        f"step: {prediction.step_seconds:.4g} s, {prediction.tokens_per_second_per_gpu:.1f} tokens/s/GPU, "
+        f"{prediction.tflops_per_gpu:.1f} model TFLOP/s/GPU, MFU {100 * prediction.mfu:.1f} % (causal), "
+        f"{100 * prediction.mfu_full:.1f} % (full)",
+        f"memory: {prediction.peak_bytes / _GB:.2f} GB allocated on the fullest rank, "
+        f"{prediction.reserve_bytes / _GB:.2f} GB in reserve, {machine.memory_bytes / _GB:.1f} GB on a GPU: {fit}",
+    ]
+    lines += [f"not valid: {reason}" for reason in prediction.reasons]
+    shown = [(kind, seconds) for kind, seconds in prediction.breakdown.items() if seconds]
+    rows = [(kind, f"{seconds:.4g}", f"{100 * seconds / prediction.step_seconds:.1f} %") for kind, seconds in shown]
+    lines += ["", markdown_table(("part", "seconds", "of the step"), rows), ""]
+    kinds = [kind for kind in prediction.stages[0] if any(stage[kind] for stage in prediction.stages)]
+    stages = [
+        (str(number), *(f"{stage[kind] / _GB:.2f}" for kind in kinds), f"{sum(stage.values()) / _GB:.2f}")
+        for number, stage in enumerate(prediction.stages)
+    ]
+    return "\n".join([*lines, markdown_table(("stage", *kinds, "GB at the peak"), stages)])
+
+
+def rows_table(results: Iterable[Mapping[str, Any]]) -> str:
+    """Return a table of rows."""
+    head = ("row", "step s", "tokens/s/GPU", "TFLOP/s/GPU", "peak GB", "reserve GB", "fits", "not valid")
+    rows = [
+        (
+            str(number),
+            f"{one['step_seconds']:.4g}",
+            f"{one['tokens_per_second_per_gpu']:.1f}",
+            f"{one['tflops_per_gpu']:.1f}",
+            f"{one['peak_gb']:.2f}",
+            f"{one['reserve_gb']:.2f}",
+            "yes" if one["fits"] else "no",
+            "; ".join(one["reasons"]),
+        )
+        for number, one in enumerate(results, start=1)
+    ]
+    return markdown_table(head, rows)
