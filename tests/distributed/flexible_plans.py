@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from megatron.longseq.flexsp.plan.plan import Group, Microbatch, StepPlan, validate_plan
+from megatron.longseq.flexsp.plan.plan import Microbatch, SequenceGroup, StepPlan, validate_plan
 from tests.regression.planted import Planted, wrapped
 
 PLANNING, TRAINING = 2.0, 3.0  # seconds
@@ -35,7 +35,9 @@ def random_plan(
             if fitting:
                 draw.choice(fitting).append(index)
                 left.remove(index)
-        made = tuple(Group(kind, tuple(own), tuple(sorted(held)), float(bool(held))) for kind, own, held in groups)
+        made = tuple(
+            SequenceGroup(kind, tuple(own), tuple(sorted(held)), float(bool(held))) for kind, own, held in groups
+        )
         if any(group.sequences for group in made):
             microbatches.append(Microbatch(made, 1.0))
     draw.shuffle(microbatches)
@@ -74,8 +76,10 @@ def unlike_plans() -> Iterator[Planted]:
             return plan
         last = len(lengths) - 1
 
-        def moved(group: Group) -> Group:
-            return Group(group.kind, group.ranks, tuple(last - index for index in group.sequences), group.seconds)
+        def moved(group: SequenceGroup) -> SequenceGroup:
+            return SequenceGroup(
+                group.kind, group.ranks, tuple(last - index for index in group.sequences), group.seconds
+            )
 
         microbatches = [Microbatch(tuple(map(moved, one.groups)), one.seconds) for one in plan.microbatches]
         return StepPlan(tuple(microbatches), plan.seconds, plan.bound, 0.0)

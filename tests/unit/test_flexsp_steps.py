@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.longseq.flexsp.plan.plan import Group, Kind, Microbatch, StepPlan
+from megatron.longseq.flexsp.plan.plan import Kind, Microbatch, SequenceGroup, StepPlan
 from megatron.longseq.flexsp.runtime.documents import DocumentDataset, DocumentDatasetConfig, cut_documents
 from megatron.longseq.flexsp.runtime.steps import GlobalBatches, Lookahead, PlannedBatch
 from tests.packed_corpus import EOD, write_documents
@@ -113,7 +113,7 @@ def test_batches_in_tokens_follow_one_another(lengths: list[int], tokens: int) -
 
 def one_group(lengths: Sequence[int]) -> StepPlan:
     """Return a plan of one rank."""
-    group = Group(Kind(1, 1), (0,), tuple(range(len(lengths))), 1.0)
+    group = SequenceGroup(Kind(1, 1), (0,), tuple(range(len(lengths))), 1.0)
     return StepPlan((Microbatch((group,), 1.0),), 1.0, 1.0, 0.0)
 
 
@@ -165,7 +165,7 @@ def test_errors_of_the_planner_reach_the_step() -> None:
 def test_digests_tell_plans_apart() -> None:
     plan = one_group((4, 5))
     batch = PlannedBatch(0, range(2), (4, 5), plan)
-    moved = StepPlan((Microbatch((Group(Kind(1, 1), (0,), (1, 0), 1.0),), 1.0),), 1.0, 1.0, 0.0)
+    moved = StepPlan((Microbatch((SequenceGroup(Kind(1, 1), (0,), (1, 0), 1.0),), 1.0),), 1.0, 1.0, 0.0)
     others = [
         PlannedBatch(1, range(2), (4, 5), plan),
         PlannedBatch(0, range(1, 3), (4, 5), plan),

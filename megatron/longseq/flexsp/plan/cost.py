@@ -50,8 +50,8 @@ class GroupLinks:
         speeds = [*(speed for _, speed in self.all_to_all), self.ring_inside, self.ring_between]
         if self.node < 1 or sizes != sorted(set(sizes)) or any(size < 2 for size in sizes):
             raise ValueError(
-                f"links of nodes of {self.node} ranks, all-to-alls of {sizes} ranks: a node has 1 rank or more, and the "
-                "sizes of all-to-alls ascend from at least 2"
+                f"links of nodes of {self.node} ranks, all-to-alls of {sizes} ranks: a node has at least 1 rank, and "
+                "the sizes of all-to-alls ascend from at least 2"
             )
         if not all(speed > 0 for speed in speeds) or min(self.all_to_all_latency, self.ring_latency) < 0:
             raise ValueError(f"links {self}: speeds must be above 0 bytes/s, and latencies at least 0 s")

@@ -42,7 +42,7 @@ class Kind:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class SequenceGroup:
     """Ranks that work together on some sequences of a micro-batch.
 
     Attributes:
@@ -72,7 +72,7 @@ class Microbatch:
         seconds: those of the slowest group.
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[SequenceGroup, ...]
     seconds: float
 
     @property

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from megatron.longseq.flexsp.plan.cost import FAMILIES, GroupCostModel, KindCost, KindFamily
 from megatron.longseq.flexsp.plan.placement import DegreeCounts, Placement
-from megatron.longseq.flexsp.plan.plan import Group, Kind, Microbatch
+from megatron.longseq.flexsp.plan.plan import Kind, Microbatch, SequenceGroup
 
 Seconds = Callable[[float, float], float]  # of a number of tokens and a sum of squared lengths
 
@@ -133,12 +133,12 @@ class StepProblem:
         starts = self.placement.place(counts)
         if starts is None:
             raise PlanError(f"groups of degrees {counts} have no placement on {self.ranks} ranks")
-        placed = [Group(Kind(1, 1), (rank,), (), 0.0) for rank in self.placement.gaps(counts)]
+        placed = [SequenceGroup(Kind(1, 1), (rank,), (), 0.0) for rank in self.placement.gaps(counts)]
         for (degree, held), start in zip(used, starts, strict=True):
             tokens = [self.by_degree[degree].tokens[index] for index in held]
             kind = self.by_degree[degree].fastest(sum(tokens), sum(one * one for one in tokens))
             seconds = self.cost.seconds(kind, [self.lengths[index] for index in held])
-            placed.append(Group(kind, tuple(range(start, start + degree)), tuple(held), seconds))
+            placed.append(SequenceGroup(kind, tuple(range(start, start + degree)), tuple(held), seconds))
         placed.sort(key=lambda group: group.ranks)
         return Microbatch(tuple(placed), max((group.seconds for group in placed), default=0.0) or self.cost.fixed)
 

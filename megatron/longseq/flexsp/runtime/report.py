@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from megatron.longseq.flexsp.plan.plan import Group, Microbatch
+from megatron.longseq.flexsp.plan.plan import Microbatch, SequenceGroup
 from megatron.longseq.flexsp.runtime.clock import StepClock
 from megatron.longseq.flexsp.runtime.steps import PlannedBatch
 
@@ -33,7 +33,7 @@ def describe_microbatch(microbatch: Microbatch) -> str:
     return "<" + " ".join(name if count == 1 else f"{name}*{count}" for name, count in counts.items()) + ">"
 
 
-def _name(group: Group) -> str:
+def _name(group: SequenceGroup) -> str:
     kind, degree = group.kind, group.kind.ulysses * group.kind.ring
     name = f"{degree}" if kind.ring == 1 else f"{degree}r" if kind.ulysses == 1 else f"{kind.ulysses}x{kind.ring}"
     return name if group.sequences else f"{name}(idle)"

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core.utils import get_model_config
 
 from megatron.longseq.attention.plan.layout import Mesh
-from megatron.longseq.flexsp.plan.plan import Group
+from megatron.longseq.flexsp.plan.plan import SequenceGroup
 from megatron.longseq.flexsp.runtime.clock import StepClock
 from megatron.longseq.flexsp.runtime.groups import FlexibleGroups
 from megatron.longseq.flexsp.runtime.microbatch import GroupBatch, pack_documents
@@ -80,7 +80,7 @@ class StepRunner:
         self.report.add(step.batch, clock, step.late)
         return result
 
-    def own_group(self, groups: Sequence[Group]) -> Group:
+    def own_group(self, groups: Sequence[SequenceGroup]) -> SequenceGroup:
         """Return the group of a micro-batch that this rank is in."""
         return next(group for group in groups if self.groups.rank in group.ranks)
 
