@@ -3,7 +3,7 @@
 import functools
 from typing import NamedTuple
 
-from megatron.longseq.pipeline.plan.generators import make
+from megatron.longseq.pipeline.plan.generators import make, smallest_group
 from megatron.longseq.pipeline.plan.memory import StageBytes, peak_bytes
 from megatron.longseq.pipeline.plan.schedule import Pipeline, Schedule
 from megatron.longseq.planner.plan.activations import (
@@ -146,13 +146,13 @@ def in_flight(run: Configuration, stage: int) -> float:
     return min(count * virtual, warmup + 1) / virtual
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=16)
 def schedule_of(stages: int, microbatches: int, segments: int, virtual: int, slack: int, zero_bubble: bool) -> Schedule:
     """Return the schedule of a step; many micro-batches repeat the same pattern, so a few of them are enough."""
-    least = stages * (2 if virtual > 1 else 3)
+    least = max(3, -(-(3 + slack) * stages // segments))
+    if virtual > 1:
+        least = 2 * smallest_group(Pipeline(stages, microbatches, segments, virtual), slack)
     count = min(microbatches, least)
-    if virtual > 1 and count < microbatches:
-        count = least
     return make(Pipeline(stages, count, segments, virtual), slack=slack, zero_bubble=zero_bubble)
 
 
