@@ -133,9 +133,22 @@ def attention_seconds(model: Architecture, cluster: Cluster, run: Configuration)
     values = product_seconds(cluster, length, channels, length, batch=count)
     size = float(count) * length * length * run.element
     dropout = 1.0 if model.attention_dropout else 0.0
+    if not fuses_softmax(model, run):
+        dropout += 4.0  # casts to float32 and back, the mask, and the scale are kernels of their own
     forward = scores + values + moved_seconds(cluster, size * (2.0 + 2.5 * dropout))
     backward = 2 * (scores + values) + moved_seconds(cluster, size * (3.0 + 2.5 * dropout))
     return Seconds(forward, backward, 0.0, forward)
+
+
+def fuses_softmax(model: Architecture, run: Configuration) -> bool:
+    """Return whether scale, mask and softmax are one kernel, where attention keeps its scores.
+
+    Upstream's kernel takes four heads of the micro-batch at a time.
+    """
+    if run.fused_attention or not run.is_local:
+        return True
+    heads = run.micro_batch_size * model.num_attention_heads // run.tensor_model_parallel_size
+    return run.masked_softmax_fusion and run.element == 2 and heads % 4 == 0
 
 
 @functools.lru_cache(maxsize=65536)

@@ -17,6 +17,7 @@ from megatron.longseq.planner.plan.communication import (
 )
 from megatron.longseq.planner.plan.compute import (
     Seconds,
+    fuses_softmax,
     head_seconds,
     layer_seconds,
     moved_seconds,
@@ -111,10 +112,10 @@ def _layer(model: Architecture, cluster: Cluster, run: Configuration, has_expert
     messages = layer_messages(model, cluster, run, has_experts, seconds.attention, seconds.weight)
     tensor = messages.forward + messages.backward
     context = messages.context_forward + messages.context_backward
-    forward = max(seconds.forward, cluster.layer_seconds)
-    backward = max(seconds.backward, HOST_BACKWARD * cluster.layer_seconds)
-    forward += messages.forward + messages.context_forward + messages.expert_forward
-    backward += messages.backward + messages.context_backward + messages.expert_backward
+    host = cluster.layer_seconds * (1.0 if fuses_softmax(model, run) else 1.5)
+    forward = seconds.forward + messages.forward + messages.context_forward + messages.expert_forward
+    backward = seconds.backward + messages.backward + messages.context_backward + messages.expert_backward
+    forward, backward = max(forward, host), max(backward, HOST_BACKWARD * host)
     expert, again = messages.expert_forward + messages.expert_backward, 0.0
     if run.recompute_granularity == "full":
         again = forward
