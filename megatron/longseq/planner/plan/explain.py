@@ -111,7 +111,8 @@ def _binding(problem: PlanningProblem, best: PlanChoice, relief: Relief) -> str:
 def differences(one: PlanChoice, other: PlanChoice) -> list[str]:
     """Return what another plan has instead, as texts."""
     found = []
-    for mine, theirs in zip(one, other, strict=True):
+    pairs = ((one.layout, other.layout), (one.execution, other.execution), (one.sharding, other.sharding))
+    for mine, theirs in pairs:
         for name, old, new in zip(mine._fields, mine, theirs, strict=True):
             if old != new:
                 found.append(f"{name.replace('_', ' ')} {_text(new)} instead of {_text(old)}")

@@ -28,7 +28,7 @@ class SearchReport(NamedTuple):
     Attributes:
         problem: what was searched.
         ranked: the best plans with their prices, best first.
-        count: the work of the search.
+        work: nodes and plans visited.
         seconds: processor time of the search.
         explanation: of the first plan.
         training: flags that the planner does not choose; empty: the default ones.
@@ -37,7 +37,7 @@ class SearchReport(NamedTuple):
 
     problem: PlanningProblem
     ranked: tuple[tuple[PlanChoice, LeafPrice], ...]
-    count: SearchCount
+    work: SearchCount
     seconds: float
     explanation: Explanation
     training: tuple[str, ...] = ()
@@ -186,18 +186,18 @@ def explanation_text(report: SearchReport) -> str:
 
 def report_text(report: SearchReport) -> str:
     """Return everything that the command `search` prints."""
-    task, count = report.problem.task, report.count
+    task, work = report.problem.task, report.work
     space = task.space
     title = (
         f"{task.model.name or 'model'} ({task.model.parameters / 1e9:.2f} billion parameters) on {task.cluster.name}, "
         f"{space.global_batch_size} sequences of {space.seq_length} tokens a step"
     )
-    work = (
-        f"{count.nodes} nodes and {count.leaves} plans visited, {count.priced} plans priced in {report.seconds:.1f} s "
+    effort = (
+        f"{work.nodes} nodes and {work.leaves} plans visited, {work.priced} plans priced in {report.seconds:.1f} s "
         "of processor time"
     )
     best = report.ranked[0][0]
-    parts = [title, plans_table(report), work, "The first plan:", breakdown_table(report), memory_table(report)]
+    parts = [title, plans_table(report), effort, "The first plan:", breakdown_table(report), memory_table(report)]
     return "\n\n".join([*parts, explanation_text(report), "Launch it with:", f"```\n{launch_text(report, best)}\n```"])
 
 
@@ -226,8 +226,8 @@ def report_json(report: SearchReport) -> dict[str, Any]:
         ],
         "search": {
             "seconds": report.seconds,
-            "nodes": report.count.nodes,
-            "leaves": report.count.leaves,
-            "priced": report.count.priced,
+            "nodes": report.work.nodes,
+            "leaves": report.work.leaves,
+            "priced": report.work.priced,
         },
     }
