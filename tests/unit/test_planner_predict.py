@@ -133,7 +133,9 @@ def test_segments_and_zero_bubble_shorten_the_bubble() -> None:
     plain = price(pipeline_model_parallel_size=8, global_batch_size=128)
     split = price(pipeline_model_parallel_size=8, global_batch_size=128, seq1f1b_splits=4)
     zero = price(pipeline_model_parallel_size=8, global_batch_size=128, zero_bubble=True)
-    assert split.bubble_seconds == pytest.approx(plain.bubble_seconds / 4, rel=0.05)
+    shares = [one.bubble_seconds / one.breakdown["compute"] for one in (plain, split)]
+    assert shares[1] == pytest.approx(shares[0] / 4, rel=0.05)
+    assert split.breakdown["compute"] > plain.breakdown["compute"]  # kernels run on fewer tokens
     assert split.peak_bytes < plain.peak_bytes
     assert zero.bubble_seconds < 0.7 * plain.bubble_seconds
 

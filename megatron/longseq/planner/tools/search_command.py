@@ -168,9 +168,9 @@ def search(task: PlanningTask, count: int = 5, training: tuple[str, ...] = (), s
     seconds = time.process_time() - started
     if not found.ranked:
         raise ValueError(_nothing(problem))
-    return SearchReport(
-        problem, found.ranked, found.count, seconds, explain(problem, found.ranked[0][0]), training, site
-    )
+    explanation = explain(problem, found.ranked[0][0])
+    total = time.process_time() - started
+    return SearchReport(problem, found.ranked, found.count, seconds, total, explanation, training, site)
 
 
 def _nothing(problem: PlanningProblem) -> str:
