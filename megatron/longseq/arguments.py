@@ -7,11 +7,8 @@ from pathlib import Path
 
 from megatron.longseq.attention.arguments import add_context_arguments, check_context_numbers
 from megatron.longseq.cross_entropy.arguments import add_cross_entropy_arguments, check_cross_entropy_numbers
-<<<<<<< HEAD
 from megatron.longseq.dry_run.arguments import add_dry_run_arguments, check_dry_run
-=======
 from megatron.longseq.flexsp.arguments import add_flexsp_arguments, check_flexsp_numbers
->>>>>>> main
 from megatron.longseq.pipeline.arguments import add_pipeline_arguments, check_pipeline_numbers
 from megatron.longseq.refusals import refuse_unwritable, refuse_without_effect
 from megatron.longseq.sharding.arguments import add_sharding_arguments, check_sharding_numbers
@@ -32,11 +29,8 @@ def add_longseq_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     add_context_arguments(parser)
     add_sharding_arguments(parser)
     add_cross_entropy_arguments(parser)
-<<<<<<< HEAD
     add_dry_run_arguments(parser)
-=======
     add_flexsp_arguments(parser)
->>>>>>> main
     return parser
 
 
