@@ -78,7 +78,7 @@ def plan_step(
     microbatches = [problem.microbatch((group.degree, group.held) for group in groups) for groups in found]
     microbatches += _padding(problem, len(microbatches), least if lengths else 0, multiple)
     seconds = sum(one.seconds for one in microbatches)
-    bound = min(step_bound(problem), seconds)  # equal ones may differ by rounding
+    bound = min(step_bound(problem, least), seconds)  # equal ones may differ by rounding
     return StepPlan(tuple(microbatches), seconds, bound, time.process_time() - begin)
 
 
