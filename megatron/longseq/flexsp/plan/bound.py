@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_matrix
+from scipy.optimize import Bounds, LinearConstraint, milp  # type: ignore[import-untyped]
+from scipy.sparse import coo_matrix  # type: ignore[import-untyped]
 
 from megatron.longseq.flexsp.plan.cost import KindCost
 from megatron.longseq.flexsp.plan.degree_sets import lower_estimate
@@ -40,9 +40,8 @@ def step_bound(problem: StepProblem, least: int = 1) -> float:
     """
     if not problem.lengths:
         return 0.0
-    startup = min(one.startup for each in problem.by_degree.values() for one in each.kinds)
     count = max(least_microbatches(problem), least)
-    return lower_estimate(problem, range(len(problem.lengths))) + (count - 1) * min(startup, problem.cost.fixed)
+    return lower_estimate(problem, range(len(problem.lengths))) + (count - 1) * problem.cost.fixed
 
 
 def microbatch_bounds(problem: StepProblem, plan: StepPlan) -> float:
@@ -124,7 +123,7 @@ class _KindShares:
         self._memory = tokens / (each.capacity * (1 + _EPSILON))
         self._pieces = [token * tokens + square * tokens**2 for token, square in kind.pieces()]
 
-    def rows(self, seconds: float) -> tuple[Values, Values]:
+    def rows(self, seconds: float) -> tuple[Values, NDArray[np.int64]]:
         """Return the shares under every function, [function, sequence], and which sequences fit.
 
         Args:
@@ -133,12 +132,15 @@ class _KindShares:
         left = max(seconds - self.startup, 1e-12) * (1 + _EPSILON)
         parts = [self._memory, *(piece / left for piece in self._pieces)]
         fits = np.all([part <= 1 for part in parts], axis=0)
-        return np.array([function(part) for part in parts for function in FEASIBLE]), np.flatnonzero(fits)
+        shares = np.array([function(part) for part in parts for function in FEASIBLE])
+        return shares, np.flatnonzero(fits).astype(np.int64)
 
 
 def _needs_more(problem: StepProblem, classes: Sequence[_KindShares], counts: Values, seconds: float) -> bool:
     """Return whether sequences surely need more ranks than there are, to end within some seconds."""
-    rows, cols, data = [], [], []
+    rows: list[NDArray[np.int64]] = []
+    cols: list[NDArray[np.int64]] = []
+    data: list[Values] = []
     width, height = len(classes), len(counts)  # numbers of groups first; every sequence is divided once
     for number, one in enumerate(classes):
         shares, fits = one.rows(seconds)
@@ -168,4 +170,4 @@ def _needs_more(problem: StepProblem, classes: Sequence[_KindShares], counts: Va
     )
     if found.status == 2:  # infeasible
         return True
-    return found.mip_dual_bound is not None and found.mip_dual_bound > problem.ranks * (1 + 1e-6)
+    return found.mip_dual_bound is not None and bool(found.mip_dual_bound > problem.ranks * (1 + 1e-6))
