@@ -65,7 +65,7 @@ def _sharding(
     repeated = run.seq1f1b_splits * spent.params + spent.grads  # parameters are gathered for every segment
     overlapped = strategy.params > Level.NONE or strategy.grads > Level.NONE
     room = run.microbatches * (forward + backward) if overlapped else 0.0
-    hidden = min(repeated, 0.9 * room)
+    hidden = 0.9 * min(repeated, room)
     grads = min(spent.finish_grads, backward) if run.overlap_grad_reduce else 0.0
     gathers = min(spent.finish_params, forward) if run.overlap_param_gather else 0.0
     hidden += 0.9 * (grads + gathers)

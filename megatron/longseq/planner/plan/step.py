@@ -163,6 +163,18 @@ def _stages(model: Architecture, cluster: Cluster, run: Configuration) -> tuple[
     return tuple(found)
 
 
+def stage_costs(model: Architecture, cluster: Cluster, run: Configuration) -> Costs:
+    """Return the seconds of every model stage and segment for the pipeline's simulator; a rank's layers are equal."""
+    parts = run.virtual_stages * run.seq1f1b_splits
+    stages = _stages(model, cluster, run) * run.virtual_stages
+    tables = (
+        [one.forward for one in stages],
+        [one.backward - one.weight for one in stages],
+        [one.weight for one in stages],
+    )
+    return Costs(*(tuple((seconds / parts,) * run.seq1f1b_splits for seconds in table) for table in tables))
+
+
 class _FillCase(NamedTuple):
     """What the bubble of a schedule depends on; see `pipeline.plan.generators.make`.
 
