@@ -50,7 +50,7 @@ class Contestant:
 
     @property
     def ranks(self) -> int:
-        """Ranks that take part."""
+        """Return the number of ranks that take part."""
         return self.mesh.size
 
     def __str__(self) -> str:

@@ -12,7 +12,8 @@ from tests.pool import RankPool
 from tests.regression.arm import Run, run_arm
 from tests.regression.trainings import Trainings
 
-SHAPES = ("--tied", "--num-query-groups", "--num-experts", "--position-embedding-type")  # they change the parameters
+# Flags that change the parameters.
+SHAPES = ("--tied", "--num-layers", "--num-query-groups", "--num-experts", "--position-embedding-type")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.equality import RELATIVE, SNAPSHOTS, Equal, Start, assert_steps_equal, worst
-from tests.distributed.flags import DOCUMENTS, FULL, MOE, OVERLAP, PP2, SELECTIVE, TIED, TINY, TP2, VPP, flags
+from tests.distributed.flags import DOCUMENTS, FULL, MOE, OVERLAP, PP2, SELECTIVE, SHALLOW, TIED, TINY, TP2, VPP, flags
 from tests.pool import RankPool
 from tests.regression.arm import Run, run_arm
 
@@ -24,7 +24,7 @@ CASES = {
     "1 x 4": (4, "", CP4),
     "4 x 1": (4, "", f"{CP4} --cp-comm-type a2a"),
     "2 x 2": (4, "", HYBRID),
-    "2 x 2, context-first": (4, "", f"{HYBRID} --context-parallel-placement context-first"),
+    "2 x 2, context-first": (4, SHALLOW, f"{HYBRID} --context-parallel-placement context-first"),
     "gathered": (4, "", f"{CP4} --cp-comm-type all_gather"),
     "double ring": (4, "", f"{CP4} --ring-window 2"),
     "a kind for each layer": (4, "", f"{CP4} --cp-comm-type p2p a2a all_gather a2a"),
@@ -42,7 +42,7 @@ CASES = {
     "full recompute, documents": (2, DOCUMENTS, f"{CP2} {FULL}"),
     "selective recompute": (2, "", f"{CP2} {SELECTIVE}"),
     "TP 2": (4, "", f"{CP2} {TP2}"),
-    "TP 2, sequence parallel": (4, "", f"{CP2} --cp-comm-type a2a {TP2} --sequence-parallel"),
+    "TP 2, sequence parallel": (4, SHALLOW, f"{CP2} --cp-comm-type a2a {TP2} --sequence-parallel"),
     "PP 2": (4, "", f"{CP2} {PP2}"),
     "PP 2, V 2": (4, "", f"{CP2} {PP2} {VPP} {FULL}"),
     "DP 2, distributed optimizer, overlap": (4, "", f"{CP2} {OVERLAP}"),
@@ -55,7 +55,7 @@ SEGMENTS = {
     "Ulysses": (2, "", f"{CP2} --cp-comm-type a2a --seq1f1b-splits 3"),
     "gathered": (2, "", f"{CP2} --cp-comm-type all_gather --seq1f1b-splits 3"),
     "2 x 2": (4, "", f"{HYBRID} --seq1f1b-splits 3"),
-    "double ring": (4, "", f"{CP4} --ring-window 2 --seq1f1b-splits 2"),
+    "double ring": (4, SHALLOW, f"{CP4} --ring-window 2 --seq1f1b-splits 2"),
     "PP 2": (4, "", f"{CP2} {PP2} --seq1f1b-splits 3"),
     "PP 2, V 2": (4, "", f"{CP2} {PP2} {VPP} --seq1f1b-splits 3"),
     "PP 2, zero bubble": (4, "", f"{CP2} {PP2} --zero-bubble --seq1f1b-splits 3"),

@@ -16,7 +16,8 @@ from tests.distributed.twists import random_documents
 from tests.pool import RankPool
 from tests.regression.arm import run_arm
 
-SEQUENCE, BATCH = 64, 8  # of TINY
+SEQUENCE, BATCH = 64, 4
+SIZES = f"{TINY} --global-batch-size {BATCH}"
 PEAK = 1e-3  # TFLOP/s of a rank
 LINE = re.compile(
     r"iteration +(\d+) \| tokens/s: ([\d.]+) \| tokens/s/rank: ([\d.]+) \| model TFLOP/s/rank: ([\d.e-]+) "
@@ -94,7 +95,7 @@ def squares_of(documents: list[torch.Tensor], model: str) -> float:
 @pytest.fixture(scope="module")
 def on_one_rank(ranks: RankPool) -> tuple[str, list[list[torch.Tensor]]]:
     """What a run on one rank printed, and the documents of every step, which every model and layout reads."""
-    run = run_arm(ranks, "O", 1, flags(TINY, STEPS), mutant=TWIST, keep_batches=True)
+    run = run_arm(ranks, "O", 1, flags(SIZES, STEPS), mutant=TWIST, keep_batches=True)
     batches = [[torch.as_tensor(np.asarray(batch["tokens"])) for batch in step] for step in run.batches]
     return _printed(ranks), [[random_documents(tokens) for tokens in step] for step in batches]
 
@@ -104,7 +105,7 @@ def test_log_line_tells_tokens_flops_and_memory(
 ) -> None:
     linear, square = linear_and_square("window")
     scores = squares_of([torch.tensor([0, SEQUENCE])], "window") / SEQUENCE
-    run_arm(ranks, "O", 2, flags(TINY, MODELS["window"], PP2, "--log-throughput --log-interval 2 --train-iters 4"))
+    run_arm(ranks, "O", 2, flags(SIZES, MODELS["window"], PP2, "--log-throughput --log-interval 2 --train-iters 4"))
     found = LINE.findall(_printed(ranks))
     assert [int(row[0]) for row in found] == [2, 4]
     elapsed = [float(ms) for ms in re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", _printed(ranks))[-2:]]
@@ -146,7 +147,7 @@ def test_flops_are_those_of_the_documents(
     printed, documents = on_one_rank
     world, own = LAYOUTS[layout]
     if (model, world) != ("grouped queries", 1):
-        assert run_arm(ranks, "O", world, flags(TINY, MODELS[model], STEPS, own), mutant=TWIST).planted
+        assert run_arm(ranks, "O", world, flags(SIZES, MODELS[model], STEPS, own), mutant=TWIST).planted
         printed = _printed(ranks)
     on_each_rank = [(float(BATCH * SEQUENCE), squares_of(ends, model)) for ends in documents]
     assert sums_of_all_ranks(printed) == sorted(on_each_rank * world)
@@ -170,7 +171,7 @@ def test_flops_are_those_of_the_documents(
 )
 def test_conversations_count_their_own_squares(ranks: RankPool, tmp_path: Path, own: str) -> None:
     """Here every stage reports the documents, at every virtual stage."""
-    base = [flag for flag in flags(TINY, "--train-iters 2 --log-throughput", own) if flag != "--mock-data"]
+    base = [flag for flag in flags(SIZES, "--train-iters 2 --log-throughput", own) if flag != "--mock-data"]
     twist = "tests.distributed.twists:printed_sums"
     run = run_arm(ranks, "O", 4, [*base, *sft_flags(tmp_path)], mutant=twist, keep_batches=True)
     expected = []

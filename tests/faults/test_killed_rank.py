@@ -12,18 +12,18 @@ from pathlib import Path
 import psutil
 
 from examples import loss_curve
-from tests.distributed.flags import TINY, flags
+from tests.distributed.flags import SHALLOW, TINY, flags
 from tests.pool import RankPool
 from tests.regression.arm import run_arm
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS, SAVED = 12, 4
+STEPS, SAVED = 9, 3
 
 
 def training(folder: Path) -> list[str]:
-    """Return the flags of two pipeline ranks with data workers that save every four steps and resume."""
+    """Return the flags of two pipeline ranks with data workers that save every three steps and resume."""
     own = flags(f"--pipeline-model-parallel-size 2 --train-iters {STEPS} --save-interval {SAVED} --log-interval 1")
-    own += flags("--seq1f1b-splits 2 --exit-signal-handler --num-workers 2")
+    own += flags(SHALLOW, "--seq1f1b-splits 2 --exit-signal-handler --num-workers 2")
     folders = ["--save", folder / "checkpoints", "--load", folder / "checkpoints", "--tensorboard-dir", folder / "tb"]
     return [*flags(TINY), *own, *map(str, folders)]
 

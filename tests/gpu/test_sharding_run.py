@@ -47,7 +47,7 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], flo
 def test_losses_are_upstreams(
     more: str, upstream: tuple[list[float], float], tmp_path: Path, tell: Callable[[str], None]
 ) -> None:
-    """With one GPU nothing is sent, but scratch, gathers and releases are those of many."""
+    """With one GPU nothing is sent, but buffers, gathers and releases are those of many GPUs."""
     size = 2 if torch.cuda.device_count() % 2 == 0 else 1
     losses, best = trained(tmp_path, "--paro", *more.split(), "--paro-group-size", str(size))
     theirs, their_best = upstream

@@ -47,7 +47,7 @@ STEPS = "--train-iters 5 --lr 1e-3 --min-lr 1e-4 --lr-decay-iters 20 --clip-grad
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train, compare."""
+    """Train and compare."""
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.training", description=__doc__)
     parser.add_argument("system", choices=list(SYSTEMS))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
@@ -89,7 +89,7 @@ def compare(report: Report, bench: Bench, system: str, kind: str, base: Sequence
 
 
 def tell(report: Report, name: str, trained: RunResult, **figures: object) -> None:
-    """Tell one training's losses and norms, and what follows from them."""
+    """Print the losses and norms of one training, and conclusions."""
     report.tell(
         name,
         losses=[round(x, 6) for x in trained.losses],
@@ -122,7 +122,7 @@ def cannot_share(bench: Bench, device: str) -> str | None:
 
 
 def communicate_on_one_device(device: str) -> float:
-    """Sum over two ranks, and send to the next; runs on a rank."""
+    """Sum over two ranks and send to the next one. Runs on a rank."""
     if device == "cuda":
         torch.cuda.set_device(0)
     dist.init_process_group("nccl" if device == "cuda" else "gloo")

@@ -24,7 +24,7 @@ class Stage(nn.Module):
         self.input: torch.Tensor | None = None
 
     def set_input_tensor(self, inputs: Any) -> None:
-        """Take what the stage before sent."""
+        """Accept the input that the previous stage sent."""
         self.input = inputs[0] if isinstance(inputs, list) else inputs
 
     def forward(self, microbatch: int) -> torch.Tensor:
@@ -151,7 +151,7 @@ class Model:
         self.ddp_config = Namespace(overlap_grad_reduce=overlaps)
 
     def parameters(self) -> list[int]:
-        """Stand for the chunk's parameters."""
+        """Return a placeholder for the chunk's parameters."""
         return [self.chunk]
 
     def start_grad_sync(self, *_: Any) -> None:

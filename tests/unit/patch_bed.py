@@ -76,7 +76,7 @@ def bed(tmp_path, monkeypatch):
 
 @pytest.fixture
 def own_session(monkeypatch):
-    """A session of its own for one test, undone at its end."""
+    """Give one test a session of its own, which is undone at the end."""
     fresh = session.Session()
     monkeypatch.setattr(session, "SESSION", fresh)
     yield fresh

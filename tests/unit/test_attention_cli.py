@@ -18,7 +18,7 @@ MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (2, 4), (4, 2), (1, 8), (3, 2)]
 
 
 def rows(text: str) -> dict[str, list[str]]:
-    """A markdown table's cells by the first of each row."""
+    """Return the cells of a markdown table by the first cell of each row."""
     split = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
     return {cells[0]: cells[1:] for cells in split}
 

@@ -24,17 +24,17 @@ MESHES = [Mesh(ulysses, ring) for ulysses, ring in product(range(1, 9), repeat=2
 
 
 def numbers(spans: TokenRanges) -> list[int]:
-    """Members of spans, in their order."""
+    """Return the members of spans, in their order."""
     return [number for span in spans for number in range(span.begin, span.end)]
 
 
 def sorted_apart(spans: TokenRanges) -> bool:
-    """Whether spans ascend and neither touch nor overlap."""
+    """Return whether spans ascend and neither touch nor overlap."""
     return all(a.end < b.begin for a, b in pairwise(spans)) and all(span.size > 0 for span in spans)
 
 
 def cuts(length: int) -> st.SearchStrategy[tuple[int, ...]]:
-    """Lengths of pieces of a length."""
+    """Return the lengths of the pieces of a length."""
     ends = st.sets(st.integers(1, length)).map(lambda inside: sorted({0, length, *inside}))
     return ends.map(lambda edges: tuple(b - a for a, b in pairwise(edges)))
 
@@ -54,13 +54,13 @@ def layouts(draw: st.DrawFn) -> Layout:
 
 
 def held(layout: Layout, segments: range) -> list[list[int]]:
-    """Positions of every rank before the all-to-all."""
+    """Return the positions of every rank before the all-to-all."""
     ranks = range(layout.mesh.size)
     return [[n for segment in segments for n in numbers(layout.positions(rank, segment))] for rank in ranks]
 
 
 def delivered(layout: Layout, ring: int, segments: range) -> list[int]:
-    """Positions that the all-to-all of a Ulysses group brings, unpacked."""
+    """Return the positions that the all-to-all of a Ulysses group brings, unpacked."""
     sent = held(layout, segments)[ring * layout.mesh.ulysses : (ring + 1) * layout.mesh.ulysses]
     return [n for arrival in layout.received_rows(segments) for n in sent[arrival.source][arrival.rows.slice()]]
 
@@ -179,7 +179,7 @@ def test_legal_degrees_are_those_with_whole_heads_that_belong_together(size: int
     heads = Heads(kv * per_kv, kv)
 
     def fits(ulysses: int) -> bool:
-        """By heads alone: equal shares of query heads, each on equally many whole key heads, used up to replicas."""
+        """Return whether heads divide: equal shares of query heads, each on equally many whole key heads."""
         if heads.query % ulysses:
             return False
         share = heads.query // ulysses

@@ -65,14 +65,14 @@ class Problem:
         return plan_ring_attention(self.ring, self.queries, self.keys, self.mask, rank, rectangular=rectangular)
 
     def seen(self) -> Tensor:
-        """Mask [b, positions, positions], True where a key is seen."""
+        """Return the mask [b, positions, positions], True where a key is seen."""
         tokens = self.layout.begin(self.segments.stop)
         documents = self.mask.documents or Documents((packed([tokens]),) * self.mask.batch)
         return dense(documents, self.mask.window)[:, 0, :tokens, :tokens]
 
 
 def causal(ring: Ring, *lengths: int, segment: int = 0) -> Problem:
-    """Plain causal attention of a segment."""
+    """Return plain causal attention of a segment."""
     return Problem(ring, Layout(Mesh(1, ring.size), lengths), range(segment, segment + 1), Mask(1))
 
 
@@ -94,7 +94,7 @@ def problems(draw: st.DrawFn) -> Problem:
 
 
 def scores(tiles: tuple[Tile, ...], shape: tuple[int, int, int]) -> Tensor:
-    """How often tiles compute each score, [b, rows, keys]."""
+    """Return how often tiles compute each score, [b, rows, keys]."""
     counts = torch.zeros(shape, dtype=torch.int64)
     for tile in tiles:
         for block in tile.blocks:
@@ -156,7 +156,7 @@ def test_every_row_that_is_sent_is_there_in_time_and_used(problem: Problem) -> N
 
 
 def computed(problem: Problem) -> Iterator[tuple[int, int, int, set[int]]]:
-    """(step, rank, source, rows of the source's keys that get a gradient there)."""
+    """Return (step, rank, source, rows of the source's keys that get a gradient there)."""
     for rank in range(problem.ring.size):
         for index, step in enumerate(problem.steps(rank)):
             rows = numbers(step.kv_rows)

@@ -43,7 +43,7 @@ ASKED: list[tuple[str, dict[str, Any], str]] = [
 
 
 def refused(given: Namespace) -> list[str]:
-    """The lines of the refusal, none where there is none."""
+    """Return the lines of the refusal, or none."""
     try:
         refuse_unserved_cross_entropy(given)
     except ValueError as error:

@@ -61,7 +61,7 @@ ASKED_IN_TE_LAYERS: list[tuple[str, dict[str, Any], str]] = [
 
 
 def refused(given: Namespace, **layers: bool) -> list[str]:
-    """The lines of the refusal, none where there is none."""
+    """Return the lines of the refusal, or none."""
     try:
         refuse_unserved_context(given, **layers)
     except ValueError as error:
@@ -325,7 +325,7 @@ def what_upstreams_validation_says(cases: list[list[str]]) -> list[tuple[str | N
 
 
 def told(ranks: RankPool, *cases: str) -> list[tuple[str | None, Any, Any]]:
-    """Of the tiny model; all cases under the same patches."""
+    """Return the messages about the tiny model; all cases run under the same patches."""
     lines = [flags(TINY, case) for case in cases]
     result: list[tuple[str | None, Any, Any]] = ranks.run(1, what_upstreams_validation_says, lines)[0]
     return result

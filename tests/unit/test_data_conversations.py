@@ -28,7 +28,7 @@ def message(role: str, content: str) -> dict[str, str]:
 
 
 def turns(number: int, rounds: int) -> list[dict[str, str]]:
-    """A conversation of some rounds; every third one has no system message."""
+    """Return a conversation of some rounds; every third one has no system message."""
     system = [message("system", f"Answer in {number} words. /think")] if number % 3 else []
     pairs = [
         (message("user", f"Question {number}.{i}: why?  "), message("assistant", f"Because {i} " * (number + 1)))
@@ -51,7 +51,7 @@ CONVERSATIONS = [1, 3, 1, 1, 1, 1]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-pair tokenizer with the tokens of every prompt format and a chat template, as transformers saves it."""
+    """Return the folder of a byte-pair tokenizer with the tokens of every prompt format, as transformers saves it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -117,7 +117,7 @@ def build(dataset: Any, path: Path, config: Any, samples: int | None = None) -> 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `datasets` write its cache into the test's folder."""
+    """Make `datasets` write its cache into the test's folder."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -255,7 +255,7 @@ def test_a_damaged_or_foreign_loss_mask_is_refused(tmp_path: Path, folder: Path)
 def test_packed_samples_are_those_of_upstream_for_the_same_conversations(
     tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str], ranks: int
 ) -> None:
-    """Samples from the prepared files equal upstream's from jsonl lines that hold the conversations of a pack."""
+    """Samples from prepared files equal upstream's samples from jsonl lines with the same conversations."""
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training.arguments import _add_tokenizer_args
     from megatron.training.datasets.sft_dataset import SFTDataset

@@ -22,7 +22,7 @@ EVALUATED = flags("--train-iters 2 --eval-iters 1 --eval-interval 1")
 
 
 def text_files(folder: Path, count: int, text: str = "some text, " * 40) -> str:
-    """Prepare so many text files, a document each; return the prefix."""
+    """Prepare text files of one document each, and return the prefix."""
     source = folder / f"in{count}"
     source.mkdir()
     for number in range(count):
@@ -76,7 +76,7 @@ def test_the_printed_split_gives_every_part_a_document() -> None:
 
 
 def build_without_documents(prefix: str, samples: int) -> str:
-    """Let upstream's builder make a split without documents; return what it says. Runs on a rank."""
+    """Make upstream's builder build a split without documents, and return its error. Runs on a rank."""
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 

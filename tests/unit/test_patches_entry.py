@@ -167,7 +167,7 @@ def test_changed_flags_are_reported(load_checkpoint, capsys):
 
 
 def agreement(different: bool) -> str:
-    """Initialise upstream on a rank; returns what is told where the ranks' patches differ."""
+    """Initialize upstream on a rank, and return the error if the ranks' patches differ."""
     from megatron.training import arguments, global_vars, training
 
     sys.argv[1:] = []
@@ -218,7 +218,7 @@ def test_the_start_set_goes_in_and_out_exactly(own_session):
 
 
 def contents() -> dict[str, int]:
-    """What every name of upstream's modules, of torch.cuda and of this project holds, by identity; no modules."""
+    """Return the identities of all values in upstream's modules, torch.cuda and this project, without modules."""
     prefixes = ("megatron.", "patches.", "torch.cuda")
     modules = [m for name, m in list(sys.modules.items()) if name.startswith(prefixes) and isinstance(m, ModuleType)]
     held = [(f"{m.__name__}:{name}", value) for m in modules for name, value in vars(m).items()]

@@ -117,7 +117,7 @@ WITH_ZERO_BUBBLE: list[tuple[str, dict[str, Any], str]] = [
 
 @functools.cache
 def known() -> dict[str, Any]:
-    """Upstream's defaults and ours, from the parsers themselves."""
+    """Return upstream's defaults and ours, from the parsers."""
     from megatron.training.arguments import add_megatron_arguments
 
     parser = add_longseq_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
@@ -125,13 +125,13 @@ def known() -> dict[str, Any]:
 
 
 def args(**changed: Any) -> Namespace:
-    """What upstream's validation leaves, with some values changed."""
+    """Return arguments as upstream's validation leaves them, with some values changed."""
     assert set(changed) <= set(known()), "upstream knows no such argument"
     return Namespace(**(known() | changed))
 
 
 def refused(given: Namespace) -> list[str]:
-    """The lines of the refusal, none where there is none."""
+    """Return the lines of the refusal, or none."""
     try:
         refuse_unserved(given)
     except ValueError as error:
@@ -140,7 +140,7 @@ def refused(given: Namespace) -> list[str]:
 
 
 def test_segment_lengths_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every micro-batch asks for them under context parallelism."""
+    """With context parallelism every micro-batch needs them."""
     file, calls = tmp_path / "layer.json", {"parse": 0, "read_text": 0}
     file.write_text("[[0, 8, 1.0, 2.0], [8, 24, 2.5, 5.0], [24, 64, 9.0, 20.0]]")
     given = args(**SMALL | SEGMENTS, seq1f1b_layer_seconds=str(file), context_parallel_size=2)
@@ -524,7 +524,7 @@ def messages_of_upstreams_validation(cases: list[list[str]], world: int = 1) -> 
 
 
 def told(ranks: RankPool, *cases: str) -> list[str | None]:
-    """What upstream's own validation says of the tiny model with these flags."""
+    """Return what upstream's validation says about the tiny model with these flags."""
     lines = [flags(TINY, case) for case in cases]
     result: list[str | None] = ranks.run(1, messages_of_upstreams_validation, lines)[0]
     return result
@@ -548,7 +548,7 @@ def test_upstreams_validation_refuses_what_segments_cannot_serve(ranks: RankPool
 
 
 def overwrites(case: list[str]) -> bool:
-    """Whether TransformerEngine's layers may overwrite what fused weight gradients have added. Runs on a rank."""
+    """Return whether TransformerEngine's layers may overwrite fused weight gradients. Runs on a rank."""
     import patches
 
     patches.start()

@@ -23,16 +23,16 @@ class Bench:
         self.reporter = HangReporter(seconds, self.said.append, lambda: self.now)
 
     def wait(self, wait: Wait) -> None:
-        """Begin a wait of the host."""
+        """Begin a wait on the host."""
         self.context = self.reporter.blocking(wait)
         self.context.__enter__()
 
     def arrive(self) -> None:
-        """End it."""
+        """End the wait."""
         self.context.__exit__(None, None, None)
 
     def at(self, seconds: float) -> list[str]:
-        """Look at that moment and return what was said at it."""
+        """Check at the given time and return the report."""
         self.now, before = 1000.0 + seconds, len(self.said)
         self.reporter.check()
         return self.said[before:]
@@ -152,7 +152,7 @@ def test_zero_seconds_start_no_thread_and_negative_ones_are_refused() -> None:
 
 
 def test_a_wait_costs_the_same_calls_after_thousands(tell) -> None:
-    """Seconds are the machine's; calls of functions, Python's and C's, are counted."""
+    """Calls of Python and C functions are counted, because seconds depend on the machine."""
 
     def waits(count: int) -> None:
         for _ in range(count):

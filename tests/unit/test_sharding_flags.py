@@ -117,14 +117,14 @@ WITH_COPIES_OF_OPTIMIZER_STATES: list[tuple[str, dict[str, Any], str]] = [
 
 
 def args(paro: str, world_size: int = 8, **values: Any) -> Namespace:
-    """What upstream's parser leaves of a command line with --paro."""
+    """Return what upstream's parser makes of a command line with --paro."""
     given = parsed(paro=paro, **values)
     given.world_size = world_size
     return given
 
 
 def refused(given: Namespace) -> list[str]:
-    """The lines of the refusal, none where there is none."""
+    """Return the lines of the refusal, or none."""
     try:
         refuse_unserved_sharding(given)
     except ValueError as error:
@@ -437,7 +437,7 @@ def what_upstreams_validation_says(cases: list[list[str]], node: str | None) -> 
 
 
 def said(ranks: RankPool, *cases: str, node: str | None = "2") -> list[ValidationResult]:
-    """Of the tiny model; all cases under the same patches."""
+    """Return the messages about the tiny model; all cases run under the same patches."""
     lines = [flags(TINY, case) for case in cases]
     result: list[ValidationResult] = ranks.run(1, what_upstreams_validation_says, lines, node)[0]
     return result

@@ -63,7 +63,7 @@ def test_a_limit_below_all_says_so() -> None:
 
 
 def test_the_guideline_names_running_ones_alone() -> None:
-    """For adapters GNG would be faster than GGG, but does not run."""
+    """For adapters GNG would be faster than GGG, but it is not implemented."""
     rows = cells(guideline(limits=(1e9,)))
     assert rows[2][0].startswith("adapters") and [cell[:3] for cell in rows[2][2:]] == ["GGG"] * len(MICROBATCHES)
     assert str(fastest(replace(SEVEN_B, model=Model(PARAMS, PARAMS // 300)), VALID, 1e9).strategy) == "GNG"

@@ -52,7 +52,7 @@ def test_costs_are_the_formulas() -> None:
 
 
 def drawn(file: Path) -> tuple[set[str], list[str]]:
-    """What a picture shows: the names of its parts, and its words and numbers."""
+    """Return the names of a picture's parts, and its words and numbers."""
     parts = list(ElementTree.parse(file).iter())
     names = {str(part.get("id")) for part in parts if part.get("id")}
     return names, [part.text or "" for part in parts if part.tag.endswith("}text")]

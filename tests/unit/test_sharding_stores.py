@@ -23,7 +23,7 @@ class Job:
         self.region, self.after, self.behind = region, after, behind
 
     def wait(self) -> None:
-        """Do it, once."""
+        """Run the job once."""
         if self.behind is not None:
             self.behind.wait()
         if self.after is not None:
@@ -45,7 +45,7 @@ class LazyLanes:
         after: Callable[[], None] | None = None,
         behind: Any = None,
     ) -> Job:
-        """Take a job."""
+        """Accept a job."""
         self.jobs.append(Job(region, after, behind))
         return self.jobs[-1]
 
