@@ -20,7 +20,7 @@ from tests.regression.planted import wrapped
 CHUNKS = "--cross-entropy-chunk-tokens"
 SP = f"{TP2} --sequence-parallel"
 CP2 = "--context-parallel-size 2"
-RAGGED = "tests.distributed.twists:ragged_mask"
+RAGGED = "tests.distributed.script_variants:ragged_mask"
 
 # name: (ranks, model flags of both arms, flags of arm O, what the script does differently)
 CASES = {
@@ -53,8 +53,8 @@ QUICK = {
 
 @pytest.mark.parametrize("case", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in CASES])
 def test_equals_upstream_in_float64(equal: Equal, case: str) -> None:
-    world, model, own, twist = CASES[case]
-    equal(f"chunked cross entropy, {case}", world, model, own, twist)
+    world, model, own, variant = CASES[case]
+    equal(f"chunked cross entropy, {case}", world, model, own, variant)
 
 
 class _Widest(TorchDispatchMode):

@@ -97,7 +97,7 @@ def test_segments_equal_upstream_in_float64(equal: Equal, case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("twist", "name"),
+    ("variant", "name"),
     [
         pytest.param("empty_ranks", "2 x 2", marks=pytest.mark.slow),
         ("empty_ranks", "segments, PP 2, gathered"),
@@ -106,18 +106,20 @@ def test_segments_equal_upstream_in_float64(equal: Equal, case: str) -> None:
         *[pytest.param("ragged_mask", name, marks=pytest.mark.slow) for name in MASKED],
     ],
 )
-def test_any_mask(equal: Equal, twist: str, name: str) -> None:
+def test_any_mask(equal: Equal, variant: str, name: str) -> None:
     world, own = MASKED[name]
-    assert equal(f"context, {twist}, {name}", world, "", own, f"tests.distributed.twists:{twist}").planted > 0
+    assert (
+        equal(f"context, {variant}, {name}", world, "", own, f"tests.distributed.script_variants:{variant}").planted > 0
+    )
 
 
 def test_a_loss_of_ones_own_tokens_is_another(ranks: RankPool, start: Start, upstream: Callable[..., Run]) -> None:
     """Without the record each rank divides by its own valid tokens: the reported loss is right, gradients are not."""
-    twist = "tests.distributed.twists:empty_ranks"
+    variant = "tests.distributed.script_variants:empty_ranks"
     run = run_arm(
-        ranks, "O", 2, start("") + flags(CP2), float64=True, snapshots=SNAPSHOTS, mutant=f"{twist}_without_the_record"
+        ranks, "O", 2, start("") + flags(CP2), float64=True, snapshots=SNAPSHOTS, mutant=f"{variant}_without_the_record"
     )
-    reference = upstream("", twist)
+    reference = upstream("", variant)
     assert "usp.loss" not in run.header["patches"] and "usp.core-attention" in run.header["patches"]
     assert abs(run.curve[0]["loss"] / reference.curve[0]["loss"] - 1) < RELATIVE
     assert worst(run.curve, reference.curve, "grad_norm") > 1e-3

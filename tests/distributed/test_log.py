@@ -12,7 +12,7 @@ import torch
 
 from tests.distributed.conversations import sft_flags
 from tests.distributed.flags import MOE, PP2, TINY, VPP, flags
-from tests.distributed.twists import random_documents
+from tests.distributed.script_variants import random_documents
 from tests.pool import RankPool
 from tests.regression.arm import run_arm
 
@@ -37,7 +37,7 @@ LAYOUTS = {
 }
 STEPS = "--train-iters 4 --log-interval 2 --eval-interval 1 --eval-iters 1 --split 50,50,0 --log-throughput"
 STEPS += f" --peak-tflops-per-gpu {PEAK}"
-TWIST = "tests.distributed.twists:reported_documents"
+VARIANT = "tests.distributed.script_variants:reported_documents"
 RUNS = [
     ("grouped queries", "one rank"),
     ("window", "PP 2, V 2, DP 2"),
@@ -64,7 +64,9 @@ def linear_and_square(ranks: RankPool) -> Callable[[str], tuple[float, float]]:
         counted = []
         for length in (SEQUENCE, SEQUENCE // 2):
             run = flags(TINY, model, f"--train-iters 1 --global-batch-size 1 --seq-length {length}")
-            counted.append(run_arm(ranks, "U", 1, run, mutant="tests.distributed.twists:counted_flops").planted)
+            counted.append(
+                run_arm(ranks, "U", 1, run, mutant="tests.distributed.script_variants:counted_flops").planted
+            )
         square = (counted[0] - 2 * counted[1]) / (SEQUENCE**2 - 2 * (SEQUENCE // 2) ** 2)
         linear = counted[0] / SEQUENCE - square * SEQUENCE
         if model:
@@ -95,7 +97,7 @@ def squares_of(documents: list[torch.Tensor], model: str) -> float:
 @pytest.fixture(scope="module")
 def on_one_rank(ranks: RankPool) -> tuple[str, list[list[torch.Tensor]]]:
     """What a run on one rank printed, and the documents of every step, which every model and layout reads."""
-    run = run_arm(ranks, "O", 1, flags(SIZES, STEPS), mutant=TWIST, keep_batches=True)
+    run = run_arm(ranks, "O", 1, flags(SIZES, STEPS), mutant=VARIANT, keep_batches=True)
     batches = [[torch.as_tensor(np.asarray(batch["tokens"])) for batch in step] for step in run.batches]
     return _printed(ranks), [[random_documents(tokens) for tokens in step] for step in batches]
 
@@ -147,7 +149,7 @@ def test_flops_are_those_of_the_documents(
     printed, documents = on_one_rank
     world, own = LAYOUTS[layout]
     if (model, world) != ("grouped queries", 1):
-        assert run_arm(ranks, "O", world, flags(SIZES, MODELS[model], STEPS, own), mutant=TWIST).planted
+        assert run_arm(ranks, "O", world, flags(SIZES, MODELS[model], STEPS, own), mutant=VARIANT).planted
         printed = _printed(ranks)
     on_each_rank = [(float(BATCH * SEQUENCE), squares_of(ends, model)) for ends in documents]
     assert sums_of_all_ranks(printed) == sorted(on_each_rank * world)
@@ -172,8 +174,8 @@ def test_flops_are_those_of_the_documents(
 def test_conversations_count_their_own_squares(ranks: RankPool, tmp_path: Path, own: str) -> None:
     """Here every stage reports the documents, at every virtual stage."""
     base = [flag for flag in flags(SIZES, "--train-iters 2 --log-throughput", own) if flag != "--mock-data"]
-    twist = "tests.distributed.twists:printed_sums"
-    run = run_arm(ranks, "O", 4, [*base, *sft_flags(tmp_path)], mutant=twist, keep_batches=True)
+    variant = "tests.distributed.script_variants:printed_sums"
+    run = run_arm(ranks, "O", 4, [*base, *sft_flags(tmp_path)], mutant=variant, keep_batches=True)
     expected = []
     for step in run.batches:
         rows = [row for batch in step for row in np.asarray(batch["cu_seqlens"])]

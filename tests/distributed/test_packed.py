@@ -163,7 +163,7 @@ def test_documents_that_a_script_packs_itself(
 
 
 @pytest.mark.parametrize(
-    ("twist", "own", "words"),
+    ("variant", "own", "words"),
     [
         (
             "other_documents_on_rank_one",
@@ -180,9 +180,9 @@ def test_documents_that_a_script_packs_itself(
         ),
     ],
 )
-def test_ranks_that_disagree_are_named(ranks: RankPool, packed: Flags, twist: str, own: str, words: str) -> None:
+def test_ranks_that_disagree_are_named(ranks: RankPool, packed: Flags, variant: str, own: str, words: str) -> None:
     with pytest.raises(RankFailure, match=words):
-        run_arm(ranks, "O", 2, [*packed("ragged", ""), *flags(STORED, own)], mutant=SCRIPT + twist)
+        run_arm(ranks, "O", 2, [*packed("ragged", ""), *flags(STORED, own)], mutant=SCRIPT + variant)
 
 
 LONG = "--seq-length 1024 --max-position-embeddings 1024 --train-iters 1 --global-batch-size 1 --eval-iters 0"

@@ -97,7 +97,7 @@ ODD, EVEN = "--seq1f1b-partition 37,26,1", f"--seq1f1b-partition even {VPP}"
 
 
 @pytest.mark.parametrize(
-    ("twist", "own"),
+    ("variant", "own"),
     [
         ("ragged_mask", ODD),
         ("mean_loss", EVEN),
@@ -105,17 +105,17 @@ ODD, EVEN = "--seq1f1b-partition 37,26,1", f"--seq1f1b-partition even {VPP}"
         pytest.param("mean_loss", ODD, marks=pytest.mark.slow),
     ],
 )
-def test_any_mask_and_both_forms_of_loss(equal: Equal, twist: str, own: str) -> None:
+def test_any_mask_and_both_forms_of_loss(equal: Equal, variant: str, own: str) -> None:
     own = f"{PP2} --seq1f1b-splits 3 {own}"
-    assert equal(f"Seq1F1B, {twist}, {own}", 2, "", own, f"tests.distributed.twists:{twist}").planted > 0
+    assert equal(f"Seq1F1B, {variant}, {own}", 2, "", own, f"tests.distributed.script_variants:{variant}").planted > 0
 
 
 def test_flag_changes_the_schedule(ranks: RankPool) -> None:
     """Two stages and 8 micro-batches make 16 forwards of whole sequences, and three times as many of 3 segments."""
     once = flags(TINY, PP2, "--train-iters 1")
 
-    def forwards(twist: str, own: str = "--seq1f1b-splits 3") -> tuple[int, bool]:
-        place = f"tests.distributed.twists:{twist}"
+    def forwards(variant: str, own: str = "--seq1f1b-splits 3") -> tuple[int, bool]:
+        place = f"tests.distributed.script_variants:{variant}"
         run = run_arm(ranks, "O", 2, once + flags(own), mutant=place)
         return run.planted, "seq1f1b.schedule" in run.header["patches"]
 

@@ -21,7 +21,7 @@ HALF = (
     "--fp16 --initial-loss-scale 2097152 --hysteresis 1 --train-iters 7 --lr 1e-4 --min-lr 1e-5 --global-batch-size 4"
 )
 FIVE = "--train-iters 5 --global-batch-size 4"
-NAN_GRADIENT = "tests.distributed.twists:nan_gradient_on_rank_one"
+NAN_GRADIENT = "tests.distributed.script_variants:nan_gradient_on_rank_one"
 BY_DEFAULT = ["IIG"]
 ENDED = "upstream ended with status 16"  # resume to tell a passing fault from a lasting one
 SAVED = "iter_0000004"
@@ -34,8 +34,8 @@ def upstream(ranks: RankPool) -> Callable[[str | None], Run]:
     """Return a function that makes (once) upstream's run on as many ranks, spoilt or not."""
 
     @functools.cache
-    def run(twist: str | None) -> Run:
-        return run_arm(ranks, "U", 4, flags(TINY, HALF, OVERLAP), mutant=twist)
+    def run(variant: str | None) -> Run:
+        return run_arm(ranks, "U", 4, flags(TINY, HALF, OVERLAP), mutant=variant)
 
     return run
 

@@ -68,9 +68,9 @@ def test_killed_rank_is_named_and_the_run_resumes(ranks: RankPool, tmp_path: Pat
 
     process = launch(disturbed)
     assert process.stdout is not None
-    said = ""
+    output = ""
     for line in process.stdout:
-        said += line
+        output += line
         if re.search(rf"iteration +{SAVED + 2}/", line):
             break
     victim = training_rank(disturbed, 1)
@@ -78,10 +78,10 @@ def test_killed_rank_is_named_and_the_run_resumes(ranks: RankPool, tmp_path: Pat
     started = time.monotonic()
     os.kill(victim.pid, signal.SIGKILL)
     rest, _ = process.communicate(timeout=400)
-    said += rest
+    output += rest
     tell(f"kill -9 of a rank: the launcher ended {time.monotonic() - started:.1f} s later")
     assert process.returncode != 0
-    assert re.search(rf"rank 1 \(host \S+, pid {victim.pid}\) died of signal 9 \(SIGKILL\)", said), said[-3000:]
+    assert re.search(rf"rank 1 \(host \S+, pid {victim.pid}\) died of signal 9 \(SIGKILL\)", output), output[-3000:]
     left = [pid for pid in everyone if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
     assert not left and not ranks_of(disturbed)
     # On a busy machine the kill may come one checkpoint later.

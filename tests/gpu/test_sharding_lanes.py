@@ -89,8 +89,8 @@ def test_memory_is_not_given_away_before_the_end() -> None:
 
     def start(mine: CommQueues) -> None:
         part = torch.ones(1 << 20, device="cuda")
-        held = weakref.ref(part)  # what comes after must not be what keeps it
-        mine.submit((SCATTER_INSIDE, SCATTER_BETWEEN), Region(None, part), "x", lambda: total.add_(held()))
+        reference = weakref.ref(part)  # what comes after must not be what keeps it
+        mine.submit((SCATTER_INSIDE, SCATTER_BETWEEN), Region(None, part), "x", lambda: total.add_(reference()))
 
     with lanes() as mine:
         start(mine)

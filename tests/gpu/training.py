@@ -126,13 +126,15 @@ def communicate_on_one_device(device: str) -> float:
     if device == "cuda":
         torch.cuda.set_device(0)
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    total, came = torch.full((4,), 1.0 + dist.get_rank(), device=device), torch.zeros(4, device=device)
+    total, received = torch.full((4,), 1.0 + dist.get_rank(), device=device), torch.zeros(4, device=device)
     other = 1 - dist.get_rank()
-    works = dist.batch_isend_irecv([dist.P2POp(dist.isend, total.clone(), other), dist.P2POp(dist.irecv, came, other)])
+    works = dist.batch_isend_irecv(
+        [dist.P2POp(dist.isend, total.clone(), other), dist.P2POp(dist.irecv, received, other)]
+    )
     for work in works:
         work.wait()
     dist.all_reduce(total)
-    result = float(total[0]) if float(came[0]) == 1.0 + other else float("nan")
+    result = float(total[0]) if float(received[0]) == 1.0 + other else float("nan")
     dist.destroy_process_group()
     return result
 

@@ -52,9 +52,9 @@ class _Arrival:
             assert torch.equal(tensor, copy), "written to while it was on its way"
         for peer, tensor in self._receives:
             assert tensor.isnan().all(), "written to before its message came"
-            came = self._wire.get(peer, self._rank)
-            assert came.shape == tensor.shape and came.dtype == tensor.dtype, (came.shape, tensor.shape)
-            tensor.copy_(came)
+            received = self._wire.get(peer, self._rank)
+            assert received.shape == tensor.shape and received.dtype == tensor.dtype, (received.shape, tensor.shape)
+            tensor.copy_(received)
         self._sends = self._receives = ()
 
 

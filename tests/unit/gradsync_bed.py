@@ -125,7 +125,7 @@ def _listen(config: Any, stages: list[Stage], events: list[Event], aligned: bool
 
         return paused
 
-    def told(what: str, chunk: int) -> Any:
+    def callback(what: str, chunk: int) -> Any:
         def call(parameters: Any) -> None:
             assert list(parameters) == list(stages[chunk].parameters())
             events.append((what, chunk))
@@ -134,8 +134,8 @@ def _listen(config: Any, stages: list[Stage], events: list[Event], aligned: bool
 
     chunks = range(len(stages))
     config.no_sync_func = [no_sync(chunk) for chunk in chunks]
-    config.grad_sync_func = [told("reduce", chunk) for chunk in chunks] if aligned else None
-    config.param_sync_func = [told("gather", chunk) for chunk in chunks] if gathers else None
+    config.grad_sync_func = [callback("reduce", chunk) for chunk in chunks] if aligned else None
+    config.param_sync_func = [callback("gather", chunk) for chunk in chunks] if gathers else None
     if len(stages) == 1:
         for name in ("no_sync_func", "grad_sync_func", "param_sync_func"):
             listed = getattr(config, name)

@@ -101,9 +101,9 @@ def read(masks: Callable[[MaskReader], Iterator[Tensor | None]], **flags: Any) -
                 mine.data.copy_(own)  # the same tensor again, changed behind autograd's back
             elif own is not None:
                 mine = own
-            told = [reader.documents(None if mask is None else mine, layout, 3, layer) for layer in range(3)]
-            assert told[0] == told[1] == told[2]
-            found.append(told[0])
+            per_layer = [reader.documents(None if mask is None else mine, layout, 3, layer) for layer in range(3)]
+            assert per_layer[0] == per_layer[1] == per_layer[2]
+            found.append(per_layer[0])
         return found, way.sent.messages
 
     return on_ranks(layout, job)

@@ -21,7 +21,7 @@ from megatron.longseq.attention.runtime import kv_cache as store_module
 from megatron.longseq.attention.runtime.kv_cache import SegmentKVCache, SegmentOrderError
 from megatron.longseq.attention.runtime.segment_attention import segment_attention
 from megatron.longseq.segment import Segment
-from tests.kv_bytes import held, peaks
+from tests.kv_bytes import held_bytes, peaks
 from tests.unit.attention_bed import SCALE, Split, assert_close, oracle, plain, qkv, seen, segments
 from tests.unit.test_attention_blocks import dense, packed
 
@@ -154,12 +154,12 @@ def test_forward_only_frees_at_the_last_segment() -> None:
         split = Split(inputs, [5, 4, 3], cache, CpuFlash(), forward_only=True, microbatch=microbatch)
         with torch.no_grad(), peaks() as found:
             for index in range(3):
-                assert bool(held(cache)) == bool(index)
+                assert bool(held_bytes(cache)) == bool(index)
                 split.forward(index)
         cache.assert_empty()
         outs = torch.cat([out for out in split.outs if out is not None])
         assert_close([outs], oracle(inputs, seen(12))[:1], 12)
-        assert held(cache) == 0 and found[cache] == 2 * 12 * 2 * 2 * 8 * 8
+        assert held_bytes(cache) == 0 and found[cache] == 2 * 12 * 2 * 2 * 8 * 8
 
 
 def _kept_weights(lengths: list[int], state: Tensor, p: float) -> Tensor:
@@ -283,7 +283,7 @@ def test_what_is_left_is_named_and_forgotten() -> None:
         cache.assert_empty()
     cache.reset()
     cache.assert_empty()
-    assert held(cache) == 0 and cache.current is None
+    assert held_bytes(cache) == 0 and cache.current is None
     inputs = qkv(12, 1, (2, 1))
     assert_close(Split(inputs, [8, 4], cache, CpuFlash()).run().results(), oracle(inputs, seen(12)), 12)
 
@@ -299,15 +299,15 @@ def test_bytes_are_those_of_the_formula_and_steady() -> None:
         with peaks() as found:
             for index, tokens in enumerate((5, 9, 12)):
                 a.forward(index)
-                assert held(cache) == tokens * keys
+                assert held_bytes(cache) == tokens * keys
             for index, tokens in enumerate((5, 9, 12)):
                 b.forward(index)
-                assert held(cache) == (12 + tokens) * keys
+                assert held_bytes(cache) == (12 + tokens) * keys
             for split, further in ((a, 12), (b, 0)):
                 for index, tokens in ((2, 9), (1, 5), (0, 0)):
                     split.backward(index)
-                    assert held(cache) == (tokens + further) * keys + tokens * accumulators
-        assert held(cache) == 0
+                    assert held_bytes(cache) == (tokens + further) * keys + tokens * accumulators
+        assert held_bytes(cache) == 0
         assert found[cache] == 24 * keys + 9 * accumulators
 
 
@@ -331,7 +331,7 @@ def test_autograd_keeps_q_out_and_lse_alone(batch: int, window: int | None) -> N
         assert out.untyped_storage().data_ptr() in storages, "out is kept once, with whoever else keeps it"
         assert out.is_contiguous()
         kept.append(out)
-    assert held(cache) == 2 * 4 * 12 * batch * 32
+    assert held_bytes(cache) == 2 * 4 * 12 * batch * 32
     for segment in reversed(segments(0, lengths)):
         cache.current = segment
         grads = torch.autograd.grad(kept[segment.index].sum(), fused)

@@ -136,16 +136,16 @@ def test_every_row_that_is_sent_is_there_in_time_and_used(problem: Problem) -> N
     for source in range(problem.ring.size):
         own = [move for move in moves if move.source == source]
         assert all(move.sender != move.receiver and move.rows and move.post < move.wait for move in own)
-        held = {source: (0, set(range(size(problem.keys[source]))))}  # rank: since which step, what
+        rows_at = {source: (0, set(range(size(problem.keys[source]))))}  # rank: since which step, what
         for move in sorted(own, key=lambda move: move.wait):
-            since, rows = held[move.sender]
+            since, rows = rows_at[move.sender]
             assert since <= move.post and set(numbers(move.rows)) <= rows
-            assert move.receiver not in held, "one message brings a rank what it gets of a source"
-            held[move.receiver] = move.wait, set(numbers(move.rows))
+            assert move.receiver not in rows_at, "one message brings a rank what it gets of a source"
+            rows_at[move.receiver] = move.wait, set(numbers(move.rows))
         useful: dict[int, set[int]] = {}  # rows of the source that a rank computes with or hands on to use
-        for rank in sorted(held, key=lambda rank: -held[rank][0]):
+        for rank in sorted(rows_at, key=lambda rank: -rows_at[rank][0]):
             index, step = next((i, step) for i, step in enumerate(plans[rank]) if step.source == source)
-            assert index == held[rank][0] and set(numbers(step.kv_rows)) == held[rank][1]
+            assert index == rows_at[rank][0] and set(numbers(step.kv_rows)) == rows_at[rank][1]
             blocks = [block for tile in (*step.first, *step.more) for block in tile.blocks]
             rows = numbers(step.kv_rows)
             useful[rank] = {rows[key] for block in blocks for key in range(*block.keys)}
@@ -181,8 +181,8 @@ def test_every_gradient_comes_home_once(problem: Problem) -> None:
     parts = sorted(computed(problem), key=lambda part: part[0])
     for index, rank, source, rows in parts:
         add(wanted, source, source, {row: Counter([rank]) for row in rows})
-        for _, receiver, of, came in [move for move in flying if move[0] <= index]:
-            add(sums, receiver, of, came)
+        for _, receiver, of, arrivals in [move for move in flying if move[0] <= index]:
+            add(sums, receiver, of, arrivals)
         flying = [move for move in flying if move[0] > index]
         add(sums, rank, source, {row: Counter([rank]) for row in rows})
         step, here = problem.steps(rank)[index], sums.get((rank, source), {})
@@ -192,9 +192,9 @@ def test_every_gradient_comes_home_once(problem: Problem) -> None:
             assert move.wait > index
             flying.append((move.wait, move.receiver, move.source, {row: here.pop(row) for row in numbers(move.rows)}))
         assert index == 0 or not here, "a gradient stays behind"
-    for wait, receiver, source, came in flying:
+    for wait, receiver, source, arrivals in flying:
         assert (wait, receiver) == (problem.ring.size, source)
-        add(sums, receiver, source, came)
+        add(sums, receiver, source, arrivals)
     assert {key: rows for key, rows in sums.items() if rows} == wanted
     moves = problem.traffic.grads
     assert len({(move.sender, move.receiver, move.post) for move in moves}) == len(moves)

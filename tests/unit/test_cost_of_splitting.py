@@ -26,15 +26,15 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(arguments: list[str]) -> tuple[int, str]:
     """Return the script's status and what it prints; in a rank of the pool, for it makes a process group."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
         status = script.main(arguments)
-    return status, said.getvalue()
+    return status, output.getvalue()
 
 
 def test_it_measures_and_predicts(ranks: RankPool, tmp_path: Path) -> None:
-    ((status, said),) = ranks.run(1, run, [*SMALL.split(), "--out", str(tmp_path / "out.json")])
-    table, found = said.splitlines()[:-1], json.loads(said.splitlines()[-1])
+    ((status, output),) = ranks.run(1, run, [*SMALL.split(), "--out", str(tmp_path / "out.json")])
+    table, found = output.splitlines()[:-1], json.loads(output.splitlines()[-1])
     assert status == 0 and found == json.loads((tmp_path / "out.json").read_text())
     names = [f"G{groups}N96K{splits}" for groups in (4, 2) for splits in (1, 2, 4)]  # K 1 comes by itself
     assert [line.split()[:3] for line in table[3:]] == [[name[1], "96", name[-1]] for name in names]
@@ -60,9 +60,9 @@ def test_gradients_that_differ_are_an_error(
         known = {one.name: one for one in (whole, cut)}
         monkeypatch.setattr(script, "_measure_all", lambda *_, k=known, d=difference: (k, {cut.name: d}, ["G2N64K4"]))
         assert script.main(SMALL.split()) == status
-        said = capsys.readouterr()
-        assert ("G2N64K2: the gradient is not that" in said.err) == bool(status)
-        assert "G2N64K4: the device's memory does not suffice" in said.out
+        output = capsys.readouterr()
+        assert ("G2N64K2: the gradient is not that" in output.err) == bool(status)
+        assert "G2N64K4: the device's memory does not suffice" in output.out
 
 
 def costing(segments: int) -> Measured:

@@ -172,9 +172,9 @@ def test_shards_and_shuffling_keep_conversations_and_their_masks_whole(
     assert content(in_order) != content(shuffled) and sorted(content(in_order)) == sorted(content(shuffled))
     capsysbinary.readouterr()
     assert main(["inspect", str(tmp_path / "a"), "--document", "0"]) == 0
-    told = capsysbinary.readouterr().out.decode()
-    assert f"{len(in_order[0].ids)} tokens, {in_order[0].loss_mask.sum()} in the loss" in told
-    assert told.endswith("Because 0 Because 0\n")
+    error = capsysbinary.readouterr().out.decode()
+    assert f"{len(in_order[0].ids)} tokens, {in_order[0].loss_mask.sum()} in the loss" in error
+    assert error.endswith("Because 0 Because 0\n")
 
 
 MALFORMED = {
@@ -196,9 +196,9 @@ def test_malformed_conversations_are_named(tmp_path: Path, folder: Path, capsys:
     lines = [{"messages": LINES[0]}, {"messages": []}, *(line for line, _ in MALFORMED.values())]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert prepare(path, tmp_path / "out", folder) == 1
-    told = capsys.readouterr().err
+    error = capsys.readouterr().err
     for number, (_, reason) in enumerate(MALFORMED.values(), start=3):
-        assert f"{path}:{number}: {reason}" in told
+        assert f"{path}:{number}: {reason}" in error
     assert not list(tmp_path.glob("out*"))
     assert prepare(path, tmp_path / "out", folder, "--skip-malformed") == 0
     content = manifest.read(str(tmp_path / "out"))

@@ -184,9 +184,9 @@ def agreement(different: bool) -> str:
 
 def test_ranks_that_differ_are_refused_on_every_rank(ranks):
     assert ranks.run(2, agreement, False) == ["agreed"] * 2
-    for told in ranks.run(2, agreement, True):
-        assert "the ranks have different patches" in told
-        assert "ranks 1: removed entry.checkpoint-digest (compared with ranks 0" in told
+    for message in ranks.run(2, agreement, True):
+        assert "the ranks have different patches" in message
+        assert "ranks 1: removed entry.checkpoint-digest (compared with ranks 0" in message
 
 
 def test_lazy_initialisation_compares_when_the_ranks_are_connected(monkeypatch):
@@ -221,10 +221,10 @@ def contents() -> dict[str, int]:
     """Return the identities of all values in upstream's modules, torch.cuda and this project, without modules."""
     prefixes = ("megatron.", "patches.", "torch.cuda")
     modules = [m for name, m in list(sys.modules.items()) if name.startswith(prefixes) and isinstance(m, ModuleType)]
-    held = [(f"{m.__name__}:{name}", value) for m in modules for name, value in vars(m).items()]
-    classes = {value for _, value in held if isinstance(value, type) and value.__module__.startswith(prefixes)}
-    held += [(f"{c.__module__}:{c.__qualname__}.{name}", value) for c in classes for name, value in vars(c).items()]
-    return {name: id(value) for name, value in held if not isinstance(value, ModuleType)}
+    pairs = [(f"{m.__name__}:{name}", value) for m in modules for name, value in vars(m).items()]
+    classes = {value for _, value in pairs if isinstance(value, type) and value.__module__.startswith(prefixes)}
+    pairs += [(f"{c.__module__}:{c.__qualname__}.{name}", value) for c in classes for name, value in vars(c).items()]
+    return {name: id(value) for name, value in pairs if not isinstance(value, ModuleType)}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the cpu system never acts where CUDA is available")

@@ -77,7 +77,7 @@ def test_upstreams_validation_proves_every_size_of_the_run(ranks: RankPool, tmp_
         f"{steps} {k2} --global-batch-size 8 --eval-iters 1 --eval-global-batch-size 1": None,
     }
     lines = [flags(TINY.replace("--global-batch-size 8", ""), case) for case in cases]
-    (told,) = ranks.run(1, messages_of_upstreams_validation, lines, 4)
-    for case, message, want in zip(cases, told, cases.values(), strict=True):
+    (messages,) = ranks.run(1, messages_of_upstreams_validation, lines, 4)
+    for case, message, want in zip(cases, messages, cases.values(), strict=True):
         assert (message is None) == (want is None), (case, message)
         assert want is None or (message is not None and want in message), (case, message)

@@ -71,13 +71,13 @@ def walked(order: tuple[Action, ...], rank: int, virtual: int, aligned: bool, ov
         yield
         events.append(("resume",))
 
-    def told(what: str) -> Any:
+    def callback(what: str) -> Any:
         return lambda parameters: events.append((what, *parameters))
 
     config = Namespace(
         no_sync_func=no_sync if overlaps else None,
-        grad_sync_func=told("reduce") if aligned and overlaps else None,
-        param_sync_func=told("gather"),
+        grad_sync_func=callback("reduce") if aligned and overlaps else None,
+        param_sync_func=callback("gather"),
     )
     sync = GradSync(config, [Model(chunk, events, overlaps) for chunk in range(virtual)], order, rank)  # type: ignore[misc]
     with sync.paused(forward_only=False):

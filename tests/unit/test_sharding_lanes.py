@@ -196,17 +196,17 @@ def test_an_error_names_what_failed_and_stops_what_comes_later(is_overlapped: bo
 
 @pytest.mark.parametrize("is_overlapped", [True, False])
 def test_what_was_submitted_before_an_error_fails_rather_than_hangs(is_overlapped: bool) -> None:
-    fake, begun, go = Fake(), threading.Event(), threading.Event()
+    fake, first_starts, go = Fake(), threading.Event(), threading.Event()
 
     def planted(collective: Collective, number: int) -> None:
-        begun.set()
+        first_starts.set()
         assert go.wait(LIMIT)
         raise OSError("gone")
 
     fake.planted = planted
     with lanes(fake, is_overlapped=is_overlapped) as mine:
         handles = [mine.submit(ALL_REDUCE, bucket(number), f"bucket {number}") for number in range(4)]
-        assert begun.wait(LIMIT)
+        assert first_starts.wait(LIMIT)
         go.set()
         with pytest.raises(CommError, match="reduce-scatter inside of bucket 0 failed: OSError: gone"):
             handles[0].wait()

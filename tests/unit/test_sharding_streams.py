@@ -57,13 +57,13 @@ class DoublingRunner:
 
 
 def writing(part: torch.Tensor, value: int) -> Callable[[], None]:
-    held = weakref.ref(part)
-    return lambda: held().fill_(value)  # type: ignore[union-attr]
+    reference = weakref.ref(part)
+    return lambda: reference().fill_(value)  # type: ignore[union-attr]
 
 
 def reading(part: torch.Tensor, seen: list[int]) -> Callable[[], None]:
-    held = weakref.ref(part)
-    return lambda: seen.append(int(held()))  # type: ignore[arg-type]
+    reference = weakref.ref(part)
+    return lambda: seen.append(int(reference()))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("is_overlapped", [True, False])
@@ -111,13 +111,13 @@ def test_a_stream_that_does_not_wait_sees_too_little(machine: Machine) -> None:
 def test_memory_is_kept_until_it_is_waited_for_or_seen_to_be_done(machine: Machine) -> None:
     lanes, order = CommQueues(DoublingRunner(machine), GPU, 0, is_overlapped=True), random.Random(0)
     part = torch.zeros(1)
-    held = weakref.ref(part)
+    reference = weakref.ref(part)
     handle = lanes.submit(JOBS[0], Region(None, part), "nobody waits")
     del part
-    assert held() is not None
+    assert reference() is not None
     machine.run(order)
     lanes.submit(JOBS[0], Region(None, torch.zeros(1)), "next")
-    assert held() is None and handle
+    assert reference() is None and handle
     machine.run(order)
 
 

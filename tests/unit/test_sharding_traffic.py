@@ -51,10 +51,10 @@ def near(value: float, text: str) -> bool:
 
 @pytest.mark.parametrize("row", GOLDEN, ids=lambda row: row[0])
 def test_the_published_table(row: tuple[str, ...]) -> None:
-    name, held, inside, between, seconds = row
+    name, stored, inside, between, seconds = row
     strategy = Strategy.parse(name)
     step = comm_volume(strategy, PUBLISHED.groups, PUBLISHED.model, PAPER).step(8)
-    assert near(memory(strategy, PUBLISHED.groups, PUBLISHED.model, PAPER).total / 1e9, held)
+    assert near(memory(strategy, PUBLISHED.groups, PUBLISHED.model, PAPER).total / 1e9, stored)
     assert near(step.inside / 1e9, inside) and near(step.between / 1e9, between) and step.flat == 0
     assert near(predict(strategy, PUBLISHED).seconds.step, seconds)
     assert near(predict(strategy, PUBLISHED).seconds.communication, seconds)
@@ -100,10 +100,10 @@ def test_closed_forms(strategy: Strategy) -> None:
         step = comm_volume(strategy, groups, model, PAPER).step(microbatches)
         inside, between = terms(strategy, m, count, 2 * model.params, 2 * model.trainable, microbatches)
         assert (step.inside, step.between) == (pytest.approx(inside), pytest.approx(between)), groups
-        held = memory(strategy, groups, model, PAPER)
+        stored = memory(strategy, groups, model, PAPER)
         cut = {"N": 1, "I": m, "G": m * count}
         p, g, o = str(strategy)
-        assert held.total == pytest.approx(
+        assert stored.total == pytest.approx(
             2 * model.params / cut[p] + 2 * model.trainable / cut[g] + 12 * model.trainable / cut[o]
         ), groups
 
@@ -315,8 +315,8 @@ def test_each_bucket_is_flat_or_not_by_its_own_bytes() -> None:
 
 def test_uneven_parameters_are_padded_to_whole_shards() -> None:
     groups, model = RankGroups(4, 2), Model(10, 5)
-    held = memory(Strategy.parse("IIG"), groups, model, MEGATRON)
-    assert (held.params, held.grads, held.optimizer) == (2 * 3 * 2, 2 * 2 * 4, 2 * 12)
+    stored = memory(Strategy.parse("IIG"), groups, model, MEGATRON)
+    assert (stored.params, stored.grads, stored.optimizer) == (2 * 3 * 2, 2 * 2 * 4, 2 * 12)
     assert comm_volume(Strategy.parse("GGG"), groups, model, is_flat=True).params.flat == 3 * 3 * 2
 
 

@@ -262,7 +262,7 @@ def counted(case: Case) -> dict[str, Any]:
             store.begin(0)
             with Counted() as backward:
                 loss.backward()
-            held = pending_bytes(store)
+            pending = pending_bytes(store)
             with Counted() as weight:
                 store.run(0)
             shapes = Counter(tuple(model.get_submodule(name[2:]).weight.shape) for name in attachment.names)
@@ -272,7 +272,7 @@ def counted(case: Case) -> dict[str, Any]:
             "W": weight.products,
             "weights": shapes,
             "linears": len(attachment.names),
-            "held": held,
+            "held": pending,
             "left": pending_bytes(store),
         }
 
