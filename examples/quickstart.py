@@ -185,7 +185,7 @@ def report(plan: QuickstartRun, seconds: float) -> None:
         f"  training loss {first:.3f} at step 1 -> {last:.3f} over the last 10 steps, held-out loss "
         f"{curves.held_out[-1][1]:.4f}; {sorted(speeds)[len(speeds) // 2]:.0f} tokens/s"
     )
-    say(f"Where:     {where}/   loss.png, loss.svg, log.txt, arguments.json, tensorboard/, checkpoints/, ranks/")
+    say(f"Where:     {where}/   loss.png, loss.svg, log.txt, arguments.json, tensorboard/, checkpoints/, start-0/")
     python = Path(sys.executable)
     tools = os.path.relpath(python.parent) if python.is_relative_to(ROOT) else python.parent
     say(f"Try next:  {tools}/python -m patches list     (what is patched, and why)")

@@ -10,6 +10,8 @@ source "$ROOT/scripts/lib/site.sh"
 source "$ROOT/scripts/lib/devices.sh"
 # shellcheck source=scripts/lib/options.sh
 source "$ROOT/scripts/lib/options.sh"
+# shellcheck source=scripts/lib/settings.sh
+source "$ROOT/scripts/lib/settings.sh"
 # shellcheck source=scripts/lib/compose.sh
 source "$ROOT/scripts/lib/compose.sh"
 # shellcheck source=scripts/lib/record.sh
@@ -23,13 +25,14 @@ main() {
   choose_tools
   choose_ranks
   choose_run_dir
+  choose_start_dir
   compose
   if ((DRY_RUN)); then
     print_command
     return
   fi
   record_start
-  # exec, so that signals to this process reach the supervisor, srun, docker or sbatch.
+  # exec, so that signals to this process reach the supervisor, the job, docker or sbatch.
   exec env "${SET_ENV[@]}" "${COMMAND[@]}"
 }
 

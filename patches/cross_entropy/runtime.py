@@ -49,7 +49,9 @@ def with_chunked_loss(original: Callable[..., Any]) -> Callable[..., Any]:
             elif labels is None:
                 warn_of_whole_logits("the script asks the model for logits (labels=None)")
             else:
-                given.arguments["output_processor"] = ChunkedLoss(get_args().cross_entropy_chunk_tokens)
+                flags = get_args()
+                needs_gradient = flags.overlap_grad_reduce or getattr(flags, "paro", None) is not None
+                given.arguments["output_processor"] = ChunkedLoss(flags.cross_entropy_chunk_tokens, needs_gradient)
         return original(*given.args, **given.kwargs)
 
     return _postprocess

@@ -25,7 +25,7 @@ def _make() -> Any:
     from megatron.longseq.attention.runtime.comm import GroupCollectives
     from megatron.longseq.attention.runtime.document_layouts import DocumentLayouts
     from megatron.longseq.attention.runtime.packed_batch import PackedReader
-    from megatron.longseq.pipeline.plan.from_args import segment_lengths
+    from megatron.longseq.pipeline.plan.from_args import model_shape, segment_lengths
     from patches.packed.conditions import packs_documents
 
     args = get_args()
@@ -39,6 +39,7 @@ def _make() -> Any:
             # A batch that the script packs itself may be cut as without documents.
             args.context_parallel_layout if is_known else "sequence",
             args.ring_window,
+            model_shape(args).windows(),
             lambda line: print_rank_0(f"> {line}"),
         )
     group = parallel_state.get_tensor_and_context_parallel_group()

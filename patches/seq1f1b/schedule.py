@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.longseq.pipeline.arguments import check_trace_step, refuse_unserved
+from megatron.longseq.pipeline.plan.from_args import BY_DOCUMENTS
 from patches.engine import session
 from patches.environment import has_one_queue
 from patches.seq1f1b.checks import prove_batches, refuse_stages
@@ -25,6 +26,7 @@ def with_plan(original: Callable[..., Any]) -> Callable[..., Any]:
         refuse_unserved(args)
         refuse_stages(args)
         check_trace_step(args)
+        _refuse_partition(args)
         if args.seq1f1b_splits > 1:
             # In TransformerEngine's layers the backward of a micro-batch's first forward overwrites fused weight
             # gradients. With segments that backward is the last one. This flag makes every backward accumulate.
@@ -67,7 +69,7 @@ def _forward_backward() -> Any:
     from patches.usp.runtime import current_context
 
     args = get_args()
-    plan = _plan(args)
+    plan, by_documents = _plan(args), args.seq1f1b_partition == BY_DOCUMENTS
     if args.zero_bubble:  # its order depends on the padded vocabulary, which is known only now
         prove_batches(args, plan)
     return ForwardBackward(
@@ -75,12 +77,50 @@ def _forward_backward() -> Any:
         needs_mask=args.reset_attention_mask,
         sends_documents=args.create_attention_mask_in_dataloader,
         context=current_context() if spreads_segments(args) else None,
+        document_cuts=_document_cuts(args) if by_documents else None,
         packed=packed_reader() if args.seq1f1b_splits > 1 else None,
         patience=args.pipeline_patience,
         timeout=timedelta(minutes=args.distributed_timeout_minutes),
         trace=functools.partial(_write_trace, Path(args.pipeline_trace)) if args.pipeline_trace else None,
         trace_step=args.pipeline_trace_step,
     )
+
+
+def _document_cuts(args: Namespace) -> Any:
+    from megatron.core import parallel_state
+    from megatron.training import print_rank_0
+
+    from megatron.longseq.attention.runtime.comm import GroupCollectives
+    from megatron.longseq.pipeline.plan.from_args import document_cutter
+    from megatron.longseq.pipeline.runtime.document_cuts import DocumentCuts
+
+    groups = (
+        parallel_state.get_tensor_and_context_parallel_group(),
+        parallel_state.get_pipeline_model_parallel_group(),
+    )
+    return DocumentCuts(
+        document_cutter(args),
+        args.seq1f1b_splits,
+        args.seq_length,
+        [GroupCollectives(group) for group in groups if group.size() > 1],
+        lambda line: print_rank_0(f"> {line}"),
+    )
+
+
+def _refuse_partition(args: Namespace) -> None:
+    """Refuse a cut by documents where samples have none.
+
+    Raises:
+        ValueError: names the flags that pack documents.
+    """
+    from patches.packed.conditions import packs_documents
+
+    if args.seq1f1b_partition == BY_DOCUMENTS and not packs_documents(args):
+        raise ValueError(
+            "--seq1f1b-partition documents: it reads the documents of a step from its samples before the step begins, "
+            "but no flag packs documents there; give --dataloader-inter-document-masking, --sft or "
+            "--reset-attention-mask, or --seq1f1b-partition balanced."
+        )
 
 
 def _write_trace(folder: Path, schedule: Any, rank: int, spans: Any) -> None:

@@ -23,8 +23,6 @@ def by_segment(original: Callable[..., Any]) -> Callable[..., Any]:
     def cut_by_segment(batch: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         from megatron.training import get_args
 
-        from megatron.longseq.pipeline.plan.from_args import segment_lengths
-
         flags = get_args()
         batch = as_sequences(batch, flags.seq_length)
         if flags.context_parallel_size > 1 and _borders(batch) is not None:
@@ -36,7 +34,7 @@ def by_segment(original: Callable[..., Any]) -> Callable[..., Any]:
         cut = {name: value for name, value in batch.items() if _is_cut(name, value, flags.seq_length)}
         rest = {name: value for name, value in batch.items() if name not in cut}
         parts, begin = [], 0
-        for length in segment_lengths(flags):
+        for length in _segment_lengths(flags):
             piece = {name: value.narrow(_dim(name), begin, length) for name, value in cut.items()}
             parts.append(original({**rest, **piece}, *args, **kwargs))
             begin += length
@@ -44,6 +42,14 @@ def by_segment(original: Callable[..., Any]) -> Callable[..., Any]:
         return {**parts[-1], **joined}
 
     return cut_by_segment
+
+
+def _segment_lengths(flags: Any) -> tuple[int, ...]:
+    """Return the tokens per segment of the micro-batch that is being read."""
+    from megatron.longseq.pipeline.plan.from_args import BY_DOCUMENTS, segment_lengths
+    from patches.packed.model import packed_reader
+
+    return packed_reader().layouts.lengths if flags.seq1f1b_partition == BY_DOCUMENTS else segment_lengths(flags)
 
 
 def by_sequence(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by launch.sh: composes the command in the array COMMAND and its environment in SET_ENV.
-# shellcheck disable=SC2153,SC2154  # variables in capitals are set in options.sh
+# shellcheck disable=SC2153,SC2154  # variables in capitals are set in options.sh and settings.sh
 
 compose() {
   set_environment
@@ -32,53 +32,140 @@ set_environment() {
   fi
 }
 
-# node_command RENDEZVOUS...: sets NODE, the command that runs once on each node.
+# node_command OPTION... -- RENDEZVOUS...: sets NODE, the command that runs once on each node, from the options of
+# supervise.py and those of torchrun.
 node_command() {
-  NODE=("$PYTHON_BIN" "$ROOT/scripts/lib/supervise.py" -- "$TORCHRUN" "$@"
-    --nproc-per-node "$PER_NODE" --max-restarts 0 --role rank --tee 3 --log-dir "$RUN_DIR/ranks"
-    -m patches run "${SCRIPT[@]}")
+  local python=$PYTHON_BIN options=() action=run
+  while [[ $1 != -- ]]; do
+    options+=("$1")
+    shift
+  done
+  shift
+  [[ -z $CONTAINER ]] || python=python
+  ((PREFLIGHT == 0)) || action=preflight
+  NODE=("$python" "$ROOT/scripts/lib/supervise.py" --start-dir "$START_DIR" "${options[@]}" --
+    "$TORCHRUN" "$@" --nproc-per-node "$PER_NODE" --max-restarts 0
+    --no-python "$python" "$ROOT/scripts/lib/rank.py" "$START_DIR/ranks" "$python" -m patches "$action" "${SCRIPT[@]}")
+  [[ $CONTAINER != apptainer ]] || wrap_apptainer
 }
 
-# rendezvous HOST PORT ID
-rendezvous() {
-  node_command --nnodes "$NODES" --rdzv-backend c10d --rdzv-endpoint "$1:$2" --rdzv-id "$3"
+# mounted_folders: prints the folders that containers need, one per line.
+mounted_folders() {
+  printf '%s\n' "$ROOT" "$PWD" "$RUN_DIR" "${MOUNTS[@]}" | sort -u
+}
+
+wrap_apptainer() {
+  local folder wrapper=(apptainer exec --pwd "$PWD")
+  ((GPUS == 0)) || wrapper+=(--nv)
+  while IFS= read -r folder; do wrapper+=(--bind "$folder:$folder"); done < <(mounted_folders)
+  NODE=("${wrapper[@]}" "$IMAGE" "${NODE[@]}")
 }
 
 compose_local() {
   if ((NODES == 1)); then
     # The host name of a laptop often does not resolve, so the loopback address is used.
-    node_command --standalone --local-addr 127.0.0.1
+    node_command -- --standalone --local-addr 127.0.0.1
   else
-    rendezvous "$MASTER_ADDR" "${MASTER_PORT:-29500}" longseq
+    check_name "$MASTER_ADDR"
+    node_command --nodes "$NODES" -- --nnodes "$NODES" --rdzv-backend c10d --rdzv-id longseq \
+      --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}"
   fi
   COMMAND=("${NODE[@]}")
 }
 
-compose_srun() {
-  local first
-  if ((NODES == 1)); then
-    node_command --standalone
-  else
-    first=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?}" | head -n 1)
-    [[ -n $first ]] || die "scontrol names no host for SLURM_JOB_NODELIST=$SLURM_JOB_NODELIST"
-    # Derived from the job number, so that two jobs on a node use different ports, below the ephemeral range.
-    rendezvous "$first" "$((20000 + SLURM_JOB_ID % 10000))" "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
-  fi
-  # One task per node may use all cores. By default srun binds a single task to one core.
-  COMMAND=(srun --nodes "$NODES" --ntasks "$NODES" --ntasks-per-node 1 --cpu-bind=none --kill-on-bad-exit=1 --overlap)
-  [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || COMMAND+=(--cpus-per-task "$SLURM_CPUS_PER_TASK")
-  COMMAND+=("${NODE[@]}")
+# check_name HOST: ends with a message if the name does not resolve here. torchrun would wait for two minutes.
+check_name() {
+  ((DRY_RUN)) || getent ahosts "$1" >/dev/null 2>&1 ||
+    die "the first node's name $1 does not resolve here: set MASTER_ADDR to its address"
 }
 
-# The job calls this launcher again with the same options.
+# meeting_host: prints the address of the job's first node. slurm knows one even if the name does not resolve.
+meeting_host() {
+  local first address
+  if [[ -n ${MASTER_ADDR:-} ]]; then
+    check_name "$MASTER_ADDR"
+    printf '%s' "$MASTER_ADDR"
+    return
+  fi
+  first=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?}" | head -n 1)
+  [[ -n $first ]] || die "scontrol names no host for SLURM_JOB_NODELIST=$SLURM_JOB_NODELIST"
+  if getent ahosts "$first" >/dev/null 2>&1; then
+    printf '%s' "$first"
+    return
+  fi
+  address=$(scontrol show node "$first" 2>/dev/null | grep -oE 'NodeAddr=[^ ]+' | cut -d= -f2 || true)
+  if [[ -n $address && $address != "$first" ]] && getent ahosts "$address" >/dev/null 2>&1; then
+    printf '%s' "$address"
+    return
+  fi
+  die "the name of the job's first node, $first, does not resolve on $(hostname), and slurm knows no address of it:
+  set MASTER_ADDR to the address at which the other nodes reach it, or repair the name service"
+}
+
+compose_srun() {
+  local host save
+  if ((NODES == 1)); then
+    node_command --quiet -- --standalone --local-addr 127.0.0.1
+  else
+    host=$(meeting_host)
+    # Derived from the job number, so that two jobs on a node use different ports, below the ephemeral range.
+    node_command --quiet --nodes "$NODES" --meeting "$host:${MASTER_PORT:-$((20000 + 2 * (SLURM_JOB_ID % 5000)))}" --
+  fi
+  # One task per node may use all cores. By default srun binds a single task to one core.
+  SRUN=(srun --nodes "$NODES" --ntasks "$NODES" --ntasks-per-node 1 --cpu-bind=none --kill-on-bad-exit=1 --overlap)
+  [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || SRUN+=(--cpus-per-task "$SLURM_CPUS_PER_TASK")
+  [[ $CONTAINER != pyxis ]] || add_pyxis
+  COMMAND=("$PYTHON_BIN" "$ROOT/scripts/lib/job.py" --start-dir "$START_DIR" --max-requeues "${MAX_REQUEUES:-0}")
+  ! save=$(script_value --save) || COMMAND+=(--save "$(realpath -m -- "$save")")
+  # USR1 is ignored until the supervisor is ready for it.
+  # shellcheck disable=SC2016  # the inner bash expands $@
+  COMMAND+=(-- "${SRUN[@]}" bash -c 'trap "" USR1; exec "$@"' launch "${NODE[@]}")
+}
+
+add_pyxis() {
+  local folder mounts=""
+  while IFS= read -r folder; do mounts+=${mounts:+,}$folder:$folder; done < <(mounted_folders)
+  SRUN+=(--container-image "$IMAGE" --container-mounts "$mounts" --container-workdir "$PWD" --no-container-mount-home)
+}
+
+# The job calls the launcher of the copied code with the same options.
 compose_sbatch() {
-  SET_ENV+=("LONGSEQ_ROOT=$ROOT")
-  COMMAND=(sbatch --nodes "$NODES" --job-name "$NAME")
+  local arg number=1
+  CODE_DIR=$RUN_DIR/code
+  while [[ -e $CODE_DIR ]]; do CODE_DIR=$RUN_DIR/code-$((number += 1)); done
+  COMMAND=(sbatch --nodes "$NODES" --job-name "$NAME" --output "$RUN_DIR/slurm-%j.out"
+    --signal "B:USR1@${SIGNAL_SECONDS:-300}")
   ((GPUS == 0)) || COMMAND+=(--gpus-per-node "$GPUS")
-  COMMAND+=("${SLURM_ARGS[@]}" "$ROOT/scripts/slurm/train.sbatch" --nodes "$NODES" "$PER_NODE_FLAG" "$PER_NODE")
-  [[ -z $SITE ]] || COMMAND+=(--site "$SITE")
-  [[ -z $RUN_DIR ]] || COMMAND+=(--run-dir "$RUN_DIR")
-  COMMAND+=(-- "${SCRIPT[@]}")
+  # By default slurm gives one core to each node's only task.
+  asks_for_cores || COMMAND+=(--exclusive)
+  COMMAND+=("${SLURM_ARGS[@]}" "$CODE_DIR/scripts/slurm/train.sbatch" "$CODE_DIR" --nodes "$NODES")
+  COMMAND+=("$PER_NODE_FLAG" "$PER_NODE" --run-dir "$RUN_DIR" --max-requeues "${MAX_REQUEUES:-10}")
+  [[ -z $SITE ]] || COMMAND+=(--site "$CODE_DIR/site.env")
+  [[ -z $VENV_BIN ]] || COMMAND+=(--venv "${VENV_BIN%/bin}")
+  [[ ${VENV:-} != none ]] || COMMAND+=(--venv none)
+  [[ -z $CONTAINER ]] || COMMAND+=("--$CONTAINER" "$IMAGE")
+  for arg in "${MOUNTS[@]}"; do COMMAND+=(--mount "$arg"); done
+  ((PREFLIGHT == 0)) || COMMAND+=(--preflight)
+  COMMAND+=(-- "$(copied "${SCRIPT[0]}")" "${SCRIPT[@]:1}")
+}
+
+# asks_for_cores: succeeds if the arguments of sbatch or its variables say how many cores the job gets.
+asks_for_cores() {
+  local words=" ${SLURM_ARGS[*]%%=*} ${SITE_ENV[*]%%=*} "
+  [[ $words =~ \ (--exclusive|-c|--cpus-per-task|--cpus-per-gpu|--oversubscribe|-s)\  ]] ||
+    [[ $words =~ \ SBATCH_(EXCLUSIVE|CPUS_PER_TASK|CPUS_PER_GPU)\  ]] ||
+    [[ -n ${SBATCH_EXCLUSIVE+set}${SBATCH_CPUS_PER_TASK:-}${SBATCH_CPUS_PER_GPU:-} ]]
+}
+
+# copied FILE: prints the file's path in the copy of the code, or its own if it lies elsewhere.
+copied() {
+  local file
+  file=$(realpath -- "$1")
+  if [[ $file == "$ROOT"/examples/* ]]; then
+    printf '%s' "$CODE_DIR/${file#"$ROOT"/}"
+  else
+    printf '%s' "$file"
+  fi
 }
 
 # The container calls this launcher again. Mounted folders have the same paths inside.
@@ -89,8 +176,8 @@ compose_docker() {
   ((GPUS == 0)) || COMMAND+=(--gpus all)
   [[ -z ${CUDA_VISIBLE_DEVICES+set} ]] || COMMAND+=(--env "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES")
   for pair in "${SITE_ENV[@]}"; do COMMAND+=(--env "${pair%%=*}"); done
-  while IFS= read -r folder; do
-    COMMAND+=(--volume "$folder:$folder")
-  done < <(printf '%s\n' "$ROOT" "$PWD" "$RUN_DIR" "${MOUNTS[@]}" | sort -u)
-  COMMAND+=("$IMAGE" bash "$ROOT/scripts/launch.sh" --local --nproc "$PER_NODE" --run-dir "$RUN_DIR" -- "${SCRIPT[@]}")
+  while IFS= read -r folder; do COMMAND+=(--volume "$folder:$folder"); done < <(mounted_folders)
+  COMMAND+=("$IMAGE" bash "$ROOT/scripts/launch.sh" --local --nproc "$PER_NODE" --run-dir "$RUN_DIR")
+  ((PREFLIGHT == 0)) || COMMAND+=(--preflight)
+  COMMAND+=(-- "${SCRIPT[@]}")
 }

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by launch.sh: parses its command line and derives the settings of the launch.
-# shellcheck disable=SC2034  # compose.sh and record.sh read the variables set here
+# Sourced by launch.sh: parses its command line.
+# shellcheck disable=SC2034  # settings.sh, compose.sh and record.sh read the variables set here
 
 usage() {
   cat <<'TEXT'
@@ -11,35 +11,67 @@ usage: bash scripts/launch.sh [OPTION...] -- SCRIPT [ARGUMENT...]
   --nodes N                      number of nodes (default: 1, or the slurm job's)
   --site FILE                    environment variables of the machine, e.g. scripts/sites/h100-ib.env
   --run-dir DIR                  folder for logs and records (default: runs/SCRIPT-TIME or runs/SCRIPT-JOB)
-  --local                        run on this machine, even inside a slurm job (for several nodes, run the same command
-                                 on each, with MASTER_ADDR set to the first one)
-  --slurm                        run through srun inside a job (the default there), and through sbatch outside
-  --slurm-arg ARG                pass an argument to sbatch; may be repeated: --slurm-arg --partition=gpu
-  --docker IMAGE                 run in a container of this image; the checkout and the current folder are mounted
-  --mount DIR                    with --docker: mount another folder at the same path; may be repeated
+  --preflight                    run the checks of docs/launch.md on all ranks in place of the training
   --dry-run                      print the command with its environment, ready to paste, and do nothing
 
-  VENV=DIR or VENV=none selects the Python and torchrun, as for the other scripts.
+ where to run
+  --local                        on this machine, even inside a slurm job (for several nodes, run the same command on
+                                 each, with MASTER_ADDR set to the first one)
+  --slurm                        through srun inside a job (the default there), and through sbatch outside
+  --docker IMAGE                 in a docker container on this machine
+  --pyxis IMAGE                  with slurm: in containers of this image, through srun's plugin Pyxis
+  --apptainer IMAGE              in apptainer containers, on this machine or with --slurm
+  --mount DIR                    mount another folder into the containers, at the same path; may be repeated. The
+                                 checkout, the current folder and the run folder are mounted.
+
+ with --slurm
+  --slurm-arg ARG                pass an argument to sbatch; may be repeated: --slurm-arg --partition=gpu
+  --signal-seconds N             time before the limit at which the ranks save and stop (default: 300)
+  --max-requeues N               how often a job that was stopped after it saved a checkpoint is requeued (default: 10)
+
+  Options may be written --option VALUE or --option=VALUE. VENV=DIR or VENV=none selects the Python and torchrun, as for
+  the other scripts.
 TEXT
 }
 
 # usage_error MESSAGE
 usage_error() { die "$1 (bash scripts/launch.sh --help)" 2; }
 
+# Options with a value; those of the last line may be repeated.
+readonly VALUE_OPTIONS=" --nodes --nproc --gpus-per-node --site --run-dir --docker --pyxis --apptainer --signal-seconds \
+--max-requeues --venv --mount --slurm-arg "
+readonly REPEATABLE_OPTIONS=" --mount --slurm-arg "
+# Arguments of sbatch that the launcher sets itself, and its option for each.
+readonly OWNED_SLURM_ARGS="-N=--nodes --nodes=--nodes -n=--nproc --ntasks=--nproc --ntasks-per-node=--nproc -o=--run-dir \
+--output=--run-dir --open-mode=--run-dir --signal=--signal-seconds --requeue=--max-requeues --no-requeue=--max-requeues \
+-G=--gpus-per-node --gpus=--gpus-per-node --gpus-per-node=--gpus-per-node --gres=--gpus-per-node"
+
 parse_options() {
-  NODES="" PER_NODE="" PER_NODE_FLAG="" SITE="" RUN_DIR="" MODE="" IMAGE="" DRY_RUN=0 SLURM_ARGS=() MOUNTS=()
+  local name seen=" "
+  NODES="" PER_NODE="" PER_NODE_FLAG="" SITE="" RUN_DIR="" MODE="" IMAGE="" CONTAINER="" DRY_RUN=0 PREFLIGHT=0
+  SLURM_ARGS=() MOUNTS=() SIGNAL_SECONDS="" MAX_REQUEUES=""
   while (($#)) && [[ $1 != -- ]]; do
-    case $1 in
-      --nodes | --nproc | --gpus-per-node | --site | --run-dir | --docker | --mount | --slurm-arg)
-        (($# > 1)) && [[ $2 != -- ]] || usage_error "$1 needs a value"
-        take_value "$1" "$2"
-        shift 2
-        ;;
-      --local | --slurm) choose_once "${1#--}" && shift ;;
-      --dry-run) DRY_RUN=1 && shift ;;
+    if [[ $1 == --*=* ]]; then
+      [[ $VALUE_OPTIONS == *" ${1%%=*} "* ]] || usage_error "unknown option $1, or one that takes no value"
+      set -- "${1%%=*}" "${1#*=}" "${@:2}"
+    fi
+    name=$1
+    [[ $seen != *" $name "* || $REPEATABLE_OPTIONS == *" $name "* ]] || usage_error "$name is given twice"
+    seen+="$name "
+    if [[ $VALUE_OPTIONS == *" $name "* ]]; then
+      (($# > 1)) && [[ $2 != -- && -n $2 ]] || usage_error "$name needs a value"
+      take_value "$name" "$2"
+      shift 2
+      continue
+    fi
+    case $name in
+      --local | --slurm) choose_mode_once "${1#--}" ;;
+      --dry-run) DRY_RUN=1 ;;
+      --preflight) PREFLIGHT=1 ;;
       -h | --help) usage && exit 0 ;;
       *) usage_error "unknown option $1; give the training script after --" ;;
     esac
+    shift
   done
   (($# > 1)) || usage_error "no training script: give it after --"
   shift
@@ -49,88 +81,57 @@ parse_options() {
 
 take_value() {
   case $1 in
-    --nodes) NODES=$(positive "$@") ;;
+    --nodes) NODES=$(positive "$@" 100000) ;;
     --nproc | --gpus-per-node)
       [[ -z $PER_NODE ]] || usage_error "$PER_NODE_FLAG and $1 both set the ranks on each node; give one of them"
       PER_NODE_FLAG=$1
-      PER_NODE=$(positive "$@")
+      PER_NODE=$(positive "$@" "$([[ $1 == --nproc ]] && printf 1024 || printf 64)")
       ;;
     --site) SITE=$(realpath -m -- "$2") ;;
     --run-dir) RUN_DIR=$(realpath -m -- "$2") ;;
-    --docker) choose_once docker && IMAGE=$2 ;;
+    --docker) choose_mode_once docker && choose_container docker "$2" ;;
+    --pyxis | --apptainer) choose_container "${1#--}" "$2" ;;
     --mount)
       [[ -d $2 ]] || usage_error "--mount $2: no such folder"
+      [[ $2 != *[:,]* ]] || usage_error "--mount $2: a mounted folder cannot have a colon or a comma in its name"
       MOUNTS+=("$(realpath -- "$2")")
       ;;
-    --slurm-arg) SLURM_ARGS+=("$2") ;;
+    --slurm-arg) check_slurm_arg "$2" && SLURM_ARGS+=("$2") ;;
+    --signal-seconds) SIGNAL_SECONDS=$(positive "$@" 65535) ;;
+    --max-requeues)
+      [[ $2 == 0 ]] || positive "$@" 1000000 >/dev/null
+      MAX_REQUEUES=$2
+      ;;
+    --venv) VENV=$2 ;; # the job's environment is the one of its submission
   esac
 }
 
+# positive OPTION VALUE MOST: prints the value.
 positive() {
-  [[ $2 =~ ^[1-9][0-9]*$ ]] || usage_error "$1 $2: give a whole number of at least 1"
+  [[ $2 =~ ^[1-9][0-9]{0,6}$ ]] || usage_error "$1 $2: give a whole number of at least 1"
+  (($2 <= $3)) || usage_error "$1 $2: at most $3"
   printf '%s\n' "$2"
 }
 
-choose_once() {
+check_slurm_arg() {
+  local name=${1%%=*} owned
+  [[ $1 == -* ]] || usage_error "--slurm-arg $1: an argument of sbatch begins with -, as in --slurm-arg --partition=gpu"
+  [[ $name != *[[:space:]]* ]] ||
+    usage_error "--slurm-arg '$1': write it as one word, as in --slurm-arg --partition=gpu"
+  [[ $1 == --* ]] || name=${1:0:2}
+  for owned in $OWNED_SLURM_ARGS; do
+    [[ ${owned%%=*} != "$name" ]] ||
+      usage_error "--slurm-arg $1: the launcher sets $name itself; use its option ${owned#*=}"
+  done
+}
+
+choose_mode_once() {
   [[ -z $MODE ]] || usage_error "--$MODE and --$1 exclude each other"
   MODE=$1
 }
 
-# Sets MODE to local, docker, srun (inside a slurm job) or sbatch (outside).
-choose_mode() {
-  if [[ ${MODE:-slurm} == slurm ]]; then
-    if [[ -n ${SLURM_JOB_ID:-} ]]; then
-      MODE=srun
-    else
-      MODE=$([[ -n $MODE ]] && printf sbatch || printf local)
-    fi
-  fi
-  [[ $MODE != srun ]] || NODES=${NODES:-${SLURM_JOB_NUM_NODES:-1}}
-  NODES=${NODES:-1}
-  [[ $MODE != docker || $NODES == 1 ]] ||
-    die "--docker starts one container on this machine: for $NODES nodes, run the launcher in a container on each node" 2
-  [[ $MODE != local || $NODES == 1 || -n ${MASTER_ADDR:-} ]] ||
-    die "--nodes $NODES without slurm: run this on every node with MASTER_ADDR set to the name of the first node" 2
-}
-
-# Sets PYTHON_BIN and TORCHRUN from VENV, else from the checkout's .venv, else from PATH.
-choose_tools() {
-  local bin=""
-  if [[ ${VENV:-none} != none ]]; then
-    bin=$(cd "$VENV/bin" 2>/dev/null && pwd) || die "VENV=$VENV has no folder bin"
-  elif [[ -z ${VENV:-} && -e $ROOT/.venv/.complete ]]; then
-    bin=$ROOT/.venv/bin
-  fi
-  PYTHON_BIN=${bin:+$bin/python}
-  TORCHRUN=${bin:+$bin/torchrun}
-  [[ -n $bin ]] || PYTHON_BIN=$(type -P python3 || type -P python || true)
-  [[ -n $bin ]] || TORCHRUN=$(type -P torchrun || true)
-  [[ $MODE == docker || $MODE == sbatch || (-x $PYTHON_BIN && -x $TORCHRUN) ]] ||
-    die "no torchrun in ${bin:-PATH}: run bash scripts/quickstart.sh once, or give an environment with VENV=DIR"
-}
-
-# Sets GPUS on each node (0: CPU) and PER_NODE, the ranks on each node.
-choose_ranks() {
-  case $MODE in
-    sbatch)
-      [[ -n $PER_NODE ]] ||
-        usage_error "--slurm outside a job cannot count the nodes' GPUs: give --gpus-per-node (CPU nodes: --nproc)"
-      GPUS=$([[ $PER_NODE_FLAG == --nproc ]] && printf 0 || printf '%s' "$PER_NODE")
-      ;;
-    srun) GPUS=${SLURM_GPUS_ON_NODE:-$(count_gpus)} ;;
-    *) GPUS=$(count_gpus) ;;
-  esac
-  # A dry run may be for another machine, so it does not check the GPUs of this one.
-  [[ $DRY_RUN == 0 || $PER_NODE_FLAG != --gpus-per-node ]] || GPUS=$PER_NODE
-  PER_NODE=${PER_NODE:-$((GPUS > 0 ? GPUS : 1))}
-  [[ $GPUS != 0 || $PER_NODE_FLAG != --gpus-per-node ]] ||
-    die "$PER_NODE GPUs were requested, but none was found (nvidia-smi -L); for CPU ranks give --nproc $PER_NODE" 2
-  ((GPUS == 0 || PER_NODE <= GPUS)) ||
-    die "$PER_NODE ranks were requested, but $GPUS GPU(s) may be used; to use the CPU, set CUDA_VISIBLE_DEVICES=" 2
-}
-
-choose_run_dir() {
-  NAME=$(basename "${SCRIPT[0]}" .py)
-  # With sbatch, the job chooses the folder by its number.
-  [[ $MODE == sbatch ]] || RUN_DIR=${RUN_DIR:-$PWD/runs/$NAME-${SLURM_JOB_ID:-$(date +%Y%m%d-%H%M%S)}}
+# choose_container KIND IMAGE
+choose_container() {
+  [[ -z $CONTAINER ]] || usage_error "--$CONTAINER and --$1 exclude each other"
+  CONTAINER=$1 IMAGE=$2
 }

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by launch.sh: prints the command, and records a start in the run folder.
-# shellcheck disable=SC2153,SC2154  # variables in capitals are set in options.sh and compose.sh
+# shellcheck disable=SC2153,SC2154  # variables in capitals are set in options.sh, settings.sh and compose.sh
 
 # Prints a word with the quotes that a shell needs.
 quoted() {
@@ -27,29 +27,95 @@ print_command() {
   printf '\n'
 }
 
-# Writes the command, its environment, the revision and the patches into a numbered folder for this start.
-record_start() {
+# Sets START_DIR, the folder of this start: the first number that is free. It is not made yet.
+choose_start_dir() {
   local number=0
-  # With sbatch and docker, the launcher inside the job or container writes the record.
-  [[ $MODE != sbatch ]] || return 0
-  mkdir -p "$RUN_DIR" || die "the run folder $RUN_DIR cannot be created"
-  [[ $MODE != docker ]] || return 0
-  say "run folder: $RUN_DIR"
-  while ! mkdir "$RUN_DIR/start-$number" 2>/dev/null; do
-    [[ -d $RUN_DIR/start-$number ]] || die "the run folder $RUN_DIR is not writable"
-    number=$((number + 1))
-  done
+  while [[ -e $RUN_DIR/start-$number ]]; do number=$((number + 1)); done
   START_DIR=$RUN_DIR/start-$number
+}
+
+# Makes the folder of this start. If another launch has taken its number meanwhile, the command is composed again.
+make_start_dir() {
+  make_run_dir
+  while ! mkdir "$START_DIR" 2>/dev/null; do
+    [[ -d $START_DIR ]] || die "the run folder $RUN_DIR is not writable"
+    choose_start_dir
+    compose
+  done
+}
+
+make_run_dir() {
+  mkdir -p "$RUN_DIR" 2>/dev/null || die "the run folder $RUN_DIR cannot be created"
+}
+
+# Writes the command, its environment, the revision, the code and the patches into the folder of this start.
+record_start() {
+  case $MODE in
+    docker) make_run_dir && return ;;
+    sbatch) record_submission && return ;;
+  esac
+  make_start_dir
+  say "run folder: $RUN_DIR"
   print_command >"$START_DIR/command.sh"
+  record_environment >"$START_DIR/environment.txt"
+  printf '%s\n' "${SCRIPT[@]@Q}" >"$START_DIR/flags.txt"
   revision >"$START_DIR/revision.txt"
+  # A job runs the copy that was made when it was submitted.
+  [[ $ROOT == "$RUN_DIR"/code* ]] || copy_code "$START_DIR/code"
   env PYTHONPATH="$ROOT" "$PYTHON_BIN" -m patches list --json >"$START_DIR/patches.json" 2>"$START_DIR/patches.err" ||
     die "python -m patches list --json failed: $(tail -n 1 "$START_DIR/patches.err") (whole: $START_DIR/patches.err)"
   rm "$START_DIR/patches.err"
 }
 
+# Copies the code into the run folder, so that the job and its later starts run this code, and says what is missing.
+record_submission() {
+  local flag
+  make_run_dir
+  copy_code "$CODE_DIR"
+  revision >"$CODE_DIR/revision.txt"
+  [[ -z $SITE ]] || cp -- "$SITE" "$CODE_DIR/site.env"
+  say "run folder: $RUN_DIR"
+  [[ $(copied "${SCRIPT[0]}") == "$CODE_DIR"/* ]] ||
+    say "note: ${SCRIPT[0]} lies outside $ROOT and is not copied: a later start runs what it holds then"
+  ((PREFLIGHT == 0)) && [[ ${MAX_REQUEUES:-10} != 0 ]] || return 0
+  for flag in --save --load --exit-signal-handler; do
+    script_value "$flag" >/dev/null ||
+      say "note: the training has no $flag: $(without_flag "$flag")"
+  done
+}
+
+without_flag() {
+  case $1 in
+    --save) printf 'it saves no checkpoint, and a job that is stopped is not requeued' ;;
+    --load) printf 'a start after a requeue would begin again' ;;
+    --exit-signal-handler) printf 'when the job is stopped, the ranks end without saving a checkpoint' ;;
+  esac
+}
+
+# copy_code DIR: copies what a run needs of the checkout.
+copy_code() {
+  if ! mkdir -p "$1" || ! cp -R "$ROOT"/{megatron,patches,scripts,examples,setup.py,requirements.lock} "$1"; then
+    die "the code cannot be copied to $1"
+  fi
+}
+
+# Prints the environment. Values of variables that may be secret are left out.
+record_environment() {
+  local name
+  while IFS= read -r name; do
+    if [[ $name =~ (TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE) ]]; then
+      printf '%s=(not recorded)\n' "$name"
+    else
+      printf '%s=%s\n' "$name" "$(quoted "${!name}")"
+    fi
+  done < <(compgen -e | sort)
+}
+
 revision() {
   printf 'started: %s on %s\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$(hostname)"
-  if git -C "$ROOT" rev-parse HEAD >/dev/null 2>&1; then
+  if [[ -f $ROOT/revision.txt ]]; then
+    grep -v '^started: ' "$ROOT/revision.txt" || true
+  elif git -C "$ROOT" rev-parse HEAD >/dev/null 2>&1; then
     printf 'revision: %s\n' "$(git -C "$ROOT" rev-parse HEAD)"
     git -C "$ROOT" status --porcelain | sed 's/^/changed: /'
   else

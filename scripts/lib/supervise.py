@@ -1,300 +1,269 @@
-"""Run torchrun on one node, name the rank that died, forward signals, and leave no process behind.
+"""Run torchrun on one node, show what a person has to see, forward signals, and leave no process behind.
 
-    python supervise.py -- torchrun ARGS...
+    python supervise.py --start-dir DIR [--nodes N --meeting HOST:PORT] [--quiet] -- torchrun ARGS...
 
-torchrun reports a table of all ranks that failed. It includes ranks that torchrun stopped itself, and the first one by
-timestamp (in whole seconds) may be a survivor that lost its peer. This script leaves out the stopped ranks, prefers a
-rank that was killed from outside, and names the culprit in one line.
+Each rank writes into `DIR/ranks/`. The console shows the output of the first and the last rank, which print the
+training's progress. If a rank fails, it shows the end of that rank's output and names the rank.
 
-TERM, INT and HUP are forwarded to torchrun, which stops the ranks. A second signal kills everything at once. USR1 means
-"save and stop": only the ranks get TERM, and with upstream's --exit-signal-handler they save a checkpoint and exit with
-status 0. torchrun is left out, because it would kill the ranks 30 seconds after a TERM, before a large checkpoint is
-complete.
+| signal | meaning |
+|---|---|
+| USR1, or the file `DIR/stop` | save and stop: the ranks get TERM, on which upstream's --exit-signal-handler saves |
+| TERM, HUP, INT | stop: the same, but after LONGSEQ_STOP_SECONDS (15) everything is killed |
+| INT, a second time | everything is killed at once |
+
+torchrun gets neither of them, because it would kill the ranks 30 seconds later, before a large checkpoint is complete.
+A scheduler may send TERM several times, and sends it while ranks save, so a second TERM changes nothing.
 
 It uses only the standard library, so that it starts in milliseconds, and runs only on Linux.
 """
 
-import ctypes
+import argparse
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
-PR_SET_PDEATHSIG = 1
-PR_SET_CHILD_SUBREAPER = 36
-GRACE_S = 3.0
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-# Signals that come from outside, then those of a crash. SIGABRT is left out, because NCCL's watchdog aborts survivors.
-SUSPECTS = ((signal.SIGKILL,), (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE))
-HINTS = {
-    signal.SIGKILL: "killed from outside, or by the kernel because memory ran out (see dmesg)",
-    signal.SIGSEGV: "a crash in native code",
-    signal.SIGBUS: "often a full /dev/shm (docker: --ipc=host or a larger --shm-size)",
-}
+from scripts.lib import meeting, processes, verdict
+from scripts.lib.follow import Follower
+from scripts.lib.rank import host_name, log_name
 
-FIELD = re.compile(r"^  (rank|exitcode) *: (.*)$")
-STOPPED = re.compile(r"Sending process (\d+) closing signal")
-RANK_LINE = re.compile(r"^\[rank(\d+)\]:(.*)$")
+POLL_S = 0.1
+STOP_FILE = "stop"
+ENDS = re.compile(r"closing signal|failed \(exitcode")
 
 
-@dataclass(slots=True)
-class Failure:
-    """One entry of torchrun's table.
-
-    Attributes:
-        rank: global rank.
-        pid: process id.
-        exitcode: exit status, or the negative number of the signal that ended the process.
-        root: whether torchrun lists it as the root cause.
-        stopped: whether torchrun stopped the process itself.
-    """
-
-    rank: int
-    pid: int
-    exitcode: int
-    root: bool
-    stopped: bool
-
-    @property
-    def signum(self) -> int:
-        """Return the signal that ended the rank, or 0 if it exited."""
-        return -self.exitcode if self.exitcode < 0 else 0
-
-
-def parse_failures(lines: Iterable[str]) -> list[Failure]:
-    """Return the entries of torchrun's failure table, or an empty list if it printed none."""
-    found: list[Failure] = []
-    stopped: set[int] = set()
-    rank = -1
-    root = False
-    for line in lines:
-        root = root or line.startswith("Root Cause")
-        if sent := STOPPED.search(line):
-            stopped.add(int(sent[1]))
-        if not (match := FIELD.match(line)):
-            continue
-        if match[1] == "rank":
-            rank = int(match[2].split()[0])
-        elif code := re.match(r"(-?\d+)\s+\(pid: (\d+)\)", match[2]):
-            pid = int(code[2])
-            found.append(Failure(rank, pid, int(code[1]), root, pid in stopped))
-    return found
-
-
-def culprit(failures: list[Failure]) -> Failure | None:
-    """Return the rank that caused the failure.
-
-    A rank that was killed from outside comes first, then one that crashed, then the one that torchrun saw first. Ranks
-    that torchrun stopped are left out.
-    """
-    own = [failure for failure in failures if not failure.stopped] or failures
-    for signals in SUSPECTS:
-        for failure in own:
-            if failure.signum in signals:
-                return failure
-    return next((failure for failure in own if failure.root), own[0] if own else None)
-
-
-def verdict(failures: list[Failure], last_words: dict[int, str], status: int) -> str:
-    """Return the message for the end of the log: one line, or two with the last line that the rank printed."""
-    blamed = culprit(failures)
-    if blamed is None:
-        return f"torchrun ended with status {status} and named no rank: see the lines above"
-    who = f"rank {blamed.rank} (host {socket.gethostname()}, pid {blamed.pid})"
-    if blamed.signum:
-        name = signal.Signals(blamed.signum).name
-        hint = HINTS.get(signal.Signals(blamed.signum), "")
-        text = f"{who} died of signal {blamed.signum} ({name}){': ' + hint if hint else ''}"
-    else:
-        text = f"{who} failed with exit code {blamed.exitcode}"
-    others = sorted(failure.rank for failure in failures if failure is not blamed and not failure.stopped)
-    text += f"; ranks {others} failed after it or with it" if others else ""
-    words = last_words.get(blamed.rank)
-    return f"{text}\n  its last words: {words}" if words and not blamed.signum else text
-
-
-def prctl(option: int, value: int) -> None:
-    """Call prctl(2).
-
-    Raises:
-        OSError: the call failed.
-    """
-    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
-
-
-def parents() -> dict[int, int]:
-    """Return the parent's pid of every running process by its pid, without zombies."""
-    table = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-            except (OSError, ValueError):
-                continue  # the process ended meanwhile
-            if state != "Z":
-                table[int(entry.name)] = int(parent)
-    return table
-
-
-def descendants(root: int) -> list[int]:
-    """Return all running processes below `root`."""
-    table = parents()
-    found: list[int] = []
-    layer = {root}
-    while layer:
-        layer = {pid for pid, parent in table.items() if parent in layer}
-        found += layer
-    return found
-
-
-def is_rank(pid: int) -> bool:
-    """Return whether torchrun started this process as a rank. Helpers that a rank starts do not count."""
+def stop_seconds() -> float:
+    """Return how long ranks may take to end after TERM, in seconds."""
+    text = os.environ.get("LONGSEQ_STOP_SECONDS", "15")
     try:
-        return b"\0LOCAL_RANK=" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
-    except OSError:
-        return False
-
-
-def send(pids: Iterable[int], signum: int) -> None:
-    """Send a signal to each process. Processes that have ended are ignored."""
-    for pid in pids:
-        try:
-            os.kill(pid, signum)
-        except ProcessLookupError:
-            continue
-
-
-def reap() -> None:
-    """Collect ended children. Orphans are children of this process, because it is their subreaper."""
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
-        return
-
-
-def sweep() -> tuple[int, list[int]]:
-    """End every process below this one, with TERM and then with KILL.
-
-    Returns:
-        The number of processes found, and the pids of those that could not be killed.
-    """
-    left = descendants(os.getpid())
-    count = len(left)
-    send(left, signal.SIGTERM)
-    started = time.monotonic()
-    while left and time.monotonic() - started < 3 * GRACE_S:
-        if time.monotonic() - started > GRACE_S:
-            send(left, signal.SIGKILL)
-        time.sleep(0.05)
-        reap()
-        left = descendants(os.getpid())
-    return count, left
+        return max(0.0, float(text))
+    except ValueError:
+        sys.exit(f"error: LONGSEQ_STOP_SECONDS={text} is not a number of seconds")
 
 
 class Supervisor:
     """Start torchrun and supervise it until its last process has ended.
 
     Args:
+        options: the parsed command line.
         command: torchrun's command line.
     """
 
-    def __init__(self, command: list[str]) -> None:
-        prctl(PR_SET_CHILD_SUBREAPER, 1)
-        self.stopping = 0
+    def __init__(self, options: argparse.Namespace, command: list[str]) -> None:
+        self.start_dir: Path = options.start_dir
+        self.nodes: int = options.nodes
+        self.node = int(os.environ.get("SLURM_NODEID", "0")) if options.meeting else 0
+        self.is_quiet: bool = options.quiet
+        self.host = host_name()
+        self.grace = stop_seconds()
+        self.stop_signal = 0
+        self.stopped_at = 0.0
+        self.is_asked = False
+        self.kill_at = float("inf")
         self.lines: deque[str] = deque(maxlen=2000)
-        self.last_words: dict[int, str] = {}
-        # torchrun gets its own session, so that Ctrl-C and a scheduler's signals reach only this process, which
-        # forwards them once. If this process is killed, the kernel ends torchrun, and torchrun ends its ranks.
-        # preexec_fn is safe, because no thread runs yet.
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-            preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM),  # noqa: PLW1509
-        )
+        self.per_node = _per_node(command)
+        for name in ("ranks", "nodes"):
+            (self.start_dir / name).mkdir(parents=True, exist_ok=True)
+        processes.become_subreaper()
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(signum, self.stop)
         signal.signal(signal.SIGUSR1, self.save_and_stop)
+        self.process: subprocess.Popen[bytes] | None = None
+        self.command = command
+
+    def start(self) -> "subprocess.Popen[bytes]":
+        """Start torchrun, below the keeper and in a session of its own.
+
+        Ctrl-C and a scheduler's signals to a process group then reach only this process. USR1 is ignored below it,
+        because other schedulers signal every process.
+        """
+
+        def prepare() -> None:
+            processes.end_with_parent()
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("keeper.py")), *self.command],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=prepare,  # noqa: PLW1509  # safe, because no thread runs yet
+            env={**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(1, round(self.grace)))},
+        )
+        return self.process
 
     def stop(self, signum: int, _frame: FrameType | None) -> None:
-        """Let torchrun stop the ranks. At the second call, kill everything at once."""
-        if self.stopping:
-            send(descendants(os.getpid()), signal.SIGKILL)
+        """Ask the ranks to end, and set the time at which everything is killed."""
+        if self.stop_signal:
+            if signum == signal.SIGINT and self.stop_signal == signal.SIGINT:
+                self.kill_at = 0.0
             return
-        self.stopping = signum
-        note(
-            f"signal {signum} ({signal.Signals(signum).name}): stopping all ranks (a second signal kills them at once)"
-        )
-        send([self.process.pid], signal.SIGTERM)
+        self.stop_signal, self.stopped_at = signum, time.time()
+        self.kill_at = time.monotonic() + self.grace
+        name = signal.Signals(signum).name
+        again = " (again: kill them at once)" if signum == signal.SIGINT else ""
+        self.note(f"signal {signum} ({name}): stopping all ranks within {self.grace:.0f} s{again}")
 
     def save_and_stop(self, _signum: int, _frame: FrameType | None) -> None:
-        """Ask the ranks to save and stop, without torchrun."""
-        ranks = [pid for pid, parent in parents().items() if parent == self.process.pid and is_rank(pid)]
-        note(f"SIGUSR1: asking {len(ranks)} rank(s) to save and stop (upstream's --exit-signal-handler)")
-        send(ranks, signal.SIGTERM)
+        """Leave the word for all nodes. The loop finds it."""
+        (self.start_dir / STOP_FILE).touch()
+
+    def ask(self) -> None:
+        """Ask the ranks to save and stop, once."""
+        if self.is_asked or self.process is None:
+            return
+        ranks = processes.ranks_below(self.process.pid)
+        if not self.stop_signal:
+            self.note(f"asking {len(ranks)} rank(s) to save and stop (upstream's --exit-signal-handler)")
+        processes.send(ranks, signal.SIGTERM)
+        self.is_asked = bool(ranks)
 
     def read(self, stream: BinaryIO) -> None:
-        """Forward torchrun's stderr, and keep the lines that the final message needs."""
-        for raw in stream:
-            sys.stderr.buffer.write(raw)
-            sys.stderr.buffer.flush()
-            line = raw.decode(errors="replace").rstrip("\n")
-            match = RANK_LINE.match(line)
-            if match is None:
+        """Keep torchrun's stderr in a file, and the lines that the final message needs."""
+        with (self.start_dir / f"nodes/{self.host}.log").open("ab") as file:
+            for raw in stream:
+                file.write(raw)
+                file.flush()
+                line = raw.decode(errors="replace").rstrip("\n")
                 self.lines.append(line)
-            elif match[2].strip():
-                self.last_words[int(match[1])] = match[2].strip()
+                if ENDS.search(line) and self.kill_at == float("inf"):
+                    # A rank has failed. The others may wait for it for longer than torchrun waits for them.
+                    self.kill_at = time.monotonic() + self.grace
 
-    def run(self) -> int:
-        """Wait until torchrun ends, end what is left, print the final message and return the exit status."""
-        assert self.process.stderr is not None
-        reader = threading.Thread(target=self.read, args=(self.process.stderr,), daemon=True)
-        reader.start()
-        status = self.process.wait()
-        ended, stuck = sweep()
-        reader.join(timeout=GRACE_S)
-        if ended:
-            note(f"ended {ended} process(es) that torchrun had left behind")
-        after = f"processes that cannot be killed: {stuck}" if stuck else "no process is left"
-        if self.stopping:
-            note(f"stopped by signal {self.stopping} ({signal.Signals(self.stopping).name}); {after}")
-            return 128 + self.stopping
-        if status < 0:
-            note(f"torchrun itself (pid {self.process.pid}) died of signal {-status}; {after}")
-            return 128 - status
-        if status:
-            note(f"{verdict(parse_failures(self.lines), self.last_words, status)}\n  {after}")
+    def wait(self, process: "subprocess.Popen[bytes]") -> int:
+        """Wait until torchrun ends; ask the ranks to stop and kill them when it is time."""
+        stop_file = self.start_dir / STOP_FILE
+        polls = 0
+        while (status := process.poll()) is None:
+            if self.stop_signal or (polls % 5 == 0 and stop_file.exists()):
+                self.ask()
+            late = time.monotonic() - self.kill_at
+            if late > 0:
+                below = processes.descendants(process.pid)
+                ranks = [pid for pid in below if processes.is_rank(pid)]
+                # torchrun prints which rank failed after its ranks have ended, but it may hang itself.
+                processes.send(below if late > 2 or self.stop_signal else ranks, signal.SIGKILL)
+            polls += 1
+            time.sleep(POLL_S)
         return status
 
+    def run(self) -> int:
+        """Supervise torchrun, end what is left, print the final message and return the exit status."""
+        if (self.start_dir / STOP_FILE).exists():
+            self.note("asked to save and stop before the ranks had started")
+            return self.finish(0)
+        process = self.start()
+        assert process.stderr is not None
+        reader = threading.Thread(target=self.read, args=(process.stderr,), daemon=True)
+        reader.start()
+        shown = {0, self.nodes * self.per_node - 1}
+        follower = Follower(self.start_dir / "ranks", self.host, shown, self.nodes > 1)
+        follower.start()
+        status = self.wait(process)
+        ended_at = time.time()
+        _, stuck = processes.sweep()  # what the keeper left, if it was killed itself
+        reader.join(timeout=processes.GRACE_S)
+        follower.finish()
+        if stuck:
+            self.note(f"processes that cannot be killed: {stuck}")
+        return self.finish(status, ended_at, is_empty=not stuck)
 
-def note(text: str) -> None:
-    """Print a line to stderr that is marked as the launcher's."""
-    print(f"launch: {text}", file=sys.stderr, flush=True)
+    def finish(self, status: int, ended_at: float = 0.0, is_empty: bool = True) -> int:
+        """Write how it ended, print the message, and return the exit status."""
+        end = verdict.NodeEnd(self.host, status, self.stop_signal, self.stopped_at, ended_at)
+        after = "\n  no process is left" if is_empty else ""
+        if self.stop_signal:
+            end.status = 128 + self.stop_signal
+            end.message = f"stopped by signal {self.stop_signal} ({signal.Signals(self.stop_signal).name})"
+        elif status:
+            end.status = status if 0 < status < 128 else 1
+            end.failures = self.failures()
+            end.message = self.explain(status, end.failures)
+        end.write(self.start_dir / f"nodes/{self.host}.json")
+        if end.message and not self.is_quiet:
+            blamed = verdict.culprit(end.failures)
+            if blamed is not None and not blamed.signum and len(blamed.last_lines) > 1:
+                print("\n".join(f"[rank{blamed.rank}]:{line}" for line in blamed.last_lines), file=sys.stderr)
+            self.note(end.message + after)
+        return end.status
+
+    def failures(self) -> list[verdict.Failure]:
+        """Return the ranks that failed on this node, with the ends of their logs."""
+        found = verdict.parse_failures(self.lines)
+        found = found or verdict.parse_notices(self.lines, self.node * self.per_node)
+        for one in found:
+            one.host = self.host
+            log = self.start_dir / "ranks" / log_name(one.rank, self.host)
+            one.log = str(log) if log.exists() else ""
+            one.last_lines = verdict.last_lines(log)
+        return found
+
+    def explain(self, status: int, failures: list[verdict.Failure]) -> str:
+        """Return why torchrun ended with this status."""
+        blamed = verdict.culprit(failures)
+        if blamed is not None:
+            return verdict.describe(blamed, failures)
+        log = self.start_dir / f"nodes/{self.host}.log"
+        if status < 0:
+            return f"the keeper of torchrun died of signal {-status}"
+        if status > 128:
+            return f"torchrun itself died of signal {status - 128}; its log: {log}"
+        words = "\n    ".join(verdict.last_lines(log, 8))
+        return f"torchrun ended with status {status} and named no rank; its log: {log}\n    {words}"
+
+    def note(self, text: str) -> None:
+        """Print a line to stderr that is marked as the launcher's, with the node if there are several."""
+        where = f" {self.host}:" if self.nodes > 1 else ""
+        print(f"launch:{where} {text}", file=sys.stderr, flush=True)
+
+
+def _per_node(command: list[str]) -> int:
+    """Return the ranks of a node, from torchrun's command line."""
+    try:
+        return int(command[command.index("--nproc-per-node") + 1])
+    except (ValueError, IndexError):
+        return 1
+
+
+def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Parse the command line into options and torchrun's command."""
+    parser = argparse.ArgumentParser(prog="supervise.py", allow_abbrev=False)
+    parser.add_argument("--start-dir", type=Path, required=True, help="folder of this start")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--meeting", help="HOST:PORT of the first node: slurm's node number gives the ranks")
+    parser.add_argument("--quiet", action="store_true", help="leave the final message to the job")
+    split = words.index("--") if "--" in words else len(words)
+    command = words[split + 1 :]
+    if not command:
+        parser.error("no command after --")
+    return parser.parse_args(words[:split]), command
 
 
 def main() -> int:
     """Run the command after `--` and return its exit status."""
-    if len(sys.argv) < 3 or sys.argv[1] != "--":
-        print("usage: supervise.py -- torchrun ARGS...", file=sys.stderr)
-        return 2
-    try:
-        return Supervisor(sys.argv[2:]).run()
-    except FileNotFoundError as error:
-        note(f"cannot start {sys.argv[2]}: {error.strerror}")
-        return 127
+    options, command = parse(sys.argv[1:])
+    supervisor = Supervisor(options, command)
+    if options.meeting:
+        host, port = meeting.split(options.meeting)
+        problem = meeting.check(host, port, supervisor.node)
+        if isinstance(problem, str):
+            end = verdict.NodeEnd(supervisor.host, 1, ended_at=time.time(), message=problem)
+            end.write(supervisor.start_dir / f"nodes/{supervisor.host}.json")
+            if not supervisor.is_quiet:
+                supervisor.note(problem)
+            return 1
+        rendezvous = ["--nnodes", str(options.nodes), "--node-rank", str(supervisor.node)]
+        supervisor.command[1:1] = [*rendezvous, "--master-addr", host, "--master-port", str(port)]
+    return supervisor.run()
 
 
 if __name__ == "__main__":

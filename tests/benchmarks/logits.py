@@ -4,9 +4,9 @@
 
 The bytes are counted, not measured: upstream's own GPTModel computes its loss and backward on tensors without memory
 (PyTorch's FakeTensorMode), and every storage that an operator makes is counted while it lives. So 128k tokens of a real
-vocabulary are counted on any machine. Counted are all bytes above the model and its input: logits, the loss's copies,
-and the gradients of the hidden states and of the weight. `measured` holds the same count against the resident memory of
-a real run that is small enough.
+vocabulary are counted on any machine. Counted are all bytes above the model, the sums of its gradients (`main_grad`)
+and its input: logits, the loss's copies, and the gradients of the hidden states and of the weight. `measured` holds the
+same count against the resident memory of a real run that is small enough.
 
 The last line is one JSON object. `logits_peak_ratio_32k` is chunked over upstream's bytes at 32k tokens with upstream's
 defaults (bf16, gradient accumulation fusion) on one rank.
@@ -45,6 +45,7 @@ class Setup:
         tensor_parallel: ranks that share the vocabulary, with sequence parallelism.
         dtype: of the model.
         fused: upstream's --gradient-accumulation-fusion.
+        overlaps: upstream's --overlap-grad-reduce, whose hooks need a gradient from autograd.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Setup:
     tensor_parallel: int = 1
     dtype: torch.dtype = torch.bfloat16
     fused: bool = False
+    overlaps: bool = False
 
 
 def setups(hidden: int, vocabulary: int) -> list[Setup]:
@@ -63,6 +65,7 @@ def setups(hidden: int, vocabulary: int) -> list[Setup]:
         base,
         replace(base, name="bf16, no fusion", fused=False),
         replace(base, name="float32", dtype=torch.float32, fused=False),
+        replace(base, name="float32, overlapped reduction", dtype=torch.float32, fused=False, overlaps=True),
         replace(base, name="bf16, fusion, TP 8 and sequence parallel", tensor_parallel=8),
     ]
 
@@ -145,10 +148,14 @@ def _model(setup: Setup) -> Any:
     )
     spec, sizes = get_gpt_layer_local_spec(), {"vocab_size": setup.vocabulary, "max_sequence_length": 64}
     model = GPTModel(config, spec, **sizes, pre_process=False, position_embedding_type="none")
-    if setup.fused:
-        model.output_layer.weight.main_grad = torch.empty_like(model.output_layer.weight, dtype=torch.float32)
-        model.output_layer.weight.grad_added_to_main_grad = False
+    model.output_layer.weight.main_grad = torch.zeros_like(model.output_layer.weight, dtype=torch.float32)
+    model.output_layer.weight.grad_added_to_main_grad = False
     return model
+
+
+def _known(model: Any) -> list[torch.Tensor]:
+    """Return what exists with or without the loss: parameters, and the sum of their gradients over micro-batches."""
+    return [*model.parameters(), model.output_layer.weight.main_grad]
 
 
 def _inputs(setup: Setup, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,7 +168,9 @@ def _train(setup: Setup, model: Any, hidden: torch.Tensor, labels: torch.Tensor)
     from megatron.longseq.cross_entropy.runtime.output_layer import ChunkedLoss
 
     nothing = dict.fromkeys(("input_ids", "position_ids", "rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin"))
-    processor = {} if setup.chunk is None else {"output_processor": ChunkedLoss(setup.chunk)}
+    processor = (
+        {} if setup.chunk is None else {"output_processor": ChunkedLoss(setup.chunk, needs_gradient=setup.overlaps)}
+    )
     losses = model._postprocess(hidden_states=hidden, labels=labels, **nothing, **processor)
     losses.mean().backward()
 
@@ -176,7 +185,7 @@ def count(setup: Setup, tokens: Sequence[int]) -> list[int]:
         for number in tokens:
             hidden, labels = _inputs(setup, number)
             model.zero_grad()
-            counted = _LiveBytes([*model.parameters(), hidden, labels])
+            counted = _LiveBytes([*_known(model), hidden, labels])
             with counted:
                 _train(setup, model, hidden, labels)
             peaks.append(counted.peak)
@@ -190,7 +199,7 @@ def measure(setup: Setup, tokens: int) -> tuple[int, int]:
         _train(setup, model, *_inputs(setup, 64))  # what the first call of an operator allocates
         model.zero_grad()
         hidden, labels = _inputs(setup, tokens)
-        counted = _LiveBytes([*model.parameters(), hidden, labels])
+        counted = _LiveBytes([*_known(model), hidden, labels])
         peak = Peak()
         with counted:
             _train(setup, model, hidden, labels)

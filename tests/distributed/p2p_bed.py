@@ -86,7 +86,7 @@ def exchange(stages: int, virtual: int, lengths: tuple[int, ...], microbatches: 
 
     for schedule in (make(pipeline, **options), forward_only(pipeline), make(pipeline, **options)):
         order, posts = schedule.orders[rank], plan_receives(schedule)[rank]
-        mail = Mailbox(channels, schedule, posts, lambda segment: (lengths[segment], 1, 2), torch.empty, reporter)
+        mail = Mailbox(channels, schedule, posts, lambda action: (lengths[action.segment], 1, 2), torch.empty, reporter)
         for index, action in enumerate(order):
             mail.post()
             ahead = list(mail.posted)

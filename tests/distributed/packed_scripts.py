@@ -189,6 +189,40 @@ def no_documents_on_rank_one() -> Iterator[Planted]:
         yield planted
 
 
+@contextmanager
+def windowed_mask() -> Iterator[Planted]:
+    """The mask of the documents also hides all keys but a token's own and the nine before it."""
+    from megatron.longseq import pretrain_gpt
+
+    planted = Planted()
+
+    def cut(original: Any, batch: Any, **where: Any) -> Any:
+        mask = batch["attention_mask"]
+        planted.times += 1
+        batch["attention_mask"] = mask | torch.ones_like(mask).tril(-10)
+        return original(batch, **where)
+
+    with wrapped(pretrain_gpt, "get_batch_on_this_cp_rank", cut):
+        yield planted
+
+
+@contextmanager
+def counted_cuts() -> Iterator[Planted]:
+    """Nothing is changed; `times` counts the different segment lengths of micro-batches (--seq1f1b-partition)."""
+    from megatron.longseq.pipeline.runtime.document_cuts import DocumentCuts
+
+    planted, known = Planted(), set()
+
+    def of_step(original: Any, *args: Any) -> Any:
+        data, lengths = original(*args)
+        known.update(lengths)
+        planted.times = len(known)
+        return data, lengths
+
+    with wrapped(DocumentCuts, "of_step", of_step):
+        yield planted
+
+
 class _Census(TorchDispatchMode):
     """Counts tensors of at least so many elements that any operation returns, forward, backward and in the data set."""
 

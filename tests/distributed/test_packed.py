@@ -1,9 +1,12 @@
 """Packed documents without a mask equal upstream's own run on one rank with its dense mask, in float64."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from megatron.longseq.pipeline.plan.segment_cost import cells
 from tests.distributed.equality import SNAPSHOTS, Start, assert_equal
 from tests.distributed.flags import FULL, MOE, OVERLAP, PP2, PP4, SELECTIVE, TINY, TP2, VPP, flags
 from tests.packed_corpus import ALIGNED, RAGGED, write_documents
@@ -20,6 +23,7 @@ GATHERED = f"{CP2} --cp-comm-type all_gather"
 BY_DOCUMENT = "--context-parallel-layout document"
 TWO = "--micro-batch-size 2"
 LEARNED = "--position-embedding-type learned_absolute"
+YARN = "--position-embedding-type yarn --rotary-scaling-factor 4 --yarn-original-max-position-embeddings 16"
 
 # name: (ranks, corpus, model flags of both arms, flags of arm O)
 CASES = {
@@ -36,6 +40,9 @@ CASES = {
     "gathered, aligned": (2, "aligned", "", f"{STORED} {GATHERED}"),
     "double ring": (4, "aligned", "", f"{STORED} {CP4} --ring-window 2"),
     "scaled RoPE": (2, "ragged", "--use-rope-scaling", f"{STORED} {CP2}"),
+    "YaRN, one rank, PP 2": (2, "ragged", f"{YARN} {TWO}", f"{STORED} {PP2}"),
+    "YaRN, 2 x 2 and segments": (4, "ragged", YARN, f"{STORED} {HYBRID} --seq1f1b-splits 3"),
+    "YaRN, ring, --reset-attention-mask": (2, "ragged", f"{YARN} {TWO}", f"{MASK} {CP2} {BY_DOCUMENT}"),
     "Ulysses, recompute of attention": (2, "ragged", "", f"{STORED} {CP2} --cp-comm-type a2a {SELECTIVE}"),
     "ring, learned positions, PP 2": (4, "ragged", LEARNED, f"{STORED} {CP2} {PP2}"),
     "ring, PP 2, V 2, --reset-attention-mask": (4, "ragged", TWO, f"{MASK} {CP2} {PP2} {VPP}"),
@@ -54,6 +61,13 @@ CASES = {
     "gathered and segments, PP 2": (4, "aligned", TWO, f"{STORED} {GATHERED} {PP2} --seq1f1b-splits 3"),
     "ring and segments, PP 2, V 2": (4, "ragged", TWO, f"{MASK} {CP2} {PP2} {VPP} --seq1f1b-splits 2"),
     "by document, ring": (2, "ragged", "", f"{STORED} {CP2} {BY_DOCUMENT}"),
+    "by document, unlike sequences, ring": (2, "ragged", TWO, f"{STORED} {CP2} {BY_DOCUMENT}"),
+    "by document, unlike sequences, 2 x 2 and segments": (
+        4,
+        "ragged",
+        TWO,
+        f"{STORED} {HYBRID} {BY_DOCUMENT} --seq1f1b-splits 3",
+    ),
     "by document, double ring, full recompute": (
         4,
         "ragged",
@@ -121,6 +135,42 @@ def test_packed_documents_equal_the_masks(
 
 SCRIPT = "tests.distributed.packed_scripts:"
 
+# name: (ranks, model flags of both arms, flags of arm O)
+CUTS = {
+    "ring, PP 2": (4, TWO, f"{STORED} {CP2} {PP2} --seq1f1b-splits 3"),
+    "PP 2, V 2, full recompute": (2, TWO, f"{MASK} {PP2} {VPP} --seq1f1b-splits 2 {FULL}"),
+    "2 x 2": (4, TWO, f"{STORED} {HYBRID} --seq1f1b-splits 3"),
+    "ring by document, PP 2, V 2": (4, "", f"{STORED} {CP2} {PP2} {VPP} --seq1f1b-splits 2 {BY_DOCUMENT}"),
+    "zero bubble, evaluation": (2, TWO, f"{STORED} {PP2} --seq1f1b-splits 3 --zero-bubble --eval-micro-batch-size 1"),
+    "TP 2, sequence parallel": (4, "", f"{STORED} {PP2} {TP2} --sequence-parallel --seq1f1b-splits 3"),
+}
+
+
+QUICK_CUT = "ring, PP 2"
+
+
+@pytest.mark.parametrize("case", [pytest.param(name, marks=[pytest.mark.slow] * (name != QUICK_CUT)) for name in CUTS])
+def test_segments_cut_by_the_documents_of_each_micro_batch(
+    ranks: RankPool,
+    trainings: Trainings,
+    packed: Flags,
+    tmp_path: Path,
+    tell: Callable[[str], None],
+    case: str,
+) -> None:
+    """Measured costs, in which attention outweighs the rest as in long sequences, cut every micro-batch differently."""
+    world, model, own = CUTS[case]
+    pieces = ((0, 64), (0, 32), (8, 32))
+    samples = [(begin, end, 1e-3 * cells(begin, end) + 1e-4 * (end - begin)) for begin, end in pieces]
+    (tmp_path / "layer.json").write_text(json.dumps([(*one, 2 * one[-1]) for one in samples]))
+    base = packed("ragged", f"{model} --eod-mask-loss")
+    theirs = trainings.once("U", 1, [*base, *flags(MASK)], float64=True, snapshots=SNAPSHOTS)
+    cut = f"--seq1f1b-partition documents --seq1f1b-layer-seconds {tmp_path / 'layer.json'}"
+    named = {"float64": True, "snapshots": SNAPSHOTS, "mutant": f"{SCRIPT}counted_cuts"}
+    ours = run_arm(ranks, "O", world, [*base, *flags(own, cut)], **named)
+    assert ours.planted > world, "every rank has taken several cuts"
+    assert_equal(ours, theirs, f"segments cut by documents, {case}", tell)
+
 
 @pytest.mark.parametrize(
     ("world", "own"),
@@ -160,6 +210,30 @@ def test_documents_that_a_script_packs_itself(
     ours = run_arm(ranks, "O", world, [*base, *flags(own)], mutant=f"{SCRIPT}own_borders", **named)
     assert ours.planted > 0
     assert_equal(ours, theirs, f"packed documents of the script's own, {own}", tell)
+
+
+WINDOW = "--window-size 9,0"
+
+
+@pytest.mark.parametrize(
+    ("world", "own"),
+    [
+        (2, f"{STORED} {CP2} {BY_DOCUMENT}"),
+        pytest.param(2, f"{STORED} {PP2} --seq1f1b-splits 3", marks=pytest.mark.slow),
+        pytest.param(1, STORED, marks=pytest.mark.slow),
+        pytest.param(4, f"{MASK} {HYBRID} --seq1f1b-splits 2", marks=pytest.mark.slow),
+        pytest.param(4, f"{STORED} {GATHERED} {TP2} --sequence-parallel {FULL}", marks=pytest.mark.slow),
+    ],
+)
+def test_a_window_within_documents(
+    ranks: RankPool, trainings: Trainings, packed: Flags, tell: Callable[[str], None], world: int, own: str
+) -> None:
+    """Upstream's layers with a window ignore its mask, so the reference has no window but a mask that holds both."""
+    base, named = packed("ragged", f"{TWO} --eod-mask-loss"), {"float64": True, "snapshots": SNAPSHOTS}
+    theirs = trainings.once("U", 1, [*base, *flags(MASK)], mutant=f"{SCRIPT}windowed_mask", **named)
+    assert theirs.planted > 0
+    ours = run_arm(ranks, "O", world, [*base, *flags(own, WINDOW)], **named)
+    assert_equal(ours, theirs, f"packed documents, a window of ten tokens, {own}", tell)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.equality import SNAPSHOTS, Start, assert_equal, assert_steps_equal
-from tests.distributed.flags import DOCUMENTS, EVALUATED, FULL, TINY, flags
+from tests.distributed.flags import DOCUMENTS, EVALUATED, FULL, TINY, TP2, flags
 from tests.distributed.test_context import CP2, HYBRID
 from tests.regression.arm import Run
 from tests.standin.runs import Training, train
@@ -29,6 +29,14 @@ SLOW = {
     "sliding window": ("O", 2, "--window-size 10,0", f"{TE} {CP2} {OURS}"),
     "sliding window, TE's attention": ("O", 2, "--window-size 10,0", f"{TE} {CP2}"),
     "documents": ("O", 2, DOCUMENTS, f"{TE} {CP2} {OURS}"),
+    "documents, TP 2": ("O", 4, DOCUMENTS, f"{TE} {CP2} {OURS} {TP2}"),
+    "documents, TP 2, sequence parallel": ("O", 4, DOCUMENTS, f"{TE} {CP2} {OURS} {TP2} --sequence-parallel {FULL}"),
+    "documents in segments, TP 2, sequence parallel": (
+        "O",
+        4,
+        DOCUMENTS,
+        f"{TE} {CP2} {TP2} --sequence-parallel --seq1f1b-splits 2",
+    ),
     "a spec of its own in segments": ("O", 2, "", f"{TE} {CP2} {SPEC} --seq1f1b-splits 2"),
 }
 

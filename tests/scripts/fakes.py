@@ -8,8 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TOOLS = (
-    "bash env basename cat cut date dirname flock git grep head hostname id mkdir mv nproc realpath rm sed sha256sum "
-    "sleep sort tail touch awk df du uname"
+    "bash env basename cat cp cut date dirname flock git grep head hostname id mkdir mv nproc realpath rm sed "
+    "sha256sum sleep sort tail touch awk df du uname"
 )
 
 RECORDER = """#!{python}
@@ -17,12 +17,6 @@ import json, os, subprocess, sys
 with open({calls!r}, "a") as out:
     out.write(json.dumps({{"name": {name!r}, "argv": sys.argv[1:], "env": dict(os.environ)}}) + "\\n")
 {body}
-"""
-
-# `srun OPTIONS... PYTHON supervise.py -- torchrun ...` runs its command, as srun does on each node.
-RUN_COMMAND = """
-start = next(i for i, word in enumerate(sys.argv) if word.endswith("/python"))
-sys.exit(subprocess.call(sys.argv[start:]))
 """
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.scripts.fakes import ROOT, RUN_COMMAND, Call, FakePath
+from tests.scripts.fakes import ROOT, Call, FakePath
 
 ODD = ["a b", "it's", 'say "x"', "$HOME", "*", "", "--nodes", "--", "line\nbreak", "back\\slash", "`id`", "é"]
 PYTHON_BODY = f"""
-if sys.argv[1:3] == ["-m", "patches"]:
+if sys.argv[1:4] == ["-m", "patches", "list"]:
     print('[{{"id": "fake.patch"}}]')
     sys.exit(0)
 sys.exit(subprocess.call([{sys.executable!r}, *sys.argv[1:]]))
@@ -60,6 +60,8 @@ def launcher(tmp_path: Path) -> Launcher:
 def test_one_machine_without_gpus(launcher: Launcher) -> None:
     call = launcher.torchrun("--nproc", "2", "--run-dir", "out", "--", "train.py", "--num-layers", "4")
     script = call.argv.index("-m")
+    log, python = str(launcher.folder / "out/start-0/ranks"), str(launcher.venv / "bin/python")
+    assert call.argv[script - 5 : script] == ["--no-python", python, str(ROOT / "scripts/lib/rank.py"), log, python]
     assert call.argv[script:] == ["-m", "patches", "run", "train.py", "--num-layers", "4"]
     assert "--standalone" in call.argv[:script]
     assert call.after("--nproc-per-node") == "2"
@@ -71,7 +73,7 @@ def test_one_machine_without_gpus(launcher: Launcher) -> None:
 def test_odd_arguments_arrive_untouched(launcher: Launcher) -> None:
     call = launcher.torchrun("--run-dir", "out dir", "--", "train.py", *ODD)
     assert call.argv[call.argv.index("train.py") + 1 :] == ODD
-    assert call.after("--log-dir") == str(launcher.folder / "out dir/ranks")
+    assert str(launcher.folder / "out dir/start-0/ranks") in call.argv
 
 
 def test_dry_run_can_be_pasted_and_does_nothing(launcher: Launcher) -> None:
@@ -84,7 +86,7 @@ def test_dry_run_can_be_pasted_and_does_nothing(launcher: Launcher) -> None:
     direct = launcher.run("--nproc", "2", "--run-dir", "out", "--", "train.py", *ODD)
     assert direct.returncode == 0, direct.stderr
     first, second = launcher.path.calls("torchrun")
-    assert first.argv == second.argv
+    assert [word.replace("start-0", "start-1") for word in first.argv] == second.argv
     shell = {"_", "SHLVL", "PWD", "OLDPWD"}
     assert {k: v for k, v in first.env.items() if k not in shell} == {
         k: v for k, v in second.env.items() if k not in shell
@@ -119,10 +121,13 @@ def test_a_dry_run_may_be_of_another_machine(launcher: Launcher) -> None:
 
 def test_record_of_the_start(launcher: Launcher) -> None:
     for _ in range(2):
-        assert launcher.run("--run-dir", "out", "--", "train.py", "a b").returncode == 0
+        assert launcher.run("--run-dir", "out", "--", "train.py", "a b", env={"MY_API_KEY": "x"}).returncode == 0
     out = launcher.folder / "out"
     assert sorted(p.name for p in out.iterdir()) == ["start-0", "start-1"]
     for start in out.iterdir():
+        assert (start / "flags.txt").read_text() == "'train.py'\n'a b'\n"
+        assert "\nMY_API_KEY=(not recorded)\n" in (start / "environment.txt").read_text()
+        assert (start / "code/megatron/longseq/pretrain_gpt.py").is_file()
         words = shlex.split((start / "command.sh").read_text(), comments=True)
         assert words[-2:] == ["train.py", "a b"]
         assert json.loads((start / "patches.json").read_text()) == [{"id": "fake.patch"}]
@@ -148,30 +153,31 @@ JOB = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_NODELIST
 
 
 def test_inside_a_job_srun_starts_one_torchrun_a_node(launcher: Launcher) -> None:
-    launcher.path.fake("srun", RUN_COMMAND)
+    launcher.path.fake("srun")
     launcher.path.fake("scontrol", "print('node07\\nnode08\\nnode09')")
-    call = launcher.torchrun(
-        "--", "train.py", *ODD, env={**JOB, "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "96"}
-    )
+    launcher.path.fake("getent")
+    env = {**JOB, "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "96"}
+    done = launcher.run("--", "train.py", *ODD, env=env)
+    assert done.returncode == 0, done.stderr
     (srun,) = launcher.path.calls("srun")
     assert srun.after("--nodes") == srun.after("--ntasks") == "3"
     assert srun.after("--cpus-per-task") == "96"
+    assert srun.after("--meeting") == "node07:26912"
     assert launcher.path.calls("scontrol")[0].argv == ["show", "hostnames", "node[07-09]"]
-    assert call.after("--nnodes") == "3"
-    assert call.after("--nproc-per-node") == "8"
-    assert call.after("--rdzv-backend") == "c10d"
-    assert call.after("--rdzv-endpoint") == "node07:23456"
-    assert call.after("--rdzv-id") == "123456.0"
-    assert "--standalone" not in call.argv[: call.argv.index("-m")]
-    assert call.argv[call.argv.index("train.py") + 1 :] == ODD
+    assert srun.after("--nproc-per-node") == "8"
+    assert srun.argv[srun.argv.index("train.py") + 1 :] == ODD
     assert (launcher.folder / "runs/train-123456/start-0").is_dir()
 
 
-def test_a_requeued_job_has_its_own_rendezvous(launcher: Launcher) -> None:
-    launcher.path.fake("srun", RUN_COMMAND)
-    launcher.path.fake("scontrol", "print('node07')")
-    call = launcher.torchrun("--", "train.py", env={**JOB, "SLURM_RESTART_COUNT": "2"})
-    assert call.after("--rdzv-id") == "123456.2"
+def test_an_address_of_slurm_serves_where_the_name_does_not_resolve(launcher: Launcher) -> None:
+    launcher.path.fake("srun")
+    launcher.path.fake("scontrol", "print('node07' if 'hostnames' in sys.argv else 'NodeAddr=10.0.0.7 NodeHostName=x')")
+    launcher.path.fake("getent", "sys.exit(0 if '10.0.0.7' in sys.argv else 2)")
+    assert launcher.run("--", "train.py", env=JOB).returncode == 0
+    assert launcher.path.calls("srun")[0].after("--meeting") == "10.0.0.7:26912"
+    launcher.path.fake("getent", "sys.exit(2)")
+    done = launcher.run("--", "train.py", env=JOB)
+    assert done.returncode == 1 and "node07, does not resolve" in done.stderr and done.stderr.count("error:") == 1
 
 
 def test_outside_a_job_sbatch_submits_the_launcher(launcher: Launcher) -> None:
@@ -182,13 +188,48 @@ def test_outside_a_job_sbatch_submits_the_launcher(launcher: Launcher) -> None:
     done = launcher.run(*options, "--slurm-arg", "--time=1:00:00", "--", "train.py", *ODD)
     assert done.returncode == 0, done.stderr
     (call,) = launcher.path.calls("sbatch")
-    batch = str(ROOT / "scripts/slurm/train.sbatch")
-    inside = ["--nodes", "2", "--gpus-per-node", "8", "--site", str(site), "--run-dir", str(launcher.folder / "out")]
+    out = launcher.folder / "out"
+    code = out / "code"
+    batch = str(code / "scripts/slurm/train.sbatch")
+    inside = ["--nodes", "2", "--gpus-per-node", "8", "--run-dir", str(out), "--max-requeues", "10"]
+    inside += ["--site", str(code / "site.env"), "--venv", str(launcher.venv)]
     before = call.argv[: call.argv.index(batch)]
-    assert before == ["--nodes", "2", "--job-name", "train", "--gpus-per-node", "8", "--time=1:00:00"]
-    assert call.argv[call.argv.index(batch) + 1 :] == [*inside, "--", "train.py", *ODD]
+    assert before == [
+        *("--nodes", "2", "--job-name", "train", "--output", f"{out}/slurm-%j.out", "--signal", "B:USR1@300"),
+        *("--gpus-per-node", "8", "--exclusive", "--time=1:00:00"),
+    ]
+    after = call.argv[call.argv.index(batch) + 1 :]
+    assert after == [str(code), *inside, "--", str(launcher.folder / "train.py"), *ODD]
+    assert (code / "scripts/launch.sh").is_file() and (code / "site.env").read_text() == "SBATCH_PARTITION=gpu\n"
     assert call.env["SBATCH_PARTITION"] == "gpu"
-    assert call.env["LONGSEQ_ROOT"] == str(ROOT)
+
+
+@pytest.mark.parametrize("words", [["--slurm-arg=--cpus-per-task=4"], ["--site", "site.env"]])
+def test_cores_that_the_user_asks_for_replace_whole_nodes(launcher: Launcher, words: list[str]) -> None:
+    launcher.path.fake("sbatch")
+    (launcher.folder / "site.env").write_text("SBATCH_CPUS_PER_GPU=12\n")
+    assert launcher.run("--slurm", "--nproc=2", *words, "--", "train.py").returncode == 0
+    assert "--exclusive" not in launcher.path.calls("sbatch")[0].argv
+
+
+def test_containers_of_slurm(launcher: Launcher) -> None:
+    launcher.path.fake("srun")
+    launcher.path.fake("getent")
+    (launcher.folder / "data").mkdir()
+    launcher.path.fake("scontrol", "print('node07')")
+    done = launcher.run("--pyxis=nvcr.io/x:1", "--mount=data", "--", "train.py", env=JOB)
+    assert done.returncode == 0, done.stderr
+    (srun,) = launcher.path.calls("srun")
+    assert srun.after("--container-image") == "nvcr.io/x:1"
+    folders = [ROOT, launcher.folder, launcher.folder / "runs/train-123456", launcher.folder / "data"]
+    assert sorted(srun.after("--container-mounts").split(",")) == sorted(f"{folder}:{folder}" for folder in folders)
+    assert srun.argv[srun.argv.index("launch") + 1] == "python" and "torchrun" in srun.argv
+    done = launcher.run("--apptainer=image.sif", "--", "train.py", env=JOB)
+    assert done.returncode == 0, done.stderr
+    srun = launcher.path.calls("srun")[1]
+    node = srun.argv[srun.argv.index("launch") + 1 :]
+    assert node[:2] == ["apptainer", "exec"] and node[node.index("image.sif") + 1] == "python"
+    assert f"{ROOT}:{ROOT}" in node
 
 
 def test_sbatch_for_cpu_nodes_asks_for_no_gpu(launcher: Launcher) -> None:
@@ -197,57 +238,6 @@ def test_sbatch_for_cpu_nodes_asks_for_no_gpu(launcher: Launcher) -> None:
     (call,) = launcher.path.calls("sbatch")
     assert "--gpus-per-node" not in call.argv
     assert call.after("--nproc") == "2"
-
-
-def run_job(launcher: Launcher, srun: str, restarts: int, send_usr1: bool) -> tuple[int, str]:
-    """train.sbatch as slurm would run it: a copy elsewhere, the launcher inside, USR1 once the step is there."""
-    launcher.path.fake("srun", srun)
-    launcher.path.fake("scontrol", "print('node07')")
-    spool = launcher.folder / "spool-script"
-    spool.write_text((ROOT / "scripts/slurm/train.sbatch").read_text())
-    env = launcher.env(**JOB, SLURM_SUBMIT_DIR=str(ROOT), SLURM_RESTART_COUNT=str(restarts), LONGSEQ_MAX_REQUEUE="3")
-    job = subprocess.Popen(
-        ["bash", str(spool), "--nproc", "2", "--", "train.py"],
-        cwd=launcher.folder,
-        env=env,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    if send_usr1:
-        ready = launcher.folder / "ready"
-        for _ in range(300):
-            if ready.exists():
-                break
-            subprocess.run(["sleep", "0.1"], check=True)
-        job.send_signal(10)
-    output, _ = job.communicate(timeout=300)
-    return job.returncode, output
-
-
-WAIT_FOR_USR1 = """
-import signal, time, pathlib
-signal.signal(signal.SIGUSR1, lambda *a: sys.exit(0))
-pathlib.Path("ready").touch()
-time.sleep(30)
-sys.exit(9)
-"""
-
-
-@pytest.mark.parametrize(("restarts", "requeued"), [(0, True), (2, True), (3, False)])
-def test_a_job_stopped_early_is_requeued_a_bounded_number_of_times(
-    launcher: Launcher, restarts: int, requeued: bool
-) -> None:
-    status, output = run_job(launcher, WAIT_FOR_USR1, restarts, send_usr1=True)
-    assert status == 0, output
-    calls = [call.argv for call in launcher.path.calls("scontrol") if call.argv[0] == "requeue"]
-    assert calls == ([["requeue", "123456"]] if requeued else [])
-    assert (launcher.folder / f"longseq-123456-r{restarts}.log").exists()
-
-
-def test_a_failed_training_is_not_requeued(launcher: Launcher) -> None:
-    status, output = run_job(launcher, "sys.exit(5)", 0, send_usr1=False)
-    assert status == 5, output
-    assert not [call for call in launcher.path.calls("scontrol") if call.argv[0] == "requeue"]
 
 
 # Docker --------------------------------------------------------------------------------------------------------------
@@ -351,6 +341,23 @@ def test_our_site_files_are_read(launcher: Launcher, site: Path) -> None:
         (["--nproc", "2", "--gpus-per-node", "2", "--", "train.py"], "both set the ranks on each node"),
         (["--local", "--slurm", "--", "train.py"], "exclude each other"),
         (["--slurm", "--docker", "x", "--", "train.py"], "exclude each other"),
+        (["--docker", "x", "--apptainer", "y", "--", "train.py"], "exclude each other"),
+        (["--docker", "", "--", "train.py"], "--docker needs a value"),
+        (["--docker=", "--", "train.py"], "--docker needs a value"),
+        (["--local=1", "--", "train.py"], "takes no value"),
+        (["--nproc=two", "--", "train.py"], "--nproc two: give a whole number"),
+        (["--nproc", "999999", "--", "train.py"], "--nproc 999999: at most 1024"),
+        (["--nproc", "99999999999999999999", "--", "train.py"], "give a whole number"),
+        (["--nproc", "1000", "--", "train.py"], "1000 CPU ranks were requested on"),
+        (["--nodes", "2", "--nodes", "3", "--", "train.py"], "--nodes is given twice"),
+        (["--mount", ".", "--", "train.py"], "without a container nothing is mounted"),
+        (["--pyxis", "x", "--", "train.py"], "--pyxis is a plugin of slurm's srun"),
+        (["--slurm-arg", "--time=1", "--", "train.py"], "goes to sbatch: give --slurm"),
+        (["--max-requeues", "1", "--", "train.py"], "needs a slurm job"),
+        (["--slurm", "--nproc", "2", "--slurm-arg", "--partition gpu", "--", "train.py"], "write it as one word"),
+        (["--slurm", "--nproc", "2", "--slurm-arg", "gpu", "--", "train.py"], "begins with -"),
+        (["--slurm", "--nproc", "2", "--slurm-arg", "--nodes=4", "--", "train.py"], "the launcher sets --nodes itself"),
+        (["--slurm", "--nproc", "2", "--slurm-arg", "-N4", "--", "train.py"], "the launcher sets -N itself"),
         (["--slurm", "--", "train.py"], "give --gpus-per-node"),
         (["--gpus-per-node", "2", "--", "train.py"], "but none was found"),
         (["--nodes", "2", "--", "train.py"], "MASTER_ADDR"),
@@ -375,6 +382,14 @@ def test_without_an_environment_the_message_says_what_to_run(launcher: Launcher)
 
 
 def test_several_machines_without_slurm(launcher: Launcher) -> None:
+    launcher.path.fake("getent")
     call = launcher.torchrun("--nodes", "2", "--", "train.py", env={"MASTER_ADDR": "first"})
     assert call.after("--rdzv-endpoint") == "first:29500"
     assert call.after("--nnodes") == "2"
+
+
+def test_a_name_that_does_not_resolve_is_refused_at_once(launcher: Launcher) -> None:
+    launcher.path.fake("getent", "sys.exit(2)")
+    done = launcher.run("--nodes", "2", "--", "train.py", env={"MASTER_ADDR": "first"})
+    assert done.returncode == 1 and "the first node's name first does not resolve here" in done.stderr
+    assert not launcher.path.calls("torchrun") and not (launcher.folder / "runs").exists()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.lib.supervise import Failure, culprit, parse_failures, verdict
+from scripts.lib.verdict import Failure, NodeEnd, culprit, describe, job_verdict, parse_failures
 from tests.scripts.fakes import ROOT
 
 # Stands for `python -m patches` in the folder of the run: this test is about processes, not about patches.
@@ -28,6 +28,8 @@ import os, signal, sys, time
 rank = os.environ["RANK"]
 if "saves" in sys.argv:
     signal.signal(signal.SIGTERM, lambda *_: (print("saved", rank, flush=True), sys.exit(0)))
+if "deaf" in sys.argv:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 with open(f"pid{rank}.new", "w") as out:
     out.write(str(os.getpid()))
 os.rename(f"pid{rank}.new", f"pid{rank}")
@@ -80,6 +82,10 @@ def alive(pid: int) -> bool:
         return False
 
 
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def nothing_left(pids: list[int]) -> None:
     wait_until(lambda: not any(alive(pid) for pid in pids))
 
@@ -115,6 +121,9 @@ def test_a_failing_rank_is_named_with_its_last_words(start: Callable[..., Run]) 
     status, err = run.end()
     assert status == 1
     assert f"pid {pids[1]}) failed with exit code 1\n  its last words: ValueError: bad batch" in err
+    assert "[rank1]:    raise ValueError" in err and "torch/distributed" not in err
+    (log,) = run.folder.glob("out/start-0/ranks/rank-00001-*.log")
+    assert f"its log: {log}" in err
     assert not any(map(alive, pids))
 
 
@@ -135,7 +144,7 @@ def test_usr1_lets_the_ranks_save(start: Callable[..., Run]) -> None:
     run.process.send_signal(signal.SIGUSR1)
     status, err = run.end()
     assert status == 0, err
-    logs = [path.read_text() for path in run.folder.glob("out/ranks/*/*/*/stdout.log")]
+    logs = [path.read_text() for path in run.folder.glob("out/start-0/ranks/rank-*.log")]
     assert sorted(text.split()[-2:] for text in logs) == [["saved", "0"], ["saved", "1"]]
     assert not any(map(alive, pids))
 
@@ -143,16 +152,36 @@ def test_usr1_lets_the_ranks_save(start: Callable[..., Run]) -> None:
 def test_killing_torchrun_leaves_no_rank(start: Callable[..., Run]) -> None:
     run = start()
     pids = run.pids()
-    torchrun = int(Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[1])
-    os.kill(torchrun, signal.SIGKILL)
+    os.kill(parent(pids[0]), signal.SIGKILL)
     status, err = run.end()
-    assert status == 128 + signal.SIGKILL
-    assert f"torchrun itself (pid {torchrun}) died of signal 9; no process is left" in err
+    assert status == 1
+    assert "torchrun itself died of signal 9" in err and err.rstrip().endswith("no process is left")
+    assert not any(map(alive, pids))
+
+
+def test_killing_the_keeper_leaves_no_rank(start: Callable[..., Run]) -> None:
+    run = start("deaf")
+    pids = run.pids()
+    os.kill(parent(parent(pids[0])), signal.SIGKILL)
+    status, err = run.end()
+    assert status == 1
+    assert "the keeper of torchrun died of signal 9" in err
+    assert not any(map(alive, pids))
+
+
+def test_ranks_that_ignore_term_are_killed_in_time(start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LONGSEQ_STOP_SECONDS", "1")
+    run = start("deaf")
+    pids = run.pids()
+    run.process.send_signal(signal.SIGTERM)
+    run.process.send_signal(signal.SIGTERM)  # schedulers send it several times
+    status, err = run.end()
+    assert status == 128 + signal.SIGTERM, err
     assert not any(map(alive, pids))
 
 
 def test_killing_the_supervisor_leaves_no_rank(start: Callable[..., Run]) -> None:
-    run = start()
+    run = start("deaf")
     pids = run.pids()
     run.process.kill()
     run.process.wait()
@@ -199,11 +228,41 @@ def test_an_aborting_watchdog_is_blamed_only_as_root() -> None:
     assert blamed(table(entry(0, -6, 100), entry(2, 1, 102))) == 0
 
 
-def test_without_a_table_the_verdict_says_so() -> None:
-    assert parse_failures(["something else"]) == []
-    assert verdict([], {}, 3) == "torchrun ended with status 3 and named no rank: see the lines above"
-
-
 def test_the_others_are_mentioned() -> None:
     failures = [Failure(0, 10, -9, True, False), Failure(1, 11, 1, False, False), Failure(2, 12, -15, False, True)]
-    assert "ranks [1] failed after it or with it" in verdict(failures, {}, 1)
+    assert "ranks [1] failed after it or with it" in describe(failures[0], failures)
+
+
+def test_a_rank_that_complains_about_its_peer_is_not_blamed() -> None:
+    lost = Failure(0, 10, 1, True, False, seconds=5, last_lines=["RuntimeError: Connection closed by peer [::1]:5"])
+    assert culprit([lost, Failure(1, 11, 1, False, False, seconds=6, last_lines=["ValueError: bad batch"])]).rank == 1  # type: ignore[union-attr]
+
+
+# The verdict of a job on several nodes -------------------------------------------------------------------------------
+
+
+def failed(host: str, at: float, *failures: Failure) -> NodeEnd:
+    return NodeEnd(host, 1, ended_at=at, message=f"{host} failed", failures=list(failures))
+
+
+def stopped(host: str, at: float, *failures: Failure) -> NodeEnd:
+    return NodeEnd(host, 143, stopped_by=15, stopped_at=at, ended_at=at + 1, failures=list(failures))
+
+
+def test_the_node_that_failed_is_blamed_not_the_ones_that_were_stopped_because_of_it() -> None:
+    ends = [
+        stopped("a", 11.0, Failure(0, 1, -9, True, False, "a")),
+        failed("b", 10.0, Failure(3, 7, 1, True, False, "b")),
+    ]
+    status, message = job_verdict(ends)
+    assert status == 1 and message.startswith("rank 3 (host b, pid 7) failed with exit code 1"), message
+
+
+def test_nodes_that_were_stopped_first_were_stopped_from_outside() -> None:
+    status, message = job_verdict([stopped("a", 9.0), failed("b", 10.0, Failure(3, 7, 1, True, False, "b"))])
+    assert (status, message) == (143, "stopped by signal 15 (SIGTERM)")
+
+
+def test_a_node_without_a_rank_to_blame_speaks_for_itself() -> None:
+    assert job_verdict([failed("b", 10.0), NodeEnd("a", 0)]) == (1, "b: b failed")
+    assert job_verdict([NodeEnd("a", 0), NodeEnd("b", 0)]) == (0, "")

@@ -31,6 +31,8 @@ class Case:
         dtype: of the parameters; the model runs in double precision if it is float32.
         fused: whether upstream's fused kernel adds weight gradients to the main gradients of upstream's data-parallel
             wrapper.
+        main: whether the model is in upstream's data-parallel wrapper without that kernel.
+        overlaps: whether that wrapper reduces gradients while backward runs, for which hooks need each gradient.
         frozen: name of parameters that are not trained.
         config: further fields of the configuration.
     """
@@ -40,8 +42,14 @@ class Case:
     sequence_parallel: bool = False
     dtype: torch.dtype = torch.float32
     fused: bool = False
+    main: bool = False
+    overlaps: bool = True
     frozen: str = "none"
     config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_wrapped(self) -> bool:
+        return self.fused or self.main
 
 
 @contextlib.contextmanager
@@ -90,11 +98,11 @@ def model_of(case: Case) -> Any:
     )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(case.frozen not in name)
-    if not case.fused:
+    if not case.is_wrapped:
         return model
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-    return DistributedDataParallel(config, DistributedDataParallelConfig(overlap_grad_reduce=True), model)
+    return DistributedDataParallel(config, DistributedDataParallelConfig(overlap_grad_reduce=case.overlaps), model)
 
 
 def run(case: Case, model: Any, chunk: int | None) -> Found:
@@ -112,22 +120,22 @@ def run(case: Case, model: Any, chunk: int | None) -> Found:
     if case.sequence_parallel:
         hidden = hidden.chunk(2)[parallel_state.get_tensor_model_parallel_rank()].clone()
     hidden.requires_grad_(case.frozen != "hidden")
-    model.zero_grad_buffer() if case.fused else model.zero_grad()
+    model.zero_grad_buffer() if case.is_wrapped else model.zero_grad()
     if case.tail:
-        (model.module if case.fused else model).set_input_tensor(hidden)
+        (model.module if case.is_wrapped else model).set_input_tensor(hidden)
     positions = torch.arange(SEQUENCE).expand(BATCH, -1)
     mask = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)[None, None]
-    processor = {} if chunk is None else {"output_processor": ChunkedLoss(chunk)}
+    processor = {} if chunk is None else {"output_processor": ChunkedLoss(chunk, needs_gradient=case.overlaps)}
     losses = model(tokens, positions, mask, labels=labels, **processor)
     found = {"losses": losses.detach().clone()}
     if losses.requires_grad:
         (losses * weights).sum().backward()
     if case.tail and hidden.grad is not None:
         found["hidden"] = hidden.grad.clone()
-    if case.fused:
+    if case.is_wrapped:
         model.finish_grad_sync()
     for name, parameter in model.named_parameters():
-        gradient = parameter.main_grad if case.fused else parameter.grad
+        gradient = parameter.main_grad if case.is_wrapped else parameter.grad
         if gradient is not None:
             found[name] = gradient.clone()
     return found

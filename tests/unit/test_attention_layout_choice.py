@@ -1,6 +1,6 @@
 """The choice of a layout for packed documents: costs by brute force, TransformerEngine's pieces, what is taken."""
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given, settings
@@ -24,13 +24,18 @@ TOKENS = 1 << 14
 
 
 def cost_by_token(
-    documents: Documents, one: CommType, lengths: tuple[int, ...], pieces: Pieces | None, window: int
+    documents: Documents,
+    one: CommType,
+    lengths: tuple[int, ...],
+    pieces: Pieces | None,
+    window: int,
+    sliding: dict[int | None, int],
 ) -> LayoutCost:
     """Count every score and every received row, token by token."""
     layout, ring = Layout(one.mesh, lengths, pieces=pieces), one.mesh.ring
     starts = [{n: span.start for span in spans for n in range(span.begin, span.end)} for spans in documents.spans]
     cost, slowest, mean = 0, 0, 0.0
-    for segment in range(len(lengths)):
+    for (reach, layers), segment in product(sliding.items(), range(len(lengths))):
         queries = [numbers(layout.ring_positions(rank, segment)) for rank in range(ring)]
         keys = [
             [n for s in range(segment + 1) for n in numbers(layout.ring_positions(rank, s))] for rank in range(ring)
@@ -38,7 +43,15 @@ def cost_by_token(
         work = {}
         for rank in range(ring):
             for source in range(ring):
-                seen = [[k for q in queries[rank] for k in keys[source] if start[q] <= k <= q] for start in starts]
+                seen = [
+                    [
+                        k
+                        for q in queries[rank]
+                        for k in keys[source]
+                        if max(start[q], 0 if reach is None else q - reach) <= k <= q
+                    ]
+                    for start in starts
+                ]
                 rows = sum(len(set(one)) for one in seen) if source != rank else 0
                 work[rank, source] = sum(map(len, seen)), rows
         if one.gathers:
@@ -55,8 +68,8 @@ def cost_by_token(
             scores = [sum(work[pair][0] for pair in pairs) for pairs in step]
             rows = [sum(work[pair][1] for pair in pairs) for pairs in step]
             most = max(max(score, ROW_COST * row) for score, row in zip(scores, rows, strict=True))
-            cost += most + (STEP_COST if most else 0)
-            slowest, mean = slowest + max(scores), mean + sum(scores) / ring
+            cost += layers * (most + (STEP_COST if most else 0))
+            slowest, mean = slowest + layers * max(scores), mean + layers * sum(scores) / ring
     return LayoutCost(cost, slowest / mean)
 
 
@@ -67,13 +80,16 @@ def test_costs_are_those_counted_token_by_token(data: st.DataObject) -> None:
     one = CommType(Mesh(ulysses, ring), data.draw(st.booleans()))
     step = 2 * ulysses * ring
     lengths = tuple(step * count for count in data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=2)))
-    ends = data.draw(st.sets(st.integers(1, sum(lengths) - 1), max_size=9))
-    spans = packed([b - a for a, b in pairwise([0, *sorted(ends), sum(lengths)])])
-    documents = Documents((spans,) * data.draw(st.integers(1, 2)))
-    choice = choose_layout(documents, [one], lengths, window=window)
+    sequences = []
+    for _ in range(data.draw(st.integers(1, 2))):  # which may hold unlike documents
+        ends = data.draw(st.sets(st.integers(1, sum(lengths) - 1), max_size=9))
+        sequences.append(packed([b - a for a, b in pairwise([0, *sorted(ends), sum(lengths)])]))
+    documents = Documents(tuple(sequences))
+    sliding = data.draw(st.sampled_from([{None: 1}, {3: 2}, {None: 1, 0: 3}, {7: 1, 200: 1}]))
+    choice = choose_layout(documents, [one], lengths, window=window, sliding=sliding)
     for pieces, cost in ((None, choice.sequence), (document_pieces(documents, lengths, step // 2), choice.document)):
         if cost is not None:
-            expected = cost_by_token(documents, one, lengths, pieces, window)
+            expected = cost_by_token(documents, one, lengths, pieces, window, sliding)
             assert cost.cost == expected.cost and cost.imbalance == pytest.approx(expected.imbalance)
     assert (choice.document is None) == (document_pieces(documents, lengths, step // 2) is None)
     faster = choice.document is not None and choice.sequence is not None and choice.document.cost < choice.sequence.cost
@@ -123,13 +139,23 @@ def test_what_is_taken() -> None:
     assert taken([3, 5, 8] * (TOKENS // 16), 8, "document") == "document"
 
 
-def test_no_ring_or_unlike_sequences_stay_by_sequence() -> None:
+def test_the_sequences_of_a_micro_batch_are_cut_where_a_document_of_any_of_them_ends() -> None:
     long, ring = packed([3 * TOKENS, *[64] * 64]), CommType(Mesh(1, 8))
     lengths = (long[-1].end,)
     alone = choose_layout(Documents((long,)), [CommType(Mesh(8, 1))], lengths, kind="document")
     assert alone.kind == "sequence" and "no keys go round a ring" in alone.why
-    unlike = choose_layout(Documents((long, packed([lengths[0]]))), [ring], lengths, kind="document")
-    assert unlike.kind == "sequence" and "hold unlike documents" in unlike.why
+    other = packed([7, *[64] * 64, 3 * TOKENS - 7])
+    unlike = choose_layout(Documents((long, other)), [ring], lengths)
+    assert unlike.kind == "document" and unlike.document is not None and unlike.sequence is not None
+    assert unlike.document.imbalance < 1.05 < unlike.sequence.imbalance
     both = choose_layout(Documents((long, long)), [CommType(Mesh(8, 1)), ring], lengths)
     assert both.kind == "document"
     assert both.why.startswith("context-parallel layout of packed documents: by document; work of the slowest rank")
+
+
+def test_a_window_shares_the_work_of_a_long_document_evenly() -> None:
+    """With all keys the zigzag of a sequence leaves ranks idle; within a short window every rank sees as many keys."""
+    documents, ring = Documents((packed([3 * TOKENS, *[64] * 64]),)), [CommType(Mesh(1, 8))]
+    lengths = (documents.spans[0][-1].end,)
+    assert choose_layout(documents, ring, lengths).kind == "document"
+    assert choose_layout(documents, ring, lengths, sliding={256: 4}).kind == "sequence"

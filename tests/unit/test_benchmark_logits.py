@@ -14,13 +14,13 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs" / "cross-entropy.md").read_
 
 @pytest.mark.slow  # the mechanism is below
 def test_bytes_at_32k_tokens_are_the_pages(ranks: RankPool) -> None:
-    first = setups(4096, 128256)[0]
-    ((theirs, ours),) = peaks(ranks, first, 1024, [32768])
-    assert ours <= 0.1 * theirs
     (table,) = re.findall(r"bytes: begin -->\n(.*?)\n<!-- bytes: end", PAGE, re.DOTALL)
     assert table.startswith(header(TOKENS))
-    (line,) = (line for line in table.splitlines() if line.startswith(f"| {first.name} |"))
-    assert line.split(" | ")[1 + TOKENS.index(32768)] == row(first, [(theirs, ours)]).strip("| ").split(" | ")[1]
+    for one in setups(4096, 128256)[:3]:
+        ((theirs, ours),) = peaks(ranks, one, 1024, [32768])
+        assert ours <= 0.1 * theirs
+        (line,) = (line for line in table.splitlines() if line.startswith(f"| {one.name} |"))
+        assert line.split(" | ")[1 + TOKENS.index(32768)] == row(one, [(theirs, ours)]).strip("| ").split(" | ")[1]
 
 
 def test_bytes_grow_by_what_a_token_keeps(ranks: RankPool) -> None:

@@ -28,6 +28,9 @@ ONE_RANK = {
     "last stage": Case(tail=True),
     "last stage, tied": Case(tail=True, tied=True),
     "muP": Case(tail=True, config={"use_mup": True, "mup_base_hidden_size": 4, "mup_output_mult": 0.25}),
+    "main gradients": Case(main=True, overlaps=False),
+    "main gradients, tied, overlapped reduction": Case(main=True, tied=True),
+    "main gradients, last stage, overlapped reduction": Case(main=True, tail=True),
     "frozen output layer": Case(tail=True, frozen="output_layer"),
     "frozen below the output layer": Case(tail=True, frozen="decoder"),
     "nothing trained": Case(tail=True, frozen=""),
@@ -84,6 +87,20 @@ def test_the_weights_gradient_is_added_up_in_float32() -> None:
         total.add(torch.ones(1, 3, dtype=torch.bfloat16), torch.ones(1, 2, dtype=torch.bfloat16))
     gradient = total.finish()
     assert gradient is not None and gradient.dtype is torch.bfloat16 and gradient.eq(1000).all()
+
+
+def test_main_gradients_of_16_bits_get_one_rounded_sum() -> None:
+    """Wider ones are added to directly, and nothing of the weight's size is made."""
+    for dtype, expected in ((torch.bfloat16, None), (torch.float32, 1000)):
+        weight = torch.zeros(3, 2, dtype=torch.bfloat16)
+        weight.main_grad = torch.zeros(3, 2, dtype=dtype)  # type: ignore[attr-defined]
+        weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+        total = _WeightGrad(weight, ChunkedLossCall(1, group=None, needs_gradient=False))
+        for _ in range(1000):
+            total.add(torch.ones(1, 3, dtype=torch.bfloat16), torch.ones(1, 2, dtype=torch.bfloat16))
+        gradient = total.finish()
+        assert (gradient is None) == (expected is not None)
+        assert (weight.main_grad if gradient is None else gradient).eq(1000).all()  # type: ignore[attr-defined]
 
 
 def test_backward_computes_the_logits_once_more(ranks: RankPool) -> None:

@@ -174,7 +174,7 @@ def calls_of_scripts() -> tuple[bool, list[str], str]:
     from patches.cross_entropy.runtime import with_chunked_loss
 
     with weight_bed.world(weight_bed.Case()):
-        global_vars._GLOBAL_ARGS = Namespace(cross_entropy_chunk_tokens=3)
+        global_vars._GLOBAL_ARGS = Namespace(cross_entropy_chunk_tokens=3, overlap_grad_reduce=False)
         model = weight_bed.model_of(weight_bed.Case())
         tokens = torch.arange(weight_bed.SEQUENCE)[None]
         inputs = (tokens, tokens, torch.ones(16, 16, dtype=torch.bool).triu(1)[None, None])

@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SYSTEMS = ("attention", "pipeline", "sharding")
+PLANNED = (*SYSTEMS, "flexsp", "planner")
 UPSTREAM = ("torch", "megatron.core", "megatron.training")
 
 
@@ -29,9 +30,9 @@ def broken(folder: str, forbidden: tuple[str, ...]) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("system", (*SYSTEMS, "planner"))
+@pytest.mark.parametrize("system", PLANNED)
 def test_plan_is_pure(system: str) -> None:
-    runtimes = [f"megatron.longseq.{name}.{part}" for name in (*SYSTEMS, "planner") for part in ("runtime", "tools")]
+    runtimes = [f"megatron.longseq.{name}.{part}" for name in PLANNED for part in ("runtime", "tools")]
     assert list(imports(f"megatron/longseq/{system}/plan"))
     assert broken(f"megatron/longseq/{system}/plan", (*UPSTREAM, *runtimes)) == []
 

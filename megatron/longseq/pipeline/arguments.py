@@ -134,8 +134,9 @@ def add_pipeline_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--seq1f1b-partition",
         default=PARTITION,
-        metavar="even|balanced|N1,N2,...",
-        help="tokens per segment: equal lengths, equal cost of forward plus backward, or as listed",
+        metavar="even|balanced|documents|N1,N2,...",
+        help="tokens per segment: equal lengths, equal cost of forward plus backward, equal cost of each micro-batch's "
+        "packed documents, or as listed",
     )
     group.add_argument(
         "--seq1f1b-layer-seconds",
@@ -217,10 +218,10 @@ def _check_layer_seconds(args: Namespace) -> None:
     file = getattr(args, "seq1f1b_layer_seconds", None)
     if file is None:
         return
-    if not args.zero_bubble and (args.seq1f1b_splits == 1 or args.seq1f1b_partition != PARTITION):
+    if not args.zero_bubble and (args.seq1f1b_splits == 1 or args.seq1f1b_partition not in (PARTITION, "documents")):
         raise ValueError(
             f"--seq1f1b-layer-seconds {file}: the file balances segments, but neither --seq1f1b-splits above 1 with "
-            "--seq1f1b-partition balanced nor --zero-bubble is given; leave it out."
+            "--seq1f1b-partition balanced or documents nor --zero-bubble is given; leave it out."
         )
     try:
         fit(read_samples(Path(file)))

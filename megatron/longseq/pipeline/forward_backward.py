@@ -15,8 +15,9 @@ from megatron.longseq.attention.module import ContextParallel
 from megatron.longseq.attention.runtime.document_layouts import DocumentLayouts
 from megatron.longseq.attention.runtime.packed_batch import PackedReader
 from megatron.longseq.pipeline.plan.from_args import PipelinePlan
-from megatron.longseq.pipeline.plan.schedule import Schedule
+from megatron.longseq.pipeline.plan.schedule import Action, Schedule
 from megatron.longseq.pipeline.plan.simulate import ActionTime
+from megatron.longseq.pipeline.runtime.document_cuts import DocumentCuts
 from megatron.longseq.pipeline.runtime.executor import Executor, StepRequest
 from megatron.longseq.pipeline.runtime.grad_sync import GradSums
 from megatron.longseq.pipeline.runtime.hang_report import HangReporter
@@ -35,6 +36,7 @@ class ForwardBackward:
         needs_mask: whether every micro-batch must have an attention mask (--reset-attention-mask).
         sends_documents: whether the documents of every micro-batch are sent from stage to stage (with segments).
         context: process groups of context parallelism; None without it.
+        document_cuts: cuts each micro-batch by its documents; None: all have the plan's segments.
         packed: reads packed documents; None: those of one context-parallel rank without a comparison of ranks.
         patience: seconds after which a waiting rank reports what it waits for.
         timeout: time after which a missing message is an error; None: the backend's own.
@@ -46,6 +48,7 @@ class ForwardBackward:
     needs_mask: bool = False
     sends_documents: bool = False
     context: ContextParallel | None = None
+    document_cuts: DocumentCuts | None = None
     packed: PackedReader | None = None
     patience: float = 60.0
     timeout: timedelta | None = None
@@ -98,7 +101,7 @@ class ForwardBackward:
             config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
         step = StepRequest(
             forward_step_func=forward_step_func,
-            data=data_iterator if isinstance(data_iterator, list) else [data_iterator],
+            data=self._cut(data_iterator if isinstance(data_iterator, list) else [data_iterator], num_microbatches),
             micro_batch_size=micro_batch_size,
             forward_only=forward_only,
             collect_non_loss_data=collect_non_loss_data,
@@ -164,6 +167,21 @@ class ForwardBackward:
             packed=self.packed or PackedReader(1, 0, layouts=DocumentLayouts(lengths=tuple(self.plan.lengths))),
         )
 
+    def _cut(self, data: list[Any], microbatches: int) -> list[Any]:
+        """Cut the micro-batches of a step into segments, and return data iterators for it."""
+        if self.document_cuts is None:
+            return data
+        data, cuts = self.document_cuts.of_step(data, microbatches)
+        for chunk in self.chunks:
+            chunk.cuts = cuts
+        return data
+
+    def _shape(self, action: Action, shards: int, micro_batch_size: int, hidden_size: int) -> tuple[int, int, int]:
+        """Return the shape of the hidden states of an action, or of their gradient."""
+        cuts = self.chunks[action.vstage].cuts
+        lengths = cuts[action.microbatch] if cuts else self.plan.lengths
+        return lengths[action.segment] // shards, micro_batch_size, hidden_size
+
     def _executor(self, step: StepRequest, microbatches: int, config: Any, groups: Any) -> Executor:
         schedule = self.plan.schedule(microbatches, step.forward_only)
         self.steps += not step.forward_only
@@ -176,7 +194,7 @@ class ForwardBackward:
             chunks=self.chunks,
             channels=self.channels,
             receive_order=self.plan.receives(microbatches, step.forward_only)[groups.pp.rank()],
-            shape=lambda segment: (self.plan.lengths[segment] // shards, step.micro_batch_size, config.hidden_size),
+            shape=lambda action: self._shape(action, shards, step.micro_batch_size, config.hidden_size),
             step=step,
             reporter=self.reporter,
             weights=self.weights if schedule.splits_weights else None,

@@ -2,7 +2,7 @@
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from megatron.core.utils import log_single_rank
@@ -23,9 +23,10 @@ class DocumentLayouts:
 
     Attributes:
         types: communication of the layers; empty: there is one context-parallel rank.
-        lengths: tokens of every segment (--seq1f1b-splits); None: a sequence is one segment.
+        lengths: tokens of every segment (--seq1f1b-splits) of the current micro-batch; None: a sequence is one segment.
         kind: --context-parallel-layout.
         window: --ring-window.
+        sliding: number of layers with each sliding window (`choose_layout`); None: no layer has one.
         say: prints the first choice; later ones that differ go to the log.
     """
 
@@ -33,8 +34,11 @@ class DocumentLayouts:
     lengths: tuple[int, ...] | None = None
     kind: LayoutKind = "auto"
     window: int | None = None
+    sliding: Mapping[int | None, int] | None = None
     say: Callable[[str], None] = field(default=lambda line: None)
-    _recent: "OrderedDict[Documents, LayoutChoice]" = field(default_factory=OrderedDict, init=False)
+    _recent: "OrderedDict[tuple[Documents, tuple[int, ...]], LayoutChoice]" = field(
+        default_factory=OrderedDict, init=False
+    )
     _last_cut: Documents | None = field(default=None, init=False)
     _last_kind: str | None = field(default=None, init=False)
 
@@ -79,13 +83,16 @@ class DocumentLayouts:
             )
 
     def _choice(self, documents: Documents, length: int) -> LayoutChoice:
-        if documents not in self._recent:
-            choice = choose_layout(documents, self.types, self.lengths or (length,), kind=self.kind, window=self.window)
-            self._recent[documents] = choice
+        lengths = self.lengths or (length,)
+        if (documents, lengths) not in self._recent:
+            choice = choose_layout(
+                documents, self.types, lengths, kind=self.kind, window=self.window, sliding=self.sliding
+            )
+            self._recent[documents, lengths] = choice
             if len(self._recent) > RECENT:
                 self._recent.popitem(last=False)
             self._report(choice)
-        return self._recent[documents]
+        return self._recent[documents, lengths]
 
     def _report(self, choice: LayoutChoice) -> None:
         if self._last_kind is None:

@@ -40,6 +40,7 @@ class ChunkedLossCall:
         gathers: whether hidden states are sharded along the sequence over `group` (sequence parallelism).
         reduces: whether the hidden states' gradient is summed over `group`.
         fused: whether upstream's fused kernel adds the weight's gradient to `main_grad`.
+        needs_gradient: whether hooks of the weight need a gradient from autograd (--overlap-grad-reduce, --paro).
         scale: factor of the logits (muP).
     """
 
@@ -48,6 +49,7 @@ class ChunkedLossCall:
     gathers: bool = False
     reduces: bool = False
     fused: bool = False
+    needs_gradient: bool = True
     scale: float = 1.0
 
     @property
@@ -231,16 +233,22 @@ class _HiddenGrad:
 
 
 class _WeightGrad:
-    """Adds up the gradient of the weight over chunks: in `main_grad` if upstream does, otherwise in float32 or wider.
+    """Adds up the gradient of the weight over chunks, in float32 or wider.
 
-    Upstream's product over all tokens at once is rounded to the model's dtype once, and so is this sum.
+    The sum is upstream's `main_grad` if that is wide enough, so that no tensor of the weight's size is made; upstream's
+    hooks would add the gradient to it anyway. Otherwise it is a tensor of its own, which is rounded to the model's
+    dtype once, as upstream's product over all tokens is.
     """
 
     def __init__(self, weight: Tensor, call: ChunkedLossCall) -> None:
-        self._weight = weight
-        self._total: Tensor | None = None
-        self._is_fused = call.fused and hasattr(weight, "main_grad")
+        self._weight, self._call = weight, call
         self._dtype = torch.promote_types(weight.dtype, torch.float32)
+        main_grad = getattr(weight, "main_grad", None)
+        self._is_fused = call.fused and main_grad is not None
+        # Upstream's data-parallel wrapper sets the second attribute on parameters whose hooks read `main_grad`.
+        self._is_main = main_grad is not None and hasattr(weight, "grad_added_to_main_grad")
+        self._is_main = self._is_main and not self._is_fused and main_grad.dtype is self._dtype
+        self._total: Tensor | None = main_grad.view_as(weight) if self._is_main else None
 
     def add(self, logit_grad: Tensor, hidden: Tensor) -> None:
         """Add one chunk's product.
@@ -275,6 +283,9 @@ class _WeightGrad:
     def finish(self) -> Tensor | None:
         """Return what autograd passes on: the gradient, or if it is in `main_grad` what upstream's layer returns."""
         weight = self._weight
+        if self._is_main:
+            # A zero, because other uses of the weight may add to it. Autograd expands it, so it is left out if it can.
+            return weight.new_zeros(()).expand_as(weight) if self._call.needs_gradient else None
         if not self._is_fused:
             return torch.zeros_like(weight) if self._total is None else self._total.to(weight.dtype)
         if not hasattr(weight, "grad_added_to_main_grad"):

@@ -29,9 +29,11 @@ class ChunkedLoss:
 
     Attributes:
         chunk_tokens: tokens whose logits are computed at once.
+        needs_gradient: see `ChunkedLossCall`.
     """
 
     chunk_tokens: int
+    needs_gradient: bool = True
 
     def __call__(
         self,
@@ -92,6 +94,7 @@ class ChunkedLoss:
                 gathers=sequence_parallel,
                 reduces=allreduce_dgrad,
                 fused=gradient_accumulation_fusion,
+                needs_gradient=self.needs_gradient,
                 scale=scale,
             )
             return chunked_cross_entropy(input, weight, labels, call)

@@ -2,11 +2,14 @@
 
 import functools
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron.longseq.attention.plan.layout import length_multiple
+from megatron.longseq.attention.plan.ranges import Documents
 from megatron.longseq.pipeline.plan import generators, partition
+from megatron.longseq.pipeline.plan.document_partition import DocumentCut, cut_by_documents
 from megatron.longseq.pipeline.plan.receives import AHEAD, ReceiveOrder, is_deadlock_free_on_one_queue, plan_receives
 from megatron.longseq.pipeline.plan.schedule import Pipeline, Schedule
 from megatron.longseq.pipeline.plan.segment_cost import (
@@ -21,6 +24,8 @@ from megatron.longseq.pipeline.plan.segment_cost import (
 from megatron.longseq.pipeline.plan.simulate import Costs
 from megatron.longseq.pipeline.plan.validate import prove
 
+BY_DOCUMENTS = "documents"  # of --seq1f1b-partition
+
 
 @dataclass(frozen=True)
 class PipelinePlan:
@@ -28,7 +33,7 @@ class PipelinePlan:
 
     Attributes:
         stages, virtual: see `Pipeline`.
-        lengths: tokens per segment.
+        lengths: tokens per segment, unless a micro-batch is cut by its documents.
         slack, zero_bubble, group, costs: see `generators.make`.
         one_queue: whether all streams of a GPU share a queue (CUDA_DEVICE_MAX_CONNECTIONS=1).
     """
@@ -131,6 +136,8 @@ def stage_layers(args: Namespace) -> list[int]:
 def segment_lengths(args: Namespace) -> tuple[int, ...]:
     """Return the tokens of each segment, from `--seq1f1b-splits` and `--seq1f1b-partition`.
 
+    With `--seq1f1b-partition documents` these are the segments of a sequence without documents.
+
     Lengths are computed once and kept, so this may be called for every micro-batch.
 
     Raises:
@@ -138,13 +145,22 @@ def segment_lengths(args: Namespace) -> tuple[int, ...]:
     """
     if args.seq1f1b_splits == 1:
         return (args.seq_length,)
-    multiple = length_multiple(
-        args.context_parallel_size, args.tensor_model_parallel_size if args.sequence_parallel else 1
-    )
+    # Micro-batches that are not cut by their documents are balanced as sequences without documents are.
+    text = "balanced" if args.seq1f1b_partition == BY_DOCUMENTS else args.seq1f1b_partition
     # The padded vocabulary is unknown until the tokenizer exists. Lengths that depended on it would change after they
     # were checked and printed.
     shape = replace(model_shape(args), padded_vocab_size=args.vocab_size or 0)
-    return _lengths(args.seq1f1b_partition, args.seq1f1b_splits, multiple, shape, args.seq1f1b_layer_seconds)
+    return _lengths(text, args.seq1f1b_splits, _multiple(args), shape, args.seq1f1b_layer_seconds)
+
+
+def document_cutter(args: Namespace) -> Callable[[Documents], DocumentCut]:
+    """Return a function from the documents of a micro-batch to its segments (`--seq1f1b-partition documents`)."""
+    return functools.partial(cut_by_documents, cost_model(args), segment_lengths(args), multiple=_multiple(args))
+
+
+def _multiple(args: Namespace) -> int:
+    """Return the number that the tokens of a segment must be a multiple of."""
+    return length_multiple(args.context_parallel_size, args.tensor_model_parallel_size if args.sequence_parallel else 1)
 
 
 @functools.lru_cache(maxsize=8)

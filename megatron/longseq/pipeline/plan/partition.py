@@ -180,6 +180,16 @@ def ideal_cuts(model: CostModel, segments: int) -> list[float]:
     return cuts
 
 
+def unit_costs(model: CostModel) -> tuple[float, float]:
+    """Return the cost of a cell in one layer, and of a token in all layers and the head, forward plus backward."""
+    layer, head = model.layer, model.head
+    token = layer.forward.token + layer.backward.token
+    return (
+        layer.forward.cell + layer.backward.cell,
+        model.shape.num_layers * token + head.forward.token + head.backward.token,
+    )
+
+
 # A piece of the cumulative cost: its first position, and a, b, c of a * t^2 + b * t + c at t tokens after that.
 _Piece = tuple[float, float, float, float]
 
@@ -189,9 +199,7 @@ def _cumulative(model: CostModel) -> list[_Piece]:
 
     The cost per call is the same for every segment and moves no cut.
     """
-    shape, layer, head = model.shape, model.layer, model.head
-    cell = layer.forward.cell + layer.backward.cell
-    token = shape.num_layers * (layer.forward.token + layer.backward.token) + head.forward.token + head.backward.token
+    shape, (cell, token) = model.shape, unit_costs(model)
     counts = shape.windows()
     quadratic = cell * shape.num_layers / 2
     first = (0.0, quadratic, quadratic + token, 0.0)

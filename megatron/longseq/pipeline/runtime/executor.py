@@ -57,7 +57,7 @@ class Executor:
         chunks: this rank's model chunks, by virtual stage.
         channels: process groups of the pipeline.
         receive_order: when this rank posts its receives.
-        shape: function from a segment to the shape of its hidden states on this rank.
+        shape: function from an action to the shape of the hidden states, or of their gradient, that it receives.
         step: arguments of the step.
         reporter: reports waits that take too long.
         weights: keeps deferred weight gradients, if the schedule has WEIGHT actions.
@@ -72,7 +72,7 @@ class Executor:
     chunks: Sequence[SegmentedModel]
     channels: StageChannels
     receive_order: ReceiveOrder
-    shape: Callable[[int], tuple[int, ...]]
+    shape: Callable[[Action], tuple[int, ...]]
     step: StepRequest
     reporter: HangReporter
     weights: WeightGradStore | None = None

@@ -166,7 +166,7 @@ class Mailbox:
         channels: StageChannels,
         schedule: Schedule,
         receive_order: ReceiveOrder,
-        shape: Callable[[int], tuple[int, ...]],
+        shape: Callable[[Action], tuple[int, ...]],
         make: Callable[[tuple[int, ...]], torch.Tensor],
         reporter: HangReporter,
         starts: tuple[int, int] | None = None,
@@ -190,7 +190,7 @@ class Mailbox:
     def _post(self, action: Action) -> None:
         sender = source(self.pipeline, self.rank, action)
         assert sender is not None, f"{action} receives nothing"
-        tensor, peer = self.make(self.shape(action.segment)), sender[0]
+        tensor, peer = self.make(self.shape(action)), sender[0]
         channel = self.channels.channel(action.kind, peer, self.rank)
         wait = self._wait(action, peer, CONTENT[action.kind])
         starts, works = None, []

@@ -54,6 +54,7 @@ class SegmentedModel:
     Attributes:
         module: the chunk in upstream's wrappers (DDP, Float16Module).
         lengths: tokens per segment.
+        cuts: tokens per segment of each micro-batch of this step; empty: `lengths` for all of them.
         needs_mask, sends_documents, context: see `ForwardBackward`.
         allows_documents: whether masks may separate documents: there is one stage, or documents are sent.
         packed: reads the documents that the script passes to the model as `packed_seq_params`.
@@ -67,6 +68,7 @@ class SegmentedModel:
 
     module: torch.nn.Module
     lengths: Sequence[int]
+    cuts: Sequence[tuple[int, ...]] = ()
     needs_mask: bool = False
     allows_documents: bool = True
     sends_documents: bool = False
@@ -119,7 +121,9 @@ class SegmentedModel:
 
     def enter(self, microbatch: int, segment: int, forward_only: bool) -> None:
         """Set the segment of the next forward, backward or recomputation."""
-        self.store.current = Segment(microbatch, segment, tuple(self.lengths), forward_only)
+        lengths = self.cuts[microbatch] if self.cuts else tuple(self.lengths)
+        self.store.current = Segment(microbatch, segment, lengths, forward_only)
+        self.packed.layouts.lengths = lengths  # of the batch that the forward step cuts over context-parallel ranks
         self.has_run = False
 
     def learn_documents(self, microbatch: int, starts: torch.Tensor) -> None:
@@ -246,7 +250,7 @@ class SegmentedModel:
             return document_starts(mask).to(torch.int32)
         masks = self.context.masks
         return gather_document_starts(
-            mask, Layout(Mesh(self._ranks(), 1), tuple(self.lengths)), masks.rank, masks.collectives
+            mask, Layout(Mesh(self._ranks(), 1), self.store.current_segment(0).lengths), masks.rank, masks.collectives
         )
 
     def _ranks(self) -> int:

@@ -63,13 +63,15 @@ def attention_bytes(model: Architecture, run: Configuration) -> tuple[float, flo
     if model.multi_latent_attention:
         inputs = _latent_inputs(model, run, size)
     else:
-        inputs = (model.query_size + 2 * max(model.groups, size.tensor) * model.channels) * per_token
+        inputs = (model.query_size + 2 * model.key_size(size.tensor)) * per_token
         if model.qk_layernorm:
-            inputs += (model.query_size + max(model.groups, size.tensor) * model.channels) * per_token
+            inputs += (model.query_size + model.key_size(size.tensor)) * per_token
     if not run.fused_attention:
         length = run.seq_length
         scores = run.micro_batch_size * heads * length * length
         freed = scores * (run.element * (2 if model.attention_dropout else 1) + (1 if model.attention_dropout else 0))
+        if run.is_local and not run.masked_softmax_fusion:
+            freed += scores * run.element  # the scaled scores, which the fused kernel does not keep
         return inputs + out + freed, freed
     freed = 4.0 * heads * size.tokens
     if _copies(model, run):
@@ -130,7 +132,11 @@ def layer_bytes(model: Architecture, run: Configuration, has_experts: bool) -> L
     else:
         mlp, act = mlp_bytes(model, run, model.ffn, size.tokens, size.tensor)
         width = model.ffn
-    whole = 4 * hidden + masks + attention + mlp
+    if run.fp8:  # the products keep their inputs in fp8
+        hidden_inputs, mlp = size.hidden * size.item, mlp - act / 2
+        whole = 4 * hidden - hidden_inputs + masks + attention + mlp
+    else:
+        whole = 4 * hidden + masks + attention + mlp
     gates = 2 if model.swiglu else 1
     working = size.item * (2 * size.hidden + size.whole + (1 + gates) * width * size.tokens / size.tensor)
     modules = run.recompute_modules or ("core_attn",)

@@ -46,14 +46,20 @@ class Cluster:
         attention_backward_efficiency: the same in backward.
         memory_efficiency: share of memory_bandwidth that elementwise kernels reach.
         link_efficiency: share of link_bandwidth that large collectives reach.
-        network_efficiency: share of node_bandwidth that large collectives reach.
+        network_efficiency: share of node_bandwidth that a collective reaches whose ranks fill their nodes.
+        data_efficiency: share of node_bandwidth that data-parallel collectives reach, of which as many run at once as
+            a node has tensor-parallel ranks.
         pairwise_efficiency: share of node_bandwidth that messages between pipeline stages reach.
+        splits_messages: whether tensor-parallel ranks send a share of a message to the next stage each, and gather it
+            there, as the software of some installations did (arXiv 2104.04473, section 4.1).
         message_bytes: size of a collective that reaches half of the bandwidth.
-        kernel_seconds: launch of a kernel from the host.
+        layer_seconds: time in which a host issues the kernels of a layer's forward. Backward takes 1.6 times as long.
+        microbatch_seconds: host work of a micro-batch that no kernel hides, such as synchronization.
         step_seconds: host work of a step.
         imbalance: slowest rank's compute over the mean, for each doubling of the ranks (stragglers).
         workspace_bytes: buffers of libraries inside the allocator.
         deterministic_workspace_bytes: the same under deterministic_mode.
+        gradient_copy_bytes: bytes per parameter of gradients that the software keeps beside their float32 sums.
         context_bytes: memory outside the allocator (contexts, communicators).
         fragmentation: share of the allocated memory that the allocator reserves in addition.
         products: measured products, interpolated instead of product_efficiency.
@@ -84,13 +90,17 @@ class Cluster:
     memory_efficiency: float = 0.8
     link_efficiency: float = 0.77
     network_efficiency: float = 0.8
+    data_efficiency: float = 0.7
     pairwise_efficiency: float = 0.8
+    splits_messages: bool = False
     message_bytes: float = 1e6
-    kernel_seconds: float = 4e-6
+    layer_seconds: float = 1.0e-3
+    microbatch_seconds: float = 0.0
     step_seconds: float = 2e-3
     imbalance: float = 0.0
     workspace_bytes: float = 64e6
     deterministic_workspace_bytes: float = 80e6
+    gradient_copy_bytes: float = 0.0
     context_bytes: float = 2.5e9
     fragmentation: float = 0.05
     products: tuple[Curve, ...] = ()
@@ -121,8 +131,9 @@ class Cluster:
 
 
 _FIELDS = {one.name: one for one in fields(Cluster)}
+_NO_NUMBERS = ("name", "gpus", "products", "defaults", "source", "splits_messages")
 _WHOLE = ("gpus_per_node", "sms", "product_depth")
-NUMBERS = tuple(name for name in _FIELDS if name not in ("name", "gpus", "products", "defaults", "source"))
+NUMBERS = tuple(name for name in _FIELDS if name not in _NO_NUMBERS)
 
 
 def families() -> tuple[str, ...]:

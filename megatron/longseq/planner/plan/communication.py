@@ -15,6 +15,9 @@ from megatron.longseq.planner.plan.configuration import Configuration
 from megatron.longseq.planner.plan.model import Architecture
 from megatron.longseq.sharding.plan.time_model import LinkSpeed, LinkSpeeds
 
+# Share of hidden collectives by which they slow the products beside them: they take memory bandwidth and processors.
+CONTENTION = 0.3
+
 
 class Group(NamedTuple):
     """Ranks that communicate.
@@ -113,6 +116,7 @@ def layer_messages(
     if run.gradient_accumulation_fusion or run.sequence_parallel:
         beside = min(count * once * (1 if run.sequence_parallel else 2), weight)
         backward, hidden = backward - beside, hidden + beside
+    backward += CONTENTION * hidden
     if run.tp_comm_overlap:
         forward, backward, hidden = 0.2 * forward, 0.2 * backward, hidden + 0.8 * (forward + backward)
     context = _context_seconds(model, cluster, run, attention)
@@ -180,23 +184,27 @@ def boundary_seconds(model: Architecture, cluster: Cluster, run: Configuration) 
         return 0.0
     tokens = run.micro_batch_size * run.seq_length / run.context_parallel_size / run.seq1f1b_splits
     size = tokens * model.hidden_size * run.element
+    gathered = 0.0
     if run.sequence_parallel:
+        size /= run.tensor_model_parallel_size
+    elif cluster.splits_messages:
+        gathered = ring_seconds(cluster, group(cluster, run.tensor_model_parallel_size, 1), size)
         size /= run.tensor_model_parallel_size
     per_stage = run.gpus // stages
     near = cluster.link_latency + size / (cluster.link_bandwidth * cluster.link_efficiency)
     far = cluster.network_latency + size / network_rate(cluster, 1, cluster.pairwise_efficiency)
     if run.gpus <= cluster.gpus_per_node:
-        return near
+        return near + gathered
     if per_stage >= cluster.gpus_per_node:
-        return far
+        return far + gathered
     crossing = per_stage / cluster.gpus_per_node
-    return crossing * far + (1 - crossing) * near
+    return crossing * far + (1 - crossing) * near + gathered
 
 
 def data_links(cluster: Cluster, stride: int) -> LinkSpeeds:
     """Return the links of data-parallel ranks for the sharding's time model. `stride`: distance of neighbours."""
     inside = max(1, cluster.gpus_per_node // stride)
-    between = network_rate(cluster, 1)
+    between = network_rate(cluster, 1, cluster.data_efficiency)
     return LinkSpeeds(
         LinkSpeed(cluster.link_bandwidth * cluster.link_efficiency, cluster.link_latency),
         LinkSpeed(between, cluster.network_latency),

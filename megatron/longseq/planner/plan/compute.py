@@ -8,6 +8,7 @@ products of a profile (`calibrate`) replace it.
 
 import functools
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 from megatron.longseq.pipeline.plan.segment_cost import ATTENTION_BACKWARD, cells
@@ -19,7 +20,7 @@ from megatron.longseq.planner.plan.model import Architecture
 _TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.95), (256, 64, 0.85), (64, 256, 0.85), (128, 64, 0.8),
           (64, 128, 0.8), (64, 64, 0.6))  # fmt: skip
 _ALIGNED = 8  # elements: rows of other lengths take kernels without vectorised loads
-_MISALIGNED_RATE = 0.4
+_MISALIGNED_RATE = 1 / 16  # such products run without tensor cores
 
 
 class Seconds(NamedTuple):
@@ -55,29 +56,39 @@ def product_seconds(cluster: Cluster, m: int, n: int, k: int, fp8: bool = False,
     if min(m, n, k) < 1:
         return 0.0
     moved = 2.0 * batch * (m * k + k * n + m * n) / (cluster.memory_bandwidth * cluster.memory_efficiency)
-    if cluster.products and not fp8:
-        return max(moved, 2.0 * batch * m * n * k / (1e12 * _interpolated(cluster, m, n, k)))
     peak = 1e12 * cluster.peak_tflops * cluster.product_efficiency
     if fp8 and cluster.fp8_peak_tflops:
         peak = 1e12 * cluster.fp8_peak_tflops * cluster.fp8_efficiency
-    if min(m, n, k) % _ALIGNED or (n % _ALIGNED and k % _ALIGNED):
+    if batch > 1 and (n % _ALIGNED or k % _ALIGNED):
         peak *= _MISALIGNED_RATE
     best = math.inf
     for rows, columns, rate in _TILES:
         tiles = batch * (-(-m // rows)) * (-(-n // columns))
         area = -(-tiles // cluster.sms) * cluster.sms * rows * columns
         best = min(best, 2.0 * area * (k + cluster.product_depth) / (peak * rate))
+    if cluster.products and batch == 1 and not fp8:
+        best /= _measured_ratio(cluster, m, n, k)
     return max(best, moved)
 
 
-def _interpolated(cluster: Cluster, m: int, n: int, k: int) -> float:
-    """Return the TFLOP/s of a product: the mean of the nearest measured shapes, weighed by distance in log sizes."""
-    total = weight = 0.0
+@functools.lru_cache(maxsize=65536)
+def _measured_ratio(cluster: Cluster, m: int, n: int, k: int) -> float:
+    """Return the measured over the modelled rate of a product: the mean of near shapes, by distance in log sizes."""
+    bare = _without_products(cluster)
+    total, weight = 1e-3, 1e-3  # far from all measured shapes, the model alone
     for one in cluster.products:
         distance = abs(math.log(one.m / m)) + abs(math.log(one.n / n)) + abs(math.log(one.k / k))
-        near = 1.0 / (1e-3 + distance**4)
-        total, weight = total + near * one.tflops, weight + near
+        if distance > 2:
+            continue
+        modelled = 2.0 * one.m * one.n * one.k / product_seconds(bare, one.m, one.n, one.k)
+        near = 1.0 / (1e-3 + distance**3)
+        total, weight = total + near * 1e12 * one.tflops / modelled, weight + near
     return total / weight
+
+
+@functools.lru_cache(maxsize=64)
+def _without_products(cluster: Cluster) -> Cluster:
+    return replace(cluster, products=())
 
 
 def moved_seconds(cluster: Cluster, size: float) -> float:
@@ -116,6 +127,8 @@ def attention_seconds(model: Architecture, cluster: Cluster, run: Configuration)
         backward = ATTENTION_BACKWARD * work / (peak * cluster.attention_backward_efficiency * rate)
         return Seconds(forward, backward, 0.0, forward)
     count, channels = max(1, round(batch * heads)), model.query_size // model.num_attention_heads
+    if model.query_size % model.num_attention_heads:
+        channels = -(-channels // _ALIGNED) * _ALIGNED  # no such head exists; the row's number of heads is in error
     scores = product_seconds(cluster, length, length, channels, batch=count)
     values = product_seconds(cluster, length, channels, length, batch=count)
     size = float(count) * length * length * run.element
@@ -133,7 +146,7 @@ def layer_seconds(model: Architecture, cluster: Cluster, run: Configuration, has
     if model.multi_latent_attention:
         total = _latent_seconds(model, cluster, run, tokens)
     else:
-        width = (model.num_attention_heads + 2 * max(model.groups, tensor)) * model.channels // tensor
+        width = (model.query_size + 2 * model.key_size(tensor)) // tensor
         total = linear_seconds(cluster, run, tokens, width, hidden)
         total += linear_seconds(cluster, run, tokens, hidden, model.value_size // tensor)
     total += attention_seconds(model, cluster, run)
@@ -145,8 +158,7 @@ def layer_seconds(model: Architecture, cluster: Cluster, run: Configuration, has
         total += linear_seconds(cluster, run, tokens, hidden, model.ffn // tensor)
         total += _activation_seconds(model, cluster, run, tokens * model.ffn / tensor)
     total += _norm_seconds(model, cluster, run, tokens)
-    launches = cluster.kernel_seconds
-    return Seconds(max(total.forward, 18 * launches), max(total.backward, 34 * launches), total.weight, total.attention)
+    return total
 
 
 def _norm_seconds(model: Architecture, cluster: Cluster, run: Configuration, tokens: int) -> Seconds:
@@ -158,7 +170,7 @@ def _norm_seconds(model: Architecture, cluster: Cluster, run: Configuration, tok
     forward = moved_seconds(cluster, elements * (2 * 2 * run.element + 2 * 3 * run.element + mask))
     backward = moved_seconds(cluster, elements * (2 * 4 * run.element + 2 * 2 * run.element + mask))
     if model.position_embedding_type != "learned_absolute":
-        rotated = tokens * (model.query_size + model.groups * model.channels) / run.tensor_model_parallel_size
+        rotated = tokens * (model.query_size + model.key_size()) / run.tensor_model_parallel_size
         once = moved_seconds(cluster, 2.0 * run.element * rotated)
         forward, backward = forward + once, backward + once
     return Seconds(forward, backward, 0.0)
@@ -215,7 +227,9 @@ def head_seconds(model: Architecture, cluster: Cluster, run: Configuration) -> S
     rows = model.padded(tensor) // tensor
     total = linear_seconds(cluster, run, tokens, rows, model.hidden_size, fp8=False)
     logits = float(tokens) * rows
-    return total + Seconds(moved_seconds(cluster, 20.0 * logits), moved_seconds(cluster, 14.0 * logits), 0.0)
+    # Unfused, the loss converts to float32, finds the maximum, exponentiates and sums, and backward scales and casts.
+    forward, backward = (6.0, 4.0) if run.cross_entropy_loss_fusion else (24.0, 14.0)
+    return total + Seconds(moved_seconds(cluster, forward * logits), moved_seconds(cluster, backward * logits), 0.0)
 
 
 def optimizer_seconds(cluster: Cluster, parameters: float) -> float:

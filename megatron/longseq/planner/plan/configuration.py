@@ -87,6 +87,7 @@ class Configuration:
     seq1f1b_slack: int = 0
     zero_bubble: bool = False
     gradient_accumulation_fusion: bool = True
+    masked_softmax_fusion: bool = True
     deterministic_mode: bool | None = None
 
     @property
@@ -175,6 +176,11 @@ FIELDS = {field.name: field for field in fields(Configuration)}
 def _stage_layers(
     layers: int, stages: int, first: int | None, last: int | None, embedding: bool, loss: bool
 ) -> tuple[int, ...]:
+    if layers % stages and first is None and last is None and not embedding and not loss:
+        # Upstream refuses this. The stages at the ends, which have the embedding and the output layer, get fewer.
+        short = stages - layers % stages
+        front, back = -(-short // 2), short // 2
+        return tuple(layers // stages + int(front <= stage < stages - back) for stage in range(stages))
     return tuple(
         stage_layers(
             Namespace(
@@ -236,6 +242,8 @@ def _tensor_reasons(model: Architecture, run: Configuration) -> list[str]:
     tensor, found = run.tensor_model_parallel_size, []
     if model.num_attention_heads % tensor:
         found.append(f"tensor_model_parallel_size {tensor} does not divide {model.num_attention_heads} heads")
+    if model.query_size % model.num_attention_heads:
+        found.append(f"hidden_size {model.hidden_size} is not a multiple of {model.num_attention_heads} heads")
     if model.ffn % tensor or model.hidden_size % tensor:
         found.append(f"tensor_model_parallel_size {tensor} does not divide the hidden or ffn size")
     if model.groups % tensor and tensor % model.groups:
@@ -246,7 +254,10 @@ def _tensor_reasons(model: Architecture, run: Configuration) -> list[str]:
 def _pipeline_reasons(model: Architecture, run: Configuration) -> list[str]:
     stages, virtual, found = run.pipeline_model_parallel_size, run.virtual_stages, []
     layers = run.stage_layers(model.num_layers)
-    if sum(layers) != model.num_layers or min(layers) < 0:
+    ends = run.decoder_first_pipeline_num_layers, run.decoder_last_pipeline_num_layers
+    accounted = run.account_for_embedding_in_pipeline_split or run.account_for_loss_in_pipeline_split
+    uneven = model.num_layers % stages and ends == (None, None) and not accounted
+    if uneven or sum(layers) != model.num_layers or min(layers) < 0:
         found.append(f"{model.num_layers} layers cannot be divided among {stages} stages")
     elif virtual > 1 and any(count % virtual for count in layers):
         found.append(f"{layers[0]} layers of a stage cannot be divided among {virtual} virtual stages")

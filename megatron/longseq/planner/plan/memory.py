@@ -67,14 +67,12 @@ def widths(run: Configuration) -> Widths:
     """Return the bytes of an element of parameters, gradients and optimizer states, as upstream allocates them."""
     if not (run.bf16 or run.fp16):
         return Widths(param=4, grad=4, optimizer=8, grad_wire=4)
-    param = 1 if run.fp8_param_gather else 2
+    param = 2  # with --fp8-param-gather a weight and its transpose, in fp8
     grad = 4 if run.accumulate_allreduce_grads_in_fp32 and not run.grad_reduce_in_bf16 else 2
     optimizer = 12
     if run.use_precision_aware_optimizer:
         optimizer = sum(_WIDTHS[one] for one in (run.main_params_dtype, run.exp_avg_dtype, run.exp_avg_sq_dtype))
         grad = min(grad, _WIDTHS[run.main_grads_dtype])
-    elif grad == 2:
-        optimizer += 4  # the optimizer keeps a float32 copy of the gradients
     if run.optimizer_cpu_offload:
         optimizer = round(optimizer * (1 - run.optimizer_offload_fraction))
     return Widths(param=param, grad=grad, optimizer=optimizer, grad_wire=2 if run.grad_reduce_in_bf16 else grad)
@@ -116,6 +114,8 @@ def state_bytes(model: Architecture, run: Configuration, cluster: Cluster, param
         part = memory(run.strategy, groups, Model(count, count), per_element)
         found["parameters"] += part.params
         found["gradients"] += part.grads
+        if run.accumulate_allreduce_grads_in_fp32:
+            found["gradients"] += cluster.gradient_copy_bytes * part.grads / per_element.grad
         found["optimizer"] += part.optimizer
     strategy = run.strategy
     unit = (params.dense + params.expert - params.embedding - params.head) / max(1, model.num_layers)

@@ -117,14 +117,18 @@ class Architecture:
     @property
     def query_size(self) -> int:
         """Channels of the queries of all heads."""
-        return self.num_attention_heads * (
-            self.qk_head_dim + self.qk_pos_emb_head_dim if self.multi_latent_attention else self.channels
-        )
+        if self.multi_latent_attention:
+            return self.num_attention_heads * (self.qk_head_dim + self.qk_pos_emb_head_dim)
+        return self.num_attention_heads * self.kv_channels or self.hidden_size
 
     @property
     def value_size(self) -> int:
         """Channels of the attention's output of all heads."""
-        return self.num_attention_heads * (self.v_head_dim if self.multi_latent_attention else self.channels)
+        return self.num_attention_heads * self.v_head_dim if self.multi_latent_attention else self.query_size
+
+    def key_size(self, tensor: int = 1) -> int:
+        """Channels of the keys of all heads; a tensor-parallel rank has at least one head of them."""
+        return self.query_size * max(self.groups, tensor) // self.num_attention_heads
 
     def has_experts(self, layer: int) -> bool:
         """Return whether a layer, counted from 0, has experts."""
@@ -160,7 +164,7 @@ class Architecture:
         hidden = self.hidden_size
         if self.multi_latent_attention:
             return self._latent_params(tensor)
-        qkv = (self.num_attention_heads + 2 * self.groups) * self.channels
+        qkv = self.query_size + 2 * self.key_size(tensor)
         count = hidden * qkv // tensor + self.value_size * hidden // tensor
         count += qkv // tensor if self.add_bias_linear or self.add_qkv_bias else 0
         count += hidden if self.add_bias_linear else 0

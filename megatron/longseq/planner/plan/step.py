@@ -38,6 +38,8 @@ from megatron.longseq.sharding.plan.strategy import Level
 from megatron.longseq.sharding.plan.time_model import ComputeTime, StepSeconds, TrainingJob
 from megatron.longseq.sharding.plan.time_model import predict as predict_sharding
 
+HOST_BACKWARD = 1.6  # a host's time for the kernels of a layer's backward, over that of its forward
+
 
 @dataclass(frozen=True, slots=True)
 class StepPrediction:
@@ -109,8 +111,10 @@ def _layer(model: Architecture, cluster: Cluster, run: Configuration, has_expert
     messages = layer_messages(model, cluster, run, has_experts, seconds.attention, seconds.weight)
     tensor = messages.forward + messages.backward
     context = messages.context_forward + messages.context_backward
-    forward = seconds.forward + messages.forward + messages.context_forward + messages.expert_forward
-    backward = seconds.backward + messages.backward + messages.context_backward + messages.expert_backward
+    forward = max(seconds.forward, cluster.layer_seconds)
+    backward = max(seconds.backward, HOST_BACKWARD * cluster.layer_seconds)
+    forward += messages.forward + messages.context_forward + messages.expert_forward
+    backward += messages.backward + messages.context_backward + messages.expert_backward
     expert, again = messages.expert_forward + messages.expert_backward, 0.0
     if run.recompute_granularity == "full":
         again = forward
@@ -312,7 +316,7 @@ def price(
         "bubble": bubble,
         "data": exposed.exposed + tied,
         "optimizer": optimizer,
-        "host": cluster.step_seconds,
+        "host": cluster.step_seconds + count * cluster.microbatch_seconds,
     }
     if run.recompute_granularity == "full":  # the recomputed collectives are counted where they belong
         again = slowest.again - min(slowest.again, exchanged / 3)

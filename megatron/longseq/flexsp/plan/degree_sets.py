@@ -1,0 +1,138 @@
+"""Candidates for the degrees of a micro-batch's groups, and small changes of them."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations_with_replacement
+
+from megatron.longseq.flexsp.plan.placement import DegreeCounts
+from megatron.longseq.flexsp.plan.problem import StepProblem, count_degrees
+
+Exchange = tuple[DegreeCounts, DegreeCounts]  # degrees to remove and to add, of as many ranks
+
+_TARGETS = (1.0, 1.02, 1.05, 1.1, 1.2, 1.4, 1.8, 2.5)  # of the lower estimate
+
+
+def lower_estimate(problem: StepProblem, indices: Sequence[int]) -> float:
+    """Return seconds that no micro-batch with these sequences is below: the longest one, and an even share of work."""
+    startup = min(one.startup for each in problem.by_degree.values() for one in each.kinds)
+    longest, work = 0.0, 0.0
+    for index in indices:
+        alone, least = math.inf, math.inf
+        for degree, each in problem.by_degree.items():
+            tokens = each.tokens[index]
+            if tokens > each.capacity:
+                continue
+            alone = min(alone, problem.time[degree](tokens, tokens * tokens))
+            least = min(least, degree * min(one.token * tokens + one.square * tokens**2 for one in each.kinds))
+        longest, work = max(longest, alone), work + least
+    return max(longest, startup + work / problem.ranks)
+
+
+def candidates(problem: StepProblem, indices: Sequence[int], estimate: float) -> list[DegreeCounts]:
+    """Return sets of degrees to try, without repetition.
+
+    Some have one degree for all groups. For the others, each sequence takes the degree with the least work among those
+    that end within a target time, and each degree gets the groups that this work and its tokens need.
+
+    Args:
+        problem: the step.
+        indices: sequences of the micro-batch.
+        estimate: see `lower_estimate`.
+    """
+    found: dict[DegreeCounts, None] = {}
+    for degree in problem.degrees:
+        counts = count_degrees([degree] * len(problem.placement.slots(degree)))
+        if problem.placement.fits(counts):
+            found[fill(problem, counts)] = None
+    for factor in _TARGETS:
+        needs = _needs(problem, indices, estimate * factor)
+        for rounding in (math.ceil, round, math.floor):
+            counts = tuple((d, int(rounding(n))) for d, n in sorted(needs.items(), reverse=True) if rounding(n) > 0)
+            counts = _trim(problem, counts)
+            if counts and problem.placement.fits(counts):
+                found[fill(problem, counts)] = None
+    return list(found)
+
+
+def _needs(problem: StepProblem, indices: Sequence[int], target: float) -> Mapping[int, float]:
+    """Return the number of groups of each degree that the sequences need to end within a target time."""
+    tokens, seconds = dict.fromkeys(problem.degrees, 0), dict.fromkeys(problem.degrees, 0.0)
+    startup = {degree: min(one.startup for one in problem.by_degree[degree].kinds) for degree in problem.degrees}
+    for index in indices:
+        best, chosen, work = math.inf, 0, 0.0
+        for degree, each in problem.by_degree.items():
+            length = each.tokens[index]
+            if length > each.capacity:
+                continue
+            end = problem.time[degree](length, length * length)
+            spent = (end - startup[degree]) * degree
+            if (end > target, spent) < (best > target, work) or chosen == 0:
+                best, chosen, work = end, degree, spent
+        tokens[chosen] += problem.by_degree[chosen].tokens[index]
+        seconds[chosen] += best - startup[chosen]
+    return {
+        degree: max(
+            tokens[degree] / problem.by_degree[degree].capacity, seconds[degree] / max(target - startup[degree], 1e-12)
+        )
+        for degree in problem.degrees
+    }
+
+
+def _trim(problem: StepProblem, counts: DegreeCounts) -> DegreeCounts:
+    """Remove groups, those of the smallest degrees first, until the ranks suffice."""
+    left = dict(counts)
+    excess = sum(degree * count for degree, count in counts) - problem.ranks
+    for degree in sorted(left):
+        if excess <= 0:
+            break
+        removed = min(left[degree], -(-excess // degree))
+        left[degree] -= removed
+        excess -= removed * degree
+    return tuple((degree, count) for degree, count in sorted(left.items(), reverse=True) if count)
+
+
+def fill(problem: StepProblem, counts: DegreeCounts) -> DegreeCounts:
+    """Add groups of the largest degrees for which ranks are left."""
+    free = problem.ranks - sum(degree * count for degree, count in counts)
+    for degree in reversed(problem.degrees):
+        while free >= degree:
+            more = count_degrees([degree, *(d for d, count in counts for _ in range(count))])
+            if not problem.placement.fits(more):
+                break
+            counts, free = more, free - degree
+    return counts
+
+
+def exchanges(problem: StepProblem) -> list[Exchange]:
+    """Return splits of one degree into two or three others, and the reverse."""
+    found: list[Exchange] = []
+    for parts in (2, 3):
+        for added in combinations_with_replacement(problem.degrees, parts):
+            if sum(added) in problem.by_degree:
+                one, several = count_degrees([sum(added)]), count_degrees(added)
+                found += [(one, several), (several, one)]
+    return found
+
+
+def neighbours(problem: StepProblem, counts: DegreeCounts, found: Sequence[Exchange]) -> Iterator[DegreeCounts]:
+    """Yield the sets of degrees that one exchange makes of `counts`, and then those of two."""
+    nearest = [after for one in found if (after := _exchanged(problem, counts, one)) is not None]
+    yield from nearest
+    for near in nearest:
+        for one in found:
+            after = _exchanged(problem, near, one)
+            if after is not None and after != counts:
+                yield after
+
+
+def _exchanged(problem: StepProblem, counts: DegreeCounts, exchange: Exchange) -> DegreeCounts | None:
+    removed, added = exchange
+    left = dict(counts)
+    for degree, count in removed:
+        left[degree] = left.get(degree, 0) - count
+        if left[degree] < 0:
+            return None
+    for degree, count in added:
+        left[degree] = left.get(degree, 0) + count
+    after = tuple((degree, count) for degree, count in sorted(left.items(), reverse=True) if count)
+    return after if problem.placement.fits(after) else None

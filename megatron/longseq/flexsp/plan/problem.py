@@ -1,0 +1,176 @@
+"""The planning problem of a step: lengths, ranks, and what a group of each degree costs.
+
+The kind of a group is chosen last: a group of a degree takes as long as its fastest kind on its sequences.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron.longseq.flexsp.plan.cost import FAMILIES, GroupCostModel, KindCost, KindFamily
+from megatron.longseq.flexsp.plan.placement import DegreeCounts, Placement
+from megatron.longseq.flexsp.plan.plan import Kind, Microbatch, SequenceGroup
+
+Seconds = Callable[[float, float], float]  # of a number of tokens and a sum of squared lengths
+
+
+@dataclass(frozen=True, slots=True)
+class DegreeCost:
+    """What a group of a degree costs.
+
+    Attributes:
+        degree: number of ranks.
+        capacity: most tokens.
+        kinds: kinds that are the fastest for some sequences.
+        tokens: tokens of every sequence of the step in a group of this degree.
+    """
+
+    degree: int
+    capacity: int
+    kinds: tuple[KindCost, ...]
+    tokens: Sequence[int]
+
+    def fastest(self, tokens: float, squares: float) -> Kind:
+        """Return the kind that takes the least time; of equally fast ones the first."""
+        return min(self.kinds, key=lambda one: one.seconds(tokens, squares)).kind
+
+    def seconds(self) -> Seconds:
+        """Return the function of (tokens, squares) that gives the seconds of the fastest kind."""
+        if len(self.kinds) == 1 and not self.kinds[0].rings:
+            startup, token, square = self.kinds[0].startup, self.kinds[0].token, self.kinds[0].square
+            return lambda tokens, squares: startup + token * tokens + square * squares
+        each = [one.seconds for one in self.kinds]
+        return lambda tokens, squares: min([one(tokens, squares) for one in each])
+
+
+class PlanError(ValueError):
+    """No plan exists for the sequences."""
+
+
+class StepProblem:
+    """A step's sequences, the ranks that work on them, and what they cost.
+
+    Args:
+        lengths: tokens of every sequence.
+        ranks: number of data- and context-parallel ranks N.
+        cost: cost model.
+        degrees: degrees that a group may have; those above N, or without a legal kind, are left out.
+        families: kinds that a group may have.
+
+    Raises:
+        PlanError: A sequence fits into no group.
+        ValueError: A length or the number of ranks is below 1, or no degree is left.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        ranks: int,
+        cost: GroupCostModel,
+        degrees: Iterable[int],
+        families: Iterable[KindFamily] = FAMILIES,
+    ) -> None:
+        if ranks < 1:
+            raise ValueError(f"{ranks} ranks: give at least 1")
+        wrong = next((index for index, length in enumerate(lengths) if length < 1), None)
+        if wrong is not None:
+            raise ValueError(f"sequence {wrong} has {lengths[wrong]} tokens: every sequence needs at least 1")
+        self.lengths, self.ranks, self.cost = tuple(lengths), ranks, cost
+        self.placement = Placement(ranks, cost.links.node)
+        families, degrees = tuple(families), sorted(set(degrees))
+        self.by_degree = {}
+        for degree in degrees:
+            if 1 <= degree <= ranks and self.placement.slots(degree):
+                kinds = undominated([cost.of_kind(kind) for kind in cost.kinds(degree, families)])
+                if kinds:
+                    tokens = [cost.tokens(degree, length) for length in lengths]
+                    self.by_degree[degree] = DegreeCost(degree, cost.capacity(degree), kinds, tokens)
+        if not self.by_degree:
+            raise ValueError(
+                f"degrees {degrees} with kinds {', '.join(families)}: none of them can be used on {ranks} ranks with "
+                f"{cost.heads.query} heads; give degrees from 1 to {ranks}, and ring for those that do not divide the "
+                "heads"
+            )
+        self.degrees = tuple(self.by_degree)
+        self.time = {degree: one.seconds() for degree, one in self.by_degree.items()}
+        self._check_fit()
+
+    def _check_fit(self) -> None:
+        for index, length in enumerate(self.lengths):
+            if not any(one.tokens[index] <= one.capacity for one in self.by_degree.values()):
+                largest = self.by_degree[self.degrees[-1]]
+                raise PlanError(
+                    f"sequence {index} has {length} tokens, but the largest group, of {largest.degree} of {self.ranks} "
+                    f"ranks, holds {largest.capacity} ({self.cost.tokens_per_rank} tokens per rank): no plan exists. "
+                    "Give more ranks, a larger degree or more tokens per rank, or split or drop the sequence"
+                )
+
+    @cached_property
+    def order(self) -> tuple[int, ...]:
+        """Indices of the sequences, longest first."""
+        return tuple(sorted(range(len(self.lengths)), key=lambda index: (-self.lengths[index], index)))
+
+    @cached_property
+    def least_tokens(self) -> tuple[int, ...]:
+        """Tokens of every sequence in the group that pads it least, among those that hold it."""
+        each = self.by_degree.values()
+        return tuple(
+            min(one.tokens[index] for one in each if one.tokens[index] <= one.capacity)
+            for index in range(len(self.lengths))
+        )
+
+    def microbatch(self, groups: Iterable[tuple[int, Sequence[int]]]) -> Microbatch:
+        """Return a micro-batch of groups on their ranks; ranks that are left over form groups without sequences.
+
+        Args:
+            groups: degree and sequences of every group; those without sequences are left out.
+
+        Raises:
+            PlanError: The groups have no placement.
+        """
+        used = sorted(((degree, sorted(held)) for degree, held in groups if held), key=lambda one: (-one[0], one[1]))
+        counts = count_degrees(degree for degree, _ in used)
+        starts = self.placement.place(counts)
+        if starts is None:
+            raise PlanError(f"groups of degrees {counts} have no placement on {self.ranks} ranks")
+        placed = [SequenceGroup(Kind(1, 1), (rank,), (), 0.0) for rank in self.placement.gaps(counts)]
+        for (degree, held), start in zip(used, starts, strict=True):
+            tokens = [self.by_degree[degree].tokens[index] for index in held]
+            kind = self.by_degree[degree].fastest(sum(tokens), sum(one * one for one in tokens))
+            seconds = self.cost.seconds(kind, [self.lengths[index] for index in held])
+            placed.append(SequenceGroup(kind, tuple(range(start, start + degree)), tuple(held), seconds))
+        placed.sort(key=lambda group: group.ranks)
+        return Microbatch(tuple(placed), max((group.seconds for group in placed), default=0.0) or self.cost.fixed)
+
+
+def count_degrees(degrees: Iterable[int]) -> DegreeCounts:
+    """Return how many groups have each degree, by descending degree."""
+    counts: dict[int, int] = {}
+    for degree in degrees:
+        counts[degree] = counts.get(degree, 0) + 1
+    return tuple(sorted(counts.items(), reverse=True))
+
+
+def undominated(kinds: Sequence[KindCost]) -> tuple[KindCost, ...]:
+    """Return the kinds that are faster than each of the others for some sequences."""
+    left = list(kinds)
+    for one in kinds:
+        if any(_dominates(other, one) for other in left if other is not one):
+            left.remove(one)
+    return tuple(left)
+
+
+def _dominates(a: KindCost, b: KindCost) -> bool:
+    """Return whether a takes at most as long as b for any sequences.
+
+    Without start-up, times per token are convex and piecewise linear in squares per token, with corners where a ring's
+    messages begin to be hidden. Below and above all corners they are straight.
+    """
+    corners = [sent / hidden for one in (a, b) for sent, hidden in one.rings if hidden > 0]
+    tests = [0.0, *corners, *(2 * max(corners, default=1.0) * factor for factor in (1.0, 2.0))]
+    slopes = [one.seconds(0.0, 1.0) - one.startup for one in (a, b)]
+    return (
+        a.startup <= b.startup
+        and slopes[0] <= slopes[1]
+        and all(a.seconds(1.0, x) - a.startup <= b.seconds(1.0, x) - b.startup for x in tests)
+    )

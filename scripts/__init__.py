@@ -1,0 +1,1 @@
+"""Commands of this project: installation, checks, tests, launcher."""

@@ -1,0 +1,1 @@
+"""What the scripts share. It uses the standard library only."""
