@@ -87,7 +87,6 @@ CASES = {
 QUICK = {
     "one rank, --reset-attention-mask, PP 2, V 2",
     "ring, --reset-attention-mask",
-    "segments, PP 2, aligned",
     "by document, ring",
     "by document, gathered and segments",
 }

@@ -22,7 +22,7 @@ QUICK = {
     *("same-layout", "pipeline", "tensor-sequence", "tied-virtual-stages", "documents", "recompute"),
     *("data-parallel", "data-overlap", "rerun", "resume", "single-precision"),
     *("seq1f1b", "seq1f1b-documents", "seq1f1b-executor", "seq1f1b-zero-bubble"),
-    *("usp-hybrid", "usp-ulysses", "packed-aligned"),
+    *("usp-hybrid", "packed-aligned"),
     *("paro-iig", "paro-ggg-tensor"),
 }
 # One planted error for each check that can turn red, and for each system.

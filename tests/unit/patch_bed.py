@@ -70,8 +70,8 @@ def new_modules(monkeypatch):
 
     A scan of everything that a test process has loaded takes more than a second, and is a test of its own.
     """
-    before, modules = set(sys.modules), alias_scan._modules
-    monkeypatch.setattr(alias_scan, "_modules", lambda: [one for one in modules() if one.__name__ not in before])
+    before, modules = frozenset(sys.modules), alias_scan._modules
+    monkeypatch.setattr(alias_scan, "_modules", lambda: modules(before))
 
 
 @pytest.fixture

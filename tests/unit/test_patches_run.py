@@ -100,6 +100,7 @@ def test_a_regular_megatron_package_is_refused(script, tmp_path):
     assert done.returncode == 1 and "hides the other parts" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow  # the scan that finds it is in test_patches_aliases.py
 def test_a_script_that_holds_an_original_is_told_which(script, tmp_path):
     """A module that Python's own start-up imports already refers to upstream's function."""
     (script.parent / "early.py").write_text("from megatron.training.arguments import parse_args as mine\n")
