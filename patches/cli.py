@@ -1,4 +1,4 @@
-"""`python -m patches`: list, verify, show, bump, run, doctor. Only `run` and `doctor` import torch and upstream."""
+"""`python -m patches`. Only its commands `run`, `preflight` and `doctor` import torch and upstream."""
 
 import argparse
 import json
@@ -62,6 +62,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("script")
     command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS")
     command.set_defaults(command=_run)
+
+    command = commands.add_parser(
+        "preflight", help="run a script's launch up to its process groups, and check everything on the way"
+    )
+    command.add_argument("--report", default="preflight.json", metavar="FILE", help="JSON of the findings")
+    command.add_argument("script")
+    command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS")
+    command.set_defaults(command=_preflight)
 
     command = commands.add_parser("doctor", help="examine this machine; apply the patches of stage start and undo them")
     command.set_defaults(command=_doctor)
@@ -165,6 +173,15 @@ def _run(options: argparse.Namespace) -> int:
 
     run(options.script, options.arguments, options.megatron)
     return 0
+
+
+def _preflight(options: argparse.Namespace) -> int:
+    from patches.run import run
+
+    os.environ["LONGSEQ_PREFLIGHT_REPORT"] = str(Path(options.report).absolute())
+    run(options.script, options.arguments)
+    print("error: the script ended without upstream's initialize_megatron, so nothing was checked", file=sys.stderr)
+    return 1
 
 
 def _doctor(options: argparse.Namespace) -> int:

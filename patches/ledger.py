@@ -11,6 +11,7 @@ from patches import (
     cross_entropy,
     data,
     entry,
+    flexsp,
     hooks,
     local,
     log,
@@ -131,7 +132,7 @@ def merged(records: Iterable[Record]) -> list[Record]:
     return list(found.values())
 
 
-_SYSTEMS = (cpu, local, entry, data, checkpoint, log, recompute, seq1f1b, usp, packed, paro, cross_entropy)
+_SYSTEMS = (cpu, local, entry, data, checkpoint, log, recompute, seq1f1b, usp, packed, paro, cross_entropy, flexsp)
 
 RECORDS: tuple[Record, ...] = checked(
     with_callbacks(

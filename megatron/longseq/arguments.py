@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron.longseq.attention.arguments import add_context_arguments, check_context_numbers
 from megatron.longseq.cross_entropy.arguments import add_cross_entropy_arguments, check_cross_entropy_numbers
+from megatron.longseq.flexsp.arguments import add_flexsp_arguments, check_flexsp_numbers
 from megatron.longseq.pipeline.arguments import add_pipeline_arguments, check_pipeline_numbers
 from megatron.longseq.refusals import refuse_unwritable, refuse_without_effect
 from megatron.longseq.sharding.arguments import add_sharding_arguments, check_sharding_numbers
@@ -27,6 +28,7 @@ def add_longseq_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     add_context_arguments(parser)
     add_sharding_arguments(parser)
     add_cross_entropy_arguments(parser)
+    add_flexsp_arguments(parser)
     return parser
 
 
@@ -44,6 +46,7 @@ def validate_longseq_arguments(args: argparse.Namespace) -> None:
     check_context_numbers(args)
     check_sharding_numbers(args)
     check_cross_entropy_numbers(args)
+    check_flexsp_numbers(args)
 
 
 def write_arguments_file(args: argparse.Namespace) -> None:

@@ -30,6 +30,8 @@ from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron.longseq.conversation_dataset import ConversationDataset
+from megatron.longseq.flexsp.arguments import wants_flexsp
+from megatron.longseq.flexsp.runtime.data import planned_steps
 from megatron.longseq.freeze import add_freeze_arguments, check_train_only, freeze_hook
 from megatron.longseq.unserved import refuse_unserved, without_effect
 
@@ -127,6 +129,13 @@ def _check_size(given: tuple[int, ...], expected: tuple[int, int], rank: int) ->
         )
 
 
+def planned_batch(data_iterator: Any) -> tuple[Batch, PackedSeqParams]:
+    """Return this rank's part of a micro-batch that FlexSP has planned, and its documents and group."""
+    planned = next(data_iterator)
+    names = ("tokens", "labels", "loss_mask", "position_ids")
+    return {name: getattr(planned, name) for name in names}, planned.packed
+
+
 def packed_documents(batch: Batch, tokens_per_sample: int) -> PackedSeqParams | None:
     """Return the documents of a micro-batch as upstream's models take them, or None if it has none."""
     borders = batch.get("cu_seqlens")
@@ -194,12 +203,17 @@ def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[torch.Tens
     args, timers = get_args(), get_timers()
     size = args.micro_batch_size if model.training else args.eval_micro_batch_size
     timers("batch-generator", log_level=2).start()
+    documents: PackedSeqParams | None = None
     with stragglers(bdata=True):
-        batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"), size)
+        if wants_flexsp(args):
+            batch, documents = planned_batch(data_iterator)
+        else:
+            batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"), size)
     timers("batch-generator").stop()
     names = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
     tokens, position_ids, attention_mask, labels, loss_mask = (batch.get(name) for name in names)
-    documents = packed_documents(batch, args.seq_length)
+    if not wants_flexsp(args):
+        documents = packed_documents(batch, args.seq_length)
     with stragglers:
         output = model(
             tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask, packed_seq_params=documents
@@ -253,6 +267,8 @@ def datasets_provider(samples: list[int], vp_stage: int | None = None) -> tuple[
         return mpu.get_tensor_model_parallel_rank() == 0 and reads
 
     dataset = ConversationDataset if args.sft else MockGPTDataset if args.mock_data else GPTDataset
+    if wants_flexsp(args):
+        return planned_steps(args, samples, dataset_config(args))
     return BlendedMegatronDatasetBuilder(dataset, samples, reads_data, dataset_config(args)).build()
 
 

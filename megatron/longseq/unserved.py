@@ -34,7 +34,7 @@ UNSERVED: Refusals = {
         _THEIRS,
     ),
     "--dataloader-type external": (
-        lambda a: a.dataloader_type == "external",
+        lambda a: a.dataloader_type == "external" and not getattr(a, "flexsp", False),
         "this script passes data sets to upstream, not a data loader; give single or cyclic",
     ),
     "--dataloader-fast-cache-load": (

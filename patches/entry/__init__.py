@@ -40,4 +40,14 @@ CALLBACKS = (
         test="tests/unit/test_patches_entry.py::test_checkpoint_of_other_patches_is_reported",
         remove_when="upstream lets a callback compare further arguments with the checkpoint",
     ),
+    Callback(
+        id="entry.preflight",
+        hook=INITIALIZE,
+        impl="patches.entry.preflight:check_launch",
+        why="`python -m patches preflight` checks a launch where it knows the flags, before and after the process "
+        "groups are created.",
+        when="patches.entry.preflight:wants_preflight",
+        test="tests/distributed/test_preflight.py::test_a_healthy_launch_passes_and_names_its_groups",
+        remove_when="upstream calls hooks before and after it creates its process groups",
+    ),
 )

@@ -59,6 +59,22 @@ def add_documents(cu_seqlens: torch.Tensor | None) -> None:
     sums.add(cu_seqlens[1:] - cu_seqlens[:-1], _window(get_args()))
 
 
+def add_step(lengths: list[int]) -> None:
+    """Add all documents of a step (--flexsp), which every rank reports once.
+
+    Args:
+        lengths: tokens of each document of the global batch.
+    """
+    from megatron.core import mpu
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+    from megatron.training import get_args
+
+    sums: DocumentSums = session.SESSION.state.setdefault(ID, DocumentSums())
+    sums.add(torch.tensor(lengths), _window(get_args()))
+    assert sums.sums is not None, "they were just added"
+    sums.sums /= mpu.get_data_parallel_world_size() * get_num_microbatches()  # `take_sums` multiplies by both
+
+
 def take_sums() -> tuple[float | None, float | None]:
     """Return tokens and squares of the step, over all ranks, and forget them. Takes the place of upstream's function.
 
@@ -95,7 +111,7 @@ def may_pack(args: Namespace) -> bool:
     It depends on flags alone, which are equal on all ranks. A script that packs documents without any of these flags
     has to report them on every rank, as upstream requires.
     """
-    names = ("log_throughput", "sft", "dataloader_inter_document_masking", "reset_attention_mask")
+    names = ("flexsp", "log_throughput", "sft", "dataloader_inter_document_masking", "reset_attention_mask")
     return any(getattr(args, name, False) for name in names)
 
 

@@ -3,6 +3,7 @@
 from argparse import Namespace
 
 from megatron.longseq.attention.arguments import NOT_WITH_DOCUMENTS, serves_core_attention, wants_context
+from megatron.longseq.flexsp.arguments import wants_flexsp
 from megatron.longseq.refusals import refused
 from patches.conditions import has_local_layers, no_cuda
 
@@ -14,6 +15,8 @@ def is_local(args: Namespace) -> bool:
 
 def reads_documents(args: Namespace) -> bool:
     """Return whether packed documents of a model reach our attention, whoever packs them."""
+    if wants_flexsp(args):
+        return True
     if not wants_context(args):
         return is_local(args) or getattr(args, "seq1f1b_splits", 1) > 1
     return serves_core_attention(args, is_local=is_local(args))

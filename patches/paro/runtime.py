@@ -69,6 +69,7 @@ def _open(args: Namespace) -> Any:
     from megatron.core import parallel_state
 
     from megatron.longseq.distributed import same_backend_options
+    from megatron.longseq.sharding.arguments import prefetch_units
     from megatron.longseq.sharding.plan.collectives import CollectivesMode
     from megatron.longseq.sharding.plan.flat_or_hierarchical import flat_chooser, given_links
     from megatron.longseq.sharding.plan.from_args import sharding_plan
@@ -105,5 +106,6 @@ def _open(args: Namespace) -> Any:
         comm_dtype=torch.bfloat16 if args.paro_wire == "bf16" and args.accumulate_allreduce_grads_in_fp32 else None,
         passes=args.seq1f1b_splits,
         overlaps_grads=args.overlap_grad_reduce,
+        prefetch_units=prefetch_units(args),
         sent=runner.sent,
     )

@@ -4,6 +4,7 @@ from argparse import Namespace
 from importlib.util import find_spec
 
 from megatron.longseq.attention.arguments import serves_core_attention, wants_context
+from megatron.longseq.flexsp.arguments import wants_flexsp
 from patches.conditions import has_local_layers, no_cuda
 from patches.recompute.frozen import recomputes
 
@@ -18,14 +19,14 @@ def spreads_local_attention(args: Namespace) -> bool:
     return spreads_attention(args) and has_local_layers(args)
 
 
-def context_parallel_in_local_layers(args: Namespace) -> bool:
-    """Return whether local layers run over context-parallel ranks, for which upstream's core attention is replaced."""
-    return wants_context(args) and has_local_layers(args)
+def replaces_local_attention(args: Namespace) -> bool:
+    """Return whether the core attention of local layers is replaced: over context-parallel ranks, or under --flexsp."""
+    return (wants_context(args) or wants_flexsp(args)) and has_local_layers(args)
 
 
-def spreads_attention_in_te_layers(args: Namespace) -> bool:
+def replaces_te_attention(args: Namespace) -> bool:
     """Return whether ours replaces TransformerEngine's core attention in its own layers."""
-    return spreads_attention(args) and not has_local_layers(args)
+    return (spreads_attention(args) or wants_flexsp(args)) and not has_local_layers(args)
 
 
 def spreads_segments(args: Namespace) -> bool:
@@ -35,7 +36,7 @@ def spreads_segments(args: Namespace) -> bool:
 
 def spreads_whole_sequences(args: Namespace) -> bool:
     """Return whether attention is ours without segments, which take the place of any core attention later."""
-    return spreads_attention(args) and not spreads_segments(args)
+    return (spreads_attention(args) and not spreads_segments(args)) or wants_flexsp(args)
 
 
 def has_transformer_engine() -> bool:
@@ -44,5 +45,5 @@ def has_transformer_engine() -> bool:
 
 
 def recomputes_spread_attention(args: Namespace) -> bool:
-    """Return whether upstream recomputes layers with our attention over context-parallel ranks."""
-    return spreads_attention(args) and recomputes(args)
+    """Return whether upstream recomputes layers with our attention over ranks."""
+    return (spreads_attention(args) or wants_flexsp(args)) and recomputes(args)

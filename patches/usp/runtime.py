@@ -16,7 +16,7 @@ def current_context() -> Any:
     Raises:
         RuntimeError: attention is built before upstream has created its groups.
     """
-    context = session.SESSION.state.get("usp.groups")
+    context = session.SESSION.state.get("usp.groups") or session.SESSION.state.get("flexsp.attention")
     if context is None:
         raise RuntimeError("context parallelism: attention was built before initialize_megatron; call that first")
     return context
@@ -75,9 +75,10 @@ def with_chosen_attention(original: Callable[..., Any]) -> Callable[..., Any]:
     def core_attention(self: Any) -> Any:
         from megatron.training import get_args
 
+        from megatron.longseq.flexsp.arguments import wants_flexsp
         from patches.usp.conditions import spreads_attention
 
-        if spreads_attention(get_args()):
+        if spreads_attention(get_args()) or wants_flexsp(get_args()):
             return _our_attention()
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
@@ -102,7 +103,7 @@ def _our_attention() -> Callable[..., Any]:
 
 
 def refusing_other_attention(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `Attention.__init__`: refuse a core attention other than ours over context-parallel ranks.
+    """Wrap `Attention.__init__`: refuse a core attention other than ours over context-parallel or flexible ranks.
 
     A model of several parts may turn context parallelism off in the configuration of one of them, which keeps its own.
 
@@ -110,16 +111,20 @@ def refusing_other_attention(original: Callable[..., Any]) -> Callable[..., Any]
         ValueError: Names the layer and its core attention.
     """
 
+    def spreads(config: Any) -> bool:
+        return config.context_parallel_size > 1 or "flexsp.attention" in session.SESSION.state
+
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         from megatron.longseq.attention.module import LongSequenceAttention
 
         original(self, *args, **kwargs)
         core = self.core_attention
-        if self.config.context_parallel_size > 1 and not isinstance(core, LongSequenceAttention):
+        if spreads(self.config) and not isinstance(core, LongSequenceAttention):
             raise ValueError(
                 f"layer {self.layer_number}: its layer spec names {type(core).__name__}, but attention over "
-                "context-parallel ranks is ours. Let the spec take the core attention of upstream's spec provider "
-                "(get_backend(...).core_attention()), or give --context-parallel-attention transformer_engine."
+                "ranks is ours. Let the spec take the core attention of upstream's spec provider "
+                "(get_backend(...).core_attention()), or with --context-parallel-size give "
+                "--context-parallel-attention transformer_engine."
             )
 
     return __init__

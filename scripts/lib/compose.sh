@@ -35,17 +35,17 @@ set_environment() {
 # node_command OPTION... -- RENDEZVOUS...: sets NODE, the command that runs once on each node, from the options of
 # supervise.py and those of torchrun.
 node_command() {
-  local python=$PYTHON_BIN options=() action=run
+  local python=$PYTHON_BIN options=() action=(run)
   while [[ $1 != -- ]]; do
     options+=("$1")
     shift
   done
   shift
   [[ -z $CONTAINER ]] || python=python
-  ((PREFLIGHT == 0)) || action=preflight
+  ((PREFLIGHT == 0)) || action=(preflight --report "$START_DIR/preflight.json")
   NODE=("$python" "$ROOT/scripts/lib/supervise.py" --start-dir "$START_DIR" "${options[@]}" --
     "$TORCHRUN" "$@" --nproc-per-node "$PER_NODE" --max-restarts 0
-    --no-python "$python" "$ROOT/scripts/lib/rank.py" "$START_DIR/ranks" "$python" -m patches "$action" "${SCRIPT[@]}")
+    --no-python "$python" "$ROOT/scripts/lib/rank.py" "$START_DIR/ranks" "$python" -m patches "${action[@]}" "${SCRIPT[@]}")
   [[ $CONTAINER != apptainer ]] || wrap_apptainer
 }
 

@@ -123,8 +123,7 @@ class Job:
     def show_failure(self, ends: list[verdict.NodeEnd], message: str) -> None:
         """Print the end of the output of the rank to blame, and the message."""
         blamed = verdict.culprit([one for end in ends if not end.stopped_by for one in end.failures])
-        if blamed is not None and not blamed.signum and len(blamed.last_lines) > 1:
-            print("\n".join(f"[rank{blamed.rank} {blamed.host}]:{line}" for line in blamed.last_lines))
+        print(verdict.closing_lines(blamed, f"rank{blamed.rank} {blamed.host}" if blamed else ""), end="")
         say(message)
 
     def can_requeue(self, is_asked: bool) -> bool:

@@ -71,6 +71,7 @@ class Supervisor:
         self.kill_at = float("inf")
         self.lines: deque[str] = deque(maxlen=2000)
         self.per_node = _per_node(command)
+        self.shown = {0, self.nodes * self.per_node - 1}
         for name in ("ranks", "nodes"):
             (self.start_dir / name).mkdir(parents=True, exist_ok=True)
         processes.become_subreaper()
@@ -165,8 +166,7 @@ class Supervisor:
         assert process.stderr is not None
         reader = threading.Thread(target=self.read, args=(process.stderr,), daemon=True)
         reader.start()
-        shown = {0, self.nodes * self.per_node - 1}
-        follower = Follower(self.start_dir / "ranks", self.host, shown, self.nodes > 1)
+        follower = Follower(self.start_dir / "ranks", self.host, self.shown, self.nodes > 1)
         follower.start()
         status = self.wait(process)
         ended_at = time.time()
@@ -191,8 +191,7 @@ class Supervisor:
         end.write(self.start_dir / f"nodes/{self.host}.json")
         if end.message and not self.is_quiet:
             blamed = verdict.culprit(end.failures)
-            if blamed is not None and not blamed.signum and len(blamed.last_lines) > 1:
-                print("\n".join(f"[rank{blamed.rank}]:{line}" for line in blamed.last_lines), file=sys.stderr)
+            sys.stderr.write(verdict.closing_lines(blamed, f"rank{blamed.rank}" if blamed else ""))
             self.note(end.message + after)
         return end.status
 
@@ -205,6 +204,7 @@ class Supervisor:
             log = self.start_dir / "ranks" / log_name(one.rank, self.host)
             one.log = str(log) if log.exists() else ""
             one.last_lines = verdict.last_lines(log)
+            one.is_shown = one.rank in self.shown
         return found
 
     def explain(self, status: int, failures: list[verdict.Failure]) -> str:

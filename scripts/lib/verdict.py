@@ -44,6 +44,7 @@ class Failure:
         seconds: when torchrun saw it, in seconds since the epoch.
         log: the file of the rank's output.
         last_lines: the end of its output.
+        is_shown: whether the console shows its output anyway.
     """
 
     rank: int
@@ -55,6 +56,7 @@ class Failure:
     seconds: float = 0.0
     log: str = ""
     last_lines: list[str] = field(default_factory=list)
+    is_shown: bool = False
 
     @property
     def signum(self) -> int:
@@ -172,6 +174,18 @@ def describe(blamed: Failure, failures: Sequence[Failure]) -> str:
     if blamed.last_lines and not blamed.signum:
         text += f"\n  its last words: {blamed.last_lines[-1]}"
     return text + (f"\n  its log: {blamed.log}" if blamed.log else "")
+
+
+def closing_lines(blamed: Failure | None, label: str) -> str:
+    """Return the end of the rank's output to print, or an empty string if the console shows it already.
+
+    Args:
+        blamed: the rank, if one is to blame.
+        label: what stands before each line.
+    """
+    if blamed is None or blamed.signum or blamed.is_shown or len(blamed.last_lines) < 2:
+        return ""
+    return "".join(f"[{label}]:{line}\n" for line in blamed.last_lines)
 
 
 def last_lines(log: Path, count: int = LAST_LINES) -> list[str]:

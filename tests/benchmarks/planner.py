@@ -7,17 +7,32 @@ golden` from another folder, for instance rows that no constant was fitted to.
 """
 
 import argparse
+import itertools
 import json
+import random
+import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron.longseq.planner.plan.flags import read
+from megatron.longseq.planner.plan.step import predict
 from megatron.longseq.planner.tools.accuracy import Accuracy, Judged, assess, judge, report
-from megatron.longseq.planner.tools.golden import rows
+from megatron.longseq.planner.tools.golden import GoldenRow, rows
 
 SECONDS = ("vtrain", "bloom", "sc21", "simumax_cp", "nemo_long")
-BYTES = ("nvidia_ci", "simumax", "simumax_cp")
+# The fitted constants of each installation, with values to choose from.
+FITTED: dict[str, dict[str, tuple[float, ...]]] = {
+    "vtrain": {
+        "product_efficiency": (0.72, 0.76, 0.80, 0.84, 0.88),
+        "data_efficiency": (0.15, 0.2, 0.3, 0.45, 0.7),
+    },
+    "bloom": {"data_efficiency": (0.08, 0.11, 0.135, 0.18, 0.3), "microbatch_seconds": (0.0, 0.0125, 0.025, 0.05)},
+    "sc21": {"product_efficiency": (0.69, 0.73, 0.77, 0.81, 0.85)},
+}
+SPLITS = 8
 
 
 def figures(judged: Sequence[Judged], accuracy: Accuracy) -> dict[str, Any]:
@@ -34,6 +49,36 @@ def figures(judged: Sequence[Judged], accuracy: Accuracy) -> dict[str, Any]:
     }
 
 
+def cross_validate(judged: Sequence[Judged]) -> dict[str, tuple[float, float]]:
+    """Return, by family, the errors of halves that the constants were fitted to, and of the other halves.
+
+    The rows are split at random several times. The constants that minimize the error on one half judge the other.
+    """
+    found = {}
+    for family, grid in FITTED.items():
+        rows_of = [one.row for one in judged if one.row.family == family and one.row.seconds]
+        errors = [_errors(row, grid) for row in rows_of]
+        fitted, held = [], []
+        for seed in range(SPLITS):
+            order = random.Random(seed).sample(range(len(rows_of)), len(rows_of))
+            half = len(order) // 2
+            for train, test in ((order[:half], order[half:]), (order[half:], order[:half])):
+                means = [statistics.mean(errors[row][cell] for row in train) for cell in range(len(errors[0]))]
+                best = means.index(min(means))
+                fitted.append(means[best])
+                held.append(statistics.mean(errors[row][best] for row in test))
+        found[family] = statistics.mean(fitted), statistics.mean(held)
+    return found
+
+
+def _errors(row: GoldenRow, grid: dict[str, tuple[float, ...]]) -> list[float]:
+    """Return the absolute relative error of a row for every combination of constants."""
+    model, machine, run = read(row.values)
+    cells = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    assert row.seconds
+    return [abs(predict(model, replace(machine, **cell), run).step_seconds / row.seconds - 1) for cell in cells]
+
+
 def search_seconds() -> dict[str, float | None]:
     """Return the seconds of searching the whole space of 1,024 and 8,192 GPUs; None while there is no search."""
     try:
@@ -48,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="accuracy of the planner on published measurements")
     parser.add_argument("--golden", type=Path, metavar="FOLDER", help="other files with the columns of the package's")
     parser.add_argument("--worst", type=int, default=3, metavar="N", help="print the N worst rows of every family")
+    parser.add_argument("--cross-validate", action="store_true", help="fit the constants to halves of the rows")
     parser.add_argument("--no-search", action="store_true", help="leave out the times of the search")
     args = parser.parse_args(argv)
     began = time.perf_counter()
@@ -55,6 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     accuracy = assess(judged)
     print(report(accuracy, args.worst))
     print(f"{len(judged)} rows in {time.perf_counter() - began:.1f} s")
+    if args.cross_validate:
+        for family, (fitted, held) in cross_validate(judged).items():
+            print(f"{family}: {100 * fitted:.1f} % on the halves fitted to, {100 * held:.1f} % on the others")
     result = figures(judged, accuracy)
     if not args.no_search:
         result |= search_seconds()

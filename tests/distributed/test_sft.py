@@ -24,7 +24,7 @@ pytest.importorskip("transformers", reason="upstream's SFT tokenizer needs it")
 
 CP2 = "--context-parallel-size 2"
 PARO = "--paro IIG --paro-group-size 2 --paro-links 100 1"
-STEPS = "--train-iters 3 --lr-decay-iters 3 --lr-decay-style cosine --global-batch-size 8 --micro-batch-size 2"
+STEPS = "--train-iters 3 --lr-decay-iters 3 --lr-decay-style cosine --global-batch-size 16 --micro-batch-size 2"
 
 Train = Callable[..., Run]
 

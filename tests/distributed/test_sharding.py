@@ -13,6 +13,7 @@ RUNNING = ["NNN", "NNI", "NNG", "NII", "NIG", "III", "IIG", "IGG", "NGG", "GGG"]
 FLAT = "--paro-collectives flat"
 LINKS = "--paro-links 100 1"  # so that overlapped collectives are taken, whatever this machine's links are
 PAIRS = f"--paro-group-size 2 {LINKS}"
+SELECT = "--paro-selective-overlap"
 BUCKETS = "--ddp-bucket-size 20000"  # several, where layers are no buckets of their own
 
 CASES = {
@@ -39,6 +40,21 @@ CASES = {
     "NIG, TP 2, sequence parallel": (4, "", f"--paro NIG {PAIRS} {ASYNC} {TP2} --sequence-parallel"),
     "GGG, TP 2, sequence parallel": (4, "", f"--paro GGG {PAIRS} {ASYNC} {TP2} --sequence-parallel"),
     "IIG, C 2": (4, SHALLOW, f"--paro IIG {PAIRS} {ASYNC} --context-parallel-size 2"),
+    "IIG, C 2, selective overlap": (4, "", f"--paro IIG {PAIRS} {ASYNC} {SELECT} --context-parallel-size 2"),
+    "GGG, two units ahead, recompute of two layers": (
+        4,
+        "",
+        f"--paro GGG {PAIRS} {ASYNC} {SELECT} --paro-prefetch-units 2 {FULL.replace('layers 1', 'layers 2')}",
+    ),
+    "IIG, selective overlap, tied": (4, "--tied", f"--paro IIG {PAIRS} {ASYNC} {SELECT}"),
+    "IIG, selective overlap, PP 2, V 2": (4, "", f"--paro IIG {PAIRS} {ASYNC} {SELECT} {PP2} {VPP}"),
+    "IIG, selective overlap, segments, PP 2": (
+        4,
+        "",
+        f"--paro IIG {PAIRS} {ASYNC} {SELECT} {PP2} --seq1f1b-splits 2",
+    ),
+    "ING, selective overlap, without overlapped reductions": (4, "", f"--paro ING {PAIRS} {SELECT}"),
+    "IIG, selective overlap, mixture of experts": (4, MOE, f"--paro IIG {PAIRS} {ASYNC} {SELECT}"),
     "NIG, segments": (4, "", f"--paro NIG {PAIRS} {ASYNC} --seq1f1b-splits 3"),
     "IIG, segments, PP 2": (4, "", f"--paro IIG {PAIRS} {ASYNC} {PP2} --seq1f1b-splits 2"),
     "NNG, zero bubble, PP 2": (4, SHALLOW, f"--paro NNG {PAIRS} {ASYNC} {PP2} --zero-bubble --seq1f1b-splits 2"),
@@ -54,7 +70,7 @@ QUICK = {
     "IIG, recompute of two layers",
     "IGG, PP 2, tied",
     "IIG, PP 2, V 2",
-    "IIG, C 2",
+    "IIG, C 2, selective overlap",
     "NNG, zero bubble, PP 2",
 }
 

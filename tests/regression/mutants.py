@@ -2,7 +2,8 @@
 
 A planted error is a context manager that is applied in the ranks of arm O. It yields a `Planted` that counts how often
 it acted. An error that never acts proves nothing, and the suite reports it. Errors of context parallelism are in
-`mutants_usp.py`, those of sharding in `mutants_paro.py`, those of the chunked loss in `mutants_cross_entropy.py`.
+`mutants_usp.py`, those of sharding in `mutants_paro.py`, those of the chunked loss in `mutants_cross_entropy.py`,
+those of planned steps in `mutants_flexsp.py`.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tests.regression import mutants_cross_entropy, mutants_packed, mutants_paro, mutants_usp
+from tests.regression import mutants_cross_entropy, mutants_flexsp, mutants_packed, mutants_paro, mutants_usp
 from tests.regression.planted import Planted, wrapped
 
 MICRO_BATCHES = 4  # per step and rank, in the cases that use dropped_micro_batch
@@ -198,5 +199,6 @@ MUTANTS: dict[str, Callable[[], Any]] = {
         *mutants_packed.ALL,
         *mutants_paro.ALL,
         *mutants_cross_entropy.ALL,
+        *mutants_flexsp.ALL,
     )
 }

@@ -30,6 +30,7 @@ class Settings:
         masks_eod: whether end-of-document tokens have no loss.
         conversations: whether the loss mask of a sample says which tokens have a loss (--sft).
         rotates: whether positions are rotary ones.
+        per_token: whether every token of a step has the same weight; otherwise every micro-batch has.
     """
 
     heads: int
@@ -45,6 +46,7 @@ class Settings:
     masks_eod: bool
     conversations: bool
     rotates: bool
+    per_token: bool = False
 
     @classmethod
     def of(cls, flags: Sequence[str]) -> "Settings":
@@ -65,6 +67,7 @@ class Settings:
             masks_eod="--eod-mask-loss" in value,
             conversations="--sft" in value,
             rotates=value["--position-embedding-type"] == "rope",
+            per_token="--calculate-per-token-loss" in value or "--flexsp" in value,
         )
 
 
@@ -177,11 +180,13 @@ def train(seed: Mapping[str, Tensor], steps: Sequence[Any], settings: Settings) 
     curve = []
     for step, batches in enumerate(steps):
         total, count = 0.0, 0
+        whole = sum(int(_counts(batch, settings).sum()) for batch in batches)
         for batch in batches:
             tokens, labels = (torch.as_tensor(batch[name]).long() for name in ("tokens", "labels"))
             counts = _counts(batch, settings)
             losses = losses_of_documents(weights, tokens, labels, borders_of(batch, settings), settings)[counts]
-            (losses.mean() / len(batches)).backward()  # type: ignore[no-untyped-call]  # as upstream, every micro-batch has the same weight
+            share = losses.sum() / whole if settings.per_token else losses.mean() / len(batches)
+            share.backward()  # type: ignore[no-untyped-call]
             total, count = total + losses.sum().item(), count + losses.numel()
         length = math.sqrt(sum(float((w.grad**2).sum()) for w in weights.values() if w.grad is not None))
         rate = learning_rate(settings, step)

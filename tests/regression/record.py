@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megatron.longseq.flexsp.runtime.steps import PlannedStep
 from tests.regression.snapshot import Array, Part, parts_of_this_rank
 
 Step = dict[str, Any]
@@ -31,6 +32,9 @@ class BatchRecorder:
 
     def __next__(self) -> Any:
         batch = next(self.iterable)
+        if isinstance(batch, PlannedStep):
+            self.batches += documents_of(batch)
+            return batch
         self.batches.append({name: batch[name].clone() for name in BATCH_FIELDS if name in batch})
         return batch
 
@@ -38,6 +42,16 @@ class BatchRecorder:
         """Return the batches since the last call."""
         batches, self.batches = self.batches, []
         return batches
+
+
+def documents_of(step: PlannedStep) -> list[dict[str, torch.Tensor]]:
+    """Return the documents of a step of --flexsp on one rank, each a batch of one sample."""
+    from megatron.core import mpu
+
+    if mpu.get_data_parallel_rank() != 0 or mpu.get_tensor_model_parallel_rank() != 0:
+        return []
+    documents = step.documents(range(len(step.batch.lengths)))
+    return [{name: torch.from_numpy(value)[None] for name, value in one._asdict().items()} for one in documents]
 
 
 def sample_hashes(batches: list[dict[str, torch.Tensor]]) -> list[str]:

@@ -149,6 +149,7 @@ class Model:
     def __init__(self, chunk: int, events: list[Event], overlaps: bool) -> None:
         self.chunk, self.events = chunk, events
         self.ddp_config = Namespace(overlap_grad_reduce=overlaps)
+        self.bucket_groups, self.expert_parallel_bucket_groups, self.params = [self], [], {chunk}
 
     def parameters(self) -> list[int]:
         """Return a placeholder for the chunk's parameters."""

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SYSTEMS = ("attention", "pipeline", "sharding")
-PLANNED = (*SYSTEMS, "flexsp", "planner")
+SYSTEMS = ("attention", "pipeline", "sharding", "flexsp")
+PLANNED = (*SYSTEMS, "planner")  # with a `plan` folder
 UPSTREAM = ("torch", "megatron.core", "megatron.training")
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from megatron.longseq.pipeline.plan.generators import make
 from megatron.longseq.pipeline.plan.schedule import Action, ActionKind, Pipeline, ScheduleError
-from megatron.longseq.pipeline.runtime.grad_sync import GradSync
+from megatron.longseq.pipeline.runtime.grad_sync import BucketReductions, GradSync
 from tests.pool import RankPool
 from tests.unit.gradsync_bed import Event, Model, calls_of_a_step
 
@@ -84,6 +84,8 @@ def walked(order: tuple[Action, ...], rank: int, virtual: int, aligned: bool, ov
         for index, action in enumerate(order):
             sync.before(index)
             events.append((action.kind, action.vstage))
+            if action.kind is ActionKind.WEIGHT and sync.is_final_weight(action):
+                BucketReductions(sync.modules[action.vstage], {action.vstage}).ready(action.vstage)  # type: ignore[arg-type]
             sync.after(index)
     return events
 

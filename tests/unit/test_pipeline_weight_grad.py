@@ -91,6 +91,17 @@ def test_data_parallel_gradients_are_bitwise_upstreams(ranks: RankPool, name: st
     assert ranks.run(2, weight_bed.differing, replace(PARALLEL[name], first=first), 3) == [[], []]
 
 
+def test_buckets_are_reduced_while_weight_gradients_are_computed(ranks: RankPool) -> None:
+    """A bucket of norms alone before the first product, the others as soon as their last one is computed."""
+    case = replace(PARALLEL["overlap"], ddp=_ddp(overlap_grad_reduce=True, bucket_size=1))
+    for steps in ranks.run(2, weight_bed.reductions, case):
+        for events in steps:
+            assert events.count("product") == 27 and events.count("reduction") > 9
+            assert events.index("reduction") == 18, "before the first product of the last of three micro-batches"
+            last = events[events.index("product", 18) :]
+            assert last == ["product", "reduction"] * 9
+
+
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
 def test_the_fused_kernel_accumulates_where_upstream_lets_it(ranks: RankPool, name: str) -> None:
     options = {"fp32": _ddp(), "bf16": _ddp(grad_reduce_in_fp32=False)}[name]

@@ -16,6 +16,7 @@ from megatron.longseq.sharding.arguments import (
     NOT_WITH_SHARDED_GRADIENTS,
     NOT_WITH_SHARDED_PARAMETERS,
     check_sharding_numbers,
+    prefetch_units,
     refuse_unserved_sharding,
     wants_sharding,
 )
@@ -223,6 +224,13 @@ def test_what_is_served_is_let_through(values: dict[str, Any]) -> None:
             "--paro-group-size 2: --paro NNG with --paro-collectives flat uses no groups",
         ),
         ({"paro": "NIG", "yaml_cfg": "run.yaml"}, "--paro with --yaml-cfg"),
+        ({"paro_selective_overlap": True}, "--paro-selective-overlap: --paro is not given, so it has no effect"),
+        ({"paro": "NIG", "paro_selective_overlap": True}, "--paro NIG does not shard parameters"),
+        ({"paro": "IIG", "paro_prefetch_units": 2}, "units 2: --paro-selective-overlap is not given"),
+        (
+            {"paro": "IIG", "paro_selective_overlap": True, "paro_prefetch_units": 0},
+            "--paro-prefetch-units 0: give at least 1",
+        ),
     ],
     ids=str,
 )
@@ -238,6 +246,10 @@ def test_what_means_something_passes_at_once() -> None:
         check_sharding_numbers(parsed(paro=str(strategy)))
         check_sharding_numbers(parsed(paro=str(strategy), paro_group_size=2))
     check_sharding_numbers(parsed(paro="NIG", paro_group_size=2, paro_collectives="flat"))
+    overlap = parsed(paro="IIG", paro_selective_overlap=True)
+    check_sharding_numbers(overlap)
+    assert [prefetch_units(given) for given in (parsed(paro="IIG"), overlap, Namespace())] == [0, 1, 0]
+    assert prefetch_units(parsed(paro="IIG", paro_selective_overlap=True, paro_prefetch_units=3)) == 3
     assert [wants_sharding(given) for given in (parsed(), parsed(paro="NNN"), Namespace())] == [False, True, False]
 
 

@@ -4,7 +4,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.longseq.sharding.runtime.bucket_layout import BUCKET_ALIGNMENT, PARAM_ALIGNMENT, by_unit, lay_out, unit_of
+from megatron.longseq.sharding.runtime.bucket_layout import (
+    BUCKET_ALIGNMENT,
+    PARAM_ALIGNMENT,
+    by_unit,
+    lay_out,
+    unit_of,
+    units_of,
+)
 
 NAMES = {
     "module.embedding.word_embeddings.weight": "module.embedding",
@@ -28,6 +35,16 @@ def model(sizes: list[list[int]], shared: bool = False) -> list[tuple[str, torch
 
 def test_units_are_layers_embeddings_and_holders() -> None:
     assert {name: unit_of(name) for name in NAMES} == NAMES
+
+
+def test_what_follows_the_layers_of_a_block_belongs_to_the_last_one() -> None:
+    layers = [f"{block}.layers.{layer}.weight" for block in ("decoder", "mtp") for layer in (0, 1)]
+    names = ["embedding.weight", *layers[:2], "decoder.final_layernorm.weight", *layers[2:], "output_layer.weight"]
+    units = units_of(names)
+    assert units.pop("decoder.final_layernorm.weight") == "decoder.layers.1"
+    assert units == {name: unit_of(name) for name in units}
+    alone = ["decoder.final_layernorm.weight", "output_layer.weight"]
+    assert units_of(alone) == {name: unit_of(name) for name in alone}, "a stage without layers"
 
 
 def test_units_keep_their_parameters_in_order() -> None:

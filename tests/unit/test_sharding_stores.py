@@ -19,16 +19,30 @@ from megatron.longseq.sharding.runtime.state import ShardingState
 class Job:
     """A job that is done when somebody waits for it, after the one that it is behind."""
 
-    def __init__(self, region: Region, after: Callable[[], None] | None, behind: "Job | None") -> None:
-        self.region, self.after, self.behind = region, after, behind
+    def __init__(
+        self,
+        region: Region,
+        after: Callable[[], None] | None,
+        behind: "Job | None",
+        before: Callable[[], None] | None,
+    ) -> None:
+        self.region, self.after, self.behind, self.before = region, after, behind, before
+        self.is_done = False
+
+    def start(self) -> None:
+        """Do what comes before the collectives, once."""
+        if self.behind is not None:
+            self.behind.wait()
+        if self.before is not None:
+            self.before()
+        self.behind = self.before = None
 
     def wait(self) -> None:
         """Run the job once."""
-        if self.behind is not None:
-            self.behind.wait()
+        self.start()
         if self.after is not None:
             self.after()
-        self.after = self.behind = None
+        self.after, self.is_done = None, True
 
 
 class LazyLanes:
@@ -44,9 +58,10 @@ class LazyLanes:
         label: str,
         after: Callable[[], None] | None = None,
         behind: Any = None,
+        before: Callable[[], None] | None = None,
     ) -> Job:
         """Accept a job."""
-        self.jobs.append(Job(region, after, behind))
+        self.jobs.append(Job(region, after, behind, before))
         return self.jobs[-1]
 
 
@@ -76,6 +91,26 @@ def test_all_micro_batches_are_in_what_ends_a_step(triplet: str, wire: torch.dty
 
 
 @pytest.mark.parametrize("wire", [None, torch.bfloat16])
+@pytest.mark.parametrize("triplet", ["NIG", "IIG", "III"])
+def test_the_last_micro_batch_waits_for_none_of_its_buckets(triplet: str, wire: torch.dtype | None) -> None:
+    """Two buckets may be in flight, and copies of their shards, 1/2 of a bucket each, in the memory of two buckets."""
+    sharding, lanes = opened(triplet, wire)
+    buckets = [GradStore(sharding, 128, torch.float32, "cpu") for _ in range(4)]
+    for number, store in enumerate(buckets):
+        store.release_full()
+        store.prepare()
+        store.full.flat += 1.0
+        submitted = len(lanes.jobs)
+        store.reduce("a bucket")
+        store.finish("a bucket")
+        assert not any(job.is_done for job in lanes.jobs[submitted:]), "waited for right after it was submitted"
+        assert sum(job.is_done for job in lanes.jobs) == max(number - 1, 0), "the reduction two buckets before"
+    for job in lanes.jobs:
+        job.wait()
+    assert all(store.owned.eq(1.0).all() for store in buckets)
+
+
+@pytest.mark.parametrize("wire", [None, torch.bfloat16])
 def test_micro_batches_are_scaled_as_they_are_added(wire: torch.dtype | None) -> None:
     sharding, _ = opened("NIG", wire)
     store = GradStore(sharding, 128, torch.float32, "cpu")
@@ -94,6 +129,7 @@ def test_two_copies_for_the_wire_live_at_most_and_what_is_owned_comes_back() -> 
     for number, store in enumerate(buckets):
         store.shard.fill_(number)
         store.finish(f"bucket {number}")
+        lanes.jobs[-1].start()
         lanes.jobs[-1].region.group_slice.fill_(10 + number)  # the sum over ranks
         assert sum(job.after is not None for job in lanes.jobs) <= 2
     for job in lanes.jobs:

@@ -139,14 +139,17 @@ def fused_step(case: Case, model: Any, step: int) -> list[torch.Tensor]:
 
 def split_step(case: Case, model: Any, step: int) -> list[torch.Tensor]:
     """Run the same micro-batches in the case's order of B and W."""
+    from megatron.longseq.pipeline.runtime.grad_sync import BucketReductions
     from megatron.longseq.pipeline.runtime.weight_grad import WeightGradStore, attach
 
     store, inputs, words = WeightGradStore(), [], case.order.split()
     with attach(model, store):
-        for word in words:
+        for place, word in enumerate(words):
             microbatch = int(word[1:])
             if word[0] == "W":
-                store.run(microbatch)
+                overlaps = case.ddp is not None and model.ddp_config.overlap_grad_reduce
+                is_final = overlaps and place == len(words) - 1
+                store.run(microbatch, BucketReductions(model, store.weights(microbatch)).ready if is_final else None)
                 continue
             with contextlib.nullcontext() if case.ddp is None else model.no_sync():
                 loss, leaves = loss_of(case, model, step, microbatch)
@@ -155,9 +158,43 @@ def split_step(case: Case, model: Any, step: int) -> list[torch.Tensor]:
                 store.end()
             inputs += [leaf.grad for leaf in leaves]
         store.assert_empty()
-    if case.ddp is not None and model.ddp_config.overlap_grad_reduce:
-        model.start_grad_sync()
     return inputs
+
+
+def reductions(case: Case) -> list[list[str]]:
+    """Return for each of two steps the events of its WEIGHT actions: "product", and "reduction" of a bucket."""
+    from megatron.longseq.pipeline.runtime import weight_grad
+
+    steps: list[list[str]] = []
+    with world(case):
+        model = model_of(case)
+        original = weight_grad._accumulate
+
+        def accumulate(weight: Any, gradient: torch.Tensor) -> None:
+            steps[-1].append("product")
+            original(weight, gradient)
+
+        def noted(group: Any) -> Callable[..., None]:
+            start = type(group).start_grad_sync
+
+            def start_grad_sync(*args: Any, **named: Any) -> None:
+                steps[-1].append("reduction")
+                start(group, *args, **named)
+
+            return start_grad_sync
+
+        weight_grad._accumulate = accumulate
+        for step in range(2):
+            steps.append([])
+            for group in model.bucket_groups:
+                group.start_grad_sync = noted(group)
+            model.zero_grad_buffer()
+            split_step(case, model, step)
+            for group in model.bucket_groups:
+                del group.start_grad_sync
+            model.finish_grad_sync()
+        weight_grad._accumulate = original
+    return steps
 
 
 def gradients(case: Case, arms: list[Callable[..., list[torch.Tensor]]]) -> list[Gradients]:

@@ -173,6 +173,8 @@ class LongSequenceAttention(MegatronModule):
         packed: PackedDocuments | None,
     ) -> Tensor:
         segments = self.segments
+        own = packed.strategy if packed is not None else None
+        strategy = self.strategy if own is None else own
 
         def call_for(first: AttentionCall | None) -> AttentionCall:
             if segments is not None:
@@ -182,12 +184,12 @@ class LongSequenceAttention(MegatronModule):
             elif first is not None:  # the script may have changed the mask since
                 documents = first.documents
             else:
-                layout = Layout(self.strategy.mesh, (query.shape[0] * self.strategy.mesh.size,))
+                layout = Layout(strategy.mesh, (query.shape[0] * strategy.mesh.size,))
                 documents = context.masks.documents(attention_mask, layout, query.shape[1], id(self))
             return make_call(
                 query,
                 key,
-                self.strategy,
+                strategy,
                 (segments or context).kernels.select(query, value),
                 self.scale,
                 window=self.window,

@@ -9,6 +9,7 @@ from megatron.longseq.sharding.plan.flat_or_hierarchical import DEFAULT_LINKS
 from megatron.longseq.sharding.plan.strategy import RUNNING, Level, Strategy, check
 
 DEFAULT_COLLECTIVES = CollectivesMode.OVERLAPPED
+DEFAULT_PREFETCH_UNITS = 1
 
 # Valid triplets that are not implemented, and what to give instead.
 INSTEAD = {
@@ -206,6 +207,19 @@ def add_sharding_arguments(parser: ArgumentParser) -> None:
         "is as fast; `python -m megatron.longseq.sharding probe` measures both; default "
         + " ".join(f"{speed:g}" for speed in DEFAULT_LINKS),
     )
+    group.add_argument(
+        "--paro-selective-overlap",
+        action="store_true",
+        help="sharded parameters: gather units ahead, start gathers where they delay no communication of attention, "
+        "keep units that are used again next, and reuse buffers",
+    )
+    group.add_argument(
+        "--paro-prefetch-units",
+        type=int,
+        metavar="D",
+        help="with --paro-selective-overlap: units (layers) that are gathered besides the one that computes; "
+        f"default {DEFAULT_PREFETCH_UNITS}",
+    )
 
 
 def wants_sharding(args: Namespace) -> bool:
@@ -221,7 +235,15 @@ def check_sharding_numbers(args: Namespace) -> None:
     """
     size, collectives = getattr(args, "paro_group_size", None), getattr(args, "paro_collectives", None)
     if not wants_sharding(args):
-        refuse_without_effect(args, "--paro is not given", paro_group_size=None, paro_collectives=None, paro_links=None)
+        refuse_without_effect(
+            args,
+            "--paro is not given",
+            paro_group_size=None,
+            paro_collectives=None,
+            paro_links=None,
+            paro_selective_overlap=False,
+            paro_prefetch_units=None,
+        )
         return
     strategy = check(Strategy.parse(args.paro))
     if strategy not in RUNNING:
@@ -239,8 +261,30 @@ def check_sharding_numbers(args: Namespace) -> None:
         raise ValueError(f"--paro-links {links}: --paro-collectives {mode} does not use them; leave it out.")
     if links is not None and not all(0 < link < math.inf for link in links):
         raise ValueError(f"--paro-links {links}: give positive, finite bandwidths in GB/s.")
+    _check_selective_overlap(args, strategy)
     if getattr(args, "yaml_cfg", None) is not None:
         raise ValueError("--paro with --yaml-cfg: upstream does not validate flags from a YAML file; give them here.")
+
+
+def prefetch_units(args: Namespace) -> int:
+    """Return how many units are gathered besides the one that computes; 0 without --paro-selective-overlap."""
+    if not getattr(args, "paro_selective_overlap", False):
+        return 0
+    return getattr(args, "paro_prefetch_units", None) or DEFAULT_PREFETCH_UNITS
+
+
+def _check_selective_overlap(args: Namespace, strategy: Strategy) -> None:
+    if not getattr(args, "paro_selective_overlap", False):
+        refuse_without_effect(args, "--paro-selective-overlap is not given", paro_prefetch_units=None)
+        return
+    if strategy.params is Level.NONE:
+        raise ValueError(
+            f"--paro-selective-overlap: --paro {strategy} does not shard parameters, so no layer gathers any; leave it "
+            "out, or give a triplet that starts with I or G."
+        )
+    units = getattr(args, "paro_prefetch_units", None)
+    if units is not None and units < 1:
+        raise ValueError(f"--paro-prefetch-units {units}: give at least 1.")
 
 
 def needs_groups(strategy: Strategy, mode: CollectivesMode) -> bool:

@@ -19,6 +19,7 @@ from megatron.longseq.attention.plan.packing import documents_of, has_borders, p
 from megatron.longseq.attention.plan.ranges import Documents
 from megatron.longseq.attention.runtime.comm import GroupCollectives
 from megatron.longseq.attention.runtime.document_layouts import DocumentLayouts
+from megatron.longseq.attention.runtime.strategies import CPStrategy
 
 DIGEST_BASE = 1_000_003  # an odd factor, so that the order of lengths changes the digest
 
@@ -32,12 +33,14 @@ class PackedDocuments(PackedSeqParams):
         pieces: pieces by which the tokens are distributed over context-parallel ranks, see `Layout`.
         positions: position in its document of each token of this rank, int64 [tokens] or [tokens, sequences].
         length: tokens of a whole sequence.
+        strategy: communicators of the micro-batch's own group (--flexsp); None: those that the layer was built with.
     """
 
     documents: Documents | None = None
     pieces: Pieces | None = None
     positions: Tensor | None = None
     length: int = 0
+    strategy: CPStrategy | None = None
 
     def rotary(self, whole: Tensor) -> Tensor:
         """Return the rotary frequencies of this rank's tokens, [tokens, 1 or sequences, 1, d].

@@ -87,7 +87,7 @@ def interleaved(pipeline: Pipeline, slack: int = 0, group: int | None = None) ->
     """
     if pipeline.virtual == 1:
         raise ScheduleError("interleaving needs at least 2 virtual stages per rank: use one_f_one_b()")
-    least = _smallest_group(pipeline, slack)
+    least = smallest_group(pipeline, slack)
     group = least if group is None else group
     _check_group(pipeline, group, least)
     orders = []
@@ -128,7 +128,7 @@ def zb_h1(pipeline: Pipeline, slack: int = 0, costs: Costs | None = None) -> Sch
 
 def forward_only(pipeline: Pipeline, group: int | None = None) -> Schedule:
     """Return a schedule of forwards only, for evaluation, with any number of micro-batches and virtual stages."""
-    order = tuple(_forwards(pipeline, _smallest_group(pipeline) if group is None else group))
+    order = tuple(_forwards(pipeline, smallest_group(pipeline) if group is None else group))
     return Schedule("forward only", pipeline, (order,) * pipeline.stages)
 
 
@@ -238,8 +238,11 @@ def _extra(slack: int, after: int) -> int:
     return slack * after
 
 
-def _smallest_group(pipeline: Pipeline, slack: int = 0) -> int:
-    """Return the fewest micro-batches that have ceil(P * (2 + slack) / 2) segments."""
+def smallest_group(pipeline: Pipeline, slack: int = 0) -> int:
+    """Return the least size of a group with virtual stages: micro-batches that have ceil(P * (2 + slack) / 2) segments.
+
+    It is the default group size, so with virtual stages the micro-batches of a step are a multiple of it.
+    """
     segments = -(-pipeline.stages * (2 + slack) // 2)
     return -(-segments // pipeline.segments)
 

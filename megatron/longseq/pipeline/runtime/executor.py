@@ -12,7 +12,7 @@ from megatron.core.utils import get_model_config
 from megatron.longseq.pipeline.plan.receives import ReceiveOrder
 from megatron.longseq.pipeline.plan.schedule import Action, ActionKind, Pipeline, Schedule
 from megatron.longseq.pipeline.runtime.forward_step import ForwardStep
-from megatron.longseq.pipeline.runtime.grad_sync import GradSums, GradSync
+from megatron.longseq.pipeline.runtime.grad_sync import BucketReductions, GradSums, GradSync
 from megatron.longseq.pipeline.runtime.hang_report import HangReporter
 from megatron.longseq.pipeline.runtime.p2p import Mailbox, StageChannels
 from megatron.longseq.pipeline.runtime.segmented_model import SegmentedModel
@@ -204,9 +204,15 @@ class Executor:
 
     def _weight(self, action: Action, received: torch.Tensor | None) -> None:
         assert self.weights is not None, "the schedule has WEIGHT actions, but no weight gradient is deferred"
-        if self.sums:
-            self.sums[action.vstage].open()
-        self.weights.run(_unit(action))
+        unit, sums = _unit(action), self.sums[action.vstage] if self.sums else None
+        if sums is not None:
+            sums.open()
+        if self.sync.is_final_weight(action):
+            complete = sums.close if sums is not None else None
+            reductions = BucketReductions(self.chunks[action.vstage].module, self.weights.weights(unit), complete)
+            self.weights.run(unit, reductions.ready)
+        else:
+            self.weights.run(unit)
 
     def _enter(self, action: Action) -> SegmentedModel:
         chunk = self.chunks[action.vstage]

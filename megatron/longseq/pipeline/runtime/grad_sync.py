@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ class GradSync:
     The gradients of a chunk are reduced once per step. Without a grad_sync_func, the hooks of the chunk's last backward
     start the reduction. With one (upstream's --align-grad-reduce, the default under --overlap-grad-reduce), all stages
     start at about the same time: rank r starts r backwards after the chunk's last one. If weight gradients are actions
-    of their own, hooks would fire too early, so everything is reduced after the last action.
+    of their own, hooks would fire too early. Then the last WEIGHT action of a chunk starts the reductions, bucket by
+    bucket (`BucketReductions`), with or without a grad_sync_func.
 
     Args:
         config: upstream's model config, which holds the callbacks.
@@ -34,7 +35,9 @@ class GradSync:
         self.done: set[int] = set()
         backwards = [index for index, action in enumerate(order) if action.kind is ActionKind.BACKWARD]
         forwards = [index for index, action in enumerate(order) if action.kind is ActionKind.FORWARD]
-        self.splits_weights = any(action.kind is ActionKind.WEIGHT for action in order)
+        weights = {action.vstage: action for action in order if action.kind is ActionKind.WEIGHT}
+        self.final_weights = {action for vstage, action in weights.items() if _overlaps(modules[vstage])}
+        self.splits_weights = bool(weights)
         self.hooked = {} if self.splits_weights else self._hooked(order, backwards, rank)
         self.ends = {vstage: order[index].microbatch for index, vstage in self.hooked.items()}
         self.aligned = {} if self.splits_weights else self._aligned(order, backwards, rank)
@@ -83,8 +86,13 @@ class GradSync:
                 continue
             if self.grad_sync is not None:
                 self.grad_sync[vstage](module.parameters())
-            elif self.splits_weights and _overlaps(module):
-                module.start_grad_sync()
+
+    def is_final_weight(self, action: Action) -> bool:
+        """Return whether a WEIGHT action is its chunk's last one of the step, so that reductions start in it."""
+        if action not in self.final_weights:
+            return False
+        self.done.add(action.vstage)
+        return True
 
     def before(self, index: int) -> None:
         """Call before action `index`."""
@@ -150,6 +158,48 @@ def _overlaps(module: torch.nn.Module) -> bool:
     return bool(getattr(getattr(module, "ddp_config", None), "overlap_grad_reduce", False))
 
 
+class BucketReductions:
+    """Starts the reduction of each bucket of a chunk during the chunk's last WEIGHT action.
+
+    All other gradients are complete after the last BACKWARD, which comes before. So buckets without a weight of the
+    action are reduced at once, while the first products are computed.
+
+    Args:
+        module: the chunk, in upstream's data-parallel wrapper.
+        weights: whose gradients the action computes.
+        complete: called with the parameters of a bucket just before its reduction; None: nothing to do.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        weights: Collection[torch.nn.Parameter],
+        complete: Callable[[Iterable[torch.nn.Parameter]], None] | None = None,
+    ) -> None:
+        self._complete = complete
+        self._missing: dict[Any, set[torch.nn.Parameter]] = {}
+        self._group_of: dict[torch.nn.Parameter, Any] = {}
+        for group in (*module.bucket_groups, *module.expert_parallel_bucket_groups):
+            self._missing[group] = {param for param in group.params if param in weights}
+            self._group_of |= dict.fromkeys(self._missing[group], group)
+            if not self._missing[group]:
+                self._start(group)
+
+    def ready(self, weight: torch.nn.Parameter) -> None:
+        """Note that a weight's gradient is complete; with the last one of a bucket, start the bucket's reduction."""
+        group = self._group_of.get(weight)
+        if group is None:
+            return
+        self._missing[group].discard(weight)
+        if not self._missing[group]:
+            self._start(group)
+
+    def _start(self, group: Any) -> None:
+        if self._complete is not None:
+            self._complete(group.params)
+        group.start_grad_sync()
+
+
 class GradSums:
     """Sums the gradients of a micro-batch's segments in float32 before they are added to a 16-bit `main_grad`.
 
@@ -189,9 +239,13 @@ class GradSums:
             self.mains[param] = param.main_grad
             param.main_grad = torch.zeros_like(param.main_grad, dtype=torch.float32)
 
-    def close(self) -> None:
-        """Add the sums to upstream's buffers and free them; call this when the micro-batch's gradients are complete."""
-        for param in list(self.mains):
+    def close(self, params: Iterable[torch.nn.Parameter] | None = None) -> None:
+        """Add the sums to upstream's buffers and free them; call this when the micro-batch's gradients are complete.
+
+        Args:
+            params: whose sums to add; None: all.
+        """
+        for param in list(self.mains if params is None else params):
             self._add(param)
 
     def reset(self) -> None:

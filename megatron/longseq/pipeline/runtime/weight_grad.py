@@ -13,8 +13,8 @@ Autograd does not see the weight of a split linear. If it did, the weight's accu
 gradient, and upstream's data-parallel wrapper would take the gradient for complete. All other parameters (norms,
 biases, embeddings, a weight that another module uses too) keep upstream's path, and have their gradient after BACKWARD.
 
-Data parallelism: all backwards run under `no_sync`, and the executor calls the wrapper's `start_grad_sync` after the
-last WEIGHT action, as upstream does with `--align-grad-reduce`.
+Data parallelism: all backwards run under `no_sync`. During the last WEIGHT action, the reduction of each bucket starts
+when the last of its weight gradients is computed (`grad_sync.BucketReductions`).
 
 Memory: from BACKWARD to WEIGHT a unit keeps the inputs of its linears, which BACKWARD would have freed, and the
 gradients of their outputs. These may be the tensors that a neighbour has sent, so a receive buffer must not be reused
@@ -26,7 +26,7 @@ times the memory until WEIGHT.
 """
 
 from collections import Counter, deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -168,8 +168,12 @@ class WeightGradStore:
         product = _Product(call, input, grad_output, (input._version, grad_output._version))
         self._pending[self._unit].append(product)
 
+    def weights(self, unit: Hashable) -> set[torch.nn.Parameter]:
+        """Return the weights whose gradients `run` will compute for a unit."""
+        return {product.call.weight for product in self._pending.get(unit, ())}
+
     @torch.no_grad()
-    def run(self, unit: Hashable) -> None:
+    def run(self, unit: Hashable, ready: Callable[[torch.nn.Parameter], None] | None = None) -> None:
         """Compute the weight gradients of a unit and add them to `main_grad`, or to `grad` if there is no `main_grad`.
 
         The result is bitwise upstream's if units run in the order of their backwards. Within a unit, the products of a
@@ -177,6 +181,7 @@ class WeightGradStore:
 
         Args:
             unit: as given to `begin`.
+            ready: called with each weight once the unit's gradient of it has been added.
 
         Raises:
             RuntimeError: there is no such unit, or its tensors were written to since its backward. The step cannot
@@ -201,6 +206,8 @@ class WeightGradStore:
                 sums[weight] = sums[weight] + gradient if weight in sums else gradient
                 if not uses[weight]:
                     _accumulate(weight, sums.pop(weight))
+            if ready is not None and not uses[weight]:
+                ready(weight)
 
     def assert_empty(self) -> None:
         """Check at the end of a step that all weight gradients were computed.

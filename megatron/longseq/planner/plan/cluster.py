@@ -116,6 +116,13 @@ class Cluster:
                 f"cluster {self.name}: {self.gpus} GPUs do not fill nodes of {self.gpus_per_node}; give a multiple"
             )
 
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field) for field in self.__dataclass_fields__ if field != "source"))
+
+    def __hash__(self) -> int:
+        return self._hash  # caches of costs look clusters up often
+
     @property
     def nodes(self) -> int:
         """Number of nodes."""

@@ -107,7 +107,8 @@ def layer_messages(
     """
     tensor = group(cluster, run.tensor_model_parallel_size, 1)
     tokens = run.micro_batch_size * run.seq_length / run.context_parallel_size
-    once = ring_seconds(cluster, tensor, tokens * model.hidden_size * run.element)
+    segments = run.seq1f1b_splits
+    once = segments * ring_seconds(cluster, tensor, tokens * model.hidden_size * run.element / segments)
     count = 2 if not has_experts else 1
     forward = 2.0 * count * once  # an all-gather and a reduce-scatter, or an all-reduce, per block
     backward, hidden = forward, 0.0
@@ -134,12 +135,20 @@ def _expert_exchange(model: Architecture, cluster: Cluster, run: Configuration, 
 
 @functools.lru_cache(maxsize=16384)
 def _context_bytes(
-    mesh: tuple[int, int], length: int, heads: int, groups: int, tensor: int, sizes: tuple[int, int, int]
+    mesh: tuple[int, int],
+    lengths: tuple[int, ...],
+    heads: int,
+    groups: int,
+    tensor: int,
+    sizes: tuple[int, int, int],
 ) -> tuple[float, float, float, float]:
-    """Return a rank's bytes of all-to-all and ring, forward and backward, from the attention's own formulas."""
+    """Return a rank's bytes of all-to-all and ring, forward and backward, from the attention's own formulas.
+
+    Segments after the first send the keys of all earlier ones round the ring again.
+    """
     batch, channels, element = sizes
     ulysses, ring_size = mesh
-    layout = Layout(Mesh(ulysses=ulysses, ring=ring_size), (length,))
+    layout = Layout(Mesh(ulysses=ulysses, ring=ring_size), lengths)
     layer = LayerShape(layout, Heads.of(heads, groups, tensor), batch, channels, element)
     exchanged, sent = all_to_all(layer), ring(layer)
     count = ulysses * ring_size
@@ -160,15 +169,18 @@ def _context_seconds(
     ulysses, ring_size = run.mesh
     tensor = run.tensor_model_parallel_size
     sizes = (run.micro_batch_size, model.query_size // model.num_attention_heads, run.element)
-    bytes_ = _context_bytes(run.mesh, run.seq_length, model.num_attention_heads, model.groups, tensor, sizes)
+    segments, multiple = run.seq1f1b_splits, 2 * run.context_parallel_size
+    length = run.seq_length // segments // multiple * multiple
+    lengths = (*(length,) * (segments - 1), run.seq_length - (segments - 1) * length)
+    bytes_ = _context_bytes(run.mesh, lengths, model.num_attention_heads, model.groups, tensor, sizes)
     head_first = run.context_parallel_placement == "head-first"
     exchange = group(cluster, ulysses, tensor if head_first else tensor * ring_size)
     hops = group(cluster, ring_size, tensor * ulysses if head_first else tensor)
     share = ulysses / max(1, ulysses - 1)  # the formulas count what is sent; the model wants what is held
-    out = exchange_seconds(cluster, exchange, bytes_[0] * share)
-    back = exchange_seconds(cluster, exchange, bytes_[1] * share)
+    out = segments * exchange_seconds(cluster, exchange, bytes_[0] * share / segments)
+    back = segments * exchange_seconds(cluster, exchange, bytes_[1] * share / segments)
     rate = link_rate(cluster, 64e6) if hops.inside == ring_size else network_rate(cluster, 1)
-    steps = (ring_size - 1) * (cluster.link_latency if hops.inside == ring_size else cluster.network_latency)
+    steps = segments * (ring_size - 1) * (cluster.link_latency if hops.inside == ring_size else cluster.network_latency)
     ring_out, ring_back = bytes_[2] / rate + steps, bytes_[3] / rate + steps
     if ring_size == 1:
         ring_out = ring_back = 0.0

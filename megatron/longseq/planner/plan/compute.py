@@ -120,7 +120,7 @@ def attention_seconds(model: Architecture, cluster: Cluster, run: Configuration)
     if run.fused_attention:
         pairs = batch * heads * cells(0, length, model.window_size or None) / run.context_parallel_size
         work = 2.0 * per_pair * pairs
-        local = length / run.context_parallel_size
+        local = length / run.context_parallel_size / run.seq1f1b_splits
         rate = local / (local + 384.0)
         peak = 1e12 * cluster.peak_tflops
         forward = work / (peak * cluster.attention_efficiency * rate)
@@ -133,23 +133,38 @@ def attention_seconds(model: Architecture, cluster: Cluster, run: Configuration)
     values = product_seconds(cluster, length, channels, length, batch=count)
     size = float(count) * length * length * run.element
     dropout = 1.0 if model.attention_dropout else 0.0
+    if not fuses_softmax(model, run):
+        dropout += 4.0  # casts to float32 and back, the mask, and the scale are kernels of their own
     forward = scores + values + moved_seconds(cluster, size * (2.0 + 2.5 * dropout))
     backward = 2 * (scores + values) + moved_seconds(cluster, size * (3.0 + 2.5 * dropout))
     return Seconds(forward, backward, 0.0, forward)
 
 
+def fuses_softmax(model: Architecture, run: Configuration) -> bool:
+    """Return whether scale, mask and softmax are one kernel, where attention keeps its scores.
+
+    Upstream's kernel takes four heads of the micro-batch at a time.
+    """
+    if run.fused_attention or not run.is_local:
+        return True
+    heads = run.micro_batch_size * model.num_attention_heads // run.tensor_model_parallel_size
+    return run.masked_softmax_fusion and run.element == 2 and heads % 4 == 0
+
+
 @functools.lru_cache(maxsize=65536)
 def layer_seconds(model: Architecture, cluster: Cluster, run: Configuration, has_experts: bool) -> Seconds:
-    """Return the seconds of a layer's kernels for one micro-batch, without recomputation and communication."""
-    tensor, hidden = run.tensor_model_parallel_size, model.hidden_size
-    tokens = run.micro_batch_size * run.seq_length // run.context_parallel_size
+    """Return the seconds of a layer's kernels for one micro-batch, without recomputation and communication.
+
+    Every segment of a sequence runs the kernels again, on fewer tokens.
+    """
+    tensor, hidden, segments = run.tensor_model_parallel_size, model.hidden_size, run.seq1f1b_splits
+    tokens = run.micro_batch_size * run.seq_length // run.context_parallel_size // segments
     if model.multi_latent_attention:
         total = _latent_seconds(model, cluster, run, tokens)
     else:
         width = (model.query_size + 2 * model.key_size(tensor)) // tensor
         total = linear_seconds(cluster, run, tokens, width, hidden)
         total += linear_seconds(cluster, run, tokens, hidden, model.value_size // tensor)
-    total += attention_seconds(model, cluster, run)
     gates = 2 if model.swiglu else 1
     if has_experts:
         total += _expert_seconds(model, cluster, run, tokens)
@@ -158,7 +173,7 @@ def layer_seconds(model: Architecture, cluster: Cluster, run: Configuration, has
         total += linear_seconds(cluster, run, tokens, hidden, model.ffn // tensor)
         total += _activation_seconds(model, cluster, run, tokens * model.ffn / tensor)
     total += _norm_seconds(model, cluster, run, tokens)
-    return total
+    return Seconds(*(segments * part for part in total)) + attention_seconds(model, cluster, run)
 
 
 def _norm_seconds(model: Architecture, cluster: Cluster, run: Configuration, tokens: int) -> Seconds:
@@ -221,15 +236,22 @@ def _expert_seconds(model: Architecture, cluster: Cluster, run: Configuration, t
 
 @functools.lru_cache(maxsize=65536)
 def head_seconds(model: Architecture, cluster: Cluster, run: Configuration) -> Seconds:
-    """Return the seconds of the output layer and the loss for one micro-batch."""
+    """Return the seconds of the output layer and the loss for one micro-batch.
+
+    A chunked loss computes the logits again in backward.
+    """
     tensor = run.tensor_model_parallel_size
-    tokens = run.micro_batch_size * run.seq_length // run.context_parallel_size
+    segments = run.seq1f1b_splits
+    tokens = run.micro_batch_size * run.seq_length // run.context_parallel_size // segments
     rows = model.padded(tensor) // tensor
     total = linear_seconds(cluster, run, tokens, rows, model.hidden_size, fp8=False)
     logits = float(tokens) * rows
+    if run.cross_entropy_chunk_tokens:
+        total = total._replace(backward=total.backward + total.forward)
     # Unfused, the loss converts to float32, finds the maximum, exponentiates and sums, and backward scales and casts.
     forward, backward = (6.0, 4.0) if run.cross_entropy_loss_fusion else (24.0, 14.0)
-    return total + Seconds(moved_seconds(cluster, forward * logits), moved_seconds(cluster, backward * logits), 0.0)
+    total += Seconds(moved_seconds(cluster, forward * logits), moved_seconds(cluster, backward * logits), 0.0)
+    return Seconds(*(segments * part for part in total))
 
 
 def optimizer_seconds(cluster: Cluster, parameters: float) -> float:

@@ -90,17 +90,24 @@ class Configuration:
     masked_softmax_fusion: bool = True
     deterministic_mode: bool | None = None
 
-    @property
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field) for field in self.__dataclass_fields__))
+
+    def __hash__(self) -> int:
+        return self._hash  # caches of costs look configurations up often
+
+    @functools.cached_property
     def data_parallel_size(self) -> int:
         """Data-parallel ranks."""
         return self.gpus // self.model_parallel_size
 
-    @property
+    @functools.cached_property
     def model_parallel_size(self) -> int:
         """Ranks that share one replica: tensor x pipeline x context."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
-    @property
+    @functools.cached_property
     def microbatches(self) -> int:
         """Micro-batches of a step on a data-parallel rank."""
         return max(1, self.global_batch_size // (self.micro_batch_size * max(1, self.data_parallel_size)))
@@ -115,7 +122,7 @@ class Configuration:
         """Tokens of all ranks in a step."""
         return self.global_batch_size * self.seq_length
 
-    @property
+    @functools.cached_property
     def mesh(self) -> tuple[int, int]:
         """Ulysses and ring degrees of context parallelism."""
         size = self.context_parallel_size
@@ -143,7 +150,7 @@ class Configuration:
         """Bytes of an element of activations."""
         return 2 if self.bf16 or self.fp16 else 4
 
-    @property
+    @functools.cached_property
     def strategy(self) -> Strategy:
         """Sharding of parameters, gradients and optimizer states."""
         if self.paro:

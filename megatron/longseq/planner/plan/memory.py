@@ -3,7 +3,7 @@
 import functools
 from typing import NamedTuple
 
-from megatron.longseq.pipeline.plan.generators import make
+from megatron.longseq.pipeline.plan.generators import make, smallest_group
 from megatron.longseq.pipeline.plan.memory import StageBytes, peak_bytes
 from megatron.longseq.pipeline.plan.schedule import Pipeline, Schedule
 from megatron.longseq.planner.plan.activations import (
@@ -99,6 +99,13 @@ def sharding_groups(run: Configuration, per_node: int, ranks: int | None = None)
     return RankGroups(count, size)
 
 
+@functools.lru_cache(maxsize=65536)
+def _state_bytes(
+    model: Architecture, run: Configuration, cluster: Cluster, params: StageParams
+) -> tuple[tuple[str, float], ...]:
+    return tuple(state_bytes(model, run, cluster, params).items())
+
+
 def state_bytes(model: Architecture, run: Configuration, cluster: Cluster, params: StageParams) -> dict[str, float]:
     """Return the bytes of parameters, gradients and optimizer states of a rank, with gathered buffers of shards."""
     found = {"parameters": 0.0, "gradients": 0.0, "optimizer": 0.0, "gathered": 0.0}
@@ -139,13 +146,13 @@ def in_flight(run: Configuration, stage: int) -> float:
     return min(count * virtual, warmup + 1) / virtual
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=16)
 def schedule_of(stages: int, microbatches: int, segments: int, virtual: int, slack: int, zero_bubble: bool) -> Schedule:
     """Return the schedule of a step; many micro-batches repeat the same pattern, so a few of them are enough."""
-    least = stages * (2 if virtual > 1 else 3)
+    least = max(3, -(-(3 + slack) * stages // segments))
+    if virtual > 1:
+        least = 2 * smallest_group(Pipeline(stages, microbatches, segments, virtual), slack)
     count = min(microbatches, least)
-    if virtual > 1 and count < microbatches:
-        count = least
     return make(Pipeline(stages, count, segments, virtual), slack=slack, zero_bubble=zero_bubble)
 
 
@@ -196,7 +203,7 @@ def stages_bytes(model: Architecture, run: Configuration, cluster: Cluster) -> t
     params = stage_params(model, run)
     found = []
     for stage, count in enumerate(layers):
-        kinds = state_bytes(model, run, cluster, params[stage])
+        kinds = dict(_state_bytes(model, run, cluster, params[stage]))
         kept = peaks[stage] if peaks else in_flight(run, stage) * _stage_kept(model, run, count, stage)
         at_loss = at_layer = 0.0
         again = 0.0 if peaks else per_layer.recomputed * _group(run, count)

@@ -94,7 +94,14 @@ class Architecture:
         if isinstance(self.moe_layer_freq, tuple) and len(self.moe_layer_freq) != self.num_layers:
             raise ValueError(f"moe_layer_freq lists {len(self.moe_layer_freq)} layers of {self.num_layers}")
 
-    @property
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field) for field in self.__dataclass_fields__))
+
+    def __hash__(self) -> int:
+        return self._hash  # caches of costs look architectures up often
+
+    @functools.cached_property
     def groups(self) -> int:
         """Heads of keys and values."""
         return self.num_query_groups or self.num_attention_heads
@@ -104,7 +111,7 @@ class Architecture:
         """Channels of a head."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
-    @property
+    @functools.cached_property
     def ffn(self) -> int:
         """Width of the MLP of a layer without experts."""
         return self.shape(1).ffn
@@ -114,14 +121,14 @@ class Architecture:
         """Width of an expert."""
         return self.moe_ffn_hidden_size or self.ffn
 
-    @property
+    @functools.cached_property
     def query_size(self) -> int:
         """Channels of the queries of all heads."""
         if self.multi_latent_attention:
             return self.num_attention_heads * (self.qk_head_dim + self.qk_pos_emb_head_dim)
         return self.num_attention_heads * self.kv_channels or self.hidden_size
 
-    @property
+    @functools.cached_property
     def value_size(self) -> int:
         """Channels of the attention's output of all heads."""
         return self.num_attention_heads * self.v_head_dim if self.multi_latent_attention else self.query_size

@@ -17,6 +17,7 @@ from megatron.longseq.planner.plan.communication import (
 )
 from megatron.longseq.planner.plan.compute import (
     Seconds,
+    fuses_softmax,
     head_seconds,
     layer_seconds,
     moved_seconds,
@@ -34,7 +35,7 @@ from megatron.longseq.planner.plan.memory import (
 from megatron.longseq.planner.plan.model import Architecture
 from megatron.longseq.sharding.plan.collectives import CollectivesMode
 from megatron.longseq.sharding.plan.memory import Model
-from megatron.longseq.sharding.plan.strategy import Level
+from megatron.longseq.sharding.plan.strategy import Level, Strategy
 from megatron.longseq.sharding.plan.time_model import ComputeTime, StepSeconds, TrainingJob
 from megatron.longseq.sharding.plan.time_model import predict as predict_sharding
 
@@ -111,10 +112,10 @@ def _layer(model: Architecture, cluster: Cluster, run: Configuration, has_expert
     messages = layer_messages(model, cluster, run, has_experts, seconds.attention, seconds.weight)
     tensor = messages.forward + messages.backward
     context = messages.context_forward + messages.context_backward
-    forward = max(seconds.forward, cluster.layer_seconds)
-    backward = max(seconds.backward, HOST_BACKWARD * cluster.layer_seconds)
-    forward += messages.forward + messages.context_forward + messages.expert_forward
-    backward += messages.backward + messages.context_backward + messages.expert_backward
+    host = cluster.layer_seconds * (1.0 if fuses_softmax(model, run) else 1.5)
+    forward = seconds.forward + messages.forward + messages.context_forward + messages.expert_forward
+    backward = seconds.backward + messages.backward + messages.context_backward + messages.expert_backward
+    forward, backward = max(forward, host), max(backward, HOST_BACKWARD * host)
     expert, again = messages.expert_forward + messages.expert_backward, 0.0
     if run.recompute_granularity == "full":
         again = forward
@@ -173,38 +174,64 @@ def _stages(model: Architecture, cluster: Cluster, run: Configuration) -> tuple[
     return tuple(found)
 
 
-@functools.lru_cache(maxsize=4096)
-def _simulated_fill(
-    stages: int, microbatches: int, segments: int, virtual: int, slack: int, weight_share: float, zero_bubble: bool
-) -> float:
-    """Return the bubble of a schedule in units of a stage's forward plus backward, from the pipeline's simulator.
+class _FillCase(NamedTuple):
+    """What the bubble of a schedule depends on; see `pipeline.plan.generators.make`.
 
-    Args:
-        stages, microbatches, segments, virtual, slack, zero_bubble: see `pipeline.plan.generators.make`.
+    Attributes:
         weight_share: share of weight gradients in forward plus backward.
+        growth: share of forward plus backward that grows with a segment's position; 0: segments cost the same.
     """
-    schedule = schedule_of(stages, microbatches, segments, virtual, slack, zero_bubble)
-    pipeline = schedule.pipeline
-    unit = 1.0 / (segments * virtual)
-    rows = [((share * unit,) * segments,) * pipeline.depth for share in (1 / 3, 2 / 3 - weight_share, weight_share)]
-    timeline = simulate(schedule, Costs(*rows))
-    return timeline.makespan - pipeline.microbatches
+
+    stages: int
+    microbatches: int
+    segments: int
+    virtual: int
+    slack: int
+    zero_bubble: bool
+    weight_share: float
+    growth: float
 
 
-def _bubble(run: Configuration, seconds: tuple[_Stage, ...]) -> float:
-    """Return the seconds in which the slowest stage waits for the other stages to fill and to drain."""
-    stages = run.pipeline_model_parallel_size
+@functools.lru_cache(maxsize=4096)
+def _simulated_fill(case: _FillCase) -> float:
+    """Return the bubble of a schedule in units of a stage's forward plus backward, from the pipeline's simulator."""
+    schedule = schedule_of(*case[:6])
+    pipeline, count = schedule.pipeline, case.segments
+    unit = 1.0 / (count * case.virtual)
+    # Of causal attention, segment i of K has (2i + 1) / K^2 of the whole.
+    costs = [unit * (1 - case.growth + case.growth * (2 * index + 1) / count) for index in range(count)]
+    shares = (1 / 3, 2 / 3 - case.weight_share, case.weight_share)
+    rows = [(tuple(share * cost for cost in costs),) * pipeline.depth for share in shares]
+    return simulate(schedule, Costs(*rows)).makespan - pipeline.microbatches
+
+
+def _bubble(
+    model: Architecture, cluster: Cluster, run: Configuration, seconds: tuple[_Stage, ...], *, least: bool
+) -> float:
+    """Return the seconds in which the slowest stage waits for the other stages to fill and to drain.
+
+    With segments of equal cost, and gradients of weights within the backward, the wait takes (P - 1) / (V * K) of a
+    stage's forward and backward, whatever the slack. Other schedules are simulated, unless the least wait is wanted:
+    segments of unequal cost wait no less than equal ones, and zero bubble waits as `generators.zb_h1` says or longer.
+    """
+    stages, segments = run.pipeline_model_parallel_size, run.seq1f1b_splits
     if stages == 1:
         return 0.0
     slowest = max(seconds, key=lambda one: one.both)
     others = sum(one.both for one in seconds) - slowest.both
-    if run.seq1f1b_splits == 1 and not run.zero_bubble and not run.seq1f1b_slack:
-        return others / run.virtual_stages
-    share = round(slowest.weight / slowest.both, 1) if run.zero_bubble else 0.0
-    fill = _simulated_fill(
-        stages, run.microbatches, run.seq1f1b_splits, run.virtual_stages, run.seq1f1b_slack, share, run.zero_bubble
+    is_even = segments > 1 and run.seq1f1b_partition == "even"
+    if not run.zero_bubble and (least or not is_even):
+        return others / (run.virtual_stages * segments)
+    weight = round(slowest.weight / slowest.both, 1) if run.zero_bubble else 0.0
+    if least:
+        forward, inputs, slack = 1 / 3, 2 / 3 - weight, run.seq1f1b_slack
+        return max(forward, inputs - slack * forward, 1 - (2 + slack) * weight) / segments * others
+    layer = layer_seconds(model, cluster, run, False)
+    growth = round(layer.attention / layer.forward, 1) if is_even else 0.0
+    case = _FillCase(
+        stages, run.microbatches, segments, run.virtual_stages, run.seq1f1b_slack, run.zero_bubble, weight, growth
     )
-    return fill * others / (stages - 1)
+    return _simulated_fill(case) * others / (stages - 1)
 
 
 class _Data(NamedTuple):
@@ -232,6 +259,12 @@ def _data_seconds(
     return _Data(exposed, hidden)
 
 
+@functools.lru_cache(maxsize=65536)
+def _collective_seconds(strategy: Strategy, job: TrainingJob) -> StepSeconds:
+    """Return the seconds of the collectives of sharded model states."""
+    return predict_sharding(strategy, job).seconds
+
+
 def _sharding(
     cluster: Cluster, run: Configuration, params: int, ranks: int, stride: int, forward: float, backward: float
 ) -> _Data:
@@ -246,15 +279,15 @@ def _sharding(
         widths(run),
         mode,
     )
-    spent: StepSeconds = predict_sharding(strategy, job).seconds
-    repeated = spent.params + spent.grads
+    spent = _collective_seconds(strategy, job)
+    repeated = run.seq1f1b_splits * spent.params + spent.grads  # parameters are gathered for every segment
     overlapped = strategy.params > Level.NONE or strategy.grads > Level.NONE
     room = run.microbatches * (forward + backward) if overlapped else 0.0
     hidden = min(repeated, 0.9 * room)
     grads = min(spent.finish_grads, backward) if run.overlap_grad_reduce else 0.0
     gathers = min(spent.finish_params, forward) if run.overlap_param_gather else 0.0
     hidden += 0.9 * (grads + gathers)
-    return _Data(spent.communication - hidden, hidden)
+    return _Data(repeated + spent.finish_grads + spent.finish_params - hidden, hidden)
 
 
 def _optimizer(cluster: Cluster, run: Configuration, params: StageParams) -> float:
@@ -287,43 +320,55 @@ def price(
 ) -> tuple[float, dict[str, float], dict[str, float]]:
     """Return the seconds of a step, what they consist of, and the hidden seconds, without memory."""
     seconds = _stages(model, cluster, run)
-    count = run.microbatches
-    slowest = max(seconds, key=lambda one: one.both)
-    bubble = _bubble(run, seconds)
-    boundary = boundary_seconds(model, cluster, run)
-    stages, virtual, splits = run.pipeline_model_parallel_size, run.virtual_stages, run.seq1f1b_splits
-    overlaps = virtual > 1 and run.overlap_p2p_comm
-    messages = 2.0 * (stages - 1) * boundary
-    if stages > 1:
-        messages += 2.0 * count * virtual * splits * boundary * (0.1 if overlaps or splits > 1 else 1.0)
+    breakdown = pipeline_price(model, cluster, run)
     params = stage_params(model, run)
     data = [
         _data_seconds(model, cluster, run, one, stage.forward, stage.backward)
         for one, stage in zip(_ends(params), _ends(seconds), strict=True)
     ]
     exposed = max(data, key=lambda one: one.exposed)
-    optimizer = max(_optimizer(cluster, run, one) for one in _ends(params))
-    tied = _tied_seconds(model, cluster, run)
+    breakdown["data"] = exposed.exposed + _tied_seconds(model, cluster, run)
+    breakdown["optimizer"] = max(_optimizer(cluster, run, one) for one in _ends(params))
+    slowest = max(seconds, key=lambda one: one.both)
+    hidden = {"tensor": run.microbatches * slowest.hidden, "data": exposed.hidden, "pipeline": 0.0}
+    return sum(breakdown.values()), breakdown, hidden
+
+
+def pipeline_price(
+    model: Architecture, cluster: Cluster, run: Configuration, *, least: bool = False
+) -> dict[str, float]:
+    """Return what the seconds of a step consist of, with 0 for data parallelism and the optimizer.
+
+    Args:
+        model, cluster, run: see `predict`.
+        least: whether a lower bound of the bubble is enough, which takes no simulation.
+    """
+    seconds = _stages(model, cluster, run)
+    count = run.microbatches
+    slowest = max(seconds, key=lambda one: one.both)
+    boundary = boundary_seconds(model, cluster, run)
+    stages, virtual, splits = run.pipeline_model_parallel_size, run.virtual_stages, run.seq1f1b_splits
+    overlaps = virtual > 1 and run.overlap_p2p_comm
+    messages = 2.0 * (stages - 1) * boundary
+    if stages > 1:
+        messages += 2.0 * count * virtual * splits * boundary * (0.1 if overlaps or splits > 1 else 1.0)
     stragglers = 1.0 + cluster.imbalance * math.log2(max(1, run.gpus))
     exchanged = slowest.tensor + slowest.context + slowest.expert
-    breakdown = {
-        "compute": count * (slowest.both - slowest.again - exchanged) * stragglers,
-        "recomputation": count * slowest.again * stragglers,
+    again = slowest.again
+    if run.recompute_granularity == "full":  # the recomputed collectives are counted where they belong
+        again -= min(again, exchanged / 3)
+    return {
+        "compute": count * (slowest.both - again - exchanged) * stragglers,
+        "recomputation": count * again * stragglers,
         "tensor": count * slowest.tensor,
         "context": count * slowest.context,
         "expert": count * slowest.expert,
         "pipeline": messages,
-        "bubble": bubble,
-        "data": exposed.exposed + tied,
-        "optimizer": optimizer,
+        "bubble": _bubble(model, cluster, run, seconds, least=least),
+        "data": 0.0,
+        "optimizer": 0.0,
         "host": cluster.step_seconds + count * cluster.microbatch_seconds,
     }
-    if run.recompute_granularity == "full":  # the recomputed collectives are counted where they belong
-        again = slowest.again - min(slowest.again, exchanged / 3)
-        breakdown["recomputation"] = count * again * stragglers
-        breakdown["compute"] = count * (slowest.both - again - exchanged) * stragglers
-    hidden = {"tensor": count * slowest.hidden, "data": exposed.hidden, "pipeline": 0.0}
-    return sum(breakdown.values()), breakdown, hidden
 
 
 def _ends[Item](items: tuple[Item, ...]) -> tuple[Item, ...]:

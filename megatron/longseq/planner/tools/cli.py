@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron.longseq.command_line import run_command
+from megatron.longseq.planner.tools.calibrate import add_calibrate_command
 from megatron.longseq.planner.tools.predict_command import add_predict_command, separate_flags
 
 
@@ -20,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_predict_command(commands)
+    add_calibrate_command(commands)
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["predict"]:
         given = ["predict", *separate_flags(given[1:])]

@@ -149,6 +149,8 @@ def _simumax(row: dict[str, str]) -> GoldenRow:
         "cross_entropy_loss_fusion": True,
         "cross_entropy_fusion_impl": "te",
     }
+    if row["model"] == "llama3-405b":
+        values["num_query_groups"] = 16  # as in SimuMax's scripts; the model itself has 8
     if context > 1:
         values["cp_comm_type"] = "a2a"
     if "deepseek" in row["model"]:

@@ -98,6 +98,7 @@ class GradStore(_Store):
         self._owned_range = sharding.shard_range(sharding.strategy.optimizer, numel)
         self._collectives = sharding.bucket_collectives(numel * (sharding.comm_dtype or dtype).itemsize)
         self._reducing: Work | None = None
+        self._copies_in_flight = IN_FLIGHT * sharding.groups.shards(self.level)  # as much as IN_FLIGHT full buckets
 
     @property
     def owned(self) -> Tensor:
@@ -147,22 +148,25 @@ class GradStore(_Store):
 
     def finish(self, label: str) -> Work:
         """Start summing what has accumulated over all ranks; `owned` has the sums when the work is done."""
-        if self.sharding.comm_dtype is not None:
-            self.wait_for_reduce()  # the copy in the communication dtype must include the last micro-batch
+        collectives, owned, dtype = self._collectives.finish_grads, self.owned, self.sharding.comm_dtype
+        if dtype is None:
+            return self._submit(collectives, self._shard_region(self.shard), label, None, self._reducing)
         copies = self.sharding.copies_in_flight
-        while len(copies) >= IN_FLIGHT:
+        while len(copies) >= self._copies_in_flight:
             copies.popleft().wait()
-        sent = self._to_comm_dtype(self.shard)
-        region = self.sharding.region(sent) if self.level is Level.NONE else Region(None, sent)
-        collectives, owned = self._collectives.finish_grads, self.owned
+        sent = torch.empty_like(self.shard, dtype=dtype)
+
+        def copy() -> None:  # on the queue, behind the last micro-batch's reduction, which the copy must include
+            sent.copy_(self.shard)
 
         def copy_back() -> None:
             owned.copy_(cut(sent, self._owned_range, self.shard_range.start))
 
-        if sent is self.shard:
-            return self._submit(collectives, region, label, None, self._reducing)
-        copies.append(self._submit(collectives, region, label, copy_back, self._reducing))
+        copies.append(self._submit(collectives, self._shard_region(sent), label, copy_back, self._reducing, copy))
         return copies[-1]
+
+    def _shard_region(self, shard: Tensor) -> Region:
+        return self.sharding.region(shard) if self.level is Level.NONE else Region(None, shard)
 
     def scale(self, factor: float | Tensor) -> None:
         """Multiply what has accumulated."""
@@ -177,9 +181,15 @@ class GradStore(_Store):
         return flat if self.sharding.comm_dtype is None else flat.to(self.sharding.comm_dtype)
 
     def _submit(
-        self, collectives: Collectives, region: Region, label: str, after: Callback | None, behind: Work | None = None
+        self,
+        collectives: Collectives,
+        region: Region,
+        label: str,
+        after: Callback | None,
+        behind: Work | None = None,
+        before: Callback | None = None,
     ) -> Work:
-        return self.sharding.queues.submit(collectives, region, f"gradients of {label}", after, behind)
+        return self.sharding.queues.submit(collectives, region, f"gradients of {label}", after, behind, before)
 
 
 class ParamStore(_Store):
@@ -218,22 +228,29 @@ class ParamStore(_Store):
             self.syncing = None
 
     def gather(self, user: str) -> None:
-        """Start gathering the full bucket for a user, unless it is there already."""
+        """Start gathering the full bucket for a user, unless it is there already; behind `sync`, if it is at work."""
         if self.level is Level.NONE:
             return
         self._users.add(user)
         if self.full.is_allocated:
             return
         self.full.allocate()
-        cut(self.full.flat, self.shard_range).copy_(self.shard)
-        region = self.sharding.region(self.full.flat)
-        self._gathering = self.sharding.queues.submit(self._collectives.params, region, f"parameters for {user}")
+        full, shard = cut(self.full.flat, self.shard_range), self.shard
+
+        def copy() -> None:
+            full.copy_(shard)
+
+        region, label = self.sharding.region(self.full.flat), f"parameters for {user}"
+        self._gathering = self.sharding.queues.submit(
+            self._collectives.params, region, label, behind=self.syncing, before=copy
+        )
 
     def wait(self) -> None:
-        """Wait for `gather`, if it has been started."""
+        """Wait for `gather` and `sync`, if they have been started."""
         if self._gathering is not None:
             self._gathering.wait()
             self._gathering = None
+        self.finish_sync()
 
     def release(self, user: str) -> None:
         """Release the full bucket once no user needs it any more."""

@@ -14,7 +14,7 @@ import torch
 from megatron.longseq.sharding.plan.collectives import Collective, Collectives, Scope
 from megatron.longseq.sharding.plan.overlap_order import OverlapOrder, QueuedCollective
 from megatron.longseq.sharding.runtime.collectives import CollectiveRunner, Region
-from megatron.longseq.sharding.runtime.comm_streams import CommQueue, Completion, comm_queue_for
+from megatron.longseq.sharding.runtime.comm_streams import CommQueue, Completion, both, comm_queue_for
 
 Callback = Callable[[], object]
 
@@ -24,15 +24,17 @@ class CommError(RuntimeError):
 
 
 class _Submission:
-    def __init__(self, number: int, label: str, region: Region, after: Callback | None) -> None:
+    def __init__(
+        self, number: int, label: str, region: Region, before: Callback | None, after: Callback | None
+    ) -> None:
         self.number, self.label = number, label
         self.region: Region | None = region  # keeps the memory alive until the end: streams do not
-        self.after = after
+        self.before, self.after = before, after
         self.missing = 0
         self.completion: Completion | None = None
 
     def release(self) -> None:
-        self.region = self.after = None
+        self.region = self.before = self.after = None
 
     def is_done(self) -> bool:
         return not self.missing and self.completion is not None and self.completion.query()
@@ -98,6 +100,7 @@ class CommQueues:
         label: str,
         after: Callback | None = None,
         behind: Work | None = None,
+        before: Callback | None = None,
     ) -> Work:
         """Start collectives once the caller's stream has done what it was given; leave the region alone meanwhile.
 
@@ -108,6 +111,8 @@ class CommQueues:
             after: called after the last collective on its queue (on a GPU in its stream, otherwise in its thread), for
                 instance to add the result to an accumulator. It must neither submit nor wait.
             behind: other work that must be done first.
+            before: called before the first collective on its queue, once `behind` is done, for instance to write what
+                the collectives send. It must neither submit nor wait.
 
         Raises:
             ValueError: a collective cannot run on the region; nothing was started.
@@ -120,13 +125,14 @@ class CommQueues:
             self._runner.check(collective, region)
         while self._unreleased and self._unreleased[0].is_done():
             self._unreleased.popleft().release()
-        submission = _Submission(self._count, label, region, after)
+        submission = _Submission(self._count, label, region, before, after)
         self._count += 1
         submission.missing = max(len(collectives), 1)
         submission.completion = self._queues[Scope.BETWEEN].mark()
         if behind is not None:
             self._put_all(self._order.flush(behind.submission.number))
-            submission.completion = behind.submission.completion
+            # Both: the region's memory may still be in use by what the caller's stream was given before.
+            submission.completion = both(submission.completion, behind.submission.completion)
         self._pending[submission.number] = submission
         self._unreleased.append(submission)
         turns = self._order.submit(collectives)
@@ -158,12 +164,15 @@ class CommQueues:
         """Put a collective on a queue; without a collective, only the submission's callback."""
         submission.missing -= 1
         is_last, region = not submission.missing, submission.region
+        before, submission.before = submission.before, None
         assert region is not None, "the submission is not done"
 
         def task() -> None:
             self._raise_earlier_failure(submission.label)
             try:
                 with torch.no_grad():
+                    if before is not None:
+                        before()
                     if collective is not None:
                         self._runner.run(collective, region)
                     if is_last and submission.after is not None:

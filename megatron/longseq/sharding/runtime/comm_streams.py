@@ -30,6 +30,29 @@ class Completion(Protocol):
         ...
 
 
+class _Both:
+    """The end of two tasks."""
+
+    def __init__(self, first: Completion, second: Completion) -> None:
+        self._ends = first, second
+
+    def wait(self) -> None:
+        """Wait for both."""
+        for end in self._ends:
+            end.wait()
+
+    def query(self) -> bool:
+        """Return whether both have ended."""
+        return all(end.query() for end in self._ends)
+
+
+def both(first: Completion | None, second: Completion | None) -> Completion | None:
+    """Return the end of two tasks, of which either may be None."""
+    if first is None or second is None:
+        return first or second
+    return _Both(first, second)
+
+
 class CommStream:
     """A CUDA stream that runs tasks in order. They are launched at once, so `put` raises what they raise.
 

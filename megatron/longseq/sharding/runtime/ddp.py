@@ -1,5 +1,6 @@
 """Upstream's data-parallel wrapper and its buffers, with model states sharded by a strategy."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from megatron.longseq.sharding.plan.strategy import Level
 from megatron.longseq.sharding.runtime.bucket_group import ShardedBucketGroup
-from megatron.longseq.sharding.runtime.bucket_layout import by_unit, lay_out, unit_of
+from megatron.longseq.sharding.runtime.bucket_layout import by_unit, lay_out, units_of
 from megatron.longseq.sharding.runtime.bucket_storage import BufferMemory, GradStore, ParamStore, WithoutMemory
+from megatron.longseq.sharding.runtime.selective_hooks import SelectiveGatherHooks
 from megatron.longseq.sharding.runtime.state import ShardingState
 from megatron.longseq.sharding.runtime.unit_hooks import GatherHooks, Unit
 
@@ -86,12 +88,13 @@ class ShardedDataParallel(distributed_data_parallel.DistributedDataParallel):
     ) -> None:
         named = list(module.named_parameters())
         trained = [(name, param) for name, param in named if param.requires_grad]
-        layout = _layout(trained, sharding, bucket_size, ddp_config)
+        units = units_of(name for name, _ in named)
+        layout = _layout(trained, units, sharding, bucket_size, ddp_config)
         super().__init__(config, ddp_config, module, pg_collection=pg_collection, full_param_layout=layout)
         self.intra_dp_cp_group = sharding.optimizer_groups.shards
         self.sharding: ShardingState = sharding
         self.gather_hooks: GatherHooks | None = None
-        self._shard_groups({param: unit_of(name) for name, param in trained})
+        self._shard_groups({param: units[name] for name, param in trained})
         if sharding.strategy.params is not Level.NONE or sharding.strategy.grads is not Level.NONE:
             self._hook_units(named)
         if sharding.strategy.params is not Level.NONE:
@@ -161,10 +164,11 @@ class ShardedDataParallel(distributed_data_parallel.DistributedDataParallel):
     def _hook_units(self, named: Named) -> None:
         """Have units gather their parameters, frozen ones included, and allocate their scratch for gradients."""
         units: dict[str, _Stores] = {}
-        for unit, params in by_unit(named).items():
-            groups = {self.param_to_bucket_group[param]: None for _, param in params if param.requires_grad}
+        params = by_unit(named)
+        for unit, held in params.items():
+            groups = {self.param_to_bucket_group[param]: None for _, param in held if param.requires_grad}
             units[unit] = _Stores([group.grads for group in groups], [group.store for group in groups])
-            frozen = [(name, param) for name, param in params if not param.requires_grad]
+            frozen = [(name, param) for name, param in held if not param.requires_grad]
             if self.sharding.strategy.params is not Level.NONE:
                 units[unit].params.extend(_frozen_stores(frozen, self.sharding))
         tied = _tied(self.module)
@@ -174,12 +178,22 @@ class ShardedDataParallel(distributed_data_parallel.DistributedDataParallel):
             mine.params.extend(theirs.params)
         if self.sharding.strategy.params is Level.NONE:
             units = {name: _Stores(stores.grads, []) for name, stores in units.items()}
-        self.gather_hooks = GatherHooks(
-            [
-                Unit(name, self.module.get_submodule(name), stores.params, not name.endswith("embedding"), stores.grads)
-                for name, stores in units.items()
-            ]
+        made = [self._unit(name, stores, params.get(name, [])) for name, stores in units.items()]
+        if not self.sharding.prefetch_units:
+            self.gather_hooks = GatherHooks(made)
+            return
+        self.gather_hooks = SelectiveGatherHooks(
+            made,
+            self.sharding.prefetch_units,
+            communicates=self.config.context_parallel_size > 1,
+            is_last=lambda: all(group.is_last_microbatch for group in self.bucket_groups),
         )
+
+    def _unit(self, name: str, stores: "_Stores", params: Named) -> Unit:
+        holders = dict.fromkeys(param.rpartition(".")[0] for param, _ in params)
+        tails = [self.module.get_submodule(holder) for holder in holders if not f"{holder}.".startswith(f"{name}.")]
+        has_backward = not name.endswith("embedding")
+        return Unit(name, self.module.get_submodule(name), stores.params, has_backward, stores.grads, tails)
 
     def _hook_state_dicts(self) -> None:
         """Gather parameters where a checkpoint reads or writes them."""
@@ -213,7 +227,9 @@ def _tied(chunk: torch.nn.Module) -> tuple[str, str] | None:
     return None
 
 
-def _layout(trained: Named, sharding: ShardingState, bucket_size: int, ddp_config: Any) -> FullParamLayout:
+def _layout(
+    trained: Named, units: Mapping[str, str], sharding: ShardingState, bucket_size: int, ddp_config: Any
+) -> FullParamLayout:
     """Return where trained parameters lie, for each of upstream's buffers."""
     names = {param: name for name, param in trained}
     at_least = 0 if sharding.strategy.params is not Level.NONE else bucket_size
@@ -223,7 +239,8 @@ def _layout(trained: Named, sharding: ShardingState, bucket_size: int, ddp_confi
     shards = sharding.groups.shards(sharding.strategy.optimizer)
     layouts = {}
     for key, (params, indices) in grouped.items():
-        made = lay_out([(names[param], param) for param in params], sharding.groups.ranks, at_least, padding=padding)
+        of_key = [(names[param], param) for param in params]
+        made = lay_out(of_key, sharding.groups.ranks, at_least, padding=padding, units=units)
         # Padding counts as used: upstream's fully reshardable checkpoints leave it out between buckets, and then look
         # parameters up as if it were there (its issue 504), which mixes up tensors as soon as a bucket is padded.
         layouts[key] = ShardedLayout(made.places, made.bounds, made.sizes, indices, shards, sharding)

@@ -37,6 +37,8 @@ class ShardingState:
         comm_dtype: communication dtype of gradients; None: the dtype in which they accumulate.
         passes: backward passes that make up a micro-batch (its segments).
         overlaps_grads: --overlap-grad-reduce.
+        prefetch_units: units that are gathered besides the one that computes (--paro-prefetch-units); 0: without
+            --paro-selective-overlap.
         sent: what this rank has sent.
         in_flight: `GradStore`s whose full bucket is being reduced, in order.
         copies_in_flight: work that sends copies of sums in the communication dtype, in order.
@@ -51,6 +53,7 @@ class ShardingState:
     comm_dtype: torch.dtype | None = None
     passes: int = 1
     overlaps_grads: bool = False
+    prefetch_units: int = 0
     sent: Mapping[Scope, SentCounter] = field(default_factory=dict)
     in_flight: deque[Any] = field(default_factory=deque)
     copies_in_flight: deque[Any] = field(default_factory=deque)

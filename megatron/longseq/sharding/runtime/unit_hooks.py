@@ -35,6 +35,7 @@ class Unit:
         stores: of its parameters; those of a tied weight belong to two units.
         has_backward: whether its backward reads its parameters; an embedding's does not.
         grads: stores of gradients that its backward adds to.
+        tails: further modules with parameters of the unit, which run after `module`, such as the final norm.
         is_reached: whether a backward has reached it; frozen layers below all trained ones have no backward.
         state: what its parameters are gathered for.
     """
@@ -44,6 +45,7 @@ class Unit:
     stores: Sequence[ParamStore]
     has_backward: bool = True
     grads: Sequence[GradStore] = ()
+    tails: Sequence[torch.nn.Module] = ()
     is_reached: bool = False
     state: State = field(default=State.NOTHING)
 
@@ -61,8 +63,10 @@ class GatherHooks:
         self._has_callback = False
         self._is_all_gathered = True  # as the model was built
         for unit in self.units:
-            unit.module.register_forward_pre_hook(self._before_forward(unit), prepend=True)
-            unit.module.register_forward_hook(self._after_forward(unit))
+            modules = (unit.module, *unit.tails)
+            for module in modules:
+                module.register_forward_pre_hook(self._before_forward(unit), prepend=True)
+                module.register_forward_hook(self._after_forward(unit, is_last=module is modules[-1]))
 
     def gather_all(self) -> None:
         """Gather all parameters; they stay until the first unit is used."""
@@ -80,24 +84,28 @@ class GatherHooks:
 
     def _before_forward(self, unit: Unit) -> Any:
         def hook(module: torch.nn.Module, args: Any) -> None:
-            if _in_backward():
+            if in_backward():
                 self._begin(unit, State.RECOMPUTE)
                 return
             if unit not in self._order:
                 self._order.append(unit)
-            self._use(unit, State.FORWARD)
-            self._prefetch(unit, +1)
+            if unit.state is not State.FORWARD or module is unit.module:
+                self._use(unit, State.FORWARD)
+                self._prefetch(unit, +1)
 
         return hook
 
-    def _after_forward(self, unit: Unit) -> Any:
+    def _after_forward(self, unit: Unit, *, is_last: bool) -> Any:
         def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
-            for tensor in _tensors(output):
+            for tensor in tensors_with_grad(output):
                 tensor.register_hook(lambda grad: self._begin_backward(unit))
-            if not _in_backward():
-                self._release(unit)
+            if is_last and not in_backward():
+                self._end_forward(unit)
 
         return hook
+
+    def _end_forward(self, unit: Unit) -> None:
+        self._release(unit)
 
     def _begin_backward(self, unit: Unit) -> None:
         for grads in unit.grads:
@@ -143,7 +151,6 @@ class GatherHooks:
 
     def _gather(self, unit: Unit) -> None:
         for store in unit.stores:
-            store.finish_sync()
             store.gather(unit.name)
 
     def _wait(self, unit: Unit) -> None:
@@ -156,11 +163,12 @@ class GatherHooks:
             store.release(unit.name)
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
+    """Return whether autograd runs a backward in this thread."""
     return torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
 
 
-def _tensors(output: Any) -> list[torch.Tensor]:
-    """Return the tensors of a module's output that have a gradient."""
+def tensors_with_grad(output: Any) -> list[torch.Tensor]:
+    """Return the tensors of a module's inputs or output that have a gradient."""
     values = output if isinstance(output, tuple | list) else (output,)
     return [value for value in values if isinstance(value, torch.Tensor) and value.requires_grad]

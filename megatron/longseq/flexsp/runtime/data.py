@@ -1,0 +1,57 @@
+"""Data iterators of a run under --flexsp, from upstream's data flags."""
+
+from argparse import Namespace
+from dataclasses import fields
+from typing import Any
+
+import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+from megatron.training import print_rank_0
+
+from megatron.longseq.flexsp.from_args import planner_of
+from megatron.longseq.flexsp.runtime.documents import DocumentDataset, DocumentDatasetConfig, DocumentSource
+from megatron.longseq.flexsp.runtime.steps import GlobalBatches, Lookahead, StepIterator
+
+
+def planned_steps(args: Namespace, samples: list[int], config: GPTDatasetConfig) -> tuple[StepIterator | None, ...]:
+    """Return the iterators of the training, validation and test documents; None for a part without documents.
+
+    Every rank reads the documents of its own groups, so all ranks build the data sets.
+
+    Args:
+        args: upstream's arguments. Samples that a checkpoint has consumed are skipped.
+        samples: documents that upstream expects each part to give.
+        config: upstream's configuration of the data.
+
+    Raises:
+        ValueError: A part holds no document that can be trained, or --flexsp-batch-tokens is given with a blend.
+    """
+    given = {field.name: getattr(config, field.name) for field in fields(GPTDatasetConfig) if field.init}
+    own = DocumentDatasetConfig(**given, overlong=args.flexsp_overlong)
+    datasets = BlendedMegatronDatasetBuilder(DocumentDataset, samples, lambda: True, own).build()
+    consumed = (args.consumed_train_samples, args.consumed_valid_samples, 0)
+    sizes = (args.global_batch_size, args.eval_global_batch_size, args.eval_global_batch_size)
+    plan = planner_of(args, on_gpu=torch.cuda.is_available())
+    iterators: list[StepIterator | None] = []
+    for part, dataset, size, done in zip(("train", "valid", "test"), datasets, sizes, consumed, strict=True):
+        if dataset is None:
+            iterators.append(None)
+            continue
+        tokens = _batch_tokens(args, dataset)
+        source = DocumentSource(dataset)
+        print_rank_0(f"> FlexSP, {part}: {source.describe()}")
+        batches = GlobalBatches(source.length, size, tokens)
+        iterators.append(StepIterator(Lookahead(batches, plan, args.flexsp_plan_ahead), source, done // size))
+    return tuple(iterators)
+
+
+def _batch_tokens(args: Namespace, dataset: Any) -> int | None:
+    """Return the tokens of a global batch."""
+    if args.flexsp_batch_tokens is not None and isinstance(dataset, BlendedDataset):
+        raise ValueError(
+            f"--flexsp-batch-tokens {args.flexsp_batch_tokens}: upstream makes the order of a blend for a number of "
+            "documents, and that of a step varies; give one data set, or a global batch in documents."
+        )
+    return args.flexsp_batch_tokens  # type: ignore[no-any-return]

@@ -1,0 +1,132 @@
+"""Process groups of all degrees and kinds. All ranks of the job make them once, in the same order."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron.longseq.attention.plan.layout import Mesh
+from megatron.longseq.attention.runtime.comm import GroupCollectives, P2PChannel
+from megatron.longseq.attention.runtime.document_attention import single_rank_strategy
+from megatron.longseq.attention.runtime.ring import RingChannels
+from megatron.longseq.attention.runtime.strategies import CPStrategy
+from megatron.longseq.distributed import all_groups, same_backend_options
+
+CHANNELS = ("kv", "grads", "far_kv", "far_grads")  # fields of `RingChannels`
+Place = tuple[Mesh, tuple[int, ...]]  # a group's mesh, and its ranks inside the domain
+
+
+@dataclass(frozen=True)
+class FlexibleGroups:
+    """The sequence-parallel groups that this rank can be in.
+
+    Attributes:
+        domain: data- and context-parallel ranks that share the documents of a step, in order.
+        strategies: communicators of each group that this rank is in.
+    """
+
+    domain: dist.ProcessGroup
+    strategies: dict[Place, CPStrategy]
+
+    @property
+    def rank(self) -> int:
+        """Rank inside the domain."""
+        return self.domain.rank()
+
+    def strategy(self, mesh: Mesh, ranks: tuple[int, ...]) -> CPStrategy:
+        """Return the communicators of a group of this rank.
+
+        Raises:
+            ValueError: No such group was made.
+        """
+        if (mesh, ranks) not in self.strategies:
+            raise ValueError(
+                f"FlexSP, rank {self.rank} of {self.domain.size()}: a plan has a group of {mesh.ulysses} x "
+                f"{mesh.ring} (Ulysses x ring) ranks {list(ranks)}, for which there is no process group. Groups are "
+                "made for --flexsp-degrees and --flexsp-kinds when the run starts."
+            )
+        return self.strategies[mesh, ranks]
+
+
+def open_groups(domain: dist.ProcessGroup, places: Sequence[Place], timeout: timedelta | None = None) -> FlexibleGroups:
+    """Make the communicators of all groups that plans may use. All ranks of the job call this at the same time.
+
+    Groups of the same ranks are shared: the pairs of an all-to-all of two ranks are also those of a mesh of 2 x 2.
+
+    Args:
+        domain: the ranks that share the documents of a step.
+        places: meshes and ranks of the groups, the same on every rank.
+        timeout: time after which a message that does not arrive is an error; None: the backend's own.
+    """
+    maker = _GroupMaker(domain, timeout)
+    domains, rank = all_groups(dist.get_process_group_ranks(domain)), domain.rank()
+    channels = CHANNELS[:1] if dist.get_backend(domain) == "gloo" else CHANNELS
+    strategies: dict[Place, CPStrategy] = {}
+    for mesh, ranks in dict.fromkeys(places):
+        if mesh.size == 1:
+            if rank in ranks:
+                strategies[mesh, ranks] = single_rank_strategy()
+            continue
+        exchange = maker.make("all", domains, ranks, mesh.ulysses_groups)
+        rings = {name: maker.make(name, domains, ranks, mesh.ring_groups) for name in channels}
+        if rank in ranks:
+            strategies[mesh, ranks] = CPStrategy(
+                mesh,
+                rank - ranks[0],
+                GroupCollectives(exchange) if mesh.ulysses > 1 and exchange is not None else None,
+                RingChannels(*(P2PChannel(rings.get(name) or _of(rings["kv"])) for name in CHANNELS)),
+            )
+    return FlexibleGroups(domain, strategies)
+
+
+def _of(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    assert group is not None, "this rank is in one of the rings of its group"
+    return group
+
+
+class _GroupMaker:
+    """Makes process groups of ranks of every domain, each of them once.
+
+    Args:
+        like: a group with the backend and the options of the new ones.
+        timeout: see `open_groups`.
+    """
+
+    def __init__(self, like: dist.ProcessGroup, timeout: timedelta | None) -> None:
+        self.like, self.timeout = like, timeout
+        self._own: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
+        self._made: set[tuple[str, tuple[int, ...]]] = set()
+
+    def make(
+        self,
+        name: str,
+        domains: Iterable[tuple[int, ...]],
+        ranks: Sequence[int],
+        cut: Callable[[Sequence[int]], list[tuple[int, ...]]],
+    ) -> dist.ProcessGroup | None:
+        """Make the parts of a group in every domain; return this rank's part, or None if it is in none."""
+        own = None
+        for domain in domains:
+            for part in cut([domain[rank] for rank in ranks]):
+                key = (name, part)
+                if key not in self._made:
+                    self._made.add(key)
+                    self._add(key)
+                own = self._own.get(key, own)
+        return own
+
+    def _add(self, key: tuple[str, tuple[int, ...]]) -> None:
+        _, ranks = key
+        options = same_backend_options(self.like)
+        group = dist.new_group(list(ranks), self.timeout, dist.get_backend(self.like), options)
+        if dist.get_rank() in ranks:
+            self._own[key] = group
+            _warm(group)
+
+
+def _warm(group: dist.ProcessGroup) -> None:
+    """Run a first collective: NCCL connects the ranks there, which would otherwise delay a step."""
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else None
+    dist.all_reduce(torch.zeros(1, device=device), group=group)

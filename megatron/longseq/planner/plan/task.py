@@ -1,0 +1,95 @@
+"""What the planner plans: a model, a cluster and a batch, and each plan as a configuration that `predict` prices."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from megatron.longseq.planner.plan.cluster import Cluster
+from megatron.longseq.planner.plan.configuration import Configuration, settle
+from megatron.longseq.planner.plan.launch import PlanChoice, plan_flags
+from megatron.longseq.planner.plan.model import Architecture
+from megatron.longseq.planner.plan.space import ModelSizes, SearchSpace
+
+_SUFFIXES = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+_FLAGS_OF_LAUNCH_ONLY = ("paro_links",)
+
+
+@dataclass(frozen=True)
+class PlanningTask:
+    """A search.
+
+    Attributes:
+        model: the architecture.
+        cluster: the GPUs.
+        space: the choices.
+        base: fields of `Configuration` that all plans share, such as the precision.
+    """
+
+    model: Architecture
+    cluster: Cluster
+    space: SearchSpace
+    base: Mapping[str, Any] = field(default_factory=lambda: {"bf16": True})
+
+    def configuration(self, choice: PlanChoice) -> Configuration:
+        """Return the configuration of a plan.
+
+        Raises:
+            ValueError: the flags of the plan contradict each other.
+        """
+        values: dict[str, Any] = {**self.base, "gpus": self.space.gpus}
+        for name, value in plan_flags(self.space, choice).items():
+            if value is not None and name not in _FLAGS_OF_LAUNCH_ONLY:
+                values[name] = tuple(value) if isinstance(value, list) else value
+        if "cp_comm_type" in values:
+            (values["cp_comm_type"],) = values["cp_comm_type"]
+        return settle(self.model, values)
+
+    def with_cluster(self, **changes: Any) -> "PlanningTask":
+        """Return the same task on a cluster with other numbers."""
+        return replace(self, cluster=replace(self.cluster, **changes))
+
+
+def planning_task(
+    model: Architecture, cluster: Cluster, seq_length: int, global_batch_size: int, **restrictions: Any
+) -> PlanningTask:
+    """Return a task whose space is everything that the model, the cluster and the batch allow.
+
+    Args:
+        model: the architecture.
+        cluster: the GPUs.
+        seq_length: tokens of a sequence.
+        global_batch_size: sequences of a step.
+        restrictions: fields of `SearchSpace`, and `base`.
+
+    Raises:
+        ValueError: the planner does not search such models, or a number is below 1.
+    """
+    if model.num_experts or model.multi_latent_attention:
+        raise ValueError(
+            f"model {model.name or 'given by flags'}: the planner searches dense models with grouped-query attention; "
+            "price one configuration of a model with experts or latent attention with the command predict"
+        )
+    if model.attention_dropout and restrictions.get("context") is None:
+        restrictions["context"] = (1,)  # attention over context-parallel ranks has no dropout
+    base = restrictions.pop("base", {"bf16": True})
+    sizes = ModelSizes(model.num_layers, model.num_attention_heads, model.groups, model.ffn)
+    per_node = min(cluster.gpus_per_node, cluster.gpus)
+    space = SearchSpace(sizes, cluster.gpus, per_node, seq_length, global_batch_size, **restrictions)
+    return PlanningTask(model, cluster, space, base)
+
+
+def parse_count(text: str) -> int:
+    """Return a whole number, with an optional suffix K, M or G for powers of 1,024.
+
+    Raises:
+        ValueError: the text is no such number, or below 1.
+    """
+    scale = _SUFFIXES.get(text[-1:].lower(), 1)
+    digits = text[:-1] if scale > 1 else text
+    try:
+        number = float(digits) * scale
+    except ValueError:
+        number = 0.0
+    if number < 1 or number != int(number):
+        raise ValueError(f"{text!r}: give a whole number of at least 1, with K, M or G for powers of 1,024")
+    return int(number)

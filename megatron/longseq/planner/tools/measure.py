@@ -1,0 +1,132 @@
+"""Measurements of one rank for a cluster's profile: products, memory, attention, kernel launches, collectives.
+
+All ranks measure at the same time, because they share memory and, on a CPU, cores.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional
+
+_LAUNCHES = 18  # kernels of a layer's forward
+_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured.
+
+    Attributes:
+        products: m, n, k of the matrix products.
+        moved: bytes of the tensor that an elementwise kernel reads and writes.
+        attention: heads, length and channels of causal attention.
+        messages: bytes of the collectives.
+        seconds: budget of all measurements of a rank.
+    """
+
+    products: tuple[tuple[int, int, int], ...]
+    moved: int
+    attention: tuple[int, int, int]
+    messages: tuple[int, ...]
+    seconds: float
+
+
+CPU_SIZES = Sizes(
+    products=(
+        *((m, n, k) for m in (128, 512, 2048) for n in (256, 1024) for k in (256, 1024)),
+        (256, 4096, 512),
+        (2048, 512, 4096),
+    ),
+    moved=64 << 20,
+    attention=(4, 1024, 64),
+    messages=(16 << 10, 256 << 10, 4 << 20, 16 << 20),
+    seconds=40.0,
+)
+GPU_SIZES = Sizes(
+    products=(
+        *((m, n, k) for m in (1024, 4096, 16384) for n in (1024, 4096, 12288) for k in (1024, 4096, 12288)),
+        (4096, 32768, 4096),
+        (8192, 8192, 28672),
+    ),
+    moved=1 << 30,
+    attention=(32, 8192, 128),
+    messages=(1 << 20, 16 << 20, 128 << 20, 512 << 20),
+    seconds=60.0,
+)
+
+
+def time_of(run: Callable[[], Any], device: torch.device, budget: float) -> float:
+    """Return the seconds of a call, the median of several, within a budget of seconds."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else _nothing
+    run()
+    synchronize()
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < _REPEATS or (time.perf_counter() - began < budget and len(times) < 50):
+        start = time.perf_counter()
+        run()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _nothing() -> None:
+    return None
+
+
+def measure(
+    sizes: Sizes, device: torch.device, dtype: torch.dtype, groups: Sequence[tuple[int, Any]]
+) -> dict[str, Any]:
+    """Return this rank's measurements.
+
+    Args:
+        sizes: what is measured.
+        device: where.
+        dtype: of products and attention.
+        groups: process groups of this rank with their sizes, from 2 ranks on.
+    """
+    budget = sizes.seconds / (len(sizes.products) + 4 + len(groups) * len(sizes.messages))
+    found: dict[str, Any] = {"products": []}
+    for m, n, k in sizes.products:
+        left, right = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
+        seconds = time_of(lambda a=left, b=right: a @ b, device, budget)
+        found["products"].append([m, n, k, 2.0 * m * n * k / seconds / 1e12])
+    tensor = torch.zeros(sizes.moved // 4, device=device)
+    found["memory_bandwidth"] = 2.0 * sizes.moved / time_of(lambda: tensor.add_(1.0), device, budget)
+    tiny = torch.zeros(8, device=device)
+    found["layer_seconds"] = _LAUNCHES * time_of(lambda: [tiny.add_(1.0) for _ in range(100)], device, budget) / 100
+    found["attention"] = _attention(sizes, device, dtype, budget)
+    found["messages"] = [
+        [size, message, time_of(_all_reduce(message, device, group), device, 0.0)]
+        for size, group in groups
+        for message in sizes.messages
+    ]
+    return found
+
+
+def _attention(sizes: Sizes, device: torch.device, dtype: torch.dtype, budget: float) -> tuple[float, float]:
+    """Return the FLOP/s of causal attention in forward and in backward, counting visible cells only."""
+    heads, length, channels = sizes.attention
+    shape = (1, heads, length, channels)
+    query, key, value = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+
+    def forward() -> torch.Tensor:
+        return functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    out = forward()
+    grad = torch.ones_like(out)
+    with torch.no_grad():
+        once = time_of(forward, device, budget)
+    back = time_of(lambda: torch.autograd.grad(out, (query, key, value), grad, retain_graph=True), device, budget)
+    work = 4.0 * heads * channels * length * (length + 1) / 2
+    return work / once, 2.5 * work / back
+
+
+def _all_reduce(size: int, device: torch.device, group: Any) -> Callable[[], Any]:
+    tensor = torch.zeros(size // 4, device=device)
+    return lambda: dist.all_reduce(tensor, group=group)

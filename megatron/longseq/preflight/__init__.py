@@ -1,0 +1,1 @@
+"""Checks of a launch before it trains: nodes, software, storage, data, and the process groups."""

@@ -1,0 +1,121 @@
+"""Steps of --flexsp equal one rank in float64, whatever their plans are: losses, norms, weights, optimizer states.
+
+`tests/regression/cases/flexsp*.toml` compare with an oracle that computes documents one by one.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.equality import SNAPSHOTS, Start, assert_equal
+from tests.distributed.flags import FULL, OVERLAP, PP2, TP2, VPP, flags
+from tests.packed_corpus import RAGGED, write_documents
+from tests.pool import RankFailure, RankPool
+from tests.regression.arm import Run, run_arm
+from tests.regression.trainings import Trainings
+
+PLACE = "tests.distributed.flexible_plans"
+LONG = "--seq-length 128 --max-position-embeddings 128 --global-batch-size 12 --eval-global-batch-size 12 --lr 2e-3"
+LEARNED = "--position-embedding-type learned_absolute --seq-length 64 --max-position-embeddings 64"  # as their seed
+ONE = "--flexsp --flexsp-max-tokens-per-rank 128 --flexsp-degrees 1"
+TWO, FOUR = ("--flexsp --flexsp-max-tokens-per-rank " + tokens for tokens in ("72", "48"))
+
+# name: (ranks, model flags of both, flags of the flexible run)
+CASES = {
+    "2 ranks": (2, "", TWO),
+    "2 ranks, learned positions, full recompute": (2, LEARNED, f"{TWO} {FULL}"),
+    "4 ranks": (4, "", FOUR),
+    "4 ranks, distributed optimizer": (4, "", f"{FOUR} {OVERLAP}"),
+    "4 ranks, PP 2, full recompute": (4, "", f"{TWO} {PP2} {FULL}"),
+    "4 ranks, TP 2, sequence parallel": (4, "", f"{TWO} {TP2} --sequence-parallel"),
+    "4 ranks, PaRO": (4, "", f"{FOUR} --paro IIG --paro-group-size 2 --paro-links 100 1"),
+    "6 ranks, degrees 1, 2, 3 and 6": (6, "", f"{FOUR} --flexsp-degrees 1,2,3,6"),
+}
+QUICK = {"2 ranks"}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return upstream's flags of documents of unlike lengths."""
+    return write_documents(tmp_path_factory.mktemp("flexible") / "corpus", RAGGED, 4000)
+
+
+@pytest.fixture
+def base(start: Start, corpus: list[str]) -> Callable[[str], list[str]]:
+    """Return a function from a model's flags to those of all runs."""
+
+    def flags_of(model: str) -> list[str]:
+        return [*(flag for flag in start(model) if flag != "--mock-data"), *corpus, *flags(LONG, model)]
+
+    return flags_of
+
+
+@pytest.fixture
+def reference(trainings: Trainings, base: Callable[[str], list[str]]) -> Callable[[str], Run]:
+    """Return a function that trains a model on one rank, with the planner's own plans."""
+
+    def run(model: str) -> Run:
+        return trainings.once("O", 1, [*base(model), *flags(ONE)], float64=True, snapshots=SNAPSHOTS)
+
+    return run
+
+
+@pytest.mark.parametrize("case", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in CASES])
+def test_flexible_groups_equal_single_ranks(
+    ranks: RankPool,
+    base: Callable[[str], list[str]],
+    reference: Callable[[str], Run],
+    tell: Callable[[str], None],
+    case: str,
+) -> None:
+    """Every plan is random: its degrees, kinds, groups, micro-batches, and which documents are in them."""
+    world, model, own = CASES[case]
+    given = [*base(model), *flags(own)]
+    ours = run_arm(
+        ranks, "O", world, given, float64=True, snapshots=SNAPSHOTS, mutant=f"{PLACE}:random_plans", timeout=600
+    )
+    assert ours.planted
+    assert_equal(ours, reference(model), f"flexible groups, {case}", tell)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("planner", ["static", "sorted"])
+def test_every_planner_trains_alike(
+    ranks: RankPool,
+    base: Callable[[str], list[str]],
+    reference: Callable[[str], Run],
+    tell: Callable[[str], None],
+    planner: str,
+) -> None:
+    given = [*base(""), *flags(f"{TWO} --flexsp-planner {planner}")]
+    ours = run_arm(ranks, "O", 2, given, float64=True, snapshots=SNAPSHOTS)
+    assert_equal(ours, reference(""), f"planner {planner}", tell)
+
+
+@pytest.mark.slow
+def test_virtual_stages(
+    ranks: RankPool, base: Callable[[str], list[str]], reference: Callable[[str], Run], tell: Callable[[str], None]
+) -> None:
+    """The number of micro-batches is a multiple of the stages, and idle ones fill it."""
+    ours = run_arm(
+        ranks, "O", 4, [*base(""), *flags(f"{TWO} {PP2} {VPP}")], float64=True, snapshots=SNAPSHOTS, timeout=600
+    )
+    assert_equal(ours, reference(""), "virtual stages", tell)
+
+
+@pytest.mark.slow
+def test_ranks_that_disagree_are_named(ranks: RankPool, base: Callable[[str], list[str]]) -> None:
+    with pytest.raises(RankFailure, match=r"ranks have different documents or plans.*\[0\].*\[1\]"):
+        run_arm(ranks, "O", 2, [*base(""), *flags(TWO)], mutant=f"{PLACE}:unlike_plans")
+
+
+@pytest.mark.slow
+def test_training_does_not_wait_for_a_planner_that_is_slow(ranks: RankPool, base: Callable[[str], list[str]]) -> None:
+    """A planner that takes two seconds is never waited for, except before the first step."""
+    given = [*base(""), *flags(f"{TWO} --train-iters 5 --eval-iters 0 --log-interval 1 --global-batch-size 4")]
+    run = run_arm(ranks, "O", 2, given, mutant=f"{PLACE}:slow_planner")
+    assert run.planted >= 2 * 5
+    log = max(Path(ranks.logs).glob("job*-rank0.log"), key=lambda path: path.name).read_text()
+    assert re.findall(r"flexsp step \d+: .*, late (\d+),", log) == ["0"] * 5

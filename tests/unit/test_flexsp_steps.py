@@ -1,0 +1,176 @@
+"""Documents of a step: pieces, order, batches in documents and in tokens, and plans that are made in the background."""
+
+import itertools
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron.longseq.flexsp.plan.plan import Kind, Microbatch, SequenceGroup, StepPlan
+from megatron.longseq.flexsp.runtime.documents import DocumentDataset, DocumentDatasetConfig, cut_documents
+from megatron.longseq.flexsp.runtime.steps import GlobalBatches, Lookahead, PlannedBatch
+from tests.packed_corpus import EOD, write_documents
+
+LENGTHS = (1, 2, 5, 40, 9, 17, 8, 3)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(1, 20))
+def test_splitting_keeps_every_label_once(lengths: list[int], most: int) -> None:
+    pieces = cut_documents(numpy.array(lengths), most, "split")
+    labels = [
+        (int(document), int(begin) + place + 1)
+        for document, begin, size in zip(pieces.document, pieces.begin, pieces.size, strict=True)
+        for place in range(size)
+    ]
+    assert labels == [(number, label) for number, length in enumerate(lengths) for label in range(1, length)]
+    assert max(pieces.size, default=0) <= most
+    assert (pieces.split, pieces.empty) == (sum(one - 1 > most for one in lengths), sum(one < 2 for one in lengths))
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(1, 20))
+def test_dropping_keeps_the_others_whole(lengths: list[int], most: int) -> None:
+    pieces = cut_documents(numpy.array(lengths), most, "drop")
+    kept = [number for number, length in enumerate(lengths) if 1 <= length - 1 <= most]
+    assert list(pieces.document) == kept and not pieces.begin.any()
+    assert [int(size) + 1 for size in pieces.size] == [lengths[number] for number in kept]
+    assert pieces.dropped + pieces.empty + len(kept) == len(lengths)
+
+
+def make(folder: Path, **values: Any) -> DocumentDataset:
+    """Return the documents of a data set of `LENGTHS`."""
+    write_documents(folder / "corpus", LENGTHS, sum(LENGTHS))
+    from megatron.core.datasets.utils import Split
+
+    config = DocumentDatasetConfig(
+        **{
+            "random_seed": 1,
+            "sequence_length": 16,
+            "split": "1,0,0",
+            "tokenizer": SimpleNamespace(eod=EOD, unique_identifiers={}),
+            "reset_position_ids": False,
+            "reset_attention_mask": False,
+            "eod_mask_loss": False,
+            **values,
+        }
+    )
+    low = DocumentDataset.build_low_level_dataset(str(folder / "corpus"), config)
+    return DocumentDataset(low, str(folder / "corpus"), numpy.arange(len(LENGTHS)), 100, Split.train, config)
+
+
+@pytest.fixture
+def documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DocumentDataset:
+    """Return a data set whose configuration does not look at its tokenizer."""
+    monkeypatch.setattr(DocumentDatasetConfig, "__post_init__", lambda self: None)
+    return make(tmp_path)
+
+
+def test_an_epoch_holds_every_piece_once_in_another_order(documents: DocumentDataset) -> None:
+    count = len(documents.pieces.size)
+    epochs = [[documents.piece(sample) for sample in range(epoch * count, (epoch + 1) * count)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert [documents.piece(sample) for sample in range(count)] == epochs[0], "earlier epochs are found again"
+
+
+def test_samples_are_the_tokens_of_the_file(documents: DocumentDataset) -> None:
+    for sample in range(len(documents.pieces.size)):
+        piece = documents.piece(sample)
+        whole = documents.dataset[int(documents.pieces.document[piece])]
+        begin, one = int(documents.pieces.begin[piece]), documents[sample]
+        assert len(one.tokens) == documents.length(sample) == len(one.labels)
+        assert list(one.tokens) == list(whole[begin : begin + len(one.tokens)])
+        assert list(one.labels) == list(whole[begin + 1 : begin + 1 + len(one.tokens)])
+        assert one.loss_mask.all() and EOD not in one.tokens
+
+
+def test_a_part_without_documents_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DocumentDatasetConfig, "__post_init__", lambda self: None)
+    monkeypatch.setattr("tests.unit.test_flexsp_steps.LENGTHS", (40, 50))
+    with pytest.raises(ValueError, match="--flexsp-overlong split"):
+        make(tmp_path, overlong="drop")
+
+
+@given(st.lists(st.integers(1, 50), min_size=3, max_size=9), st.integers(1, 80))
+def test_batches_in_tokens_follow_one_another(lengths: list[int], tokens: int) -> None:
+    def length(sample: int) -> int:
+        return lengths[sample % len(lengths)]
+
+    batches = GlobalBatches(length, documents=4, tokens=tokens)
+    found = [batches.samples(step) for step in range(5)]
+    assert found[0].start == 0 and all(a.stop == b.start for a, b in itertools.pairwise(found))
+    for batch in found:
+        held = [length(sample) for sample in batch]
+        assert sum(held) >= tokens > sum(held[:-1])
+    assert GlobalBatches(length, 4, tokens).samples(4) == found[4], "a resumed run takes the same documents"
+    assert GlobalBatches(length, 4).samples(3) == range(12, 16)
+
+
+def one_group(lengths: Sequence[int]) -> StepPlan:
+    """Return a plan of one rank."""
+    group = SequenceGroup(Kind(1, 1), (0,), tuple(range(len(lengths))), 1.0)
+    return StepPlan((Microbatch((group,), 1.0),), 1.0, 1.0, 0.0)
+
+
+def test_training_does_not_wait_for_plans() -> None:
+    """While a step trains, the next ones are planned: the planner works only then, and no step asks too early."""
+    allowed, made = threading.Semaphore(1), []  # one plan for the first step
+
+    def plan(lengths: Sequence[int]) -> StepPlan:
+        assert allowed.acquire(timeout=60)
+        made.append(lengths)
+        return one_group(lengths)
+
+    lookahead = Lookahead(GlobalBatches(lambda sample: sample + 1, 2), plan, depth=2)
+    for step in range(6):
+        batch = lookahead.batch(step)
+        assert batch.lengths == (2 * step + 1, 2 * step + 2)
+        # The step trains here. Nothing has asked for the plans that are made meanwhile.
+        wanted = [lookahead._steps[number] for number in (step + 1, step + 2)]
+        for future in wanted:
+            allowed.release()
+            future.result(timeout=60)
+    assert lookahead.late == 0 and len(made) == 8
+    lookahead.close()
+
+
+def test_a_plan_that_is_late_is_counted_and_waited_for() -> None:
+    go = threading.Event()
+
+    def plan(lengths: Sequence[int]) -> StepPlan:
+        assert lengths[0] == 1 or go.wait(60)
+        return one_group(lengths)
+
+    lookahead = Lookahead(GlobalBatches(lambda sample: sample + 1, 2), plan, depth=2)
+    lookahead.batch(0)
+    threading.Timer(0.2, go.set).start()
+    assert lookahead.batch(1).step == 1
+    assert lookahead.late == 1
+    lookahead.close()
+
+
+def test_errors_of_the_planner_reach_the_step() -> None:
+    def plan(lengths: Sequence[int]) -> StepPlan:
+        raise ValueError(f"no plan for {lengths}")
+
+    with pytest.raises(ValueError, match=r"no plan for \(1, 2\)"):
+        Lookahead(GlobalBatches(lambda sample: sample + 1, 2), plan, depth=1).batch(0)
+
+
+def test_digests_tell_plans_apart() -> None:
+    plan = one_group((4, 5))
+    batch = PlannedBatch(0, range(2), (4, 5), plan)
+    moved = StepPlan((Microbatch((SequenceGroup(Kind(1, 1), (0,), (1, 0), 1.0),), 1.0),), 1.0, 1.0, 0.0)
+    others = [
+        PlannedBatch(1, range(2), (4, 5), plan),
+        PlannedBatch(0, range(1, 3), (4, 5), plan),
+        PlannedBatch(0, range(2), (4, 6), plan),
+        PlannedBatch(0, range(2), (4, 5), moved),
+    ]
+    assert all(one.digest != batch.digest for one in others)
+    assert PlannedBatch(0, range(2), (4, 5), one_group((4, 5))).digest == batch.digest

@@ -1,0 +1,238 @@
+"""The planner's prediction of one configuration: parameters, memory, time, flags and the command."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.longseq.pipeline.plan.generators import make
+from megatron.longseq.pipeline.plan.memory import StageBytes, peak_bytes
+from megatron.longseq.pipeline.plan.schedule import Pipeline
+from megatron.longseq.pipeline.plan.simulate import simulate, uniform_costs
+from megatron.longseq.planner.plan.cluster import cluster, families
+from megatron.longseq.planner.plan.configuration import reasons
+from megatron.longseq.planner.plan.flags import read, upstream_flags
+from megatron.longseq.planner.plan.memory import in_flight, stage_params
+from megatron.longseq.planner.plan.model import FIELDS as MODEL_FIELDS
+from megatron.longseq.planner.plan.model import architecture, names
+from megatron.longseq.planner.plan.step import predict
+from megatron.longseq.planner.tools.cli import main
+
+BASE: dict[str, Any] = {
+    "model": "llama-7b",
+    "cluster": "a800-64",
+    "seq_length": "8K",
+    "global_batch_size": 512,
+    "bf16": True,
+    "use_distributed_optimizer": True,
+}
+
+
+def price(**changes: Any) -> Any:
+    return predict(*read({**BASE, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("llama-7b", 6.738),
+        ("llama2-13b", 13.016),
+        ("llama-65b", 65.286),
+        ("llama2-70b", 68.977),
+        ("llama3-8b", 8.030),
+        ("llama3-70b", 70.554),
+        ("llama3-405b", 405.853),
+        ("deepseek-v3", 671.026),
+        ("qwen3-8b", 8.191),
+    ],
+)
+def test_parameters_of_built_in_models(name: str, billions: float) -> None:
+    assert architecture(name, {}).parameters / 1e9 == pytest.approx(billions, abs=0.002 * billions**0.5)
+
+
+def test_parameters_of_gpt_with_biases() -> None:
+    """Equation 2 of arXiv 2104.04473: 12 L h^2 (1 + 13 / 12h + (V + s) / 12 L h), and the last norm."""
+    layers, hidden, rows, length = 24, 2304, 51200, 2048
+    values = {"num_layers": layers, "hidden_size": hidden, "num_attention_heads": 24, "vocab_size": rows}
+    found = architecture(None, {**values, "max_position_embeddings": length}).parameters
+    assert found == 12 * layers * hidden**2 + 13 * layers * hidden + (rows + length) * hidden + 2 * hidden
+
+
+def test_every_built_in_model_and_family_is_valid() -> None:
+    assert len(names()) > 30
+    assert len(families()) >= 10
+    for name in names():
+        assert architecture(name, {}).parameters > 1e8
+    for family in families():
+        assert cluster(f"{family}-8").gpus == 8
+
+
+def test_a_hugging_face_config(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+    config |= {"num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256, "hidden_act": "silu"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found, built_in = architecture(str(tmp_path), {}), architecture("llama3-8b", {})
+    assert found.parameters == built_in.parameters
+    with pytest.raises(ValueError, match="no model 'llama-8b': neither a file nor one of"):
+        architecture("llama-8b", {})
+
+
+def test_parameters_of_the_stages_sum_to_the_model() -> None:
+    model, _, run = read({**BASE, "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 4})
+    stages = stage_params(model, run)
+    norms = model.num_layers * 2 * model.hidden_size + model.hidden_size  # every tensor-parallel rank has all norms
+    assert 2 * sum(one.dense for one in stages) == model.parameters + norms
+
+
+@pytest.mark.parametrize(
+    ("stages", "virtual", "microbatches"), [(4, 1, 8), (8, 1, 4), (4, 2, 8), (4, 3, 16), (2, 4, 6)]
+)
+def test_pipeline_formulas_are_those_of_the_simulator(stages: int, virtual: int, microbatches: int) -> None:
+    """The closed forms of the bubble and of micro-batches in flight, against the pipeline's schedules."""
+    model, machine, run = read({**BASE, "gpus": stages, "num_layers": 24, "pipeline_model_parallel_size": stages})
+    run = replace(run, num_virtual_stages_per_pipeline_rank=virtual, global_batch_size=microbatches)
+    schedule = make(Pipeline(stages, microbatches, 1, virtual))
+    unit = [StageBytes(1.0 / virtual, 0.0, 0.0, 0.0)] * stages * virtual
+    assert [in_flight(run, stage) for stage in range(stages)] == pytest.approx(peak_bytes(schedule, [1], unit))
+    timeline = simulate(schedule, uniform_costs(schedule.pipeline, 1 / virtual, 2 / virtual))
+    waits = timeline.makespan - 3 * microbatches
+    found = predict(model, machine, run)
+    assert waits == pytest.approx((stages - 1) * 3 / virtual)
+    slowest = found.breakdown["compute"] / microbatches
+    assert 0.5 * waits / 3 < found.bubble_seconds / slowest < 1.05 * waits / 3  # the head makes the last stage slowest
+
+
+def test_more_of_everything_costs_more() -> None:
+    plain = price()
+    assert price(seq_length="16K").step_seconds > 2 * plain.step_seconds
+    assert price(recompute_granularity="full").step_seconds > 1.2 * plain.step_seconds
+    assert price(recompute_granularity="full").peak_bytes < 0.7 * plain.peak_bytes
+    assert (
+        price(cluster="a800-64,link_bandwidth=50e9", tensor_model_parallel_size=8).step_seconds
+        > price(tensor_model_parallel_size=8).step_seconds
+    )
+    assert price(cluster="a800-64,node_bandwidth=5e9").exposed["data"] > plain.exposed["data"]
+    assert price(overlap_grad_reduce=True).step_seconds < plain.step_seconds
+    assert price(use_distributed_optimizer=False).peak_bytes > plain.peak_bytes + 7e9 * 11
+    assert not price(cluster="a800-64,memory_bytes=20e9").fits
+
+
+def test_breakdown_sums_to_the_step_and_memory_to_the_peak() -> None:
+    found = price(pipeline_model_parallel_size=4, context_parallel_size=2, tensor_model_parallel_size=2)
+    assert sum(found.breakdown.values()) == pytest.approx(found.step_seconds)
+    assert max(sum(kinds.values()) for kinds in found.stages) == found.peak_bytes
+    tokens = 512 * 8192
+    assert found.tokens_per_second_per_gpu == pytest.approx(tokens / found.step_seconds / 64)
+    assert found.mfu_full > found.mfu > 0
+
+
+def test_segments_and_zero_bubble_shorten_the_bubble() -> None:
+    plain = price(pipeline_model_parallel_size=8, global_batch_size=128)
+    split = price(pipeline_model_parallel_size=8, global_batch_size=128, seq1f1b_splits=4)
+    zero = price(pipeline_model_parallel_size=8, global_batch_size=128, zero_bubble=True)
+    assert split.bubble_seconds == pytest.approx(plain.bubble_seconds / 4, rel=0.05)
+    assert split.peak_bytes < plain.peak_bytes
+    assert zero.bubble_seconds < 0.7 * plain.bubble_seconds
+
+
+def test_sharding_strategies_trade_memory_for_messages() -> None:
+    by_name = {name: price(paro=name, overlap_grad_reduce=True) for name in ("NNN", "NNG", "NIG", "IIG", "GGG")}
+    sizes = [by_name[name].peak_bytes for name in ("NNN", "NNG", "NIG", "IIG")]
+    assert sizes == sorted(sizes, reverse=True)
+    messages = {name: one.exposed["data"] + one.hidden["data"] for name, one in by_name.items()}
+    assert messages["NNG"] < messages["NIG"] < messages["IIG"]
+
+
+def test_invalid_runs_have_reasons() -> None:
+    def why(**changes: Any) -> str:
+        model, _, run = read({**BASE, **changes})
+        return "; ".join(reasons(model, run))
+
+    assert why() == ""
+    assert "does not divide 32 heads" in why(tensor_model_parallel_size=64)
+    assert "cannot be divided into replicas of 1 x 7 x 1" in why(pipeline_model_parallel_size=7)
+    assert "not a multiple of micro_batch_size x data-parallel size" in why(global_batch_size=100)
+    assert "32 layers cannot be divided among 64 stages" in why(pipeline_model_parallel_size=64)
+    assert "give --paro NII" in why(paro="NIN")
+    assert "Ulysses 3 x ring 1" in why(
+        context_parallel_size=4, cp_comm_type="a2a+p2p", hierarchical_context_parallel_sizes="3 1"
+    )
+
+
+def test_flags_are_upstreams(upstream_parser: Any) -> None:
+    """Every flag of upstream is modelled, neutral or refused, and its spellings are known."""
+    from megatron.longseq.planner.plan.configuration import FIELDS
+
+    listed = upstream_flags()
+    actions = {action.dest: action for action in upstream_parser._actions if action.dest != "help"}
+    modelled = (set(FIELDS) | set(MODEL_FIELDS)) & set(actions)
+    groups = [set(listed["neutral"]), set(listed["refused"]), modelled]
+    assert set().union(*groups) == set(actions)
+    assert sum(map(len, groups)) == len(actions)
+    for name, default in listed["refused"].items():
+        assert default == actions[name].default
+    for spelling, name in {**listed["spelled"], **listed["negated"]}.items():
+        assert f"--{spelling.replace('_', '-')}" in {o.replace("_", "-") for o in actions[name].option_strings}, (
+            spelling
+        )
+
+
+@pytest.fixture(scope="module")
+def upstream_parser() -> Any:
+    import argparse
+
+    from megatron.training.arguments import add_megatron_arguments
+
+    return add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+
+
+def test_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "rows.csv"
+    head = ["gpus", "cluster", "model", "num_layers", "seq-length", "--global-batch-size", "tensor_model_parallel_size"]
+    head += ["bf16", "swiglu", "disable_bias_linear", "lr", "sequence_parallel"]
+    with table.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(head)
+        writer.writerow([8, "a100", "llama-7b", "", 4096, 64, 2, "true", "", "", "1e-4", "True"])
+        writer.writerow([8, "a100", "llama-7b", 16, 4096, 64, 2, "true", "", "", "", ""])
+    assert main(["predict", "--rows", str(table), "--json"]) == 0
+    full, half = json.loads(capsys.readouterr().out)
+    assert {"step_seconds", "tokens_per_second_per_gpu", "tflops_per_gpu", "peak_gb", "fits"} <= set(full)
+    assert half["step_seconds"] < 0.6 * full["step_seconds"]
+    assert main(["predict", "--rows", str(table)]) == 0
+    assert capsys.readouterr().out.count("\n") == 4
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("hidden_siz", "1", "unknown columns or flags: 'hidden_siz' (did you mean hidden_size?)"),
+        ("mtp_num_layers", "1", "line 2: mtp_num_layers '1': the planner does not model it"),
+        ("tensor_model_parallel_size", "two", "line 2: tensor_model_parallel_size is 'two', not a whole number"),
+        ("bf16", "maybe", "line 2: bf16 is 'maybe'; give true or false"),
+        ("cluster", "a1000-8", "no cluster 'a1000-8': neither a file nor FAMILY-GPUS with one of"),
+    ],
+)
+def test_bad_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str], column: str, value: str, message: str) -> None:
+    cells = {"gpus": "8", "cluster": "a100", "model": "llama-7b", "seq_length": "4096", column: value}
+    table = tmp_path / "rows.csv"
+    table.write_text(",".join(cells) + "\n" + ",".join(cells.values()) + "\n")
+    assert main(["predict", "--rows", str(table)]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_one_run_with_upstreams_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--model llama3-8b --cluster a800 --gpus 8 --bf16 --seq-length 8192 --global-batch-size 512"
+    flags += " --use-distributed-optimizer --pipeline-model-parallel-size 2 --cp-comm-type p2p --lr 1e-4"
+    assert main(["predict", *flags.split(), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"]
+    assert len(found["stages"]) == 2
+    assert main(["predict", *flags.split()]) == 0
+    text = capsys.readouterr().out
+    assert f"{found['step_seconds']:.4g} s" in text
+    assert main(["predict", *flags.split(), "--unknown-flag", "1"]) == 1
+    assert "'--unknown-flag'" in capsys.readouterr().err

@@ -1,0 +1,101 @@
+"""What the preflight makes of the facts of several nodes."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.longseq.preflight import facts
+from megatron.longseq.preflight.compare import compare, parameters
+from megatron.longseq.preflight.report import Finding, is_good, table, write
+
+ARGS = Namespace(save="/ckpt", num_layers=2, hidden_size=8, ffn_hidden_size=32, padded_vocab_size=100, swiglu=True)
+
+
+def one_rank(rank: int, **own: Any) -> dict[str, Any]:
+    gpu = {"index": 0, "name": "H100", "used_mib": 3.0, "busy_percent": 0.0}
+    node = {
+        "ranks": 1,
+        "gpus": [gpu],
+        "interfaces": [],
+        "host_address": f"10.0.0.{rank}",
+        "storage": {"free": 10**12, "speed": 10**9},
+    }
+    node.update(own.pop("node", {}))
+    base = {"rank": rank, "host": f"n{rank}", "software": {"torch": "2.13"}, "code": "c", "patches": "p", "data": {}}
+    return {**base, "node": node, "upstream": [], **own}
+
+
+def failures(*ranks: dict[str, Any], clocks: dict[str, float] | None = None) -> dict[str, str]:
+    found = compare(ranks, clocks or {one["host"]: 100.0 for one in ranks}, ARGS)
+    return {one.check: one.detail for one in found if one.result == "FAILED"}
+
+
+def test_equal_nodes_pass() -> None:
+    assert failures(*map(one_rank, range(3))) == {}
+
+
+@pytest.mark.parametrize(
+    ("own", "check", "words"),
+    [
+        ({"code": "other"}, "code", "n1: other"),
+        ({"patches": "other"}, "patches", "n1: other"),
+        ({"software": {"torch": "2.11"}}, "versions", "torch: 2.13 on n0, n2, 2.11 on n1"),
+        ({"upstream": ["schedules.py is changed"]}, "upstream", "n1: schedules.py is changed (1 in all"),
+        ({"node": {"gpus": []}}, "GPUs", "n1 has 0 GPU(s) for 1 ranks"),
+        ({"node": {"interfaces": ["NCCL_IB_HCA=x: there is no device x"]}}, "network devices", "n1: NCCL_IB_HCA=x"),
+        ({"node": {"host_address": "127.0.1.1"}}, "network devices", "the name of n1 resolves to its loopback"),
+        ({"node": {"storage": {"error": "/ckpt cannot be written"}}}, "checkpoint folder", "n1: /ckpt cannot"),
+        ({"node": {"storage": {"free": 1000, "speed": 10**9}}}, "checkpoint folder", "left on n1"),
+        ({"node": {"storage": {"free": 10**12, "speed": 10**5}}}, "checkpoint folder", "n1 writes 0.1 MB/s"),
+    ],
+)
+def test_a_node_that_differs_is_named(own: dict[str, Any], check: str, words: str, monkeypatch: Any) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    found = failures(one_rank(0), one_rank(1, **own), one_rank(2))
+    assert list(found) == [check] and words in found[check], found
+
+
+def test_a_busy_gpu_clocks_and_data_files() -> None:
+    busy = {"gpus": [{"index": 3, "name": "H100", "used_mib": 9000.0, "busy_percent": 90.0}]}
+    assert "n1: GPU 3 has 9000 MiB in use" in failures(one_rank(0), one_rank(1, node=busy))["GPUs"]
+    assert "n1 is 9.0 s ahead of n0" in failures(one_rank(0), one_rank(1), clocks={"n0": 1.0, "n1": 10.0})["clocks"]
+    sizes = [one_rank(0, data={"a.bin": 5}), one_rank(1, data={"a.bin": 6})]
+    assert "a.bin differs: 5 bytes on n0, 6 bytes on n1" in failures(*sizes)["data files"]
+    missing = [one_rank(0, data={"a.bin": 5}), one_rank(1, data={"a.bin": "No such file or directory"})]
+    assert failures(*missing)["data files"] == "a.bin on n1: No such file or directory"
+
+
+def test_parameters_of_a_dense_model() -> None:
+    assert parameters(ARGS) == 2 * (4 * 64 + 3 * 8 * 32) + 100 * 8
+
+
+def test_network_devices_are_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("net/eth0", "net/ib0", "infiniband/mlx5_0"):
+        (tmp_path / name).mkdir(parents=True)
+
+    def fault(variable: str, value: str) -> bool:
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, value)
+            return bool(facts.interface_faults(root=tmp_path))
+
+    for good in ("eth", "=eth0", "^lo", "eth0,ib"):
+        assert not fault("NCCL_SOCKET_IFNAME", good), good
+    assert fault("NCCL_SOCKET_IFNAME", "=eth") and fault("GLOO_SOCKET_IFNAME", "eth")
+    assert not fault("NCCL_IB_HCA", "=mlx5_0:1") and fault("NCCL_IB_HCA", "=mlx5_0,mlx5_1")
+
+
+def test_data_files_of_the_flags(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"12345")
+    found = facts.data_files(Namespace(data_path=["0.5", str(tmp_path / "a")]))
+    assert found == {str(tmp_path / "a.bin"): 5, str(tmp_path / "a.idx"): "No such file or directory"}
+
+
+def test_report(tmp_path: Path) -> None:
+    findings = [Finding("one", "ok", "fine"), Finding("two", "FAILED", "word " * 40)]
+    lines = table(findings).splitlines()
+    assert lines[0].split() == ["one", "ok", "fine"] and max(map(len, lines)) < 120
+    assert lines[-1] == "preflight: 1 of 2 checks failed: the launch is refused" and not is_good(findings)
+    write(tmp_path / "x.json", findings)
+    assert '"passed": false' in (tmp_path / "x.json").read_text()

@@ -1,0 +1,223 @@
+"""With selective overlap, units are gathered and released as planned, and no message of attention is delayed."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megatron.longseq.sharding.plan.gather_window import (
+    CollectiveLaunch,
+    Direction,
+    Point,
+    launch_point,
+    launches,
+    window,
+)
+from megatron.longseq.sharding.runtime.selective_hooks import SelectiveGatherHooks
+from megatron.longseq.sharding.runtime.unit_hooks import Unit
+from tests.unit.test_sharding_units import FakeStore
+
+
+class Message(torch.autograd.Function):
+    """Attention's message between ranks: a line in a log, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, log: list[str]) -> Tensor:
+        ctx.log = log
+        log.append("message")
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.log.append("message")
+        return grads[0], None
+
+
+class Attention(torch.nn.Module):
+    """Two messages around a computation."""
+
+    def __init__(self, log: list[str]) -> None:
+        super().__init__()
+        self.log = log
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Message.apply(Message.apply(x, self.log).sin(), self.log)
+
+
+class Layer(torch.nn.Module):
+    """Queries, attention and an MLP three times as large; only usable while its store is whole."""
+
+    def __init__(self, store: FakeStore, log: list[str], attends: bool) -> None:
+        super().__init__()
+        self.store, self.log = store, log
+        self.linear_qkv = torch.nn.Linear(4, 4)
+        self.attention = torch.nn.Module()
+        self.attention.core_attention = Attention(log) if attends else None
+        self.mlp = torch.nn.Sequential(torch.nn.Linear(4, 12), torch.nn.Linear(12, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.store.is_whole, self.store.name
+        self.log.append(f"F{self.store.name}")
+        y, attention = self.linear_qkv(x), self.attention.core_attention
+        y = self.mlp(y if attention is None else attention(y))
+        if y.requires_grad:
+            y.grad_fn.register_prehook(self._check)
+        return y
+
+    def _check(self, *unused: object) -> None:
+        assert self.store.is_whole, self.store.name
+        self.log.append(f"B{self.store.name}")
+
+
+class Model:
+    """Units a, b, c, ...; in the middle ones attention communicates."""
+
+    def __init__(self, names: str, depth: int, attends: bool) -> None:
+        self.log: list[str] = []
+        self.stores = [FakeStore(name, self.log) for name in names]
+        last = len(names) - 1
+        self.layers = [Layer(store, self.log, attends and 0 < at < last) for at, store in enumerate(self.stores)]
+        units = [Unit(store.name, layer, [store]) for store, layer in zip(self.stores, self.layers, strict=True)]  # type: ignore[list-item]
+        self.is_last = True
+        self.hooks = SelectiveGatherHooks(units, depth, communicates=attends, is_last=lambda: self.is_last)
+        self.step(1)  # shows the order of units, and which ones have a backward
+        self.log.clear()
+
+    def forward(self, recompute: int = 0) -> Tensor:
+        x = torch.ones(2, 4, requires_grad=True)
+        for at in range(0, len(self.layers), recompute or 1):
+            run = torch.nn.Sequential(*self.layers[at : at + (recompute or 1)])
+            x = checkpoint(run, x, use_reentrant=True) if recompute else run(x)
+        return x.sum()
+
+    def step(self, microbatches: int, recompute: int = 0) -> None:
+        for microbatch in range(microbatches):
+            self.is_last = microbatch == microbatches - 1
+            self.forward(recompute).backward()
+
+    def held(self) -> list[int]:
+        """Return after each event of the log how many units are whole."""
+        held: list[int] = [0]
+        for event in self.log:
+            held.append(held[-1] + (event[0] == "+") - (event[0] == "-"))
+        return held
+
+
+def points(names: str, attends: bool, depth: int) -> list[tuple[Point, Point]]:
+    """Return the launch points of a model's units: 16 elements of queries, 96 of the MLP."""
+    chosen = tuple(launch_point(direction, depth, 16, 96) for direction in Direction)
+    return [
+        chosen if attends and 0 < at < len(names) - 1 else (Point.START, Point.START)  # type: ignore[misc]
+        for at in range(len(names))
+    ]
+
+
+@pytest.mark.parametrize("attends", [False, True])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_launches_are_those_of_the_plan(depth: int, attends: bool) -> None:
+    names = "abcdef"
+    model = Model(names, depth, attends)
+    for microbatches in (1, 3):
+        model.log.clear()
+        model.step(microbatches)
+        planned = launches([True] * len(names), points(names, attends, depth), depth, microbatches)
+        gathers = [launch for launch in planned if launch.kind == "gather"]
+        assert [event[1] for event in model.log if event[0] == "+"] == [names[launch.unit] for launch in gathers]
+        assert [event for event in model.log if event[0] in "FB"] == [
+            f"{way}{name}"
+            for _ in range(microbatches)
+            for way, order in (("F", names), ("B", names[::-1]))
+            for name in order
+        ]
+        assert max(model.held()) == depth + 1 and model.held()[-1] == 0
+        for (before, after, messages), launch in zip(_places(model.log), gathers, strict=True):
+            during = f"{launch.direction.value[0].upper()}{names[launch.during]}"
+            if launch.point is Point.AFTER_ATTENTION:
+                assert (before, messages) == (during, 2), launch
+            else:
+                assert after == during and messages in (0, 2), launch
+    assert len(gathers) == 3 * (2 * len(names) - 2 * (depth + 1)) + depth + 1, "the units at both ends stay"
+
+
+def _places(log: list[str]) -> list[tuple[str, str, int]]:
+    """Return for every gather the computations before and after it, and the messages of the first so far."""
+    found, before, messages = [], "", 0
+    for at, event in enumerate(log):
+        if event[0] in "FB":
+            before, messages = event, 0
+        elif event == "message":
+            messages += 1
+        elif event[0] == "+":
+            after = next((later for later in log[at:] if later[0] in "FB"), "")
+            found.append((before, after, messages))
+    return found
+
+
+@pytest.mark.parametrize("recompute", [1, 2, 3])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_recomputation_gathers_no_more_often(recompute: int, depth: int) -> None:
+    model = Model("abcdef", depth, True)
+    model.step(2, recompute)
+    gathered = [event[1] for event in model.log if event[0] == "+"]
+    assert len(gathered) <= 2 * 2 * 6 - (4 if recompute == 1 else 1) and not any(
+        store.is_whole for store in model.stores
+    )
+    assert max(model.held()) <= depth + recompute
+
+
+def test_other_orders_of_passes_gather_what_they_need() -> None:
+    """Layers check that they are whole: two forwards first, an evaluation, an error in a forward, all gathered."""
+    model = Model("abcdef", 1, True)
+    model.is_last = False
+    losses = [model.forward() for _ in range(2)]
+    for loss in losses:
+        loss.backward()
+    for layer in model.layers:
+        layer.eval()
+    with torch.no_grad():
+        model.forward()
+    assert not any(store.is_whole for store in model.stores), "no backward follows an evaluation"
+    for layer in model.layers:
+        layer.train()
+    model.forward()  # no backward follows
+    model.step(2)
+    assert not any(store.is_whole for store in model.stores)
+    model.hooks.gather_all()
+    model.step(1)
+    assert not any(store.is_whole for store in model.stores)
+
+
+def test_a_point_has_the_longest_computation_before_the_next_attention() -> None:
+    """Of a layer with a small part before attention and a large one after it, in forward order."""
+    assert launch_point(Direction.FORWARD, 1, 3, 9) is Point.AFTER_ATTENTION
+    assert launch_point(Direction.BACKWARD, 1, 3, 9) is Point.START, "the large part comes first in backward"
+    assert launch_point(Direction.BACKWARD, 2, 3, 9) is Point.AFTER_ATTENTION, "3 of the layer and 9 of the next one"
+    assert launch_point(Direction.FORWARD, 1, 9, 3) is Point.START
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=7), st.integers(1, 4), st.integers(1, 3))
+def test_a_window_is_what_is_used_next(has_backward: list[bool], depth: int, microbatches: int) -> None:
+    """Against the uses written out: whatever is read is gathered, and nothing that stays is gathered again."""
+    units = range(len(has_backward))
+    uses = [(unit, Direction.FORWARD) for unit in units]
+    uses += [(unit, Direction.BACKWARD) for unit in reversed(units) if has_backward[unit]]
+    uses = uses * microbatches
+    held: set[int] = set()
+    expected = []
+    for at, (unit, direction) in enumerate(uses):
+        coming = list(dict.fromkeys(other for other, _ in uses[at:]))[: depth + 1]
+        turns = direction is Direction.FORWARD or at + len(uses) // microbatches < len(uses)
+        made = window(unit, direction, has_backward, depth, turns=turns)
+        assert list(made)[: len(coming)] == coming[: len(made)] and made[0] == unit
+        held &= set(made)
+        expected += [other for other in made if other not in held]
+        held |= set(made)
+    found = launches(has_backward, [(Point.START, Point.START)] * len(has_backward), depth, microbatches)
+    assert [launch.unit for launch in found if launch.kind == "gather"] == expected
+    reduced = [launch for launch in found if launch.kind == "reduce"]
+    assert [launch.unit for launch in reduced] == list(reversed(units)) * microbatches
+    assert CollectiveLaunch("reduce", 0, 0, Direction.BACKWARD, Point.END) in reduced
