@@ -133,7 +133,8 @@ def test_segments_and_zero_bubble_shorten_the_bubble() -> None:
     plain = price(pipeline_model_parallel_size=8, global_batch_size=128)
     split = price(pipeline_model_parallel_size=8, global_batch_size=128, seq1f1b_splits=4)
     zero = price(pipeline_model_parallel_size=8, global_batch_size=128, zero_bubble=True)
-    assert split.bubble_seconds == pytest.approx(plain.bubble_seconds / 4, rel=0.05)
+    # A quarter of the bubble, and what shorter kernels cost in it.
+    assert plain.bubble_seconds / 4 <= split.bubble_seconds < plain.bubble_seconds / 3
     assert split.peak_bytes < plain.peak_bytes
     assert zero.bubble_seconds < 0.7 * plain.bubble_seconds
 

@@ -163,14 +163,14 @@ def full_layer_bytes(model: Architecture, run: Configuration, has_experts: bool)
 
 
 def loss_bytes(model: Architecture, run: Configuration) -> tuple[float, float]:
-    """Return the bytes of the last norm and of the logits at the loss, for one micro-batch.
+    """Return the bytes of the last norm and of the logits at the loss, for one micro-batch or one of its segments.
 
     The logits exist in the model's dtype, and in float32 as the softmax (forward) and its gradient (backward). Chunks
     of tokens keep one chunk's logits. After that, the gradient of the logits exists with that of the output layer.
     """
     size = _sizes(model, run)
-    norm = 3 * size.hidden * size.item
-    tokens = size.tokens
+    norm = 3 * size.hidden * size.item / run.seq1f1b_splits
+    tokens = size.tokens / run.seq1f1b_splits
     if run.cross_entropy_chunk_tokens:
         tokens = min(tokens, run.cross_entropy_chunk_tokens * run.micro_batch_size)
     rows = model.padded(size.tensor) / size.tensor

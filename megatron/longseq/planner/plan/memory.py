@@ -205,16 +205,11 @@ def stages_bytes(model: Architecture, run: Configuration, cluster: Cluster) -> t
     for stage, count in enumerate(layers):
         kinds = dict(_state_bytes(model, run, cluster, params[stage]))
         kept = peaks[stage] if peaks else in_flight(run, stage) * _stage_kept(model, run, count, stage)
-        at_loss = at_layer = 0.0
+        at_loss = 0.0
         again = 0.0 if peaks else per_layer.recomputed * _group(run, count)
         at_layer = again + per_layer.working / run.seq1f1b_splits
-        norm = logits = 0.0
         if stage == stages - 1:
-            norm, logits = loss_bytes(model, run)
-            norm, logits = norm / run.seq1f1b_splits, logits / run.seq1f1b_splits
-            if run.cross_entropy_chunk_tokens:
-                logits = min(logits * run.seq1f1b_splits, logits)
-            at_loss = norm + logits
+            at_loss = sum(loss_bytes(model, run))
         kinds["activations"] = kept
         if at_loss >= at_layer:
             kinds |= {"logits": at_loss, "working": 0.0}
