@@ -1,6 +1,7 @@
 """Fixtures of runs that several files compare with: seed checkpoints and upstream's runs, once per session."""
 
 import functools
+import re
 from collections.abc import Callable
 
 import pytest
@@ -29,7 +30,9 @@ def start(trainings: Trainings) -> Start:
     def from_seed(model: str) -> list[str]:
         tiny = [flag for flag in flags(TINY) if not ("--tied" in model and flag.startswith("--untie"))]
         own = flags(model.replace("--tied", ""))
-        return [*tiny, *flags(EVALUATED), *own, *trainings.load(*tiny, *own * any(shape in model for shape in SHAPES))]
+        shape = flags(re.sub(r"--tied|--train-only \S+", "", model))  # a seed holds optimizer states of all parameters
+        seed = trainings.load(*tiny, *shape * any(flag in model for flag in SHAPES))
+        return [*tiny, *flags(EVALUATED), *own, *seed]
 
     return from_seed
 

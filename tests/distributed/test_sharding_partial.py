@@ -39,7 +39,8 @@ BY_DEFAULT = ["ING", "IIG, PP 2, nothing on the last stage"]
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in BY_DEFAULT else pytest.mark.slow) for c in CASES])
 def test_equals_upstream_with_the_same_frozen(equal: Equal, case: str) -> None:
     pattern, layout = CASES[case]
-    equal(f"sharding, a part is trained, {case}", 4, f"{BATCH} --train-only {pattern}", layout, learns=0.0)
+    learns = -1e-3 if pattern == NORMS else 0.0  # in three steps, norms alone change the loss by less
+    equal(f"sharding, a part is trained, {case}", 4, f"{BATCH} --train-only {pattern}", layout, learns=learns)
 
 
 def test_frozen_parameters_are_sharded_and_never_sent_after_a_step(ranks: RankPool, start: Start) -> None:
