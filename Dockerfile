@@ -18,9 +18,9 @@ WORKDIR /opt/megatron-longseq
 # The lock first: the layer of the dependencies lasts until it changes.
 COPY requirements.lock ./
 RUN pip install --no-cache-dir --require-hashes -r requirements.lock
-RUN useradd --create-home longseq && chown longseq /opt/megatron-longseq
+RUN useradd --uid 10001 --create-home longseq && chown longseq /opt/megatron-longseq
 COPY --chown=longseq . ./
-USER longseq
+USER 10001
 RUN python scripts/lib/check_env.py . run data sft test dev && python -m patches verify
 CMD ["bash", "scripts/test.sh"]
 
@@ -36,11 +36,13 @@ ENV PYTHONPATH=/opt/megatron-longseq
 WORKDIR /opt/megatron-longseq
 COPY requirements.lock ./
 RUN pinned() { grep -oE "^($1)==[^ ;]+" requirements.lock; } \
-    && pip install --no-cache-dir --no-deps $(pinned megatron-core) \
-    && pip install --no-cache-dir $(pinned "tensorboard|matplotlib|rich|tokenizers|psutil")
+    && pinned megatron-core >/tmp/upstream.txt \
+    && pinned "tensorboard|matplotlib|rich|tokenizers|psutil" >/tmp/tools.txt \
+    && pip install --no-cache-dir --no-deps --requirement /tmp/upstream.txt \
+    && pip install --no-cache-dir --requirement /tmp/tools.txt
 # A user id of its own, so that nothing runs as root; the launcher replaces it by the caller's.
-RUN useradd --create-home longseq && chown longseq /opt/megatron-longseq
+RUN useradd --uid 10001 --create-home longseq && chown longseq /opt/megatron-longseq
 COPY --chown=longseq . ./
-USER longseq
+USER 10001
 RUN python scripts/lib/check_env.py . run data && python -m patches verify
 CMD ["bash", "scripts/launch.sh", "--help"]

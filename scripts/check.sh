@@ -2,7 +2,7 @@
 # Runs static checks: bash scripts/check.sh [NAME...], all by default.
 #   format, lint    ruff
 #   types           mypy --strict on plan/ and on all code that imports neither torch nor upstream
-#   shell           shellcheck on every script
+#   shell           shellcheck on every script, hadolint on the Dockerfile
 #   patches         compares the patch ledger with the installed wheel
 set -euo pipefail
 # shellcheck source=scripts/lib/setup.sh
@@ -32,6 +32,8 @@ run_check() {
     shell)
       mapfile -t files < <(find scripts examples tests -name '*.sh' -o -name '*.sbatch')
       shellcheck --external-sources .ci/run "${files[@]}"
+      # There is no hadolint for aarch64.
+      ! type -P hadolint >/dev/null || hadolint --failure-threshold info Dockerfile
       ;;
     patches) "$PY" -m patches verify ;;
     *) die "there is no check $1; checks are format, lint, types, shell, patches" 2 ;;

@@ -1,7 +1,6 @@
 """Fixtures of runs that several files compare with: seed checkpoints and upstream's runs, once per session."""
 
 import functools
-import re
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +12,7 @@ from tests.pool import RankPool
 from tests.regression.arm import Run, run_arm
 from tests.regression.trainings import Trainings
 
+TRAIN_ONLY = "--train-only"
 # Flags that change the parameters.
 SHAPES = ("--tied", "--num-layers", "--num-query-groups", "--num-experts", "--position-embedding-type")
 
@@ -30,11 +30,16 @@ def start(trainings: Trainings) -> Start:
     def from_seed(model: str) -> list[str]:
         tiny = [flag for flag in flags(TINY) if not ("--tied" in model and flag.startswith("--untie"))]
         own = flags(model.replace("--tied", ""))
-        shape = flags(re.sub(r"--tied|--train-only \S+", "", model))  # a seed holds optimizer states of all parameters
-        seed = trainings.load(*tiny, *shape * any(flag in model for flag in SHAPES))
-        return [*tiny, *flags(EVALUATED), *own, *seed]
+        shaped = without_partial_training(own) * any(shape in model for shape in SHAPES)
+        return [*tiny, *flags(EVALUATED), *own, *trainings.load(*tiny, *shaped)]
 
     return from_seed
+
+
+def without_partial_training(own: list[str]) -> list[str]:
+    """Return flags without `--train-only PATTERN`: a seed needs every state, and upstream saves a layer's or none."""
+    at = own.index(TRAIN_ONLY) if TRAIN_ONLY in own else len(own)
+    return own[:at] + own[at + 2 :]
 
 
 @pytest.fixture(scope="session")

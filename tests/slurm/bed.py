@@ -105,12 +105,29 @@ class SlurmRun:
         own = {"VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", name: value}
         return {**self.cluster.env, **own, **extra}
 
-    def submit(self, *arguments: str, options: tuple[str, ...] = (), **env: str) -> "SlurmRun":
-        """Submit the job through the launcher."""
-        words = ["bash", str(ROOT / "scripts/launch.sh"), "--slurm", "--nodes", str(NODES), "--nproc", str(PER_NODE)]
-        words += ["--run-dir", str(self.run_dir), *options, "--", "train.py", *arguments]
+    def submit(
+        self,
+        *arguments: str,
+        options: tuple[str, ...] = (),
+        script: str = "train.py",
+        per_node: int = PER_NODE,
+        cwd: Path | None = None,
+        **env: str,
+    ) -> "SlurmRun":
+        """Submit the job through the launcher.
+
+        Args:
+            arguments: of the training script.
+            options: further options of the launcher.
+            script: the training script.
+            per_node: ranks of each node.
+            cwd: current folder; by default the one in which `python -m patches` is a stand-in.
+            env: further environment variables.
+        """
+        words = ["bash", str(ROOT / "scripts/launch.sh"), "--slurm", "--nodes", str(NODES), "--nproc", str(per_node)]
+        words += ["--run-dir", str(self.run_dir), *options, "--", script, *arguments]
         done = subprocess.run(
-            words, cwd=self.folder, env=self.env(**env), capture_output=True, text=True, timeout=120, check=False
+            words, cwd=cwd or self.folder, env=self.env(**env), capture_output=True, text=True, timeout=120, check=False
         )
         self.said = done.stdout + done.stderr
         assert done.returncode == 0, self.said
@@ -155,18 +172,22 @@ class SlurmRun:
         wait_until((self.folder / "marks" / name).exists, f"{name}\n{self.output()}")
 
     def begin_requeued(self) -> None:
-        """Let a requeued job begin now. slurm would wait for two minutes, and takes the order only when it is idle."""
+        """Let a requeued job begin now. slurm would wait for two minutes.
+
+        A node refuses a start in the second in which it has killed the one before ("already killed").
+        """
+        wait_until(lambda: self.restarts() > 0, f"job {self.id} is requeued\n{self.output()}")
+        self.wait_empty(60)
+        time.sleep(2)
 
         def begins() -> bool:
-            if self.restarts() == 0:
-                return False
             self.cluster.call("scontrol", "update", f"jobid={self.id}", "StartTime=now", check=False)
             return self.state() == "RUNNING"
 
         try:
             wait_until(begins, f"job {self.id} is requeued and begins")
         except AssertionError as error:
-            raise AssertionError(f"{error}; it is {self.state()}\n{self.output()}") from error
+            raise AssertionError(f"{error}; it is {self.state()}\n{self.output()[-3000:]}") from error
 
     def begun_at(self, start: int) -> int:
         """Return the step at which a start began."""
