@@ -10,6 +10,7 @@ from patches import (
     cpu,
     cross_entropy,
     data,
+    dryrun,
     entry,
     flexsp,
     hooks,
@@ -132,7 +133,22 @@ def merged(records: Iterable[Record]) -> list[Record]:
     return list(found.values())
 
 
-_SYSTEMS = (cpu, local, entry, data, checkpoint, log, recompute, seq1f1b, usp, packed, paro, cross_entropy, flexsp)
+_SYSTEMS = (
+    cpu,
+    local,
+    entry,
+    dryrun,
+    data,
+    checkpoint,
+    log,
+    recompute,
+    seq1f1b,
+    usp,
+    packed,
+    paro,
+    cross_entropy,
+    flexsp,
+)
 
 RECORDS: tuple[Record, ...] = checked(
     with_callbacks(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron.longseq.attention.arguments import add_context_arguments, check_context_numbers
 from megatron.longseq.cross_entropy.arguments import add_cross_entropy_arguments, check_cross_entropy_numbers
+from megatron.longseq.dry_run.arguments import add_dry_run_arguments, check_dry_run
 from megatron.longseq.flexsp.arguments import add_flexsp_arguments, check_flexsp_numbers
 from megatron.longseq.pipeline.arguments import add_pipeline_arguments, check_pipeline_numbers
 from megatron.longseq.refusals import refuse_unwritable, refuse_without_effect
@@ -28,6 +29,7 @@ def add_longseq_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     add_context_arguments(parser)
     add_sharding_arguments(parser)
     add_cross_entropy_arguments(parser)
+    add_dry_run_arguments(parser)
     add_flexsp_arguments(parser)
     return parser
 
@@ -38,6 +40,7 @@ def validate_longseq_arguments(args: argparse.Namespace) -> None:
     Raises:
         ValueError: a flag is not supported. The message names it, the reason and what to do.
     """
+    check_dry_run(args)
     _validate_record_arguments(args)
     _check_log_arguments(args)
     _check_save(args)

@@ -36,9 +36,40 @@ def all_groups(mine: Sequence[int]) -> list[tuple[int, ...]]:
     Returns:
         The ranks of every group, each group once, in the same order on every rank.
     """
+    if dist.get_backend() == "fake":
+        return translated_groups(mine, dist.get_world_size())
     lists: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(lists, tuple(mine))
     return sorted(set(lists))
+
+
+def translated_groups(mine: Sequence[int], ranks: int) -> list[tuple[int, ...]]:
+    """Return the groups that divide all ranks of a job as one group does, in a dry run, where no rank can be asked.
+
+    The groups of upstream's grid of ranks differ from one another by a constant. So every group begins with the
+    smallest rank that is in no group before it.
+
+    Args:
+        mine: global ranks of one group, ascending.
+        ranks: ranks of the job.
+
+    Raises:
+        ValueError: groups of this form do not divide the ranks.
+    """
+    offsets = [rank - mine[0] for rank in mine]
+    groups: list[tuple[int, ...]] = []
+    left = dict.fromkeys(range(ranks))
+    while left:
+        first = next(iter(left))
+        group = tuple(first + offset for offset in offsets)
+        if any(rank not in left for rank in group):
+            raise ValueError(f"{ranks} ranks cannot be divided into groups of the form of {list(mine)}")
+        for rank in group:
+            del left[rank]
+        groups.append(group)
+    if tuple(mine) not in groups:
+        raise ValueError(f"{ranks} ranks cannot be divided into groups of the form of {list(mine)}")
+    return groups
 
 
 def same_backend_options(group: dist.ProcessGroup) -> Any:

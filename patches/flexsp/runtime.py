@@ -50,6 +50,8 @@ def _open(args: Namespace) -> tuple[Any, Any]:
         args.pipeline_model_parallel_size,
         lambda line: print_rank_0(f"> {line}"),
         lambda batch: add_step(list(batch.lengths)),
+        args.flexsp_refit,
+        args.flexsp_save_cost,
     )
     groups = open_groups(domain, group_places(args), timeout)
     runner = StepRunner(groups, get_tokenizer().eod, sharing_ranks(args), report)

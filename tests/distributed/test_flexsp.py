@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron.longseq.flexsp.plan.cost_file import load_cost
 from tests.distributed.equality import SNAPSHOTS, Start, assert_equal
 from tests.distributed.flags import FULL, OVERLAP, PP2, TP2, VPP, flags
 from tests.packed_corpus import RAGGED, write_documents
@@ -103,6 +104,24 @@ def test_virtual_stages(
         ranks, "O", 4, [*base(""), *flags(f"{TWO} {PP2} {VPP}")], float64=True, snapshots=SNAPSHOTS, timeout=600
     )
     assert_equal(ours, reference(""), "virtual stages", tell)
+
+
+@pytest.mark.slow
+def test_a_refit_on_the_way_changes_plans_alone(
+    ranks: RankPool,
+    base: Callable[[str], list[str]],
+    reference: Callable[[str], Run],
+    tell: Callable[[str], None],
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "cost.json"
+    own = f"{TWO} --flexsp-plan-ahead 1 --log-interval 1 --flexsp-refit --flexsp-save-cost {file}"
+    ours = run_arm(ranks, "O", 2, [*base(""), *flags(own)], float64=True, snapshots=SNAPSHOTS)
+    assert_equal(ours, reference(""), "refit", tell)
+    fitted = load_cost(str(file))
+    assert fitted.name == "fit" and fitted.tokens_per_rank == 72
+    again = [*base(""), *flags(f"{TWO} --flexsp-cost {file}")]
+    assert_equal(run_arm(ranks, "O", 2, again, float64=True, snapshots=SNAPSHOTS), reference(""), "its file", tell)
 
 
 @pytest.mark.slow

@@ -68,6 +68,10 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("--tp-comm-overlap", {"tp_comm_overlap": True}),
     ("--fp8-format", {"fp8": "e4m3"}),
     ("--perform-rl-step", {"perform_rl_step": True}),
+    (
+        "--pipeline-model-parallel-size with --flexsp-refit",
+        {"flexsp_refit": True, "pipeline_model_parallel_size": 2},
+    ),
     ("--tensor-parallel-num-weight-shards", {"gtp_weight_remat_size": 2}),
 ]
 
@@ -101,6 +105,8 @@ def test_every_refusal_is_tried() -> None:
         ({"flexsp_max_tokens_per_rank": 0}, "at least 1"),
         ({"flexsp_batch_tokens": 0}, "at least 1"),
         ({"flexsp_plan_ahead": 0}, "at least 1"),
+        ({"flexsp_save_cost": "cost.json"}, "--flexsp-refit is not given"),
+        ({"flexsp_refit": True, "flexsp_save_cost": "/dev/null/cost.json"}, "a folder that this process can write"),
         ({"flexsp_degrees": "2,2"}, "each once"),
         ({"flexsp_degrees": "0,2"}, "above 0"),
         ({"flexsp_degrees": "two"}, "whole numbers"),
@@ -127,6 +133,7 @@ def test_values_are_read() -> None:
         ({"flexsp_degrees": "8", "flexsp_kinds": "ulysses"}, "4 query heads"),
         ({"flexsp_max_tokens_per_rank": 31}, "needs 32 tokens on each rank of the largest group"),
         ({"flexsp_degrees": "1,2"}, "needs 128 tokens"),
+        ({"flexsp_cost": "/no/such/file.json"}, "/no/such/file.json"),
     ],
 )
 def test_plans_that_cannot_exist_are_refused(values: dict[str, Any], message: str) -> None:

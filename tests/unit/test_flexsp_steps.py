@@ -17,6 +17,7 @@ from megatron.longseq.flexsp.runtime.documents import DocumentDataset, DocumentD
 from megatron.longseq.flexsp.runtime.steps import GlobalBatches, Lookahead, PlannedBatch
 from tests.packed_corpus import EOD, write_documents
 
+COST: Any = "a cost model"
 LENGTHS = (1, 2, 5, 40, 9, 17, 8, 3)
 
 
@@ -121,12 +122,12 @@ def test_training_does_not_wait_for_plans() -> None:
     """While a step trains, the next ones are planned: the planner works only then, and no step asks too early."""
     allowed, made = threading.Semaphore(1), []  # one plan for the first step
 
-    def plan(lengths: Sequence[int]) -> StepPlan:
+    def plan(lengths: Sequence[int], cost: Any) -> StepPlan:
         assert allowed.acquire(timeout=60)
         made.append(lengths)
         return one_group(lengths)
 
-    lookahead = Lookahead(GlobalBatches(lambda sample: sample + 1, 2), plan, depth=2)
+    lookahead = Lookahead(GlobalBatches(lambda sample: sample + 1, 2), plan, COST, depth=2)
     for step in range(6):
         batch = lookahead.batch(step)
         assert batch.lengths == (2 * step + 1, 2 * step + 2)
@@ -142,11 +143,11 @@ def test_training_does_not_wait_for_plans() -> None:
 def test_a_plan_that_is_late_is_counted_and_waited_for() -> None:
     go = threading.Event()
 
-    def plan(lengths: Sequence[int]) -> StepPlan:
+    def plan(lengths: Sequence[int], cost: Any) -> StepPlan:
         assert lengths[0] == 1 or go.wait(60)
         return one_group(lengths)
 
-    lookahead = Lookahead(GlobalBatches(lambda sample: sample + 1, 2), plan, depth=2)
+    lookahead = Lookahead(GlobalBatches(lambda sample: sample + 1, 2), plan, COST, depth=2)
     lookahead.batch(0)
     threading.Timer(0.2, go.set).start()
     assert lookahead.batch(1).step == 1
@@ -154,12 +155,30 @@ def test_a_plan_that_is_late_is_counted_and_waited_for() -> None:
     lookahead.close()
 
 
+def test_a_new_cost_model_counts_for_steps_that_are_not_planned_yet() -> None:
+    """It must not depend on how far the thread has come, or ranks would have different plans."""
+    seen: dict[int, Any] = {}
+
+    def plan(lengths: Sequence[int], cost: Any) -> StepPlan:
+        seen[lengths[0]] = cost
+        return one_group(lengths)
+
+    lookahead = Lookahead(GlobalBatches(lambda sample: sample, 1), plan, COST, depth=2)
+    for step in range(4):
+        lookahead.batch(step)
+        if step == 1:
+            lookahead.cost = "another"  # type: ignore[assignment]
+    lookahead.batch(4)
+    assert [seen[step] for step in range(5)] == [COST] * 4 + ["another"]
+    lookahead.close()
+
+
 def test_errors_of_the_planner_reach_the_step() -> None:
-    def plan(lengths: Sequence[int]) -> StepPlan:
+    def plan(lengths: Sequence[int], cost: Any) -> StepPlan:
         raise ValueError(f"no plan for {lengths}")
 
     with pytest.raises(ValueError, match=r"no plan for \(1, 2\)"):
-        Lookahead(GlobalBatches(lambda sample: sample + 1, 2), plan, depth=1).batch(0)
+        Lookahead(GlobalBatches(lambda sample: sample + 1, 2), plan, COST, depth=1).batch(0)
 
 
 def test_digests_tell_plans_apart() -> None:

@@ -1,12 +1,12 @@
 """Flags of FlexSP, and the flags that it cannot be combined with."""
 
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 
 from megatron.longseq.attention.arguments import NOT_WITH_DOCUMENTS
 from megatron.longseq.flexsp.plan.cost import FAMILIES, KindFamily
-from megatron.longseq.flexsp.plan.paper import BUILT_IN
 from megatron.longseq.flexsp.plan.planner import PLANNERS
-from megatron.longseq.refusals import Refusals, refuse, refuse_without_effect
+from megatron.longseq.refusals import Refusals, refuse, refuse_unwritable, refuse_without_effect
 
 OVERLONG = ("split", "drop")
 AHEAD = 2  # steps that are planned ahead, at the least
@@ -67,6 +67,11 @@ NOT_WITH_FLEXSP: Refusals = {
         "its matrix products need multiples of 16 tokens on every rank, which packs of documents are not",
     ),
     "--perform-rl-step": (lambda a: a.perform_rl_step, "its rollouts are micro-batches of their own"),
+    "--pipeline-model-parallel-size with --flexsp-refit": (
+        lambda a: a.flexsp_refit and a.pipeline_model_parallel_size > 1,
+        "the passes of micro-batches overlap between stages, so that single groups cannot be measured; fit without "
+        "stages, and give --flexsp-cost",
+    ),
     "--tensor-parallel-num-weight-shards": (lambda a: getattr(a, "gtp_weight_remat_size", 1) > 1, _NOT_TESTED),
 }
 REFUSALS = {"`--flexsp`": NOT_WITH_FLEXSP}
@@ -108,8 +113,19 @@ def add_flexsp_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--flexsp-cost",
-        choices=BUILT_IN,
-        help="cost model: constants of the paper by name; by default an estimate from the shape of the model",
+        metavar="NAME|FILE",
+        help="cost model: constants of the paper by name (7b-a100, 13b-a100, 30b-a100), or a JSON file; by default an "
+        "estimate from the shape of the model",
+    )
+    group.add_argument(
+        "--flexsp-refit",
+        action="store_true",
+        help="fit the cost model to measured times at every --log-interval; later steps are planned with it",
+    )
+    group.add_argument(
+        "--flexsp-save-cost",
+        metavar="FILE",
+        help="write the cost model that --flexsp-refit has fitted to this file (JSON), for --flexsp-cost",
     )
     group.add_argument(
         "--flexsp-batch-tokens",
@@ -180,11 +196,18 @@ def check_flexsp_numbers(args: Namespace) -> None:
             flexsp_kinds="ulysses,ring,hybrid",
             flexsp_planner="heuristic",
             flexsp_cost=None,
+            flexsp_refit=False,
+            flexsp_save_cost=None,
             flexsp_batch_tokens=None,
             flexsp_overlong="split",
             flexsp_plan_ahead=AHEAD,
         )
         return
+    if args.flexsp_save_cost is not None:
+        if not args.flexsp_refit:
+            refuse_without_effect(args, "--flexsp-refit is not given", flexsp_save_cost=None)
+        folder = Path(args.flexsp_save_cost).absolute().parent
+        refuse_unwritable(f"--flexsp-save-cost {args.flexsp_save_cost}", folder, "give a file in a writable folder")
     parse_degrees(args.flexsp_degrees)
     parse_kinds(args.flexsp_kinds)
     if args.flexsp_max_tokens_per_rank is None:

@@ -9,7 +9,7 @@ from megatron.longseq.attention.plan.heads import Heads
 from megatron.longseq.attention.plan.layout import Mesh, length_multiple
 from megatron.longseq.flexsp.arguments import parse_degrees, parse_kinds
 from megatron.longseq.flexsp.plan.cost import GroupCostModel, GroupLinks
-from megatron.longseq.flexsp.plan.paper import paper_cost
+from megatron.longseq.flexsp.plan.cost_file import load_cost
 from megatron.longseq.flexsp.plan.placement import Placement
 from megatron.longseq.flexsp.plan.plan import Kind, StepPlan
 from megatron.longseq.flexsp.plan.planner import plan_step
@@ -79,12 +79,12 @@ def cost_model(args: Namespace, *, on_gpu: bool) -> GroupCostModel:
     """Return the cost model of --flexsp-cost, with the limits and the heads of the run.
 
     Raises:
-        ValueError: The heads cannot be shared by the tensor-parallel ranks.
+        ValueError: The file is missing or malformed.
     """
     if args.flexsp_cost is None:
         return estimated_cost(args, on_gpu=on_gpu)
     return replace(
-        paper_cost(args.flexsp_cost.removesuffix("-a100")),
+        load_cost(args.flexsp_cost),
         tokens_per_rank=args.flexsp_max_tokens_per_rank,
         heads=model_heads(args),
     )
@@ -153,13 +153,12 @@ def group_places(args: Namespace) -> list[tuple[Mesh, tuple[int, ...]]]:
     ]
 
 
-def planner_of(args: Namespace, *, on_gpu: bool) -> Callable[[Sequence[int]], StepPlan]:
-    """Return the function that plans a step from the lengths of its documents."""
+def planner_of(args: Namespace) -> Callable[..., StepPlan]:
+    """Return the function that plans a step from the lengths of its documents, and `cost`, a cost model."""
     stages = args.pipeline_model_parallel_size
     return functools.partial(
         plan_step,
         ranks=domain_ranks(args),
-        cost=cost_model(args, on_gpu=on_gpu),
         degrees=degrees_of(args),
         kinds=parse_kinds(args.flexsp_kinds),
         planner=args.flexsp_planner,
@@ -172,7 +171,7 @@ def check_plannable(args: Namespace, *, on_gpu: bool) -> None:
 
     Raises:
         ValueError: Degrees do not fit the ranks, a document of --seq-length tokens fits into no group, or the cost
-            model is impossible.
+            model cannot be read.
     """
     degrees, most = degrees_of(args), args.flexsp_max_tokens_per_rank
     largest = max(degrees)

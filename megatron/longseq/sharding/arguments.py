@@ -3,6 +3,7 @@
 import math
 from argparse import ArgumentParser, Namespace
 
+from megatron.longseq.dry_run.arguments import is_dry_run
 from megatron.longseq.refusals import Refusals, refuse, refuse_without_effect
 from megatron.longseq.sharding.plan.collectives import CollectivesMode
 from megatron.longseq.sharding.plan.flat_or_hierarchical import DEFAULT_LINKS
@@ -121,7 +122,10 @@ NOT_WITH_PARO: Refusals = {
         "it gathers shards in upstream's order of ranks, but ours have another order",
     ),
     "--perform-rl-step": (lambda a: a.perform_rl_step, "its inference reads parameters without gathering their shards"),
-    "--fake-process-group": (lambda a: a.fake_process_group, "nothing is sent, so gathered tensors would be wrong"),
+    "--fake-process-group": (
+        lambda a: a.fake_process_group and not is_dry_run(a),
+        "nothing is sent, so gathered tensors would be wrong; for a dry run, give --dry-run-world",
+    ),
 }
 
 # flag: (whether it is used, why it does not work with sharded gradients)

@@ -7,7 +7,7 @@ forward_share and padding. `GroupCostModel` and `GroupLinks` describe them.
 """
 
 import json
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def load_cost(name: str) -> GroupCostModel:
 
 def save_cost(cost: GroupCostModel, file: Path) -> None:
     """Write a cost model to a JSON file that `load_cost` reads."""
-    values = asdict(cost)
+    values = asdict(replace(cost))  # a copy has an empty cache, whose keys could not be copied
     del values["_cache"]
     file.write_text(json.dumps(values, indent=1) + "\n")
 

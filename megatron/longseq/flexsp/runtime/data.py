@@ -10,7 +10,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.training import print_rank_0
 
-from megatron.longseq.flexsp.from_args import planner_of
+from megatron.longseq.flexsp.from_args import cost_model, planner_of
 from megatron.longseq.flexsp.runtime.documents import DocumentDataset, DocumentDatasetConfig, DocumentSource
 from megatron.longseq.flexsp.runtime.steps import GlobalBatches, Lookahead, StepIterator
 
@@ -33,7 +33,7 @@ def planned_steps(args: Namespace, samples: list[int], config: GPTDatasetConfig)
     datasets = BlendedMegatronDatasetBuilder(DocumentDataset, samples, lambda: True, own).build()
     consumed = (args.consumed_train_samples, args.consumed_valid_samples, 0)
     sizes = (args.global_batch_size, args.eval_global_batch_size, args.eval_global_batch_size)
-    plan = planner_of(args, on_gpu=torch.cuda.is_available())
+    plan, cost = planner_of(args), cost_model(args, on_gpu=torch.cuda.is_available())
     iterators: list[StepIterator | None] = []
     for part, dataset, size, done in zip(("train", "valid", "test"), datasets, sizes, consumed, strict=True):
         if dataset is None:
@@ -43,7 +43,7 @@ def planned_steps(args: Namespace, samples: list[int], config: GPTDatasetConfig)
         source = DocumentSource(dataset)
         print_rank_0(f"> FlexSP, {part}: {source.describe()}")
         batches = GlobalBatches(source.length, size, tokens)
-        iterators.append(StepIterator(Lookahead(batches, plan, args.flexsp_plan_ahead), source, done // size))
+        iterators.append(StepIterator(Lookahead(batches, plan, cost, args.flexsp_plan_ahead), source, done // size))
     return tuple(iterators)
 
 

@@ -1,29 +1,20 @@
 """The log of planned steps: lengths, plan, predicted and measured times."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
+from megatron.longseq.flexsp.plan.cost_file import save_cost
 from megatron.longseq.flexsp.plan.plan import Microbatch, SequenceGroup
+from megatron.longseq.flexsp.refit import GroupSample, refit, relative_error
 from megatron.longseq.flexsp.runtime.clock import StepClock
-from megatron.longseq.flexsp.runtime.steps import PlannedBatch
+from megatron.longseq.flexsp.runtime.steps import Lookahead, PlannedBatch, PlannedStep
 
-
-class GroupSample(NamedTuple):
-    """A measured group.
-
-    Attributes:
-        ulysses, ring: its kind.
-        lengths: tokens of its documents.
-        seconds: time of its micro-batch, on its slowest rank.
-    """
-
-    ulysses: int
-    ring: int
-    lengths: tuple[int, ...]
-    seconds: float
+SAMPLES = 4096  # the last measured groups, to which the cost model is fitted
 
 
 def describe_microbatch(microbatch: Microbatch) -> str:
@@ -49,6 +40,8 @@ class StepReport:
         stages: pipeline stages; with several, times of single micro-batches are not known.
         say: prints a line.
         on_step: told of the documents of every step.
+        refits: whether the cost model is fitted to measured times (--flexsp-refit).
+        save: file for the fitted cost model.
     """
 
     domain: dist.ProcessGroup
@@ -56,14 +49,16 @@ class StepReport:
     stages: int
     say: Callable[[str], None]
     on_step: Callable[[PlannedBatch], None] = field(default=lambda batch: None)
-    samples: list[GroupSample] = field(default_factory=list, init=False)
+    refits: bool = False
+    save: str | None = None
+    samples: deque[GroupSample] = field(default_factory=lambda: deque(maxlen=SAMPLES), init=False)
     _steps: list[tuple[PlannedBatch, StepClock]] = field(default_factory=list, init=False)
 
-    def add(self, batch: PlannedBatch, clock: StepClock, late: int = 0) -> None:
+    def add(self, step: PlannedStep, clock: StepClock) -> None:
         """Add a step; at the interval, all ranks of the domain gather their times, and a line is printed."""
-        self.on_step(batch)
-        self._steps.append((batch, clock))
-        if (batch.step + 1) % self.interval:
+        self.on_step(step.batch)
+        self._steps.append((step.batch, clock))
+        if (step.batch.step + 1) % self.interval:
             return
         steps, self._steps = self._steps, []
         own = [(clock.microbatch_seconds(), clock.pass_seconds(), clock.step_seconds()) for _, clock in steps]
@@ -76,7 +71,24 @@ class StepReport:
         for index, (one, _) in enumerate(steps):
             slowest = max(times[index][1] for times in gathered)
             errors.append(abs(one.plan.seconds - slowest) / slowest)
-        self.say(describe_step(batch, [times[-1] for times in gathered], sum(errors) / len(errors), late))
+        times, error = [times[-1] for times in gathered], sum(errors) / len(errors)
+        self.say(describe_step(step.batch, times, error, step.lookahead.late))
+        if self.refits:
+            self._refit(step.lookahead)
+
+    def _refit(self, lookahead: Lookahead) -> None:
+        """Fit the cost model on the first rank of the job, from which all ranks take it. Their plans stay alike."""
+        before, samples = lookahead.cost, list(self.samples)
+        fitted = [refit(before, samples) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(fitted, src=0)
+        assert fitted[0] is not None, "the first rank has sent it"
+        lookahead.cost = fitted[0]
+        self.say(
+            f"flexsp cost model: error of {len(samples)} measured groups {100 * relative_error(before, samples):.1f}%, "
+            f"{100 * relative_error(fitted[0], samples):.1f}% after the fit"
+        )
+        if self.save is not None and dist.get_rank() == 0:
+            save_cost(fitted[0], Path(self.save))
 
 
 def measured_groups(batch: PlannedBatch, seconds: Sequence[Sequence[float]]) -> list[GroupSample]:
@@ -88,8 +100,7 @@ def measured_groups(batch: PlannedBatch, seconds: Sequence[Sequence[float]]) -> 
     """
     return [
         GroupSample(
-            group.kind.ulysses,
-            group.kind.ring,
+            group.kind,
             tuple(batch.lengths[index] for index in group.sequences),
             max(seconds[rank][number] for rank in group.ranks),
         )

@@ -77,7 +77,7 @@ class StepRunner:
             )
         if forward_only:
             return self._whole_loss(result)
-        self.report.add(step.batch, clock, step.late)
+        self.report.add(step, clock)
         return result
 
     def own_group(self, groups: Sequence[SequenceGroup]) -> SequenceGroup:

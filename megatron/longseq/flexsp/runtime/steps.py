@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from megatron.longseq.flexsp.plan.cost import GroupCostModel
 from megatron.longseq.flexsp.plan.plan import StepPlan
 from megatron.longseq.flexsp.runtime.documents import Document, DocumentSource
 
-Plan = Callable[[Sequence[int]], StepPlan]
+Plan = Callable[..., StepPlan]
 
 
 @dataclass
@@ -75,15 +76,16 @@ class Lookahead:
 
     Args:
         batches: samples of every step.
-        plan: plans a step from the lengths of its samples.
+        plan: plans a step from the lengths of its samples and `cost`.
+        cost: cost model. A new one counts for the steps that are not planned yet.
         depth: number of steps to plan ahead.
 
     Attributes:
         late: steps after the first whose plan was not ready when it was asked for.
     """
 
-    def __init__(self, batches: GlobalBatches, plan: Plan, depth: int) -> None:
-        self.batches, self.plan, self.depth = batches, plan, depth
+    def __init__(self, batches: GlobalBatches, plan: Plan, cost: GroupCostModel, depth: int) -> None:
+        self.batches, self.plan, self.cost, self.depth = batches, plan, cost, depth
         self._lock = threading.Lock()
         self._thread: ThreadPoolExecutor | None = None
         self._steps: dict[int, Future[PlannedBatch]] = {}
@@ -101,7 +103,7 @@ class Lookahead:
                 self._thread = ThreadPoolExecutor(1, thread_name_prefix="flexsp-planner")
             for number in range(step, step + self.depth + 1):
                 if number not in self._steps:
-                    self._steps[number] = self._thread.submit(self._make, number)
+                    self._steps[number] = self._thread.submit(self._make, number, self.cost)
             for number in [number for number in self._steps if number < step - 1]:
                 del self._steps[number]
             future = self._steps[step]
@@ -113,10 +115,10 @@ class Lookahead:
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _make(self, step: int) -> PlannedBatch:
+    def _make(self, step: int, cost: GroupCostModel) -> PlannedBatch:
         samples = self.batches.samples(step)
         lengths = tuple(self.batches.length(sample) for sample in samples)
-        return PlannedBatch(step, samples, lengths, self.plan(lengths))
+        return PlannedBatch(step, samples, lengths, self.plan(lengths, cost=cost))
 
 
 class StepIterator:
@@ -139,16 +141,16 @@ class StepIterator:
         """Return the next step."""
         batch = self.lookahead.batch(self.step)
         self.step += 1
-        return PlannedStep(batch, self.source, self.lookahead.late)
+        return PlannedStep(batch, self.source, self.lookahead)
 
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """A planned global batch, where its documents are read from, and `Lookahead.late`."""
+    """A planned global batch, where its documents are read from, and who plans the next ones."""
 
     batch: PlannedBatch
     source: DocumentSource
-    late: int = 0
+    lookahead: Lookahead
 
     def documents(self, sequences: Sequence[int]) -> list[Document]:
         """Return documents by their indices in the global batch."""

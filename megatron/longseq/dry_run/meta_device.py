@@ -1,0 +1,66 @@
+"""Create every tensor on the meta device: it has a size and a dtype, but no memory and no values."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+FACTORIES = {
+    torch.empty,
+    torch.zeros,
+    torch.ones,
+    torch.full,
+    torch.rand,
+    torch.randn,
+    torch.arange,
+    torch.tensor,
+    torch.empty_strided,
+}
+
+
+class TensorsOnMeta(TorchFunctionMode):
+    """Create tensors on the meta device, and leave there those that are moved to a GPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:  # upstream tells parameter types apart by it
+            return f"torch.cuda.{func(*args).rpartition('.')[2]}"
+        if func in FACTORIES or (kwargs.get("device") is not None and func is not torch.Generator):
+            kwargs["device"] = torch.device("meta")
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def single_process() -> Iterator[None]:
+    """Let object collectives return this process's own object for every rank, and send no messages.
+
+    torch's fake process groups run every other collective on the meta device; they do nothing.
+    """
+
+    def all_gather_object(objects: list[Any], own: Any, group: Any = None) -> None:
+        objects[:] = [own] * len(objects)
+
+    def broadcast_object_list(objects: list[Any], *_: Any, **__: Any) -> None:
+        """Leave the list as it is."""
+
+    def batch_isend_irecv(operations: list[Any]) -> list[Any]:
+        return []
+
+    twins = {
+        "all_gather_object": all_gather_object,
+        "broadcast_object_list": broadcast_object_list,
+        "batch_isend_irecv": batch_isend_irecv,
+    }
+    before = {name: getattr(dist, name) for name in twins}
+    for name, twin in twins.items():
+        setattr(dist, name, twin)
+    try:
+        yield
+    finally:
+        for name, original in before.items():
+            setattr(dist, name, original)

@@ -1,0 +1,86 @@
+"""A dry run reports what a rank of a large job would hold, without its memory and without the other ranks."""
+
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from megatron.longseq.distributed import translated_groups
+from megatron.longseq.dry_run.arguments import check_dry_run
+from megatron.longseq.dry_run.report import command_flags, predicted
+from megatron.longseq.pipeline.plan.generators import make
+from megatron.longseq.pipeline.plan.schedule import Pipeline
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = """
+--num-layers 4 --hidden-size 256 --num-attention-heads 4 --ffn-hidden-size 512 --swiglu --normalization RMSNorm
+--position-embedding-type rope --disable-bias-linear --untie-embeddings-and-output-weights --hidden-dropout 0
+--attention-dropout 0 --seq-length 128 --max-position-embeddings 128 --micro-batch-size 1 --global-batch-size 1024
+--lr 1e-3 --train-iters 2 --tokenizer-type NullTokenizer --vocab-size 1000 --mock-data --bf16
+"""
+LAYER = 4 * 256 * 256 + 3 * 256 * 512 + 2 * 256  # attention, MLP, norms
+VOCABULARY = 1024 * 256  # padded to a multiple of 128 times 2
+
+
+def dry_run(*words: str) -> tuple[str, dict[str, float]]:
+    """Return what a dry run prints, and its table: bytes of this rank by kind."""
+    command = [sys.executable, "-W", "ignore", str(ROOT / "examples" / "pretrain_gpt.py"), *MODEL.split(), *words]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    rows = re.findall(r"^\| ([a-z ]+) \| ([\d.e-]+) \|", ran.stdout, re.MULTILINE)
+    return ran.stdout, {kind.strip(): float(size) * 1e9 for kind, size in rows}
+
+
+def test_the_states_of_a_rank_of_4096_are_those_of_the_formula() -> None:
+    """The last of four stages: a layer, the norm and the output layer, each halved by tensor parallelism."""
+    shape = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 4 --paro NIG --paro-group-size 8"
+    printed, table = dry_run(
+        "--dry-run-world", "4096", "--dry-run-rank", "4095", *shape.split(), "--seq1f1b-splits", "2"
+    )
+    parameters = int(re.search(r"> ([\d,]+) parameters", printed)[1].replace(",", ""))
+    assert parameters == (LAYER - 512) // 2 + 512 + VOCABULARY // 2 + 256
+    assert "(tensor 1, context 0, data 511, pipeline 3)" in printed and "rank 4095 of 4096" in printed
+    assert table["parameters"] == pytest.approx(2 * parameters, rel=1e-3)
+    assert table["gradients"] == pytest.approx(4 * parameters / 8, rel=0.002)
+    assert table["activations at the peak"] > 0
+
+
+def test_groups_of_a_grid_are_found_from_one_of_them() -> None:
+    grid = [(tp + 2 * (cp + 4 * dp)) for dp in range(8) for cp in range(4) for tp in range(2)]
+    assert grid == list(range(64))
+    found = translated_groups([1 + 2 * (2 + 4 * dp) for dp in range(8)], 64)
+    assert found == [tuple(tp + 2 * (cp + 4 * dp) for dp in range(8)) for cp in range(4) for tp in range(2)]
+    with pytest.raises(ValueError, match="cannot be divided into groups"):
+        translated_groups([0, 3], 4)
+
+
+def test_flags_that_mean_nothing_are_refused() -> None:
+    given = {"use_megatron_fsdp": False, "use_torch_fsdp2": False, "load": None, "pretrained_checkpoint": None}
+    given |= {"fp8": None, "fp4": None, "optimizer_cpu_offload": False}
+    for values, message in (
+        ({"dry_run_rank": 1}, "--dry-run-rank 1: --dry-run-world is not given"),
+        ({"dry_run_world": 4097}, "give a number of ranks from 1 to 4096"),
+        ({"dry_run_world": 8, "dry_run_rank": 8}, "--dry-run-rank 8: give a rank from 0 to 7"),
+        ({"dry_run_world": 8, "load": "somewhere"}, "--load"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_dry_run(Namespace(**{"dry_run_world": None, "dry_run_rank": None, **given, **values}))
+
+
+def test_micro_batches_in_flight_are_those_of_1f1b() -> None:
+    from megatron.longseq.dry_run.measure import in_flight
+
+    for stages, microbatches in ((4, 8), (4, 2), (1, 3)):
+        for rank, order in enumerate(make(Pipeline(stages, microbatches)).orders):
+            assert in_flight(order, [128], [10]) == [min(microbatches, stages - rank)]
+
+
+def test_the_planner_reads_the_same_command_line() -> None:
+    words = [*MODEL.split(), "--tensor-model-parallel-size", "2", "--use-distributed-optimizer", "--dry-run-world=64"]
+    assert command_flags(words)["bf16"] is True and "dry_run_world" not in command_flags(words)
+    stage = predicted(words, 64, 0)
+    parameters = 4 * ((LAYER - 512) // 2 + 512) + 2 * VOCABULARY // 2 + 256
+    assert stage["parameters"] == pytest.approx(2 * parameters, rel=0.01)
