@@ -41,7 +41,7 @@ class Section:
 
     @property
     def seconds(self) -> int:
-        """Of all steps."""
+        """Return the seconds of all steps."""
         return sum(step.seconds for step in self.steps)
 
 

@@ -93,8 +93,8 @@ def test_positions_are_those_of_the_ranks_tokens(lengths: tuple[int, ...] | None
     for rank in range(2):
         reader = PackedReader(2, rank, layouts=DocumentLayouts((CommType(Mesh(1, 2)),), lengths))
         for segment in range(len(lengths or (16,))):
-            held = reader.layouts.layout(DOCUMENTS, 16).positions(rank, segment)
-            expected = torch.cat([whole[:, one.slice()] for one in held], dim=1).T
+            own_ranges = reader.layouts.layout(DOCUMENTS, 16).positions(rank, segment)
+            expected = torch.cat([whole[:, one.slice()] for one in own_ranges], dim=1).T
             found = reader.packed(DOCUMENTS, 16, segment, torch.device("cpu"))
             assert found.positions is not None and found.length == 16 and found.documents == DOCUMENTS
             given_positions = found.positions if found.positions.dim() > 1 else found.positions[:, None].expand(-1, 2)
@@ -107,9 +107,9 @@ LONG = Documents((packed([2, 40, 3, 83]),))
 
 
 def test_data_and_model_have_one_layout() -> None:
-    said: list[str] = []
+    answers: list[str] = []
     for rank in range(4):
-        layouts = DocumentLayouts((CommType(Mesh(1, 4)),), kind="document", say=said.append)
+        layouts = DocumentLayouts((CommType(Mesh(1, 4)),), kind="document", say=answers.append)
         reader = PackedReader(4, rank, layouts=layouts)
         cut = layouts.cut(LONG, 128)
         assert cut.pieces is not None and len(cut.positions(rank, 0)) > 2
@@ -118,7 +118,7 @@ def test_data_and_model_have_one_layout() -> None:
         whole = torch.arange(128) - starts_of(LONG)[0]
         assert found.pieces == cut.pieces and found.positions is not None
         assert torch.equal(found.positions, torch.cat([whole[one.slice()] for one in cut.positions(rank, 0)]))
-    assert len(said) == 4 and said[0].startswith("context-parallel layout of packed documents: by document")
+    assert len(answers) == 4 and answers[0].startswith("context-parallel layout of packed documents: by document")
 
 
 def test_data_that_was_cut_otherwise_is_refused() -> None:

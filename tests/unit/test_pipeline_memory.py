@@ -42,7 +42,7 @@ CASES = [
 def test_counted_bytes_are_the_formulas(
     ranks: RankPool, recompute: str, groups: int, virtual: int, tell: Callable[[str], None]
 ) -> None:
-    """Over upstream's, per stage, of K 2 and 4; norms differ by implementation, so bytes themselves by some percent."""
+    """Ratios to upstream are compared per stage for K 2 and 4, because norms differ by implementation."""
     own, chosen = RECOMPUTE[recompute]
     turns = tuple(Contestant(segments, 4) for segments in (UPSTREAM, 2, 4))
     stages = f"--num-layers-per-virtual-pipeline-stage {LAYERS // 2 // virtual}" if virtual > 1 else ""
@@ -79,7 +79,7 @@ def test_counted_bytes_are_the_formulas(
 
 
 def test_by_hand() -> None:
-    """Two stages, two segments, two micro-batches, full recomputation of one layer a stage: every term."""
+    """Every term is computed by hand for two stages, segments and micro-batches with full recomputation."""
     shape = ModelShape(2, 8, 2, 10, num_query_groups=2, ffn_hidden_size=16)
     assert layer_elements(shape) == 4 * 8 + 2 * 8 + 2 * 16
     stage = stage_bytes(shape, 1, Recompute("full"), in_segments=True)
