@@ -67,7 +67,7 @@ class Cluster:
         source: where the numbers come from.
 
     Raises:
-        ValueError: a number is not positive, or the GPUs do not fill nodes.
+        ValueError: a number is not positive.
     """
 
     name: str
@@ -111,10 +111,6 @@ class Cluster:
         for name in ("gpus", "gpus_per_node", "peak_tflops", "memory_bytes", "memory_bandwidth", "link_bandwidth"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"cluster {self.name}: {name} must be positive, not {getattr(self, name)}")
-        if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
-            raise ValueError(
-                f"cluster {self.name}: {self.gpus} GPUs do not fill nodes of {self.gpus_per_node}; give a multiple"
-            )
 
     @functools.cached_property
     def _hash(self) -> int:

@@ -17,6 +17,8 @@ from megatron.longseq.sharding.plan.rank_groups import legal_sizes
 from megatron.longseq.sharding.plan.strategy import RUNNING, Level, Strategy
 
 LARGEST_MICRO_BATCH = 8  # sequences
+# Upstream's data parallelism and its distributed optimizer, then PaRO's triplets.
+STRATEGIES = ("upstream", "upstream-zero1", *(str(one) for one in RUNNING if str(one) != "NNN"))
 CHUNK_TOKENS = 1024  # of --cross-entropy-chunk-tokens
 
 
@@ -128,7 +130,7 @@ class SearchSpace:
         group_sizes: of PaRO; None: every power of two, and the ranks of a node.
 
     Raises:
-        ValueError: a number is below 1.
+        ValueError: a number is below 1, or a strategy is unknown.
     """
 
     sizes: ModelSizes
@@ -148,13 +150,16 @@ class SearchSpace:
     zero_bubble: tuple[bool, ...] = (False, True)
     recomputations: tuple[Recomputation, ...] | None = None
     chunk_tokens: tuple[int | None, ...] = (None, CHUNK_TOKENS)
-    strategies: tuple[str, ...] = ("upstream", "upstream-zero1", *(str(one) for one in RUNNING if str(one) != "NNN"))
+    strategies: tuple[str, ...] = STRATEGIES
     group_sizes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("gpus", "gpus_per_node", "seq_length", "global_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} of a search is {getattr(self, name)}; it must be at least 1")
+        unknown = sorted(set(self.strategies) - set(STRATEGIES))
+        if unknown:
+            raise ValueError(f"unknown strategies {', '.join(unknown)}: give some of {', '.join(STRATEGIES)}")
 
     def layouts(self) -> Iterator[ParallelLayout]:
         """Yield every layout that divides the model, the GPUs and the batch."""
@@ -281,6 +286,21 @@ class SearchSpace:
         """Return whether the micro-batches are not a multiple of the group that virtual stages need."""
         group = smallest_group(Pipeline(layout.pipeline, 1, segments, layout.virtual), slack)
         return self.microbatches(layout) % group > 0
+
+    def excludes(self, layout: ParallelLayout, execution: Execution) -> bool:
+        """Return whether the restrictions of the space leave a valid plan out."""
+        chosen = (
+            (self.tensor, layout.tensor),
+            (self.pipeline, layout.pipeline),
+            (self.virtual, layout.virtual),
+            (self.context, layout.context),
+            (self.ulysses, layout.ulysses),
+            (self.micro_batch, layout.micro_batch),
+            (self.segments, execution.segments),
+            (self.slacks, execution.slack),
+            (self.zero_bubble, execution.zero_bubble),
+        )
+        return any(choices is not None and value not in choices for choices, value in chosen)
 
     def refusal(self, layout: ParallelLayout, execution: Execution, sharding: StateSharding) -> str | None:
         """Return why a plan is not valid; None if it is. The restrictions of the space do not count."""

@@ -10,10 +10,7 @@ from megatron.longseq.pipeline.plan.simulate import Costs, simulate
 from megatron.longseq.planner.plan.cluster import Cluster
 from megatron.longseq.planner.plan.communication import (
     boundary_seconds,
-    data_links,
-    group,
     layer_messages,
-    ring_seconds,
 )
 from megatron.longseq.planner.plan.compute import (
     Seconds,
@@ -21,23 +18,15 @@ from megatron.longseq.planner.plan.compute import (
     head_seconds,
     layer_seconds,
     moved_seconds,
-    optimizer_seconds,
 )
 from megatron.longseq.planner.plan.configuration import Configuration, reasons
+from megatron.longseq.planner.plan.data_parallel import data_seconds, step_optimizer_seconds, tied_seconds
 from megatron.longseq.planner.plan.memory import (
-    StageParams,
     schedule_of,
-    sharding_groups,
     stage_params,
     stages_bytes,
-    widths,
 )
 from megatron.longseq.planner.plan.model import Architecture
-from megatron.longseq.sharding.plan.collectives import CollectivesMode
-from megatron.longseq.sharding.plan.memory import Model
-from megatron.longseq.sharding.plan.strategy import Level, Strategy
-from megatron.longseq.sharding.plan.time_model import ComputeTime, StepSeconds, TrainingJob
-from megatron.longseq.sharding.plan.time_model import predict as predict_sharding
 
 HOST_BACKWARD = 1.6  # a host's time for the kernels of a layer's backward, over that of its forward
 
@@ -174,6 +163,18 @@ def _stages(model: Architecture, cluster: Cluster, run: Configuration) -> tuple[
     return tuple(found)
 
 
+def stage_costs(model: Architecture, cluster: Cluster, run: Configuration) -> Costs:
+    """Return the seconds of every model stage and segment for the pipeline's simulator; a rank's layers are equal."""
+    parts = run.virtual_stages * run.seq1f1b_splits
+    stages = _stages(model, cluster, run) * run.virtual_stages
+    tables = (
+        [one.forward for one in stages],
+        [one.backward - one.weight for one in stages],
+        [one.weight for one in stages],
+    )
+    return Costs(*(tuple((seconds / parts,) * run.seq1f1b_splits for seconds in table) for table in tables))
+
+
 class _FillCase(NamedTuple):
     """What the bubble of a schedule depends on; see `pipeline.plan.generators.make`.
 
@@ -234,70 +235,6 @@ def _bubble(
     return _simulated_fill(case) * others / (stages - 1)
 
 
-class _Data(NamedTuple):
-    """Seconds of data parallelism in a step."""
-
-    exposed: float
-    hidden: float
-
-
-def _data_seconds(
-    model: Architecture, cluster: Cluster, run: Configuration, params: StageParams, forward: float, backward: float
-) -> _Data:
-    """Return the exposed and hidden seconds of reducing gradients and gathering parameters, on one pipeline rank."""
-    ranks = run.data_parallel_size * run.context_parallel_size
-    exposed = hidden = 0.0
-    if ranks > 1 and params.dense:
-        one = _sharding(cluster, run, params.dense, ranks, run.tensor_model_parallel_size, forward, backward)
-        exposed, hidden = one
-    tensor = run.expert_tensor_parallel_size or run.tensor_model_parallel_size
-    experts = ranks * run.tensor_model_parallel_size // (run.expert_model_parallel_size * tensor)
-    if experts > 1 and params.expert:
-        stride = tensor * run.expert_model_parallel_size
-        one = _sharding(cluster, run, params.expert, experts, stride, forward, backward)
-        exposed, hidden = exposed + one.exposed, hidden + one.hidden
-    return _Data(exposed, hidden)
-
-
-@functools.lru_cache(maxsize=65536)
-def _collective_seconds(strategy: Strategy, job: TrainingJob) -> StepSeconds:
-    """Return the seconds of the collectives of sharded model states."""
-    return predict_sharding(strategy, job).seconds
-
-
-def _sharding(
-    cluster: Cluster, run: Configuration, params: int, ranks: int, stride: int, forward: float, backward: float
-) -> _Data:
-    strategy = run.strategy
-    groups = sharding_groups(run, max(1, cluster.gpus_per_node * run.tensor_model_parallel_size // stride), ranks)
-    mode = CollectivesMode(run.paro_collectives) if run.paro else CollectivesMode.FLAT
-    job = TrainingJob(
-        groups,
-        Model(params, params),
-        ComputeTime(run.microbatches),
-        data_links(cluster, stride),
-        widths(run),
-        mode,
-    )
-    spent = _collective_seconds(strategy, job)
-    repeated = run.seq1f1b_splits * spent.params + spent.grads  # parameters are gathered for every segment
-    overlapped = strategy.params > Level.NONE or strategy.grads > Level.NONE
-    room = run.microbatches * (forward + backward) if overlapped else 0.0
-    hidden = min(repeated, 0.9 * room)
-    grads = min(spent.finish_grads, backward) if run.overlap_grad_reduce else 0.0
-    gathers = min(spent.finish_params, forward) if run.overlap_param_gather else 0.0
-    hidden += 0.9 * (grads + gathers)
-    return _Data(repeated + spent.finish_grads + spent.finish_params - hidden, hidden)
-
-
-def _optimizer(cluster: Cluster, run: Configuration, params: StageParams) -> float:
-    """Return the seconds of the optimizer's step on a rank."""
-    groups = sharding_groups(run, cluster.gpus_per_node)
-    count = (params.dense + params.expert) / groups.shards(run.strategy.optimizer)
-    gradients = moved_seconds(cluster, 8.0 * (params.dense + params.expert))  # zeroing and scaling the buffer
-    return optimizer_seconds(cluster, count) + gradients
-
-
 def _model_flops(model: Architecture, run: Configuration) -> tuple[float, float]:
     """Return the FLOPs of a step with causal attention counted once, and the part of attention."""
     cost = flops(model.shape(run.seq_length))
@@ -323,12 +260,12 @@ def price(
     breakdown = pipeline_price(model, cluster, run)
     params = stage_params(model, run)
     data = [
-        _data_seconds(model, cluster, run, one, stage.forward, stage.backward)
+        data_seconds(cluster, run, one, stage.forward, stage.backward)
         for one, stage in zip(_ends(params), _ends(seconds), strict=True)
     ]
     exposed = max(data, key=lambda one: one.exposed)
-    breakdown["data"] = exposed.exposed + _tied_seconds(model, cluster, run)
-    breakdown["optimizer"] = max(_optimizer(cluster, run, one) for one in _ends(params))
+    breakdown["data"] = exposed.exposed + tied_seconds(model, cluster, run)
+    breakdown["optimizer"] = max(step_optimizer_seconds(cluster, run, one) for one in _ends(params))
     slowest = max(seconds, key=lambda one: one.both)
     hidden = {"tensor": run.microbatches * slowest.hidden, "data": exposed.hidden, "pipeline": 0.0}
     return sum(breakdown.values()), breakdown, hidden
@@ -374,15 +311,6 @@ def pipeline_price(
 def _ends[Item](items: tuple[Item, ...]) -> tuple[Item, ...]:
     """Return the first, a middle and the last of some stages: the others are like the middle one."""
     return items if len(items) <= 3 else (items[0], items[1], items[-1])
-
-
-def _tied_seconds(model: Architecture, cluster: Cluster, run: Configuration) -> float:
-    """Return the seconds of summing the gradients of a tied embedding between the first and the last stage."""
-    if run.pipeline_model_parallel_size == 1 or model.untie_embeddings_and_output_weights:
-        return 0.0
-    size = model.padded(run.tensor_model_parallel_size) / run.tensor_model_parallel_size * model.hidden_size
-    ranks = group(cluster, 2, run.gpus // run.pipeline_model_parallel_size)
-    return 2.0 * ring_seconds(cluster, ranks, size * widths(run).grad)
 
 
 def predict(model: Architecture, cluster: Cluster, run: Configuration) -> StepPrediction:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from megatron.longseq.command_line import run_command
 from megatron.longseq.planner.tools.calibrate import add_calibrate_command
+from megatron.longseq.planner.tools.grid_command import add_grid_command
 from megatron.longseq.planner.tools.predict_command import add_predict_command, separate_flags
+from megatron.longseq.planner.tools.search_command import add_search_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_predict_command(commands)
+    add_search_command(commands)
+    add_grid_command(commands)
     add_calibrate_command(commands)
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["predict"]:

@@ -1,0 +1,121 @@
+"""The command `grid`: the best plan of every model, sequence length and cluster, in a table and a picture."""
+
+import argparse
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron.longseq.command_line import markdown_table
+from megatron.longseq.figures import BLUE, GREEN, LEGEND, ORANGE, RED, TITLE, check_output, figure_file
+from megatron.longseq.planner.plan.bounds import PlanningProblem
+from megatron.longseq.planner.plan.cluster import cluster
+from megatron.longseq.planner.plan.launch import PlanChoice
+from megatron.longseq.planner.plan.model import architecture
+from megatron.longseq.planner.plan.search import branch_and_bound
+from megatron.longseq.planner.plan.step import StepPrediction
+from megatron.longseq.planner.plan.task import parse_count, planning_task
+from megatron.longseq.planner.tools.search_tables import execution_text, layout_text, sharding_text
+
+_COLOURS = (BLUE, ORANGE, GREEN, RED)
+
+
+class GridCell(NamedTuple):
+    """The best plan of one model, length and cluster; None: no plan fits."""
+
+    model: str
+    length: str
+    cluster: str
+    gpus: int
+    plan: PlanChoice | None
+    prediction: StepPrediction | None
+
+
+def add_grid_command(commands: Any) -> None:
+    """Add the command to the planner's subparsers."""
+    command = commands.add_parser("grid", help="the best plan of every model, sequence length and cluster")
+    command.add_argument("--models", nargs="+", default=["llama-7b", "llama-13b", "llama-30b", "llama-65b"])
+    command.add_argument("--clusters", nargs="+", default=["a100-64", "a800-64", "a100-1024", "a800-1024"])
+    command.add_argument("--seq-lengths", nargs="+", default=["32K", "64K", "128K", "256K"])
+    command.add_argument("--global-batch-tokens", default="4M", metavar="N", help="tokens of a step (default 4M)")
+    command.add_argument("--output", type=Path, metavar="FILE", help="picture of the MFU (.svg, .png)")
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> str:
+    """Search every cell, and return the table.
+
+    Raises:
+        ValueError: an argument is not understood.
+    """
+    if args.output is not None:
+        check_output(args.output)
+    tokens = parse_count(args.global_batch_tokens)
+    cells = [best_cell(*names, tokens) for names in product(args.models, args.seq_lengths, args.clusters)]
+    if args.output is not None:
+        draw_grid(cells, args.output)
+    return grid_table(cells)
+
+
+def best_cell(model: str, length: str, machine: str, tokens: int) -> GridCell:
+    """Return the best plan of a model, a sequence length and a cluster.
+
+    Raises:
+        ValueError: the step is not a whole number of sequences, or a name is unknown.
+    """
+    seq_length = parse_count(length)
+    if tokens % seq_length:
+        raise ValueError(f"--global-batch-tokens {tokens} is not a multiple of {seq_length} tokens")
+    gpus = cluster(machine)
+    task = planning_task(architecture(model, {}), gpus, seq_length, tokens // seq_length)
+    problem = PlanningProblem(task)
+    ranked = branch_and_bound(problem, gpus.memory_bytes).ranked
+    if not ranked:
+        return GridCell(model, length, machine, gpus.gpus, None, None)
+    return GridCell(model, length, machine, gpus.gpus, ranked[0][0], problem.prediction(ranked[0][0]))
+
+
+def grid_table(cells: list[GridCell]) -> str:
+    """Return the cells as a Markdown table."""
+    rows = []
+    for one in cells:
+        plan, prediction = one.plan, one.prediction
+        if plan is None or prediction is None:
+            rows.append((one.model, one.length, one.cluster, "no plan fits", "", "", "", "", ""))
+            continue
+        rows.append(
+            (
+                one.model,
+                one.length,
+                one.cluster,
+                layout_text(plan.layout, one.gpus),
+                execution_text(plan.execution),
+                sharding_text(plan.sharding),
+                f"{prediction.step_seconds:.4g}",
+                f"{prediction.mfu:.1%}, {prediction.mfu_full:.1%}",
+                f"{(prediction.peak_bytes + prediction.reserve_bytes) / 1e9:.0f}",
+            )
+        )
+    head = ("model", "tokens", "cluster", "layout", "run", "model states", "step s", "MFU causal, full", "GB")
+    return markdown_table(head, rows)
+
+
+def draw_grid(cells: list[GridCell], file: Path) -> None:
+    """Draw the causal MFU against the sequence length: a panel for each model, a line for each cluster."""
+    models, machines = (
+        list(dict.fromkeys(one.model for one in cells)),
+        list(dict.fromkeys(one.cluster for one in cells)),
+    )
+    with figure_file(file, 2.7 * len(models) + 0.6, 3.1) as figure:
+        panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
+        for axes, model in zip(panels, models, strict=True):
+            for colour, machine in zip(_COLOURS * len(machines), machines, strict=False):
+                line = [one for one in cells if (one.model, one.cluster) == (model, machine)]
+                values = [100 * one.prediction.mfu if one.prediction else float("nan") for one in line]
+                axes.plot([one.length for one in line], values, "o-", color=colour, label=machine, markersize=3.5)
+            axes.set_title(model, **TITLE)
+            axes.set_xlabel("tokens of a sequence")
+            for side in ("top", "right"):
+                axes.spines[side].set_visible(False)
+        panels[0].set_ylabel("MFU of the best plan, causal (%)")
+        panels[-1].legend(**LEGEND)
+        figure.tight_layout()

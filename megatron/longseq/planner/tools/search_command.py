@@ -1,0 +1,201 @@
+"""The command `search`: finds the fastest plans of a model on a cluster, and explains the first one."""
+
+import argparse
+import json
+import shlex
+import time
+from collections.abc import Mapping
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from megatron.longseq.figures import complete_file
+from megatron.longseq.planner.plan.bounds import PlanningProblem
+from megatron.longseq.planner.plan.cluster import cluster
+from megatron.longseq.planner.plan.explain import explain
+from megatron.longseq.planner.plan.model import architecture
+from megatron.longseq.planner.plan.search import branch_and_bound
+from megatron.longseq.planner.plan.task import PlanningTask, parse_count, planning_task
+from megatron.longseq.planner.tools.search_tables import SearchReport, launch_text, report_json, report_text
+
+# Flags that restrict the search to some values: the field of `SearchSpace`, and what the values are.
+_RESTRICTIONS = {
+    "tensor-model-parallel-size": ("tensor", "tensor-parallel sizes"),
+    "pipeline-model-parallel-size": ("pipeline", "pipeline-parallel sizes"),
+    "virtual-stages": ("virtual", "virtual stages of a pipeline rank"),
+    "context-parallel-size": ("context", "context-parallel sizes"),
+    "ulysses-degree": ("ulysses", "degrees of the all-to-all in context parallelism"),
+    "micro-batch-size": ("micro_batch", "sequences of a micro-batch"),
+    "seq1f1b-splits": ("segments", "segments of a sequence; 1: whole sequences"),
+    "seq1f1b-slack": ("slacks", "extra segments of warm-up"),
+    "paro-group-size": ("group_sizes", "ranks of a PaRO group"),
+}
+
+
+def add_search_command(commands: Any) -> None:
+    """Add the command to the planner's subparsers."""
+    command = commands.add_parser("search", help="the fastest plans of a model on a cluster, with the launch command")
+    command.add_argument("--model", required=True, help="a built-in name, a JSON file, or a Hugging Face config.json")
+    command.add_argument("--cluster", required=True, help="FAMILY-GPUS such as a800-64, or a file of `calibrate`")
+    command.add_argument("--gpus", type=int, help="number of GPUs, if the cluster does not name it")
+    command.add_argument("--seq-length", required=True, metavar="N", help="tokens of a sequence, such as 128K")
+    batch = command.add_mutually_exclusive_group(required=True)
+    batch.add_argument("--global-batch-tokens", metavar="N", help="tokens of a step, such as 4M")
+    batch.add_argument("--global-batch-size", metavar="N", help="sequences of a step")
+    command.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="replace numbers of the model or the cluster, such as num_layers=40 node_bandwidth=50e9",
+    )
+    command.add_argument("--top", type=int, default=5, metavar="N", help="plans to print (default 5)")
+    _add_restrictions(command.add_argument_group("restrictions", "search only some values; default: all that fit"))
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--command-only", action="store_true", help="print the launch command of the best plan alone")
+    command.add_argument("--output", type=Path, metavar="FOLDER", help="write plans.json, plans.md and pictures here")
+    command.add_argument(
+        "--training-flags",
+        metavar="FLAGS",
+        help="flags of the run that the planner does not choose, as one text (default: Adam, mock data, 100 steps)",
+    )
+    command.add_argument("--site", metavar="FILE", help="file of scripts/sites for the launch command")
+    command.set_defaults(run=run)
+
+
+def _add_restrictions(group: Any) -> None:
+    for flag, (field, what) in _RESTRICTIONS.items():
+        group.add_argument(f"--{flag}", dest=field, nargs="+", type=int, metavar="N", help=what)
+    group.add_argument("--strategies", nargs="+", metavar="PGO", help="triplets of --paro, upstream, upstream-zero1")
+    group.add_argument("--no-zero-bubble", action="store_true", help="do not search zero-bubble schedules")
+    group.add_argument("--float32", action="store_true", help="train in float32 instead of bf16")
+
+
+def run(args: argparse.Namespace) -> str:
+    """Search, and return the text that the command prints.
+
+    Raises:
+        ValueError: an argument is not understood, or no plan fits.
+    """
+    if args.top < 1:
+        raise ValueError(f"--top {args.top}: give at least 1")
+    report = search(task_of(args), args.top, tuple(shlex.split(args.training_flags or "")), args.site)
+    if args.output is not None:
+        _write(report, args.output)
+    if args.command_only:
+        return launch_text(report, report.ranked[0][0])
+    return json.dumps(report_json(report), indent=1) if args.json else report_text(report)
+
+
+def task_of(args: argparse.Namespace) -> PlanningTask:
+    """Return the task that the arguments describe.
+
+    Raises:
+        ValueError: a number or a name is not understood, or the batch is not a whole number of sequences.
+    """
+    numbers = _numbers(args.set)
+    machine = cluster(",".join([args.cluster, *(f"{name}={value}" for name, value in numbers[1].items())]), args.gpus)
+    model = architecture(args.model, numbers[0])
+    seq_length = parse_count(args.seq_length)
+    if args.global_batch_size is not None:
+        sequences = parse_count(args.global_batch_size)
+    else:
+        tokens = parse_count(args.global_batch_tokens)
+        sequences = tokens // seq_length
+        if tokens % seq_length:
+            raise ValueError(
+                f"--global-batch-tokens {args.global_batch_tokens}: not a multiple of --seq-length {args.seq_length}; "
+                f"the nearest are {sequences * seq_length} and {(sequences + 1) * seq_length}"
+            )
+    given: dict[str, Any] = {
+        field: tuple(getattr(args, field)) for field, _ in _RESTRICTIONS.values() if getattr(args, field)
+    }
+    if args.strategies:
+        given["strategies"] = tuple(args.strategies)
+    if args.no_zero_bubble:
+        given["zero_bubble"] = (False,)
+    if args.float32:
+        given["base"] = {}
+    return planning_task(model, machine, seq_length, sequences, **given)
+
+
+def _numbers(pairs: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the numbers of --set for the model and for the cluster.
+
+    Raises:
+        ValueError: there is no such number.
+    """
+    from megatron.longseq.planner.plan.cluster import NUMBERS
+    from megatron.longseq.planner.plan.model import FIELDS
+
+    model: dict[str, Any] = {}
+    machine: dict[str, str] = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if name in FIELDS and value:
+            model[name] = _value(value)
+        elif name in NUMBERS and value:
+            machine[name] = value
+        else:
+            raise ValueError(
+                f"--set {pair}: give NAME=VALUE with a number of the model ({', '.join(sorted(FIELDS))}) or of the "
+                f"cluster ({', '.join(NUMBERS)})"
+            )
+    return model, machine
+
+
+def _value(text: str) -> Any:
+    words: Mapping[str, bool] = {"true": True, "false": False}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def search(task: PlanningTask, count: int = 5, training: tuple[str, ...] = (), site: str | None = None) -> SearchReport:
+    """Search a task and explain its best plan.
+
+    Raises:
+        ValueError: no plan is valid, or none fits; the message says what the smallest one needs.
+    """
+    started = time.process_time()
+    problem = PlanningProblem(task)
+    found = branch_and_bound(problem, task.cluster.memory_bytes, count)
+    seconds = time.process_time() - started
+    if not found.ranked:
+        raise ValueError(_nothing(problem))
+    explanation = explain(problem, found.ranked[0][0])
+    total = time.process_time() - started
+    return SearchReport(problem, found.ranked, found.count, seconds, total, explanation, training, site)
+
+
+def _nothing(problem: PlanningProblem) -> str:
+    """Return why a search found nothing."""
+    task = problem.task
+    space = task.space
+    least = min((problem.node_bytes(node) for node in problem.roots()), default=inf)
+    if least == inf:
+        return (
+            f"no layout divides {space.gpus} GPUs, {space.sizes.num_layers} layers, {space.sizes.num_attention_heads} "
+            f"heads, {space.seq_length} tokens and {space.global_batch_size} sequences a step; give another batch, or "
+            "fewer restrictions"
+        )
+    return (
+        f"no plan fits: a GPU has {task.cluster.memory_bytes / 1e9:.1f} GB, and every layout needs at least "
+        f"{least / 1e9:.1f} GB; give more GPUs, shorter sequences, or fewer restrictions"
+    )
+
+
+def _write(report: SearchReport, folder: Path) -> None:
+    """Write plans.json, plans.md and the pictures into a folder, which is created."""
+    from megatron.longseq.planner.tools.search_figures import draw_all
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (("plans.json", json.dumps(report_json(report), indent=1)), ("plans.md", report_text(report))):
+        with complete_file(folder / name) as half:
+            half.write_text(text + "\n")
+    draw_all(report, folder)

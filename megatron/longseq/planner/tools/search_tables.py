@@ -1,0 +1,235 @@
+"""Tables and JSON of a search: the best plans, and what the first one consists of."""
+
+from typing import Any, NamedTuple
+
+from megatron.longseq.command_line import markdown_table
+from megatron.longseq.planner.plan.bounds import PlanningProblem
+from megatron.longseq.planner.plan.explain import Explanation, differences
+from megatron.longseq.planner.plan.launch import (
+    PlanChoice,
+    command_text,
+    default_training_words,
+    flag_words,
+    launch_words,
+    model_flags,
+    plan_flags,
+)
+from megatron.longseq.planner.plan.search import LeafPrice, SearchCount
+from megatron.longseq.planner.plan.space import Execution, ParallelLayout, StateSharding
+from megatron.longseq.planner.plan.task import PlanningTask
+from megatron.longseq.planner.tools.predict_command import full_result
+
+_GB = 1e9
+
+
+class SearchReport(NamedTuple):
+    """A finished search.
+
+    Attributes:
+        problem: what was searched.
+        ranked: the best plans with their prices, best first.
+        work: nodes and plans visited.
+        seconds: processor time of the search.
+        total_seconds: the same with the explanation.
+        explanation: of the first plan.
+        training: flags that the planner does not choose; empty: the default ones.
+        site: file for `scripts/launch.sh --site`.
+    """
+
+    problem: PlanningProblem
+    ranked: tuple[tuple[PlanChoice, LeafPrice], ...]
+    work: SearchCount
+    seconds: float
+    total_seconds: float
+    explanation: Explanation
+    training: tuple[str, ...] = ()
+    site: str | None = None
+
+
+def layout_text(layout: ParallelLayout, gpus: int) -> str:
+    """Return a layout as a short text, such as `TP 8, PP 4 x 2, CP 2 x 4 (Ulysses x ring), DP 2, micro-batch 1`."""
+    parts = [f"TP {layout.tensor}"] if layout.tensor > 1 else []
+    if layout.pipeline > 1:
+        parts.append(f"PP {layout.pipeline}" + (f" x {layout.virtual} virtual" if layout.virtual > 1 else ""))
+    if layout.context > 1:
+        parts.append(f"CP {layout.ulysses} x {layout.ring}")
+    parts.append(f"DP {gpus // (layout.tensor * layout.pipeline * layout.context)}")
+    return ", ".join([*parts, f"micro-batch {layout.micro_batch}"])
+
+
+def execution_text(execution: Execution) -> str:
+    """Return how a layout runs as a short text."""
+    parts = []
+    if execution.segments > 1:
+        parts.append(f"{execution.segments} segments" + (" (even)" if execution.partition == "even" else ""))
+    if execution.slack:
+        parts.append(f"slack {execution.slack}")
+    if execution.zero_bubble:
+        parts.append("zero bubble")
+    recomputation = execution.recomputation
+    if recomputation.granularity == "selective":
+        parts.append(f"recompute {' + '.join(recomputation.modules)}")
+    elif recomputation.granularity == "full":
+        layers = "every layer" if recomputation.method == "uniform" else f"{recomputation.num_layers} layers a stage"
+        parts.append(f"recompute {layers}")
+    if execution.chunk_tokens:
+        parts.append(f"loss in chunks of {execution.chunk_tokens}")
+    return ", ".join(parts) or "-"
+
+
+def sharding_text(sharding: StateSharding) -> str:
+    """Return a sharding as a short text."""
+    if sharding.strategy is None:
+        return "distributed optimizer" if sharding.distributed_optimizer else "none"
+    return f"PaRO {sharding.strategy}" + (f", groups of {sharding.group_size}" if sharding.group_size else "")
+
+
+def training_words(task: PlanningTask, choice: PlanChoice, training: tuple[str, ...] = ()) -> list[str]:
+    """Return all flags of the training run of a plan."""
+    flags = {**model_flags(task.model, task.space.seq_length), **plan_flags(task.space, choice), **task.base}
+    return [*flag_words(flags), *(training or default_training_words(task.model))]
+
+
+def launch_text(report: SearchReport, choice: PlanChoice) -> str:
+    """Return the command that launches a plan."""
+    task = report.problem.task
+    words = training_words(task, choice, report.training)
+    nodes = -(-task.space.gpus // task.space.gpus_per_node)
+    return command_text(launch_words(nodes, task.space.gpus_per_node, words, report.site))
+
+
+def plans_table(report: SearchReport) -> str:
+    """Return the best plans as a Markdown table."""
+    head = (
+        "",
+        "layout",
+        "run",
+        "model states",
+        "step s",
+        "tokens/s/GPU",
+        "MFU causal, full",
+        "GB",
+        "bubble",
+        "exposed",
+    )
+    rows = []
+    for number, (choice, _) in enumerate(report.ranked, start=1):
+        one = report.problem.prediction(choice)
+        rows.append(
+            (
+                str(number),
+                layout_text(choice.layout, report.problem.task.space.gpus),
+                execution_text(choice.execution),
+                sharding_text(choice.sharding),
+                f"{one.step_seconds:.4g}",
+                f"{one.tokens_per_second_per_gpu:.0f}",
+                f"{one.mfu:.1%}, {one.mfu_full:.1%}",
+                f"{(one.peak_bytes + one.reserve_bytes) / _GB:.1f}",
+                f"{one.bubble_seconds / one.step_seconds:.1%}",
+                f"{sum(one.exposed.values()) / one.step_seconds:.1%}",
+            )
+        )
+    return markdown_table(head, rows)
+
+
+def breakdown_table(report: SearchReport) -> str:
+    """Return the seconds of the first plan by kind, with the communication that compute hides."""
+    one = report.problem.prediction(report.ranked[0][0])
+    rows = [
+        (kind, f"{seconds:.4g}", f"{seconds / one.step_seconds:.1%}", f"{one.hidden.get(kind, 0.0):.4g}")
+        for kind, seconds in one.breakdown.items()
+        if seconds or one.hidden.get(kind)
+    ]
+    return markdown_table(("part of the step", "seconds", "share", "hidden behind compute, s"), rows)
+
+
+def memory_table(report: SearchReport) -> str:
+    """Return the memory of every stage of the first plan at its peak, by kind."""
+    one = report.problem.prediction(report.ranked[0][0])
+    kinds = [kind for kind in one.stages[0] if any(stage[kind] for stage in one.stages)]
+    rows = []
+    for number, stage in enumerate(one.stages):
+        total = sum(stage.values())
+        reserve = report.problem.task.cluster.reserve_bytes(total)
+        cells = [f"{stage[kind] / _GB:.2f}" for kind in kinds]
+        rows.append((str(number), *cells, f"{reserve / _GB:.2f}", f"{(total + reserve) / _GB:.2f}"))
+    return markdown_table(("stage", *kinds, "reserve", "GB"), rows)
+
+
+def explanation_text(report: SearchReport) -> str:
+    """Return the binding constraint, the sensitivities and the rejected neighbours of the first plan."""
+    explanation, best = report.explanation, report.ranked[0][0]
+    gains = [
+        (
+            one.resource,
+            f"{one.seconds:.4g}",
+            f"{one.gain:.2%}",
+            "; ".join(differences(best, one.plan)) if one.plan is not None else "the same plan",
+        )
+        for one in explanation.reliefs
+    ]
+    rejected = [
+        (
+            one.change,
+            "" if one.seconds is None else f"{one.seconds:.4g}",
+            "" if one.memory is None else f"{one.memory / _GB:.1f}",
+            one.reason,
+        )
+        for one in explanation.neighbours
+    ]
+    return "\n\n".join(
+        [
+            f"Binding constraint: {explanation.binding}.",
+            markdown_table(("10% more", "step s", "saves", "with"), gains),
+            markdown_table(("rejected neighbour", "step s", "GB", "why"), rejected),
+        ]
+    )
+
+
+def report_text(report: SearchReport) -> str:
+    """Return everything that the command `search` prints."""
+    task, work = report.problem.task, report.work
+    space = task.space
+    title = (
+        f"{task.model.name or 'model'} ({task.model.parameters / 1e9:.2f} billion parameters) on {task.cluster.name}, "
+        f"{space.global_batch_size} sequences of {space.seq_length} tokens a step"
+    )
+    effort = (
+        f"{work.nodes} nodes and {work.leaves} plans visited, {work.priced} plans priced in {report.seconds:.1f} s "
+        "of processor time"
+    )
+    best = report.ranked[0][0]
+    parts = [title, plans_table(report), effort, "The first plan:", breakdown_table(report), memory_table(report)]
+    return "\n\n".join([*parts, explanation_text(report), "Launch it with:", f"```\n{launch_text(report, best)}\n```"])
+
+
+def report_json(report: SearchReport) -> dict[str, Any]:
+    """Return everything about a search as JSON values."""
+    task = report.problem.task
+    plans = []
+    for choice, _ in report.ranked:
+        flags = {name: value for name, value in plan_flags(task.space, choice).items() if value not in (None, False)}
+        prediction = full_result(report.problem.prediction(choice), task.cluster)
+        plans.append({"flags": flags, **prediction, "command": launch_text(report, choice)})
+    explanation = report.explanation
+    return {
+        "model": task.model.name,
+        "cluster": task.cluster.name,
+        "seq_length": task.space.seq_length,
+        "global_batch_size": task.space.global_batch_size,
+        "plans": plans,
+        "binding": explanation.binding,
+        "reliefs": [
+            {"resource": one.resource, "seconds": one.seconds, "gain": one.gain} for one in explanation.reliefs
+        ],
+        "neighbours": [
+            {"change": one.change, "seconds": one.seconds, "bytes": one.memory, "reason": one.reason}
+            for one in explanation.neighbours
+        ],
+        "search": {
+            "seconds": report.seconds,
+            "nodes": report.work.nodes,
+            "leaves": report.work.leaves,
+            "priced": report.work.priced,
+        },
+    }

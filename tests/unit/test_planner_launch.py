@@ -1,0 +1,154 @@
+"""The command `search`: what it prints, and that training's own validation accepts every plan."""
+
+import json
+import os
+import random
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.longseq.planner.plan.bounds import PlanningProblem
+from megatron.longseq.planner.plan.cluster import cluster
+from megatron.longseq.planner.plan.launch import PlanChoice
+from megatron.longseq.planner.plan.model import architecture
+from megatron.longseq.planner.plan.task import PlanningTask, planning_task
+from megatron.longseq.planner.tools.cli import main
+from megatron.longseq.planner.tools.search_tables import training_words
+from tests.pool import RankPool
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["search", "--model", "llama3-8b", "--cluster", "a100-16", "--seq-length", "32K", "--global-batch-size", "16"]
+ONE_LAYOUT = ["--tensor-model-parallel-size", "8", "--pipeline-model-parallel-size", "2", "--virtual-stages", "1"]
+
+
+def validate(words: list[str], world: int, node: int) -> dict[str, Any]:
+    """Parse and validate a command line as rank 0 of a job would, and return the resolved arguments. Runs on a rank."""
+    import torch
+
+    os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(node), "RANK": "0", "LOCAL_RANK": "0"}
+    import patches
+
+    patches.start()
+    from megatron.training import arguments
+
+    sys.argv = ["pretrain_gpt.py", *words]
+    args = arguments.parse_args()
+    arguments.validate_args(args)
+    assert not torch.distributed.is_initialized()
+    names = ("data_parallel_size", "virtual_pipeline_model_parallel_size", "paro", "seq1f1b_splits", "zero_bubble")
+    return {name: getattr(args, name) for name in names}
+
+
+def check(ranks: RankPool, task: PlanningTask, choice: PlanChoice) -> None:
+    """Validate a plan, and compare what upstream derives from its flags with what the planner assumes."""
+    words = training_words(task, choice)
+    layout, execution, sharding = choice
+    (found,) = ranks.run(1, validate, words, task.space.gpus, task.space.gpus_per_node)
+    assert found == {
+        "data_parallel_size": task.space.gpus // (layout.tensor * layout.pipeline * layout.context),
+        "virtual_pipeline_model_parallel_size": layout.virtual if layout.virtual > 1 else None,
+        "paro": sharding.strategy,
+        "seq1f1b_splits": execution.segments,
+        "zero_bubble": execution.zero_bubble,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "machine", "seq_length", "batch"),
+    [
+        ("llama-7b", "a800-64", 131072, 32),
+        ("llama3-70b", "h100-256", 32768, 128),
+        ("gpt3-175b", "a100-1024", 2048, 1024),
+    ],
+)
+def test_training_accepts_plans_from_all_over_the_space(
+    ranks: RankPool, name: str, machine: str, seq_length: int, batch: int
+) -> None:
+    task = planning_task(architecture(name, {}), cluster(machine), seq_length, batch)
+    problem, rng = PlanningProblem(task), random.Random(name)
+    layouts = list(problem.roots())
+    chosen = []
+    # One plan for each mechanism, so that none is missing from the random ones.
+    mechanisms = [
+        lambda plan: plan.execution.zero_bubble,
+        lambda plan: plan.execution.segments > 1 and plan.layout.virtual > 1,
+        lambda plan: plan.execution.slack > 0,
+        lambda plan: plan.sharding.group_size is not None,
+        lambda plan: plan.layout.pipeline == 1,
+    ]
+    for wanted in mechanisms:
+        for _ in range(500):
+            layout = rng.choice(layouts).layout
+            execution = rng.choice(list(task.space.executions(layout)))
+            choice = PlanChoice(layout, execution, rng.choice(list(task.space.shardings(layout, execution))))
+            if wanted(choice):
+                chosen.append(choice)
+                break
+    assert len(chosen) == len(mechanisms)
+    for choice in chosen:
+        check(ranks, task, choice)
+
+
+def test_every_printed_plan_can_be_launched(ranks: RankPool, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--tensor-model-parallel-size", "4", "8", "--top", "3", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["plans"]) == 3 and all(plan["fits"] and not plan["reasons"] for plan in found["plans"])
+    for plan in found["plans"]:
+        words = shlex.split(plan["command"].replace("\\\n", " "))
+        launcher, flags = words[: words.index("--") + 2], words[words.index("--") + 2 :]
+        assert launcher[-1] == "examples/pretrain_gpt.py"
+        ranks.run(1, validate, flags, 16, 8)
+        printed = subprocess.run(
+            [*launcher[: launcher.index("--")], "--dry-run", *launcher[launcher.index("--") :], *flags],
+            cwd=ROOT,
+            env=os.environ | {"MASTER_ADDR": "node-0"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert "--nproc-per-node" in printed.replace("_", "-") and flags[-1] in printed
+
+
+def test_the_table_explains_the_first_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main([*SMALL, *ONE_LAYOUT, "--output", str(tmp_path / "plans")]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "Binding constraint: ",
+        "| rejected neighbour |",
+        "out of memory by",
+        "not valid: ",
+        "scripts/launch.sh",
+    ):
+        assert part in text
+    written = {file.name for file in (tmp_path / "plans").iterdir()}
+    assert written == {"plans.json", "plans.md", "memory.svg", "seconds.svg", "front.svg", "timeline.svg"}
+    report = json.loads((tmp_path / "plans" / "plans.json").read_text())
+    best = report["plans"][0]
+    assert best["step_seconds"] == pytest.approx(sum(best["breakdown"].values()))
+    assert {one["resource"] for one in report["reliefs"]} >= {"compute", "memory", "bandwidth between nodes"}
+    assert all(one["gain"] >= 0 for one in report["reliefs"])
+    ranked = [plan["step_seconds"] for plan in report["plans"]]
+    assert ranked == sorted(ranked) or max(ranked) / min(ranked) < 1.001
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--set", "memory_bytes=5e9"], "no plan fits: a GPU has 5.0 GB, and every layout needs at least"),
+        (["--set", "wheels=4"], "--set wheels=4: give NAME=VALUE"),
+        (["--seq-length", "32X"], "'32X': give a whole number"),
+        (["--cluster", "abacus-16"], "no cluster 'abacus-16'"),
+        (["--tensor-model-parallel-size", "3"], "no layout divides 16 GPUs"),
+        (["--model", "deepseek-v3"], "the planner searches dense models"),
+        (["--top", "0"], "--top 0: give at least 1"),
+        (["--strategies", "GNN"], "unknown strategies GNN: give some of upstream, upstream-zero1, NNI"),
+    ],
+    ids=str,
+)
+def test_errors_say_what_to_do(changes: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, *ONE_LAYOUT, *changes]) == 1
+    assert message in capsys.readouterr().err
