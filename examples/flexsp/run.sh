@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on whole documents on one rank, and on four ranks with static and with flexible groups, and compares the losses.
 #
-#   bash examples/flexsp/run.sh [--run-dir DIR] [--steps N]     # about two minutes, after .venv exists
+#   bash examples/flexsp/run.sh [--run-dir DIR] [--steps N]     # some minutes, after .venv exists
 #
 # Uses four GPUs, or CPU ranks if there are fewer. Writes one/, static/ and flexible/ into DIR.
 set -euo pipefail

@@ -5,7 +5,8 @@
 For each number of ranks a short profile fits the cost model (`--flexsp-refit`). Then the planner's plans and those of
 each static degree train on the same documents from the same weights, in one run each, one thread a rank, float32. The
 time is that of the passes of a step on the slowest rank; a row shows the mean over the steps after the first two, and
-the mean prediction of the fitted model. A static degree that cannot hold the longest document is left out.
+the mean prediction of the fitted model. All ranks together just hold the longest document, so that smaller static
+degrees cannot and are left out.
 
 The last line is one JSON object: `measured_over_best_static` (of the most ranks, the seconds of the best static degree
 over the flexible ones) and `predicted_over_best_static` (the same by the model), and all rows.
@@ -32,7 +33,7 @@ MODEL = """
 --make-vocab-size-divisible-by 64 --eval-iters 0 --eval-interval 1000 --num-workers 0 --seed 1
 --transformer-impl local --flexsp --log-interval 1
 """
-LONGEST, TOKENS_PER_RANK, DOCUMENTS = 4096, 2048, 48
+LONGEST, DOCUMENTS = 4096, 48
 WARM = 2  # steps that are not measured
 LINE = re.compile(r"flexsp step \d+: .*passes ([\d.]+) s, predicted ([\d.]+) s")
 
@@ -68,13 +69,13 @@ def measure(pool: RankPool, folder: Path, ranks: int, steps: int) -> list[Measur
     data = write_documents(folder / f"corpus{ranks}" / "text", document_lengths(), 1)
     base = [*data, "--seq-length", str(LONGEST), "--max-position-embeddings", str(LONGEST)]
     base += ["--split", "1,0,0", "--global-batch-size", str(DOCUMENTS)]
-    limit, cost = ["--flexsp-max-tokens-per-rank", str(TOKENS_PER_RANK)], folder / f"cost{ranks}.json"
+    limit, cost = ["--flexsp-max-tokens-per-rank", str(LONGEST // ranks)], folder / f"cost{ranks}.json"
     train(pool, ranks, [*base, *limit, "--train-iters", "8", "--flexsp-refit", "--flexsp-save-cost", str(cost)])
     known = [*base, "--flexsp-cost", str(cost), "--train-iters", str(steps + WARM)]
     rows = [_row(ranks, "flexible", train(pool, ranks, [*known, *limit]))]
     degree = 1
     while degree <= ranks:
-        if degree * TOKENS_PER_RANK >= LONGEST:
+        if degree * (LONGEST // ranks) >= LONGEST:
             found = train(pool, ranks, [*known, *limit, "--flexsp-degrees", str(degree)])
             rows.append(_row(ranks, f"static {degree}", found))
         degree *= 2
