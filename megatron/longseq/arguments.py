@@ -76,6 +76,11 @@ def _add_log_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TFLOPS",
         help="peak of a GPU in TFLOP/s, for the MFU of --log-throughput (default: by the device's name, dense bf16)",
     )
+    group.add_argument(
+        "--log-memory-fragmentation",
+        action="store_true",
+        help="log once per log interval how much GPU memory is reserved but not allocated, the most of all ranks",
+    )
 
 
 def _check_log_arguments(args: argparse.Namespace) -> None:

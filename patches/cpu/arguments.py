@@ -38,6 +38,10 @@ GPU_ONLY: Refusals = {
         lambda a: a.use_precision_aware_optimizer,
         "it uses TransformerEngine's fused Adam kernel",
     ),
+    "--log-memory-fragmentation": (
+        lambda a: getattr(a, "log_memory_fragmentation", False),
+        "it reads CUDA's caching allocator; a CPU has none",
+    ),
     "--te-rng-tracker": (lambda a: a.te_rng_tracker, "it uses TransformerEngine's tracker"),
     "--moe-grouped-gemm": (lambda a: a.moe_grouped_gemm, "the grouped matrix product is a CUDA kernel"),
     "--cross-entropy-fusion-impl te": (

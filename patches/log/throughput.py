@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron.longseq.throughput import Throughput, peak_tflops
 from patches.engine import session
+from patches.log import fragmentation
 
 ID = "log.throughput"
 
@@ -14,6 +15,11 @@ ID = "log.throughput"
 def asked_for(args: Namespace) -> bool:
     """Return whether upstream's `--log-throughput` is given."""
     return bool(getattr(args, "log_throughput", False))
+
+
+def logs_lines(args: Namespace) -> bool:
+    """Return whether this project adds lines to the log, of throughput or of fragmentation."""
+    return asked_for(args) or fragmentation.asked_for(args)
 
 
 @dataclass
@@ -42,7 +48,7 @@ class Interval:
 
 
 def with_throughput_line(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `training_log`: log our line after upstream's, at the same steps, and write its values to TensorBoard."""
+    """Wrap `training_log`: log our lines after upstream's, at the same steps, and write their values to TensorBoard."""
 
     def training_log(
         loss_dict: Any, total_loss_dict: Any, learning_rate: Any, iteration: int, *rest: Any, **named: Any
@@ -56,7 +62,10 @@ def with_throughput_line(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(loss_dict, total_loss_dict, learning_rate, iteration, *rest, **named)
         seconds = _seconds_per_step(total_loss_dict)  # read before upstream's call, which resets both counters
         result = original(loss_dict, total_loss_dict, learning_rate, iteration, *rest, **named)
-        _report(args, iteration, seconds, interval)
+        if asked_for(args):
+            _report(args, iteration, seconds, interval)
+        if fragmentation.asked_for(args):
+            fragmentation.log_fragmentation(iteration)
         interval.reset()
         return result
 

@@ -52,6 +52,7 @@ ASKED = {
     "--cpu-offloading-num-layers": {"cpu_offloading_num_layers": 2},
     "--fine-grained-activation-offloading": {"fine_grained_activation_offloading": True},
     "--use-precision-aware-optimizer": {"use_precision_aware_optimizer": True},
+    "--log-memory-fragmentation": {"log_memory_fragmentation": True},
     "--te-rng-tracker": {"te_rng_tracker": True},
     "--moe-grouped-gemm": {"moe_grouped_gemm": True},
     "--cross-entropy-fusion-impl te": {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"},

@@ -14,7 +14,7 @@ from megatron.longseq.pipeline.plan.schedule import Pipeline
 from megatron.longseq.pipeline.plan.simulate import simulate, uniform_costs
 from megatron.longseq.planner.plan.cluster import cluster, families
 from megatron.longseq.planner.plan.configuration import reasons
-from megatron.longseq.planner.plan.flags import read, upstream_flags
+from megatron.longseq.planner.plan.flags import check_names, read, upstream_flags
 from megatron.longseq.planner.plan.memory import in_flight, stage_params
 from megatron.longseq.planner.plan.model import FIELDS as MODEL_FIELDS
 from megatron.longseq.planner.plan.model import architecture, names
@@ -179,6 +179,18 @@ def test_flags_are_upstreams(upstream_parser: Any) -> None:
         assert f"--{spelling.replace('_', '-')}" in {o.replace("_", "-") for o in actions[name].option_strings}, (
             spelling
         )
+
+
+def test_every_flag_of_this_project_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    import argparse
+
+    from megatron.longseq.arguments import add_longseq_arguments
+
+    parser = add_longseq_arguments(argparse.ArgumentParser())
+    check_names([action.dest for action in parser._actions if action.dest != "help"])
+    flags = "--model llama-7b --cluster a100-8 --seq-length 4096 --flexsp"
+    assert main(["predict", *flags.split()]) == 1
+    assert "flexsp True: the planner does not model it" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.longseq.sharding.plan.collectives import Collectives
 from megatron.longseq.sharding.plan.rank_groups import RankGroups
@@ -108,6 +109,46 @@ def test_the_last_micro_batch_waits_for_none_of_its_buckets(triplet: str, wire: 
     for job in lanes.jobs:
         job.wait()
     assert all(store.owned.eq(1.0).all() for store in buckets)
+
+
+class Allocations(TorchDispatchMode):
+    """Counts tensors with storages of their own that are created in 16 bits, as copies for the wire are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        inputs = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+        if isinstance(out, torch.Tensor) and out.dtype is torch.bfloat16:
+            self.count += out.untyped_storage().data_ptr() not in inputs
+        return out
+
+
+@pytest.mark.parametrize("triplet", ["NNG", "NIG", "IIG"])
+def test_after_the_first_step_no_copy_for_the_wire_is_allocated(triplet: str) -> None:
+    sharding, _ = opened(triplet, torch.bfloat16)
+    buckets = [GradStore(sharding, 128, torch.float32, "cpu") for _ in range(6)]
+    counts = []
+    for _ in range(3):
+        with Allocations() as seen:
+            for microbatch in range(2):
+                for store in buckets:
+                    store.prepare()
+                    store.full.flat += 1.0
+                    if store.level:
+                        store.reduce("a bucket")
+                    if microbatch:
+                        store.finish("a bucket")
+            for store in buckets:
+                store.wait_for_finish()
+                store.wait_for_reduce()
+                assert store.owned.eq(2.0).all()
+                store.zero()
+        counts.append(seen.count)
+    in_flight = 2 if triplet == "NNG" else 2 + 4  # full buckets, and halves
+    assert counts == [in_flight, 0, 0] and sharding.buffers.allocations == in_flight
 
 
 @pytest.mark.parametrize("wire", [None, torch.bfloat16])

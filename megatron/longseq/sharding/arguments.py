@@ -215,7 +215,7 @@ def add_sharding_arguments(parser: ArgumentParser) -> None:
         "--paro-selective-overlap",
         action="store_true",
         help="sharded parameters: gather units ahead, start gathers where they delay no communication of attention, "
-        "keep units that are used again next, and reuse buffers",
+        "and keep units that are used again next",
     )
     group.add_argument(
         "--paro-prefetch-units",

@@ -4,6 +4,7 @@ import heapq
 from collections.abc import Sequence
 
 from megatron.longseq.flexsp.plan.assign import WorkGroup, assign, makespan
+from megatron.longseq.flexsp.plan.degree_sets import lower_estimate
 from megatron.longseq.flexsp.plan.placement import DegreeCounts
 from megatron.longseq.flexsp.plan.problem import StepProblem, count_degrees
 from megatron.longseq.flexsp.plan.split import least_microbatches, splits
@@ -11,7 +12,8 @@ from megatron.longseq.flexsp.plan.split import least_microbatches, splits
 Groups = list[WorkGroup]
 
 _FILLING = (0.9, 1.0)  # of a group's memory that static packing uses; the paper's baselines leave a tenth
-_COUNTS = 5  # numbers of micro-batches of sorted plans, from the least that works
+_SPLITS = 3  # of each number of micro-batches, those with the smallest estimates
+_COUNTS = 4  # numbers of micro-batches of sorted plans, from the least that works
 
 
 def homogeneous(problem: StepProblem, degree: int) -> DegreeCounts:
@@ -79,7 +81,8 @@ def sorted_homogeneous(problem: StepProblem) -> list[Groups] | None:
     best: list[Groups] | None = None
     left, count = _COUNTS, least_microbatches(problem)
     while count <= len(problem.lengths) and left:
-        plans = [plan for parts in splits(problem, count) if (plan := _by_part(problem, parts)) is not None]
+        ordered = sorted(splits(problem, count), key=lambda parts: sum(lower_estimate(problem, part) for part in parts))
+        plans = [plan for parts in ordered[:_SPLITS] if (plan := _by_part(problem, parts)) is not None]
         best = min([*plans, *([best] if best else [])], key=total, default=None)
         left -= best is not None
         count += 1 if best is not None else max(1, count // 8)
@@ -91,8 +94,10 @@ def sorted_homogeneous(problem: StepProblem) -> list[Groups] | None:
 def _by_part(problem: StepProblem, parts: Sequence[Sequence[int]]) -> list[Groups] | None:
     plan = []
     for part in parts:
-        found = [assign(problem, part, homogeneous(problem, degree)) for degree in problem.degrees]
-        best = min((groups for groups in found if groups is not None), key=makespan, default=None)
+        best: Groups | None = None
+        for degree in problem.degrees:
+            limit = float("inf") if best is None else makespan(best)
+            best = assign(problem, part, homogeneous(problem, degree), limit) or best
         if best is None:
             return None
         plan.append(best)

@@ -14,18 +14,8 @@ _TARGETS = (1.0, 1.02, 1.05, 1.1, 1.2, 1.4, 1.8, 2.5)  # of the lower estimate
 
 def lower_estimate(problem: StepProblem, indices: Sequence[int]) -> float:
     """Return seconds that no micro-batch with these sequences is below: the longest one, and an even share of work."""
-    startup = min(one.startup for each in problem.by_degree.values() for one in each.kinds)
-    longest, work = 0.0, 0.0
-    for index in indices:
-        alone, least = math.inf, math.inf
-        for degree, each in problem.by_degree.items():
-            tokens = each.tokens[index]
-            if tokens > each.capacity:
-                continue
-            alone = min(alone, problem.time[degree](tokens, tokens * tokens))
-            least = min(least, degree * min(one.token * tokens + one.square * tokens**2 for one in each.kinds))
-        longest, work = max(longest, alone), work + least
-    return max(longest, startup + work / problem.ranks)
+    longest = max(problem.least[index][0] for index in indices)
+    return max(longest, problem.startup + sum(problem.least[index][1] for index in indices) / problem.ranks)
 
 
 def candidates(problem: StepProblem, indices: Sequence[int], estimate: float) -> list[DegreeCounts]:

@@ -11,18 +11,20 @@ from megatron.longseq.flexsp.plan.baselines import sorted_homogeneous, static, t
 from megatron.longseq.flexsp.plan.bound import step_bound
 from megatron.longseq.flexsp.plan.cost import FAMILIES, GroupCostModel, KindFamily
 from megatron.longseq.flexsp.plan.degree_sets import lower_estimate
+from megatron.longseq.flexsp.plan.exact import EXACT_GAP, solve_exactly
 from megatron.longseq.flexsp.plan.fill_holes import Groups, fill_holes
 from megatron.longseq.flexsp.plan.microbatch import QUICK, THOROUGH, Effort, plan_microbatch
 from megatron.longseq.flexsp.plan.plan import Microbatch, StepPlan
 from megatron.longseq.flexsp.plan.problem import PlanError, StepProblem
 from megatron.longseq.flexsp.plan.split import Parts, least_microbatches, splits
 
-PlannerName = Literal["heuristic", "static", "sorted"]
+PlannerName = Literal["heuristic", "exact", "static", "sorted"]
 PLANNERS: tuple[PlannerName, ...] = get_args(PlannerName)
 
 _COUNTS = 4  # numbers of micro-batches that are tried above the least
 _QUICK_PLANS = 5  # splits that are planned quickly
 _BEST_PLANS = 2  # of these, those that are planned thoroughly
+_MANY = 2048  # sequences of a step from which one plan fewer is searched, so that the time stays within seconds
 
 
 def automatic_degrees(ranks: int) -> tuple[int, ...]:
@@ -51,7 +53,7 @@ def plan_step(
         degrees: degrees that a group may have; those above the number of ranks, or without a legal kind, are left out.
             None: `automatic_degrees`.
         kinds: "ulysses", "ring", "hybrid": how groups may compute attention.
-        planner: "heuristic"; "static", one degree for the step; "sorted", one degree for
+        planner: "heuristic"; "exact", for few sequences; "static", one degree for the step; "sorted", one degree for
             every micro-batch of sequences of similar length.
         least: smallest number of micro-batches, for instance the number of pipeline stages.
         multiple: the number of micro-batches is a multiple of it (virtual stages). Micro-batches without sequences are
@@ -74,11 +76,15 @@ def plan_step(
     elif planner == "sorted":
         found = _required(sorted_homogeneous(problem), problem)
     else:
-        found = _heuristic(problem, max(least, 1), multiple)
+        found = search(problem, least, multiple)
+        if planner == "exact":
+            found = solve_exactly(problem, found)
     microbatches = [problem.microbatch((group.degree, group.held) for group in groups) for groups in found]
     microbatches += _padding(problem, len(microbatches), least if lengths else 0, multiple)
     seconds = sum(one.seconds for one in microbatches)
-    bound = min(step_bound(problem), seconds)  # equal ones may differ by rounding
+    bound = min(step_bound(problem, least), seconds)  # equal ones may differ by rounding
+    if planner == "exact" and least == multiple == 1:
+        bound = max(bound, seconds * (1 - 2 * EXACT_GAP))
     return StepPlan(tuple(microbatches), seconds, bound, time.process_time() - begin)
 
 
@@ -102,20 +108,27 @@ def _seconds(problem: StepProblem, found: Sequence[Groups], least: int, multiple
     return total(found) + len(_padding(problem, len(found), least, multiple)) * problem.cost.fixed
 
 
-def _heuristic(problem: StepProblem, least: int, multiple: int) -> list[Groups]:
-    """Return the best plan of a few splits, or one with a single degree, after hole filling."""
+def search(problem: StepProblem, least: int = 1, multiple: int = 1, *, fills: bool = True) -> list[Groups]:
+    """Return the best plan of a few splits, or one with a single degree, after hole filling.
+
+    Args:
+        problem: the step.
+        least, multiple: see `plan_step`.
+        fills: whether holes are filled.
+    """
 
     def seconds(found: Sequence[Groups]) -> float:
         return _seconds(problem, found, least, multiple)
 
     quick = [(parts, plan) for parts in _splits(problem, least, multiple) if (plan := _plan(problem, parts, QUICK))]
     quick.sort(key=lambda one: seconds(one[1]))
+    thorough_plans = _BEST_PLANS if len(problem.lengths) < _MANY else _BEST_PLANS - 1
     plans = [plan for plan in (sorted_homogeneous(problem), static(problem)) if plan is not None]
-    for parts, plan in quick[:_BEST_PLANS]:
+    for parts, plan in quick[:thorough_plans]:
         thorough = _plan(problem, parts, THOROUGH)
         plans.append(thorough if thorough is not None and seconds(thorough) < seconds(plan) else plan)
     best = min(plans, key=seconds)
-    for plan in sorted(plans, key=seconds)[:_BEST_PLANS]:
+    for plan in sorted(plans, key=seconds)[: thorough_plans if fills else 0]:
         filled = fill_holes(problem, plan, THOROUGH)
         if seconds(filled) < seconds(best):
             best = filled
@@ -140,4 +153,6 @@ def _splits(problem: StepProblem, least: int, multiple: int) -> list[Parts]:
         if number % multiple == 0 or number == len(problem.lengths):
             for parts in splits(problem, min(number, len(problem.lengths))):
                 each[parts] = sum(lower_estimate(problem, part) for part in parts)
-    return sorted(each, key=lambda parts: each[parts])[:_QUICK_PLANS]
+    return sorted(each, key=lambda parts: each[parts])[
+        : _QUICK_PLANS if len(problem.lengths) < _MANY else _QUICK_PLANS - 2
+    ]

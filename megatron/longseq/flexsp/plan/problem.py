@@ -119,6 +119,28 @@ class StepProblem:
             for index in range(len(self.lengths))
         )
 
+    @cached_property
+    def least(self) -> tuple[tuple[float, float], ...]:
+        """Of every sequence, the seconds on the fastest group, and the rank-seconds on the one with the least work.
+
+        The second number has no start-up in it.
+        """
+        found = []
+        for index in range(len(self.lengths)):
+            alone, work = float("inf"), float("inf")
+            for degree, each in self.by_degree.items():
+                tokens = each.tokens[index]
+                if tokens <= each.capacity:
+                    alone = min(alone, self.time[degree](tokens, tokens * tokens))
+                    work = min(work, degree * min(one.token * tokens + one.square * tokens**2 for one in each.kinds))
+            found.append((alone, work))
+        return tuple(found)
+
+    @cached_property
+    def startup(self) -> float:
+        """Least seconds of a group that do not depend on its sequences."""
+        return min(one.startup for each in self.by_degree.values() for one in each.kinds)
+
     def microbatch(self, groups: Iterable[tuple[int, Sequence[int]]]) -> Microbatch:
         """Return a micro-batch of groups on their ranks; ranks that are left over form groups without sequences.
 

@@ -1,6 +1,6 @@
 """Command line of adaptive sequence parallelism.
 
-`plan` plans a step from a file of lengths and prints the plan,
+`plan` plans a step from a file of lengths and prints the plan, `simulate` prints tables of the paper's configurations,
 `draw` makes a picture of a step, with one degree for all groups and with fitting ones.
 """
 
@@ -18,6 +18,7 @@ from megatron.longseq.flexsp.plan.cost_file import load_cost
 from megatron.longseq.flexsp.plan.paper import BUILT_IN
 from megatron.longseq.flexsp.plan.plan import Kind, StepPlan
 from megatron.longseq.flexsp.plan.planner import PLANNERS, automatic_degrees, plan_step
+from megatron.longseq.flexsp.tools.simulate import markdown
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,6 +35,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--microbatches", type=int, default=1, metavar="N", help="smallest number of micro-batches")
     plan.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     plan.set_defaults(run=_plan)
+    simulate = commands.add_parser("simulate", help="print Markdown tables of the paper's configurations")
+    simulate.add_argument("--batches", type=int, default=2, metavar="N", help="steps of a configuration (default 2)")
+    simulate.set_defaults(run=_simulate)
     draw = commands.add_parser("draw", help="draw a step, ranks by time, coloured by sequence: static and flexible")
     _add_plan_arguments(draw)
     draw.add_argument("--output", type=Path, required=True, metavar="FILE", help="picture to write (.svg, .png)")
@@ -159,6 +163,12 @@ def plan_table(plan: StepPlan, lengths: Sequence[int]) -> str:
         f"{table}\n\n{plan.seconds:.3f} s, bound {plan.bound:.3f} s, gap {plan.gap:.2%}, idle {plan.idle_share:.1%}, "
         f"planned in {plan.planner_seconds:.2f} CPU seconds"
     )
+
+
+def _simulate(args: argparse.Namespace) -> str:
+    if args.batches < 1:
+        raise ValueError(f"--batches {args.batches}: give at least 1")
+    return markdown(args.batches)
 
 
 def _draw(args: argparse.Namespace) -> None:

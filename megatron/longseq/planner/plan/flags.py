@@ -24,12 +24,28 @@ FURTHER = ("group_query_attention", "use_flash_attn", "rope_type", "use_rotary_p
 NEUTRAL_HERE = (
     "arguments_file",
     "context_parallel_layout",
+    "dry_run_rank",
+    "dry_run_world",
+    "flexsp_batch_tokens",
+    "flexsp_cost",
+    "flexsp_degrees",
+    "flexsp_kinds",
+    "flexsp_max_tokens_per_rank",
+    "flexsp_overlong",
+    "flexsp_plan_ahead",
+    "flexsp_planner",
+    "flexsp_refit",
+    "flexsp_save_cost",
+    "paro_prefetch_units",
+    "paro_selective_overlap",
+    "peak_tflops_per_gpu",
     "paro_links",
     "pipeline_patience",
     "pipeline_trace",
     "pipeline_trace_step",
     "seq1f1b_layer_seconds",
 )
+REFUSED_HERE = {"flexsp": False}  # its steps depend on the lengths of documents: python -m megatron.longseq.flexsp
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "none")
 _INTEGER_SUFFIXES = {"k": 1 << 10, "m": 1 << 20}
 
@@ -97,7 +113,7 @@ def _canonical(name: str) -> tuple[str | None, bool]:
         return flags["negated"][text], True
     text = flags["spelled"].get(text, text)
     known = text in configuration.FIELDS or text in MODEL_FIELDS or text in OWN or text in FURTHER
-    known = known or text in flags["neutral"] or text in flags["refused"] or text in NEUTRAL_HERE
+    known = known or text in flags["neutral"] or text in flags["refused"] or text in (*NEUTRAL_HERE, *REFUSED_HERE)
     return (text if known else None), False
 
 
@@ -105,15 +121,16 @@ def _known(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the flags that the planner models, with upstream's names. Refuse the others."""
     check_names(values)
     flags, found = upstream_flags(), {}
+    refused = {**flags["refused"], **REFUSED_HERE}
     for name, value in values.items():
         if value is None or (isinstance(value, str) and not value.strip()):
             continue
         key, negated = _canonical(name)
         assert key is not None
         plain = not _boolean(name, value) if negated else value
-        if key in flags["refused"]:
-            _refuse(key, plain, flags["refused"][key])
-        elif key not in flags["neutral"] or key in FURTHER:
+        if key in refused:
+            _refuse(key, plain, refused[key])
+        elif key not in (*flags["neutral"], *NEUTRAL_HERE) or key in FURTHER:
             found[key] = plain
     return found
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from megatron.longseq.sharding.plan.strategy import Level
 from megatron.longseq.sharding.runtime.bucket_storage import GradStore, ParamStore
-from megatron.longseq.sharding.runtime.comm_queue import Work
 from megatron.longseq.sharding.runtime.state import ShardingState
 
 
@@ -33,7 +32,6 @@ class ShardedBucketGroup(_ParamAndGradBucketGroup):
         self._views = {param: param.main_grad for param in bucket.params_list}
         self._counts = dict.fromkeys(bucket.params_list, 0)
         self._norms: list[Tensor] = []
-        self._finishing: Work | None = None
         self._is_started = False
 
     @property
@@ -81,7 +79,7 @@ class ShardedBucketGroup(_ParamAndGradBucketGroup):
             self._check(self.bucket.grad_data)
             self._scale()
         self._is_started = True
-        self._finishing = self.grads.finish(self.label)
+        self.grads.finish(self.label)
 
     def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
         """Wait until the sums over all ranks are where the optimizer reads them."""
@@ -89,9 +87,7 @@ class ShardedBucketGroup(_ParamAndGradBucketGroup):
         if self.grad_reduce_finished:
             return
         self.start_grad_sync(force_all_reduce)
-        assert self._finishing is not None, "start_grad_sync has started it"
-        self._finishing.wait()
-        self._finishing = None
+        self.grads.wait_for_finish()
         self.grads.wait_for_reduce()
         self.grad_reduce_finished = True
         if self.reduces_each_microbatch:

@@ -98,6 +98,9 @@ class GradStore(_Store):
         self._owned_range = sharding.shard_range(sharding.strategy.optimizer, numel)
         self._collectives = sharding.bucket_collectives(numel * (sharding.comm_dtype or dtype).itemsize)
         self._reducing: Work | None = None
+        self._finishing: Work | None = None
+        self._reduced_copy: Tensor | None = None
+        self._finished_copy: Tensor | None = None
         self._copies_in_flight = IN_FLIGHT * sharding.groups.shards(self.level)  # as much as IN_FLIGHT full buckets
 
     @property
@@ -128,8 +131,10 @@ class GradStore(_Store):
         in_flight = self.sharding.in_flight
         while len(in_flight) >= IN_FLIGHT:
             in_flight[0].wait_for_reduce()
-        sent = self._to_comm_dtype(self.full.flat)
-        if sent is not self.full.flat:
+        sent = self.full.flat
+        if self.sharding.comm_dtype is not None:
+            sent = self._reduced_copy = self._take(self.full.flat)
+            sent.copy_(self.full.flat)
             self.full.release()  # the copy was made in the current stream
 
         def add() -> None:
@@ -145,16 +150,21 @@ class GradStore(_Store):
             self._reducing = None
             self.sharding.in_flight.remove(self)
             self.full.release()
+            if self._reduced_copy is not None:
+                self.sharding.buffers.give(self._reduced_copy)
+                self._reduced_copy = None
 
     def finish(self, label: str) -> Work:
         """Start summing what has accumulated over all ranks; `owned` has the sums when the work is done."""
         collectives, owned, dtype = self._collectives.finish_grads, self.owned, self.sharding.comm_dtype
         if dtype is None:
-            return self._submit(collectives, self._shard_region(self.shard), label, None, self._reducing)
+            region = self._shard_region(self.shard)
+            self._finishing = self._submit(collectives, region, label, None, self._reducing)
+            return self._finishing
         copies = self.sharding.copies_in_flight
         while len(copies) >= self._copies_in_flight:
-            copies.popleft().wait()
-        sent = torch.empty_like(self.shard, dtype=dtype)
+            copies[0].wait_for_finish()
+        sent = self._finished_copy = self._take(self.shard)
 
         def copy() -> None:  # on the queue, behind the last micro-batch's reduction, which the copy must include
             sent.copy_(self.shard)
@@ -162,8 +172,19 @@ class GradStore(_Store):
         def copy_back() -> None:
             owned.copy_(cut(sent, self._owned_range, self.shard_range.start))
 
-        copies.append(self._submit(collectives, self._shard_region(sent), label, copy_back, self._reducing, copy))
-        return copies[-1]
+        self._finishing = self._submit(collectives, self._shard_region(sent), label, copy_back, self._reducing, copy)
+        copies.append(self)
+        return self._finishing
+
+    def wait_for_finish(self) -> None:
+        """Wait for the work of `finish`, if any, and reuse the buffer that it sent."""
+        if self._finishing is not None:
+            self._finishing.wait()
+            self._finishing = None
+        if self._finished_copy is not None:
+            self.sharding.copies_in_flight.remove(self)
+            self.sharding.buffers.give(self._finished_copy)
+            self._finished_copy = None
 
     def _shard_region(self, shard: Tensor) -> Region:
         return self.sharding.region(shard) if self.level is Level.NONE else Region(None, shard)
@@ -175,10 +196,13 @@ class GradStore(_Store):
     def zero(self) -> None:
         """Set what has accumulated to zero."""
         self.wait_for_reduce()
+        self.wait_for_finish()
         self.shard.zero_()
 
-    def _to_comm_dtype(self, flat: Tensor) -> Tensor:
-        return flat if self.sharding.comm_dtype is None else flat.to(self.sharding.comm_dtype)
+    def _take(self, like: Tensor) -> Tensor:
+        """Return a buffer of the communication dtype, of the size of a tensor."""
+        assert self.sharding.comm_dtype is not None
+        return self.sharding.buffers.take(like.numel(), self.sharding.comm_dtype, like.device)
 
     def _submit(
         self,

@@ -89,6 +89,7 @@ class GlooRingRunner(CollectiveRunner):
         self._average = average
         ranks = dist.get_process_group_ranks(communicators.logical)
         self._global = [ranks[groups.logical(member)] for member in range(groups.ranks)]
+        self._received: dict[tuple[Scope, int, torch.dtype], Tensor] = {}
         self._steps = cache(lambda collective: ring_messages(groups, collective, communicators.member))
 
     def _send(self, collective: Collective, region: Region) -> int:
@@ -104,14 +105,21 @@ class GlooRingRunner(CollectiveRunner):
 
         for step in steps:
             target, given = piece(step.receive), piece(step.send)
-            self._exchange(step, target, given, group)
+            self._exchange(collective.scope, step, target, given, group)
             sent += given.nbytes
             if self._average and adding and step.number == adding[-1]:
                 target.div_(group.size())
         return sent
 
-    def _exchange(self, step: RingMessage, target: Tensor, given: Tensor, group: Any) -> None:
-        into = torch.empty_like(target) if step.receive.adds else target
+    def _scratch(self, scope: Scope, target: Tensor) -> Tensor:
+        """Return memory for a received piece; the collectives of a scope run one after the other, on one queue."""
+        key = scope, target.numel(), target.dtype
+        if key not in self._received:
+            self._received[key] = torch.empty_like(target)
+        return self._received[key]
+
+    def _exchange(self, scope: Scope, step: RingMessage, target: Tensor, given: Tensor, group: Any) -> None:
+        into = self._scratch(scope, target) if step.receive.adds else target
         # Post the receive first: gloo announces it over the same connection, where it would wait behind the send.
         works = [
             dist.irecv(into, self._global[step.receive.peer], group=group),

@@ -18,6 +18,7 @@ from megatron.longseq.sharding.plan.collectives import (
 )
 from megatron.longseq.sharding.plan.rank_groups import RankGroups
 from megatron.longseq.sharding.plan.strategy import Level, Strategy
+from megatron.longseq.sharding.runtime.buffer_pool import BufferPool
 from megatron.longseq.sharding.runtime.collectives import Region, region_of
 from megatron.longseq.sharding.runtime.comm_queue import CommQueues
 from megatron.longseq.sharding.runtime.process_groups import OptimizerGroups
@@ -41,7 +42,8 @@ class ShardingState:
             --paro-selective-overlap.
         sent: what this rank has sent.
         in_flight: `GradStore`s whose full bucket is being reduced, in order.
-        copies_in_flight: work that sends copies of sums in the communication dtype, in order.
+        copies_in_flight: `GradStore`s of which a copy of the sums is being sent in the communication dtype, in order.
+        buffers: of copies in the communication dtype.
     """
 
     strategy: Strategy
@@ -57,6 +59,7 @@ class ShardingState:
     sent: Mapping[Scope, SentCounter] = field(default_factory=dict)
     in_flight: deque[Any] = field(default_factory=deque)
     copies_in_flight: deque[Any] = field(default_factory=deque)
+    buffers: BufferPool = field(default_factory=BufferPool)
 
     def bucket_collectives(self, size: int) -> BucketCollectives:
         """Return the collectives of a bucket of `size` bytes; a bucket calls this once, when it is made."""

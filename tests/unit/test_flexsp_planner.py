@@ -1,0 +1,205 @@
+"""Plans against an exhaustive search, against other planners, and against the memory and the links of the paper."""
+
+import json
+from dataclasses import replace
+from functools import lru_cache
+from itertools import chain
+from math import inf
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron.longseq.flexsp.plan.bound import microbatch_bound, step_bound
+from megatron.longseq.flexsp.plan.cost import FAMILIES
+from megatron.longseq.flexsp.plan.cost_file import load_cost, save_cost
+from megatron.longseq.flexsp.plan.paper import paper_cost
+from megatron.longseq.flexsp.plan.plan import Kind, StepPlan, validate_plan
+from megatron.longseq.flexsp.plan.planner import PlannerName, automatic_degrees, plan_step
+from megatron.longseq.flexsp.plan.problem import PlanError, StepProblem
+from megatron.longseq.flexsp.tools.cli import main
+from megatron.longseq.flexsp.tools.simulate import draw_lengths
+
+COST = paper_cost("7b")
+LENGTHS = st.lists(st.integers(16, 8 * COST.tokens_per_rank), min_size=1, max_size=7)
+POWERS = (1, 2, 4, 8)
+
+
+def exhaustive(problem: StepProblem) -> tuple[float, float]:
+    """Return the least seconds of a step, and of one micro-batch, over all partitions into micro-batches and groups."""
+    number = len(problem.lengths)
+    times: dict[tuple[int, int], float] = {}
+    for degree, each in problem.by_degree.items():
+        for chosen in range(1, 1 << number):
+            held = [problem.lengths[index] for index in range(number) if chosen >> index & 1]
+            kinds = problem.cost.kinds(degree) if len(each.kinds) > 1 else [one.kind for one in each.kinds]
+            fits = sum(held) <= degree * problem.cost.tokens_per_rank
+            times[degree, chosen] = min(problem.cost.seconds(kind, held) for kind in kinds) if fits else inf
+
+    def parts(whole: int) -> list[int]:
+        """Return the parts of a set that hold its first sequence."""
+        first, found = whole & -whole, []
+        rest = part = whole ^ first
+        while True:
+            found.append(part | first)
+            if not part:
+                return found
+            part = (part - 1) & rest
+
+    @lru_cache(None)
+    def microbatch(whole: int, ranks: int) -> float:
+        if not whole:
+            return 0.0
+        return min(
+            (
+                max(times[degree, part], microbatch(whole ^ part, ranks - degree))
+                for part in parts(whole)
+                for degree in problem.degrees
+                if degree <= ranks
+            ),
+            default=inf,
+        )
+
+    @lru_cache(None)
+    def step(whole: int) -> float:
+        return min(microbatch(part, problem.ranks) + step(whole ^ part) for part in parts(whole)) if whole else 0.0
+
+    everything = (1 << number) - 1
+    return step(everything), microbatch(everything, problem.ranks)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(lengths=LENGTHS, families=st.sampled_from([FAMILIES, ("ulysses",)]))
+def test_plans_are_within_a_percent_of_the_best_and_bounds_below_it(lengths, families):
+    problem = StepProblem(lengths, 8, COST, POWERS, families)
+    best, alone = exhaustive(problem)
+    plan = plan_step(lengths, 8, COST, POWERS, families)
+    check(plan, lengths, 8)
+    assert best * (1 - 1e-9) <= plan.seconds <= 1.01 * best
+    assert plan.bound <= step_bound(problem) <= best * (1 + 1e-9)
+    if alone < inf:
+        assert microbatch_bound(problem, range(len(lengths)), 1.5 * alone) <= alone * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("lengths", [[30_000, 9_000, 8_000, 700], [51_592], [4_000] * 6, [20_000, 15_000, 900, 64, 48]])
+def test_the_exact_program_agrees_with_the_exhaustive_search(lengths):
+    problem = StepProblem(lengths, 8, COST, POWERS)
+    plan = plan_step(lengths, 8, COST, POWERS, planner="exact")
+    check(plan, lengths, 8)
+    assert plan.seconds == pytest.approx(exhaustive(problem)[0], rel=2e-4)
+    assert plan.bound <= plan.seconds * (1 + 1e-12)
+
+
+def check(plan: StepPlan, lengths: list[int], ranks: int, tokens_per_rank: int = COST.tokens_per_rank) -> None:
+    """Check structure, memory, seconds and nodes of a plan, from the cost model alone."""
+    validate_plan(plan, lengths, ranks)
+    for one in plan.microbatches:
+        for group in one.groups:
+            held = [lengths[index] for index in group.sequences]
+            assert sum(held) <= group.degree * tokens_per_rank
+            assert group.seconds == pytest.approx(COST.seconds(group.kind, held))
+            assert group.degree > COST.links.node or group.ranks[0] // 8 == group.ranks[-1] // 8
+        assert one.seconds == pytest.approx(max(group.seconds for group in one.groups) or COST.fixed)
+    assert plan.seconds == pytest.approx(sum(one.seconds for one in plan.microbatches))
+    assert plan.bound <= plan.seconds
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    ranks=st.integers(1, 27),
+    lengths=st.lists(st.integers(1, 6_000), min_size=1, max_size=60),
+    degrees=st.sampled_from([None, (1, 2, 3, 4, 6, 8, 12), (1, 3), (1, 2, 4, 8, 16)]),
+    tokens=st.sampled_from([6_000, 6_449, 20_000]),
+)
+def test_plans_of_all_planners_are_valid_and_the_heuristic_is_the_fastest(ranks, lengths, degrees, tokens):
+    cost = replace(COST, tokens_per_rank=tokens)
+    seconds = {}
+    planners: tuple[PlannerName, ...] = ("heuristic", "static", "sorted")
+    for planner in planners:
+        plan = plan_step(lengths, ranks, cost, degrees, planner=planner)
+        check(plan, lengths, ranks, tokens)
+        seconds[planner] = plan.seconds
+    assert seconds["heuristic"] <= min(seconds.values()) * (1 + 1e-12)
+
+
+@pytest.mark.slow
+def test_a_batch_of_the_paper_is_planned_well_and_always_alike():
+    lengths = draw_lengths("commoncrawl", 512, 1)
+    one, two = (plan_step(lengths, 64, COST, kinds=("ulysses",), degrees=(1, 2, 4, 8, 16, 32, 64)) for _ in range(2))
+    check(one, lengths, 64)
+    assert one.microbatches == two.microbatches
+    static = plan_step(lengths, 64, COST, (32,), ("ulysses",), "static")
+    assert static.seconds / one.seconds > 1.3  # published: 1.50
+    wide = plan_step(lengths, 64, COST)
+    check(wide, lengths, 64)
+    assert wide.seconds < one.seconds
+    assert any(group.kind.ring > 1 for each in wide.microbatches for group in each.groups)
+
+
+def test_the_papers_constants_and_formula():
+    bandwidth = {2: 119.5, 4: 104.1, 8: 96.5, 16: 10.33, 32: 5.94, 64: 4.87}  # MiB per ms
+    assert [COST.tokens_per_rank, paper_cost("13b").tokens_per_rank] == [6449, 6483]
+    for degree, speed in bandwidth.items():
+        lengths = [50_000, 3_000]
+        compute = 629.3563 + sum(5.128e-6 * s * s + 0.1839576 * s for s in lengths) / degree
+        exchange = sum(lengths) * 16 * 32 * 4096 / 2**20 / degree / speed
+        assert COST.seconds(Kind(degree, 1), lengths) == pytest.approx((compute + exchange) / 1e3)
+    long = [190_000]  # rings of long sequences hide behind attention; those of short ones do not
+    assert COST.seconds(Kind(8, 4), [1_000] * 100) > COST.seconds(Kind(32, 1), [1_000] * 100)
+    assert COST.seconds(Kind(16, 2), long) < COST.seconds(Kind(32, 1), long)
+    assert COST.kinds(6) == (Kind(1, 6), Kind(2, 3))
+    assert COST.kinds(3, ("ulysses", "hybrid")) == ()
+
+
+def test_pipelines_get_the_micro_batches_that_they_need():
+    for least, multiple in ((4, 1), (1, 4), (3, 2)):
+        plan = plan_step([3_000] * 5, 4, COST, least=least, multiple=multiple)
+        check(plan, [3_000] * 5, 4)
+        assert len(plan.microbatches) >= least and len(plan.microbatches) % multiple == 0
+
+
+def test_what_cannot_be_planned_is_refused():
+    with pytest.raises(PlanError, match=r"sequence 1 has 60000 tokens.*largest group, of 8 of 8 ranks, holds 51592"):
+        plan_step([100, 60_000], 8, COST)
+    with pytest.raises(ValueError, match="none of them can be used on 4 ranks"):
+        plan_step([100], 4, COST, (3, 8), ("ulysses",))
+    with pytest.raises(ValueError, match="exact plan of 300 sequences"):
+        plan_step([100] * 300, 8, COST, planner="exact")
+    assert automatic_degrees(13) == (1, 2, 3, 4, 6, 8, 12)
+
+
+def test_the_command_prints_a_plan(tmp_path: Path, capsys):
+    file = tmp_path / "lengths.txt"
+    file.write_text("5000\n\n300\n  700 \n20000\n")
+    flags = ["--lengths", str(file), "--ranks", "6", "--degrees", "1,2,3,6", "--cost"]
+    assert main(["plan", *flags, "7b-a100", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    groups = list(chain.from_iterable(one["groups"] for one in plan["microbatches"]))
+    assert sorted(chain.from_iterable(group["sequences"] for group in groups)) == [0, 1, 2, 3]
+    assert {"seconds", "bound", "gap", "planner_seconds"} <= set(plan)
+    assert plan["gap"] == pytest.approx((plan["seconds"] - plan["bound"]) / plan["bound"])
+    for one in plan["microbatches"]:
+        for group in (group for group in one["groups"] if group["sequences"]):
+            assert group["kind"] in ("ulysses", "ring", "2x3") and len(group["ranks"]) == group["degree"]
+    assert main(["plan", *flags, "7b-a100", "--max-tokens-per-rank", "1000"]) == 1
+    assert "sequence 3 has 20000 tokens" in capsys.readouterr().err
+    assert main(["plan", *flags, "8b-a100"]) == 1
+    assert "neither a file nor one of 7b-a100" in capsys.readouterr().err
+    file.write_text("12\nmany\n")
+    assert main(["plan", *flags, "7b-a100"]) == 1
+    assert "line 2: 'many'" in capsys.readouterr().err
+
+
+def test_cost_models_are_saved_and_read(tmp_path: Path):
+    file = tmp_path / "cost.json"
+    save_cost(COST, file)
+    assert load_cost(str(file)) == COST
+    values = json.loads(file.read_text())
+    del values["layers"]
+    file.write_text(json.dumps({**values, "depth": 3}))
+    with pytest.raises(ValueError, match="unknown are depth, missing are layers"):
+        load_cost(str(file))
+    file.write_text(json.dumps({**values, "layers": "many"}))
+    with pytest.raises(ValueError, match="give numbers"):
+        load_cost(str(file))
