@@ -1,6 +1,7 @@
 """Documents of a micro-batch: from cumulative lengths, on every rank the same, and wherever a dense mask ends them."""
 
 import re
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from megatron.longseq.attention.plan.ranges import Documents
 from megatron.longseq.attention.runtime.document_layouts import DocumentLayouts
 from megatron.longseq.attention.runtime.packed_batch import PackedReader
 from megatron.longseq.attention.runtime.packed_documents import document_starts, starts_of
-from patches.packed.data import ending_at_eod
+from patches.packed.data import ending_at_eod, ending_before_padding
 from patches.usp.batch import as_sequences
 from tests.unit.context_bed import ThreadCollectives
 from tests.unit.test_attention_blocks import packed
@@ -164,3 +165,30 @@ def test_sequences_that_upstream_joins_are_separated() -> None:
     assert torch.equal(separated["cu_seqlens"], batch["cu_seqlens"])
     crossing = {**batch, "cu_seqlens": torch.tensor([[0, 3, 20, 32]])}
     assert as_sequences(crossing, 16) is crossing and as_sequences({"tokens": tokens}, 16)["tokens"] is tokens
+
+
+@pytest.mark.parametrize(
+    ("tokens", "valid", "before", "after"),
+    [
+        ([5, 6, 5, 6, 6, 0, 0, 0], [1, 3], [0, 2, 8], [0, 2, 5, 7, 8]),
+        ([5, 6, 5, 0, 6, 0, 0, 0], [1, 5], [0, 2, 8], [0, 2, 6, 8]),  # a token that counts is no padding
+        ([5, 6, 5, 6, 6, 5, 5, 5], [1, 3], [0, 2, 8], [0, 2, 8]),
+        ([0, 0, 0, 0, 0, 0, 0, 0], [], [0, 8], [0, 8]),
+    ],
+)
+def test_padding_at_the_end_is_no_conversation(
+    monkeypatch: pytest.MonkeyPatch, tokens: list[int], valid: list[int], before: list[int], after: list[int]
+) -> None:
+    monkeypatch.setattr("patches.packed.data.PADDING", 2)
+    mask = torch.zeros(8)
+    mask[valid] = 1.0
+
+    def original(self: Any, idx: int) -> dict[str, Any]:
+        borders = torch.tensor([*before, *[8] * (9 - len(before))], dtype=torch.int32)
+        return {"tokens": torch.tensor(tokens), "loss_mask": mask, "cu_seqlens": borders, "max_seqlen": idx}
+
+    data_set = SimpleNamespace(config=SimpleNamespace(tokenizer=SimpleNamespace(pad=0)))
+    found = ending_before_padding(original)(data_set, 6)
+    assert found["cu_seqlens"].tolist() == [*after, *[8] * (9 - len(after))]
+    assert found["cu_seqlens"].dtype is torch.int32
+    assert int(found["max_seqlen"]) == (6 if after == before else max(b - a for a, b in pairwise(after)))

@@ -5,7 +5,14 @@ from collections.abc import Callable
 import pytest
 
 from megatron.longseq.pipeline.plan.generators import make
-from megatron.longseq.pipeline.plan.memory import Recompute, head_bytes, layer_elements, peak_bytes, stage_bytes
+from megatron.longseq.pipeline.plan.memory import (
+    Recompute,
+    chunk_bytes,
+    head_bytes,
+    layer_elements,
+    peak_bytes,
+    stage_bytes,
+)
 from megatron.longseq.pipeline.plan.schedule import Pipeline
 from megatron.longseq.pipeline.plan.segment_cost import ModelShape
 from tests.benchmarks.alternate import Contestant, Job, run_on_this_rank
@@ -90,6 +97,20 @@ def test_by_hand() -> None:
     assert last == 6 * (16 + 32) + 6 * 64 + 6 * 160 + 6 * (16 + 32)
     whole = stage_bytes(shape, 1, Recompute("full"), in_segments=False)
     assert (whole.activations, whole.kv_cache, whole.kv_grads) == (16, 0, 0)
+
+
+def test_a_loss_in_chunks_by_hand() -> None:
+    """Chunks keep numbers instead of a softmax, and need the logits of one chunk while the loss runs."""
+    shape = ModelShape(2, 8, 2, 10, padded_vocab_size=100, num_query_groups=2, ffn_hidden_size=16)
+    stage = stage_bytes(shape, 1, Recompute("full"), in_segments=False)
+    one = make(Pipeline(2, 1))
+    whole, chunked = head_bytes(shape), head_bytes(shape, chunked=True)
+    assert (whole, chunked) == (2 * 8 * 2 + 4 * 100, 2 * 8 * 2 + 17)
+    assert chunk_bytes(shape, 3) == 3 * 100 * (2 + 4) and chunk_bytes(shape, 3, 4) == 3 * 100 * 4
+    # The loss of all tokens, then the recomputation of a layer without it.
+    assert peak_bytes(one, (10,), [stage] * 2, chunked, 5000.0)[1] == 10 * (16 + chunked) + 5000
+    assert peak_bytes(one, (10,), [stage] * 2, whole)[1] == 10 * (16 + whole)
+    assert peak_bytes(one, (10,), [stage] * 2, whole)[0] == peak_bytes(one, (10,), [stage] * 2, chunked, 1e9)[0]
 
 
 def test_other_recomputations_are_refused() -> None:
