@@ -11,7 +11,7 @@ setup_environment run data sft test dev
 cd "$ROOT"
 if (($# == 0)) || [[ $* == --all ]]; then
   bash scripts/check.sh
-  # One worker runs all tests of several ranks, one after another; the other one runs those of a single process.
+  # Tests that share trainings stay on one worker (tests/conftest.py); other files go to the worker that is free.
   set -- -n 2 --dist loadscope --no-loadscope-reorder "$@"
 fi
 exec "$PY" -m pytest --durations=20 "$@"

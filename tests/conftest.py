@@ -1,13 +1,13 @@
 """Fixtures that several test folders share, and the figures that tests print at the end of a session."""
 
-import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.pool import RankPool
+
+SHARED_RUNS = ("tests/distributed", "tests/regression")  # folders whose tests need the same trainings
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,25 +23,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Let one worker run all tests on several ranks, one after another, and the other one all other files.
+    """Give each worker whole folders of tests that share runs, and single files of the others.
 
-    Ranks use both cores, and share runs and fixtures. pytest-xdist has `--dist loadgroup` for this, but version 3.8
+    The tests of tests/distributed share upstream's runs, those of tests/regression the runs of their cases. One worker
+    gets the former, which come first and take longest. Another one gets the latter. Files are given to whichever worker
+    is free, so all workers end at about the same time. pytest-xdist has `--dist loadgroup` for this, but version 3.8
     loses the groups under pytest 9.2: it writes them into an attribute that pytest no longer reads.
     """
     from xdist.scheduler import LoadScopeScheduling
 
-    class RanksOnOneWorker(LoadScopeScheduling):
+    class SharedRunsOnOneWorker(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "ranks" if runs_on_ranks(config.rootpath / file) else file
+            folder = file.rpartition("/")[0]
+            return folder if folder in SHARED_RUNS else file
 
-    return RanksOnOneWorker(config, log)
-
-
-@functools.cache
-def runs_on_ranks(file: Path) -> bool:
-    """Return whether the tests of a file run on ranks; those of scripts are processes that mostly run one at a time."""
-    return file.parent.name not in ("scripts", "unit") or "RankPool" in file.read_text()
+    return SharedRunsOnOneWorker(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from megatron.longseq.attention.runtime.kv_cache import SegmentKVCache
 from tests.regression.planted import wrapped
 
 
-def held(cache: SegmentKVCache) -> int:
+def held_bytes(cache: SegmentKVCache) -> int:
     """Return the bytes of all keys, values and sums of gradients."""
     groups = (group for layer in cache._layers.values() for group in (*layer.parts, *layer.grads.values()))
     return sum(tensor.nbytes for group in groups for tensor in group)
@@ -20,7 +20,7 @@ def peaks() -> Iterator[dict[SegmentKVCache, int]]:
     found: dict[SegmentKVCache, int] = {}
 
     def note(cache: SegmentKVCache) -> None:
-        found[cache] = max(found.get(cache, 0), held(cache))
+        found[cache] = max(found.get(cache, 0), held_bytes(cache))
 
     def write(original: Any, cache: SegmentKVCache, *args: Any) -> Any:
         layer = original(cache, *args)

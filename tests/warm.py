@@ -6,6 +6,7 @@ import functools
 import gc
 import importlib
 import pkgutil
+import sys
 import warnings
 
 warnings.filterwarnings("ignore")
@@ -59,8 +60,9 @@ def modules_to_scan() -> frozenset[str]:
 
 # Every rank looks in all modules for further references to what it patches. The modules that are loaded here are
 # scanned once: a rank scans those of them that refer to a replaced object, and those that it imports itself.
-settled = frozenset(module.__name__ for module in loaded_modules()) - modules_to_scan()
-alias_scan._modules = lambda: [module for module in loaded_modules() if module.__name__ not in settled]
+to_scan = modules_to_scan()
+settled = frozenset(name for name, module in sys.modules.items() if getattr(module, "__name__", name) not in to_scan)
+alias_scan._modules = lambda: loaded_modules(settled)
 
 torch.set_num_threads(1)
 gc.collect()

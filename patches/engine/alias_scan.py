@@ -86,9 +86,10 @@ def _render(path: _Path) -> str:
     return (_render(before) if before else "") + form.format(key)
 
 
-def _modules() -> list[types.ModuleType]:
-    """Return the loaded modules to scan, each once, by name."""
-    unique = {id(m): m for m in list(sys.modules.values()) if isinstance(m, types.ModuleType)}
+def _modules(without: Set[str] = frozenset()) -> list[types.ModuleType]:
+    """Return the loaded modules to scan, each once, by name, except those loaded under the names `without`."""
+    loaded = [module for name, module in list(sys.modules.items()) if name not in without]
+    unique = {id(m): m for m in loaded if isinstance(m, types.ModuleType)}
     kept = (m for m in unique.values() if m.__name__.partition(".")[0] not in _SKIPPED)
     return sorted(kept, key=lambda module: module.__name__)
 

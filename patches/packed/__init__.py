@@ -67,6 +67,18 @@ RECORDS = (
         remove_when="upstream's data set returns cu_seqlens with --reset-attention-mask",
     ),
     Record(
+        id="packed.padding",
+        system="packed",
+        action="wrap",
+        target="megatron.training.datasets.sft_dataset:SFTDataset.__getitem__",
+        impl="patches.packed.data:ending_before_padding",
+        why="Upstream's data set joins the padding at the end of a sample to its last conversation, so that attention "
+        "and the count of FLOPs take it for a part of that.",
+        when="patches.packed.conditions:packs_conversations",
+        test="tests/unit/test_packed_batches.py::test_padding_at_the_end_is_no_conversation",
+        remove_when="upstream's data set ends the last conversation before the padding",
+    ),
+    Record(
         id="packed.stages",
         system="packed",
         action="wrap",

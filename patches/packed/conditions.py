@@ -56,6 +56,11 @@ def packs_documents(args: Namespace) -> bool:
     return reads_documents(args) and (_has_cu_seqlens(args) or ends_documents_at_eod(args))
 
 
+def packs_conversations(args: Namespace) -> bool:
+    """Return whether samples of conversations (--sft) reach our attention."""
+    return bool(getattr(args, "sft", False)) and reads_documents(args)
+
+
 def reads_documents_everywhere(args: Namespace) -> bool:
     """Return whether every pipeline stage has to build the data set, because it reads cu_seqlens from it."""
     stored = getattr(args, "dataloader_inter_document_masking", False) and not getattr(args, "sft", False)

@@ -1,7 +1,9 @@
-"""Samples whose documents end after end-of-document tokens, and data sets on every pipeline stage."""
+"""Samples whose documents end after end-of-document tokens or before padding, and data sets on every pipeline stage."""
 
 from collections.abc import Callable
 from typing import Any
+
+PADDING = 128  # tokens of a document of padding: few, since their work is their square
 
 
 def ending_at_eod(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -15,6 +17,32 @@ def ending_at_eod(original: Callable[..., Any]) -> Callable[..., Any]:
         sample = original(self, idx)
         lengths = _lengths(sample["tokens"], self.config.tokenizer.eod)
         return {**sample, **_documents(lengths, self.config.reset_position_ids)}
+
+    return __getitem__
+
+
+def ending_before_padding(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `SFTDataset.__getitem__`: the padding at the end of a sample belongs to no conversation.
+
+    Upstream's data set joins it to the last conversation, whose attention then costs the square of both. Here it is
+    documents of its own. No token of a conversation sees it, and it has no loss, so that nothing else changes.
+    """
+
+    def __getitem__(self: Any, idx: int) -> dict[str, Any]:
+        import torch
+
+        sample = original(self, idx)
+        counts = (sample["tokens"] != self.config.tokenizer.pad) | (sample["loss_mask"] != 0)
+        total, end = counts.numel(), int(torch.nonzero(counts).max()) + 1 if counts.any() else 0
+        borders = torch.unique_consecutive(sample["cu_seqlens"])
+        if end <= int(borders[-2]) or end == total:
+            return sample  # the last conversation is truncated, or fills the sample
+        pieces = torch.arange(end, total, PADDING, dtype=borders.dtype)
+        borders = torch.cat((borders[:-1], pieces, borders[-1:]))
+        sample["cu_seqlens"] = torch.full_like(sample["cu_seqlens"], total)
+        sample["cu_seqlens"][: len(borders)] = borders
+        sample["max_seqlen"] = borders.diff().max()
+        return sample
 
     return __getitem__
 

@@ -148,7 +148,7 @@ class _Race:
 
     @property
     def turn(self) -> Measured:
-        """The running step."""
+        """Return the step that is running."""
         return self.results[-1]
 
     def timed(self, train_step: Callable[..., Any]) -> Callable[..., Any]:

@@ -39,7 +39,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print the tables and the JSON line."""
+    """Measure, and print the tables and the JSON line."""
     given = _parser().parse_args(arguments)
     who, absent = _present(given.who)
     job = Job(_sizes(given, who), TRIAL_LENGTH, DTYPES[given.dtype])

@@ -50,7 +50,7 @@ class Contestant:
 
     @property
     def ranks(self) -> int:
-        """Ranks that take part."""
+        """Return the number of ranks that take part."""
         return self.mesh.size
 
     def __str__(self) -> str:
@@ -110,7 +110,7 @@ def contestants(who: tuple[str, ...], ranks: int) -> list[Contestant]:
     return [one for one in found if one.who in who]
 
 
-def held(contestant: Contestant, length: int, rank: int) -> list[TokenRange]:
+def held_positions(contestant: Contestant, length: int, rank: int) -> list[TokenRange]:
     """Return the positions that a rank holds, in its order, in the contestant's own layout.
 
     yunchang cuts the sequence into the ring's zigzag first and each of its shards into U in a row; all others take

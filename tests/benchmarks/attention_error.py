@@ -54,7 +54,7 @@ Errors = dict[str, float]  # of out, dq, dk, dv
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print a table and the JSON line, write the picture."""
+    """Measure, print a table and the JSON line, and write the picture."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.attention_error", description=__doc__)
     parser.add_argument("--tokens", type=int, default=2048, help="of the sequence")
     parser.add_argument("--rings", default=",".join(map(str, RINGS)), metavar="R1,R2,...", help="ring sizes")

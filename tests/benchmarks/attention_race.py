@@ -21,7 +21,7 @@ from tests.benchmarks.attention_contest import (
     Measured,
     Size,
     TrialRun,
-    held,
+    held_positions,
 )
 from tests.benchmarks.attention_truth import errors, truth, whole
 from tests.benchmarks.peak import Peak
@@ -102,7 +102,7 @@ class _Race:
                         measured, results = self._measured(one, size, tensors)
                         if number == 0:
                             expected = _heads(one, right, self.rank)
-                            measured.errors = errors(results, expected, held(one, size.length, self.rank))
+                            measured.errors = errors(results, expected, held_positions(one, size.length, self.rank))
                         del results
                         yield measured
                     dist.barrier()
@@ -120,7 +120,7 @@ class _Race:
 
     def _local(self, one: Contestant, tensors: tuple[Tensor, ...]) -> list[Tensor]:
         """Return this rank's part of q, k, v and the output's gradient, as the contestant takes them."""
-        spans = held(one, tensors[0].shape[0], self.rank)
+        spans = held_positions(one, tensors[0].shape[0], self.rank)
         mine = _heads(one, tensors, self.rank)
         parts = [torch.cat([x[span.slice()] for span in spans]).permute(_axes(one)).contiguous() for x in mine]
         return [*(x.requires_grad_() for x in parts[:3]), parts[3]]

@@ -38,7 +38,7 @@ def truth(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
 def one_head(  # the results are views: added to, in place
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, out: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
 ) -> None:
-    """Fill the results, which are zero, for the queries [s, 1, h, d] that share one head of keys [s, 1, 1, d]."""
+    """Fill the results, which are zero, for queries [s, 1, h, d] that share one key head [s, 1, 1, d]."""
     scale, later = q.shape[-1] ** -0.5, torch.ones(ROWS, ROWS, dtype=torch.bool).triu(1)
     for head in range(q.shape[2]):
         for begin in range(0, q.shape[0], ROWS):

@@ -99,7 +99,7 @@ class _CallRecorder(TorchDispatchMode):
 
 @contextmanager
 def watching() -> Iterator[SentMessages]:
-    """See all collectives inside: of this thread, and of all that are started meanwhile."""
+    """Record all collectives of this thread, and of threads that start meanwhile."""
     seen, run = SentMessages(), threading.Thread.run
 
     def watched(thread: threading.Thread) -> None:

@@ -108,7 +108,7 @@ class _Kernel:
 
 @contextlib.contextmanager
 def _groups(setup: Setup) -> Iterator[None]:
-    """Upstream's floor on the CPU, and process groups of which this is the first rank and no other one exists."""
+    """Open upstream's process groups as the first rank. No other rank exists."""
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import layers
@@ -207,7 +207,7 @@ def measure(setup: Setup, tokens: int) -> tuple[int, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Count, print the table and the JSON line."""
+    """Count bytes, and print the table and the JSON line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.logits", description=__doc__)
     parser.add_argument("--chunk", type=int, default=1024, help="tokens per chunk")
     parser.add_argument("--hidden", type=int, default=4096, help="hidden size")

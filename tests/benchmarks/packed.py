@@ -102,7 +102,7 @@ class Row:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print the table and the JSON line."""
+    """Measure, and print the table and the JSON line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.packed", description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="lengths of the sequence")
     parser.add_argument("--rounds", type=int, default=3, help="measured steps; one where a causal step takes minutes")
@@ -151,7 +151,7 @@ def measure(pool: RankPool, tokens: int, flags: Sequence[str], rounds: int) -> l
 
 
 def row_of(tokens: int, arm: Arm, results: Sequence[Steps]) -> Row:
-    """Join what the ranks measured. A step takes as long as on the slowest rank."""
+    """Combine the measurements of the ranks. A step takes as long as on the slowest rank."""
     seconds = [max(step) for step in zip(*(rank.seconds for rank in results), strict=True)]
     documents = [[tokens]] * len(seconds) if arm == "causal" else results[0].documents
     median = statistics.median(seconds)

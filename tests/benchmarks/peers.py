@@ -185,7 +185,7 @@ def _flash_attn_forward(  # noqa: PLR0917 (flash-attn's own arguments, by name a
     alibi_slopes: Tensor | None,
     return_softmax: bool,
 ) -> tuple[Tensor, Tensor, None, None]:
-    """flash-attn's block forward: [b, s, h, d] to (out, lse [b, h, s], no softmax, no random state)."""
+    """Run flash-attn's block forward: [b, s, h, d] to (out, lse [b, h, s], no softmax, no random state)."""
     _check(q, k, causal, alibi_slopes)
     out, lse = _forward(*(x.transpose(1, 2) for x in (q, k, v)), dropout_p, causal, scale=softmax_scale)
     return out.transpose(1, 2), lse, None, None
@@ -211,7 +211,7 @@ def _flash_attn_backward(  # noqa: PLR0917
     deterministic: bool,
     rng_state: Tensor | None = None,
 ) -> None:
-    """flash-attn's block backward into dq, dk, dv: copied, for the operator knows no place to write to."""
+    """Run flash-attn's block backward, and copy the results into dq, dk, dv, because the operator has no outputs."""
     _check(q, k, causal, alibi_slopes)
     tensors = [x.transpose(1, 2) for x in (dout, q, k, v, out)]
     grads = _backward(*tensors, softmax_lse, dropout_p, causal, scale=softmax_scale)

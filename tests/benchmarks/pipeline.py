@@ -42,7 +42,7 @@ Results = Sequence[Sequence[Measured]]  # per rank, per step
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print a table and the JSON line."""
+    """Measure, and print a table and the JSON line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.pipeline", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="how often each schedule runs each step")
     parser.add_argument("flags", nargs="*", help="upstream's flags, after those of the benchmark's own model")

@@ -34,7 +34,7 @@ from tests.pool import RankPool
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print tables and the JSON line; return the exit status: 0, or 1 where there is no bed."""
+    """Measure, print tables and the JSON line, and return the exit status: 0, or 1 if no network can be built."""
     given = _parser().parse_args(arguments)
     try:
         with tempfile.TemporaryDirectory() as logs, two_nodes(RankPool(Path(logs)), rates_of(given)) as bed:

@@ -89,7 +89,7 @@ class TrainingResult:
 
     @property
     def numel(self) -> int:
-        """Elements of all buckets: trained parameters, with padding."""
+        """Return the elements of all buckets: trained parameters, with padding."""
         return sum(bucket.numel for bucket in self.buckets)
 
     def seconds(self) -> list[float]:
@@ -155,7 +155,7 @@ class Result:
 
     @property
     def rounds(self) -> list[float]:
-        """Median seconds of a step, by round."""
+        """Return the median seconds of a step, by round."""
         return [statistics.median(each) for each in self.seconds]
 
 

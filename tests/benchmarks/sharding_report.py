@@ -84,12 +84,12 @@ class Measured:
 
     @property
     def best_flat(self) -> tuple[str, CollectivesMode]:
-        """The faster of the flat arms whose neighbours are neighbours."""
+        """Return the faster of the flat arms whose ring neighbours are on neighbouring ranks."""
         return min(((way, CollectivesMode.FLAT) for way in WAYS), key=lambda arm: statistics.median(self.of(*arm)))
 
     @property
     def chosen(self) -> tuple[str, CollectivesMode]:
-        """The arm that the runtime would run."""
+        """Return the arm that the runtime would choose."""
         return RING, self.choice
 
 

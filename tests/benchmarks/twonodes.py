@@ -159,7 +159,7 @@ class Bed:
 
     @property
     def world_size(self) -> int:
-        """Ranks of both nodes."""
+        """Return the ranks of both nodes."""
         return self.ranks * len(self.pair)
 
     def run(self, job: Callable[..., Any], *arguments: Any, timeout: float = 600.0) -> list[Any]:
@@ -179,7 +179,7 @@ class Bed:
 
 
 def run_in_node(place: tuple[tuple[Node, ...], int, int], name: str, arguments: tuple[Any, ...]) -> Any:
-    """Enter the node of this rank, look like one that a launcher started there, and run `module:function`.
+    """Enter this rank's node, set the environment that a launcher would set there, and run `module:function`.
 
     Args:
         place: nodes, ranks of each, the port of the first rank's store.
@@ -229,7 +229,7 @@ def two_nodes(pool: RankPool, rates: Rates, ranks: int = 2) -> Iterator[Bed]:
 
 
 def refuse_unable(user: int, find: Callable[[str], str | None]) -> None:
-    """Refuse a machine on which no bed can be made.
+    """Refuse a machine on which the two nodes cannot be emulated.
 
     Raises:
         BedError: what is missing.

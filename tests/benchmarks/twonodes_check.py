@@ -88,7 +88,7 @@ def measure(bed: Bed) -> Pace:
 
 
 def gather_on_this_rank(size: int) -> None:
-    """All-gather once over all ranks, in their order."""
+    """Run one all-gather over all ranks, in their order."""
     dist.init_process_group("gloo")
     whole = torch.zeros(size, dtype=torch.uint8)
     dist.barrier()
@@ -110,7 +110,7 @@ def carried(bed: Bed, size: int) -> tuple[Counters, Counters]:
 
 
 def confirm(bed: Bed, pace: Pace, tolerance: float) -> None:
-    """Refuse a bed whose links are further from what was asked than a share of it.
+    """Refuse emulated nodes whose links differ from the requested rates by more than a given share.
 
     Raises:
         BedError: by how much.

@@ -13,7 +13,8 @@ from tests.regression.arm import Run, run_arm
 from tests.regression.trainings import Trainings
 
 TRAIN_ONLY = "--train-only"
-SHAPES = ("--tied", "--num-query-groups", "--num-experts", "--position-embedding-type")  # they change the parameters
+# Flags that change the parameters.
+SHAPES = ("--tied", "--num-layers", "--num-query-groups", "--num-experts", "--position-embedding-type")
 
 
 @pytest.fixture(scope="session")
@@ -43,10 +44,10 @@ def without_partial_training(own: list[str]) -> list[str]:
 
 @pytest.fixture(scope="session")
 def upstream(trainings: Trainings, start: Start) -> Callable[..., Run]:
-    """Return a function that makes (once) upstream's own run of a model on one rank, under a twist."""
+    """Return a function that makes (once) upstream's own run of a model on one rank, under a variant."""
 
-    def run(model: str, twist: str | None = None) -> Run:
-        return trainings.once("U", 1, start(model), float64=True, snapshots=SNAPSHOTS, mutant=twist)
+    def run(model: str, variant: str | None = None) -> Run:
+        return trainings.once("U", 1, start(model), float64=True, snapshots=SNAPSHOTS, mutant=variant)
 
     return run
 
@@ -60,12 +61,12 @@ def equal(ranks: RankPool, start: Start, upstream: Callable[..., Run], tell: Cal
         world: int,
         model: str,
         own: str,
-        twist: str | None = None,
+        variant: str | None = None,
         theirs: str | None = None,
         learns: float = LEARNS,
     ) -> Run:
-        run = run_arm(ranks, "O", world, start(model) + flags(own), float64=True, snapshots=SNAPSHOTS, mutant=twist)
-        assert_equal(run, upstream(model, theirs or twist), name, tell, learns)
+        run = run_arm(ranks, "O", world, start(model) + flags(own), float64=True, snapshots=SNAPSHOTS, mutant=variant)
+        assert_equal(run, upstream(model, theirs or variant), name, tell, learns)
         return run
 
     return check

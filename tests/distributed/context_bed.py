@@ -44,7 +44,7 @@ def given_to_torch(stack: ExitStack) -> dict[str, SentCounter]:
     return sent
 
 
-def said(strategy: CPStrategy) -> dict[str, SentCounter]:
+def counters(strategy: CPStrategy) -> dict[str, SentCounter]:
     """Return our counters in the same form."""
     around = [getattr(strategy.ring, name).sent for name in CHANNELS]
     ring = SentCounter(sum(one.bytes for one in around), sum(one.messages for one in around))
@@ -72,6 +72,6 @@ def attend(problems: list[Problem]) -> list[Any]:
             assert part.out is not None
             results = [part.out.detach(), *(leaf.grad for leaf in part.leaves)]
             assert_close(results, [right[part.at] for right in expected], sum(problem.lengths))
-        found.append((given, said(strategy)))
+        found.append((given, counters(strategy)))
     dist.destroy_process_group()
     return found

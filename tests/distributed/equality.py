@@ -30,7 +30,7 @@ class Equal(Protocol):
         world: int,
         model: str,
         own: str,
-        twist: str | None = None,
+        variant: str | None = None,
         theirs: str | None = None,
         learns: float = LEARNS,
     ) -> Run:
@@ -41,8 +41,8 @@ class Equal(Protocol):
             world: ranks of arm O.
             model: flags of both arms, after those of TINY and EVALUATED.
             own: flags of arm O alone.
-            twist: what the script does differently, in both arms.
-            theirs: upstream's twist, where it is another one.
+            variant: what the script does differently, in both arms.
+            theirs: upstream's variant, where it is another one.
             learns: by which part of its first value the reference's loss has to fall.
         """
 

@@ -198,17 +198,17 @@ def run_without_one_rank() -> tuple[str, float]:
     """Return what the other rank's lanes say, and after how long."""
     rank, groups = begin(), RankGroups(2, 2)
     communicators = open_groups(dist.group.WORLD, groups, timedelta(seconds=1))
-    said, began = "", time.monotonic()
+    message, began = "", time.monotonic()
     if rank == 0:
         lanes = CommQueues(CollectiveRunner(groups, communicators), CPU, rank, is_overlapped=True)
         handle = lanes.submit((SCATTER_INSIDE,), region_of(torch.zeros(8), groups, 0), "bucket 5 of gradients")
         try:
             handle.wait()
         except CommError as error:
-            said = str(error)
+            message = str(error)
     seconds = time.monotonic() - began
     dist.barrier()
-    return said, seconds
+    return message, seconds
 
 
 def probed(size: int) -> tuple[Any, Any, float]:

@@ -74,7 +74,7 @@ def exchange(stages: int, virtual: int, lengths: tuple[int, ...], microbatches: 
     channels = open_channels(groups[mine], virtual)
     rank = dist.get_rank(groups[mine])
     pipeline = Pipeline(stages, microbatches, len(lengths), virtual)
-    came, reporter = 0, HangReporter(0)
+    early, reporter = 0, HangReporter(0)
 
     def word(action: Action, place: int) -> torch.Tensor:
         code = (
@@ -96,13 +96,13 @@ def exchange(stages: int, virtual: int, lengths: tuple[int, ...], microbatches: 
             assert starts is None
             stage = pipeline.stage(rank, action.vstage)
             if received is not None:
-                came += 1
+                early += 1
                 assert torch.equal(received, word(action, stage + (-1 if action.kind is ActionKind.FORWARD else 1)))
             time.sleep(0.002 * ((index * 7 + rank * 3) % 4))
             mail.send(action, word(action, stage))
         mail.close()
         assert not mail.posted
-    return came
+    return early
 
 
 @contextmanager

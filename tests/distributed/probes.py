@@ -59,15 +59,29 @@ def evaluations(notes: Notes) -> Iterator[None]:
 
 
 @contextmanager
+def held_out_losses(notes: Notes) -> Iterator[None]:
+    """Record the loss of every evaluation that the run makes."""
+    from megatron.training import training
+
+    def evaluate(original: Any, *args: Any, **named: Any) -> Any:
+        losses, *rest = original(*args, **named)
+        notes.append(float(losses["lm loss"]))
+        return losses, *rest
+
+    with wrapped(training, "evaluate", evaluate):
+        yield
+
+
+@contextmanager
 def store_bytes(notes: Notes) -> Iterator[None]:
     """Record after every step whether it was an evaluation, and what the KV caches of the chunks hold."""
     from megatron.longseq.pipeline.forward_backward import ForwardBackward
-    from tests.kv_bytes import held, peaks
+    from tests.kv_bytes import held_bytes, peaks
 
     def call(original: Any, runner: Any, **named: Any) -> Any:
         result = original(runner, **named)
         stores = [chunk.store for chunk in runner.chunks]
-        totals = [(held(store), found.get(store, 0)) for store in stores]
+        totals = [(held_bytes(store), found.get(store, 0)) for store in stores]
         notes.append((named.get("forward_only", False), tuple(map(sum, zip(*totals, strict=True)))))
         return result
 

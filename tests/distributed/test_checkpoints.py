@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.distributed.equality import RELATIVE, assert_steps_equal
-from tests.distributed.flags import TINY, flags
+from tests.distributed.flags import SHALLOW, TINY, flags
 from tests.pool import RankFailure, RankPool
 from tests.regression.arm import Run, run_arm
 from tests.regression.tensors import logical_tensors
@@ -19,7 +19,7 @@ PP = "--pipeline-model-parallel-size 2"
 DISTRIBUTED_OPTIMIZER = "--use-distributed-optimizer"
 RESHARDABLE = "--dist-ckpt-optim-fully-reshardable"
 HALF, WHOLE = 2, 4
-STEPS = f"{TINY} --global-batch-size 4 --train-iters {WHOLE} --save-interval {HALF}"
+STEPS = f"{TINY} {SHALLOW} --global-batch-size 4 --train-iters {WHOLE} --save-interval {HALF}"
 
 
 @dataclass(frozen=True)

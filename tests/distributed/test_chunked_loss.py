@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.equality import Equal
-from tests.distributed.flags import DOCUMENTS, FULL, OVERLAP, PP2, TIED, TINY, TP2, VPP, flags
+from tests.distributed.flags import DOCUMENTS, FULL, OVERLAP, PP2, SHALLOW, TIED, TINY, TP2, VPP, flags
 from tests.distributed.probes import Notes, run_probed
 from tests.pool import RankPool
 from tests.regression.planted import wrapped
@@ -20,7 +20,7 @@ from tests.regression.planted import wrapped
 CHUNKS = "--cross-entropy-chunk-tokens"
 SP = f"{TP2} --sequence-parallel"
 CP2 = "--context-parallel-size 2"
-RAGGED = "tests.distributed.twists:ragged_mask"
+RAGGED = "tests.distributed.script_variants:ragged_mask"
 
 # name: (ranks, model flags of both arms, flags of arm O, what the script does differently)
 CASES = {
@@ -30,7 +30,7 @@ CASES = {
     "TP 2": (2, TIED, f"{TP2} {CHUNKS} 25", RAGGED),
     "tied under PP 2, sequence parallel, segments, per-token loss": (
         4,
-        f"{TIED} --calculate-per-token-loss",
+        f"{TIED} {SHALLOW} --calculate-per-token-loss",
         f"{PP2} {SP} --seq1f1b-splits 3 {CHUNKS} 7",
         RAGGED,
     ),
@@ -53,8 +53,8 @@ QUICK = {
 
 @pytest.mark.parametrize("case", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in CASES])
 def test_equals_upstream_in_float64(equal: Equal, case: str) -> None:
-    world, model, own, twist = CASES[case]
-    equal(f"chunked cross entropy, {case}", world, model, own, twist)
+    world, model, own, variant = CASES[case]
+    equal(f"chunked cross entropy, {case}", world, model, own, variant)
 
 
 class _Widest(TorchDispatchMode):
@@ -89,7 +89,7 @@ def logits_of_a_step(notes: Notes) -> Iterator[None]:
 def test_flag_bounds_the_logits(ranks: RankPool) -> None:
     """A rank's part of the output layer, 512 x 64, is smaller than the logits of 128 tokens."""
     run = flags(TINY, SP, "--vocab-size 1000 --make-vocab-size-divisible-by 512 --seq-length 128")
-    run += flags("--max-position-embeddings 128 --train-iters 1 --eval-iters 1 --eval-interval 1")
+    run += flags("--max-position-embeddings 128 --train-iters 1 --eval-iters 1 --eval-interval 1 --global-batch-size 2")
 
     def largest(own: str) -> list[Notes]:
         probe = "tests.distributed.test_chunked_loss:logits_of_a_step"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.equality import RELATIVE, SNAPSHOTS, Equal, Start, assert_steps_equal, worst
-from tests.distributed.flags import DOCUMENTS, FULL, MOE, OVERLAP, PP2, SELECTIVE, TIED, TINY, TP2, VPP, flags
+from tests.distributed.flags import DOCUMENTS, FULL, MOE, OVERLAP, PP2, SELECTIVE, SHALLOW, TIED, TINY, TP2, VPP, flags
 from tests.pool import RankPool
 from tests.regression.arm import Run, run_arm
 
@@ -24,7 +24,7 @@ CASES = {
     "1 x 4": (4, "", CP4),
     "4 x 1": (4, "", f"{CP4} --cp-comm-type a2a"),
     "2 x 2": (4, "", HYBRID),
-    "2 x 2, context-first": (4, "", f"{HYBRID} --context-parallel-placement context-first"),
+    "2 x 2, context-first": (4, SHALLOW, f"{HYBRID} --context-parallel-placement context-first"),
     "gathered": (4, "", f"{CP4} --cp-comm-type all_gather"),
     "double ring": (4, "", f"{CP4} --ring-window 2"),
     "a kind for each layer": (4, "", f"{CP4} --cp-comm-type p2p a2a all_gather a2a"),
@@ -42,7 +42,7 @@ CASES = {
     "full recompute, documents": (2, DOCUMENTS, f"{CP2} {FULL}"),
     "selective recompute": (2, "", f"{CP2} {SELECTIVE}"),
     "TP 2": (4, "", f"{CP2} {TP2}"),
-    "TP 2, sequence parallel": (4, "", f"{CP2} --cp-comm-type a2a {TP2} --sequence-parallel"),
+    "TP 2, sequence parallel": (4, SHALLOW, f"{CP2} --cp-comm-type a2a {TP2} --sequence-parallel"),
     "PP 2": (4, "", f"{CP2} {PP2}"),
     "PP 2, V 2": (4, "", f"{CP2} {PP2} {VPP} {FULL}"),
     "DP 2, distributed optimizer, overlap": (4, "", f"{CP2} {OVERLAP}"),
@@ -55,7 +55,7 @@ SEGMENTS = {
     "Ulysses": (2, "", f"{CP2} --cp-comm-type a2a --seq1f1b-splits 3"),
     "gathered": (2, "", f"{CP2} --cp-comm-type all_gather --seq1f1b-splits 3"),
     "2 x 2": (4, "", f"{HYBRID} --seq1f1b-splits 3"),
-    "double ring": (4, "", f"{CP4} --ring-window 2 --seq1f1b-splits 2"),
+    "double ring": (4, SHALLOW, f"{CP4} --ring-window 2 --seq1f1b-splits 2"),
     "PP 2": (4, "", f"{CP2} {PP2} --seq1f1b-splits 3"),
     "PP 2, V 2": (4, "", f"{CP2} {PP2} {VPP} --seq1f1b-splits 3"),
     "PP 2, zero bubble": (4, "", f"{CP2} {PP2} --zero-bubble --seq1f1b-splits 3"),
@@ -97,7 +97,7 @@ def test_segments_equal_upstream_in_float64(equal: Equal, case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("twist", "name"),
+    ("variant", "name"),
     [
         pytest.param("empty_ranks", "2 x 2", marks=pytest.mark.slow),
         ("empty_ranks", "segments, PP 2, gathered"),
@@ -106,18 +106,20 @@ def test_segments_equal_upstream_in_float64(equal: Equal, case: str) -> None:
         *[pytest.param("ragged_mask", name, marks=pytest.mark.slow) for name in MASKED],
     ],
 )
-def test_any_mask(equal: Equal, twist: str, name: str) -> None:
+def test_any_mask(equal: Equal, variant: str, name: str) -> None:
     world, own = MASKED[name]
-    assert equal(f"context, {twist}, {name}", world, "", own, f"tests.distributed.twists:{twist}").planted > 0
+    assert (
+        equal(f"context, {variant}, {name}", world, "", own, f"tests.distributed.script_variants:{variant}").planted > 0
+    )
 
 
 def test_a_loss_of_ones_own_tokens_is_another(ranks: RankPool, start: Start, upstream: Callable[..., Run]) -> None:
     """Without the record each rank divides by its own valid tokens: the reported loss is right, gradients are not."""
-    twist = "tests.distributed.twists:empty_ranks"
+    variant = "tests.distributed.script_variants:empty_ranks"
     run = run_arm(
-        ranks, "O", 2, start("") + flags(CP2), float64=True, snapshots=SNAPSHOTS, mutant=f"{twist}_without_the_record"
+        ranks, "O", 2, start("") + flags(CP2), float64=True, snapshots=SNAPSHOTS, mutant=f"{variant}_without_the_record"
     )
-    reference = upstream("", twist)
+    reference = upstream("", variant)
     assert "usp.loss" not in run.header["patches"] and "usp.core-attention" in run.header["patches"]
     assert abs(run.curve[0]["loss"] / reference.curve[0]["loss"] - 1) < RELATIVE
     assert worst(run.curve, reference.curve, "grad_norm") > 1e-3

@@ -28,7 +28,7 @@ def test_bytes_and_messages_given_to_torch_are_the_formulas(ranks: RankPool) -> 
     results = ranks.run(4, attend, problems)
     for index, problem in enumerate(problems):
         of_ranks = [result[index] for result in results]
-        given, said = (
+        given, counted = (
             {
                 name: SentCounter(sum(x[name].bytes for x in all_), sum(x[name].messages for x in all_))
                 for name in all_[0]
@@ -38,13 +38,13 @@ def test_bytes_and_messages_given_to_torch_are_the_formulas(ranks: RankPool) -> 
         setup = problem.setup
         if problem.gathers:
             formula = all_gather(setup, kept=len(problem.lengths) > 1)
-            assert said["gather"] == whole(formula) and said["ring"] == given["ring"] == SentCounter()
+            assert counted["gather"] == whole(formula) and counted["ring"] == given["ring"] == SentCounter()
             grads = given["all-to-all"]  # gradients are scattered by an all-to-all, and added in the order of ranks
             assert SentCounter(given["gather"].bytes + grads.bytes, given["gather"].messages + grads.messages) == whole(
                 formula
             )
             continue
-        assert said == given
+        assert counted == given
         assert given["all-to-all"] == whole(all_to_all(setup))
         if problem.window is None:
             assert given["ring"] == whole(ring(setup, problem.inner))

@@ -72,13 +72,13 @@ FAST = ("tracker-ahead", "no-description", "cut-tensors")  # one of each kind
 def test_a_damaged_checkpoint_is_named(ranks: RankPool, saved: Path, tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(saved, folder)
-    harm, said = DAMAGES[damage]
+    harm, message = DAMAGES[damage]
     harm(folder)
     with pytest.raises(RankFailure) as failure:
         run_arm(ranks, "O", 2, [*flags(MORE, PARO), "--load", str(folder)])
     last = str(failure.value).split("--- end of its output")[0]
     assert "\nValueError: rank " in last
-    for words in said:
+    for words in message:
         assert words in last, last[-3000:]
 
 
@@ -94,7 +94,7 @@ def test_what_is_advised_helps(ranks: RankPool, saved: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("other", "said"),
+    ("other", "message"),
     [
         pytest.param("--lr 5e-3", r"--lr is 0\.005, was 0\.01\. .*--no-load-optim", marks=pytest.mark.slow),
         pytest.param(
@@ -105,8 +105,8 @@ def test_what_is_advised_helps(ranks: RankPool, saved: Path, tmp_path: Path) -> 
         ("--lr 5e-3 --min-lr 1e-4", r"--lr is 0\.005, was 0\.01; --min-lr is 0\.0001, was 0\.001\. "),
     ],
 )
-def test_other_learning_rates_are_refused_by_name(ranks: RankPool, saved: Path, other: str, said: str) -> None:
-    with pytest.raises(RankFailure, match=f"ValueError: the optimizer cannot continue from the checkpoint: {said}"):
+def test_other_learning_rates_are_refused_by_name(ranks: RankPool, saved: Path, other: str, message: str) -> None:
+    with pytest.raises(RankFailure, match=f"ValueError: the optimizer cannot continue from the checkpoint: {message}"):
         run_arm(ranks, "O", 2, [*flags(MORE, PARO, other), "--load", str(saved)])
 
 
@@ -139,12 +139,12 @@ def saved_by_torch(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
-def _fails(ranks: RankPool, words: list[str], said: str) -> None:
+def _fails(ranks: RankPool, words: list[str], message: str) -> None:
     """A failure on one rank gives a message and a status other than 0."""
     with pytest.raises(RankFailure) as failure:
         run_arm(ranks, "O", 1, words)
     last = str(failure.value).split("--- end of its output")[0]
-    assert re.search(f"\nValueError: {said}", last), last[-3000:]
+    assert re.search(f"\nValueError: {message}", last), last[-3000:]
 
 
 MODEL, OPTIMIZER = "mp_rank_00/model_optim_rng.pt", "mp_rank_00/distrib_optim.pt"
@@ -165,9 +165,9 @@ OF_TORCH: dict[str, tuple[str, Callable[[Path], object], str]] = {
 def test_a_damaged_file_of_torch_is_named(ranks: RankPool, saved_by_torch: Path, tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(saved_by_torch, folder)
-    name, harm, said = OF_TORCH[damage]
+    name, harm, message = OF_TORCH[damage]
     harm(folder / ITERATION / name)
-    _fails(ranks, [*flags(MORE, TORCH), "--load", str(folder)], f"{said}.* The newest complete .* --ckpt-step 1")
+    _fails(ranks, [*flags(MORE, TORCH), "--load", str(folder)], f"{message}.* The newest complete .* --ckpt-step 1")
 
 
 def test_giving_up_is_a_failure(ranks: RankPool, saved_by_torch: Path, tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ import torch
 
 from tests.distributed.conversations import sft_flags
 from tests.distributed.flags import MOE, PP2, TINY, VPP, flags
-from tests.distributed.twists import random_documents
+from tests.distributed.script_variants import random_documents
 from tests.pool import RankPool
 from tests.regression.arm import run_arm
 
-SEQUENCE, BATCH = 64, 8  # of TINY
+SEQUENCE, BATCH = 64, 4
+SIZES = f"{TINY} --global-batch-size {BATCH}"
 PEAK = 1e-3  # TFLOP/s of a rank
 LINE = re.compile(
     r"iteration +(\d+) \| tokens/s: ([\d.]+) \| tokens/s/rank: ([\d.]+) \| model TFLOP/s/rank: ([\d.e-]+) "
@@ -36,7 +37,7 @@ LAYOUTS = {
 }
 STEPS = "--train-iters 4 --log-interval 2 --eval-interval 1 --eval-iters 1 --split 50,50,0 --log-throughput"
 STEPS += f" --peak-tflops-per-gpu {PEAK}"
-TWIST = "tests.distributed.twists:reported_documents"
+VARIANT = "tests.distributed.script_variants:reported_documents"
 RUNS = [
     ("grouped queries", "one rank"),
     ("window", "PP 2, V 2, DP 2"),
@@ -63,7 +64,9 @@ def linear_and_square(ranks: RankPool) -> Callable[[str], tuple[float, float]]:
         counted = []
         for length in (SEQUENCE, SEQUENCE // 2):
             run = flags(TINY, model, f"--train-iters 1 --global-batch-size 1 --seq-length {length}")
-            counted.append(run_arm(ranks, "U", 1, run, mutant="tests.distributed.twists:counted_flops").planted)
+            counted.append(
+                run_arm(ranks, "U", 1, run, mutant="tests.distributed.script_variants:counted_flops").planted
+            )
         square = (counted[0] - 2 * counted[1]) / (SEQUENCE**2 - 2 * (SEQUENCE // 2) ** 2)
         linear = counted[0] / SEQUENCE - square * SEQUENCE
         if model:
@@ -94,7 +97,7 @@ def squares_of(documents: list[torch.Tensor], model: str) -> float:
 @pytest.fixture(scope="module")
 def on_one_rank(ranks: RankPool) -> tuple[str, list[list[torch.Tensor]]]:
     """What a run on one rank printed, and the documents of every step, which every model and layout reads."""
-    run = run_arm(ranks, "O", 1, flags(TINY, STEPS), mutant=TWIST, keep_batches=True)
+    run = run_arm(ranks, "O", 1, flags(SIZES, STEPS), mutant=VARIANT, keep_batches=True)
     batches = [[torch.as_tensor(np.asarray(batch["tokens"])) for batch in step] for step in run.batches]
     return _printed(ranks), [[random_documents(tokens) for tokens in step] for step in batches]
 
@@ -104,7 +107,7 @@ def test_log_line_tells_tokens_flops_and_memory(
 ) -> None:
     linear, square = linear_and_square("window")
     scores = squares_of([torch.tensor([0, SEQUENCE])], "window") / SEQUENCE
-    run_arm(ranks, "O", 2, flags(TINY, MODELS["window"], PP2, "--log-throughput --log-interval 2 --train-iters 4"))
+    run_arm(ranks, "O", 2, flags(SIZES, MODELS["window"], PP2, "--log-throughput --log-interval 2 --train-iters 4"))
     found = LINE.findall(_printed(ranks))
     assert [int(row[0]) for row in found] == [2, 4]
     elapsed = [float(ms) for ms in re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", _printed(ranks))[-2:]]
@@ -146,7 +149,7 @@ def test_flops_are_those_of_the_documents(
     printed, documents = on_one_rank
     world, own = LAYOUTS[layout]
     if (model, world) != ("grouped queries", 1):
-        assert run_arm(ranks, "O", world, flags(TINY, MODELS[model], STEPS, own), mutant=TWIST).planted
+        assert run_arm(ranks, "O", world, flags(SIZES, MODELS[model], STEPS, own), mutant=VARIANT).planted
         printed = _printed(ranks)
     on_each_rank = [(float(BATCH * SEQUENCE), squares_of(ends, model)) for ends in documents]
     assert sums_of_all_ranks(printed) == sorted(on_each_rank * world)
@@ -170,9 +173,9 @@ def test_flops_are_those_of_the_documents(
 )
 def test_conversations_count_their_own_squares(ranks: RankPool, tmp_path: Path, own: str) -> None:
     """Here every stage reports the documents, at every virtual stage."""
-    base = [flag for flag in flags(TINY, "--train-iters 2 --log-throughput", own) if flag != "--mock-data"]
-    twist = "tests.distributed.twists:printed_sums"
-    run = run_arm(ranks, "O", 4, [*base, *sft_flags(tmp_path)], mutant=twist, keep_batches=True)
+    base = [flag for flag in flags(SIZES, "--train-iters 2 --log-throughput", own) if flag != "--mock-data"]
+    variant = "tests.distributed.script_variants:printed_sums"
+    run = run_arm(ranks, "O", 4, [*base, *sft_flags(tmp_path)], mutant=variant, keep_batches=True)
     expected = []
     for step in run.batches:
         rows = [row for batch in step for row in np.asarray(batch["cu_seqlens"])]

@@ -16,7 +16,7 @@ CP2 = "--context-parallel-size 2"
 PAIRS = "--micro-batch-size 2 --global-batch-size 8"
 OWN, OF_TOKENS = "own_masks", "masks_of_tokens"
 
-# name: (ranks, twist, model flags of both arms, flags of arm O)
+# name: (ranks, variant, model flags of both arms, flags of arm O)
 CASES = {
     "segments": (1, OWN, PAIRS, "--seq1f1b-splits 3"),
     "segments, one stage, no masks from the loader": (
@@ -38,9 +38,9 @@ QUICK = {"segments, PP 2, V 2, known on the first stage alone", "context and seg
 
 @pytest.mark.parametrize("case", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in CASES])
 def test_documents_of_every_batch(equal: Equal, case: str) -> None:
-    world, twist, model, own = CASES[case]
-    place = "tests.distributed.twists:"
-    equal(f"own masks, {case}", world, model, own, place + twist, place + OWN)
+    world, variant, model, own = CASES[case]
+    place = "tests.distributed.script_variants:"
+    equal(f"own masks, {case}", world, model, own, place + variant, place + OWN)
 
 
 @pytest.mark.parametrize(
@@ -62,5 +62,5 @@ def test_documents_that_some_stage_would_not_hear_of_are_refused(ranks: RankPool
             "O",
             world,
             flags(TINY, own, "--train-iters 1"),
-            mutant=f"tests.distributed.twists:{OWN}",
+            mutant=f"tests.distributed.script_variants:{OWN}",
         )

@@ -87,7 +87,6 @@ CASES = {
 QUICK = {
     "one rank, --reset-attention-mask, PP 2, V 2",
     "ring, --reset-attention-mask",
-    "segments, PP 2, aligned",
     "by document, ring",
     "by document, gathered and segments",
 }
@@ -237,7 +236,7 @@ def test_a_window_within_documents(
 
 
 @pytest.mark.parametrize(
-    ("twist", "own", "words"),
+    ("variant", "own", "words"),
     [
         (
             "other_documents_on_rank_one",
@@ -254,9 +253,9 @@ def test_a_window_within_documents(
         ),
     ],
 )
-def test_ranks_that_disagree_are_named(ranks: RankPool, packed: Flags, twist: str, own: str, words: str) -> None:
+def test_ranks_that_disagree_are_named(ranks: RankPool, packed: Flags, variant: str, own: str, words: str) -> None:
     with pytest.raises(RankFailure, match=words):
-        run_arm(ranks, "O", 2, [*packed("ragged", ""), *flags(STORED, own)], mutant=SCRIPT + twist)
+        run_arm(ranks, "O", 2, [*packed("ragged", ""), *flags(STORED, own)], mutant=SCRIPT + variant)
 
 
 LONG = "--seq-length 1024 --max-position-embeddings 1024 --train-iters 1 --global-batch-size 1 --eval-iters 0"

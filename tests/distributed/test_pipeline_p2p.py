@@ -82,9 +82,9 @@ def test_every_message_reaches_the_action_it_is_for(
     ranks: RankPool, world: int, stages: int, virtual: int, lengths: tuple[int, ...], options: dict[str, Any]
 ) -> None:
     """Run two training steps with an evaluation between them. The last two cases have two pipelines."""
-    came = ranks.run(world, p2p_bed.exchange, stages, virtual, lengths, 6, options)
+    results = ranks.run(world, p2p_bed.exchange, stages, virtual, lengths, 6, options)
     per_pipeline = 5 * 6 * len(lengths) * (stages * virtual - 1)  # two steps there and back, one evaluation there
-    assert sum(came) == per_pipeline * (world // stages)
+    assert sum(results) == per_pipeline * (world // stages)
 
 
 @pytest.mark.parametrize("stages", [2, 3, 5])
@@ -111,9 +111,11 @@ def test_between_two_ranks_a_lane_goes_one_way(stages: int, virtual: int) -> Non
 
 
 def test_a_message_that_does_not_come_in_time_is_an_error(ranks: RankPool) -> None:
-    told, _ = ranks.run(2, p2p_bed.wait_beyond_the_limit)
+    message, _ = ranks.run(2, p2p_bed.wait_beyond_the_limit)
     where = "action 3 of 4 (backward of micro-batch 0, segment 1) for its gradient from rank 1"
-    assert re.match(rf"BrokenMessage: rank 0 has waited \d+ s in {re.escape(where)}, and got an error instead: ", told)
+    assert re.match(
+        rf"BrokenMessage: rank 0 has waited \d+ s in {re.escape(where)}, and got an error instead: ", message
+    )
 
 
 def log(ranks: RankPool, rank: int) -> str:
@@ -144,14 +146,14 @@ def test_a_killed_peer_is_named_in_the_error(ranks: RankPool) -> None:
     job = Job("O", tuple(own), mutant="tests.distributed.p2p_bed:dying_stage")
     with pytest.raises(RankFailure) as failure:
         ranks.run(2, p2p_bed.train_with_rank_1_in_a_child, job)
-    told = str(failure.value)
-    assert "rank 0 raised" in told
+    message = str(failure.value)
+    assert "rank 0 raised" in message
     sentence = (
         r"BrokenMessage: rank 0 has waited \d+ s in action \d+ of 48 \((.*)\) for (.*) from rank 1, and got an error"
     )
-    found = re.search(sentence, told)
+    found = re.search(sentence, message)
     assert found and "micro-batch" in found[1] and found[2] in ("its gradient", "a receive of its output")
-    assert "Look at the end of the log of rank 1: it died" in told
+    assert "Look at the end of the log of rank 1: it died" in message
 
 
 @pytest.mark.parametrize(
@@ -163,5 +165,7 @@ def test_a_killed_peer_is_named_in_the_error(ranks: RankPool) -> None:
 )
 def test_a_peer_that_is_gone_already_is_named_too(ranks: RankPool, first: str, where: str) -> None:
     """The backend then fails in the call that starts the message."""
-    told, _ = ranks.run(2, p2p_bed.communicate_with_dead_peer, first)
-    assert re.match(rf"BrokenMessage: rank 0 has waited \d+ s in {re.escape(where)}, and got an error instead: ", told)
+    message, _ = ranks.run(2, p2p_bed.communicate_with_dead_peer, first)
+    assert re.match(
+        rf"BrokenMessage: rank 0 has waited \d+ s in {re.escape(where)}, and got an error instead: ", message
+    )

@@ -7,7 +7,21 @@ by reassociation alone.
 import pytest
 
 from tests.distributed.equality import Equal
-from tests.distributed.flags import DOCUMENTS, FULL, MOE, OVERLAP, PP2, PP4, SELECTIVE, TIED, TINY, TP2, VPP, flags
+from tests.distributed.flags import (
+    DOCUMENTS,
+    FULL,
+    MOE,
+    OVERLAP,
+    PP2,
+    PP4,
+    SELECTIVE,
+    SHALLOW,
+    TIED,
+    TINY,
+    TP2,
+    VPP,
+    flags,
+)
 from tests.pool import RankPool
 from tests.regression.arm import run_arm
 
@@ -29,7 +43,7 @@ CASES = {
     "zero bubble, K 3": (2, "", f"{PP2} --seq1f1b-splits 3 --zero-bubble"),
     "zero bubble, PP 4, K 2, slack": (4, "", f"{PP4} --seq1f1b-splits 2 --seq1f1b-slack 1 --zero-bubble"),
     "TP 2": (4, "", f"{PP2} {TP2} --seq1f1b-splits 3"),
-    "TP 2, sequence parallel": (4, "", f"{PP2} {TP2} --sequence-parallel --seq1f1b-splits 3"),
+    "TP 2, sequence parallel": (4, SHALLOW, f"{PP2} {TP2} --sequence-parallel --seq1f1b-splits 3"),
     "TP 2, sequence parallel, zero bubble": (
         4,
         "",
@@ -57,7 +71,7 @@ CASES = {
     "learned positions": (2, "--position-embedding-type learned_absolute", f"{PP2} --seq1f1b-splits 3"),
     "no positions": (2, "--position-embedding-type none --global-batch-size 8", f"{PP2} --seq1f1b-splits 3"),
     "rotary positions, a half, scaled": (2, "--rotary-percent 0.5 --use-rope-scaling", f"{PP2} --seq1f1b-splits 3"),
-    "mixture of experts": (2, MOE, f"{PP2} --seq1f1b-splits 3"),
+    "mixture of experts": (2, f"{MOE} {SHALLOW}", f"{PP2} --seq1f1b-splits 3"),
     "per-token loss": (2, "--calculate-per-token-loss", f"{PP2} --seq1f1b-splits 3"),
     "micro-batches of two": (2, "--micro-batch-size 2", f"{PP2} --seq1f1b-splits 3"),
 }
@@ -83,7 +97,7 @@ ODD, EVEN = "--seq1f1b-partition 37,26,1", f"--seq1f1b-partition even {VPP}"
 
 
 @pytest.mark.parametrize(
-    ("twist", "own"),
+    ("variant", "own"),
     [
         ("ragged_mask", ODD),
         ("mean_loss", EVEN),
@@ -91,17 +105,17 @@ ODD, EVEN = "--seq1f1b-partition 37,26,1", f"--seq1f1b-partition even {VPP}"
         pytest.param("mean_loss", ODD, marks=pytest.mark.slow),
     ],
 )
-def test_any_mask_and_both_forms_of_loss(equal: Equal, twist: str, own: str) -> None:
+def test_any_mask_and_both_forms_of_loss(equal: Equal, variant: str, own: str) -> None:
     own = f"{PP2} --seq1f1b-splits 3 {own}"
-    assert equal(f"Seq1F1B, {twist}, {own}", 2, "", own, f"tests.distributed.twists:{twist}").planted > 0
+    assert equal(f"Seq1F1B, {variant}, {own}", 2, "", own, f"tests.distributed.script_variants:{variant}").planted > 0
 
 
 def test_flag_changes_the_schedule(ranks: RankPool) -> None:
     """Two stages and 8 micro-batches make 16 forwards of whole sequences, and three times as many of 3 segments."""
     once = flags(TINY, PP2, "--train-iters 1")
 
-    def forwards(twist: str, own: str = "--seq1f1b-splits 3") -> tuple[int, bool]:
-        place = f"tests.distributed.twists:{twist}"
+    def forwards(variant: str, own: str = "--seq1f1b-splits 3") -> tuple[int, bool]:
+        place = f"tests.distributed.script_variants:{variant}"
         run = run_arm(ranks, "O", 2, once + flags(own), mutant=place)
         return run.planted, "seq1f1b.schedule" in run.header["patches"]
 

@@ -66,7 +66,7 @@ def test_evaluations_leave_memory_as_it_is(ranks: RankPool) -> None:
         trained = [totals for evaluates, totals in notes if not evaluates]
         evaluated = [totals for evaluates, totals in notes if evaluates]
         assert len(trained) == 2 and len(evaluated) == 15  # after step 2, and of validation and test at the end
-        assert all(held == 0 for held, *_ in trained + evaluated)
+        assert all(cached == 0 for cached, *_ in trained + evaluated)
         assert len(set(evaluated)) == 1 and evaluated[0] == trained[1]
 
 

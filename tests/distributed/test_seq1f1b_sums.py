@@ -51,6 +51,6 @@ def test_error_is_that_of_whole_sequences(ranks: RankPool, name: str, tell: Call
     world, layout, whole, splits = (LAYOUTS | SLOW)[name]
     once = error(ranks, world, f"{layout} {whole}")
     found = {own: error(ranks, world, f"{layout} {own}") for own in splits}
-    told = ", ".join(f"{own} {value:.1e}" for own, value in found.items())
-    tell(f"bf16     {name}: gradients added up in bf16, whole sequences {once:.1e}, {told}")
+    errors = ", ".join(f"{own} {value:.1e}" for own, value in found.items())
+    tell(f"bf16     {name}: gradients added up in bf16, whole sequences {once:.1e}, {errors}")
     assert once > 0 and all(0 < value < MORE * CHANCE * once for value in found.values())

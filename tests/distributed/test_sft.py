@@ -13,6 +13,7 @@ import pytest
 from megatron.longseq.data.__main__ import main
 from tests.distributed.equality import SNAPSHOTS, assert_equal, assert_steps_equal
 from tests.distributed.flags import FULL, PP2, TINY, TP2, VPP, flags
+from tests.distributed.probes import run_probed
 from tests.pool import RankPool
 from tests.regression import oracle
 from tests.regression.arm import Run, run_arm
@@ -25,6 +26,8 @@ pytest.importorskip("transformers", reason="upstream's SFT tokenizer needs it")
 CP2 = "--context-parallel-size 2"
 PARO = "--paro IIG --paro-group-size 2 --paro-links 100 1"
 STEPS = "--train-iters 3 --lr-decay-iters 3 --lr-decay-style cosine --global-batch-size 16 --micro-batch-size 2"
+
+EVALUATIONS = "--eval-iters 2 --eval-interval 2"
 
 Train = Callable[..., Run]
 
@@ -95,6 +98,25 @@ def test_prepared_conversations_train_as_their_jsonl(
         for given in (conversations, prepared)
     ]
     assert_steps_equal(*curves)
+
+
+def held_out(ranks: RankPool, trainings: Trainings, conversations: list[str], world: int, own: str) -> list[float]:
+    base = [flag for flag in flags(TINY, STEPS, EVALUATIONS, own) if flag != "--mock-data"]
+    given = [*base, *conversations, "--split", "50,50,0", *trainings.load(*flags(TINY))]
+    return run_probed(ranks, "O", world, given, "tests.distributed.probes:held_out_losses")[-1]
+
+
+@pytest.mark.parametrize("own", ["", pytest.param("--calculate-per-token-loss", marks=pytest.mark.slow)])
+def test_held_out_losses_do_not_depend_on_the_number_of_ranks(
+    ranks: RankPool, trainings: Trainings, tmp_path: Path, own: str
+) -> None:
+    """Upstream averages the means of context-parallel ranks, which hold unlike numbers of answers."""
+    from tests.distributed.conversations import sft_flags
+
+    conversations = sft_flags(tmp_path)
+    alone = held_out(ranks, trainings, conversations, 1, own)
+    assert held_out(ranks, trainings, conversations, 2, f"{CP2} {own}") == pytest.approx(alone, rel=1e-9)
+    assert len(alone) == 2
 
 
 def test_an_upstream_script_trains_on_conversations(train: Train) -> None:

@@ -6,7 +6,7 @@ The reference is arm U on one rank: the wheel with the cpu and local patches alo
 import pytest
 
 from tests.distributed.equality import Equal
-from tests.distributed.flags import FULL, MOE, PP2, SELECTIVE, TP2, VPP
+from tests.distributed.flags import FULL, MOE, PP2, SELECTIVE, SHALLOW, TP2, VPP
 
 ASYNC = "--overlap-grad-reduce --overlap-param-gather"
 RUNNING = ["NNN", "NNI", "NNG", "NII", "NIG", "III", "IIG", "IGG", "NGG", "GGG"]
@@ -39,7 +39,7 @@ CASES = {
     "IIG, PP 2, V 2": (4, "", f"--paro IIG {PAIRS} {ASYNC} {PP2} {VPP}"),
     "NIG, TP 2, sequence parallel": (4, "", f"--paro NIG {PAIRS} {ASYNC} {TP2} --sequence-parallel"),
     "GGG, TP 2, sequence parallel": (4, "", f"--paro GGG {PAIRS} {ASYNC} {TP2} --sequence-parallel"),
-    "IIG, C 2": (4, "", f"--paro IIG {PAIRS} {ASYNC} --context-parallel-size 2"),
+    "IIG, C 2": (4, SHALLOW, f"--paro IIG {PAIRS} {ASYNC} --context-parallel-size 2"),
     "IIG, C 2, selective overlap": (4, "", f"--paro IIG {PAIRS} {ASYNC} {SELECT} --context-parallel-size 2"),
     "GGG, two units ahead, recompute of two layers": (
         4,
@@ -57,7 +57,7 @@ CASES = {
     "IIG, selective overlap, mixture of experts": (4, MOE, f"--paro IIG {PAIRS} {ASYNC} {SELECT}"),
     "NIG, segments": (4, "", f"--paro NIG {PAIRS} {ASYNC} --seq1f1b-splits 3"),
     "IIG, segments, PP 2": (4, "", f"--paro IIG {PAIRS} {ASYNC} {PP2} --seq1f1b-splits 2"),
-    "NNG, zero bubble, PP 2": (4, "", f"--paro NNG {PAIRS} {ASYNC} {PP2} --zero-bubble --seq1f1b-splits 2"),
+    "NNG, zero bubble, PP 2": (4, SHALLOW, f"--paro NNG {PAIRS} {ASYNC} {PP2} --zero-bubble --seq1f1b-splits 2"),
     "IIG, mixture of experts": (4, MOE, f"--paro IIG {PAIRS} {ASYNC}"),
     "NIG, per-token loss": (4, "--calculate-per-token-loss", f"--paro NIG {PAIRS} {ASYNC}"),
     "NIG, average in collectives": (4, "", f"--paro NIG {PAIRS} {ASYNC} --ddp-average-in-collective"),

@@ -43,9 +43,9 @@ def wrong(case: str, ranks: list[RankRecord]) -> list[str]:
         # Parameters of the first step's first forward are there from the start. What a step leaves to the next forward
         # to send is that one's.
         for step in (1, 2):
-            sent, said = less(seen.sent[step], seen.sent[step - 1]), formula(case, seen, STEPS[step])
-            if sent != said:
-                found.append(f"rank {seen.member}, step {step + 1}: sent {sent}, formula {said}")
+            sent, expected = less(seen.sent[step], seen.sent[step - 1]), formula(case, seen, STEPS[step])
+            if sent != expected:
+                found.append(f"rank {seen.member}, step {step + 1}: sent {sent}, formula {expected}")
     return found
 
 

@@ -5,15 +5,16 @@ The reference is one run of upstream's on one rank.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
 
 from tests.distributed.equality import RELATIVE, assert_steps_equal
-from tests.distributed.flags import PP2, TINY, TP2, flags
+from tests.distributed.flags import PP2, SHALLOW, TINY, TP2, flags
 from tests.pool import RankPool
 from tests.regression.arm import Arm, Run, run_arm
 from tests.regression.snapshot import Snapshot
@@ -50,11 +51,33 @@ CHAIN = {
     "upstream, one rank": Link("U", 1, RESHARDABLE),
 }
 NAMES = list(CHAIN)
-TRAINED = len(CHAIN) + 1  # every run makes two steps, and hands on the checkpoint between them
-STEPS = f"{TINY} --global-batch-size 12 --train-iters {TRAINED} --save-interval 1 {BUCKETS}"
+# By default the chain leaves out strategies that other default tests compare with upstream: GGG, IIG and IGG in
+# test_sharding.py and in regression cases, NNG with zero bubble, ING in test_sharding_partial.py.
+SLOW = ["GGG", "IGG, TP 2", "ING, three ranks", "NNG, one group"]
+STEPS = f"{TINY} {SHALLOW} --global-batch-size 12 --train-iters {len(CHAIN) + 1} --save-interval 1 {BUCKETS}"
 RESUMED = ["IIG"]
 
-Chain = Callable[[str], Run]
+
+def cases(slow: Iterable[str]) -> list[Any]:
+    """Return all names as parameters, some of them marked slow."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in slow)) for name in NAMES]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The links that run in this session, and a function that runs the chain up to a link, each link once."""
+
+    names: list[str]
+    run: Callable[[str], Run]
+
+    def steps_before(self, name: str) -> int:
+        """Return the steps in the checkpoint that a link loads. Each run makes two, and saves between them."""
+        return self.names.index(name)
+
+    def loaded(self, name: str) -> Run | None:
+        """Return the run whose checkpoint a link loads."""
+        at = self.names.index(name)
+        return self.run(self.names[at - 1]) if at else None
 
 
 def train(ranks: RankPool, link: Link, folder: Path | None, loaded: Path | None, first: int, steps: int) -> Run:
@@ -66,23 +89,25 @@ def train(ranks: RankPool, link: Link, folder: Path | None, loaded: Path | None,
 
 
 @pytest.fixture(scope="module")
-def chain(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """Return a function that runs the chain up to a link, each link once."""
+def chain(ranks: RankPool, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """Return the chain, without its slow links if only default tests run."""
     folders = tmp_path_factory.mktemp("chain")
+    is_short = request.config.option.markexpr == "not slow"
+    names = [name for name in NAMES if not (is_short and name in SLOW)]
 
     @functools.cache
     def run(name: str) -> Run:
-        at = NAMES.index(name)
-        loaded = run(NAMES[at - 1]).folder if at else None
-        return train(ranks, CHAIN[name], folders / str(at), loaded, at, 2)
+        loaded, at = whole.loaded(name), whole.steps_before(name)
+        return train(ranks, CHAIN[name], folders / str(at), loaded and loaded.folder, at, 2)
 
-    return run
+    whole = Chain(names, run)
+    return whole
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ranks: RankPool) -> Run:
+def undisturbed(ranks: RankPool, chain: Chain) -> Run:
     """Return upstream's run on one rank, without a break."""
-    return run_arm(ranks, "U", 1, flags(STEPS), float64=True, snapshots=(TRAINED,))
+    return run_arm(ranks, "U", 1, flags(STEPS), float64=True, snapshots=(len(chain.names) + 1,))
 
 
 def assert_loaded(loaded: Snapshot, checkpoint: Path) -> None:
@@ -93,31 +118,29 @@ def assert_loaded(loaded: Snapshot, checkpoint: Path) -> None:
     assert [name for name, array in loaded.tensors.items() if not numpy.array_equal(array, saved[name].numpy())] == []
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", cases(SLOW))
 def test_what_one_strategy_saves_another_goes_on_with(
     chain: Chain, undisturbed: Run, name: str, tell: Callable[[str], None]
 ) -> None:
-    at, run = NAMES.index(name), chain(name)
+    at, run, before = chain.steps_before(name), chain.run(name), chain.loaded(name)
     apart = assert_steps_equal(run.curve, undisturbed.curve[at : at + 2])
     tell(f"checkpoint {at} goes on under {name}: largest relative difference of loss and norm {apart:.1e}")
-    if at:
-        assert_loaded(run.snapshots[at], chain(NAMES[at - 1]).checkpoint(at))
+    if before is not None:
+        assert_loaded(run.snapshots[at], before.checkpoint(at))
 
 
 def test_the_chain_ends_where_the_undisturbed_run_does(chain: Chain, undisturbed: Run) -> None:
-    ours, theirs = logical_tensors(chain(NAMES[-1]).checkpoint(TRAINED)), undisturbed.snapshots[TRAINED].tensors
+    last = len(chain.names) + 1
+    ours, theirs = logical_tensors(chain.run(chain.names[-1]).checkpoint(last)), undisturbed.snapshots[last].tensors
     main = {name for name in ours if name.startswith("optimizer.state.param.")}  # upstream's plain optimizer has none
     assert ours.keys() - main == theirs.keys()
     for name, expected in theirs.items():
         assert numpy.linalg.norm(ours[name].numpy() - expected) <= 10 * RELATIVE * numpy.linalg.norm(expected), name
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name in RESUMED else pytest.mark.slow) for name in NAMES],
-)
+@pytest.mark.parametrize("name", cases(set(NAMES) - set(RESUMED)))
 def test_resumes_bitwise_under_the_same_strategy(ranks: RankPool, chain: Chain, tmp_path: Path, name: str) -> None:
-    run, between = chain(name), NAMES.index(name) + 1
+    run, between = chain.run(name), chain.steps_before(name) + 1
     resumed = train(ranks, CHAIN[name], tmp_path, run.folder, between, 1)
     assert resumed.curve == run.curve[1:]
     one, other = (logical_tensors(each.checkpoint(between + 1)) for each in (run, resumed))
@@ -132,7 +155,7 @@ def test_resumes_bitwise_under_the_same_strategy(ranks: RankPool, chain: Chain, 
 def test_all_save_for_one_and_one_for_all(
     ranks: RankPool, chain: Chain, undisturbed: Run, saver: str, loader: str
 ) -> None:
-    saved, between = chain(saver), NAMES.index(saver) + 1
+    saved, between = chain.run(saver), chain.steps_before(saver) + 1
     run = train(ranks, CHAIN[loader], None, saved.folder, between, 1)
     assert_loaded(run.snapshots[between], saved.checkpoint(between))
     assert_steps_equal(run.curve, undisturbed.curve[between : between + 1])

@@ -94,8 +94,8 @@ def test_every_data_parallel_group_has_its_own_in_logical_order(
 
 
 def test_a_rank_that_stays_away_is_an_error_in_time(ranks: RankPool) -> None:
-    (said, seconds), _ = ranks.run(2, run_without_one_rank)
-    assert said.startswith("rank 0: reduce-scatter inside of bucket 5 of gradients failed: RuntimeError")
+    (message, seconds), _ = ranks.run(2, run_without_one_rank)
+    assert message.startswith("rank 0: reduce-scatter inside of bucket 5 of gradients failed: RuntimeError")
     assert seconds > 0.9
 
 

@@ -24,21 +24,21 @@ def test_a_rank_holds_what_the_formula_says(
     for seen in ranks:
         padded = sum(bucket.numel for bucket in seen.buckets)
         trained = sum(bucket.numel for bucket in seen.buckets if bucket.is_trained)
-        said = memory(strategy, groups, Model(padded, trained), seen.widths)
-        assert len(seen.held) == len(STEPS)
-        for held in seen.held:
-            assert (held.params, held.grads, held.whole) == (said.params, said.grads, 0)
-            assert held.optimizer <= said.optimizer  # it has states of parameters alone, and none of padding
+        formula = memory(strategy, groups, Model(padded, trained), seen.widths)
+        assert len(seen.storages) == len(STEPS)
+        for storages in seen.storages:
+            assert (storages.params, storages.grads, storages.whole) == (formula.params, formula.grads, 0)
+            assert storages.optimizer <= formula.optimizer  # it has states of parameters alone, and none of padding
     seen = ranks[0]
     copies = groups.ranks // groups.shards(strategy.optimizer)
     if "TP 2" not in case and "PP 2" not in case:
-        states = sum(one.held[-1].optimizer for one in ranks)
+        states = sum(one.storages[-1].optimizer for one in ranks)
         assert states == copies * seen.numel * seen.widths.optimizer
-    told = memory(strategy, groups, Model(seen.all, seen.numel), seen.widths)
-    held = seen.held[-1]
+    formula = memory(strategy, groups, Model(seen.all, seen.numel), seen.widths)
+    storages = seen.storages[-1]
     tell(
-        f"memory   {case}: bytes of a rank's parameters {held.params} ({told.params} by the formula), gradients "
-        f"{held.grads} ({told.grads}), optimizer states {held.optimizer} ({told.optimizer})"
+        f"memory   {case}: bytes of a rank's parameters {storages.params} ({formula.params} by the formula), gradients "
+        f"{storages.grads} ({formula.grads}), optimizer states {storages.optimizer} ({formula.optimizer})"
     )
 
 

@@ -46,10 +46,10 @@ def test_equals_upstream_with_the_same_frozen(equal: Equal, case: str) -> None:
 
 def test_frozen_parameters_are_sharded_and_never_sent_after_a_step(ranks: RankPool, start: Start) -> None:
     line = [*start(BATCH), *flags(f"--paro ING {PAIRS} {ASYNC}"), "--train-only", FIRST]
-    run = run_arm(ranks, "O", 4, line, mutant="tests.distributed.twists:counted_parameter_sends")
+    run = run_arm(ranks, "O", 4, line, mutant="tests.distributed.script_variants:counted_parameter_sends")
     trained = 64 * 2 * 128 + 128 * 64  # both matrices of layer 0's MLP: SwiGLU's pair, and back
     assert run.planted == 4 * STEPS * trained
-    between = run_arm(ranks, "O", 4, line, mutant="tests.distributed.twists:counted_frozen_without_memory")
+    between = run_arm(ranks, "O", 4, line, mutant="tests.distributed.script_variants:counted_frozen_without_memory")
     assert between.planted == 4 * STEPS * FROZEN
 
 

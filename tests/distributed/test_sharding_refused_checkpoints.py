@@ -64,7 +64,7 @@ def test_killed_save_leaves_the_one_before(ranks: RankPool, tmp_path: Path) -> N
             line,
             tmp_path / "killed",
             float64=True,
-            mutant="tests.distributed.twists:killed_in_the_second_save",
+            mutant="tests.distributed.script_variants:killed_in_the_second_save",
         )
     undisturbed = run_arm(ranks, "O", 2, line[:-2], tmp_path / "whole", float64=True)
     assert (tmp_path / "killed" / "latest_checkpointed_iteration.txt").read_text() == "1"

@@ -20,7 +20,8 @@ PAIRS = "--paro-group-size 2"
 HALF = (
     "--fp16 --initial-loss-scale 2097152 --hysteresis 1 --train-iters 7 --lr 1e-4 --min-lr 1e-5 --global-batch-size 4"
 )
-NAN_GRADIENT = "tests.distributed.twists:nan_gradient_on_rank_one"
+FIVE = "--train-iters 5 --global-batch-size 4"
+NAN_GRADIENT = "tests.distributed.script_variants:nan_gradient_on_rank_one"
 BY_DEFAULT = ["IIG"]
 ENDED = "upstream ended with status 16"  # resume to tell a passing fault from a lasting one
 SAVED = "iter_0000004"
@@ -33,8 +34,8 @@ def upstream(ranks: RankPool) -> Callable[[str | None], Run]:
     """Return a function that makes (once) upstream's run on as many ranks, spoilt or not."""
 
     @functools.cache
-    def run(twist: str | None) -> Run:
-        return run_arm(ranks, "U", 4, flags(TINY, HALF, OVERLAP), mutant=twist)
+    def run(variant: str | None) -> Run:
+        return run_arm(ranks, "U", 4, flags(TINY, HALF, OVERLAP), mutant=variant)
 
     return run
 
@@ -63,7 +64,7 @@ def upstreams_end(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> 
     """Return what upstream saves as it ends over a gradient that is no number."""
     folder = tmp_path_factory.mktemp("upstream")
     with pytest.raises(RankFailure, match=ENDED):
-        run_arm(ranks, "U", 4, flags(TINY, OVERLAP, "--train-iters 5"), folder, float64=True, mutant=NAN_GRADIENT)
+        run_arm(ranks, "U", 4, flags(TINY, OVERLAP, FIVE), folder, float64=True, mutant=NAN_GRADIENT)
     return logical_tensors(folder / SAVED)
 
 
@@ -73,7 +74,7 @@ def test_nan_in_one_ranks_gradient_ends_the_run(
 ) -> None:
     """Upstream repeats the step on all ranks, saves the state before it, and exits."""
     with pytest.raises(RankFailure, match=ENDED):
-        line = flags(TINY, f"--paro {name} {PAIRS} {ASYNC} --train-iters 5")
+        line = flags(TINY, f"--paro {name} {PAIRS} {ASYNC} {FIVE}")
         run_arm(ranks, "O", 4, line, tmp_path, float64=True, mutant=NAN_GRADIENT)
     found = (ranks.logs / f"job{ranks.jobs:03d}-rank1.log").read_text()
     assert "found NaN in local grad norm for bucket" in found

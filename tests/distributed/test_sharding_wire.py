@@ -39,8 +39,8 @@ def test_micro_batches_add_up_in_float32(ranks: RankPool, tell: Callable[[str], 
         }
         for name, found in runs.items():
             errors[name].append(float(numpy.linalg.norm(found - exact) / numpy.linalg.norm(exact)))
-    told = ", ".join(f"{name} {few:.1e} and {many:.1e}" for name, (few, many) in errors.items())
-    tell(f"bf16     error of a step's gradients with {FEW} micro-batch and with {MANY}: {told}")
+    figures = ", ".join(f"{name} {few:.1e} and {many:.1e}" for name, (few, many) in errors.items())
+    tell(f"bf16     error of a step's gradients with {FEW} micro-batch and with {MANY}: {figures}")
     few, many = errors["NIG"]
     # Each rank's sum is sent in bf16 once, and only that is lost: by theory as much with many as with few.
     assert 0 < many < 1.3 * few

@@ -120,10 +120,10 @@ def test_checkpoints_go_both_ways(runs: dict[str, Run | str], name: str) -> None
 
 
 def test_a_spec_of_its_own_is_refused(runs: dict[str, Run | str]) -> None:
-    told = runs["a spec of its own"]
-    assert isinstance(told, str)
-    assert "layer 1: its layer spec names TEDotProductAttention" in told
-    assert "--context-parallel-attention transformer_engine" in told
+    error = runs["a spec of its own"]
+    assert isinstance(error, str)
+    assert "layer 1: its layer spec names TEDotProductAttention" in error
+    assert "--context-parallel-attention transformer_engine" in error
 
 
 @pytest.mark.slow

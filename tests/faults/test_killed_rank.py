@@ -12,18 +12,18 @@ from pathlib import Path
 import psutil
 
 from examples import loss_curve
-from tests.distributed.flags import TINY, flags
+from tests.distributed.flags import SHALLOW, TINY, flags
 from tests.pool import RankPool
 from tests.regression.arm import run_arm
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS, SAVED = 12, 4
+STEPS, SAVED = 9, 3
 
 
 def training(folder: Path) -> list[str]:
-    """Return the flags of two pipeline ranks with data workers that save every four steps and resume."""
+    """Return the flags of two pipeline ranks with data workers that save every three steps and resume."""
     own = flags(f"--pipeline-model-parallel-size 2 --train-iters {STEPS} --save-interval {SAVED} --log-interval 1")
-    own += flags("--seq1f1b-splits 2 --exit-signal-handler --num-workers 2")
+    own += flags(SHALLOW, "--seq1f1b-splits 2 --exit-signal-handler --num-workers 2")
     folders = ["--save", folder / "checkpoints", "--load", folder / "checkpoints", "--tensorboard-dir", folder / "tb"]
     return [*flags(TINY), *own, *map(str, folders)]
 
@@ -68,9 +68,9 @@ def test_killed_rank_is_named_and_the_run_resumes(ranks: RankPool, tmp_path: Pat
 
     process = launch(disturbed)
     assert process.stdout is not None
-    said = ""
+    output = ""
     for line in process.stdout:
-        said += line
+        output += line
         if re.search(rf"iteration +{SAVED + 2}/", line):
             break
     victim = training_rank(disturbed, 1)
@@ -78,10 +78,10 @@ def test_killed_rank_is_named_and_the_run_resumes(ranks: RankPool, tmp_path: Pat
     started = time.monotonic()
     os.kill(victim.pid, signal.SIGKILL)
     rest, _ = process.communicate(timeout=400)
-    said += rest
+    output += rest
     tell(f"kill -9 of a rank: the launcher ended {time.monotonic() - started:.1f} s later")
     assert process.returncode != 0
-    assert re.search(rf"rank 1 \(host \S+, pid {victim.pid}\) died of signal 9 \(SIGKILL\)", said), said[-3000:]
+    assert re.search(rf"rank 1 \(host \S+, pid {victim.pid}\) died of signal 9 \(SIGKILL\)", output), output[-3000:]
     left = [pid for pid in everyone if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
     assert not left and not ranks_of(disturbed)
     # On a busy machine the kill may come one checkpoint later.

@@ -81,9 +81,9 @@ def _launch(folder: Path, system: str, end: str, handler: bool) -> subprocess.Po
         )
 
 
-def _wait(folder: Path, process: subprocess.Popen[bytes], said: str) -> None:
+def _wait(folder: Path, process: subprocess.Popen[bytes], output: str) -> None:
     """Wait until the output of the run matches, or the run has ended."""
-    while process.poll() is None and not re.search(said, (folder / "log").read_text(errors="replace")):
+    while process.poll() is None and not re.search(output, (folder / "log").read_text(errors="replace")):
         time.sleep(0.1)
 
 
@@ -131,10 +131,10 @@ def test_no_process_is_left(system: str, end: str, handler: bool, tmp_path: Path
         for stray in ranks_of(folder):
             stray.kill()
         process.kill()
-    said = (folder / "log").read_text(errors="replace")
-    assert not left, f"{[(stray.pid, stray.ppid()) for stray in left]} are left\n{said[-3000:]}"
+    output = (folder / "log").read_text(errors="replace")
+    assert not left, f"{[(stray.pid, stray.ppid()) for stray in left]} are left\n{output[-3000:]}"
     is_saved = (folder / "checkpoints/latest_checkpointed_iteration.txt").exists()
     if end in ("finish", "interval") or (handler and end in ("term-rank", "save-and-stop")):
-        assert process.returncode == 0 and is_saved, said[-3000:]
+        assert process.returncode == 0 and is_saved, output[-3000:]
     else:
-        assert process.returncode != 0, said[-3000:]
+        assert process.returncode != 0, output[-3000:]

@@ -34,7 +34,7 @@ USABLE = 0.9  # of the free memory: the rest is lost to fragments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, predict, print."""
+    """Measure, predict, and print the result."""
     options = _options(arguments)
     with one_rank():
         layers = options.layers or _layers(options)
@@ -102,7 +102,7 @@ def _lengths(options: argparse.Namespace, sizes: Sizes, tokens: int, splits: int
 
 
 def _layers(options: argparse.Namespace) -> int:
-    """How many layers fit into the GPU: stacks of one and of two say what a layer adds at the longest sequence."""
+    """Return how many layers fit into the GPU, from stacks of one and two layers at the longest sequence."""
     tokens, room = max(options.sequences), torch.cuda.mem_get_info()[0]
     peaks = []
     for layers in (1, 2):
@@ -147,7 +147,7 @@ def _measure_all(options: argparse.Namespace, layers: int) -> tuple[Measurements
 
 
 def _row(m: Measured, known: Measurements, apart: dict[str, float], options: argparse.Namespace) -> dict[str, Any]:
-    """One line of the table."""
+    """Return one line of the table."""
     whole = known.get(replace(m, lengths=(m.tokens,)).name)
     layer = _layer([one for one in known.values() if (one.groups, one.tokens) == (m.groups, m.tokens)])
     row: dict[str, Any] = {"name": m.name, "measured": m, "whole": whole, "gradient": apart.get(m.name)}
@@ -171,14 +171,14 @@ def step_seconds(costs: Costs, microbatches: int) -> float:
 
 
 def measured_costs(m: Measured, options: argparse.Namespace) -> Costs:
-    """Every stage has its share of the model's layers, at the measured seconds; no head."""
+    """Return the costs of stages with equal shares of the layers, at the measured seconds, without a head."""
     share = options.model_layers / (options.stages * m.layers)
     forward, backward = ((tuple(share * one for one in row),) * options.stages for row in (m.forward, m.backward))
     return Costs(forward, backward, ((0.0,) * len(m.lengths),) * options.stages)
 
 
 def _layer(measured: Sequence[Measured]) -> Coefficients | None:
-    """A layer's coefficients, fitted to all segments of one sequence length; None where they are too few."""
+    """Return a layer's coefficients, fitted to all segments of one sequence length, or None if there are too few."""
     samples = []
     for m in measured:
         rows = zip(accumulate(m.lengths), m.lengths, m.forward, m.backward, strict=True)
@@ -187,13 +187,13 @@ def _layer(measured: Sequence[Measured]) -> Coefficients | None:
 
 
 def fitted_costs(layer: Coefficients, m: Measured, lengths: Sequence[int], options: argparse.Namespace) -> Costs:
-    """The same from the fitted layer, and the last stage has the head, at the speed of the layer's products."""
+    """Return the costs from the fitted layer. The last stage has the head, at the speed of the layer's products."""
     shape = _sizes(options, m.layers, m.groups).shape(m.tokens, options.model_layers, options.vocabulary)
     return segment_costs(seconds(shape, layer), lengths, options.stages)
 
 
 def _table(rows: Sequence[dict[str, Any]], missing: Sequence[str], options: argparse.Namespace, what: str) -> str:
-    """Measured on the left, predicted on the right."""
+    """Return the table: measured on the left, predicted on the right."""
     keys = [f"P{options.stages}M{microbatches}" for microbatches in options.microbatches]
     head = f"{'groups':>6} {'tokens':>7} {'K':>2} {'tokens/s':>9} {'of K=1':>6} {'GiB':>6} {'gradient':>8}"
     lines = [

@@ -44,7 +44,7 @@ class NoWire:
         return self
 
     def wait(self) -> None:
-        """Nothing is on its way."""
+        """Do nothing, because no message is in flight."""
 
     def all_to_all(self, sent: Tensor) -> Tensor:
         """See `channels.GroupCollectives.all_to_all`."""
@@ -70,7 +70,7 @@ class Sizes:
 
     @property
     def flops(self) -> float:
-        """Causal attention forward and backward: two products forward, five backward, half of the square."""
+        """Return the FLOPs of causal attention: two products forward, five backward, half of the square."""
         return 7 * self.tokens**2 * self.heads * self.dim
 
 
@@ -155,7 +155,7 @@ def layer(sizes: Sizes, kernel: Kernel, ranks: int, ffn: int, rounds: int) -> tu
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print."""
+    """Measure and print."""
     options = _options(arguments)
     device = torch.device(options.device)
     dtype = getattr(torch, options.dtype)

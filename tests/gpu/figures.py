@@ -27,7 +27,7 @@ class Report:
 
 
 def skip(why: str) -> int:
-    """Say that there is nothing to do here, and why; return the exit status."""
+    """Print why there is nothing to do, and return the exit status."""
     print(json.dumps({SKIPPED: why}), flush=True)
     return 0
 

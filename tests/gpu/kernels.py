@@ -46,7 +46,7 @@ ROUNDS = 5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare, time."""
+    """Compare and time all kernels."""
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.kernels", description=__doc__)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small sizes, for a CPU")
@@ -192,7 +192,7 @@ def _sdpa(backend: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def backends(report: Report, dtype: torch.dtype, device: torch.device, tokens: int) -> None:
-    """Tell the errors of PyTorch's backends, to lie beside ours; they are no part of this project, so none is wrong."""
+    """Print the errors of PyTorch's backends for comparison. They are no part of this project, so none is a failure."""
     given = [x.to(device) for x in tensors([(tokens, 2, h, 64) for h in (8, 2, 2, 8)], dtype=dtype)]
     exact = formula(*(x.double() for x in given), Scores(64**-0.5, True))
     for name, backend in _backends().items():
@@ -208,7 +208,7 @@ def backends(report: Report, dtype: torch.dtype, device: torch.device, tokens: i
 
 
 def time_all(report: Report, device: torch.device, tiny: bool) -> None:
-    """Tell milliseconds of causal attention, forward and backward, of every backend and kernel."""
+    """Print milliseconds of causal attention, forward and backward, for every backend and kernel."""
     batch, tokens, heads, groups, dim = SPEED[tiny]
     made = {"dtype": torch.bfloat16, "device": device}
     q, k, v, grad = (torch.randn(tokens, batch, h, dim, **made) for h in (heads, groups, groups, heads))  # type: ignore[call-overload]

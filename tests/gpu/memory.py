@@ -28,7 +28,7 @@ STEPS = "--train-iters 3 --lr 1e-4"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train each, tell its peak."""
+    """Train each configuration and print its peak."""
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.memory", description=__doc__)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a small model, for a CPU")
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(
     report: Report, name: str, bench: Bench, arm: str, flags: Sequence[str], theirs: RunResult | None
 ) -> RunResult | None:
-    """Train and tell; None where it did not fit."""
+    """Train and print the result; return None if it did not fit."""
     try:
         found = bench.train(arm, *flags)  # type: ignore[arg-type]
     except OutOfMemory:

@@ -41,12 +41,13 @@ class Section:
 
     @property
     def seconds(self) -> int:
-        """Of all steps."""
+        """Return the seconds of all steps."""
         return sum(step.seconds for step in self.steps)
 
 
 CPU = "--device cpu"
-TESTS = "-q -m gpu " + " ".join(f"tests/gpu/test_{name}.py" for name in ("attention", "pipeline", "sharding_lanes"))
+TESTED = ("attention", "pipeline", "sharding_lanes", "cross_entropy")
+TESTS = "-q -m gpu " + " ".join(f"tests/gpu/test_{name}.py" for name in TESTED)
 STACK = "--layers 2 --model-layers 8 --hidden 32 --heads 4 --ffn 48 --splits 2 --repeats 1 --dtype float32 --stages 4"
 LENGTHS = "--microbatches 4"
 SPEED = "--layers 2 --hidden 64 --heads 4 --groups 2 --ffn 96 --repeats 1 --dtype float32 --splits 1 2"

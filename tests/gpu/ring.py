@@ -30,7 +30,7 @@ MERGED = 3 + 4**2  # roundings of one merge, in squares: three of the result, on
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare."""
+    """Compare all problems."""
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.ring", description=__doc__)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small sizes, for a CPU")
@@ -88,7 +88,7 @@ class OneDevice(Ranks):
     """
 
     def backward_of(self, rank: int) -> None:
-        """One rank's backwards."""
+        """Run the backwards of one rank."""
         with torch.autograd.set_multithreading_enabled(False):
             super().backward_of(rank)
 

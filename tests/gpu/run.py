@@ -145,7 +145,7 @@ class Runner:
         return {**ENVIRONMENT, **os.environ, **own}
 
     def end(self) -> int:
-        """Say what was not reached, write and print the result; return the exit status."""
+        """Record which steps were not reached, write and print the result, and return the exit status."""
         for section in self.sections:
             entry = self.result["sections"].setdefault(
                 section.name, {"says": section.says, "status": "not_reached", "steps": {}}
@@ -197,7 +197,7 @@ def _stop(number: int, frame: Any) -> None:
 
 
 def end_all(mark: str) -> None:
-    """Kill every process that a step left behind, also those that made sessions of their own."""
+    """Kill every process that a step left behind, also those in sessions of their own."""
     wanted = f"{MARK}={mark}".encode()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -225,7 +225,7 @@ def dry_run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, or show the plan."""
+    """Run or show the plan."""
     parser = argparse.ArgumentParser(prog="bash tests/gpu/run.sh", description=__doc__)
     parser.add_argument("--minutes", type=float, default=12.0, help="for all of it (default 12)")
     parser.add_argument("--out", help="folder of result.json and logs (default: $OUT, or a temporary one)")

@@ -28,7 +28,7 @@ MODEL_LAYERS = 32
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, tell."""
+    """Measure and print."""
     options = _options(arguments)
     report = Report()
     if options.device == "cpu":
@@ -66,7 +66,7 @@ def _sizes(options: argparse.Namespace, layers: int) -> Sizes:
 
 
 def _layers(options: argparse.Namespace, tokens: int) -> int:
-    """How many layers fit, from the peaks of stacks of one and of two."""
+    """Return how many layers fit, from the peaks of stacks of one and of two."""
     room, peaks = torch.cuda.mem_get_info()[0], []
     for layers in (1, 2):
         sizes = _sizes(options, layers)

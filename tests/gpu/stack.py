@@ -67,18 +67,18 @@ class Measured:
 
     @property
     def tokens(self) -> int:
-        """Of the sequence."""
+        """Return the tokens of the sequence."""
         return sum(self.lengths)
 
     @property
     def name(self) -> str:
-        """Key of the JSON line."""
+        """Return the key in the JSON line."""
         return f"G{self.groups}N{self.tokens}K{len(self.lengths)}"
 
 
 @contextmanager
 def one_rank() -> Iterator[None]:
-    """Open our patches and upstream's process groups, of this process alone."""
+    """Start our patches and upstream's process groups for this process alone."""
     import patches
 
     patches.start()
@@ -180,7 +180,7 @@ def forget() -> None:
 def _medians(
     steps: Sequence[Sequence[ActionTime]], segments: int
 ) -> tuple[tuple[float, ...], tuple[float, ...], float]:
-    """Seconds per segment, forward and backward, and of the whole."""
+    """Return the median seconds per segment, forward and backward, and of the whole step."""
 
     def median(kind: ActionKind, segment: int) -> float:
         wanted = Action(kind, 0, segment)
@@ -193,7 +193,7 @@ def _medians(
 
 
 def _step(chunk: SegmentedModel, timer: StepTimer, given: torch.Tensor, pull: torch.Tensor) -> None:
-    """Forward through all segments, backward through all."""
+    """Run forward through all segments, then backward."""
     alive: list[torch.Tensor] = []
     lengths = list(chunk.lengths)
     pulls = pull.split(lengths)

@@ -38,7 +38,7 @@ TWO = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train, compare."""
+    """Train and compare."""
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.te_layers", description=__doc__)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a small model, for a CPU")
@@ -78,7 +78,7 @@ def compare(
     exact: RunResult,
     ranks: int,
 ) -> None:
-    """Hold every case to the reference, within its own distance from a run of more exact arithmetic."""
+    """Compare every case with the reference, within the reference's own distance from more exact arithmetic."""
     allowed = {name: FACTOR * error for name, error in apart_from(exact, theirs).items()}
     for name, flags in cases.items():
         try:

@@ -33,7 +33,7 @@ def cuda(*xs: Tensor) -> list[Tensor]:
 
 @pytest.fixture(params=["torch", "flash_attn", "flash_attn 3"])
 def kernel(request: pytest.FixtureRequest) -> Kernel:
-    """Each kernel of this machine."""
+    """Return each kernel of this machine."""
     if request.param == "torch":
         return TorchCudaFlash()
     try:
@@ -49,7 +49,7 @@ def kernel(request: pytest.FixtureRequest) -> Kernel:
 
 
 def relative(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """Largest relative error, by norm."""
+    """Return the largest relative error, by norm."""
     pairs = zip(results, exact, strict=True)
     return max(((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-9)).item() for a, b in pairs)
 
@@ -90,7 +90,7 @@ PACKED = {  # scores, keys of a block of so many rows
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("mask", PACKED)
 def test_packed_blocks_are_blocks_one_by_one(kernel: Kernel, heads: str, mask: str) -> None:
-    """One call for many documents, against float64; the sizes are beside the largest of the gradients."""
+    """One call for many documents is compared with float64; errors are relative to the largest gradient."""
     (hq, hk), (scores, keys_of) = HEADS[heads], PACKED[mask]
     rows = (1, 2, 3, 5, 300, 7, 1, 128, 513, 11)
     lengths = PackedLengths(rows, tuple(keys_of(length) for length in rows))
@@ -161,7 +161,7 @@ def test_segments_equal_unsplit_attention(kernel: Kernel, heads: str, window: in
 
 
 def test_dropout_draws_the_same_mask_in_backward() -> None:
-    """The output is linear in v: with the mask of the forward, <dv, v> = <grad, out>."""
+    """The output is linear in v, so with the mask of the forward <dv, v> = <grad, out>."""
     inputs = cuda(*qkv(64, 2, (4, 2), 16))
     torch.cuda.manual_seed(1)
     kernel = select_kernel(torch.device("cuda"), torch.float64, 16, dropout=0.5).kernel

@@ -17,7 +17,7 @@ GPU += " --max-position-embeddings 256"
 
 
 def worst(run: Run, reference: Run) -> float:
-    """Largest relative difference of the losses."""
+    """Return the largest relative difference of the losses."""
     return max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(run.curve, reference.curve, strict=True))
 
 

@@ -34,7 +34,7 @@ class Slow:
     """A runner whose phases take long, and then double what is there and add 1."""
 
     def check(self, collective: Collective, region: Region) -> None:
-        """Find nothing wrong."""
+        """Accept every argument."""
 
     def run(self, collective: Collective, region: Region) -> None:
         """Run on the current stream."""
@@ -89,8 +89,8 @@ def test_memory_is_not_given_away_before_the_end() -> None:
 
     def start(mine: CommQueues) -> None:
         part = torch.ones(1 << 20, device="cuda")
-        held = weakref.ref(part)  # what comes after must not be what keeps it
-        mine.submit((SCATTER_INSIDE, SCATTER_BETWEEN), Region(None, part), "x", lambda: total.add_(held()))
+        reference = weakref.ref(part)  # what comes after must not be what keeps it
+        mine.submit((SCATTER_INSIDE, SCATTER_BETWEEN), Region(None, part), "x", lambda: total.add_(reference()))
 
     with lanes() as mine:
         start(mine)
@@ -101,7 +101,7 @@ def test_memory_is_not_given_away_before_the_end() -> None:
 
 
 def test_memory_that_a_hook_gives_back_is_used_again_only_after_lanes() -> None:
-    """As hooks of parameters do, which run in the stream that upstream's wrapper was made in."""
+    """Hooks of parameters run in the stream in which upstream's wrapper was created."""
     size, hooks = 1 << 20, torch.cuda.Stream()
     totals = []
     with lanes() as mine:

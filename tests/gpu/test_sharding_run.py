@@ -31,10 +31,10 @@ def trained(folder: Path, *more: str) -> tuple[list[float], float]:
     command += ["examples/pretrain_gpt.py", *FLAGS.split(), "--global-batch-size", str(4 * ranks), *more]
     environment = {**os.environ, "VENV": sys.prefix}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said[-3000:]
-    steps = LOSS.findall(said)
-    assert len(steps) == 12, said[-3000:]
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-3000:]
+    steps = LOSS.findall(output)
+    assert len(steps) == 12, output[-3000:]
     return [float(loss) for _, _, loss in steps], min(float(ms) for _, ms, _ in steps)
 
 
@@ -47,7 +47,7 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], flo
 def test_losses_are_upstreams(
     more: str, upstream: tuple[list[float], float], tmp_path: Path, tell: Callable[[str], None]
 ) -> None:
-    """With one GPU nothing is sent, but scratch, gathers and releases are those of many."""
+    """With one GPU nothing is sent, but buffers, gathers and releases are those of many GPUs."""
     size = 2 if torch.cuda.device_count() % 2 == 0 else 1
     losses, best = trained(tmp_path, "--paro", *more.split(), "--paro-group-size", str(size))
     theirs, their_best = upstream

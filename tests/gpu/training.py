@@ -47,7 +47,7 @@ STEPS = "--train-iters 5 --lr 1e-3 --min-lr 1e-4 --lr-decay-iters 20 --clip-grad
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train, compare."""
+    """Train and compare."""
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.training", description=__doc__)
     parser.add_argument("system", choices=list(SYSTEMS))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
@@ -89,7 +89,7 @@ def compare(report: Report, bench: Bench, system: str, kind: str, base: Sequence
 
 
 def tell(report: Report, name: str, trained: RunResult, **figures: object) -> None:
-    """Tell one training's losses and norms, and what follows from them."""
+    """Print the losses and norms of one training, and conclusions."""
     report.tell(
         name,
         losses=[round(x, 6) for x in trained.losses],
@@ -122,17 +122,19 @@ def cannot_share(bench: Bench, device: str) -> str | None:
 
 
 def communicate_on_one_device(device: str) -> float:
-    """Sum over two ranks, and send to the next; runs on a rank."""
+    """Sum over two ranks and send to the next one. Runs on a rank."""
     if device == "cuda":
         torch.cuda.set_device(0)
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    total, came = torch.full((4,), 1.0 + dist.get_rank(), device=device), torch.zeros(4, device=device)
+    total, received = torch.full((4,), 1.0 + dist.get_rank(), device=device), torch.zeros(4, device=device)
     other = 1 - dist.get_rank()
-    works = dist.batch_isend_irecv([dist.P2POp(dist.isend, total.clone(), other), dist.P2POp(dist.irecv, came, other)])
+    works = dist.batch_isend_irecv(
+        [dist.P2POp(dist.isend, total.clone(), other), dist.P2POp(dist.irecv, received, other)]
+    )
     for work in works:
         work.wait()
     dist.all_reduce(total)
-    result = float(total[0]) if float(came[0]) == 1.0 + other else float("nan")
+    result = float(total[0]) if float(received[0]) == 1.0 + other else float("nan")
     dist.destroy_process_group()
     return result
 

@@ -28,7 +28,7 @@ def fits(wheel: Path) -> bool:
 
 
 def main(wheels: Path, target: Path) -> int:
-    """Unpack; return the exit status."""
+    """Unpack the wheel and return the exit status."""
     given = sorted(wheels.glob("*.whl"))
     if not given:
         print(f"error: {wheels} holds no wheels", file=sys.stderr)

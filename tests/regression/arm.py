@@ -58,6 +58,7 @@ class Job:
     mutant: str | None = None
     keep_batches: bool = False
     snapshots: tuple[int, ...] = ()
+    script: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +83,7 @@ def run_arm(
     mutant: str | None = None,
     keep_batches: bool = False,
     snapshots: tuple[int, ...] = (),
+    script: str | None = None,
     timeout: float = 400.0,
 ) -> Run:
     """Train with `pretrain` on `world_size` ranks.
@@ -97,6 +99,7 @@ def run_arm(
         keep_batches: also return the batches.
         snapshots: iterations after which weights and optimizer states are kept. The iteration of a loaded checkpoint
             gives its state as loaded.
+        script: `module:function` of a context manager in which the script does something else than ours.
         timeout: in seconds.
 
     Raises:
@@ -106,7 +109,7 @@ def run_arm(
     start = time.monotonic()
     if folder is not None:
         flags = [*flags, "--save", str(folder)]
-    job = Job(arm, tuple(flags), float64, mutant, keep_batches, snapshots)
+    job = Job(arm, tuple(flags), float64, mutant, keep_batches, snapshots, script)
     results: list[Result] = pool.run(world_size, train_on_this_rank, job, timeout=timeout)
     return Run(
         curve=merge([result.steps for result in results]),
@@ -144,7 +147,9 @@ def train_on_this_rank(job: Job) -> Result:
             from tests.regression.float64 import double_precision
 
             stack.enter_context(double_precision())
-        planted = stack.enter_context(_mutant(job.mutant)) if job.mutant else None
+        planted = stack.enter_context(_context(job.mutant)) if job.mutant else None
+        if job.script:
+            stack.enter_context(_context(job.script))
         stack.enter_context(_write_results_in_this_process())
         from megatron.training import training
 
@@ -157,7 +162,7 @@ def train_on_this_rank(job: Job) -> Result:
     return Result(recorder.steps, recorder.batches, recorder.parts, header, planted.times if planted else 0)
 
 
-def _mutant(place: str) -> Any:
+def _context(place: str) -> Any:
     module, name = place.split(":")
     return getattr(importlib.import_module(module), name)()
 

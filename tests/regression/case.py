@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from tests.regression.corpus import NAMES
 from tests.regression.mutants import MUTANTS
+from tests.regression.scripts import SCRIPTS
 
 FOLDER = Path(__file__).parent
 ARITHMETIC = {"float64": (), "float32": (), "bf16": ("--bf16",)}
@@ -18,7 +19,7 @@ KEYS |= {"oracle", "learns", "mutants", "seeds", "floor"}
 REQUIRED = {"proves", "model", "arithmetic", "class", "learns", "U", "O"}
 FEWEST_FLOORS = {"E1": 3, "E2": 2}  # per seed; one other order of summation is too small a sample of the noise
 FEWEST_STEPS = 6  # number of steps of a run with a planted error
-ARM_KEYS = {"arm", "world", "flags", "resume_at", "again"}
+ARM_KEYS = {"arm", "world", "flags", "resume_at", "again", "script"}
 
 
 class CaseError(ValueError):
@@ -35,6 +36,7 @@ class ArmPlan:
         flags: flags after those of the model and the case.
         resume_at: step after which the run saves, stops and is resumed.
         again: run again even if an equal run exists.
+        script: name of what the script does otherwise (`scripts.py`); None: nothing.
     """
 
     arm: Literal["U", "O"]
@@ -42,6 +44,7 @@ class ArmPlan:
     flags: tuple[str, ...] = ()
     resume_at: int | None = None
     again: bool = False
+    script: str | None = None
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,8 @@ def _plan(path: Path, name: Literal["U", "O"], table: Mapping[str, Any]) -> ArmP
     arm, world = table.get("arm", name), table.get("world", 1)
     if arm not in ("U", "O"):
         raise CaseError(f"{path}: arm is {arm!r} in [{name}]; choose U or O")
+    if table.get("script") not in (None, *SCRIPTS):
+        raise CaseError(f"{path}: script is {table['script']!r} in [{name}]; choose one of {', '.join(SCRIPTS)}")
     if not isinstance(world, int) or world < 1:
         raise CaseError(f"{path}: world is {world!r} in [{name}]; give a number of ranks")
     return ArmPlan(
@@ -161,4 +166,5 @@ def _plan(path: Path, name: Literal["U", "O"], table: Mapping[str, Any]) -> ArmP
         flags=tuple(shlex.split(table.get("flags", ""))),
         resume_at=table.get("resume_at"),
         again=table.get("again", False),
+        script=table.get("script"),
     )

@@ -39,6 +39,22 @@ def batch_by_sequence() -> Iterator[Planted]:
 
 
 @contextmanager
+def batch_of_other_segments() -> Iterator[Planted]:
+    """Cut the batch by the segments of a sequence without documents, where the model takes those of its documents."""
+    from megatron.longseq.pipeline.plan.from_args import segment_lengths
+    from patches.usp import batch
+
+    planted = Planted()
+
+    def lengths(original: Callable[..., Any], flags: Any) -> tuple[int, ...]:
+        planted.times += original(flags) != segment_lengths(flags)
+        return segment_lengths(flags)
+
+    with wrapped(batch, "_segment_lengths", lengths):
+        yield planted
+
+
+@contextmanager
 def border_off_by_one() -> Iterator[Planted]:
     """End every document one token late, where the next one has more than one."""
     from megatron.longseq.attention.runtime import packed_batch
@@ -106,4 +122,11 @@ def neighbour_at_a_border() -> Iterator[Planted]:
         yield planted
 
 
-ALL = (batch_by_sequence, leaking_documents, border_off_by_one, positions_run_on, neighbour_at_a_border)
+ALL = (
+    batch_by_sequence,
+    batch_of_other_segments,
+    leaking_documents,
+    border_off_by_one,
+    positions_run_on,
+    neighbour_at_a_border,
+)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tests.pool import RankFailure, RankPool
-from tests.regression import oracle
+from tests.regression import oracle, scripts
 from tests.regression.arm import Run, run_arm
 from tests.regression.case import ARITHMETIC, FEWEST_STEPS, ArmPlan, Case, load_models
 from tests.regression.compare import Check, Evidence, agrees_with_oracle, broken, learned
@@ -137,17 +137,23 @@ class Suite:
         """Return upstream's flags of the model and the data."""
         return (*self.models[case.model], *self.corpus(case.corpus).flags)
 
+    def _initial(self, case: Case) -> tuple[str, ...]:
+        """Return upstream's flags of the model and of data on which its initial weights can be made."""
+        corpus = self.corpus(case.corpus)
+        return (*self.models[case.model], *(corpus.seed_flags or corpus.flags))
+
     def _seed(self, case: Case) -> Path:
         """Return the checkpoint with upstream's initial weights, from which every run of a model starts."""
-        return self.trainings.seed(*self._model(case))
+        return self.trainings.seed(*self._initial(case))
 
     def _train(self, case: Case, plan: ArmPlan, seed: int, mutant: str | None = None) -> Run:
-        load = self.trainings.load(*self._model(case))
+        load = self.trainings.load(*self._initial(case))
         flags = [*self._flags(case, seed), *plan.flags]
         named: dict[str, Any] = {
             "float64": case.arithmetic == "float64",
             "mutant": f"{MUTANTS[mutant].__module__}:{mutant}" if mutant else None,
             "keep_batches": plan.world == 1,
+            "script": f"{scripts.__name__}:{plan.script}" if plan.script else None,
             "snapshots": tuple(sorted({*EARLY, MUTANT_STEPS, case.steps})),
         }
         if plan.resume_at is None:

@@ -40,9 +40,9 @@ def test_the_plan_is_shown_without_torch(tmp_path: Path) -> None:
     found = result(done)
     assert done.returncode == 0, done.stderr
     assert list(found["sections"]) == SECTIONS
-    told = [step for section in found["sections"].values() for step in section["steps"].values()]
-    assert all(step["command"] in done.stdout for step in told)
-    assert found["estimate"] == sum(step["estimate"] for step in told)
+    planned_steps = [step for section in found["sections"].values() for step in section["steps"].values()]
+    assert all(step["command"] in done.stdout for step in planned_steps)
+    assert found["estimate"] == sum(step["estimate"] for step in planned_steps)
     # All that is measured fits into the default time; TransformerEngine and the folder's tests take what is left.
     measured = [step["expected"] for name in SECTIONS[:-2] for step in found["sections"][name]["steps"].values()]
     assert found["minutes"] == 12 and all(measured)
@@ -77,10 +77,10 @@ def tiny(tmp_path: Path, *sections: str) -> dict[str, Any]:
 
 def script(module: str, words: str) -> tuple[int, str]:
     """Return a section's status and what it prints; in a rank of the pool, whose start is paid for."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
         status = importlib.import_module(module).main(words.split())
-    return status, said.getvalue()
+    return status, output.getvalue()
 
 
 @pytest.mark.parametrize(("section", "step"), [pytest.param("speed", 0, marks=pytest.mark.slow), ("ring and PaRO", 0)])
@@ -90,8 +90,8 @@ def test_sections_of_one_process_run_on_a_cpu(
     """What the others run is run by tests of their own, but for training, memory and all kernels: see below."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     one = next(each for each in plan.SECTIONS if each.name == section).steps[step]
-    ((status, said),) = ranks.run(1, script, one.module, one.tiny)
-    found = figures.read(said)
+    ((status, output),) = ranks.run(1, script, one.module, one.tiny)
+    found = figures.read(output)
     assert status == 0 and found and all(figure.get("right", True) for figure in found.values())
 
 
@@ -184,12 +184,12 @@ def test_the_shell_hands_a_signal_on(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHON": sys.executable}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    said = next(line for line in process.stdout if "memory, none" in line)
+    output = next(line for line in process.stdout if "memory, none" in line)
     time.sleep(0.1)
     process.terminate()
     rest, _ = process.communicate(timeout=120)
     found = json.loads(rest.splitlines()[-1])
-    assert process.returncode == 1 and found["stopped"] == "signal SIGTERM", said
+    assert process.returncode == 1 and found["stopped"] == "signal SIGTERM", output
     assert found["sections"]["memory"]["steps"]["none"]["status"] == "failed"
     assert found["not_reached"] == ["memory, selective", "memory, full"]
 

@@ -116,8 +116,8 @@ def test_the_folders_memory_is_the_formulas() -> None:
     assert {name for name, *_ in rows} == set(map(str, RUNNING))
     for name, *cells in rows:
         for (world, *_, params), cell in zip(MODELS.values(), cells, strict=True):
-            held = memory(Strategy.parse(name), RankGroups(world, 8), Model(params, params))
-            assert cell == f"{held.total / 1e9:.1f}", name
+            size = memory(Strategy.parse(name), RankGroups(world, 8), Model(params, params))
+            assert cell == f"{size.total / 1e9:.1f}", name
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The quickstart, short: text, half a run, resume, picture, last words; a second call does nothing again."""
+"""The quickstart with few steps: text, half a run, resumption, picture and report; a second call repeats nothing."""
 
 import json
 import os
@@ -7,46 +7,95 @@ import subprocess
 import sys
 from pathlib import Path
 
-from examples import loss_curve
+import pytest
+
+from examples import loss_curve, quickstart
 from examples.quickstart import show
+from megatron.longseq.data.__main__ import main as prepare
+from tests.pool import RankPool
+from tests.regression.arm import run_arm
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 16
 
 
-def quickstart(folder: Path, steps: int = STEPS) -> subprocess.CompletedProcess[str]:
-    command = ["bash", "scripts/quickstart.sh", "--run-dir", str(folder), "--steps", str(steps)]
-    environment = {**os.environ, "VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
-
-
-def test_quickstart_trains_resumes_and_tells(tmp_path: Path) -> None:
-    done = quickstart(tmp_path)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+def check_result(folder: Path, printed: str) -> None:
+    """Check the files of a finished run, and what the quickstart printed."""
     for name in ("loss.png", "loss.svg", "log.txt", "arguments.json"):
-        assert (tmp_path / name).stat().st_size > 1000
-    curves = loss_curve.read(tmp_path / "tensorboard")
+        assert (folder / name).stat().st_size > 1000
+    curves = loss_curve.read(folder / "tensorboard")
     assert [step for step, _ in curves.train] == list(range(1, STEPS + 1))
     assert len(curves.held_out) == 4
     assert curves.train[-1][1] < curves.train[0][1] - 1
-    arguments = json.loads((tmp_path / "arguments.json").read_text())
+    arguments = json.loads((folder / "arguments.json").read_text())
     assert arguments["pipeline_model_parallel_size"] == 2 and "cpu.device" in arguments["longseq_patches"]
-    log = (tmp_path / "log.txt").read_text()
+    log = (folder / "log.txt").read_text()
     assert f"at iteration {STEPS // 2}" in log and "tokens/s" in log
     assert log.count("> patches:") == 2, "rank 0 alone reports the patches of each of the two runs"
-    last = done.stdout[done.stdout.index("\nDone") :]
+    last = printed[printed.index("\nDone") :]
     assert "Where:" in last and "Try next:" in last
-    shown = re.findall(r"held-out loss ([\d.]+)", done.stdout)
-    further = re.findall(r"held-out loss, further batches ([\d.]+)", done.stdout)
+    shown = re.findall(r"held-out loss ([\d.]+)", printed)
+    further = re.findall(r"held-out loss, further batches ([\d.]+)", printed)
     assert shown == [f"{loss:.4f}" for _, loss in curves.held_out] + shown[3:4]  # the report repeats the last one
     assert len(further) == 1 and further[0] != shown[-1]  # another quantity, under another name
 
-    again = quickstart(tmp_path)
+
+def test_it_trains_resumes_and_reports(
+    ranks: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Run all steps in this process. Ranks come from the pool, and the text is the source code of this project."""
+    folder, log = tmp_path / "run", tmp_path / "run" / "log.txt"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    corpus = [str(ROOT / "megatron"), "--glob", "*.py", "--output", str(tmp_path / "text"), "--workers", "1"]
+
+    def prepare_text(_: quickstart.QuickstartRun) -> list[str]:
+        assert prepare(["prepare", *corpus]) == 0
+        capfd.readouterr()
+        assert prepare(["flags", str(tmp_path / "text")]) == 0
+        return capfd.readouterr().out.split()
+
+    def train(plan: quickstart.QuickstartRun, data: list[str], until: int) -> None:
+        stop = [] if until == plan.steps else ["--exit-interval", str(until)]
+        run_arm(ranks, "O", plan.ranks, [*plan.flags(data), *stop])
+        with log.open("a") as file:
+            for rank in range(plan.ranks):
+                for line in (ranks.logs / f"job{ranks.jobs:03d}-rank{rank}.log").read_text().splitlines():
+                    print(f"[rank{rank}]: {line}", file=file)
+                    quickstart.show(f"[rank{rank}]: {line}")
+
+    def run(steps: int = STEPS) -> str:
+        monkeypatch.setattr(sys, "argv", ["quickstart", "--run-dir", str(folder), "--steps", str(steps)])
+        quickstart.main()
+        return capfd.readouterr().out
+
+    monkeypatch.setattr(quickstart, "prepare_text", prepare_text)
+    monkeypatch.setattr(quickstart, "train", train)
+    check_result(folder, run())
+    first = log.read_text()
+    again = run()
+    assert again.count("done before, skipped") == 2 and "      step" not in again
+    with pytest.raises(SystemExit, match=f"holds a run of {STEPS} steps"):
+        run(STEPS + 4)
+    assert log.read_text() == first
+
+
+@pytest.mark.slow  # the same steps run above; here the shell, the launcher and the standard library's sources
+def test_the_command_trains_resumes_and_reports(tmp_path: Path) -> None:
+    def run(steps: int = STEPS) -> subprocess.CompletedProcess[str]:
+        command = ["bash", "scripts/quickstart.sh", "--run-dir", str(tmp_path), "--steps", str(steps)]
+        environment = {**os.environ, "VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False
+        )
+
+    done = run()
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    check_result(tmp_path, done.stdout)
+    log = (tmp_path / "log.txt").read_text()
+    again = run()
     assert again.returncode == 0
     assert again.stdout.count("done before, skipped") == 2 and "      step" not in again.stdout
-    assert (tmp_path / "log.txt").read_text() == log
-
-    other = quickstart(tmp_path, steps=STEPS + 4)
+    other = run(STEPS + 4)
     assert other.returncode != 0
     assert f"holds a run of {STEPS} steps" in other.stderr
     assert (tmp_path / "log.txt").read_text() == log

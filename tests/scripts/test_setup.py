@@ -171,16 +171,16 @@ def test_unreachable_registry_with_real_pip(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("pip_output", "message"),
     [
         ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "disk became full"),
         ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES", "does not have the hash"),
         ("ERROR: something else", "pip said: ERROR: something else"),
     ],
 )
-def test_pips_failures_are_condensed(machine: Machine, said: str, message: str) -> None:
+def test_pips_failures_are_condensed(machine: Machine, pip_output: str, message: str) -> None:
     machine.base("3.12.4")
-    machine.pip(f"print({said!r}); sys.exit(1)")
+    machine.pip(f"print({pip_output!r}); sys.exit(1)")
     assert message in machine.refused()
 
 

@@ -16,25 +16,25 @@ SCALE = 0.3
 
 
 def tensors(shapes: Sequence[tuple[int, ...]], seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """Random tensors of a seed."""
+    """Return random tensors for a seed."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
 def segments(microbatch: int, lengths: Sequence[int], forward_only: bool = False) -> list[Segment]:
-    """All segments of a micro-batch."""
+    """Return all segments of a micro-batch."""
     return [Segment(microbatch, index, tuple(lengths), forward_only) for index in range(len(lengths))]
 
 
 def qkv(tokens: int, batch: int, heads: tuple[int, int], dim: int = 8, **kwargs: Any) -> list[Tensor]:
-    """q, k, v and a gradient of the output [s, b, hq * d]."""
+    """Return q, k, v and a gradient of the output, [s, b, hq * d]."""
     hq, hk = heads
     q, k, v, grad = tensors([(tokens, batch, h, dim) for h in (hq, hk, hk, hq)], **kwargs)
     return [q, k, v, grad.flatten(2)]
 
 
 def seen(tokens: int, window: int | None = None) -> Tensor:
-    """Causal mask [rows, keys], True where a key is seen, row by row."""
+    """Return the causal mask [rows, keys], True where a key is seen, computed row by row."""
     mask = torch.zeros(tokens, tokens, dtype=torch.bool)
     for row in range(tokens):
         mask[row, 0 if window is None else max(0, row - window) : row + 1] = True
@@ -42,7 +42,7 @@ def seen(tokens: int, window: int | None = None) -> Tensor:
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, kept: Tensor | None = None) -> Tensor:
-    """Attention by its formula; mask [rows, keys] or [b, 1, rows, keys], True where seen."""
+    """Compute attention by its formula. The mask [rows, keys] or [b, 1, rows, keys] is True where a key is seen."""
     group = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(group, 2) for x in (k, v))
     scores = (torch.einsum("sbhd,tbhd->bhst", q, k) * SCALE).masked_fill(~mask, -torch.inf)
@@ -51,7 +51,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, kept: Tensor | None = N
 
 
 def oracle(inputs: Sequence[Tensor], mask: Tensor) -> list[Tensor]:
-    """out, dq, dk, dv of unsplit attention, in float64."""
+    """Return out, dq, dk, dv of unsplit attention in float64."""
     q, k, v, grad = (x.double() for x in inputs)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     out = plain(*leaves, mask)
@@ -76,7 +76,7 @@ class Split:
         self.cache, self.kernel, self.kwargs = cache, kernel, kwargs
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Run attention of whatever segment is current."""
+        """Run attention of the current segment."""
         return segment_attention(q, k, v, self.cache, self.layer, self.kernel, SCALE, **self.kwargs)
 
     def forward(self, index: int) -> Segment:
@@ -93,7 +93,7 @@ class Split:
         out.backward(self.grads[index])
 
     def run(self) -> "Split":
-        """Run everything in order."""
+        """Run all forwards and backwards in order."""
         for index in range(len(self.units)):
             self.forward(index)
         for index in reversed(range(len(self.units))):
@@ -101,7 +101,7 @@ class Split:
         return self
 
     def results(self) -> list[Tensor]:
-        """out, dq, dk, dv of the whole sequence."""
+        """Return out, dq, dk, dv of the whole sequence."""
         outs = torch.cat([out.detach() for out in self.outs if out is not None])
         grads = [torch.cat([leaves[i].grad for leaves in self.leaves]) for i in range(3)]  # type: ignore[misc]
         return [outs, *grads]
@@ -110,7 +110,7 @@ class Split:
 def assert_close(
     results: Sequence[Tensor], expected: Sequence[Tensor], terms: int, dtype: torch.dtype = torch.float64
 ) -> None:
-    """Hold results, computed in `dtype`, to `expected` but for another order of the same sums.
+    """Require results, computed in `dtype`, to differ from `expected` only by another order of the same sums.
 
     A result is behind four sums one after another (scores, softmax, then out, or the gradients of scores and of inputs)
     of at most `terms` terms each: tokens, or a head's dimension. A sum of n terms errs by at most n eps times the sum
@@ -122,7 +122,7 @@ def assert_close(
 
 
 def worst(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Largest difference of any element."""
+    """Return the largest difference of any element."""
     assert all(a.shape == b.shape for a, b in zip(results, expected, strict=True))
     differences = [(a.double() - b.double()).abs().max().item() for a, b in zip(results, expected, strict=True)]
     assert not any(math.isnan(difference) for difference in differences)

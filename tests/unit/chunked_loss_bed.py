@@ -54,7 +54,7 @@ class Case:
 
 @contextlib.contextmanager
 def groups(tp: int, double: bool = True) -> Iterator[None]:
-    """Upstream's floor on the CPU and its groups, in double precision or as it is."""
+    """Open upstream's process groups of one CPU rank, in double precision if requested."""
     from tests.regression.float64 import double_precision
 
     with weight_bed.world(weight_bed.Case(tp=tp)), double_precision() if double else contextlib.nullcontext():
@@ -62,7 +62,7 @@ def groups(tp: int, double: bool = True) -> Iterator[None]:
 
 
 def model_of(case: Case) -> Any:
-    """Build the model; the same weights whenever it is called."""
+    """Build the model, with the same weights in every call."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -149,7 +149,7 @@ def largest_difference(found: Found, expected: Found) -> float:
 
 
 def differences(cases: Sequence[Case], tp: int, chunks: Sequence[int] = CHUNKS) -> list[float]:
-    """Return, for each case, the largest difference from upstream's own run, over all chunk sizes. Runs on a rank."""
+    """Return for each case the largest difference from upstream's run, over all chunk sizes. Runs on a rank."""
     with groups(tp):
         return [_difference(case, chunks) for case in cases]
 

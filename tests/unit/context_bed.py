@@ -28,11 +28,11 @@ class Wire:
     queues: dict[tuple[int, int], "Queue[Tensor]"] = field(default_factory=dict)
 
     def put(self, sender: int, receiver: int, tensor: Tensor) -> None:
-        """Send."""
+        """Send a tensor."""
         self._queue(sender, receiver).put(tensor.detach().clone())
 
     def get(self, sender: int, receiver: int) -> Tensor:
-        """Receive."""
+        """Receive a tensor."""
         return self._queue(sender, receiver).get(timeout=PATIENCE)
 
     def _queue(self, sender: int, receiver: int) -> "Queue[Tensor]":
@@ -52,9 +52,9 @@ class _Arrival:
             assert torch.equal(tensor, copy), "written to while it was on its way"
         for peer, tensor in self._receives:
             assert tensor.isnan().all(), "written to before its message came"
-            came = self._wire.get(peer, self._rank)
-            assert came.shape == tensor.shape and came.dtype == tensor.dtype, (came.shape, tensor.shape)
-            tensor.copy_(came)
+            received = self._wire.get(peer, self._rank)
+            assert received.shape == tensor.shape and received.dtype == tensor.dtype, (received.shape, tensor.shape)
+            tensor.copy_(received)
         self._sends = self._receives = ()
 
 
@@ -129,7 +129,7 @@ def strategies(mesh: Mesh, *, window: int | None = None, gathers: bool = False) 
 
 
 def on_all(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Run one job per rank, at the same time; raises what the first of them raised."""
+    """Run one job per rank, at the same time, and raise the exception of the first rank that fails."""
     with ThreadPoolExecutor(len(jobs), thread_name_prefix="rank") as pool:
         futures = [pool.submit(_single_threaded, job) for job in jobs]
         return [future.result() for future in futures]
@@ -143,7 +143,7 @@ def _single_threaded(job: Callable[[], Any]) -> Any:
 def dense(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None, documents: Documents | None = None
 ) -> Tensor:
-    """Attention by its formula in the tensors' own type, [s, b, hq, d] of q, [s, b, hk, d] of k and v."""
+    """Compute attention by its formula in the tensors' own type, [s, b, hq, d] of q, [s, b, hk, d] of k and v."""
     size, copies = q.shape[0], q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(copies, dim=2) for x in (k, v))
     position = torch.arange(size)

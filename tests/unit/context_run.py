@@ -57,29 +57,29 @@ class Problem:
 
     @property
     def layout(self) -> Layout:
-        """Of the tokens."""
+        """Return the layout of the tokens."""
         return Layout(self.mesh, self.lengths, pieces=self.pieces)
 
     @property
     def setup(self) -> LayerShape:
-        """As the formulas of traffic see it."""
+        """Return the layer as the formulas of communication volume describe it."""
         sizes = {torch.float64: (8, 8), torch.float32: (4, 4), torch.bfloat16: (2, 4)}[self.dtype]
         return LayerShape(self.layout, Heads(*self.heads), self.batch, self.dim, *sizes)
 
     def inputs(self, seed: int = 0) -> list[Tensor]:
-        """q, k, v and the gradient of the output, of the whole sequence."""
+        """Return q, k, v and the gradient of the output, of the whole sequence."""
         return qkv(sum(self.lengths), self.batch, self.heads, self.dim, seed=seed, dtype=self.dtype)
 
     def strategies(self) -> list[CPStrategy]:
-        """Every rank's."""
+        """Return the strategy of every rank."""
         return strategies(self.mesh, window=self.inner, gathers=self.gathers)
 
     def positions(self, rank: int, segment: int) -> Tensor:
-        """Positions of a rank's tokens, in its order."""
+        """Return the positions of a rank's tokens, in the rank's order."""
         return torch.cat([torch.arange(*span) for span in self.layout.positions(rank, segment)])
 
     def expected(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """out, dq, dk, dv by the formula, in float64."""
+        """Return out, dq, dk, dv by the formula, in float64."""
         q, k, v, grad = (x.double() for x in inputs)
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         out = dense(*leaves, SCALE, self.window, self.documents)
@@ -130,17 +130,17 @@ class Ranks:
         return on_all([lambda rank=rank: job(rank) for rank in range(len(self.strategies))])
 
     def forward(self) -> "Ranks":
-        """Forward of every segment on every rank."""
+        """Run the forward of every segment on every rank."""
         self.on_each(self.forward_of)
         return self
 
     def backward(self) -> "Ranks":
-        """Backward of every segment, last to first, on every rank."""
+        """Run the backward of every segment, last to first, on every rank."""
         self.on_each(self.backward_of)
         return self
 
     def forward_of(self, rank: int) -> None:
-        """One rank's forwards."""
+        """Run the forwards of one rank."""
         for segment, part in enumerate(self.parts[rank]):
             q, k, v = self.cut(part.leaves)
             if self.repeats:
@@ -149,7 +149,7 @@ class Ranks:
                 part.out = context_attention(q, k, v, self.call(rank, segment, q, k))
 
     def backward_of(self, rank: int) -> None:
-        """One rank's backwards."""
+        """Run the backwards of one rank."""
         for segment, part in reversed(list(enumerate(self.parts[rank]))):
             if self.repeats:
                 q, k, v = self.cut(part.leaves)
@@ -163,7 +163,7 @@ class Ranks:
             cache.assert_empty()
 
     def call(self, rank: int, segment: int, q: Tensor, k: Tensor) -> AttentionCall:
-        """The call of a segment, which becomes current."""
+        """Make a segment the current one and return its call."""
         problem, cache = self.problem, self.stores[rank]
         if cache is not None:
             cache.current = Segment(0, segment, problem.lengths)
@@ -175,7 +175,7 @@ class Ranks:
         return make_call(q, k, self.strategies[rank], problem.kernel, SCALE, **options, layer=1, cache=cache)
 
     def results(self) -> list[Tensor]:
-        """out, dq, dk, dv of the whole sequence."""
+        """Return out, dq, dk, dv of the whole sequence."""
         leaves = self.parts[0][0].leaves
         whole = [torch.full_like(self.grad, torch.nan)]
         whole += [leaf.new_full((self.grad.shape[0], *leaf.shape[1:]), torch.nan) for leaf in leaves]
@@ -188,12 +188,12 @@ class Ranks:
 
 
 def run(problem: Problem, **kwargs: Any) -> list[Tensor]:
-    """out, dq, dk, dv of a problem's own inputs."""
+    """Return out, dq, dk, dv for a problem's own inputs."""
     return Ranks(problem, problem.inputs(), **kwargs).forward().backward().results()
 
 
 def alone(problem: Problem) -> Problem:
-    """The same attention on one rank, unsegmented: one kernel call a tile."""
+    """Compute the same attention on one rank without segments, with one kernel call per tile."""
     return replace(problem, mesh=Mesh(1, 1), lengths=(sum(problem.lengths),), gathers=False, inner=None)
 
 

@@ -305,7 +305,7 @@ def early_flash_attn_3() -> ModuleType:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
-    """Let a stand-in be imported under its name."""
+    """Make a stand-in importable under its name."""
     package = module.__name__.partition(".")[0]
     if package != module.__name__:
         monkeypatch.setitem(sys.modules, package, ModuleType(package))

@@ -24,7 +24,7 @@ class Stage(nn.Module):
         self.input: torch.Tensor | None = None
 
     def set_input_tensor(self, inputs: Any) -> None:
-        """Take what the stage before sent."""
+        """Accept the input that the previous stage sent."""
         self.input = inputs[0] if isinstance(inputs, list) else inputs
 
     def forward(self, microbatch: int) -> torch.Tensor:
@@ -125,7 +125,7 @@ def _listen(config: Any, stages: list[Stage], events: list[Event], aligned: bool
 
         return paused
 
-    def told(what: str, chunk: int) -> Any:
+    def callback(what: str, chunk: int) -> Any:
         def call(parameters: Any) -> None:
             assert list(parameters) == list(stages[chunk].parameters())
             events.append((what, chunk))
@@ -134,8 +134,8 @@ def _listen(config: Any, stages: list[Stage], events: list[Event], aligned: bool
 
     chunks = range(len(stages))
     config.no_sync_func = [no_sync(chunk) for chunk in chunks]
-    config.grad_sync_func = [told("reduce", chunk) for chunk in chunks] if aligned else None
-    config.param_sync_func = [told("gather", chunk) for chunk in chunks] if gathers else None
+    config.grad_sync_func = [callback("reduce", chunk) for chunk in chunks] if aligned else None
+    config.param_sync_func = [callback("gather", chunk) for chunk in chunks] if gathers else None
     if len(stages) == 1:
         for name in ("no_sync_func", "grad_sync_func", "param_sync_func"):
             listed = getattr(config, name)
@@ -152,7 +152,7 @@ class Model:
         self.bucket_groups, self.expert_parallel_bucket_groups, self.params = [self], [], {chunk}
 
     def parameters(self) -> list[int]:
-        """Stand for the chunk's parameters."""
+        """Return a placeholder for the chunk's parameters."""
         return [self.chunk]
 
     def start_grad_sync(self, *_: Any) -> None:

@@ -17,7 +17,7 @@ LIMIT = 20.0  # seconds after which a test that waits has failed
 
 
 def bucket(number: int) -> Region:
-    """Return a region that says which bucket it is."""
+    """Return a region that names its bucket."""
     return Region(None, torch.tensor([number]))
 
 
@@ -41,7 +41,7 @@ class FakeRendezvous:
         return next(ring for ring in rings[scope] if member in ring)
 
     def come(self, member: int, collective: Collective, what: Any) -> None:
-        """Wait for the others; fail where they bring something else, or do not come."""
+        """Wait for the other threads. Fail if they bring another bucket or do not arrive."""
         ring = self.members(member, collective.scope)
         with self._change:
             turn = self._turns[member, collective.scope]
@@ -64,10 +64,10 @@ class Fake:
         self.planted: Callable[[Collective, int], None] = lambda collective, number: None
 
     def check(self, collective: Collective, region: Region) -> None:
-        """Find nothing wrong."""
+        """Accept every argument."""
 
     def run(self, collective: Collective, region: Region) -> None:
-        """Note it by thread."""
+        """Record the call with its thread."""
         number = int(region.group_slice.item())
         if self.delays:
             time.sleep(self.delays.choice([0, 0, 0.001, 0.004]))
@@ -78,7 +78,7 @@ class Fake:
 
 
 def on_ranks(ranks: int, act: Callable[[int], None]) -> None:
-    """Run a function on so many threads, and raise what one raised."""
+    """Run a function on several threads, and raise the exception of any of them."""
     errors: list[BaseException] = []
 
     def guarded(rank: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from patches.engine import session
+from patches.engine import alias_scan, session
 from patches.record import Callback, Record
 from patches.upstream import lock
 from patches.upstream.source import Upstream
@@ -65,7 +65,17 @@ def hook(target: str, *callbacks: Callback, **fields) -> Record:
 
 
 @pytest.fixture
-def bed(tmp_path, monkeypatch):
+def new_modules(monkeypatch):
+    """Let the alias scan look only into modules that the test loads, because older ones cannot refer to planted ones.
+
+    A scan of everything that a test process has loaded takes more than a second, and is a test of its own.
+    """
+    before, modules = frozenset(sys.modules), alias_scan._modules
+    monkeypatch.setattr(alias_scan, "_modules", lambda: modules(before))
+
+
+@pytest.fixture
+def bed(tmp_path, monkeypatch, new_modules):
     monkeypatch.syspath_prepend(str(tmp_path))
     before = set(sys.modules)
     yield Bed(tmp_path)
@@ -75,8 +85,8 @@ def bed(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def own_session(monkeypatch):
-    """A session of its own for one test, undone at its end."""
+def own_session(monkeypatch, new_modules):
+    """Give one test a session of its own, which is undone at the end."""
     fresh = session.Session()
     monkeypatch.setattr(session, "SESSION", fresh)
     yield fresh

@@ -18,10 +18,10 @@ class Stream:
         self.work: deque[Any] = deque()
 
     def synchronize(self) -> None:
-        """Let it be: `Machine.run` is what runs."""
+        """Do nothing, because `Machine.run` executes the work."""
 
     def wait_stream(self, other: "Stream") -> None:
-        """Wait for all that another one was given."""
+        """Wait for all work that another stream was given."""
         event = Event()
         event.record(other)
         self.work.append(event)
@@ -34,16 +34,16 @@ class Event:
         self.machine, self.is_reached = machine, False
 
     def record(self, stream: Stream) -> None:
-        """Be reached when all that the stream was given is done."""
+        """Mark the event as reached when all earlier work of the stream is done."""
         stream.work.append(lambda: setattr(self, "is_reached", True))
 
     def wait(self) -> None:
-        """Have the current stream wait."""
+        """Make the current stream wait for this event."""
         assert self.machine is not None
         self.machine.current.work.append(self)
 
     def query(self) -> bool:
-        """Whether it is reached."""
+        """Return whether the event is reached."""
         return self.is_reached
 
 
@@ -55,13 +55,13 @@ class Machine:
         self.streams = [self.current]
 
     def stream(self, device: torch.device, priority: int = 0) -> Stream:
-        """Make one."""
+        """Return a new stream."""
         self.streams.append(Stream(device))
         return self.streams[-1]
 
     @contextmanager
     def on(self, stream: Stream) -> Iterator[None]:
-        """Make it the current one."""
+        """Make a stream the current one."""
         before, self.current = self.current, stream
         yield
         self.current = before
@@ -89,7 +89,7 @@ class Machine:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """Put a machine's streams in place of torch's."""
+    """Replace torch's streams by a simulated machine's."""
     made = Machine()
     monkeypatch.setattr(torch.cuda, "Stream", made.stream)
     monkeypatch.setattr(torch.cuda, "Event", lambda: Event(made))

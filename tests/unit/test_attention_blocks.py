@@ -18,13 +18,13 @@ from tests.unit.attention_bed import seen
 
 
 def packed(lengths: list[int]) -> tuple[DocumentSpan, ...]:
-    """Runs of documents of some lengths."""
+    """Return documents of the given lengths."""
     ends = torch.tensor(lengths).cumsum(0).tolist()
     return tuple(DocumentSpan(end - length, end, end - length) for end, length in zip(ends, lengths, strict=True))
 
 
 def dense(documents: Documents, window: int | None = None) -> Tensor:
-    """Mask [b, 1, N, N] of documents, True where a key is seen."""
+    """Return the mask [b, 1, N, N] of documents, True where a key is seen."""
     masks = []
     for runs in documents.spans:
         mask = seen(runs[-1].end, window)
@@ -35,7 +35,7 @@ def dense(documents: Documents, window: int | None = None) -> Tensor:
 
 
 def counted(tiles: tuple[Tile, ...], queries: TokenRange, batch: int, keys: int) -> Tensor:
-    """How often tiles compute each score, [b, 1, rows, keys]."""
+    """Return how often tiles compute each score, [b, 1, rows, keys]."""
     counts = torch.zeros(batch, 1, queries.size, keys, dtype=torch.int64)
     for tile in tiles:
         for block in tile.blocks:

@@ -18,7 +18,7 @@ MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (2, 4), (4, 2), (1, 8), (3, 2)]
 
 
 def rows(text: str) -> dict[str, list[str]]:
-    """A markdown table's cells by the first of each row."""
+    """Return the cells of a markdown table by the first cell of each row."""
     split = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
     return {cells[0]: cells[1:] for cells in split}
 
@@ -28,9 +28,9 @@ def test_the_picture_shows_each_score_once_and_ranks_with_the_same_work(mesh: tu
     shown, (ulysses, size) = scene(Mesh(*mesh)), mesh
     chunks = 2 * ulysses * size
     assert shown.before == tuple((rank, chunks - 1 - rank) for rank in range(chunks // 2))
-    for rank, held in enumerate(shown.after):
+    for rank, rank_chunks in enumerate(shown.after):
         group = range(rank // ulysses * ulysses, (rank // ulysses + 1) * ulysses)
-        assert sorted(held) == sorted(chunk for one in group for chunk in shown.before[one]) == list(held)
+        assert sorted(rank_chunks) == sorted(chunk for one in group for chunk in shown.before[one]) == list(rank_chunks)
     cells = [cell for step, _ in shown.steps for cell in step]
     assert sorted((cell.query, cell.key) for cell in cells) == [(q, k) for q in range(chunks) for k in range(q + 1)]
     assert all(cell.query in shown.after[cell.ring * ulysses] for cell in cells)
@@ -51,8 +51,8 @@ def test_draw_writes_every_chunk_and_block_the_same_each_time(tmp_path: Path) ->
     assert first.read_bytes() == second.read_bytes()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.svg", "b.svg"]
     shown, names = scene(Mesh(2, 4)), drawn(first)
-    wanted = {f"before-{rank}-{chunk}" for rank, held in enumerate(shown.before) for chunk in held}
-    wanted |= {f"after-{rank}-{chunk}" for rank, held in enumerate(shown.after) for chunk in held}
+    wanted = {f"before-{rank}-{chunk}" for rank, rank_chunks in enumerate(shown.before) for chunk in rank_chunks}
+    wanted |= {f"after-{rank}-{chunk}" for rank, rank_chunks in enumerate(shown.after) for chunk in rank_chunks}
     for index, (cells, _) in enumerate(shown.steps):
         wanted |= {f"step-{index}-{cell.ring}-{cell.query}-{cell.key}" for cell in cells}
     assert wanted == {name for name in names if name.split("-")[0] in ("before", "after", "step")}

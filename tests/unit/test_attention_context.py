@@ -86,7 +86,7 @@ def test_ranks_that_are_no_power_of_two(mesh: tuple[int, int], heads: tuple[int,
 @pytest.mark.parametrize("mesh", [(1, 1), (1, 2), (2, 1), (2, 2)], ids=str)
 @pytest.mark.parametrize("lengths", [(64,), SEGMENTS], ids=str)
 def test_slices_of_a_fused_projection(mesh: tuple[int, int], lengths: tuple[int, ...]) -> None:
-    """As upstream cuts q, k and v out of one tensor: strided, none of them its own storage."""
+    """Pass q, k and v as upstream does: strided slices of one tensor."""
 
     def fused(leaves: Sequence[Tensor]) -> list[Tensor]:
         sizes = [leaf.shape[2] for leaf in leaves]
@@ -102,7 +102,7 @@ def test_slices_of_a_fused_projection(mesh: tuple[int, int], lengths: tuple[int,
 def test_errors_are_those_of_one_call_of_pytorchs_on_the_whole_sequence(
     mesh: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    """Beside one call on this processor there are further roundings alone, each as large as rounding the exact result.
+    """Allow, beside one call on this processor, only further roundings as large as that of the exact result.
 
     One more of out and one more of a gradient's parts; and in float32 three of every merge in a ring, of blocks whose
     results are up to sqrt(R) times as large as the whole's. Independent errors add up by their squares.

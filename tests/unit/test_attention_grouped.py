@@ -26,7 +26,7 @@ SLACK = 1.02  # of norms over some ten thousand roundings each; the same sums in
 
 
 def repeated(inputs: list[Tensor]) -> list[Tensor]:
-    """out, dq, dk, dv of PyTorch's attention, each key head repeated for its query heads."""
+    """Return out, dq, dk, dv of PyTorch's attention, with each key head repeated for its query heads."""
     leaves = [x.clone().requires_grad_() for x in inputs[:3]]
     copies = leaves[0].shape[2] // leaves[1].shape[2]
     q, k, v = (x.permute(1, 2, 0, 3) for x in leaves)

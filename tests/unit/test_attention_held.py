@@ -70,7 +70,7 @@ class OutputCountingKernel(CpuFlash):
 
 @contextmanager
 def unseen_messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Copies that the emulated wire makes are not the rank's."""
+    """Do not count copies that the emulated network makes."""
     put, wait = context_bed.Wire.put, context_bed.ThreadP2P.post
 
     def hidden(function: Any) -> Any:
@@ -90,7 +90,7 @@ def problem_of(ranks: int, **more: Any) -> Problem:
     return Problem(Mesh(1, ranks), (4, KEY_HEADS), (ROWS * ranks,), batch=1, dtype=torch.float32, **more)
 
 
-def held(problem: Problem, backward: bool) -> tuple[int, int]:
+def most_held(problem: Problem, backward: bool) -> tuple[int, int]:
     """Most bytes, and most buffers of keys, that any rank had made and held in one direction."""
     ranks = Ranks(problem, problem.inputs())
 
@@ -110,7 +110,7 @@ def held(problem: Problem, backward: bool) -> tuple[int, int]:
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_longer_ring_holds_no_more(monkeypatch: pytest.MonkeyPatch, backward: bool) -> None:
     with unseen_messages(monkeypatch):
-        short, longer = (held(problem_of(ranks), backward) for ranks in ((8, 16) if backward else (4, 16)))
+        short, longer = (most_held(problem_of(ranks), backward) for ranks in ((8, 16) if backward else (4, 16)))
     assert short == longer
     # Keys and values. Forward: its own, the step's, those on their way. Backward: gradients of its own, of the step, on
     # their way here, and on their way home, too.
@@ -119,9 +119,9 @@ def test_a_longer_ring_holds_no_more(monkeypatch: pytest.MonkeyPatch, backward: 
 
 @pytest.mark.parametrize("inner", [2, 4])
 def test_a_double_ring_holds_two_buffers_more(monkeypatch: pytest.MonkeyPatch, inner: int) -> None:
-    """Those on their way from window to window: out and in."""
+    """The two buffers travel between windows, one out and one in."""
     with unseen_messages(monkeypatch):
-        assert held(problem_of(16, inner=inner), backward=False)[1] == 2 * 5
+        assert most_held(problem_of(16, inner=inner), backward=False)[1] == 2 * 5
 
 
 @pytest.mark.parametrize("ranks", [2, 8])
@@ -159,7 +159,7 @@ def test_what_came_is_unpacked_where_it_was_packed(kv: int) -> None:
 
 
 def test_a_segments_queries_keep_nothing_else_alive() -> None:
-    """Its keys came with them, and stand in the store."""
+    """The segment's keys arrive in the same tensor and are copied into the KV cache."""
     problem = Problem(Mesh(2, 1), (4, KEY_HEADS), (32, 16, 16))
     for parts in Ranks(problem, problem.inputs()).forward().parts:
         for part in parts:

@@ -67,7 +67,7 @@ def gradients(layers: Layers, out: Tensor, *further: Tensor) -> list[Tensor]:
 
 
 def alive() -> int:
-    """Tensors with a row, or a column, for each token."""
+    """Return tensors with a row or a column for each token."""
     gc.collect()
     return sum(1 for x in gc.get_objects() if type(x) is Tensor and TOKENS in x.shape)
 
@@ -83,7 +83,7 @@ def test_attention_of_a_recomputed_layer_runs_once(layers: Layers) -> None:
 
 
 def test_where_the_input_is_frozen_the_weights_get_their_gradients(layers: Layers) -> None:
-    """Upstream's own recomputation leaves them without."""
+    """Upstream's own recomputation gives them none."""
     expected = gradients(layers, layers(given(1, False)))
     assert len(expected) == 2
     out = recomputed(layers, given(1, False))
@@ -92,7 +92,7 @@ def test_where_the_input_is_frozen_the_weights_get_their_gradients(layers: Layer
 
 @pytest.mark.slow  # upstream compiles an extension for it, for half a minute
 def test_recomputed_outputs_that_are_thrown_away(layers: Layers) -> None:
-    """Upstream's other kind of recomputation, of which the linear after it is the last user."""
+    """In upstream's other kind of recomputation, only the linear layer after it uses the output."""
     from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 
     scale = torch.randn(WIDTH, dtype=torch.float64, requires_grad=True)

@@ -26,7 +26,7 @@ SCORES = [Scores(0.3), Scores(0.3, True), Scores(0.3, True, 3), Scores(0.3, True
 
 @pytest.fixture
 def flash_attn(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Put a package in flash-attn's place: its documented functions and conventions, computed by the reference."""
+    """Install a stand-in for flash-attn with its documented functions, computed by the reference."""
     module = flash_attn_2()
     install(monkeypatch, module)
     return module
@@ -34,7 +34,7 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture(params=["cpu", "reference", "flash_attn interface", "flash_attn 3 interface", "an early flash_attn 3"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    """Each kernel that runs here."""
+    """Return each kernel that runs on this machine."""
     if request.param == "cpu":
         return CpuFlash()
     if request.param == "reference":
@@ -47,7 +47,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> K
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(out, lse) by the formula; rows that see nothing: 0 and -inf."""
+    """Return (out, lse) by the formula, 0 and -inf for rows that see no key."""
     group = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(group, 2) for x in (k, v))
     scores = (torch.einsum("sbhd,tbhd->bhst", q, k) * scale).masked_fill(~mask, -torch.inf)
@@ -58,7 +58,7 @@ def exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[
 def expected(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scores: Scores, dtype: torch.dtype = torch.float64
 ) -> list[Tensor]:
-    """out, lse, dq, dk, dv by autograd in a type."""
+    """Return out, lse, dq, dk, dv by autograd in a type."""
     leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
     blind = max(0, q.shape[0] - k.shape[0]) if scores.causal else 0
     mask = visible_mask(q.shape[0], k.shape[0], scores, q.device)
@@ -70,7 +70,7 @@ def expected(
 
 
 def is_rectangle(sq: int, sk: int, scores: Scores) -> bool:
-    """Whether a kernel that is not `rectangular` does not take a block."""
+    """Return whether a kernel that is not `rectangular` refuses a block."""
     return scores.causal and scores.window is None and sq < sk
 
 
@@ -108,7 +108,7 @@ def test_mask_of_the_reference_is_bottom_right() -> None:
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("parts", [[20], [7, 13], [1, 1, 18], [4, 4, 4, 4, 4]])
 def test_parts_of_the_keys_merge_to_the_whole(kernel: Kernel, heads: str, parts: list[int]) -> None:
-    """Forward: merged by log-sum-exp. Backward: each part alone with the merged out and lse gives its exact share."""
+    """Forward parts merge by log-sum-exp. Backward of each part with the merged out and lse gives its exact share."""
     hq, hk = HEADS[heads]
     q, k, v, grad = tensors([(9, 2, hq, 8), (20, 2, hk, 8), (20, 2, hk, 8), (9, 2, hq, 8)])
     scores = Scores(0.3)
@@ -165,7 +165,7 @@ def test_types_of_results_and_error(dtype: torch.dtype, scores: Scores) -> None:
 
 
 def test_heads_that_lie_across_memory(kernel: Kernel) -> None:
-    """Strides with which an operator alone gives wrong numbers: the last dimension is not contiguous."""
+    """PyTorch's operator alone computes wrong numbers if the last dimension is not contiguous."""
     q, k, v, grad = tensors([(9, 2, 4, 8)] * 4)
     scores = Scores(0.3, True)
     out, lse = kernel.forward(q, k, v, scores)
@@ -180,7 +180,7 @@ def test_heads_that_lie_across_memory(kernel: Kernel) -> None:
 
 
 def test_strided_views_are_taken_as_they_are() -> None:
-    """Slices of a fused projection and of a longer buffer give what their copies do, whose alignment is another."""
+    """Slices of a fused projection and of a longer buffer give the results of their copies."""
     fused, buffer, grad = tensors([(40, 2, 4, 24), (50, 2, 8, 8), (40, 2, 4, 8)], dtype=torch.float32)
     q, k, v = fused[..., :8], buffer[:40, :, :4], buffer[10:, :, 4:]
     scores, cpu = Scores(0.3, True), CpuFlash()
@@ -238,7 +238,7 @@ def test_cuda_kernels_know_their_limits(flash_attn: ModuleType, monkeypatch: pyt
 
 
 def test_pytorchs_cuda_operator_takes_our_arguments() -> None:
-    """On the meta device: names, number and types of arguments, layouts of results. Values need a GPU (tests/gpu)."""
+    """The meta device checks names and types of arguments, and layouts of results. Values need a GPU (tests/gpu)."""
     kernel = TorchCudaFlash()
     q, k, v, grad = (
         torch.empty(s, 2, h, 64, dtype=torch.bfloat16, device="meta") for s, h in ((24, 4), (40, 2), (40, 2), (24, 4))

@@ -24,17 +24,17 @@ MESHES = [Mesh(ulysses, ring) for ulysses, ring in product(range(1, 9), repeat=2
 
 
 def numbers(spans: TokenRanges) -> list[int]:
-    """Members of spans, in their order."""
+    """Return the members of spans, in their order."""
     return [number for span in spans for number in range(span.begin, span.end)]
 
 
 def sorted_apart(spans: TokenRanges) -> bool:
-    """Whether spans ascend and neither touch nor overlap."""
+    """Return whether spans ascend and neither touch nor overlap."""
     return all(a.end < b.begin for a, b in pairwise(spans)) and all(span.size > 0 for span in spans)
 
 
 def cuts(length: int) -> st.SearchStrategy[tuple[int, ...]]:
-    """Lengths of pieces of a length."""
+    """Return the lengths of the pieces of a length."""
     ends = st.sets(st.integers(1, length)).map(lambda inside: sorted({0, length, *inside}))
     return ends.map(lambda edges: tuple(b - a for a, b in pairwise(edges)))
 
@@ -53,15 +53,15 @@ def layouts(draw: st.DrawFn) -> Layout:
     return Layout(mesh, tuple(length * multiple for length in lengths), tensor, draw(st.sampled_from([None, pieces])))
 
 
-def held(layout: Layout, segments: range) -> list[list[int]]:
-    """Positions of every rank before the all-to-all."""
+def held_positions(layout: Layout, segments: range) -> list[list[int]]:
+    """Return the positions of every rank before the all-to-all."""
     ranks = range(layout.mesh.size)
     return [[n for segment in segments for n in numbers(layout.positions(rank, segment))] for rank in ranks]
 
 
 def delivered(layout: Layout, ring: int, segments: range) -> list[int]:
-    """Positions that the all-to-all of a Ulysses group brings, unpacked."""
-    sent = held(layout, segments)[ring * layout.mesh.ulysses : (ring + 1) * layout.mesh.ulysses]
+    """Return the positions that the all-to-all of a Ulysses group brings, unpacked."""
+    sent = held_positions(layout, segments)[ring * layout.mesh.ulysses : (ring + 1) * layout.mesh.ulysses]
     return [n for arrival in layout.received_rows(segments) for n in sent[arrival.source][arrival.rows.slice()]]
 
 
@@ -91,8 +91,8 @@ def test_one_segments_arrivals_are_a_view_and_a_flip(mesh: Mesh) -> None:
 def test_every_token_has_one_rank_and_every_shard_ascends(layout: Layout) -> None:
     everything = list(range(sum(layout.lengths)))
     segments = range(len(layout.lengths))
-    assert sorted(n for rank in held(layout, segments) for n in rank) == everything
-    assert all(len(rank) == sum(layout.tokens(s) for s in segments) for rank in held(layout, segments))
+    assert sorted(n for rank in held_positions(layout, segments) for n in rank) == everything
+    assert all(len(rank) == sum(layout.tokens(s) for s in segments) for rank in held_positions(layout, segments))
     assert all(layout.tokens(segment) % layout.tensor == 0 for segment in segments)
     shards = [layout.shard(ring, segments) for ring in range(layout.mesh.ring)]
     assert sorted(n for shard in shards for n in numbers(shard)) == everything
@@ -101,7 +101,7 @@ def test_every_token_has_one_rank_and_every_shard_ascends(layout: Layout) -> Non
         assert delivered(layout, ring, segments) == numbers(shard)
     for segment in segments:
         begin = layout.begin(segment)
-        of_segment = sorted(n for rank in held(layout, range(segment, segment + 1)) for n in rank)
+        of_segment = sorted(n for rank in held_positions(layout, range(segment, segment + 1)) for n in rank)
         assert of_segment == list(range(begin, begin + layout.lengths[segment]))
 
 
@@ -179,7 +179,7 @@ def test_legal_degrees_are_those_with_whole_heads_that_belong_together(size: int
     heads = Heads(kv * per_kv, kv)
 
     def fits(ulysses: int) -> bool:
-        """By heads alone: equal shares of query heads, each on equally many whole key heads, used up to replicas."""
+        """Return whether heads divide: equal shares of query heads, each on equally many whole key heads."""
         if heads.query % ulysses:
             return False
         share = heads.query // ulysses

@@ -98,7 +98,7 @@ def test_costs_are_those_counted_token_by_token(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_documents_padded_to_twice_the_ranks_lie_as_in_transformer_engine(ranks: int) -> None:
-    """There each document is cut into 2C chunks of its own, of which rank c holds c and 2C - 1 - c."""
+    """TransformerEngine divides each document into 2C chunks, of which rank c holds c and 2C - 1 - c."""
     lengths = [2 * ranks * count for count in (1, 5, 2, 1, 7)]
     documents, total = Documents((packed(lengths),)), sum(lengths)
     layout = Layout(Mesh(1, ranks), (total,), pieces=document_pieces(documents, (total,), ranks))
@@ -125,7 +125,7 @@ def test_pieces_end_where_documents_do_but_for_rounding(ranks: int, lengths: lis
 
 
 def taken(lengths: list[int], ranks: int, kind: LayoutKind = "auto") -> str:
-    """Return the layout of documents on a ring."""
+    """Return the layout that is chosen for documents on a ring."""
     return choose_layout(Documents((packed(lengths),)), [CommType(Mesh(1, ranks))], (sum(lengths),), kind=kind).kind
 
 

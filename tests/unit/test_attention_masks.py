@@ -24,13 +24,13 @@ def exchanges(ranks: int) -> list[ThreadCollectives]:
 
 
 def rows(mask: Tensor, layout: Layout, rank: int) -> Tensor:
-    """A rank's rows, cut as upstream cuts the batch: segment by segment."""
+    """Return a rank's rows, sharded segment by segment as upstream shards the batch."""
     spans = [span for segment in range(len(layout.lengths)) for span in layout.positions(rank, segment)]
     return torch.cat([mask[:, :, span.slice()] for span in spans], dim=2)
 
 
 def hidden(documents: Documents) -> Tensor:
-    """Upstream's mask of whole sequences: True where a key is hidden."""
+    """Return upstream's mask of whole sequences, True where a key is hidden."""
     return ~dense(documents)
 
 
@@ -68,7 +68,7 @@ def test_masks_of_other_shapes_are_refused(mask: Tensor, words: str) -> None:
 
 
 def test_a_wrong_row_of_one_rank_is_an_error_of_all() -> None:
-    """An error of the one alone would leave the others in the collective."""
+    """If one rank alone raised an error, the others would wait in the collective."""
     layout, mask = Layout(Mesh(2, 2), (64,)), hidden(PACKED)
     mask[1, 0, 20, 3] ^= True
 
@@ -84,7 +84,7 @@ PLAIN = Documents((packed([64]),) * 3)
 
 
 def read(masks: Callable[[MaskReader], Iterator[Tensor | None]], **flags: Any) -> list[tuple[list[Any], int]]:
-    """Return, per rank of four, the documents that three layers are told of each mask, and how often masks were read.
+    """Return, per rank of four, the documents that three layers get for each mask, and how often masks were read.
 
     Args:
         masks: given a reader, masks of whole sequences, one after the other.
@@ -101,16 +101,16 @@ def read(masks: Callable[[MaskReader], Iterator[Tensor | None]], **flags: Any) -
                 mine.data.copy_(own)  # the same tensor again, changed behind autograd's back
             elif own is not None:
                 mine = own
-            told = [reader.documents(None if mask is None else mine, layout, 3, layer) for layer in range(3)]
-            assert told[0] == told[1] == told[2]
-            found.append(told[0])
+            per_layer = [reader.documents(None if mask is None else mine, layout, 3, layer) for layer in range(3)]
+            assert per_layer[0] == per_layer[1] == per_layer[2]
+            found.append(per_layer[0])
         return found, way.sent.messages
 
     return on_ranks(layout, job)
 
 
 def test_every_mask_is_read_once_for_all_layers() -> None:
-    """Also one that comes after none, and one that is changed in place and handed again."""
+    """This includes a mask after None, and one that is changed in place and passed again."""
 
     def masks(_: MaskReader) -> Iterator[Tensor | None]:
         yield from (hidden(PLAIN), None, hidden(PACKED), hidden(OTHER), None, hidden(PLAIN), hidden(PACKED))
@@ -121,7 +121,7 @@ def test_every_mask_is_read_once_for_all_layers() -> None:
 
 
 def test_a_changed_mask_is_read_again_for_a_layer_that_has_not_seen_it() -> None:
-    """Virtual stages: the layers of the next chunk are handed the same tensor, changed in place."""
+    """With virtual stages, the layers of the next chunk get the same tensor, changed in place."""
     layout = Layout(Mesh(1, 1), (64,))
 
     def job(rank: int, way: ThreadCollectives) -> None:

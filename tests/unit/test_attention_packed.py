@@ -56,7 +56,7 @@ MASKS: dict[str, tuple[Scores, Callable[[int], int]]] = {  # scores, keys of a b
 
 @pytest.fixture(params=["cpu", "reference", "flash_attn 2", "flash_attn 3", "early flash_attn 3"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    """Each kernel that runs here; flash-attn's are stand-ins that compute by the reference."""
+    """Return each kernel that runs here. Those of flash-attn are stand-ins that compute by the reference."""
     if request.param in ("cpu", "reference"):
         return CpuFlash() if request.param == "cpu" else Reference()
     made = {"flash_attn 2": flash_attn_2, "flash_attn 3": flash_attn_3, "early flash_attn 3": early_flash_attn_3}
@@ -65,7 +65,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> K
 
 
 def one_by_one(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scores: Scores, lengths: PackedLengths) -> list[Tensor]:
-    """out, lse, dq, dk, dv of packed blocks by autograd, block by block."""
+    """Return out, lse, dq, dk, dv of packed blocks by autograd, block by block."""
     parts = []
     by_rows = [x.split(list(lengths.rows)) for x in (q, grad)]
     by_keys = [x.split(list(lengths.keys)) for x in (k, v)]
@@ -99,7 +99,7 @@ def test_packed_blocks_are_blocks_one_by_one(kernel: Kernel, mask: str, heads: t
 
 @st.composite
 def documents(draw: st.DrawFn, tokens: int, batch: int, border: int) -> Documents:
-    """Documents of random lengths; some end where chunks do."""
+    """Return documents of random lengths, some of which end where chunks end."""
     sequences = []
     for _ in range(batch):
         ends = draw(st.sets(st.integers(1, tokens - 1), max_size=tokens // 2))
@@ -158,7 +158,7 @@ class Launches:
 
 
 def random_lengths(count: int, tokens: int, seed: int = 0) -> list[int]:
-    """Lengths of documents that fill some tokens."""
+    """Return lengths of documents that sum to the given tokens."""
     cuts = sorted(random.Random(seed).sample(range(1, tokens), count - 1))
     return [b - a for a, b in zip([0, *cuts], [*cuts, tokens], strict=True)]
 
@@ -273,7 +273,7 @@ def test_sets_of_ranges(left: TokenRanges, right: TokenRanges, begin: int, end: 
 
 
 def test_a_batch_of_padded_blocks_is_bounded() -> None:
-    """Padded copies of many rows are made one part after another; masks that differ by block are small."""
+    """Many rows are copied in several parts, and masks that differ between blocks are small."""
     cpu, blocks = torch.device("cpu"), PackedLengths((64,) * 4096, (64,) * 4096)
     batches = padded_batches(blocks, Scores(1.0, True), cpu, 1 << 62)
     assert [batch.count for batch in batches] == [512] * 8

@@ -21,7 +21,7 @@ from megatron.longseq.attention.runtime import kv_cache as store_module
 from megatron.longseq.attention.runtime.kv_cache import SegmentKVCache, SegmentOrderError
 from megatron.longseq.attention.runtime.segment_attention import segment_attention
 from megatron.longseq.segment import Segment
-from tests.kv_bytes import held, peaks
+from tests.kv_bytes import held_bytes, peaks
 from tests.unit.attention_bed import SCALE, Split, assert_close, oracle, plain, qkv, seen, segments
 from tests.unit.test_attention_blocks import dense, packed
 
@@ -32,7 +32,7 @@ CPU = ("cpu.device",)
 
 
 def upstream_checkpoint(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
-    """Upstream's own recomputation."""
+    """Call upstream's own recomputation."""
     from megatron.core.tensor_parallel.random import checkpoint as recompute
 
     return recompute(function, False, *args)
@@ -58,7 +58,7 @@ def test_equals_unsplit_attention(kernel: str, heads: str) -> None:
 
 @st.composite
 def packings(draw: st.DrawFn) -> tuple[list[int], Documents, int | None]:
-    """Segments, documents of two sequences, and a window."""
+    """Return segments, documents of two sequences, and a window."""
     size = draw(st.integers(2, 24))
 
     def parts() -> list[int]:
@@ -83,7 +83,7 @@ def test_equals_unsplit_attention_inside_documents(
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("lengths", [pytest.param([12], marks=pytest.mark.slow), [7, 3, 1, 1]], ids=str)
 def test_micro_batches_in_flight_and_recomputation(recompute: str, lengths: list[int]) -> None:
-    """Two layers of two micro-batches; the second's forwards run before the first's backwards, and between them."""
+    """The forwards of a second micro-batch run before and between the backwards of the first, in two layers."""
     cache, last = SegmentKVCache(), len(lengths) - 1
     runs = [
         Split(qkv(12, 2, (4, 2), seed=10 * mb + layer), lengths, cache, CpuFlash(), wrap=RECOMPUTE[recompute], **names)
@@ -112,7 +112,7 @@ def test_micro_batches_in_flight_and_recomputation(recompute: str, lengths: list
 
 @pytest.mark.parametrize("recompute", ["none", "reentrant", "not reentrant", "upstream"])
 def test_whole_layers_recomputed(recompute: str) -> None:
-    """Two layers inside one recomputed function, attention between projections: gradients of all parameters."""
+    """One recomputed function contains two layers with attention between projections. All gradients are compared."""
     tokens, lengths, width = 12, [5, 4, 3], 16
     torch.manual_seed(0)
     layers = [torch.nn.ModuleList([torch.nn.Linear(width, 32), torch.nn.Linear(16, width)]).double() for _ in range(2)]
@@ -154,16 +154,16 @@ def test_forward_only_frees_at_the_last_segment() -> None:
         split = Split(inputs, [5, 4, 3], cache, CpuFlash(), forward_only=True, microbatch=microbatch)
         with torch.no_grad(), peaks() as found:
             for index in range(3):
-                assert bool(held(cache)) == bool(index)
+                assert bool(held_bytes(cache)) == bool(index)
                 split.forward(index)
         cache.assert_empty()
         outs = torch.cat([out for out in split.outs if out is not None])
         assert_close([outs], oracle(inputs, seen(12))[:1], 12)
-        assert held(cache) == 0 and found[cache] == 2 * 12 * 2 * 2 * 8 * 8
+        assert held_bytes(cache) == 0 and found[cache] == 2 * 12 * 2 * 2 * 8 * 8
 
 
 def _kept_weights(lengths: list[int], state: Tensor, p: float) -> Tensor:
-    """The dropout factors [b, h, N, N] that segments draw one after another from a generator's state."""
+    """Return the dropout factors [b, h, N, N] that segments draw in turn from a generator's state."""
     full = torch.zeros(2, 4, sum(lengths), sum(lengths), dtype=torch.float64)
     before = torch.get_rng_state()
     torch.set_rng_state(state)
@@ -193,7 +193,7 @@ def test_dropout_draws_the_same_mask_in_backward(recompute: str, lengths: list[i
         torch.set_rng_state(outside)
 
     def wrap(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
-        """Recompute with the tracker's state put back, as upstream does."""
+        """Recompute with the tracker's state restored, as upstream does."""
         state = tracker[0]
         calls = []
 
@@ -283,13 +283,13 @@ def test_what_is_left_is_named_and_forgotten() -> None:
         cache.assert_empty()
     cache.reset()
     cache.assert_empty()
-    assert held(cache) == 0 and cache.current is None
+    assert held_bytes(cache) == 0 and cache.current is None
     inputs = qkv(12, 1, (2, 1))
     assert_close(Split(inputs, [8, 4], cache, CpuFlash()).run().results(), oracle(inputs, seen(12)), 12)
 
 
 def test_bytes_are_those_of_the_formula_and_steady() -> None:
-    """K and V of the segments in flight; float32 accumulators of those that a later one's backward has reached."""
+    """The bytes are K and V of segments in flight, and float32 accumulators that a later backward has reached."""
     cache, lengths = SegmentKVCache(), [5, 4, 3]
     token = 2 * 2 * 8  # batch, key heads, head size
     keys, accumulators = 2 * token * 2, 2 * token * 4  # a token's
@@ -299,22 +299,22 @@ def test_bytes_are_those_of_the_formula_and_steady() -> None:
         with peaks() as found:
             for index, tokens in enumerate((5, 9, 12)):
                 a.forward(index)
-                assert held(cache) == tokens * keys
+                assert held_bytes(cache) == tokens * keys
             for index, tokens in enumerate((5, 9, 12)):
                 b.forward(index)
-                assert held(cache) == (12 + tokens) * keys
+                assert held_bytes(cache) == (12 + tokens) * keys
             for split, further in ((a, 12), (b, 0)):
                 for index, tokens in ((2, 9), (1, 5), (0, 0)):
                     split.backward(index)
-                    assert held(cache) == (tokens + further) * keys + tokens * accumulators
-        assert held(cache) == 0
+                    assert held_bytes(cache) == (tokens + further) * keys + tokens * accumulators
+        assert held_bytes(cache) == 0
         assert found[cache] == 24 * keys + 9 * accumulators
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("window", [None, 3])
 def test_autograd_keeps_q_out_and_lse_alone(batch: int, window: int | None) -> None:
-    """Counted by storage, so that a view cannot keep a larger tensor: q comes as a slice of a fused projection."""
+    """Storages are counted, so that a view cannot keep a larger tensor alive: q is a slice of a fused projection."""
     cache, lengths, kept = SegmentKVCache(), [8, 4], []
     fused = torch.randn(12, batch, 8 * 16, requires_grad=True)
     for segment in segments(0, lengths):
@@ -331,7 +331,7 @@ def test_autograd_keeps_q_out_and_lse_alone(batch: int, window: int | None) -> N
         assert out.untyped_storage().data_ptr() in storages, "out is kept once, with whoever else keeps it"
         assert out.is_contiguous()
         kept.append(out)
-    assert held(cache) == 2 * 4 * 12 * batch * 32
+    assert held_bytes(cache) == 2 * 4 * 12 * batch * 32
     for segment in reversed(segments(0, lengths)):
         cache.current = segment
         grads = torch.autograd.grad(kept[segment.index].sum(), fused)
@@ -340,7 +340,7 @@ def test_autograd_keeps_q_out_and_lse_alone(batch: int, window: int | None) -> N
 
 
 def test_gradients_returned_are_nobody_elses() -> None:
-    """What autograd got must not change when later segments, or other micro-batches, are computed."""
+    """Gradients that autograd received must not change when later segments or micro-batches are computed."""
     cache, inputs = SegmentKVCache(), qkv(12, 1, (2, 2))
     seen_grads: list[tuple[Tensor, Tensor]] = []
 
@@ -361,7 +361,7 @@ def _relative(results: list[Tensor], exact: list[Tensor]) -> list[float]:
 
 
 def test_bfloat16_error_is_that_of_one_call(monkeypatch: pytest.MonkeyPatch, tell: Callable[[str], None]) -> None:
-    """Against float64, beside one unsplit bfloat16 call on this processor; bfloat16 accumulators are worse.
+    """Errors against float64 are compared with those of one unsplit bfloat16 call on this processor.
 
     Segments round more often: out once more and every part of a gradient once, and together the parts of a sum are
     no larger than it. Each is as large as rounding the exact result, and independent errors add up by their squares.

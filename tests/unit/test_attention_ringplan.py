@@ -65,14 +65,14 @@ class Problem:
         return plan_ring_attention(self.ring, self.queries, self.keys, self.mask, rank, rectangular=rectangular)
 
     def seen(self) -> Tensor:
-        """Mask [b, positions, positions], True where a key is seen."""
+        """Return the mask [b, positions, positions], True where a key is seen."""
         tokens = self.layout.begin(self.segments.stop)
         documents = self.mask.documents or Documents((packed([tokens]),) * self.mask.batch)
         return dense(documents, self.mask.window)[:, 0, :tokens, :tokens]
 
 
 def causal(ring: Ring, *lengths: int, segment: int = 0) -> Problem:
-    """Plain causal attention of a segment."""
+    """Return plain causal attention of a segment."""
     return Problem(ring, Layout(Mesh(1, ring.size), lengths), range(segment, segment + 1), Mask(1))
 
 
@@ -94,7 +94,7 @@ def problems(draw: st.DrawFn) -> Problem:
 
 
 def scores(tiles: tuple[Tile, ...], shape: tuple[int, int, int]) -> Tensor:
-    """How often tiles compute each score, [b, rows, keys]."""
+    """Return how often tiles compute each score, [b, rows, keys]."""
     counts = torch.zeros(shape, dtype=torch.int64)
     for tile in tiles:
         for block in tile.blocks:
@@ -136,16 +136,16 @@ def test_every_row_that_is_sent_is_there_in_time_and_used(problem: Problem) -> N
     for source in range(problem.ring.size):
         own = [move for move in moves if move.source == source]
         assert all(move.sender != move.receiver and move.rows and move.post < move.wait for move in own)
-        held = {source: (0, set(range(size(problem.keys[source]))))}  # rank: since which step, what
+        rows_at = {source: (0, set(range(size(problem.keys[source]))))}  # rank: since which step, what
         for move in sorted(own, key=lambda move: move.wait):
-            since, rows = held[move.sender]
+            since, rows = rows_at[move.sender]
             assert since <= move.post and set(numbers(move.rows)) <= rows
-            assert move.receiver not in held, "one message brings a rank what it gets of a source"
-            held[move.receiver] = move.wait, set(numbers(move.rows))
+            assert move.receiver not in rows_at, "one message brings a rank what it gets of a source"
+            rows_at[move.receiver] = move.wait, set(numbers(move.rows))
         useful: dict[int, set[int]] = {}  # rows of the source that a rank computes with or hands on to use
-        for rank in sorted(held, key=lambda rank: -held[rank][0]):
+        for rank in sorted(rows_at, key=lambda rank: -rows_at[rank][0]):
             index, step = next((i, step) for i, step in enumerate(plans[rank]) if step.source == source)
-            assert index == held[rank][0] and set(numbers(step.kv_rows)) == held[rank][1]
+            assert index == rows_at[rank][0] and set(numbers(step.kv_rows)) == rows_at[rank][1]
             blocks = [block for tile in (*step.first, *step.more) for block in tile.blocks]
             rows = numbers(step.kv_rows)
             useful[rank] = {rows[key] for block in blocks for key in range(*block.keys)}
@@ -156,7 +156,7 @@ def test_every_row_that_is_sent_is_there_in_time_and_used(problem: Problem) -> N
 
 
 def computed(problem: Problem) -> Iterator[tuple[int, int, int, set[int]]]:
-    """(step, rank, source, rows of the source's keys that get a gradient there)."""
+    """Return (step, rank, source, rows of the source's keys that get a gradient there)."""
     for rank in range(problem.ring.size):
         for index, step in enumerate(problem.steps(rank)):
             rows = numbers(step.kv_rows)
@@ -181,8 +181,8 @@ def test_every_gradient_comes_home_once(problem: Problem) -> None:
     parts = sorted(computed(problem), key=lambda part: part[0])
     for index, rank, source, rows in parts:
         add(wanted, source, source, {row: Counter([rank]) for row in rows})
-        for _, receiver, of, came in [move for move in flying if move[0] <= index]:
-            add(sums, receiver, of, came)
+        for _, receiver, of, arrivals in [move for move in flying if move[0] <= index]:
+            add(sums, receiver, of, arrivals)
         flying = [move for move in flying if move[0] > index]
         add(sums, rank, source, {row: Counter([rank]) for row in rows})
         step, here = problem.steps(rank)[index], sums.get((rank, source), {})
@@ -192,9 +192,9 @@ def test_every_gradient_comes_home_once(problem: Problem) -> None:
             assert move.wait > index
             flying.append((move.wait, move.receiver, move.source, {row: here.pop(row) for row in numbers(move.rows)}))
         assert index == 0 or not here, "a gradient stays behind"
-    for wait, receiver, source, came in flying:
+    for wait, receiver, source, arrivals in flying:
         assert (wait, receiver) == (problem.ring.size, source)
-        add(sums, receiver, source, came)
+        add(sums, receiver, source, arrivals)
     assert {key: rows for key, rows in sums.items() if rows} == wanted
     moves = problem.traffic.grads
     assert len({(move.sender, move.receiver, move.post) for move in moves}) == len(moves)

@@ -42,13 +42,13 @@ def of_gather(strategy: CPStrategy) -> list[Any]:
 
 
 def total(strategies: Sequence[CPStrategy], of: Callable[[CPStrategy], list[Any]]) -> SentCounter:
-    """Sum over ranks."""
+    """Return the sum over ranks."""
     sent = [channel.sent for strategy in strategies for channel in of(strategy)]
     return SentCounter(sum(one.bytes for one in sent), sum(one.messages for one in sent))
 
 
 def counted(problem: Problem, **kwargs: Any) -> list[Volume]:
-    """What a forward and a backward sent: by all-to-all, round the ring, in gathers."""
+    """Return what a forward and a backward sent: by all-to-all, around the ring, in gathers."""
     joined = problem.strategies()
     kinds = (of_exchange, of_ring, of_gather)
     ranks = Ranks(problem, problem.inputs(), joined, **kwargs).forward()
@@ -84,7 +84,7 @@ def test_windows_of_a_double_ring_send_as_much(mesh: tuple[int, int], inner: int
 @pytest.mark.parametrize("mesh", [(1, 2), (2, 2), (1, 4)], ids=str)
 @pytest.mark.parametrize("repeats", [False, True])
 def test_gathered_keys_are_gathered_again_where_nothing_kept_them(mesh: tuple[int, int], repeats: bool) -> None:
-    """With segments the store keeps them, for a repeated forward, too."""
+    """With segments the KV cache holds them, also for a recomputed forward."""
     problem = Problem(Mesh(*mesh), (8, 2), dim=4, gathers=True, dtype=torch.bfloat16)
     strategy, around, gather = counted(problem, repeats=repeats)
     assert around == NOTHING and gather == all_gather(problem.setup, kept=False)
@@ -121,7 +121,7 @@ def test_a_repeated_forward_sends_no_keys_round_again() -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_goal_ring_bytes_beside_the_peers(ranks: int) -> None:
-    """Counted: keys and values 0.75 of theirs for every R; with gradients 0.5 (R = 2) to 0.75 (R without bound)."""
+    """Keys and values send 0.75 of the peers' bytes for every R; with gradients 0.5 (R = 2) up to 0.75 (large R)."""
     problem = Problem(Mesh(1, ranks), dim=4, dtype=torch.bfloat16)
     _, ours, _ = counted(problem)
     theirs = peer_ring(problem.setup)
@@ -132,7 +132,7 @@ def test_goal_ring_bytes_beside_the_peers(ranks: int) -> None:
 
 
 def test_goal_all_to_all_bytes_beside_repeated_heads() -> None:
-    """Counted at Hq 32, Hk 4, U 8: 80 heads a token instead of 128."""
+    """At Hq 32, Hk 4, U 8 a token sends 80 heads instead of 128."""
     problem = Problem(Mesh(8, 1), (32, 4), (16,), batch=1, dim=2, dtype=torch.bfloat16)
     ours, _, _ = counted(problem)
     theirs = peer_all_to_all(problem.setup, repeated=True)

@@ -85,7 +85,7 @@ def test_local_layers_may_hold_te_attention(choice: str, reason: str, capsys: py
 
 @pytest.mark.slow
 def test_it_is_said_once_in_the_runs_log(ranks: RankPool) -> None:
-    """By rank 0, when flags are parsed: before any process group exists."""
+    """Rank 0 prints it when flags are parsed, before any process group exists."""
     base = flags(TINY, "--window-size -1,0 --train-iters 1")
     for own, where in ((f"{PP2} --seq1f1b-splits 2", "there"), (f"{PP2} {VPP}", "here")):
         run_arm(ranks, "O", 2, base + flags(own))

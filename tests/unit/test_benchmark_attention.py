@@ -26,7 +26,7 @@ from tests.benchmarks.attention_contest import (
     Size,
     TrialRun,
     contestants,
-    held,
+    held_positions,
 )
 from tests.benchmarks.attention_report import Row, ring_bytes, rows, sent_bytes, summary, text
 from tests.benchmarks.attention_truth import errors, one_head, whole
@@ -45,7 +45,7 @@ OTHER = Contestant(TORCH, Mesh(1, 4), "alltoall")
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_everyone_holds_every_position_once(ranks):
     for one in contestants(EVERYONE, ranks):
-        spans = [held(one, 64, rank) for rank in range(ranks)]
+        spans = [held_positions(one, 64, rank) for rank in range(ranks)]
         positions = [p for of_rank in spans for span in of_rank for p in range(span.begin, span.end)]
         assert sorted(positions) == list(range(64)), one
         assert all(sum(span.size for span in of_rank) == 64 // ranks for of_rank in spans), one
@@ -54,7 +54,7 @@ def test_everyone_holds_every_position_once(ranks):
 def test_yunchang_cuts_the_zigzag_shard_of_its_ring():
     shards = [torch.cat([torch.arange(64).chunk(4)[r], torch.arange(64).chunk(4)[3 - r]]) for r in (0, 1)]
     for rank in range(4):
-        spans = held(Contestant(YUNCHANG, Mesh(2, 2), "zigzag"), 64, rank)
+        spans = held_positions(Contestant(YUNCHANG, Mesh(2, 2), "zigzag"), 64, rank)
         mine = [p for span in spans for p in range(span.begin, span.end)]
         assert mine == shards[rank // 2].chunk(2)[rank % 2].tolist()
 
@@ -148,12 +148,12 @@ def test_ring_bytes_are_those_counted_over_the_least_of_a_peer():
 def test_the_tables_say_what_is_wrong_and_who_cannot_run():
     failed = TrialRun(Contestant(YUNCHANG, Mesh(4, 1), "zigzag", True), SIZE, failure="RuntimeError: shape")
     sent = sent_bytes([[TrialRun(RING, SIZE, 64 * 10), failed], [TrialRun(RING, SIZE, 64 * 20), failed]])
-    said = text([*TABLE, canned(OTHER, (1.0,), (1.0,), error=float("nan"))], [failed], sent, "float32").splitlines()
-    (wrong,) = (line for line in said if "ring-flash-attn" in line)
+    tables = text([*TABLE, canned(OTHER, (1.0,), (1.0,), error=float("nan"))], [failed], sent, "float32").splitlines()
+    (wrong,) = (line for line in tables if "ring-flash-attn" in line)
     assert wrong.endswith("WRONG: out, dq, dk, dv")
-    assert [line.split("  ")[-1] for line in said if "torch" in line] == ["right", "WRONG: out, dq, dk, dv"]
-    assert sum(line.endswith("30.0") for line in said) == 1
-    assert "  yunchang zigzag U4 R1, 64 GQA 8/2: RuntimeError: shape" in said
+    assert [line.split("  ")[-1] for line in tables if "torch" in line] == ["right", "WRONG: out, dq, dk, dv"]
+    assert sum(line.endswith("30.0") for line in tables) == 1
+    assert "  yunchang zigzag U4 R1, 64 GQA 8/2: RuntimeError: shape" in tables
 
 
 def test_the_truth_is_attention():
@@ -167,8 +167,8 @@ def test_the_truth_is_attention():
     one_head(q, k, v, grad, *results)
     assert_close(results, right, 200)
     exact = 4 * 200 * 2**-52  # errors() are relative: four sums of 200 terms, see assert_close
-    assert max(errors(results, right, held(ALONE, 200, 0))) < exact
-    spans = held(RING, 200, 1)
+    assert max(errors(results, right, held_positions(ALONE, 200, 0))) < exact
+    spans = held_positions(RING, 200, 1)
     mine = [torch.cat([x[span.slice()] for span in spans]) for x in results]
     mine[2][30] += right[2].abs().max()
     assert errors(mine, right, spans) == pytest.approx((0, 0, 1, 0), abs=exact)
@@ -230,13 +230,13 @@ def test_self_sends_are_copied(monkeypatch):
 
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     monkeypatch.setattr(dist, "batch_isend_irecv", lambda operations: ["sent", *operations])
-    original, came, far = dist.batch_isend_irecv, torch.zeros(3), Operation(dist.isend, torch.ones(1), 0)
+    original, arrived, far = dist.batch_isend_irecv, torch.zeros(3), Operation(dist.isend, torch.ones(1), 0)
     one = contestants((YUNCHANG,), 2)[1]
     with peers.self_sends_copied(one):
-        own = [Operation(dist.isend, torch.arange(3.0), 1), Operation(dist.irecv, came, 1)]
+        own = [Operation(dist.isend, torch.arange(3.0), 1), Operation(dist.irecv, arrived, 1)]
         assert dist.batch_isend_irecv([*own, far]) == ["sent", far]
         assert dist.batch_isend_irecv(own) == []
-    assert came.tolist() == [0, 1, 2]
+    assert arrived.tolist() == [0, 1, 2]
     assert dist.batch_isend_irecv is original
 
 
@@ -270,10 +270,10 @@ def test_ranks_that_do_not_fit_are_refused(ranks):
 def test_a_short_run_ends_in_the_json_line(capsys):
     arguments = "--ranks 2 --lengths 512 --kv-heads 2 --rounds 1 --who ours torch"
     assert main(arguments.split()) == 0
-    said = capsys.readouterr().out
-    found = json.loads(said.splitlines()[-1])
-    assert "WRONG" not in said
-    assert "cannot run" not in said
+    tables = capsys.readouterr().out
+    found = json.loads(tables.splitlines()[-1])
+    assert "WRONG" not in tables
+    assert "cannot run" not in tables
     assert found["u4_over_r4"] is None
     for key in ("time_over_best_peer", "peak_bytes_over_best_peer", "speedup_2_ranks"):
         assert found[key] > 0

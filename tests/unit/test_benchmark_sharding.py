@@ -78,9 +78,11 @@ def test_a_killed_run_s_nodes_are_removed_and_nobody_else_s():
     assert abandoned(names, lambda process: process == 6) == ["longseq-5-0", "longseq-5-1"]
 
 
-@pytest.mark.parametrize("user, absent, said", [(1000, (), "not root"), (0, ("tc",), "no tc"), (0, ("ip",), "no ip")])
-def test_a_machine_without_means_is_refused(user, absent, said):
-    with pytest.raises(BedError, match=f"{said}.*root"):
+@pytest.mark.parametrize(
+    "user, absent, message", [(1000, (), "not root"), (0, ("tc",), "no tc"), (0, ("ip",), "no ip")]
+)
+def test_a_machine_without_means_is_refused(user, absent, message):
+    with pytest.raises(BedError, match=f"{message}.*root"):
         refuse_unable(user, lambda tool: None if tool in absent else f"/sbin/{tool}")
 
 
@@ -89,8 +91,8 @@ def test_a_machine_with_means_is_taken():
 
 
 def test_sent_bytes_are_read_from_a_device_s_counters():
-    said = [{"ifname": "cable0", "stats64": {"rx": {"bytes": 5}, "tx": {"bytes": 12345, "packets": 3}}}]
-    assert sent(json.dumps(said)) == 12345
+    message = [{"ifname": "cable0", "stats64": {"rx": {"bytes": 5}, "tx": {"bytes": 12345, "packets": 3}}}]
+    assert sent(json.dumps(message)) == 12345
 
 
 def test_counters_are_told_since_earlier_ones():
@@ -216,9 +218,9 @@ def test_ratios_go_the_right_way_and_take_like_with_like():
 
 
 def test_every_arm_and_ratio_is_in_the_table():
-    said = report.text(race(lambda arm: 1.0))
-    assert said.count("picks overlapped") == 6
-    assert said.count("overlapped/flat") == said.count("overlapped/serial") == 12
+    message = report.text(race(lambda arm: 1.0))
+    assert message.count("picks overlapped") == 6
+    assert message.count("overlapped/flat") == message.count("overlapped/serial") == 12
 
 
 # Training.
@@ -329,7 +331,7 @@ def test_parts_and_arms_can_be_left_out():
 
 
 def test_the_last_line_is_json():
-    said = json.loads(
+    message = json.loads(
         json.dumps(_rounded({CollectiveKind.ALL_GATHER: [1.23456, 2], "ok": True, "deep": {"x": 1e-7 / 3}}))
     )
-    assert said == {"all-gather": [1.2346, 2], "ok": True, "deep": {"x": 3.3333e-8}}
+    assert message == {"all-gather": [1.2346, 2], "ok": True, "deep": {"x": 3.3333e-8}}

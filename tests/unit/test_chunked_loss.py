@@ -47,7 +47,7 @@ TWO_RANKS = {
 
 @pytest.mark.parametrize(("tp", "cases"), [(1, ONE_RANK), (2, TWO_RANKS)], ids=["1", "2"])
 def test_equals_upstreams_model_in_float64(ranks: RankPool, tp: int, cases: dict[str, Case]) -> None:
-    """Losses, gradients of all parameters and of the hidden states, for all sizes of chunks and a random mask."""
+    """Losses and gradients of all parameters and hidden states agree for all chunk sizes and a random mask."""
     for found in ranks.run(tp, differences, list(cases.values()), tp):
         assert {name: apart for name, apart in zip(cases, found, strict=True) if not apart <= REASSOCIATION} == {}
 
@@ -58,7 +58,7 @@ def test_equals_pytorchs_cross_entropy(ranks: RankPool, tp: int, gathers: bool) 
 
 
 def test_weight_gradients_are_added_to_main_gradients_by_upstreams_kernel(ranks: RankPool) -> None:
-    """Upstream's data-parallel wrapper reduces them while backward runs.
+    """Upstream's data-parallel wrapper reduces main gradients while backward runs.
 
     The stand-in for the kernel adds in float32, so the sums over tokens are equal within float32's rounding.
     """
@@ -81,7 +81,7 @@ def test_bf16_is_as_exact_as_upstreams(ranks: RankPool) -> None:
 
 
 def test_the_weights_gradient_is_added_up_in_float32() -> None:
-    """In bf16 a sum of ones ends at 256."""
+    """In bf16 a sum of ones stops at 256."""
     total = _WeightGrad(torch.zeros(3, 2, dtype=torch.bfloat16), ChunkedLossCall(1, group=None))
     for _ in range(1000):
         total.add(torch.ones(1, 3, dtype=torch.bfloat16), torch.ones(1, 2, dtype=torch.bfloat16))
@@ -104,7 +104,7 @@ def test_main_gradients_of_16_bits_get_one_rounded_sum() -> None:
 
 
 def test_backward_computes_the_logits_once_more(ranks: RankPool) -> None:
-    """Four products for every token, where upstream computes three."""
+    """A token costs four products, where upstream computes three."""
     one = 2 * BATCH * SEQUENCE * VOCABULARY // 2 * HIDDEN
     for whole, chunked in ranks.run(2, products, Case(sequence_parallel=True), 2, 31):
         assert chunked - whole == one

@@ -22,10 +22,10 @@ from megatron.longseq.cross_entropy.arguments import (
 from tests.distributed.flags import TINY, flags
 from tests.pool import RankPool
 from tests.unit import weight_bed
-from tests.unit.test_pipeline_flags import args, told
+from tests.unit.test_pipeline_flags import args, messages
 
 # Every way to ask for what chunks do not support: (flag in the message, values, why)
-ASKED: list[tuple[str, dict[str, Any], str]] = [
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("--cross-entropy-loss-fusion", {"cross_entropy_loss_fusion": True}, "leave one of the two out"),
     ("--fp16-lm-cross-entropy", {"fp16_lm_cross_entropy": True}, "does not read this flag either"),
     ("--defer-embedding-wgrad-compute", {"defer_embedding_wgrad_compute": True}, "gradients of whole logits"),
@@ -43,7 +43,7 @@ ASKED: list[tuple[str, dict[str, Any], str]] = [
 
 
 def refused(given: Namespace) -> list[str]:
-    """The lines of the refusal, none where there is none."""
+    """Return the lines of the refusal, or none."""
     try:
         refuse_unserved_cross_entropy(given)
     except ValueError as error:
@@ -51,14 +51,14 @@ def refused(given: Namespace) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize(("flag", "values", "why"), ASKED)
+@pytest.mark.parametrize(("flag", "values", "why"), REFUSED)
 def test_refuses_by_name_and_reason(flag: str, values: dict[str, Any], why: str) -> None:
     lines = refused(args(**values))
     assert len(lines) == 1 and lines[0].startswith(f"  {flag} with --cross-entropy-chunk-tokens: ") and why in lines[0]
 
 
 def test_every_refusal_is_tried() -> None:
-    assert {flag for flag, _, _ in ASKED} == set(NOT_IN_CHUNKS)
+    assert {flag for flag, _, _ in REFUSED} == set(NOT_IN_CHUNKS)
     assert refused(args(cuda_graph_impl="local", use_mup=True, gradient_accumulation_fusion=True)) == []
 
 
@@ -95,7 +95,7 @@ def test_upstreams_validation_refuses_unsupported_flags(ranks: RankPool) -> None
         "--cross-entropy-chunk-tokens 16 --cross-entropy-loss-fusion": "--cross-entropy-loss-fusion with --cross-",
         "--cross-entropy-chunk-tokens 16 --mtp-num-layers 1": "--mtp-num-layers with --cross-entropy-chunk-tokens",
     }
-    for case, message, want in zip(cases, told(ranks, *cases), cases.values(), strict=True):
+    for case, message, want in zip(cases, messages(ranks, *cases), cases.values(), strict=True):
         assert (message is None) == (want is None), (case, message)
         assert want is None or (message is not None and want in message)
 
@@ -145,13 +145,13 @@ def messages_of_models() -> dict[str, str]:
         hidden.post_process = False  # an earlier pipeline stage
         steps(model=[torch.nn.Sequential(served), hidden])
         models = {"loss": loss, "layer": layer, "gathers": gathers, "bias": bias, "other": torch.nn.Linear(1, 1)}
-        told = {}
+        messages = {}
         for name, model in models.items():
             try:
                 steps(model=model)
             except ValueError as error:
-                told[name] = str(error)
-        return told
+                messages[name] = str(error)
+        return messages
 
 
 def test_other_models_are_refused_before_their_first_step(ranks: RankPool) -> None:

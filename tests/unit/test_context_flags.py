@@ -34,7 +34,7 @@ SERVED = {"attention_dropout": 0.0}
 MODEL = {"num_layers": 4, "num_attention_heads": 8, "group_query_attention": True, "num_query_groups": 2}
 
 # Every way to ask for what attention over context-parallel ranks cannot serve: (flag in the message, values, why)
-ASKED: list[tuple[str, dict[str, Any], str]] = [
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("--attention-dropout", {"attention_dropout": 0.1}, "give 0"),
     ("--multi-latent-attention", {"multi_latent_attention": True}, "different sizes"),
     ("--is-hybrid-model", {"is_hybrid_model": True}, "recurrent"),
@@ -61,7 +61,7 @@ ASKED_IN_TE_LAYERS: list[tuple[str, dict[str, Any], str]] = [
 
 
 def refused(given: Namespace, **layers: bool) -> list[str]:
-    """The lines of the refusal, none where there is none."""
+    """Return the lines of the refusal, or none."""
     try:
         refuse_unserved_context(given, **layers)
     except ValueError as error:
@@ -69,7 +69,7 @@ def refused(given: Namespace, **layers: bool) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize(("flag", "values", "why"), ASKED)
+@pytest.mark.parametrize(("flag", "values", "why"), REFUSED)
 def test_refuses_by_name_and_reason(flag: str, values: dict[str, Any], why: str) -> None:
     lines = refused(args(**SERVED | values))
     assert len(lines) == 1 and lines[0].startswith(f"  {flag} with --context-parallel-size: ") and why in lines[0]
@@ -84,7 +84,7 @@ def test_refuses_other_attention_in_te_layers(flag: str, values: dict[str, Any],
 
 
 def test_every_refusal_is_tried() -> None:
-    assert {flag for flag, _, _ in ASKED} == set(NOT_WITH_CONTEXT)
+    assert {flag for flag, _, _ in REFUSED} == set(NOT_WITH_CONTEXT)
     assert {flag for flag, _, _ in ASKED_IN_TE_LAYERS} == set(NOT_IN_TE_LAYERS)
 
 
@@ -304,7 +304,7 @@ def what_upstreams_validation_says(cases: list[list[str]]) -> list[tuple[str | N
     patches.start()
     from megatron.training import arguments
 
-    told: list[tuple[str | None, Any, Any]] = []
+    messages: list[tuple[str | None, Any, Any]] = []
     for case in cases:
         sys.argv = ["pretrain_gpt.py", *case]
         message, parsed = None, None
@@ -313,7 +313,7 @@ def what_upstreams_validation_says(cases: list[list[str]]) -> list[tuple[str | N
             arguments.validate_args(parsed)
         except ValueError as error:
             message = str(error)
-        told.append(
+        messages.append(
             (
                 message,
                 getattr(parsed, "cp_comm_type", None),
@@ -321,11 +321,11 @@ def what_upstreams_validation_says(cases: list[list[str]]) -> list[tuple[str | N
             )
         )
         assert not torch.distributed.is_initialized()
-    return told
+    return messages
 
 
-def told(ranks: RankPool, *cases: str) -> list[tuple[str | None, Any, Any]]:
-    """Of the tiny model; all cases under the same patches."""
+def messages(ranks: RankPool, *cases: str) -> list[tuple[str | None, Any, Any]]:
+    """Return the messages about the tiny model; all cases run under the same patches."""
     lines = [flags(TINY, case) for case in cases]
     result: list[tuple[str | None, Any, Any]] = ranks.run(1, what_upstreams_validation_says, lines)[0]
     return result
@@ -336,7 +336,7 @@ CP4 = "--context-parallel-size 4"
 
 def assert_refusals(ranks: RankPool, cases: dict[str, str | None]) -> None:
     """Check what is refused, and that the rest passes."""
-    for case, (message, _, _), want in zip(cases, told(ranks, *cases), cases.values(), strict=True):
+    for case, (message, _, _), want in zip(cases, messages(ranks, *cases), cases.values(), strict=True):
         assert (message is None) == (want is None), (case, message)
         assert want is None or (message is not None and want in message), (case, message)
 
@@ -380,5 +380,5 @@ def test_upstreams_validation_refuses_segments_that_ranks_cannot_share(ranks: Ra
 
 
 def test_auto_chooses_before_upstream_validates(ranks: RankPool) -> None:
-    found = told(ranks, f"{CP4} --context-parallel-auto", f"{CP4} --context-parallel-auto --num-attention-heads 2")
+    found = messages(ranks, f"{CP4} --context-parallel-auto", f"{CP4} --context-parallel-auto --num-attention-heads 2")
     assert found == [(None, ["a2a"], None), (None, ["a2a+p2p"], [2, 2])]

@@ -19,22 +19,22 @@ SMALL += " --splits 2 4 --repeats 2 --dtype float32 --stages 4 --microbatches 4 
 
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hide a GPU from the script, and let nothing of that last."""
+    """Hide GPUs from the script, and restore the environment afterwards."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 def run(arguments: list[str]) -> tuple[int, str]:
     """Return the script's status and what it prints; in a rank of the pool, for it makes a process group."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
         status = script.main(arguments)
-    return status, said.getvalue()
+    return status, output.getvalue()
 
 
 def test_it_measures_and_predicts(ranks: RankPool, tmp_path: Path) -> None:
-    ((status, said),) = ranks.run(1, run, [*SMALL.split(), "--out", str(tmp_path / "out.json")])
-    table, found = said.splitlines()[:-1], json.loads(said.splitlines()[-1])
+    ((status, output),) = ranks.run(1, run, [*SMALL.split(), "--out", str(tmp_path / "out.json")])
+    table, found = output.splitlines()[:-1], json.loads(output.splitlines()[-1])
     assert status == 0 and found == json.loads((tmp_path / "out.json").read_text())
     names = [f"G{groups}N96K{splits}" for groups in (4, 2) for splits in (1, 2, 4)]  # K 1 comes by itself
     assert [line.split()[:3] for line in table[3:]] == [[name[1], "96", name[-1]] for name in names]
@@ -60,20 +60,20 @@ def test_gradients_that_differ_are_an_error(
         known = {one.name: one for one in (whole, cut)}
         monkeypatch.setattr(script, "_measure_all", lambda *_, k=known, d=difference: (k, {cut.name: d}, ["G2N64K4"]))
         assert script.main(SMALL.split()) == status
-        said = capsys.readouterr()
-        assert ("G2N64K2: the gradient is not that" in said.err) == bool(status)
-        assert "G2N64K4: the device's memory does not suffice" in said.out
+        output = capsys.readouterr()
+        assert ("G2N64K2: the gradient is not that" in output.err) == bool(status)
+        assert "G2N64K4: the device's memory does not suffice" in output.out
 
 
 def costing(segments: int) -> Measured:
-    """Segments that cost exactly their share of one second forward and two backward."""
+    """Return segments that cost exactly their share of one second forward and two backward."""
     share = 1.0 / segments
     return Measured(2, 2, (64 // segments,) * segments, (share,) * segments, (2 * share,) * segments, 3.0, 0)
 
 
 @pytest.mark.parametrize("segments", [1, 2, 4])
 def test_the_prediction_is_the_schedules(segments: int) -> None:
-    """(M*K + P - 1) / K sequences' time, with 16 layers of which each of 4 stages has twice the measured stack's."""
+    """A step takes (M*K + P - 1) / K sequences' time. Each of 4 stages has twice the measured stack's layers."""
     options = script._options([*SMALL.split(), "--model-layers", "16", "--microbatches", "8"])
     costs = script.measured_costs(costing(segments), options)
     assert script.step_seconds(costs, 8) == pytest.approx(2 * 3 * (8 + 3 / segments))
@@ -97,7 +97,7 @@ def test_a_head_makes_the_last_stage_slower() -> None:
     [(20, 30, 100, 32, 8), (20, 30, 99, 32, 7), (20, 30, 1000, 32, 32), (95, 180, 100, 32, 1), (20, 30, 100, 4, 4)],
 )
 def test_as_many_layers_as_fit(one: int, two: int, room: int, most: int, layers: int) -> None:
-    """Nine tenths of the room: 20 for one, 10 for each more."""
+    """Nine tenths of the memory may be used; the first layer takes 20 bytes, and each further one 10."""
     assert script.layers_that_fit(one, two, room, most) == layers
 
 

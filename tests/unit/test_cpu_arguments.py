@@ -38,7 +38,7 @@ UPSTREAM_DEFAULTS = {
     "masked_softmax_fusion": True,
     "no_persist_layer_norm": False,
 }
-ASKED = {
+REFUSED = {
     "--fp8-format": {"fp8": "hybrid"},
     "--fp4-format": {"fp4": "e2m1"},
     "--cuda-graph-impl": {"cuda_graph_impl": "local"},
@@ -64,12 +64,12 @@ def args(**changed: Any) -> Namespace:
     return Namespace(**{**QUIET, **UPSTREAM_DEFAULTS, **changed})
 
 
-@pytest.mark.parametrize("flag", ASKED)
+@pytest.mark.parametrize("flag", REFUSED)
 def test_gpu_only_flags_are_refused_by_name(flag: str) -> None:
     assert gpu_only_flags(args()) == []
     validated = []
     with pytest.raises(ValueError, match=rf"{flag}: \w+"):
-        for_cpu(lambda *rest: validated.append(rest))(args(**ASKED[flag]))
+        for_cpu(lambda *rest: validated.append(rest))(args(**REFUSED[flag]))
     assert not validated
 
 
@@ -77,8 +77,8 @@ def test_defaults_that_need_a_gpu_become_the_cpus(capsys: pytest.CaptureFixture[
     given = args()
     for_cpu(lambda a, defaults: a)(given)
     assert all(getattr(given, name) == value for name, (value, _) in CPU_VALUES.items())
-    told = capsys.readouterr().out
-    assert all(flag in told for _, flag in CPU_VALUES.values())
+    messages = capsys.readouterr().out
+    assert all(flag in messages for _, flag in CPU_VALUES.values())
 
 
 def test_flags_that_fit_are_left_and_nothing_is_said() -> None:
@@ -88,7 +88,7 @@ def test_flags_that_fit_are_left_and_nothing_is_said() -> None:
 
 def test_the_documentation_names_them_all() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs/cpu.md").read_text()
-    assert set(ASKED) == set(GPU_ONLY)
+    assert set(REFUSED) == set(GPU_ONLY)
     assert [flag for flag in (*GPU_ONLY, *(flag for _, flag in CPU_VALUES.values())) if flag not in page] == []
 
 

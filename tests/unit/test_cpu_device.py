@@ -141,7 +141,7 @@ def test_initialize_is_told_that_no_cuda_is_fine() -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_rotary_positions_are_cut_as_upstream_cuts_batches(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its index of positions is in page-locked memory, and moved to CUDA."""
+    """Upstream's index of positions is in page-locked memory and is moved to CUDA."""
     from megatron.core.models.common.embeddings import rotary_pos_embedding, yarn_rotary_pos_embedding
     from megatron.core.utils import get_batch_on_this_cp_rank
 

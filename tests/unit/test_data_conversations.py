@@ -28,7 +28,7 @@ def message(role: str, content: str) -> dict[str, str]:
 
 
 def turns(number: int, rounds: int) -> list[dict[str, str]]:
-    """A conversation of some rounds; every third one has no system message."""
+    """Return a conversation of some rounds; every third one has no system message."""
     system = [message("system", f"Answer in {number} words. /think")] if number % 3 else []
     pairs = [
         (message("user", f"Question {number}.{i}: why?  "), message("assistant", f"Because {i} " * (number + 1)))
@@ -51,7 +51,7 @@ CONVERSATIONS = [1, 3, 1, 1, 1, 1]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-pair tokenizer with the tokens of every prompt format and a chat template, as transformers saves it."""
+    """Return the folder of a byte-pair tokenizer with the tokens of every prompt format, as transformers saves it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -117,7 +117,7 @@ def build(dataset: Any, path: Path, config: Any, samples: int | None = None) -> 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `datasets` write its cache into the test's folder."""
+    """Make `datasets` write its cache into the test's folder."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -172,9 +172,9 @@ def test_shards_and_shuffling_keep_conversations_and_their_masks_whole(
     assert content(in_order) != content(shuffled) and sorted(content(in_order)) == sorted(content(shuffled))
     capsysbinary.readouterr()
     assert main(["inspect", str(tmp_path / "a"), "--document", "0"]) == 0
-    told = capsysbinary.readouterr().out.decode()
-    assert f"{len(in_order[0].ids)} tokens, {in_order[0].loss_mask.sum()} in the loss" in told
-    assert told.endswith("Because 0 Because 0\n")
+    error = capsysbinary.readouterr().out.decode()
+    assert f"{len(in_order[0].ids)} tokens, {in_order[0].loss_mask.sum()} in the loss" in error
+    assert error.endswith("Because 0 Because 0\n")
 
 
 MALFORMED = {
@@ -196,9 +196,9 @@ def test_malformed_conversations_are_named(tmp_path: Path, folder: Path, capsys:
     lines = [{"messages": LINES[0]}, {"messages": []}, *(line for line, _ in MALFORMED.values())]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert prepare(path, tmp_path / "out", folder) == 1
-    told = capsys.readouterr().err
+    error = capsys.readouterr().err
     for number, (_, reason) in enumerate(MALFORMED.values(), start=3):
-        assert f"{path}:{number}: {reason}" in told
+        assert f"{path}:{number}: {reason}" in error
     assert not list(tmp_path.glob("out*"))
     assert prepare(path, tmp_path / "out", folder, "--skip-malformed") == 0
     content = manifest.read(str(tmp_path / "out"))
@@ -255,7 +255,7 @@ def test_a_damaged_or_foreign_loss_mask_is_refused(tmp_path: Path, folder: Path)
 def test_packed_samples_are_those_of_upstream_for_the_same_conversations(
     tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str], ranks: int
 ) -> None:
-    """Samples from the prepared files equal upstream's from jsonl lines that hold the conversations of a pack."""
+    """Samples from prepared files equal upstream's samples from jsonl lines with the same conversations."""
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training.arguments import _add_tokenizer_args
     from megatron.training.datasets.sft_dataset import SFTDataset

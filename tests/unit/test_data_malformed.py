@@ -47,9 +47,9 @@ def mixed(tmp_path: Path) -> dict[str, str]:
 @pytest.mark.parametrize("options", [(), ("--shard-mb", "0.00002"), ("--shard-mb", "0.00004", "--workers", "2")])
 def test_every_kind_is_refused_by_file_and_line_and_nothing_is_made(tmp_path, mixed, capsys, options):
     assert run(tmp_path, *options) == 1
-    said = [line.strip() for line in capsys.readouterr().err.splitlines()[1:]]
-    assert len(said) == len(mixed)
-    for line, (where, reason) in zip(said, mixed.items(), strict=True):
+    messages = [line.strip() for line in capsys.readouterr().err.splitlines()[1:]]
+    assert len(messages) == len(mixed)
+    for line, (where, reason) in zip(messages, mixed.items(), strict=True):
         assert line.startswith(f"{where}: {reason}")
     assert made(tmp_path) == []
 
@@ -80,9 +80,9 @@ def test_the_first_twenty_are_collected_and_the_rest_is_not_read(tmp_path, capsy
     (tmp_path / "in/a.jsonl").write_bytes(b"".join(b"bad %d\n" % i if i < 20 else b"[%d]\n" % i for i in range(5000)))
     assert run(tmp_path, "--shard-mb", "0.0001", "--workers", workers) == 1
     assert workers == "2" or len(handed_out) == 2
-    said = capsys.readouterr().err.splitlines()[1:]
-    assert [line.split(": ")[0].rsplit(":", 1)[1] for line in said] == [str(i) for i in range(1, 21)]
-    assert all("not JSON" in line for line in said)
+    messages = capsys.readouterr().err.splitlines()[1:]
+    assert [line.split(": ")[0].rsplit(":", 1)[1] for line in messages] == [str(i) for i in range(1, 21)]
+    assert all("not JSON" in line for line in messages)
     assert made(tmp_path) == []
 
 
@@ -101,9 +101,9 @@ def test_options_that_make_no_sense_are_refused(tmp_path, capsys):
     assert main(["prepare", str(path), "--output", f"{tmp_path}/new/"]) == 1
     assert main(["prepare", str(path), "--output", str(tmp_path / "o"), "--eod-token", "</s>"]) == 1
     assert main(["prepare", str(path), "--output", str(tmp_path / "o"), "--tokenizer-model", str(path)]) == 1
-    said = capsys.readouterr().err
-    assert said.count("give the prefix of three files") == 2
-    assert "give --tokenizer-model too" in said and "not a Hugging Face tokenizer file" in said
+    messages = capsys.readouterr().err
+    assert messages.count("give the prefix of three files") == 2
+    assert "give --tokenizer-model too" in messages and "not a Hugging Face tokenizer file" in messages
     for bad in ("--workers=0", "--shard-mb=-1", "--shard-mb=nan"):
         with pytest.raises(SystemExit):
             main(["prepare", str(path), "--output", str(tmp_path / "o"), bad])

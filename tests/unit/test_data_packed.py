@@ -44,14 +44,14 @@ PACKED = {
 def test_packed_inputs_are_named_and_nothing_is_made(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    content, said = PACKED[name]
+    content, reason = PACKED[name]
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / name).write_bytes(content)
     (tmp_path / "in" / "good.txt").write_text("good")
     command = ["prepare", str(tmp_path / "in"), "--output", str(tmp_path / "made/out"), "--workers", "1"]
     assert main(command) == 1
-    told = capsys.readouterr().err
-    assert f"{tmp_path}/in/{name}: {said}" in told and "UTF-8 text or jsonl" in told
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/in/{name}: {reason}" in error and "UTF-8 text or jsonl" in error
     assert not (tmp_path / "made").exists()
 
 

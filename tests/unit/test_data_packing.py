@@ -15,7 +15,7 @@ def test_packs_are_those_of_first_fit(lengths: list[int], capacity: int) -> None
         assert sum(lengths[number] for number in pack) <= capacity or len(pack) == 1
     where = {number: index for index, pack in enumerate(packs) for number in pack}
     for number, length in enumerate(lengths):
-        begun = [pack for pack in packs if pack[0] < number]
-        for index in range(max(0, len(begun) - OPEN), where[number]):
-            held = sum(lengths[other] for other in packs[index] if other < number)
-            assert held + length > capacity, "an earlier open pack had room"
+        starts = [pack for pack in packs if pack[0] < number]
+        for index in range(max(0, len(starts) - OPEN), where[number]):
+            filled = sum(lengths[other] for other in packs[index] if other < number)
+            assert filled + length > capacity, "an earlier open pack had room"

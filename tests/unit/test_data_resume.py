@@ -158,9 +158,11 @@ def test_a_finished_output_is_skipped_and_changes_are_named(tmp_path, capsys):
     changed = [*arguments(path, out), "--no-append-eod", "--shuffle-seed", "4"]
     changed.insert(1, str(tmp_path / "more.jsonl"))
     assert main(changed) == 1
-    said = capsys.readouterr().err
-    assert "options.append_eod: True -> False" in said and "options.shuffle_seed: 3 -> 4" in said
-    assert f"1 new inputs: {tmp_path}/more.jsonl" in said and f"1 inputs with another size or time: {path}" in said
+    message = capsys.readouterr().err
+    assert "options.append_eod: True -> False" in message and "options.shuffle_seed: 3 -> 4" in message
+    assert (
+        f"1 new inputs: {tmp_path}/more.jsonl" in message and f"1 inputs with another size or time: {path}" in message
+    )
     assert [Path(f"{out}{suffix}").stat().st_mtime_ns for suffix in SUFFIXES] == before
     # Upstream's cached sample indices do not depend on the data's content: they must go with the old data.
     cached = out / "cache/GPTDataset_indices"

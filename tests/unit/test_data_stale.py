@@ -15,7 +15,7 @@ from tests.unit.test_data_usable import index_of
 
 
 def build(prefix: str, samples: int, patched: bool = True) -> list[object]:
-    """Let upstream make or read the sample indices of training data, and read every sample."""
+    """Make upstream build or read the sample indices of training data, and read every sample."""
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
@@ -39,7 +39,7 @@ def build(prefix: str, samples: int, patched: bool = True) -> list[object]:
 
 @contextmanager
 def external_loader() -> Iterator[None]:
-    """Let upstream return the data set itself as its loader (--dataloader-type external)."""
+    """Make upstream return the data set itself as its loader (--dataloader-type external)."""
     from megatron.training import global_vars
 
     before, global_vars._GLOBAL_ARGS = global_vars._GLOBAL_ARGS, SimpleNamespace(dataloader_type="external")
@@ -50,7 +50,7 @@ def external_loader() -> Iterator[None]:
 
 
 def replace(folder: Path, lengths: list[int], by_renaming: bool) -> None:
-    """Put other data in the place of `folder`/out; renamed into it, files keep their old times."""
+    """Replace the data in `folder`/out by other data. Renamed files keep their old times."""
     if not by_renaming:
         index_of(folder, "out", lengths)
         return

@@ -22,7 +22,7 @@ EVALUATED = flags("--train-iters 2 --eval-iters 1 --eval-interval 1")
 
 
 def text_files(folder: Path, count: int, text: str = "some text, " * 40) -> str:
-    """Prepare so many text files, a document each; return the prefix."""
+    """Prepare text files of one document each, and return the prefix."""
     source = folder / f"in{count}"
     source.mkdir()
     for number in range(count):
@@ -76,7 +76,7 @@ def test_the_printed_split_gives_every_part_a_document() -> None:
 
 
 def build_without_documents(prefix: str, samples: int) -> str:
-    """Let upstream's builder make a split without documents; return what it says. Runs on a rank."""
+    """Make upstream's builder build a split without documents, and return its error. Runs on a rank."""
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
@@ -103,8 +103,8 @@ def build_without_documents(prefix: str, samples: int) -> str:
 @pytest.mark.parametrize("samples", [0, 4])
 def test_the_loop_over_epochs_ends(ranks: RankPool, tmp_path: Path, samples: int) -> None:
     prefix = index_of(tmp_path, "ten", [300] * 10)
-    (said,) = ranks.run(1, build_without_documents, prefix, samples)
-    assert f"the valid split gets no tokens of {prefix} (0 documents), but {samples} samples are requested" in said
+    (output,) = ranks.run(1, build_without_documents, prefix, samples)
+    assert f"the valid split gets no tokens of {prefix} (0 documents), but {samples} samples are requested" in output
 
 
 def messages_of_upstreams_validation(cases: list[list[str]]) -> list[str | None]:
@@ -114,16 +114,16 @@ def messages_of_upstreams_validation(cases: list[list[str]]) -> list[str | None]
     patches.start()
     from megatron.training import arguments
 
-    told: list[str | None] = []
+    messages: list[str | None] = []
     for case in cases:
         sys.argv = ["pretrain_gpt.py", *case]
         try:
             arguments.validate_args(arguments.parse_args())
-            told.append(None)
+            messages.append(None)
         except ValueError as error:
-            told.append(str(error))
+            messages.append(str(error))
         assert not torch.distributed.is_initialized()
-    return told
+    return messages
 
 
 def damaged(folder: Path) -> dict[str, str]:
@@ -186,8 +186,8 @@ def test_upstreams_validation_refuses_a_split_without_documents(ranks: RankPool,
         f"--data-path {ten}.nothing --split 8,1,1": None,  # upstream names what it does not find
     }
     cases |= {f"--data-path {prefix} --split 8,1,1": message for prefix, message in damaged(tmp_path).items()}
-    (told,) = ranks.run(1, messages_of_upstreams_validation, [[*BARE, *case.split()] for case in cases])
-    for (case, want), message in zip(cases.items(), told, strict=True):
+    (messages,) = ranks.run(1, messages_of_upstreams_validation, [[*BARE, *case.split()] for case in cases])
+    for (case, want), message in zip(cases.items(), messages, strict=True):
         assert (message is None) == (want is None), (case, message)
         assert want is None or (message is not None and want in message), (case, message)
 
@@ -197,11 +197,11 @@ def test_the_printed_flags_train(
     ranks: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str], count: int
 ) -> None:
     text_files(tmp_path, count)
-    said = capsys.readouterr().out.splitlines()
+    output = capsys.readouterr().out.splitlines()
     assert any(
-        line.startswith("warning: upstream's default --split") and f" {count} document(s)" in line for line in said
+        line.startswith("warning: upstream's default --split") and f" {count} document(s)" in line for line in output
     )
-    own = [*BARE, *EVALUATED, *shlex.split(said[-1]), "--vocab-size", "257"]
+    own = [*BARE, *EVALUATED, *shlex.split(output[-1]), "--vocab-size", "257"]
     run = run_arm(ranks, "O", 1, own)
     assert [step["iteration"] for step in run.curve] == [1, 2]
     if count == 10:

@@ -18,7 +18,7 @@ COMMAND = "update it: python -m megatron.longseq.sharding"
 
 
 def between(name: str) -> str:
-    """What stands between a pair of the page's markers."""
+    """Return the text between a pair of the page's markers."""
     (text,) = re.findall(rf"<!-- {name}: begin -->\n(.*?)\n<!-- {name}: end -->", PAGE, re.DOTALL)
     return text
 
@@ -42,7 +42,7 @@ def test_the_refusals_are_those_of_the_code() -> None:
 
 
 def test_every_refusals_table_is_in_the_page() -> None:
-    """A table that flags.py gains must be listed, too."""
+    """A new table in arguments.py must be added to the page."""
     tables = [value for name, value in vars(flags).items() if name.startswith("NOT_")]
     assert sorted(map(id, tables)) == sorted(map(id, flags.REFUSALS.values()))
 

@@ -20,7 +20,7 @@ FEW = "--context-parallel-size 8 --num-attention-heads 32 --num-query-groups 4 -
 
 
 def between(name: str) -> str:
-    """What stands between a pair of the page's markers."""
+    """Return the text between a pair of the page's markers."""
     (text,) = re.findall(rf"<!-- {name}: begin -->\n(.*?)\n<!-- {name}: end -->", PAGE, re.DOTALL)
     return text
 
@@ -44,7 +44,7 @@ def test_the_refusals_are_those_of_the_code() -> None:
 
 
 def test_every_refusals_table_is_in_the_page() -> None:
-    """A table that flags.py gains must be listed, too."""
+    """A new table in arguments.py must be added to the page."""
     tables = [value for name, value in vars(flags).items() if name.startswith("NOT_")]
     assert tables == list(flags.REFUSALS.values())
 
@@ -56,7 +56,7 @@ def test_the_bytes_are_the_formulas(name: str, command: str, capsys: pytest.Capt
 
 
 def test_what_is_sent_is_less_than_the_others_send() -> None:
-    """The goals: 0.75 of a ring's bytes, and 0.65 of an all-to-all with key heads repeated, at 32, 4, 8."""
+    """At 32, 4, 8 at most 0.75 of a ring's bytes are sent, and 0.65 of an all-to-all with repeated key heads."""
     sent = {row[0]: (float(row[4]), float(row[5])) for row in cells(page.meshes(8, Heads(32, 4), 65536))}
     assert list(sent) == ["1 x 8", "2 x 4", "4 x 2", "8 x 1"]
     assert all(ours < others for ours, others in sent.values())

@@ -70,7 +70,7 @@ SERVED: list[dict[str, Any]] = [
     {"sft": True, "eval_iters": 0, **OWN},
     {"dataloader_type": "cyclic", "position_embedding_type": "yarn"},
 ]
-ASKED: dict[str, dict[str, Any]] = {
+REFUSED: dict[str, dict[str, Any]] = {
     "--sft with --eval-iters 0": {"sft": True, "eval_iters": 0, **OWN, "valid_data_path": ["some"]},
     "--freeze-all-layers": {"freeze_all_layers": True},
     "--fim-data": {"fim_data": True},
@@ -105,12 +105,12 @@ ASKED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("flag", ASKED)
+@pytest.mark.parametrize("flag", REFUSED)
 def test_a_flag_that_would_be_ignored_is_refused(flag: str) -> None:
-    assert set(ASKED) == set(UNSERVED)
+    assert set(REFUSED) == set(UNSERVED)
     refuse_unserved(Namespace(**{**QUIET, **MOCK}))
     with pytest.raises(ValueError, match=f"\n  {flag}: {re.escape(UNSERVED[flag][1])}$"):
-        refuse_unserved(Namespace(**{**QUIET, **MOCK, **ASKED[flag]}))
+        refuse_unserved(Namespace(**{**QUIET, **MOCK, **REFUSED[flag]}))
 
 
 @pytest.mark.parametrize("values", SERVED, ids=str)

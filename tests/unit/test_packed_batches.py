@@ -1,6 +1,7 @@
 """Documents of a micro-batch: from cumulative lengths, on every rank the same, and wherever a dense mask ends them."""
 
 import re
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from megatron.longseq.attention.plan.ranges import Documents
 from megatron.longseq.attention.runtime.document_layouts import DocumentLayouts
 from megatron.longseq.attention.runtime.packed_batch import PackedReader
 from megatron.longseq.attention.runtime.packed_documents import document_starts, starts_of
-from patches.packed.data import ending_at_eod
+from patches.packed.data import ending_at_eod, ending_before_padding
 from patches.usp.batch import as_sequences
 from tests.unit.context_bed import ThreadCollectives
 from tests.unit.test_attention_blocks import packed
@@ -93,8 +94,8 @@ def test_positions_are_those_of_the_ranks_tokens(lengths: tuple[int, ...] | None
     for rank in range(2):
         reader = PackedReader(2, rank, layouts=DocumentLayouts((CommType(Mesh(1, 2)),), lengths))
         for segment in range(len(lengths or (16,))):
-            held = reader.layouts.layout(DOCUMENTS, 16).positions(rank, segment)
-            expected = torch.cat([whole[:, one.slice()] for one in held], dim=1).T
+            own_ranges = reader.layouts.layout(DOCUMENTS, 16).positions(rank, segment)
+            expected = torch.cat([whole[:, one.slice()] for one in own_ranges], dim=1).T
             found = reader.packed(DOCUMENTS, 16, segment, torch.device("cpu"))
             assert found.positions is not None and found.length == 16 and found.documents == DOCUMENTS
             given_positions = found.positions if found.positions.dim() > 1 else found.positions[:, None].expand(-1, 2)
@@ -107,9 +108,9 @@ LONG = Documents((packed([2, 40, 3, 83]),))
 
 
 def test_data_and_model_have_one_layout() -> None:
-    said: list[str] = []
+    answers: list[str] = []
     for rank in range(4):
-        layouts = DocumentLayouts((CommType(Mesh(1, 4)),), kind="document", say=said.append)
+        layouts = DocumentLayouts((CommType(Mesh(1, 4)),), kind="document", say=answers.append)
         reader = PackedReader(4, rank, layouts=layouts)
         cut = layouts.cut(LONG, 128)
         assert cut.pieces is not None and len(cut.positions(rank, 0)) > 2
@@ -118,7 +119,7 @@ def test_data_and_model_have_one_layout() -> None:
         whole = torch.arange(128) - starts_of(LONG)[0]
         assert found.pieces == cut.pieces and found.positions is not None
         assert torch.equal(found.positions, torch.cat([whole[one.slice()] for one in cut.positions(rank, 0)]))
-    assert len(said) == 4 and said[0].startswith("context-parallel layout of packed documents: by document")
+    assert len(answers) == 4 and answers[0].startswith("context-parallel layout of packed documents: by document")
 
 
 def test_data_that_was_cut_otherwise_is_refused() -> None:
@@ -164,3 +165,30 @@ def test_sequences_that_upstream_joins_are_separated() -> None:
     assert torch.equal(separated["cu_seqlens"], batch["cu_seqlens"])
     crossing = {**batch, "cu_seqlens": torch.tensor([[0, 3, 20, 32]])}
     assert as_sequences(crossing, 16) is crossing and as_sequences({"tokens": tokens}, 16)["tokens"] is tokens
+
+
+@pytest.mark.parametrize(
+    ("tokens", "valid", "before", "after"),
+    [
+        ([5, 6, 5, 6, 6, 0, 0, 0], [1, 3], [0, 2, 8], [0, 2, 5, 7, 8]),
+        ([5, 6, 5, 0, 6, 0, 0, 0], [1, 5], [0, 2, 8], [0, 2, 6, 8]),  # a token that counts is no padding
+        ([5, 6, 5, 6, 6, 5, 5, 5], [1, 3], [0, 2, 8], [0, 2, 8]),
+        ([0, 0, 0, 0, 0, 0, 0, 0], [], [0, 8], [0, 8]),
+    ],
+)
+def test_padding_at_the_end_is_no_conversation(
+    monkeypatch: pytest.MonkeyPatch, tokens: list[int], valid: list[int], before: list[int], after: list[int]
+) -> None:
+    monkeypatch.setattr("patches.packed.data.PADDING", 2)
+    mask = torch.zeros(8)
+    mask[valid] = 1.0
+
+    def original(self: Any, idx: int) -> dict[str, Any]:
+        borders = torch.tensor([*before, *[8] * (9 - len(before))], dtype=torch.int32)
+        return {"tokens": torch.tensor(tokens), "loss_mask": mask, "cu_seqlens": borders, "max_seqlen": idx}
+
+    data_set = SimpleNamespace(config=SimpleNamespace(tokenizer=SimpleNamespace(pad=0)))
+    found = ending_before_padding(original)(data_set, 6)
+    assert found["cu_seqlens"].tolist() == [*after, *[8] * (9 - len(after))]
+    assert found["cu_seqlens"].dtype is torch.int32
+    assert int(found["max_seqlen"]) == (6 if after == before else max(b - a for a, b in pairwise(after)))

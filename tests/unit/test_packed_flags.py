@@ -100,7 +100,7 @@ def test_the_layers_of_transformer_engine_keep_their_batches(monkeypatch: pytest
 
 
 def validated(case: list[str]) -> Any:
-    """Validate flags on a rank; return what became of the data loader's flags, or the refusal."""
+    """Validate flags on a rank, and return the resulting flags of the data loader, or the refusal."""
     import patches
 
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"

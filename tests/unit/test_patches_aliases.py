@@ -123,7 +123,7 @@ def test_a_declared_alias_that_holds_something_else_is_refused(bed, up):
 
 
 def test_depth_is_not_cut_by_the_order_of_discovery(bed, up):
-    """An object first reached through a long way is still looked into through a short one."""
+    """An object that was first reached by a long path is scanned by a short one too."""
     source = "import planted_up\nshort = [[planted_up.f]]\nlong = [[[[[short]]]]]\nglobals()['a'] = long\n"
     bed.load("planted_user", source)
     with pytest.raises(StaleAlias, match=r"planted_user:short\[0\]\[0\]"):

@@ -30,7 +30,7 @@ def cli(*argv, path: str | Path = "", cwd: Path = ROOT):
 
 @pytest.fixture
 def copy(tmp_path):
-    """A copy of the installed wheel, to be doctored."""
+    """Return a copy of the installed wheel that a test may change."""
     root, target = wheel.installed().tree.root, tmp_path / "site"
     shutil.copytree(root / "megatron", target / "megatron", ignore=shutil.ignore_patterns("__pycache__", "longseq"))
     (info,) = root.glob("megatron_core-*.dist-info")

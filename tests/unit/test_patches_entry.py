@@ -167,7 +167,7 @@ def test_changed_flags_are_reported(load_checkpoint, capsys):
 
 
 def agreement(different: bool) -> str:
-    """Initialise upstream on a rank; returns what is told where the ranks' patches differ."""
+    """Initialize upstream on a rank, and return the error if the ranks' patches differ."""
     from megatron.training import arguments, global_vars, training
 
     sys.argv[1:] = []
@@ -184,9 +184,9 @@ def agreement(different: bool) -> str:
 
 def test_ranks_that_differ_are_refused_on_every_rank(ranks):
     assert ranks.run(2, agreement, False) == ["agreed"] * 2
-    for told in ranks.run(2, agreement, True):
-        assert "the ranks have different patches" in told
-        assert "ranks 1: removed entry.checkpoint-digest (compared with ranks 0" in told
+    for message in ranks.run(2, agreement, True):
+        assert "the ranks have different patches" in message
+        assert "ranks 1: removed entry.checkpoint-digest (compared with ranks 0" in message
 
 
 def test_lazy_initialisation_compares_when_the_ranks_are_connected(monkeypatch):
@@ -218,13 +218,13 @@ def test_the_start_set_goes_in_and_out_exactly(own_session):
 
 
 def contents() -> dict[str, int]:
-    """What every name of upstream's modules, of torch.cuda and of this project holds, by identity; no modules."""
+    """Return the identities of all values in upstream's modules, torch.cuda and this project, without modules."""
     prefixes = ("megatron.", "patches.", "torch.cuda")
     modules = [m for name, m in list(sys.modules.items()) if name.startswith(prefixes) and isinstance(m, ModuleType)]
-    held = [(f"{m.__name__}:{name}", value) for m in modules for name, value in vars(m).items()]
-    classes = {value for _, value in held if isinstance(value, type) and value.__module__.startswith(prefixes)}
-    held += [(f"{c.__module__}:{c.__qualname__}.{name}", value) for c in classes for name, value in vars(c).items()]
-    return {name: id(value) for name, value in held if not isinstance(value, ModuleType)}
+    pairs = [(f"{m.__name__}:{name}", value) for m in modules for name, value in vars(m).items()]
+    classes = {value for _, value in pairs if isinstance(value, type) and value.__module__.startswith(prefixes)}
+    pairs += [(f"{c.__module__}:{c.__qualname__}.{name}", value) for c in classes for name, value in vars(c).items()]
+    return {name: id(value) for name, value in pairs if not isinstance(value, ModuleType)}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the cpu system never acts where CUDA is available")

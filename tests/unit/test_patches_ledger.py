@@ -117,8 +117,14 @@ def test_upstreams_entry_points_are_hooked_once_each():
     hooked = {one.target.partition(":")[2]: [c.id for c in one.callbacks] for one in ledger.RECORDS if one.callbacks}
     systems = ("cpu", "data", "seq1f1b", "usp", "packed", "paro", "cross_entropy", "flexsp")
     assert hooked["validate_args"] == [f"{system}.arguments" for system in systems]
-    assert hooked["validate_args"] == [f"{system}.arguments" for system in systems]
-    started = ["cpu.initialize", "entry.rank-agreement", "usp.groups", "paro.groups", "flexsp.groups"]
+    started = [
+        "cpu.initialize",
+        "entry.rank-agreement",
+        "entry.preflight",
+        "usp.groups",
+        "paro.groups",
+        "flexsp.groups",
+    ]
     assert hooked["initialize_megatron"] == started, "ranks are compared before systems create groups"
 
 

@@ -51,7 +51,7 @@ def fields(out: str) -> dict[str, str]:
 
 
 def plant_tree(home: Path) -> Path:
-    """The wheel's sources as a checkout beside the script, with what Python has compiled of them."""
+    """Copy the wheel's sources, with Python's compiled files, to a checkout beside the script."""
     source = wheel.installed().tree.root / "megatron"
     shutil.copytree(source, home / "megatron", ignore=shutil.ignore_patterns("longseq"))
     return home / "megatron"
@@ -100,8 +100,9 @@ def test_a_regular_megatron_package_is_refused(script, tmp_path):
     assert done.returncode == 1 and "hides the other parts" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow  # the scan that finds it is in test_patches_aliases.py
 def test_a_script_that_holds_an_original_is_told_which(script, tmp_path):
-    """A module that the script brings in by way of Python's own start-up holds upstream's function already."""
+    """A module that Python's own start-up imports already refers to upstream's function."""
     (script.parent / "early.py").write_text("from megatron.training.arguments import parse_args as mine\n")
     code = f"import sys; sys.path.insert(0, {str(script.parent)!r}); import early; from patches.cli import main; "
     code += f"sys.exit(main(['run', {str(script)!r}]))"

@@ -13,7 +13,7 @@ from tests.unit.test_pipeline_flags import messages_of_upstreams_validation
 
 
 def stepped(entries: list[Entry], steps: int | None, samples: int | None) -> list[int]:
-    """The sizes as upstream finds them: step by step."""
+    """Return the batch sizes as upstream computes them, step by step."""
     sizes: list[int] = []
     consumed = taken = 0
     while (steps is None or taken < steps) and (samples is None or consumed < samples):
@@ -57,7 +57,7 @@ def test_a_size_that_becomes_smaller_is_refused_as_upstream_does_when_it_comes()
 
 
 def test_upstreams_validation_proves_every_size_of_the_run(ranks: RankPool, tmp_path: Path) -> None:
-    """8 layers on 4 stages with 2 virtual ones: groups of 4 micro-batches of one segment, of 2 of two."""
+    """With 8 layers on 4 stages and V 2, groups have 4 micro-batches of one segment, or 2 of two."""
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
     virtual = "--num-layers 8 --pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 1"
     steps = f"{virtual} --train-iters 4"
@@ -77,7 +77,7 @@ def test_upstreams_validation_proves_every_size_of_the_run(ranks: RankPool, tmp_
         f"{steps} {k2} --global-batch-size 8 --eval-iters 1 --eval-global-batch-size 1": None,
     }
     lines = [flags(TINY.replace("--global-batch-size 8", ""), case) for case in cases]
-    (told,) = ranks.run(1, messages_of_upstreams_validation, lines, 4)
-    for case, message, want in zip(cases, told, cases.values(), strict=True):
+    (messages,) = ranks.run(1, messages_of_upstreams_validation, lines, 4)
+    for case, message, want in zip(cases, messages, cases.values(), strict=True):
         assert (message is None) == (want is None), (case, message)
         assert want is None or (message is not None and want in message), (case, message)

@@ -31,7 +31,7 @@ SIZES = ["--stages", "4", "--microbatches", "8", "--segments", "4"]
 
 
 def rows(text: str) -> dict[str, list[str]]:
-    """A markdown table's cells by the first of each row."""
+    """Return the cells of a markdown table by the first cell of each row."""
     split = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
     ]
@@ -59,7 +59,7 @@ def test_draw_writes_what_the_suffix_says(suffix, tmp_path, capsys):
 
 
 def test_draw_needs_no_model(tmp_path):
-    """A layer per model stage and no head: also where the stages divide no usual number of layers."""
+    """The default is one layer per model stage and no head, so any number of stages works."""
     flags = ["--stages", "3", "--virtual", "5", "--microbatches", "6", "--segments", "2"]
     assert main(["draw", *flags, "--output", str(tmp_path / "a.json")]) == 0
 
@@ -118,7 +118,7 @@ def test_a_measured_folder_is_drawn_above_its_simulation(tmp_path):
 
 
 def test_measured_layer_seconds_take_the_place_of_flops(tmp_path, capsys):
-    """Seconds that grow with the tokens alone: balanced lengths are even ones."""
+    """If seconds grow with tokens only, balanced lengths are even."""
     file = tmp_path / "layer.json"
     file.write_text(json.dumps([[0, n, 1e-6 * n, 2e-6 * n] for n in (1024, 4096, 16384)]))
     flags = ["--layer-seconds", str(file), "--output", str(tmp_path / "a.json")]
@@ -130,7 +130,7 @@ def test_measured_layer_seconds_take_the_place_of_flops(tmp_path, capsys):
 
 @pytest.mark.parametrize("zero_bubble", [False, True])
 def test_fit_reads_a_layer_out_of_a_measured_step(zero_bubble, tmp_path, capsys):
-    """Planted seconds come back, per layer, also where W was an action; the stage with the head is left out."""
+    """The fit returns the planted seconds per layer, with W actions too. It leaves the stage with the head out."""
     lengths, layers = (1024, 512, 512, 2048), 3
     pipeline = Pipeline(2, 3, 4)
     model = CostModel(

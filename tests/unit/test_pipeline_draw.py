@@ -32,7 +32,7 @@ CASES = [
 
 
 def bars(file: Path) -> dict[str, tuple[float, float, float, float]]:
-    """Per bar of an SVG its box: left, right, upper, lower."""
+    """Return the box of each bar of an SVG: left, right, upper, lower."""
     boxes = {}
     for group in ElementTree.parse(file).iter("{http://www.w3.org/2000/svg}g"):
         name = group.get("id", "")

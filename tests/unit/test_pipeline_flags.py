@@ -47,7 +47,7 @@ SMALL_PIPE = {"pipeline_model_parallel_size": 2}
 ZERO_BUBBLE = {"zero_bubble": True, "transformer_impl": "local"}
 
 # Every way to ask for what segments cannot serve: (flag in the message, values, why)
-ASKED: list[tuple[str, dict[str, Any], str]] = [
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("--multi-latent-attention", {"multi_latent_attention": True}, "latents"),
     ("--mtp-num-layers", {"mtp_num_layers": 1}, "labels of the next segment"),
     ("--is-hybrid-model", {"is_hybrid_model": True}, "state"),
@@ -117,7 +117,7 @@ WITH_ZERO_BUBBLE: list[tuple[str, dict[str, Any], str]] = [
 
 @functools.cache
 def known() -> dict[str, Any]:
-    """Upstream's defaults and ours, from the parsers themselves."""
+    """Return upstream's defaults and ours, from the parsers."""
     from megatron.training.arguments import add_megatron_arguments
 
     parser = add_longseq_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
@@ -125,13 +125,13 @@ def known() -> dict[str, Any]:
 
 
 def args(**changed: Any) -> Namespace:
-    """What upstream's validation leaves, with some values changed."""
+    """Return arguments as upstream's validation leaves them, with some values changed."""
     assert set(changed) <= set(known()), "upstream knows no such argument"
     return Namespace(**(known() | changed))
 
 
 def refused(given: Namespace) -> list[str]:
-    """The lines of the refusal, none where there is none."""
+    """Return the lines of the refusal, or none."""
     try:
         refuse_unserved(given)
     except ValueError as error:
@@ -140,7 +140,7 @@ def refused(given: Namespace) -> list[str]:
 
 
 def test_segment_lengths_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every micro-batch asks for them under context parallelism."""
+    """With context parallelism every micro-batch needs them."""
     file, calls = tmp_path / "layer.json", {"parse": 0, "read_text": 0}
     file.write_text("[[0, 8, 1.0, 2.0], [8, 24, 2.5, 5.0], [24, 64, 9.0, 20.0]]")
     given = args(**SMALL | SEGMENTS, seq1f1b_layer_seconds=str(file), context_parallel_size=2)
@@ -158,7 +158,7 @@ def test_segment_lengths_are_computed_once(tmp_path: Path, monkeypatch: pytest.M
     assert segment_lengths(given) in lengths
 
 
-@pytest.mark.parametrize(("flag", "values", "why"), ASKED)
+@pytest.mark.parametrize(("flag", "values", "why"), REFUSED)
 def test_segments_refuse_by_name_and_reason(flag: str, values: dict[str, Any], why: str) -> None:
     lines = refused(args(**SEGMENTS, **values))
     assert len(lines) == 1 and lines[0].startswith(f"  {flag} with --seq1f1b-splits: ") and why in lines[0]
@@ -180,7 +180,7 @@ def test_zero_bubble_refuses(flag: str, values: dict[str, Any], why: str) -> Non
 
 
 def test_every_refusal_is_tried() -> None:
-    tried = {flag for flag, _, _ in (*ASKED, *IN_SCHEDULES, *WITH_ZERO_BUBBLE)}
+    tried = {flag for flag, _, _ in (*REFUSED, *IN_SCHEDULES, *WITH_ZERO_BUBBLE)}
     assert tried == {*NOT_IN_SEGMENTS, *NOT_IN_SCHEDULES, *NOT_WITH_ZERO_BUBBLE}
 
 
@@ -510,21 +510,21 @@ def messages_of_upstreams_validation(cases: list[list[str]], world: int = 1) -> 
     patches.start()
     from megatron.training import arguments
 
-    told: list[str | None] = []
+    messages: list[str | None] = []
     for case in cases:
         sys.argv = ["pretrain_gpt.py", *case]
         try:
             given = arguments.parse_args()  # first: it puts our validation in the place of upstream's
             arguments.validate_args(given)
-            told.append(None)
+            messages.append(None)
         except ValueError as error:
-            told.append(str(error))
+            messages.append(str(error))
         assert not torch.distributed.is_initialized()
-    return told
+    return messages
 
 
-def told(ranks: RankPool, *cases: str) -> list[str | None]:
-    """What upstream's own validation says of the tiny model with these flags."""
+def messages(ranks: RankPool, *cases: str) -> list[str | None]:
+    """Return what upstream's validation says about the tiny model with these flags."""
     lines = [flags(TINY, case) for case in cases]
     result: list[str | None] = ranks.run(1, messages_of_upstreams_validation, lines)[0]
     return result
@@ -542,13 +542,13 @@ def test_upstreams_validation_refuses_what_segments_cannot_serve(ranks: RankPool
         "--seq1f1b-splits 2 --seq1f1b-partition 32;32": "'32;32': give even, balanced or lengths",
         "--seq1f1b-splits 65": "--seq-length 64 cannot be cut into 65 segments of at least 1 tokens",
     }
-    for case, message, want in zip(cases, told(ranks, *cases), cases.values(), strict=True):
+    for case, message, want in zip(cases, messages(ranks, *cases), cases.values(), strict=True):
         assert (message is None) == (want is None), (case, message)
         assert want is None or (message is not None and want in message)
 
 
 def overwrites(case: list[str]) -> bool:
-    """Whether TransformerEngine's layers may overwrite what fused weight gradients have added. Runs on a rank."""
+    """Return whether TransformerEngine's layers may overwrite fused weight gradients. Runs on a rank."""
     import patches
 
     patches.start()

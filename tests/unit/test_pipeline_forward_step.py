@@ -30,7 +30,7 @@ class Model(torch.nn.Module):
 
 
 def plain(data: Iterator[Any], model: torch.nn.Module) -> Any:
-    """As upstream's script: the loss function gets nothing but the output and the batch."""
+    """Return a loss function like that of upstream's script, which gets only the output and the batch."""
     sample = next(data)
     return model(sample["tokens"], sample["mask"]), lambda output: (output.sum(), sample["tokens"])
 

@@ -23,13 +23,13 @@ GRIDS = pytest.mark.parametrize(
 
 
 def bubble_seconds(schedule, costs):
-    """Seconds in which a rank computes nothing."""
+    """Return the seconds in which a rank computes nothing."""
     timeline = simulate(schedule, costs)
     return timeline.makespan * timeline.bubble
 
 
 def upstream_order(pipeline: Pipeline, rank: int, group: int) -> list[tuple[str, int, int]]:
-    """What upstream's functions say that `rank` runs: (kind, micro-batch, model chunk)."""
+    """Return the actions of a rank in upstream's schedules: (kind, micro-batch, model chunk)."""
     from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 
     virtual = pipeline.virtual
@@ -150,7 +150,7 @@ def test_zero_bubble_keeps_forwards_and_backwards_in_the_order_of_1f1b():
 
 
 def test_zero_bubble_as_in_its_paper():
-    """P=4, M=8, F=B=W=1: the figure of ZB-H1 has a bubble of 3 where 1F1B has 9, on the memory of 1F1B."""
+    """With P=4, M=8, F=B=W=1, ZB-H1 has a bubble of 3 where 1F1B has 9, with the memory of 1F1B."""
     pipeline = Pipeline(4, 8)
     costs = uniform_costs(pipeline, 1, 1, 1)
     assert bubble_seconds(zb_h1(pipeline), costs) == pytest.approx(3)
@@ -237,7 +237,7 @@ def test_the_group_rules_are_needed(monkeypatch, pipeline, slack, group):
 
 
 def test_a_group_that_splits_a_sequence_is_refused_by_the_proof():
-    """P=4, K=3 in groups of 4 segments, as the authors form them: backwards before the last segment's forward."""
+    """With P=4, K=3 and the authors' groups of 4 segments, backwards precede the last segment's forward."""
     stages, units, segments, virtual, group = 4, 12, 3, 2, 4
     table = [(v, u) for first in range(0, units, group) for v in range(virtual) for u in range(first, first + group)]
     forwards = [Action(ActionKind.FORWARD, u // segments, u % segments, v) for v, u in table]

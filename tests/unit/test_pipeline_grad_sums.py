@@ -20,12 +20,12 @@ class Group:
         self.ready: list[torch.Tensor] = []
 
     def register_grad_ready(self, param: Any, force: bool) -> None:
-        """Note what would be reduced."""
+        """Record the parameter whose gradient would be reduced."""
         self.ready.append(param.main_grad.clone())
 
 
 def wrapped_model(dtype: torch.dtype, overlaps: bool = True) -> Any:
-    """A chunk of two parameters, of which one is frozen, as upstream's data-parallel wrapper leaves it."""
+    """Return a chunk of two parameters, one frozen, as upstream's data-parallel wrapper leaves it."""
     module = torch.nn.Linear(3, 2)
     module.bias.requires_grad_(False)
     module.weight.main_grad = torch.ones(2, 3, dtype=dtype)

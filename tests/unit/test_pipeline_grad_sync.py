@@ -38,7 +38,7 @@ def test_with_one_segment_every_call_is_upstreams(
 
 
 def test_evaluation_calls_nothing(ranks: RankPool) -> None:
-    """Upstream leaves `no_sync` open after an evaluation without virtual stages; here it is closed."""
+    """After an evaluation without virtual stages, upstream leaves `no_sync` open. Here it is closed."""
     for rank, (events,) in enumerate(ranks.run(2, calls_of_a_step, True, 2, [(3, True, True, True)])):
         assert {event[0] for event in events} == {"pause", "forward", "resume"}, rank
         assert sum(event[0] == "forward" for event in events) == 6
@@ -46,7 +46,7 @@ def test_evaluation_calls_nothing(ranks: RankPool) -> None:
 
 
 def schedules() -> Iterator[Any]:
-    """Small schedules of every kind."""
+    """Return small schedules of every kind."""
     for stages in (1, 2, 3, 4):
         for segments in (1, 2, 3):
             for microbatches in (1, 2, 3, 4, 6):
@@ -62,7 +62,7 @@ def schedules() -> Iterator[Any]:
 
 
 def walked(order: tuple[Action, ...], rank: int, virtual: int, aligned: bool, overlaps: bool) -> list[Event]:
-    """Go through a rank's actions and return them with the calls between them."""
+    """Return a rank's actions with the calls between them."""
     events: list[Event] = []
 
     @contextmanager
@@ -71,13 +71,13 @@ def walked(order: tuple[Action, ...], rank: int, virtual: int, aligned: bool, ov
         yield
         events.append(("resume",))
 
-    def told(what: str) -> Any:
+    def callback(what: str) -> Any:
         return lambda parameters: events.append((what, *parameters))
 
     config = Namespace(
         no_sync_func=no_sync if overlaps else None,
-        grad_sync_func=told("reduce") if aligned and overlaps else None,
-        param_sync_func=told("gather"),
+        grad_sync_func=callback("reduce") if aligned and overlaps else None,
+        param_sync_func=callback("gather"),
     )
     sync = GradSync(config, [Model(chunk, events, overlaps) for chunk in range(virtual)], order, rank)  # type: ignore[misc]
     with sync.paused(forward_only=False):
@@ -91,7 +91,7 @@ def walked(order: tuple[Action, ...], rank: int, virtual: int, aligned: bool, ov
 
 
 def reductions(events: list[Event]) -> list[tuple[int, int]]:
-    """(position, chunk) of every reduction: called for, or by the hooks of a backward outside of `no_sync`."""
+    """Return (position, chunk) of every reduction, explicit or by the hooks of a backward outside of `no_sync`."""
     found, paused = [], False
     for position, event in enumerate(events):
         if event[0] in ("pause", "resume"):
@@ -120,7 +120,7 @@ def test_every_chunk_is_reduced_once_and_complete(aligned: bool) -> None:
 
 
 def test_stages_reduce_at_the_same_time() -> None:
-    """With a callback, a rank is as many backwards late as it has ranks before it; what is left follows at the end."""
+    """With a callback, a rank reduces later by as many backwards as there are ranks before it."""
     for schedule in schedules():
         if schedule.pipeline.virtual == 1 or schedule.splits_weights:
             continue
@@ -134,7 +134,7 @@ def test_stages_reduce_at_the_same_time() -> None:
 
 
 def test_parameters_are_gathered_once_and_before_their_first_use() -> None:
-    """No earlier than with the first forward of the chunk before, less the ranks that lie before this one."""
+    """A chunk is gathered after the first forward of the previous chunk, earlier by the number of preceding ranks."""
     for schedule in schedules():
         virtual = schedule.pipeline.virtual
         for rank, order in enumerate(schedule.orders):
@@ -151,7 +151,7 @@ def test_parameters_are_gathered_once_and_before_their_first_use() -> None:
 
 
 def test_without_overlap_nothing_is_called() -> None:
-    """Finalisation reduces; a schedule with weight actions included."""
+    """Finalization reduces, also in schedules with weight actions."""
     for schedule in schedules():
         if schedule.pipeline.virtual == 1:
             for rank, order in enumerate(schedule.orders):

@@ -19,31 +19,31 @@ class Bench:
 
     def __init__(self, seconds: float = 60.0) -> None:
         self.now = 1000.0
-        self.said: list[str] = []
-        self.reporter = HangReporter(seconds, self.said.append, lambda: self.now)
+        self.messages: list[str] = []
+        self.reporter = HangReporter(seconds, self.messages.append, lambda: self.now)
 
     def wait(self, wait: Wait) -> None:
-        """Begin a wait of the host."""
+        """Begin a wait on the host."""
         self.context = self.reporter.blocking(wait)
         self.context.__enter__()
 
     def arrive(self) -> None:
-        """End it."""
+        """End the wait."""
         self.context.__exit__(None, None, None)
 
     def at(self, seconds: float) -> list[str]:
-        """Look at that moment and return what was said at it."""
-        self.now, before = 1000.0 + seconds, len(self.said)
+        """Check at the given time and return the report."""
+        self.now, before = 1000.0 + seconds, len(self.messages)
         self.reporter.check()
-        return self.said[before:]
+        return self.messages[before:]
 
 
 def test_a_long_wait_is_told_once_and_again_when_it_has_doubled() -> None:
     bench = Bench()
     bench.wait(WAIT)
-    told = [second for second in range(600) if bench.at(second)]
-    assert told == [60, 120, 240, 480]
-    assert bench.said[0].startswith(f"rank 3 has waited 60 s {SENTENCE}. Look at the end of the log of rank 4")
+    times = [second for second in range(600) if bench.at(second)]
+    assert times == [60, 120, 240, 480]
+    assert bench.messages[0].startswith(f"rank 3 has waited 60 s {SENTENCE}. Look at the end of the log of rank 4")
 
 
 def test_an_arrival_ends_the_wait_and_the_next_one_counts_from_zero() -> None:
@@ -132,15 +132,15 @@ def test_other_exceptions_pass_as_they_are() -> None:
 
 
 def test_the_thread_tells_in_time_and_ends() -> None:
-    said: list[str] = []
-    with HangReporter(0.1, said.append) as reporter:
+    messages: list[str] = []
+    with HangReporter(0.1, messages.append) as reporter:
         with reporter.blocking(WAIT):
             deadline = time.monotonic() + 60
-            while not said and time.monotonic() < deadline:
+            while not messages and time.monotonic() < deadline:
                 time.sleep(0.01)
         names = [thread.name for thread in threading.enumerate() if thread.daemon]
         assert "longseq-pipeline-watch" in names
-    assert SENTENCE in said[0]
+    assert SENTENCE in messages[0]
     assert "longseq-pipeline-watch" not in [thread.name for thread in threading.enumerate()]
 
 
@@ -152,7 +152,7 @@ def test_zero_seconds_start_no_thread_and_negative_ones_are_refused() -> None:
 
 
 def test_a_wait_costs_the_same_calls_after_thousands(tell) -> None:
-    """Seconds are the machine's; calls of functions, Python's and C's, are counted."""
+    """Calls of Python and C functions are counted, because seconds depend on the machine."""
 
     def waits(count: int) -> None:
         for _ in range(count):

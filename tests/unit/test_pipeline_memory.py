@@ -5,7 +5,14 @@ from collections.abc import Callable
 import pytest
 
 from megatron.longseq.pipeline.plan.generators import make
-from megatron.longseq.pipeline.plan.memory import Recompute, head_bytes, layer_elements, peak_bytes, stage_bytes
+from megatron.longseq.pipeline.plan.memory import (
+    Recompute,
+    chunk_bytes,
+    head_bytes,
+    layer_elements,
+    peak_bytes,
+    stage_bytes,
+)
 from megatron.longseq.pipeline.plan.schedule import Pipeline
 from megatron.longseq.pipeline.plan.segment_cost import ModelShape
 from tests.benchmarks.alternate import Contestant, Job, run_on_this_rank
@@ -42,7 +49,7 @@ CASES = [
 def test_counted_bytes_are_the_formulas(
     ranks: RankPool, recompute: str, groups: int, virtual: int, tell: Callable[[str], None]
 ) -> None:
-    """Over upstream's, per stage, of K 2 and 4; norms differ by implementation, so bytes themselves by some percent."""
+    """Ratios to upstream are compared per stage for K 2 and 4, because norms differ by implementation."""
     own, chosen = RECOMPUTE[recompute]
     turns = tuple(Contestant(segments, 4) for segments in (UPSTREAM, 2, 4))
     stages = f"--num-layers-per-virtual-pipeline-stage {LAYERS // 2 // virtual}" if virtual > 1 else ""
@@ -79,7 +86,7 @@ def test_counted_bytes_are_the_formulas(
 
 
 def test_by_hand() -> None:
-    """Two stages, two segments, two micro-batches, full recomputation of one layer a stage: every term."""
+    """Every term is computed by hand for two stages, segments and micro-batches with full recomputation."""
     shape = ModelShape(2, 8, 2, 10, num_query_groups=2, ffn_hidden_size=16)
     assert layer_elements(shape) == 4 * 8 + 2 * 8 + 2 * 16
     stage = stage_bytes(shape, 1, Recompute("full"), in_segments=True)
@@ -90,6 +97,20 @@ def test_by_hand() -> None:
     assert last == 6 * (16 + 32) + 6 * 64 + 6 * 160 + 6 * (16 + 32)
     whole = stage_bytes(shape, 1, Recompute("full"), in_segments=False)
     assert (whole.activations, whole.kv_cache, whole.kv_grads) == (16, 0, 0)
+
+
+def test_a_loss_in_chunks_by_hand() -> None:
+    """Chunks keep numbers instead of a softmax, and need the logits of one chunk while the loss runs."""
+    shape = ModelShape(2, 8, 2, 10, padded_vocab_size=100, num_query_groups=2, ffn_hidden_size=16)
+    stage = stage_bytes(shape, 1, Recompute("full"), in_segments=False)
+    one = make(Pipeline(2, 1))
+    whole, chunked = head_bytes(shape), head_bytes(shape, chunked=True)
+    assert (whole, chunked) == (2 * 8 * 2 + 4 * 100, 2 * 8 * 2 + 17)
+    assert chunk_bytes(shape, 3) == 3 * 100 * (2 + 4) and chunk_bytes(shape, 3, 4) == 3 * 100 * 4
+    # The loss of all tokens, then the recomputation of a layer without it.
+    assert peak_bytes(one, (10,), [stage] * 2, chunked, 5000.0)[1] == 10 * (16 + chunked) + 5000
+    assert peak_bytes(one, (10,), [stage] * 2, whole)[1] == 10 * (16 + whole)
+    assert peak_bytes(one, (10,), [stage] * 2, whole)[0] == peak_bytes(one, (10,), [stage] * 2, chunked, 1e9)[0]
 
 
 def test_other_recomputations_are_refused() -> None:

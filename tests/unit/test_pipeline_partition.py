@@ -66,7 +66,7 @@ def test_balanced_lengths_are_balanced_aligned_and_fall(name):
 
 
 def test_balancing_forward_and_backward_moves_the_cuts_later_than_the_papers():
-    """Attention's backward weighs more than a product's, so the late, attention-heavy segments must be shorter."""
+    """Attention's backward costs relatively more than a product's, so late segments must be shorter."""
     ours, theirs = balanced(flops(paper("30B", 65536)), 4, multiple=8), paper_partition(paper("30B", 65536), 4, 8)
     assert ours.lengths == (24064, 16512, 13440, 11520)
     assert ours.lengths[0] > theirs.lengths[0] and ours.lengths[-1] < theirs.lengths[-1]

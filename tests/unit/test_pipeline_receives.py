@@ -27,7 +27,7 @@ def schedules() -> list[Schedule]:
 
 
 def ancestors(schedule: Schedule, rank: int, action: Action) -> set[tuple[int, Action]]:
-    """All that an action comes after, worked out by walking back."""
+    """Return all actions that must precede an action, by walking back."""
     before = [dict(zip(order[1:], order, strict=False)) for order in schedule.orders]
     seen: set[tuple[int, Action]] = set()
     open_ends = [(rank, action)]
@@ -87,7 +87,7 @@ Given = tuple[str, Action, Channel]
 
 
 def given(schedule: Schedule, rank: int, ahead: int) -> Iterator[Given]:
-    """What a rank gives its GPU, in order."""
+    """Return what a rank submits to its GPU, in order."""
     pipeline = schedule.pipeline
     origins = {
         (other, theirs): source(pipeline, other, theirs)
@@ -106,7 +106,7 @@ def given(schedule: Schedule, rank: int, ahead: int) -> Iterator[Given]:
 
 
 def rendezvous(schedule: Schedule, ahead: int) -> bool:
-    """Whether a step ends in one queue, said in another way: each stream holds the message that is under way."""
+    """Return whether a step ends in one queue. In this model each stream holds the message that is in flight."""
     queues = [deque(given(schedule, rank, ahead)) for rank in range(schedule.pipeline.stages)]
     ran: dict[str, set[tuple[Action, Channel]]] = {"send": set(), "receive": set()}
     busy: dict[tuple[str, Channel], tuple[Action, Channel]] = {}

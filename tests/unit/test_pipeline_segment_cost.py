@@ -22,7 +22,7 @@ SMALL = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_leng
 
 @given(st.integers(0, 60), st.integers(0, 60), st.none() | st.integers(0, 70))
 def test_cells_are_the_pairs_of_the_mask(begin, length, window):
-    """Upstream's mask: key j is seen by query i where i - window <= j <= i."""
+    """In upstream's mask, query i sees key j if i - window <= j <= i."""
     end = begin + length
     counted = sum(j <= i and (window is None or j >= i - window) for i in range(begin, end) for j in range(end))
     assert cells(begin, end, window) == counted
@@ -115,7 +115,7 @@ def test_a_fit_finds_planted_coefficients_in_noise():
 
 
 def test_a_fit_never_goes_below_zero():
-    """Seconds that grow slower than the tokens want a negative cell cost; the best without one is found."""
+    """Seconds that grow more slowly than tokens would need a negative cell cost. The best fit without one is found."""
     points = [(0, 1000), (0, 2000), (0, 4000), (0, 8000)]
     samples = [Sample(a, b, 1e-3 * b**0.9, 2e-3 * b**0.9) for a, b in points]
     line = fit(samples).forward

@@ -13,7 +13,7 @@ from tests.counted import calls
 
 
 def longest_paths(schedule: Schedule, costs: Costs, latency: float) -> dict:
-    """Earliest starts by relaxing every edge of the dependency graph, whose nodes are (rank, action)."""
+    """Return the earliest starts, by relaxing every edge of the dependency graph of (rank, action)."""
     splits = schedule.splits_weights
 
     def seconds(rank, action):
@@ -90,7 +90,7 @@ def test_weight_costs_join_the_backward_unless_split():
 
 
 def cut_costs(lengths, attention, linear, stages) -> Costs:
-    """Backward 2.5 times the forward in attention, twice in what is linear in the tokens (half of it for weights)."""
+    """Return costs: backward is 2.5 times the forward in attention and twice elsewhere, half of it for weights."""
     ends = [sum(lengths[: index + 1]) for index in range(len(lengths))]
     cells = [attention * (end**2 - (end - length) ** 2) / 2 for end, length in zip(ends, lengths, strict=True)]
     tokens = [linear * length for length in lengths]
@@ -132,7 +132,7 @@ def test_uneven_segments_and_slack(name, lengths, microbatches, bubbles):
 
 
 def test_half_the_bubble_at_30b():
-    """64k tokens, P=8: split weight gradients and slack 1 halve Seq1F1B's bubble; so do two virtual stages."""
+    """At 64k tokens and P=8, split weight gradients with slack 1 halve Seq1F1B's bubble; so do two virtual stages."""
     for microbatches in (16, 32):
         pipeline = Pipeline(8, microbatches, 4)
         costs = paper_costs("30B", CUT_30B)
@@ -186,7 +186,7 @@ def test_negative_latency():
 
 
 def test_work_grows_with_the_actions_alone():
-    """Calls of functions are counted, for seconds are the machine's: twice the micro-batches are twice the calls."""
+    """Calls are counted, because seconds depend on the machine. Twice the micro-batches need twice the calls."""
     counted = []
     for microbatches in (16, 32, 64):
         pipeline = Pipeline(8, microbatches, 4, 2)

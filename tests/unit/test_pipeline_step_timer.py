@@ -17,7 +17,7 @@ FIRST, SECOND = Action(ActionKind.FORWARD, 0), Action(ActionKind.BACKWARD, 0, 1)
 
 @pytest.fixture(params=["host", "device"])
 def timer(request):
-    """Both clocks; without a CUDA device the second runs on the CPU patch's events, which keep real time."""
+    """Return both clocks. Without CUDA the second one uses the CPU patch's events, which measure real time."""
     with contextlib.ExitStack() as stack:
         if request.param == "device" and not torch.cuda.is_available():
             stack.enter_context(patches.applied("cpu.device"))
@@ -131,7 +131,7 @@ def test_a_moved_wall_clock_bends_no_span(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_an_action_costs_the_same_calls_after_thousands(tell) -> None:
-    """Seconds are the machine's; calls of functions, Python's and C's, are counted."""
+    """Calls of Python and C functions are counted, because seconds depend on the machine."""
 
     def actions(count: int) -> None:
         for _ in range(count):

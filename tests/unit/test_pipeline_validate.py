@@ -88,7 +88,7 @@ def test_a_backward_before_that_of_the_segment_after():
 
 
 def test_a_stage_before_the_one_that_feeds_it_on_the_same_rank():
-    """One rank with two virtual stages sends nothing, so only its own order can be wrong."""
+    """A single rank with two virtual stages sends nothing, so only its own order can be wrong."""
     schedule = make(Pipeline(1, 2, 2, 2))
     prove(schedule)
     with pytest.raises(
@@ -104,7 +104,7 @@ def test_a_weight_gradient_before_its_backward():
 
 
 def test_sends_out_of_order():
-    """Both micro-batches are legal on rank 1 itself, but rank 0 sends the other one first."""
+    """Both micro-batches are legal on rank 1, but rank 0 sends the other one first."""
     pipeline = Pipeline(2, 2)
     forwards = (Action(F, 0), Action(F, 1))
     orders = ((*forwards, Action(B, 0), Action(B, 1)), (*forwards, Action(B, 1), Action(B, 0)))
@@ -117,7 +117,7 @@ def test_sends_out_of_order():
 
 
 def swap_on_all_ranks(schedule: Schedule, one: Action, other: Action) -> Schedule:
-    """Exchange two actions on every rank, so that the order of messages stays one."""
+    """Exchange two actions on every rank, so that the order of messages stays consistent."""
     names = {one: other, other: one}
     orders = tuple(tuple(names.get(action, action) for action in order) for order in schedule.orders)
     return replace(schedule, orders=orders)
@@ -126,7 +126,7 @@ def swap_on_all_ranks(schedule: Schedule, one: Action, other: Action) -> Schedul
 @pytest.mark.parametrize("kwargs", [{}, {"slack": 1}, {"zero_bubble": True}])
 @pytest.mark.parametrize("stages", [1, 3])
 def test_samples_of_two_micro_batches_do_not_mix(kwargs, stages):
-    """F00 F10 F01 F11: each unit has its keys, but a data iterator gives one micro-batch after the other."""
+    """In F00 F10 F01 F11 each unit has its keys, but a data iterator yields one micro-batch after the other."""
     schedule = make(Pipeline(stages, 4, 2), **kwargs)
     orders = []
     for order in schedule.orders:
@@ -158,7 +158,7 @@ def test_virtual_stages_draw_each_for_itself():
 
 
 def test_backwards_of_two_micro_batches_may_mix():
-    """What a backward uses is kept by micro-batch."""
+    """Backward uses state that is stored per micro-batch."""
     forwards = [Action(F, m, s) for m in (0, 1) for s in (0, 1)]
     order = (*forwards, Action(B, 0, 1), Action(B, 1, 1), Action(B, 1, 0), Action(B, 0, 0))
     schedule = Schedule("mixed", Pipeline(2, 2, 2), (order, order))
@@ -175,13 +175,13 @@ def test_gradients_out_of_order():
 
 
 def test_the_two_directions_of_two_ranks_are_apart():
-    """With P=2, V=2 forwards from rank 0 and gradients that wrap around to rank 1 use two communicators."""
+    """With P=2, V=2, forwards from rank 0 and gradients that wrap around to rank 1 use two communicators."""
     prove(make(Pipeline(2, 4, 1, 2)))
     prove(make(Pipeline(2, 3, 2, 3)))
 
 
 def test_a_cyclic_wait():
-    """Rank 0 wants the gradient of micro-batch 0 before it sends micro-batch 1, rank 1 wants both forwards first."""
+    """Rank 0 needs the gradient of micro-batch 0 before it sends micro-batch 1; rank 1 needs both forwards first."""
     pipeline = Pipeline(2, 2)
     orders = (
         (Action(F, 0), Action(B, 0), Action(F, 1), Action(B, 1)),
@@ -197,7 +197,7 @@ def test_a_cyclic_wait():
 
 @given(st.data())
 def test_two_swapped_actions_are_refused_or_legal_by_plain_rules(data):
-    """Swap any two actions of a rank: refused exactly if some plain rule is broken."""
+    """Any two actions of a rank are swapped. The schedule is refused exactly if a plain rule is broken."""
     kwargs = data.draw(st.sampled_from([{}, {"slack": 1}, {"zero_bubble": True}]))
     pipeline = Pipeline(3, 3, 2)
     schedule = make(pipeline, **kwargs)
@@ -229,7 +229,7 @@ class Rank:
         self.losses: list[int] = []
 
     def run(self, action: Action, is_evaluation: bool, splits_weights: bool) -> None:
-        """Do what the executor does; an AssertionError is an error of its run."""
+        """Do what the executor does. An AssertionError means that its run would fail."""
         slot = action.vstage, action.microbatch
         if action.kind is F:
             if action.segment == 0:
@@ -254,7 +254,7 @@ class Rank:
 
 
 def executed(schedule: Schedule) -> bool:
-    """Run all ranks with first-in-first-out messages per direction and pair of ranks; whether they end rightly."""
+    """Run all ranks with first-in-first-out messages per direction and pair of ranks, and return whether they end."""
     pipeline = schedule.pipeline
     ranks = [Rank(schedule, rank) for rank in range(pipeline.stages)]
     lanes: dict[tuple[ActionKind, int, int], list[Action]] = {}
@@ -284,7 +284,7 @@ def executed(schedule: Schedule) -> bool:
 
 @given(st.data())
 def test_what_the_proof_accepts_runs_in_a_model_of_the_executor(data):
-    """Exchange actions on one rank or on all: what is accepted draws the right samples, has its keys, and ends."""
+    """Actions are exchanged on one rank or on all. An accepted schedule must read the right samples and end."""
     stages, microbatches, segments = (data.draw(st.integers(1, 3)) for _ in range(3))
     virtual = data.draw(st.sampled_from([1, 1, 2])) if stages > 1 else 1
     pipeline = Pipeline(stages, microbatches + stages * (virtual > 1), segments, virtual)
@@ -311,7 +311,7 @@ def test_what_the_proof_accepts_runs_in_a_model_of_the_executor(data):
 
 
 def violates_a_rule(schedule: Schedule) -> bool:
-    """Whether a one-virtual-stage schedule is illegal: local order, data, order per direction, or a stuck run."""
+    """Return whether a schedule without virtual stages breaks a rule: local order, data, message order, deadlock."""
     last, stages = schedule.pipeline.segments - 1, schedule.pipeline.stages
     lanes = []
     for order in schedule.orders:
@@ -348,7 +348,7 @@ def violates_a_rule(schedule: Schedule) -> bool:
 
 
 def test_peak_live_by_length():
-    """P=4, K=2, lengths 3 and 1: rank 0 peaks at both segments of two sequences and the first of a third."""
+    """With P=4, K=2 and lengths 3 and 1, rank 0 peaks at two sequences and the first segment of a third."""
     proof = prove(make(Pipeline(4, 8, 2)))
     assert proof.peak_units == (5, 4, 3, 2)
     assert proof.peak_live() == (2.5, 2.0, 1.5, 1.0)
@@ -356,14 +356,14 @@ def test_peak_live_by_length():
 
 
 def test_peak_live_of_the_memo():
-    """7B, 32k, P=4, K=4, the authors' balanced lengths: 1.93 sequences, 2.67 with slack 1, 3.40 with slack 2."""
+    """For 7B, 32k, P=4, K=4 the peaks are 1.93 sequences, 2.67 with slack 1 and 3.40 with slack 2."""
     lengths = [11024, 8416, 7088, 6240]
     peaks = [max(prove(make(Pipeline(4, 8, 4), slack=slack)).peak_live(lengths)) for slack in (0, 1, 2)]
     assert peaks == pytest.approx([1.93, 2.67, 3.40], abs=0.005)
 
 
 def test_peak_live_with_virtual_stages():
-    """P=4, V=2, K=4: 14 units of an eighth of a sequence each."""
+    """With P=4, V=2, K=4 the peak is 14 units of an eighth of a sequence."""
     proof = prove(make(Pipeline(4, 8, 4, 2)))
     assert proof.peak_units[0] == 14 and proof.peak_live()[0] == pytest.approx(1.75)
 

@@ -78,7 +78,7 @@ PARALLEL = {
 
 
 def _parallel() -> list[Any]:
-    """By default every wrapper after a step of its own, and "overlap" also from the first step on."""
+    """Reduce after a step by default, and with "overlap" during backward from the first step on."""
     slow = {name: [pytest.mark.slow] * (name != "overlap") for name in PARALLEL}
     return [pytest.param(name, "fused") for name in PARALLEL] + [
         pytest.param(name, "same", marks=slow[name]) for name in PARALLEL
@@ -87,7 +87,7 @@ def _parallel() -> list[Any]:
 
 @pytest.mark.parametrize(("name", "first"), _parallel())
 def test_data_parallel_gradients_are_bitwise_upstreams(ranks: RankPool, name: str, first: str) -> None:
-    """Three steps, because upstream's wrapper learns in the first what to expect; also after and before its own."""
+    """Three steps run, because upstream's wrapper learns in the first one which gradients to expect."""
     assert ranks.run(2, weight_bed.differing, replace(PARALLEL[name], first=first), 3) == [[], []]
 
 
@@ -122,7 +122,7 @@ def test_a_store_knows_its_units(ranks: RankPool, job) -> None:
 
 
 def test_our_split_keeps_less_than_torchs(ranks: RankPool, tell: Callable[[str], None]) -> None:
-    """`torch.distributed.pipelining` keeps the graph; of upstream's linears it computes every product twice."""
+    """`torch.distributed.pipelining` keeps the graph, and computes every product of upstream's linear layers twice."""
     (found,) = ranks.run(1, weight_bed.splits)
     ours, torchs = found["ours"], found["torch, plain"]
     assert {split.gradients for split in found.values()} == {ours.gradients}, "bit by bit"

@@ -82,6 +82,11 @@ def test_branches_that_cannot_win_are_not_priced() -> None:
     assert (found.count.priced, found.count.too_slow, found.count.too_large) == (1, 1, 1)
 
 
+def test_the_simpler_of_equally_fast_leaves_wins_even_if_it_comes_later() -> None:
+    tree = RandomTree([[[(1.00001, 1.0)]], [[(1.0, 1.0)]]], share=1.0)
+    assert branch_and_bound(tree, 9.0).ranked[0][0] == (0, 0, 0)
+
+
 def test_a_search_for_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="ask for at least 1"):
         branch_and_bound(RandomTree([], 1.0), 9.0, count=0)

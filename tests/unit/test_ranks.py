@@ -33,11 +33,11 @@ def test_other_backends_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert same_backend_options(group(None)) is None
 
 
-@pytest.mark.parametrize(("text", "said"), [(None, False), ("1", True), ("8", False)])
+@pytest.mark.parametrize(("text", "expected"), [(None, False), ("1", True), ("8", False)])
 def test_the_launcher_says_whether_a_gpu_has_one_queue(
-    text: str | None, said: bool, monkeypatch: pytest.MonkeyPatch
+    text: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
     if text is not None:
         monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", text)
-    assert has_one_queue() is said
+    assert has_one_queue() is expected

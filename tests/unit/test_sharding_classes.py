@@ -63,7 +63,7 @@ def test_an_error_inside_leaves_none() -> None:
 
 
 def test_no_run_measures_links() -> None:
-    """What --paro-links says, or its default, decides the order of sums; only the `probe` command measures."""
+    """--paro-links or its default determines the order of sums. Only the `probe` command measures."""
     root = Path(patches.__file__).parents[1]
     folders = (root / "patches", root / "megatron/longseq/sharding/plan", root / "megatron/longseq/sharding/runtime")
     files = [file for folder in folders for file in folder.rglob("*.py")]

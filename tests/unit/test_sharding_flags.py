@@ -41,7 +41,7 @@ from tests.unit.test_pipeline_flags import args as parsed
 EXPERTS = "different data-parallel groups"
 
 # Every way to ask for what no sharding can serve: (flag in the message, values, why)
-ASKED: list[tuple[str, dict[str, Any], str]] = [
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("--num-distributed-optimizer-instances", {"num_distributed_optimizer_instances": 2}, "third letter"),
     ("--use-megatron-fsdp", {"use_megatron_fsdp": True}, "GGG, IIG and III"),
     ("--use-torch-fsdp2", {"use_torch_fsdp2": True}, "GGG and NGG"),
@@ -118,14 +118,14 @@ WITH_COPIES_OF_OPTIMIZER_STATES: list[tuple[str, dict[str, Any], str]] = [
 
 
 def args(paro: str, world_size: int = 8, **values: Any) -> Namespace:
-    """What upstream's parser leaves of a command line with --paro."""
+    """Return what upstream's parser makes of a command line with --paro."""
     given = parsed(paro=paro, **values)
     given.world_size = world_size
     return given
 
 
 def refused(given: Namespace) -> list[str]:
-    """The lines of the refusal, none where there is none."""
+    """Return the lines of the refusal, or none."""
     try:
         refuse_unserved_sharding(given)
     except ValueError as error:
@@ -138,7 +138,7 @@ def assert_refused(paro: str, flag: str, values: dict[str, Any], why: str) -> No
     assert len(lines) == 1 and lines[0].startswith(f"  {flag} with --paro {paro}: ") and why in lines[0], lines
 
 
-@pytest.mark.parametrize(("flag", "values", "why"), ASKED)
+@pytest.mark.parametrize(("flag", "values", "why"), REFUSED)
 def test_refuses_by_name_and_reason(flag: str, values: dict[str, Any], why: str) -> None:
     for strategy in RUNNING:
         assert_refused(str(strategy), flag, values, why)
@@ -167,7 +167,7 @@ def test_copies_of_optimizer_states_refuse_more(flag: str, values: dict[str, Any
 
 def test_every_refusal_is_tried() -> None:
     for tried, table in (
-        (ASKED, NOT_WITH_PARO),
+        (REFUSED, NOT_WITH_PARO),
         (WITH_SHARDED_GRADIENTS, NOT_WITH_SHARDED_GRADIENTS),
         (WITH_SHARDED_PARAMETERS, NOT_WITH_SHARDED_PARAMETERS),
         (WITH_COPIES_OF_OPTIMIZER_STATES, NOT_WITH_COPIES_OF_OPTIMIZER_STATES),
@@ -432,7 +432,7 @@ def what_upstreams_validation_says(cases: list[list[str]], node: str | None) -> 
     patches.start()
     from megatron.training import arguments
 
-    said: list[ValidationResult] = []
+    answers: list[ValidationResult] = []
     for case in cases:
         sys.argv = ["pretrain_gpt.py", *case]
         message, parsed_args, output = None, Namespace(), io.StringIO()
@@ -443,13 +443,13 @@ def what_upstreams_validation_says(cases: list[list[str]], node: str | None) -> 
         except (ValueError, AssertionError) as error:
             message = str(error)
         line = "\n".join(line for line in output.getvalue().splitlines() if line.startswith("> PaRO"))
-        said.append((message, {name: getattr(parsed_args, name, None) for name in SET}, line))
+        answers.append((message, {name: getattr(parsed_args, name, None) for name in SET}, line))
         assert not torch.distributed.is_initialized()
-    return said
+    return answers
 
 
-def said(ranks: RankPool, *cases: str, node: str | None = "2") -> list[ValidationResult]:
-    """Of the tiny model; all cases under the same patches."""
+def answers(ranks: RankPool, *cases: str, node: str | None = "2") -> list[ValidationResult]:
+    """Return the messages about the tiny model; all cases run under the same patches."""
     lines = [flags(TINY, case) for case in cases]
     result: list[ValidationResult] = ranks.run(1, what_upstreams_validation_says, lines, node)[0]
     return result
@@ -482,13 +482,13 @@ def test_upstreams_validation_refuses_what_sharding_cannot_serve(ranks: RankPool
         "--paro NGG --save-wgrads-interval 1": "--save-wgrads-interval with --paro NGG",
         "--paro-group-size 2": "--paro-group-size 2: --paro is not given",
     }
-    for case, (message, _, _), want in zip(cases, said(ranks, *cases), cases.values(), strict=True):
+    for case, (message, _, _), want in zip(cases, answers(ranks, *cases), cases.values(), strict=True):
         assert (message is None) == (want is None), (case, message)
         assert want is None or (message is not None and want in message), (case, message)
 
 
 def test_upstreams_validation_takes_what_paro_sets(ranks: RankPool) -> None:
-    plain, bf16, wire, whole, tensor = said(
+    plain, bf16, wire, whole, tensor = answers(
         ranks,
         "--paro NII",
         "--paro NIG --bf16",
@@ -510,7 +510,7 @@ def test_upstreams_validation_takes_what_paro_sets(ranks: RankPool) -> None:
 
 
 def test_an_unknown_node_is_refused(ranks: RankPool) -> None:
-    unknown, given, single = said(ranks, "--paro NIG", "--paro NIG --paro-group-size 2", "--paro NNG", node=None)
+    unknown, given, single = answers(ranks, "--paro NIG", "--paro NIG --paro-group-size 2", "--paro NNG", node=None)
     assert unknown[0] is not None and "LOCAL_WORLD_SIZE is not set" in unknown[0]
     assert given[0] is None and given[1]["paro_groups"] == 2
     assert single[0] is not None
@@ -531,5 +531,5 @@ def test_a_node_of_no_ranks_is_refused(text: str, monkeypatch: pytest.MonkeyPatc
 
 def test_zero_bubble_is_refused_by_its_own_name(ranks: RankPool) -> None:
     case = "--zero-bubble --transformer-impl local --pipeline-model-parallel-size 2"
-    several, one = said(ranks, f"--paro III --paro-group-size 1 {case}", f"--paro NNG --paro-group-size 1 {case}")
+    several, one = answers(ranks, f"--paro III --paro-group-size 1 {case}", f"--paro NNG --paro-group-size 1 {case}")
     assert several[0] is not None and "--zero-bubble with --paro III" in several[0] and one[0] is None

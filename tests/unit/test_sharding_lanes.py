@@ -53,7 +53,7 @@ def lanes(runner: Fake, *, is_overlapped: bool = True, lag: int = 1) -> Iterator
 
 
 def soon(holds: Callable[[], bool]) -> bool:
-    """Wait until a thread has let go of what it ran."""
+    """Wait until a thread has released what it ran."""
     deadline = time.monotonic() + LIMIT
     while not holds() and time.monotonic() < deadline:
         gc.collect()
@@ -88,7 +88,7 @@ def test_all_ranks_have_one_order_however_late_each_is(is_overlapped: bool, seed
 def blocked(
     fake: Fake, collective: Collective, number: int
 ) -> tuple[threading.Event, Callable[[Collective, int], bool]]:
-    """Block a phase of a bucket until an event; return that and a function that waits for another phase's start."""
+    """Block a phase of a bucket until an event. Return it and a function that waits for another phase's start."""
     go, started = threading.Event(), {}
 
     def planted(now: Collective, of: int) -> None:
@@ -141,7 +141,7 @@ def test_an_all_reduce_comes_back_inside_behind_the_next_ones_first_phase() -> N
 
 
 def test_what_is_held_back_goes_on_lanes_at_the_same_wait_however_fast_jobs_are() -> None:
-    """A wait for a job that has long ended still says what goes on now: another rank may not have ended it."""
+    """A wait for a finished job still determines what is submitted, because it may be unfinished on another rank."""
     fake, ended = Fake(), threading.Event()
     with lanes(fake, lag=9) as mine:
         mine.submit(ALL_REDUCE, bucket(0), "x")
@@ -196,17 +196,17 @@ def test_an_error_names_what_failed_and_stops_what_comes_later(is_overlapped: bo
 
 @pytest.mark.parametrize("is_overlapped", [True, False])
 def test_what_was_submitted_before_an_error_fails_rather_than_hangs(is_overlapped: bool) -> None:
-    fake, begun, go = Fake(), threading.Event(), threading.Event()
+    fake, first_starts, go = Fake(), threading.Event(), threading.Event()
 
     def planted(collective: Collective, number: int) -> None:
-        begun.set()
+        first_starts.set()
         assert go.wait(LIMIT)
         raise OSError("gone")
 
     fake.planted = planted
     with lanes(fake, is_overlapped=is_overlapped) as mine:
         handles = [mine.submit(ALL_REDUCE, bucket(number), f"bucket {number}") for number in range(4)]
-        assert begun.wait(LIMIT)
+        assert first_starts.wait(LIMIT)
         go.set()
         with pytest.raises(CommError, match="reduce-scatter inside of bucket 0 failed: OSError: gone"):
             handles[0].wait()

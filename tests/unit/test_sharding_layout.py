@@ -82,10 +82,14 @@ def test_buckets_end_where_units_do(sizes: list[list[int]], alone: bool) -> None
     units: dict[int, set[str]] = {}
     for name, param in named:
         units.setdefault(made.places[param][2], set()).add(unit_of(name))
-    split = [unit for unit in {unit_of(name) for name, _ in named} if sum(unit in held for held in units.values()) > 1]
+    split = [
+        unit
+        for unit in {unit_of(name) for name, _ in named}
+        if sum(unit in unit_set for unit_set in units.values()) > 1
+    ]
     assert not split
     if alone:
-        assert all(len(held) == 1 for held in units.values())
+        assert all(len(unit_set) == 1 for unit_set in units.values())
 
 
 def test_a_weight_of_both_ends_of_a_pipeline_is_alone() -> None:

@@ -65,7 +65,7 @@ def test_links_that_nothing_goes_over_cost_nothing() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from([1, 10, 100, 1000]), st.floats(0.01, 100)), min_size=1, max_size=5))
 def test_no_link_is_nearer_to_noisy_times(points: list[tuple[int, float]]) -> None:
-    """Also where larger messages were faster, or so much slower that the latency would be negative."""
+    """This includes times in which larger messages are faster, or so much slower that the latency would be negative."""
     groups, collective = RankGroups(2, 2), Collective(CollectiveKind.ALL_GATHER, Scope.INSIDE)
     link = fit_link(groups, [Measurement(collective, size, time) for size, time in points])
     assert link is not None and link.latency >= 0 and link.bandwidth > 0

@@ -113,7 +113,7 @@ def clock(turns: list[QueuedCollective], links: LinkSpeeds) -> float:
 def test_coming_back_soon_costs_one_phase_inside_at_most(
     kind: CollectiveKind, buckets: int, slower: float, lag: int
 ) -> None:
-    """The plan comes back when all have started: best for a batch, worst for buckets that come one by one."""
+    """The submission returns when all have started, which is best for a batch and worst for single buckets."""
     links = LinkSpeeds(LinkSpeed(6.0), LinkSpeed(6.0 / slower))
     collectives = full_collective(kind, GROUPS, CollectivesMode.OVERLAPPED)
     best = max(span.end for span in time_collectives(collectives, GROUPS, links, [1.0] * buckets, is_overlapped=True))

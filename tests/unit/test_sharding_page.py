@@ -49,8 +49,8 @@ def test_the_guideline_names_what_is_fastest_and_fits() -> None:
     for row in rows:
         limit = float("inf") if row[1] == "none" else float(row[1])
         for cell in row[2:]:
-            name, held, _ = re.fullmatch(r"(\w{3}) \(([\d.]+), ([\d.]+)\)", cell).groups()
-            assert name in {str(one) for one in RUNNING} and float(held) <= limit
+            name, gigabytes, _ = re.fullmatch(r"(\w{3}) \(([\d.]+), ([\d.]+)\)", cell).groups()
+            assert name in {str(one) for one in RUNNING} and float(gigabytes) <= limit
     assert rows[3][0] == "full" and rows[3][1] == "20" and rows[3][3].startswith("NIG (18.1, 0.41)")
     assert rows[3][2 + MICROBATCHES.index(1)].startswith("NGG"), "one micro-batch: nothing to amortise"
     partial = [row for row in rows if row[0].startswith("partial") and row[1] == "5"]
@@ -63,7 +63,7 @@ def test_a_limit_below_all_says_so() -> None:
 
 
 def test_the_guideline_names_running_ones_alone() -> None:
-    """For adapters GNG would be faster than GGG, but does not run."""
+    """For adapters GNG would be faster than GGG, but it is not implemented."""
     rows = cells(guideline(limits=(1e9,)))
     assert rows[2][0].startswith("adapters") and [cell[:3] for cell in rows[2][2:]] == ["GGG"] * len(MICROBATCHES)
     assert str(fastest(replace(SEVEN_B, model=Model(PARAMS, PARAMS // 300)), VALID, 1e9).strategy) == "GNG"

@@ -24,9 +24,9 @@ def test_the_picture_shows_parts_that_make_whole_states() -> None:
         levels = (holding.strategy.params, holding.strategy.grads, holding.strategy.optimizer)
         for level, ranks in zip(levels, holding.states, strict=True):
             width = {Level.NONE: 4, Level.GROUP: 2, Level.GLOBAL: 1}[level]
-            assert {len(held) for held in ranks} == {width}
+            assert {len(shard) for shard in ranks} == {width}
             together = ranks if level is Level.GLOBAL else ranks[: 4 // width]  # a group, or a rank, has all
-            assert sorted(number for held in together for number in held) == [0, 1, 2, 3]
+            assert sorted(number for shard in together for number in shard) == [0, 1, 2, 3]
 
 
 def test_links_do_one_thing_at_a_time_and_the_ends_are_the_clocks() -> None:
@@ -52,7 +52,7 @@ def test_costs_are_the_formulas() -> None:
 
 
 def drawn(file: Path) -> tuple[set[str], list[str]]:
-    """What a picture shows: the names of its parts, and its words and numbers."""
+    """Return the names of a picture's parts, and its words and numbers."""
     parts = list(ElementTree.parse(file).iter())
     names = {str(part.get("id")) for part in parts if part.get("id")}
     return names, [part.text or "" for part in parts if part.tag.endswith("}text")]
@@ -67,10 +67,10 @@ def test_draw_writes_every_part_the_same_each_time(tmp_path: Path) -> None:
     shown, (names, words) = scene(), drawn(first)
     states = [state.split()[0] for state in STATES]
     wanted = {
-        f"held-{holding.strategy}-{state}-{rank}-{held.start}-{held.stop}"
+        f"held-{holding.strategy}-{state}-{rank}-{shard.start}-{shard.stop}"
         for holding in shown.holdings
         for state, ranks in zip(states, holding.states, strict=True)
-        for rank, held in enumerate(ranks)
+        for rank, shard in enumerate(ranks)
     }
     for timeline in shown.timelines:
         runs = [span.run for span in timeline.spans]

@@ -78,7 +78,7 @@ def test_any_number_of_buckets(
     ],
 )
 def test_what_runs_when(kind: CollectiveKind, expected: list[tuple]) -> None:
-    """Inside groups a bucket is one slot before or behind what runs between them."""
+    """Inside groups, a bucket is one slot before or after its phase between groups."""
     slots: dict[int, list[tuple[str, int]]] = {}
     for run in plan_ring_collective(GROUPS, kind, CollectivesMode.OVERLAPPED, 3).runs:
         slots.setdefault(run.slot, []).append((run.collective.scope.value, run.bucket))
@@ -112,7 +112,7 @@ def test_a_flat_ring_leaves_each_group_once_a_step() -> None:
 def altered(
     plan: RingCollective, member: int, change: Callable[[PlannedMessage], PlannedMessage | None]
 ) -> RingCollective:
-    """A plan whose member does something else in some steps (None: not at all)."""
+    """Return a plan whose member does something else in some steps, or nothing (None)."""
     steps = list(plan.steps)
     steps[member] = tuple(new for step in steps[member] if (new := change(step)) is not None)
     return replace(plan, steps=tuple(steps))
@@ -177,7 +177,7 @@ def test_wrong_plans_are_refused(plan: RingCollective, message: str) -> None:
 
 
 def test_a_swapped_ring_is_still_agreed_on_but_gathers_what_is_not_there() -> None:
-    """Both sides agree on a wrong piece: only the execution can tell."""
+    """Both sides agree on a wrong piece, so only the execution shows the error."""
 
     def moved(step: PlannedMessage) -> PlannedMessage:
         piece = (step.send.begin + 1) % 6, (step.receive.begin + 1) % 6

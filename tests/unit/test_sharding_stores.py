@@ -39,7 +39,7 @@ class Job:
         self.behind = self.before = None
 
     def wait(self) -> None:
-        """Do it, once."""
+        """Run the job once."""
         self.start()
         if self.after is not None:
             self.after()
@@ -61,7 +61,7 @@ class LazyLanes:
         behind: Any = None,
         before: Callable[[], None] | None = None,
     ) -> Job:
-        """Take a job."""
+        """Accept a job."""
         self.jobs.append(Job(region, after, behind, before))
         return self.jobs[-1]
 

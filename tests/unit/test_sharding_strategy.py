@@ -59,7 +59,7 @@ def test_the_dominating_one_holds_less_and_sends_no_more(one: Strategy) -> None:
 
 
 def test_no_valid_one_is_dominated_by_making_its_optimizer_states_coarser() -> None:
-    """The rule is sharp: no valid strategy becomes another valid one with fewer bytes and less memory."""
+    """The rule is sharp: no valid strategy becomes another one with fewer bytes and less memory."""
     groups = RankGroups(16, 4)
     for one, other in product(VALID, VALID):
         if (one.params, one.grads) == (other.params, other.grads) and one.optimizer < other.optimizer:

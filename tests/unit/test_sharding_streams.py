@@ -36,10 +36,10 @@ class DoublingRunner:
         self.together = 0
 
     def check(self, collective: Collective, region: Region) -> None:
-        """Find nothing wrong."""
+        """Accept every argument."""
 
     def run(self, collective: Collective, region: Region) -> None:
-        """Give the stream work; only the device holds what it works on."""
+        """Submit work to the stream. Only the device holds its tensors."""
         part = weakref.ref(region.group_slice)
 
         def begin() -> None:
@@ -57,13 +57,13 @@ class DoublingRunner:
 
 
 def writing(part: torch.Tensor, value: int) -> Callable[[], None]:
-    held = weakref.ref(part)
-    return lambda: held().fill_(value)  # type: ignore[union-attr]
+    reference = weakref.ref(part)
+    return lambda: reference().fill_(value)  # type: ignore[union-attr]
 
 
 def reading(part: torch.Tensor, seen: list[int]) -> Callable[[], None]:
-    held = weakref.ref(part)
-    return lambda: seen.append(int(held()))  # type: ignore[arg-type]
+    reference = weakref.ref(part)
+    return lambda: seen.append(int(reference()))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("is_overlapped", [True, False])
@@ -97,7 +97,7 @@ def one_order(machine: Machine, seed: int, is_overlapped: bool) -> int:
 
 
 def test_a_stream_that_does_not_wait_sees_too_little(machine: Machine) -> None:
-    """The orders that are tried would show it."""
+    """The orders that are tried would reveal a missing wait."""
     seen: list[int] = []
     for seed in range(30):
         part = torch.zeros(1)
@@ -111,13 +111,13 @@ def test_a_stream_that_does_not_wait_sees_too_little(machine: Machine) -> None:
 def test_memory_is_kept_until_it_is_waited_for_or_seen_to_be_done(machine: Machine) -> None:
     lanes, order = CommQueues(DoublingRunner(machine), GPU, 0, is_overlapped=True), random.Random(0)
     part = torch.zeros(1)
-    held = weakref.ref(part)
+    reference = weakref.ref(part)
     handle = lanes.submit(JOBS[0], Region(None, part), "nobody waits")
     del part
-    assert held() is not None
+    assert reference() is not None
     machine.run(order)
     lanes.submit(JOBS[0], Region(None, torch.zeros(1)), "next")
-    assert held() is None and handle
+    assert reference() is None and handle
     machine.run(order)
 
 
@@ -138,7 +138,7 @@ def test_a_phase_that_raises_is_named_at_once(machine: Machine) -> None:
 
 @pytest.mark.parametrize("is_given_back", [True, False])
 def test_memory_that_a_hook_gives_back_is_used_again_only_after_lanes(machine: Machine, is_given_back: bool) -> None:
-    """Hooks of parameters run in another stream than layers; both use one pool, which is the layers'."""
+    """Hooks of parameters run in another stream than layers, but both use the memory pool of the layers."""
     seen: list[int] = []
     hooks = machine.stream(GPU)
     for seed in range(40):

@@ -45,16 +45,16 @@ SHAPES = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 2), (2, 4), (3, 2), (8, 8)]
 
 
 def near(value: float, text: str) -> bool:
-    """Whether a value rounds to a figure: half a unit of its last digit."""
+    """Return whether a value rounds to a figure: half a unit of its last digit."""
     return abs(value - float(text)) <= 0.5 * 10 ** -len(text.split(".")[1]) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("row", GOLDEN, ids=lambda row: row[0])
 def test_the_published_table(row: tuple[str, ...]) -> None:
-    name, held, inside, between, seconds = row
+    name, stored, inside, between, seconds = row
     strategy = Strategy.parse(name)
     step = comm_volume(strategy, PUBLISHED.groups, PUBLISHED.model, PAPER).step(8)
-    assert near(memory(strategy, PUBLISHED.groups, PUBLISHED.model, PAPER).total / 1e9, held)
+    assert near(memory(strategy, PUBLISHED.groups, PUBLISHED.model, PAPER).total / 1e9, stored)
     assert near(step.inside / 1e9, inside) and near(step.between / 1e9, between) and step.flat == 0
     assert near(predict(strategy, PUBLISHED).seconds.step, seconds)
     assert near(predict(strategy, PUBLISHED).seconds.communication, seconds)
@@ -65,7 +65,7 @@ def test_the_published_table_has_every_valid_strategy() -> None:
 
 
 def test_upstreams_documented_bytes() -> None:
-    """docs/dist_optimizer: 18 bytes a parameter with float32 gradients, 6 + 12/d with the distributed optimizer."""
+    """Upstream's page gives 18 bytes per parameter with float32 gradients, 6 + 12/d with the distributed optimizer."""
     groups, model = RankGroups(64, 8), Model(6400, 6400)
     assert memory(Strategy.parse("NNN"), groups, model).total == 18 * 6400
     assert memory(Strategy.parse("NNG"), groups, model).total == (6 + 12 / 64) * 6400
@@ -73,7 +73,7 @@ def test_upstreams_documented_bytes() -> None:
 
 
 def terms(strategy: Strategy, m: int, G: int, params: int, grads: int, A: int) -> tuple[float, float]:
-    """The closed forms of a step, inside and between, for valid strategies."""
+    """Return the closed forms of a step, inside and between groups, for valid strategies."""
     p, g, o = str(strategy)
     f = lambda k: (k - 1) / k  # noqa: E731
     gather = {"N": (0, 0), "I": (f(m), 0), "G": (f(m), f(G) / m)}
@@ -100,10 +100,10 @@ def test_closed_forms(strategy: Strategy) -> None:
         step = comm_volume(strategy, groups, model, PAPER).step(microbatches)
         inside, between = terms(strategy, m, count, 2 * model.params, 2 * model.trainable, microbatches)
         assert (step.inside, step.between) == (pytest.approx(inside), pytest.approx(between)), groups
-        held = memory(strategy, groups, model, PAPER)
+        stored = memory(strategy, groups, model, PAPER)
         cut = {"N": 1, "I": m, "G": m * count}
         p, g, o = str(strategy)
-        assert held.total == pytest.approx(
+        assert stored.total == pytest.approx(
             2 * model.params / cut[p] + 2 * model.trainable / cut[g] + 12 * model.trainable / cut[o]
         ), groups
 
@@ -111,7 +111,7 @@ def test_closed_forms(strategy: Strategy) -> None:
 @pytest.mark.parametrize("strategy", ALL, ids=str)
 @pytest.mark.parametrize("is_flat", [False, True])
 def test_phases_make_the_levels_that_they_promise(strategy: Strategy, is_flat: bool) -> None:
-    """Follow what every rank holds through a step: gathers end with whole parameters, sums with those of all ranks."""
+    """Follow what every rank holds: gathers end with whole parameters, reductions with sums over all ranks."""
     groups = RankGroups(8, 2)
     program_ = bucket_collectives(strategy, groups, is_flat=always_flat if is_flat else never_flat)
     cut = dict(zip(Level, (1, 2, 8), strict=True))
@@ -155,7 +155,7 @@ def test_flat_collectives_send_one_ring_and_replace_only_whole_ones(strategy: St
 @pytest.mark.parametrize("strategy", ALL, ids=str)
 @pytest.mark.parametrize("size", [1, 6])
 def test_groups_of_one_or_of_all_leave_flat_collectives(strategy: Strategy, size: int) -> None:
-    """m = 1: level I is not sharded; m = n: it is global; the hierarchy has one level, with a flat ring's bytes."""
+    """With m = 1 level I is not sharded, with m = n it is global. One level sends a flat ring's bytes."""
     groups, model = RankGroups(6, size), Model(600, 600)
     level = Level.NONE if size == 1 else Level.GLOBAL
     same = Strategy(*(level if each is Level.GROUP else each for each in vars_of(strategy)))
@@ -249,7 +249,7 @@ def test_more_of_anything_never_makes_the_best_slower(
 
 
 def test_what_hides_behind_compute() -> None:
-    """Work it out by hand: 2 ranks, one group of 2, GGG gathers and scatters 1 s each at 10 bytes/s."""
+    """Times are computed by hand for one group of 2 ranks. A gather or scatter of GGG takes 1 s at 10 bytes/s."""
     links = LinkSpeeds(LinkSpeed(10.0), LinkSpeed(10.0))
     job = TrainingJob(RankGroups(2, 2), Model(10, 10), ComputeTime(3, 2.0, 2.5, 1.0), links)
     spent = predict(Strategy.parse("GGG"), job).seconds
@@ -280,7 +280,7 @@ def test_buckets_send_what_the_model_does_that_they_make(strategy: Strategy, is_
 
 
 def test_a_bucket_sends_by_how_it_is_used() -> None:
-    """GGG, 4 ranks in pairs, 8 elements of 2 bytes: a gather or a scatter sends 4 bytes between and 8 inside."""
+    """For GGG on 4 ranks in pairs and 8 elements of 2 bytes, a gather or scatter sends 4 bytes between and 8 inside."""
     groups, strategy = RankGroups(4, 2), Strategy.parse("GGG")
 
     def sent(bucket: Bucket, **named: int) -> CommVolume:
@@ -293,7 +293,7 @@ def test_a_bucket_sends_by_how_it_is_used() -> None:
 
 
 def test_each_bucket_is_flat_or_not_by_its_own_bytes() -> None:
-    """NNG of bf16 parameters and fp32 gradients on the wire: each term goes by its own bytes."""
+    """For NNG with bf16 parameters and fp32 gradients, each term is chosen by its own bytes."""
     asked = []
 
     def is_flat(collectives: tuple, size: int) -> bool:
@@ -315,8 +315,8 @@ def test_each_bucket_is_flat_or_not_by_its_own_bytes() -> None:
 
 def test_uneven_parameters_are_padded_to_whole_shards() -> None:
     groups, model = RankGroups(4, 2), Model(10, 5)
-    held = memory(Strategy.parse("IIG"), groups, model, MEGATRON)
-    assert (held.params, held.grads, held.optimizer) == (2 * 3 * 2, 2 * 2 * 4, 2 * 12)
+    stored = memory(Strategy.parse("IIG"), groups, model, MEGATRON)
+    assert (stored.params, stored.grads, stored.optimizer) == (2 * 3 * 2, 2 * 2 * 4, 2 * 12)
     assert comm_volume(Strategy.parse("GGG"), groups, model, is_flat=True).params.flat == 3 * 3 * 2
 
 

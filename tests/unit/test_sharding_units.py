@@ -17,20 +17,20 @@ class FakeStore:
         self.name, self.log, self.users, self.is_whole = name, log, set(), False
 
     def finish_sync(self) -> None:
-        """Nothing is sent."""
+        """Send nothing."""
 
     def gather(self, user: str) -> None:
-        """Write down what a real one would send."""
+        """Record what a real gather would send."""
         self.users.add(user)
         if not self.is_whole:
             self.is_whole = True
             self.log.append(f"+{self.name}")
 
     def wait(self) -> None:
-        """There at once."""
+        """Return at once."""
 
     def release(self, user: str) -> None:
-        """Write down the last one's."""
+        """Record the release of the last gather."""
         self.users.discard(user)
         if self.is_whole and not self.users:
             self.is_whole = False
@@ -72,7 +72,7 @@ class Model:
         self.log.clear()
 
     def step(self, recompute: int = 0) -> None:
-        """Forward and backward."""
+        """Run forward and backward."""
         x = torch.ones(2, 4, requires_grad=True)
         for at in range(0, len(self.layers), recompute or 1):
             part = self.layers[at : at + (recompute or 1)]

@@ -32,9 +32,9 @@ def test_a_changed_signature_is_seen() -> None:
 @pytest.mark.parametrize("version", signatures.VERSIONS)
 def test_the_table_is_that_of_te_itself(version: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(tmp_path)]
-    told = subprocess.run([*command, f"transformer_engine=={version}"], capture_output=True, text=True, check=False)
-    if told.returncode:
-        pytest.skip(f"no package registry hands out transformer_engine {version}: {told.stderr.strip()[-200:]}")
+    message = subprocess.run([*command, f"transformer_engine=={version}"], capture_output=True, text=True, check=False)
+    if message.returncode:
+        pytest.skip(f"no package registry hands out transformer_engine {version}: {message.stderr.strip()[-200:]}")
     (wheel,) = tmp_path.glob("*.whl")
     assert signatures.of_wheel(wheel) == signatures.of_table(version)
     # What checkpoints of ours rely on: TransformerEngine's attention accepts that its state is missing, by this name.

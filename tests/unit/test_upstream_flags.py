@@ -218,8 +218,8 @@ def test_flags_of_the_data_set_reach_it(ranks: RankPool) -> None:
             "--seed 7",
         )
     )
-    told = {name: value for name, value in changed.items() if value != plain[name]}
-    assert told == {
+    messages = {name: value for name, value in changed.items() if value != plain[name]}
+    assert messages == {
         "mid_level_dataset_surplus": 0.25,
         "allow_ambiguous_pad_tokens": True,
         "object_storage_cache_path": "there",

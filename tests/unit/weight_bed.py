@@ -47,7 +47,7 @@ class Case:
 
 @contextlib.contextmanager
 def world(case: Case) -> Iterator[None]:
-    """Upstream's floor on the CPU, and its groups."""
+    """Open upstream's process groups of one CPU rank."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -61,7 +61,7 @@ def world(case: Case) -> Iterator[None]:
 
 
 def model_of(case: Case) -> Any:
-    """Build it; the same weights whenever it is called."""
+    """Build the model, with the same weights in every call."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
@@ -126,7 +126,7 @@ def loss_of(case: Case, model: Any, step: int, microbatch: int) -> tuple[torch.T
 
 
 def fused_step(case: Case, model: Any, step: int) -> list[torch.Tensor]:
-    """Upstream's own backward, with its rule for `no_sync`; returns gradients of what came from outside."""
+    """Run upstream's own backward, with its rule for `no_sync`, and return the gradients of outside inputs."""
     inputs = []
     for microbatch in case.backwards:
         is_last = microbatch == case.backwards[-1]
@@ -138,7 +138,7 @@ def fused_step(case: Case, model: Any, step: int) -> list[torch.Tensor]:
 
 
 def split_step(case: Case, model: Any, step: int) -> list[torch.Tensor]:
-    """The same micro-batches through the case's order of B and W."""
+    """Run the same micro-batches in the case's order of B and W."""
     from megatron.longseq.pipeline.runtime.grad_sync import BucketReductions
     from megatron.longseq.pipeline.runtime.weight_grad import WeightGradStore, attach
 
@@ -198,7 +198,7 @@ def reductions(case: Case) -> list[list[str]]:
 
 
 def gradients(case: Case, arms: list[Callable[..., list[torch.Tensor]]]) -> list[Gradients]:
-    """Gradients of every parameter and outside input after each step of its arm."""
+    """Return the gradients of every parameter and outside input after each step."""
     model, steps = model_of(case), []
     for step, arm in enumerate(arms):
         if case.ddp is None:
@@ -218,7 +218,7 @@ def gradients(case: Case, arms: list[Callable[..., list[torch.Tensor]]]) -> list
 
 
 def differing(case: Case, steps: int = 1) -> list[str]:
-    """Names of gradients that are not bitwise those of upstream's own backward (or are zero in both)."""
+    """Return the names of gradients that are not bitwise those of upstream's backward, or are zero in both."""
     with world(case), kernel(case):
         first = {"same": split_step, "fused": fused_step}[case.first]
         expected = gradients(case, [fused_step] * steps)
@@ -255,7 +255,7 @@ class FusedKernel:
 
 @contextlib.contextmanager
 def kernel(case: Case) -> Iterator[None]:
-    """Give upstream the fused kernel, where the case wants it."""
+    """Install the fused kernel in upstream if the case needs it."""
     if case.fused:
         from megatron.core.tensor_parallel import layers
 
@@ -280,7 +280,7 @@ class Counted(TorchDispatchMode):
 
 
 def pending_bytes(store: Any) -> int:
-    """Bytes of storage that units keep alive between B and W."""
+    """Return the bytes of storage that units keep alive between B and W."""
     tensors = (t for unit in store._pending.values() for product in unit for t in (product.input, product.grad_output))
     return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
@@ -299,7 +299,7 @@ def counted(case: Case) -> dict[str, Any]:
             store.begin(0)
             with Counted() as backward:
                 loss.backward()
-            held = pending_bytes(store)
+            pending = pending_bytes(store)
             with Counted() as weight:
                 store.run(0)
             shapes = Counter(tuple(model.get_submodule(name[2:]).weight.shape) for name in attachment.names)
@@ -309,13 +309,13 @@ def counted(case: Case) -> dict[str, Any]:
             "W": weight.products,
             "weights": shapes,
             "linears": len(attachment.names),
-            "held": held,
+            "held": pending,
             "left": pending_bytes(store),
         }
 
 
 def used_twice() -> bool:
-    """One linear, called twice in a forward, as upstream's multi-token prediction calls the head."""
+    """Call one linear layer twice in a forward, as upstream's multi-token prediction calls the head."""
     from megatron.longseq.pipeline.runtime.weight_grad import WeightGradStore, attach
 
     case = Case()
@@ -340,7 +340,7 @@ def used_twice() -> bool:
 
 
 def attaching() -> None:
-    """What `attach` leaves, refuses and undoes."""
+    """Return what `attach` leaves, refuses and undoes."""
     import pytest
 
     from megatron.longseq.pipeline.runtime.weight_grad import WeightGradStore, attach
@@ -399,7 +399,7 @@ def _refusals(model: Any, store: Any, linears: list[Any]) -> None:
 
 
 def store_keeping() -> None:
-    """Units in and out of order, and tensors that somebody wrote into."""
+    """Return results for units in and out of order, and for tensors that were overwritten."""
     import pytest
 
     from megatron.longseq.pipeline.runtime.weight_grad import WeightGradStore, attach
@@ -439,7 +439,7 @@ def store_keeping() -> None:
 
 
 def changed_tensors() -> None:
-    """A run ends its unit, and notices that a tensor of the unit was written to."""
+    """Return whether a run ends its unit and detects that a tensor of the unit was overwritten."""
     import pytest
 
     from megatron.longseq.pipeline.runtime.weight_grad import WeightGradStore, attach
@@ -493,7 +493,7 @@ class _Saved:
 
 
 def splits() -> dict[str, Split]:
-    """The backward of a last stage in float64, split by us and by torch: on upstream's linears, and on plain ones."""
+    """Return results of our split and torch's split of a last stage's backward in float64."""
     case = Case(tail=True)
     with world(case):
         torch.set_default_dtype(torch.float64)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from megatron.longseq.pipeline.plan.schedule import Action, ActionKind, Schedule
 from megatron.longseq.pipeline.plan.segment_cost import ModelShape
 
+LOSS_NUMBERS = 17  # bytes per token that chunks keep: maximum, sum of exponentials, label, whether it is a rank's own
 GRANULARITIES = (None, "selective", "full")
 METHODS = ("uniform", "block")
 
@@ -103,18 +104,32 @@ def stage_bytes(
     return StageBytes(activations * element, recomputing * element, stored * element, grads, first_layers)
 
 
-def head_bytes(shape: ModelShape, element: int = 2) -> float:
+def head_bytes(shape: ModelShape, element: int = 2, *, chunked: bool = False) -> float:
     """Return the bytes per token that the output layer and the loss keep: their input and the float32 softmax.
 
     A model without an output layer keeps 0.
+
+    Args:
+        shape: shape of the model.
+        element: bytes per element of the model's dtype.
+        chunked: whether the loss is computed in chunks (--cross-entropy-chunk-tokens), which keep no softmax.
     """
     if not shape.padded_vocab_size:
         return 0.0
-    return 2.0 * shape.hidden_size * element + 4.0 * shape.padded_vocab_size
+    return 2.0 * shape.hidden_size * element + (LOSS_NUMBERS if chunked else 4.0 * shape.padded_vocab_size)
+
+
+def chunk_bytes(shape: ModelShape, tokens: int, element: int = 2) -> float:
+    """Return the bytes of a chunk's logits and of their float32 copy, which exist while the chunk is computed."""
+    return tokens * shape.padded_vocab_size * (element + (4.0 if element < 4 else 0.0))
 
 
 def peak_bytes(
-    schedule: Schedule, lengths: Sequence[int], per_stage: Sequence[StageBytes], head: float = 0.0
+    schedule: Schedule,
+    lengths: Sequence[int],
+    per_stage: Sequence[StageBytes],
+    head: float = 0.0,
+    chunk: float = 0.0,
 ) -> list[float]:
     """Return the peak of the bytes that each rank keeps for backward, with one sequence per micro-batch.
 
@@ -123,12 +138,14 @@ def peak_bytes(
         lengths: tokens per segment.
         per_stage: bytes per token of each model stage.
         head: bytes per token that the output layer and the loss keep on the last stage.
+        chunk: bytes that they need there while they run (`chunk_bytes`).
     """
     pipeline = schedule.pipeline
     peaks = []
     for rank, order in enumerate(schedule.orders):
         own = [per_stage[pipeline.stage(rank, vstage)] for vstage in range(pipeline.virtual)]
-        heads = [head * (pipeline.stage(rank, vstage) == pipeline.depth - 1) for vstage in range(pipeline.virtual)]
+        ends = [pipeline.stage(rank, vstage) == pipeline.depth - 1 for vstage in range(pipeline.virtual)]
+        heads = [(head * is_last, chunk * is_last) for is_last in ends]
         peaks.append(max(_alive(order, lengths, own, heads, schedule.splits_weights), default=0.0))
     return peaks
 
@@ -137,18 +154,21 @@ def _alive(
     order: Sequence[Action],
     lengths: Sequence[int],
     own: Sequence[StageBytes],
-    heads: Sequence[float],
+    heads: Sequence[tuple[float, float]],
     splits_weights: bool,
 ) -> Iterator[float]:
     """Yield the bytes kept after each action, and at the peaks within each backward."""
     alive = 0.0
     for action in order:
         tokens, here = lengths[action.segment], own[action.vstage]
-        unit, loss = tokens * here.activations, tokens * heads[action.vstage]
+        (per_token, chunk), unit = heads[action.vstage], tokens * here.activations
+        loss = tokens * per_token
         before, is_first = sum(lengths[: action.segment]), action.segment == len(lengths) - 1
         if action.kind is ActionKind.FORWARD:
             alive += unit + loss + tokens * here.kv_cache
+            yield alive + chunk
         elif action.kind is ActionKind.BACKWARD:
+            yield alive + chunk
             alive -= loss
             yield alive + tokens * here.recomputing * (not here.recomputes_first_layers)  # the last layer's backward
             alive += before * here.kv_grads if is_first else 0.0

@@ -92,6 +92,12 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--recompute-method", choices=METHODS, default="uniform", help="upstream's, with full")
     group.add_argument("--recompute-num-layers", type=int, default=1, help="upstream's, with full (default 1)")
+    group.add_argument(
+        "--cross-entropy-chunk-tokens",
+        type=_positive,
+        metavar="N",
+        help="the loss in chunks of N tokens; it affects only the column of bytes kept",
+    )
     group.add_argument("--device-tflops", type=float, default=150.0, help="assumed speed of a device (default 150)")
     group.add_argument(
         "--layer-seconds",
@@ -167,7 +173,14 @@ def _choice(args: argparse.Namespace) -> ScheduleChoice:
 def _cluster(args: argparse.Namespace) -> PipelineSetup:
     multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
     recompute = Recompute(args.recompute_granularity, args.recompute_method, args.recompute_num_layers)
-    return PipelineSetup(args.stages, args.microbatches, multiple, args.latency, recompute)
+    chunk = args.cross_entropy_chunk_tokens
+    return PipelineSetup(args.stages, args.microbatches, multiple, args.latency, recompute, chunk)
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError(f"{text} is not at least 1")
+    return int(text)
 
 
 def _model(args: argparse.Namespace) -> CostModel:

@@ -10,7 +10,7 @@ from statistics import median
 
 from megatron.longseq.command_line import markdown_table
 from megatron.longseq.pipeline.plan.generators import make
-from megatron.longseq.pipeline.plan.memory import Recompute, head_bytes, peak_bytes, stage_bytes
+from megatron.longseq.pipeline.plan.memory import Recompute, chunk_bytes, head_bytes, peak_bytes, stage_bytes
 from megatron.longseq.pipeline.plan.partition import Partition, check_length, imbalance_of, parse
 from megatron.longseq.pipeline.plan.schedule import ActionKind, Pipeline, Schedule
 from megatron.longseq.pipeline.plan.segment_cost import CostModel, Line, ModelShape, Sample, cells, segment_costs
@@ -51,6 +51,7 @@ class PipelineSetup:
         multiple: divides every segment's length: the tensor-parallel size under sequence parallelism.
         latency: seconds that a message between stages takes.
         recompute: which activations backward recomputes.
+        chunk_tokens: tokens of a chunk of the cross entropy (--cross-entropy-chunk-tokens); None: whole logits.
     """
 
     stages: int
@@ -58,6 +59,7 @@ class PipelineSetup:
     multiple: int = 1
     latency: float = 0.0
     recompute: Recompute = field(default_factory=Recompute)
+    chunk_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,10 @@ def _kept(schedule: Schedule, model: CostModel, cluster: PipelineSetup, partitio
     depth, in_segments = schedule.pipeline.depth, schedule.pipeline.segments > 1
     layers = model.shape.num_layers // depth
     stage = stage_bytes(model.shape, layers, cluster.recompute, in_segments=in_segments)
-    return max(peak_bytes(schedule, partition.lengths, [stage] * depth, head_bytes(model.shape)))
+    head, chunk = head_bytes(model.shape, chunked=cluster.chunk_tokens is not None), 0.0
+    if cluster.chunk_tokens is not None:
+        chunk = chunk_bytes(model.shape, min(cluster.chunk_tokens, max(partition.lengths)))
+    return max(peak_bytes(schedule, partition.lengths, [stage] * depth, head, chunk))
 
 
 def usual(choice: ScheduleChoice) -> list[ScheduleChoice]:

@@ -63,7 +63,19 @@ def default_training_words(model: Architecture) -> list[str]:
     vocabulary = model.vocab_size or model.padded_vocab_size
     return [
         *("--lr", "3e-4", "--min-lr", "3e-5", "--lr-decay-style", "cosine", "--weight-decay", "0.1"),
-        *("--clip-grad", "1.0", "--train-iters", "100", "--eval-iters", "0", "--log-interval", "1", "--log-throughput"),
+        *(
+            "--clip-grad",
+            "1.0",
+            "--train-iters",
+            "100",
+            "--eval-iters",
+            "0",
+            "--eval-interval",
+            "1000",
+            "--log-interval",
+            "1",
+            "--log-throughput",
+        ),
         *("--mock-data", "--split", "1,0,0", "--tokenizer-type", "NullTokenizer", "--vocab-size", str(vocabulary)),
     ]
 

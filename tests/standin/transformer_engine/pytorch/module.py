@@ -32,10 +32,15 @@ class TransformerEngineBaseModule(nn.Module):
 
 class _Linear(TransformerEngineBaseModule):
     def _create(self, sizes: tuple[int, int], given: dict[str, Any]) -> None:
-        if given["tp_size"] > 1 or given["fuse_wgrad_accumulation"] or given["parameters_split"]:
-            raise NotImplementedError("one tensor-parallel rank, and no fused gradients")
-        self.in_features, self.out_features = sizes
+        if given["fuse_wgrad_accumulation"] or given["parameters_split"]:
+            raise NotImplementedError("no fused gradients")
         self.tp_size, self.parallel_mode = given["tp_size"], given["parallel_mode"]
+        self.set_tensor_parallel_group(given["tp_group"])
+        self.sequence_parallel = given["sequence_parallel"] and self.parallel_mode is not None and self.tp_size > 1
+        inputs, outputs = sizes
+        inputs //= self.tp_size if self.parallel_mode == "row" else 1
+        outputs //= self.tp_size if self.parallel_mode == "column" else 1
+        self.in_features, self.out_features = sizes = inputs, outputs
         self.use_bias, self.return_bias = given["bias"], given["return_bias"]
         dtype = given["params_dtype"] or torch.get_default_dtype()
         self.weight = nn.Parameter(torch.empty(sizes[1], sizes[0], dtype=dtype, device=given["device"]))
@@ -46,13 +51,34 @@ class _Linear(TransformerEngineBaseModule):
         self.weight.partition_dim = int(self.parallel_mode == "row")
         self.weight.partition_stride = 1
         if self.use_bias:
-            self.bias = nn.Parameter(torch.zeros(sizes[1], dtype=dtype, device=given["device"]))
+            self.bias = nn.Parameter(torch.zeros(outputs, dtype=dtype, device=given["device"]))
 
     def _multiply(self, x: Tensor) -> Any:
+        product = self._joined(functional.linear(self._spread(x), self.weight))
         bias = self.bias if self.use_bias else None
         if self.return_bias:
-            return functional.linear(x, self.weight), bias
-        return functional.linear(x, self.weight, bias)
+            return product, bias
+        return product if bias is None else product + bias
+
+    def _spread(self, x: Tensor) -> Tensor:
+        """Return the whole input of a column-parallel product."""
+        from megatron.core.tensor_parallel import mappings  # which imports this package
+
+        if self.tp_size == 1 or self.parallel_mode != "column":
+            return x
+        if self.sequence_parallel:
+            return mappings.gather_from_sequence_parallel_region(x, group=self.tp_group)
+        return mappings.copy_to_tensor_model_parallel_region(x, group=self.tp_group)
+
+    def _joined(self, product: Tensor) -> Tensor:
+        """Return the sum of a row-parallel product over its ranks."""
+        from megatron.core.tensor_parallel import mappings
+
+        if self.tp_size == 1 or self.parallel_mode != "row":
+            return product
+        if self.sequence_parallel:
+            return mappings.reduce_scatter_to_sequence_parallel_region(product, group=self.tp_group)
+        return mappings.reduce_from_tensor_model_parallel_region(product, group=self.tp_group)
 
 
 class Linear(_Linear):
