@@ -6,15 +6,19 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron.longseq.data.__main__ import main as prepare
 from megatron.longseq.flexsp.plan.cost_file import load_cost
 from tests.distributed.equality import SNAPSHOTS, Start, assert_equal
-from tests.distributed.flags import FULL, OVERLAP, PP2, TP2, VPP, flags
+from tests.distributed.flags import FULL, OVERLAP, PP2, TINY, TP2, VPP, flags
 from tests.packed_corpus import RAGGED, write_documents
 from tests.pool import RankFailure, RankPool
+from tests.regression import oracle
 from tests.regression.arm import Run, run_arm
+from tests.regression.tensors import logical_tensors
 from tests.regression.trainings import Trainings
 
 PLACE = "tests.distributed.flexible_plans"
@@ -122,6 +126,38 @@ def test_a_refit_on_the_way_changes_plans_alone(
     assert fitted.name == "fit" and fitted.tokens_per_rank == 72
     again = [*base(""), *flags(f"{TWO} --flexsp-cost {file}")]
     assert_equal(run_arm(ranks, "O", 2, again, float64=True, snapshots=SNAPSHOTS), reference(""), "its file", tell)
+
+
+@pytest.mark.slow
+def test_prepared_conversations_equal_the_oracle(
+    ranks: RankPool,
+    trainings: Trainings,
+    tell: Callable[[str], None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Prompts have no loss, and every token of an answer counts once, whatever the plan is."""
+    for package in ("datasets", "transformers"):
+        pytest.importorskip(package, reason="conversations are prepared with it")
+    from tests.distributed.conversations import sft_flags
+
+    sft_flags(tmp_path)
+    command = ["prepare", str(tmp_path / "conversations.jsonl"), "--output", str(tmp_path / "chat"), "--workers", "1"]
+    assert prepare([*command, "--format", "conversations", "--tokenizer-model", str(tmp_path / "tokenizer")]) == 0
+    capsys.readouterr()
+    assert prepare(["flags", str(tmp_path / "chat")]) == 0
+    chat = [*capsys.readouterr().out.split(), "--split", "1,0,0"]
+    steps = "--train-iters 3 --lr-decay-iters 3 --lr-decay-style cosine --global-batch-size 16"
+    base = [*(flag for flag in flags(TINY, steps) if flag != "--mock-data"), *chat, *trainings.load(*flags(TINY))]
+    named: dict[str, Any] = {"float64": True, "snapshots": SNAPSHOTS}
+    one = run_arm(ranks, "O", 1, [*base, *flags(ONE)], keep_batches=True, **named)
+    two = run_arm(ranks, "O", 2, [*base, *flags(TWO)], mutant=f"{PLACE}:random_plans", **named)
+    assert_equal(two, one, "conversations", tell, learns=-1.0)  # three steps learn too little of words
+    seed = {name: x for name, x in logical_tensors(trainings.seed(*flags(TINY))).items() if "optimizer" not in name}
+    curve, _ = oracle.train(seed, one.batches, oracle.Settings.of([*flags(TINY, steps), "--sft", "--flexsp"]))
+    assert any(not batch["loss_mask"].all() for batch in one.batches[0])
+    for name in ("loss", "grad_norm", "tokens"):
+        assert [step[name] for step in one.curve] == pytest.approx([step[name] for step in curve], rel=1e-9), name
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def test_buckets_are_those_of_the_model(sharded_run: Callable[[str], list[RankRe
     (seen, *_) = sharded_run("GGG, flat")
     assert [(bucket.numel, bucket.gathers) for bucket in seen.buckets] == [
         (128 * 32, 2),
-        (-(-(layer + 64) // 128) * 128, 2),  # parameters are aligned to 64 elements
+        (-(-(layer + 32 + 64) // 128) * 128, 2),  # norms of 32 elements are aligned to 64
         (-(-layer // 128) * 128, 2),
         (128 * 32, 1),
     ]

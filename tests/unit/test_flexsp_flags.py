@@ -56,6 +56,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("--dataloader-inter-document-masking", {"dataloader_inter_document_masking": True}),
     ("--reset-attention-mask", {"reset_attention_mask": True}),
     ("--micro-batch-size", {"micro_batch_size": 2}),
+    ("--sft with jsonl", {"sft": True, "data_path": ["chat.jsonl"]}),
     ("--mock-data", {"mock_data": True}),
     ("--dataloader-type", {"dataloader_type": "cyclic"}),
     ("--full-validation", {"full_validation": True}),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from megatron.longseq.flexsp.plan.plan import Kind, Microbatch, SequenceGroup, StepPlan
 from megatron.longseq.flexsp.runtime.documents import DocumentDataset, DocumentDatasetConfig, cut_documents
+from megatron.longseq.flexsp.runtime.runner import StepRunner
 from megatron.longseq.flexsp.runtime.steps import GlobalBatches, Lookahead, PlannedBatch
 from tests.packed_corpus import EOD, write_documents
 
@@ -171,6 +172,12 @@ def test_a_new_cost_model_counts_for_steps_that_are_not_planned_yet() -> None:
     lookahead.batch(4)
     assert [seen[step] for step in range(5)] == [COST] * 4 + ["another"]
     lookahead.close()
+
+
+def test_another_scripts_batches_are_refused() -> None:
+    runner = StepRunner(groups=None, pad=0, tensor=1, report=None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="--flexsp: the script's data iterator yields dict"):
+        runner.run(lambda: None, data_iterator=iter([{}]), model=None, num_microbatches=1)
 
 
 def test_errors_of_the_planner_reach_the_step() -> None:

@@ -4,6 +4,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from megatron.longseq.attention.arguments import NOT_WITH_DOCUMENTS
+from megatron.longseq.data.splits import reads_prepared
 from megatron.longseq.flexsp.plan.cost import FAMILIES, KindFamily
 from megatron.longseq.flexsp.plan.planner import PLANNERS
 from megatron.longseq.refusals import Refusals, refuse, refuse_unwritable, refuse_without_effect
@@ -39,6 +40,11 @@ NOT_WITH_FLEXSP: Refusals = {
     "--micro-batch-size": (
         lambda a: a.micro_batch_size != 1 or (a.eval_micro_batch_size or 1) != 1,
         "a micro-batch holds one pack of documents in each group; give 1",
+    ),
+    "--sft with jsonl": (
+        lambda a: a.sft and not reads_prepared(a),
+        "lengths are planned before anything is tokenized; prepare the conversations with python -m "
+        "megatron.longseq.data prepare --format conversations",
     ),
     "--mock-data": (lambda a: a.mock_data, "mock data has no documents; give --data-path"),
     "--dataloader-type": (
@@ -108,7 +114,7 @@ def add_flexsp_arguments(parser: ArgumentParser) -> None:
         "--flexsp-planner",
         choices=PLANNERS,
         default="heuristic",
-        help="heuristic; static: the best single degree for all "
+        help="heuristic; exact: an integer program, for few documents; static: the best single degree for all "
         "micro-batches; sorted: the best single degree of every micro-batch of documents sorted by length",
     )
     group.add_argument(

@@ -24,7 +24,6 @@ PLANNERS: tuple[PlannerName, ...] = get_args(PlannerName)
 _COUNTS = 4  # numbers of micro-batches that are tried above the least
 _QUICK_PLANS = 5  # splits that are planned quickly
 _BEST_PLANS = 2  # of these, those that are planned thoroughly
-_MANY = 2048  # sequences of a step from which one plan fewer is searched, so that the time stays within seconds
 
 
 def automatic_degrees(ranks: int) -> tuple[int, ...]:
@@ -122,13 +121,12 @@ def search(problem: StepProblem, least: int = 1, multiple: int = 1, *, fills: bo
 
     quick = [(parts, plan) for parts in _splits(problem, least, multiple) if (plan := _plan(problem, parts, QUICK))]
     quick.sort(key=lambda one: seconds(one[1]))
-    thorough_plans = _BEST_PLANS if len(problem.lengths) < _MANY else _BEST_PLANS - 1
     plans = [plan for plan in (sorted_homogeneous(problem), static(problem)) if plan is not None]
-    for parts, plan in quick[:thorough_plans]:
+    for parts, plan in quick[:_BEST_PLANS]:
         thorough = _plan(problem, parts, THOROUGH)
         plans.append(thorough if thorough is not None and seconds(thorough) < seconds(plan) else plan)
     best = min(plans, key=seconds)
-    for plan in sorted(plans, key=seconds)[: thorough_plans if fills else 0]:
+    for plan in sorted(plans, key=seconds)[: _BEST_PLANS if fills else 0]:
         filled = fill_holes(problem, plan, THOROUGH)
         if seconds(filled) < seconds(best):
             best = filled
@@ -153,6 +151,4 @@ def _splits(problem: StepProblem, least: int, multiple: int) -> list[Parts]:
         if number % multiple == 0 or number == len(problem.lengths):
             for parts in splits(problem, min(number, len(problem.lengths))):
                 each[parts] = sum(lower_estimate(problem, part) for part in parts)
-    return sorted(each, key=lambda parts: each[parts])[
-        : _QUICK_PLANS if len(problem.lengths) < _MANY else _QUICK_PLANS - 2
-    ]
+    return sorted(each, key=lambda parts: each[parts])[:_QUICK_PLANS]

@@ -29,7 +29,7 @@ def planned_steps(args: Namespace, samples: list[int], config: GPTDatasetConfig)
         ValueError: A part holds no document that can be trained, or --flexsp-batch-tokens is given with a blend.
     """
     given = {field.name: getattr(config, field.name) for field in fields(GPTDatasetConfig) if field.init}
-    own = DocumentDatasetConfig(**given, overlong=args.flexsp_overlong)
+    own = DocumentDatasetConfig(**given, overlong=args.flexsp_overlong, conversations=args.sft)
     datasets = BlendedMegatronDatasetBuilder(DocumentDataset, samples, lambda: True, own).build()
     consumed = (args.consumed_train_samples, args.consumed_valid_samples, 0)
     sizes = (args.global_batch_size, args.eval_global_batch_size, args.eval_global_batch_size)

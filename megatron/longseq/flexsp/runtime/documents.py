@@ -1,7 +1,6 @@
 """Documents of a data set as samples of their own lengths, in an order of each epoch; nothing is packed or padded."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +11,6 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from numpy.typing import NDArray
 
 from megatron.longseq.conversation_dataset import ConversationDataset
-from megatron.longseq.data import LOSS_MASK
 from megatron.longseq.data.conversations import Conversations
 
 Ints = NDArray[np.int64]
@@ -38,9 +36,11 @@ class DocumentDatasetConfig(GPTDatasetConfig):
 
     Attributes:
         overlong: "split" or "drop".
+        conversations: whether the data sets are prepared conversations, with a loss mask.
     """
 
     overlong: str = "split"
+    conversations: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class DocumentDataset(MegatronDataset):  # type: ignore[misc]  # upstream is not
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: Any) -> Any:
         """Open documents, or conversations with their loss mask."""
-        if Path(f"{dataset_path}{LOSS_MASK}.idx").is_file():
+        if config.conversations:
             return ConversationDataset.build_low_level_dataset(dataset_path, config)
         return IndexedDataset(dataset_path, multimodal=False, mmap=config.mmap_bin_files)
 

@@ -14,7 +14,7 @@ from megatron.longseq.flexsp.plan.plan import SequenceGroup, StepPlan
 
 _WIDTH, _LEFT = 10.0, 0.62  # inches: of the figure, and left of the panels
 _ROW, _LEAST, _MOST = 0.2, 1.2, 2.6  # inches: of a rank, smallest and largest height of a panel's ranks
-_PANEL, _ENDS = 0.42, 0.75  # inches: of the rest of a panel, of time axis and legend
+_PANEL, _ENDS = 0.42, 0.5  # inches: of the rest of a panel, of time axis and legend
 _SHADES = 5  # lengths in the legend
 
 
