@@ -8,6 +8,18 @@ from tests.regression.planted import Planted, wrapped
 
 
 @contextmanager
+def _cut_of_the_data() -> Iterator[None]:
+    """Let the model take the batch as it was cut, although it is given other documents: it would refuse them."""
+    from megatron.longseq.attention.runtime.document_layouts import DocumentLayouts
+
+    def choice(original: Any, self: Any, documents: Any, length: int) -> Any:
+        return original(self, self._last_cut or documents, length)
+
+    with wrapped(DocumentLayouts, "_choice", choice):
+        yield
+
+
+@contextmanager
 def leaking_documents() -> Iterator[Planted]:
     """Let tokens attend to earlier documents of their sequence, and count positions over them."""
     from megatron.longseq.attention.plan.ranges import Documents, DocumentSpan
@@ -20,7 +32,7 @@ def leaking_documents() -> Iterator[Planted]:
         planted.times += any(len(spans) > 1 for spans in found.spans)
         return Documents(((DocumentSpan(0, length, 0),),) * sequences)
 
-    with wrapped(PackedReader, "documents", documents):
+    with wrapped(PackedReader, "documents", documents), _cut_of_the_data():
         yield planted
 
 
@@ -69,7 +81,7 @@ def border_off_by_one() -> Iterator[Planted]:
                 planted.times += 1
         return original(moved, sequences, length)
 
-    with wrapped(packed_batch, "documents_of", documents_of):
+    with wrapped(packed_batch, "documents_of", documents_of), _cut_of_the_data():
         yield planted
 
 
