@@ -22,11 +22,19 @@ def run_command(parser: ArgumentParser, argv: Sequence[str] | None) -> int:
     try:
         text = args.run(args)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_reason(error)}", file=sys.stderr)
         return 1
     if text is not None:
         print(text)
     return 0
+
+
+def _reason(error: ValueError | OSError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"an input file is not UTF-8 text: {error.reason} at byte {error.start}"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def add_flags_command(

@@ -203,3 +203,17 @@ def test_cost_models_are_saved_and_read(tmp_path: Path):
     file.write_text(json.dumps({**values, "layers": "many"}))
     with pytest.raises(ValueError, match="give numbers"):
         load_cost(str(file))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "lengths: No such file or directory"), (b"\xff\xfe\x00", "an input file is not UTF-8 text")],
+)
+def test_unreadable_lengths_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, message: str
+) -> None:
+    file = tmp_path / "lengths"
+    if content is not None:
+        file.write_bytes(content)
+    assert main(["plan", "--lengths", str(file), "--ranks", "4", "--cost", "7b-a100"]) == 1
+    assert message in capsys.readouterr().err
