@@ -10,6 +10,7 @@ VALIDATE_ARGS = "hook.validate-args"
 INITIALIZE = "hook.initialize"
 READ_CHECKPOINT = "hook.read-checkpoint"
 LOAD_CHECKPOINT = "hook.load-checkpoint"
+SAVE_CHECKPOINT = "hook.save-checkpoint"
 PARAMS_NORM = "hook.params-norm"
 FORWARD_BACKWARD = "hook.forward-backward"
 RECOMPUTE = "hook.recompute"
@@ -47,6 +48,14 @@ RECORDS = (
         aliases=("megatron.training.training:load_checkpoint",),
         why="A run loads its weights, optimizer states and random-number states here.",
         stage="start",
+    ),
+    Record(
+        id=SAVE_CHECKPOINT,
+        system="hook",
+        action="hook",
+        target="megatron.training.checkpointing:save_checkpoint",
+        aliases=("megatron.training.training:save_checkpoint",),
+        why="A run saves its weights, optimizer states and random-number states here.",
     ),
     Record(
         id=PARAMS_NORM,

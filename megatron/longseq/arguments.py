@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from megatron.longseq.attention.arguments import add_context_arguments, check_context_numbers
+from megatron.longseq.checkpoints.arguments import add_checkpoint_arguments
 from megatron.longseq.cross_entropy.arguments import add_cross_entropy_arguments, check_cross_entropy_numbers
 from megatron.longseq.dry_run.arguments import add_dry_run_arguments, check_dry_run
 from megatron.longseq.flexsp.arguments import add_flexsp_arguments, check_flexsp_numbers
@@ -25,6 +26,7 @@ def add_longseq_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     """
     _add_record_arguments(parser)
     _add_log_arguments(parser)
+    add_checkpoint_arguments(parser)
     add_pipeline_arguments(parser)
     add_context_arguments(parser)
     add_sharding_arguments(parser)

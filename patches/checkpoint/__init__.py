@@ -1,11 +1,98 @@
-"""System `checkpoint`: name what keeps a checkpoint from being loaded, and flags that changed since it was saved."""
+"""System `checkpoint`: save atomically, load the newest complete checkpoint, and explain what cannot be loaded."""
 
-from patches.hooks import LOAD_CHECKPOINT, READ_CHECKPOINT
+from patches.hooks import LOAD_CHECKPOINT, READ_CHECKPOINT, SAVE_CHECKPOINT
 from patches.record import Callback, Record
 
-RECORDS: tuple[Record, ...] = ()
+RECORDS = (
+    Record(
+        id="checkpoint.commit",
+        system="checkpoint",
+        action="wrap",
+        target="megatron.core.dist_checkpointing.serialization:save",
+        aliases=("megatron.core.dist_checkpointing:save",),
+        impl="patches.checkpoint.saving:with_commit",
+        reads=(
+            "megatron.core.dist_checkpointing.strategies.torch:TorchDistSaveShardedStrategy.save",
+            "megatron.core.dist_checkpointing.strategies.torch:TorchDistSaveShardedStrategy.async_save",
+            "megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync.prepare_write_data",
+        ),
+        why="Upstream writes into the final folder, so a save that is killed destroys a checkpoint of the same "
+        "iteration. It does not compare what it has written with the state in memory, and saves states that are NaN.",
+        when="patches.conditions:always",
+        test="tests/distributed/test_atomic_checkpoints.py::test_a_save_killed_at_any_point_loses_nothing",
+        remove_when="upstream saves into a temporary folder, with checksums of the live state",
+    ),
+    Record(
+        id="checkpoint.tracker",
+        system="checkpoint",
+        action="wrap",
+        target="megatron.training.checkpointing:read_metadata",
+        impl="patches.checkpoint.latest:with_chosen_iteration",
+        why="If the file that names the latest iteration is empty or invalid, upstream exits with status 0. If it "
+        "names a damaged checkpoint, upstream does not look for another one.",
+        when="patches.conditions:always",
+        test="tests/distributed/test_damaged_checkpoints.py::test_a_damaged_checkpoint_is_skipped",
+        remove_when="upstream finds the newest complete checkpoint by itself",
+    ),
+    Record(
+        id="checkpoint.exists",
+        system="checkpoint",
+        action="wrap",
+        target="megatron.training.checkpointing:checkpoint_exists",
+        aliases=("megatron.training.training:checkpoint_exists",),
+        impl="patches.checkpoint.latest:with_untracked_checkpoints",
+        why="Without the file that names the latest iteration, upstream would begin again from "
+        "--pretrained-checkpoint.",
+        when="patches.conditions:always",
+        test="tests/unit/test_checkpoints.py::test_a_checkpoint_without_tracker_exists",
+        remove_when="upstream finds the newest complete checkpoint by itself",
+    ),
+    Record(
+        id="checkpoint.objects",
+        system="checkpoint",
+        action="replace",
+        target="torch.distributed.checkpoint.default_planner:DefaultLoadPlanner.load_bytes",
+        impl="patches.checkpoint.safe:load_bytes",
+        why="PyTorch loads the objects of a checkpoint (arguments, random-number states) with weights_only=False, "
+        "which runs code from the file.",
+        when="patches.conditions:always",
+        test="tests/distributed/test_atomic_checkpoints.py::test_loading_runs_no_code_from_the_file",
+        remove_when="PyTorch loads objects with weights_only=True",
+    ),
+    Record(
+        id="checkpoint.list",
+        system="checkpoint",
+        action="replace",
+        target="torch.distributed.checkpoint.filesystem:FileSystemReader.read_metadata",
+        impl="patches.checkpoint.safe:read_metadata",
+        why="PyTorch loads a checkpoint's list of tensors with pickle, which runs code from the file.",
+        when="patches.conditions:always",
+        test="tests/distributed/test_atomic_checkpoints.py::test_loading_runs_no_code_from_the_file",
+        remove_when="PyTorch restricts the classes in that file",
+    ),
+)
 
 CALLBACKS = (
+    Callback(
+        id="checkpoint.latest",
+        hook=READ_CHECKPOINT,
+        impl="patches.checkpoint.latest:with_complete_checkpoint",
+        reads=("megatron.training.checkpointing:read_metadata",),
+        why="Upstream loads what the tracker file names. If that checkpoint is incomplete or damaged, or the file is "
+        "missing, an older complete checkpoint is not found.",
+        when="patches.conditions:always",
+        test="tests/distributed/test_damaged_checkpoints.py::test_a_damaged_checkpoint_is_skipped",
+        remove_when="upstream finds the newest complete checkpoint by itself",
+    ),
+    Callback(
+        id="checkpoint.non-finite",
+        hook=SAVE_CHECKPOINT,
+        impl="patches.checkpoint.saving:with_refused_states",
+        why="A checkpoint that is refused because its state is not finite ends the run, unless a flag says to go on.",
+        when="patches.conditions:always",
+        test="tests/distributed/test_atomic_checkpoints.py::test_a_state_that_is_not_finite_is_not_saved",
+        remove_when="upstream refuses to save states that are not finite",
+    ),
     Callback(
         id="checkpoint.faults",
         hook=READ_CHECKPOINT,

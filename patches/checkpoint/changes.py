@@ -4,7 +4,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from megatron.longseq.checkpoints import describe_changed_flags
+from megatron.longseq.checkpoints.changes import describe_changed_flags
 
 
 def with_changed_flags(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron.longseq.checkpoints import explain_group_mismatch, find_fault, find_file_fault
+from megatron.longseq.checkpoints.changes import explain_group_mismatch
+from megatron.longseq.checkpoints.faults import find_fault, find_file_fault
 
 
 def with_named_faults(original: Callable[..., Any]) -> Callable[..., Any]:

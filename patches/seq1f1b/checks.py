@@ -95,7 +95,9 @@ def _resumes(args: Namespace) -> bool:
     """Return whether the run continues after the samples of a checkpoint."""
     if args.load is None or args.finetune:
         return False
-    return (Path(args.load) / "latest_checkpointed_iteration.txt").exists()
+    from megatron.longseq.checkpoints.latest import has_checkpoint  # imports torch
+
+    return has_checkpoint(Path(args.load))
 
 
 def reached_sizes(

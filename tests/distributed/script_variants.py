@@ -1,8 +1,11 @@
 """Variations of a script, for both arms of a comparison: see `run_arm(mutant=...)`."""
 
+import ctypes
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -322,4 +325,175 @@ def counted_flops() -> Iterator[Planted]:
         return result
 
     with wrapped(training, "train_step", train_step):
+        yield planted
+
+
+@contextmanager
+def _killed_while_saving(point: str) -> Iterator[Planted]:
+    """Kill a rank at a point of the second save: see `KILLED_WHILE_SAVING`."""
+    from megatron.core.dist_checkpointing import serialization
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    from megatron.longseq.checkpoints import commit
+
+    planted = Planted()
+    owner, name, rank = {
+        "tensors": (FileSystemWriterAsync, "write_preloaded_data", 1),
+        "list": (FileSystemWriter, "finish", 0),
+        "description": (serialization, "save_config", 0),
+        "manifest": (commit, "write_manifest", 0),
+        "name": (commit.Path, "rename", 0),
+        "tracker": (commit, "commit", 0),
+    }[point]
+
+    def act(original: Any, *args: Any, **named: Any) -> Any:
+        if point != "name" or args[0].name.startswith("saving_"):
+            planted.times += 1
+        if planted.times != 2 or torch.distributed.get_rank() != rank:
+            return original(*args, **named)
+        if point in ("tensors", "manifest", "tracker"):
+            original(*args, **named)
+        if point == "tensors":
+            file = named["write_bucket"][0]
+            os.truncate(file, os.path.getsize(file) // 2)
+        if point == "manifest":
+            os.truncate(args[0] / "longseq_manifest.json", 100)
+        if point == "tracker":  # upstream has just opened it
+            (args[0].parent / "latest_checkpointed_iteration.txt").write_text("")
+        os._exit(9)
+
+    with wrapped(owner, name, act):
+        yield planted
+
+
+KILLED_WHILE_SAVING = ("tensors", "list", "description", "manifest", "name", "tracker")
+killed_in_tensors = functools.partial(_killed_while_saving, "tensors")
+killed_before_list = functools.partial(_killed_while_saving, "list")
+killed_before_description = functools.partial(_killed_while_saving, "description")
+killed_in_manifest = functools.partial(_killed_while_saving, "manifest")
+killed_before_name = functools.partial(_killed_while_saving, "name")
+killed_in_tracker = functools.partial(_killed_while_saving, "tracker")
+
+
+@contextmanager
+def flipped_bit_on_the_way_to_the_disk() -> Iterator[Planted]:
+    """Flip a bit of a tensor that rank 1 writes in the second save, in the copy that is written."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    planted = Planted()
+
+    def write(original: Any, *args: Any, **named: Any) -> Any:
+        planted.times += 1
+        if planted.times == 2 and torch.distributed.get_rank() == 1:
+            _, _, (_, tensors) = named["write_bucket"]
+            item, tensor = next(pair for pair in tensors if "exp_avg_sq" in pair[0].index.fqn)
+            flipped = tensor.clone()
+            flipped.view(-1).view(torch.int32)[3] ^= 1
+            tensors[tensors.index((item, tensor))] = item, flipped
+        return original(*args, **named)
+
+    with wrapped(FileSystemWriterAsync, "write_preloaded_data", write):
+        yield planted
+
+
+@contextmanager
+def nan_in_the_second_save() -> Iterator[Planted]:
+    """Set an element of a second moment on rank 1 to NaN while the second checkpoint is saved."""
+    from megatron.training import training
+
+    planted = Planted()
+
+    def save(original: Any, iteration: int, model: Any, optimizer: Any, *rest: Any, **named: Any) -> Any:
+        planted.times += 1
+        inner = getattr(optimizer, "chained_optimizers", [optimizer])[0].optimizer
+        state = next(state for state in inner.state.values() if state["exp_avg_sq"].numel())["exp_avg_sq"].view(-1)
+        before = state[-1].clone()
+        if planted.times == 2 and torch.distributed.get_rank() == 1:
+            state[-1] = torch.nan
+        try:
+            return original(iteration, model, optimizer, *rest, **named)
+        finally:
+            state[-1] = before
+
+    with wrapped(training, "save_checkpoint_and_time", save):
+        yield planted
+
+
+class _Code:
+    """An object whose pickle runs code: it creates a folder."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.folder,)
+
+
+@contextmanager
+def code_in_the_checkpoint() -> Iterator[Planted]:
+    """Save an argument whose pickle runs code."""
+    from megatron.training import checkpointing
+
+    planted = Planted()
+
+    def generate(original: Any, args: Any, *rest: Any, **named: Any) -> Any:
+        planted.times += 1
+        args.with_code = _Code(f"{args.save}/created-by-code")
+        return original(args, *rest, **named)
+
+    with wrapped(checkpointing, "generate_state_dict", generate):
+        yield planted
+
+
+def _status(name: str) -> int:
+    """Return a size of this process in bytes, from /proc."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return 1024 * int(line.split()[1])
+    raise AssertionError(f"no {name}")
+
+
+def _begin_measuring() -> int:
+    """Return the resident memory, and start to record its peak anew."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+@contextmanager
+def host_memory_of_save() -> Iterator[Planted]:
+    """Measure by how many bytes the resident memory grows while a checkpoint is saved, in `times`."""
+    from megatron.training import training
+
+    planted = Planted()
+
+    def save(original: Any, *args: Any, **named: Any) -> Any:
+        before = _begin_measuring()
+        result = original(*args, **named)
+        planted.times += _status("VmHWM") - before
+        return result
+
+    with wrapped(training, "save_checkpoint_and_time", save):
+        yield planted
+
+
+@contextmanager
+def host_memory_of_load() -> Iterator[Planted]:
+    """Measure by how many bytes the resident memory grows while a checkpoint is loaded, in `times`."""
+    from megatron.training import checkpointing, training
+
+    planted, before = Planted(), list[int]()
+
+    def generate(original: Any, *args: Any, **named: Any) -> Any:
+        if not before:
+            before.append(_begin_measuring())
+        return original(*args, **named)
+
+    def step(original: Any, *args: Any, **named: Any) -> Any:
+        if not planted.times:
+            planted.times = _status("VmHWM") - before[0]
+        return original(*args, **named)
+
+    with wrapped(checkpointing, "generate_state_dict", generate), wrapped(training, "train_step", step):
         yield planted

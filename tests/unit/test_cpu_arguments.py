@@ -53,6 +53,7 @@ REFUSED = {
     "--fine-grained-activation-offloading": {"fine_grained_activation_offloading": True},
     "--use-precision-aware-optimizer": {"use_precision_aware_optimizer": True},
     "--log-memory-fragmentation": {"log_memory_fragmentation": True},
+    "--async-save": {"async_save": True, "use_persistent_ckpt_worker": True},
     "--te-rng-tracker": {"te_rng_tracker": True},
     "--moe-grouped-gemm": {"moe_grouped_gemm": True},
     "--cross-entropy-fusion-impl te": {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"},

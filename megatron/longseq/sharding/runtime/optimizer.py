@@ -11,6 +11,8 @@ from megatron.core.optimizer import distrib_optimizer
 from megatron.longseq.sharding.plan.strategy import Level
 from megatron.longseq.sharding.runtime.bucket_storage import ParamStore
 from megatron.longseq.sharding.runtime.checkpoint import matching_weights
+from megatron.longseq.sharding.runtime.optimizer_states import is_of_shards, load_shard_states, shard_states
+from megatron.longseq.sharding.runtime.state import cut
 
 Range = distrib_optimizer.Range
 Relocate = Callable[[torch.nn.Parameter, Any], Any]  # a range of a parameter, where it lies in what this rank keeps
@@ -65,10 +67,43 @@ class ShardedOptimizer(distrib_optimizer.DistributedOptimizer):
             if group.store.level is Level.NONE:
                 group.store.finish_sync()
 
-    def load_parameter_state_from_fully_reshardable(self, *args: Any, **named: Any) -> None:
+    def sharded_param_state_fully_reshardable(
+        self, model_sharded_state_dict: Any, is_loading: bool = False, metadata: dict[str, Any] | None = None
+    ) -> Any:
+        """Return this rank's shards of main parameters and optimizer states, in upstream's format.
+
+        Upstream builds whole tensors of all parameters on every rank. The pieces here are views of this rank's shards,
+        or, if `is_loading`, of host memory of their size.
+
+        Args:
+            model_sharded_state_dict, is_loading, metadata: as upstream's.
+        """
+        found = shard_states(self, model_sharded_state_dict, is_loading=is_loading)
+        if found is not None:
+            return found
+        return super().sharded_param_state_fully_reshardable(model_sharded_state_dict, is_loading, metadata)
+
+    def load_parameter_state_from_fully_reshardable(self, state_dict: Any) -> None:
         """See upstream; and refuse states that do not belong to the weights."""
         with matching_weights(self, self._stores()):
-            super().load_parameter_state_from_fully_reshardable(*args, **named)
+            if is_of_shards(state_dict):
+                load_shard_states(self, state_dict)
+            else:
+                super().load_parameter_state_from_fully_reshardable(state_dict)
+
+    def _copy_model_params_to_main_params(self, state_dict: Any = None) -> None:
+        """See upstream. Sharded parameters are copied from this rank's shards."""
+        if self.is_stub_optimizer or self.sharding.strategy.params is Level.NONE or state_dict is not None:
+            super()._copy_model_params_to_main_params(state_dict)
+            return
+        stores = self._stores()
+        groups = [*zip(self.model_float16_groups, self.shard_fp32_from_float16_groups, strict=True)]
+        groups += zip(self.model_fp32_groups, self.shard_fp32_groups, strict=True)
+        for params, mains in groups:
+            for param, main in zip(params, mains, strict=True):
+                span = self._get_model_param_range_map(param)["gbuf_world_in_bucket"]
+                store = stores[param]
+                main.data.copy_(cut(store.shard, range(span.start, span.end), store.shard_range.start))
 
     def _get_model_param_range_map(self, param: torch.nn.Parameter) -> dict[str, Any]:
         ranges: dict[str, Any] = super()._get_model_param_range_map(param)

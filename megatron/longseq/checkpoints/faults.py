@@ -1,17 +1,15 @@
-"""Explain why upstream could not load a checkpoint, and which flags changed since one was saved."""
+"""Find out what is wrong with the files of a checkpoint, without reading those that hold tensors."""
 
 import json
 import zipfile
-from argparse import Namespace
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+
+from megatron.longseq.checkpoints.manifest import find_size_fault, read_manifest
+from megatron.longseq.checkpoints.safe_reading import load_metadata
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MODEL_FILE = "model_optim_rng.pt"  # --ckpt-format torch, one per model-parallel rank
 ZIP = b"PK\x03\x04"  # first bytes of a file written by torch.save
-ADAM = ("adam_beta1", "adam_beta2", "adam_eps")  # settings that the optimizer takes from the checkpoint
-FLAGS = {"max_lr": "--lr", "min_lr": "--min-lr"}  # by the name of the setting in a parameter group
 
 
 def find_fault(folder: Path, step: int | None = None) -> str | None:
@@ -27,7 +25,7 @@ def find_fault(folder: Path, step: int | None = None) -> str | None:
     tracker = folder / TRACKER
     if tracker.is_file():
         content = tracker.read_bytes()
-        latest = _iteration_folder(content)
+        latest = iteration_folder(content)
         if latest is None:
             return (
                 f"{tracker} holds {content[:40]!r}, not an iteration number: writing it was interrupted, or it was "
@@ -44,11 +42,11 @@ def find_fault(folder: Path, step: int | None = None) -> str | None:
     if not checkpoint.is_dir():
         reason = f"--ckpt-step {step} asks for it" if step else f"{tracker.name} names it"
         return f"there is no checkpoint {checkpoint}, but {reason}. {_advice(folder)}."
-    fault = _folder_fault(checkpoint)
+    fault = find_folder_fault(checkpoint)
     return None if fault is None else f"{fault} {_advice(folder, without=checkpoint)}."
 
 
-def _iteration_folder(content: bytes) -> str | None:
+def iteration_folder(content: bytes) -> str | None:
     """Return the name of the checkpoint folder that a tracker file names, or None if the content is not valid."""
     try:
         text = content.decode("utf-8").strip()
@@ -63,7 +61,7 @@ def _advice(folder: Path, how: str = "", without: Path | None = None) -> str:
     """Name the newest undamaged checkpoint of the folder, leaving out `without`."""
     for checkpoint in sorted(folder.glob("iter_*"), reverse=True):
         number = checkpoint.name.removeprefix("iter_")
-        if checkpoint != without and number.isdecimal() and _folder_fault(checkpoint) is None:
+        if checkpoint != without and number.isdecimal() and find_folder_fault(checkpoint) is None:
             return f"The newest complete checkpoint is {checkpoint.name}: {how or f'give --ckpt-step {int(number)}'}"
     return f"There is no other complete checkpoint in {folder}: give another --load"
 
@@ -93,8 +91,21 @@ def _file_fault(file: Path) -> str | None:
     return None
 
 
-def _folder_fault(checkpoint: Path) -> str | None:
-    """Find out what is wrong with the files of one checkpoint."""
+def find_folder_fault(checkpoint: Path) -> str | None:
+    """Find out what is wrong with the files of one checkpoint.
+
+    Args:
+        checkpoint: folder of an iteration or a release.
+
+    Returns:
+        A message that names the damaged file, or None if no fault is found.
+    """
+    try:
+        manifest = read_manifest(checkpoint)
+    except ValueError as error:
+        return f"{error}."
+    if manifest is not None:
+        return find_size_fault(checkpoint, manifest)
     ranks = sorted(checkpoint.glob("mp_rank_*"))
     if ranks:
         files = [file for rank in ranks for file in (rank / MODEL_FILE, *sorted(rank.glob("*.pt")))]
@@ -113,11 +124,10 @@ def _folder_fault(checkpoint: Path) -> str | None:
 
 def _tensor_fault(checkpoint: Path) -> str | None:
     """Compare the sizes of the tensor files with the sizes that the checkpoint's `.metadata` lists."""
-    from torch.distributed.checkpoint import FileSystemReader
-
     listed = checkpoint / ".metadata"
     try:
-        parts = FileSystemReader(checkpoint).read_metadata().storage_data.values()
+        with listed.open("rb") as stream:
+            parts = load_metadata(stream).storage_data.values()
     except FileNotFoundError:
         return f"{listed} is missing: the checkpoint was not finished, or files that begin with a dot were not copied."
     except Exception as error:
@@ -134,63 +144,3 @@ def _tensor_fault(checkpoint: Path) -> str | None:
         if size < end:
             return f"{checkpoint / name} has {size:,} bytes, but its tensors need {end:,}: it is truncated."
     return None
-
-
-def explain_group_mismatch(keys: Sequence[str], wanted: Sequence[Any], saved: Sequence[Mapping[str, Any]]) -> str:
-    """Explain why a parameter group of this run is not among the saved ones.
-
-    Args:
-        keys: names of the settings by which upstream identifies a group.
-        wanted: their values in this run.
-        saved: the parameter groups of the checkpoint.
-
-    Returns:
-        A message that names each setting that differs from the most similar saved group.
-    """
-
-    def differing(group: Mapping[str, Any]) -> list[str]:
-        pairs = [(key, value, group.get(key, group.get(f"pre_{key}"))) for key, value in zip(keys, wanted, strict=True)]
-        return [f"{FLAGS.get(key, key)} is {ours}, was {theirs}" for key, ours, theirs in pairs if ours != theirs]
-
-    nearest = min((differing(group) for group in saved), key=len, default=["the checkpoint has no parameter groups"])
-    return (
-        f"the optimizer cannot continue from the checkpoint: {'; '.join(nearest)}. Upstream's distributed optimizer "
-        "(--use-distributed-optimizer, --paro) identifies the saved parameter groups by these values, even with "
-        "--override-opt-param-scheduler. Give the saved values, or --no-load-optim to load the weights only and start "
-        "with new optimizer states."
-    )
-
-
-def describe_changed_flags(saved: Namespace, args: Namespace) -> list[str]:
-    """Describe flags that differ from those of a checkpoint and that upstream does not compare.
-
-    Args:
-        saved: the arguments in the checkpoint.
-        args: upstream's arguments of this run, which loads it.
-
-    Returns:
-        One line for each flag: its two values, and what follows from the change.
-    """
-    lines = []
-    if not (args.no_load_optim or args.finetune) and args.optimizer == getattr(saved, "optimizer", None) == "adam":
-        lines = [
-            f"{change}. The optimizer continues with the saved value; give --no-load-optim to start with new optimizer "
-            "states"
-            for change in _changes(saved, args, ADAM)
-        ]
-    for change in _changes(saved, args, ("vocab_size", "padded_vocab_size")):
-        lines.append(
-            f"{change}. Embedding and output layer keep the saved rows that both sizes have; additional rows keep "
-            "their initial values"
-        )
-        break  # the padded size follows from the other one
-    return lines
-
-
-def _changes(saved: Namespace, args: Namespace, names: Sequence[str]) -> list[str]:
-    values = [(name, getattr(args, name, None), getattr(saved, name, None)) for name in names]
-    return [
-        f"--{name.replace('_', '-')} is {ours}, was {theirs}"
-        for name, ours, theirs in values
-        if None not in (ours, theirs) and ours != theirs
-    ]

@@ -1,0 +1,1 @@
+"""Checkpoints: committed atomically, compared with what was saved, and chosen among the complete ones."""

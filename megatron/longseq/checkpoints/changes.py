@@ -1,0 +1,68 @@
+"""Explain settings that differ between a run and the checkpoint that it loads."""
+
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+ADAM = ("adam_beta1", "adam_beta2", "adam_eps")  # settings that the optimizer takes from the checkpoint
+FLAGS = {"max_lr": "--lr", "min_lr": "--min-lr"}  # by the name of the setting in a parameter group
+
+
+def explain_group_mismatch(keys: Sequence[str], wanted: Sequence[Any], saved: Sequence[Mapping[str, Any]]) -> str:
+    """Explain why a parameter group of this run is not among the saved ones.
+
+    Args:
+        keys: names of the settings by which upstream identifies a group.
+        wanted: their values in this run.
+        saved: the parameter groups of the checkpoint.
+
+    Returns:
+        A message that names each setting that differs from the most similar saved group.
+    """
+
+    def differing(group: Mapping[str, Any]) -> list[str]:
+        pairs = [(key, value, group.get(key, group.get(f"pre_{key}"))) for key, value in zip(keys, wanted, strict=True)]
+        return [f"{FLAGS.get(key, key)} is {ours}, was {theirs}" for key, ours, theirs in pairs if ours != theirs]
+
+    nearest = min((differing(group) for group in saved), key=len, default=["the checkpoint has no parameter groups"])
+    return (
+        f"the optimizer cannot continue from the checkpoint: {'; '.join(nearest)}. Upstream's distributed optimizer "
+        "(--use-distributed-optimizer, --paro) identifies the saved parameter groups by these values, even with "
+        "--override-opt-param-scheduler. Give the saved values, or --no-load-optim to load the weights only and start "
+        "with new optimizer states."
+    )
+
+
+def describe_changed_flags(saved: Namespace, args: Namespace) -> list[str]:
+    """Describe flags that differ from those of a checkpoint and that upstream does not compare.
+
+    Args:
+        saved: the arguments in the checkpoint.
+        args: upstream's arguments of this run, which loads it.
+
+    Returns:
+        One line for each flag: its two values, and what follows from the change.
+    """
+    lines = []
+    if not (args.no_load_optim or args.finetune) and args.optimizer == getattr(saved, "optimizer", None) == "adam":
+        lines = [
+            f"{change}. The optimizer continues with the saved value; give --no-load-optim to start with new optimizer "
+            "states"
+            for change in _changes(saved, args, ADAM)
+        ]
+    for change in _changes(saved, args, ("vocab_size", "padded_vocab_size")):
+        lines.append(
+            f"{change}. Embedding and output layer keep the saved rows that both sizes have; additional rows keep "
+            "their initial values"
+        )
+        break  # the padded size follows from the other one
+    return lines
+
+
+def _changes(saved: Namespace, args: Namespace, names: Sequence[str]) -> list[str]:
+    values = [(name, getattr(args, name, None), getattr(saved, name, None)) for name in names]
+    return [
+        f"--{name.replace('_', '-')} is {ours}, was {theirs}"
+        for name, ours, theirs in values
+        if None not in (ours, theirs) and ours != theirs
+    ]

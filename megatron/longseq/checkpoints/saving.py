@@ -1,0 +1,132 @@
+"""Save a checkpoint: refuse a state that is not finite, record checksums of the live state, and commit."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron.longseq.checkpoints import commit
+from megatron.longseq.checkpoints.digest import first_not_finite
+from megatron.longseq.checkpoints.manifest import Item, items_of
+
+
+class NonFiniteState(RuntimeError):
+    """Parameters or optimizer states are not finite, so they are not saved. All ranks raise this together."""
+
+
+def save_atomically(
+    save: Callable[[str], Any], folder: Path, strategy: Any, group: dist.ProcessGroup, *, in_background: bool
+) -> Any:
+    """Save a checkpoint in a folder of its own, and commit it once all ranks have written.
+
+    Args:
+        save: writes the checkpoint into the folder that it gets, or returns a request that will do so.
+        folder: of the finished checkpoint.
+        strategy: upstream's save strategy.
+        group: of all ranks.
+        in_background: whether `save` returns a request. The commit is then the last of the functions that finish it.
+
+    Returns:
+        The request, or None.
+
+    Raises:
+        NonFiniteState: on all ranks, before anything is written.
+    """
+    if group.rank() == 0:
+        commit.begin(folder)
+    dist.barrier(group)
+
+    def finish() -> None:
+        gathered: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
+        dist.gather_object(items, gathered, group=group, group_dst=0)
+        if gathered is not None:
+            commit.commit(folder, [item for of_rank in gathered for item in of_rank])
+        dist.barrier(group)
+
+    try:
+        with _recording(strategy, folder, group, snapshot=in_background) as items:
+            request = save(str(commit.saving_folder(folder)))
+    except NonFiniteState:
+        if group.rank() == 0:
+            commit.abandon(folder)
+        raise
+    if request is None:
+        finish()
+    else:
+        request.add_finalize_fn(finish)
+    return request
+
+
+@contextmanager
+def _recording(strategy: Any, folder: Path, group: dist.ProcessGroup, *, snapshot: bool) -> Iterator[list[Item]]:
+    """Record checksums of what the strategy is about to write, at the moment when it has planned the files."""
+    inner = getattr(strategy, "base_strategy", strategy)
+    items: list[Item] = []
+    original = inner.async_save  # upstream's synchronous save calls it too
+
+    def async_save(*args: Any, **named: Any) -> Any:
+        request = original(*args, **named)
+        buckets = request.async_fn_args[1] if request.async_fn_args else []
+        refuse_non_finite(_named_values(buckets), folder, group)
+        items.extend(items_of(buckets))
+        if snapshot:
+            _copy_host_tensors(buckets)
+        return request
+
+    inner.async_save = async_save
+    try:
+        yield items
+    finally:
+        del inner.async_save
+
+
+def _named_values(write_buckets: Any) -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
+    for _, _, (_, tensors) in write_buckets:
+        for planned, tensor in tensors:
+            yield planned.index.fqn, tuple(planned.index.offset or ()), tensor
+
+
+def _copy_host_tensors(write_buckets: Any) -> None:
+    """Replace tensors in host memory by copies: training goes on while another process writes them.
+
+    Upstream copies views, and tensors of a GPU. A tensor of its own in host memory would be shared with the writer.
+    """
+    for _, _, (_, tensors) in write_buckets:
+        for number, (planned, tensor) in enumerate(tensors):
+            if tensor.device.type == "cpu":
+                tensors[number] = planned, tensor.clone()
+
+
+def refuse_non_finite(
+    values: Iterator[tuple[str, tuple[int, ...], torch.Tensor]], folder: Path, group: dist.ProcessGroup
+) -> None:
+    """Refuse to save values that are NaN or infinite.
+
+    Args:
+        values: of this rank: names, offsets in whole tensors, and data.
+        folder: of the checkpoint, for the message.
+        group: of all ranks, which decide together.
+
+    Raises:
+        NonFiniteState: on all ranks, if a rank has such a value. The message names ranks, parameters and elements.
+    """
+    mine = []
+    for name, offset, tensor in values:
+        found = first_not_finite(tensor)
+        if found is not None:
+            index, value = found
+            at = [o + i for o, i in zip(offset, index, strict=True)] if len(offset) == len(index) else list(index)
+            mine.append(f"rank {group.rank()}: {name}{at} is {value}")
+    faults: list[list[str]] = [[] for _ in range(group.size())]
+    dist.all_gather_object(faults, mine, group=group)
+    named = [fault for of_rank in faults for fault in of_rank]
+    if named:
+        more = f", and {len(named) - 4} more tensors" if len(named) > 4 else ""
+        raise NonFiniteState(
+            f"{folder} is not saved, because parameters or optimizer states are not finite: {'; '.join(named[:4])}"
+            f"{more}. The checkpoints saved before are unchanged: resume from the last one, or give --ckpt-non-finite "
+            "skip to train on without saving this state."
+        )

@@ -1,0 +1,80 @@
+"""A save that is killed loses nothing, a changed bit is noticed, and no state that is not finite is saved."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.flags import SHALLOW, TINY, flags
+from tests.distributed.script_variants import KILLED_WHILE_SAVING
+from tests.pool import RankFailure, RankPool
+from tests.regression.arm import Arm, run_arm
+from tests.regression.tensors import logical_tensors
+
+VARIANTS = "tests.distributed.script_variants"
+PARO = "--paro IIG --paro-group-size 1 --overlap-grad-reduce --overlap-param-gather"
+SAVES = f"{TINY} {SHALLOW} --train-iters 3 --save-interval 1 {PARO}"
+LEFT = {"name": 2, "tracker": 2}  # the checkpoint that is complete after a stop at that point; otherwise the first one
+NAMES = {
+    "tensors": "killed_in_tensors",
+    "list": "killed_before_list",
+    "description": "killed_before_description",
+    "manifest": "killed_in_manifest",
+    "name": "killed_before_name",
+    "tracker": "killed_in_tracker",
+}
+
+
+@pytest.mark.parametrize(
+    "point", [pytest.param(point, marks=[pytest.mark.slow] * (point != "tracker")) for point in KILLED_WHILE_SAVING]
+)
+def test_a_save_killed_at_any_point_loses_nothing(ranks: RankPool, tmp_path: Path, point: str) -> None:
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    line = [*flags(SAVES), "--load", str(killed)]
+    with pytest.raises(RankFailure, match=r"died without an error message|raised"):
+        run_arm(ranks, "O", 2, line, killed, float64=True, mutant=f"{VARIANTS}:{NAMES[point]}")
+    undisturbed = run_arm(ranks, "O", 2, flags(SAVES), whole, float64=True)
+    resumed = run_arm(ranks, "O", 2, line, killed, float64=True)
+    assert resumed.curve == undisturbed.curve[LEFT.get(point, 1) :]
+    one, other = (logical_tensors(folder / "iter_0000003") for folder in (killed, whole))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert {path.name for path in killed.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+def test_a_bit_that_flips_on_the_way_to_the_disk_is_noticed(ranks: RankPool, tmp_path: Path) -> None:
+    """The file is consistent in itself: only the state that was in memory tells."""
+    line = [*flags(SAVES, "--exit-interval 2"), "--load", str(tmp_path)]
+    run = run_arm(ranks, "O", 2, line, tmp_path, mutant=f"{VARIANTS}:flipped_bit_on_the_way_to_the_disk")
+    assert run.planted and (tmp_path / "iter_0000002").is_dir()
+    resumed = run_arm(ranks, "O", 2, [*flags(SAVES), "--load", str(tmp_path)])
+    assert [step["iteration"] for step in resumed.curve] == [2, 3]
+    log = (ranks.logs / f"job{ranks.jobs:03d}-rank0.log").read_text()
+    assert "iter_0000002/__1_0.distcp is damaged: optimizer.state.exp_avg_sq." in log
+    assert "differs from what was saved" in log and "iter_0000001 is loaded instead." in log
+    trusting = run_arm(ranks, "O", 2, [*flags(SAVES, "--ckpt-verify sizes"), "--load", str(tmp_path)])
+    assert [step["iteration"] for step in trusting.curve] == [3]
+
+
+def test_a_state_that_is_not_finite_is_not_saved(ranks: RankPool, tmp_path: Path) -> None:
+    nan = f"{VARIANTS}:nan_in_the_second_save"
+    message = r"iter_0000002 is not saved, because .* are not finite: rank 1: optimizer.state.exp_avg_sq\..* is nan"
+    with pytest.raises(RankFailure, match=f"NonFiniteState: .*{message}"):
+        run_arm(ranks, "O", 2, flags(SAVES), tmp_path, mutant=nan)
+    assert [path.name for path in sorted(tmp_path.glob("iter_*"))] == ["iter_0000001"]
+    run = run_arm(ranks, "O", 2, flags(SAVES, "--ckpt-non-finite skip"), tmp_path / "skip", mutant=nan)
+    assert [step["iteration"] for step in run.curve] == [1, 2, 3]
+    assert [path.name[-1] for path in sorted((tmp_path / "skip").glob("iter_*"))] == ["1", "3"]
+
+
+@pytest.mark.parametrize("arm", ["O", pytest.param("U", marks=pytest.mark.slow)])
+def test_loading_runs_no_code_from_the_file(ranks: RankPool, tmp_path: Path, arm: Arm) -> None:
+    """Upstream alone runs it."""
+    line = flags(TINY, SHALLOW, "--train-iters 2 --exit-interval 1")
+    run_arm(ranks, arm, 1, line, tmp_path / "saved", mutant=f"{VARIANTS}:code_in_the_checkpoint")
+    resume = [*flags(TINY, SHALLOW, "--train-iters 2"), "--load", str(tmp_path / "saved")]
+    if arm == "U":
+        run_arm(ranks, arm, 1, resume)
+    else:
+        with pytest.raises(RankFailure, match=r"common_state.* is not loaded, .* it names posix\.mkdir"):
+            run_arm(ranks, arm, 1, resume)
+    assert (tmp_path / "saved/created-by-code").exists() == (arm == "U")

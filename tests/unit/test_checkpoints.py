@@ -1,0 +1,296 @@
+"""Commits survive a stop at every step, the newest complete checkpoint is found, and damage is noticed by name."""
+
+import atexit
+import functools
+import json
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from megatron.longseq.checkpoints import commit, digest, latest, manifest
+from megatron.longseq.checkpoints.faults import TRACKER
+from megatron.longseq.checkpoints.manifest import Item
+from megatron.longseq.checkpoints.safe_reading import load_metadata
+from megatron.longseq.checkpoints.saving import NonFiniteState, save_atomically
+from patches.checkpoint.latest import with_untracked_checkpoints
+
+WEIGHT = torch.arange(6000.0).view(60, 100)
+
+
+class Stopped(Exception):
+    """The process ends here."""
+
+
+@functools.cache
+def written(value: float) -> tuple[Path, list[Item]]:
+    """Write a checkpoint's files without a manifest, and return their folder and the checksums of the state."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    state = {"layers.weight": WEIGHT + value, "bias": torch.full((7,), value, dtype=torch.bfloat16)}
+    dcp.save(state, checkpoint_id=folder, no_dist=True)
+    (folder / manifest.DESCRIPTION).write_text('{"sharded_backend": "torch_dist"}')
+    return folder, [Item(name, (0,) * value.ndim, digest.tensor_digest(value)) for name, value in state.items()]
+
+
+def save(folder: Path, value: float) -> None:
+    """Save and commit a checkpoint."""
+    files, items = written(value)
+    commit.begin(folder)
+    for file in files.iterdir():
+        shutil.copy(file, commit.saving_folder(folder))
+    commit.commit(folder, items)
+
+
+def value_of(folder: Path) -> float:
+    """Read a checkpoint's value, from both of its tensors."""
+    state = {"layers.weight": torch.empty(60, 100), "bias": torch.empty(7, dtype=torch.bfloat16)}
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    (weight,) = (state["layers.weight"] - WEIGHT).unique().tolist()
+    (bias,) = state["bias"].unique().tolist()
+    assert weight == bias
+    return float(weight)
+
+
+@contextmanager
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Stop before the change number `step` of the file system; removing a folder stops half-way, too."""
+    done: list[str] = []
+
+    def counted(name: str, change: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*args: Any, **named: Any) -> Any:
+            if len(done) == step:
+                if name == "rmtree":
+                    next(path for path in Path(args[0]).iterdir()).unlink()
+                raise Stopped
+            done.append(name)
+            return change(*args, **named)
+
+        return counting
+
+    with monkeypatch.context() as patched:
+        for name in ("mkdir", "rmdir", "rename", "replace"):
+            patched.setattr(Path, name, counted(name, getattr(Path, name)))
+        patched.setattr(shutil, "rmtree", counted("rmtree", shutil.rmtree))
+        patched.setattr(json, "dump", counted("dump", json.dump))
+        patched.setattr(os, "fsync", counted("fsync", os.fsync))
+        yield done
+
+
+@pytest.mark.parametrize("name", ["iter_0000002", "iter_0000003"], ids=["over an old one", "a new one"])
+def test_a_commit_stopped_at_any_step_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """There are always a complete checkpoint, an old or the new one, and no incomplete `iter_...`."""
+    seen = set()
+    written(3), written(4)
+    for step in range(100):
+        folder = tmp_path / str(step)
+        save(folder / "iter_0000002", 2)
+        (folder / TRACKER).write_text("2")
+        (folder / name).mkdir(exist_ok=True)  # as upstream does ahead of a save
+        ended = True
+        with stop_at(step, monkeypatch) as done:
+            try:
+                save(folder / name, 3)
+            except Stopped:
+                ended = False
+        choice = latest.choose_checkpoint(folder, "digests", None, is_owner=True)
+        assert choice.name is not None
+        assert not any(path.name.startswith(("saving", "replaced")) for path in folder.iterdir())
+        seen.add((choice.name, value_of(folder / choice.name)))
+        assert seen <= {("iter_0000002", 2.0), (name, 3.0)}
+        save(folder / name, 4)  # what the stop has left is no obstacle
+        assert value_of(folder / name) == 4 and {path.name for path in folder.iterdir()} <= {
+            TRACKER,
+            "iter_0000002",
+            name,
+        }
+        if ended:
+            break
+    assert ended and step > 6 and len(seen) == 2, done
+
+
+def test_a_run_that_only_reads_leaves_a_save_at_work_alone(tmp_path: Path) -> None:
+    save(tmp_path / "iter_0000001", 1)
+    for name in ("saving_iter_0000002", "replaced_iter_0000003"):
+        shutil.copytree(tmp_path / "iter_0000001", tmp_path / name)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert latest.choose_checkpoint(tmp_path, "digests", None).name == "iter_0000001"
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def flip(file: Path, at: int) -> None:
+    """Flip a bit of a file."""
+    content = bytearray(file.read_bytes())
+    content[at] ^= 4
+    file.write_bytes(content)
+
+
+def tensors(folder: Path) -> Path:
+    """Return the file with a checkpoint's tensors."""
+    return max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
+
+
+def cut(file: Path) -> None:
+    """Remove the end of a file."""
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def edited(file: Path, text: str) -> None:
+    """Write a file at a later time than the others."""
+    file.write_text(text)
+    os.utime(file, ns=(2**62, 2**62))
+
+
+CASES: dict[str, tuple[Callable[[Path], Any], str | None, list[str]]] = {
+    "whole": (lambda f: None, "iter_0000003", []),
+    "no tracker": (lambda f: (f / TRACKER).unlink(), "iter_0000003", []),
+    "empty tracker": (lambda f: (f / TRACKER).write_text(""), "iter_0000003", []),
+    "garbage in tracker": (lambda f: (f / TRACKER).write_bytes(b"\0\xff"), "iter_0000003", []),
+    "tracker ahead": (lambda f: edited(f / TRACKER, "9"), "iter_0000003", ["there is no checkpoint"]),
+    "tracker set back": (lambda f: edited(f / TRACKER, "1"), "iter_0000001", []),
+    "stopped before the tracker": (
+        lambda f: os.utime(f / "iter_0000003" / manifest.NAME, ns=(2**62, 2**62)),
+        "iter_0000003",
+        [],
+    ),
+    "truncated tensors": (lambda f: cut(tensors(f / "iter_0000003")), "iter_0000002", [".distcp has", "truncated"]),
+    "flipped bit": (
+        lambda f: flip(tensors(f / "iter_0000003"), 9000),
+        "iter_0000002",
+        [".distcp is damaged: layers.weight at [0, 0] differs from what was saved"],
+    ),
+    "flipped bit in the list": (
+        lambda f: flip(f / "iter_0000003/.metadata", 70),
+        "iter_0000002",
+        [".metadata differs"],
+    ),
+    "no list": (lambda f: (f / "iter_0000003/.metadata").unlink(), "iter_0000002", [".metadata cannot be read"]),
+    "manifest cut": (lambda f: cut(f / "iter_0000003" / manifest.NAME), "iter_0000002", ["manifest.json cannot"]),
+    "two damaged": (
+        lambda f: [flip(tensors(f / "iter_0000003"), 9000), cut(tensors(f / "iter_0000002"))],
+        "iter_0000001",
+        ["iter_0000003/", "iter_0000002/"],
+    ),
+    "none whole": (lambda f: [cut(tensors(path)) for path in f.glob("iter_*")], None, ["iter_0000001/"]),
+    "interrupted save": (lambda f: shutil.copytree(f / "iter_0000001", f / "saving_iter_0000004"), "iter_0000004", []),
+    "upstream's, incomplete": (lambda f: (f / "iter_0000004").mkdir(), "iter_0000003", []),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_newest_complete_checkpoint_is_chosen(tmp_path: Path, case: str) -> None:
+    change, name, words = CASES[case]
+    for iteration in (1, 2, 3):
+        save(tmp_path / f"iter_{iteration:07d}", iteration)
+    (tmp_path / TRACKER).write_text("2" if case == "stopped before the tracker" else "3")
+    change(tmp_path)
+    choice = latest.choose_checkpoint(tmp_path, "digests", None, is_owner=True)
+    assert choice.name == name
+    assert all(word in " ".join(choice.skipped) for word in words) and bool(choice.skipped) == bool(words)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.float64, torch.int64])
+@given(st.data())
+def test_every_flipped_bit_changes_the_checksum(dtype: torch.dtype, data: st.DataObject) -> None:
+    size = data.draw(st.integers(1, 300))
+    raw = torch.randint(0, 256, (size * dtype.itemsize,), dtype=torch.uint8)
+    before = digest.tensor_digest(raw.view(dtype))
+    at, bit = data.draw(st.integers(0, raw.numel() - 1)), data.draw(st.integers(0, 7))
+    raw[at] ^= 1 << bit
+    assert digest.tensor_digest(raw.view(dtype)) != before
+    raw[at] ^= 1 << bit
+    block, digest.BLOCK = digest.BLOCK, 16
+    try:
+        assert digest.tensor_digest(raw.view(dtype)) == before
+    finally:
+        digest.BLOCK = block
+    two = torch.stack([raw.view(dtype), raw.view(dtype).flip(0)], 1)
+    assert digest.tensor_digest(two[:, 0]) == before  # not contiguous
+    if size > 1 and raw.view(dtype)[0] != raw.view(dtype)[-1]:
+        moved = raw.view(dtype).clone()
+        moved[0], moved[-1] = raw.view(dtype)[-1], raw.view(dtype)[0]
+        assert digest.tensor_digest(moved) != before
+
+
+def test_the_first_value_that_is_not_finite_is_found() -> None:
+    values = torch.zeros(3, 5)
+    assert digest.first_not_finite(values) is None
+    values[1, 2], values[2, 0] = torch.inf, torch.nan
+    assert digest.first_not_finite(values) == ((1, 2), torch.inf)
+
+
+def test_a_checkpoint_without_tracker_exists(tmp_path: Path) -> None:
+    exists = with_untracked_checkpoints(lambda path: (Path(path) / TRACKER).is_file())
+    assert not exists(tmp_path)
+    save(tmp_path / "iter_0000001", 1)
+    assert exists(tmp_path)
+
+
+def test_a_list_that_names_other_classes_is_not_read(tmp_path: Path) -> None:
+    file = tmp_path / ".metadata"
+    file.write_bytes(pickle.dumps({"state_dict_metadata": os.getcwd}))
+    with file.open("rb") as stream, pytest.raises(pickle.UnpicklingError, match=r"names posix\.getcwd"):
+        load_metadata(stream)
+
+
+class Background:
+    """A strategy and its request: upstream's interface, and a writer that runs when the test says so."""
+
+    def __init__(self, folder: Path, tensor: torch.Tensor) -> None:
+        index = MetadataIndex("layers.weight", torch.Size([0, 0]))
+        self.bucket = (folder / "file", "file", ([], [(SimpleNamespace(index=index), tensor)]))
+        self.async_fn_args = (0, [self.bucket], None)
+        self.finalize_fns: list[Callable[[], None]] = []
+
+    def async_save(self) -> "Background":
+        """Plan the save."""
+        return self
+
+    def add_finalize_fn(self, function: Callable[[], None]) -> None:
+        """Add what to do once all writers are done."""
+        self.finalize_fns.append(function)
+
+    def write(self, place: Path) -> None:
+        """Write the files, as another process would."""
+        ((_, tensor),) = self.bucket[2][1]
+        dcp.save({"layers.weight": tensor}, checkpoint_id=place, no_dist=True)
+        (place / manifest.DESCRIPTION).write_text("{}")
+
+
+def test_a_background_save_has_the_state_of_its_step_and_is_committed_last(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    try:
+        folder, weight = tmp_path / "iter_0000001", WEIGHT.clone()
+        strategy = Background(tmp_path, weight)
+        saved = save_atomically(lambda place: strategy.async_save(), folder, strategy, group, in_background=True)
+        assert saved is strategy and not folder.exists()
+        weight.add_(1)  # training goes on
+        strategy.write(commit.saving_folder(folder))
+        for function in strategy.finalize_fns:
+            function()
+        assert latest.choose_checkpoint(tmp_path, "digests", group).name == folder.name
+        state = {"layers.weight": torch.empty(60, 100)}
+        dcp.load(state, checkpoint_id=folder, no_dist=True)
+        assert state["layers.weight"].equal(WEIGHT)
+        weight[7, 3] = torch.inf
+        with pytest.raises(NonFiniteState, match=r"iter_0000002 is not saved.* rank 0: layers.weight\[7, 3\] is inf"):
+            second = Background(tmp_path, weight)
+            save_atomically(
+                lambda place: second.async_save(), tmp_path / "iter_0000002", second, group, in_background=True
+            )
+    finally:
+        torch.distributed.destroy_process_group()
