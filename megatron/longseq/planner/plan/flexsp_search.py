@@ -143,7 +143,7 @@ def _shardings(task: PlanningTask, layout: ParallelLayout) -> list[tuple[StateSh
         seconds = step_optimizer_seconds(task.cluster, run, params)
         seconds += data_seconds(task.cluster, replace(run, global_batch_size=run.data_parallel_size), params, 0, 0)[0]
         found.append((size, seconds, sharding))
-    kept = []
+    kept: list[tuple[StateSharding, float]] = []
     for _, seconds, sharding in sorted(found, key=lambda one: one[:2]):
         if not kept or seconds < kept[-1][1]:
             kept.append((sharding, seconds))
@@ -158,7 +158,7 @@ def _flexible(search: DocumentTask, candidates: Sequence[_Candidate]) -> list[Do
         problem = StepProblem(search.steps[0], ranks, candidate.one.cost, automatic_degrees(ranks))
         bounded.append((step_bound(problem) + candidate.besides, number))
     taken: dict[tuple[int, int], int] = {}
-    quick = []
+    quick: list[tuple[float, int]] = []
     for _, number in sorted(bounded):
         sizes = candidates[number].choice.layout[:2]
         taken[sizes] = taken.get(sizes, 0) + 1

@@ -76,7 +76,7 @@ class _Passes(NamedTuple):
 
     seconds: float
     longest: float
-    count: int
+    number: int
     compute: float
     context: float
 
@@ -133,7 +133,7 @@ def predict_flexsp(
         ]
         passes.append(_passes(one.cost, found, ranks))
     prediction = _prediction(model, cluster, one, steps, passes)
-    return DocumentPrediction(prediction, plans, mean(found.count for found in passes))
+    return DocumentPrediction(prediction, plans, mean(found.number for found in passes))
 
 
 def predict_packed(
@@ -169,7 +169,7 @@ def predict_packed(
             once._replace(seconds=scale * once.seconds, compute=scale * once.compute, context=scale * once.context)
         )
     prediction = _prediction(model, cluster, one, steps, passes)
-    return DocumentPrediction(prediction, (), mean(found.count for found in passes), context)
+    return DocumentPrediction(prediction, (), mean(found.number for found in passes), context)
 
 
 def pack(lengths: Lengths, seq_length: int, multiple: int) -> Iterator[list[int]]:
@@ -223,7 +223,7 @@ def _prediction(
     the longest micro-batch.
     """
     run, stages = one.run, one.run.pipeline_model_parallel_size
-    count = mean(found.count for found in passes)
+    count = mean(found.number for found in passes)
     seconds = mean(found.seconds for found in passes)
     compute, context = mean(found.compute for found in passes), mean(found.context for found in passes)
     tokens = mean(sum(lengths) for lengths in steps)

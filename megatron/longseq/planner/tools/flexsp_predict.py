@@ -17,8 +17,10 @@ from megatron.longseq.planner.tools.document_lengths import steps_of
 
 LENGTHS = "lengths"  # names the documents; it is no flag of training
 _STEPS = 2
-_OWN = (LENGTHS, "flexsp", "flexsp_max_tokens_per_rank", "flexsp_degrees", "flexsp_kinds", "flexsp_planner")
-_OWN += ("flexsp_cost", "flexsp_batch_tokens")
+_OWN = (
+    *(LENGTHS, "flexsp", "flexsp_max_tokens_per_rank", "flexsp_degrees", "flexsp_kinds", "flexsp_planner"),
+    *("flexsp_cost", "flexsp_batch_tokens"),
+)
 
 
 def _clean(name: str) -> str:
