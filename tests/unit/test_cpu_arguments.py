@@ -22,6 +22,8 @@ QUIET: dict[str, Any] = {
     "cpu_offloading_num_layers": 0,
     "fine_grained_activation_offloading": False,
     "use_precision_aware_optimizer": False,
+    "async_save": False,
+    "use_persistent_ckpt_worker": False,
     "te_rng_tracker": False,
     "moe_grouped_gemm": False,
     "cross_entropy_loss_fusion": False,

@@ -21,7 +21,10 @@ def tensor_digest(tensor: Tensor) -> str:
     Returns:
         32 hexadecimal digits.
     """
-    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    flat = tensor.detach().reshape(-1)
+    if flat.stride() != (1,):  # a tensor of one element keeps any stride
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    data = flat.view(torch.uint8)
     words = data.numel() // 4
     total, weighted = _sums(data[: 4 * words].view(torch.int32), 1)
     rest, weighted_rest = _sums(data[4 * words :], words + 1)
