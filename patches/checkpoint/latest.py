@@ -41,6 +41,7 @@ def with_complete_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]
             choice = chosen[str(folder)] = choose_checkpoint(
                 folder, args.ckpt_verify, _group(), is_owner=_is_owner(folder, args)
             )
+            _refuse_other_file_format(folder, choice, args)
             _report(folder, choice, args)
         if choice.name is None or choice.name in (choice.tracked, RELEASE):
             return original(load_dir, args, rank0, *rest, **named)
@@ -87,6 +88,17 @@ def _group() -> Any:
     if not dist.is_initialized() or dist.get_backend() == "fake":
         return None
     return dist.group.WORLD
+
+
+def _refuse_other_file_format(folder: Path, choice: Choice, args: Namespace) -> None:
+    """Refuse to skip a checkpoint of --ckpt-format torch: upstream would read the optimizer's file from the other one.
+
+    It reads the tracker file once more for that file, and for the iteration.
+    """
+    if choice.name in (None, choice.tracked, RELEASE) or not any((folder / str(choice.name)).glob("mp_rank_*")):
+        return
+    missing = f"{folder / TRACKER} is missing. The newest complete checkpoint is {choice.name}"
+    raise ValueError(f"rank {args.rank}: {find_fault(folder) or f'{missing}: give --ckpt-step {choice.iteration}.'}")
 
 
 def _report(folder: Path, choice: Choice, args: Namespace) -> None:
