@@ -152,3 +152,39 @@ def test_the_table_explains_the_first_plan(capsys: pytest.CaptureFixture[str], t
 def test_errors_say_what_to_do(changes: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, *ONE_LAYOUT, *changes]) == 1
     assert message in capsys.readouterr().err
+
+
+LLAMA = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+LLAMA |= {"num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256, "hidden_act": "silu"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"hidden_act": "gelu_pytorch_tanh"},
+            "hidden_act 'gelu_pytorch_tanh': only families with a gated MLP and SiLU",
+        ),
+        ({"hidden_size": "4096"}, "hidden_size is '4096', not a whole number"),
+        ({"num_hidden_layers": 32.5}, "num_layers is 32.5, not a whole number"),
+        ({"num_key_value_heads": 5}, "num_query_groups 5 does not divide num_attention_heads 32"),
+        ({"intermediate_size": None}, "lacks 'intermediate_size'; give upstream's flags in a JSON file"),
+        ({"model_type": "mixtral", "num_local_experts": 8}, "the planner searches dense models"),
+    ],
+    ids=str,
+)
+def test_configs_that_cannot_be_planned_are_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {name: value for name, value in (LLAMA | changes).items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main([*SMALL, *ONE_LAYOUT, "--model", str(tmp_path)]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_config_with_a_window_and_dropout_is_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"sliding_window": 4096, "attention_dropout": 0.1}))
+    found = architecture(str(tmp_path), {})
+    assert (found.window_size, found.attention_dropout) == (4095, 0.1)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"sliding_window": 4096, "use_sliding_window": False}))
+    assert architecture(str(tmp_path), {}).window_size == 0
