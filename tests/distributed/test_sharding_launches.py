@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron.longseq.sharding.plan.gather_window import Direction, Point, launch_point, launches
+from megatron.longseq.sharding.plan.gather_window import Direction, Point, alternating, launch_point, launches
 from tests.distributed.flags import TINY, flags
 from tests.pool import RankPool
 from tests.regression.arm import _early_end
@@ -108,7 +108,7 @@ def test_launches_are_those_of_the_plan(ranks: RankPool, depth: int) -> None:
         launch_point(Direction.BACKWARD, depth, before, after),
     )
     start = (Point.START, Point.START)
-    planned = launches([False, *[True] * (LAYERS + 1)], [start, *[layer] * LAYERS, start], depth, 2)
+    planned = launches([False, *[True] * (LAYERS + 1)], [start, *[layer] * LAYERS, start], depth, alternating(2))
     for steps in ranks_steps(ranks, f"{SELECT} --paro-prefetch-units {depth}"):
         for step in steps[1:]:  # the first one shows which units have a backward
             assert gathers(step) == [UNITS[launch.unit] for launch in planned if launch.kind == "gather"]

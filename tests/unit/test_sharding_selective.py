@@ -13,6 +13,8 @@ from megatron.longseq.sharding.plan.gather_window import (
     CollectiveLaunch,
     Direction,
     Point,
+    alternating,
+    gather_count,
     launch_point,
     launches,
     window,
@@ -95,9 +97,18 @@ class Model:
         return x.sum()
 
     def step(self, microbatches: int, recompute: int = 0) -> None:
-        for microbatch in range(microbatches):
-            self.is_last = microbatch == microbatches - 1
-            self.forward(recompute).backward()
+        self.run("FB" * microbatches, recompute)
+
+    def run(self, passes: str, recompute: int = 0) -> None:
+        """Run a step: F is a forward, B the backward of the oldest forward."""
+        self.hooks.begin_step()
+        losses = []
+        for at, one in enumerate(passes):
+            self.is_last = "B" not in passes[at + 1 :]
+            if one == "F":
+                losses.append(self.forward(recompute))
+            else:
+                losses.pop(0).backward()
 
     def held(self) -> list[int]:
         """Return after each event of the log how many units are whole."""
@@ -122,9 +133,10 @@ def test_launches_are_those_of_the_plan(depth: int, attends: bool) -> None:
     names = "abcdef"
     model = Model(names, depth, attends)
     for microbatches in (1, 3):
+        model.step(microbatches)  # shows the order of passes
         model.log.clear()
         model.step(microbatches)
-        planned = launches([True] * len(names), points(names, attends, depth), depth, microbatches)
+        planned = launches([True] * len(names), points(names, attends, depth), depth, alternating(microbatches))
         gathers = [launch for launch in planned if launch.kind == "gather"]
         assert [event[1] for event in model.log if event[0] == "+"] == [names[launch.unit] for launch in gathers]
         assert [event for event in model.log if event[0] in "FB"] == [
@@ -157,10 +169,42 @@ def _places(log: list[str]) -> list[tuple[str, str, int]]:
     return found
 
 
+@pytest.mark.parametrize("attends", [False, True])
+@pytest.mark.parametrize("passes", ["FFBB", "FFBFBB", "FFFBFBFBBB"])
+def test_a_pipelines_passes_are_foreseen_in_its_second_step(passes: str, attends: bool) -> None:
+    """The first units are gathered ahead where a forward follows a forward, and the last ones before a backward."""
+    for depth in (1, 2, 4, 6):
+        model = Model("abcde", depth, attends)
+        model.run(passes)
+        assert not any(store.is_whole for store in model.stores)
+        for _ in range(2):
+            model.log.clear()
+            model.run(passes)
+            directions = [Direction.FORWARD if one == "F" else Direction.BACKWARD for one in passes]
+            planned = launches([True] * 5, points("abcde", attends, depth), depth, directions)
+            gathers = [launch for launch in planned if launch.kind == "gather"]
+            assert [event[1] for event in model.log if event[0] == "+"] == ["abcde"[launch.unit] for launch in gathers]
+            own = [launch for launch in gathers if launch.unit == launch.during]
+            assert own == gathers[:1], "a unit is gathered ahead, except the first one of the step"
+            turns = sum(one != other for one, other in zip(passes, passes[1:], strict=False))
+            assert len(gathers) == gather_count(5, depth, len(passes), turns)
+            assert max(model.held()) == min(depth + 1, 5) and model.held()[-1] == 0
+
+
+def test_a_step_with_other_passes_gathers_what_it_needs() -> None:
+    """Layers check that they are whole when a step is longer, shorter or in another order than the one before."""
+    model = Model("abcde", 1, True)
+    for passes in ("FFBB", "FFFFBBBB", "FB", "FBFB", "FFBFBB", "F", "FB"):
+        model.run(passes)
+        assert model.held()[-1] == sum(store.is_whole for store in model.stores) <= 2
+
+
 @pytest.mark.parametrize("recompute", [1, 2, 3])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_recomputation_gathers_no_more_often(recompute: int, depth: int) -> None:
     model = Model("abcdef", depth, True)
+    model.step(2)  # shows the order of passes
+    model.log.clear()
     model.step(2, recompute)
     gathered = [event[1] for event in model.log if event[0] == "+"]
     assert len(gathered) <= 2 * 2 * 6 - (4 if recompute == 1 else 1) and not any(
@@ -210,13 +254,15 @@ def test_a_window_is_what_is_used_next(has_backward: list[bool], depth: int, mic
     expected = []
     for at, (unit, direction) in enumerate(uses):
         coming = list(dict.fromkeys(other for other, _ in uses[at:]))[: depth + 1]
-        turns = direction is Direction.FORWARD or at + len(uses) // microbatches < len(uses)
-        made = window(unit, direction, has_backward, depth, turns=turns)
+        following = Direction.BACKWARD if direction is Direction.FORWARD else Direction.FORWARD
+        if at + len(uses) // microbatches >= len(uses) and direction is Direction.BACKWARD:
+            following = None
+        made = window(unit, direction, has_backward, depth, following)
         assert list(made)[: len(coming)] == coming[: len(made)] and made[0] == unit
         held &= set(made)
         expected += [other for other in made if other not in held]
         held |= set(made)
-    found = launches(has_backward, [(Point.START, Point.START)] * len(has_backward), depth, microbatches)
+    found = launches(has_backward, [(Point.START, Point.START)] * len(has_backward), depth, alternating(microbatches))
     assert [launch.unit for launch in found if launch.kind == "gather"] == expected
     reduced = [launch for launch in found if launch.kind == "reduce"]
     assert [launch.unit for launch in reduced] == list(reversed(units)) * microbatches
