@@ -26,6 +26,11 @@ CASES = {
     "IIG, groups of one": (4, "", f"--paro IIG --paro-group-size 1 {ASYNC}"),
     "NIG, one micro-batch": (4, "--global-batch-size 4", f"--paro NIG {PAIRS} {ASYNC}"),
     "GGG, full recompute": (4, "", f"--paro GGG {PAIRS} {ASYNC} {FULL}"),
+    "GGG, three ranks, recompute of two layers": (
+        3,
+        "--global-batch-size 6",
+        f"--paro GGG --paro-group-size 1 {LINKS} {ASYNC} {FULL.replace('layers 1', 'layers 2')}",
+    ),
     "IIG, recompute of two layers": (
         4,
         "",
@@ -67,7 +72,7 @@ CASES = {
 # All strategies equal upstream in test_sharding_checkpoints.py, too, and four in regression cases (paro-*.toml); by
 # default here is what they are combined with.
 QUICK = {
-    "IIG, recompute of two layers",
+    "GGG, three ranks, recompute of two layers",
     "IGG, PP 2, tied",
     "IIG, PP 2, V 2",
     "IIG, C 2, selective overlap",

@@ -1,5 +1,6 @@
 """With selective overlap, units are gathered and released as planned, and no message of attention is delayed."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -9,6 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from megatron.longseq.pipeline.plan.generators import make
+from megatron.longseq.pipeline.plan.schedule import ActionKind, Pipeline
+from megatron.longseq.planner.plan.data_parallel import data_seconds, gathers_of_a_unit
+from megatron.longseq.planner.plan.flags import read
+from megatron.longseq.planner.plan.memory import StageParams
+from megatron.longseq.sharding.plan.comm_volume import CommVolume, comm_volume
 from megatron.longseq.sharding.plan.gather_window import (
     CollectiveLaunch,
     Direction,
@@ -19,6 +26,9 @@ from megatron.longseq.sharding.plan.gather_window import (
     launches,
     window,
 )
+from megatron.longseq.sharding.plan.memory import Model as Sizes
+from megatron.longseq.sharding.plan.rank_groups import RankGroups
+from megatron.longseq.sharding.plan.strategy import Strategy
 from megatron.longseq.sharding.runtime.selective_hooks import SelectiveGatherHooks
 from megatron.longseq.sharding.runtime.unit_hooks import Unit
 from tests.unit.test_sharding_units import FakeStore
@@ -186,7 +196,7 @@ def test_a_pipelines_passes_are_foreseen_in_its_second_step(passes: str, attends
             assert [event[1] for event in model.log if event[0] == "+"] == ["abcde"[launch.unit] for launch in gathers]
             own = [launch for launch in gathers if launch.unit == launch.during]
             assert own == gathers[:1], "a unit is gathered ahead, except the first one of the step"
-            turns = sum(one != other for one, other in zip(passes, passes[1:], strict=False))
+            turns = sum(one != other for one, other in pairwise(passes))
             assert len(gathers) == gather_count(5, depth, len(passes), turns)
             assert max(model.held()) == min(depth + 1, 5) and model.held()[-1] == 0
 
@@ -233,6 +243,54 @@ def test_other_orders_of_passes_gather_what_they_need() -> None:
     model.hooks.gather_all()
     model.step(1)
     assert not any(store.is_whole for store in model.stores)
+
+
+@given(st.integers(1, 9), st.integers(0, 4), st.lists(st.sampled_from(Direction), min_size=1, max_size=12))
+def test_gathers_are_counted_as_they_are_launched(units: int, depth: int, passes: list[Direction]) -> None:
+    turns = sum(one is not other for one, other in pairwise(passes))
+    start = [(Point.START, Point.START)] * units
+    if depth:
+        planned = launches([True] * units, start, depth, passes)
+        assert gather_count(units, depth, len(passes), turns) == sum(one.kind == "gather" for one in planned)
+    else:
+        assert gather_count(units, depth, len(passes), turns) == units * len(passes)
+    groups, microbatches = RankGroups(4, 2), len(passes)
+    sent = comm_volume(Strategy.parse("IIG"), groups, Sizes(8 * units, 8 * units), buckets=units, prefetch_units=depth)
+    planned = launches([True] * units, start, depth, alternating(microbatches)) if depth else []
+    count = sum(one.kind == "gather" for one in planned) if depth else 2 * units * microbatches
+    # One all-gather inside groups sends 1 of 2 slices, 4 of 8 elements of 2 bytes.
+    assert sent.gathers(microbatches) == CommVolume(count * 8, 0, 0, count)
+    assert sent.step(microbatches) == sent.gathers(microbatches) + sent.grads * microbatches + sent.finish
+
+
+def test_the_planner_counts_the_gathers_of_a_schedule() -> None:
+    """Of the first stage's first chunk, and fewer of them take less time."""
+    flags = {"model": "llama-7b", "cluster": "a800-64", "seq_length": 4096, "global_batch_size": 64, "bf16": True}
+    flags |= {"paro": "IIG", "paro_group_size": 8, "micro_batch_size": 1}
+    selective = {"paro_selective_overlap": True, "paro_prefetch_units": 2}
+    for shape in (
+        {},
+        {"pipeline_model_parallel_size": 4},
+        {"pipeline_model_parallel_size": 4, "num_layers_per_virtual_pipeline_stage": 4},
+        {"pipeline_model_parallel_size": 4, "seq1f1b_splits": 4},
+    ):
+        model, _, run = read({**flags, **shape, **selective})
+        pipeline = Pipeline(run.pipeline_model_parallel_size, run.microbatches, run.seq1f1b_splits, run.virtual_stages)
+        kinds = {ActionKind.FORWARD: Direction.FORWARD, ActionKind.BACKWARD: Direction.BACKWARD}
+        passes = [kinds[action.kind] for action in make(pipeline).orders[0] if action.vstage == 0]
+        assert len(passes) == 2 * run.microbatches * run.seq1f1b_splits
+        units = model.num_layers // (pipeline.stages * run.virtual_stages)
+        planned = launches([True] * units, [(Point.START, Point.START)] * units, 2, passes)
+        count = sum(one.kind == "gather" for one in planned)
+        made = gathers_of_a_unit(model.num_layers, run)
+        assert made == pytest.approx(2 * count / (units * len(passes))) and made < 2
+        assert gathers_of_a_unit(model.num_layers, read({**flags, **shape})[2]) == 2
+    # Nothing else changes, and nothing is hidden where compute is replaced by none.
+    _, cluster, run = read({**flags, **selective})
+    params = StageParams(10**9, 0, 0, 0)
+    twice, fewer = (data_seconds(cluster, run, params, 0.0, 0.0, gathers).exposed for gathers in (2.0, 1.5))
+    once = data_seconds(cluster, run, params, 0.0, 0.0, 1.0).exposed
+    assert twice - fewer == pytest.approx(fewer - once) and fewer < twice
 
 
 def test_a_point_has_the_longest_computation_before_the_next_attention() -> None:

@@ -1,9 +1,9 @@
 """Which units of a model are gathered while one computes, and when their all-gathers and reduce-scatters start.
 
-A forward pass uses the units of a model chunk in order, and a backward pass in reverse order. While one unit computes, a
-rank keeps it and the units that are used next, up to a depth. So the last units stay gathered if a backward follows a
-forward, and the first ones if a forward follows a backward. `PassHistory` says which pass follows: a pipeline repeats
-the order of passes in every step.
+A forward pass uses the units of a model chunk in order, and a backward pass in reverse order. While one unit computes,
+a rank keeps it and the units that are used next, up to a depth. So the last units stay gathered if a backward follows
+a forward, and the first ones if a forward follows a backward. `PassHistory` says which pass follows: a pipeline
+repeats the order of passes in every step.
 
 Where attention communicates (context parallelism), a collective of weights that is in flight at that time delays it. So
 all-gathers start at the point of a layer that is followed by the longest computation without attention (selective

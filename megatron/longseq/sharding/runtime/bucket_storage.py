@@ -1,7 +1,7 @@
 """The memory of a bucket's gradients and parameters: the full bucket while layers use it, otherwise this rank's shard.
 
-Layers, fused kernels and upstream's hooks keep views of the full bucket for good. Its storage gets memory from a pool and
-gives it back under these views, so no view has to be bound again.
+Layers, fused kernels and upstream's hooks keep views of the full bucket for good. Its storage gets memory from a pool
+and gives it back under these views, so no view has to be bound again.
 """
 
 from bisect import bisect_right

@@ -11,7 +11,9 @@ from megatron.longseq.sharding.runtime.comm_streams import allocate_on_default_s
 class BufferPool:
     """Flat buffers by bytes and device.
 
-    The pool keeps what is given back, so it holds as many buffers of a size as were in use at a time. On a GPU a buffer belongs to the default stream: `give` makes it wait for the current stream, and `take` makes the
+    The pool keeps what is given back, so it holds as many buffers of a size as were in use at a time.
+
+    On a GPU a buffer belongs to the default stream: `give` makes it wait for the current stream, and `take` makes the
     current stream wait for it.
 
     Attributes:

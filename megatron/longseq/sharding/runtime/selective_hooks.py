@@ -127,7 +127,9 @@ class SelectiveGatherHooks(GatherHooks):
         following = self._history.following
         if direction is Direction.FORWARD:
             return following if unit.module.training else None
-        return None if following is Direction.FORWARD and self._is_last() else following
+        if following is Direction.BACKWARD:
+            return following
+        return None if self._is_last() else Direction.FORWARD  # a step may be longer than the one before
 
     def _first_window(self, unit: Unit, direction: Direction) -> list[Unit]:
         """Return the window of the first unit of the pass that follows a unit's."""
