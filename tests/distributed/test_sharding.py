@@ -59,6 +59,11 @@ CASES = {
         f"--paro IIG {PAIRS} {ASYNC} {SELECT} {PP2} --seq1f1b-splits 2",
     ),
     "ING, selective overlap, without overlapped reductions": (4, "", f"--paro ING {PAIRS} {SELECT}"),
+    "ING, selective overlap, zero bubble, PP 2": (
+        4,
+        SHALLOW,
+        f"--paro ING {PAIRS} {ASYNC} {SELECT} {PP2} --zero-bubble --seq1f1b-splits 2",
+    ),
     "IIG, selective overlap, mixture of experts": (4, MOE, f"--paro IIG {PAIRS} {ASYNC} {SELECT}"),
     "NIG, segments": (4, "", f"--paro NIG {PAIRS} {ASYNC} --seq1f1b-splits 3"),
     "IIG, segments, PP 2": (4, "", f"--paro IIG {PAIRS} {ASYNC} {PP2} --seq1f1b-splits 2"),

@@ -1,4 +1,4 @@
-"""The pool of buffers on a GPU: buckets swap its memory under their views, and no stream overwrites another's values."""
+"""The pool of buffers on a GPU: buckets swap its memory under their views; no stream overwrites another's values."""
 
 from functools import partial
 from itertools import pairwise
