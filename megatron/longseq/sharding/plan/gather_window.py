@@ -12,7 +12,6 @@ overlap, InternEvo, arXiv 2401.09149). Reduce-scatters start at the end of a lay
 
 from collections.abc import Sequence
 from enum import StrEnum
-from itertools import pairwise
 from typing import NamedTuple
 
 
@@ -166,7 +165,7 @@ def launches(
             found.append(CollectiveLaunch("reduce", unit, unit, direction, Point.END))
 
     units = range(len(has_backward))
-    for direction, following in pairwise([*passes, None]):
+    for direction, following in zip(passes, [*passes[1:], None], strict=True):
         for unit in units if direction is Direction.FORWARD else reversed(units):
             use(unit, direction, following)
     return found
