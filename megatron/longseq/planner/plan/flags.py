@@ -45,6 +45,7 @@ NEUTRAL_HERE = (
     "pipeline_trace",
     "pipeline_trace_step",
     "seq1f1b_layer_seconds",
+    "start_folder",
 )
 REFUSED_HERE = {"flexsp": False}  # its steps depend on the lengths of documents: python -m megatron.longseq.flexsp
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "none")
