@@ -74,6 +74,21 @@ class StepLog:
             print(f"> WARNING: {file}: {error.strerror}; later steps are logged without it", flush=True)
 
 
+def begin(args: Namespace, log: StepLog, first: int) -> None:
+    """Write the first record, on the last rank, if it is not written yet.
+
+    This comes before upstream's first line, because the console shows that line only where there is no record.
+
+    Args:
+        args: upstream's arguments.
+        log: of this process.
+        first: the step after which this start begins.
+    """
+    if not log.is_open and args.rank == args.world_size - 1:
+        log.write(Path(args.start_folder), _start(args, first))
+    log.is_open = True
+
+
 def write_step(
     args: Namespace, log: StepLog, call: dict[str, Any], figures: Throughput, ranks: RankFigures, steps: int
 ) -> None:
@@ -94,9 +109,6 @@ def write_step(
     if args.rank != args.world_size - 1:
         return
     folder = Path(args.start_folder)
-    if not log.is_open:
-        log.is_open = True
-        log.write(folder, _start(args, call["iteration"] - steps))
     values = record.record(
         record.STEP,
         iteration=call["iteration"],

@@ -87,6 +87,7 @@ def with_our_lines(original: Callable[..., Any]) -> Callable[..., Any]:
         state.of_line.add(*sums)
         state.of_step.add(*sums)
         if steps.asked_for(args):
+            steps.begin(args, state.log, call["iteration"] - 1)
             state.log.add(call["loss_dict"], int(call["skipped_iter"]))
         is_first, iteration = bool(call.get("is_first_iteration")), call["iteration"]
         is_line, is_step = iteration % args.log_interval == 0 and not is_first, steps.asked_for(args)

@@ -36,14 +36,14 @@ class LineFilter:
     Args:
         start_folder: folder of this start. Once it holds the record of the steps, our line of a step is shown instead
             of upstream's.
-        budget: lines of Megatron's start that are shown at most.
+        budget: lines of Megatron's start that are shown at most; None: all that are chosen.
 
     Attributes:
         hidden: number of lines that were left out.
         warnings: how many of them are warnings.
     """
 
-    def __init__(self, start_folder: Path, budget: int = BUDGET) -> None:
+    def __init__(self, start_folder: Path, budget: int | None = BUDGET) -> None:
         self.record = start_folder / "steps.jsonl"
         self.budget = budget
         self.hidden = 0
@@ -75,7 +75,7 @@ class LineFilter:
             return self._shows_warning(line)
         if DETAIL.search(line) or (self._was_hidden and CONTINUATION.search(line)):
             return False
-        if not self._is_starting:
+        if not self._is_starting or self.budget is None:
             return True
         self.budget -= 1
         return self.budget >= 0

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 from typing import BinaryIO
 
-from scripts.lib.console import STEP, LineFilter
+from scripts.lib.console import BUDGET, STEP, LineFilter
 from scripts.lib.rank import log_name
 
 POLL_S = 0.2
@@ -25,9 +25,18 @@ class Follower(threading.Thread):
         shown: the ranks whose output is shown.
         has_host: whether a line begins with the host too.
         is_verbose: whether all their lines are shown.
+        budget: see `LineFilter`.
     """
 
-    def __init__(self, folder: Path, host: str, shown: set[int], has_host: bool, is_verbose: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        host: str,
+        shown: set[int],
+        has_host: bool,
+        is_verbose: bool = False,
+        budget: int | None = BUDGET,
+    ) -> None:
         super().__init__(daemon=True)
         self.folder = folder
         self.host = host
@@ -36,7 +45,7 @@ class Follower(threading.Thread):
         self.is_over = threading.Event()
         self.streams: dict[int, BinaryIO] = {}
         self.rests: dict[int, bytes] = {}
-        self.filters = {} if is_verbose else {rank: LineFilter(folder.parent) for rank in shown}
+        self.filters = {} if is_verbose else {rank: LineFilter(folder.parent, budget) for rank in shown}
         self.is_summed_up = is_verbose
 
     def run(self) -> None:

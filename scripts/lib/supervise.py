@@ -34,6 +34,7 @@ from typing import BinaryIO
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.lib import meeting, processes, verdict
+from scripts.lib.console import BUDGET
 from scripts.lib.follow import Follower
 from scripts.lib.rank import host_name, log_name
 
@@ -169,7 +170,8 @@ class Supervisor:
         reader = threading.Thread(target=self.read, args=(process.stderr,), daemon=True)
         reader.start()
         ranks = self.start_dir / "ranks"
-        follower = Follower(ranks, self.host, self.shown, self.nodes > 1, is_verbose=self.is_verbose)
+        budget = None if "preflight" in self.command else BUDGET  # its table may be long
+        follower = Follower(ranks, self.host, self.shown, self.nodes > 1, self.is_verbose, budget)
         follower.start()
         status = self.wait(process)
         ended_at = time.time()

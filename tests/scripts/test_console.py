@@ -61,6 +61,8 @@ def test_the_first_step_comes_early_and_messages_stay(tmp_path: Path) -> None:
     # A start of another version of upstream, which prints lines that the filter does not know.
     unknown = [f"a module of upstream says {number}" for number in range(500)]
     assert len(shown([*BEFORE, *unknown, *AFTER, UPSTREAMS, OURS], tmp_path)) <= BUDGET + 5
+    all_chosen = LineFilter(tmp_path, budget=None)  # a preflight
+    assert sum(all_chosen.shows(line) for line in [*BEFORE, *unknown]) == 3 + len(unknown)
 
 
 def test_without_a_record_upstreams_step_is_shown(tmp_path: Path) -> None:
