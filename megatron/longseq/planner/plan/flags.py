@@ -43,6 +43,7 @@ NEUTRAL_HERE = (
     "pipeline_trace",
     "pipeline_trace_step",
     "seq1f1b_layer_seconds",
+    "start_folder",
 )
 REFUSED_HERE = {"flexsp": False}  # its steps depend on the lengths of documents: see tools/flexsp_predict.py
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "none")
