@@ -282,9 +282,14 @@ def _nothing(problem: PlanningProblem) -> str:
             f"heads, {space.seq_length} tokens and {space.global_batch_size} sequences a step; give another batch, or "
             "fewer restrictions"
         )
+    needs = (
+        f"every layout needs at least {least / 1e9:.1f} GB"
+        if least > task.cluster.memory_bytes
+        else "every plan needs more"
+    )
     return (
-        f"no plan fits: a GPU has {task.cluster.memory_bytes / 1e9:.1f} GB, and every layout needs at least "
-        f"{least / 1e9:.1f} GB; give more GPUs, shorter sequences, or fewer restrictions"
+        f"no plan fits: a GPU has {task.cluster.memory_bytes / 1e9:.1f} GB, and {needs}; give more GPUs, shorter "
+        "sequences, or fewer restrictions"
     )
 
 
