@@ -53,7 +53,7 @@ def estimated_cost(args: Namespace, *, on_gpu: bool) -> GroupCostModel:
     heads, dim, hidden = model_heads(args), args.kv_channels, args.hidden_size
     layers = args.num_layers / args.pipeline_model_parallel_size
     tensor = args.tensor_model_parallel_size
-    ffn = args.ffn_hidden_size * (3 if args.swiglu else 2)
+    ffn = _ffn_of_a_token(args) * (3 if args.swiglu else 2)
     weights = hidden * (dim * (2 * heads.query + 2 * heads.kv) * tensor + ffn) / tensor
     head = hidden * (args.padded_vocab_size or args.vocab_size or 0) / tensor / args.pipeline_model_parallel_size
     passes = 8 if args.recompute_granularity == "full" else 6
@@ -73,6 +73,14 @@ def estimated_cost(args: Namespace, *, on_gpu: bool) -> GroupCostModel:
         item=2 if args.bf16 or args.fp16 else 4,
         overlap=1.0 if on_gpu else 0.0,
     )
+
+
+def _ffn_of_a_token(args: Namespace) -> int:
+    """Return the hidden size of the MLP, or of all experts that a token visits."""
+    if not args.num_experts:
+        return int(args.ffn_hidden_size)
+    expert = args.moe_ffn_hidden_size or args.ffn_hidden_size
+    return int(expert * args.moe_router_topk + (args.moe_shared_expert_intermediate_size or 0))
 
 
 def cost_model(args: Namespace, *, on_gpu: bool) -> GroupCostModel:
