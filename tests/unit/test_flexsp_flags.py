@@ -14,7 +14,7 @@ from megatron.longseq.flexsp.arguments import (
     parse_kinds,
     wants_flexsp,
 )
-from megatron.longseq.flexsp.from_args import check_plannable, degrees_of, group_places
+from megatron.longseq.flexsp.from_args import check_batches, check_plannable, degrees_of, group_places
 from megatron.longseq.flexsp.runtime.conversations import check_conversations, jsonl_files
 from megatron.longseq.refusals import refused
 from tests.distributed.flags import TINY, flags
@@ -157,6 +157,16 @@ def test_conversations_that_cannot_be_tokenized_are_refused(path: str, message: 
     assert files == ["1", path]
     with pytest.raises(ValueError, match=message):
         check_conversations(args(tokenizer_model="no/such/folder"), files[1:])
+
+
+def test_batches_in_tokens_of_a_blend_are_refused() -> None:
+    given = args(**SERVED | {"flexsp_batch_tokens": 100})
+    check_batches(given, (["one"], None), None)
+    check_batches(given, None, [(["one"], [1.0]), None])
+    check_batches(args(**SERVED), (["one", "two"], None), None)
+    for data in (((["one"], [1.0]), None), ((["one", "two"], None), None), (None, [(["one", "two"], None), None])):
+        with pytest.raises(ValueError, match="--flexsp-batch-tokens 100: upstream makes the order of a blend"):
+            check_batches(given, *data)
 
 
 def test_groups_are_aligned_and_every_rank_can_be_alone() -> None:

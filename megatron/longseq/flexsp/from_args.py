@@ -14,6 +14,8 @@ from megatron.longseq.flexsp.plan.placement import Placement
 from megatron.longseq.flexsp.plan.plan import Kind, StepPlan
 from megatron.longseq.flexsp.plan.planner import plan_step
 
+Blend = tuple[Sequence[str], Sequence[float] | None] | None  # prefixes of data sets, and their weights
+
 CPU_FLOPS, GPU_FLOPS = 2e10, 4e14  # what a matrix product reaches, where no peak is given
 UTILIZATION = 0.4  # of a peak that is given
 CPU_LINK, GPU_LINK, NETWORK = 1e9, 2e11, 5e10  # bytes per second that a rank sends: on a CPU, inside and between nodes
@@ -193,3 +195,21 @@ def check_plannable(args: Namespace, *, on_gpu: bool) -> None:
             "--flexsp-overlong splits documents."
         )
     cost_model(args, on_gpu=on_gpu)
+
+
+def check_batches(args: Namespace, blend: Blend, per_part: Sequence[Blend] | None) -> None:
+    """Refuse a global batch in tokens of several data sets.
+
+    Args:
+        args: upstream's validated arguments.
+        blend, per_part: data of the run, as upstream's `get_blend_and_blend_per_split` returns it.
+
+    Raises:
+        ValueError: Upstream would blend data sets.
+    """
+    blends = blend is not None and (len(blend[0]) > 1 or blend[1] is not None)
+    if args.flexsp_batch_tokens is not None and (blends or any(one and len(one[0]) > 1 for one in per_part or ())):
+        raise ValueError(
+            f"--flexsp-batch-tokens {args.flexsp_batch_tokens}: upstream makes the order of a blend for a number of "
+            "documents, and that of a step varies; give one data set without a weight, or a global batch in documents."
+        )

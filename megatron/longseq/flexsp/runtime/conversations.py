@@ -12,10 +12,9 @@ from megatron.longseq.data.chat import chat_spec
 from megatron.longseq.data.corpus import find_files
 from megatron.longseq.data.encode import EncodeOptions
 from megatron.longseq.data.prepare import PrepareRequest, prepare
+from megatron.longseq.flexsp.from_args import Blend
 
 CACHE = "cache"  # folder beside a jsonl file, without --data-cache-path
-
-Blend = tuple[list[str], Any] | None
 
 
 def jsonl_files(blend: Blend, per_part: Iterable[Blend] | None) -> list[str]:

@@ -2,10 +2,8 @@
 
 from argparse import Namespace
 from dataclasses import fields
-from typing import Any
 
 import torch
-from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.training import print_rank_0
@@ -27,8 +25,7 @@ def planned_steps(args: Namespace, samples: list[int], config: GPTDatasetConfig)
         config: upstream's configuration of the data.
 
     Raises:
-        ValueError: A part holds no document that can be trained, conversations cannot be tokenized, or
-            --flexsp-batch-tokens is given with a blend.
+        ValueError: A part holds no document that can be trained, or conversations cannot be tokenized.
     """
     given = {field.name: getattr(config, field.name) for field in fields(GPTDatasetConfig) if field.init}
     files = jsonl_files(config.blend, config.blend_per_split) if args.sft else []
@@ -38,10 +35,13 @@ def planned_steps(args: Namespace, samples: list[int], config: GPTDatasetConfig)
         conversations=args.sft,
         tokenized=tokenize_conversations(args, files),
     )
+    step, sample = training_start(args)
+    if samples[0] is not None:  # a run that resumes with another global batch wants other numbers than upstream counts
+        samples = [max(samples[0], sample + (args.train_iters - step) * args.global_batch_size), *samples[1:]]
     datasets = BlendedMegatronDatasetBuilder(DocumentDataset, samples, lambda: True, own).build()
     size = args.eval_global_batch_size
     begins = (args.iteration, args.consumed_valid_samples // size, 0)
-    firsts = (training_start(args), (0, 0), (0, 0))
+    firsts = ((step, sample), (0, 0), (0, 0))
     sizes = (args.global_batch_size, size, size)
     plan, cost = planner_of(args), cost_model(args, on_gpu=torch.cuda.is_available())
     iterators: list[StepIterator | None] = []
@@ -50,10 +50,9 @@ def planned_steps(args: Namespace, samples: list[int], config: GPTDatasetConfig)
         if dataset is None:
             iterators.append(None)
             continue
-        tokens = _batch_tokens(args, dataset)
         source = DocumentSource(dataset, wanted)
         print_rank_0(f"> FlexSP, {part}: {source.describe()}")
-        batches = GlobalBatches(source.length, documents, tokens, *first)
+        batches = GlobalBatches(source.length, documents, args.flexsp_batch_tokens, *first)
         iterators.append(StepIterator(Lookahead(batches, plan, cost, args.flexsp_plan_ahead), source, begin))
     return tuple(iterators)
 
@@ -69,13 +68,3 @@ def training_start(args: Namespace) -> tuple[int, int]:
     if saved is not None and saved[0] == args.iteration:
         return saved
     return (args.iteration, args.consumed_train_samples) if args.flexsp_batch_tokens is None else (0, 0)
-
-
-def _batch_tokens(args: Namespace, dataset: Any) -> int | None:
-    """Return the tokens of a global batch."""
-    if args.flexsp_batch_tokens is not None and isinstance(dataset, BlendedDataset):
-        raise ValueError(
-            f"--flexsp-batch-tokens {args.flexsp_batch_tokens}: upstream makes the order of a blend for a number of "
-            "documents, and that of a step varies; give one data set, or a global batch in documents."
-        )
-    return args.flexsp_batch_tokens  # type: ignore[no-any-return]
