@@ -47,8 +47,8 @@ def check_conversations(args: Namespace, files: Iterable[str]) -> None:
 def tokenize_conversations(args: Namespace, files: list[str]) -> dict[str, str]:
     """Tokenize jsonl files on the first rank, unless an earlier run has; return the prefix of each one's output.
 
-    Outputs are kept in --data-cache-path, or in a folder `cache` beside the file. Their names depend on the content of
-    file and tokenizer. All ranks call this.
+    Outputs are kept in --data-cache-path, or in a folder `cache` beside the file. Their names depend on the path, size
+    and time of the file, and on the content of the tokenizer. All ranks call this.
 
     Raises:
         ValueError: A file cannot be tokenized, or this rank does not see the output.
