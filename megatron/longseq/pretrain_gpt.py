@@ -34,6 +34,7 @@ from megatron.longseq.flexsp.arguments import wants_flexsp
 from megatron.longseq.flexsp.runtime.data import planned_steps
 from megatron.longseq.freeze import add_freeze_arguments, check_train_only, freeze_hook
 from megatron.longseq.guards.arguments import locates_gradients
+from megatron.longseq.refusals import explained_refusals
 from megatron.longseq.unserved import refuse_unserved, without_effect
 
 Batch = dict[str, torch.Tensor | None]
@@ -291,7 +292,8 @@ def main() -> None:
     if args.rank == 0:
         for line in without_effect(sys.argv[1:]):
             print(f"> WARNING: {line}", flush=True)
-    model = model_config(args)
+    with explained_refusals("the model of these flags"):
+        model = model_config(args)
     if args.train_only is not None:
         check_train_only(args.train_only)
         model.pre_wrap_hooks.append(freeze_hook(args.train_only))

@@ -103,7 +103,7 @@ def _run_passes(passes: Callable[..., Any], *, forward_step_func: Any, forward_o
         if forward_only:
             guards.progress.mark()
             return passes(**named)
-        step = args.curr_iteration + 1
+        step = getattr(args, "curr_iteration", 0) + 1
         guards.progress.begin_step(step)
         if guards.guard is None:
             return passes(**named)
@@ -182,7 +182,7 @@ def with_judged_update(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(forward_step_func, data_iterator, model, optimizer, *rest, **named)
 
         def refuses_update() -> bool:
-            refuses: bool = guard.refuses_update(args.curr_iteration + 1)
+            refuses: bool = guard.refuses_update(getattr(args, "curr_iteration", 0) + 1)
             args.longseq_losses = list(guard.history.losses)  # upstream saves its arguments in checkpoints
             return refuses
 

@@ -4,6 +4,7 @@ A wait costs nothing while the run is healthy: nothing is recorded ahead of it. 
 name of their function, and their local variables hold the action, the process group and the peer.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -41,6 +42,7 @@ COLLECTIVES = (
     "scatter",
     "send",
 )
+LIBRARIES = {"torch", *sys.stdlib_module_names}
 Describe = Callable[[dict[str, Any]], str | None]
 
 
@@ -98,8 +100,8 @@ def _try(describe: Describe, frame: FrameType) -> str | None:
 
 
 def _line(frame: FrameType | None) -> str:
-    """Name the innermost line outside of libraries."""
-    own = [one for one in frames_of(frame) if _module(one).startswith(("megatron.", "patches", "__main__"))]
+    """Name the innermost line outside of Python's library and torch."""
+    own = [one for one in frames_of(frame) if _module(one).partition(".")[0] not in LIBRARIES]
     for one in own or list(frames_of(frame))[:1]:
         return f"in {one.f_code.co_name} ({one.f_code.co_filename}:{one.f_lineno})"
     return "its main thread has ended"
