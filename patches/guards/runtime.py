@@ -156,12 +156,11 @@ def _step_guard(args: Namespace) -> Any:
     from megatron.longseq.guards.runtime.gradients import GradientRecord
     from megatron.longseq.guards.runtime.steps import StepGuard
 
-    history = LossHistory(args.loss_spike_window, getattr(args, "longseq_losses", ()))
     return StepGuard(
         record=GradientRecord() if conditions.locates_gradients(args) else None,
         policy=args.loss_spike_policy,
         threshold=args.loss_spike_threshold,
-        history=history,
+        history=LossHistory(args.loss_spike_window),
         rerun=None if args.rerun_mode == "disabled" else get_rerun_state_machine(),
         say=print_rank_0,
     )
@@ -175,11 +174,15 @@ def with_judged_update(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         from megatron.training import get_args
 
+        from megatron.longseq.guards.plan.spikes import LossHistory
         from megatron.longseq.guards.runtime.steps import GuardedOptimizer
 
         args, guard = get_args(), _guards().guard
         if guard is None:
             return original(forward_step_func, data_iterator, model, optimizer, *rest, **named)
+
+        if not guard.history.losses:  # the first step: a checkpoint may be loaded by now
+            guard.history = LossHistory(guard.history.window, getattr(args, "longseq_losses", ()))
 
         def refuses_update() -> bool:
             refuses: bool = guard.refuses_update(getattr(args, "curr_iteration", 0) + 1)
@@ -195,15 +198,11 @@ def with_judged_update(original: Callable[..., Any]) -> Callable[..., Any]:
 def continuing_history(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `_load_base_checkpoint`: continue with the losses of the checkpoint."""
 
-    def _load_base_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        from megatron.training import get_args
-
-        result = original(*args, **kwargs)
-        content = result[0] if result else None
-        saved = content.get("args") if isinstance(content, dict) else None
-        options = get_args()
-        if saved is not None and not (options.finetune or options.no_load_optim):
-            options.longseq_losses = list(getattr(saved, "longseq_losses", ()))
+    def _load_base_checkpoint(load_dir: Any, args: Namespace, *rest: Any, **named: Any) -> Any:
+        result = original(load_dir, args, *rest, **named)
+        saved = (result[0] or {}).get("args")
+        if saved is not None and not (args.finetune or args.no_load_optim):
+            args.longseq_losses = list(getattr(saved, "longseq_losses", ()))
         return result
 
     return _load_base_checkpoint

@@ -155,7 +155,7 @@ def _gradients(chunks: list[Any]) -> Iterator[tuple[str, Tensor]]:
 def _largest(values: list[Tensor]) -> Tensor:
     if not values:
         return torch.zeros(())
-    return torch.cat([value.reshape(-1).to(values[0].device, torch.float32) for value in values]).max()
+    return torch.cat([value.reshape(-1).to(values[0].device, torch.float64) for value in values]).max()
 
 
 def _infinity_norms(tensors: list[Tensor]) -> list[Tensor]:
