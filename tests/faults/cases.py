@@ -83,6 +83,19 @@ class FaultBed:
             text = str(failure)
         return folder, text, self.logs(SYSTEMS[system][0])
 
+    def copy(self, system: str, step: int) -> Path:
+        """Return a folder as the undisturbed run left it after its save of a step."""
+        self.expected(system)
+        self.count += 1
+        folder = self.folder / f"copy{self.count}"
+        shutil.copytree(self.folder / f"undisturbed-{system}", folder)
+        checkpoints = folder / "checkpoints"
+        for later in checkpoints.glob("iter_*"):
+            if int(later.name.removeprefix("iter_")) > step:
+                shutil.rmtree(later)
+        (checkpoints / "latest_checkpointed_iteration.txt").write_text(str(step))
+        return folder
+
     def logs(self, world: int) -> str:
         """Return the output of the ranks of the last job."""
         files = [self.ranks.logs / f"job{self.ranks.jobs:03d}-rank{rank}.log" for rank in range(world)]

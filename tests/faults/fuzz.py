@@ -525,7 +525,7 @@ def fuzz_checkpoints(count: int, seed: int, folder: Path) -> FuzzReport:
         b"\xff\xfe",
         b'{"a":',
     )
-    names = ("metadata.json", ".metadata", "common.pt", "__0_0.distcp", "manifest.json", "COMMITTED", "longseq.json")
+    names = ("metadata.json", ".metadata", "common.pt", "__0_0.distcp", "longseq_manifest.json")
     for number in range(count):
         one = folder / f"checkpoints{number}"
         checkpoint = one / random.choice(("iter_0000004", "iter_x", "iter_0000002"))
