@@ -139,9 +139,9 @@ def _guards() -> _Guards:
     if STEPS not in state:
         from megatron.training import get_args
 
-        from megatron.longseq.guards.runtime.monitor import Progress
+        from megatron.longseq.guards.runtime.monitor import StepProgress
 
-        state[STEPS] = _Guards(Progress(), _step_guard(get_args()))
+        state[STEPS] = _Guards(StepProgress(), _step_guard(get_args()))
     guards: _Guards = state[STEPS]
     return guards
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from tests.distributed.flags import TINY, flags
 
-LIMIT = 60  # seconds for one input
+LIMIT = 300  # seconds for one input, on a machine that is busy with other things
 ROOT = Path(__file__).resolve().parents[2]
 INTEGERS = ("0", "1", "2", "3", "4", "7", "8", "64", "65", "-1", "1000000", "x", "2.5", "")
 NUMBERS = ("0", "0.5", "1", "10", "60", "-1", "nan", "inf", "1e9", "x", "")

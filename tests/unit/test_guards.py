@@ -13,8 +13,8 @@ from scipy.stats import median_abs_deviation
 from megatron.longseq.command_line import flags_table
 from megatron.longseq.guards.arguments import add_guard_arguments, check_guard_numbers, stall_limits
 from megatron.longseq.guards.plan.spikes import FLOOR, LossHistory, robust_score
-from megatron.longseq.guards.runtime.gradients import Finding, describe
-from megatron.longseq.guards.runtime.monitor import Progress, StallMonitor
+from megatron.longseq.guards.runtime.gradients import NonFinite, describe
+from megatron.longseq.guards.runtime.monitor import StallMonitor, StepProgress
 
 LOSSES = st.lists(st.floats(0.1, 20.0), min_size=4, max_size=40)
 
@@ -39,9 +39,9 @@ def test_history_scores_spikes_until_they_are_normal() -> None:
     assert math.isnan(history.add(math.nan) or 0.0) and all(map(math.isfinite, history.losses))
 
 
-def _finding(rank: int, stage: int, **named: object) -> Finding:
+def _finding(rank: int, stage: int, **named: object) -> NonFinite:
     known = {"loss_microbatch": None, "microbatch": None, "params": (), "counts": ()}
-    return Finding(rank=rank, stage=stage, **{**known, **named})  # type: ignore[arg-type]
+    return NonFinite(rank=rank, stage=stage, **{**known, **named})  # type: ignore[arg-type]
 
 
 def test_origin_is_the_first_microbatch_and_the_latest_stage() -> None:
@@ -64,7 +64,7 @@ def test_origin_is_the_first_microbatch_and_the_latest_stage() -> None:
 
 
 def test_verdict_names_the_ranks_to_look_at() -> None:
-    monitor = StallMonitor(0, 3, store=None, progress=Progress(), in_steps=600.0, elsewhere=3600.0)
+    monitor = StallMonitor(0, 3, store=None, progress=StepProgress(), in_steps=600.0, elsewhere=3600.0)
     state = {"host": "n1", "pid": 4, "step": 5, "part": "train_step", "seconds": 9.0, "beside": []}
     waiting = {**state, "wait": "stage 0, action 3 of 16 (forward), waits for its gradient from rank 1"}
     working = {**state, "wait": "in read (loader.py:3)"}

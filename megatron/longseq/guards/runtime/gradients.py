@@ -25,7 +25,7 @@ class _Norm:
 
 
 @dataclass(frozen=True)
-class Finding:
+class NonFinite:
     """What is not finite on one rank.
 
     Attributes:
@@ -108,7 +108,7 @@ class GradientRecord:
         """Return the largest magnitude in the reduced gradients: a sum of finite numbers may overflow."""
         return _largest(_infinity_norms([grad for _, grad in _gradients(self._chunks) if grad.numel()]))
 
-    def find(self, losses: Sequence[Tensor], rank: int, stage: int) -> Finding:
+    def find(self, losses: Sequence[Tensor], rank: int, stage: int) -> NonFinite:
         """Find what is not finite on this rank. The host waits for the device, for each parameter.
 
         Args:
@@ -119,7 +119,7 @@ class GradientRecord:
         bad = [(name, count) for name, count in found if count]
         bad_losses = [index for index, loss in enumerate(losses) if _bad_elements(loss)]
         params, counts = tuple(name for name, _ in bad), tuple(count for _, count in bad)
-        return Finding(rank, stage, min(bad_losses, default=None), self._first_microbatch(), params, counts)
+        return NonFinite(rank, stage, min(bad_losses, default=None), self._first_microbatch(), params, counts)
 
     def _first_microbatch(self) -> int | None:
         bad = []
@@ -167,7 +167,7 @@ def _bad_elements(tensor: Tensor) -> int:
     return int((~torch.isfinite(tensor)).sum())
 
 
-def describe(findings: Sequence[Finding], step: int) -> str:
+def describe(findings: Sequence[NonFinite], step: int) -> str:
     """Say which rank, parameter and micro-batch a non-finite gradient comes from.
 
     Args:
@@ -194,12 +194,12 @@ def describe(findings: Sequence[Finding], step: int) -> str:
     return f"{head} {where}. {_others(origins, first)}{_params(findings, first)}"
 
 
-def _others(found: Sequence[Finding], first: Finding) -> str:
+def _others(found: Sequence[NonFinite], first: NonFinite) -> str:
     ranks = [str(one.rank) for one in found if one is not first]
     return f"Ranks {', '.join(ranks[:16])} have it too. " if ranks else ""
 
 
-def _params(findings: Sequence[Finding], first: Finding) -> str:
+def _params(findings: Sequence[NonFinite], first: NonFinite) -> str:
     """Name the parameter next to the origin: the last one in the model, since a backward runs towards the first."""
     holders = [one for one in findings if one.params]
     own = first if first.params else next((one for one in holders if one.stage == first.stage), None)

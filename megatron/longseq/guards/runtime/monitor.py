@@ -38,7 +38,7 @@ class Store(Protocol):
 
 
 @dataclass
-class Progress:
+class StepProgress:
     """How far this rank is. The training writes it, one attribute at a time; the monitor reads it.
 
     Attributes:
@@ -90,7 +90,7 @@ class StallMonitor:
     rank: int
     ranks: int
     store: Store | None
-    progress: Progress
+    progress: StepProgress
     in_steps: float
     elsewhere: float
     say: Callable[[str], None] = _to_stderr
