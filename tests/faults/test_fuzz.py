@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import fuzz
+from tests.faults import fuzz, fuzz_flags, fuzz_inputs
 from tests.faults.summary import INPUTS
 from tests.pool import RankPool
 
@@ -17,8 +17,10 @@ COUNTS = {"flags": (60, 1500), "tools": (20, 200), "data": (10, 150), "indices":
 
 def run_kind(kind: str, count: int, seed: int, folder: str) -> dict[str, object]:
     """Generate inputs of a kind on a rank, whose process is fresh; return the report as a dict."""
-    function = getattr(fuzz, f"fuzz_{kind}")
-    report = function(count, seed) if kind == "flags" else function(count, seed, Path(folder))
+    if kind == "flags":
+        report = fuzz_flags.fuzz_flags(count, seed)
+    else:
+        report = getattr(fuzz_inputs, f"fuzz_{kind}")(count, seed, Path(folder))
     return {"total": report.total, "refused": report.refused, "unclear": report.kinds(), "hung": report.hung}
 
 
@@ -46,7 +48,7 @@ def test_many(ranks: RankPool, tmp_path: Path, record_property: Callable[[str, o
 
 @pytest.mark.slow
 def test_launcher(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
-    report = fuzz.fuzz_launcher(120, SEED, tmp_path)
+    report = fuzz_inputs.fuzz_launcher(120, SEED, tmp_path)
     found = {"total": report.total, "refused": report.refused, "unclear": report.kinds(), "hung": report.hung}
     _assert_clear(found, 120, record_property)
 
