@@ -71,7 +71,7 @@ def _tool_line(random: Random, output: Path) -> tuple[str, list[str]]:
             },
         ),
         "flexsp": (
-            [random.choice(("plan", "simulate"))],
+            ["plan"],
             {
                 "--ranks": ("4", "3", "0", "x"),
                 "--lengths": ("64,32", "0", "x", "", "-5", "64 32"),

@@ -20,7 +20,7 @@ from megatron.longseq.guards.runtime import waits
 
 KEY = "longseq/guards"
 STATUS = 75  # of a process that the monitor ends
-COLLECT = 5.0  # seconds in which the other ranks report
+COLLECT = 15.0  # seconds in which the other ranks report; less if all have done so
 SHORTEST_BEAT, LONGEST_BEAT = 0.2, 10.0  # seconds
 
 
@@ -172,8 +172,7 @@ class StallMonitor:
         self._publish("stall", self.own_state())
         self.say(f"rank {self.rank}: the job makes no progress; the stacks of this rank's threads follow.")
         _dump_stacks()
-        time.sleep(max(COLLECT, 3 * self.beat))
-        reports = {rank: self._published("stall", rank) for rank in range(self.ranks)}
+        reports = self._collect()
         present = [rank for rank, report in reports.items() if report is not None]
         is_first = not present or self.rank == min(present)
         if not is_first:
@@ -182,6 +181,14 @@ class StallMonitor:
             self._publish("verdict", {"rank": self.rank}, 0)
             self.say(self.verdict(reports))
         self.end()
+
+    def _collect(self) -> dict[int, dict[str, Any] | None]:
+        """Wait for the reports of the other ranks, and return what there is."""
+        deadline = time.monotonic() + max(COLLECT, 3 * self.beat)
+        keys = [f"{KEY}/stall/{rank}" for rank in range(self.ranks)]
+        while self.store is not None and time.monotonic() < deadline and not self._ask(lambda store: store.check(keys)):
+            time.sleep(SHORTEST_BEAT)
+        return {rank: self._published("stall", rank) for rank in range(self.ranks)}
 
     def verdict(self, reports: dict[int, dict[str, Any] | None]) -> str:
         """Describe a stall of the job.
