@@ -68,7 +68,9 @@ def describe_wait(frame: FrameType | None) -> str:
         for kind, text in _of_frame(one):
             found.setdefault(kind, text)
     found.setdefault("line", _line(frame))
-    return "; ".join(found[kind] for kind in ("schedule", "message", "collective", "line") if kind in found)
+    if "action" in found.get("schedule", ""):  # it names the micro-batch itself
+        found.pop("pass", None)
+    return "; ".join(found[kind] for kind in ("schedule", "pass", "message", "collective", "line") if kind in found)
 
 
 def _of_frame(frame: FrameType) -> Iterator[tuple[str, str]]:
@@ -185,5 +187,5 @@ _KNOWN: dict[tuple[str, str], tuple[str, Describe]] = {
     ("megatron.longseq.pipeline.runtime.p2p", "close"): ("message", _our_end),
     ("megatron.longseq.sharding.runtime.comm_queue", "_wait"): ("collective", _our_collectives),
     ("megatron.longseq.sharding.runtime.comm_queue", "task"): ("schedule", _sharded_task),
-    (SCHEDULES, "forward_step"): ("schedule", _upstream_pass),
+    (SCHEDULES, "forward_step"): ("pass", _upstream_pass),
 }
