@@ -93,7 +93,9 @@ class StepGuard:
         return False
 
     def _examine(self, reports: list[Any], step: int, stage: int) -> None:
-        sums = [next(iter(report.values())).detach().view(-1) for report in reports if report]
+        values = [next(iter(report.values())) for report in reports if isinstance(report, dict) and report]
+        # A script may report something else than a loss, or than its sum and tokens; it is not judged then.
+        sums = [one.detach().view(-1) for one in values if isinstance(one, Tensor) and one.numel() in (1, 2)]
         losses = [one[0] for one in sums]
         own = reduced = torch.zeros(())
         if self.record is not None:
