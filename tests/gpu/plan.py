@@ -102,8 +102,8 @@ SECTIONS = (
         "tests of its streams and its pool of buffers",
         (
             Step("ring", "tests.gpu.ring", "", f"{CPU} --tiny", 40),
-            _training("PaRO", "paro", 74),
-            _tests("queues and pool", 28, "sharding_lanes", "sharding_pool"),
+            _training("PaRO", "paro", 70),
+            _tests("queues and pool", 20, "sharding_lanes", "sharding_pool"),
         ),
     ),
     Section(
