@@ -23,8 +23,8 @@ th { font-weight: 600; border-bottom: 1px solid #bbb; } tr + tr td { border-top:
 .tiles { display: flex; flex-wrap: wrap; gap: .8rem; padding: 0; margin: 1.2rem 0; list-style: none; }
 .tiles li { background: #f3f5f7; border-radius: 6px; padding: .6rem .9rem; min-width: 7.5rem; }
 .tiles b { display: block; font-size: 1.25rem; } .tiles span { color: #555; font-size: .85rem; }
-.bad { color: #a3210a; } pre { background: #f6f6f6; padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; }
-.note { color: #555; font-size: .9rem; } summary { cursor: pointer; }
+.bad { color: #a3210a; } .note { color: #555; font-size: .9rem; } summary { cursor: pointer; }
+pre { background: #f6f6f6; padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; }
 .scroll { overflow-x: auto; } .scroll img { width: auto; max-width: none; }
 """
 
