@@ -37,8 +37,6 @@ NEUTRAL_HERE = (
     "flexsp_refit",
     "flexsp_save_cost",
     "log_memory_fragmentation",
-    "paro_prefetch_units",
-    "paro_selective_overlap",
     "peak_tflops_per_gpu",
     "paro_links",
     "pipeline_patience",
