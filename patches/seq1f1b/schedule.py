@@ -11,6 +11,7 @@ from megatron.longseq.pipeline.arguments import check_trace_step, refuse_unserve
 from megatron.longseq.pipeline.plan.from_args import BY_DOCUMENTS
 from patches.engine import session
 from patches.environment import has_one_queue
+from patches.log.steps import times_of
 from patches.seq1f1b.checks import prove_batches, refuse_stages
 
 
@@ -64,11 +65,12 @@ def _forward_backward() -> Any:
     from megatron.training import get_args
 
     from megatron.longseq.pipeline.forward_backward import ForwardBackward
+    from patches.guards.runtime import current_record
     from patches.packed.model import packed_reader
     from patches.usp.conditions import spreads_segments
     from patches.usp.runtime import current_context
 
-    args = get_args()
+    args, record = get_args(), current_record()
     plan, by_documents = _plan(args), args.seq1f1b_partition == BY_DOCUMENTS
     if args.zero_bubble:  # its order depends on the padded vocabulary, which is known only now
         prove_batches(args, plan)
@@ -81,8 +83,10 @@ def _forward_backward() -> Any:
         packed=packed_reader() if args.seq1f1b_splits > 1 else None,
         patience=args.pipeline_patience,
         timeout=timedelta(minutes=args.distributed_timeout_minutes),
-        trace=functools.partial(_write_trace, Path(args.pipeline_trace)) if args.pipeline_trace else None,
+        trace=functools.partial(write_trace, Path(args.pipeline_trace)) if args.pipeline_trace else None,
         trace_step=args.pipeline_trace_step,
+        after_microbatch=None if record is None else record.after_microbatch,
+        wants_times=times_of(args),
     )
 
 
@@ -123,7 +127,15 @@ def _refuse_partition(args: Namespace) -> None:
         )
 
 
-def _write_trace(folder: Path, schedule: Any, rank: int, spans: Any) -> None:
+def write_trace(folder: Path, schedule: Any, rank: int, spans: Any) -> None:
+    """Write the measured actions of a step to a folder, on the ranks of one pipeline.
+
+    Args:
+        folder: folder of the step.
+        schedule: the schedule that ran.
+        rank: pipeline rank.
+        spans: its actions with their times.
+    """
     from megatron.core import mpu
 
     from megatron.longseq.pipeline.runtime.step_timer import write_measured

@@ -6,7 +6,7 @@ import pytest
 
 from megatron.longseq.sharding.plan.memory import Model, memory
 from megatron.longseq.sharding.plan.strategy import Level, Strategy
-from megatron.longseq.sharding.runtime.bucket_storage import IN_FLIGHT
+from megatron.longseq.sharding.runtime.bucket_storage import CAN_SWAP, IN_FLIGHT
 from tests.distributed.sharding_bed import CASES, MORE, STEPS, RankRecord, groups_of
 
 ALL = [
@@ -48,6 +48,18 @@ def test_few_buckets_are_whole_at_once(sharded_run: Callable[[str], list[RankRec
     for seen in sharded_run(case):
         assert seen.units == (2 if strategy.params > Level.NONE else 0)  # the one in use, and the one that comes
         assert seen.gradients == (gradients(case, seen) if strategy.grads > Level.NONE else 0)
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_steps_allocate_no_buffers_after_the_first_one(
+    sharded_run: Callable[[str], list[RankRecord]], case: str
+) -> None:
+    """Full buckets and copies in the communication dtype use the memory of the first step."""
+    strategy = Strategy.parse(case[:3])
+    for seen in sharded_run(case):
+        first, *later = seen.allocations
+        assert later == [first, first]
+        assert first > 0 or not (strategy.params or strategy.grads) or not CAN_SWAP
 
 
 def gradients(case: str, seen: RankRecord) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SYSTEMS = ("attention", "pipeline", "sharding", "flexsp")
+SYSTEMS = ("attention", "pipeline", "sharding", "flexsp", "guards")
 PLANNED = (*SYSTEMS, "planner")  # with a `plan` folder
 UPSTREAM = ("torch", "megatron.core", "megatron.training")
 
@@ -47,6 +47,12 @@ def test_nothing_that_trains_imports_tools(system: str) -> None:
 def test_the_systems_do_not_import_their_patches() -> None:
     assert broken("megatron/longseq", ("patches", "examples", "tests")) == []
     assert broken("patches", tuple(f"megatron.longseq.{name}.tools" for name in SYSTEMS)) == []
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_systems_do_not_import_what_is_built_on_them(system: str) -> None:
+    above = ("megatron.longseq.dry_run", "megatron.longseq.pretrain_gpt")
+    assert broken(f"megatron/longseq/{system}", above) == []
 
 
 def test_data_preparation_leaves_torch_to_upstreams_writer() -> None:
