@@ -234,7 +234,7 @@ def fuzz_checkpoints(count: int, seed: int, folder: Path) -> FuzzReport:
     """Look for the fault of checkpoint folders whose small files hold anything."""
     import torch.distributed.checkpoint  # noqa: F401  # an import that the limit cut off would break all later ones
 
-    from megatron.longseq import checkpoints
+    from megatron.longseq.checkpoints.faults import find_fault
 
     report, random = FuzzReport(), Random(seed)
     contents = (
@@ -262,7 +262,7 @@ def fuzz_checkpoints(count: int, seed: int, folder: Path) -> FuzzReport:
         step = random.choice((None, None, 4, 2, 7))
 
         def check(one: Path = one, step: int | None = step) -> None:
-            text = checkpoints.find_fault(one, step)
+            text = find_fault(one, step)
             if text is not None:
                 raise ValueError(text)
 
