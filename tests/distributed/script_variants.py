@@ -1,11 +1,9 @@
 """Variations of a script, for both arms of a comparison: see `run_arm(mutant=...)`."""
 
-import ctypes
 import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -443,57 +441,4 @@ def code_in_the_checkpoint() -> Iterator[Planted]:
         return original(args, *rest, **named)
 
     with wrapped(checkpointing, "generate_state_dict", generate):
-        yield planted
-
-
-def _status(name: str) -> int:
-    """Return a size of this process in bytes, from /proc."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return 1024 * int(line.split()[1])
-    raise AssertionError(f"no {name}")
-
-
-def _begin_measuring() -> int:
-    """Return the resident memory, and start to record its peak anew."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-@contextmanager
-def host_memory_of_save() -> Iterator[Planted]:
-    """Measure by how many bytes the resident memory grows while a checkpoint is saved, in `times`."""
-    from megatron.training import training
-
-    planted = Planted()
-
-    def save(original: Any, *args: Any, **named: Any) -> Any:
-        before = _begin_measuring()
-        result = original(*args, **named)
-        planted.times += _status("VmHWM") - before
-        return result
-
-    with wrapped(training, "save_checkpoint_and_time", save):
-        yield planted
-
-
-@contextmanager
-def host_memory_of_load() -> Iterator[Planted]:
-    """Measure by how many bytes the resident memory grows while a checkpoint is loaded, in `times`."""
-    from megatron.training import checkpointing, training
-
-    planted, before = Planted(), list[int]()
-
-    def generate(original: Any, *args: Any, **named: Any) -> Any:
-        if not before:
-            before.append(_begin_measuring())
-        return original(*args, **named)
-
-    def step(original: Any, *args: Any, **named: Any) -> Any:
-        if not planted.times:
-            planted.times = _status("VmHWM") - before[0]
-        return original(*args, **named)
-
-    with wrapped(checkpointing, "generate_state_dict", generate), wrapped(training, "train_step", step):
         yield planted

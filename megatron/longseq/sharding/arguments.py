@@ -157,7 +157,7 @@ NOT_WITH_SHARDED_PARAMETERS: Refusals = {
     ),
     "--async-save": (
         lambda a: a.async_save,
-        "not tested with sharded parameters, whose memory the writer process would read",
+        "it writes gathered parameters, which training frees meanwhile",
     ),
     "--load-main-params-from-ckpt": (
         lambda a: a.load_main_params_from_ckpt,

@@ -15,7 +15,6 @@ from megatron.longseq.sharding.runtime.bucket_layout import by_unit, lay_out, un
 from megatron.longseq.sharding.runtime.bucket_storage import BufferMemory, GradStore, ParamStore, WithoutMemory
 from megatron.longseq.sharding.runtime.selective_hooks import SelectiveGatherHooks
 from megatron.longseq.sharding.runtime.state import ShardingState
-from megatron.longseq.sharding.runtime.state_dicts import hook_state_dicts
 from megatron.longseq.sharding.runtime.unit_hooks import GatherHooks, Unit
 
 Named = list[tuple[str, torch.nn.Parameter]]
@@ -203,17 +202,20 @@ class ShardedDataParallel(distributed_data_parallel.DistributedDataParallel):
         return Unit(name, self.module.get_submodule(name), stores.params, has_backward, stores.grads, tails)
 
     def _hook_state_dicts(self) -> None:
-        """Let checkpoints read and write this rank's shards."""
+        """Gather parameters where a checkpoint reads or writes them."""
         inner = self.module
         while hasattr(inner, "module"):
             inner = inner.module
-        stores = {store.full.flat.untyped_storage()._cdata: store for store in self._unit_stores()}
-        of_params = {
-            param: stores[param.untyped_storage()._cdata]
-            for param in inner.parameters()
-            if param.untyped_storage()._cdata in stores
-        }
-        hook_state_dicts(inner, of_params, self.gather_all, self.release_all)
+        original = inner.sharded_state_dict
+
+        def sharded_state_dict(*args: Any, **kwargs: Any) -> Any:
+            self.gather_all()
+            return original(*args, **kwargs)
+
+        inner.sharded_state_dict = sharded_state_dict  # upstream unwraps a model before it calls this
+        inner.register_state_dict_pre_hook(lambda *unused: self.gather_all())
+        inner.register_load_state_dict_pre_hook(lambda *unused: self.gather_all())
+        inner.register_load_state_dict_post_hook(lambda *unused: self.copy_shards_from_full())
 
 
 class _Stores(NamedTuple):

@@ -12,7 +12,6 @@ from megatron.longseq.sharding.plan.strategy import Level
 from megatron.longseq.sharding.runtime.bucket_storage import ParamStore
 from megatron.longseq.sharding.runtime.checkpoint import matching_weights
 from megatron.longseq.sharding.runtime.optimizer_states import is_of_shards, load_shard_states, shard_states
-from megatron.longseq.sharding.runtime.state import cut
 
 Range = distrib_optimizer.Range
 Relocate = Callable[[torch.nn.Parameter, Any], Any]  # a range of a parameter, where it lies in what this rank keeps
@@ -90,20 +89,6 @@ class ShardedOptimizer(distrib_optimizer.DistributedOptimizer):
                 load_shard_states(self, state_dict)
             else:
                 super().load_parameter_state_from_fully_reshardable(state_dict)
-
-    def _copy_model_params_to_main_params(self, state_dict: Any = None) -> None:
-        """See upstream. Sharded parameters are copied from this rank's shards."""
-        if self.is_stub_optimizer or self.sharding.strategy.params is Level.NONE or state_dict is not None:
-            super()._copy_model_params_to_main_params(state_dict)
-            return
-        stores = self._stores()
-        groups = [*zip(self.model_float16_groups, self.shard_fp32_from_float16_groups, strict=True)]
-        groups += zip(self.model_fp32_groups, self.shard_fp32_groups, strict=True)
-        for params, mains in groups:
-            for param, main in zip(params, mains, strict=True):
-                span = self._get_model_param_range_map(param)["gbuf_world_in_bucket"]
-                store = stores[param]
-                main.data.copy_(cut(store.shard, range(span.start, span.end), store.shard_range.start))
 
     def _get_model_param_range_map(self, param: torch.nn.Parameter) -> dict[str, Any]:
         ranges: dict[str, Any] = super()._get_model_param_range_map(param)
