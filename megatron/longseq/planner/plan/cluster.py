@@ -6,6 +6,7 @@ A cluster is named FAMILY-GPUS, such as a800-64. Every number of the family can 
 
 import functools
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from importlib import resources
@@ -54,7 +55,6 @@ class Cluster:
             there, as the software of some installations did (arXiv 2104.04473, section 4.1).
         message_bytes: size of a collective that reaches half of the bandwidth.
         layer_seconds: time in which a host issues the kernels of a layer's forward. Backward takes 1.6 times as long.
-        microbatch_seconds: host work of a micro-batch that no kernel hides, such as synchronization.
         step_seconds: host work of a step.
         imbalance: slowest rank's compute over the mean, for each doubling of the ranks (stragglers).
         workspace_bytes: buffers of libraries inside the allocator.
@@ -94,8 +94,7 @@ class Cluster:
     pairwise_efficiency: float = 0.8
     splits_messages: bool = False
     message_bytes: float = 1e6
-    layer_seconds: float = 1.0e-3
-    microbatch_seconds: float = 0.0
+    layer_seconds: float = 0.9e-3
     step_seconds: float = 2e-3
     imbalance: float = 0.0
     workspace_bytes: float = 64e6
@@ -145,20 +144,37 @@ def families() -> tuple[str, ...]:
     return tuple(sorted(file.name.removesuffix(".json") for file in folder.iterdir() if file.name.endswith(".json")))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1)
 def _aliases() -> dict[str, str]:
+    """Return the family of every name, without what people write beside it; see `_bare`."""
     found = {}
     for family in families():
-        found[family] = family
-        for alias in _read_family(family).get("aliases", ()):
-            found[alias] = family
+        for name in (family, *_own_values(family).get("aliases", ())):
+            found[_bare(name)] = family
     return found
 
 
 @functools.lru_cache(maxsize=64)
-def _read_family(family: str) -> dict[str, Any]:
+def _own_values(family: str) -> dict[str, Any]:
     file = resources.files("megatron.longseq.planner").joinpath(f"data/clusters/{family}.json")
     return dict(json.loads(file.read_text()))
+
+
+def _read_family(family: str) -> dict[str, Any]:
+    """Return the numbers of a family: those of the GPUs that it is built of, and its own."""
+    own = dict(_own_values(family))
+    base = _own_values(own.pop("base")) if "base" in own else {}
+    return {**base, **own}
+
+
+# Parts of a GPU's name that do not tell two families apart. A100s of 40 GB are a family of their own.
+_DECORATION = re.compile(r"nvidia|dev|dgx|hgx|sxm\d?|gpus?|nvlink|tensor|core|hbm\d?e?|80gb?|141gb?|180gb?|192gb?")
+
+
+def _bare(name: str) -> str:
+    """Return a name without decoration: both `NVIDIA A100-SXM4-80GB` and `dgx_a100` are a100."""
+    parts = re.split(r"[-_/ ]+", name.strip().lower().replace("dgxa", "a").replace("dgxh", "h"))
+    return "-".join(part.replace("40gb", "40g") for part in parts if part and not _DECORATION.fullmatch(part))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -197,12 +213,13 @@ def _values(name: str) -> tuple[dict[str, Any], int | None]:
         except ValueError as error:
             raise ValueError(f"{path}: not JSON ({error})") from error
         return {"name": path.stem, **content}, content.get("gpus")
-    family, _, count = name.rpartition("-")
     aliases = _aliases()
-    lowered = name.lower().replace("_", "-")
-    if lowered in aliases:
-        return {**_read_family(aliases[lowered]), "name": lowered}, None
-    family = family.lower().replace("_", "-")
+    bare = _bare(name)
+    if bare in aliases:
+        return {**_read_family(aliases[bare]), "name": bare}, None
+    family, _, count = bare.rpartition("-")
+    if re.fullmatch(r"\d+x\D.*", bare):  # 8xa100
+        count, _, family = bare.partition("x")
     if family in aliases and count.isdigit():
         return {**_read_family(aliases[family]), "name": f"{family}-{count}"}, int(count)
     raise ValueError(f"no cluster {name!r}: neither a file nor FAMILY-GPUS with one of {', '.join(families())}")

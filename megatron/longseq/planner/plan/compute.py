@@ -105,7 +105,9 @@ def linear_seconds(
     data = product_seconds(cluster, tokens, inputs, outputs, low)
     weight = product_seconds(cluster, inputs, outputs, tokens, low)
     grad = 4 if run.accumulate_allreduce_grads_in_fp32 else 2
-    weight += moved_seconds(cluster, 2.0 * grad * outputs * inputs)
+    # Unfused, the product writes a gradient of its own, which another kernel reads and adds to the sum.
+    read = 2.0 * grad + (0 if run.gradient_accumulation_fusion else run.element)
+    weight += moved_seconds(cluster, read * outputs * inputs)
     if low:  # casting inputs, gradients and weights to fp8, with their transposes
         cast = moved_seconds(cluster, 4.0 * tokens * inputs + 2.0 * outputs * inputs / max(1, run.microbatches))
         forward, data = forward + cast, data + moved_seconds(cluster, 4.0 * tokens * outputs)
