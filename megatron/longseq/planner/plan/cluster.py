@@ -59,6 +59,8 @@ class Cluster:
         imbalance: slowest rank's compute over the mean, for each doubling of the ranks (stragglers).
         workspace_bytes: buffers of libraries inside the allocator.
         deterministic_workspace_bytes: the same under deterministic_mode.
+        overlap_workspace_bytes: workspace of the products that overlap with tensor-parallel communication. For up to
+            three streams, TransformerEngine allocates 32 MiB each on Hopper and later GPUs, and 4 MiB on others.
         gradient_copy_bytes: bytes per parameter of gradients that the software keeps beside their float32 sums.
         context_bytes: memory outside the allocator (contexts, communicators).
         fragmentation: share of the allocated memory that the allocator reserves in addition.
@@ -99,6 +101,7 @@ class Cluster:
     imbalance: float = 0.0
     workspace_bytes: float = 64e6
     deterministic_workspace_bytes: float = 80e6
+    overlap_workspace_bytes: float = 3 * 4194304.0
     gradient_copy_bytes: float = 0.0
     context_bytes: float = 2.5e9
     fragmentation: float = 0.05
@@ -168,7 +171,7 @@ def _read_family(family: str) -> dict[str, Any]:
 
 
 # Parts of a GPU's name that do not tell two families apart. A100s of 40 GB are a family of their own.
-_DECORATION = re.compile(r"nvidia|dev|dgx|hgx|sxm\d?|gpus?|nvlink|tensor|core|hbm\d?e?|80gb?|141gb?|180gb?|192gb?")
+_DECORATION = re.compile(r"nvidia|dev|lts|dgx|hgx|sxm\d?|gpus?|nvlink|tensor|core|hbm\d?e?|80gb?|141gb?|180gb?|192gb?")
 
 
 def _bare(name: str) -> str:

@@ -168,6 +168,7 @@ _CI_FLAGS: dict[str, dict[str, Any]] = {
     "rope_embeddings": {"position_embedding_type": "rope"},
     "disable_bias_linear": {"add_bias_linear": False},
     "uneven_pipeline": {"decoder_first_pipeline_num_layers": 2, "decoder_last_pipeline_num_layers": 2},
+    "tp_pp_sp_tp_overlap": {"tp_comm_overlap": True},
     "uninstall_te": {"masked_softmax_fusion": False},
     "native_fp8": {"fp8_param_gather": True, "normalization": "RMSNorm"},
     "_mla": {
