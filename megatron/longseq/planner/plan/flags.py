@@ -46,7 +46,7 @@ NEUTRAL_HERE = (
     "pipeline_trace_step",
     "seq1f1b_layer_seconds",
 )
-REFUSED_HERE = {"flexsp": False}  # its steps depend on the lengths of documents: python -m megatron.longseq.flexsp
+REFUSED_HERE = {"flexsp": False}  # its steps depend on the lengths of documents: see tools/flexsp_predict.py
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "none")
 _INTEGER_SUFFIXES = {"k": 1 << 10, "m": 1 << 20}
 

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from megatron.longseq.command_line import markdown_table
 from megatron.longseq.planner.plan.bounds import PlanningProblem
+from megatron.longseq.planner.plan.cluster import Cluster
 from megatron.longseq.planner.plan.explain import Explanation, differences
 from megatron.longseq.planner.plan.launch import (
     PlanChoice,
@@ -16,6 +17,7 @@ from megatron.longseq.planner.plan.launch import (
 )
 from megatron.longseq.planner.plan.search import LeafPrice, SearchCount
 from megatron.longseq.planner.plan.space import Execution, ParallelLayout, StateSharding
+from megatron.longseq.planner.plan.step import StepPrediction
 from megatron.longseq.planner.plan.task import PlanningTask
 from megatron.longseq.planner.tools.predict_command import full_result
 
@@ -132,9 +134,8 @@ def plans_table(report: SearchReport) -> str:
     return markdown_table(head, rows)
 
 
-def breakdown_table(report: SearchReport) -> str:
-    """Return the seconds of the first plan by kind, with the communication that compute hides."""
-    one = report.problem.prediction(report.ranked[0][0])
+def seconds_table(one: StepPrediction) -> str:
+    """Return the seconds of a plan by kind, with the communication that compute hides."""
     rows = [
         (kind, f"{seconds:.4g}", f"{seconds / one.step_seconds:.1%}", f"{one.hidden.get(kind, 0.0):.4g}")
         for kind, seconds in one.breakdown.items()
@@ -143,14 +144,13 @@ def breakdown_table(report: SearchReport) -> str:
     return markdown_table(("part of the step", "seconds", "share", "hidden behind compute, s"), rows)
 
 
-def memory_table(report: SearchReport) -> str:
-    """Return the memory of every stage of the first plan at its peak, by kind."""
-    one = report.problem.prediction(report.ranked[0][0])
+def stages_table(one: StepPrediction, machine: Cluster) -> str:
+    """Return the memory of every stage of a plan at its peak, by kind."""
     kinds = [kind for kind in one.stages[0] if any(stage[kind] for stage in one.stages)]
     rows = []
     for number, stage in enumerate(one.stages):
         total = sum(stage.values())
-        reserve = report.problem.task.cluster.reserve_bytes(total)
+        reserve = machine.reserve_bytes(total)
         cells = [f"{stage[kind] / _GB:.2f}" for kind in kinds]
         rows.append((str(number), *cells, f"{reserve / _GB:.2f}", f"{(total + reserve) / _GB:.2f}"))
     return markdown_table(("stage", *kinds, "reserve", "GB"), rows)
@@ -199,7 +199,9 @@ def report_text(report: SearchReport) -> str:
         "of processor time"
     )
     best = report.ranked[0][0]
-    parts = [title, plans_table(report), effort, "The first plan:", breakdown_table(report), memory_table(report)]
+    first = report.problem.prediction(best)
+    parts = [title, plans_table(report), effort, "The first plan:", seconds_table(first)]
+    parts.append(stages_table(first, task.cluster))
     return "\n\n".join([*parts, explanation_text(report), "Launch it with:", f"```\n{launch_text(report, best)}\n```"])
 
 
