@@ -82,8 +82,8 @@ def price_rows(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[dict[str, 
     errors = [one["error"] for one in results if "error" in one]
     if errors and len(errors) == len(results):
         raise ValueError("\n".join(errors))
-    for error in errors:
-        print(f"error: {error}", file=sys.stderr)
+    for message in errors:
+        print(f"error: {message}", file=sys.stderr)
     return results
 
 
