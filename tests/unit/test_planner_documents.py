@@ -93,7 +93,7 @@ def test_training_accepts_printed_plans_of_documents(
     assert all(plan["fits"] and not plan["reasons"] for plan in best.values())
     assert best["FlexSP"]["step_seconds"] <= best["one degree"]["step_seconds"]
     written = {file.name for file in (tmp_path / "plans").iterdir()}
-    assert written == {"plans.json", "plans.md", "flexsp-cost.json", "groups.svg"}
+    assert written == {"plans.json", "plans.md", "launch.sh", "flexsp-cost.json", "groups.svg"}
     (prefix,) = ranks.run(1, write_corpus, tmp_path / "text")
     for plan in best.values():
         words = shlex.split(plan["command"].replace("\\\n", " "))

@@ -91,6 +91,7 @@ def _add_restrictions(group: Any) -> None:
         group.add_argument(f"--{flag}", dest=field, nargs="+", type=int, metavar="N", help=what)
     group.add_argument("--strategies", nargs="+", metavar="PGO", help="triplets of --paro, upstream, upstream-zero1")
     group.add_argument("--no-zero-bubble", action="store_true", help="do not search zero-bubble schedules")
+    group.add_argument("--local-layers", action="store_true", help="train with --transformer-impl local")
     group.add_argument("--float32", action="store_true", help="train in float32 instead of bf16")
 
 
@@ -142,17 +143,12 @@ def _run_documents(args: argparse.Namespace) -> str:
 
 
 def _write_documents(report: DocumentReport, folder: Path) -> None:
-    """Write plans.json, plans.md, the cost model of the first plan and a picture of its first step into a folder."""
+    """Write the files of `_write`, the cost model of the first plan, and a picture of its first step."""
     from megatron.longseq.flexsp.tools.figure import draw
 
     folder.mkdir(parents=True, exist_ok=True)
-    texts = (
-        ("plans.json", json.dumps(document_report_json(report), indent=1)),
-        ("plans.md", document_report_text(report)),
-    )
-    for name, text in texts:
-        with complete_file(folder / name) as half:
-            half.write_text(text + "\n")
+    texts = {"plans.json": json.dumps(document_report_json(report), indent=1), "plans.md": document_report_text(report)}
+    _write_texts(folder, {**texts, "launch.sh": document_launch_text(report, report.plans[0])})
     save_cost(report.plans[0].one.cost, folder / "flexsp-cost.json")
     shown = {plan.name: plan.found.plans[0] for plan in reversed(report.plans) if plan.found.plans}
     draw(shown, report.search.steps[0], folder / "groups.svg")
@@ -185,8 +181,9 @@ def task_of(args: argparse.Namespace) -> PlanningTask:
         given["strategies"] = tuple(args.strategies)
     if args.no_zero_bubble:
         given["zero_bubble"] = (False,)
-    if args.float32:
-        given["base"] = {}
+    given["base"] = {} if args.float32 else {"bf16": True}
+    if args.local_layers:
+        given["base"]["transformer_impl"] = "local"
     return planning_task(model, machine, seq_length, sequences, **given)
 
 
@@ -262,11 +259,16 @@ def _nothing(problem: PlanningProblem) -> str:
 
 
 def _write(report: SearchReport, folder: Path) -> None:
-    """Write plans.json, plans.md and the pictures into a folder, which is created."""
+    """Write plans.json, plans.md, launch.sh and the pictures into a folder, which is created."""
     from megatron.longseq.planner.tools.search_figures import draw_all
 
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("plans.json", json.dumps(report_json(report), indent=1)), ("plans.md", report_text(report))):
+    texts = {"plans.json": json.dumps(report_json(report), indent=1), "plans.md": report_text(report)}
+    _write_texts(folder, {**texts, "launch.sh": launch_text(report, report.ranked[0][0])})
+    draw_all(report, folder)
+
+
+def _write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    for name, text in texts.items():
         with complete_file(folder / name) as half:
             half.write_text(text + "\n")
-    draw_all(report, folder)

@@ -72,7 +72,9 @@ def execution_text(execution: Execution) -> str:
     if recomputation.granularity == "selective":
         parts.append(f"recompute {' + '.join(recomputation.modules)}")
     elif recomputation.granularity == "full":
-        layers = "every layer" if recomputation.method == "uniform" else f"{recomputation.num_layers} layers a stage"
+        number = recomputation.num_layers
+        some = f"{number} layer{'s' if number != 1 else ''} a stage"
+        layers = "every layer" if recomputation.method == "uniform" else some
         parts.append(f"recompute {layers}")
     if execution.chunk_tokens:
         parts.append(f"loss in chunks of {execution.chunk_tokens}")
@@ -84,6 +86,13 @@ def sharding_text(sharding: StateSharding) -> str:
     if sharding.strategy is None:
         return "distributed optimizer" if sharding.distributed_optimizer else "none"
     return f"PaRO {sharding.strategy}" + (f", groups of {sharding.group_size}" if sharding.group_size else "")
+
+
+def plan_text(choice: PlanChoice, gpus: int) -> str:
+    """Return a plan as a short text, such as `TP 2, CP 1 x 8, DP 4, micro-batch 1; 4 segments; PaRO NIG`."""
+    layout, execution, sharding = choice
+    parts = (layout_text(layout, gpus), execution_text(execution), sharding_text(sharding))
+    return "; ".join(part for part in parts if part not in ("-", "none"))
 
 
 def training_words(task: PlanningTask, choice: PlanChoice, training: tuple[str, ...] = ()) -> list[str]:
