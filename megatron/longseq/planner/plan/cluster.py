@@ -53,6 +53,8 @@ class Cluster:
         pairwise_efficiency: share of node_bandwidth that messages between pipeline stages reach.
         splits_messages: whether tensor-parallel ranks send a share of a message to the next stage each, and gather it
             there, as the software of some installations did (arXiv 2104.04473, section 4.1).
+        overlaps_input_gradients: whether tensor-parallel ranks sum the gradients of a layer's inputs beside the product
+            of its weight gradients, without sequence parallelism too. Megatron before 2022 did not.
         message_bytes: size of a collective that reaches half of the bandwidth.
         layer_seconds: time in which a host issues the kernels of a layer's forward. Backward takes 1.6 times as long.
         step_seconds: host work of a step.
@@ -95,6 +97,7 @@ class Cluster:
     data_efficiency: float = 0.7
     pairwise_efficiency: float = 0.8
     splits_messages: bool = False
+    overlaps_input_gradients: bool = True
     message_bytes: float = 1e6
     layer_seconds: float = 0.9e-3
     step_seconds: float = 2e-3
@@ -136,7 +139,7 @@ class Cluster:
 
 
 _FIELDS = {one.name: one for one in fields(Cluster)}
-_NO_NUMBERS = ("name", "gpus", "products", "defaults", "source", "splits_messages")
+_NO_NUMBERS = ("name", "gpus", "products", "defaults", "source", "splits_messages", "overlaps_input_gradients")
 _WHOLE = ("gpus_per_node", "sms", "product_depth")
 NUMBERS = tuple(name for name in _FIELDS if name not in _NO_NUMBERS)
 
