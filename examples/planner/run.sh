@@ -54,6 +54,6 @@ sed -n '1,/^The first plan/{/^The first plan/!p}' "$dir/plans/plans.md"
 sed "s|scripts/launch.sh --gpus-per-node|scripts/launch.sh --local --run-dir '$dir/run' $ranks_flag|" "$dir/plans/launch.sh" >"$dir/launch.sh"
 say "[3/3] train with it: bash $dir/launch.sh"
 bash "$dir/launch.sh" >"$dir/log.txt" 2>&1 || { tail -n 30 "$dir/log.txt" >&2 && die "the training failed: $dir/log.txt"; }
-grep -o 'iteration .*elapsed time per iteration (ms): [0-9.]*' "$dir/log.txt" | tail -n 3
+grep -o 'iteration .*step (ms): [0-9.]*' "$dir/log.txt" | tail -n 3
 "$PY" -c 'import json, sys; print("predicted (ms):", round(1000 * json.load(open(sys.argv[1]))["plans"][0]["step_seconds"], 1))' \
   "$dir/plans/plans.json"

@@ -20,7 +20,12 @@ from megatron.longseq.planner.plan.compute import (
     moved_seconds,
 )
 from megatron.longseq.planner.plan.configuration import Configuration, reasons
-from megatron.longseq.planner.plan.data_parallel import data_seconds, step_optimizer_seconds, tied_seconds
+from megatron.longseq.planner.plan.data_parallel import (
+    data_seconds,
+    gathers_of_a_unit,
+    step_optimizer_seconds,
+    tied_seconds,
+)
 from megatron.longseq.planner.plan.memory import (
     schedule_of,
     stage_params,
@@ -266,8 +271,9 @@ def price(
     seconds = stage_seconds(model, cluster, run)
     breakdown = pipeline_price(model, cluster, run)
     params = stage_params(model, run)
+    gathers = gathers_of_a_unit(model.num_layers, run)
     data = [
-        data_seconds(cluster, run, one, stage.forward, stage.backward)
+        data_seconds(cluster, run, one, stage.forward, stage.backward, gathers)
         for one, stage in zip(_ends(params), _ends(seconds), strict=True)
     ]
     exposed = max(data, key=lambda one: one.exposed)
