@@ -1,6 +1,6 @@
 """Accuracy of the planner on published measurements, and the time of its search.
 
-    python -m tests.benchmarks.planner [--golden FOLDER] [--worst N]
+    python -m tests.benchmarks.planner [--golden FOLDER] [--worst N] [--cross-validate] [--plain-names]
 
 The last line is one JSON object. `--golden` reads files with the names and columns of `megatron/longseq/planner/data/
 golden` from another folder, for instance rows that no constant was fitted to.
@@ -35,6 +35,8 @@ FITTED: dict[str, tuple[float, ...]] = {
 }
 FITTED_TO = ("vtrain", "sc21")
 SPLITS = 8
+INSTALLED = ("vtrain", "bloom", "sc21")
+SOFTWARE = ("transformer_impl", "attention_backend")
 
 
 def figures(judged: Sequence[Judged], accuracy: Accuracy) -> dict[str, Any]:
@@ -86,6 +88,26 @@ def _errors(row: GoldenRow) -> list[float]:
     return [abs(predict(model, replace(machine, **cell), run).step_seconds / row.seconds - 1) for cell in cells]
 
 
+def plain_names(judged: Sequence[Judged]) -> dict[str, tuple[float, float]]:
+    """Return, by family, the errors of rows whose installation is not named: with a100 as their cluster.
+
+    The first error is that of rows which state their software (local layers, unfused attention), the second that of
+    rows with upstream's defaults.
+    """
+    found = {}
+    for family in INSTALLED:
+        rows_of = [one.row for one in judged if one.row.family == family and one.row.seconds]
+        errors = []
+        for software in (True, False):
+            again = []
+            for row in rows_of:
+                values = {key: value for key, value in row.values.items() if software or key not in SOFTWARE}
+                again.append(judge(replace(row, values={**values, "cluster": "a100"})))
+            errors.append(statistics.mean(abs(one.seconds_error or 0.0) for one in again))
+        found[family] = errors[0], errors[1]
+    return found
+
+
 def search_seconds() -> dict[str, float]:
     """Return the CPU seconds of searching the whole space of 1,024 and of 8,192 GPUs, for 65B at 128K tokens.
 
@@ -107,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--golden", type=Path, metavar="FOLDER", help="other files with the columns of the package's")
     parser.add_argument("--worst", type=int, default=3, metavar="N", help="print the N worst rows of every family")
     parser.add_argument("--cross-validate", action="store_true", help="fit the constants to halves of the rows")
+    parser.add_argument("--plain-names", action="store_true", help="name no installation: a100 for all A100 rows")
     parser.add_argument("--no-search", action="store_true", help="leave out the times of the search")
     args = parser.parse_args(argv)
     began = time.perf_counter()
@@ -117,6 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.cross_validate:
         for family, (fitted, held) in cross_validate(judged).items():
             print(f"{family}: {100 * fitted:.1f} % on the halves fitted to, {100 * held:.1f} % on the others")
+    if args.plain_names:
+        for family, (stated, default) in plain_names(judged).items():
+            print(f"{family} as a100: {100 * stated:.1f} % with its software's flags, {100 * default:.1f} % without")
     result = figures(judged, accuracy)
     if not args.no_search:
         result |= search_seconds()

@@ -61,7 +61,7 @@ def test_rows_left_out_were_recorded_with_unfused_attention(judged: list[Judged]
 
 
 def test_runs_that_fit_and_runs_out_of_memory(judged: list[Judged], accuracy: Accuracy) -> None:
-    assert sum(one.row.is_oom for one in judged) >= 11
+    assert sum(one.row.is_oom for one in judged) >= 10
     assert len(accuracy.fits_wrong) <= 1, [one.row.name for one in accuracy.fits_wrong]
 
 
