@@ -253,6 +253,7 @@ def test_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("mtp_num_layers", "1", "line 2: mtp_num_layers '1': the planner does not model it"),
         ("tensor_model_parallel_size", "two", "line 2: tensor_model_parallel_size is 'two', not a whole number"),
         ("bf16", "maybe", "line 2: bf16 is 'maybe'; give true or false"),
+        ("data_parallel_size", "4", "line 2: data_parallel_size is 4, but 8 GPUs in replicas of 1 are 8"),
         ("cluster", "a1000-8", "no cluster 'a1000-8': neither a file nor FAMILY-GPUS with one of"),
     ],
 )
