@@ -133,7 +133,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-search", action="store_true", help="leave out the times of the search")
     args = parser.parse_args(argv)
     began = time.perf_counter()
-    judged = [judge(row) for row in rows(args.golden)]
+    judged, refused = [], 0
+    for row in rows(args.golden):
+        try:
+            judged.append(judge(row))
+        except ValueError as error:
+            print(f"not priced: {error}")
+            refused += 1
     accuracy = assess(judged)
     print(report(accuracy, args.worst))
     print(f"{len(judged)} rows in {time.perf_counter() - began:.1f} s")
@@ -143,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.plain_names:
         for family, (stated, default) in plain_names(judged).items():
             print(f"{family} as a100: {100 * stated:.1f} % with its software's flags, {100 * default:.1f} % without")
-    result = figures(judged, accuracy)
+    result = figures(judged, accuracy) | {"not_priced": refused}
     if not args.no_search:
         result |= search_seconds()
     print(json.dumps(result))

@@ -103,6 +103,8 @@ def test_a_hugging_face_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     found, built_in = architecture(str(tmp_path), {}), architecture("llama3-8b", {})
     assert found.parameters == built_in.parameters
+    assert architecture("Llama 3 8B", {}) == architecture("llama3_8b", {}) == built_in
+    assert len({name.replace("-", "") for name in names()}) == len(names())  # or a name would stand for two models
     with pytest.raises(ValueError, match="no model 'llama-8b': neither a file nor one of"):
         architecture("llama-8b", {})
 
