@@ -219,7 +219,7 @@ def test_every_flag_of_this_project_is_known(capsys: pytest.CaptureFixture[str])
     check_names([action.dest for action in parser._actions if action.dest != "help"])
     flags = "--model llama-7b --cluster a100-8 --seq-length 4096 --flexsp"
     assert main(["predict", *flags.split()]) == 1
-    assert "flexsp True: the planner does not model it" in capsys.readouterr().err
+    assert "flexsp: its steps depend on the lengths of documents" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
