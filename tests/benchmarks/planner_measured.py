@@ -47,7 +47,8 @@ MODEL = """
 --ffn-hidden-size 704 --swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear
 --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0 --make-vocab-size-divisible-by 64
 --vocab-size 1024 --seq-length 512 --max-position-embeddings 512 --micro-batch-size 1 --global-batch-size 8
---transformer-impl local
+--transformer-impl local --no-rope-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion
+--no-masked-softmax-fusion
 """
 TRAINING = """
 --lr 1e-4 --lr-decay-iters 1000 --eval-iters 0 --eval-interval 1000 --num-workers 0 --seed 1 --mock-data --split 1,0,0
