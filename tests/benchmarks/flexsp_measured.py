@@ -205,7 +205,7 @@ def reason(arms: Sequence[ArmTimes]) -> str:
     shares = ", ".join(f"{name} {part / sum(sums):.0%}" for name, part in zip(PARTS, sums, strict=True) if part)
     most = reachable(arms)
     verdict = f"{GOAL}x is {'' if most >= GOAL else 'not '}reachable"
-    return f"{static.name} by the model: {shares}; at most {most:.2f}x as fast is any other plan: {verdict}"
+    return f"{static.name} by the model: {shares}; no plan is more than {most:.2f}x as fast, so that {verdict}"
 
 
 def table(rows: Sequence[MeasuredRow], cores: int) -> str:
