@@ -144,6 +144,9 @@ class StepProblem:
     def microbatch(self, groups: Iterable[tuple[int, Sequence[int]]]) -> Microbatch:
         """Return a micro-batch of groups on their ranks; ranks that are left over form groups without sequences.
 
+        These have the smallest degrees that may be used. Ranks on which none of them has a place wait alone, each in a
+        group of its own (see `Microbatch.idle_ranks`).
+
         Args:
             groups: degree and sequences of every group; those without sequences are left out.
 
@@ -155,7 +158,7 @@ class StepProblem:
         starts = self.placement.place(counts)
         if starts is None:
             raise PlanError(f"groups of degrees {counts} have no placement on {self.ranks} ranks")
-        placed = [SequenceGroup(Kind(1, 1), (rank,), (), 0.0) for rank in self.placement.gaps(counts)]
+        placed = self._idle_groups(set(self.placement.gaps(counts)))
         for (degree, held), start in zip(used, starts, strict=True):
             tokens = [self.by_degree[degree].tokens[index] for index in held]
             kind = self.by_degree[degree].fastest(sum(tokens), sum(one * one for one in tokens))
@@ -163,6 +166,17 @@ class StepProblem:
             placed.append(SequenceGroup(kind, tuple(range(start, start + degree)), tuple(held), seconds))
         placed.sort(key=lambda group: group.ranks)
         return Microbatch(tuple(placed), max((group.seconds for group in placed), default=0.0) or self.cost.fixed)
+
+    def _idle_groups(self, free: set[int]) -> list[SequenceGroup]:
+        """Return groups without sequences on free ranks."""
+        groups = []
+        for degree, one in self.by_degree.items():
+            for start in self.placement.slots(degree):
+                ranks = range(start, start + degree)
+                if free.issuperset(ranks):
+                    groups.append(SequenceGroup(one.kinds[0].kind, tuple(ranks), (), 0.0))
+                    free.difference_update(ranks)
+        return groups + [SequenceGroup(Kind(1, 1), (rank,), (), 0.0) for rank in sorted(free)]
 
 
 def count_degrees(degrees: Iterable[int]) -> DegreeCounts:
