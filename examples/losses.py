@@ -1,36 +1,42 @@
 """Print the losses of several runs side by side and compare them with those of the first run.
 
-    python -m examples.losses NAME=LOG NAME=LOG ... [--tolerance 1e-5]
+    python -m examples.losses NAME=RUN_FOLDER NAME=RUN_FOLDER ... [--tolerance 1e-5]
 
 The exit status is 1 if the relative difference of a loss exceeds the tolerance.
 """
 
 import argparse
-import re
 import statistics
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-STEP = re.compile(r"iteration +(\d+)/ *\d+ .*?elapsed time per iteration \(ms\): (\S+) .*?lm loss: (\S+) ")
+from megatron.longseq.runlog.folder import RunFolder
 
 
 class LoggedStep(NamedTuple):
-    """One training step of a log."""
+    """One training step of a run."""
 
     seconds: float
     loss: float
 
 
-def read(log: Path) -> dict[int, LoggedStep]:
-    """Return the training steps of a log by number.
+def read(folder: Path) -> dict[int, LoggedStep]:
+    """Return the training steps of a run by number.
 
     Raises:
-        ValueError: the log contains no step.
+        ValueError: the folder holds no run, or its record contains no step.
     """
-    steps = {int(m[1]): LoggedStep(float(m[2]) / 1000, float(m[3])) for m in STEP.finditer(log.read_text())}
+    run = RunFolder(folder)
+    run.refresh()
+    if problem := run.problem():
+        raise ValueError(problem)
+    steps = {}
+    for step in run.steps():
+        loss = step["losses"].get("lm loss")
+        steps[step["iteration"]] = LoggedStep(step["seconds"], float("nan") if loss is None else loss)
     if not steps:
-        raise ValueError(f"{log}: the log contains no training step; look at its last lines")
+        raise ValueError(f"{folder}: the record contains no training step; look at the logs in start-0/ranks")
     return steps
 
 
@@ -47,11 +53,11 @@ def table(runs: dict[str, dict[int, LoggedStep]]) -> list[str]:
 def main() -> int:
     """Print the table and the largest difference, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m examples.losses", description=__doc__)
-    parser.add_argument("logs", nargs="+", metavar="NAME=LOG")
+    parser.add_argument("runs", nargs="+", metavar="NAME=RUN_FOLDER")
     parser.add_argument("--tolerance", type=float, default=1e-5, help="largest relative difference (default 1e-5)")
     args = parser.parse_args()
     try:
-        runs = {name: read(Path(log)) for name, _, log in (given.partition("=") for given in args.logs)}
+        runs = {name: read(Path(folder)) for name, _, folder in (given.partition("=") for given in args.runs)}
     except (ValueError, OSError) as error:
         parser.error(str(error))
     (reference, first), *others = runs.items()

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from examples import loss_curve
+from megatron.longseq.runlog.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 320
@@ -33,7 +34,6 @@ TRAINING = """
 --no-masked-softmax-fusion
 """
 STEP = re.compile(r"iteration +(\d+)/ *(\d+) .*?lm loss: ([\d.E+-]+)")
-SPEED = re.compile(r"tokens/s: ([\d.]+)")
 say = functools.partial(print, flush=True)
 HELD_OUT = re.compile(r"validation loss at iteration (\d+)( on validation set)? \|.*?lm loss value: ([\d.E+-]+)")
 STAGES = re.compile(
@@ -171,7 +171,9 @@ def report(plan: QuickstartRun, seconds: float) -> None:
     """
     curves = loss_curve.read(plan.folder / "tensorboard")
     first, last = curves.train[0][1], sum(value for _, value in curves.train[-10:]) / len(curves.train[-10:])
-    speeds = [float(match) for match in SPEED.findall((plan.folder / "log.txt").read_text())]
+    run = RunFolder(plan.folder)
+    run.refresh()
+    speeds = [step["tokens"] / step["seconds"] for step in run.steps()]
     arguments = json.loads((plan.folder / "arguments.json").read_text())
     where = os.path.relpath(plan.folder, Path.cwd())
     device = f"{plan.gpus} GPU(s)" if plan.gpus else "the CPU over gloo"
@@ -190,6 +192,7 @@ def report(plan: QuickstartRun, seconds: float) -> None:
     tools = os.path.relpath(python.parent) if python.is_relative_to(ROOT) else python.parent
     say(f"Try next:  {tools}/python -m patches list     (what is patched, and why)")
     say(f"           {tools}/tensorboard --logdir {where}/tensorboard")
+    say(f"           {tools}/python -m megatron.longseq.runlog report {where} -o {where}/report.html")
     say("           bash scripts/launch.sh --dry-run --nproc 2 -- examples/pretrain_gpt.py YOUR FLAGS")
     say("           bash scripts/test.sh     (checks and tests)")
     if last > first - 1.0:

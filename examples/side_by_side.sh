@@ -80,8 +80,8 @@ train() {
 
 # losses NAME=LABEL...: prints the losses. The status is 1 if they differ by more than rounding.
 losses() {
-  local way logs=()
-  for way in "$@"; do logs+=("${way#*=}=$dir/${way%%=*}/log.txt"); done
+  local way runs=()
+  for way in "$@"; do runs+=("${way#*=}=$dir/${way%%=*}"); done
   headline "compare the losses"
-  "$PY" -m examples.losses "${logs[@]}" --tolerance "$tolerance"
+  "$PY" -m examples.losses "${runs[@]}" --tolerance "$tolerance"
 }

@@ -1,6 +1,6 @@
 """Compute what sharded runs send, bucket by bucket. Tests compare the runs' counters with this formula."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +30,13 @@ class Bucket:
 def bucket_volume(
     strategy: Strategy,
     groups: RankGroups,
-    buckets: Iterable[Bucket],
+    buckets: Sequence[Bucket],
     widths: Widths,
     microbatches: int,
     *,
     passes: int = 1,
     is_flat: FlatChooser = never_flat,
+    gathers: Sequence[int] | None = None,
 ) -> CommVolume:
     """Return what a rank sends in a step, counted bucket by bucket as the runtime sends it.
 
@@ -47,16 +48,18 @@ def bucket_volume(
         microbatches: of a step, A.
         passes: forward passes that make up a micro-batch (its segments).
         is_flat: chooses flat collectives, by bucket size.
+        gathers: of every bucket's parameters in the step; None: those of every micro-batch, without selective overlap.
     """
+    gathers = gathers or [bucket.gathers * passes * microbatches for bucket in buckets]
 
     def terms(bucket: Bucket, width: int) -> BucketCollectives:
         return bucket_collectives(strategy, groups, bucket.numel * width, is_flat)
 
     total = CommVolume()
-    for bucket in buckets:
+    for bucket, times in zip(buckets, gathers, strict=True):
         shard = bucket.numel // groups.ranks
         params, grads = terms(bucket, widths.param), terms(bucket, widths.grad_wire)
-        total += volume(params.params, groups, shard * widths.param) * (bucket.gathers * passes * microbatches)
+        total += volume(params.params, groups, shard * widths.param) * times
         if bucket.is_trained:
             total += volume(grads.grads, groups, shard * widths.grad_wire) * microbatches
             total += volume(grads.finish_grads, groups, shard * widths.grad_wire)

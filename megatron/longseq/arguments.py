@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 from pathlib import Path
 
 from megatron.longseq.attention.arguments import add_context_arguments, check_context_numbers
@@ -12,6 +13,9 @@ from megatron.longseq.flexsp.arguments import add_flexsp_arguments, check_flexsp
 from megatron.longseq.pipeline.arguments import add_pipeline_arguments, check_pipeline_numbers
 from megatron.longseq.refusals import refuse_unwritable, refuse_without_effect
 from megatron.longseq.sharding.arguments import add_sharding_arguments, check_sharding_numbers
+
+START_FOLDER = "LONGSEQ_START_FOLDER"  # scripts/lib/rank.py sets it
+ARGUMENTS = "arguments.json"
 
 
 def add_longseq_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -52,11 +56,16 @@ def validate_longseq_arguments(args: argparse.Namespace) -> None:
     check_flexsp_numbers(args)
 
 
-def write_arguments_file(args: argparse.Namespace) -> None:
-    """Write all arguments to `--arguments-file` as sorted JSON. Values without a JSON form are written as text."""
-    path = Path(args.arguments_file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(vars(args), indent=1, sort_keys=True, default=str) + "\n")
+def write_arguments_files(args: argparse.Namespace) -> None:
+    """Write all arguments as sorted JSON to `--arguments-file` and into `--start-folder`, where they are given.
+
+    Values without a JSON form are written as text.
+    """
+    file, folder = getattr(args, "arguments_file", None), getattr(args, "start_folder", None)
+    text = json.dumps(vars(args), indent=1, sort_keys=True, default=str) + "\n"
+    for path in ([Path(file)] if file else []) + ([Path(folder, ARGUMENTS)] if folder else []):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
 
 
 def _add_record_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +75,13 @@ def _add_record_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write every argument, as upstream resolved it, to this file (JSON) when the run starts",
     )
+    group.add_argument(
+        "--start-folder",
+        metavar="FOLDER",
+        default=os.environ.get(START_FOLDER),
+        help="print one line for each logged step, and write the same to steps.jsonl in this folder, beside "
+        "arguments.json and a measured timeline (default: the folder of this start, if scripts/launch.sh started it)",
+    )
 
 
 def _add_log_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +90,7 @@ def _add_log_arguments(parser: argparse.ArgumentParser) -> None:
         "--peak-tflops-per-gpu",
         type=float,
         metavar="TFLOPS",
-        help="peak of a GPU in TFLOP/s, for the MFU of --log-throughput (default: by the device's name, dense bf16)",
+        help="peak of a GPU in TFLOP/s, for the MFU in the log (default: by the device's name, dense bf16)",
     )
     group.add_argument(
         "--log-memory-fragmentation",
@@ -89,11 +105,16 @@ def _check_log_arguments(args: argparse.Namespace) -> None:
         return
     if not (math.isfinite(peak) and peak > 0):
         raise ValueError(f"--peak-tflops-per-gpu {peak:g}: the peak of a GPU in TFLOP/s is a number above 0.")
-    if not getattr(args, "log_throughput", False):
+    if not (getattr(args, "log_throughput", False) or getattr(args, "start_folder", None)):
         refuse_without_effect(args, "--log-throughput is not given", peak_tflops_per_gpu=None)
 
 
 def _validate_record_arguments(args: argparse.Namespace) -> None:
+    folder = getattr(args, "start_folder", None)
+    if folder is not None:
+        if not folder:
+            raise ValueError("--start-folder is empty; name a folder, or leave it out.")
+        refuse_unwritable(f"--start-folder {folder}", Path(folder), "name a folder that is writable, or new")
     if getattr(args, "arguments_file", None) is None:
         return
     flag = f"--arguments-file {args.arguments_file}"

@@ -112,8 +112,8 @@ def _write_arguments() -> None:
     from megatron.training.global_vars import get_args  # type: ignore[import-untyped]
 
     args = get_args()
-    if args.rank == 0 and getattr(args, "arguments_file", None) is not None:  # a script may make its own namespace
-        arguments.write_arguments_file(args)
+    if args.rank == 0:
+        arguments.write_arguments_files(args)
 
 
 def compare_ranks(hashes: Mapping[str, str]) -> None:

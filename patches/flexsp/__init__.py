@@ -1,11 +1,24 @@
 """System `flexsp`: sequence-parallel groups that change from micro-batch to micro-batch."""
 
-from patches.hooks import FORWARD_BACKWARD, INITIALIZE, VALIDATE_ARGS
+from patches.hooks import FORWARD_BACKWARD, INITIALIZE, READ_CHECKPOINT, VALIDATE_ARGS
 from patches.record import Callback, Record
 
 _ASKED_FOR = "megatron.longseq.flexsp.arguments:wants_flexsp"
 
-RECORDS: tuple[Record, ...] = ()
+RECORDS = (
+    Record(
+        id="flexsp.iterators",
+        system="flexsp",
+        action="wrap",
+        target="megatron.training.training:build_train_valid_test_data_iterators",
+        impl="patches.flexsp.runtime:with_planned_iterators",
+        why="Upstream passes a script's own iterators on unseen. They must yield planned steps on every rank; "
+        "otherwise the first step fails, after everything has been set up.",
+        when=_ASKED_FOR,
+        test="tests/distributed/test_flexsp.py::test_another_scripts_data_is_refused_before_the_first_step",
+        remove_when="upstream lets a caller check a script's data iterators",
+    ),
+)
 
 CALLBACKS = (
     Callback(
@@ -27,6 +40,17 @@ CALLBACKS = (
         when=_ASKED_FOR,
         test="tests/distributed/test_flexsp.py::test_flexible_groups_equal_single_ranks",
         remove_when="upstream lets a caller add process groups",
+    ),
+    Callback(
+        id="flexsp.checkpoint",
+        hook=READ_CHECKPOINT,
+        impl="patches.flexsp.runtime:with_documents_of_checkpoint",
+        reads=("megatron.training.checkpointing:load_checkpoint",),
+        why="Upstream counts a global batch's samples by flags. Batches in tokens hold other numbers of documents, so "
+        "a resumed run needs the number that the run before it has trained.",
+        when=_ASKED_FOR,
+        test="tests/distributed/test_flexsp.py::test_a_run_resumes_with_another_batch_and_other_ranks",
+        remove_when="upstream lets a data iterator save its position in a checkpoint",
     ),
     Callback(
         id="flexsp.steps",

@@ -17,7 +17,10 @@ def with_flexible_groups(original: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def validate_args(args: Namespace, defaults: dict[str, Any] | None = None) -> Any:
-        from megatron.longseq.flexsp.from_args import check_plannable
+        from megatron.training.utils import get_blend_and_blend_per_split
+
+        from megatron.longseq.flexsp.from_args import check_batches, check_plannable
+        from megatron.longseq.flexsp.runtime.conversations import check_conversations, jsonl_files
 
         refuse_unserved_flexsp(args)
         # A token has one weight wherever it is computed only if the loss is summed and divided by all tokens at once.
@@ -30,6 +33,10 @@ def with_flexible_groups(original: Callable[..., Any]) -> Callable[..., Any]:
             args.moe_token_dispatcher_type = "alltoall"  # upstream refuses its default here even without experts
         args.flexsp_node_ranks = node_ranks()
         check_plannable(args, on_gpu=not no_cuda(args))
+        blends = get_blend_and_blend_per_split(args)
+        check_batches(args, *blends)
+        if args.sft:
+            check_conversations(args, jsonl_files(*blends))
         if args.rank == 0:
             print("> FlexSP: losses are summed over the tokens of a step (--calculate-per-token-loss)", flush=True)
         return result

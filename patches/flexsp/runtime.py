@@ -42,6 +42,10 @@ def _open(args: Namespace) -> tuple[Any, Any]:
     from megatron.longseq.flexsp.runtime.runner import StepRunner
     from patches.log.documents import add_step
 
+    def count(batch: Any) -> None:
+        add_step(list(batch.lengths))
+        args.flexsp_documents = batch.samples.stop  # upstream saves `args` in checkpoints
+
     domain = parallel_state.get_data_parallel_group(with_context_parallel=True)
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
     report = StepReport(
@@ -49,7 +53,7 @@ def _open(args: Namespace) -> tuple[Any, Any]:
         args.log_interval,
         args.pipeline_model_parallel_size,
         lambda line: print_rank_0(f"> {line}"),
-        lambda batch: add_step(list(batch.lengths)),
+        count,
         args.flexsp_refit,
         args.flexsp_save_cost,
     )
@@ -58,6 +62,43 @@ def _open(args: Namespace) -> tuple[Any, Any]:
     # Layers are built with the strategy of one rank; every micro-batch brings that of its own group.
     masks = MaskReader(GroupCollectives(parallel_state.get_context_parallel_group()), 0)
     return runner, ContextParallel({"p2p": single_rank_strategy()}, masks)
+
+
+def with_documents_of_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `_load_base_checkpoint`: note how many documents the run of the checkpoint has trained."""
+
+    def _load_base_checkpoint(load_dir: Any, args: Namespace, *rest: Any, **named: Any) -> Any:
+        found = original(load_dir, args, *rest, **named)
+        state = found[0] or {}
+        documents = getattr(state.get("args"), "flexsp_documents", None)
+        if documents is not None:
+            args.flexsp_saved = (state.get("iteration"), documents)
+        return found
+
+    return _load_base_checkpoint
+
+
+def with_planned_iterators(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `build_train_valid_test_data_iterators`: refuse a script whose iterators do not yield planned steps.
+
+    Raises:
+        ValueError: on every rank that has such an iterator, or none.
+    """
+
+    def build_train_valid_test_data_iterators(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args
+
+        from megatron.longseq.flexsp.runtime.steps import check_iterator
+
+        found = original(*args, **kwargs)
+        flags = get_args()
+        wanted = (flags.do_train and not flags.skip_train, flags.do_valid, flags.do_test)
+        for iterator, is_used in zip(found, wanted, strict=True):
+            if is_used:
+                check_iterator(getattr(iterator, "iterable", iterator))
+        return found
+
+    return build_train_valid_test_data_iterators
 
 
 def with_planned_steps(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,10 +9,11 @@ RECORDS = (
         system="log",
         action="wrap",
         target="megatron.training.training:training_log",
-        impl="patches.log.throughput:with_throughput_line",
+        impl="patches.log.throughput:with_our_lines",
         why="Upstream's --log-throughput prints TFLOP/s with one digit, and counts only the documents of an interval's "
         "last step. It prints neither tokens per second, nor MFU, nor the largest peak memory of any rank, nor "
-        "fragmentation (--log-memory-fragmentation).",
+        "fragmentation (--log-memory-fragmentation). It writes no record of a step that a program can read "
+        "(--start-folder).",
         when="patches.log.throughput:logs_lines",
         test="tests/distributed/test_log.py::test_log_line_tells_tokens_flops_and_memory",
         remove_when="upstream logs tokens per second, MFU and peak memory",

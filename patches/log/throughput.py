@@ -1,13 +1,20 @@
-"""Log tokens per second, model TFLOP/s, MFU and the highest peak memory of all ranks, once per log interval."""
+"""Log tokens per second, model TFLOP/s, MFU and the highest peak memory of all ranks, once per log interval.
 
+--log-throughput adds a line of these figures to upstream's. --start-folder puts them into the record of the step,
+beside loss, norm and learning rate (`patches.log.steps`).
+"""
+
+import inspect
+import math
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.longseq.throughput import Throughput, peak_tflops
 from patches.engine import session
-from patches.log import fragmentation
+from patches.log import fragmentation, steps
+from patches.log.gather import RankFigures, gather
 
 ID = "log.throughput"
 
@@ -18,25 +25,23 @@ def asked_for(args: Namespace) -> bool:
 
 
 def logs_lines(args: Namespace) -> bool:
-    """Return whether this project adds lines to the log, of throughput or of fragmentation."""
-    return asked_for(args) or fragmentation.asked_for(args)
+    """Return whether this project adds lines to the log: of throughput, of fragmentation, or of whole steps."""
+    return asked_for(args) or fragmentation.asked_for(args) or steps.asked_for(args)
 
 
 @dataclass
 class Interval:
-    """Sums over the steps since the last line, and what stays the same in a run.
+    """Sums over the steps since the last line.
 
     Attributes:
         steps: number of steps.
         tokens: tokens of the documents of all ranks.
         squares: squares of document lengths, see `patches.log.documents`.
-        peak_tflops: peak of all ranks together, NaN if that of a rank is unknown; None before the first line.
     """
 
     steps: int = 0
     tokens: float = 0.0
     squares: float = 0.0
-    peak_tflops: float | None = None
 
     def add(self, tokens: float, squares: float) -> None:
         """Add a step."""
@@ -47,77 +52,125 @@ class Interval:
         self.steps, self.tokens, self.squares = 0, 0.0, 0.0
 
 
-def with_throughput_line(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `training_log`: log our lines after upstream's, at the same steps, and write their values to TensorBoard."""
+@dataclass
+class LogState:
+    """What the log of this process keeps from step to step.
 
-    def training_log(
-        loss_dict: Any, total_loss_dict: Any, learning_rate: Any, iteration: int, *rest: Any, **named: Any
-    ) -> Any:
+    Attributes:
+        of_line: steps since the last line of --log-throughput.
+        of_step: steps since the last record of --start-folder.
+        log: the record.
+        peak_tflops: peak of all ranks together, NaN if that of a rank is unknown; None before the first line.
+    """
+
+    of_line: Interval = field(default_factory=Interval)
+    of_step: Interval = field(default_factory=Interval)
+    log: steps.StepLog = field(default_factory=steps.StepLog)
+    peak_tflops: float | None = None
+
+
+def with_our_lines(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `training_log`: log our lines after upstream's, and write their values to TensorBoard and to the record.
+
+    Upstream also logs the first step of a start, whatever the log interval, and does not begin a new interval there.
+    The record does, so that its second line is not a mean with the first step, which is slow.
+    """
+    signature = inspect.signature(original)
+
+    def training_log(*given: Any, **named: Any) -> Any:
         from megatron.training import get_args
 
         args = get_args()
-        interval: Interval = session.SESSION.state.setdefault(ID, Interval())
-        interval.add(*_sums_of_step(args, named))
-        if iteration % args.log_interval != 0 or named.get("is_first_iteration"):
-            return original(loss_dict, total_loss_dict, learning_rate, iteration, *rest, **named)
-        seconds = _seconds_per_step(total_loss_dict)  # read before upstream's call, which resets both counters
-        result = original(loss_dict, total_loss_dict, learning_rate, iteration, *rest, **named)
-        if asked_for(args):
-            _report(args, iteration, seconds, interval)
-        if fragmentation.asked_for(args):
-            fragmentation.log_fragmentation(iteration)
-        interval.reset()
+        call = signature.bind(*given, **named).arguments
+        state = session.SESSION.state.setdefault(ID, LogState())
+        sums = _sums_of_step(args, call)
+        state.of_line.add(*sums)
+        state.of_step.add(*sums)
+        if steps.asked_for(args):
+            steps.begin(args, state.log, call["iteration"] - 1)
+            state.log.add(call["loss_dict"], int(call["skipped_iter"]))
+        is_first, iteration = bool(call.get("is_first_iteration")), call["iteration"]
+        is_line, is_step = iteration % args.log_interval == 0 and not is_first, steps.asked_for(args)
+        if not (is_line or (is_first and is_step)):
+            return original(*given, **named)
+        elapsed = _elapsed()  # read before upstream's call, which resets its timer
+        result = original(*given, **named)
+        _report(args, state, call, elapsed, is_line)
+        state.of_step.reset()
+        state.log.elapsed = elapsed if is_first else 0.0
+        if is_line:
+            state.of_line.reset()
         return result
 
     return training_log
 
 
-def _sums_of_step(args: Namespace, named: dict[str, Any]) -> tuple[float, float]:
+def _sums_of_step(args: Namespace, call: dict[str, Any]) -> tuple[float, float]:
     """Return tokens and squares of a step; where upstream has none, those of whole sequences."""
     from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 
-    tokens, squares = (named.get(name) for name in ("total_real_tokens_in_batch", "seqlen_squared_sum_in_batch"))
+    tokens, squares = (call.get(name) for name in ("total_real_tokens_in_batch", "seqlen_squared_sum_in_batch"))
     whole = get_current_global_batch_size() * args.seq_length
     return whole if tokens is None else tokens, whole * args.seq_length if squares is None else squares
 
 
-def _seconds_per_step(totals: dict[str, Any]) -> float:
+def _elapsed() -> float:
+    """Return the seconds of upstream's timer since its last line, without evaluation and saving."""
     from megatron.training import get_timers
 
-    steps = (
-        totals.get("advanced iterations", 0) + totals.get("skipped iterations", 0) + 1
-    )  # this one is not yet counted
-    return float(get_timers()("interval-time").elapsed(reset=False, barrier=False)) / steps
+    return float(get_timers()("interval-time").elapsed(reset=False, barrier=False))
 
 
-def _report(args: Namespace, iteration: int, seconds: float, interval: Interval) -> None:
-    import torch
+def _report(args: Namespace, state: LogState, call: dict[str, Any], elapsed: float, is_line: bool) -> None:
+    """Log what the flags ask for. Every rank calls this at the same time.
+
+    Args:
+        args: upstream's arguments.
+        state: of this process.
+        call: arguments of `training_log` by name.
+        elapsed: seconds of upstream's timer.
+        is_line: whether upstream's log interval ends here.
+    """
+    is_step = steps.asked_for(args)
+    if is_step or asked_for(args):
+        bubble = steps.bubble_of_pipeline(args, state.log) if is_step else math.nan
+        ranks = gather(call["learning_rate"], bubble)
+        if state.peak_tflops is None:
+            state.peak_tflops = _peak_of_all_ranks(args)
+        if is_step:
+            figures = _figures(args, state.of_step, elapsed - state.log.elapsed, ranks, state.peak_tflops)
+            steps.write_step(args, state.log, call, figures, ranks, state.of_step.steps)
+        if is_line and asked_for(args):
+            _print_throughput(call, _figures(args, state.of_line, elapsed, ranks, state.peak_tflops))
+    if is_line and fragmentation.asked_for(args):
+        fragmentation.log_fragmentation(call["iteration"])
+
+
+def _print_throughput(call: dict[str, Any], figures: Throughput) -> None:
     from megatron.training import get_tensorboard_writer, print_rank_last
+
+    print_rank_last(figures.line(call["iteration"]))
+    writer = get_tensorboard_writer()
+    for name, value in figures.scalars().items() if writer else ():
+        writer.add_scalar(name, value, call["iteration"])
+
+
+def _figures(args: Namespace, interval: Interval, seconds: float, ranks: RankFigures, peak: float) -> Throughput:
+    """Return the figures of an interval that took `seconds`."""
     from megatron.training.training import num_floating_point_operations
 
-    peak = torch.cuda.max_memory_allocated()
-    unused = torch.cuda.max_memory_reserved() - peak
-    memory = torch.tensor([peak, unused], dtype=torch.int64, device="cuda")
-    torch.distributed.all_reduce(memory, op=torch.distributed.ReduceOp.MAX)
-    if interval.peak_tflops is None:
-        interval.peak_tflops = _peak_of_all_ranks(args)
-    is_known = interval.peak_tflops == interval.peak_tflops  # not NaN
     tokens, squares = interval.tokens / interval.steps, interval.squares / interval.steps
     flops, without_attention = (num_floating_point_operations(args, 0, part, tokens) for part in (squares, 0))
-    figures = Throughput(
-        seconds=seconds,
+    return Throughput(
+        seconds=seconds / interval.steps,
         tokens=tokens,
         flops=flops,
         attention_flops=flops - without_attention,
         ranks=args.world_size,
-        peak_bytes=int(memory[0]),
-        unused_bytes=int(memory[1]),
-        peak_tflops=interval.peak_tflops if is_known else None,
+        peak_bytes=int(max(ranks.peaks)),
+        unused_bytes=ranks.unused_bytes,
+        peak_tflops=None if math.isnan(peak) else peak,
     )
-    print_rank_last(figures.line(iteration))
-    writer = get_tensorboard_writer()
-    for name, value in figures.scalars().items() if writer else ():
-        writer.add_scalar(name, value, iteration)
 
 
 def _peak_of_all_ranks(args: Namespace) -> float:
@@ -128,9 +181,9 @@ def _peak_of_all_ranks(args: Namespace) -> float:
     name = torch.cuda.get_device_name()
     given = getattr(args, "peak_tflops_per_gpu", None)  # a script may make its own namespace
     own = peak_tflops(name) if given is None else given
-    total = torch.tensor([float("nan") if own is None else own], dtype=torch.float64, device="cuda")
+    total = torch.tensor([math.nan if own is None else own], dtype=torch.float64, device="cuda")
     torch.distributed.all_reduce(total)
-    if torch.isnan(total).item():
+    if torch.isnan(total).item() and asked_for(args):
         print_rank_last(
             f"> --log-throughput: the peak TFLOP/s of a rank's device is unknown (on this rank: {name}), so the MFU is "
             "not logged; give it with --peak-tflops-per-gpu"

@@ -4,8 +4,8 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from megatron.longseq.sharding.arguments import refuse_unserved_sharding
-from megatron.longseq.sharding.plan.from_args import check_unchanged, resolve, summary, widths
+from megatron.longseq.sharding.arguments import prefetch_units, refuse_unserved_sharding
+from megatron.longseq.sharding.plan.from_args import check_unchanged, resolve, summary, units_of_chunk, widths
 from patches.environment import node_ranks
 
 
@@ -25,7 +25,7 @@ def with_sharding(original: Callable[..., Any]) -> Callable[..., Any]:
         refuse_unserved_sharding(args)
         check_unchanged(args, plan)
         if args.rank == 0:
-            print(f"> {summary(plan, widths(args))}", flush=True)
+            print(f"> {summary(plan, widths(args), units_of_chunk(args), prefetch_units(args))}", flush=True)
         return result
 
     return validate_args

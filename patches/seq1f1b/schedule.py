@@ -11,6 +11,7 @@ from megatron.longseq.pipeline.arguments import check_trace_step, refuse_unserve
 from megatron.longseq.pipeline.plan.from_args import BY_DOCUMENTS
 from patches.engine import session
 from patches.environment import has_one_queue
+from patches.log.steps import times_of
 from patches.seq1f1b.checks import prove_batches, refuse_stages
 
 
@@ -81,8 +82,9 @@ def _forward_backward() -> Any:
         packed=packed_reader() if args.seq1f1b_splits > 1 else None,
         patience=args.pipeline_patience,
         timeout=timedelta(minutes=args.distributed_timeout_minutes),
-        trace=functools.partial(_write_trace, Path(args.pipeline_trace)) if args.pipeline_trace else None,
+        trace=functools.partial(write_trace, Path(args.pipeline_trace)) if args.pipeline_trace else None,
         trace_step=args.pipeline_trace_step,
+        wants_times=times_of(args),
     )
 
 
@@ -123,7 +125,15 @@ def _refuse_partition(args: Namespace) -> None:
         )
 
 
-def _write_trace(folder: Path, schedule: Any, rank: int, spans: Any) -> None:
+def write_trace(folder: Path, schedule: Any, rank: int, spans: Any) -> None:
+    """Write the measured actions of a step to a folder, on the ranks of one pipeline.
+
+    Args:
+        folder: folder of the step.
+        schedule: the schedule that ran.
+        rank: pipeline rank.
+        spans: its actions with their times.
+    """
     from megatron.core import mpu
 
     from megatron.longseq.pipeline.runtime.step_timer import write_measured

@@ -41,6 +41,7 @@ node_command() {
     shift
   done
   shift
+  ((VERBOSE == 0)) || options+=(--verbose)
   [[ -z $CONTAINER ]] || python=python
   ((PREFLIGHT == 0)) || action=(preflight --report "$START_DIR/preflight.json")
   NODE=("$python" "$ROOT/scripts/lib/supervise.py" --start-dir "$START_DIR" "${options[@]}" --
@@ -146,6 +147,7 @@ compose_sbatch() {
   [[ -z $CONTAINER ]] || COMMAND+=("--$CONTAINER" "$IMAGE")
   for arg in "${MOUNTS[@]}"; do COMMAND+=(--mount "$arg"); done
   ((PREFLIGHT == 0)) || COMMAND+=(--preflight)
+  ((VERBOSE == 0)) || COMMAND+=(--verbose)
   COMMAND+=(-- "$(copied "${SCRIPT[0]}")" "${SCRIPT[@]:1}")
 }
 
@@ -179,5 +181,6 @@ compose_docker() {
   while IFS= read -r folder; do COMMAND+=(--volume "$folder:$folder"); done < <(mounted_folders)
   COMMAND+=("$IMAGE" bash "$ROOT/scripts/launch.sh" --local --nproc "$PER_NODE" --run-dir "$RUN_DIR")
   ((PREFLIGHT == 0)) || COMMAND+=(--preflight)
+  ((VERBOSE == 0)) || COMMAND+=(--verbose)
   COMMAND+=(-- "${SCRIPT[@]}")
 }

@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 from typing import BinaryIO
 
+from scripts.lib.console import BUDGET, STEP, LineFilter
 from scripts.lib.rank import log_name
 
 POLL_S = 0.2
@@ -15,16 +16,27 @@ PREFIX = re.compile(rb"^\[rank\d+\]: ?")
 class Follower(threading.Thread):
     """Copy the output of the first and the last rank of the job to stdout, line by line.
 
-    Upstream prints messages on the first rank and the progress of the training on the last one.
+    Upstream prints messages on the first rank and the progress of the training on the last one. `LineFilter` chooses
+    the lines.
 
     Args:
-        folder: of the ranks' files.
+        folder: of the ranks' files, inside the folder of this start.
         host: of this node. Files of other nodes are left to their own followers.
         shown: the ranks whose output is shown.
         has_host: whether a line begins with the host too.
+        is_verbose: whether all their lines are shown.
+        budget: see `LineFilter`.
     """
 
-    def __init__(self, folder: Path, host: str, shown: set[int], has_host: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        host: str,
+        shown: set[int],
+        has_host: bool,
+        is_verbose: bool = False,
+        budget: int | None = BUDGET,
+    ) -> None:
         super().__init__(daemon=True)
         self.folder = folder
         self.host = host
@@ -33,6 +45,8 @@ class Follower(threading.Thread):
         self.is_over = threading.Event()
         self.streams: dict[int, BinaryIO] = {}
         self.rests: dict[int, bytes] = {}
+        self.filters = {} if is_verbose else {rank: LineFilter(folder.parent, budget) for rank in shown}
+        self.is_summed_up = is_verbose
 
     def run(self) -> None:
         """Follow the files until `finish` is called."""
@@ -68,6 +82,20 @@ class Follower(threading.Thread):
                 self.rests[rank] = b""
 
     def show(self, rank: int, line: bytes) -> None:
-        """Write one line with its rank."""
+        """Write one line with its rank, unless it is left out."""
+        line = PREFIX.sub(b"", line)
+        text = line.decode(errors="replace")
+        if rank in self.filters and not self.filters[rank].shows(text):
+            return
+        if not self.is_summed_up and STEP.search(text):
+            self.is_summed_up = True
+            self.sum_up()
         where = f" {self.host}" if self.has_host else ""
-        sys.stdout.buffer.write(f"[rank{rank}{where}]:".encode() + PREFIX.sub(b"", line) + b"\n")
+        sys.stdout.buffer.write(f"[rank{rank}{where}]:".encode() + line + b"\n")
+
+    def sum_up(self) -> None:
+        """Say what was left out before the first step, and where it is."""
+        for rank, chosen in self.filters.items():
+            if rank in self.streams and chosen.summary():
+                where = f"launch: rank {rank}: {chosen.summary()} are in {self.folder / log_name(rank, self.host)}\n"
+                sys.stdout.buffer.write(where.encode())

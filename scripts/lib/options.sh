@@ -9,8 +9,11 @@ usage: bash scripts/launch.sh [OPTION...] -- SCRIPT [ARGUMENT...]
   --gpus-per-node N              GPUs, and ranks, on each node (default: all that are found)
   --nproc N                      ranks on each node, on the CPU if there is no GPU (default on the CPU: 1)
   --nodes N                      number of nodes (default: 1, or the slurm job's)
+  --plan FILE                    nodes, GPUs and flags of a model, e.g. scripts/plans/llama3-8b-128k-h100-64.plan; options
+                                 and flags that you give yourself take precedence
   --site FILE                    environment variables of the machine, e.g. scripts/sites/h100-ib.env
   --run-dir DIR                  folder for logs and records (default: runs/SCRIPT-TIME or runs/SCRIPT-JOB)
+  --verbose                      show all lines of the first and the last rank, with upstream's list of arguments
   --preflight                    run the checks of docs/launch.md on all ranks in place of the training
   --dry-run                      print the command with its environment, ready to paste, and do nothing
 
@@ -38,7 +41,7 @@ TEXT
 usage_error() { die "$1 (bash scripts/launch.sh --help)" 2; }
 
 # Options with a value; those of the last line may be repeated.
-readonly VALUE_OPTIONS=" --nodes --nproc --gpus-per-node --site --run-dir --docker --pyxis --apptainer --signal-seconds \
+readonly VALUE_OPTIONS=" --nodes --nproc --gpus-per-node --plan --site --run-dir --docker --pyxis --apptainer --signal-seconds \
 --max-requeues --venv --mount --slurm-arg "
 readonly REPEATABLE_OPTIONS=" --mount --slurm-arg "
 # Arguments of sbatch that the launcher sets itself, and its option for each.
@@ -48,8 +51,8 @@ readonly OWNED_SLURM_ARGS="-N=--nodes --nodes=--nodes -n=--nproc --ntasks=--npro
 
 parse_options() {
   local name seen=" "
-  NODES="" PER_NODE="" PER_NODE_FLAG="" SITE="" RUN_DIR="" MODE="" IMAGE="" CONTAINER="" DRY_RUN=0 PREFLIGHT=0
-  SLURM_ARGS=() MOUNTS=() SIGNAL_SECONDS="" MAX_REQUEUES=""
+  NODES="" PER_NODE="" PER_NODE_FLAG="" SITE="" RUN_DIR="" MODE="" IMAGE="" CONTAINER="" DRY_RUN=0 PREFLIGHT=0 VERBOSE=0
+  SLURM_ARGS=() MOUNTS=() SIGNAL_SECONDS="" MAX_REQUEUES="" PLAN_NODES="" PLAN_GPUS="" PLAN_FLAGS=()
   while (($#)) && [[ $1 != -- ]]; do
     if [[ $1 == --*=* ]]; then
       [[ $VALUE_OPTIONS == *" ${1%%=*} "* ]] || usage_error "unknown option $1, or one that takes no value"
@@ -68,6 +71,7 @@ parse_options() {
       --local | --slurm) choose_mode_once "${1#--}" ;;
       --dry-run) DRY_RUN=1 ;;
       --preflight) PREFLIGHT=1 ;;
+      --verbose) VERBOSE=1 ;;
       -h | --help) usage && exit 0 ;;
       *) usage_error "unknown option $1; give the training script after --" ;;
     esac
@@ -75,7 +79,9 @@ parse_options() {
   done
   (($# > 1)) || usage_error "no training script: give it after --"
   shift
-  SCRIPT=("$@")
+  SCRIPT=("$1" "${PLAN_FLAGS[@]}" "${@:2}")
+  NODES=${NODES:-$PLAN_NODES}
+  [[ -n $PER_NODE || -z $PLAN_GPUS ]] || PER_NODE=$PLAN_GPUS PER_NODE_FLAG=--gpus-per-node
   [[ -f $1 ]] || usage_error "training script $1 does not exist (looked in $PWD)"
 }
 
@@ -87,6 +93,7 @@ take_value() {
       PER_NODE_FLAG=$1
       PER_NODE=$(positive "$@" "$([[ $1 == --nproc ]] && printf 1024 || printf 64)")
       ;;
+    --plan) read_plan "$2" ;;
     --site) SITE=$(realpath -m -- "$2") ;;
     --run-dir) RUN_DIR=$(realpath -m -- "$2") ;;
     --docker) choose_mode_once docker && choose_container docker "$2" ;;
@@ -104,6 +111,31 @@ take_value() {
       ;;
     --venv) VENV=$2 ;; # the job's environment is the one of its submission
   esac
+}
+
+# read_plan FILE: reads a file that holds, as on a command line, options of the launcher, --, and flags of the script. It
+# is never evaluated: words are split at spaces, and lines that begin with # are comments.
+read_plan() {
+  local line words=() option before=1
+  [[ -r $1 && -f $1 ]] || usage_error "--plan $1: the file cannot be read; plans are scripts/plans/*.plan"
+  while IFS= read -r line || [[ -n $line ]]; do
+    [[ $line != [[:space:]]* && $line != '#'* ]] || continue
+    read -ra words <<<"$line"
+    ((${#words[@]})) || continue
+    option=${words[0]}
+    if ((before == 0)); then
+      PLAN_FLAGS+=("${words[@]}")
+    elif [[ $line == -- ]]; then
+      before=0
+    elif [[ $option == --nodes && ${#words[@]} == 2 ]]; then
+      PLAN_NODES=$(positive --nodes "${words[1]}" 100000)
+    elif [[ $option == --gpus-per-node && ${#words[@]} == 2 ]]; then
+      PLAN_GPUS=$(positive --gpus-per-node "${words[1]}" 64)
+    else
+      usage_error "--plan $1: not an option of a plan: $line (--nodes N, --gpus-per-node N, then -- and the flags)"
+    fi
+  done <"$1"
+  ((${#PLAN_FLAGS[@]})) || usage_error "--plan $1: it holds no flags"
 }
 
 # positive OPTION VALUE MOST: prints the value.

@@ -36,6 +36,7 @@ def main() -> None:
     os.close(output)
     # A file is not a terminal, so Python would keep the output back until its buffer is full.
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    os.environ["LONGSEQ_START_FOLDER"] = str(folder.parent)  # the default of --start-folder
     os.execvp(command[0], command)
 
 

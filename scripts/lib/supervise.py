@@ -1,9 +1,10 @@
 """Run torchrun on one node, show what a person has to see, forward signals, and leave no process behind.
 
-    python supervise.py --start-dir DIR [--nodes N --meeting HOST:PORT] [--quiet] -- torchrun ARGS...
+    python supervise.py --start-dir DIR [--nodes N --meeting HOST:PORT] [--quiet] [--verbose] -- torchrun ARGS...
 
 Each rank writes into `DIR/ranks/`. The console shows the output of the first and the last rank, which print the
-training's progress. If a rank fails, it shows the end of that rank's output and names the rank.
+training's progress, without the details of upstream's start (`console.py`). If a rank fails, it shows the end of that
+rank's output and names the rank.
 
 | signal | meaning |
 |---|---|
@@ -33,6 +34,7 @@ from typing import BinaryIO
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.lib import meeting, processes, verdict
+from scripts.lib.console import BUDGET
 from scripts.lib.follow import Follower
 from scripts.lib.rank import host_name, log_name
 
@@ -63,6 +65,7 @@ class Supervisor:
         self.nodes: int = options.nodes
         self.node = int(os.environ.get("SLURM_NODEID", "0")) if options.meeting else 0
         self.is_quiet: bool = options.quiet
+        self.is_verbose: bool = options.verbose
         self.host = host_name()
         self.grace = stop_seconds()
         self.stop_signal = 0
@@ -166,7 +169,9 @@ class Supervisor:
         assert process.stderr is not None
         reader = threading.Thread(target=self.read, args=(process.stderr,), daemon=True)
         reader.start()
-        follower = Follower(self.start_dir / "ranks", self.host, self.shown, self.nodes > 1)
+        ranks = self.start_dir / "ranks"
+        budget = None if "preflight" in self.command else BUDGET  # its table may be long
+        follower = Follower(ranks, self.host, self.shown, self.nodes > 1, self.is_verbose, budget)
         follower.start()
         status = self.wait(process)
         ended_at = time.time()
@@ -241,6 +246,7 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--meeting", help="HOST:PORT of the first node: slurm's node number gives the ranks")
     parser.add_argument("--quiet", action="store_true", help="leave the final message to the job")
+    parser.add_argument("--verbose", action="store_true", help="show all lines of the first and the last rank")
     split = words.index("--") if "--" in words else len(words)
     command = words[split + 1 :]
     if not command:

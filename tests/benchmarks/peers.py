@@ -25,7 +25,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron.longseq.attention.kernels.base import PackedLengths
 from tests.benchmarks.attention_contest import RING_FLASH_ATTN, TORCH, YUNCHANG, Contestant
+from tests.unit.flash_bed import Mask, flash_attn_2
 
 VERSIONS = {YUNCHANG: "0.6.4", RING_FLASH_ATTN: "0.1.8"}
 
@@ -139,13 +141,11 @@ def _stand_ins() -> Iterator[None]:
     """Give importing peers what they import, and take it away again: others here look for flash-attn too."""
     given = {
         "flash_attn": ModuleType("flash_attn"),
-        "flash_attn.flash_attn_interface": ModuleType("flash_attn.flash_attn_interface"),
+        "flash_attn.flash_attn_interface": flash_attn_2(_block_forward, _block_backward),
         "ring_flash_attn.adapters": ModuleType("ring_flash_attn.adapters"),
     }
     package, interface, adapters = given.values()
     package.__version__ = "2.7.4"  # type: ignore[attr-defined]
-    interface._flash_attn_forward = _flash_attn_forward  # type: ignore[attr-defined]
-    interface._flash_attn_backward = _flash_attn_backward  # type: ignore[attr-defined]
     for module in (package, interface):
         for name in ("flash_attn_func", "_flash_attn_varlen_forward", "_flash_attn_varlen_backward"):
             setattr(module, name, _refuse(name))
@@ -172,56 +172,26 @@ def _refuse(name: str) -> Callable[..., Any]:
     return refuse
 
 
-def _flash_attn_forward(  # noqa: PLR0917 (flash-attn's own arguments, by name and by place)
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-    window_size_left: int,
-    window_size_right: int,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    return_softmax: bool,
-) -> tuple[Tensor, Tensor, None, None]:
-    """Run flash-attn's block forward: [b, s, h, d] to (out, lse [b, h, s], no softmax, no random state)."""
-    _check(q, k, causal, alibi_slopes)
-    out, lse = _forward(*(x.transpose(1, 2) for x in (q, k, v)), dropout_p, causal, scale=softmax_scale)
-    return out.transpose(1, 2), lse, None, None
+def _block_forward(tensors: list[Tensor], mask: Mask, lengths: PackedLengths | None) -> tuple[Tensor, Tensor]:
+    """Run flash-attn's block forward: [b, s, h, d] to (out, lse [b, h, s])."""
+    _check(tensors[0], tensors[1], mask)
+    out, lse = _forward(*(x.transpose(1, 2) for x in tensors), 0.0, mask.causal, scale=mask.scale)
+    return out.transpose(1, 2), lse
 
 
-def _flash_attn_backward(  # noqa: PLR0917
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-    window_size_left: int,
-    window_size_right: int,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    deterministic: bool,
-    rng_state: Tensor | None = None,
+def _block_backward(
+    tensors: list[Tensor], lse: Tensor, grads: list[Tensor], mask: Mask, lengths: PackedLengths | None
 ) -> None:
-    """Run flash-attn's block backward, and copy the results into dq, dk, dv, because the operator has no outputs."""
-    _check(q, k, causal, alibi_slopes)
-    tensors = [x.transpose(1, 2) for x in (dout, q, k, v, out)]
-    grads = _backward(*tensors, softmax_lse, dropout_p, causal, scale=softmax_scale)
-    for place, grad in zip((dq, dk, dv), grads, strict=True):
+    """Run flash-attn's block backward, and copy the results, because the operator has no outputs."""
+    _check(tensors[1], tensors[2], mask)
+    values = _backward(*(x.transpose(1, 2) for x in tensors), lse, 0.0, mask.causal, scale=mask.scale)
+    for place, grad in zip(grads, values, strict=True):
         place.copy_(grad.transpose(1, 2))
 
 
-def _check(q: Tensor, k: Tensor, causal: bool, alibi_slopes: Tensor | None) -> None:
-    if alibi_slopes is not None or (causal and q.shape[1] != k.shape[1]):
-        raise NotImplementedError("the operator for CPUs aligns a causal block top-left and knows no slopes")
+def _check(q: Tensor, k: Tensor, mask: Mask) -> None:
+    if mask.causal and q.shape[1] != k.shape[1]:
+        raise NotImplementedError("the operator for CPUs aligns a causal block top-left")
 
 
 def self_sends_copied(contestant: Contestant) -> Any:

@@ -111,3 +111,20 @@ def slow_planner() -> Iterator[Planted]:
         stack.enter_context(wrapped(from_args, "plan_step", plan_step))
         stack.enter_context(wrapped(StepRunner, "run", run))
         yield planted
+
+
+@contextmanager
+def told_samples() -> Iterator[Planted]:
+    """Print the samples of every training step."""
+    from megatron.longseq.flexsp.runtime.report import StepReport
+
+    planted = Planted()
+
+    def add(original: Any, report: Any, step: Any, clock: Any) -> None:
+        planted.times += 1
+        batch = step.batch
+        print(f"step {batch.step}: samples {batch.samples.start} to {batch.samples.stop}", flush=True)
+        original(report, step, clock)
+
+    with wrapped(StepReport, "add", add):
+        yield planted

@@ -43,6 +43,7 @@ QUICK = ("IIG",)
 CASES = {
     **{name: f"{PAIRS} {ASYNC}" for name in QUICK},
     "GGG, flat": FLAT,
+    "IIG, selective": f"{PAIRS} {ASYNC} --paro-selective-overlap",
     "NIG, bf16 on the wire": f"{PAIRS} {ASYNC} {HALF}",
     "ING": f"{PAIRS} {ASYNC} {PART}",
 }
@@ -85,6 +86,7 @@ class RankRecord:
         held: after every step.
         units: the most units whose sharded parameters were whole at once, in any step.
         gradients: the same, of buckets of sharded gradients.
+        allocations: buffers that the pool has allocated until the end of every step.
     """
 
     member: int = 0
@@ -97,6 +99,7 @@ class RankRecord:
     storages: list[StorageBytes] = field(default_factory=list)
     units: int = 0
     gradients: int = 0
+    allocations: list[int] = field(default_factory=list)
 
 
 def train(pool: RankPool, case: str, planted: str | None = None) -> list[RankRecord]:
@@ -149,6 +152,7 @@ def _noting(seen: RankRecord) -> Callable[..., Any]:
                 if group.store.syncing is not None:
                     group.store.syncing.wait()
         seen.sent.append(_traffic(model[0].sharding))
+        seen.allocations.append(model[0].sharding.buffers.allocations)
         if not seen.buckets:
             _introduce(seen, model)
         seen.storages.append(_storages(model, optimizer))
@@ -233,8 +237,8 @@ def _watching(seen: RankRecord, model: list[Any]) -> Iterator[None]:
             there = {kinds[key] for key, whole in wholes.items() if whole.is_allocated and kinds[key][0] == kind}
             setattr(seen, kind, max(getattr(seen, kind), len(there)))
 
-    def allocate(original: Any, self: Any) -> None:
-        original(self)
+    def allocate(original: Any, self: Any, **named: Any) -> None:
+        original(self, **named)
         look()
 
     with wrapped(FullBucket, "allocate", allocate) if wholes else nullcontext():

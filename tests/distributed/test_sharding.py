@@ -26,6 +26,11 @@ CASES = {
     "IIG, groups of one": (4, "", f"--paro IIG --paro-group-size 1 {ASYNC}"),
     "NIG, one micro-batch": (4, "--global-batch-size 4", f"--paro NIG {PAIRS} {ASYNC}"),
     "GGG, full recompute": (4, "", f"--paro GGG {PAIRS} {ASYNC} {FULL}"),
+    "GGG, three ranks, recompute of two layers": (
+        3,
+        "--global-batch-size 6",
+        f"--paro GGG --paro-group-size 1 {LINKS} {ASYNC} {FULL.replace('layers 1', 'layers 2')}",
+    ),
     "IIG, recompute of two layers": (
         4,
         "",
@@ -54,6 +59,11 @@ CASES = {
         f"--paro IIG {PAIRS} {ASYNC} {SELECT} {PP2} --seq1f1b-splits 2",
     ),
     "ING, selective overlap, without overlapped reductions": (4, "", f"--paro ING {PAIRS} {SELECT}"),
+    "ING, selective overlap, zero bubble, PP 2": (
+        4,
+        SHALLOW,
+        f"--paro ING {PAIRS} {ASYNC} {SELECT} {PP2} --zero-bubble --seq1f1b-splits 2",
+    ),
     "IIG, selective overlap, mixture of experts": (4, MOE, f"--paro IIG {PAIRS} {ASYNC} {SELECT}"),
     "NIG, segments": (4, "", f"--paro NIG {PAIRS} {ASYNC} --seq1f1b-splits 3"),
     "IIG, segments, PP 2": (4, "", f"--paro IIG {PAIRS} {ASYNC} {PP2} --seq1f1b-splits 2"),
@@ -67,7 +77,7 @@ CASES = {
 # All strategies equal upstream in test_sharding_checkpoints.py, too, and four in regression cases (paro-*.toml); by
 # default here is what they are combined with.
 QUICK = {
-    "IIG, recompute of two layers",
+    "GGG, three ranks, recompute of two layers",
     "IGG, PP 2, tied",
     "IIG, PP 2, V 2",
     "IIG, C 2, selective overlap",

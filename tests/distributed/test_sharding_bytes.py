@@ -1,12 +1,15 @@
 """The bytes that a run sends in every step, counted at the collective calls, equal the formula."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from megatron.longseq.sharding.plan.comm_volume import CommVolume
+from megatron.longseq.sharding.plan.comm_volume import CommVolume, comm_volume
+from megatron.longseq.sharding.plan.gather_window import Point, alternating, launches
+from megatron.longseq.sharding.plan.memory import Model
 from megatron.longseq.sharding.plan.strategy import Strategy
 from megatron.longseq.sharding.runtime.collectives import Region
 from tests.bucket_volume import bucket_volume
@@ -28,7 +31,17 @@ def formula(case: str, seen: RankRecord, microbatches: int) -> CommVolume:
         seen.widths,
         microbatches,
         is_flat=lambda collectives, size: is_flat,
+        gathers=selective_gathers(seen, microbatches) if "selective" in case else None,
     )
+
+
+def selective_gathers(seen: RankRecord, microbatches: int) -> list[int]:
+    """Return the all-gathers of every bucket in a step by the plan; buckets are the units in reverse order."""
+    has_backward = [bucket.gathers > 1 for bucket in reversed(seen.buckets)]
+    start = [(Point.START, Point.START)] * len(has_backward)
+    planned = launches(has_backward, start, 1, alternating(microbatches))
+    counts = Counter(launch.unit for launch in planned if launch.kind == "gather")
+    return [counts[unit] for unit in reversed(range(len(has_backward)))]
 
 
 def less(after: CommVolume, before: CommVolume) -> CommVolume:
@@ -75,6 +88,15 @@ def test_buckets_are_those_of_the_model(sharded_run: Callable[[str], list[RankRe
         (128 * 32, 1),
     ]
     assert all(bucket.is_trained for bucket in seen.buckets)
+
+
+def test_selective_overlap_gathers_what_is_counted(sharded_run: Callable[[str], list[RankRecord]]) -> None:
+    """Two units stay at each turn between passes. `comm_volume` takes every unit to have a backward; one has none."""
+    (seen, *_) = sharded_run("IIG, selective")
+    assert [selective_gathers(seen, count) for count in (1, 4)] == [[1, 1, 2, 1], [4, 4, 5, 4]]
+    groups, elements = groups_of("IIG, selective"), 4 * 128
+    sent = comm_volume(Strategy.parse("IIG"), groups, Model(elements, elements), buckets=4, prefetch_units=1)
+    assert [sent.gathers(count).collectives for count in (1, 4)] == [6, 18]
 
 
 def test_frozen_layers_below_what_is_trained_are_gathered_once(sharded_run: Callable[[str], list[RankRecord]]) -> None:

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from megatron.longseq.sharding.plan.gather_window import Direction, Point, launch_point, launches
-from tests.distributed.flags import TINY, flags
+from megatron.longseq.pipeline.plan.generators import make
+from megatron.longseq.pipeline.plan.schedule import ActionKind, Pipeline
+from megatron.longseq.sharding.plan.gather_window import Direction, Point, alternating, launch_point, launches
+from tests.distributed.flags import PP2, TINY, flags
 from tests.pool import RankPool
 from tests.regression.arm import _early_end
 from tests.regression.planted import wrapped
@@ -108,7 +110,7 @@ def test_launches_are_those_of_the_plan(ranks: RankPool, depth: int) -> None:
         launch_point(Direction.BACKWARD, depth, before, after),
     )
     start = (Point.START, Point.START)
-    planned = launches([False, *[True] * (LAYERS + 1)], [start, *[layer] * LAYERS, start], depth, 2)
+    planned = launches([False, *[True] * (LAYERS + 1)], [start, *[layer] * LAYERS, start], depth, alternating(2))
     for steps in ranks_steps(ranks, f"{SELECT} --paro-prefetch-units {depth}"):
         for step in steps[1:]:  # the first one shows which units have a backward
             assert gathers(step) == [UNITS[launch.unit] for launch in planned if launch.kind == "gather"]
@@ -121,6 +123,23 @@ def test_launches_are_those_of_the_plan(ranks: RankPool, depth: int) -> None:
             assert around["F", 2] == sum(
                 launch.point is Point.AFTER_ATTENTION and launch.direction is Direction.FORWARD for launch in planned
             )
+
+
+@pytest.mark.slow
+def test_stages_of_a_pipeline_gather_as_planned(ranks: RankPool) -> None:
+    """The first of two stages runs two forwards before its first backward, and two backwards after its last forward."""
+    step = f"--global-batch-size 8 --train-iters {STEPS} --num-layers {LAYERS}"
+    found = ranks.run(4, events_of_a_rank, flags(TINY, step, f"{RUN} {PP2} {SELECT}"))
+    kinds = {ActionKind.FORWARD: Direction.FORWARD, ActionKind.BACKWARD: Direction.BACKWARD}
+    for rank, steps in enumerate(found):
+        stage = rank // 2
+        units = [*UNITS[: 1 - stage], "decoder.layers.0", "decoder.layers.1", *UNITS[len(UNITS) - stage :]]
+        passes = [kinds[action.kind] for action in make(Pipeline(2, 4)).orders[stage]]
+        start = [(Point.START, Point.START)] * len(units)
+        planned = launches([unit != "embedding" for unit in units], start, 1, passes)
+        expected = [units[launch.unit] for launch in planned if launch.kind == "gather"]
+        for number, step_events in enumerate(steps[1:]):
+            assert gathers(step_events) == expected, (rank, number)
 
 
 def ranks_steps(ranks: RankPool, own: str) -> list[list[list[str]]]:

@@ -6,7 +6,7 @@ import pytest
 
 from megatron.longseq.sharding.plan.memory import Model, memory
 from megatron.longseq.sharding.plan.strategy import Level, Strategy
-from megatron.longseq.sharding.runtime.bucket_storage import IN_FLIGHT
+from megatron.longseq.sharding.runtime.bucket_storage import CAN_SWAP, IN_FLIGHT
 from tests.distributed.sharding_bed import CASES, MORE, STEPS, RankRecord, groups_of
 
 ALL = [
@@ -48,6 +48,17 @@ def test_few_buckets_are_whole_at_once(sharded_run: Callable[[str], list[RankRec
     for seen in sharded_run(case):
         assert seen.units == (2 if strategy.params > Level.NONE else 0)  # the one in use, and the one that comes
         assert seen.gradients == (gradients(case, seen) if strategy.grads > Level.NONE else 0)
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_steps_allocate_no_buffers_after_the_first_ones(
+    sharded_run: Callable[[str], list[RankRecord]], case: str
+) -> None:
+    """The second step has one micro-batch and the third one four, with the same memory of full buckets and copies."""
+    strategy = Strategy.parse(case[:3])
+    for seen in sharded_run(case):
+        assert seen.allocations[1] == seen.allocations[2]
+        assert seen.allocations[2] > 0 or not (strategy.params or strategy.grads) or not CAN_SWAP
 
 
 def gradients(case: str, seen: RankRecord) -> int:

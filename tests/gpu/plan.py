@@ -46,7 +46,7 @@ class Section:
 
 
 CPU = "--device cpu"
-TESTED = ("attention", "pipeline", "sharding_lanes", "cross_entropy")
+TESTED = ("attention", "pipeline", "sharding_lanes", "sharding_pool", "cross_entropy")
 TESTS = "-q -m gpu " + " ".join(f"tests/gpu/test_{name}.py" for name in TESTED)
 STACK = "--layers 2 --model-layers 8 --hidden 32 --heads 4 --ffn 48 --splits 2 --repeats 1 --dtype float32 --stages 4"
 LENGTHS = "--microbatches 4"
@@ -98,7 +98,7 @@ SECTIONS = (
         "USP's ring on one device against float64; PaRO on one rank against upstream's distributed optimizer",
         (
             Step("ring", "tests.gpu.ring", "", f"{CPU} --tiny", 40),
-            _training("PaRO", "paro", 90),
+            _training("PaRO", "paro", 105),
         ),
     ),
     Section(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.longseq.attention.kernels.base import Kernel, PackedLengths, Scores
+from megatron.longseq.attention.kernels.base import BackwardInputs, Kernel, PackedLengths, Scores
 from megatron.longseq.attention.kernels.flash_cuda import (
     FlashAttn,
     FlashAttn3,
@@ -99,11 +99,12 @@ def test_packed_blocks_are_blocks_one_by_one(kernel: Kernel, heads: str, mask: s
     q, k, v, grad = cuda(*tensors(shapes, dtype=torch.bfloat16))
     exactly, narrow = Reference(compute=torch.float64), 8 * torch.finfo(torch.bfloat16).eps
     out, lse = exactly.forward_packed(*(x.double() for x in (q, k, v)), scores, lengths)
-    exact = exactly.backward_packed(*(x.double() for x in (grad, q, k, v)), out, lse, scores, lengths)
+    exact = exactly.backward_packed(BackwardInputs(*(x.double() for x in (grad, q, k, v)), out, lse), scores, lengths)
     got, got_lse = kernel.forward_packed(q, k, v, scores, lengths)
     assert relative([got, got_lse.exp()], [out, lse.exp()]) < narrow
     size = max(x.norm() for x in exact)
-    for mine, right in zip(kernel.backward_packed(grad, q, k, v, got, got_lse, scores, lengths), exact, strict=True):
+    given = BackwardInputs(grad, q, k, v, got, got_lse)
+    for mine, right in zip(kernel.backward_packed(given, scores, lengths), exact, strict=True):
         assert ((mine.double() - right).norm() / size).item() < narrow
 
 

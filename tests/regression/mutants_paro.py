@@ -85,12 +85,12 @@ def stale_part() -> Iterator[Planted]:
         before[id(self)] = self.shard.clone()
         original(self, label)
 
-    def gather(original: Any, self: Any, user: str) -> None:
+    def gather(original: Any, self: Any, user: str, **named: Any) -> None:
         part = self.shard
         if steps.get(id(self)) == 2:
             planted.times += 1
             self.shard = before[id(self)]
-        original(self, user)
+        original(self, user, **named)
         self.shard = part
 
     with wrapped(ParamStore, "sync", sync), wrapped(ParamStore, "gather", gather):
@@ -117,9 +117,9 @@ def old_contents() -> Iterator[Planted]:
             old[id(self)] = self.full.flat.clone()
         original(self, user)
 
-    def gather(original: Any, self: Any, user: str) -> None:
+    def gather(original: Any, self: Any, user: str, **named: Any) -> None:
         if self.full.is_allocated or steps.get(id(self)) != 2 or is_shown:
-            original(self, user)
+            original(self, user, **named)
             return
         planted.times += 1
         steps[id(self)] += 1
@@ -137,6 +137,32 @@ def old_contents() -> Iterator[Planted]:
         wrapped(ParamStore, "sync", sync),
         wrapped(ParamStore, "release", release),
         wrapped(ParamStore, "gather", gather),
+    ):
+        yield planted
+
+
+@contextmanager
+def kept_over_a_step() -> Iterator[Planted]:
+    """Keep the first units gathered from a step's last backward to the next step's forward: their values are old."""
+    from megatron.longseq.sharding.plan.gather_window import Direction
+    from megatron.longseq.sharding.runtime.selective_hooks import SelectiveGatherHooks
+    from megatron.longseq.sharding.runtime.unit_hooks import GatherHooks
+
+    planted = Planted()
+
+    def following(original: Any, self: Any, unit: Any, direction: Direction) -> Any:
+        found = original(self, unit, direction)
+        return Direction.FORWARD if found is None and unit.module.training else found
+
+    def release_all(original: Any, self: Any) -> None:
+        if self._is_all_gathered:
+            original(self)
+            return
+        planted.times += sum(store.full.is_allocated for unit in self.units for store in unit.stores)
+
+    with (
+        wrapped(SelectiveGatherHooks, "_following", following),
+        wrapped(GatherHooks, "release_all", release_all),
     ):
         yield planted
 
@@ -200,6 +226,7 @@ ALL = (
     wrong_shard,
     stale_part,
     old_contents,
+    kept_over_a_step,
     lost_reduction,
     scaled_twice,
 )

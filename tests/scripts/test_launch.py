@@ -23,6 +23,7 @@ GPUS = "print('\\n'.join(f'GPU {i}: NVIDIA H100 (UUID: GPU-{i})' for i in range(
 class Launcher:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.root = ROOT
         self.path = FakePath(folder)
         self.venv = folder / "venv"
         (self.venv / "bin").mkdir(parents=True)
@@ -34,8 +35,11 @@ class Launcher:
         return {"PATH": str(self.path.bin), "HOME": str(self.folder), "VENV": str(self.venv), **extra}
 
     def run(self, *words: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        return self.bash(str(self.root / "scripts/launch.sh"), *words, env=env)
+
+    def bash(self, *words: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["bash", str(ROOT / "scripts/launch.sh"), *words],
+            ["bash", *words],
             cwd=self.folder,
             env=self.env(**(env or {})),
             capture_output=True,

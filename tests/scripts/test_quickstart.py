@@ -56,7 +56,8 @@ def test_it_trains_resumes_and_reports(
 
     def train(plan: quickstart.QuickstartRun, data: list[str], until: int) -> None:
         stop = [] if until == plan.steps else ["--exit-interval", str(until)]
-        run_arm(ranks, "O", plan.ranks, [*plan.flags(data), *stop])
+        start = folder / f"start-{len(list(folder.glob('start-*')))}"  # as the launcher names it
+        run_arm(ranks, "O", plan.ranks, [*plan.flags(data), *stop, "--start-folder", str(start)])
         with log.open("a") as file:
             for rank in range(plan.ranks):
                 for line in (ranks.logs / f"job{ranks.jobs:03d}-rank{rank}.log").read_text().splitlines():
@@ -92,6 +93,9 @@ def test_the_command_trains_resumes_and_reports(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     check_result(tmp_path, done.stdout)
     log = (tmp_path / "log.txt").read_text()
+    for printed, step in ((done.stdout, "      step "), (log, "iteration        1/")):
+        lines = printed.splitlines()
+        assert next(number for number, line in enumerate(lines, 1) if step in line) <= 60
     again = run()
     assert again.returncode == 0
     assert again.stdout.count("done before, skipped") == 2 and "      step" not in again.stdout
@@ -125,7 +129,7 @@ def test_of_two_evaluations_at_the_end_the_curve_takes_the_one_during_training(t
 
 
 def test_progress_lines(capsys) -> None:  # type: ignore[no-untyped-def]
-    show("[rank1]: [time] iteration        5/     320 | consumed: 80 | lm loss: 4.112900E+00 | loss scale: 1.0 |")
+    show("[rank1]: iteration        5/     320 | lm loss: 4.112900E+00 | grad norm: 1.500 | lr: 1.000E-03 |")
     show("[rank1]: validation loss at iteration 80 | lm loss value: 2.629600E+00 | lm loss PPL: 1.3E+01 |")
     show("[rank1]: validation loss at iteration 80 on validation set | lm loss value: 2.6E+00 | lm loss PPL: 1.3E+01 |")
     show("[rank0]:anything else")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron.longseq.runlog.record import STEP, record, to_json
 from tests.pool import RankPool
 from tests.scripts import example_scripts
 from tests.scripts.example_scripts import script_flags, validated_args
@@ -135,12 +136,6 @@ def test_the_laptops_run_shows_equal_losses(tmp_path: Path) -> None:
     assert again.returncode == 2 and "holds a run already" in again.stderr
 
 
-LINE = (
-    "iteration {:8d}/       3 | consumed samples: 4 | elapsed time per iteration (ms): {:.1f} | lm loss: {:.6E} | "
-    "loss scale: 1.0 | grad norm: 1.500 |\n"
-)
-
-
 @pytest.mark.parametrize(
     ("other", "status", "message"),
     [
@@ -149,15 +144,19 @@ LINE = (
         ([5.0, float("nan"), 3.0], 1, "differ by nan"),
         ([float("nan"), 4.0, 3.0], 1, "differ by nan"),
         ([5.0, 4.0], 1, "other has steps [1, 2], one has [1, 2, 3]"),
-        ([], 2, "the log contains no training step"),
+        ([], 2, "the record contains no training step"),
     ],
 )
 def test_losses_that_differ_are_told(tmp_path: Path, other: list[float], status: int, message: str) -> None:
     for name, losses in (("one", [5.0, 4.0, 3.0]), ("other", other)):
-        lines = [LINE.format(step, 9000 if step == 1 else 2000, loss) for step, loss in enumerate(losses, 1)]
-        (tmp_path / name).write_text("".join(lines))
-    logs = [f"{name}={tmp_path / name}" for name in ("one", "other")]
-    command = [sys.executable, "-m", "examples.losses", *logs]
+        steps = [
+            record(STEP, iteration=step, steps=1, losses={"lm loss": loss}, seconds=9.0 if step == 1 else 2.0)
+            for step, loss in enumerate(losses, 1)
+        ]
+        (tmp_path / name / "start-0").mkdir(parents=True)
+        (tmp_path / name / "start-0/steps.jsonl").write_text("".join(to_json(step) + "\n" for step in steps))
+    runs = [f"{name}={tmp_path / name}" for name in ("one", "other")]
+    command = [sys.executable, "-m", "examples.losses", *runs]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == status and message in done.stdout + done.stderr
     if status == 0:

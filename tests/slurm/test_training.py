@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
+from megatron.longseq.runlog.folder import RunFolder
 from tests.distributed.flags import TINY, flags
 from tests.slurm.bed import ROOT, SlurmRun
 from tests.slurm.cluster import ClusterKind, wait_until
@@ -39,5 +40,11 @@ def test_training_is_requeued_and_resumes(slurm_run: Callable[[ClusterKind], Slu
     assert str(run.run_dir / "code/examples/pretrain_gpt.py") in command
     run.cluster.call("scancel", str(run.id))
     run.wait_empty(20)
+    console = run.output().splitlines()
+    assert next(number for number, line in enumerate(console, 1) if "iteration        1/" in line) <= 60
+    record = RunFolder(run.run_dir)
+    record.refresh()
+    assert [start.steps[0]["iteration"] for start in record.starts] == [1, saved + 1]
+    assert all(start.arguments["seq1f1b_splits"] == 2 for start in record.starts)
     steps = [int(step) for step in re.findall(r"iteration +(\d+)/", run.output())]
     assert steps[: saved + 1] == list(range(1, saved + 2)), "no step is missing, none is repeated"

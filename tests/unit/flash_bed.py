@@ -1,21 +1,39 @@
 """Stand-ins for the flash-attn packages: their signatures, and the reference's values."""
 
 import sys
+from collections.abc import Callable
 from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron.longseq.attention.kernels.base import PackedLengths, Scores
+from megatron.longseq.attention.kernels.base import BackwardInputs, PackedLengths, Scores
 from megatron.longseq.attention.kernels.reference import Reference
 
 EXACT = Reference()
 
 
-def _scores(scale: float, causal: bool, left: int, right: int) -> Scores:
-    assert right == (0 if causal else -1) and left >= -1
-    return Scores(scale, causal, None if left == -1 else left)
+class Mask(NamedTuple):
+    """The arguments of scores, as flash-attn's functions take them."""
+
+    scale: float
+    causal: bool
+    left: int
+    right: int
+
+    @property
+    def scores(self) -> Scores:
+        """The mask as our kernels take it."""
+        assert self.right == (0 if self.causal else -1) and self.left >= -1
+        return Scores(self.scale, self.causal, None if self.left == -1 else self.left)
+
+
+# Of [b, s, h, d] tensors q, k, v: (out, lse). With lengths: of packed [total, h, d] tensors.
+Forward = Callable[[list[Tensor], Mask, PackedLengths | None], tuple[Tensor, Tensor]]
+# Of grad_out, q, k, v, out and of lse; writes (dq, dk, dv) into the third argument.
+Backward = Callable[[list[Tensor], Tensor, list[Tensor], Mask, PackedLengths | None], None]
 
 
 def _lengths(cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> PackedLengths:
@@ -25,32 +43,41 @@ def _lengths(cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> PackedLength
     return PackedLengths(rows, keys)
 
 
-def _forward(tensors: list[Tensor], scores: Scores, lengths: PackedLengths | None) -> tuple[Tensor, Tensor]:
+def _forward(tensors: list[Tensor], mask: Mask, lengths: PackedLengths | None) -> tuple[Tensor, Tensor]:
     assert all(x.stride(-1) == 1 for x in tensors)
     if lengths is not None:
-        out, lse = EXACT.forward_packed(*(x.unsqueeze(1) for x in tensors), scores, lengths)
+        out, lse = EXACT.forward_packed(*(x.unsqueeze(1) for x in tensors), mask.scores, lengths)
         return out.squeeze(1), lse.squeeze(0)
-    out, lse = EXACT.forward(*(x.transpose(0, 1) for x in tensors), scores)
+    out, lse = EXACT.forward(*(x.transpose(0, 1) for x in tensors), mask.scores)
     return out.transpose(0, 1), lse
 
 
+def _forward_2(tensors: list[Tensor], mask: Mask, lengths: PackedLengths | None) -> tuple[Tensor, Tensor]:
+    out, lse = _forward(tensors, mask, lengths)
+    return out, lse.masked_fill(lse == -torch.inf, torch.inf)
+
+
 def _backward(
-    tensors: list[Tensor], lse: Tensor, grads: list[Tensor], scores: Scores, lengths: PackedLengths | None
-) -> Tensor:
+    tensors: list[Tensor], lse: Tensor, grads: list[Tensor], mask: Mask, lengths: PackedLengths | None
+) -> None:
     assert not (lse == -torch.inf).any() and lse.is_contiguous() and all(x.stride(-1) == 1 for x in tensors)
     if lengths is not None:
-        values = EXACT.backward_packed(*(x.unsqueeze(1) for x in tensors), lse.unsqueeze(0), scores, lengths)
+        given = BackwardInputs(*(x.unsqueeze(1) for x in tensors), lse.unsqueeze(0))
+        values = EXACT.backward_packed(given, mask.scores, lengths)
         values = tuple(x.squeeze(1) for x in values)  # type: ignore[assignment]
     else:
-        values = EXACT.backward(*(x.transpose(0, 1) for x in tensors), lse, scores)
+        values = EXACT.backward(*(x.transpose(0, 1) for x in tensors), lse, mask.scores)
         values = tuple(x.transpose(0, 1) for x in values)  # type: ignore[assignment]
     for grad, value in zip(grads, values, strict=True):
         grad.copy_(value)
-    return torch.empty(0)
 
 
-def flash_attn_2() -> ModuleType:
-    """Return a module with the functions of flash-attn 2.7's interface."""
+def flash_attn_2(forward: Forward = _forward_2, backward: Backward = _backward) -> ModuleType:
+    """Return a module with the functions of flash-attn 2.7's interface.
+
+    Args:
+        forward, backward: what they compute.
+    """
     module = ModuleType("flash_attn.flash_attn_interface")
     nothing = torch.empty(0)
 
@@ -68,8 +95,8 @@ def flash_attn_2() -> ModuleType:
         return_softmax: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         assert (dropout_p, softcap, alibi_slopes, return_softmax) == (0.0, 0.0, None, False)
-        out, lse = _forward([q, k, v], _scores(softmax_scale, causal, window_size_left, window_size_right), None)
-        return out, lse.masked_fill(lse == -torch.inf, torch.inf), nothing, nothing
+        mask = Mask(softmax_scale, causal, window_size_left, window_size_right)
+        return *forward([q, k, v], mask, None), nothing, nothing
 
     def _flash_attn_varlen_forward(  # noqa: PLR0917
         q: Tensor,
@@ -90,9 +117,9 @@ def flash_attn_2() -> ModuleType:
         block_table: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         assert (dropout_p, softcap, alibi_slopes, return_softmax, block_table) == (0.0, 0.0, None, False, None)
-        scores = _scores(softmax_scale, causal, window_size_left, window_size_right)
+        mask = Mask(softmax_scale, causal, window_size_left, window_size_right)
         lengths = _lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        return *_forward([q, k, v], scores, lengths), nothing, nothing
+        return *forward([q, k, v], mask, lengths), nothing, nothing
 
     def _flash_attn_backward(  # noqa: PLR0917
         dout: Tensor,
@@ -115,8 +142,9 @@ def flash_attn_2() -> ModuleType:
         rng_state: Tensor | None = None,
     ) -> Tensor:
         assert (dropout_p, softcap, alibi_slopes, deterministic, rng_state) == (0.0, 0.0, None, False, None)
-        scores = _scores(softmax_scale, causal, window_size_left, window_size_right)
-        return _backward([dout, q, k, v, out], softmax_lse, [dq, dk, dv], scores, None)
+        mask = Mask(softmax_scale, causal, window_size_left, window_size_right)
+        backward([dout, q, k, v, out], softmax_lse, [dq, dk, dv], mask, None)
+        return nothing
 
     def _flash_attn_varlen_backward(  # noqa: PLR0917
         dout: Tensor,
@@ -143,9 +171,10 @@ def flash_attn_2() -> ModuleType:
         rng_state: Tensor | None = None,
     ) -> Tensor:
         assert (dropout_p, softcap, alibi_slopes, deterministic, rng_state) == (0.0, 0.0, None, False, None)
-        scores = _scores(softmax_scale, causal, window_size_left, window_size_right)
+        mask = Mask(softmax_scale, causal, window_size_left, window_size_right)
         lengths = _lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        return _backward([dout, q, k, v, out], softmax_lse, [dq, dk, dv], scores, lengths)
+        backward([dout, q, k, v, out], softmax_lse, [dq, dk, dv], mask, lengths)
+        return nothing
 
     for function in (
         _flash_attn_forward,
@@ -199,12 +228,12 @@ def flash_attn_3() -> ModuleType:
         sm_margin: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         assert softmax_scale is not None
-        scores = _scores(softmax_scale, causal, window_size_left, window_size_right)
+        mask = Mask(softmax_scale, causal, window_size_left, window_size_right)
         lengths = None
         if cu_seqlens_q is not None:
             assert cu_seqlens_k is not None and max_seqlen_q is not None and max_seqlen_k is not None
             lengths = _lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        return *_forward([q, k, v], scores, lengths), nothing, nothing
+        return *_forward([q, k, v], mask, lengths), nothing, nothing
 
     def _flash_attn_backward(  # noqa: PLR0917
         dout: Tensor,
@@ -231,12 +260,13 @@ def flash_attn_3() -> ModuleType:
         sm_margin: int = 0,
     ) -> Tensor:
         assert softmax_scale is not None and dq is not None and dk is not None and dv is not None and not deterministic
-        scores = _scores(softmax_scale, is_causal, window_size_left, window_size_right)
+        mask = Mask(softmax_scale, is_causal, window_size_left, window_size_right)
         lengths = None
         if cu_seqlens_q is not None:
             assert cu_seqlens_k is not None and max_seqlen_q is not None and max_seqlen_k is not None
             lengths = _lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        return _backward([dout, q, k, v, out], softmax_lse, [dq, dk, dv], scores, lengths)
+        _backward([dout, q, k, v, out], softmax_lse, [dq, dk, dv], mask, lengths)
+        return nothing
 
     module._flash_attn_forward = _flash_attn_forward  # type: ignore[attr-defined]
     module._flash_attn_backward = _flash_attn_backward  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron.longseq.attention.kernels import select as choice
-from megatron.longseq.attention.kernels.base import Kernel, PackedLengths, Scores
+from megatron.longseq.attention.kernels.base import BackwardInputs, Kernel, PackedLengths, Scores
 from megatron.longseq.attention.kernels.flash_cuda import CudaFlash, FlashAttn, FlashAttn3, TorchCudaFlash
 from megatron.longseq.attention.kernels.merge import merge_
 from megatron.longseq.attention.kernels.reference import Reference, visible_mask
@@ -278,5 +278,5 @@ def test_pytorchs_cuda_operator_takes_packed_blocks() -> None:
     for scores in SCORES:
         out, lse = kernel.forward_packed(q, k, v, scores, lengths)
         assert (out.shape, lse.shape, lse.dtype) == (q.shape, (1, 4, 24), torch.float32)
-        grads = kernel.backward_packed(grad, q, k, v, out, lse, scores, lengths)
+        grads = kernel.backward_packed(BackwardInputs(grad, q, k, v, out, lse), scores, lengths)
         assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron.longseq.attention.kernels import torch_cpu
-from megatron.longseq.attention.kernels.base import Kernel, PackedLengths, Scores
+from megatron.longseq.attention.kernels.base import BackwardInputs, Kernel, PackedLengths, Scores
 from megatron.longseq.attention.kernels.flash_cuda import FlashAttn, FlashAttn3
 from megatron.longseq.attention.kernels.padded import padded_batches
 from megatron.longseq.attention.kernels.reference import Reference
@@ -93,7 +93,7 @@ def test_packed_blocks_are_blocks_one_by_one(kernel: Kernel, mask: str, heads: t
         with pytest.raises(ValueError, match="sliding window with 1 keys and 9 queries"):
             kernel.forward_packed(q, k, v, scores, wide)
     out, lse = kernel.forward_packed(q, k, v, scores, lengths)
-    grads = kernel.backward_packed(grad, q, k, v, out, lse, scores, lengths)
+    grads = kernel.backward_packed(BackwardInputs(grad, q, k, v, out, lse), scores, lengths)
     assert_close([out, lse, *grads], one_by_one(q, k, v, grad, scores, lengths), 200)
 
 

@@ -35,17 +35,20 @@ def dry_run(*words: str) -> tuple[str, dict[str, float]]:
 
 
 def test_the_states_of_a_rank_of_4096_are_those_of_the_formula() -> None:
-    """The last of four stages: a layer, the norm and the output layer, each halved by tensor parallelism."""
-    shape = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 4 --paro NIG --paro-group-size 8"
-    printed, table = dry_run(
-        "--dry-run-world", "4096", "--dry-run-rank", "4095", *shape.split(), "--seq1f1b-splits", "2"
-    )
+    """The last of four stages: a layer, the norm and the output layer, each halved by tensor parallelism.
+
+    Attention is a ring of four ranks, in two segments.
+    """
+    shape = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 4 --context-parallel-size 4"
+    own = "--paro NIG --paro-group-size 8 --seq1f1b-splits 2"
+    printed, table = dry_run("--dry-run-world", "4096", "--dry-run-rank", "4095", *shape.split(), *own.split())
     parameters = int(re.search(r"> ([\d,]+) parameters", printed)[1].replace(",", ""))
     assert parameters == (LAYER - 512) // 2 + 512 + VOCABULARY // 2 + 256
-    assert "(tensor 1, context 0, data 511, pipeline 3)" in printed and "rank 4095 of 4096" in printed
+    assert "(tensor 1, context 3, data 127, pipeline 3)" in printed and "rank 4095 of 4096" in printed
     assert table["parameters"] == pytest.approx(2 * parameters, rel=1e-3)
     assert table["gradients"] == pytest.approx(4 * parameters / 8, rel=0.002)
-    assert table["activations at the peak"] > 0
+    logits = 128 // 4 * 1024 // 2 * 4  # of a quarter of the tokens, in float32
+    assert logits < table["activations at the peak"] < 4 * 2 * logits
 
 
 def test_groups_of_a_grid_are_found_from_one_of_them() -> None:

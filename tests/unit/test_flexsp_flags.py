@@ -14,10 +14,12 @@ from megatron.longseq.flexsp.arguments import (
     parse_kinds,
     wants_flexsp,
 )
-from megatron.longseq.flexsp.from_args import check_plannable, degrees_of, group_places
+from megatron.longseq.flexsp.from_args import check_batches, check_plannable, degrees_of, group_places
+from megatron.longseq.flexsp.runtime.conversations import check_conversations, jsonl_files
 from megatron.longseq.refusals import refused
 from tests.distributed.flags import TINY, flags
 from tests.pool import RankPool
+from tests.unit.test_pipeline_flags import MOE
 from tests.unit.test_pipeline_flags import args as known_args
 
 SERVED: dict[str, Any] = {
@@ -56,15 +58,19 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("--dataloader-inter-document-masking", {"dataloader_inter_document_masking": True}),
     ("--reset-attention-mask", {"reset_attention_mask": True}),
     ("--micro-batch-size", {"micro_batch_size": 2}),
-    ("--sft with jsonl", {"sft": True, "data_path": ["chat.jsonl"]}),
     ("--mock-data", {"mock_data": True}),
     ("--dataloader-type", {"dataloader_type": "cyclic"}),
+    ("--dataloader-defer-npy-index-mmap", {"dataloader_defer_npy_index_mmap": True}),
     ("--full-validation", {"full_validation": True}),
     ("--step-batch-size-schedule", {"step_batch_size_schedule": "0:8"}),
     ("--phase-transition-iterations", {"phase_transition_iterations": [2]}),
     ("--decrease-batch-size-if-needed", {"decrease_batch_size_if_needed": True}),
     ("--iterations-to-skip", {"iterations_to_skip": [2]}),
-    ("--num-experts", {"num_experts": 4}),
+    ("--moe-router-load-balancing-type", MOE | {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 1}),
+    ("--moe-z-loss-coeff", MOE | {"moe_z_loss_coeff": 1e-3}),
+    ("--moe-expert-capacity-factor", MOE | {"moe_expert_capacity_factor": 1.0}),
+    ("--moe-router-enable-expert-bias", MOE | {"moe_router_enable_expert_bias": True}),
+    ("--expert-model-parallel-size", MOE | {"expert_model_parallel_size": 2}),
     ("--use-megatron-fsdp", {"use_megatron_fsdp": True}),
     ("--tp-comm-overlap", {"tp_comm_overlap": True}),
     ("--fp8-format", {"fp8": "e4m3"}),
@@ -94,7 +100,7 @@ def test_what_flexsp_does_not_support_is_named(flag: str, values: dict[str, Any]
 
 def test_every_refusal_is_tried() -> None:
     assert {flag for flag, _ in REFUSED} == set(NOT_WITH_FLEXSP)
-    assert refused(args(**SERVED), NOT_WITH_FLEXSP) == []
+    assert refused(args(**SERVED), NOT_WITH_FLEXSP) == refused(args(**SERVED | MOE), NOT_WITH_FLEXSP) == []
 
 
 @pytest.mark.parametrize(
@@ -140,6 +146,27 @@ def test_values_are_read() -> None:
 def test_plans_that_cannot_exist_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_plannable(args(**SERVED | values), on_gpu=False)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("none.jsonl", "neither a jsonl file nor"), (__file__, "local folder of a Hugging Face tokenizer")],
+)
+def test_conversations_that_cannot_be_tokenized_are_refused(path: str, message: str) -> None:
+    files = jsonl_files((["1", path], None), [None, (["1"], None)])
+    assert files == ["1", path]
+    with pytest.raises(ValueError, match=message):
+        check_conversations(args(tokenizer_model="no/such/folder"), files[1:])
+
+
+def test_batches_in_tokens_of_a_blend_are_refused() -> None:
+    given = args(**SERVED | {"flexsp_batch_tokens": 100})
+    check_batches(given, (["one"], None), None)
+    check_batches(given, None, [(["one"], [1.0]), None])
+    check_batches(args(**SERVED), (["one", "two"], None), None)
+    for data in (((["one"], [1.0]), None), ((["one", "two"], None), None), (None, [(["one", "two"], None), None])):
+        with pytest.raises(ValueError, match="--flexsp-batch-tokens 100: upstream makes the order of a blend"):
+            check_batches(given, *data)
 
 
 def test_groups_are_aligned_and_every_rank_can_be_alone() -> None:

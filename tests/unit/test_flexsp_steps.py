@@ -1,8 +1,10 @@
 """Documents of a step: pieces, order, batches in documents and in tokens, and plans that are made in the background."""
 
 import itertools
+import sys
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +13,16 @@ import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.core.datasets.blended_dataset import BlendedDataset
 
 from megatron.longseq.flexsp.plan.plan import Kind, Microbatch, SequenceGroup, StepPlan
-from megatron.longseq.flexsp.runtime.documents import DocumentDataset, DocumentDatasetConfig, cut_documents
+from megatron.longseq.flexsp.runtime.data import training_start
+from megatron.longseq.flexsp.runtime.documents import (
+    DocumentDataset,
+    DocumentDatasetConfig,
+    DocumentSource,
+    cut_documents,
+)
 from megatron.longseq.flexsp.runtime.runner import StepRunner
 from megatron.longseq.flexsp.runtime.steps import GlobalBatches, Lookahead, PlannedBatch
 from tests.packed_corpus import EOD, write_documents
@@ -80,6 +89,32 @@ def test_an_epoch_holds_every_piece_once_in_another_order(documents: DocumentDat
     assert [documents.piece(sample) for sample in range(count)] == epochs[0], "earlier epochs are found again"
 
 
+def test_two_threads_read_different_epochs(documents: DocumentDataset) -> None:
+    """The planner reads lengths of later epochs while a step reads its documents."""
+    count = len(documents.pieces.size)
+    wanted = [documents.piece(sample) for sample in range(count)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(1) as planner:
+            lengths = planner.submit(lambda: [documents.length(sample) for sample in range(2000 * count)])
+            while not lengths.done():
+                assert [documents.piece(sample) for sample in range(count)] == wanted
+            assert sum(lengths.result()) == 2000 * int(documents.pieces.size.sum())
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_a_blend_that_is_read_once_has_to_be_large_enough(documents: DocumentDataset) -> None:
+    documents.config.path_to_cache, documents.config.defer_npy_index_mmap = None, False
+    count = len(documents.pieces.size)
+    blend = BlendedDataset([documents, documents], [count, count], 2 * count, documents.config)
+    source = DocumentSource(blend, 2 * count)
+    assert sorted(source.length(sample) for sample in range(2 * count)) == sorted([*documents.pieces.size] * 2)
+    with pytest.raises(ValueError, match=f"each of its {2 * count} documents is read once, but the run wants 100"):
+        DocumentSource(blend, 100)
+
+
 def test_samples_are_the_tokens_of_the_file(documents: DocumentDataset) -> None:
     for sample in range(len(documents.pieces.size)):
         piece = documents.piece(sample)
@@ -110,7 +145,10 @@ def test_batches_in_tokens_follow_one_another(lengths: list[int], tokens: int) -
         held = [length(sample) for sample in batch]
         assert sum(held) >= tokens > sum(held[:-1])
     assert GlobalBatches(length, 4, tokens).samples(4) == found[4], "a resumed run takes the same documents"
+    resumed = GlobalBatches(length, 4, tokens, first_step=3, first_sample=found[3].start)
+    assert resumed.samples(4) == found[4], "also where it counts from its checkpoint"
     assert GlobalBatches(length, 4).samples(3) == range(12, 16)
+    assert GlobalBatches(length, 5, first_step=3, first_sample=12).samples(4) == range(17, 22)
 
 
 def one_group(lengths: Sequence[int]) -> StepPlan:
@@ -138,7 +176,6 @@ def test_training_does_not_wait_for_plans() -> None:
             allowed.release()
             future.result(timeout=60)
     assert lookahead.late == 0 and len(made) == 8
-    lookahead.close()
 
 
 def test_a_plan_that_is_late_is_counted_and_waited_for() -> None:
@@ -153,7 +190,6 @@ def test_a_plan_that_is_late_is_counted_and_waited_for() -> None:
     threading.Timer(0.2, go.set).start()
     assert lookahead.batch(1).step == 1
     assert lookahead.late == 1
-    lookahead.close()
 
 
 def test_a_new_cost_model_counts_for_steps_that_are_not_planned_yet() -> None:
@@ -171,7 +207,37 @@ def test_a_new_cost_model_counts_for_steps_that_are_not_planned_yet() -> None:
             lookahead.cost = "another"  # type: ignore[assignment]
     lookahead.batch(4)
     assert [seen[step] for step in range(5)] == [COST] * 4 + ["another"]
-    lookahead.close()
+
+
+def test_a_process_that_exits_waits_for_one_plan_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go, made = threading.Event(), threading.Event(), []
+
+    def plan(lengths: Sequence[int], cost: Any) -> StepPlan:
+        made.append(lengths)
+        if lengths[0] == 3:
+            begun.set()
+            assert go.wait(60)
+        return one_group(lengths)
+
+    lookahead = Lookahead(GlobalBatches(lambda sample: sample + 1, 2), plan, COST, depth=5)
+    lookahead.batch(0)
+    assert begun.wait(60)
+    (planner,) = (thread for thread in threading.enumerate() if thread.name == "flexsp-planner")
+    monkeypatch.setattr(threading, "main_thread", lambda: SimpleNamespace(is_alive=lambda: False))
+    go.set()
+    planner.join(60)
+    assert made == [(1, 2), (3, 4)] and not planner.is_alive()
+
+
+def test_documents_are_counted_from_the_checkpoint() -> None:
+    now = SimpleNamespace(iteration=5, consumed_train_samples=40, flexsp_batch_tokens=None)
+    assert training_start(now) == (5, 40)  # a checkpoint of a run without --flexsp
+    now.flexsp_batch_tokens = 300
+    assert training_start(now) == (0, 0)
+    now.flexsp_saved = (5, 77)
+    assert training_start(now) == (5, 77)
+    now.flexsp_saved = (4, 60)  # --override-ckpt-iteration
+    assert training_start(now) == (0, 0)
 
 
 def test_another_scripts_batches_are_refused() -> None:

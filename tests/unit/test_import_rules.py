@@ -49,6 +49,12 @@ def test_the_systems_do_not_import_their_patches() -> None:
     assert broken("patches", tuple(f"megatron.longseq.{name}.tools" for name in SYSTEMS)) == []
 
 
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_systems_do_not_import_what_is_built_on_them(system: str) -> None:
+    above = ("megatron.longseq.dry_run", "megatron.longseq.pretrain_gpt")
+    assert broken(f"megatron/longseq/{system}", above) == []
+
+
 def test_data_preparation_leaves_torch_to_upstreams_writer() -> None:
     assert broken("megatron/longseq/data", UPSTREAM) == []
 

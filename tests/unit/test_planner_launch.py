@@ -125,7 +125,7 @@ def test_the_table_explains_the_first_plan(capsys: pytest.CaptureFixture[str], t
     ):
         assert part in text
     written = {file.name for file in (tmp_path / "plans").iterdir()}
-    assert written == {"plans.json", "plans.md", "memory.svg", "seconds.svg", "front.svg", "timeline.svg"}
+    assert written == {"plans.json", "plans.md", "launch.sh", "memory.svg", "seconds.svg", "front.svg", "timeline.svg"}
     report = json.loads((tmp_path / "plans" / "plans.json").read_text())
     best = report["plans"][0]
     assert best["step_seconds"] == pytest.approx(sum(best["breakdown"].values()))

@@ -1,5 +1,6 @@
 """With selective overlap, units are gathered and released as planned, and no message of attention is delayed."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -9,14 +10,25 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from megatron.longseq.pipeline.plan.generators import make
+from megatron.longseq.pipeline.plan.schedule import ActionKind, Pipeline
+from megatron.longseq.planner.plan.data_parallel import data_seconds, gathers_of_a_unit
+from megatron.longseq.planner.plan.flags import read
+from megatron.longseq.planner.plan.memory import StageParams
+from megatron.longseq.sharding.plan.comm_volume import CommVolume, comm_volume
 from megatron.longseq.sharding.plan.gather_window import (
     CollectiveLaunch,
     Direction,
     Point,
+    alternating,
+    gather_count,
     launch_point,
     launches,
     window,
 )
+from megatron.longseq.sharding.plan.memory import Model as Sizes
+from megatron.longseq.sharding.plan.rank_groups import RankGroups
+from megatron.longseq.sharding.plan.strategy import Strategy
 from megatron.longseq.sharding.runtime.selective_hooks import SelectiveGatherHooks
 from megatron.longseq.sharding.runtime.unit_hooks import Unit
 from tests.unit.test_sharding_units import FakeStore
@@ -95,9 +107,18 @@ class Model:
         return x.sum()
 
     def step(self, microbatches: int, recompute: int = 0) -> None:
-        for microbatch in range(microbatches):
-            self.is_last = microbatch == microbatches - 1
-            self.forward(recompute).backward()
+        self.run("FB" * microbatches, recompute)
+
+    def run(self, passes: str, recompute: int = 0) -> None:
+        """Run a step: F is a forward, B the backward of the oldest forward."""
+        self.hooks.begin_step()
+        losses = []
+        for at, one in enumerate(passes):
+            self.is_last = "B" not in passes[at + 1 :]
+            if one == "F":
+                losses.append(self.forward(recompute))
+            else:
+                losses.pop(0).backward()
 
     def held(self) -> list[int]:
         """Return after each event of the log how many units are whole."""
@@ -122,9 +143,10 @@ def test_launches_are_those_of_the_plan(depth: int, attends: bool) -> None:
     names = "abcdef"
     model = Model(names, depth, attends)
     for microbatches in (1, 3):
+        model.step(microbatches)  # shows the order of passes
         model.log.clear()
         model.step(microbatches)
-        planned = launches([True] * len(names), points(names, attends, depth), depth, microbatches)
+        planned = launches([True] * len(names), points(names, attends, depth), depth, alternating(microbatches))
         gathers = [launch for launch in planned if launch.kind == "gather"]
         assert [event[1] for event in model.log if event[0] == "+"] == [names[launch.unit] for launch in gathers]
         assert [event for event in model.log if event[0] in "FB"] == [
@@ -157,10 +179,42 @@ def _places(log: list[str]) -> list[tuple[str, str, int]]:
     return found
 
 
+@pytest.mark.parametrize("attends", [False, True])
+@pytest.mark.parametrize("passes", ["FFBB", "FFBFBB", "FFFBFBFBBB"])
+def test_a_pipelines_passes_are_foreseen_in_its_second_step(passes: str, attends: bool) -> None:
+    """The first units are gathered ahead where a forward follows a forward, and the last ones before a backward."""
+    for depth in (1, 2, 4, 6):
+        model = Model("abcde", depth, attends)
+        model.run(passes)
+        assert not any(store.is_whole for store in model.stores)
+        for _ in range(2):
+            model.log.clear()
+            model.run(passes)
+            directions = [Direction.FORWARD if one == "F" else Direction.BACKWARD for one in passes]
+            planned = launches([True] * 5, points("abcde", attends, depth), depth, directions)
+            gathers = [launch for launch in planned if launch.kind == "gather"]
+            assert [event[1] for event in model.log if event[0] == "+"] == ["abcde"[launch.unit] for launch in gathers]
+            own = [launch for launch in gathers if launch.unit == launch.during]
+            assert own == gathers[:1], "a unit is gathered ahead, except the first one of the step"
+            turns = sum(one != other for one, other in pairwise(passes))
+            assert len(gathers) == gather_count(5, depth, len(passes), turns)
+            assert max(model.held()) == min(depth + 1, 5) and model.held()[-1] == 0
+
+
+def test_a_step_with_other_passes_gathers_what_it_needs() -> None:
+    """Layers check that they are whole when a step is longer, shorter or in another order than the one before."""
+    model = Model("abcde", 1, True)
+    for passes in ("FFBB", "FFFFBBBB", "FB", "FBFB", "FFBFBB", "F", "FB"):
+        model.run(passes)
+        assert model.held()[-1] == sum(store.is_whole for store in model.stores) <= 2
+
+
 @pytest.mark.parametrize("recompute", [1, 2, 3])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_recomputation_gathers_no_more_often(recompute: int, depth: int) -> None:
     model = Model("abcdef", depth, True)
+    model.step(2)  # shows the order of passes
+    model.log.clear()
     model.step(2, recompute)
     gathered = [event[1] for event in model.log if event[0] == "+"]
     assert len(gathered) <= 2 * 2 * 6 - (4 if recompute == 1 else 1) and not any(
@@ -191,6 +245,54 @@ def test_other_orders_of_passes_gather_what_they_need() -> None:
     assert not any(store.is_whole for store in model.stores)
 
 
+@given(st.integers(1, 9), st.integers(0, 4), st.lists(st.sampled_from(Direction), min_size=1, max_size=12))
+def test_gathers_are_counted_as_they_are_launched(units: int, depth: int, passes: list[Direction]) -> None:
+    turns = sum(one is not other for one, other in pairwise(passes))
+    start = [(Point.START, Point.START)] * units
+    if depth:
+        planned = launches([True] * units, start, depth, passes)
+        assert gather_count(units, depth, len(passes), turns) == sum(one.kind == "gather" for one in planned)
+    else:
+        assert gather_count(units, depth, len(passes), turns) == units * len(passes)
+    groups, microbatches = RankGroups(4, 2), len(passes)
+    sent = comm_volume(Strategy.parse("IIG"), groups, Sizes(8 * units, 8 * units), buckets=units, prefetch_units=depth)
+    planned = launches([True] * units, start, depth, alternating(microbatches)) if depth else []
+    count = sum(one.kind == "gather" for one in planned) if depth else 2 * units * microbatches
+    # One all-gather inside groups sends 1 of 2 slices, 4 of 8 elements of 2 bytes.
+    assert sent.gathers(microbatches) == CommVolume(count * 8, 0, 0, count)
+    assert sent.step(microbatches) == sent.gathers(microbatches) + sent.grads * microbatches + sent.finish
+
+
+def test_the_planner_counts_the_gathers_of_a_schedule() -> None:
+    """Of the first stage's first chunk, and fewer of them take less time."""
+    flags = {"model": "llama-7b", "cluster": "a800-64", "seq_length": 4096, "global_batch_size": 64, "bf16": True}
+    flags |= {"paro": "IIG", "paro_group_size": 8, "micro_batch_size": 1}
+    selective = {"paro_selective_overlap": True, "paro_prefetch_units": 2}
+    for shape in (
+        {},
+        {"pipeline_model_parallel_size": 4},
+        {"pipeline_model_parallel_size": 4, "num_layers_per_virtual_pipeline_stage": 4},
+        {"pipeline_model_parallel_size": 4, "seq1f1b_splits": 4},
+    ):
+        model, _, run = read({**flags, **shape, **selective})
+        pipeline = Pipeline(run.pipeline_model_parallel_size, run.microbatches, run.seq1f1b_splits, run.virtual_stages)
+        kinds = {ActionKind.FORWARD: Direction.FORWARD, ActionKind.BACKWARD: Direction.BACKWARD}
+        passes = [kinds[action.kind] for action in make(pipeline).orders[0] if action.vstage == 0]
+        assert len(passes) == 2 * run.microbatches * run.seq1f1b_splits
+        units = model.num_layers // (pipeline.stages * run.virtual_stages)
+        planned = launches([True] * units, [(Point.START, Point.START)] * units, 2, passes)
+        count = sum(one.kind == "gather" for one in planned)
+        made = gathers_of_a_unit(model.num_layers, run)
+        assert made == pytest.approx(2 * count / (units * len(passes))) and made < 2
+        assert gathers_of_a_unit(model.num_layers, read({**flags, **shape})[2]) == 2
+    # Nothing else changes, and nothing is hidden where compute is replaced by none.
+    _, cluster, run = read({**flags, **selective})
+    params = StageParams(10**9, 0, 0, 0)
+    twice, fewer = (data_seconds(cluster, run, params, 0.0, 0.0, gathers).exposed for gathers in (2.0, 1.5))
+    once = data_seconds(cluster, run, params, 0.0, 0.0, 1.0).exposed
+    assert twice - fewer == pytest.approx(fewer - once) and fewer < twice
+
+
 def test_a_point_has_the_longest_computation_before_the_next_attention() -> None:
     """Of a layer with a small part before attention and a large one after it, in forward order."""
     assert launch_point(Direction.FORWARD, 1, 3, 9) is Point.AFTER_ATTENTION
@@ -210,13 +312,15 @@ def test_a_window_is_what_is_used_next(has_backward: list[bool], depth: int, mic
     expected = []
     for at, (unit, direction) in enumerate(uses):
         coming = list(dict.fromkeys(other for other, _ in uses[at:]))[: depth + 1]
-        turns = direction is Direction.FORWARD or at + len(uses) // microbatches < len(uses)
-        made = window(unit, direction, has_backward, depth, turns=turns)
+        following = Direction.BACKWARD if direction is Direction.FORWARD else Direction.FORWARD
+        if at + len(uses) // microbatches >= len(uses) and direction is Direction.BACKWARD:
+            following = None
+        made = window(unit, direction, has_backward, depth, following)
         assert list(made)[: len(coming)] == coming[: len(made)] and made[0] == unit
         held &= set(made)
         expected += [other for other in made if other not in held]
         held |= set(made)
-    found = launches(has_backward, [(Point.START, Point.START)] * len(has_backward), depth, microbatches)
+    found = launches(has_backward, [(Point.START, Point.START)] * len(has_backward), depth, alternating(microbatches))
     assert [launch.unit for launch in found if launch.kind == "gather"] == expected
     reduced = [launch for launch in found if launch.kind == "reduce"]
     assert [launch.unit for launch in reduced] == list(reversed(units)) * microbatches

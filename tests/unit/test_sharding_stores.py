@@ -112,7 +112,7 @@ def test_the_last_micro_batch_waits_for_none_of_its_buckets(triplet: str, wire: 
 
 
 class Allocations(TorchDispatchMode):
-    """Counts tensors with storages of their own that are created in 16 bits, as copies for the wire are."""
+    """Counts tensors of numbers with storages of their own that are created."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,14 +120,16 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        inputs = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
-        if isinstance(out, torch.Tensor) and out.dtype is torch.bfloat16:
-            self.count += out.untyped_storage().data_ptr() not in inputs
+        inputs = {arg.untyped_storage()._cdata for arg in args if isinstance(arg, torch.Tensor)}
+        if isinstance(out, torch.Tensor) and out.dtype.is_floating_point:
+            self.count += out.untyped_storage()._cdata not in inputs
         return out
 
 
 @pytest.mark.parametrize("triplet", ["NNG", "NIG", "IIG"])
-def test_after_the_first_step_no_copy_for_the_wire_is_allocated(triplet: str) -> None:
+def test_after_the_first_step_no_gradients_are_allocated(triplet: str) -> None:
+    if not stores.CAN_SWAP:
+        pytest.skip("this PyTorch has no UntypedStorage._swap_data_ptr_")
     sharding, _ = opened(triplet, torch.bfloat16)
     buckets = [GradStore(sharding, 128, torch.float32, "cpu") for _ in range(6)]
     counts = []
@@ -147,8 +149,46 @@ def test_after_the_first_step_no_copy_for_the_wire_is_allocated(triplet: str) ->
                 assert store.owned.eq(2.0).all()
                 store.zero()
         counts.append(seen.count)
-    in_flight = 2 if triplet == "NNG" else 2 + 4  # full buckets, and halves
+    in_flight = 2 if triplet == "NNG" else 2 + 4 + 1  # copies of full buckets and of halves, and one full bucket
     assert counts == [in_flight, 0, 0] and sharding.buffers.allocations == in_flight
+
+
+@pytest.mark.parametrize("is_swapped", [True, False])
+def test_gathered_weights_use_the_memory_of_a_pool_under_their_views(
+    is_swapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of five buckets are gathered at a time; without the swap (before PyTorch 2.13) each allocates its own."""
+    monkeypatch.setattr(stores, "CAN_SWAP", is_swapped and stores.CAN_SWAP)
+    sharding, _ = opened("IIG")
+    buckets = [ParamStore(sharding, 128, torch.float32, "cpu") for _ in range(5)]
+    views = [store.full.flat[64:96].view(4, 8) for store in buckets]
+    for number, store in enumerate(buckets):
+        views[number].fill_(number)
+        store.copy_shard_from_full()
+        store.release("nobody")
+    addresses: set[int] = set()
+
+    def use(number: int) -> None:
+        buckets[number].wait()
+        assert views[number].eq(number).all() and views[number].data_ptr() == buckets[number].full.flat[64:].data_ptr()
+        addresses.add(buckets[number].full.flat.data_ptr())
+
+    for _ in range(3):
+        buckets[0].gather("unit")
+        for number in range(5):
+            if number < 4:
+                buckets[number + 1].gather("unit")
+            use(number)
+            buckets[number].release("unit")
+            assert not buckets[number].full.flat.untyped_storage().nbytes()
+    pooled = 2 if stores.CAN_SWAP else 0
+    assert sharding.buffers.allocations == pooled and (not pooled or len(addresses) == pooled)
+    for store in buckets:
+        store.gather("a checkpoint", is_pooled=False)
+    for number in range(5):
+        use(number)
+        buckets[number].release("a checkpoint")
+    assert sharding.buffers.allocations == pooled, "the pool keeps nothing of an unsharded model"
 
 
 @pytest.mark.parametrize("wire", [None, torch.bfloat16])

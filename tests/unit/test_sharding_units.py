@@ -19,7 +19,7 @@ class FakeStore:
     def finish_sync(self) -> None:
         """Send nothing."""
 
-    def gather(self, user: str) -> None:
+    def gather(self, user: str, *, is_pooled: bool = True) -> None:
         """Record what a real gather would send."""
         self.users.add(user)
         if not self.is_whole:

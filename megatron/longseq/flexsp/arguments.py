@@ -4,14 +4,21 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from megatron.longseq.attention.arguments import NOT_WITH_DOCUMENTS
-from megatron.longseq.data.splits import reads_prepared
 from megatron.longseq.flexsp.plan.cost import FAMILIES, KindFamily
 from megatron.longseq.flexsp.plan.planner import PLANNERS
+from megatron.longseq.pipeline.arguments import NOT_IN_SEGMENTS
 from megatron.longseq.refusals import Refusals, refuse, refuse_unwritable, refuse_without_effect
 
 OVERLONG = ("split", "drop")
 AHEAD = 2  # steps that are planned ahead, at the least
 
+# Of these conditions, segments and plans have the same: a token's experts must not depend on the tokens beside it.
+_WHY_NOT_WITH_EXPERTS = {
+    "--moe-router-load-balancing-type": "the balance would be that of the tokens of one rank in one micro-batch, which "
+    "are others under another plan; give none",
+    "--moe-z-loss-coeff": "this auxiliary loss is a mean over the tokens of a rank, however many a plan gives it",
+    "--moe-expert-capacity-factor": "which tokens are dropped would depend on the plan",
+}
 _NOT_TESTED = "it is not tested with groups that change from micro-batch to micro-batch"
 
 # flag: (whether it is used, why it does not work with --flexsp)
@@ -41,15 +48,14 @@ NOT_WITH_FLEXSP: Refusals = {
         lambda a: a.micro_batch_size != 1 or (a.eval_micro_batch_size or 1) != 1,
         "a micro-batch holds one pack of documents in each group; give 1",
     ),
-    "--sft with jsonl": (
-        lambda a: a.sft and not reads_prepared(a),
-        "lengths are planned before anything is tokenized; prepare the conversations with python -m "
-        "megatron.longseq.data prepare --format conversations",
-    ),
     "--mock-data": (lambda a: a.mock_data, "mock data has no documents; give --data-path"),
     "--dataloader-type": (
         lambda a: a.dataloader_type not in (None, "single", "external"),
         "FlexSP draws its documents itself, every epoch in another order; leave it out",
+    ),
+    "--dataloader-defer-npy-index-mmap": (
+        lambda a: a.dataloader_defer_npy_index_mmap,
+        "plans need the lengths of a blend's documents before one of them is read; leave it out",
     ),
     "--full-validation": (lambda a: a.full_validation, "validation has steps of --eval-iters; give these"),
     "--step-batch-size-schedule": (
@@ -62,10 +68,18 @@ NOT_WITH_FLEXSP: Refusals = {
     ),
     "--decrease-batch-size-if-needed": (
         lambda a: a.decrease_batch_size_if_needed,
-        "a global batch need not be divisible by the number of ranks; leave it out",
+        "steps would train fewer documents than --global-batch-size says; give a multiple of the data-parallel size",
     ),
     "--iterations-to-skip": (lambda a: a.iterations_to_skip, "upstream skips micro-batches, but a step is one item"),
-    "--num-experts": (lambda a: a.num_experts, "the load of experts would depend on the plan of a step"),
+    **{flag: (NOT_IN_SEGMENTS[flag][0], why) for flag, why in _WHY_NOT_WITH_EXPERTS.items()},
+    "--moe-router-enable-expert-bias": (
+        lambda a: a.num_experts and a.moe_router_enable_expert_bias,
+        "the bias would also follow from padding, of which every plan has another amount",
+    ),
+    "--expert-model-parallel-size": (
+        lambda a: a.num_experts and a.expert_model_parallel_size > 1,
+        "it is not tested with ranks that hold unlike numbers of tokens",
+    ),
     "--use-megatron-fsdp": (lambda a: a.use_megatron_fsdp or a.use_torch_fsdp2, f"{_NOT_TESTED}; --paro GGG shards"),
     "--tp-comm-overlap": (lambda a: a.tp_comm_overlap, "its buffers have one shape for all micro-batches"),
     "--fp8-format": (

@@ -14,6 +14,8 @@ from megatron.longseq.flexsp.plan.placement import Placement
 from megatron.longseq.flexsp.plan.plan import Kind, StepPlan
 from megatron.longseq.flexsp.plan.planner import plan_step
 
+Blend = tuple[Sequence[str], Sequence[float] | None] | None  # prefixes of data sets, and their weights
+
 CPU_FLOPS, GPU_FLOPS = 2e10, 4e14  # what a matrix product reaches, where no peak is given
 UTILIZATION = 0.4  # of a peak that is given
 CPU_LINK, GPU_LINK, NETWORK = 1e9, 2e11, 5e10  # bytes per second that a rank sends: on a CPU, inside and between nodes
@@ -53,7 +55,7 @@ def estimated_cost(args: Namespace, *, on_gpu: bool) -> GroupCostModel:
     heads, dim, hidden = model_heads(args), args.kv_channels, args.hidden_size
     layers = args.num_layers / args.pipeline_model_parallel_size
     tensor = args.tensor_model_parallel_size
-    ffn = args.ffn_hidden_size * (3 if args.swiglu else 2)
+    ffn = _ffn_of_a_token(args) * (3 if args.swiglu else 2)
     weights = hidden * (dim * (2 * heads.query + 2 * heads.kv) * tensor + ffn) / tensor
     head = hidden * (args.padded_vocab_size or args.vocab_size or 0) / tensor / args.pipeline_model_parallel_size
     passes = 8 if args.recompute_granularity == "full" else 6
@@ -73,6 +75,14 @@ def estimated_cost(args: Namespace, *, on_gpu: bool) -> GroupCostModel:
         item=2 if args.bf16 or args.fp16 else 4,
         overlap=1.0 if on_gpu else 0.0,
     )
+
+
+def _ffn_of_a_token(args: Namespace) -> int:
+    """Return the hidden size of the MLP, or of all experts that a token visits."""
+    if not args.num_experts:
+        return int(args.ffn_hidden_size)
+    expert = args.moe_ffn_hidden_size or args.ffn_hidden_size
+    return int(expert * args.moe_router_topk + (args.moe_shared_expert_intermediate_size or 0))
 
 
 def cost_model(args: Namespace, *, on_gpu: bool) -> GroupCostModel:
@@ -185,3 +195,21 @@ def check_plannable(args: Namespace, *, on_gpu: bool) -> None:
             "--flexsp-overlong splits documents."
         )
     cost_model(args, on_gpu=on_gpu)
+
+
+def check_batches(args: Namespace, blend: Blend, per_part: Sequence[Blend] | None) -> None:
+    """Refuse a global batch in tokens of several data sets.
+
+    Args:
+        args: upstream's validated arguments.
+        blend, per_part: data of the run, as upstream's `get_blend_and_blend_per_split` returns it.
+
+    Raises:
+        ValueError: Upstream would blend data sets.
+    """
+    blends = blend is not None and (len(blend[0]) > 1 or blend[1] is not None)
+    if args.flexsp_batch_tokens is not None and (blends or any(one and len(one[0]) > 1 for one in per_part or ())):
+        raise ValueError(
+            f"--flexsp-batch-tokens {args.flexsp_batch_tokens}: upstream makes the order of a blend for a number of "
+            "documents, and that of a step varies; give one data set without a weight, or a global batch in documents."
+        )

@@ -49,7 +49,7 @@ def refit(cost: GroupCostModel, samples: Sequence[GroupSample]) -> GroupCostMode
     """
     if not samples:
         return cost
-    rows = np.array([_parts(cost, one) for one in samples]) / np.array([[one.seconds] for one in samples])
+    rows = np.array([time_parts(cost, one) for one in samples]) / np.array([[one.seconds] for one in samples])
     pull = PULL * np.sqrt(len(samples)) * np.eye(rows.shape[1])
     factors: NDArray[np.float64] = nnls(
         np.vstack([rows, pull]), np.concatenate([np.ones(len(rows)), pull.sum(axis=1)])
@@ -73,8 +73,8 @@ def refit(cost: GroupCostModel, samples: Sequence[GroupSample]) -> GroupCostMode
     )
 
 
-def _parts(cost: GroupCostModel, sample: GroupSample) -> list[float]:
-    """Return the model's seconds of attention, linear layers, start-up, all-to-alls and rings.
+def time_parts(cost: GroupCostModel, sample: GroupSample) -> list[float]:
+    """Return the model's seconds of attention, linear layers, start-up, all-to-alls and rings of a group.
 
     The messages of a group with both are shared out by the times that each would take alone.
     """

@@ -42,6 +42,8 @@ class ForwardBackward:
         timeout: time after which a missing message is an error; None: the backend's own.
         trace: called with the schedule, this rank's place and its measured actions of one step; None: not measured.
         trace_step: training step to measure, from 1; None: every step.
+        wants_times: says of a training step, by its number in this process from 1, whether to measure it for
+            `take_measured`; None: no step.
     """
 
     plan: PipelinePlan
@@ -54,6 +56,7 @@ class ForwardBackward:
     timeout: timedelta | None = None
     trace: Callable[[Schedule, int, tuple[ActionTime, ...]], None] | None = None
     trace_step: int | None = None
+    wants_times: Callable[[int], bool] | None = None
     channels: StageChannels | None = None
     chunks: list[SegmentedModel] = field(default_factory=list)
     sums: list[GradSums] = field(default_factory=list)
@@ -61,6 +64,7 @@ class ForwardBackward:
     split: Attachment | None = None
     reporter: HangReporter | None = None
     steps: int = 0
+    measured: tuple[Schedule, int, Callable[[], tuple[ActionTime, ...]]] | None = None
 
     def __call__(  # noqa: PLR0913  # upstream's keywords
         self,
@@ -114,9 +118,7 @@ class ForwardBackward:
             executor.timer.start_step()
         reports = executor.run()
         if not forward_only:
-            if executor.timer is not None and self.trace is not None:
-                atexit.unregister(self._warn_of_missing_trace)
-                self.trace(executor.schedule, executor.rank, executor.timer.finish())
+            self._keep_times(executor)
             if config.finalize_model_grads_func is not None:
                 tokens = executor.tokens if config.calculate_per_token_loss else None
                 config.finalize_model_grads_func(
@@ -125,6 +127,30 @@ class ForwardBackward:
         if config.timers is not None:
             config.timers("forward-backward").stop()
         return reports
+
+    def take_measured(self) -> tuple[Schedule, int, tuple[ActionTime, ...]] | None:
+        """Return the schedule, this rank's place and its measured actions of the last training step, once.
+
+        On a GPU this waits for the step to end. The result is None if the step was not measured, or is taken already.
+        """
+        measured, self.measured = self.measured, None
+        return None if measured is None else (*measured[:2], measured[2]())
+
+    def _keep_times(self, executor: Executor) -> None:
+        """Keep the times of a training step, and write them if it is the step of --pipeline-trace-step."""
+        timer, self.measured = executor.timer, None
+        if timer is None:
+            return
+        self.measured = executor.schedule, executor.rank, timer.finish
+        if self._is_traced():
+            spans = timer.finish()
+            self.measured = executor.schedule, executor.rank, lambda: spans
+            atexit.unregister(self._warn_of_missing_trace)
+            assert self.trace is not None
+            self.trace(executor.schedule, executor.rank, spans)
+
+    def _is_traced(self) -> bool:
+        return self.trace is not None and self.trace_step in (None, self.steps)
 
     def _warn_of_missing_trace(self) -> None:
         print(
@@ -185,7 +211,8 @@ class ForwardBackward:
     def _executor(self, step: StepRequest, microbatches: int, config: Any, groups: Any) -> Executor:
         schedule = self.plan.schedule(microbatches, step.forward_only)
         self.steps += not step.forward_only
-        is_traced = self.trace is not None and not step.forward_only and self.trace_step in (None, self.steps)
+        wants_times = self.wants_times is not None and self.wants_times(self.steps)
+        is_measured = not step.forward_only and (self._is_traced() or wants_times)
         shards = groups.cp.size() * (groups.tp.size() if config.sequence_parallel else 1)
         assert self.channels is not None and self.reporter is not None
         return Executor(
@@ -199,7 +226,7 @@ class ForwardBackward:
             reporter=self.reporter,
             weights=self.weights if schedule.splits_weights else None,
             sums=self.sums,
-            timer=StepTimer(DeviceClock() if torch.cuda.is_available() else HostClock()) if is_traced else None,
+            timer=StepTimer(DeviceClock() if torch.cuda.is_available() else HostClock()) if is_measured else None,
         )
 
 

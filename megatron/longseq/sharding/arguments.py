@@ -3,7 +3,6 @@
 import math
 from argparse import ArgumentParser, Namespace
 
-from megatron.longseq.dry_run.arguments import is_dry_run
 from megatron.longseq.refusals import Refusals, refuse, refuse_without_effect
 from megatron.longseq.sharding.plan.collectives import CollectivesMode
 from megatron.longseq.sharding.plan.flat_or_hierarchical import DEFAULT_LINKS
@@ -123,7 +122,7 @@ NOT_WITH_PARO: Refusals = {
     ),
     "--perform-rl-step": (lambda a: a.perform_rl_step, "its inference reads parameters without gathering their shards"),
     "--fake-process-group": (
-        lambda a: a.fake_process_group and not is_dry_run(a),
+        lambda a: a.fake_process_group and getattr(a, "dry_run_world", None) is None,
         "nothing is sent, so gathered tensors would be wrong; for a dry run, give --dry-run-world",
     ),
 }

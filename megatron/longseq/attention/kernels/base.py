@@ -3,7 +3,7 @@
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -56,6 +56,17 @@ class PackedLengths:
         return self.memo["longest"]  # type: ignore[no-any-return]
 
 
+class BackwardInputs(NamedTuple):
+    """What a backward reads besides the mask; see `Kernel` for the layouts."""
+
+    grad_out: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type in which results and gradients of a type are summed: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -106,15 +117,7 @@ class Kernel(Protocol):
         ...
 
     def backward_packed(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        scores: Scores,
-        lengths: PackedLengths,
+        self, given: BackwardInputs, scores: Scores, lengths: PackedLengths
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (dq, dk, dv) of packed blocks; see `backward`."""
         ...

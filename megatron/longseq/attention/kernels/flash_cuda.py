@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron.longseq.attention.kernels.base import PackedLengths, Scores, dense
+from megatron.longseq.attention.kernels.base import BackwardInputs, PackedLengths, Scores, dense
 
 HEAD_DIM_STEP, HEAD_DIM_LIMIT = 8, 256
 _FORWARD = ("q", "k", "v")
@@ -108,20 +108,12 @@ class CudaFlash(ABC):
         return out.unsqueeze(1), lse.unsqueeze(0)
 
     def backward_packed(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        scores: Scores,
-        lengths: PackedLengths,
+        self, given: BackwardInputs, scores: Scores, lengths: PackedLengths
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward_packed`: one call."""
-        how = _Arguments.of_packed(scores, lengths, q.device)
-        tensors = [dense(x)[:, 0] for x in (grad_out, q, k, v, out)]
-        dq, dk, dv = self._backward(tensors, _for_backward(lse)[0], how)
+        *tensors, lse = given
+        how = _Arguments.of_packed(scores, lengths, lse.device)
+        dq, dk, dv = self._backward([dense(x)[:, 0] for x in tensors], _for_backward(lse)[0], how)
         return dq.unsqueeze(1), dk.unsqueeze(1), dv.unsqueeze(1)
 
     @abstractmethod

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron.longseq.attention.kernels.base import PackedLengths, Scores
+from megatron.longseq.attention.kernels.base import BackwardInputs, PackedLengths, Scores
 
 LAUNCH_COST = 1 << 13  # scores whose computation takes about as long as one more launch
 LAUNCH_SHARE = 64  # a launch must save this part of all scores, too, so that there are a few launches for any lengths
@@ -106,15 +106,7 @@ class PaddedKernel(ABC):
 
     @abstractmethod
     def backward_padded(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        scores: Scores,
-        hidden: Tensor | None,
+        self, given: BackwardInputs, scores: Scores, hidden: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (dq, dk, dv) of a batch; `hidden` as in `PaddedBatch`."""
 
@@ -135,29 +127,20 @@ class PaddedKernel(ABC):
         return out, lse
 
     def backward_packed(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        scores: Scores,
-        lengths: PackedLengths,
+        self, given: BackwardInputs, scores: Scores, lengths: PackedLengths
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (dq, dk, dv) of packed blocks, see `Kernel.backward_packed`."""
-        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        for batch in padded_batches(lengths, scores, q.device, self.most_scores):
-            grads = self.backward_padded(
-                batch.take_gradient(grad_out),
-                batch.take(q, batch.rows),
-                batch.take(k, batch.keys),
-                batch.take(v, batch.keys),
-                batch.take(out, batch.rows),
-                batch.take_lse(lse),
-                scores,
-                batch.hidden,
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (given.q, given.k, given.v))
+        for batch in padded_batches(lengths, scores, given.q.device, self.most_scores):
+            taken = BackwardInputs(
+                batch.take_gradient(given.grad_out),
+                batch.take(given.q, batch.rows),
+                batch.take(given.k, batch.keys),
+                batch.take(given.v, batch.keys),
+                batch.take(given.out, batch.rows),
+                batch.take_lse(given.lse),
             )
+            grads = self.backward_padded(taken, scores, batch.hidden)
             for total, grad, side in zip((dq, dk, dv), grads, (batch.rows, batch.keys, batch.keys), strict=True):
                 batch.put(total, grad, side)
         return dq, dk, dv

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as drop
 
-from megatron.longseq.attention.kernels.base import Scores, accumulation_dtype
+from megatron.longseq.attention.kernels.base import BackwardInputs, Scores, accumulation_dtype
 from megatron.longseq.attention.kernels.padded import PaddedKernel
 
 
@@ -46,7 +46,7 @@ class Reference(PaddedKernel):
         self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`."""
-        return self.backward_padded(grad_out, q, k, v, out, lse, scores, None)
+        return self.backward_padded(BackwardInputs(grad_out, q, k, v, out, lse), scores, None)
 
     def forward_padded(
         self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, hidden: Tensor | None
@@ -59,17 +59,10 @@ class Reference(PaddedKernel):
         return out, lse.flatten(1, 2).to(accumulation_dtype(q.dtype))
 
     def backward_padded(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        scores: Scores,
-        hidden: Tensor | None,
+        self, given: BackwardInputs, scores: Scores, hidden: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `PaddedKernel.backward_padded`."""
+        grad_out, q, k, v, out, lse = given
         logits = self._logits(q, k, scores, hidden)
         mask = self._dropout_mask(logits, q.dtype)
         weights = self._weights(logits, lse.to(logits.dtype).unflatten(1, logits.shape[1:3]))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from megatron.longseq.attention.kernels.base import Scores, dense
+from megatron.longseq.attention.kernels.base import BackwardInputs, Scores, dense
 from megatron.longseq.attention.kernels.padded import PaddedKernel
 from megatron.longseq.attention.kernels.reference import visible_mask
 
@@ -50,7 +50,7 @@ class CpuFlash(PaddedKernel):
         if blind:
             dq, dk, dv = self.backward(grad_out[blind:], q[blind:], k, v, out[blind:], lse[..., blind:], scores)
             return _prepend_zeros(blind, dq), dk, dv
-        return self.backward_padded(grad_out, q, k, v, out, lse, scores, None)
+        return self.backward_padded(BackwardInputs(grad_out, q, k, v, out, lse), scores, None)
 
     def forward_padded(
         self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, hidden: Tensor | None
@@ -67,24 +67,19 @@ class CpuFlash(PaddedKernel):
         return out.permute(2, 0, 1, 3), lse
 
     def backward_padded(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        scores: Scores,
-        hidden: Tensor | None,
+        self, given: BackwardInputs, scores: Scores, hidden: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `PaddedKernel.backward_padded`."""
-        _refuse_misaligned(q, k, scores)
+        *tensors, lse = given
+        _refuse_misaligned(given.q, given.k, scores)
         grads = _backward(
-            *(_heads_first(x) for x in (grad_out, q, k, v, out)),
+            *(_heads_first(x) for x in tensors),
             lse,
             0.0,
             scores.causal and scores.window is None,
-            attn_mask=self._additive_mask(q, k, scores) if hidden is None else _additive(hidden, q.dtype),
+            attn_mask=self._additive_mask(given.q, given.k, scores)
+            if hidden is None
+            else _additive(hidden, given.q.dtype),
             scale=scores.scale,
         )
         dq, dk, dv = (grad.permute(2, 0, 1, 3) for grad in grads)

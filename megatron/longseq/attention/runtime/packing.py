@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from megatron.longseq.attention.kernels.base import Kernel, PackedLengths, Scores
+from megatron.longseq.attention.kernels.base import BackwardInputs, Kernel, PackedLengths, Scores
 from megatron.longseq.attention.plan.launches import Launch
 from megatron.longseq.attention.plan.layout import ReceivedRows
 from megatron.longseq.attention.plan.ranges import TokenRange, TokenRanges
@@ -156,7 +156,7 @@ class PackedLaunch:
         grad_out, q, k, v, out, lse = tensors
         if self.lengths is None:
             return kernel.backward(grad_out, q, k, v, out, lse, scores)
-        return kernel.backward_packed(grad_out, q, k, v, out, lse, scores, self.lengths)
+        return kernel.backward_packed(BackwardInputs(grad_out, q, k, v, out, lse), scores, self.lengths)
 
     def take_lse(self, lse: Tensor) -> Tensor:
         """Return the packed rows of log-sum-exps [b, h, s], as [sequences, h, rows]."""

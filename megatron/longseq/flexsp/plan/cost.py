@@ -33,6 +33,7 @@ class GroupLinks:
         ring_inside: bytes per second of a hop of a ring inside a node.
         ring_between: bytes per second that leave a node, which the rings that cross its border share.
         all_to_all_latency, ring_latency: seconds per message.
+        ring_adapter: most bytes per second of one ring between nodes, whose hop uses one network adapter; 0: no limit.
 
     Raises:
         ValueError: A speed is not positive, a latency is negative, or the table is not ascending.
@@ -44,6 +45,7 @@ class GroupLinks:
     ring_between: float
     all_to_all_latency: float = 0.0
     ring_latency: float = 0.0
+    ring_adapter: float = 0.0
 
     def __post_init__(self) -> None:
         sizes = [size for size, _ in self.all_to_all]
@@ -53,7 +55,10 @@ class GroupLinks:
                 f"links of nodes of {self.node} ranks, all-to-alls of {sizes} ranks: a node has at least 1 rank, and "
                 "the sizes of all-to-alls ascend from at least 2"
             )
-        if not all(speed > 0 for speed in speeds) or min(self.all_to_all_latency, self.ring_latency) < 0:
+        if (
+            not all(speed > 0 for speed in speeds)
+            or min(self.all_to_all_latency, self.ring_latency, self.ring_adapter) < 0
+        ):
             raise ValueError(f"links {self}: speeds must be above 0 bytes/s, and latencies at least 0 s")
 
     def all_to_all_speed(self, size: int) -> float:
@@ -77,7 +82,8 @@ class GroupLinks:
         """Return the bytes per second of a hop of each of the U rings of a group of neighbouring ranks."""
         if kind.degree <= self.node:
             return self.ring_inside
-        return min(self.ring_inside, self.ring_between / min(kind.ulysses, self.node))
+        shared = min(self.ring_inside, self.ring_between / min(kind.ulysses, self.node))
+        return min(shared, self.ring_adapter) if self.ring_adapter else shared
 
 
 @dataclass(frozen=True, slots=True)

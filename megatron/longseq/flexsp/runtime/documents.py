@@ -1,6 +1,7 @@
 """Documents of a data set as samples of their own lengths, in an order of each epoch; nothing is packed or padded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from megatron.longseq.conversation_dataset import ConversationDataset
 from megatron.longseq.data.conversations import Conversations
 
 Ints = NDArray[np.int64]
+EPOCHS = 4  # orders of epochs that are kept
 
 
 class Document(NamedTuple):
@@ -36,11 +38,13 @@ class DocumentDatasetConfig(GPTDatasetConfig):
 
     Attributes:
         overlong: "split" or "drop".
-        conversations: whether the data sets are prepared conversations, with a loss mask.
+        conversations: whether the data sets are conversations, with a loss mask.
+        tokenized: of each jsonl file of conversations, the prefix of its tokenized output.
     """
 
     overlong: str = "split"
     conversations: bool = False
+    tokenized: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,8 @@ class DocumentDataset(MegatronDataset):  # type: ignore[misc]  # upstream is not
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: Any) -> Any:
         """Open documents, or conversations with their loss mask."""
+        if dataset_path in config.tokenized:
+            return Conversations(config.tokenized[dataset_path])
         if config.conversations:
             return ConversationDataset.build_low_level_dataset(dataset_path, config)
         return IndexedDataset(dataset_path, multimodal=False, mmap=config.mmap_bin_files)
@@ -122,7 +128,8 @@ class DocumentDataset(MegatronDataset):  # type: ignore[misc]  # upstream is not
                 f"{f' and at most --seq-length {config.sequence_length}' if config.overlong == 'drop' else ''}; "
                 "give --flexsp-overlong split, more data, or another --split."
             )
-        self._orders: dict[int, Ints] = {}
+        # The thread that plans reads lengths of later epochs while this one reads documents.
+        self._order = lru_cache(maxsize=EPOCHS)(self._permutation)
 
     def __len__(self) -> int:
         """Return the number of samples that upstream has asked for; epochs follow one another."""
@@ -131,12 +138,10 @@ class DocumentDataset(MegatronDataset):  # type: ignore[misc]  # upstream is not
     def piece(self, sample: int) -> int:
         """Return the number of the piece that a sample is."""
         epoch, place = divmod(sample, len(self.pieces.size))
-        if epoch not in self._orders:
-            if len(self._orders) > 1:
-                del self._orders[min(self._orders)]
-            seed = (self.config.random_seed, epoch)
-            self._orders[epoch] = np.random.default_rng(seed).permutation(len(self.pieces.size))
-        return int(self._orders[epoch][place])
+        return int(self._order(epoch)[place])
+
+    def _permutation(self, epoch: int) -> Ints:
+        return np.random.default_rng((self.config.random_seed, epoch)).permutation(len(self.pieces.size))
 
     def length(self, sample: int) -> int:
         """Return the tokens of a sample."""
@@ -171,10 +176,19 @@ class DocumentSource:
 
     Args:
         dataset: what upstream's builder has made.
+        wanted: samples that the run reads, or None.
+
+    Raises:
+        ValueError: A blend without weights, of which upstream reads every document once, holds fewer.
     """
 
-    def __init__(self, dataset: DocumentDataset | BlendedDataset) -> None:
+    def __init__(self, dataset: DocumentDataset | BlendedDataset, wanted: int | None = None) -> None:
         self.dataset = dataset
+        if isinstance(dataset, BlendedDataset) and wanted is not None and len(dataset) < wanted:
+            raise ValueError(
+                f"{dataset.split.name} data: the blend has no weights, so that each of its {len(dataset):,} documents "
+                f"is read once, but the run wants {wanted:,}. Give a weight before each data set, or fewer steps."
+            )
 
     def length(self, sample: int) -> int:
         """Return the tokens of a sample."""

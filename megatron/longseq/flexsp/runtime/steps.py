@@ -2,8 +2,9 @@
 
 import threading
 import zlib
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from megatron.longseq.flexsp.plan.cost import GroupCostModel
@@ -21,24 +22,30 @@ class GlobalBatches:
         length: returns the tokens of a sample.
         documents: samples of a step (--global-batch-size).
         tokens: a step takes samples until they hold this many tokens; None: it takes `documents`.
+        first_step, first_sample: a step, and its first sample: where a run resumes, or zeros.
     """
 
     length: Callable[[int], int]
     documents: int
     tokens: int | None = None
-    _begins: list[int] = field(default_factory=lambda: [0], init=False)
+    first_step: int = 0
+    first_sample: int = 0
+    _begins: list[int] = field(default_factory=list, init=False)
 
     def samples(self, step: int) -> range:
-        """Return the numbers of the samples of a step, counted from 0."""
+        """Return the numbers of the samples of a step, which is not before `first_step`."""
+        number = step - self.first_step
         if self.tokens is None:
-            return range(step * self.documents, (step + 1) * self.documents)
-        while len(self._begins) <= step + 1:
+            begin = self.first_sample + number * self.documents
+            return range(begin, begin + self.documents)
+        self._begins = self._begins or [self.first_sample]
+        while len(self._begins) <= number + 1:
             sample, held = self._begins[-1], 0
             while held < self.tokens:
                 held += self.length(sample)
                 sample += 1
             self._begins.append(sample)
-        return range(self._begins[step], self._begins[step + 1])
+        return range(self._begins[number], self._begins[number + 1])
 
 
 @dataclass(frozen=True)
@@ -87,8 +94,9 @@ class Lookahead:
     def __init__(self, batches: GlobalBatches, plan: Plan, cost: GroupCostModel, depth: int) -> None:
         self.batches, self.plan, self.cost, self.depth = batches, plan, cost, depth
         self._lock = threading.Lock()
-        self._thread: ThreadPoolExecutor | None = None
         self._steps: dict[int, Future[PlannedBatch]] = {}
+        self._queue: deque[tuple[int, GroupCostModel, Future[PlannedBatch]]] = deque()
+        self._works = False  # whether a thread plans
         self.late = 0
 
     def batch(self, step: int) -> PlannedBatch:
@@ -98,22 +106,32 @@ class Lookahead:
             ValueError: There is no plan for these lengths; see the planner.
         """
         with self._lock:
-            is_first = self._thread is None
-            if self._thread is None:
-                self._thread = ThreadPoolExecutor(1, thread_name_prefix="flexsp-planner")
+            is_first = not self._steps
             for number in range(step, step + self.depth + 1):
                 if number not in self._steps:
-                    self._steps[number] = self._thread.submit(self._make, number, self.cost)
+                    self._steps[number] = Future()
+                    self._queue.append((number, self.cost, self._steps[number]))
             for number in [number for number in self._steps if number < step - 1]:
                 del self._steps[number]
+            if self._queue and not self._works:
+                self._works = True
+                threading.Thread(target=self._work, name="flexsp-planner").start()
             future = self._steps[step]
             self.late += not is_first and not future.done()
         return future.result()
 
-    def close(self) -> None:
-        """Stop planning; plans that are being made are finished."""
-        if self._thread is not None:
-            self._thread.shutdown(wait=False, cancel_futures=True)
+    def _work(self) -> None:
+        """Make the plans of the queue. A process that exits waits only for the plan that is being made."""
+        while True:
+            with self._lock:
+                if not self._queue or not threading.main_thread().is_alive():
+                    self._works = False
+                    return
+                step, cost, future = self._queue.popleft()
+            try:
+                future.set_result(self._make(step, cost))
+            except BaseException as error:
+                future.set_exception(error)  # raised where the step is asked for
 
     def _make(self, step: int, cost: GroupCostModel) -> PlannedBatch:
         samples = self.batches.samples(step)
@@ -155,3 +173,18 @@ class PlannedStep:
     def documents(self, sequences: Sequence[int]) -> list[Document]:
         """Return documents by their indices in the global batch."""
         return [self.source[self.batch.samples[index]] for index in sequences]
+
+
+def check_iterator(iterator: object) -> None:
+    """Refuse a data iterator that yields no planned steps.
+
+    Raises:
+        ValueError: It is another script's, or None on a rank that gets no data.
+    """
+    if not isinstance(iterator, StepIterator):
+        what = "no iterator on this rank" if iterator is None else f"an iterator of type {type(iterator).__name__}"
+        raise ValueError(
+            f"--flexsp: the script's data has {what}. Every rank needs steps of whole documents: train with "
+            "examples/pretrain_gpt.py, or let the script's function that builds data sets return `planned_steps` of "
+            "megatron.longseq.flexsp.runtime.data, with `is_distributed = True`."
+        )

@@ -57,9 +57,20 @@ class Timeline:
 
     @property
     def bubble(self) -> float:
-        """Share of the ranks' time in which they compute nothing: 1 - busy / (ranks * makespan)."""
+        """Share of the ranks' time in which they compute nothing."""
         busy = sum(span.end - span.start for rank in self.spans for span in rank)
-        return 1.0 - busy / (len(self.spans) * self.makespan)
+        return bubble_share(busy, len(self.spans), self.makespan)
+
+
+def bubble_share(busy: float, ranks: int, makespan: float) -> float:
+    """Return the share of the ranks' time in which they compute nothing.
+
+    Args:
+        busy: seconds in which a rank computes, summed over the ranks.
+        ranks: number of ranks.
+        makespan: seconds from the first start to the last end over all ranks.
+    """
+    return 1.0 - busy / (ranks * makespan)
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,8 @@ class Configuration:
     paro: str = ""
     paro_group_size: int = 0
     paro_collectives: str = "hierarchical"
+    paro_selective_overlap: bool = False
+    paro_prefetch_units: int = 1
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     overlap_p2p_comm: bool = True

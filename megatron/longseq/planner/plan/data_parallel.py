@@ -1,8 +1,11 @@
 """Seconds of data parallelism and of the optimizer at the end of a step."""
 
 import functools
+from itertools import pairwise
 from typing import NamedTuple
 
+from megatron.longseq.pipeline.plan.generators import make
+from megatron.longseq.pipeline.plan.schedule import ActionKind, Pipeline
 from megatron.longseq.planner.plan.cluster import Cluster
 from megatron.longseq.planner.plan.communication import data_links, group, ring_seconds
 from megatron.longseq.planner.plan.compute import moved_seconds, optimizer_seconds
@@ -10,6 +13,7 @@ from megatron.longseq.planner.plan.configuration import Configuration
 from megatron.longseq.planner.plan.memory import StageParams, sharding_groups, widths
 from megatron.longseq.planner.plan.model import Architecture
 from megatron.longseq.sharding.plan.collectives import CollectivesMode
+from megatron.longseq.sharding.plan.gather_window import gather_count
 from megatron.longseq.sharding.plan.memory import Model
 from megatron.longseq.sharding.plan.strategy import Level, Strategy
 from megatron.longseq.sharding.plan.time_model import ComputeTime, StepSeconds, TrainingJob
@@ -23,20 +27,43 @@ class DataSeconds(NamedTuple):
     hidden: float
 
 
+def gathers_of_a_unit(layers: int, run: Configuration) -> float:
+    """Return how often sharded parameters of a layer are gathered in a micro-batch or segment, on average.
+
+    Selective overlap keeps layers where a backward follows a forward or the other way round, which is rarest on the
+    first stage.
+
+    Args:
+        layers: of the model.
+        run: its configuration.
+    """
+    if not run.paro_selective_overlap:
+        return 2.0
+    pipeline = Pipeline(
+        run.pipeline_model_parallel_size, run.microbatches, max(1, run.seq1f1b_splits), run.virtual_stages
+    )
+    order = make(pipeline, slack=run.seq1f1b_slack, zero_bubble=run.zero_bubble).orders[0]
+    passes = [action.kind for action in order if action.vstage == 0 and action.kind is not ActionKind.WEIGHT]
+    turns = sum(one is not following for one, following in pairwise(passes))
+    units = max(1, layers // (run.pipeline_model_parallel_size * run.virtual_stages))
+    return 2.0 * gather_count(units, run.paro_prefetch_units, len(passes), turns) / (units * len(passes))
+
+
 def data_seconds(
-    cluster: Cluster, run: Configuration, params: StageParams, forward: float, backward: float
+    cluster: Cluster, run: Configuration, params: StageParams, forward: float, backward: float, gathers: float = 2.0
 ) -> DataSeconds:
     """Return the exposed and hidden seconds of reducing gradients and gathering parameters, on one pipeline rank."""
     ranks = run.data_parallel_size * run.context_parallel_size
     exposed = hidden = 0.0
     if ranks > 1 and params.dense:
-        one = _sharding(cluster, run, params.dense, ranks, run.tensor_model_parallel_size, forward, backward)
+        stride = run.tensor_model_parallel_size
+        one = _sharding(cluster, run, params.dense, ranks, stride, forward, backward, gathers)
         exposed, hidden = one
     tensor = run.expert_tensor_parallel_size or run.tensor_model_parallel_size
     experts = ranks * run.tensor_model_parallel_size // (run.expert_model_parallel_size * tensor)
     if experts > 1 and params.expert:
         stride = tensor * run.expert_model_parallel_size
-        one = _sharding(cluster, run, params.expert, experts, stride, forward, backward)
+        one = _sharding(cluster, run, params.expert, experts, stride, forward, backward, gathers)
         exposed, hidden = exposed + one.exposed, hidden + one.hidden
     return DataSeconds(exposed, hidden)
 
@@ -48,7 +75,14 @@ def _collective_seconds(strategy: Strategy, job: TrainingJob) -> StepSeconds:
 
 
 def _sharding(
-    cluster: Cluster, run: Configuration, params: int, ranks: int, stride: int, forward: float, backward: float
+    cluster: Cluster,
+    run: Configuration,
+    params: int,
+    ranks: int,
+    stride: int,
+    forward: float,
+    backward: float,
+    gathers: float,
 ) -> DataSeconds:
     strategy = run.strategy
     groups = sharding_groups(run, max(1, cluster.gpus_per_node * run.tensor_model_parallel_size // stride), ranks)
@@ -60,6 +94,7 @@ def _sharding(
         data_links(cluster, stride),
         widths(run),
         mode,
+        gathers=gathers,
     )
     spent = _collective_seconds(strategy, job)
     repeated = run.seq1f1b_splits * spent.params + spent.grads  # parameters are gathered for every segment

@@ -37,16 +37,15 @@ NEUTRAL_HERE = (
     "flexsp_refit",
     "flexsp_save_cost",
     "log_memory_fragmentation",
-    "paro_prefetch_units",
-    "paro_selective_overlap",
     "peak_tflops_per_gpu",
     "paro_links",
     "pipeline_patience",
     "pipeline_trace",
     "pipeline_trace_step",
     "seq1f1b_layer_seconds",
+    "start_folder",
 )
-REFUSED_HERE = {"flexsp": False}  # its steps depend on the lengths of documents: python -m megatron.longseq.flexsp
+REFUSED_HERE = {"flexsp": False}  # its steps depend on the lengths of documents: see tools/flexsp_predict.py
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "none")
 _INTEGER_SUFFIXES = {"k": 1 << 10, "m": 1 << 20}
 

@@ -128,7 +128,8 @@ def state_bytes(model: Architecture, run: Configuration, cluster: Cluster, param
     unit = (params.dense + params.expert - params.embedding - params.head) / max(1, model.num_layers)
     unit = max(unit * run.pipeline_model_parallel_size, params.embedding, params.head)
     if strategy.params > Level.NONE:
-        found["gathered"] += 2 * unit * per_element.param
+        ahead = run.paro_prefetch_units if run.paro_selective_overlap else 1
+        found["gathered"] += (1 + ahead) * unit * per_element.param
     if strategy.grads > Level.NONE:
         found["gathered"] += 2 * unit * per_element.grad
     return found

@@ -82,6 +82,10 @@ class Architecture:
     name: str = ""
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ValueError(f"{field.name} is {value!r}, not a whole number")
         for size in ("num_layers", "hidden_size", "num_attention_heads"):
             if getattr(self, size) < 1:
                 raise ValueError(f"{size} must be at least 1, not {getattr(self, size)}")
@@ -288,7 +292,7 @@ def read_model(model: str) -> dict[str, Any]:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a JSON object")
-    if "hidden_size" in content and ("num_hidden_layers" in content or "model_type" in content):
+    if "model_type" in content or ("hidden_size" in content and "num_hidden_layers" in content):
         return {**from_hugging_face(content), "name": path.parent.name or model}
     unknown = set(content) - FIELDS
     if unknown:
@@ -311,7 +315,17 @@ def from_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
             "vocab_size": config["vocab_size"],
         }
     except KeyError as error:
-        raise ValueError(f"the Hugging Face config lacks {error}") from error
+        kind = config.get("model_type", "unknown")
+        raise ValueError(
+            f"the Hugging Face config, of model_type {kind!r}, lacks {error}; give upstream's flags in a JSON "
+            "file instead"
+        ) from error
+    if config.get("hidden_act", "silu") != "silu":
+        raise ValueError(
+            f"the Hugging Face config has hidden_act {config['hidden_act']!r}: only families with a gated MLP and SiLU "
+            "are read (Llama, Mistral, Qwen, DeepSeek); give upstream's flags in a JSON file instead"
+        )
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     found |= {
         "num_query_groups": config.get("num_key_value_heads") or 0,
         "kv_channels": config.get("head_dim") or 0,
@@ -319,12 +333,13 @@ def from_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
         "max_position_embeddings": config.get("max_position_embeddings", 0),
         "position_embedding_type": "rope",
         "normalization": "RMSNorm",
-        "swiglu": config.get("hidden_act", "silu") == "silu",
+        "swiglu": True,
         "add_bias_linear": bool(config.get("mlp_bias", False)),
         "add_qkv_bias": bool(config.get("attention_bias", config.get("model_type") == "qwen2")),
         "qk_layernorm": config.get("model_type", "").startswith("qwen3"),
         "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
+        "attention_dropout": config.get("attention_dropout") or 0.0,
+        "window_size": max(0, (window or 0) - 1),  # Hugging Face counts the token itself, upstream does not
         "num_experts": config.get("num_local_experts")
         or config.get("n_routed_experts")
         or config.get("num_experts", 0),

@@ -163,15 +163,26 @@ class SearchSpace:
 
     def layouts(self) -> Iterator[ParallelLayout]:
         """Yield every layout that divides the model, the GPUs and the batch."""
+        for tensor, pipeline in self.model_parallel_sizes():
+            for context in _divisors(self.gpus // (tensor * pipeline)) if self.context is None else self.context:
+                if not self._context_refusal(tensor, pipeline, context):
+                    yield from self._layouts_of(tensor, pipeline, context)
+
+    def model_parallel_sizes(self) -> Iterator[tuple[int, int]]:
+        """Yield every tensor- and pipeline-parallel size that divides the model and the GPUs."""
         for tensor in _divisors(self.gpus_per_node) if self.tensor is None else self.tensor:
             if self._tensor_refusal(tensor):
                 continue
             for pipeline in _divisors(self.sizes.num_layers) if self.pipeline is None else self.pipeline:
-                if self._pipeline_refusal(tensor, pipeline):
-                    continue
-                for context in _divisors(self.gpus // (tensor * pipeline)) if self.context is None else self.context:
-                    if not self._context_refusal(tensor, pipeline, context):
-                        yield from self._layouts_of(tensor, pipeline, context)
+                if not self._pipeline_refusal(tensor, pipeline):
+                    yield tensor, pipeline
+
+    def context_sizes(self, tensor: int, pipeline: int) -> Iterator[int]:
+        """Yield the context-parallel sizes that divide the ranks and the sequence, whatever the batch."""
+        ranks = self.gpus // (tensor * pipeline)
+        for context in _divisors(ranks) if self.context is None else self.context:
+            if ranks % context == 0 and self.seq_length % length_multiple(context, tensor) == 0:
+                yield context
 
     def _layouts_of(self, tensor: int, pipeline: int, context: int) -> Iterator[ParallelLayout]:
         """Yield the layouts of one tensor-, pipeline- and context-parallel size."""

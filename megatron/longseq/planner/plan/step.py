@@ -20,7 +20,12 @@ from megatron.longseq.planner.plan.compute import (
     moved_seconds,
 )
 from megatron.longseq.planner.plan.configuration import Configuration, reasons
-from megatron.longseq.planner.plan.data_parallel import data_seconds, step_optimizer_seconds, tied_seconds
+from megatron.longseq.planner.plan.data_parallel import (
+    data_seconds,
+    gathers_of_a_unit,
+    step_optimizer_seconds,
+    tied_seconds,
+)
 from megatron.longseq.planner.plan.memory import (
     schedule_of,
     stage_params,
@@ -68,7 +73,7 @@ class StepPrediction:
     reasons: tuple[str, ...] = field(default=())
 
 
-class _Stage(NamedTuple):
+class StageSeconds(NamedTuple):
     """Seconds of a micro-batch on a pipeline rank.
 
     Attributes:
@@ -95,7 +100,7 @@ class _Stage(NamedTuple):
 
 
 @functools.lru_cache(maxsize=65536)
-def _layer(model: Architecture, cluster: Cluster, run: Configuration, has_experts: bool) -> _Stage:
+def _layer(model: Architecture, cluster: Cluster, run: Configuration, has_experts: bool) -> StageSeconds:
     """Return one layer as if it were a stage."""
     seconds = layer_seconds(model, cluster, run, has_experts)
     messages = layer_messages(model, cluster, run, has_experts, seconds.attention, seconds.weight)
@@ -112,7 +117,7 @@ def _layer(model: Architecture, cluster: Cluster, run: Configuration, has_expert
         expert += messages.expert_forward
     elif run.recompute_granularity == "selective":
         again = _recomputed_seconds(model, cluster, run, seconds)
-    return _Stage(forward, backward + again, seconds.weight, again, tensor, context, expert, messages.hidden)
+    return StageSeconds(forward, backward + again, seconds.weight, again, tensor, context, expert, messages.hidden)
 
 
 def _recomputed_seconds(model: Architecture, cluster: Cluster, run: Configuration, seconds: Seconds) -> float:
@@ -129,16 +134,16 @@ def _recomputed_seconds(model: Architecture, cluster: Cluster, run: Configuratio
     return again
 
 
-def _scale(one: _Stage, count: float) -> _Stage:
-    return _Stage(*(count * value for value in one))
+def _scale(one: StageSeconds, count: float) -> StageSeconds:
+    return StageSeconds(*(count * value for value in one))
 
 
-def _sum(one: _Stage, two: _Stage) -> _Stage:
-    return _Stage(*(left + right for left, right in zip(one, two, strict=True)))
+def _sum(one: StageSeconds, two: StageSeconds) -> StageSeconds:
+    return StageSeconds(*(left + right for left, right in zip(one, two, strict=True)))
 
 
 @functools.lru_cache(maxsize=65536)
-def _stages(model: Architecture, cluster: Cluster, run: Configuration) -> tuple[_Stage, ...]:
+def stage_seconds(model: Architecture, cluster: Cluster, run: Configuration) -> tuple[StageSeconds, ...]:
     """Return the seconds of a micro-batch on every pipeline rank."""
     layers = run.stage_layers(model.num_layers)
     found, first = [], 0
@@ -166,7 +171,7 @@ def _stages(model: Architecture, cluster: Cluster, run: Configuration) -> tuple[
 def stage_costs(model: Architecture, cluster: Cluster, run: Configuration) -> Costs:
     """Return the seconds of every model stage and segment for the pipeline's simulator; a rank's layers are equal."""
     parts = run.virtual_stages * run.seq1f1b_splits
-    stages = _stages(model, cluster, run) * run.virtual_stages
+    stages = stage_seconds(model, cluster, run) * run.virtual_stages
     tables = (
         [one.forward for one in stages],
         [one.backward - one.weight for one in stages],
@@ -207,7 +212,7 @@ def _simulated_fill(case: _FillCase) -> float:
 
 
 def _bubble(
-    model: Architecture, cluster: Cluster, run: Configuration, seconds: tuple[_Stage, ...], *, least: bool
+    model: Architecture, cluster: Cluster, run: Configuration, seconds: tuple[StageSeconds, ...], *, least: bool
 ) -> float:
     """Return the seconds in which the slowest stage waits for the other stages to fill and to drain.
 
@@ -235,14 +240,21 @@ def _bubble(
     return _simulated_fill(case) * others / (stages - 1)
 
 
-def _model_flops(model: Architecture, run: Configuration) -> tuple[float, float]:
-    """Return the FLOPs of a step with causal attention counted once, and the part of attention."""
-    cost = flops(model.shape(run.seq_length))
-    cells = run.seq_length * run.seq_length / 2
-    if model.window_size:
-        cells = min(cells, run.seq_length * model.window_size)
-    attention = 3.0 * cost.layer.forward.cell * cells * model.num_layers * run.global_batch_size
-    tokens = float(run.tokens_per_step)
+def visible_cells(model: Architecture, length: int) -> float:
+    """Return the (query, key) pairs of a sequence that its attention computes, as FLOP counts define them."""
+    cells = length * length / 2
+    return min(cells, length * model.window_size) if model.window_size else cells
+
+
+def model_flops(model: Architecture, tokens: float, cells: float) -> tuple[float, float]:
+    """Return the FLOPs of a step with causal attention counted once, and the part of attention.
+
+    Args:
+        model: its architecture.
+        tokens: tokens of the step.
+        cells: `visible_cells` of all its sequences.
+    """
+    attention = 3.0 * flops(model.shape(1)).layer.forward.cell * cells * model.num_layers
     products = 0.0
     for layer in range(model.num_layers) if model.num_experts else (0,):
         dense, expert = model.layer_params(layer)
@@ -256,11 +268,12 @@ def price(
     model: Architecture, cluster: Cluster, run: Configuration
 ) -> tuple[float, dict[str, float], dict[str, float]]:
     """Return the seconds of a step, what they consist of, and the hidden seconds, without memory."""
-    seconds = _stages(model, cluster, run)
+    seconds = stage_seconds(model, cluster, run)
     breakdown = pipeline_price(model, cluster, run)
     params = stage_params(model, run)
+    gathers = gathers_of_a_unit(model.num_layers, run)
     data = [
-        data_seconds(cluster, run, one, stage.forward, stage.backward)
+        data_seconds(cluster, run, one, stage.forward, stage.backward, gathers)
         for one, stage in zip(_ends(params), _ends(seconds), strict=True)
     ]
     exposed = max(data, key=lambda one: one.exposed)
@@ -280,7 +293,7 @@ def pipeline_price(
         model, cluster, run: see `predict`.
         least: whether a lower bound of the bubble is enough, which takes no simulation.
     """
-    seconds = _stages(model, cluster, run)
+    seconds = stage_seconds(model, cluster, run)
     count = run.microbatches
     slowest = max(seconds, key=lambda one: one.both)
     boundary = boundary_seconds(model, cluster, run)
@@ -333,7 +346,8 @@ def predict(model: Architecture, cluster: Cluster, run: Configuration) -> StepPr
     stages = stages_bytes(model, run, cluster)
     peak = max(sum(kinds.values()) for kinds in stages)
     reserve = cluster.reserve_bytes(peak)
-    work, attention = _model_flops(model, run)
+    cells = run.global_batch_size * visible_cells(model, run.seq_length)
+    work, attention = model_flops(model, run.tokens_per_step, cells)
     rate = work / seconds / run.gpus / 1e12
     return StepPrediction(
         step_seconds=seconds,

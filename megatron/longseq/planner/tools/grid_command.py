@@ -14,9 +14,10 @@ from megatron.longseq.planner.plan.model import architecture
 from megatron.longseq.planner.plan.search import branch_and_bound
 from megatron.longseq.planner.plan.step import StepPrediction
 from megatron.longseq.planner.plan.task import parse_count, planning_task
-from megatron.longseq.planner.tools.search_tables import execution_text, layout_text, sharding_text
+from megatron.longseq.planner.tools.search_tables import plan_text
 
 _COLOURS = (BLUE, ORANGE, GREEN, RED)
+_MARKERS = "osD^"
 
 
 class GridCell(NamedTuple):
@@ -75,28 +76,30 @@ def best_cell(model: str, length: str, machine: str, tokens: int) -> GridCell:
 
 
 def grid_table(cells: list[GridCell]) -> str:
-    """Return the cells as a Markdown table."""
-    rows = []
+    """Return the cells as a Markdown table: a row for a model, a length and a number of GPUs, families side by side."""
+    families = list(dict.fromkeys(_family(one) for one in cells))
+    rows: dict[tuple[str, str, str], dict[str, GridCell]] = {}
     for one in cells:
-        plan, prediction = one.plan, one.prediction
-        if plan is None or prediction is None:
-            rows.append((one.model, one.length, one.cluster, "no plan fits", "", "", "", "", ""))
-            continue
-        rows.append(
-            (
-                one.model,
-                one.length,
-                one.cluster,
-                layout_text(plan.layout, one.gpus),
-                execution_text(plan.execution),
-                sharding_text(plan.sharding),
-                f"{prediction.step_seconds:.4g}",
-                f"{prediction.mfu:.1%}, {prediction.mfu_full:.1%}",
-                f"{(prediction.peak_bytes + prediction.reserve_bytes) / 1e9:.0f}",
-            )
-        )
-    head = ("model", "tokens", "cluster", "layout", "run", "model states", "step s", "MFU causal, full", "GB")
-    return markdown_table(head, rows)
+        rows.setdefault((one.model, one.length, str(one.gpus)), {})[_family(one)] = one
+    lines = [(*key, *(text for name in families for text in _texts(found.get(name)))) for key, found in rows.items()]
+    head = [text for name in families for text in (name, "step s", "MFU")]
+    return markdown_table(("model", "tokens", "GPUs", *head), lines)
+
+
+def _family(cell: GridCell) -> str:
+    """Return the name of a cluster without its number of GPUs."""
+    return cell.cluster.removesuffix(f"-{cell.gpus}")
+
+
+def _texts(cell: GridCell | None) -> tuple[str, str, str]:
+    """Return the plan, the seconds of a step and the causal MFU of a cell."""
+    if cell is None or cell.plan is None or cell.prediction is None:
+        return ("" if cell is None else "no plan fits"), "", ""
+    return (
+        plan_text(cell.plan, cell.gpus),
+        f"{cell.prediction.step_seconds:.4g}",
+        f"{100 * cell.prediction.mfu:.1f}%",
+    )
 
 
 def draw_grid(cells: list[GridCell], file: Path) -> None:
@@ -108,14 +111,16 @@ def draw_grid(cells: list[GridCell], file: Path) -> None:
     with figure_file(file, 2.7 * len(models) + 0.6, 3.1) as figure:
         panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
         for axes, model in zip(panels, models, strict=True):
-            for colour, machine in zip(_COLOURS * len(machines), machines, strict=False):
+            for number, machine in enumerate(machines):
                 line = [one for one in cells if (one.model, one.cluster) == (model, machine)]
                 values = [100 * one.prediction.mfu if one.prediction else float("nan") for one in line]
-                axes.plot([one.length for one in line], values, "o-", color=colour, label=machine, markersize=3.5)
+                colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+                axes.plot([one.length for one in line], values, f"{marker}-", color=colour, label=machine, markersize=4)
             axes.set_title(model, **TITLE)
             axes.set_xlabel("tokens of a sequence")
             for side in ("top", "right"):
                 axes.spines[side].set_visible(False)
         panels[0].set_ylabel("MFU of the best plan, causal (%)")
-        panels[-1].legend(**LEGEND)
-        figure.tight_layout()
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="upper center", ncols=len(machines), **LEGEND)
+        figure.tight_layout(rect=(0, 0, 1, 0.93))

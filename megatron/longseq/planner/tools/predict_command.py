@@ -11,6 +11,7 @@ from megatron.longseq.command_line import markdown_table
 from megatron.longseq.planner.plan.cluster import Cluster
 from megatron.longseq.planner.plan.flags import check_names, read
 from megatron.longseq.planner.plan.step import StepPrediction, predict
+from megatron.longseq.planner.tools.flexsp_predict import LENGTHS, describe_plans, predict_documents, wants_documents
 
 _GB = 1e9
 
@@ -42,6 +43,12 @@ def run(args: argparse.Namespace) -> str:
     if not tokens:
         raise ValueError("give the flags of a run, such as --model llama-7b --cluster a800-64, or --rows FILE.csv")
     values = flags_of(tokens)
+    if wants_documents(values):
+        found, machine = predict_documents(values)
+        if args.json:
+            result = full_result(found.prediction, machine) | {"microbatches": found.microbatches}
+            return json.dumps(result, indent=1)
+        return f"{describe(found.prediction, machine)}\n\n{describe_plans(found)}"
     model, machine, configuration = read(values)
     prediction = predict(model, machine, configuration)
     if args.json:
@@ -100,7 +107,7 @@ def read_rows(path: Path, common: Mapping[str, Any]) -> list[tuple[str, dict[str
         if not columns:
             raise ValueError(f"{path}: no columns")
         try:
-            check_names(columns)
+            check_names([column for column in columns if column != LENGTHS])
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         rows = []
@@ -118,6 +125,8 @@ def row_result(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     Raises:
         ValueError: a value is not understood; the message names the row.
     """
+    if wants_documents(values):
+        return short_result(predict_documents(values, where)[0].prediction)
     model, machine, configuration = read(values, where)
     try:
         return short_result(predict(model, machine, configuration))

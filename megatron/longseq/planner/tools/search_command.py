@@ -10,12 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from megatron.longseq.figures import complete_file
+from megatron.longseq.flexsp.plan.cost_file import save_cost
+from megatron.longseq.flexsp.tools.simulate import CORPORA
 from megatron.longseq.planner.plan.bounds import PlanningProblem
 from megatron.longseq.planner.plan.cluster import cluster
 from megatron.longseq.planner.plan.explain import explain
+from megatron.longseq.planner.plan.flexsp_search import DocumentTask, search_documents
 from megatron.longseq.planner.plan.model import architecture
 from megatron.longseq.planner.plan.search import branch_and_bound
 from megatron.longseq.planner.plan.task import PlanningTask, parse_count, planning_task
+from megatron.longseq.planner.tools.document_lengths import steps_of
+from megatron.longseq.planner.tools.flexsp_tables import (
+    DocumentReport,
+    document_launch_text,
+    document_report_json,
+    document_report_text,
+)
 from megatron.longseq.planner.tools.search_tables import SearchReport, launch_text, report_json, report_text
 
 # Flags that restrict the search to some values: the field of `SearchSpace`, and what the values are.
@@ -31,6 +41,8 @@ _RESTRICTIONS = {
     "paro-group-size": ("group_sizes", "ranks of a PaRO group"),
 }
 
+_NOT_WITH_LENGTHS = ("virtual", "micro_batch", "segments", "slacks")
+
 
 def add_search_command(commands: Any) -> None:
     """Add the command to the planner's subparsers."""
@@ -41,7 +53,8 @@ def add_search_command(commands: Any) -> None:
     command.add_argument("--seq-length", required=True, metavar="N", help="tokens of a sequence, such as 128K")
     batch = command.add_mutually_exclusive_group(required=True)
     batch.add_argument("--global-batch-tokens", metavar="N", help="tokens of a step, such as 4M")
-    batch.add_argument("--global-batch-size", metavar="N", help="sequences of a step")
+    batch.add_argument("--global-batch-size", metavar="N", help="sequences of a step; with --lengths its documents")
+    _add_documents(command.add_argument_group("documents", "steps of whole documents instead of full sequences"))
     command.add_argument(
         "--set",
         nargs="+",
@@ -63,11 +76,22 @@ def add_search_command(commands: Any) -> None:
     command.set_defaults(run=run)
 
 
+def _add_documents(group: Any) -> None:
+    group.add_argument(
+        "--lengths",
+        metavar="FILE|NAME",
+        help=f"lengths of documents, one a line, or a corpus ({', '.join(CORPORA)}): plan FlexSP, and compare it with "
+        "packed sequences; --seq-length is the most tokens of a document",
+    )
+    group.add_argument("--length-steps", type=int, default=2, metavar="N", help="steps that are drawn (default 2)")
+
+
 def _add_restrictions(group: Any) -> None:
     for flag, (field, what) in _RESTRICTIONS.items():
         group.add_argument(f"--{flag}", dest=field, nargs="+", type=int, metavar="N", help=what)
     group.add_argument("--strategies", nargs="+", metavar="PGO", help="triplets of --paro, upstream, upstream-zero1")
     group.add_argument("--no-zero-bubble", action="store_true", help="do not search zero-bubble schedules")
+    group.add_argument("--local-layers", action="store_true", help="train with --transformer-impl local")
     group.add_argument("--float32", action="store_true", help="train in float32 instead of bf16")
 
 
@@ -79,12 +103,55 @@ def run(args: argparse.Namespace) -> str:
     """
     if args.top < 1:
         raise ValueError(f"--top {args.top}: give at least 1")
+    if args.lengths is not None:
+        return _run_documents(args)
     report = search(task_of(args), args.top, tuple(shlex.split(args.training_flags or "")), args.site)
     if args.output is not None:
         _write(report, args.output)
     if args.command_only:
         return launch_text(report, report.ranked[0][0])
     return json.dumps(report_json(report), indent=1) if args.json else report_text(report)
+
+
+def _run_documents(args: argparse.Namespace) -> str:
+    """Search for the documents of --lengths, and return the text that the command prints."""
+    if args.length_steps < 1:
+        raise ValueError(f"--length-steps {args.length_steps}: give at least 1")
+    given = [flag for flag, (field, _) in _RESTRICTIONS.items() if field in _NOT_WITH_LENGTHS and getattr(args, field)]
+    if given:
+        raise ValueError(f"--{given[0]} with --lengths: FlexSP has one micro-batch of packed documents and no segments")
+    started = time.process_time()
+    tokens = None if args.global_batch_tokens is None else parse_count(args.global_batch_tokens)
+    task = task_of(args)
+    if task.model.attention_dropout:
+        raise ValueError(
+            "--lengths: the model has attention_dropout above 0, which packed documents do not support; give --set "
+            "attention_dropout=0"
+        )
+    documents = None if tokens else task.space.global_batch_size
+    steps = steps_of(args.lengths, task.space.seq_length, documents, tokens, args.length_steps)
+    found = DocumentTask(task, tuple(map(tuple, steps)), tokens)
+    plans = search_documents(found)
+    cost_file = None if args.output is None else str(args.output / "flexsp-cost.json")
+    training = tuple(shlex.split(args.training_flags or ""))
+    report = DocumentReport(found, plans, time.process_time() - started, training, args.site, cost_file)
+    if args.output is not None:
+        _write_documents(report, args.output)
+    if args.command_only:
+        return document_launch_text(report, plans[0])
+    return json.dumps(document_report_json(report), indent=1) if args.json else document_report_text(report)
+
+
+def _write_documents(report: DocumentReport, folder: Path) -> None:
+    """Write the files of `_write`, the cost model of the first plan, and a picture of its first step."""
+    from megatron.longseq.flexsp.tools.figure import draw
+
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {"plans.json": json.dumps(document_report_json(report), indent=1), "plans.md": document_report_text(report)}
+    _write_texts(folder, {**texts, "launch.sh": document_launch_text(report, report.plans[0])})
+    save_cost(report.plans[0].one.cost, folder / "flexsp-cost.json")
+    shown = {plan.name: plan.found.plans[0] for plan in reversed(report.plans) if plan.found.plans}
+    draw(shown, report.search.steps[0], folder / "groups.svg")
 
 
 def task_of(args: argparse.Namespace) -> PlanningTask:
@@ -101,8 +168,8 @@ def task_of(args: argparse.Namespace) -> PlanningTask:
         sequences = parse_count(args.global_batch_size)
     else:
         tokens = parse_count(args.global_batch_tokens)
-        sequences = tokens // seq_length
-        if tokens % seq_length:
+        sequences = max(1, tokens // seq_length) if args.lengths is not None else tokens // seq_length
+        if args.lengths is None and tokens % seq_length:
             raise ValueError(
                 f"--global-batch-tokens {args.global_batch_tokens}: not a multiple of --seq-length {args.seq_length}; "
                 f"the nearest are {sequences * seq_length} and {(sequences + 1) * seq_length}"
@@ -114,8 +181,9 @@ def task_of(args: argparse.Namespace) -> PlanningTask:
         given["strategies"] = tuple(args.strategies)
     if args.no_zero_bubble:
         given["zero_bubble"] = (False,)
-    if args.float32:
-        given["base"] = {}
+    given["base"] = {} if args.float32 else {"bf16": True}
+    if args.local_layers:
+        given["base"]["transformer_impl"] = "local"
     return planning_task(model, machine, seq_length, sequences, **given)
 
 
@@ -191,11 +259,16 @@ def _nothing(problem: PlanningProblem) -> str:
 
 
 def _write(report: SearchReport, folder: Path) -> None:
-    """Write plans.json, plans.md and the pictures into a folder, which is created."""
+    """Write plans.json, plans.md, launch.sh and the pictures into a folder, which is created."""
     from megatron.longseq.planner.tools.search_figures import draw_all
 
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("plans.json", json.dumps(report_json(report), indent=1)), ("plans.md", report_text(report))):
+    texts = {"plans.json": json.dumps(report_json(report), indent=1), "plans.md": report_text(report)}
+    _write_texts(folder, {**texts, "launch.sh": launch_text(report, report.ranked[0][0])})
+    draw_all(report, folder)
+
+
+def _write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    for name, text in texts.items():
         with complete_file(folder / name) as half:
             half.write_text(text + "\n")
-    draw_all(report, folder)

@@ -12,7 +12,7 @@ from megatron.longseq.planner.plan.launch import PlanChoice
 from megatron.longseq.planner.plan.memory import schedule_of
 from megatron.longseq.planner.plan.search import branch_and_bound
 from megatron.longseq.planner.plan.step import stage_costs
-from megatron.longseq.planner.tools.search_tables import SearchReport, execution_text, layout_text, sharding_text
+from megatron.longseq.planner.tools.search_tables import SearchReport, plan_text
 
 COLOURS = (BLUE, ORANGE, GREEN, SKY, PURPLE, RED, "#F0E442", "#999999", "#444444", "#8C6D31", "#BBBBBB")
 _GB = 1e9
@@ -58,6 +58,7 @@ def draw_seconds(report: SearchReport, file: Path) -> None:
         axes = _axes(figure, right=0.72)
         names = [str(number) for number in range(1, len(found) + 1)]
         _stack(axes, names, {kind: [one[kind] for one in found] for kind in kinds})
+        axes.set_xlim(-0.6, max(len(names), 4) - 0.4)
         axes.set_xlabel("plan")
         axes.set_ylabel("seconds of a step")
         axes.set_title("what a step consists of", **TITLE)
@@ -84,18 +85,14 @@ def draw_front(problem: PlanningProblem, file: Path) -> None:
         for number, (size, _, seconds) in enumerate(points, start=1):
             axes.annotate(str(number), (size / _GB, seconds), textcoords="offset points", xytext=(5, 4))
         text = "\n".join(
-            f"{number}: {_words(problem, choice)}" for number, (_, choice, _) in enumerate(points, start=1)
+            f"{number}: {plan_text(choice, problem.task.space.gpus)}"
+            for number, (_, choice, _) in enumerate(points, start=1)
         )
         axes.text(0.98, 0.97, text, transform=axes.transAxes, ha="right", va="top", fontsize=6.5)
         axes.margins(x=0.08, y=0.35)
         axes.set_xlabel("GB of the fullest rank, with the reserve")
         axes.set_ylabel("seconds of a step")
         axes.set_title("the fastest plan for a limit of memory", **TITLE)
-
-
-def _words(problem: PlanningProblem, choice: PlanChoice) -> str:
-    parts = (layout_text(choice.layout, problem.task.space.gpus), execution_text(choice.execution))
-    return "; ".join([*(part for part in parts if part != "-"), sharding_text(choice.sharding)])
 
 
 def draw_timeline(problem: PlanningProblem, choice: PlanChoice, file: Path) -> None:

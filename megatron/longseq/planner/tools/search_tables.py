@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from megatron.longseq.command_line import markdown_table
 from megatron.longseq.planner.plan.bounds import PlanningProblem
+from megatron.longseq.planner.plan.cluster import Cluster
 from megatron.longseq.planner.plan.explain import Explanation, differences
 from megatron.longseq.planner.plan.launch import (
     PlanChoice,
@@ -16,6 +17,7 @@ from megatron.longseq.planner.plan.launch import (
 )
 from megatron.longseq.planner.plan.search import LeafPrice, SearchCount
 from megatron.longseq.planner.plan.space import Execution, ParallelLayout, StateSharding
+from megatron.longseq.planner.plan.step import StepPrediction
 from megatron.longseq.planner.plan.task import PlanningTask
 from megatron.longseq.planner.tools.predict_command import full_result
 
@@ -70,7 +72,9 @@ def execution_text(execution: Execution) -> str:
     if recomputation.granularity == "selective":
         parts.append(f"recompute {' + '.join(recomputation.modules)}")
     elif recomputation.granularity == "full":
-        layers = "every layer" if recomputation.method == "uniform" else f"{recomputation.num_layers} layers a stage"
+        number = recomputation.num_layers
+        some = f"{number} layer{'s' if number != 1 else ''} a stage"
+        layers = "every layer" if recomputation.method == "uniform" else some
         parts.append(f"recompute {layers}")
     if execution.chunk_tokens:
         parts.append(f"loss in chunks of {execution.chunk_tokens}")
@@ -82,6 +86,13 @@ def sharding_text(sharding: StateSharding) -> str:
     if sharding.strategy is None:
         return "distributed optimizer" if sharding.distributed_optimizer else "none"
     return f"PaRO {sharding.strategy}" + (f", groups of {sharding.group_size}" if sharding.group_size else "")
+
+
+def plan_text(choice: PlanChoice, gpus: int) -> str:
+    """Return a plan as a short text, such as `TP 2, CP 1 x 8, DP 4, micro-batch 1; 4 segments; PaRO NIG`."""
+    layout, execution, sharding = choice
+    parts = (layout_text(layout, gpus), execution_text(execution), sharding_text(sharding))
+    return "; ".join(part for part in parts if part not in ("-", "none"))
 
 
 def training_words(task: PlanningTask, choice: PlanChoice, training: tuple[str, ...] = ()) -> list[str]:
@@ -132,9 +143,8 @@ def plans_table(report: SearchReport) -> str:
     return markdown_table(head, rows)
 
 
-def breakdown_table(report: SearchReport) -> str:
-    """Return the seconds of the first plan by kind, with the communication that compute hides."""
-    one = report.problem.prediction(report.ranked[0][0])
+def seconds_table(one: StepPrediction) -> str:
+    """Return the seconds of a plan by kind, with the communication that compute hides."""
     rows = [
         (kind, f"{seconds:.4g}", f"{seconds / one.step_seconds:.1%}", f"{one.hidden.get(kind, 0.0):.4g}")
         for kind, seconds in one.breakdown.items()
@@ -143,14 +153,13 @@ def breakdown_table(report: SearchReport) -> str:
     return markdown_table(("part of the step", "seconds", "share", "hidden behind compute, s"), rows)
 
 
-def memory_table(report: SearchReport) -> str:
-    """Return the memory of every stage of the first plan at its peak, by kind."""
-    one = report.problem.prediction(report.ranked[0][0])
+def stages_table(one: StepPrediction, machine: Cluster) -> str:
+    """Return the memory of every stage of a plan at its peak, by kind."""
     kinds = [kind for kind in one.stages[0] if any(stage[kind] for stage in one.stages)]
     rows = []
     for number, stage in enumerate(one.stages):
         total = sum(stage.values())
-        reserve = report.problem.task.cluster.reserve_bytes(total)
+        reserve = machine.reserve_bytes(total)
         cells = [f"{stage[kind] / _GB:.2f}" for kind in kinds]
         rows.append((str(number), *cells, f"{reserve / _GB:.2f}", f"{(total + reserve) / _GB:.2f}"))
     return markdown_table(("stage", *kinds, "reserve", "GB"), rows)
@@ -199,7 +208,9 @@ def report_text(report: SearchReport) -> str:
         "of processor time"
     )
     best = report.ranked[0][0]
-    parts = [title, plans_table(report), effort, "The first plan:", breakdown_table(report), memory_table(report)]
+    first = report.problem.prediction(best)
+    parts = [title, plans_table(report), effort, "The first plan:", seconds_table(first)]
+    parts.append(stages_table(first, task.cluster))
     return "\n\n".join([*parts, explanation_text(report), "Launch it with:", f"```\n{launch_text(report, best)}\n```"])
 
 

@@ -12,6 +12,7 @@ from megatron.longseq.sharding.plan.collectives import (
     bucket_collectives,
     never_flat,
 )
+from megatron.longseq.sharding.plan.gather_window import gather_count
 from megatron.longseq.sharding.plan.memory import MEGATRON, Model, Widths
 from megatron.longseq.sharding.plan.rank_groups import RankGroups
 from megatron.longseq.sharding.plan.strategy import Strategy
@@ -65,21 +66,36 @@ class StepVolume:
     """What a rank sends in a step, by term.
 
     Attributes:
-        params: before the forward of each micro-batch, and again before its backward.
+        params: all-gathers of all buckets, once. They run before the forward of each micro-batch and again before its
+            backward, except for buckets that selective overlap keeps between passes.
         grads: after the backward of each micro-batch.
         finish_grads: after the backward of the last micro-batch.
         finish_params: after the optimizer's step.
+        buckets, prefetch_units: see `comm_volume`.
     """
 
     params: CommVolume
     grads: CommVolume
     finish_grads: CommVolume
     finish_params: CommVolume
+    buckets: int = 1
+    prefetch_units: int = 0
+
+    def gathers(self, microbatches: int) -> CommVolume:
+        """Return what a step of A micro-batches, one after the other, sends in all-gathers of parameters."""
+        count = gather_count(self.buckets, self.prefetch_units, 2 * microbatches, 2 * microbatches - 1)
+        all_of_them = self.params * count
+        return CommVolume(
+            all_of_them.inside // self.buckets,
+            all_of_them.between // self.buckets,
+            all_of_them.flat // self.buckets,
+            all_of_them.collectives // self.buckets,
+        )
 
     @property
     def microbatch(self) -> CommVolume:
-        """What each micro-batch sends."""
-        return self.params * 2 + self.grads
+        """What each micro-batch sends after the first one."""
+        return self.gathers(2) + self.gathers(1) * -1 + self.grads
 
     @property
     def finish(self) -> CommVolume:
@@ -88,7 +104,7 @@ class StepVolume:
 
     def step(self, microbatches: int) -> CommVolume:
         """Return what a step of A micro-batches sends."""
-        return self.microbatch * microbatches + self.finish
+        return self.gathers(microbatches) + self.grads * microbatches + self.finish
 
 
 def comm_volume(
@@ -99,6 +115,7 @@ def comm_volume(
     *,
     buckets: int = 1,
     is_flat: bool = False,
+    prefetch_units: int = 0,
 ) -> StepVolume:
     """Return what a rank sends under a strategy.
 
@@ -107,6 +124,8 @@ def comm_volume(
         model: its parameters. Frozen parameters are gathered like others, but neither reduced nor sent after a step.
         buckets: number of buckets of parameters, and of gradients.
         is_flat: whether flat collectives run where there are any (--paro-collectives flat).
+        prefetch_units: --paro-prefetch-units, with every bucket of parameters as a unit; 0: without
+            --paro-selective-overlap.
     """
     terms = bucket_collectives(strategy, groups, is_flat=always_flat if is_flat else never_flat)
     params, trained = model.shard(groups) * widths.param, model.trainable_shard(groups)
@@ -115,4 +134,6 @@ def comm_volume(
         grads=volume(terms.grads, groups, trained * widths.grad_wire, buckets),
         finish_grads=volume(terms.finish_grads, groups, trained * widths.grad_wire, buckets),
         finish_params=volume(terms.finish_params, groups, trained * widths.param, buckets),
+        buckets=buckets,
+        prefetch_units=prefetch_units,
     )

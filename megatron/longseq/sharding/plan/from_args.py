@@ -195,15 +195,37 @@ def widths(args: Namespace) -> Widths:
     )
 
 
-def summary(plan: ShardingPlan, sizes: Widths) -> str:
-    """Return one line: the strategy, and its memory and communication in bytes per parameter of a rank's model."""
+def units_of_chunk(args: Namespace) -> int:
+    """Return the number of layers of a model chunk, which are gathered one by one."""
+    chunks = args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1)
+    return max(1, int(args.num_layers) // int(chunks))
+
+
+def summary(plan: ShardingPlan, sizes: Widths, units: int = 1, prefetch_units: int = 0) -> str:
+    """Return one line: the strategy, and its memory and communication in bytes per parameter of a rank's model.
+
+    Args:
+        plan: what the flags ask for.
+        sizes: bytes of an element.
+        units: see `units_of_chunk`.
+        prefetch_units: see `comm_volume`.
+    """
     ranks = plan.groups.ranks
-    model = Model(ranks, ranks)  # shards of one element: bytes of a rank divided by n are bytes per parameter
+    count = ranks * units
+    model = Model(count, count)  # shards of one element a unit: bytes of a rank over this are bytes per parameter
     held = memory(plan.strategy, plan.groups, model, sizes)
-    sent = comm_volume(plan.strategy, plan.groups, model, sizes, is_flat=plan.is_flat)
+    sent = comm_volume(
+        plan.strategy,
+        plan.groups,
+        model,
+        sizes,
+        buckets=units,
+        is_flat=plan.is_flat,
+        prefetch_units=prefetch_units,
+    )
 
     def each(size: int) -> str:
-        return f"{size / ranks:.4g}"
+        return f"{size / count:.4g}"
 
     def scopes(term: CommVolume) -> str:
         flat = f" + {each(term.flat)} flat" if term.flat else ""

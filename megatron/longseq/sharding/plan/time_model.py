@@ -191,6 +191,8 @@ class TrainingJob:
         widths: bytes of an element.
         mode: --paro-collectives.
         buckets: number of buckets of parameters, and of gradients.
+        gathers: all-gathers of each bucket of parameters in a micro-batch, on average; with selective overlap fewer
+            than 2 (`gather_window.gather_count`).
 
     Raises:
         ValueError: there is no bucket.
@@ -203,6 +205,7 @@ class TrainingJob:
     widths: Widths = MEGATRON
     mode: CollectivesMode = CollectivesMode.HIERARCHICAL
     buckets: int = 1
+    gathers: float = 2.0
 
     def __post_init__(self) -> None:
         if self.buckets < 1:
@@ -251,7 +254,7 @@ def predict(strategy: Strategy, job: TrainingJob) -> Prediction:
     terms = bucket_collectives(strategy, job.groups, is_flat=is_flat)
     params = job.model.shard(job.groups) * job.widths.param
     trained = job.model.trainable_shard(job.groups)
-    gathered = _term_seconds(terms.params, job, params)
+    gathered = _term_seconds(terms.params, job, params) * job.gathers / 2  # in one pass
     reduced = _term_seconds(terms.grads, job, trained * job.widths.grad_wire)
     finish_grads = _term_seconds(terms.finish_grads, job, trained * job.widths.grad_wire)
     finish_params = _term_seconds(terms.finish_params, job, trained * job.widths.param)

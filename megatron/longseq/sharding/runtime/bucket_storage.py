@@ -1,7 +1,7 @@
 """The memory of a bucket's gradients and parameters: the full bucket while layers use it, otherwise this rank's shard.
 
-Layers, fused kernels and upstream's hooks keep views of the full bucket for good. Its memory is allocated and released
-under them by resizing the storage, so no view has to be bound again.
+Layers, fused kernels and upstream's hooks keep views of the full bucket for good. Its storage gets memory from a pool
+and gives it back under these views, so no view has to be bound again.
 """
 
 from bisect import bisect_right
@@ -14,11 +14,14 @@ from torch.overrides import TorchFunctionMode
 
 from megatron.longseq.sharding.plan.collectives import Collectives
 from megatron.longseq.sharding.plan.strategy import Level
+from megatron.longseq.sharding.runtime.buffer_pool import BufferPool
 from megatron.longseq.sharding.runtime.collectives import Region
 from megatron.longseq.sharding.runtime.comm_queue import Callback, Work
 from megatron.longseq.sharding.runtime.comm_streams import allocate_on_default_stream
 from megatron.longseq.sharding.runtime.state import ShardingState, cut
 
+# Exchanges the memory of two storages, of which one may be empty (PyTorch 2.13; also used by its own CUDA graphs).
+CAN_SWAP = hasattr(torch.UntypedStorage, "_swap_data_ptr_")
 IN_FLIGHT = 2  # buckets of gradients in flight besides the one that is being filled: one on each kind of link
 
 
@@ -31,19 +34,32 @@ class FullBucket:
     Args:
         numel: elements of the bucket.
         dtype, device: of its tensor.
+        pool: lends memory; None: the bucket allocates its own.
     """
 
-    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(
+        self, numel: int, dtype: torch.dtype, device: torch.device | str, pool: BufferPool | None = None
+    ) -> None:
         with allocate_on_default_stream(torch.device(device)):
             self.flat = torch.empty(numel, dtype=dtype, device=device)
         self.flat.zero_()
         self.is_allocated = True
+        self._pool = pool if CAN_SWAP else None
+        self._lender: Tensor | None = None  # the pool's buffer, without memory while the bucket has it
 
-    def allocate(self) -> None:
-        """Allocate the memory, unless it is there already; its content is then undefined."""
+    def allocate(self, *, is_pooled: bool = True) -> None:
+        """Allocate the memory, unless it is there already; its content is then undefined.
+
+        Args:
+            is_pooled: take it from the pool. Otherwise it is freed by `release`, so the pool does not keep it.
+        """
         if not self.is_allocated and self._memory().resizable():
-            with allocate_on_default_stream(self.flat.device):
-                self._memory().resize_(self.flat.numel() * self.flat.element_size())
+            if is_pooled and self._pool is not None:
+                self._lender = self._pool.take(self.flat.numel(), self.flat.dtype, self.flat.device)
+                self._memory()._swap_data_ptr_(self._lender.untyped_storage())  # type: ignore[attr-defined]
+            else:
+                with allocate_on_default_stream(self.flat.device):
+                    self._memory().resize_(self.flat.numel() * self.flat.element_size())
         self.is_allocated = True
 
     def release(self) -> None:
@@ -51,7 +67,11 @@ class FullBucket:
 
         Memory that is shared with something else, as with a checkpoint's writer on a CPU, stays allocated.
         """
-        if self._memory().resizable():
+        if self._lender is not None and self._pool is not None:
+            self._memory()._swap_data_ptr_(self._lender.untyped_storage())  # type: ignore[attr-defined]
+            self._pool.give(self._lender)
+            self._lender = None
+        elif self._memory().resizable():
             with allocate_on_default_stream(self.flat.device):
                 self._memory().resize_(0)
         self.is_allocated = False
@@ -79,7 +99,7 @@ class _Store:
         self, sharding: ShardingState, level: Level, numel: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         self.sharding, self.level, self.numel = sharding, level, numel
-        self.full = FullBucket(numel, dtype, device)
+        self.full = FullBucket(numel, dtype, device, sharding.buffers)
         self.shard_range = sharding.shard_range(level, numel)
         self.shard = self.full.flat
         if level is not Level.NONE:
@@ -251,14 +271,19 @@ class ParamStore(_Store):
             self.syncing.wait()
             self.syncing = None
 
-    def gather(self, user: str) -> None:
-        """Start gathering the full bucket for a user, unless it is there already; behind `sync`, if it is at work."""
+    def gather(self, user: str, *, is_pooled: bool = True) -> None:
+        """Start gathering the full bucket for a user, unless it is there already; behind `sync`, if it is at work.
+
+        Args:
+            user: name of the unit, for `release`.
+            is_pooled: see `FullBucket.allocate`.
+        """
         if self.level is Level.NONE:
             return
         self._users.add(user)
         if self.full.is_allocated:
             return
-        self.full.allocate()
+        self.full.allocate(is_pooled=is_pooled)
         full, shard = cut(self.full.flat, self.shard_range), self.shard
 
         def copy() -> None:

@@ -105,6 +105,12 @@ class ShardedDataParallel(distributed_data_parallel.DistributedDataParallel):
         for group in self.bucket_groups:
             group.grads.scale(scaling_factor)
 
+    def zero_grad_buffer(self) -> None:
+        """See upstream, which calls this when a step begins."""
+        super().zero_grad_buffer()
+        if self.gather_hooks is not None:
+            self.gather_hooks.begin_step()
+
     def broadcast_params(self) -> None:
         """See upstream."""
         super().broadcast_params()

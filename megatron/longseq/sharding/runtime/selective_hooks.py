@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron.longseq.sharding.plan.gather_window import Direction, Point, launch_point, window
+from megatron.longseq.sharding.plan.gather_window import Direction, PassHistory, Point, launch_point, window
 from megatron.longseq.sharding.runtime.unit_hooks import GatherHooks, State, Unit, in_backward, tensors_with_grad
 
 ATTENTION = "core_attention"  # the last part of the name of upstream's modules that communicate
@@ -33,6 +33,7 @@ class SelectiveGatherHooks(GatherHooks):
     def __init__(self, units: Sequence[Unit], depth: int, *, communicates: bool, is_last: Callable[[], bool]) -> None:
         super().__init__(units)
         self._depth, self._is_last = depth, is_last
+        self._history = PassHistory()
         self._pending: tuple[Unit, Direction] | None = None
         self.points: dict[Unit, dict[Direction, Point]] = {}
         for unit in self.units if communicates else ():
@@ -41,6 +42,10 @@ class SelectiveGatherHooks(GatherHooks):
                 self.points[unit] = _points(unit, depth)
                 attention[-1].register_forward_pre_hook(self._before_attention(unit), with_kwargs=True)
                 attention[-1].register_forward_hook(self._after_attention(unit))
+
+    def begin_step(self) -> None:
+        """See `GatherHooks`; from now on, passes are expected in the order of the step before."""
+        self._history.begin_step()
 
     def _before_attention(self, unit: Unit) -> Any:
         """Return a hook that finds the end of the attention's backward, at which its inputs have their gradients."""
@@ -59,9 +64,17 @@ class SelectiveGatherHooks(GatherHooks):
         return hook
 
     def _use(self, unit: Unit, state: State) -> None:
-        if state is State.FORWARD and not self._is_all_gathered:
-            self._release_except(self._window(unit, Direction.FORWARD))
+        if state is State.FORWARD:
+            if unit is self._order[0] and unit.module.training:
+                self._history.begin_pass(Direction.FORWARD)
+            if not self._is_all_gathered:
+                self._release_except(self._window(unit, Direction.FORWARD))
         super()._use(unit, state)
+
+    def _begin(self, unit: Unit, state: State) -> None:
+        if not self._has_callback:
+            self._history.begin_pass(Direction.BACKWARD)
+        super()._begin(unit, state)
 
     def _prefetch(self, unit: Unit, direction: int) -> None:
         way = Direction.FORWARD if direction > 0 else Direction.BACKWARD
@@ -82,21 +95,16 @@ class SelectiveGatherHooks(GatherHooks):
     def _end_forward(self, unit: Unit) -> None:
         self._launch(unit, Direction.FORWARD)  # where attention did not run
         place = self._order.index(unit)
-        if place < len(self._order) - 1:
-            following = self._window(self._order[place + 1], Direction.FORWARD)
-            if unit not in following:
-                self._release(unit)
-            return
-        backward = [other for other in self._order if other.has_backward and other.is_reached]
-        turns = unit.module.training and bool(backward)
-        self._release_except(self._window(backward[-1], Direction.BACKWARD) if turns else [])
+        if place == len(self._order) - 1:
+            self._release_except(self._first_window(unit, Direction.FORWARD))
+        elif unit not in self._window(self._order[place + 1], Direction.FORWARD):
+            self._release(unit)
 
     def _release_finished(self, current: Unit | None) -> None:
-        """Release what the backward does not use any more; with None, what the next forward does not use either."""
+        """Release what the backward does not use any more; with None, what the next pass does not use either."""
         if current is None:
             self._pending = None
-            kept = [] if self._is_last() else self._window(self._order[0], Direction.FORWARD)
-            self._release_except(kept)
+            self._release_except(self._first_window(self._order[0], Direction.BACKWARD))
             return
         kept, place = self._window(current, Direction.BACKWARD), self._order.index(current)
         for at, unit in enumerate(self._order):
@@ -114,10 +122,27 @@ class SelectiveGatherHooks(GatherHooks):
             else:
                 self._release(unit)
 
+    def _following(self, unit: Unit, direction: Direction) -> Direction | None:
+        """Return the direction of the pass that is expected after a unit's, with the same parameters."""
+        following = self._history.following
+        if direction is Direction.FORWARD:
+            return following if unit.module.training else None
+        if following is Direction.BACKWARD:
+            return following
+        return None if self._is_last() else Direction.FORWARD  # a step may be longer than the one before
+
+    def _first_window(self, unit: Unit, direction: Direction) -> list[Unit]:
+        """Return the window of the first unit of the pass that follows a unit's."""
+        following = self._following(unit, direction)
+        if following is Direction.FORWARD:
+            return self._window(self._order[0], following)
+        backward = [other for other in self._order if other.has_backward and other.is_reached]
+        return self._window(backward[-1], following) if following and backward else []
+
     def _window(self, unit: Unit, direction: Direction) -> list[Unit]:
-        turns = unit.module.training if direction is Direction.FORWARD else not self._is_last()
         has_backward = [other.has_backward and other.is_reached for other in self._order]
-        places = window(self._order.index(unit), direction, has_backward, self._depth, turns=turns)
+        following = self._following(unit, direction)
+        places = window(self._order.index(unit), direction, has_backward, self._depth, following)
         return [self._order[place] for place in places]
 
 

@@ -43,7 +43,7 @@ class ShardingState:
         sent: what this rank has sent.
         in_flight: `GradStore`s whose full bucket is being reduced, in order.
         copies_in_flight: `GradStore`s of which a copy of the sums is being sent in the communication dtype, in order.
-        buffers: of copies in the communication dtype.
+        buffers: memory of full buckets and of copies in the communication dtype.
     """
 
     strategy: Strategy

@@ -72,9 +72,12 @@ class GatherHooks:
         """Gather all parameters; they stay until the first unit is used."""
         self._is_all_gathered = True
         for unit in self.units:
-            self._gather(unit)
+            self._gather(unit, is_pooled=False)  # the pool must not keep an unsharded model
         for unit in self.units:
             self._wait(unit)
+
+    def begin_step(self) -> None:
+        """Note that a step of the optimizer is over, and another one begins."""
 
     def release_all(self) -> None:
         """Release all full buckets."""
@@ -149,9 +152,9 @@ class GatherHooks:
         if direction > 0 or following.is_reached:
             self._gather(following)
 
-    def _gather(self, unit: Unit) -> None:
+    def _gather(self, unit: Unit, *, is_pooled: bool = True) -> None:
         for store in unit.stores:
-            store.gather(unit.name)
+            store.gather(unit.name, is_pooled=is_pooled)
 
     def _wait(self, unit: Unit) -> None:
         for store in unit.stores:
