@@ -22,7 +22,7 @@ setup(
         "psutil",  # upstream's checkpoint writer imports it
     ],
     extras_require={
-        "run": ["tensorboard", "matplotlib", "scipy"],
+        "run": ["tensorboard", "matplotlib", "scipy", "rich"],
         "data": ["tokenizers", "rich"],
         "cuda": ["transformer-engine[pytorch]", "flash-attn"],
         # What `python -m tests.benchmarks.attention` runs beside ours; it gives them stand-ins for flash-attn.

@@ -13,6 +13,7 @@ from patches import (
     dryrun,
     entry,
     flexsp,
+    guards,
     hooks,
     local,
     log,
@@ -147,6 +148,7 @@ _SYSTEMS = (
     packed,
     paro,
     cross_entropy,
+    guards,
     flexsp,
 )
 

@@ -10,6 +10,7 @@ from megatron.longseq.attention.arguments import add_context_arguments, check_co
 from megatron.longseq.cross_entropy.arguments import add_cross_entropy_arguments, check_cross_entropy_numbers
 from megatron.longseq.dry_run.arguments import add_dry_run_arguments, check_dry_run
 from megatron.longseq.flexsp.arguments import add_flexsp_arguments, check_flexsp_numbers
+from megatron.longseq.guards.arguments import add_guard_arguments, check_guard_numbers
 from megatron.longseq.pipeline.arguments import add_pipeline_arguments, check_pipeline_numbers
 from megatron.longseq.refusals import refuse_unwritable, refuse_without_effect
 from megatron.longseq.sharding.arguments import add_sharding_arguments, check_sharding_numbers
@@ -35,6 +36,7 @@ def add_longseq_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     add_cross_entropy_arguments(parser)
     add_dry_run_arguments(parser)
     add_flexsp_arguments(parser)
+    add_guard_arguments(parser)
     return parser
 
 
@@ -54,6 +56,7 @@ def validate_longseq_arguments(args: argparse.Namespace) -> None:
     check_sharding_numbers(args)
     check_cross_entropy_numbers(args)
     check_flexsp_numbers(args)
+    check_guard_numbers(args)
 
 
 def write_arguments_files(args: argparse.Namespace) -> None:

@@ -33,6 +33,8 @@ from megatron.longseq.conversation_dataset import ConversationDataset
 from megatron.longseq.flexsp.arguments import wants_flexsp
 from megatron.longseq.flexsp.runtime.data import planned_steps
 from megatron.longseq.freeze import add_freeze_arguments, check_train_only, freeze_hook
+from megatron.longseq.guards.arguments import locates_gradients
+from megatron.longseq.refusals import explained_refusals
 from megatron.longseq.unserved import refuse_unserved, without_effect
 
 Batch = dict[str, torch.Tensor | None]
@@ -174,7 +176,8 @@ def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tens
     total = (losses.reshape(-1).float() * mask).sum()
     tokens = mask.sum().detach().to(torch.int)
     args, rerun = get_args(), get_rerun_state_machine()
-    if args.check_for_nan_in_loss_and_grad:
+    is_examined_later = torch.is_grad_enabled() and locates_gradients(args)  # with the gradients, on all ranks at once
+    if args.check_for_nan_in_loss_and_grad and not is_examined_later:
         for name, is_bad in (("NaN", torch.isnan), ("Inf", torch.isinf)):
             rerun.validate_result(
                 result=total,
@@ -289,7 +292,8 @@ def main() -> None:
     if args.rank == 0:
         for line in without_effect(sys.argv[1:]):
             print(f"> WARNING: {line}", flush=True)
-    model = model_config(args)
+    with explained_refusals("the model of these flags"):
+        model = model_config(args)
     if args.train_only is not None:
         check_train_only(args.train_only)
         model.pre_wrap_hooks.append(freeze_hook(args.train_only))

@@ -1,8 +1,10 @@
 """Flags that do not go together: one table per reason, and one error that lists every match."""
 
 import os
+import traceback
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +76,25 @@ def refuse_unwritable(flag: str, folder: Path, advice: str) -> None:
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"{flag}: {existing} is not a folder that this process can write to; {advice}.")
+
+
+@contextmanager
+def explained_refusals(what: str) -> Iterator[None]:
+    """Turn errors of upstream's checks into one that says what was checked. Many of its assertions have no message.
+
+    Args:
+        what: what upstream checks in the body of this context.
+
+    Raises:
+        ValueError: names the check that failed, by its message or its source, and where it stands.
+    """
+    try:
+        yield
+    except (AssertionError, ArithmeticError, LookupError, TypeError, AttributeError, NotImplementedError) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+        text = str(error).strip() or f"this does not hold: {(place.line or '').removeprefix('assert ')}"
+        where = f"{Path(place.filename).name}, line {place.lineno}"
+        raise ValueError(
+            f"upstream refuses {what}: {kind}{text} ({where}). Change the flags that this names."
+        ) from error

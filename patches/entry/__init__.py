@@ -1,6 +1,6 @@
 """System `entry`: add our flags, choose the patches, and compare them between ranks and with checkpoints."""
 
-from patches.hooks import INITIALIZE, READ_CHECKPOINT
+from patches.hooks import INITIALIZE, READ_CHECKPOINT, VALIDATE_ARGS
 from patches.record import Callback, Record
 
 RECORDS = (
@@ -29,6 +29,15 @@ CALLBACKS = (
         when="patches.conditions:always",
         test="tests/unit/test_patches_entry.py::test_ranks_that_differ_are_refused_on_every_rank",
         remove_when="upstream calls a hook at the end of initialize_megatron",
+    ),
+    Callback(
+        id="entry.refusals",
+        hook=VALIDATE_ARGS,
+        impl="patches.entry.hooks:with_explained_refusals",
+        why="Many of upstream's checks are assertions without a message, or fail in the arithmetic behind them.",
+        when="patches.conditions:always",
+        test="tests/faults/test_fuzz.py::test_flags",
+        remove_when="upstream's checks of its flags have messages",
     ),
     Callback(
         id="entry.checkpoint-digest",

@@ -1,19 +1,23 @@
 """What the ledger does at upstream's argument parsing and initialisation."""
 
+import os
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron.longseq import arguments
 from megatron.longseq.attention.arguments import serves_core_attention
 from megatron.longseq.attention.plan.model_difference import READS, model_difference
+from megatron.longseq.refusals import explained_refusals
 from patches.conditions import has_local_layers, no_cuda
 from patches.engine import digest, session
 from patches.errors import RankMismatch
 from patches.packed.conditions import serves_documents
 
+ROOT = Path(__file__).resolve().parents[2]
 Provider = Callable[[ArgumentParser], ArgumentParser]
 
 
@@ -94,6 +98,20 @@ def escape_help(parser: ArgumentParser) -> None:
             action.help = (action.help or "").replace("%", "%%")
 
 
+def with_explained_refusals(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `validate_args`: an assertion of upstream's becomes an error that says which check failed.
+
+    Raises:
+        ValueError: upstream refuses the flags.
+    """
+
+    def validate_args(args: Any, defaults: dict[str, Any] | None = None) -> Any:
+        with explained_refusals("these flags"):
+            return original(args, defaults or {})
+
+    return validate_args
+
+
 def agree_on_patches(initialize_megatron: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap upstream's `initialize_megatron`: once the ranks are connected, they compare their patches."""
 
@@ -102,6 +120,7 @@ def agree_on_patches(initialize_megatron: Callable[..., Any]) -> Callable[..., A
         if callable(finish):  # with --lazy-mpu-init the caller connects the ranks later, by this function
             return agree_on_patches(finish)
         compare_ranks(session.SESSION.hashes)
+        compare_code()
         _write_arguments()
         return finish
 
@@ -134,6 +153,38 @@ def compare_ranks(hashes: Mapping[str, str]) -> None:
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, dict(hashes))
     refuse_disagreement(gathered)
+
+
+def compare_code() -> None:
+    """Compare the source files of this project on all nodes; the first rank of each node reads them.
+
+    Raises:
+        RankMismatch: on every rank; names the ranks whose node has other files than most.
+    """
+    import torch.distributed as dist
+
+    from megatron.longseq.preflight.facts import code_digest
+
+    if not dist.is_initialized() or dist.get_backend() == "fake":
+        return
+    own = (
+        code_digest((ROOT / "megatron/longseq", ROOT / "patches")) if os.environ.get("LOCAL_RANK", "0") == "0" else None
+    )
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    ranks: dict[str, list[int]] = {}
+    for rank, digest_of_node in enumerate(gathered):
+        if digest_of_node is not None:
+            ranks.setdefault(digest_of_node, []).append(rank)
+    if len(ranks) > 1:
+        most, *others = sorted(ranks, key=lambda key: (-len(ranks[key]), ranks[key]))
+        raise RankMismatch(
+            "the nodes have different versions of this project's code",
+            where="; ".join(f"ranks {_spans(ranks[key])}: {key}" for key in others)
+            + f" (compared with ranks {_spans(ranks[most])}: {most})",
+            why="they would diverge or hang later",
+            todo="install the same version on all nodes, or use scripts/launch.sh, which copies the code of a run",
+        )
 
 
 def refuse_disagreement(gathered: list[dict[str, str]]) -> None:

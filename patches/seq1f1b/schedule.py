@@ -65,11 +65,12 @@ def _forward_backward() -> Any:
     from megatron.training import get_args
 
     from megatron.longseq.pipeline.forward_backward import ForwardBackward
+    from patches.guards.runtime import current_record
     from patches.packed.model import packed_reader
     from patches.usp.conditions import spreads_segments
     from patches.usp.runtime import current_context
 
-    args = get_args()
+    args, record = get_args(), current_record()
     plan, by_documents = _plan(args), args.seq1f1b_partition == BY_DOCUMENTS
     if args.zero_bubble:  # its order depends on the padded vocabulary, which is known only now
         prove_batches(args, plan)
@@ -84,6 +85,7 @@ def _forward_backward() -> Any:
         timeout=timedelta(minutes=args.distributed_timeout_minutes),
         trace=functools.partial(write_trace, Path(args.pipeline_trace)) if args.pipeline_trace else None,
         trace_step=args.pipeline_trace_step,
+        after_microbatch=None if record is None else record.after_microbatch,
         wants_times=times_of(args),
     )
 

@@ -46,12 +46,15 @@ class Section:
 
 
 CPU = "--device cpu"
-TESTED = ("attention", "pipeline", "sharding_lanes", "sharding_pool", "cross_entropy")
-TESTS = "-q -m gpu " + " ".join(f"tests/gpu/test_{name}.py" for name in TESTED)
 STACK = "--layers 2 --model-layers 8 --hidden 32 --heads 4 --ffn 48 --splits 2 --repeats 1 --dtype float32 --stages 4"
 LENGTHS = "--microbatches 4"
 SPEED = "--layers 2 --hidden 64 --heads 4 --groups 2 --ffn 96 --repeats 1 --dtype float32 --splits 1 2"
 RING = "--dtype float32 --ranks 2 --heads 4 --groups 2 --dim 16 --ffn 96 --ulysses 4 --rounds 1"
+
+
+def _tests(name: str, seconds: int, *files: str) -> Step:
+    given = "-q -m gpu " + " ".join(f"tests/gpu/test_{file}.py" for file in files)
+    return Step(name, "pytest", given, f"{given} --collect-only", seconds)
 
 
 def _training(name: str, arguments: str, seconds: int) -> Step:
@@ -95,10 +98,12 @@ SECTIONS = (
     ),
     Section(
         "ring and PaRO",
-        "USP's ring on one device against float64; PaRO on one rank against upstream's distributed optimizer",
+        "USP's ring on one device against float64; PaRO on one rank against upstream's distributed optimizer, and "
+        "tests of its streams and its pool of buffers",
         (
             Step("ring", "tests.gpu.ring", "", f"{CPU} --tiny", 40),
-            _training("PaRO", "paro", 105),
+            _training("PaRO", "paro", 70),
+            _tests("queues and pool", 20, "sharding_lanes", "sharding_pool"),
         ),
     ),
     Section(
@@ -123,7 +128,7 @@ SECTIONS = (
     Section(
         "tests",
         "the tests of tests/gpu that need a device and no more packages",
-        (Step("pytest", "pytest", TESTS, f"{TESTS} --collect-only", 120),),
+        (_tests("pytest", 90, "attention", "pipeline", "cross_entropy"),),
     ),
 )
 

@@ -25,9 +25,11 @@ from tests.regression.noise import FACTOR
 SYSTEMS = {
     "seq1f1b": {f"K {k}": f"--seq1f1b-splits {k}" for k in (1, 2, 4)}
     | {"K 4, zero bubble": "--seq1f1b-splits 4 --zero-bubble", "K 1, slack 1": "--seq1f1b-slack 1"},
-    "paro": {name: f"--paro {name} --paro-group-size 1" for name in ("NNG", "NIG", "GGG")}
-    | {"NIG, K 2": "--paro NIG --paro-group-size 1 --seq1f1b-splits 2"}
-    | {"IIG, selective": "--paro IIG --paro-group-size 1 --paro-selective-overlap --paro-prefetch-units 2"},
+    "paro": {
+        "NNG": "--paro NNG --paro-group-size 1",
+        "NIG, K 2": "--paro NIG --paro-group-size 1 --seq1f1b-splits 2",
+        "IIG, selective": "--paro IIG --paro-group-size 1 --paro-selective-overlap --paro-prefetch-units 2",
+    },
     "stages": {f"P 2, K {k}": f"--seq1f1b-splits {k}" for k in (1, 2, 4)},
 }
 BASE = {

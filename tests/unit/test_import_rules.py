@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SYSTEMS = ("attention", "pipeline", "sharding", "flexsp")
+SYSTEMS = ("attention", "pipeline", "sharding", "flexsp", "guards")
 PLANNED = (*SYSTEMS, "planner")  # with a `plan` folder
 UPSTREAM = ("torch", "megatron.core", "megatron.training")
 

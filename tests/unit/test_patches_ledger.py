@@ -115,14 +115,16 @@ def test_upstreams_entry_points_are_hooked_once_each():
     places = [place for one in ledger.RECORDS if one.action != "context" for place in one.places]
     assert len(places) == len(set(places))
     hooked = {one.target.partition(":")[2]: [c.id for c in one.callbacks] for one in ledger.RECORDS if one.callbacks}
-    systems = ("cpu", "data", "seq1f1b", "usp", "packed", "paro", "cross_entropy", "flexsp")
-    assert hooked["validate_args"] == [f"{system}.arguments" for system in systems]
+    systems = ("data", "seq1f1b", "usp", "packed", "paro", "cross_entropy", "flexsp")
+    innermost = ["cpu.arguments", "entry.refusals"]  # what upstream itself refuses is explained
+    assert hooked["validate_args"] == innermost + [f"{system}.arguments" for system in systems]
     started = [
         "cpu.initialize",
         "entry.rank-agreement",
         "entry.preflight",
         "usp.groups",
         "paro.groups",
+        "guards.monitor",
         "flexsp.groups",
     ]
     assert hooked["initialize_megatron"] == started, "ranks are compared before systems create groups"

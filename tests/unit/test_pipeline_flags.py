@@ -588,7 +588,13 @@ def chosen_by(case: list[str]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("case", ["", "--seq1f1b-splits 1"])
+# The guards act around upstream's function unless they are off.
+UNGUARDED = (
+    "--no-locate-nonfinite-gradients --loss-spike-policy off --stall-timeout-minutes 0 --first-step-timeout-minutes 0"
+)
+
+
+@pytest.mark.parametrize("case", [UNGUARDED, f"{UNGUARDED} --seq1f1b-splits 1"])
 def test_without_our_flags_upstreams_own_function_runs(ranks: RankPool, case: str) -> None:
     (found,) = ranks.run(1, chosen_by, flags(TINY, case))
     assert found == {"applied": [], "upstreams": [True] * 3}

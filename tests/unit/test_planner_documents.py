@@ -8,11 +8,17 @@ from typing import Any
 import pytest
 
 from megatron.longseq.flexsp.plan.plan import Kind
+from megatron.longseq.planner.plan import flexsp_search
+from megatron.longseq.planner.plan.cluster import cluster
 from megatron.longseq.planner.plan.flags import read
 from megatron.longseq.planner.plan.flexsp_cost import most_tokens, rank_bytes
+from megatron.longseq.planner.plan.flexsp_search import DocumentTask, search_documents
 from megatron.longseq.planner.plan.flexsp_step import document_run, pack, predict_flexsp, predict_packed
+from megatron.longseq.planner.plan.model import architecture
 from megatron.longseq.planner.plan.step import predict
+from megatron.longseq.planner.plan.task import planning_task
 from megatron.longseq.planner.tools.cli import main
+from megatron.longseq.planner.tools.document_lengths import steps_of
 from tests.pool import RankPool
 from tests.unit.test_planner_launch import validate
 
@@ -109,6 +115,18 @@ def test_training_accepts_printed_plans_of_documents(
     again = json.loads(capsys.readouterr().out)
     assert again["peak_gb"] == pytest.approx(best["FlexSP"]["peak_gb"])
     assert again["step_seconds"] == pytest.approx(best["FlexSP"]["step_seconds"], rel=0.25)  # two steps instead of one
+
+
+@pytest.mark.slow  # every candidate is planned
+def test_the_search_finds_what_planning_every_candidate_finds() -> None:
+    model = architecture("gpt-1.7b", {"attention_dropout": 0.0, "num_layers": 8})
+    task = planning_task(model, cluster("a100-4,memory_bytes=24e9"), 16384, 16, strategies=("upstream-zero1", "GGG"))
+    steps = tuple(map(tuple, steps_of("github", 16384, 16, None, 1)))
+    search = DocumentTask(task, steps)
+    candidates = list(flexsp_search._candidates(search))
+    assert len(candidates) > 50
+    every = [flexsp_search._predict(search, one, "heuristic").seconds for one in candidates]
+    assert search_documents(search)[0].seconds <= 1.01 * min(every)
 
 
 def write_corpus(prefix: Path) -> str:

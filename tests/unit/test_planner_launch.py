@@ -145,6 +145,17 @@ def test_the_table_explains_the_first_plan(capsys: pytest.CaptureFixture[str], t
         (["--tensor-model-parallel-size", "3"], "no layout divides 16 GPUs"),
         (["--model", "deepseek-v3"], "the planner searches dense models"),
         (["--top", "0"], "--top 0: give at least 1"),
+        (["--set", "swiglu=maybe"], "swiglu is 'maybe', neither true nor false"),
+        (["--set", "vocab_size=0"], "it has no vocab_size; give --set vocab_size="),
+        (["--set", "normalization=BatchNorm"], "normalization 'BatchNorm': the GPT script trains with LayerNorm or"),
+        (["--set", "hidden_dropout=1"], "hidden_dropout 1: give 0 or more, and less than 1"),
+        (["--context-parallel-size", "0"], "--context-parallel-size 0: give at least 1"),
+        (["--seq1f1b-slack", "-1"], "--seq1f1b-slack -1: give at least 0"),
+        (["--gpus", "0"], "--gpus 0: give at least 1"),
+        (["--training-flags", "--lr '1"], "--training-flags --lr '1: No closing quotation"),
+        (["--set", "sms=0"], "cluster a100-16: sms must be positive, not 0"),
+        (["--set", "link_latency=-1"], "cluster a100-16: link_latency must be 0 or more, not -1.0"),
+        (["--set", "node_bandwidth=inf"], "cluster a100-16: node_bandwidth must be positive, not inf"),
         (["--strategies", "GNN"], "unknown strategies GNN: give some of upstream, upstream-zero1, NNI"),
     ],
     ids=str,
@@ -152,3 +163,39 @@ def test_the_table_explains_the_first_plan(capsys: pytest.CaptureFixture[str], t
 def test_errors_say_what_to_do(changes: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, *ONE_LAYOUT, *changes]) == 1
     assert message in capsys.readouterr().err
+
+
+LLAMA = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+LLAMA |= {"num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256, "hidden_act": "silu"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"hidden_act": "gelu_pytorch_tanh"},
+            "hidden_act 'gelu_pytorch_tanh': only families with a gated MLP and SiLU",
+        ),
+        ({"hidden_size": "4096"}, "hidden_size is '4096', not a whole number"),
+        ({"num_hidden_layers": 32.5}, "num_layers is 32.5, not a whole number"),
+        ({"num_key_value_heads": 5}, "num_query_groups 5 does not divide num_attention_heads 32"),
+        ({"intermediate_size": None}, "lacks 'intermediate_size'; give upstream's flags in a JSON file"),
+        ({"model_type": "mixtral", "num_local_experts": 8}, "the planner searches dense models"),
+    ],
+    ids=str,
+)
+def test_configs_that_cannot_be_planned_are_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {name: value for name, value in (LLAMA | changes).items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main([*SMALL, *ONE_LAYOUT, "--model", str(tmp_path)]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_config_with_a_window_and_dropout_is_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"sliding_window": 4096, "attention_dropout": 0.1}))
+    found = architecture(str(tmp_path), {})
+    assert (found.window_size, found.attention_dropout) == (4095, 0.1)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"sliding_window": 4096, "use_sliding_window": False}))
+    assert architecture(str(tmp_path), {}).window_size == 0

@@ -42,6 +42,7 @@ class ForwardBackward:
         timeout: time after which a missing message is an error; None: the backend's own.
         trace: called with the schedule, this rank's place and its measured actions of one step; None: not measured.
         trace_step: training step to measure, from 1; None: every step.
+        after_microbatch: called with virtual stage and micro-batch when the gradients of the micro-batch are added.
         wants_times: says of a training step, by its number in this process from 1, whether to measure it for
             `take_measured`; None: no step.
     """
@@ -56,6 +57,7 @@ class ForwardBackward:
     timeout: timedelta | None = None
     trace: Callable[[Schedule, int, tuple[ActionTime, ...]], None] | None = None
     trace_step: int | None = None
+    after_microbatch: Callable[[int, int], None] | None = None
     wants_times: Callable[[int], bool] | None = None
     channels: StageChannels | None = None
     chunks: list[SegmentedModel] = field(default_factory=list)
@@ -226,6 +228,7 @@ class ForwardBackward:
             reporter=self.reporter,
             weights=self.weights if schedule.splits_weights else None,
             sums=self.sums,
+            after_microbatch=self.after_microbatch,
             timer=StepTimer(DeviceClock() if torch.cuda.is_available() else HostClock()) if is_measured else None,
         )
 

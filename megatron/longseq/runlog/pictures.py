@@ -8,12 +8,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron.longseq.figures import BLUE, GREEN, LEGEND, ORANGE, PURPLE, RED, TITLE, axes_at, figure_file
+from megatron.longseq.figures import BLUE, GREEN, LEGEND, ORANGE, PURPLE, RED, SKY, TITLE, axes_at, figure_file
 from megatron.longseq.runlog import record
 from megatron.longseq.runlog.folder import Record
 from megatron.longseq.runlog.screen import number
 
 POINTS = 1500  # of a curve; longer ones are drawn as means of equal pieces
+FEWEST_BARS = 8  # room is left for so many
 BARS = 128  # ranks drawn as bars; more are drawn as a curve in the order of their memory
 _WIDE, _HIGH, _LEFT, _GAP = 11.0, 1.75, 0.85, 0.62  # inches
 
@@ -68,7 +69,7 @@ def training_curves(
         restarts: the steps at which a further start began.
     """
     loss = [(name, series, colour) for (name, series), colour in zip(losses(steps).items(), _COLOURS, strict=False)]
-    apart = [(f"{name}, held out", series, RED) for name, series in held_out.items()]
+    apart = [(f"{name}, held out", series, _HELD_OUT[at % 3]) for at, (name, series) in enumerate(held_out.items())]
     norm, rate = of_field(steps, "grad_norm"), of_field(steps, "learning_rate")
     panels = [
         ("loss", [*loss, *apart]),
@@ -96,7 +97,8 @@ def speed_curves(steps: Sequence[Record], restarts: Sequence[int]) -> Callable[[
     return lambda file: _draw(file, known, restarts)
 
 
-_COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
+_COLOURS = (BLUE, SKY, GREEN, PURPLE)
+_HELD_OUT = (RED, ORANGE, "#555555")
 
 
 def _draw(file: Path, panels: Sequence[tuple[str, list[tuple[str, Series, str]]]], restarts: Sequence[int]) -> None:
@@ -113,6 +115,7 @@ def _draw(file: Path, panels: Sequence[tuple[str, list[tuple[str, Series, str]]]
             for at in restarts:
                 axes.axvline(at, color="#999999", linewidth=0.8, linestyle=(0, (4, 3)))
             _frame(axes, title, has_legend=any(name for name, _, _ in curves))
+            axes.xaxis.get_major_locator().set_params(integer=True)
             if index == len(panels) - 1:
                 axes.set_xlabel("step", fontsize=8)
 
@@ -138,9 +141,10 @@ def memory_of_ranks(memory: Record) -> Callable[[Path], None]:
         with figure_file(file, _WIDE, 2.6, axes_linewidth=0.6) as figure:
             axes = axes_at(figure, (_LEFT, 0.55, _WIDE - _LEFT - 0.15, 1.7))
             if len(peaks) <= BARS:
-                axes.bar(range(len(peaks)), peaks, color=BLUE, width=min(0.8, len(peaks) / 16))
+                axes.bar(range(len(peaks)), peaks, color=BLUE, width=0.8)
+                axes.set_xlim(-0.6, max(len(peaks), FEWEST_BARS) - 0.4)
                 axes.set_xlabel("rank", fontsize=8)
-                axes.xaxis.get_major_locator().set_params(integer=True)
+                axes.set_xticks(range(0, len(peaks), max(1, len(peaks) // 16)))
             else:
                 axes.plot(sorted(peaks, reverse=True), color=BLUE, linewidth=1.2)
                 axes.set_xlabel("ranks in the order of their memory", fontsize=8)

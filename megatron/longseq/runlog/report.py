@@ -23,8 +23,8 @@ th { font-weight: 600; border-bottom: 1px solid #bbb; } tr + tr td { border-top:
 .tiles { display: flex; flex-wrap: wrap; gap: .8rem; padding: 0; margin: 1.2rem 0; list-style: none; }
 .tiles li { background: #f3f5f7; border-radius: 6px; padding: .6rem .9rem; min-width: 7.5rem; }
 .tiles b { display: block; font-size: 1.25rem; } .tiles span { color: #555; font-size: .85rem; }
-.bad { color: #a3210a; } pre { background: #f6f6f6; padding: .7rem; overflow-x: auto; font-size: .8rem; }
-.note { color: #555; font-size: .9rem; } summary { cursor: pointer; }
+.bad { color: #a3210a; } .note { color: #555; font-size: .9rem; } summary { cursor: pointer; }
+pre { background: #f6f6f6; padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; }
 .scroll { overflow-x: auto; } .scroll img { width: auto; max-width: none; }
 """
 
@@ -85,9 +85,9 @@ def _tiles(run: RunFolder, steps: Sequence[Record]) -> str:
         ("TFLOP/s/GPU, median", f"{_median(warm, 'tflops_per_gpu'):.4g}"),
     ]
     if any("mfu" in step for step in warm):
-        figures.append(("MFU, median", f"{_median(warm, 'mfu'):.1%}"))
+        figures.append(("MFU, median", f"{100 * _median(warm, 'mfu'):.3g}%"))
     if any("bubble" in step for step in warm):
-        figures.append(("bubble, median", f"{_median(warm, 'bubble'):.1%}"))
+        figures.append(("bubble, median", f"{100 * _median(warm, 'bubble'):.3g}%"))
     figures.append(("peak memory, most of all ranks", f"{number(last, 'memory_bytes') / record.GIB:.2f} GiB"))
     figures.append(("restarts", str(len(run.starts) - 1)))
     cells = "".join(f"<li><b>{escape(value)}</b><span>{escape(name)}</span></li>" for name, value in figures)
@@ -131,7 +131,8 @@ def _memory(starts: Sequence[Start]) -> str:
     if memory is None:
         return ""
     source = pictures.inline(pictures.memory_of_ranks(memory))
-    return _picture(source, "peak memory of each rank", "Memory of the ranks", f"Up to step {memory['iteration']}.")
+    note = f"At step {memory['iteration']}. No rank has grown by 1% since then."
+    return _picture(source, "peak memory of each rank", "Memory of the ranks", note)
 
 
 def _timeline(run: RunFolder) -> str:
@@ -163,7 +164,7 @@ def _timeline(run: RunFolder) -> str:
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{top}</tr>{body}</table>"
+    return f'<div class="scroll"><table><tr>{top}</tr>{body}</table></div>'
 
 
 def _starts(starts: Sequence[Start]) -> str:

@@ -19,7 +19,6 @@ ROWS = 8
 STARTS = 6
 WARNINGS = 4
 CHART_HEIGHT = 6
-LAGS_S = 60.0  # a rank whose log is older than the newest one by more is named
 
 # heading, field, format, the unit that it is divided by
 COLUMNS = (
@@ -172,9 +171,12 @@ def _ranks(start: Start) -> Text:
         text = f"ranks: {len(logs)} have written" + (f"; failed: {failed}" if failed else "")
         return Text(text, style="red" if failed else "none")
     newest = max(log.written_at for log in logs)
-    text = f"ranks: {len(logs)} of {(start.run or {}).get('world_size', len(logs))} have written"
-    text += f", the last of them {max(0.0, time.time() - newest):.0f} s ago"
-    return Text(text)
+    world = (start.run or {}).get("world_size", len(logs))
+    text = f"ranks: {len(logs)} of {world} have written, the last of them {max(0.0, time.time() - newest):.0f} s ago"
+    missing = sorted(set(range(world)) - {log.rank for log in logs})
+    if missing:
+        text += f"; no log of {missing[:8]}{' ...' if len(missing) > 8 else ''}"
+    return Text(text, style="red" if missing else "none")
 
 
 def show_once(run: RunFolder, console: Console) -> None:

@@ -63,6 +63,7 @@ class Executor:
         weights: keeps deferred weight gradients, if the schedule has WEIGHT actions.
         timer: measures the actions, if the step is traced.
         sums: per virtual stage the sums of gradients over a micro-batch's segments; empty with whole sequences.
+        after_microbatch: called with virtual stage and micro-batch when the gradients of the micro-batch are added.
         alive: forward to backward: a unit's input, its output, and its loss if the loss has a graph of its own.
         reports: what the loss function has reported.
     """
@@ -78,6 +79,7 @@ class Executor:
     weights: WeightGradStore | None = None
     timer: StepTimer | None = None
     sums: Sequence[GradSums] = ()
+    after_microbatch: Callable[[int, int], None] | None = None
     alive: dict[Unit, tuple[Any, Any, Any]] = field(default_factory=dict)
     reports: list[Any] = field(default_factory=list)
 
@@ -230,8 +232,12 @@ class Executor:
         if action.kind is kind and action.segment == last:
             self.chunks[action.vstage].leave(action.microbatch)
         final = ActionKind.BACKWARD if self.weights is None else ActionKind.WEIGHT
-        if self.sums and action.kind is final and action.segment == 0:  # a micro-batch's backwards follow one another
+        if action.kind is not final or action.segment != 0:  # a micro-batch's backwards follow one another
+            return
+        if self.sums:
             self.sums[action.vstage].close()
+        if self.after_microbatch is not None:
+            self.after_microbatch(action.vstage, action.microbatch)
 
     def _assert_finished(self) -> None:
         if self.alive:

@@ -168,6 +168,13 @@ class HangReporter:
         """
         self._outstanding = (*_still_open(self._outstanding), _Open(wait, self._clock(), is_done))
 
+    def current(self) -> Wait | None:
+        """Return what this rank waits for now, the oldest such wait, or None. Any thread may call this."""
+        blocked = self._blocked
+        if blocked is not None:
+            return blocked.wait
+        return next((item.wait for item in _still_open(self._outstanding)), None)
+
     def check(self) -> None:
         """Report a wait that is due. The thread calls this repeatedly."""
         now = self._clock()

@@ -6,6 +6,7 @@ A cluster is named FAMILY-GPUS, such as a800-64. Every number of the family can 
 
 import functools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from importlib import resources
@@ -108,9 +109,11 @@ class Cluster:
     source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "gpus_per_node", "peak_tflops", "memory_bytes", "memory_bandwidth", "link_bandwidth"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"cluster {self.name}: {name} must be positive, not {getattr(self, name)}")
+        for name in (*NUMBERS, "gpus"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
+                least = "0 or more" if name in _MAY_BE_ZERO else "positive"
+                raise ValueError(f"cluster {self.name}: {name} must be {least}, not {value}")
 
     @functools.cached_property
     def _hash(self) -> int:
@@ -133,6 +136,11 @@ class Cluster:
         return self.context_bytes + self.fragmentation * allocated
 
 
+_MAY_BE_ZERO = (
+    *("fp8_peak_tflops", "product_depth", "message_bytes", "layer_seconds", "microbatch_seconds", "step_seconds"),
+    *("link_latency", "network_latency", "imbalance", "workspace_bytes", "deterministic_workspace_bytes"),
+    *("gradient_copy_bytes", "context_bytes", "fragmentation"),
+)
 _FIELDS = {one.name: one for one in fields(Cluster)}
 _NO_NUMBERS = ("name", "gpus", "products", "defaults", "source", "splits_messages")
 _WHOLE = ("gpus_per_node", "sms", "product_depth")

@@ -152,14 +152,9 @@ def _shardings(task: PlanningTask, layout: ParallelLayout) -> list[tuple[StateSh
 
 def _flexible(search: DocumentTask, candidates: Sequence[_Candidate]) -> list[DocumentPlan]:
     """Return the best plans of FlexSP, and the best one with a single degree under the same layout as the first."""
-    bounded = []
-    for number, candidate in enumerate(candidates):
-        ranks = candidate.one.run.data_parallel_size
-        problem = StepProblem(search.steps[0], ranks, candidate.one.cost, automatic_degrees(ranks))
-        bounded.append((step_bound(problem) + candidate.besides, number))
     taken: dict[tuple[int, int], int] = {}
     quick: list[tuple[float, int]] = []
-    for _, number in sorted(bounded):
+    for number in _bounded(search, candidates):
         sizes = candidates[number].choice.layout[:2]
         taken[sizes] = taken.get(sizes, 0) + 1
         if taken[sizes] <= _PER_SIZES and len(quick) < _BOUNDED:
@@ -168,6 +163,24 @@ def _flexible(search: DocumentTask, candidates: Sequence[_Candidate]) -> list[Do
     plans = sorted((_predict(search, one, "heuristic") for one in best), key=lambda plan: plan.seconds)
     static = _one_degree(search, next(one for one in best if one.choice == plans[0].choice))
     return [*plans, *([static] if static else [])]
+
+
+def _bounded(search: DocumentTask, candidates: Sequence[_Candidate]) -> list[int]:
+    """Return the numbers of candidates by FlexSP's bound, without those whose least work alone is above it."""
+    lengths = search.steps[0]
+    tokens, squares = sum(lengths), sum(length * length for length in lengths)
+    shares = []
+    for number, (_, one, besides) in enumerate(candidates):
+        work = one.cost.linear * tokens + one.cost.square * squares
+        shares.append((work / one.run.data_parallel_size + besides, number))
+    found: list[tuple[float, int]] = []
+    for share, number in sorted(shares):
+        if len(found) >= 2 * _BOUNDED and share > sorted(found)[_BOUNDED - 1][0]:
+            break
+        ranks = candidates[number].one.run.data_parallel_size
+        problem = StepProblem(lengths, ranks, candidates[number].one.cost, automatic_degrees(ranks))
+        found.append((step_bound(problem) + candidates[number].besides, number))
+    return [number for _, number in sorted(found)]
 
 
 def _predict(search: DocumentTask, candidate: _Candidate, planner: PlannerName) -> DocumentPlan:

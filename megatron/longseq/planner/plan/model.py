@@ -86,6 +86,8 @@ class Architecture:
             value = getattr(self, field.name)
             if field.type is int and (isinstance(value, bool) or not isinstance(value, int)):
                 raise ValueError(f"{field.name} is {value!r}, not a whole number")
+            if field.type is bool and not isinstance(value, bool):
+                raise ValueError(f"{field.name} is {value!r}, neither true nor false")
         for size in ("num_layers", "hidden_size", "num_attention_heads"):
             if getattr(self, size) < 1:
                 raise ValueError(f"{size} must be at least 1, not {getattr(self, size)}")

@@ -11,6 +11,11 @@ from megatron.longseq.planner.plan.model import Architecture
 from megatron.longseq.planner.plan.space import ModelSizes, SearchSpace
 
 _SUFFIXES = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+# Values of upstream's flags with which `examples/pretrain_gpt.py` builds a dense GPT.
+_CHOICES = {
+    "position_embedding_type": ("learned_absolute", "rope", "none"),
+    "normalization": ("LayerNorm", "RMSNorm"),
+}
 _FLAGS_OF_LAUNCH_ONLY = ("paro_links",)
 
 
@@ -69,6 +74,14 @@ def planning_task(
             f"model {model.name or 'given by flags'}: the planner searches dense models with grouped-query attention; "
             "price one configuration of a model with experts or latent attention with the command predict"
         )
+    if not (model.vocab_size or model.padded_vocab_size):
+        raise ValueError(f"model {model.name or 'given by flags'}: it has no vocab_size; give --set vocab_size=...")
+    for name, known in _CHOICES.items():
+        if getattr(model, name) not in known:
+            raise ValueError(f"{name} {getattr(model, name)!r}: the GPT script trains with {' or '.join(known)}")
+    for name in ("hidden_dropout", "attention_dropout"):
+        if not 0 <= getattr(model, name) < 1:
+            raise ValueError(f"{name} {getattr(model, name)}: give 0 or more, and less than 1")
     if model.attention_dropout and restrictions.get("context") is None:
         restrictions["context"] = (1,)  # attention over context-parallel ranks has no dropout
     base = restrictions.pop("base", {"bf16": True})

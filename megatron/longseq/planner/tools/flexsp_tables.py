@@ -106,7 +106,7 @@ def document_report_text(report: DocumentReport) -> str:
     search, first = report.search, report.plans[0]
     task, lengths = search.task, search.steps[0]
     title = (
-        f"{task.model.name or 'model'} ({task.model.parameters / 1e9:.2f} billion parameters) on {task.cluster.name}, "
+        f"{task.model.name or 'model'} ({task.model.parameters / 1e9:.3g} billion parameters) on {task.cluster.name}, "
         f"steps of documents of up to {task.space.seq_length} tokens; the first of {len(search.steps)} steps has "
         f"{len(lengths)} documents, {sum(lengths)} tokens, the longest {max(lengths)}"
     )

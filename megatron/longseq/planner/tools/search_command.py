@@ -18,6 +18,7 @@ from megatron.longseq.planner.plan.explain import explain
 from megatron.longseq.planner.plan.flexsp_search import DocumentTask, search_documents
 from megatron.longseq.planner.plan.model import architecture
 from megatron.longseq.planner.plan.search import branch_and_bound
+from megatron.longseq.planner.plan.space import Recomputation
 from megatron.longseq.planner.plan.task import PlanningTask, parse_count, planning_task
 from megatron.longseq.planner.tools.document_lengths import steps_of
 from megatron.longseq.planner.tools.flexsp_tables import (
@@ -64,8 +65,9 @@ def add_search_command(commands: Any) -> None:
     )
     command.add_argument("--top", type=int, default=5, metavar="N", help="plans to print (default 5)")
     _add_restrictions(command.add_argument_group("restrictions", "search only some values; default: all that fit"))
-    command.add_argument("--json", action="store_true", help="print JSON")
-    command.add_argument("--command-only", action="store_true", help="print the launch command of the best plan alone")
+    printed = command.add_mutually_exclusive_group()
+    printed.add_argument("--json", action="store_true", help="print JSON")
+    printed.add_argument("--command-only", action="store_true", help="print the launch command of the best plan alone")
     command.add_argument("--output", type=Path, metavar="FOLDER", help="write plans.json, plans.md and pictures here")
     command.add_argument(
         "--training-flags",
@@ -91,6 +93,7 @@ def _add_restrictions(group: Any) -> None:
         group.add_argument(f"--{flag}", dest=field, nargs="+", type=int, metavar="N", help=what)
     group.add_argument("--strategies", nargs="+", metavar="PGO", help="triplets of --paro, upstream, upstream-zero1")
     group.add_argument("--no-zero-bubble", action="store_true", help="do not search zero-bubble schedules")
+    group.add_argument("--no-recomputation", action="store_true", help="do not search recomputation")
     group.add_argument("--local-layers", action="store_true", help="train with --transformer-impl local")
     group.add_argument("--float32", action="store_true", help="train in float32 instead of bf16")
 
@@ -101,11 +104,10 @@ def run(args: argparse.Namespace) -> str:
     Raises:
         ValueError: an argument is not understood, or no plan fits.
     """
-    if args.top < 1:
-        raise ValueError(f"--top {args.top}: give at least 1")
+    _check_numbers(args)
     if args.lengths is not None:
         return _run_documents(args)
-    report = search(task_of(args), args.top, tuple(shlex.split(args.training_flags or "")), args.site)
+    report = search(task_of(args), args.top, _training_words(args), args.site)
     if args.output is not None:
         _write(report, args.output)
     if args.command_only:
@@ -113,10 +115,36 @@ def run(args: argparse.Namespace) -> str:
     return json.dumps(report_json(report), indent=1) if args.json else report_text(report)
 
 
+def _check_numbers(args: argparse.Namespace) -> None:
+    """Refuse numbers that are too small.
+
+    Raises:
+        ValueError: names the flag.
+    """
+    numbers: list[tuple[str, list[int], int]] = [
+        (flag, getattr(args, field) or [], int(field != "slacks")) for flag, (field, _) in _RESTRICTIONS.items()
+    ]
+    numbers += [("top", [args.top], 1), ("length-steps", [args.length_steps], 1)]
+    numbers += [("gpus", [] if args.gpus is None else [args.gpus], 1)]
+    for flag, values, least in numbers:
+        if values and min(values) < least:
+            raise ValueError(f"--{flag} {min(values)}: give at least {least}")
+
+
+def _training_words(args: argparse.Namespace) -> tuple[str, ...]:
+    """Return the words of --training-flags.
+
+    Raises:
+        ValueError: a quotation is not closed.
+    """
+    try:
+        return tuple(shlex.split(args.training_flags or ""))
+    except ValueError as error:
+        raise ValueError(f"--training-flags {args.training_flags}: {error}") from error
+
+
 def _run_documents(args: argparse.Namespace) -> str:
     """Search for the documents of --lengths, and return the text that the command prints."""
-    if args.length_steps < 1:
-        raise ValueError(f"--length-steps {args.length_steps}: give at least 1")
     given = [flag for flag, (field, _) in _RESTRICTIONS.items() if field in _NOT_WITH_LENGTHS and getattr(args, field)]
     if given:
         raise ValueError(f"--{given[0]} with --lengths: FlexSP has one micro-batch of packed documents and no segments")
@@ -133,8 +161,8 @@ def _run_documents(args: argparse.Namespace) -> str:
     found = DocumentTask(task, tuple(map(tuple, steps)), tokens)
     plans = search_documents(found)
     cost_file = None if args.output is None else str(args.output / "flexsp-cost.json")
-    training = tuple(shlex.split(args.training_flags or ""))
-    report = DocumentReport(found, plans, time.process_time() - started, training, args.site, cost_file)
+    spent = time.process_time() - started
+    report = DocumentReport(found, plans, spent, _training_words(args), args.site, cost_file)
     if args.output is not None:
         _write_documents(report, args.output)
     if args.command_only:
@@ -181,6 +209,8 @@ def task_of(args: argparse.Namespace) -> PlanningTask:
         given["strategies"] = tuple(args.strategies)
     if args.no_zero_bubble:
         given["zero_bubble"] = (False,)
+    if args.no_recomputation:
+        given["recomputations"] = (Recomputation(),)
     given["base"] = {} if args.float32 else {"bf16": True}
     if args.local_layers:
         given["base"]["transformer_impl"] = "local"
@@ -252,9 +282,14 @@ def _nothing(problem: PlanningProblem) -> str:
             f"heads, {space.seq_length} tokens and {space.global_batch_size} sequences a step; give another batch, or "
             "fewer restrictions"
         )
+    needs = (
+        f"every layout needs at least {least / 1e9:.1f} GB"
+        if least > task.cluster.memory_bytes
+        else "every plan needs more"
+    )
     return (
-        f"no plan fits: a GPU has {task.cluster.memory_bytes / 1e9:.1f} GB, and every layout needs at least "
-        f"{least / 1e9:.1f} GB; give more GPUs, shorter sequences, or fewer restrictions"
+        f"no plan fits: a GPU has {task.cluster.memory_bytes / 1e9:.1f} GB, and {needs}; give more GPUs, shorter "
+        "sequences, or fewer restrictions"
     )
 
 

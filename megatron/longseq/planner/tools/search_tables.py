@@ -200,7 +200,7 @@ def report_text(report: SearchReport) -> str:
     task, work = report.problem.task, report.work
     space = task.space
     title = (
-        f"{task.model.name or 'model'} ({task.model.parameters / 1e9:.2f} billion parameters) on {task.cluster.name}, "
+        f"{task.model.name or 'model'} ({task.model.parameters / 1e9:.3g} billion parameters) on {task.cluster.name}, "
         f"{space.global_batch_size} sequences of {space.seq_length} tokens a step"
     )
     effort = (

@@ -1,0 +1,1 @@
+"""Guards of a training run: non-finite gradients, loss spikes, stalls, and requests to stop."""

@@ -1,0 +1,140 @@
+"""Guards on ranks: errors planted on one rank end the run, or the step, on all of them."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import guard_variants
+from tests.distributed.flags import OVERLAP, PP2, SHALLOW, TINY, VPP, flags
+from tests.pool import RankFailure, RankPool
+from tests.regression.arm import run_arm
+
+VARIANTS = "tests.distributed.guard_variants"
+PAIRS = "--paro-group-size 2"
+FOUR = "--global-batch-size 8 --train-iters 2"  # four micro-batches on each of two data-parallel ranks
+# name: ranks, flags, name of the parameter
+SYSTEMS = {
+    "seq1f1b": (2, f"{SHALLOW} {PP2} --seq1f1b-splits 2", "decoder.layers.0.mlp.linear_fc2.weight"),
+    "paro": (2, f"{SHALLOW} --paro IIG {FOUR} --overlap-grad-reduce --overlap-param-gather", "layers.1.mlp.linear_fc2"),
+    "upstream-pp": (2, f"{SHALLOW} {PP2}", "decoder.layers.0.mlp.linear_fc2.weight"),
+    "virtual": (2, f"{PP2} {VPP}", "mlp.linear_fc2.weight"),
+    "distributed": (2, f"{SHALLOW} {OVERLAP} {FOUR}", "decoder.layers.1.mlp.linear_fc2.weight"),
+    "ddp": (2, f"{SHALLOW} {FOUR}", "decoder.layers.1.mlp.linear_fc2.weight"),
+    "paro-unsharded": (2, f"{SHALLOW} --paro NNG {FOUR}", "decoder.layers.1.mlp.linear_fc2.weight"),
+    "paro-seq1f1b": (
+        2,
+        f"{SHALLOW} --paro NIG {FOUR} --seq1f1b-splits 2 --overlap-grad-reduce",
+        "decoder.layers.1.mlp.linear_fc2.weight",
+    ),
+    "usp": (
+        2,
+        f"{SHALLOW} --transformer-impl local --context-parallel-size 2 --no-rope-fusion",
+        "decoder.layers.1.mlp.linear_fc2.weight",
+    ),
+}
+BY_DEFAULT = ("seq1f1b", "paro")
+CASES = [pytest.param(name, marks=[] if name in BY_DEFAULT else pytest.mark.slow) for name in SYSTEMS]
+
+
+def logs(ranks: RankPool, world: int) -> list[str]:
+    """Return the output of every rank of the last job."""
+    return [(ranks.logs / f"job{ranks.jobs:03d}-rank{rank}.log").read_text(errors="replace") for rank in range(world)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nan_is_located_under_every_system(ranks: RankPool, name: str) -> None:
+    world, own, parameter = SYSTEMS[name]
+    with pytest.raises(RankFailure) as failure:
+        run_arm(ranks, "O", world, flags(TINY, own), mutant=f"{VARIANTS}:nan_gradient_in_the_third_microbatch")
+    text = str(failure.value)
+    assert "NonFiniteGradients: step 1: a gradient is not finite" in text, text[-3000:]
+    found = re.search(r"first appeared on rank (\d+) \(pipeline stage \d+\) in micro-batch (\d+)\..*", text)
+    assert found is not None, text[-3000:]
+    assert (int(found[1]), int(found[2])) == (guard_variants.RANK, guard_variants.MICROBATCH)
+    assert parameter in found[0] and "Parameter" in found[0]
+
+
+@pytest.mark.slow
+def test_nan_loss_is_located(ranks: RankPool) -> None:
+    with pytest.raises(RankFailure, match=r"loss of micro-batch 2 is not finite on rank 1"):
+        line = flags(TINY, SHALLOW, PP2, "--seq1f1b-splits 2")
+        run_arm(ranks, "O", 2, line, mutant=f"{VARIANTS}:nan_loss_in_the_third_microbatch")
+
+
+def test_spike_is_skipped_on_all_ranks_and_after_resuming(ranks: RankPool, tmp_path: Path) -> None:
+    """The step of the spike changes no weight, and consumes its samples, also where the run resumes before it."""
+    step = guard_variants.SPIKE_STEP
+    own = f"--paro NIG --train-iters 8 --global-batch-size 4 --save-interval {step - 1} --loss-spike-policy skip"
+    line, around = flags(TINY, SHALLOW, own, "--loss-spike-window 8"), (step - 1, step)
+    whole = run_arm(ranks, "O", 2, line, tmp_path, mutant=f"{VARIANTS}:spike", snapshots=around)
+    assert [one["skipped"] for one in whole.curve] == [0] * (step - 1) + [1, 0]
+    before, after = (whole.snapshots[at].weights for at in around)
+    assert before.keys() == after.keys() and all((before[name] == after[name]).all() for name in before)
+    assert len({one["samples"] for one in whole.curve}) == 8
+    assert any("The step is skipped" in log for log in logs(ranks, 2))
+
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(str(step - 1))
+    resumed = run_arm(ranks, "O", 2, [*line, "--load", str(tmp_path)], tmp_path, mutant=f"{VARIANTS}:spike")
+    assert resumed.curve == whole.curve[step - 1 :]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("policy", "ends"), [("stop", True), ("warn", False), ("off", False)])
+def test_policies(ranks: RankPool, policy: str, ends: bool) -> None:
+    step = guard_variants.SPIKE_STEP
+    own = f"{PP2} --train-iters 8 --global-batch-size 2 --loss-spike-policy {policy}"
+    window = "" if policy == "off" else "--loss-spike-window 8"
+    line, mutant = flags(TINY, SHALLOW, own, window), f"{VARIANTS}:spike"
+    if ends:
+        with pytest.raises(RankFailure, match=f"LossSpike: step {step}: loss spike"):
+            run_arm(ranks, "O", 2, line, mutant=mutant)
+        return
+    run = run_arm(ranks, "O", 2, line, mutant=mutant)
+    assert [one["skipped"] for one in run.curve] == [0] * 8
+    assert any(f"WARNING: step {step}: loss spike" in log for log in logs(ranks, 2)) == (policy == "warn")
+
+
+def test_request_to_stop_ends_an_evaluation(ranks: RankPool, tmp_path: Path) -> None:
+    own = "--train-iters 4 --eval-interval 2 --eval-iters 100000 --exit-signal-handler --global-batch-size 2"
+    line = flags(TINY, SHALLOW, PP2, own)
+    run = run_arm(ranks, "O", 2, line, tmp_path, mutant=f"{VARIANTS}:request_in_the_third_evaluation_step")
+    assert [step["iteration"] for step in run.curve] == [1, 2]
+    assert run.planted < 16
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
+
+
+@pytest.mark.slow
+def test_request_to_stop_during_a_save_ends_the_run(ranks: RankPool, tmp_path: Path) -> None:
+    own = "--train-iters 9 --save-interval 2 --exit-signal-handler --global-batch-size 2"
+    run = run_arm(ranks, "O", 2, flags(TINY, SHALLOW, PP2, own), tmp_path, mutant=f"{VARIANTS}:request_during_a_save")
+    assert [step["iteration"] for step in run.curve] == [1, 2]
+    assert run.planted == 2  # one save of each rank
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
+
+
+STALLS = {
+    "seq1f1b": ("--seq1f1b-splits 2", "hang_in_a_forward"),
+    "upstream": ("", "hang_in_a_forward"),
+    "stopped": ("--seq1f1b-splits 2", "stopped_process"),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "seq1f1b" else pytest.mark.slow) for name in STALLS]
+)
+def test_stall_is_reported_in_terms_of_the_schedule(ranks: RankPool, name: str) -> None:
+    own, variant = STALLS[name]
+    limits = "--stall-timeout-minutes 0.05 --first-step-timeout-minutes 3"
+    with pytest.raises(RankFailure, match=r"died without an error message|did not end in time"):
+        line = flags(TINY, SHALLOW, PP2, own, limits, "--global-batch-size 4")
+        run_arm(ranks, "O", 2, line, mutant=f"{VARIANTS}:{variant}", timeout=120)
+    verdict = "\n".join(logs(ranks, 2))
+    assert "STALL: the job makes no progress and is ended" in verdict, verdict[-4000:]
+    assert re.search(r"rank 0 \(\S+, pid \d+\): step 2, train_step, .*stage 0.*from rank 1", verdict), verdict[-4000:]
+    assert "Current thread" in verdict or "Thread 0x" in verdict  # faulthandler's stacks
+    if variant == "stopped_process":
+        assert "rank 1: does not report: it is stopped, dead or cut off; its last heartbeat" in verdict
+    else:
+        assert re.search(r"rank 1 .*step 2, train_step, .*stage 1.*guard_variants", verdict), verdict[-4000:]
+        assert "Look at ranks 1 first" in verdict

@@ -1,0 +1,109 @@
+"""Guards without ranks: scores of losses, reports of findings and stalls, and flags that are refused."""
+
+import math
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+import numpy
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import median_abs_deviation
+
+from megatron.longseq.command_line import flags_table
+from megatron.longseq.guards.arguments import add_guard_arguments, check_guard_numbers, stall_limits
+from megatron.longseq.guards.plan.spikes import FLOOR, LossHistory, robust_score
+from megatron.longseq.guards.runtime.gradients import NonFinite, describe
+from megatron.longseq.guards.runtime.monitor import StallMonitor, StepProgress
+
+LOSSES = st.lists(st.floats(0.1, 20.0), min_size=4, max_size=40)
+
+
+@given(st.floats(0.1, 200.0), LOSSES)
+@settings(max_examples=100)
+def test_score_is_scipys(value: float, losses: list[float]) -> None:
+    middle = numpy.median(losses)
+    scale = max(median_abs_deviation(losses, scale="normal"), FLOOR * middle)
+    assert robust_score(value, losses) == pytest.approx((value - middle) / scale, rel=1e-3)
+
+
+def test_history_scores_spikes_until_they_are_normal() -> None:
+    history = LossHistory(window=10)
+    assert [history.add(2.0 + 0.01 * (step % 3)) for step in range(5)] == [None] * 5
+    score = history.add(2.01)
+    assert score is not None and score < 3
+    # A spike does not hide the next one, and a lasting change is accepted after half of the window.
+    scores = [history.add(4.0) for _ in range(8)]
+    assert all(score is not None and score > 10 for score in scores[:4])
+    assert scores[-1] is not None and scores[-1] < 10
+    assert math.isnan(history.add(math.nan) or 0.0) and all(map(math.isfinite, history.losses))
+
+
+def _finding(rank: int, stage: int, **named: object) -> NonFinite:
+    known = {"loss_microbatch": None, "microbatch": None, "params": (), "counts": ()}
+    return NonFinite(rank=rank, stage=stage, **{**known, **named})  # type: ignore[arg-type]
+
+
+def test_origin_is_the_first_microbatch_and_the_latest_stage() -> None:
+    spread = {"params": ("layers.0.weight", "layers.1.weight"), "counts": (4, 1)}
+    findings = [
+        _finding(0, 0, microbatch=2, **spread),
+        _finding(1, 0, **spread),  # it has the sum only
+        _finding(2, 1, microbatch=2, params=("layers.2.weight", "layers.3.weight"), counts=(9, 2)),
+        _finding(3, 1, microbatch=3, params=("layers.3.weight",), counts=(1,)),
+    ]
+    text = describe(findings, step=7)
+    assert text.startswith("step 7:")
+    assert "on rank 2 (pipeline stage 1) in micro-batch 2" in text
+    assert "Parameter layers.3.weight has 2 such elements on rank 2; 1 parameters before it too" in text
+    assert "Ranks 0, 3 have it too" in text
+    summed = describe([_finding(0, 0, params=("w",), counts=(3,)), _finding(1, 0)], step=1)
+    assert "own gradients are finite" in summed and "Parameter w has 3 such elements on rank 0" in summed
+    forward = describe([_finding(0, 0), _finding(1, 1, loss_microbatch=4, microbatch=4)], step=2)
+    assert "loss of micro-batch 4 is not finite on rank 1" in forward
+
+
+def test_verdict_names_the_ranks_to_look_at() -> None:
+    monitor = StallMonitor(0, 3, store=None, progress=StepProgress(), in_steps=600.0, elsewhere=3600.0)
+    state = {"host": "n1", "pid": 4, "step": 5, "part": "train_step", "seconds": 9.0, "beside": []}
+    waiting = {**state, "wait": "stage 0, action 3 of 16 (forward), waits for its gradient from rank 1"}
+    working = {**state, "wait": "in read (loader.py:3)"}
+    text = monitor.verdict({0: waiting, 1: working, 2: waiting})
+    assert "rank 0 (n1, pid 4): step 5" in text and "waits for its gradient from rank 1" in text
+    monitor.store = object()  # type: ignore[assignment]  # one that fails when it is asked
+    assert "Look at ranks 1 first: they wait for no other rank" in monitor.verdict({0: waiting, 1: working, 2: waiting})
+    silent = monitor.verdict({0: waiting, 1: None, 2: waiting})
+    assert "rank 1: does not report: it is stopped, dead or cut off" in silent
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--loss-spike-window 3", "--loss-spike-window 3: a median needs losses"),
+        ("--loss-spike-threshold 0", "--loss-spike-threshold 0: give a number"),
+        ("--loss-spike-threshold nan", "--loss-spike-threshold nan: give a number"),
+        ("--loss-spike-policy off --loss-spike-window 50", "--loss-spike-policy is off, so it has no effect"),
+        ("--stall-timeout-minutes -1", "--stall-timeout-minutes -1: give minutes"),
+        ("--first-step-timeout-minutes nan", "--first-step-timeout-minutes nan: give minutes"),
+    ],
+)
+def test_numbers_are_refused(line: str, message: str) -> None:
+    parser = ArgumentParser()
+    add_guard_arguments(parser)
+    with pytest.raises(ValueError) as error:
+        check_guard_numbers(parser.parse_args(line.split()))
+    assert message in str(error.value)
+
+
+def test_a_stall_is_reported_before_the_backends_timeout() -> None:
+    parser = ArgumentParser()
+    add_guard_arguments(parser)
+    args = Namespace(**vars(parser.parse_args([])), distributed_timeout_minutes=10)
+    in_steps, elsewhere = stall_limits(args)
+    assert in_steps < 600 < elsewhere
+
+
+def test_the_page_has_the_flags_of_the_parser() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "guards.md").read_text()
+    text = page.split("<!-- flags: begin -->\n")[1].split("\n<!-- flags: end -->")[0]
+    assert text == flags_table(add_guard_arguments)
