@@ -170,10 +170,10 @@ def is_logged(args: Namespace, steps: int) -> bool:
     """Return whether the coming training step will be logged.
 
     Args:
-        args: upstream's arguments; `curr_iteration` counts the steps that are done.
+        args: upstream's arguments; `curr_iteration` counts the steps that are done. A loop of a script may not have it.
         steps: training steps of this process, with the coming one.
     """
-    return steps == 1 or (args.curr_iteration + 1) % args.log_interval == 0
+    return steps == 1 or (getattr(args, "curr_iteration", steps - 1) + 1) % args.log_interval == 0
 
 
 def times_of(args: Namespace) -> Any:
@@ -181,7 +181,7 @@ def times_of(args: Namespace) -> Any:
     return functools.partial(is_logged, args) if asked_for(args) else None
 
 
-def bubble_of_pipeline(args: Namespace, log: StepLog) -> float:
+def bubble_of_pipeline(args: Namespace, log: StepLog, iteration: int) -> float:
     """Return the measured bubble of this rank's pipeline in the last step, NaN if it was not measured.
 
     All ranks of a pipeline call this. The step's actions are also written to `timeline/step-NNNNNNNN/`: those of the
@@ -198,7 +198,7 @@ def bubble_of_pipeline(args: Namespace, log: StepLog) -> float:
     _, _, spans = measured
     if log.timelines < TIMELINES:
         log.timelines += 1
-        _write_timeline(Path(args.start_folder) / "timeline" / f"step-{args.curr_iteration + 1:08d}", measured)
+        _write_timeline(Path(args.start_folder) / "timeline" / f"step-{iteration:08d}", measured)
     own = [min(span.start for span in spans), max(span.end for span in spans), sum(s.end - s.start for s in spans)]
     starts, ends, busy = table_of(own, mpu.get_pipeline_model_parallel_group())
     return bubble_share(sum(busy), len(busy), max(ends) - min(starts))

@@ -133,7 +133,7 @@ def _report(args: Namespace, state: LogState, call: dict[str, Any], elapsed: flo
     """
     is_step = steps.asked_for(args)
     if is_step or asked_for(args):
-        bubble = steps.bubble_of_pipeline(args, state.log) if is_step else math.nan
+        bubble = steps.bubble_of_pipeline(args, state.log, call["iteration"]) if is_step else math.nan
         ranks = gather(call["learning_rate"], bubble)
         if state.peak_tflops is None:
             state.peak_tflops = _peak_of_all_ranks(args)

@@ -16,7 +16,7 @@ ARGUMENTS_END = re.compile(r"^-{5,} end of .*arguments -{5,}$")
 STEP = re.compile(r"^ ?(\[[\d:. -]+\] )?iteration +\d+/|^ ?validation loss at ")
 UPSTREAMS_STEP = re.compile(r"^ ?\[[\d:. -]+\] iteration +\d+/|^ iteration +\d+ \| tokens/s")
 FAILURE = re.compile(
-    r"^Traceback \(most recent call last\)|^(\w+\.)*\w*(Error|Exception)\b|^(error|fatal|ERROR|CRITICAL)\b"
+    r"^Traceback \(most recent call last\)|^(\w+\.)*\w*(Error|Exception)\b|^(> )?(error|fatal|ERROR|CRITICAL|STALL)\b"
 )
 WARNING = re.compile(r"^\S+:\d+: \w*Warning: |^WARNING\b|^W\d{4} \d\d:|^\[rank\d+\]:\[W\d{4}|^\[W\d{4}")
 # What upstream's start and its checks consist of, beside the warnings.

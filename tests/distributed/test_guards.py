@@ -33,7 +33,7 @@ SYSTEMS = {
         "decoder.layers.1.mlp.linear_fc2.weight",
     ),
 }
-BY_DEFAULT = ("seq1f1b", "paro")
+BY_DEFAULT = ("seq1f1b",)
 CASES = [pytest.param(name, marks=[] if name in BY_DEFAULT else pytest.mark.slow) for name in SYSTEMS]
 
 

@@ -51,7 +51,9 @@ class _Place:
 
     step: int = 0
     forwards: int = 0
-    expected: int = 0
+    backwards: int = 0
+    microbatches: int = 0
+    segments: int = 1
     writes: int = 0
     is_saving: bool = False
     has_acted: bool = False
@@ -120,8 +122,8 @@ def _journal(folder: Path, place: _Place) -> Iterator[None]:
 
     def train_step(original: Any, *rest: Any, **named: Any) -> Any:
         args = get_args()
-        place.step, place.forwards = args.curr_iteration + 1, 0
-        place.expected = get_num_microbatches() * args.seq1f1b_splits
+        place.step, place.forwards, place.backwards = args.curr_iteration + 1, 0, 0
+        place.microbatches, place.segments = get_num_microbatches(), args.seq1f1b_splits
         result = original(*rest, **named)
         loss = result[0].get("lm loss")
         if loss is not None and torch.distributed.get_rank() == args.world_size - 1:
@@ -153,8 +155,8 @@ def _in_step(fault: Fault, place: _Place) -> Iterator[None]:
 
     def forward(original: Any, data_iterator: Any, model: Any, *rest: Any, **named: Any) -> Any:
         is_training = torch.is_grad_enabled()
-        place.forwards += is_training
-        at = {1: "warm-up", place.expected - 1: "steady"}.get(place.forwards) if is_training else "evaluation"
+        place.forwards += is_training  # the script's forward step runs once for all segments of a micro-batch
+        at = {1: "warm-up", place.microbatches - 1: "steady"}.get(place.forwards) if is_training else "evaluation"
         if fault.act == "nan" and is_training:
             _plant_nan(fault, place, model)
         elif fault.phase == at:
@@ -163,7 +165,8 @@ def _in_step(fault: Fault, place: _Place) -> Iterator[None]:
 
     def backward(original: Any, *rest: Any, **named: Any) -> Any:
         result = original(*rest, **named)
-        if fault.phase == "cool-down" and place.forwards == place.expected:
+        place.backwards += 1
+        if fault.phase == "cool-down" and place.backwards == place.microbatches * place.segments - 1:
             _act(fault, place, process)
         return result
 

@@ -77,7 +77,7 @@ def test_stopped_process_is_reported_and_the_job_ends(bed: FaultBed, system: str
 
 
 TERMS = [
-    pytest.param(system, rank, phase, marks=[] if (system, phase) == ("two", "steady") else pytest.mark.slow)
+    pytest.param(system, rank, phase, marks=pytest.mark.slow)
     for system, rank in (("two", 1), ("all", 3))
     for phase in PHASES
 ]

@@ -1,5 +1,7 @@
 """The planner's predictions against published measurements: the bounds that docs/planner-accuracy.md states."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron.longseq.planner.tools.accuracy import Accuracy, Judged, assess, judge, regrets
@@ -26,6 +28,8 @@ def accuracy(judged: list[Judged]) -> Accuracy:
         ("simumax_cp", 0.07),
         ("nemo_long", 0.12),
         ("flagperf", 0.05),
+        ("seq1f1b", 0.08),
+        ("llmfoundry", 0.10),
     ],
 )
 def test_seconds_of_published_runs(accuracy: Accuracy, family: str, goal: float) -> None:
@@ -39,22 +43,30 @@ def test_bytes_of_published_runs(accuracy: Accuracy) -> None:
     assert accuracy.memory["nvidia_ci"][0] <= 0.03
 
 
-def test_bytes_are_within_5_percent_but_for_one_case(judged: list[Judged]) -> None:
+def test_bytes_are_within_5_percent(judged: list[Judged]) -> None:
     errors = {one.row.name: one.memory_error for one in judged if one.memory_error and one.row.is_consistent}
-    far = [name for name, error in errors.items() if abs(error) > 0.05]
-    # It has TransformerEngine's buffers for --tp-comm-overlap, whose sizes are in a file of its own.
-    assert [name.split()[0] for name in far] == [
-        "gpt3_weekly_mcore_tp2_pp2_current_scaling_native_fp8_tp_pp_sp_tp_overlap"
-    ]
+    assert len(errors) >= 140
+    assert {name: error for name, error in errors.items() if abs(error) > 0.05} == {}
+
+
+def test_rows_left_out_were_recorded_with_unfused_attention(judged: list[Judged]) -> None:
+    """NVIDIA's cases whose records of two images differ: one of the two has the bytes of unfused attention."""
+    left_out = [one for one in judged if one.memory_error is not None and not one.row.is_consistent]
+    far = [one for one in left_out if abs(one.memory_error or 0.0) > 0.05]
+    assert len(far) == 6
+    for one in far:
+        assert not one.row.values.get("attention-backend")
+        again = judge(replace(one.row, values={**one.row.values, "attention-backend": "unfused"}))
+        assert abs(again.memory_error or 0.0) < 0.03, one.row.name
 
 
 def test_runs_that_fit_and_runs_out_of_memory(judged: list[Judged], accuracy: Accuracy) -> None:
-    assert sum(one.row.is_oom for one in judged) >= 6
+    assert sum(one.row.is_oom for one in judged) >= 10
     assert len(accuracy.fits_wrong) <= 1, [one.row.name for one in accuracy.fits_wrong]
 
 
 def test_half_of_the_rows_predicts_the_other_half(judged: list[Judged]) -> None:
-    """No constant was fitted to half of the rows alone, so both halves must be within the goal, with some tolerance."""
+    """A constant that describes one half of the rows alone would show in the other half; some tolerance."""
     for family, goal in (("vtrain", 0.08), ("bloom", 0.10)):
         errors = [
             abs(one.seconds_error) for one in judged if one.row.family == family and one.seconds_error is not None
@@ -64,9 +76,15 @@ def test_half_of_the_rows_predicts_the_other_half(judged: list[Judged]) -> None:
 
 
 def test_order_of_published_runs(accuracy: Accuracy) -> None:
-    for family in ("vtrain", "vtrain_single", "sc21", "simumax", "nemo_short"):
+    for family in ("vtrain", "vtrain_single", "sc21", "simumax", "nemo_short", "seq1f1b", "llmfoundry"):
         assert accuracy.rank[family] >= 0.95
     assert accuracy.rank["bloom"] >= 0.75
+
+
+def test_the_plan_ranked_first_is_the_fastest_of_large_runs(accuracy: Accuracy) -> None:
+    large = {group: value for group, value in accuracy.regret.items() if group[0] != "vtrain" or int(group[3]) > 8}
+    assert len(large) >= 24
+    assert max(large.values()) <= 0.05, large  # 0 but for two groups of vTrain
 
 
 def test_regret_is_measured_seconds_of_the_first_choice(judged: list[Judged]) -> None:
@@ -79,6 +97,4 @@ def test_regret_is_measured_seconds_of_the_first_choice(judged: list[Judged]) ->
 
 
 def _with_seconds(one: Judged, seconds: float) -> object:
-    from dataclasses import replace
-
     return replace(one.prediction, step_seconds=seconds)

@@ -70,12 +70,41 @@ def test_every_built_in_model_and_family_is_valid() -> None:
         assert cluster(f"{family}-8").gpus == 8
 
 
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("A100-80GB", "a100"),
+        ("A100 80GB SXM", "a100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("dgx_a100", "a100"),
+        ("a100_40gb", "a100-40g"),
+        ("h100_80gb", "h100"),
+        ("8xA100", "a100"),
+        ("bloom", "jean-zay"),
+    ],
+)
+def test_names_of_clusters(name: str, family: str) -> None:
+    assert replace(cluster(name, 8), name="") == replace(cluster(f"{family}-8"), name="")
+
+
+def test_an_installation_differs_from_its_gpus_in_data_sheets_alone() -> None:
+    """The constants that are fitted or measured on products are those of the hardware."""
+    fitted = ("product_efficiency", "product_depth", "memory_efficiency", "attention_efficiency", "link_efficiency")
+    for name in ("a100-40g", "a800", "a100-4x200", "a100-4x400", "selene", "jean-zay"):
+        for number in (*fitted, "layer_seconds", "link_latency", "message_bytes", "step_seconds", "imbalance"):
+            assert getattr(cluster(f"{name}-8"), number) == getattr(cluster("a100-8"), number), (name, number)
+        # Jean Zay's network has a published measurement of its own.
+        assert cluster(f"{name}-8").data_efficiency == (0.101 if name == "jean-zay" else 0.5)
+
+
 def test_a_hugging_face_config(tmp_path: Path) -> None:
     config = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
     config |= {"num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256, "hidden_act": "silu"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     found, built_in = architecture(str(tmp_path), {}), architecture("llama3-8b", {})
     assert found.parameters == built_in.parameters
+    assert architecture("Llama 3 8B", {}) == architecture("llama3_8b", {}) == built_in
+    assert len({name.replace("-", "") for name in names()}) == len(names())  # or a name would stand for two models
     with pytest.raises(ValueError, match="no model 'llama-8b': neither a file nor one of"):
         architecture("llama-8b", {})
 
@@ -190,7 +219,7 @@ def test_every_flag_of_this_project_is_known(capsys: pytest.CaptureFixture[str])
     check_names([action.dest for action in parser._actions if action.dest != "help"])
     flags = "--model llama-7b --cluster a100-8 --seq-length 4096 --flexsp"
     assert main(["predict", *flags.split()]) == 1
-    assert "flexsp True: the planner does not model it" in capsys.readouterr().err
+    assert "flexsp: its steps depend on the lengths of documents" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +255,7 @@ def test_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("mtp_num_layers", "1", "line 2: mtp_num_layers '1': the planner does not model it"),
         ("tensor_model_parallel_size", "two", "line 2: tensor_model_parallel_size is 'two', not a whole number"),
         ("bf16", "maybe", "line 2: bf16 is 'maybe'; give true or false"),
+        ("data_parallel_size", "4", "line 2: data_parallel_size is 4, but 8 GPUs in replicas of 1 are 8"),
         ("cluster", "a1000-8", "no cluster 'a1000-8': neither a file nor FAMILY-GPUS with one of"),
     ],
 )
@@ -235,6 +265,20 @@ def test_bad_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str], column: st
     table.write_text(",".join(cells) + "\n" + ",".join(cells.values()) + "\n")
     assert main(["predict", "--rows", str(table)]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_row_that_cannot_be_priced_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "rows.csv"
+    rows = ("A100 80GB,8,llama-7b,4096,nan", "a100,8,llama-7b,4096,2x", "a1000,8,llama-7b,4096,", "a100,8,,4096,")
+    table.write_text("cluster,gpus,model,seq_length,tensor_model_parallel_size\n" + "\n".join(rows) + "\n")
+    assert main(["predict", "--rows", str(table), "--json"]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert [one["step_seconds"] is not None for one in found] == [True, False, False, False]
+    assert [one.get("error", "").count("line") for one in found] == [0, 1, 1, 1]
+    assert "line 3: tensor_model_parallel_size is '2x', not a whole number" in printed.err
+    assert main(["predict", "--rows", str(table)]) == 0
+    assert "no cluster 'a1000'" in capsys.readouterr().out
 
 
 def test_one_run_with_upstreams_flags(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ Record = dict[str, Any]
 TAIL_BYTES = 1 << 16
 LOG_NAME = re.compile(r"rank-(\d+)-(.+)\.log")
 HELD_OUT = re.compile(r"(?:validation|test) loss at iteration (\d+)( on \S+ set)?.*? \| .*?loss value: ([\d.E+-]+)")
-WARNING = re.compile(r"^>? ?WARNING\b|^(\w+\.)*\w*(Error|Exception)\b: |^(ERROR|CRITICAL)\b")
+WARNING = re.compile(r"^(> )?(WARNING|ERROR|CRITICAL|STALL)\b|^(\w+\.)*\w*(Error|Exception)\b: |^Look at ranks ")
 USUAL = re.compile(r"rerun_state_machine|one_logger|IS DEPRECATED")  # upstream prints these in every run
 QUIET_S = 600.0  # after which a run that does not end and prints nothing is suspected
 

@@ -1,6 +1,6 @@
-"""Lower bounds: on every plan of a step, and on every way to group the sequences of given micro-batches.
+"""A lower bound on every way to group the sequences of given micro-batches.
 
-The second one asks how many ranks a micro-batch needs to end within a target time. Of groups of each kind, the
+It asks how many ranks a micro-batch needs to end within a target time. Of groups of each kind, the
 sequences use shares of time and of memory, and the shares in one group are at most 1 together. This stays true for dual
 feasible functions of the shares (Fekete and Schepers, 2001), which count the room that a long sequence leaves and no
 other can use. A program with a whole number of groups of each kind, but divisible sequences, gives the fewest ranks;
@@ -18,7 +18,6 @@ from megatron.longseq.flexsp.plan.cost import KindCost
 from megatron.longseq.flexsp.plan.degree_sets import lower_estimate
 from megatron.longseq.flexsp.plan.plan import StepPlan
 from megatron.longseq.flexsp.plan.problem import DegreeCost, StepProblem
-from megatron.longseq.flexsp.plan.split import least_microbatches
 
 Values = NDArray[np.float64]
 
@@ -26,22 +25,6 @@ _CLOSE = 5e-4  # relative width at which the bisection ends
 _NODES = 200  # of the branch and bound for the whole numbers of groups
 _EPSILON = 1e-9  # limits are taken as larger by that
 _LENGTHS = 400  # different lengths that are told apart; of more, neighbours count as the shortest of them
-
-
-def step_bound(problem: StepProblem, least: int = 1) -> float:
-    """Return seconds that no plan of a step is below, whatever its micro-batches.
-
-    The longest sequence takes its time on any group, all ranks share the least work of every sequence, and every
-    micro-batch starts up once.
-
-    Args:
-        problem: the step.
-        least: smallest number of micro-batches.
-    """
-    if not problem.lengths:
-        return 0.0
-    count = max(least_microbatches(problem), least)
-    return lower_estimate(problem, range(len(problem.lengths))) + (count - 1) * problem.cost.fixed
 
 
 def microbatch_bounds(problem: StepProblem, plan: StepPlan) -> float:
@@ -95,22 +78,22 @@ def _clipped(epsilon: float) -> Callable[[Values], Values]:
     return lambda x: np.where(x > 1 - epsilon, 1.0, np.where(x < epsilon, 0.0, x))
 
 
-def _rounded(parts: int) -> Callable[[Values], Values]:
+def rounded(parts: int) -> Callable[[Values], Values]:
     """Return the function that rounds shares down to the multiples of 1 / `parts` of which a group holds that many."""
 
-    def rounded(x: Values) -> Values:
+    def function(x: Values) -> Values:
         scaled = (parts + 1) * x
         is_whole = np.abs(scaled - np.round(scaled)) < 1e-7
         return np.where(is_whole, np.minimum(x, np.floor(scaled + 0.5) / (parts + 1)), np.floor(scaled) / parts)
 
-    return rounded
+    return function
 
 
 FEASIBLE: tuple[Callable[[Values], Values], ...] = (
     lambda x: x,
     _clipped(0.25),
     _clipped(1 / 3),
-    *(_rounded(parts) for parts in (1, 2, 3, 4)),
+    *(rounded(parts) for parts in (1, 2, 3, 4)),
 )
 
 

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations_with_replacement
 
+import numpy as np
+
 from megatron.longseq.flexsp.plan.placement import DegreeCounts
 from megatron.longseq.flexsp.plan.problem import StepProblem, count_degrees
 
@@ -46,26 +48,22 @@ def candidates(problem: StepProblem, indices: Sequence[int], estimate: float) ->
 
 def _needs(problem: StepProblem, indices: Sequence[int], target: float) -> Mapping[int, float]:
     """Return the number of groups of each degree that the sequences need to end within a target time."""
-    tokens, seconds = dict.fromkeys(problem.degrees, 0), dict.fromkeys(problem.degrees, 0.0)
+    held = np.array(indices)
     startup = {degree: min(one.startup for one in problem.by_degree[degree].kinds) for degree in problem.degrees}
-    for index in indices:
-        best, chosen, work = math.inf, 0, 0.0
-        for degree, each in problem.by_degree.items():
-            length = each.tokens[index]
-            if length > each.capacity:
-                continue
-            end = problem.time[degree](length, length * length)
-            spent = (end - startup[degree]) * degree
-            if (end > target, spent) < (best > target, work) or chosen == 0:
-                best, chosen, work = end, degree, spent
-        tokens[chosen] += problem.by_degree[chosen].tokens[index]
-        seconds[chosen] += best - startup[chosen]
-    return {
-        degree: max(
-            tokens[degree] / problem.by_degree[degree].capacity, seconds[degree] / max(target - startup[degree], 1e-12)
-        )
-        for degree in problem.degrees
-    }
+    ends = np.array([problem.alone[degree][held] for degree in problem.degrees])
+    spent = np.array([(end - startup[degree]) * degree for degree, end in zip(problem.degrees, ends, strict=True)])
+    # The degree with the least work among those on which a sequence ends in time, or among all that hold it.
+    in_time = np.where(ends <= target, spent, np.inf)
+    fitting = np.where(np.isfinite(ends), spent, np.inf)
+    chosen = np.where(np.isfinite(in_time).any(axis=0), np.argmin(in_time, axis=0), np.argmin(fitting, axis=0))
+    needs = {}
+    for number, degree in enumerate(problem.degrees):
+        own = chosen == number
+        tokens = sum(problem.by_degree[degree].tokens[index] for index in held[own])
+        seconds = float((ends[number][own] - startup[degree]).sum())
+        room = max(target - startup[degree], 1e-12)
+        needs[degree] = max(tokens / problem.by_degree[degree].capacity, seconds / room)
+    return needs
 
 
 def _trim(problem: StepProblem, counts: DegreeCounts) -> DegreeCounts:
@@ -85,11 +83,15 @@ def fill(problem: StepProblem, counts: DegreeCounts) -> DegreeCounts:
     """Add groups of the largest degrees for which ranks are left."""
     free = problem.ranks - sum(degree * count for degree, count in counts)
     for degree in reversed(problem.degrees):
-        while free >= degree:
-            more = count_degrees([degree, *(d for d, count in counts for _ in range(count))])
-            if not problem.placement.fits(more):
+        added = free // degree
+        while added:
+            more = dict(counts)
+            more[degree] = more.get(degree, 0) + added
+            filled = tuple(sorted(more.items(), reverse=True))
+            if problem.placement.fits(filled):
+                counts, free = filled, free - added * degree
                 break
-            counts, free = more, free - degree
+            added //= 2
     return counts
 
 
@@ -106,8 +108,12 @@ def exchanges(problem: StepProblem) -> list[Exchange]:
 
 def neighbours(problem: StepProblem, counts: DegreeCounts, found: Sequence[Exchange]) -> Iterator[DegreeCounts]:
     """Yield the sets of degrees that one exchange makes of `counts`, and then those of two."""
-    nearest = [after for one in found if (after := _exchanged(problem, counts, one)) is not None]
-    yield from nearest
+    nearest = []
+    for one in found:
+        after = _exchanged(problem, counts, one)
+        if after is not None:
+            nearest.append(after)
+            yield after
     for near in nearest:
         for one in found:
             after = _exchanged(problem, near, one)

@@ -7,6 +7,7 @@ degrees such as 3 and 6 some sets of degrees do not, although there are enough r
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 DegreeCounts = tuple[tuple[int, int], ...]  # (degree, number of groups), descending
 
@@ -33,6 +34,9 @@ class Placement:
 
     def fits(self, counts: DegreeCounts) -> bool:
         """Return whether groups of these degrees can be placed."""
+        sizes = [degree for degree, _ in counts]
+        if all(a % b == 0 for a, b in pairwise(sizes)) and all(d > self.node or self.node % d == 0 for d in sizes):
+            return sum(degree * count for degree, count in counts) <= self.ranks  # from the left, without a gap
         return self.place(counts) is not None
 
     def place(self, counts: DegreeCounts) -> tuple[int, ...] | None:

@@ -5,7 +5,7 @@ pipeline-parallel coordinate. In every micro-batch each rank is in exactly one g
 consecutive ranks, the first of which is a multiple of d.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 
@@ -74,6 +74,10 @@ class Microbatch:
 
     groups: tuple[SequenceGroup, ...]
     seconds: float
+
+    def idle_ranks(self, degrees: Collection[int]) -> tuple[int, ...]:
+        """Return the ranks that wait alone, because no group of the given degrees has a place on them."""
+        return tuple(rank for group in self.groups if group.degree not in degrees for rank in group.ranks)
 
     @property
     def idle_share(self) -> float:

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 from megatron.longseq.flexsp.plan.baselines import sorted_homogeneous, static, total
-from megatron.longseq.flexsp.plan.bound import step_bound
 from megatron.longseq.flexsp.plan.cost import FAMILIES, GroupCostModel, KindFamily
 from megatron.longseq.flexsp.plan.degree_sets import lower_estimate
 from megatron.longseq.flexsp.plan.exact import EXACT_GAP, solve_exactly
@@ -17,6 +16,7 @@ from megatron.longseq.flexsp.plan.microbatch import QUICK, THOROUGH, Effort, pla
 from megatron.longseq.flexsp.plan.plan import Microbatch, StepPlan
 from megatron.longseq.flexsp.plan.problem import PlanError, StepProblem
 from megatron.longseq.flexsp.plan.split import Parts, least_microbatches, splits
+from megatron.longseq.flexsp.plan.step_bound import step_bound
 
 PlannerName = Literal["heuristic", "exact", "static", "sorted"]
 PLANNERS: tuple[PlannerName, ...] = get_args(PlannerName)
@@ -81,7 +81,7 @@ def plan_step(
     microbatches = [problem.microbatch((group.degree, group.held) for group in groups) for groups in found]
     microbatches += _padding(problem, len(microbatches), least if lengths else 0, multiple)
     seconds = sum(one.seconds for one in microbatches)
-    bound = min(step_bound(problem, least), seconds)  # equal ones may differ by rounding
+    bound = step_bound(problem, least, seconds)
     if planner == "exact" and least == multiple == 1:
         bound = max(bound, seconds * (1 - 2 * EXACT_GAP))
     return StepPlan(tuple(microbatches), seconds, bound, time.process_time() - begin)

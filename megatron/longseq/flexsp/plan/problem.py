@@ -7,11 +7,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megatron.longseq.flexsp.plan.cost import FAMILIES, GroupCostModel, KindCost, KindFamily
 from megatron.longseq.flexsp.plan.placement import DegreeCounts, Placement
 from megatron.longseq.flexsp.plan.plan import Kind, Microbatch, SequenceGroup
 
+Values = NDArray[np.float64]
 Seconds = Callable[[float, float], float]  # of a number of tokens and a sum of squared lengths
+
+_LENGTHS, _LOADS = 33, 9  # mean lengths, and tokens of a group, with which kinds are compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +41,56 @@ class DegreeCost:
         return min(self.kinds, key=lambda one: one.seconds(tokens, squares)).kind
 
     def seconds(self) -> Seconds:
-        """Return the function of (tokens, squares) that gives the seconds of the fastest kind."""
-        if len(self.kinds) == 1 and not self.kinds[0].rings:
-            startup, token, square = self.kinds[0].startup, self.kinds[0].token, self.kinds[0].square
+        """Return the function of (tokens, squares) that gives the seconds of the fastest of the likely kinds."""
+        likely = self._likely()
+        if len(likely) == 1 and not likely[0].rings:
+            startup, token, square = likely[0].startup, likely[0].token, likely[0].square
             return lambda tokens, squares: startup + token * tokens + square * squares
-        each = [one.seconds for one in self.kinds]
-        return lambda tokens, squares: min([one(tokens, squares) for one in each])
+        rows = [(one.startup, one.token, one.square, *_two_rings(one)) for one in likely]
+
+        def seconds(tokens: float, squares: float) -> float:
+            best = float("inf")
+            for startup, token, square, sent, hidden, sent_back, hidden_back in rows:
+                time = startup + token * tokens + square * squares
+                exposed, exposed_back = sent * tokens - hidden * squares, sent_back * tokens - hidden_back * squares
+                if exposed > 0:
+                    time += exposed
+                if exposed_back > 0:
+                    time += exposed_back
+                best = min(best, time)
+            return best
+
+        return seconds
+
+    def alone(self) -> Values:
+        """Return the seconds of every sequence as the only one of a group; infinite where it does not fit."""
+        tokens = np.array(self.tokens, dtype=np.float64)
+        found = np.min([_seconds(one, tokens, tokens**2) for one in self.kinds], axis=0)
+        return np.where(tokens <= self.capacity, found, np.inf)
+
+    def _likely(self) -> list[KindCost]:
+        """Return the kinds that are the fastest for some tokens and mean lengths of the step."""
+        tokens = np.array(self.tokens, dtype=np.float64)
+        fitting = tokens[tokens <= self.capacity]
+        if len(self.kinds) == 1 or not len(fitting):
+            return list(self.kinds)
+        lengths = np.geomspace(fitting.min(), fitting.max(), _LENGTHS)
+        loads = np.geomspace(fitting.min(), self.capacity, _LOADS)[:, None]
+        fastest = np.argmin([_seconds(one, loads, loads * lengths) for one in self.kinds], axis=0)
+        return [self.kinds[number] for number in sorted(set(fastest.ravel().tolist()))]
+
+
+def _two_rings(kind: KindCost) -> tuple[float, float, float, float]:
+    (sent, hidden), (sent_back, hidden_back) = kind.rings or ((0.0, 0.0), (0.0, 0.0))
+    return sent, hidden, sent_back, hidden_back
+
+
+def _seconds(kind: KindCost, tokens: Values, squares: Values) -> Values:
+    """Return `KindCost.seconds` of arrays."""
+    seconds = kind.startup + kind.token * tokens + kind.square * squares
+    for sent, hidden in kind.rings:
+        seconds = seconds + np.maximum(sent * tokens - hidden * squares, 0.0)
+    return seconds
 
 
 class PlanError(ValueError):
@@ -125,16 +175,18 @@ class StepProblem:
 
         The second number has no start-up in it.
         """
-        found = []
-        for index in range(len(self.lengths)):
-            alone, work = float("inf"), float("inf")
-            for degree, each in self.by_degree.items():
-                tokens = each.tokens[index]
-                if tokens <= each.capacity:
-                    alone = min(alone, self.time[degree](tokens, tokens * tokens))
-                    work = min(work, degree * min(one.token * tokens + one.square * tokens**2 for one in each.kinds))
-            found.append((alone, work))
-        return tuple(found)
+        works = []
+        for degree, each in self.by_degree.items():
+            tokens = np.array(each.tokens, dtype=np.float64)
+            work = degree * np.min([one.token * tokens + one.square * tokens**2 for one in each.kinds], axis=0)
+            works.append(np.where(tokens <= each.capacity, work, np.inf))
+        alone, least = np.min(list(self.alone.values()), axis=0), np.min(works, axis=0)
+        return tuple(zip(alone.tolist(), least.tolist(), strict=True))
+
+    @cached_property
+    def alone(self) -> dict[int, Values]:
+        """Seconds of every sequence as the only one of a group of each degree."""
+        return {degree: each.alone() for degree, each in self.by_degree.items()}
 
     @cached_property
     def startup(self) -> float:
@@ -143,6 +195,9 @@ class StepProblem:
 
     def microbatch(self, groups: Iterable[tuple[int, Sequence[int]]]) -> Microbatch:
         """Return a micro-batch of groups on their ranks; ranks that are left over form groups without sequences.
+
+        These have the smallest degrees that may be used. Ranks on which none of them has a place wait alone, each in a
+        group of its own (see `Microbatch.idle_ranks`).
 
         Args:
             groups: degree and sequences of every group; those without sequences are left out.
@@ -155,7 +210,7 @@ class StepProblem:
         starts = self.placement.place(counts)
         if starts is None:
             raise PlanError(f"groups of degrees {counts} have no placement on {self.ranks} ranks")
-        placed = [SequenceGroup(Kind(1, 1), (rank,), (), 0.0) for rank in self.placement.gaps(counts)]
+        placed = self._idle_groups(set(self.placement.gaps(counts)))
         for (degree, held), start in zip(used, starts, strict=True):
             tokens = [self.by_degree[degree].tokens[index] for index in held]
             kind = self.by_degree[degree].fastest(sum(tokens), sum(one * one for one in tokens))
@@ -163,6 +218,17 @@ class StepProblem:
             placed.append(SequenceGroup(kind, tuple(range(start, start + degree)), tuple(held), seconds))
         placed.sort(key=lambda group: group.ranks)
         return Microbatch(tuple(placed), max((group.seconds for group in placed), default=0.0) or self.cost.fixed)
+
+    def _idle_groups(self, free: set[int]) -> list[SequenceGroup]:
+        """Return groups without sequences on free ranks."""
+        groups = []
+        for degree, one in self.by_degree.items():
+            for start in self.placement.slots(degree):
+                ranks = range(start, start + degree)
+                if free.issuperset(ranks):
+                    groups.append(SequenceGroup(one.kinds[0].kind, tuple(ranks), (), 0.0))
+                    free.difference_update(ranks)
+        return groups + [SequenceGroup(Kind(1, 1), (rank,), (), 0.0) for rank in sorted(free)]
 
 
 def count_degrees(degrees: Iterable[int]) -> DegreeCounts:

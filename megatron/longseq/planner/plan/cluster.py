@@ -7,6 +7,7 @@ A cluster is named FAMILY-GPUS, such as a800-64. Every number of the family can 
 import functools
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from importlib import resources
@@ -53,13 +54,16 @@ class Cluster:
         pairwise_efficiency: share of node_bandwidth that messages between pipeline stages reach.
         splits_messages: whether tensor-parallel ranks send a share of a message to the next stage each, and gather it
             there, as the software of some installations did (arXiv 2104.04473, section 4.1).
+        overlaps_input_gradients: whether tensor-parallel ranks sum the gradients of a layer's inputs beside the product
+            of its weight gradients, without sequence parallelism too. Megatron before 2022 did not.
         message_bytes: size of a collective that reaches half of the bandwidth.
         layer_seconds: time in which a host issues the kernels of a layer's forward. Backward takes 1.6 times as long.
-        microbatch_seconds: host work of a micro-batch that no kernel hides, such as synchronization.
         step_seconds: host work of a step.
         imbalance: slowest rank's compute over the mean, for each doubling of the ranks (stragglers).
         workspace_bytes: buffers of libraries inside the allocator.
         deterministic_workspace_bytes: the same under deterministic_mode.
+        overlap_workspace_bytes: workspace of the products that overlap with tensor-parallel communication. For up to
+            three streams, TransformerEngine allocates 32 MiB each on Hopper and later GPUs, and 4 MiB on others.
         gradient_copy_bytes: bytes per parameter of gradients that the software keeps beside their float32 sums.
         context_bytes: memory outside the allocator (contexts, communicators).
         fragmentation: share of the allocated memory that the allocator reserves in addition.
@@ -94,13 +98,14 @@ class Cluster:
     data_efficiency: float = 0.7
     pairwise_efficiency: float = 0.8
     splits_messages: bool = False
+    overlaps_input_gradients: bool = True
     message_bytes: float = 1e6
-    layer_seconds: float = 1.0e-3
-    microbatch_seconds: float = 0.0
+    layer_seconds: float = 0.9e-3
     step_seconds: float = 2e-3
     imbalance: float = 0.0
     workspace_bytes: float = 64e6
     deterministic_workspace_bytes: float = 80e6
+    overlap_workspace_bytes: float = 3 * 4194304.0
     gradient_copy_bytes: float = 0.0
     context_bytes: float = 2.5e9
     fragmentation: float = 0.05
@@ -137,12 +142,12 @@ class Cluster:
 
 
 _MAY_BE_ZERO = (
-    *("fp8_peak_tflops", "product_depth", "message_bytes", "layer_seconds", "microbatch_seconds", "step_seconds"),
+    *("fp8_peak_tflops", "product_depth", "message_bytes", "layer_seconds", "step_seconds"),
     *("link_latency", "network_latency", "imbalance", "workspace_bytes", "deterministic_workspace_bytes"),
-    *("gradient_copy_bytes", "context_bytes", "fragmentation"),
+    *("overlap_workspace_bytes", "gradient_copy_bytes", "context_bytes", "fragmentation"),
 )
 _FIELDS = {one.name: one for one in fields(Cluster)}
-_NO_NUMBERS = ("name", "gpus", "products", "defaults", "source", "splits_messages")
+_NO_NUMBERS = ("name", "gpus", "products", "defaults", "source", "splits_messages", "overlaps_input_gradients")
 _WHOLE = ("gpus_per_node", "sms", "product_depth")
 NUMBERS = tuple(name for name in _FIELDS if name not in _NO_NUMBERS)
 
@@ -153,20 +158,37 @@ def families() -> tuple[str, ...]:
     return tuple(sorted(file.name.removesuffix(".json") for file in folder.iterdir() if file.name.endswith(".json")))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1)
 def _aliases() -> dict[str, str]:
+    """Return the family of every name, without what people write beside it; see `_bare`."""
     found = {}
     for family in families():
-        found[family] = family
-        for alias in _read_family(family).get("aliases", ()):
-            found[alias] = family
+        for name in (family, *_own_values(family).get("aliases", ())):
+            found[_bare(name)] = family
     return found
 
 
 @functools.lru_cache(maxsize=64)
-def _read_family(family: str) -> dict[str, Any]:
+def _own_values(family: str) -> dict[str, Any]:
     file = resources.files("megatron.longseq.planner").joinpath(f"data/clusters/{family}.json")
     return dict(json.loads(file.read_text()))
+
+
+def _read_family(family: str) -> dict[str, Any]:
+    """Return the numbers of a family: those of the GPUs that it is built of, and its own."""
+    own = dict(_own_values(family))
+    base = _own_values(own.pop("base")) if "base" in own else {}
+    return {**base, **own}
+
+
+# Parts of a GPU's name that do not tell two families apart. A100s of 40 GB are a family of their own.
+_DECORATION = re.compile(r"nvidia|dev|lts|dgx|hgx|sxm\d?|gpus?|nvlink|tensor|core|hbm\d?e?|80gb?|141gb?|180gb?|192gb?")
+
+
+def _bare(name: str) -> str:
+    """Return a name without decoration: both `NVIDIA A100-SXM4-80GB` and `dgx_a100` are a100."""
+    parts = re.split(r"[-_/ ]+", name.strip().lower().replace("dgxa", "a").replace("dgxh", "h"))
+    return "-".join(part.replace("40gb", "40g") for part in parts if part and not _DECORATION.fullmatch(part))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -205,12 +227,13 @@ def _values(name: str) -> tuple[dict[str, Any], int | None]:
         except ValueError as error:
             raise ValueError(f"{path}: not JSON ({error})") from error
         return {"name": path.stem, **content}, content.get("gpus")
-    family, _, count = name.rpartition("-")
     aliases = _aliases()
-    lowered = name.lower().replace("_", "-")
-    if lowered in aliases:
-        return {**_read_family(aliases[lowered]), "name": lowered}, None
-    family = family.lower().replace("_", "-")
+    bare = _bare(name)
+    if bare in aliases:
+        return {**_read_family(aliases[bare]), "name": bare}, None
+    family, _, count = bare.rpartition("-")
+    if re.fullmatch(r"\d+x\D.*", bare):  # 8xa100
+        count, _, family = bare.partition("x")
     if family in aliases and count.isdigit():
         return {**_read_family(aliases[family]), "name": f"{family}-{count}"}, int(count)
     raise ValueError(f"no cluster {name!r}: neither a file nor FAMILY-GPUS with one of {', '.join(families())}")

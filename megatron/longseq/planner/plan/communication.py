@@ -114,7 +114,7 @@ def layer_messages(
     backward, hidden = forward, 0.0
     if run.sequence_parallel:
         hidden += count * once  # inputs are gathered again for weight gradients, beside the gradients of inputs
-    if run.gradient_accumulation_fusion or run.sequence_parallel:
+    if cluster.overlaps_input_gradients or run.sequence_parallel:
         beside = min(count * once * (1 if run.sequence_parallel else 2), weight)
         backward, hidden = backward - beside, hidden + beside
     backward += CONTENTION * hidden

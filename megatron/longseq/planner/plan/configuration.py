@@ -145,7 +145,8 @@ class Configuration:
         """Whether attention keeps no scores (flash or cuDNN's fused kernels)."""
         if self.attention_backend in ("unfused", "local"):
             return False
-        return self.attention_backend != "auto" or not self.is_local or self.context_parallel_size > 1
+        is_ours = self.context_parallel_size > 1 or self.seq1f1b_splits > 1
+        return self.attention_backend != "auto" or not self.is_local or is_ours
 
     @property
     def element(self) -> int:

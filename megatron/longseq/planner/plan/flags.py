@@ -20,7 +20,13 @@ from megatron.longseq.planner.plan.model import Architecture, architecture
 
 OWN = ("model", "cluster")
 # The planner reads these flags besides the fields of the two data classes.
-FURTHER = ("group_query_attention", "use_flash_attn", "rope_type", "use_rotary_position_embeddings")
+FURTHER = (
+    "group_query_attention",
+    "use_flash_attn",
+    "rope_type",
+    "use_rotary_position_embeddings",
+    "data_parallel_size",
+)
 NEUTRAL_HERE = (
     "arguments_file",
     "context_parallel_layout",
@@ -36,13 +42,19 @@ NEUTRAL_HERE = (
     "flexsp_planner",
     "flexsp_refit",
     "flexsp_save_cost",
+    "first_step_timeout_minutes",
+    "locate_nonfinite_gradients",
     "log_memory_fragmentation",
+    "loss_spike_policy",
+    "loss_spike_threshold",
+    "loss_spike_window",
     "peak_tflops_per_gpu",
     "paro_links",
     "pipeline_patience",
     "pipeline_trace",
     "pipeline_trace_step",
     "seq1f1b_layer_seconds",
+    "stall_timeout_minutes",
     "start_folder",
 )
 REFUSED_HERE = {"flexsp": False}  # its steps depend on the lengths of documents: see tools/flexsp_predict.py
@@ -74,11 +86,23 @@ def read(values: Mapping[str, Any], where: str = "") -> tuple[Architecture, Clus
         found = {**dict(machine.defaults), **found}
         model = _model(found)
         run = settle(model, {**_run(found), "gpus": machine.gpus})
+        _check_data_parallel_size(found, run)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}" if where else str(error)) from error
     if run.gpus < machine.gpus_per_node:
         machine = replace(machine, gpus_per_node=run.gpus)
     return model, machine, run
+
+
+def _check_data_parallel_size(values: Mapping[str, Any], run: Configuration) -> None:
+    """Refuse a data-parallel size, which tables of runs often list, if it is not what the other sizes leave."""
+    if "data_parallel_size" in values:
+        size = _integer("data_parallel_size", values["data_parallel_size"])
+        if size != run.data_parallel_size:
+            raise ValueError(
+                f"data_parallel_size is {size}, but {run.gpus} GPUs in replicas of {run.model_parallel_size} are "
+                f"{run.data_parallel_size}"
+            )
 
 
 def check_names(names: Mapping[str, Any] | list[str]) -> None:

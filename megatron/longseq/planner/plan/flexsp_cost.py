@@ -121,7 +121,7 @@ def group_cost(model: Architecture, cluster: Cluster, run: Configuration, tokens
         name="planner",
         square=square * stragglers,
         linear=(linear + token) * stragglers,
-        fixed=max(0.0, whole.both - linear * tokens) * stragglers + cluster.microbatch_seconds,
+        fixed=max(0.0, whole.both - linear * tokens) * stragglers,
         tokens_per_rank=tokens,
         layers=max(run.stage_layers(model.num_layers)),
         heads=Heads.of(model.num_attention_heads, model.groups, run.tensor_model_parallel_size),

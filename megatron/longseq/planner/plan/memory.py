@@ -201,6 +201,8 @@ def stages_bytes(model: Architecture, run: Configuration, cluster: Cluster) -> t
         workspace = (workspace + cluster.deterministic_workspace_bytes) / 2
     elif run.deterministic_mode:
         workspace = cluster.deterministic_workspace_bytes
+    if run.tp_comm_overlap and run.tensor_model_parallel_size > 1:
+        workspace += cluster.overlap_workspace_bytes  # the communication buffers are outside PyTorch's allocator
     params = stage_params(model, run)
     found = []
     for stage, count in enumerate(layers):

@@ -5,6 +5,7 @@ A shape comes from a built-in name, from the `config.json` of a Hugging Face che
 
 import functools
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import resources
@@ -249,6 +250,11 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(file.name.removesuffix(".json") for file in folder.iterdir() if file.name.endswith(".json")))
 
 
+def _bare(name: str) -> str:
+    """Return a model's name without case and separators: `Llama 3 8B` is llama3-8b."""
+    return re.sub(r"[-_ ]", "", name.lower())
+
+
 @functools.lru_cache(maxsize=64)
 def _built_in(name: str) -> dict[str, Any]:
     file = resources.files("megatron.longseq.planner").joinpath(f"data/models/{name}.json")
@@ -282,8 +288,10 @@ def read_model(model: str) -> dict[str, Any]:
     Raises:
         ValueError: there is no such model, or the file is not understood.
     """
-    if model in names():
-        return {**_built_in(model), "name": model}
+    built_in = {_bare(name): name for name in names()}
+    if _bare(model) in built_in:
+        name = built_in[_bare(model)]
+        return {**_built_in(name), "name": name}
     path = Path(model)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():

@@ -317,7 +317,7 @@ def pipeline_price(
         "bubble": _bubble(model, cluster, run, seconds, least=least),
         "data": 0.0,
         "optimizer": 0.0,
-        "host": cluster.step_seconds + count * cluster.microbatch_seconds,
+        "host": cluster.step_seconds,
     }
 
 

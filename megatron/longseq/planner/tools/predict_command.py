@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,17 @@ from megatron.longseq.planner.plan.step import StepPrediction, predict
 from megatron.longseq.planner.tools.flexsp_predict import LENGTHS, describe_plans, predict_documents, wants_documents
 
 _GB = 1e9
+_COLUMNS = (
+    "step_seconds",
+    "tokens_per_second_per_gpu",
+    "tflops_per_gpu",
+    "peak_gb",
+    "last_stage_gb",
+    "reserve_gb",
+    "fits",
+    "mfu",
+)
+_EMPTY = ("", "nan")  # nan: an empty cell of a table of numbers
 
 
 def add_predict_command(commands: Any) -> None:
@@ -33,12 +45,11 @@ def run(args: argparse.Namespace) -> str:
     """Return the text that the command prints.
 
     Raises:
-        ValueError: a flag, a column or a value is not understood.
+        ValueError: a flag or a column is not understood, or no row can be priced.
     """
     tokens = list(args.flags)
     if args.rows:
-        rows = read_rows(Path(args.rows), flags_of(tokens))
-        results = [row_result(values, where) for where, values in rows]
+        results = price_rows(read_rows(Path(args.rows), flags_of(tokens)))
         return json.dumps(results, indent=1) if args.json else rows_table(results)
     if not tokens:
         raise ValueError("give the flags of a run, such as --model llama-7b --cluster a800-64, or --rows FILE.csv")
@@ -54,6 +65,26 @@ def run(args: argparse.Namespace) -> str:
     if args.json:
         return json.dumps(full_result(prediction, machine), indent=1)
     return describe(prediction, machine)
+
+
+def price_rows(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the figures of every row. A row that cannot be priced has `error` instead, which is also printed.
+
+    Raises:
+        ValueError: no row can be priced.
+    """
+    results: list[dict[str, Any]] = []
+    for where, values in rows:
+        try:
+            results.append(row_result(values, where))
+        except ValueError as error:
+            results.append({**dict.fromkeys(_COLUMNS), "reasons": [str(error)], "error": str(error)})
+    errors = [one["error"] for one in results if "error" in one]
+    if errors and len(errors) == len(results):
+        raise ValueError("\n".join(errors))
+    for message in errors:
+        print(f"error: {message}", file=sys.stderr)
+    return results
 
 
 def separate_flags(argv: Sequence[str]) -> list[str]:
@@ -114,7 +145,7 @@ def read_rows(path: Path, common: Mapping[str, Any]) -> list[tuple[str, dict[str
         for number, row in enumerate(reader, start=2):
             if None in row:
                 raise ValueError(f"{path}, line {number}: more cells than columns")
-            given = {key: value for key, value in row.items() if value not in (None, "")}
+            given = {key: value for key, value in row.items() if value and value.strip().lower() not in _EMPTY}
             rows.append((f"{path}, line {number}", {**common, **given}))
     return rows
 
@@ -136,17 +167,17 @@ def row_result(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
 
 def short_result(prediction: StepPrediction) -> dict[str, Any]:
     """Return the figures of a prediction that a table has. GB are 1e9 bytes."""
-    return {
-        "step_seconds": prediction.step_seconds,
-        "tokens_per_second_per_gpu": prediction.tokens_per_second_per_gpu,
-        "tflops_per_gpu": prediction.tflops_per_gpu,
-        "peak_gb": prediction.peak_bytes / _GB,
-        "last_stage_gb": sum(prediction.stages[-1].values()) / _GB,
-        "reserve_gb": prediction.reserve_bytes / _GB,
-        "fits": prediction.fits,
-        "mfu": prediction.mfu,
-        "reasons": list(prediction.reasons),
-    }
+    figures = (
+        prediction.step_seconds,
+        prediction.tokens_per_second_per_gpu,
+        prediction.tflops_per_gpu,
+        prediction.peak_bytes / _GB,
+        sum(prediction.stages[-1].values()) / _GB,
+        prediction.reserve_bytes / _GB,
+        prediction.fits,
+        prediction.mfu,
+    )
+    return {**dict(zip(_COLUMNS, figures, strict=True)), "reasons": list(prediction.reasons)}
 
 
 def full_result(prediction: StepPrediction, machine: Cluster) -> dict[str, Any]:
@@ -188,17 +219,22 @@ def describe(prediction: StepPrediction, machine: Cluster) -> str:
 def rows_table(results: Iterable[Mapping[str, Any]]) -> str:
     """Return a table of rows."""
     head = ("row", "step s", "tokens/s/GPU", "TFLOP/s/GPU", "peak GB", "reserve GB", "fits", "not valid")
-    rows = [
-        (
-            str(number),
-            f"{one['step_seconds']:.4g}",
-            f"{one['tokens_per_second_per_gpu']:.1f}",
-            f"{one['tflops_per_gpu']:.1f}",
-            f"{one['peak_gb']:.2f}",
-            f"{one['reserve_gb']:.2f}",
-            "yes" if one["fits"] else "no",
-            "; ".join(one["reasons"]),
+    rows = []
+    for number, one in enumerate(results, start=1):
+        reasons = "; ".join(one["reasons"])
+        if "error" in one:
+            rows.append((str(number), *("" for _ in head[2:]), reasons))
+            continue
+        rows.append(
+            (
+                str(number),
+                f"{one['step_seconds']:.4g}",
+                f"{one['tokens_per_second_per_gpu']:.1f}",
+                f"{one['tflops_per_gpu']:.1f}",
+                f"{one['peak_gb']:.2f}",
+                f"{one['reserve_gb']:.2f}",
+                "yes" if one["fits"] else "no",
+                reasons,
+            )
         )
-        for number, one in enumerate(results, start=1)
-    ]
     return markdown_table(head, rows)
