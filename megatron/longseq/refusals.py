@@ -98,3 +98,8 @@ def explained_refusals(what: str) -> Iterator[None]:
         raise ValueError(
             f"upstream refuses {what}: {kind}{text} ({where}). Change the flags that this names."
         ) from error
+
+
+def is_dry_run(args: Namespace | None) -> bool:
+    """Return whether --dry-run-world is given."""
+    return getattr(args, "dry_run_world", None) is not None

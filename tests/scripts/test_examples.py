@@ -123,4 +123,4 @@ def test_the_laptops_run_shows_equal_losses_and_a_picture(tmp_path: Path) -> Non
     assert "1F1B     Seq1F1B" in done.stdout and ", which is within rounding" in done.stdout
     assert (tmp_path / "run/timeline.png").read_bytes().startswith(b"\x89PNG")
     again = example(tmp_path / "run")
-    assert again.returncode == 2 and "holds a run already" in again.stderr
+    assert again.returncode == 2 and "already holds a run" in again.stderr

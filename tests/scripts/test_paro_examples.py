@@ -129,7 +129,7 @@ def test_the_laptops_run_shows_equal_losses(tmp_path: Path) -> None:
         assert f"> PaRO {triplet}: 4 data-parallel rank(s) in 2 group(s) of 2" in done.stdout
     assert "> PaRO" not in (tmp_path / "run/upstream/log.txt").read_text()
     again = example(tmp_path / "run", "GGG")
-    assert again.returncode == 2 and "holds a run already" in again.stderr
+    assert again.returncode == 2 and "already holds a run" in again.stderr
 
 
 @pytest.mark.parametrize(("words", "message"), [(("IIN!",), "unknown option IIN!"), (("--steps", "0"), "--steps 0")])

@@ -133,7 +133,7 @@ def test_the_laptops_run_shows_equal_losses(tmp_path: Path) -> None:
     logs = {name: (tmp_path / "run" / name / "log.txt").read_text() for name in ("one", "hybrid", "segments")}
     assert [chosen in log for log in logs.values()] == [False, True, True]
     again = example(tmp_path / "run")
-    assert again.returncode == 2 and "holds a run already" in again.stderr
+    assert again.returncode == 2 and "already holds a run" in again.stderr
 
 
 @pytest.mark.parametrize(

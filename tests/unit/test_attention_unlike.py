@@ -86,7 +86,7 @@ def test_local_layers_may_hold_te_attention(choice: str, reason: str, capsys: py
 @pytest.mark.slow
 def test_it_is_said_once_in_the_runs_log(ranks: RankPool) -> None:
     """Rank 0 prints it when flags are parsed, before any process group exists."""
-    base = flags(TINY, "--window-size -1,0 --train-iters 1")
+    base = flags(TINY, "--window-size=-1,0 --train-iters 1")
     for own, where in ((f"{PP2} --seq1f1b-splits 2", "there"), (f"{PP2} {VPP}", "here")):
         run_arm(ranks, "O", 2, base + flags(own))
         first, second = (log(ranks.logs, ranks.jobs, rank) for rank in range(2))

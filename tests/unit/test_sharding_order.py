@@ -3,7 +3,7 @@
 from itertools import zip_longest
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron.longseq.sharding.plan.collectives import (
@@ -109,17 +109,18 @@ def clock(turns: list[QueuedCollective], links: LinkSpeeds) -> float:
     return max(reached.values())
 
 
+@example(CollectiveKind.ALL_REDUCE, 20, 3.8, 1)  # 1.8 phases
 @given(kinds, st.integers(1, 12), st.floats(0.05, 20), st.integers(1, 3))
-def test_coming_back_soon_costs_one_phase_inside_at_most(
+def test_coming_back_soon_costs_two_phases_inside_at_most(
     kind: CollectiveKind, buckets: int, slower: float, lag: int
 ) -> None:
-    """The submission returns when all have started, which is best for a batch and worst for single buckets."""
+    """Compare with the order that starts all buckets first. An all-reduce has two phases inside; one bucket is late."""
     links = LinkSpeeds(LinkSpeed(6.0), LinkSpeed(6.0 / slower))
     collectives = full_collective(kind, GROUPS, CollectivesMode.OVERLAPPED)
     best = max(span.end for span in time_collectives(collectives, GROUPS, links, [1.0] * buckets, is_overlapped=True))
     inside = links.seconds(GATHER_INSIDE, GROUPS, 1.0)
     taken = clock(batch(collectives, buckets, lag=lag), links)
-    assert taken <= best + inside * (1 + 1e-9)
+    assert taken <= best + 2 * inside * (1 + 1e-9)
     if buckets <= lag or kind is not CollectiveKind.ALL_REDUCE:
         assert taken == pytest.approx(best)
 

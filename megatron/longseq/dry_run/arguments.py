@@ -3,7 +3,7 @@
 import os
 from argparse import ArgumentParser, Namespace
 
-from megatron.longseq.refusals import Refusals, refuse, refuse_without_effect
+from megatron.longseq.refusals import Refusals, is_dry_run, refuse, refuse_without_effect
 
 MOST_RANKS = 4096
 
@@ -37,11 +37,6 @@ def add_dry_run_arguments(parser: ArgumentParser) -> None:
         metavar="R",
         help="with --dry-run-world: the rank; default 0",
     )
-
-
-def is_dry_run(args: Namespace | None) -> bool:
-    """Return whether --dry-run-world is given."""
-    return getattr(args, "dry_run_world", None) is not None
 
 
 def check_dry_run(args: Namespace) -> None:

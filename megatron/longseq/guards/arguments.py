@@ -4,8 +4,7 @@ import math
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from megatron.longseq.dry_run.arguments import is_dry_run
-from megatron.longseq.refusals import refuse_without_effect
+from megatron.longseq.refusals import is_dry_run, refuse_without_effect
 
 POLICIES = ("off", "warn", "skip", "stop")
 THRESHOLD, WINDOW, SMALLEST_WINDOW = 10.0, 100, 8
