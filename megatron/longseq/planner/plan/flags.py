@@ -29,6 +29,8 @@ FURTHER = (
 )
 NEUTRAL_HERE = (
     "arguments_file",
+    "ckpt_non_finite",
+    "ckpt_verify",
     "context_parallel_layout",
     "dry_run_rank",
     "dry_run_world",
