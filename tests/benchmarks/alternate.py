@@ -105,7 +105,7 @@ def stored_bytes(runner: Any, kept: SavedBytes) -> int:
 # The guards would wrap the functions that are replaced here, in the turns of all contestants.
 NO_GUARDS = (
     *("--no-locate-nonfinite-gradients", "--stall-timeout-minutes", "0"),
-    *("--first-step-timeout-minutes", "0"),
+    *("--first-step-timeout-minutes", "0", "--loss-spike-policy", "off"),
 )
 
 
