@@ -331,14 +331,14 @@ def _killed_while_saving(point: str) -> Iterator[Planted]:
     """Kill a rank at a point of the second save: see `KILLED_WHILE_SAVING`."""
     from megatron.core.dist_checkpointing import serialization
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-    from torch.distributed.checkpoint import FileSystemWriter
+    from torch.distributed.checkpoint.filesystem import _FileSystemWriter
 
     from megatron.longseq.checkpoints import commit
 
     planted = Planted()
     owner, name, rank = {
         "tensors": (FileSystemWriterAsync, "write_preloaded_data", 1),
-        "list": (FileSystemWriter, "finish", 0),
+        "list": (_FileSystemWriter, "finish", 0),
         "description": (serialization, "save_config", 0),
         "manifest": (commit, "write_manifest", 0),
         "name": (commit.Path, "rename", 0),
@@ -348,7 +348,9 @@ def _killed_while_saving(point: str) -> Iterator[Planted]:
     def act(original: Any, *args: Any, **named: Any) -> Any:
         if point != "name" or args[0].name.startswith("saving_"):
             planted.times += 1
-        if planted.times != 2 or torch.distributed.get_rank() != rank:
+        # A save finishes two lists: that of its common state, and that of its tensors.
+        is_due = "0000002" in str(args[0].path) if point == "list" else planted.times == 2
+        if not is_due or torch.distributed.get_rank() != rank:
             return original(*args, **named)
         if point in ("tensors", "manifest", "tracker"):
             original(*args, **named)
@@ -425,7 +427,7 @@ class _Code:
         self.folder = folder
 
     def __reduce__(self) -> Any:
-        return os.mkdir, (self.folder,)
+        return os.makedirs, (self.folder, 0o777, True)  # upstream loads it twice
 
 
 @contextmanager
