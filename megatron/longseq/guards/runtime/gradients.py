@@ -105,8 +105,8 @@ class GradientRecord:
         return _largest([one.value for one in self._norms] + [loss.detach().abs() for loss in losses])
 
     def largest_reduced(self) -> Tensor:
-        """Return the largest magnitude in the reduced gradients: a sum of finite numbers may overflow."""
-        return _largest(_infinity_norms([grad for _, grad in _gradients(self._chunks) if grad.numel()]))
+        """Return the largest norm of a reduced gradient: a sum of finite numbers may overflow."""
+        return _largest(_norms_of([grad for _, grad in _gradients(self._chunks) if grad.numel()]))
 
     def find(self, losses: Sequence[Tensor], rank: int, stage: int) -> NonFinite:
         """Find what is not finite on this rank. The host waits for the device, for each parameter.
@@ -129,7 +129,7 @@ class GradientRecord:
         return min(bad, default=None)
 
     def _add(self, chunk: int, microbatch: int, tensors: list[Tensor]) -> None:
-        self._norms += [_Norm(chunk, microbatch, norm) for norm in _infinity_norms(tensors)]
+        self._norms += [_Norm(chunk, microbatch, norm) for norm in _norms_of(tensors)]
 
 
 def _groups(chunk: Any) -> list[Any]:
@@ -158,9 +158,9 @@ def _largest(values: list[Tensor]) -> Tensor:
     return torch.cat([value.reshape(-1).to(values[0].device, torch.float64) for value in values]).max()
 
 
-def _infinity_norms(tensors: list[Tensor]) -> list[Tensor]:
-    """Return the largest magnitude in each tensor: unlike a sum of squares, it cannot overflow."""
-    return list(torch._foreach_norm(tensors, float("inf"))) if tensors else []
+def _norms_of(tensors: list[Tensor]) -> list[Tensor]:
+    """Return the 2-norm of each tensor, as upstream's check does. Other norms are not vectorized on CPUs."""
+    return list(torch._foreach_norm(tensors, 2)) if tensors else []
 
 
 def _bad_elements(tensor: Tensor) -> int:
