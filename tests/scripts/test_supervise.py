@@ -34,6 +34,8 @@ with open(f"pid{rank}.new", "w") as out:
     out.write(str(os.getpid()))
 os.rename(f"pid{rank}.new", f"pid{rank}")
 if "boom" in sys.argv and rank == "1":
+    while not os.path.exists("pid0"):  # or rank 0 is ended before it says who it is
+        time.sleep(0.01)
     raise ValueError("bad batch")
 time.sleep(60)
 """
