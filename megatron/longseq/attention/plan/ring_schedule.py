@@ -222,10 +222,10 @@ def plan_ring_attention(
     for index in range(ring.size):
         source = ring.source(rank, index)
         everything = (TokenRange(0, size(keys[source])),)
-        rows = everything if index == 0 else _received(recvs[0], source)
+        kv_rows = everything if index == 0 else _received(recvs[0], source)
         plan = (
             plan_tiles(queries[rank], keys[source], mask, rectangular=rectangular)
-            if rows
+            if kv_rows
             else TilePlan(Tiles(), Tiles())
         )
         added = [one for one in recvs[1] if one.source == source and one.wait == index]
@@ -233,8 +233,8 @@ def plan_ring_attention(
         steps.append(
             RingStep(
                 source=source,
-                kv_rows=rows,
-                tiles=JoinedTiles(_packed(plan.first, rows), _packed(plan.more, rows)),
+                kv_rows=kv_rows,
+                tiles=JoinedTiles(_packed(plan.first, kv_rows), _packed(plan.more, kv_rows)),
                 grad_rows=union([*computed, *(rows for one in added for rows in one.rows)]),
                 kv_sends=_posted(sends[0], index),
                 kv_recvs=_posted(recvs[0], index),

@@ -100,9 +100,9 @@ class PackedReader:
     def packed(self, documents: Documents, length: int, segment: int, device: torch.device) -> PackedDocuments:
         """Return what layers get for one segment (0 without segments)."""
         layout = self.layouts.layout(documents, length)
-        positions = layout.positions(self.rank, segment)
+        ranges = layout.positions(self.rank, segment)
         rows = [
-            torch.cat([torch.arange(*one) for one in positions_in_documents(documents, sequence, positions)])
+            torch.cat([torch.arange(*one) for one in positions_in_documents(documents, sequence, ranges)])
             for sequence in range(len(documents.spans))
         ]
         positions = rows[0] if all(torch.equal(rows[0], row) for row in rows[1:]) else torch.stack(rows, dim=1)
