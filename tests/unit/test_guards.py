@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 
 import numpy
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import median_abs_deviation
 
@@ -18,7 +18,6 @@ LOSSES = st.lists(st.floats(0.1, 20.0), min_size=4, max_size=40)
 
 
 @given(st.floats(0.1, 200.0), LOSSES)
-@settings(max_examples=100)
 def test_score_is_scipys(value: float, losses: list[float]) -> None:
     middle = numpy.median(losses)
     scale = max(median_abs_deviation(losses, scale="normal"), FLOOR * middle)
