@@ -28,7 +28,7 @@ _LENGTHS = 400  # different lengths that are told apart; of more, neighbours cou
 
 
 def microbatch_bounds(problem: StepProblem, plan: StepPlan) -> float:
-    """Return seconds that no other groups for the sequences of the plan's micro-batches are below.
+    """Return a lower bound on the seconds of any groups for the sequences of the plan's micro-batches.
 
     Args:
         problem: the step.
@@ -42,7 +42,7 @@ def microbatch_bounds(problem: StepProblem, plan: StepPlan) -> float:
 
 
 def microbatch_bound(problem: StepProblem, indices: Sequence[int], seconds: float) -> float:
-    """Return seconds that no micro-batch with these sequences is below.
+    """Return a lower bound on the seconds of a micro-batch with these sequences.
 
     Args:
         problem: the step.

@@ -44,7 +44,7 @@ _EPSILON = 1e-9
 
 
 def step_bound(problem: StepProblem, least: int = 1, known: float = np.inf) -> float:
-    """Return seconds that no plan of a step is below; see the module.
+    """Return a lower bound on the seconds of every plan of a step; see the module.
 
     Args:
         problem: the step.
