@@ -36,8 +36,8 @@ def microbatch_bounds(problem: StepProblem, plan: StepPlan) -> float:
     """
     total = 0.0
     for one in plan.microbatches:
-        held = [index for group in one.groups for index in group.sequences]
-        total += microbatch_bound(problem, held, one.seconds) if held else one.seconds
+        indices = [index for group in one.groups for index in group.sequences]
+        total += microbatch_bound(problem, indices, one.seconds) if indices else one.seconds
     return total
 
 
@@ -70,7 +70,7 @@ def _distinct(problem: StepProblem, indices: Sequence[int]) -> tuple[list[int], 
     found: dict[int, list[int]] = {}
     for index in order:
         found.setdefault(cluster[problem.lengths[index]], []).append(index)
-    return [held[0] for held in found.values()], np.array([len(held) for held in found.values()], dtype=np.float64)
+    return [equal[0] for equal in found.values()], np.array([len(equal) for equal in found.values()], dtype=np.float64)
 
 
 def _clipped(epsilon: float) -> Callable[[Values], Values]:
