@@ -244,14 +244,15 @@ def fuzz_launcher(count: int, seed: int, folder: Path) -> FuzzReport:
     switches = ("--slurm", "--local", "--preflight", "--dry-run", "--unknown", "--nproc=")
     for _ in range(count):
         words: list[str] = ["--dry-run"]
-        for _ in range(random.randint(0, 4)):
+        for _ in range(random.choice((0, 1, 1, 2, 2, 4))):
             if random.random() < 0.3:
                 words.append(random.choice(switches))
                 continue
             name = random.choice(sorted(values))
             value = random.choice(values[name])
             words += [f"{name}={value}"] if random.random() < 0.3 else [name, value]
-        words += random.choice([["--", str(script), "--x"], ["--", "missing.py"], ["--"], [str(script)]])
+        good = ["--", str(script), "--x"]
+        words += random.choice([good, good, good, good, ["--", "missing.py"], ["--"], [str(script)]])
         chosen = random.sample(sorted(variables), k=random.choice((0, 0, 1, 2)))
         extra = {name: random.choice(variables[name]) for name in chosen}
         shown = " ".join([*(f"{name}={value!r}" for name, value in extra.items()), *map(repr, words)])
