@@ -55,7 +55,7 @@ def ranks_of(folder: Path) -> list[psutil.Process]:
 
 
 def training_rank(folder: Path, rank: int) -> psutil.Process:
-    """Return the process of one rank of the run, not one of its data workers, which have its command and environment."""
+    """Return the process of one rank of the run, not one of its data workers, which have the same command."""
     processes = ranks_of(folder)
     alike = {one.pid for one in processes if "patches" in one.cmdline() and one.environ().get("RANK") == str(rank)}
     (leader,) = [one for one in processes if one.pid in alike and one.ppid() not in alike]
