@@ -4,11 +4,10 @@ import dataclasses
 from itertools import product
 
 import pytest
-from hypothesis import assume
-from hypothesis import given as given_
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from megatron.longseq.pipeline.plan.partition import balanced, even, given, ideal_cuts, parse
+from megatron.longseq.pipeline.plan.partition import balanced, even, from_lengths, ideal_cuts, parse
 from megatron.longseq.pipeline.plan.segment_cost import ModelShape, cells, flops
 from megatron.longseq.pipeline.tools.compare import paper_partition
 
@@ -86,7 +85,7 @@ SHAPES = st.builds(
 PATTERNS = st.none() | st.tuples(*[st.booleans()] * 4)
 
 
-@given_(SHAPES, PATTERNS, st.integers(1, 8))
+@given(SHAPES, PATTERNS, st.integers(1, 8))
 def test_the_closed_form_is_what_bisection_finds(shape, pattern, segments):
     if shape.window is not None and pattern is not None:
         shape = dataclasses.replace(shape, windowed=pattern)
@@ -115,7 +114,7 @@ def test_the_closed_form_is_what_bisection_finds(shape, pattern, segments):
         assert cut == pytest.approx(low, rel=1e-9, abs=1e-6)
 
 
-@given_(SHAPES, st.integers(1, 8), st.sampled_from([1, 2, 3, 8, 24]))
+@given(SHAPES, st.integers(1, 8), st.sampled_from([1, 2, 3, 8, 24]))
 def test_any_shape_is_cut_into_whole_aligned_segments(shape, segments, multiple):
     shape = dataclasses.replace(shape, seq_length=shape.seq_length // multiple * multiple)
     assume(shape.seq_length >= segments * multiple)
@@ -187,4 +186,4 @@ def test_an_alignment_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"holds 2 blocks of 2048 tokens, fewer than the 4 segments"):
         balanced(model, 4, align=2048)
     with pytest.raises(ValueError, match="give one per segment"):
-        given(model, [4096], 2)
+        from_lengths(model, [4096], 2)
