@@ -338,7 +338,7 @@ def predict(model: Architecture, cluster: Cluster, run: Configuration) -> StepPr
         ValueError: the sizes allow no prediction at all.
     """
     why = reasons(model, run)
-    if run.data_parallel_size < 1 or min(run.stage_layers(model.num_layers)) < 0:
+    if run.smallest < 1 or run.data_parallel_size < 1 or min(run.stage_layers(model.num_layers)) < 0:
         raise ValueError("; ".join(why))
     if cluster.gpus != run.gpus:
         cluster = replace(cluster, gpus=run.gpus)
