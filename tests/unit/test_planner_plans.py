@@ -11,6 +11,7 @@ from megatron.longseq.planner.plan.bounds import PlanningProblem, SearchNode
 from megatron.longseq.planner.plan.cluster import cluster
 from megatron.longseq.planner.plan.launch import PlanChoice
 from megatron.longseq.planner.plan.model import Architecture, architecture
+from megatron.longseq.planner.plan.restrictions import unusable
 from megatron.longseq.planner.plan.search import branch_and_bound, brute_force
 from megatron.longseq.planner.plan.task import PlanningTask, parse_count, planning_task
 
@@ -51,7 +52,8 @@ def small_tasks(draw: st.DrawFn) -> PlanningTask:
         strategies=draw(st.sampled_from([("upstream", "upstream-zero1"), ("upstream-zero1", "NIG", "IIG", "GGG")])),
         micro_batch=draw(st.sampled_from([(1,), (1, 2)])),
     )
-    return task.with_cluster(memory_bytes=draw(st.sampled_from([1.2e9, 2e9, 4e9, 80e9])))
+    memory = draw(st.sampled_from([1.2e9, 2e9, 4e9, 80e9]))
+    return replace(task, cluster=replace(machine, memory_bytes=memory))
 
 
 @given(small_tasks(), st.integers(1, 4))
@@ -112,3 +114,23 @@ def test_counts() -> None:
     for text in ("", "K", "-4", "0", "many", "1.5"):
         with pytest.raises(ValueError, match="give a whole number"):
             parse_count(text)
+
+
+def test_restrictions_that_no_plan_has_are_refused() -> None:
+    """Values are compared with the plans themselves; a value that some plan has stays."""
+    given = {
+        "tensor": (1, 2, 3),
+        "micro_batch": (1, 32),
+        "segments": (1, 4, 512),
+        "slacks": (0, 7),
+        "group_sizes": (2, 3),
+    }
+    task = planning_task(architecture("llama-7b", {}), cluster("a100-8"), 8192, 16, **given)
+    expected = {"tensor": [3], "micro_batch": [32], "segments": [512], "group_sizes": [3]}
+    assert unusable(task.space, given) == expected
+    alone = planning_task(architecture("llama-7b", {}), cluster("a100-8"), 8192, 16, pipeline=(1,), slacks=(0, 1))
+    assert unusable(alone.space, ("slacks", "pipeline")) == {"slacks": [1]}
+    upstream = planning_task(
+        architecture("llama-7b", {}), cluster("a100-8"), 8192, 16, group_sizes=(2,), strategies=("upstream",)
+    )
+    assert unusable(upstream.space, ("group_sizes",)) == {"group_sizes": [2]}

@@ -7,7 +7,7 @@ import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -342,8 +342,3 @@ def read_model(model: str) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"{path}: unknown fields {sorted(unknown)}; fields are upstream's flags in snake case")
     return {**content, "name": path.stem}
-
-
-def with_layers(model: Architecture, layers: int) -> Architecture:
-    """Return the same model with another number of layers."""
-    return replace(model, num_layers=layers)

@@ -103,7 +103,7 @@ class StageSeconds(NamedTuple):
 def _layer(model: Architecture, cluster: Cluster, run: Configuration, has_experts: bool) -> StageSeconds:
     """Return one layer as if it were a stage."""
     seconds = layer_seconds(model, cluster, run, has_experts)
-    messages = layer_messages(model, cluster, run, has_experts, seconds.attention, seconds.weight)
+    messages = layer_messages(model, cluster, run, has_experts, seconds)
     tensor = messages.forward + messages.backward
     context = messages.context_forward + messages.context_backward
     host = cluster.layer_seconds * (1.0 if fuses_softmax(model, run) else 1.5)

@@ -17,8 +17,9 @@ from megatron.longseq.planner.plan.cluster import cluster
 from megatron.longseq.planner.plan.explain import explain
 from megatron.longseq.planner.plan.flexsp_search import DocumentTask, search_documents
 from megatron.longseq.planner.plan.model import architecture
+from megatron.longseq.planner.plan.restrictions import unusable
 from megatron.longseq.planner.plan.search import branch_and_bound
-from megatron.longseq.planner.plan.space import Recomputation
+from megatron.longseq.planner.plan.space import Recomputation, SearchSpace
 from megatron.longseq.planner.plan.task import PlanningTask, parse_count, planning_task
 from megatron.longseq.planner.tools.document_lengths import steps_of
 from megatron.longseq.planner.tools.flexsp_tables import (
@@ -214,7 +215,28 @@ def task_of(args: argparse.Namespace) -> PlanningTask:
     given["base"] = {} if args.float32 else {"bf16": True}
     if args.local_layers:
         given["base"]["transformer_impl"] = "local"
-    return planning_task(model, machine, seq_length, sequences, **given)
+    task = planning_task(model, machine, seq_length, sequences, **given)
+    _check_restrictions(task.space, [field for field, _ in _RESTRICTIONS.values() if field in given])
+    return task
+
+
+def _check_restrictions(space: SearchSpace, restricted: list[str]) -> None:
+    """Refuse values that no plan can have, unless no layout is left, of which the search says more.
+
+    Raises:
+        ValueError: names the flag and the values.
+    """
+    flags = {field: flag for flag, (field, _) in _RESTRICTIONS.items()}
+    missing = unusable(space, restricted) if any(space.layouts()) else {}
+    for name, values in missing.items():
+        numbers = ", ".join(map(str, values))
+        why = "no layout of the search has it, with this model, cluster and batch and the other restrictions"
+        if name == "group_sizes":
+            why = (
+                "PaRO's groups divide the data- x context-parallel ranks into several ones of at least 2 ranks; no "
+                f"layout of {space.gpus} GPUs has such groups, or no triplet of --strategies uses them"
+            )
+        raise ValueError(f"--{flags[name]} {numbers}: {why}; leave the value out")
 
 
 def _numbers(pairs: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
