@@ -335,6 +335,22 @@ def test_cells_as_programs_write_them() -> None:
     assert price(virtual_pipeline_model_parallel_size=2, **stages) == by_layers
 
 
+def test_tables_that_are_no_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, row = tmp_path / "rows.csv", "8,a100,llama-7b,4096"
+    for text, message in (
+        ("gpus,cluster,gpus\n8,a100,16\n", "more than one column gpus"),
+        ("gpus,cluster\n,\n", "no rows"),
+        (f"gpus,cluster,model,seq_length,\n{row},5\n", "line 2: '5' is in a column without a name"),
+        (f"gpus,cluster,model,seq_length\n{row},5\n", "line 2: more cells than columns"),
+    ):
+        table.write_text(text)
+        assert main(["predict", "--rows", str(table)]) == 1
+        assert message in capsys.readouterr().err
+    table.write_bytes(f"\ufeffgpus,cluster,model,seq_length,\n,,,,\n{row},\n".encode())
+    assert main(["predict", "--rows", str(table), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 1
+
+
 def test_what_no_flag_says_is_assumed_and_reported() -> None:
     """The vocabulary, and the software of runs in fp16 on A100; a data-parallel size that contradicts the others."""
     sizes = {"num_layers": 12, "hidden_size": 1024, "num_attention_heads": 16, "seq_length": 1024, "cluster": "a100-8"}

@@ -230,6 +230,8 @@ def _values(name: str) -> tuple[dict[str, Any], int | None]:
             content = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"{path}: not JSON ({error})") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path}: not a JSON object; give a file that `calibrate` wrote")
         return {"name": path.stem, **content}, content.get("gpus")
     aliases = _aliases()
     bare = _bare(name)

@@ -251,6 +251,8 @@ def reasons(model: Architecture, run: Configuration) -> list[str]:
             found.append(f"paro_group_size {run.paro_group_size} does not divide {ranks} data-parallel ranks")
     if run.bf16 and run.fp16:
         found.append("give bf16 or fp16, not both")
+    if run.recompute_granularity == "selective" and (run.recompute_method or run.recompute_num_layers):
+        found.append("selective recomputation has neither recompute_method nor recompute_num_layers")
     return found
 
 

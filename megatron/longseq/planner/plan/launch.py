@@ -14,6 +14,19 @@ FlagValue = bool | int | float | str | Sequence[str] | Sequence[int] | None
 Flags = Mapping[str, FlagValue]
 
 
+# Flags that a plan sets, or leaves out on purpose.
+PLANNED = (
+    *("seq_length", "micro_batch_size", "global_batch_size", "tensor_model_parallel_size", "sequence_parallel"),
+    *("pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"),
+    *("context_parallel_size", "context_parallel_attention", "context_parallel_auto", "cp_comm_type"),
+    *("hierarchical_context_parallel_sizes", "seq1f1b_splits", "seq1f1b_partition", "seq1f1b_slack", "zero_bubble"),
+    *("recompute_granularity", "recompute_modules", "recompute_method", "recompute_num_layers"),
+    *("recompute_activations", "cross_entropy_chunk_tokens", "paro", "paro_group_size", "paro_collectives"),
+    *("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather", "num_layers", "hidden_size"),
+    *("ffn_hidden_size", "num_attention_heads", "num_query_groups", "flexsp", "flexsp_max_tokens_per_rank"),
+)
+
+
 class PlanChoice(NamedTuple):
     """One leaf of the search: everything that the planner chooses."""
 

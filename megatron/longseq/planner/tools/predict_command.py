@@ -140,11 +140,14 @@ def read_rows(path: Path, common: Mapping[str, Any]) -> list[tuple[str, dict[str
     Raises:
         ValueError: the file has no rows, or a column is no flag.
     """
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
         reader = csv.DictReader(file)
-        columns = list(reader.fieldnames or ())
+        columns = [column for column in reader.fieldnames or () if column.strip()]
         if not columns:
             raise ValueError(f"{path}: no columns")
+        twice = sorted({column for column in columns if columns.count(column) > 1})
+        if twice:
+            raise ValueError(f"{path}: more than one column {', '.join(twice)}; give one of each")
         try:
             check_names([column for column in columns if column != LENGTHS])
         except ValueError as error:
@@ -154,9 +157,12 @@ def read_rows(path: Path, common: Mapping[str, Any]) -> list[tuple[str, dict[str
             if None in row:
                 raise ValueError(f"{path}, line {number}: more cells than columns")
             given = {key: value for key, value in row.items() if not is_empty(key, value)}
-            if not given:  # a line of commas
-                continue
-            rows.append((f"{path}, line {number}", {**common, **given}))
+            if "" in given:
+                raise ValueError(f"{path}, line {number}: {given['']!r} is in a column without a name")
+            if given:  # not a line of commas
+                rows.append((f"{path}, line {number}", {**common, **given}))
+    if not rows:
+        raise ValueError(f"{path}: no rows")
     return rows
 
 

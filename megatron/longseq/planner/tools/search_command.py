@@ -16,6 +16,7 @@ from megatron.longseq.planner.plan.bounds import PlanningProblem
 from megatron.longseq.planner.plan.cluster import cluster
 from megatron.longseq.planner.plan.explain import explain
 from megatron.longseq.planner.plan.flexsp_search import DocumentTask, search_documents
+from megatron.longseq.planner.plan.launch import PLANNED
 from megatron.longseq.planner.plan.model import architecture
 from megatron.longseq.planner.plan.restrictions import unusable
 from megatron.longseq.planner.plan.search import branch_and_bound
@@ -136,12 +137,20 @@ def _training_words(args: argparse.Namespace) -> tuple[str, ...]:
     """Return the words of --training-flags.
 
     Raises:
-        ValueError: a quotation is not closed.
+        ValueError: a quotation is not closed, or a plan sets one of the flags.
     """
     try:
-        return tuple(shlex.split(args.training_flags or ""))
+        words = tuple(shlex.split(args.training_flags or ""))
     except ValueError as error:
         raise ValueError(f"--training-flags {args.training_flags}: {error}") from error
+    planned = {f"--{name.replace('_', '-')}" for name in PLANNED}
+    twice = sorted({word.partition("=")[0].replace("_", "-") for word in words} & planned)
+    if twice:
+        raise ValueError(
+            f"--training-flags: a plan sets {', '.join(twice)}, so the launch command would contradict the plan; leave "
+            "it out, or restrict the search"
+        )
+    return words
 
 
 def _run_documents(args: argparse.Namespace) -> str:
