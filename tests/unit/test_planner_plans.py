@@ -121,12 +121,12 @@ def test_restrictions_that_no_plan_has_are_refused() -> None:
     given = {
         "tensor": (1, 2, 3),
         "micro_batch": (1, 32),
-        "segments": (1, 4, 512),
+        "segments": (1, 4, 16384),
         "slacks": (0, 7),
         "group_sizes": (2, 3),
     }
     task = planning_task(architecture("llama-7b", {}), cluster("a100-8"), 8192, 16, **given)
-    expected = {"tensor": [3], "micro_batch": [32], "segments": [512], "group_sizes": [3]}
+    expected = {"tensor": [3], "micro_batch": [32], "segments": [16384], "group_sizes": [3]}
     assert unusable(task.space, given) == expected
     alone = planning_task(architecture("llama-7b", {}), cluster("a100-8"), 8192, 16, pipeline=(1,), slacks=(0, 1))
     assert unusable(alone.space, ("slacks", "pipeline")) == {"slacks": [1]}
