@@ -49,6 +49,7 @@ def validate_longseq_arguments(args: argparse.Namespace) -> None:
         ValueError: a flag is not supported. The message names it, the reason and what to do.
     """
     check_dry_run(args)
+    _check_home(args)
     _validate_record_arguments(args)
     _check_log_arguments(args)
     _check_save(args)
@@ -126,6 +127,16 @@ def _validate_record_arguments(args: argparse.Namespace) -> None:
     if not args.arguments_file or Path(args.arguments_file).is_dir():
         raise ValueError(f"{flag}: this is not a file name. Give a file in a writable folder.")
     refuse_unwritable(flag, Path(args.arguments_file).absolute().parent, "give a file in a writable folder")
+
+
+def _check_home(args: argparse.Namespace) -> None:
+    """Refuse values that begin with ~/. Shells do not expand it in --flag=~/x, and a folder ~ would be made."""
+    for name, value in vars(args).items():
+        values = value if isinstance(value, list | tuple) else [value]
+        for one in values:
+            if isinstance(one, str) and one.startswith("~/"):
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} {one}: the shell has not expanded ~; leave out the =, or write the path.")
 
 
 def _check_save(args: argparse.Namespace) -> None:

@@ -54,8 +54,8 @@ def refuse_without_effect(args: Namespace, missing: str, **defaults: Any) -> Non
         value = getattr(args, name, default)
         if value != default:
             values = value if isinstance(value, list | tuple) else () if value is True else (value,)
-            given = "".join(f" {one}" for one in values)
-            raise ValueError(f"--{name.replace('_', '-')}{given}: {missing}, so it has no effect; give both.")
+            text = "".join(f" {one}" for one in values)
+            raise ValueError(f"--{name.replace('_', '-')}{text}: {missing}, so it has no effect; give both.")
 
 
 def refuse_unwritable(flag: str, folder: Path, advice: str) -> None:
@@ -72,8 +72,11 @@ def refuse_unwritable(flag: str, folder: Path, advice: str) -> None:
         ValueError: the folder, or its nearest existing parent, is not a writable folder.
     """
     existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
+    try:
+        while not existing.exists():
+            existing = existing.parent
+    except OSError as error:  # such as a name that is too long
+        raise ValueError(f"{flag}: {error.strerror}; {advice}.") from error
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"{flag}: {existing} is not a folder that this process can write to; {advice}.")
 
