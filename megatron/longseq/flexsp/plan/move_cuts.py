@@ -33,7 +33,7 @@ class QuickPlans:
         self._known: dict[tuple[int, int], list[WorkGroup] | None] = {}
 
     @property
-    def planned(self) -> int:
+    def count(self) -> int:
         """Number of sequences in all parts that were planned."""
         return sum(end - begin for begin, end in self._known)
 
@@ -83,7 +83,7 @@ def move_cuts(plans: QuickPlans, start: Cuts, most: int) -> Cuts:
         start: cuts to begin with.
         most: sequences that may be planned.
     """
-    current, end = start, plans.planned + most
+    current, end = start, plans.count + most
     for share in _SHARES:
         better: Cuts | None = current
         while better is not None:
@@ -91,15 +91,15 @@ def move_cuts(plans: QuickPlans, start: Cuts, most: int) -> Cuts:
             better = next(
                 (
                     cuts
-                    for cuts in _moved(current, share)
-                    if plans.planned < end and plans.seconds(cuts) < plans.seconds(current) * (1 - _LEAST_GAIN)
+                    for cuts in _neighbours(current, share)
+                    if plans.count < end and plans.seconds(cuts) < plans.seconds(current) * (1 - _LEAST_GAIN)
                 ),
                 None,
             )
     return current
 
 
-def _moved(cuts: Cuts, share: float) -> Sequence[Cuts]:
+def _neighbours(cuts: Cuts, share: float) -> Sequence[Cuts]:
     """Return the cuts with one of them moved."""
     found = []
     for number, (begin, at, end) in enumerate(zip((0, *cuts), cuts, cuts[1:], strict=False)):

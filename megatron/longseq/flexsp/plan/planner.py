@@ -134,8 +134,8 @@ def search(
             found.append(fewer)
             fewer = dissolve(problem, fewer)
     best = min(found, key=seconds)
-    polished = [_polished(problem, groups, FINAL) for groups in best]
-    return min(best, polished, fill_holes(problem, polished, THOROUGH), key=seconds)
+    last = [_faster_groups(problem, groups, FINAL) for groups in best]
+    return min(best, last, fill_holes(problem, last, THOROUGH), key=seconds)
 
 
 def contiguous_plans(problem: StepProblem, least: int = 1, multiple: int = 1) -> list[list[Groups]]:
@@ -153,7 +153,7 @@ def contiguous_plans(problem: StepProblem, least: int = 1, multiple: int = 1) ->
     quick = _quick_plans(problem, least, multiple)
     close = _CLOSE * min(map(seconds, quick), default=0.0)
     for plan in quick:
-        plans.append([_polished(problem, groups, THOROUGH) for groups in plan] if seconds(plan) <= close else plan)
+        plans.append([_faster_groups(problem, groups, THOROUGH) for groups in plan] if seconds(plan) <= close else plan)
     return plans
 
 
@@ -174,13 +174,13 @@ def _quick_plans(problem: StepProblem, least: int, multiple: int) -> list[list[G
     # The best cuts, the most different ones, and the best ones into another number of micro-batches.
     alike.sort(key=lambda cuts: -_distance(cuts, best))
     chosen = [best, *alike[:1], *other[:1]]
-    moved = [move_cuts(quick, start, _MOVED_SEQUENCES * len(problem.lengths)) for start in chosen]
-    ordered = sorted(dict.fromkeys(moved), key=seconds)[:_BEST_PLANS]
+    candidates = [move_cuts(quick, start, _MOVED_SEQUENCES * len(problem.lengths)) for start in chosen]
+    best_cuts = sorted(dict.fromkeys(candidates), key=seconds)[:_BEST_PLANS]
     # Faster cuts may leave worse holes, so the best ones of the blaster stay.
-    return [plan for cuts in dict.fromkeys([*ordered, best]) if (plan := quick.plan(cuts)) is not None]
+    return [plan for cuts in dict.fromkeys([*best_cuts, best]) if (plan := quick.plan(cuts)) is not None]
 
 
-def _polished(problem: StepProblem, groups: Groups, effort: Effort) -> Groups:
+def _faster_groups(problem: StepProblem, groups: Groups, effort: Effort) -> Groups:
     """Return groups for the same sequences that were searched for with some effort, if they are faster."""
     found = plan_microbatch(problem, sequences(problem, groups), effort)
     return found if found is not None and makespan(found) < makespan(groups) else groups
