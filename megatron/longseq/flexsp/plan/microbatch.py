@@ -36,8 +36,8 @@ class Effort:
 
 
 QUICK = Effort(placements=3_000, least=12, moves=20, refined=1, fine=3_000)
-THOROUGH = Effort(placements=30_000, least=16, moves=200, refined=2, fine=30_000)
-FINAL = Effort(placements=60_000, least=24, moves=200, refined=3, fine=30_000)
+THOROUGH = Effort(placements=30_000, least=12, moves=200, refined=2, fine=30_000)
+FINAL = Effort(placements=60_000, least=16, moves=200, refined=3, fine=30_000)
 
 
 class _Search:

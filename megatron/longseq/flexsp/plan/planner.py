@@ -26,6 +26,7 @@ PLANNERS: tuple[PlannerName, ...] = get_args(PlannerName)
 _COUNTS = 3  # numbers of micro-batches that are tried
 _SPLITS = 3  # into each of them, of which the best one and the one that differs most from it are planned
 _MOVED_SEQUENCES = 4  # sequences that are planned while cuts are moved, for every sequence of the step
+_MOST_MOVED = 16_000  # the same in all, so that large steps do not take long
 _BEST_PLANS = 2  # of these, those that are searched thoroughly
 _CLOSE = 1.03  # of the seconds of the fastest of them: the others are not searched thoroughly
 _FILLED_PLANS = 3  # plans whose holes are filled
@@ -174,7 +175,8 @@ def _quick_plans(problem: StepProblem, least: int, multiple: int) -> list[list[G
     # The best cuts, the most different ones, and the best ones into another number of micro-batches.
     alike.sort(key=lambda cuts: -_distance(cuts, best))
     chosen = [best, *alike[:1], *other[:1]]
-    candidates = [move_cuts(quick, start, _MOVED_SEQUENCES * len(problem.lengths)) for start in chosen]
+    most = min(_MOVED_SEQUENCES * len(problem.lengths), _MOST_MOVED)
+    candidates = [move_cuts(quick, start, most) for start in chosen]
     best_cuts = sorted(dict.fromkeys(candidates), key=seconds)[:_BEST_PLANS]
     # Faster cuts may leave worse holes, so the best ones of the blaster stay.
     return [plan for cuts in dict.fromkeys([*best_cuts, best]) if (plan := quick.plan(cuts)) is not None]
