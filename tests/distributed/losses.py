@@ -201,6 +201,20 @@ def second_call() -> Iterator[Planted]:
 
 
 @contextmanager
+def longer() -> Iterator[Planted]:
+    """Train on sequences of twice the length that the flags say, with a loss that does not need their mask."""
+    from megatron.longseq import pretrain_gpt
+
+    def read(original: Any, *args: Any) -> Any:
+        batch = original(*args)
+        names = ("tokens", "labels", "position_ids")
+        return batch | {name: batch[name].repeat(1, 2) for name in names} | {"attention_mask": None}
+
+    with wrapped(pretrain_gpt, "get_batch", read), _planted(_maximum) as planted:
+        yield planted
+
+
+@contextmanager
 def pooled() -> Iterator[Planted]:
     """Let the model itself compute the mean over the sequence."""
     from megatron.core.models.gpt.gpt_model import GPTModel

@@ -20,6 +20,8 @@ from megatron.longseq.attention.kernels.select import KernelSelector
 from megatron.longseq.attention.module import (
     ContextParallel,
     SegmentState,
+    refuse_config,
+    refuse_core_attention,
     refuse_mask_type,
     refuse_window,
     run_in_segments,
@@ -194,8 +196,15 @@ class SegmentedModel:
             refuse_unserved_model(model, packed)
             given["packed_seq_params"] = packed
         for name in ALONG_SEQUENCE:
-            if given.get(name) is not None:
-                given[name] = given[name][:, segment.begin : segment.end]
+            rows = given.get(name)
+            if rows is not None and rows.shape[1] != segment.total:
+                raise ValueError(
+                    f"micro-batch {segment.microbatch}: the script hands the model {name} of {rows.shape[1]} tokens, "
+                    f"but segments are cut from {segment.total} (--seq-length / --context-parallel-size); hand it "
+                    "sequences of that length."
+                )
+            if rows is not None:
+                given[name] = rows[:, segment.begin : segment.end]
 
     def _read_packed(self, given: dict[str, Any], model: GPTModel) -> None:
         """Read the documents of a micro-batch from what the script hands to the model at the first segment.
@@ -284,6 +293,8 @@ def _refuse_attention(name: str, attention: torch.nn.Module) -> None:
     if isinstance(attention, SelfAttention):
         refuse_mask_type(attention.attn_mask_type, f"--seq1f1b-splits, layer {name}")
         refuse_window(attention.config, f"--seq1f1b-splits, layer {name}")
+        refuse_config(attention.config, f"--seq1f1b-splits, layer {name}")
+        refuse_core_attention(attention.core_attention, f"--seq1f1b-splits, layer {name}")
     elif not isinstance(attention, IdentityOp):
         raise ValueError(
             f"--seq1f1b-splits supports SelfAttention, but layer {name} has {type(attention).__name__}, which would "
