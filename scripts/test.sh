@@ -12,6 +12,7 @@ cd "$ROOT"
 if (($# == 0)) || [[ $* == --all ]]; then
   bash scripts/check.sh
   # Tests that share trainings stay on one worker (tests/conftest.py); other files go to the worker that is free.
-  set -- -n 2 --dist loadscope --no-loadscope-reorder "$@"
+  # Much of a test is waiting (ranks for one another, jobs for their ends), so three workers keep two cores busy.
+  set -- -n 3 --dist loadscope --no-loadscope-reorder "$@"
 fi
 exec "$PY" -m pytest --durations=20 "$@"

@@ -115,6 +115,7 @@ WAYS: list[dict[str, Any]] = [
     {"mesh": Mesh(1, 2)},
     {"mesh": Mesh(2, 2), "lengths": (32, 48, 16)},
     {"mesh": Mesh(1, 4), "inner": 2},
+    {"mesh": Mesh(1, 6), "inner": 3},
     {"mesh": Mesh(1, 4), "gathers": True, "lengths": (64, 32)},
 ]
 
@@ -135,6 +136,14 @@ def test_random_documents_equal_dense_attention(data: st.DataObject) -> None:
     if data.draw(st.booleans()):
         pieces = document_pieces(Documents(found.spans[:1]), problem.lengths, problem.mesh.size)
     problem = Problem(**{**vars(problem), "documents": found, "pieces": pieces})
+    assert_close(run(problem), problem.expected(problem.inputs()), 96)
+
+
+def test_a_block_as_long_as_the_rows_that_a_rank_sums() -> None:
+    """In this double ring a block has as many keys as the rank sums gradients of, but not the same ones."""
+    found = Documents((packed([1, 1, 23, 26, 14, 31]),))
+    pieces = document_pieces(found, (96,), 4)
+    problem = Problem(mesh=Mesh(1, 4), inner=2, lengths=(96,), heads=(4, 2), batch=1, documents=found, pieces=pieces)
     assert_close(run(problem), problem.expected(problem.inputs()), 96)
 
 

@@ -41,11 +41,12 @@ class GradAccumulator:
             keys: keys of the blocks, counted through `kv_rows`.
             dk, dv: [keys, sequences, hk, d]; zero for keys that are not summed, which no block sees.
         """
-        if self._sum is None and keys.size == self._total and batch.size == self._like.shape[1]:
+        summed, rows = self._summed_rows(keys)
+        whole = batch == TokenRange(0, self._like.shape[1]) and rows == (TokenRange(0, self._total),)
+        if self._sum is None and summed is None and whole:
             dtype = accumulation_dtype(self._like.dtype)
             self._sum = dk.to(dtype).contiguous(), dv.to(dtype).contiguous()
             return
-        summed, rows = self._summed_rows(keys)
         for total, grad in zip(self.result(), (dk, dv), strict=True):
             add_rows(total, rows, grad if summed is None else take_rows(grad, summed), batch)
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -199,7 +200,7 @@ def _packed_rows(
     ranges: Sequence[TokenRange], sequences: Sequence[int], batch: int, device: torch.device
 ) -> PackedRows:
     span = TokenRange(min(one.begin for one in ranges), max(one.end for one in ranges))
-    if batch == 1 and span.size == sum(one.size for one in ranges):
+    if batch == 1 and all(one.end == following.begin for one, following in pairwise(ranges)):
         return PackedRows(span, TokenRange(0, 1))
     rows = index_of(ranges, torch.device("cpu"))
     sizes = torch.tensor([one.size for one in ranges])
