@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron.longseq.arguments import INTERVALS, validate_longseq_arguments
+from megatron.longseq.refusals import explained_refusals
 from patches.entry.hooks import escape_help, explain_names
 
 
@@ -74,3 +75,9 @@ def test_a_name_that_an_enumeration_has_not_is_refused_by_the_parser(
         parser.parse_args(words)
     assert f"argument {words[0]}: '{words[1]}' is no name that this flag knows" in capsys.readouterr().err
     parser.parse_args(["--exit-signal", "SIGUSR1", "--attention-backend", "flash"])
+
+
+def test_a_missing_file_that_upstream_reads_is_named() -> None:
+    refused = pytest.raises(ValueError, match=r"upstream refuses these flags: FileNotFoundError: .*'/nowhere/file'")
+    with refused, explained_refusals("these flags"):
+        Path("/nowhere/file").read_text()

@@ -15,6 +15,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch.utils import _pytree as pytree
 
 from megatron.longseq.attention.kernels.select import KernelSelector
 from megatron.longseq.attention.module import (
@@ -180,7 +181,7 @@ class SegmentedModel:
 
     def _cut(self, given: dict[str, Any], model: GPTModel) -> None:
         segment = self._here()
-        unserved = [name for name in UNSERVED if given.get(name) is not None]
+        unserved = [name for name, value in given.items() if value is not None and not _is_served(name, value)]
         if unserved:
             raise ValueError(f"--seq1f1b-splits cannot cut {', '.join(unserved)} into segments; leave it out.")
         if segment.index == 0 and (given.get("packed_seq_params") is not None or self.packed.always):
@@ -278,6 +279,14 @@ class SegmentedModel:
             return original(max_seq_len, offset=offset + self.store.current_segment(0).begin, **kwargs)
 
         return forward
+
+
+def _is_served(name: str, value: Any) -> bool:
+    """Return whether an argument of the model can be cut, or needs no cut. A script's model may have further ones."""
+    if name in (*ALONG_SEQUENCE, "attention_mask"):
+        return True
+    leaves = pytree.tree_leaves(value)
+    return name not in UNSERVED and not any(isinstance(leaf, torch.Tensor) and leaf.dim() > 1 for leaf in leaves)
 
 
 def _sequences(given: dict[str, Any], model: GPTModel) -> int:
