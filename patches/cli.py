@@ -16,7 +16,7 @@ from patches.upstream.source import ImportPath, Upstream
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when all is well, 1 when something was found or refused."""
+    """Run one command. Return 0, or 1 if the command found a difference or was refused."""
     options = _parser().parse_args(argv)
     try:
         return int(options.command(options))
@@ -95,7 +95,7 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def markdown(records: Sequence[Record]) -> str:
-    """The table of patches for docs/patches.md; the callbacks of a hook stand below it, without a number."""
+    """Return the table of patches for docs/patches.md. The callbacks of a hook stand below it, without a number."""
     from megatron.longseq.command_line import markdown_table  # here, as `verify` imports nothing of megatron
 
     rows = []

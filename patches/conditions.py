@@ -19,5 +19,5 @@ def no_cuda(args: Namespace | None) -> bool:
 
 
 def has_local_layers(args: Namespace) -> bool:
-    """Layers are upstream's local ones: as the flag says, and always without CUDA."""
+    """Return whether the layers are upstream's local ones: by --transformer-impl, and always without CUDA."""
     return args.transformer_impl == "local" or no_cuda(args)

@@ -18,5 +18,5 @@ def node_ranks() -> int | None:
 
 
 def has_one_queue() -> bool:
-    """Whether work of all streams reaches a GPU through one queue, as CUDA_DEVICE_MAX_CONNECTIONS says."""
+    """Return whether all streams of a GPU share one queue (CUDA_DEVICE_MAX_CONNECTIONS=1)."""
     return os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1"

@@ -1,4 +1,4 @@
-"""Every way a patch can be refused; each message says what, where, why and what to do."""
+"""The errors of patches. Each message says what is wrong, where, why and what to do."""
 
 from typing import Self
 
@@ -11,7 +11,7 @@ class PatchError(RuntimeError):
         super().__init__(f"{what}\n  where: {where}\n  why: {why}\n  what to do: {todo}")
 
     def about(self, patch: str) -> Self:
-        """The same error, its message led by the patch it concerns."""
+        """Put the patch that the error concerns before its message; return the error."""
         self.args = (f"{patch}: {self}",)
         return self
 

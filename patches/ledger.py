@@ -48,7 +48,7 @@ def with_callbacks(records: Iterable[Record], callbacks: Iterable[Callback]) -> 
 
 
 def checked(records: Iterable[Record]) -> tuple[Record, ...]:
-    """The records as a tuple, once they are known not to contradict each other.
+    """Check that the records do not contradict each other, and return them as a tuple.
 
     Raises:
         LedgerError: an id twice, or an implementation or predicate in a module that does not exist.
@@ -92,7 +92,7 @@ def refuse_conflicts(records: Sequence[Record]) -> None:
 
 
 def _exists(module: str) -> bool:
-    """Whether a module can be found; modules of this package are looked up as files, so nothing is imported."""
+    """Return whether a module exists. Modules of this package are looked up as files, so nothing is imported."""
     top, _, rest = module.partition(".")
     if top == __package__ and rest:
         path = Path(__file__).parent.joinpath(*rest.split("."))

@@ -110,8 +110,8 @@ class Record:
             faults.append(f"stage {self.stage!r} is not start or flags")
         shape = _MODULE if self.action == "context" else _PLACE
         if not shape.fullmatch(self.target):
-            wanted = "a module name" if self.action == "context" else "`module:Qual.name`"
-            faults.append(f"target {self.target!r} is not {wanted}")
+            form = "a module name" if self.action == "context" else "`module:Qual.name`"
+            faults.append(f"target {self.target!r} is not {form}")
         if self.action == "hook" and (self.impl or self.when or self.test or self.remove_when):
             faults.append("a hook has no impl, when, test or remove_when; its callbacks have them")
         if self.action != "hook" and self.callbacks:
@@ -129,7 +129,7 @@ class Record:
         return self.callbacks if self.action == "hook" else (self,)
 
     def only(self, parts: "tuple[Record | Callback, ...]") -> Self | None:
-        """The record with those of its parts alone that are in `parts`; None if there are none."""
+        """Return the record without the parts that are not in `parts`, or None if no part is left."""
         if self.action != "hook":
             return self if self in parts else None
         kept = tuple(callback for callback in self.callbacks if callback in parts)
@@ -148,7 +148,7 @@ class Record:
 
 
 def is_upstream(place: str) -> bool:
-    """Whether `module:Qual.name` (or a module name) is upstream Megatron's; `megatron.longseq` is ours."""
+    """Return whether `module:Qual.name`, or a module name, is upstream's. `megatron.longseq` is ours."""
     module = place.partition(":")[0]
     return module.startswith("megatron.") and not f"{module}.".startswith("megatron.longseq.")
 

@@ -67,8 +67,9 @@ def flags_table(add_arguments: Callable[[ArgumentParser], Any]) -> str:
         takes = action.metavar or "|".join(action.choices or ())
         takes = takes if isinstance(takes, str) else " ".join(takes)
         flag = f"{action.option_strings[0]} {takes}".rstrip().replace("|", r"\|")  # a bar would end the cell
-        default = "off" if action.default is None or action.default is False else str(action.default)
-        rows.append((f"`{flag}`", default, action.help or ""))
+        default = "off" if action.nargs == 0 or action.default is None else str(action.default)
+        text, _, note = (action.help or "").partition(" (default: ")
+        rows.append((f"`{flag}`", default if note in ("", "%(default)s)") else note[:-1], text))
     return markdown_table(("flag", "default", ""), rows, "|---|---|---|")
 
 

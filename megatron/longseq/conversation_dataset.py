@@ -30,12 +30,12 @@ class ConversationDataset(SFTDataset):  # type: ignore[misc]  # upstream is not 
             return SFTDataset.build_low_level_dataset(dataset_path, config)
         conversations = Conversations(dataset_path)
         prepared = tuple(conversations.tokenizer[name] for name in ("pad_id", "eod_id", "vocab_size"))
-        given = (config.tokenizer.pad, config.tokenizer.eod, config.tokenizer.vocab_size)
-        if given != prepared:
+        of_run = (config.tokenizer.pad, config.tokenizer.eod, config.tokenizer.vocab_size)
+        if of_run != prepared:
             raise ValueError(
                 f"{dataset_path} was prepared with a tokenizer whose padding, end of document and vocabulary size are "
-                f"{prepared}, but those of the run's are {given}. Give the flags that `python -m megatron.longseq.data "
-                f"flags {dataset_path}` prints."
+                f"{prepared}, but those of the run are {of_run}. Give the flags that "
+                f"`python -m megatron.longseq.data flags {dataset_path}` prints."
             )
         return conversations
 

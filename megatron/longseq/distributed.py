@@ -93,20 +93,20 @@ def same_backend_options(group: dist.ProcessGroup) -> Any:
 
 
 def new_groups(
-    wanted: Iterable[Sequence[int]], like: dist.ProcessGroup, timeout: timedelta | None = None, **options: Any
+    rank_lists: Iterable[Sequence[int]], like: dist.ProcessGroup, timeout: timedelta | None = None, **options: Any
 ) -> dist.ProcessGroup:
     """Create a process group for every list of ranks, and return this rank's. This is a collective over the whole job.
 
     torch requires that every rank of the job creates every group, in the same order.
 
     Args:
-        wanted: global ranks of the groups; every rank of the job is in one of them.
+        rank_lists: global ranks of the groups; every rank of the job is in one of them.
         like: a group with the backend and the options of the new ones.
         timeout: after which an unfinished message is an error; None: the backend's default.
         **options: further arguments of `torch.distributed.new_group`.
     """
     own = None
-    for ranks in wanted:
+    for ranks in rank_lists:
         group = dist.new_group(list(ranks), timeout, dist.get_backend(like), same_backend_options(like), **options)
         if dist.get_rank() in ranks:
             own = group

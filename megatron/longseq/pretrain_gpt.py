@@ -122,10 +122,10 @@ def _broadcast(batch: Batch, micro_batch_size: int) -> Batch:
     return get_batch_on_this_tp_rank(batch, **sizes, **stage, **group, **content)
 
 
-def _check_size(given: tuple[int, ...], expected: tuple[int, int], rank: int) -> None:
-    if given != expected:
+def _check_size(size: tuple[int, ...], expected: tuple[int, int], rank: int) -> None:
+    if size != expected:
         raise ValueError(
-            f"rank {rank}: the data loader returns samples of size {list(given)}, but the other "
+            f"rank {rank}: the data loader returns samples of size {list(size)}, but the other "
             f"tensor-parallel ranks expect {list(expected)} ([micro-batch, sequence]). Use a data set whose batches "
             "all have the same size."
         )

@@ -54,8 +54,8 @@ def refuse_without_effect(args: Namespace, missing: str, **defaults: Any) -> Non
         value = getattr(args, name, default)
         if value != default:
             values = value if isinstance(value, list | tuple) else () if value is True else (value,)
-            given = "".join(f" {one}" for one in values)
-            raise ValueError(f"--{name.replace('_', '-')}{given}: {missing}, so it has no effect; give both.")
+            text = "".join(f" {one}" for one in values)
+            raise ValueError(f"--{name.replace('_', '-')}{text}: {missing}, so it has no effect; give both.")
 
 
 def refuse_unwritable(flag: str, folder: Path, advice: str) -> None:

@@ -32,7 +32,7 @@ def peak_tflops(device: str) -> float | None:
     words = set(device.replace("-", " ").split())
     if "MIG" in words:
         return None
-    return next((peak for wanted, peak in PEAK_TFLOPS if words.issuperset(wanted)), None)
+    return next((peak for name, peak in PEAK_TFLOPS if words.issuperset(name)), None)
 
 
 @dataclass(frozen=True)

@@ -173,5 +173,5 @@ def without_effect(words: Sequence[str]) -> list[str]:
     Args:
         words: the command line, like `sys.argv[1:]`.
     """
-    given = {word.partition("=")[0] for word in words}
-    return [f"{flag}: {why}" for why, flags in WITHOUT_EFFECT.items() for flag in flags if flag in given]
+    names = {word.partition("=")[0] for word in words}
+    return [f"{flag}: {why}" for why, flags in WITHOUT_EFFECT.items() for flag in flags if flag in names]

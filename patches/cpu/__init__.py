@@ -1,9 +1,9 @@
 """System `cpu`: run upstream's training loop on CPU processes over gloo. It does nothing if a CUDA device is available.
 
-Principle: upstream asks `torch.cuda.is_available()` in few places and then has a right CPU branch, so that answer stays
-False. Everywhere else it names CUDA without asking: there each `torch.cuda` entry point gets the twin that PyTorch
-itself has for the CPU, and a tensor asked for on `cuda` is made on `cpu`. Upstream's own names are touched only where
-upstream refuses a CPU outright.
+Upstream calls `torch.cuda.is_available()` in a few places, and its branch for False is correct there, so the answer
+stays False. Elsewhere it uses CUDA without checking. There every `torch.cuda` function is replaced by PyTorch's own
+equivalent for the CPU, and tensors that are created on `cuda` are created on `cpu`. Functions of upstream are patched
+only where upstream refuses to run without CUDA.
 """
 
 from patches.hooks import INITIALIZE, VALIDATE_ARGS

@@ -41,18 +41,18 @@ def with_chunked_loss(original: Callable[..., Any]) -> Callable[..., Any]:
 
         from megatron.longseq.cross_entropy.runtime.output_layer import ChunkedLoss, warn_of_whole_logits
 
-        given = signature.bind(*args, **kwargs)
-        model, labels = given.arguments["self"], given.arguments["labels"]
+        bound = signature.bind(*args, **kwargs)
+        model, labels = bound.arguments["self"], bound.arguments["labels"]
         if model.post_process and not InferenceMode.is_active():
-            if given.arguments.get("output_processor") is not None:
+            if bound.arguments.get("output_processor") is not None:
                 warn_of_whole_logits("the script gives the model an output_processor, which computes its own logits")
             elif labels is None:
                 warn_of_whole_logits("the script asks the model for logits (labels=None)")
             else:
                 flags = get_args()
                 needs_gradient = flags.overlap_grad_reduce or getattr(flags, "paro", None) is not None
-                given.arguments["output_processor"] = ChunkedLoss(flags.cross_entropy_chunk_tokens, needs_gradient)
-        return original(*given.args, **given.kwargs)
+                bound.arguments["output_processor"] = ChunkedLoss(flags.cross_entropy_chunk_tokens, needs_gradient)
+        return original(*bound.args, **bound.kwargs)
 
     return _postprocess
 

@@ -61,10 +61,10 @@ def scan(originals: Sequence[Original], installed: frozenset[int] = frozenset())
     # Breadth first: a value is scanned on its shortest path, so the depth limit does not depend on the order.
     queue: deque[tuple[_Leads, str, _Path | None, int]] = deque()
     for module in modules:
-        held, depth = list(vars(module).items()), 0
+        values, depth = list(vars(module).items()), 0
         if not _is_deep(module):
-            held, depth = [(name, value) for name, value in held if id(value) in needles], _DEPTH
-        queue.append(([("{}", name, value) for name, value in held], module.__name__, None, depth))
+            values, depth = [(name, value) for name, value in values if id(value) in needles], _DEPTH
+        queue.append(([("{}", name, value) for name, value in values], module.__name__, None, depth))
     while queue:
         leads, name, before, depth = queue.popleft()
         for form, key, value in leads:

@@ -110,8 +110,8 @@ def apply(
     Args:
         records: what to apply; those in `active` already are skipped, and so are hooks whose callbacks are.
         active: what other calls have applied and not undone.
-        lock: the fingerprints to hold the sources against; upstream.lock by default.
-        upstream: where sources are read; by default where `import` finds them.
+        lock: fingerprints that the sources must match; None: those of upstream.lock.
+        upstream: reads the sources; None: from where `import` finds them.
 
     Raises:
         PatchError: says what was refused, where, why and what to do.
@@ -133,8 +133,8 @@ def apply(
     return applied
 
 
-def _holds(active: Record, wanted: Record) -> bool:
-    return active.id == wanted.id and {part.id for part in wanted.parts} <= {part.id for part in active.parts}
+def _holds(active: Record, record: Record) -> bool:
+    return active.id == record.id and {part.id for part in record.parts} <= {part.id for part in active.parts}
 
 
 def verified(records: Sequence[Record], lock: Lock | None, upstream: Upstream) -> dict[str, str]:
@@ -180,10 +180,10 @@ def _carry_out(applied: Applied, record: Record) -> None:
 
 def _refuse_second_patch(applied: Applied, record: Record, places: Sequence[Place]) -> None:
     """Refuse a place that has two labels (a class under two modules). Comparing labels does not find it."""
-    taken = {binding.place.key: binding for binding in applied.bindings}
+    by_place = {binding.place.key: binding for binding in applied.bindings}
     for place in places:
-        if place.key in taken:
-            other = taken[place.key]
+        if place.key in by_place:
+            other = by_place[place.key]
             raise Conflict(
                 f"{other.record.id} and {record.id} cannot both patch {place.label}",
                 where=place.file(),

@@ -95,7 +95,7 @@ class Session:
 
     def _stage(self, stage: Stage, args: Namespace | None) -> engine.Applied:
         done = self._stages.get(stage)
-        selected = chosen([record for record in self.ledger if record.stage == stage], args)
+        selected = select([record for record in self.ledger if record.stage == stage], args)
         if done is None:
             done = self._stages[stage] = self.apply(selected)
         elif not set(done.records) <= set(selected) <= set(self.records):
@@ -108,17 +108,17 @@ class Session:
         return done
 
 
-def chosen(records: Sequence[Record], args: Namespace | None) -> list[Record]:
+def select(records: Sequence[Record], args: Namespace | None) -> list[Record]:
     """Select the records whose predicates accept these arguments; of a hook, the callbacks whose predicates do.
 
     Raises:
         PatchError: a predicate cannot be loaded, or failed on these arguments.
     """
-    found = (record.only(tuple(part for part in record.parts if wanted(part, args))) for record in records)
+    found = (record.only(tuple(part for part in record.parts if accepts(part, args))) for record in records)
     return [record for record in found if record is not None]
 
 
-def wanted(part: Record | Callback, args: Namespace | None) -> bool:
+def accepts(part: Record | Callback, args: Namespace | None) -> bool:
     """Call the predicate of a record or callback.
 
     Raises:
@@ -165,7 +165,7 @@ def applied(records: Sequence[Record | str] | Record | str, args: Namespace | No
     """
     listed = [records] if isinstance(records, Record | str) else records
     named = ledger.merged([ledger.by_id(r) if isinstance(r, str) else r for r in listed])
-    handle = SESSION.apply(named if args is None else chosen(named, args))
+    handle = SESSION.apply(named if args is None else select(named, args))
     try:
         yield handle
     finally:

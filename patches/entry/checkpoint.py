@@ -10,7 +10,7 @@ from patches.engine import digest, session
 def compare_with_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `_load_base_checkpoint`: rank 0 prints how the patches differ from those of the checkpoint.
 
-    This is a report and no error: a run that moves from CPU to GPU, or uses another system, has other patches.
+    It raises no error, because a run that moves from CPU to GPU or uses another system has other patches.
     """
 
     def _load_base_checkpoint(load_dir: Any, args: Namespace, rank0: bool = False, *rest: Any, **named: Any) -> Any:

@@ -55,14 +55,14 @@ def choose_patches(parse_args: Callable[..., Any]) -> Callable[..., Any]:
                 "\n".join(f"> {line}" for line in digest.report(session.SESSION.records, session.SESSION.hashes)),
                 flush=True,
             )
-            _tell_unlike(args)
+            _print_model_difference(args)
         return args
 
     return parse
 
 
-def _tell_unlike(args: Any) -> None:
-    """Say where upstream's attention and ours make two models of the same flags."""
+def _print_model_difference(args: Any) -> None:
+    """Print where upstream's attention and ours compute different models from the same flags."""
     if not all(hasattr(args, name) for name in READS):  # of a YAML file that leaves flags out
         return
     is_local, is_distributed = has_local_layers(args), args.context_parallel_size > 1
@@ -77,7 +77,7 @@ def _tell_unlike(args: Any) -> None:
 
 
 def _keep_our_flags(args: Any) -> None:
-    """Upstream's YAML file replaces all parsed flags, ours included: take ours from the command line again."""
+    """Parse our flags again after upstream's YAML file, which replaces all parsed flags."""
     ours, _ = arguments.add_longseq_arguments(ArgumentParser(add_help=False, allow_abbrev=False)).parse_known_args()
     for name, value in vars(ours).items():
         if not hasattr(args, name):
@@ -233,7 +233,7 @@ def refuse_disagreement(gathered: list[dict[str, str]]) -> None:
 
 
 def _spans(ranks: list[int]) -> str:
-    """Ascending ranks, runs shortened: [0, 1, 2, 5] is `0-2, 5`."""
+    """Return ascending ranks as text with ranges: [0, 1, 2, 5] is `0-2, 5`."""
     spans: list[list[int]] = []
     for rank in ranks:
         if spans and rank == spans[-1][1] + 1:

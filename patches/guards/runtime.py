@@ -94,9 +94,9 @@ def _run_passes(passes: Callable[..., Any], *, forward_step_func: Any, forward_o
         raise EvaluationInterrupted
 
     @functools.wraps(forward_step_func)
-    def forward_step(*given: Any, **more: Any) -> Any:
+    def forward_step(*args: Any, **kwargs: Any) -> Any:
         guards.progress.mark()
-        return forward_step_func(*given, **more)
+        return forward_step_func(*args, **kwargs)
 
     named = {**named, "forward_step_func": forward_step, "forward_only": forward_only}
     try:

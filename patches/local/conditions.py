@@ -5,10 +5,10 @@ from typing import Any
 
 
 def no_fused_norm(args: Any) -> bool:
-    """Whether the local spec's norm is PyTorch's (upstream asks for apex alone)."""
+    """Return whether the norm of the local spec is PyTorch's. Upstream looks for apex only."""
     return find_spec("apex") is None
 
 
 def no_fused_adam(args: Any) -> bool:
-    """Whether the optimizer is PyTorch's (upstream asks for TransformerEngine, then apex)."""
+    """Return whether the optimizer is PyTorch's. Upstream looks for TransformerEngine, then for apex."""
     return find_spec("transformer_engine") is None and find_spec("apex") is None

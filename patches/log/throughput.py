@@ -77,11 +77,11 @@ def with_our_lines(original: Callable[..., Any]) -> Callable[..., Any]:
     """
     signature = inspect.signature(original)
 
-    def training_log(*given: Any, **named: Any) -> Any:
+    def training_log(*positional: Any, **named: Any) -> Any:
         from megatron.training import get_args
 
         args = get_args()
-        call = signature.bind(*given, **named).arguments
+        call = signature.bind(*positional, **named).arguments
         state = session.SESSION.state.setdefault(ID, LogState())
         sums = _sums_of_step(args, call)
         state.of_line.add(*sums)
@@ -92,9 +92,9 @@ def with_our_lines(original: Callable[..., Any]) -> Callable[..., Any]:
         is_first, iteration = bool(call.get("is_first_iteration")), call["iteration"]
         is_line, is_step = iteration % args.log_interval == 0 and not is_first, steps.asked_for(args)
         if not (is_line or (is_first and is_step)):
-            return original(*given, **named)
+            return original(*positional, **named)
         elapsed = _elapsed()  # read before upstream's call, which resets its timer
-        result = original(*given, **named)
+        result = original(*positional, **named)
         _report(args, state, call, elapsed, is_line)
         state.of_step.reset()
         state.log.elapsed = elapsed if is_first else 0.0
@@ -179,8 +179,8 @@ def _peak_of_all_ranks(args: Namespace) -> float:
     from megatron.training import print_rank_last
 
     name = torch.cuda.get_device_name()
-    given = getattr(args, "peak_tflops_per_gpu", None)  # a script may make its own namespace
-    own = peak_tflops(name) if given is None else given
+    peak = getattr(args, "peak_tflops_per_gpu", None)  # a script may make its own namespace
+    own = peak_tflops(name) if peak is None else peak
     total = torch.tensor([math.nan if own is None else own], dtype=torch.float64, device="cuda")
     torch.distributed.all_reduce(total)
     if torch.isnan(total).item() and asked_for(args):

@@ -36,8 +36,8 @@ RECORDS = (
             "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding:YarnRotaryEmbedding.forward",
             "megatron.core.models.common.embeddings.rope_utils:apply_rotary_pos_emb",
         ),
-        why="Upstream's rotary embedding of packed documents takes a rank's part of each document for a zigzag of its "
-        "own, which the zigzag of the whole sequence is not.",
+        why="Upstream's rotary embedding assumes that a rank holds a zigzag of every packed document. Our layouts "
+        "divide whole sequences in a zigzag, so that the positions differ.",
         when=_READS,
         test="tests/distributed/test_packed.py::test_packed_documents_equal_the_masks",
         remove_when="upstream's rotary embedding takes the positions of its tokens",
@@ -61,7 +61,7 @@ RECORDS = (
         target="megatron.core.datasets.gpt_dataset:GPTDataset.__getitem__",
         impl="patches.packed.data:ending_at_eod",
         reads=("megatron.core.datasets.gpt_dataset:_get_ltor_masks_and_position_ids",),
-        why="With --reset-attention-mask upstream tells where documents end by a dense mask alone.",
+        why="With --reset-attention-mask upstream describes where documents end by a dense mask only.",
         when="patches.packed.conditions:ends_documents_at_eod",
         test="tests/unit/test_packed_batches.py::test_documents_end_where_the_dense_mask_ends_them",
         remove_when="upstream's data set returns cu_seqlens with --reset-attention-mask",
@@ -72,8 +72,8 @@ RECORDS = (
         action="wrap",
         target="megatron.training.datasets.sft_dataset:SFTDataset.__getitem__",
         impl="patches.packed.data:ending_before_padding",
-        why="Upstream's data set joins the padding at the end of a sample to its last conversation, so that attention "
-        "and the count of FLOPs take it for a part of that.",
+        why="Upstream's data set joins the padding at the end of a sample to its last conversation, so attention and "
+        "the count of FLOPs treat it as a part of the conversation.",
         when="patches.packed.conditions:packs_conversations",
         test="tests/unit/test_packed_batches.py::test_padding_at_the_end_is_no_conversation",
         remove_when="upstream's data set ends the last conversation before the padding",
@@ -85,7 +85,7 @@ RECORDS = (
         target="megatron.core.datasets.blended_megatron_dataset_builder:BlendedMegatronDatasetBuilder.__init__",
         impl="patches.packed.data:on_every_stage",
         why="Upstream's script reads cu_seqlens on every pipeline stage, but builds the data set of "
-        "--dataloader-inter-document-masking on the first and the last one alone.",
+        "--dataloader-inter-document-masking only on the first and the last one.",
         when="patches.packed.conditions:reads_documents_everywhere",
         test="tests/distributed/test_packed.py::test_an_upstream_script_reads_documents_on_every_stage",
         remove_when="upstream's script builds that data set on every stage",
@@ -113,8 +113,8 @@ CALLBACKS = (
         id="packed.arguments",
         hook=VALIDATE_ARGS,
         impl="patches.packed.arguments:with_packed_documents",
-        why="Whether a dense mask is made is decided while flags are validated, and what attention within documents "
-        "cannot serve has to be refused before any process group exists.",
+        why="Upstream decides while it validates flags whether data sets make a dense mask. Flags that attention "
+        "within documents does not support have to be refused before any process group exists.",
         when=_READS,
         test="tests/unit/test_packed_flags.py::test_upstreams_validation_refuses_what_documents_cannot_serve",
         remove_when="upstream calls hooks before and after validating its arguments",
@@ -123,8 +123,8 @@ CALLBACKS = (
         id="packed.agreement",
         hook=FORWARD_BACKWARD,
         impl="patches.packed.agreement:of_stages",
-        why="Every pipeline stage reads the documents of a micro-batch itself; stages that read others would train "
-        "another model without a word.",
+        why="Every pipeline stage reads the documents of a micro-batch itself. Stages that read different ones would "
+        "train another model without an error.",
         when=_PACKS,
         test="tests/distributed/test_packed.py::test_ranks_that_disagree_are_named",
         remove_when="upstream sends documents from stage to stage",

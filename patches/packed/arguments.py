@@ -29,7 +29,7 @@ def with_packed_documents(original: Callable[..., Any]) -> Callable[..., Any]:
             refuse_unserved_sft(args)
             args.create_attention_mask_in_dataloader = False  # upstream's data set has none, and asserts this flag
         packs, at_eod = packs_documents(args), ends_documents_at_eod(args)
-        _tell(args, at_eod=at_eod)
+        _print_if_dense(args, at_eod=at_eod)
         if at_eod:
             # Scripts then read cu_seqlens from the samples, where the record `packed.samples` puts those of the tokens.
             args.dataloader_inter_document_masking = True
@@ -43,8 +43,8 @@ def with_packed_documents(original: Callable[..., Any]) -> Callable[..., Any]:
     return validate_args
 
 
-def _tell(args: Namespace, *, at_eod: bool) -> None:
-    """Say whether --reset-attention-mask makes a dense mask."""
+def _print_if_dense(args: Namespace, *, at_eod: bool) -> None:
+    """Print a line if --reset-attention-mask makes a dense mask."""
     if not args.reset_attention_mask or args.rank != 0 or not reads_documents(args) or needs_our_attention(args):
         return
     if not at_eod and is_local(args) and not args.dataloader_inter_document_masking:

@@ -64,23 +64,25 @@ def with_documents(original: Callable[..., Any]) -> Callable[..., Any]:
         )
 
         bound = signature.bind(self, *args, **kwargs)
-        given = bound.arguments
-        params, reader = given.get("packed_seq_params"), packed_reader()
+        arguments = bound.arguments
+        params, reader = arguments.get("packed_seq_params"), packed_reader()
         is_ready = isinstance(params, PackedDocuments)  # a segment's, see `SegmentedModel`
-        is_training = given.get("inference_context") is None and given.get("inference_params") is None
+        is_training = arguments.get("inference_context") is None and arguments.get("inference_params") is None
         if is_ready or not is_training or (params is None and not reader.always):
             return original(self, *args, **kwargs)
-        if given.get("attention_mask") is not None:
+        if arguments.get("attention_mask") is not None:
             raise ValueError("packed documents: the script hands the model an attention mask, too; hand it one of them")
         refuse_unserved_model(self)
         _refuse_other_attention(self)
         tensor = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        shape = micro_batch_shape(given, None if self.pre_process else self.decoder.input_tensor, reader.ranks, tensor)
+        shape = micro_batch_shape(
+            arguments, None if self.pre_process else self.decoder.input_tensor, reader.ranks, tensor
+        )
         documents = reader.documents(params, *shape, chunk=id(self))
-        reader.check_cut(documents, shape[1], given)
+        reader.check_cut(documents, shape[1], arguments)
         packed = reader.packed(documents, shape[1], 0, next(self.parameters()).device)
         refuse_unserved_model(self, packed)
-        given["packed_seq_params"] = packed
+        arguments["packed_seq_params"] = packed
         return original(*bound.args, **bound.kwargs)
 
     return forward

@@ -71,16 +71,16 @@ def _training(args: Namespace) -> Iterator[Batch]:
         return
     from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
-    given = args.step_batch_size_schedule
-    entries = StepBatchsizeNumMicroBatchesCalculator._parse_schedule(given, args.seq_length)
+    text = args.step_batch_size_schedule
+    entries = StepBatchsizeNumMicroBatchesCalculator._parse_schedule(text, args.seq_length)
     resumes, end = _resumes(args), {"steps": args.train_iters, "samples": args.train_samples}
     try:
         usable = [entry for entry in entries if not resumes or entry[1] % per_round == 0]
         sizes = reached_sizes(usable, per_round, **end)
     except ValueError as error:
-        raise ValueError(f"--step-batch-size-schedule {given}: {error}.") from error
+        raise ValueError(f"--step-batch-size-schedule {text}: {error}.") from error
     for size in sizes:
-        name = f"--step-batch-size-schedule {given}, batch size {size}"
+        name = f"--step-batch-size-schedule {text}, batch size {size}"
         yield Batch(name, size // per_round, is_certain=not resumes or size == sizes[-1])
 
 
@@ -117,12 +117,12 @@ def reached_sizes(
     if not entries:
         raise ValueError(f"no batch size is a multiple of {samples_per_round}, the samples of one micro-batch")
     sizes: list[int] = []
-    consumed = taken = 0
+    consumed = passed = 0
     ends = [threshold for threshold, _ in entries[1:]]
     for (_, size), end in zip(entries, [*ends, None], strict=True):
         if end is not None and consumed >= end:
             continue
-        if (steps is not None and taken >= steps) or (samples is not None and consumed >= samples):
+        if (steps is not None and passed >= steps) or (samples is not None and consumed >= samples):
             break
         if size < 1 or size % samples_per_round:
             raise ValueError(
@@ -135,7 +135,7 @@ def reached_sizes(
         if end is None:
             break
         more = -(-(end - consumed) // size)
-        consumed, taken = consumed + more * size, taken + more
+        consumed, passed = consumed + more * size, passed + more
     return sizes
 
 
@@ -176,10 +176,10 @@ def _predicts(args: Namespace) -> list[bool]:
 
 def _layout(args: Namespace) -> list[list[list[str]]] | None:
     """Return the names of the layers of each pipeline rank and virtual stage; None without a layout."""
-    given = args.pipeline_model_parallel_layout
-    if given is None:
+    text = args.pipeline_model_parallel_layout
+    if text is None:
         return None
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-    made = PipelineParallelLayerLayout(given, args.pipeline_model_parallel_size)
-    return [[[layer.name for layer in stage] for stage in rank] for rank in made.layout]
+    layout = PipelineParallelLayerLayout(text, args.pipeline_model_parallel_size)
+    return [[[layer.name for layer in stage] for stage in rank] for rank in layout.layout]

@@ -21,10 +21,10 @@ def problems(records: Sequence[Record], lock: Lock, distribution: Distribution, 
             a tree that hides it is what gets checked.
     """
     found: list[PatchError] = list(_release(lock, distribution))
-    held, drifted = _symbols(records, lock, Upstream(finder), found)
+    by_file, drifted = _symbols(records, lock, Upstream(finder), found)
     for path, state in distribution.altered():
         where = distribution.tree.where(path)
-        inside = held.get(where, [])
+        inside = by_file.get(where, [])
         note = "it contains no patched symbol"
         if inside:
             note = "patched symbols in it: " + ", ".join(
@@ -66,13 +66,13 @@ def _symbols(
     records: Sequence[Record], lock: Lock, upstream: Upstream, found: list[PatchError]
 ) -> tuple[dict[str, list[str]], set[str]]:
     """Check every patched place. Return the places by file, and the differences."""
-    held: dict[str, list[str]] = {}
+    by_file: dict[str, list[str]] = {}
     drifted = set()
     places = {place: record for record in records for place in record.upstream_places}
     for place, record in places.items():
         try:
             symbol = upstream.symbol(place)
-            held.setdefault(symbol.path, []).append(place)
+            by_file.setdefault(symbol.path, []).append(place)
             lock.check(symbol)
         except (Drift, UnknownTarget) as error:
             drifted.add(place)
@@ -86,7 +86,7 @@ def _symbols(
                 todo="python -m patches bump --write",
             )
         )
-    return held, drifted
+    return by_file, drifted
 
 
 def elsewhere(records: Sequence[Record], distribution: Distribution, upstream: Upstream) -> list[str]:

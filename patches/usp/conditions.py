@@ -14,11 +14,6 @@ def spreads_attention(args: Namespace) -> bool:
     return wants_context(args) and serves_core_attention(args, is_local=has_local_layers(args))
 
 
-def spreads_local_attention(args: Namespace) -> bool:
-    """Return whether ours replaces the core attention of upstream's local layers."""
-    return spreads_attention(args) and has_local_layers(args)
-
-
 def replaces_local_attention(args: Namespace) -> bool:
     """Return whether the core attention of local layers is replaced: over context-parallel ranks, or under --flexsp."""
     return (wants_context(args) or wants_flexsp(args)) and has_local_layers(args)

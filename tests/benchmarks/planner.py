@@ -24,8 +24,8 @@ from megatron.longseq.planner.plan.model import architecture
 from megatron.longseq.planner.plan.search import branch_and_bound
 from megatron.longseq.planner.plan.step import predict
 from megatron.longseq.planner.plan.task import planning_task
-from megatron.longseq.planner.tools.accuracy import Accuracy, Judged, assess, judge, report
-from megatron.longseq.planner.tools.golden import GoldenRow, rows
+from tests.benchmarks.planner_accuracy import Accuracy, Judged, assess, judge, report
+from tests.benchmarks.planner_golden import GoldenRow, rows
 
 SECONDS = ("vtrain", "bloom", "sc21", "simumax_cp", "nemo_long")
 # The fitted constants of the A100, with values to choose from, and the rows to which they are fitted.

@@ -150,23 +150,6 @@ def counted_parameter_sends() -> Iterator[Planted]:
 
 
 @contextmanager
-def killed_in_the_second_save() -> Iterator[Planted]:
-    """Kill rank 1 while it writes the second checkpoint."""
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-
-    planted = Planted()
-
-    def write(original: Any, *args: Any, **named: Any) -> Any:
-        planted.times += 1
-        if planted.times == 2 and torch.distributed.get_rank() == 1:
-            os._exit(9)
-        return original(*args, **named)
-
-    with wrapped(FileSystemWriterAsync, "write_preloaded_data_multithread", write):
-        yield planted
-
-
-@contextmanager
 def counted_frozen_without_memory() -> Iterator[Planted]:
     """Change nothing; count frozen parameters without memory at the start of the optimizer's step in `times`.
 

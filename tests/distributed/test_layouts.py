@@ -40,12 +40,8 @@ LAYOUTS = {
     "selective recompute": (1, SELECTIVE),
     "selective recompute, TP 2, sequence parallel": (2, f"{SELECTIVE} {TP} --sequence-parallel"),
 }
-# What no regression case proves by default, alone (data-*.toml, pipeline.toml, recompute.toml, tensor-sequence.toml,
-# tied-virtual-stages.toml).
-QUICK = {
-    "selective recompute, TP 2, sequence parallel-untied",
-    "PP 2 x DP 2, distributed optimizer, overlap-tied",
-}
+# By default, regression cases (data-*.toml, pipeline.toml, recompute.toml, tensor-sequence.toml and
+# tied-virtual-stages.toml) and test_seq1f1b.py prove the parts of these layouts.
 NOISY = ["TP 2, sequence parallel", "PP 2", "DP 2, distributed optimizer, overlap", "TP 2 x PP 2"]
 QUICK_NOISY = [("PP 2", "bf16")]  # float32: single-precision.toml
 
@@ -56,9 +52,10 @@ def in_float64() -> Iterator[Any]:
         for layout in LAYOUTS:
             name = f"{layout}-{'tied' if model else 'untied'}"
             if not (model and "recompute" in layout):
-                yield pytest.param(layout, model, marks=[pytest.mark.slow] * (name not in QUICK), id=name)
+                yield pytest.param(layout, model, id=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "model"), list(in_float64()))
 def test_layout_equals_one_process_in_float64(equal: Equal, layout: str, model: str) -> None:
     world, own = LAYOUTS[layout]

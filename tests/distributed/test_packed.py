@@ -86,7 +86,6 @@ CASES = {
 }
 QUICK = {
     "one rank, --reset-attention-mask, PP 2, V 2",
-    "ring, --reset-attention-mask",
     "by document, ring",
     "by document, gathered and segments",
 }

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron.longseq.sharding.plan.comm_volume import CommVolume, comm_volume
-from megatron.longseq.sharding.plan.gather_window import Point, alternating, launches
+from megatron.longseq.sharding.plan.gather_window import Direction, Point, launches
 from megatron.longseq.sharding.plan.memory import Model
 from megatron.longseq.sharding.plan.strategy import Strategy
 from megatron.longseq.sharding.runtime.collectives import Region
@@ -39,7 +39,7 @@ def selective_gathers(seen: RankRecord, microbatches: int) -> list[int]:
     """Return the all-gathers of every bucket in a step by the plan; buckets are the units in reverse order."""
     has_backward = [bucket.gathers > 1 for bucket in reversed(seen.buckets)]
     start = [(Point.START, Point.START)] * len(has_backward)
-    planned = launches(has_backward, start, 1, alternating(microbatches))
+    planned = launches(has_backward, start, 1, tuple(Direction) * microbatches)
     counts = Counter(launch.unit for launch in planned if launch.kind == "gather")
     return [counts[unit] for unit in reversed(range(len(has_backward)))]
 

@@ -8,7 +8,7 @@ import pytest
 
 from megatron.longseq.pipeline.plan.generators import make
 from megatron.longseq.pipeline.plan.schedule import ActionKind, Pipeline
-from megatron.longseq.sharding.plan.gather_window import Direction, Point, alternating, launch_point, launches
+from megatron.longseq.sharding.plan.gather_window import Direction, Point, launch_point, launches
 from tests.distributed.flags import PP2, TINY, flags
 from tests.pool import RankPool
 from tests.regression.arm import _early_end
@@ -110,7 +110,7 @@ def test_launches_are_those_of_the_plan(ranks: RankPool, depth: int) -> None:
         launch_point(Direction.BACKWARD, depth, before, after),
     )
     start = (Point.START, Point.START)
-    planned = launches([False, *[True] * (LAYERS + 1)], [start, *[layer] * LAYERS, start], depth, alternating(2))
+    planned = launches([False, *[True] * (LAYERS + 1)], [start, *[layer] * LAYERS, start], depth, tuple(Direction) * 2)
     for steps in ranks_steps(ranks, f"{SELECT} --paro-prefetch-units {depth}"):
         for step in steps[1:]:  # the first one shows which units have a backward
             assert gathers(step) == [UNITS[launch.unit] for launch in planned if launch.kind == "gather"]

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.distributed.flags import OVERLAP, TINY, flags
 from tests.pool import RankFailure, RankPool
@@ -52,23 +51,3 @@ def test_states_that_upstream_has_mixed_up_are_refused(ranks: RankPool, tmp_path
     message = r"optimizer states of .* do not match the weights in the checkpoint: .*issue 504"
     with pytest.raises(RankFailure, match=message):
         run_arm(ranks, "O", 2, [*flags(MORE, PARO), "--load", str(several)], float64=True)
-
-
-def test_killed_save_leaves_the_one_before(ranks: RankPool, tmp_path: Path) -> None:
-    line = [*flags(MORE, PARO, "--save-interval 1"), "--load", str(tmp_path / "killed")]
-    with pytest.raises(RankFailure, match=r"rank 1 died without an error message|rank 0 raised"):
-        run_arm(
-            ranks,
-            "O",
-            2,
-            line,
-            tmp_path / "killed",
-            float64=True,
-            mutant="tests.distributed.script_variants:killed_in_the_second_save",
-        )
-    undisturbed = run_arm(ranks, "O", 2, line[:-2], tmp_path / "whole", float64=True)
-    assert (tmp_path / "killed" / "latest_checkpointed_iteration.txt").read_text() == "1"
-    resumed = run_arm(ranks, "O", 2, line, tmp_path / "killed", float64=True)
-    assert resumed.curve == undisturbed.curve[1:]
-    one, other = (logical_tensors(tmp_path / name / "iter_0000003") for name in ("killed", "whole"))
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -42,8 +42,10 @@ SLOW = {
 
 
 @pytest.fixture(scope="module")
-def runs(start: Start, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run | str]:
-    """Train once for the tests of this file."""
+def runs(
+    start: Start, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> dict[str, Run | str]:
+    """Train once for the tests of this file; without --all leave out what only slow tests need."""
     folder = tmp_path_factory.mktemp("te")
 
     def training(base: list[str], own: str, keep: bool = False) -> Training:
@@ -52,18 +54,17 @@ def runs(start: Start, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ru
     # A seed checkpoint holds upstream's initial weights, but in another format than KEPT's.
     seed, initial = start(""), flags(TINY, EVALUATED, KEPT)
     saved = [*initial, "--ckpt-step", "2", "--load"]
-    return train(
-        {
-            "ours": training(initial, f"{TE} {OURS}", keep=True),
-            "theirs": training(initial, TE, keep=True),
-            "ours, from theirs": training([*saved, str(folder / "theirs")], f"{TE} {OURS}"),
-            "theirs, from ours": training([*saved, str(folder / "ours")], TE),
-            "theirs in local layers": training(seed, f"--transformer-impl local {THEIRS}"),
-            "ours in segments": training(seed, f"{TE} --seq1f1b-splits 2"),
-            "a spec of its own": training(seed, f"{TE} {OURS} {SPEC}"),
-        },
-        folder,
-    )
+    trainings = {
+        "ours": training(initial, f"{TE} {OURS}", keep=True),
+        "theirs": training(initial, TE, keep=True),
+        "ours, from theirs": training([*saved, str(folder / "theirs")], f"{TE} {OURS}"),
+        "ours in segments": training(seed, f"{TE} --seq1f1b-splits 2"),
+        "a spec of its own": training(seed, f"{TE} {OURS} {SPEC}"),
+    }
+    if request.config.option.markexpr != "not slow":
+        trainings["theirs, from ours"] = training([*saved, str(folder / "ours")], TE)
+        trainings["theirs in local layers"] = training(seed, f"--transformer-impl local {THEIRS}")
+    return train(trainings, folder)
 
 
 def finished(run: Run | str) -> Run:
@@ -97,6 +98,7 @@ def test_theirs_in_te_layers_by_default(
     assert_equal(run, upstream(""), "TransformerEngine's in its own layers", tell)
 
 
+@pytest.mark.slow
 def test_theirs_in_local_layers(
     runs: dict[str, Run | str], upstream: Callable[..., Run], tell: Callable[[str], None]
 ) -> None:
@@ -113,7 +115,7 @@ def test_ours_in_te_layers_in_segments_by_default(
     assert_equal(run, upstream(""), "ours in TransformerEngine's layers, segments", tell)
 
 
-@pytest.mark.parametrize("name", ["ours, from theirs", "theirs, from ours"])
+@pytest.mark.parametrize("name", ["ours, from theirs", pytest.param("theirs, from ours", marks=pytest.mark.slow)])
 def test_checkpoints_go_both_ways(runs: dict[str, Run | str], name: str) -> None:
     """TransformerEngine's core attention has an `_extra_state` there, ours has none."""
     assert_steps_equal(finished(runs[name]).curve, finished(runs["theirs"]).curve[2:])

@@ -112,11 +112,11 @@ class FlagChecker:
         """Call `validate_args` with the callbacks that these flags ask for."""
         from patches import hooks, ledger
         from patches.engine.place import load
-        from patches.engine.session import wanted
+        from patches.engine.session import accepts
 
         validate = self.validate_upstream
         for callback in ledger.by_id(hooks.VALIDATE_ARGS).callbacks:
-            if wanted(callback, args):
+            if accepts(callback, args):
                 validate = load(callback.impl, callback.id)(validate)
         validate(args, {})
 

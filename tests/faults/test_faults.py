@@ -33,10 +33,8 @@ def _kills() -> list[object]:
     cases = [("all", Fault("kill", rank, phase, FAULTY)) for rank in range(4) for phase in PHASES]
     cases += [("upstream", Fault("kill", rank, phase, FAULTY)) for rank in (0, 3) for phase in PHASES]
     cases += [("two", Fault("kill", 1, "steady", FAULTY))]
-    return [
-        pytest.param(*case, marks=[] if case[0] == "two" else pytest.mark.slow, id=f"{case[0]}: {case[1]}")
-        for case in cases
-    ]
+    # By default test_killed_rank.py has a rank killed through the launcher, which also resumes bit by bit.
+    return [pytest.param(*case, marks=pytest.mark.slow, id=f"{case[0]}: {case[1]}") for case in cases]
 
 
 @pytest.mark.parametrize(("system", "fault"), _kills())

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_cpu_records_are_not_wanted_where_cuda_is_available() -> None:
-    assert not session.chosen(ledgers.of_systems("cpu"), None)
+    assert not session.select(ledgers.of_systems("cpu"), None)
 
 
 def test_quickstart_on_the_gpus(tmp_path: Path, tell: Callable[[str], None]) -> None:

@@ -132,7 +132,7 @@ def patched(arm: Arm) -> Iterator[Any]:
     if arm == "O":
         yield patches.start()
     else:
-        floor = session.chosen(ledgers.of_systems("cpu", "local"), None)
+        floor = session.select(ledgers.of_systems("cpu", "local"), None)
         with patches.applied(floor) as applied:
             yield applied
 

@@ -41,7 +41,7 @@ def validated(jobs: list[tuple[list[str], int]]) -> list[dict[str, Any]]:
     from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
 
     from megatron.longseq.attention.plan.comm_type import comm_types
-    from patches.usp.conditions import spreads_local_attention
+    from patches.usp.conditions import spreads_attention
 
     found = []
     for flags, world in jobs:
@@ -54,7 +54,7 @@ def validated(jobs: list[tuple[list[str], int]]) -> list[dict[str, Any]]:
             {
                 **{name: getattr(args, name) for name in names.split()},
                 "spread": (way.mesh.ulysses, way.mesh.ring),
-                "ours": spreads_local_attention(args),
+                "ours": spreads_attention(args),
                 "padded_vocab_size": vocab_size_with_padding(args.vocab_size, args, logging_enabled=False),
                 "microbatches": args.global_batch_size // (args.micro_batch_size * args.data_parallel_size),
             }

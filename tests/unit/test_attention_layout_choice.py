@@ -147,7 +147,7 @@ def test_the_sequences_of_a_micro_batch_are_cut_where_a_document_of_any_of_them_
     other = packed([7, *[64] * 64, 3 * TOKENS - 7])
     unlike = choose_layout(Documents((long, other)), [ring], lengths)
     assert unlike.kind == "document" and unlike.document is not None and unlike.sequence is not None
-    assert unlike.document.imbalance < 1.05 < unlike.sequence.imbalance
+    assert unlike.document.imbalance < unlike.sequence.imbalance
     both = choose_layout(Documents((long, long)), [CommType(Mesh(8, 1)), ring], lengths)
     assert both.kind == "document"
     assert both.why.startswith("context-parallel layout of packed documents: by document; work of the slowest rank")

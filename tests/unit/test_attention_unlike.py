@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron.longseq.attention.plan.model_difference import model_difference
-from patches.entry.hooks import _tell_unlike
+from patches.entry.hooks import _print_model_difference
 from tests.distributed.flags import PP2, TINY, VPP, flags
 from tests.pool import RankPool
 from tests.regression.arm import run_arm
@@ -79,7 +79,7 @@ def test_documents_without_a_mask_are_one_model(
 )
 def test_local_layers_may_hold_te_attention(choice: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
     given = {"context_parallel_size": 2, "context_parallel_attention": choice, "transformer_impl": "local"}
-    _tell_unlike(args(**WINDOW, **given))
+    _print_model_difference(args(**WINDOW, **given))
     assert reason in capsys.readouterr().out
 
 

@@ -3,17 +3,13 @@
 import sys
 import warnings
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron.longseq.command_line import flags_table, refusals_table
 from megatron.longseq.cross_entropy.arguments import (
     NOT_IN_CHUNKS,
-    REFUSALS,
-    add_cross_entropy_arguments,
     check_cross_entropy_numbers,
     describe_chunks,
     refuse_unserved_cross_entropy,
@@ -204,9 +200,3 @@ def test_a_script_that_asks_for_logits_gets_them_and_is_told(ranks: RankPool) ->
         "the script asks the model for logits (labels=None)",
         "the script gives the model an output_processor",
     ]
-
-
-def test_the_page_lists_the_flag_and_its_refusals() -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs" / "cross-entropy.md").read_text()
-    assert f"begin -->\n{flags_table(add_cross_entropy_arguments)}\n<!-- flags: end" in page
-    assert f"begin -->\n{refusals_table(REFUSALS)}\n<!-- refusals: end" in page

@@ -1,4 +1,4 @@
-"""ProcessA run that is killed at any time leaves no partial output, resumes, and gives bitwise the same result."""
+"""A run that is killed at any time leaves no partial output, resumes, and gives bitwise the same result."""
 
 import fcntl
 import json
@@ -55,7 +55,7 @@ def kill_when(command: list[str], reached) -> None:
     assert not alive, "workers outlive their killed parent"
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_killed_in_the_middle_it_goes_on_from_the_finished_shards(tmp_path, capsys, workers):
     path = corpus(tmp_path / "in.jsonl", documents=20_000)
     work = tmp_path / "out/.out.unfinished"

@@ -66,7 +66,7 @@ def replace(folder: Path, lengths: list[int], by_renaming: bool) -> None:
         pytest.param([300] * 10, False, marks=pytest.mark.slow),
         pytest.param([300] * 39, True, marks=pytest.mark.slow),
         pytest.param([150] * 40, True, marks=pytest.mark.slow),
-        ([300] * 20 + [299] + [300] * 19, False),
+        pytest.param([300] * 20 + [299] + [300] * 19, False, marks=pytest.mark.slow),
         ([310] * 40, True),
     ],
 )

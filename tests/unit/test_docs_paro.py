@@ -1,8 +1,6 @@
 """The tables of the page about PaRO equal those of the code."""
 
-import re
-from argparse import ArgumentParser
-from pathlib import Path
+from functools import partial
 
 import pytest
 
@@ -11,40 +9,11 @@ from megatron.longseq.sharding import arguments as flags
 from megatron.longseq.sharding.plan.strategy import ALL, RUNNING
 from megatron.longseq.sharding.tools import tables as page
 from megatron.longseq.sharding.tools.cli import main
+from tests.unit import pages
+from tests.unit.pages import cells
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "paro.md").read_text()
 COMMAND = "update it: python -m megatron.longseq.sharding"
-
-
-def between(name: str) -> str:
-    """Return the text between a pair of the page's markers."""
-    (text,) = re.findall(rf"<!-- {name}: begin -->\n(.*?)\n<!-- {name}: end -->", PAGE, re.DOTALL)
-    return text
-
-
-def cells(table: str) -> list[list[str]]:
-    return [re.split(r" (?<!\\)\| ", line.strip("| ")) for line in table.splitlines()[2:]]
-
-
-def test_the_flags_are_those_of_the_parser() -> None:
-    assert between("flags") == flags_table(flags.add_sharding_arguments), f"{COMMAND} flags"
-    parser = ArgumentParser(add_help=False)
-    flags.add_sharding_arguments(parser)
-    listed = [re.match(r"`(--[\w-]+)[ `]", row[0])[1] for row in cells(between("flags"))]
-    assert listed == [name for action in parser._actions for name in action.option_strings]
-
-
-def test_the_refusals_are_those_of_the_code() -> None:
-    assert between("refusals") == refusals_table(flags.REFUSALS), f"{COMMAND} flags"
-    rows = [(row[0].strip("`"), row[2]) for row in cells(between("refusals"))]
-    assert rows == [(flag, why) for table in flags.REFUSALS.values() for flag, (_, why) in table.items()]
-
-
-def test_every_refusals_table_is_in_the_page() -> None:
-    """A new table in arguments.py must be added to the page."""
-    tables = [value for name, value in vars(flags).items() if name.startswith("NOT_")]
-    assert sorted(map(id, tables)) == sorted(map(id, flags.REFUSALS.values()))
+between = partial(pages.between, "paro.md")
 
 
 def test_the_flags_command_prints_both_tables(capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,7 @@ def test_the_states_of_a_rank_of_4096_are_those_of_the_formula() -> None:
     parameters = int(re.search(r"> ([\d,]+) parameters", printed)[1].replace(",", ""))
     assert parameters == (LAYER - 512) // 2 + 512 + VOCABULARY // 2 + 256
     assert "(tensor 1, context 3, data 127, pipeline 3)" in printed and "rank 4095 of 4096" in printed
-    assert table["parameters"] == pytest.approx(2 * parameters, rel=1e-3)
+    assert table["parameters"] == pytest.approx(2 * parameters, rel=5e-4)  # printed with four digits
     assert table["gradients"] == pytest.approx(4 * parameters / 8, rel=0.002)
     logits = 128 // 4 * 1024 // 2 * 4  # of a quarter of the tokens, in float32
     assert logits < table["activations at the peak"] < 4 * 2 * logits

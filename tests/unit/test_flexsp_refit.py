@@ -60,7 +60,7 @@ def test_noise_leaves_an_error_of_its_own_size() -> None:
     for _ in range(8):
         cost = refit(cost, given)
     fresh = samples(TRUTH)
-    assert relative_error(cost, fresh) < 0.05
+    assert relative_error(cost, fresh) < 0.1 / 2  # the mean of what the noise adds to a time
 
 
 def test_a_fitted_model_is_written_and_read(tmp_path: Path) -> None:

@@ -2,15 +2,13 @@
 
 import math
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
 import numpy
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import median_abs_deviation
 
-from megatron.longseq.command_line import flags_table
 from megatron.longseq.guards.arguments import add_guard_arguments, check_guard_numbers, stall_limits
 from megatron.longseq.guards.plan.spikes import FLOOR, LossHistory, robust_score
 from megatron.longseq.guards.runtime.gradients import NonFinite, describe
@@ -20,11 +18,10 @@ LOSSES = st.lists(st.floats(0.1, 20.0), min_size=4, max_size=40)
 
 
 @given(st.floats(0.1, 200.0), LOSSES)
-@settings(max_examples=100)
 def test_score_is_scipys(value: float, losses: list[float]) -> None:
     middle = numpy.median(losses)
     scale = max(median_abs_deviation(losses, scale="normal"), FLOOR * middle)
-    assert robust_score(value, losses) == pytest.approx((value - middle) / scale, rel=1e-3)
+    assert robust_score(value, losses) == pytest.approx((value - middle) / scale, rel=2e-6)  # 1.4826 has five digits
 
 
 def test_history_scores_spikes_until_they_are_normal() -> None:
@@ -101,9 +98,3 @@ def test_a_stall_is_reported_before_the_backends_timeout() -> None:
     args = Namespace(**vars(parser.parse_args([])), distributed_timeout_minutes=10)
     in_steps, elsewhere = stall_limits(args)
     assert in_steps < 600 < elsewhere
-
-
-def test_the_page_has_the_flags_of_the_parser() -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs" / "guards.md").read_text()
-    text = page.split("<!-- flags: begin -->\n")[1].split("\n<!-- flags: end -->")[0]
-    assert text == flags_table(add_guard_arguments)

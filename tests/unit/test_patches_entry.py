@@ -245,4 +245,4 @@ PARTS = [part for one in session.SESSION.ledger for part in one.parts]
 
 @pytest.mark.parametrize("one", PARTS, ids=lambda one: one.id)
 def test_every_predicate_answers_for_flags_that_a_yaml_file_leaves_out(one: Record | Callback) -> None:
-    assert session.wanted(one, Namespace()) in (True, False)
+    assert session.accepts(one, Namespace()) in (True, False)

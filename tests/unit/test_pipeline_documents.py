@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron.longseq.attention.plan.ranges import Documents
 from megatron.longseq.pipeline.plan.document_partition import DocumentCut, cut_by_documents, describe_cuts
-from megatron.longseq.pipeline.plan.partition import balanced
+from megatron.longseq.pipeline.plan.partition import TOLERATED, balanced
 from megatron.longseq.pipeline.plan.segment_cost import Coefficients, CostModel, Line, ModelShape, flops
 from megatron.longseq.pipeline.runtime.document_cuts import DocumentCuts
 from tests.unit.test_attention_blocks import packed
@@ -86,9 +86,10 @@ def test_a_model_at_128k_is_cut_by_its_documents_within_one_percent(lengths: lis
     model = flops(ModelShape(32, 4096, 32, 131072, **LLAMA))
     by_sequence = balanced(model, 4, multiple=16).lengths
     cut = cut_by_documents(model, by_sequence, Documents((packed(lengths),)), multiple=16)
-    assert cut.kind == kind and cut.documents < 1.011
-    assert (cut.lengths == by_sequence) == (kind == "sequence")
-    assert kind == "sequence" or cut.sequence > 1.1
+    assert cut.kind == kind and (cut.lengths == by_sequence) == (kind == "sequence")
+    # Both partitions take the coarsest alignment within 1% of the mean. Of 131,072 tokens, 16 are never 1% of it.
+    assert (cut.documents if kind == "documents" else cut.sequence) <= TOLERATED
+    assert kind == "sequence" or cut.sequence > TOLERATED * cut.documents
     line = describe_cuts([cut, DocumentCut("sequence", by_sequence, 1.0, 1.0)])
     taken = int(kind == "documents")
     assert line.startswith(f"segments of packed documents: {taken} of 2 micro-batches cut by documents")

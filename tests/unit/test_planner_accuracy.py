@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from megatron.longseq.planner.tools.accuracy import Accuracy, Judged, assess, judge, regrets
-from megatron.longseq.planner.tools.golden import GoldenRow, rows
+from tests.benchmarks.planner_accuracy import Accuracy, Judged, assess, judge, regrets
+from tests.benchmarks.planner_golden import GoldenRow, rows
 
 
 @pytest.fixture(scope="module")

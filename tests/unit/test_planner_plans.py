@@ -51,7 +51,8 @@ def small_tasks(draw: st.DrawFn) -> PlanningTask:
         strategies=draw(st.sampled_from([("upstream", "upstream-zero1"), ("upstream-zero1", "NIG", "IIG", "GGG")])),
         micro_batch=draw(st.sampled_from([(1,), (1, 2)])),
     )
-    return task.with_cluster(memory_bytes=draw(st.sampled_from([1.2e9, 2e9, 4e9, 80e9])))
+    memory = draw(st.sampled_from([1.2e9, 2e9, 4e9, 80e9]))
+    return replace(task, cluster=replace(machine, memory_bytes=memory))
 
 
 @given(small_tasks(), st.integers(1, 4))

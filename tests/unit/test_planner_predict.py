@@ -10,15 +10,15 @@ import pytest
 
 from megatron.longseq.pipeline.plan.generators import make
 from megatron.longseq.pipeline.plan.memory import StageBytes, peak_bytes
-from megatron.longseq.pipeline.plan.schedule import Pipeline
-from megatron.longseq.pipeline.plan.simulate import simulate, uniform_costs
+from megatron.longseq.pipeline.plan.schedule import Pipeline, Schedule
+from megatron.longseq.pipeline.plan.simulate import Costs, simulate, uniform_costs
 from megatron.longseq.planner.plan.cluster import cluster, families
 from megatron.longseq.planner.plan.configuration import reasons
 from megatron.longseq.planner.plan.flags import check_names, read, upstream_flags
 from megatron.longseq.planner.plan.memory import in_flight, stage_params
 from megatron.longseq.planner.plan.model import FIELDS as MODEL_FIELDS
 from megatron.longseq.planner.plan.model import architecture, names
-from megatron.longseq.planner.plan.step import predict
+from megatron.longseq.planner.plan.step import predict, stage_costs
 from megatron.longseq.planner.tools.cli import main
 
 BASE: dict[str, Any] = {
@@ -50,7 +50,7 @@ def price(**changes: Any) -> Any:
     ],
 )
 def test_parameters_of_built_in_models(name: str, billions: float) -> None:
-    assert architecture(name, {}).parameters / 1e9 == pytest.approx(billions, abs=0.002 * billions**0.5)
+    assert architecture(name, {}).parameters / 1e9 == pytest.approx(billions, abs=0.0005)  # three decimals
 
 
 def test_parameters_of_gpt_with_biases() -> None:
@@ -116,6 +116,12 @@ def test_parameters_of_the_stages_sum_to_the_model() -> None:
     assert 2 * sum(one.dense for one in stages) == model.parameters + norms
 
 
+def simulated_bubble(schedule: Schedule, costs: Costs) -> float:
+    """Return the seconds in which the slowest rank waits, as the head makes the last stage slowest."""
+    timeline = simulate(schedule, costs)
+    return timeline.makespan - max(sum(span.end - span.start for span in spans) for spans in timeline.spans)
+
+
 @pytest.mark.parametrize(
     ("stages", "virtual", "microbatches"), [(4, 1, 8), (8, 1, 4), (4, 2, 8), (4, 3, 16), (2, 4, 6)]
 )
@@ -130,15 +136,16 @@ def test_pipeline_formulas_are_those_of_the_simulator(stages: int, virtual: int,
     waits = timeline.makespan - 3 * microbatches
     found = predict(model, machine, run)
     assert waits == pytest.approx((stages - 1) * 3 / virtual)
-    slowest = found.breakdown["compute"] / microbatches
-    assert 0.5 * waits / 3 < found.bubble_seconds / slowest < 1.05 * waits / 3  # the head makes the last stage slowest
+    assert found.bubble_seconds == pytest.approx(simulated_bubble(schedule, stage_costs(model, machine, run)))
 
 
 def test_more_of_everything_costs_more() -> None:
-    plain = price()
-    assert price(seq_length="16K").step_seconds > 2 * plain.step_seconds
-    assert price(recompute_granularity="full").step_seconds > 1.2 * plain.step_seconds
-    assert price(recompute_granularity="full").peak_bytes < 0.7 * plain.peak_bytes
+    plain, full = price(), price(recompute_granularity="full")
+    assert price(seq_length="16K").step_seconds > 2 * plain.step_seconds  # attention grows with the square
+    # A product's forward is a third of its seconds, flash attention's 2 / 7. The head is not computed again.
+    seconds = plain.breakdown["compute"]
+    assert seconds / 4 < full.breakdown["recomputation"] < seconds / 3
+    assert full.stages[0]["activations"] == 2 * 32 * 8192 * 4096 < plain.stages[0]["activations"]  # inputs of layers
     assert (
         price(cluster="a800-64,link_bandwidth=50e9", tensor_model_parallel_size=8).step_seconds
         > price(tensor_model_parallel_size=8).step_seconds
@@ -159,13 +166,20 @@ def test_breakdown_sums_to_the_step_and_memory_to_the_peak() -> None:
 
 
 def test_segments_and_zero_bubble_shorten_the_bubble() -> None:
-    plain = price(pipeline_model_parallel_size=8, global_batch_size=128)
-    split = price(pipeline_model_parallel_size=8, global_batch_size=128, seq1f1b_splits=4)
-    zero = price(pipeline_model_parallel_size=8, global_batch_size=128, zero_bubble=True)
-    # A quarter of the bubble, and what shorter kernels cost in it.
-    assert plain.bubble_seconds / 4 <= split.bubble_seconds < plain.bubble_seconds / 3
-    assert split.peak_bytes < plain.peak_bytes
-    assert zero.bubble_seconds < 0.7 * plain.bubble_seconds
+    found = []
+    for own in ({}, {"seq1f1b_splits": 4}, {"zero_bubble": True}):
+        changes = {"pipeline_model_parallel_size": 8, "global_batch_size": 128, **own}
+        model, machine, run = read({**BASE, **changes})
+        costs = stage_costs(model, machine, run)
+        pipeline = Pipeline(8, run.microbatches, run.seq1f1b_splits)
+        schedule = make(pipeline, zero_bubble=run.zero_bubble, costs=costs)
+        found.append((price(**changes), simulated_bubble(schedule, costs)))
+    (plain, waits), (split, split_waits), (zero, zero_waits) = found
+    assert plain.bubble_seconds == pytest.approx(waits) and split.bubble_seconds == pytest.approx(split_waits)
+    assert split.bubble_seconds < plain.bubble_seconds and split.peak_bytes < plain.peak_bytes
+    # The planner rounds the share of weight gradients to tenths, so by 0.05 at most; the bubble has it twice.
+    assert abs(zero.bubble_seconds - zero_waits) <= 2 * 0.05 * plain.bubble_seconds
+    assert zero.bubble_seconds < plain.bubble_seconds
 
 
 def test_sharding_strategies_trade_memory_for_messages() -> None:
@@ -239,13 +253,15 @@ def test_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         writer = csv.writer(file)
         writer.writerow(head)
         writer.writerow([8, "a100", "llama-7b", "", 4096, 64, 2, "true", "", "", "1e-4", "True"])
-        writer.writerow([8, "a100", "llama-7b", 16, 4096, 64, 2, "true", "", "", "", ""])
+        writer.writerow([8, "a100", "llama-7b", 16, 4096, 64, 2, "true", "", "", "", "True"])
+        writer.writerow([8, "a100", "llama-7b", 8, 4096, 64, 2, "true", "", "", "", "True"])
     assert main(["predict", "--rows", str(table), "--json"]) == 0
-    full, half = json.loads(capsys.readouterr().out)
+    full, half, quarter = json.loads(capsys.readouterr().out)
     assert {"step_seconds", "tokens_per_second_per_gpu", "tflops_per_gpu", "peak_gb", "fits"} <= set(full)
-    assert half["step_seconds"] < 0.6 * full["step_seconds"]
+    by_layers = full["step_seconds"] - half["step_seconds"], half["step_seconds"] - quarter["step_seconds"]
+    assert by_layers[0] == pytest.approx(2 * by_layers[1])  # of 16 and of 8 layers
     assert main(["predict", "--rows", str(table)]) == 0
-    assert capsys.readouterr().out.count("\n") == 4
+    assert capsys.readouterr().out.count("\n") == 5
 
 
 @pytest.mark.parametrize(

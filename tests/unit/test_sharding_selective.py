@@ -20,7 +20,6 @@ from megatron.longseq.sharding.plan.gather_window import (
     CollectiveLaunch,
     Direction,
     Point,
-    alternating,
     gather_count,
     launch_point,
     launches,
@@ -146,7 +145,7 @@ def test_launches_are_those_of_the_plan(depth: int, attends: bool) -> None:
         model.step(microbatches)  # shows the order of passes
         model.log.clear()
         model.step(microbatches)
-        planned = launches([True] * len(names), points(names, attends, depth), depth, alternating(microbatches))
+        planned = launches([True] * len(names), points(names, attends, depth), depth, tuple(Direction) * microbatches)
         gathers = [launch for launch in planned if launch.kind == "gather"]
         assert [event[1] for event in model.log if event[0] == "+"] == [names[launch.unit] for launch in gathers]
         assert [event for event in model.log if event[0] in "FB"] == [
@@ -256,7 +255,7 @@ def test_gathers_are_counted_as_they_are_launched(units: int, depth: int, passes
         assert gather_count(units, depth, len(passes), turns) == units * len(passes)
     groups, microbatches = RankGroups(4, 2), len(passes)
     sent = comm_volume(Strategy.parse("IIG"), groups, Sizes(8 * units, 8 * units), buckets=units, prefetch_units=depth)
-    planned = launches([True] * units, start, depth, alternating(microbatches)) if depth else []
+    planned = launches([True] * units, start, depth, tuple(Direction) * microbatches) if depth else []
     count = sum(one.kind == "gather" for one in planned) if depth else 2 * units * microbatches
     # One all-gather inside groups sends 1 of 2 slices, 4 of 8 elements of 2 bytes.
     assert sent.gathers(microbatches) == CommVolume(count * 8, 0, 0, count)
@@ -320,7 +319,9 @@ def test_a_window_is_what_is_used_next(has_backward: list[bool], depth: int, mic
         held &= set(made)
         expected += [other for other in made if other not in held]
         held |= set(made)
-    found = launches(has_backward, [(Point.START, Point.START)] * len(has_backward), depth, alternating(microbatches))
+    found = launches(
+        has_backward, [(Point.START, Point.START)] * len(has_backward), depth, tuple(Direction) * microbatches
+    )
     assert [launch.unit for launch in found if launch.kind == "gather"] == expected
     reduced = [launch for launch in found if launch.kind == "reduce"]
     assert [launch.unit for launch in reduced] == list(reversed(units)) * microbatches

@@ -157,8 +157,8 @@ class LongSequenceAttention(MegatronModule):
         packed = packed_seq_params if isinstance(packed_seq_params, PackedDocuments) else None
         where = f"{'' if self.segments is None else '--seq1f1b-splits, '}layer {self.layer_number}"
         refuse_mask_type(attn_mask_type, where)
-        given = {"attention_bias": attention_bias, "packed_seq_params": packed_seq_params if packed is None else None}
-        refuse_inputs(where, given if self.segments is None else {"attention_mask": attention_mask, **given})
+        inputs = {"attention_bias": attention_bias, "packed_seq_params": packed_seq_params if packed is None else None}
+        refuse_inputs(where, inputs if self.segments is None else {"attention_mask": attention_mask, **inputs})
         if self.context is not None:
             return self._over_ranks(self.context, query, key, value, attention_mask, packed)
         assert self.segments is not None, "without context parallelism, layers have this module under segments only"
@@ -353,13 +353,13 @@ def refuse_window(config: Any, where: str) -> None:
         )
 
 
-def refuse_inputs(where: str, given: dict[str, Any]) -> None:
+def refuse_inputs(where: str, inputs: dict[str, Any]) -> None:
     """Refuse what a script gives to one layer's attention, by upstream's names.
 
     Raises:
         ValueError: Names the layer and the arguments that are not None.
     """
-    unserved = [name for name, value in given.items() if value is not None]
+    unserved = [name for name, value in inputs.items() if value is not None]
     if unserved:
         raise ValueError(
             f"{where}: {', '.join(unserved)} passed to one layer cannot be cut into segments or distributed over "

@@ -106,9 +106,9 @@ def describe_chunks(args: Namespace, lengths: Sequence[int]) -> str:
         args: validated arguments.
         lengths: tokens of each part of a sequence that passes the model at once (segments, or the whole sequence).
     """
-    given, sequences = args.cross_entropy_chunk_tokens, max(args.micro_batch_size, args.eval_micro_batch_size or 0)
+    chunk, sequences = args.cross_entropy_chunk_tokens, max(args.micro_batch_size, args.eval_micro_batch_size or 0)
     tokens = sequences * max(lengths) // args.context_parallel_size
-    text = f"cross entropy in chunks of {given} tokens"
-    if given < tokens:
+    text = f"cross entropy in chunks of {chunk} tokens"
+    if chunk < tokens:
         return text
     return f"WARNING: {text}: a forward has at most {tokens} tokens on a rank, so its logits are held whole"

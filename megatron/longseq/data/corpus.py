@@ -121,8 +121,10 @@ def _files_in_folder(root: Path, globs: Sequence[str], without: frozenset[str] =
         relative += [(inside / name).as_posix() for name in names if not name.startswith(".")]
     chosen = sorted(path for path in relative if _matches(path, globs))
     if not chosen:
-        wanted = f" that match {', '.join(globs)}" if globs else ""
-        raise DataError(f"input {root}: the folder holds no files{wanted} (names that begin with a dot are left out)")
+        selection = f" that match {', '.join(globs)}" if globs else ""
+        raise DataError(
+            f"input {root}: the folder holds no files{selection} (names that begin with a dot are left out)"
+        )
     return [root / path for path in chosen]
 
 

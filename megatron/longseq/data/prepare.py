@@ -61,14 +61,14 @@ def prepare(request: PrepareRequest, say: Say = print) -> bool:
             there are no documents, disk space is missing, inputs change during the run, or another run works on the
             same output. Nothing is written then.
     """
-    wanted = manifest.identity(request.files, request.options, request.tokenizer)
+    identity = manifest.identity(request.files, request.options, request.tokenizer)
     folder = request.folder
-    if _is_publishing(folder, wanted):
+    if _is_publishing(folder, identity):
         with _locked(folder):
             write.publish(folder, request.prefix)
             say(f"{request.prefix}: completed the output of an interrupted run")
             return True
-    if _is_up_to_date(request, wanted):
+    if _is_up_to_date(request, identity):
         shutil.rmtree(folder, ignore_errors=True)
         say(f"{request.prefix}: nothing to do, it was made from the same inputs, options and tokenizer")
         return False
@@ -76,29 +76,29 @@ def prepare(request: PrepareRequest, say: Say = print) -> bool:
         check_is_text(request.files)
     with _locked(folder):
         shards = plan_shards(request.files, request.shard_bytes or default_shard_bytes(request.files))
-        done = _resume(folder, shards, wanted.key, request, say)
+        done = _resume(folder, shards, identity.key, request, say)
         records = _encode(request, shards, done, say)
         _check_unchanged(request)
-        _finish(request, wanted, shards, records, say)
+        _finish(request, identity, shards, records, say)
     return True
 
 
-def _is_publishing(folder: Path, wanted: manifest.Identity) -> bool:
+def _is_publishing(folder: Path, identity: manifest.Identity) -> bool:
     try:
         made = manifest.identity_from(json.loads((folder / "out.json").read_text("utf-8")))
     except (OSError, ValueError, KeyError):
         return False
-    return made.key == wanted.key
+    return made.key == identity.key
 
 
-def _is_up_to_date(request: PrepareRequest, wanted: manifest.Identity) -> bool:
+def _is_up_to_date(request: PrepareRequest, identity: manifest.Identity) -> bool:
     present = [request.prefix + suffix for suffix in write.SUFFIXES if Path(request.prefix + suffix).exists()]
     if not present or (request.overwrite and not Path(f"{request.prefix}.json").exists()):
         return False
     if not Path(f"{request.prefix}.json").exists():
         raise DataError(f"{', '.join(present)} exists without a manifest; use --overwrite, or another --output")
     try:
-        changes = manifest.differences(manifest.identity_from(manifest.read(request.prefix)), wanted)
+        changes = manifest.differences(manifest.identity_from(manifest.read(request.prefix)), identity)
     except DataError:
         if request.overwrite:
             return False
@@ -208,11 +208,11 @@ def _bytes_per_token(tokenizer: TokenizerSpec) -> int:
     return int(shard_dtype(tokenizer.vocab_size)().itemsize) + int(tokenizer.is_chat)
 
 
-def _check_space(folder: Path, wanted: int) -> None:
+def _check_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
-    if wanted > free:
+    if size > free:
         raise DataError(
-            f"{folder.parent}: about {wanted / 1e9:.2f} GB are needed for shards and output, but {free / 1e9:.2f} GB "
+            f"{folder.parent}: about {size / 1e9:.2f} GB are needed for shards and output, but {free / 1e9:.2f} GB "
             "are free; free some space, or choose an --output on another disk"
         )
 
@@ -229,7 +229,7 @@ def _check_unchanged(request: PrepareRequest) -> None:
 
 def _finish(
     request: PrepareRequest,
-    wanted: manifest.Identity,
+    identity: manifest.Identity,
     shards: Sequence[Shard],
     records: Sequence[ShardRecord],
     say: Say,
@@ -259,7 +259,7 @@ def _finish(
     }
     if request.tokenizer.is_chat:
         counts["tokens_in_loss"] = sum(record.trained for record in records)
-    content = manifest.build(wanted, request.prefix, lengths, dtype, counts)
+    content = manifest.build(identity, request.prefix, lengths, dtype, counts)
     write.write_atomically(folder / "out.json", json.dumps(content, indent=1) + "\n")
     write.publish(folder, request.prefix)
     if named:

@@ -117,7 +117,7 @@ class Kernel(Protocol):
         ...
 
     def backward_packed(
-        self, given: BackwardInputs, scores: Scores, lengths: PackedLengths
+        self, inputs: BackwardInputs, scores: Scores, lengths: PackedLengths
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (dq, dk, dv) of packed blocks; see `backward`."""
         ...

@@ -108,10 +108,10 @@ class CudaFlash(ABC):
         return out.unsqueeze(1), lse.unsqueeze(0)
 
     def backward_packed(
-        self, given: BackwardInputs, scores: Scores, lengths: PackedLengths
+        self, inputs: BackwardInputs, scores: Scores, lengths: PackedLengths
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward_packed`: one call."""
-        *tensors, lse = given
+        *tensors, lse = inputs
         how = _Arguments.of_packed(scores, lengths, lse.device)
         dq, dk, dv = self._backward([dense(x)[:, 0] for x in tensors], _for_backward(lse)[0], how)
         return dq.unsqueeze(1), dk.unsqueeze(1), dv.unsqueeze(1)
@@ -231,7 +231,7 @@ def load_flash_attn() -> _FlashAttnFunctions:
     """
     module = importlib.import_module("flash_attn.flash_attn_interface")
     functions = []
-    for name, wanted in (
+    for name, expected in (
         ("_flash_attn_forward", (*_FORWARD, *_OPTIONS)),
         ("_flash_attn_backward", (*_BACKWARD, *_OPTIONS)),
         ("_flash_attn_varlen_forward", (*_FORWARD, *_LENGTHS, *_OPTIONS)),
@@ -241,7 +241,7 @@ def load_flash_attn() -> _FlashAttnFunctions:
         if plain is None:
             raise ImportError(f"flash_attn has no {name}")
         names = list(_parameters(plain))
-        if names[: len(wanted)] != list(wanted):
+        if names[: len(expected)] != list(expected):
             raise ImportError(f"flash_attn's {name} takes {', '.join(names)}; install flash-attn 2.7 or later")
         functions.append(getattr(module, f"_wrapped{name}", plain))
     return _FlashAttnFunctions(*functions)
@@ -279,17 +279,17 @@ class _FlashAttn3Function:
     """
 
     def __init__(self, function: Any, first: tuple[str, ...], needed: tuple[str, ...]) -> None:
-        taken = _parameters(function)
-        self._function, self._has_pair = function, "window_size" in taken
-        self._causal = "is_causal" if "is_causal" in taken else "causal"
+        parameters = _parameters(function)
+        self._function, self._has_pair = function, "window_size" in parameters
+        self._causal = "is_causal" if "is_causal" in parameters else "causal"
         window = ("window_size",) if self._has_pair else ("window_size_left", "window_size_right")
-        wanted = {*needed, *_LENGTHS, *window, self._causal, "softmax_scale"}
-        if list(taken)[: len(first)] != list(first) or not wanted <= {*taken}:
+        expected = {*needed, *_LENGTHS, *window, self._causal, "softmax_scale"}
+        if list(parameters)[: len(first)] != list(first) or not expected <= {*parameters}:
             raise ImportError(
-                f"flash_attn_interface has a function of {', '.join(taken)}, which is not FlashAttention 3's"
+                f"flash_attn_interface has a function of {', '.join(parameters)}, which is not FlashAttention 3's"
             )
-        required = [name for name, one in taken.items() if one.default is one.empty and name not in first]
-        self._unused = dict.fromkeys(name for name in required if name not in {*wanted, *needed})
+        required = [name for name, one in parameters.items() if one.default is one.empty and name not in first]
+        self._unused = dict.fromkeys(name for name in required if name not in {*expected, *needed})
 
     def __call__(self, tensors: list[Tensor], how: _Arguments, **more: Any) -> Any:
         """Call the function with tensors and with the arguments that all releases have."""

@@ -81,11 +81,11 @@ class PaddedBatch:
 
     def take_gradient(self, packed: Tensor) -> Tensor:
         """Return the gradient of the rows, zero where they fill up."""
-        taken = self.take(packed, self.rows)
+        values = self.take(packed, self.rows)
         if self.rows.places is None:
-            return taken
-        kept = taken.new_zeros(self.count * self.rows.length).index_fill_(0, self.rows.places, 1)
-        return taken * kept.view(self.count, -1).T[..., None, None]
+            return values
+        kept = values.new_zeros(self.count * self.rows.length).index_fill_(0, self.rows.places, 1)
+        return values * kept.view(self.count, -1).T[..., None, None]
 
 
 class PaddedKernel(ABC):
@@ -106,7 +106,7 @@ class PaddedKernel(ABC):
 
     @abstractmethod
     def backward_padded(
-        self, given: BackwardInputs, scores: Scores, hidden: Tensor | None
+        self, inputs: BackwardInputs, scores: Scores, hidden: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (dq, dk, dv) of a batch; `hidden` as in `PaddedBatch`."""
 
@@ -116,8 +116,8 @@ class PaddedKernel(ABC):
         """Return (out, lse) of packed blocks, see `Kernel.forward_packed`."""
         out, lse = None, None
         for batch in padded_batches(lengths, scores, q.device, self.most_scores):
-            taken = batch.take(q, batch.rows), batch.take(k, batch.keys), batch.take(v, batch.keys)
-            block_out, block_lse = self.forward_padded(*taken, scores, batch.hidden)
+            tensors = batch.take(q, batch.rows), batch.take(k, batch.keys), batch.take(v, batch.keys)
+            block_out, block_lse = self.forward_padded(*tensors, scores, batch.hidden)
             if out is None or lse is None:
                 out = block_out.new_empty(q.shape[0], 1, *block_out.shape[2:])
                 lse = block_lse.new_empty(1, block_lse.shape[1], q.shape[0])
@@ -127,20 +127,22 @@ class PaddedKernel(ABC):
         return out, lse
 
     def backward_packed(
-        self, given: BackwardInputs, scores: Scores, lengths: PackedLengths
+        self, inputs: BackwardInputs, scores: Scores, lengths: PackedLengths
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (dq, dk, dv) of packed blocks, see `Kernel.backward_packed`."""
-        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (given.q, given.k, given.v))
-        for batch in padded_batches(lengths, scores, given.q.device, self.most_scores):
-            taken = BackwardInputs(
-                batch.take_gradient(given.grad_out),
-                batch.take(given.q, batch.rows),
-                batch.take(given.k, batch.keys),
-                batch.take(given.v, batch.keys),
-                batch.take(given.out, batch.rows),
-                batch.take_lse(given.lse),
+        dq, dk, dv = (
+            torch.empty_like(x, memory_format=torch.contiguous_format) for x in (inputs.q, inputs.k, inputs.v)
+        )
+        for batch in padded_batches(lengths, scores, inputs.q.device, self.most_scores):
+            block = BackwardInputs(
+                batch.take_gradient(inputs.grad_out),
+                batch.take(inputs.q, batch.rows),
+                batch.take(inputs.k, batch.keys),
+                batch.take(inputs.v, batch.keys),
+                batch.take(inputs.out, batch.rows),
+                batch.take_lse(inputs.lse),
             )
-            grads = self.backward_padded(taken, scores, batch.hidden)
+            grads = self.backward_padded(block, scores, batch.hidden)
             for total, grad, side in zip((dq, dk, dv), grads, (batch.rows, batch.keys, batch.keys), strict=True):
                 batch.put(total, grad, side)
         return dq, dk, dv

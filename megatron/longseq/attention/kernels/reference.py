@@ -59,10 +59,10 @@ class Reference(PaddedKernel):
         return out, lse.flatten(1, 2).to(accumulation_dtype(q.dtype))
 
     def backward_padded(
-        self, given: BackwardInputs, scores: Scores, hidden: Tensor | None
+        self, inputs: BackwardInputs, scores: Scores, hidden: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `PaddedKernel.backward_padded`."""
-        grad_out, q, k, v, out, lse = given
+        grad_out, q, k, v, out, lse = inputs
         logits = self._logits(q, k, scores, hidden)
         mask = self._dropout_mask(logits, q.dtype)
         weights = self._weights(logits, lse.to(logits.dtype).unflatten(1, logits.shape[1:3]))

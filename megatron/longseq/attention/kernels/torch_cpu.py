@@ -67,19 +67,19 @@ class CpuFlash(PaddedKernel):
         return out.permute(2, 0, 1, 3), lse
 
     def backward_padded(
-        self, given: BackwardInputs, scores: Scores, hidden: Tensor | None
+        self, inputs: BackwardInputs, scores: Scores, hidden: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `PaddedKernel.backward_padded`."""
-        *tensors, lse = given
-        _refuse_misaligned(given.q, given.k, scores)
+        *tensors, lse = inputs
+        _refuse_misaligned(inputs.q, inputs.k, scores)
         grads = _backward(
             *(_heads_first(x) for x in tensors),
             lse,
             0.0,
             scores.causal and scores.window is None,
-            attn_mask=self._additive_mask(given.q, given.k, scores)
+            attn_mask=self._additive_mask(inputs.q, inputs.k, scores)
             if hidden is None
-            else _additive(hidden, given.q.dtype),
+            else _additive(hidden, inputs.q.dtype),
             scale=scores.scale,
         )
         dq, dk, dv = (grad.permute(2, 0, 1, 3) for grad in grads)

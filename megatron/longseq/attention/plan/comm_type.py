@@ -23,11 +23,11 @@ class CommType(NamedTuple):
     gathers: bool = False
 
 
-def layer_comm_type(given: str | Sequence[str] | None, layer: int) -> str:
+def layer_comm_type(value: str | Sequence[str] | None, layer: int) -> str:
     """Return the --cp-comm-type of a layer, counted from 1."""
-    if given is None or isinstance(given, str):
-        return given or "p2p"
-    return given[layer - 1] if len(given) > 1 else given[0]
+    if value is None or isinstance(value, str):
+        return value or "p2p"
+    return value[layer - 1] if len(value) > 1 else value[0]
 
 
 def comm_types(args: Namespace) -> dict[str, CommType]:
@@ -65,9 +65,9 @@ def mesh_of_sizes(args: Namespace) -> Mesh:
     """
     sizes, size = args.hierarchical_context_parallel_sizes, args.context_parallel_size
     if not sizes or len(sizes) != 2 or sizes[0] * sizes[1] != size:
-        given = " ".join(str(number) for number in sizes or ()) or "nothing"
+        listed = " ".join(str(number) for number in sizes or ()) or "nothing"
         raise ValueError(
-            f"--cp-comm-type a2a+p2p with --hierarchical-context-parallel-sizes {given}: give two sizes, the ranks "
+            f"--cp-comm-type a2a+p2p with --hierarchical-context-parallel-sizes {listed}: give two sizes, the ranks "
             f"of the all-to-all (Ulysses) and of the ring, whose product is --context-parallel-size {size}; or give "
             "--context-parallel-auto, which chooses both"
         )

@@ -162,7 +162,7 @@ def _work(documents: Documents, layout: Layout, segment: int, reach: int | None)
         reach: keys before its own that a query sees (a sliding window); None: all of its document.
     """
     ring = layout.mesh.ring
-    held = [_Held(layout, index, segment + 1) for index in range(ring)]
+    sources = [_Held(layout, index, segment + 1) for index in range(ring)]
     scores, rows = np.zeros((2, ring, ring), dtype=np.int64)
     for spans in documents.spans:
         known = np.array(spans, dtype=np.int64)
@@ -170,9 +170,9 @@ def _work(documents: Documents, layout: Layout, segment: int, reach: int | None)
             begin, end, start = _queries(known, layout, rank, segment)
             size = end - begin
             for source in range(ring):
-                scores[rank, source] += int(held[source].seen_before(begin, end, start, reach).sum())
+                scores[rank, source] += int(sources[source].seen_before(begin, end, start, reach).sum())
                 if source != rank:
-                    before = held[source].before
+                    before = sources[source].before
                     seen = start if reach is None else np.maximum(start, begin - reach)
                     first = np.maximum(seen, np.concatenate(([0], end[:-1])))  # not counted before
                     rows[rank, source] += int((before(end) - before(first)).sum())

@@ -53,20 +53,20 @@ def has_borders(documents: Documents) -> bool:
     return any(len(spans) > 1 for spans in documents.spans)
 
 
-def positions_in_documents(documents: Documents, sequence: int, held: Sequence[TokenRange]) -> list[TokenRange]:
+def positions_in_documents(documents: Documents, sequence: int, positions: Sequence[TokenRange]) -> list[TokenRange]:
     """Return the positions, counted from the start of each token's document, of some tokens of a sequence.
 
     Args:
         documents: documents of the micro-batch.
         sequence: index of the sequence.
-        held: ranges of positions in the sequence, in the order in which a rank holds them.
+        positions: ranges of positions in the sequence, in the order in which a rank holds them.
 
     Returns:
-        Ranges of positions in documents, in the order of `held`: one for each piece of a document.
+        Ranges of positions in documents, in the order of `positions`: one for each piece of a document.
     """
     return [
         TokenRange(span.begin - span.start, span.end - span.start)
-        for one in held
+        for one in positions
         for span in documents.within(sequence, one)
     ]
 

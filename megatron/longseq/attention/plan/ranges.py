@@ -77,11 +77,6 @@ def size(ranges: TokenRanges) -> int:
     return sum(one.size for one in ranges)
 
 
-def count_before(ranges: TokenRanges, bound: int) -> int:
-    """Return how many positions of a set are below a bound, which is the row of `bound` in a buffer of the set."""
-    return sum(min(one.end, bound) - one.begin for one in ranges if one.begin < bound)
-
-
 class RowFinder:
     """Finds rows in a buffer that holds a set of positions, by bisection: for many look-ups in one buffer.
 
@@ -95,7 +90,7 @@ class RowFinder:
         self._rows = list(accumulate((one.size for one in ranges), initial=0))
 
     def before(self, bound: int) -> int:
-        """Return `count_before(ranges, bound)`."""
+        """Return how many positions of the set are below a bound: the row of `bound`."""
         index = bisect_left(self._begins, bound)
         if index == 0:
             return 0
@@ -113,30 +108,32 @@ class RowFinder:
         """Return the positions that some consecutive rows of the buffer hold."""
         found, index, row = [], bisect_right(self._rows, rows.begin) - 1, rows.begin
         while row < rows.end:
-            held = self._ranges[index]
-            begin = held.begin + row - self._rows[index]
-            found.append(TokenRange(begin, min(held.end, begin + rows.end - row)))
+            span = self._ranges[index]
+            begin = span.begin + row - self._rows[index]
+            found.append(TokenRange(begin, min(span.end, begin + rows.end - row)))
             row += found[-1].size
             index += 1
         return tuple(found)
 
 
 @lru_cache(maxsize=128)
-def rows_of(buffer: TokenRanges, wanted: TokenRanges) -> TokenRanges:
+def rows_of(buffer: TokenRanges, positions: TokenRanges) -> TokenRanges:
     """Return the rows at which a buffer holds some positions.
 
     Args:
         buffer: positions that the buffer holds, in the order of its rows.
-        wanted: positions to find.
+        positions: positions to find.
 
     Raises:
         ValueError: The buffer does not hold all wanted positions.
     """
-    missing = difference(wanted, buffer)
+    missing = difference(positions, buffer)
     if missing:
-        raise ValueError(f"the buffer holds positions {_shown(buffer)}, but not {_shown(missing)} of {_shown(wanted)}")
+        raise ValueError(
+            f"the buffer holds positions {_shown(buffer)}, but not {_shown(missing)} of {_shown(positions)}"
+        )
     row = RowFinder(buffer).before
-    return union(TokenRange(row(one.begin), row(one.end)) for one in wanted)
+    return union(TokenRange(row(one.begin), row(one.end)) for one in positions)
 
 
 def _shown(ranges: TokenRanges) -> str:

@@ -158,10 +158,10 @@ def plan_transfers(ring: Ring, queries: Shards, keys: Shards, mask: Mask) -> Rin
     grad_transfers: list[KVTransfer] = []
     for source in range(ring.size):
         ranks = [ring.visited(source, step) for step in range(ring.size)]
-        wanted = [visible_rows(queries[rank], keys[source], mask) for rank in ranks]
-        wanted[0] = ()  # the source has its own rows
-        key_transfers += _key_transfers(source, ranks, wanted, ring.inner)
-        grad_transfers += _grad_transfers(source, ranks, wanted, ring.inner)
+        needs = [visible_rows(queries[rank], keys[source], mask) for rank in ranks]
+        needs[0] = ()  # the source has its own rows
+        key_transfers += _key_transfers(source, ranks, needs, ring.inner)
+        grad_transfers += _grad_transfers(source, ranks, needs, ring.inner)
     return RingTransfers(tuple(key_transfers), tuple(grad_transfers))
 
 
@@ -170,12 +170,12 @@ def _running_union(sets: Iterable[TokenRanges]) -> list[TokenRanges]:
     return list(accumulate(sets, lambda left, right: union([*left, *right])))
 
 
-def _key_transfers(source: int, ranks: list[int], wanted: list[TokenRanges], inner: int) -> list[KVTransfer]:
+def _key_transfers(source: int, ranks: list[int], needs: list[TokenRanges], inner: int) -> list[KVTransfer]:
     """Send keys on inside a window while a later rank needs them, and from its first rank to the next window's."""
     transfers = []
-    onward = _running_union(reversed(wanted))[::-1]  # what a step and all later ones need
+    onward = _running_union(reversed(needs))[::-1]  # what a step and all later ones need
     for begin in range(0, len(ranks), inner):
-        inside = _running_union(reversed(wanted[begin : begin + inner]))[::-1]
+        inside = _running_union(reversed(needs[begin : begin + inner]))[::-1]
         hops = [(step, step + 1, inside[step + 1 - begin]) for step in range(begin, begin + inner - 1)]
         if begin + inner < len(ranks):
             hops.append((begin, begin + inner, onward[begin + inner]))
@@ -185,14 +185,14 @@ def _key_transfers(source: int, ranks: list[int], wanted: list[TokenRanges], inn
     return transfers
 
 
-def _grad_transfers(source: int, ranks: list[int], wanted: list[TokenRanges], inner: int) -> list[KVTransfer]:
+def _grad_transfers(source: int, ranks: list[int], needs: list[TokenRanges], inner: int) -> list[KVTransfer]:
     """Send gradients along the keys' way inside a window, and from the last rank that adds to them to their owner."""
     transfers = []
     for begin in range(0, len(ranks), inner):
-        window = wanted[begin : begin + inner]
+        window = needs[begin : begin + inner]
         so_far, later = _running_union(window), [*_running_union(reversed(window))[-2::-1], ()]
         for step, rank in enumerate(ranks[begin : begin + inner], begin):
-            done = difference(wanted[step], later[step - begin])
+            done = difference(needs[step], later[step - begin])
             passed = intersection(so_far[step - begin], later[step - begin])
             if done:
                 transfers.append(KVTransfer(source, rank, source, done, step, len(ranks)))
@@ -222,10 +222,10 @@ def plan_ring_attention(
     for index in range(ring.size):
         source = ring.source(rank, index)
         everything = (TokenRange(0, size(keys[source])),)
-        held = everything if index == 0 else _received(recvs[0], source)
+        kv_rows = everything if index == 0 else _received(recvs[0], source)
         plan = (
             plan_tiles(queries[rank], keys[source], mask, rectangular=rectangular)
-            if held
+            if kv_rows
             else TilePlan(Tiles(), Tiles())
         )
         added = [one for one in recvs[1] if one.source == source and one.wait == index]
@@ -233,8 +233,8 @@ def plan_ring_attention(
         steps.append(
             RingStep(
                 source=source,
-                kv_rows=held,
-                tiles=JoinedTiles(_packed(plan.first, held), _packed(plan.more, held)),
+                kv_rows=kv_rows,
+                tiles=JoinedTiles(_packed(plan.first, kv_rows), _packed(plan.more, kv_rows)),
                 grad_rows=union([*computed, *(rows for one in added for rows in one.rows)]),
                 kv_sends=_posted(sends[0], index),
                 kv_recvs=_posted(recvs[0], index),
@@ -253,9 +253,9 @@ def _posted(transfers: list[KVTransfer], step: int) -> tuple[KVTransfer, ...]:
     return tuple(one for one in transfers if one.post == step)
 
 
-def _packed(tiles: Tiles, held: TokenRanges) -> Tiles:
+def _packed(tiles: Tiles, rows: TokenRanges) -> Tiles:
     """Return tiles whose blocks count keys through the rows held; a block never spans two ranges of them."""
-    row = RowFinder(held).before
+    row = RowFinder(rows).before
 
     def packed(block: Block) -> Block:
         return Block(block.keys.shifted(row(block.keys.begin) - block.keys.begin), block.causal, block.window)

@@ -87,15 +87,15 @@ def cached_plan(maxsize: int) -> Callable[[Callable[..., Plan]], Callable[..., P
     """
 
     def decorate(function: Callable[..., Plan]) -> Callable[..., Plan]:
-        kept = functools.lru_cache(maxsize)(function)
+        cached = functools.lru_cache(maxsize)(function)
 
         @functools.wraps(function)
         def plan(*args: Any, **options: Any) -> Plan:
             mask = next(one for one in args if isinstance(one, Mask))
             if mask.documents is None:
-                return kept(*args, **options)
-            given = tuple((mask.batch, mask.window) if one is mask else one for one in args)
-            key: Hashable = (function.__qualname__, given, tuple(sorted(options.items())))
+                return cached(*args, **options)
+            hashable = tuple((mask.batch, mask.window) if one is mask else one for one in args)
+            key: Hashable = (function.__qualname__, hashable, tuple(sorted(options.items())))
             plans = mask.documents.plans
             if key not in plans:
                 plans[key] = function(*args, **options)
@@ -163,20 +163,20 @@ def plan_tiles(queries: TokenRanges, keys: TokenRanges, mask: Mask, *, rectangul
     """
     first: list[Tile] = []
     more: list[Tile] = []
-    held, row_of = RowFinder(keys), RowFinder(queries).before
+    finder, row_of = RowFinder(keys), RowFinder(queries).before
     for batch, spans in mask.document_spans(queries):
         uncut: list[_Rows] = []
         for span in spans:
             row = row_of(span.begin)
-            holds_own = _holds(held, span)
+            holds_own = _holds(finder, span)
             if mask.window is None or not mask.window_cuts(span):
-                seen = TokenRange(held.before(mask.first_visible(span)), held.before(span.end))
+                seen = TokenRange(finder.before(mask.first_visible(span)), finder.before(span.end))
                 if seen.size:
                     uncut.append(_Rows(TokenRange(row, row + span.end - span.begin), seen, holds_own))
                 continue
-            for piece in held.clip(mask.first_visible(span), span.end):
+            for piece in finder.clip(mask.first_visible(span), span.end):
                 is_own = holds_own and piece.end == span.end
-                shift = held.before(piece.begin) - piece.begin
+                shift = finder.before(piece.begin) - piece.begin
                 cut = _windowed_own if is_own else _windowed_earlier
                 for rows, blocks in cut(span, piece, mask.window, rectangular):
                     moved = (Block(block.keys.shifted(shift), block.causal, block.window) for block in blocks)
@@ -208,14 +208,14 @@ def _holds(keys: RowFinder, span: DocumentSpan) -> bool:
     Raises:
         ValueError: It holds some of them only.
     """
-    held = keys.before(span.end) - keys.before(span.begin)
-    if held not in (0, span.end - span.begin):
+    present = keys.before(span.end) - keys.before(span.begin)
+    if present not in (0, span.end - span.begin):
         among = [tuple(one) for one in keys.clip(span.begin, span.end)]
         raise ValueError(
-            f"queries have positions {span.begin} to {span.end}, but only {held} of these positions have keys "
+            f"queries have positions {span.begin} to {span.end}, but only {present} of these positions have keys "
             f"({among}); queries and keys must have the same layout"
         )
-    return held > 0
+    return present > 0
 
 
 def _join_neighbours(all_rows: Sequence[_Rows]) -> list[_Rows]:

@@ -67,6 +67,6 @@ class GradAccumulator:
         """Return which of a range of `kv_rows` are summed (None: all of them), and their places in `grad_rows`."""
         if self._kv_rows == self._grad_rows:
             return None, (keys,)
-        held = RowFinder(self._kv_rows).positions(keys)
-        known = intersection(held, self._grad_rows)
-        return None if known == held else rows_of(held, known), rows_of(self._grad_rows, known)
+        positions = RowFinder(self._kv_rows).positions(keys)
+        common = intersection(positions, self._grad_rows)
+        return None if common == positions else rows_of(positions, common), rows_of(self._grad_rows, common)

@@ -100,9 +100,9 @@ class PackedReader:
     def packed(self, documents: Documents, length: int, segment: int, device: torch.device) -> PackedDocuments:
         """Return what layers get for one segment (0 without segments)."""
         layout = self.layouts.layout(documents, length)
-        held = layout.positions(self.rank, segment)
+        ranges = layout.positions(self.rank, segment)
         rows = [
-            torch.cat([torch.arange(*one) for one in positions_in_documents(documents, sequence, held)])
+            torch.cat([torch.arange(*one) for one in positions_in_documents(documents, sequence, ranges)])
             for sequence in range(len(documents.spans))
         ]
         positions = rows[0] if all(torch.equal(rows[0], row) for row in rows[1:]) else torch.stack(rows, dim=1)
@@ -114,18 +114,18 @@ class PackedReader:
             length=length,
         )
 
-    def check_cut(self, documents: Documents, length: int, given: Mapping[str, Any]) -> None:
+    def check_cut(self, documents: Documents, length: int, arguments: Mapping[str, Any]) -> None:
         """Check that a batch that the model is called with was cut in the layout of its documents.
 
         Args:
             documents: documents of the micro-batch.
             length: tokens of a whole sequence.
-            given: the arguments of the model's forward by their names.
+            arguments: the arguments of the model's forward by their names.
 
         Raises:
             ValueError: The batch was cut otherwise.
         """
-        if self.ranks > 1 and any(given.get(name) is not None for name in ("input_ids", "labels")):
+        if self.ranks > 1 and any(arguments.get(name) is not None for name in ("input_ids", "labels")):
             self.layouts.check_cut(documents, length, self._where())
 
     def take_digests(self) -> list[int]:
@@ -227,12 +227,12 @@ def _device() -> torch.device:
 
 
 def micro_batch_shape(
-    given: Mapping[str, Any], received: Tensor | None, ranks: int, tensor: int = 1
+    arguments: Mapping[str, Any], received: Tensor | None, ranks: int, tensor: int = 1
 ) -> tuple[int, int]:
     """Return (sequences, tokens of a whole sequence) of the micro-batch that a model is called with.
 
     Args:
-        given: the arguments of the model's forward by their names.
+        arguments: the arguments of the model's forward by their names.
         received: hidden states from the previous pipeline stage, [tokens, sequences, hidden]; None on the first.
         ranks: context-parallel ranks over which a batch is distributed.
         tensor: tensor-parallel ranks over which hidden states are distributed as well (--sequence-parallel), else 1.
@@ -241,8 +241,8 @@ def micro_batch_shape(
         ValueError: There is nothing to tell it from.
     """
     for name in ("input_ids", "labels"):
-        if given.get(name) is not None:
-            sequences, tokens = given[name].shape[:2]
+        if arguments.get(name) is not None:
+            sequences, tokens = arguments[name].shape[:2]
             return sequences, tokens * ranks
     if received is None:
         raise ValueError("packed documents: the model is given neither tokens nor labels nor hidden states")

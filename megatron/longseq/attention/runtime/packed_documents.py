@@ -77,9 +77,9 @@ def read_document_starts(attention_mask: Tensor, begin: int = 0) -> Tensor:
         strip = slice(row, row + height)
         part = hidden[:, strip].view(torch.uint8)
         starts[:, strip] = part.argmin(-1)  # the first key that is seen; 0 if there is none
-        wanted = key > position[strip, None].to(torch.int32)
-        wanted = (key < starts[:, strip, None].to(torch.int32)).logical_or_(wanted)
-        wrong[:, strip] = wanted.view(torch.uint8).bitwise_xor_(part).amax(-1).bool()
+        expected = key > position[strip, None].to(torch.int32)
+        expected = (key < starts[:, strip, None].to(torch.int32)).logical_or_(expected)
+        wrong[:, strip] = expected.view(torch.uint8).bitwise_xor_(part).amax(-1).bool()
     wrong[:, 1:] |= (starts[:, 1:] != starts[:, :-1]) & (starts[:, 1:] != position[1:])
     return starts.masked_fill_(wrong, -1)
 

@@ -48,39 +48,39 @@ def tiled_forward(
     """
     is_partial = is_partial or result is not None
     merge = select_merge(q.device.type).function
-    begun = result
+    total = result
     for launch in tiles.launches:
         packed = PackedLaunch.of(launch, q.shape[1], q.device)
         dtype = _block_dtype(kernel, q, is_partial or launch.is_part)
-        given = packed.rows.take(q), packed.keys.take(k), packed.keys.take(v)
-        out, lse = packed.forward(kernel, *(x.to(dtype) for x in given), scale)
+        inputs = packed.rows.take(q), packed.keys.take(k), packed.keys.take(v)
+        out, lse = packed.forward(kernel, *(x.to(dtype) for x in inputs), scale)
         if result is None and launch.begins:
             wide = is_partial or any(one.is_part for one in tiles.launches)
-            begun = _begin(begun, packed, q, (out, lse), wide, torch.float64 if is_partial else lse.dtype)
+            total = _begin(total, packed, q, (out, lse), wide, torch.float64 if is_partial else lse.dtype)
             continue
-        assert begun is not None, "the first launches begin a result"
-        _merge(merge, begun, packed, out, lse)
-    assert begun is not None, "there is at least one tile"
+        assert total is not None, "the first launches begin a result"
+        _merge(merge, total, packed, out, lse)
+    assert total is not None, "there is at least one tile"
     out_type = accumulation_dtype(q.dtype) if is_partial else q.dtype
-    return begun[0].to(out_type), begun[1].to(torch.float64 if is_partial else accumulation_dtype(q.dtype))
+    return total[0].to(out_type), total[1].to(torch.float64 if is_partial else accumulation_dtype(q.dtype))
 
 
 def _begin(
-    begun: Result | None, packed: PackedLaunch, q: Tensor, block: Result, wide: bool, lse_type: torch.dtype
+    total: Result | None, packed: PackedLaunch, q: Tensor, block: Result, wide: bool, lse_type: torch.dtype
 ) -> Result:
     """Write the result of the first blocks of some rows, and return the result of all rows."""
     out, lse = block
     out_type = accumulation_dtype(q.dtype) if wide else q.dtype
-    if begun is None and packed.rows.covers(q):
+    if total is None and packed.rows.covers(q):
         return out.to(out_type).contiguous(), lse.to(lse_type).contiguous()
-    if begun is None:
-        begun = (
+    if total is None:
+        total = (
             q.new_empty(*q.shape[:3], out.shape[-1], dtype=out_type),
             q.new_empty(q.shape[1], q.shape[2], q.shape[0], dtype=lse_type),
         )
-    packed.rows.put(begun[0], out)
-    packed.put_lse(begun[1], lse)
-    return begun
+    packed.rows.put(total[0], out)
+    packed.put_lse(total[1], lse)
+    return total
 
 
 def _merge(merge: Merge, result: Result, packed: PackedLaunch, out: Tensor, lse: Tensor) -> None:
@@ -127,10 +127,10 @@ def tiled_backward(
     for launch in tiles.launches:
         packed = PackedLaunch.of(launch, q.shape[1], q.device)
         dtype = _block_dtype(kernel, q, is_partial or launch.is_part or q.shape[2] != k.shape[2])
-        given = [packed.rows.take(grad_out), packed.rows.take(q), packed.keys.take(k), packed.keys.take(v)]
-        given = [x.to(dtype) for x in (*given, packed.rows.take(out))]
-        grad_q, *grads = packed.backward(kernel, [*given, packed.take_lse(lse)], scale)
-        del given
+        inputs = [packed.rows.take(grad_out), packed.rows.take(q), packed.keys.take(k), packed.keys.take(v)]
+        inputs = [x.to(dtype) for x in (*inputs, packed.rows.take(out))]
+        grad_q, *grads = packed.backward(kernel, [*inputs, packed.take_lse(lse)], scale)
+        del inputs
         sequences, keys, (grad_k, grad_v) = packed.spread_keys(grads, q.shape[1])
         del grads
         key_grads(sequences, keys, grad_k, grad_v)

@@ -120,9 +120,9 @@ def draw(scene: AttentionScene, file: Path) -> None:
     tall = above + _HEAD + side + _FOOT + _LEGEND
     with figure_file(file, _WIDE, tall) as figure:
         half = (_WIDE - 2 * _MARGIN - _GAP) / 2
-        for index, held in enumerate((scene.before, scene.after)):
+        for index, positions in enumerate((scene.before, scene.after)):
             box = (_MARGIN + index * (half + _MARGIN), tall - above, half, _ROW * ranks)
-            _holdings(_axes(figure, box), scene, held, shared=index > 0)
+            _holdings(_axes(figure, box), scene, positions, shared=index > 0)
         for index, (cells, sendings) in enumerate(scene.steps):
             box = (_MARGIN + index * (side + _GAP), _LEGEND + _FOOT, side, side)
             _step(_axes(figure, box), scene, index, cells, sendings)
@@ -138,12 +138,12 @@ def _axes(figure: Any, box: tuple[float, float, float, float]) -> Any:
     return axes
 
 
-def _holdings(axes: Any, scene: AttentionScene, held: tuple[tuple[int, ...], ...], *, shared: bool) -> None:
+def _holdings(axes: Any, scene: AttentionScene, positions: tuple[tuple[int, ...], ...], *, shared: bool) -> None:
     """Draw ranks as rows and chunks as columns; the height of a bar is the share of the heads."""
     mesh, chunks = scene.mesh, 2 * scene.mesh.size
     axes.set_xlim(0, chunks)
     axes.set_ylim(mesh.size, 0)
-    for rank, numbers in enumerate(held):
+    for rank, numbers in enumerate(positions):
         place = mesh.place(rank)
         height = 1 / mesh.ulysses if shared else 1.0
         top = rank + (place.ulysses * height if shared else 0)

@@ -78,12 +78,12 @@ def cut_by_documents(
 
 def describe_cuts(cuts: Sequence[DocumentCut]) -> str:
     """Return one line for the log about the micro-batches of a step."""
-    taken = sum(cut.kind == "documents" for cut in cuts)
+    count = sum(cut.kind == "documents" for cut in cuts)
     sequence, documents = (
         sum(values) / len(cuts) for values in zip(*((c.sequence, c.documents) for c in cuts), strict=True)
     )
     return (
-        f"segments of packed documents: {taken} of {len(cuts)} micro-batches cut by documents, {len(cuts) - taken} by "
+        f"segments of packed documents: {count} of {len(cuts)} micro-batches cut by documents, {len(cuts) - count} by "
         f"sequence; work of the slowest segment over the mean: by sequence {sequence:.2f}, by documents {documents:.2f}"
     )
 

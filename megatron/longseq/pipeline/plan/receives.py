@@ -24,39 +24,41 @@ def plan_receives(schedule: Schedule, ahead: int = AHEAD) -> tuple[ReceiveOrder,
         schedule: a validated schedule.
         ahead: receives of one direction that may be in flight at once, from 1.
     """
-    needed = _needed(schedule)
-    return tuple(_receives(schedule, rank, needed, ahead) for rank in range(schedule.pipeline.stages))
+    dependencies = _needed(schedule)
+    return tuple(_receives(schedule, rank, dependencies, ahead) for rank in range(schedule.pipeline.stages))
 
 
-def _receives(schedule: Schedule, rank: int, needed: dict[tuple[int, Action], list[int]], ahead: int) -> ReceiveOrder:
+def _receives(
+    schedule: Schedule, rank: int, dependencies: dict[tuple[int, Action], list[int]], ahead: int
+) -> ReceiveOrder:
     order = schedule.orders[rank]
     due: dict[tuple[ActionKind, int], list[Action]] = {}
     for action in order:
         sender = source(schedule.pipeline, rank, action)
         if sender is not None and sender[0] != rank:
             due.setdefault((action.kind, sender[0]), []).append(action)
-    posted, taken = dict.fromkeys(due, 0), dict.fromkeys(due, 0)
+    posted, received = dict.fromkeys(due, 0), dict.fromkeys(due, 0)
     receives: list[tuple[Action, ...]] = []
     for index, action in enumerate(order):
         now: list[Action] = []
         for channel, messages in due.items():
-            while posted[channel] < min(len(messages), taken[channel] + ahead):
+            while posted[channel] < min(len(messages), received[channel] + ahead):
                 sender = source(schedule.pipeline, rank, messages[posted[channel]])
-                if sender is None or needed[sender][rank] >= index:
+                if sender is None or dependencies[sender][rank] >= index:
                     break
                 now.append(messages[posted[channel]])
                 posted[channel] += 1
         receives.append(tuple(now))
         sender = source(schedule.pipeline, rank, action)
         if sender is not None and sender[0] != rank:
-            taken[action.kind, sender[0]] += 1
+            received[action.kind, sender[0]] += 1
     return tuple(receives)
 
 
 def _needed(schedule: Schedule) -> dict[tuple[int, Action], list[int]]:
     """Return the dependencies of each action of each rank: per rank the index of the last action, or -1."""
     pipeline = schedule.pipeline
-    needed: dict[tuple[int, Action], list[int]] = {}
+    dependencies: dict[tuple[int, Action], list[int]] = {}
     at = [0] * pipeline.stages
     before = [[-1] * pipeline.stages for _ in range(pipeline.stages)]
     moved = True
@@ -65,14 +67,14 @@ def _needed(schedule: Schedule) -> dict[tuple[int, Action], list[int]]:
         for rank, order in enumerate(schedule.orders):
             while at[rank] < len(order):
                 sender = source(pipeline, rank, order[at[rank]])
-                if sender is not None and sender not in needed:
+                if sender is not None and sender not in dependencies:
                     break
-                last = before[rank] if sender is None else list(map(max, before[rank], needed[sender]))
+                last = before[rank] if sender is None else list(map(max, before[rank], dependencies[sender]))
                 before[rank] = [*last[:rank], at[rank], *last[rank + 1 :]]
-                needed[rank, order[at[rank]]] = before[rank]
+                dependencies[rank, order[at[rank]]] = before[rank]
                 at[rank] += 1
                 moved = True
-    return needed
+    return dependencies
 
 
 @dataclass(frozen=True)

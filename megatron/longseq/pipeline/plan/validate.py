@@ -67,9 +67,9 @@ def prove(schedule: Schedule) -> Proof:
     kinds = [ActionKind.FORWARD]
     if not schedule.is_forward_only:
         kinds += [ActionKind.BACKWARD, ActionKind.WEIGHT] if schedule.splits_weights else [ActionKind.BACKWARD]
-    wanted = set(_all_actions(pipeline, kinds))
+    expected = set(_all_actions(pipeline, kinds))
     for rank, order in enumerate(schedule.orders):
-        _check_complete(rank, order, wanted)
+        _check_complete(rank, order, expected)
         _check_order(pipeline, rank, order)
         _check_data(pipeline, rank, order)
     _check_messages(schedule)
@@ -88,16 +88,16 @@ def _all_actions(pipeline: Pipeline, kinds: list[ActionKind]) -> Iterator[Action
                     yield Action(kind, microbatch, segment, vstage)
 
 
-def _check_complete(rank: int, order: Sequence[Action], wanted: set[Action]) -> None:
+def _check_complete(rank: int, order: Sequence[Action], expected: set[Action]) -> None:
     """Require every action exactly once."""
     first: dict[Action, int] = {}
     for index, action in enumerate(order):
-        if action not in wanted:
+        if action not in expected:
             raise ScheduleError(f"rank {rank}, action {index}: the {action} does not belong to this pipeline")
         if action in first:
             raise ScheduleError(f"rank {rank}, action {index}: the {action} is also action {first[action]}")
         first[action] = index
-    missing = wanted - first.keys()
+    missing = expected - first.keys()
     if missing:
         raise ScheduleError(f"rank {rank} never runs the {min(missing)} (it has {len(order)} actions)")
 
@@ -142,9 +142,9 @@ def _check_data(pipeline: Pipeline, rank: int, order: Sequence[Action]) -> None:
             continue
         unit = expected[action.vstage]
         if (action.microbatch, action.segment) != divmod(unit, pipeline.segments):
-            wanted = Action(ActionKind.FORWARD, *divmod(unit, pipeline.segments), action.vstage)
+            missing = Action(ActionKind.FORWARD, *divmod(unit, pipeline.segments), action.vstage)
             raise ScheduleError(
-                f"rank {rank}, action {index}: the {action} runs before the {wanted}, but each virtual stage must "
+                f"rank {rank}, action {index}: the {action} runs before the {missing}, but each virtual stage must "
                 "run micro-batches forward in the order of the data iterator"
             )
         expected[action.vstage] += 1

@@ -163,10 +163,10 @@ class SegmentedModel:
         signature = inspect.signature(original)
 
         def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
-            given = signature.bind(*args, **kwargs)
+            bound = signature.bind(*args, **kwargs)
             self._refuse_second_call()
-            self._cut(given.arguments, model)
-            output = original(*given.args, **given.kwargs)
+            self._cut(bound.arguments, model)
+            output = original(*bound.args, **bound.kwargs)
             return self.outputs.add(self._here(), output) if model.post_process else output
 
         return forward
@@ -179,25 +179,25 @@ class SegmentedModel:
             )
         self.has_run = True
 
-    def _cut(self, given: dict[str, Any], model: GPTModel) -> None:
+    def _cut(self, arguments: dict[str, Any], model: GPTModel) -> None:
         segment = self._here()
-        unserved = [name for name, value in given.items() if value is not None and not _is_served(name, value)]
+        unserved = [name for name, value in arguments.items() if value is not None and not _is_served(name, value)]
         if unserved:
             raise ValueError(f"--seq1f1b-splits cannot cut {', '.join(unserved)} into segments; leave it out.")
-        if segment.index == 0 and (given.get("packed_seq_params") is not None or self.packed.always):
-            self._read_packed(given, model)
+        if segment.index == 0 and (arguments.get("packed_seq_params") is not None or self.packed.always):
+            self._read_packed(arguments, model)
         elif segment.index == 0:
-            self._read_mask(given.get("attention_mask"), _sequences(given, model))
-        given["attention_mask"] = None
-        given["packed_seq_params"] = None
+            self._read_mask(arguments.get("attention_mask"), _sequences(arguments, model))
+        arguments["attention_mask"] = None
+        arguments["packed_seq_params"] = None
         if segment.microbatch in self.read:
             whole = self.store.current_segment(0)
             device = next(model.parameters()).device
             packed = self.packed.packed(self.read[segment.microbatch], whole.total, segment.index, device)
             refuse_unserved_model(model, packed)
-            given["packed_seq_params"] = packed
+            arguments["packed_seq_params"] = packed
         for name in ALONG_SEQUENCE:
-            rows = given.get(name)
+            rows = arguments.get(name)
             if rows is not None and rows.shape[1] != segment.total:
                 raise ValueError(
                     f"micro-batch {segment.microbatch}: the script hands the model {name} of {rows.shape[1]} tokens, "
@@ -205,25 +205,25 @@ class SegmentedModel:
                     "sequences of that length."
                 )
             if rows is not None:
-                given[name] = rows[:, segment.begin : segment.end]
+                arguments[name] = rows[:, segment.begin : segment.end]
 
-    def _read_packed(self, given: dict[str, Any], model: GPTModel) -> None:
+    def _read_packed(self, arguments: dict[str, Any], model: GPTModel) -> None:
         """Read the documents of a micro-batch from what the script hands to the model at the first segment.
 
         Raises:
             ValueError: They are malformed, ranks or stages disagree, or there is a mask, too.
         """
         microbatch = self._here().microbatch
-        if given.get("attention_mask") is not None:
+        if arguments.get("attention_mask") is not None:
             raise ValueError(
                 f"micro-batch {microbatch}: the script hands the model packed_seq_params and an attention mask; hand "
                 "it one of them."
             )
         refuse_unserved_model(model)
         length = self.store.current_segment(0).total
-        sequences, _ = micro_batch_shape(given, None if model.pre_process else model.decoder.input_tensor, 1)
-        documents = self.packed.documents(given.get("packed_seq_params"), sequences, length, chunk=id(self))
-        self.packed.check_cut(documents, length, given)
+        sequences, _ = micro_batch_shape(arguments, None if model.pre_process else model.decoder.input_tensor, 1)
+        documents = self.packed.documents(arguments.get("packed_seq_params"), sequences, length, chunk=id(self))
+        self.packed.check_cut(documents, length, arguments)
         starts = starts_of(documents)
         if microbatch in self.starts and not torch.equal(self.starts[microbatch].cpu(), starts):
             raise ValueError(
@@ -289,11 +289,11 @@ def _is_served(name: str, value: Any) -> bool:
     return name not in UNSERVED and not any(isinstance(leaf, torch.Tensor) and leaf.dim() > 1 for leaf in leaves)
 
 
-def _sequences(given: dict[str, Any], model: GPTModel) -> int:
+def _sequences(arguments: dict[str, Any], model: GPTModel) -> int:
     """Return the number of sequences in a micro-batch."""
     for name in ALONG_SEQUENCE:
-        if given.get(name) is not None:
-            return given[name].shape[0]  # type: ignore[no-any-return]
+        if arguments.get(name) is not None:
+            return arguments[name].shape[0]  # type: ignore[no-any-return]
     return model.decoder.input_tensor.shape[1]  # type: ignore[no-any-return]
 
 

@@ -186,9 +186,9 @@ def _positive(text: str) -> int:
 def _model(args: argparse.Namespace) -> CostModel:
     layers = max(args.stages * args.virtual, 1) if args.num_layers is None else args.num_layers
     left = _window(args.window_size)
-    given = {field.name: getattr(args, field.name) for field in fields(ModelShape) if hasattr(args, field.name)}
+    values = {field.name: getattr(args, field.name) for field in fields(ModelShape) if hasattr(args, field.name)}
     windowed = _pattern(args.window_attn_skip_freq, layers)
-    shape = ModelShape(**{**given, "num_layers": layers, "window": left, "windowed": windowed})
+    shape = ModelShape(**{**values, "num_layers": layers, "window": left, "windowed": windowed})
     if args.layer_seconds is not None:
         return seconds(shape, fit(read_samples(args.layer_seconds), left))
     speed = args.device_tflops * 1e12 * args.tensor_model_parallel_size

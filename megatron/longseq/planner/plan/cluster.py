@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,10 +131,6 @@ class Cluster:
     def nodes(self) -> int:
         """Number of nodes."""
         return -(-self.gpus // self.gpus_per_node)
-
-    def with_gpus(self, gpus: int) -> "Cluster":
-        """Return the same cluster with another number of GPUs."""
-        return self if gpus == self.gpus else replace(self, gpus=gpus, name=f"{self.name.rsplit('-', 1)[0]}-{gpus}")
 
     def reserve_bytes(self, allocated: float) -> float:
         """Return the bytes that a process needs beyond what it has allocated at its peak."""

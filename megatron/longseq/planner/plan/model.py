@@ -7,7 +7,7 @@ import functools
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -372,8 +372,3 @@ def from_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
             "moe_shared_expert_intermediate_size": shared * (config.get("moe_intermediate_size") or 0),
         }
     return found
-
-
-def with_layers(model: Architecture, layers: int) -> Architecture:
-    """Return the same model with another number of layers."""
-    return replace(model, num_layers=layers)

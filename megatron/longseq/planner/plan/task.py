@@ -1,7 +1,7 @@
 """What the planner plans: a model, a cluster and a batch, and each plan as a configuration that `predict` prices."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.longseq.planner.plan.cluster import Cluster
@@ -48,10 +48,6 @@ class PlanningTask:
         if "cp_comm_type" in values:
             (values["cp_comm_type"],) = values["cp_comm_type"]
         return settle(self.model, values)
-
-    def with_cluster(self, **changes: Any) -> "PlanningTask":
-        """Return the same task on a cluster with other numbers."""
-        return replace(self, cluster=replace(self.cluster, **changes))
 
 
 def planning_task(

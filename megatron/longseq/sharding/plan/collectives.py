@@ -77,26 +77,26 @@ _HIERARCHICAL: dict[CollectiveKind, Collectives] = {
 _FLAT = {collectives: kind for kind, collectives in _HIERARCHICAL.items()}
 
 
-def gather(held: Level, wanted: Level = Level.NONE) -> Collectives:
-    """Return the all-gathers from shards at one level to shards at a coarser one; none if `wanted` is not coarser."""
-    between = (GATHER_BETWEEN,) if held is Level.GLOBAL and wanted < held else ()
-    inside = (GATHER_INSIDE,) if held > wanted and wanted is Level.NONE else ()
+def gather(source: Level, target: Level = Level.NONE) -> Collectives:
+    """Return the all-gathers from shards at one level to shards at a coarser one; none if `target` is not coarser."""
+    between = (GATHER_BETWEEN,) if source is Level.GLOBAL and target < source else ()
+    inside = (GATHER_INSIDE,) if source > target and target is Level.NONE else ()
     return between + inside
 
 
-def scatter(wanted: Level) -> Collectives:
+def scatter(target: Level) -> Collectives:
     """Return the reduce-scatters from full gradients to shards: inside groups for level I, then between for G."""
-    return _HIERARCHICAL[CollectiveKind.REDUCE_SCATTER][: int(wanted)]
+    return _HIERARCHICAL[CollectiveKind.REDUCE_SCATTER][: int(target)]
 
 
-def finish(held: Level, wanted: Level) -> Collectives:
+def finish(source: Level, target: Level) -> Collectives:
     """Return the collectives from the sums of `scatter` at one level to the sums of all ranks at another level."""
-    collectives: Collectives = (SCATTER_INSIDE,) if held is Level.NONE else ()
-    if held is not Level.GLOBAL:
-        collectives += (SCATTER_BETWEEN,) if wanted is Level.GLOBAL else (REDUCE_BETWEEN,)
-    elif wanted is not Level.GLOBAL:
+    collectives: Collectives = (SCATTER_INSIDE,) if source is Level.NONE else ()
+    if source is not Level.GLOBAL:
+        collectives += (SCATTER_BETWEEN,) if target is Level.GLOBAL else (REDUCE_BETWEEN,)
+    elif target is not Level.GLOBAL:
         collectives += (GATHER_BETWEEN,)
-    return collectives + ((GATHER_INSIDE,) if wanted is Level.NONE else ())
+    return collectives + ((GATHER_INSIDE,) if target is Level.NONE else ())
 
 
 def flat(collectives: Collectives) -> Collectives:

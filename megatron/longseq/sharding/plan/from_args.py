@@ -161,18 +161,18 @@ def check_unchanged(args: Namespace, plan: ShardingPlan) -> None:
     Raises:
         ValueError: validation has changed a value.
     """
-    wanted = {
+    required = {
         "data_parallel_size": plan.groups.ranks // args.context_parallel_size,
         "use_distributed_optimizer": True,
         "num_distributed_optimizer_instances": 1,
         "dist_ckpt_optim_fully_reshardable": True,
         "grad_reduce_in_bf16": False,
     }
-    other = {name: getattr(args, name) for name, value in wanted.items() if getattr(args, name) != value}
+    other = {name: getattr(args, name) for name, value in required.items() if getattr(args, name) != value}
     if other:
         raise ValueError(
             f"--paro {plan.strategy}: upstream's validation set {other}, but "
-            f"{ ({name: wanted[name] for name in other}) } is needed; leave the flag out that changes it."
+            f"{ ({name: required[name] for name in other}) } is needed; leave the flag out that changes it."
         )
     args.paro_wire = args.paro_wire or grad_type(args)
 
@@ -213,7 +213,7 @@ def summary(plan: ShardingPlan, sizes: Widths, units: int = 1, prefetch_units: i
     ranks = plan.groups.ranks
     count = ranks * units
     model = Model(count, count)  # shards of one element a unit: bytes of a rank over this are bytes per parameter
-    held = memory(plan.strategy, plan.groups, model, sizes)
+    own = memory(plan.strategy, plan.groups, model, sizes)
     sent = comm_volume(
         plan.strategy,
         plan.groups,
@@ -232,6 +232,6 @@ def summary(plan: ShardingPlan, sizes: Widths, units: int = 1, prefetch_units: i
         return f"{each(term.inside)} inside + {each(term.between)} between groups{flat}"
 
     return (
-        f"{plan}; bytes per parameter: held {each(held.params)} + {each(held.grads)} + {each(held.optimizer)}, sent "
+        f"{plan}; bytes per parameter: held {each(own.params)} + {each(own.grads)} + {each(own.optimizer)}, sent "
         f"{scopes(sent.microbatch)} per micro-batch, {scopes(sent.finish)} per step"
     )

@@ -114,11 +114,6 @@ def gather_count(units: int, depth: int, passes: int, turns: int) -> int:
     return units if kept == units else units * passes - kept * turns
 
 
-def alternating(microbatches: int) -> tuple[Direction, ...]:
-    """Return the passes of a step in which one micro-batch comes after the other."""
-    return (Direction.FORWARD, Direction.BACKWARD) * microbatches
-
-
 def launch_point(direction: Direction, depth: int, before: float, after: float) -> Point:
     """Return the point of a layer at which all-gathers have the longest computation without attention before them.
 
@@ -153,10 +148,10 @@ def launches(
 
     def use(unit: int, direction: Direction, following: Direction | None) -> None:
         if direction is Direction.FORWARD or has_backward[unit]:
-            held = window(unit, direction, has_backward, depth, following)
-            gathered.intersection_update(held)
+            whole = window(unit, direction, has_backward, depth, following)
+            gathered.intersection_update(whole)
             point = points[unit][direction is Direction.BACKWARD]
-            for other in held:
+            for other in whole:
                 if other not in gathered:
                     at = Point.START if other == unit else point
                     found.append(CollectiveLaunch("gather", other, unit, direction, at))

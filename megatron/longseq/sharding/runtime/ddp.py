@@ -171,10 +171,10 @@ class ShardedDataParallel(distributed_data_parallel.DistributedDataParallel):
         """Have units gather their parameters, frozen ones included, and allocate their scratch for gradients."""
         units: dict[str, _Stores] = {}
         params = by_unit(named)
-        for unit, held in params.items():
-            groups = {self.param_to_bucket_group[param]: None for _, param in held if param.requires_grad}
+        for unit, named_params in params.items():
+            groups = {self.param_to_bucket_group[param]: None for _, param in named_params if param.requires_grad}
             units[unit] = _Stores([group.grads for group in groups], [group.store for group in groups])
-            frozen = [(name, param) for name, param in held if not param.requires_grad]
+            frozen = [(name, param) for name, param in named_params if not param.requires_grad]
             if self.sharding.strategy.params is not Level.NONE:
                 units[unit].params.extend(_frozen_stores(frozen, self.sharding))
         tied = _tied(self.module)

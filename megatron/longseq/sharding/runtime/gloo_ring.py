@@ -104,9 +104,9 @@ class GlooRingRunner(CollectiveRunner):
             return flat[(transfer.begin - first) * shard : (transfer.end - first) * shard]
 
         for step in steps:
-            target, given = piece(step.receive), piece(step.send)
-            self._exchange(collective.scope, step, target, given, group)
-            sent += given.nbytes
+            target, outgoing = piece(step.receive), piece(step.send)
+            self._exchange(collective.scope, step, target, outgoing, group)
+            sent += outgoing.nbytes
             if self._average and adding and step.number == adding[-1]:
                 target.div_(group.size())
         return sent
@@ -118,12 +118,12 @@ class GlooRingRunner(CollectiveRunner):
             self._received[key] = torch.empty_like(target)
         return self._received[key]
 
-    def _exchange(self, scope: Scope, step: RingMessage, target: Tensor, given: Tensor, group: Any) -> None:
+    def _exchange(self, scope: Scope, step: RingMessage, target: Tensor, outgoing: Tensor, group: Any) -> None:
         into = self._scratch(scope, target) if step.receive.adds else target
         # Post the receive first: gloo announces it over the same connection, where it would wait behind the send.
         works = [
             dist.irecv(into, self._global[step.receive.peer], group=group),
-            dist.isend(given, self._global[step.send.peer], group=group),
+            dist.isend(outgoing, self._global[step.send.peer], group=group),
         ]
         for work in works:
             work.wait()

@@ -43,7 +43,7 @@ def open_groups(
     mine = dist.get_process_group_ranks(data_parallel)
     lists = all_groups(mine)
     everyone = [groups.ordered(members) for members in lists]
-    wanted: dict[Scope, list[tuple[int, ...]]] = {
+    rank_lists: dict[Scope, list[tuple[int, ...]]] = {
         Scope.FLAT: everyone,
         Scope.INSIDE: [ranks for members in lists for ranks in groups.inside(members)],
         Scope.BETWEEN: [ranks for members in lists for ranks in groups.between(members)],
@@ -53,7 +53,7 @@ def open_groups(
         return new_groups(lists, data_parallel, timeout, sort_ranks=False, group_desc=f"paro-{name}")
 
     logical = make(everyone, "logical")
-    scopes = {scope: make(lists, scope) for scope, lists in wanted.items() if len(lists[0]) > 1}
+    scopes = {scope: make(lists, scope) for scope, lists in rank_lists.items() if len(lists[0]) > 1}
     return Communicators(mine.index(dist.get_rank()), scopes, logical)
 
 
@@ -83,8 +83,8 @@ def open_optimizer_groups(
     lists = all_groups(dist.get_process_group_ranks(data_parallel))
     copies = [copies_of(members, groups, level) for members in lists]
 
-    def make(wanted: Sequence[Sequence[int]]) -> dist.ProcessGroup:
-        return new_groups(wanted, data_parallel, timeout, sort_ranks=False)
+    def make(rank_lists: Sequence[Sequence[int]]) -> dist.ProcessGroup:
+        return new_groups(rank_lists, data_parallel, timeout, sort_ranks=False)
 
     return OptimizerGroups(
         shards=make([ranks for each in copies for ranks in each]),

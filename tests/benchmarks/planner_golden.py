@@ -1,7 +1,7 @@
 """Published measurements as rows of flags: what a planner should predict.
 
-Every file in `data/golden` keeps the columns of its source. The functions here turn its rows into upstream's flags, so
-that a file with further rows of the same source can be read too (`--golden FOLDER`).
+Every file in `megatron/longseq/planner/data/golden` keeps the columns of its source. The functions here turn its rows
+into upstream's flags, so that a file with further rows of the same source can be read too (`--golden FOLDER`).
 """
 
 import csv

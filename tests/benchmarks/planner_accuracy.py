@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from megatron.longseq.planner.plan.flags import read
 from megatron.longseq.planner.plan.step import StepPrediction, predict
-from megatron.longseq.planner.tools.golden import GoldenRow
+from tests.benchmarks.planner_golden import GoldenRow
 
 
 class Judged(NamedTuple):
