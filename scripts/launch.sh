@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Launches a training script with torchrun on one machine, several nodes, in a slurm job or in a container.
+[ -n "${BASH_VERSION:-}" ] || { echo "error: run this with bash: bash $0 ..." >&2 && exit 2; }
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+unset CDPATH # with it, cd may go elsewhere, and prints where
+ROOT=$(cd "$(dirname "$(realpath -- "${BASH_SOURCE[0]}")")/.." && pwd -P)
 # shellcheck source=scripts/lib/log.sh
 source "$ROOT/scripts/lib/log.sh"
 # shellcheck source=scripts/lib/site.sh
@@ -10,6 +12,8 @@ source "$ROOT/scripts/lib/site.sh"
 source "$ROOT/scripts/lib/devices.sh"
 # shellcheck source=scripts/lib/options.sh
 source "$ROOT/scripts/lib/options.sh"
+# shellcheck source=scripts/lib/checks.sh
+source "$ROOT/scripts/lib/checks.sh"
 # shellcheck source=scripts/lib/settings.sh
 source "$ROOT/scripts/lib/settings.sh"
 # shellcheck source=scripts/lib/compose.sh
@@ -21,10 +25,13 @@ main() {
   parse_options "$@"
   SITE_ENV=()
   [[ -z $SITE ]] || read_site "$SITE"
+  check_settings
   choose_mode
   choose_tools
   choose_ranks
   choose_run_dir
+  check_folders
+  check_tools
   choose_start_dir
   compose
   if ((DRY_RUN)); then
@@ -32,7 +39,11 @@ main() {
     return
   fi
   record_start
-  # exec, so that signals to this process reach the supervisor, the job, docker or sbatch.
+  if [[ $MODE == sbatch ]]; then
+    submit
+    return
+  fi
+  # exec, so that signals to this process reach the supervisor, the job or docker.
   exec env "${SET_ENV[@]}" "${COMMAND[@]}"
 }
 

@@ -66,6 +66,7 @@ def validate_longseq_arguments(args: argparse.Namespace) -> None:
     """
     check_dry_run(args)
     _check_intervals(args)
+    _check_home(args)
     _validate_record_arguments(args)
     _check_log_arguments(args)
     _check_save(args)
@@ -157,6 +158,16 @@ def _check_intervals(args: argparse.Namespace) -> None:
         if value is not None and value < smallest:
             advice = "; --eval-iters 0 switches evaluation off" if name == "eval_interval" else ""
             raise ValueError(f"--{name.replace('_', '-')} {value}: give at least {smallest}{advice}.")
+
+
+def _check_home(args: argparse.Namespace) -> None:
+    """Refuse values that begin with ~/. Shells do not expand it in --flag=~/x, and a folder ~ would be made."""
+    for name, value in vars(args).items():
+        values = value if isinstance(value, list | tuple) else [value]
+        for one in values:
+            if isinstance(one, str) and one.startswith("~/"):
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} {one}: the shell has not expanded ~; leave out the =, or write the path.")
 
 
 def _check_save(args: argparse.Namespace) -> None:

@@ -72,8 +72,11 @@ def refuse_unwritable(flag: str, folder: Path, advice: str) -> None:
         ValueError: the folder, or its nearest existing parent, is not a writable folder.
     """
     existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
+    try:
+        while not existing.exists():
+            existing = existing.parent
+    except OSError as error:  # such as a name that is too long
+        raise ValueError(f"{flag}: {error.strerror}; {advice}.") from error
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"{flag}: {existing} is not a folder that this process can write to; {advice}.")
 

@@ -51,12 +51,18 @@ def check_launch(initialize_megatron: Callable[..., Any]) -> Callable[..., Any]:
 
 def finish_preflight(rank: int, findings: list[report.Finding]) -> None:
     """Print and write the findings on rank 0, and exit: rank 0 with status 1 if a check failed."""
+    status = 0
     if rank == 0:
-        report.write(Path(os.environ[REPORT]), findings)
         print(report.table(findings), flush=True)
+        status = 0 if report.is_good(findings) else 1
+        try:
+            report.write(Path(os.environ[REPORT]), findings)
+        except OSError as error:
+            status = 1
+            print(f"error: {os.environ[REPORT]} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     # A plain exit would wait for threads of upstream's writers.
-    os._exit(0 if rank != 0 or report.is_good(findings) else 1)
+    os._exit(status)
 
 
 def check_nodes(args: Namespace) -> list[report.Finding]:

@@ -63,15 +63,29 @@ wrap_apptainer() {
 }
 
 compose_local() {
+  local endpoint
   if ((NODES == 1)); then
     # The host name of a laptop often does not resolve, so the loopback address is used.
     node_command -- --standalone --local-addr 127.0.0.1
   else
-    check_name "$MASTER_ADDR"
-    node_command --nodes "$NODES" -- --nnodes "$NODES" --rdzv-backend c10d --rdzv-id longseq \
-      --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}"
+    endpoint=$(endpoint "$(bare "$MASTER_ADDR")" "${MASTER_PORT:-29500}")
+    check_name "$(bare "$MASTER_ADDR")"
+    node_command --nodes "$NODES" --store "$endpoint" -- --nnodes "$NODES" --rdzv-backend c10d --rdzv-id longseq \
+      --rdzv-endpoint "$endpoint"
   fi
   COMMAND=("${NODE[@]}")
+}
+
+# bare HOST: prints an IPv6 address without its brackets, and other names as they are.
+bare() {
+  [[ $1 != '['*']' ]] || set -- "${1:1:-1}"
+  printf '%s' "$1"
+}
+
+# endpoint HOST PORT: prints HOST:PORT, with brackets around an IPv6 address.
+endpoint() {
+  [[ $1 != *:* ]] || set -- "[$1]" "$2"
+  printf '%s:%s' "$@"
 }
 
 # check_name HOST: ends with a message if the name does not resolve here. torchrun would wait for two minutes.
@@ -84,10 +98,12 @@ check_name() {
 meeting_host() {
   local first address
   if [[ -n ${MASTER_ADDR:-} ]]; then
-    check_name "$MASTER_ADDR"
-    printf '%s' "$MASTER_ADDR"
+    check_name "$(bare "$MASTER_ADDR")"
+    bare "$MASTER_ADDR"
     return
   fi
+  type -P scontrol >/dev/null || die "no program scontrol on PATH, which knows the nodes of the job: set MASTER_ADDR to the
+  address of the first one, or give --local to run on this machine alone"
   first=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?}" | head -n 1)
   [[ -n $first ]] || die "scontrol names no host for SLURM_JOB_NODELIST=$SLURM_JOB_NODELIST"
   if getent ahosts "$first" >/dev/null 2>&1; then
@@ -110,14 +126,17 @@ compose_srun() {
   else
     host=$(meeting_host)
     # Derived from the job number, so that two jobs on a node use different ports, below the ephemeral range.
-    node_command --quiet --nodes "$NODES" --meeting "$host:${MASTER_PORT:-$((20000 + 2 * (SLURM_JOB_ID % 5000)))}" --
+    host=$(endpoint "$host" "${MASTER_PORT:-$((20000 + 2 * (SLURM_JOB_ID % 5000)))}")
+    node_command --quiet --nodes "$NODES" --meeting "$host" --
   fi
   # One task per node may use all cores. By default srun binds a single task to one core.
-  SRUN=(srun --nodes "$NODES" --ntasks "$NODES" --ntasks-per-node 1 --cpu-bind=none --kill-on-bad-exit=1 --overlap)
+  # In a job submitted with --export=NONE, srun would pass no environment on.
+  SRUN=(srun --nodes "$NODES" --ntasks "$NODES" --ntasks-per-node 1 --cpu-bind=none --kill-on-bad-exit=1 --overlap
+    --export=ALL)
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || SRUN+=(--cpus-per-task "$SLURM_CPUS_PER_TASK")
   [[ $CONTAINER != pyxis ]] || add_pyxis
   COMMAND=("$PYTHON_BIN" "$ROOT/scripts/lib/job.py" --start-dir "$START_DIR" --max-requeues "${MAX_REQUEUES:-0}")
-  ! save=$(script_value --save) || COMMAND+=(--save "$(realpath -m -- "$save")")
+  if save=$(script_value --save) && [[ -n $save ]]; then COMMAND+=(--save "$(realpath -m -- "$save")"); fi
   # USR1 is ignored until the supervisor is ready for it.
   # shellcheck disable=SC2016  # the inner bash expands $@
   COMMAND+=(-- "${SRUN[@]}" bash -c 'trap "" USR1; exec "$@"' launch "${NODE[@]}")
@@ -134,7 +153,8 @@ compose_sbatch() {
   local arg number=1
   CODE_DIR=$RUN_DIR/code
   while [[ -e $CODE_DIR ]]; do CODE_DIR=$RUN_DIR/code-$((number += 1)); done
-  COMMAND=(sbatch --nodes "$NODES" --job-name "$NAME" --output "$RUN_DIR/slurm-%j.out"
+  # The command line takes precedence over SBATCH_ variables, and these over the script.
+  COMMAND=(sbatch --nodes "$NODES" --job-name "$NAME" --output "${RUN_DIR//%/%%}/slurm-%j.out" --open-mode append --requeue
     --signal "B:USR1@${SIGNAL_SECONDS:-300}")
   ((GPUS == 0)) || COMMAND+=(--gpus-per-node "$GPUS")
   # By default slurm gives one core to each node's only task.
@@ -176,7 +196,9 @@ compose_docker() {
   COMMAND=(docker run --rm --init --ipc=host --network=host --ulimit memlock=-1 --ulimit stack=67108864
     --user "$(id -u):$(id -g)" --env HOME=/tmp --env VENV=none --workdir "$PWD")
   ((GPUS == 0)) || COMMAND+=(--gpus all)
-  [[ -z ${CUDA_VISIBLE_DEVICES+set} ]] || COMMAND+=(--env "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES")
+  for pair in CUDA_VISIBLE_DEVICES LONGSEQ_STOP_SECONDS; do
+    [[ -z ${!pair+set} ]] || COMMAND+=(--env "$pair=${!pair}")
+  done
   for pair in "${SITE_ENV[@]}"; do COMMAND+=(--env "${pair%%=*}"); done
   while IFS= read -r folder; do COMMAND+=(--volume "$folder:$folder"); done < <(mounted_folders)
   COMMAND+=("$IMAGE" bash "$ROOT/scripts/launch.sh" --local --nproc "$PER_NODE" --run-dir "$RUN_DIR")

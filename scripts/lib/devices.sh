@@ -1,18 +1,32 @@
 # shellcheck shell=bash
 # Sourced after log.sh: counts the GPUs that a launch on this machine may use.
 
-# Prints the number of GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES allows (empty or -1 allows none).
+# Prints the number of GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES allows. As for CUDA, the first entry that names
+# no device ends the list; an empty list allows none.
 count_gpus() {
-  local listed visible entry count=0
-  listed=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
-  if [[ -z ${CUDA_VISIBLE_DEVICES+set} ]]; then
-    printf '%s\n' "${listed:-0}"
+  local listing listed visible entry count=0
+  if [[ ${CUDA_VISIBLE_DEVICES--} == "" || ${CUDA_VISIBLE_DEVICES--} == -1 ]] || ! type -P nvidia-smi >/dev/null; then
+    printf '0\n'
     return
   fi
-  IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"
+  # A run that needs GPUs must not begin on the CPU because a driver is broken.
+  listing=$(nvidia-smi -L 2>&1) || [[ $listing == *"No devices"* ]] ||
+    die "nvidia-smi -L fails here (${listing%%$'\n'*}): repair the driver, or set CUDA_VISIBLE_DEVICES= to use the CPU"
+  listed=$(grep -c '^GPU ' <<<"$listing" || true)
+  if [[ -z ${CUDA_VISIBLE_DEVICES+set} ]]; then
+    printf '%s\n' "$listed"
+    return
+  fi
+  IFS=', ' read -ra visible <<<"$CUDA_VISIBLE_DEVICES"
   for entry in "${visible[@]}"; do
-    [[ $entry != -1 && -n $entry ]] || break
+    if [[ $entry =~ ^[0-9]{1,4}$ ]]; then
+      ((10#$entry < listed)) || break
+    else
+      [[ $entry == GPU-* || $entry == MIG-* ]] || break
+    fi
     count=$((count + 1))
   done
-  printf '%s\n' "$((count < ${listed:-0} ? count : ${listed:-0}))"
+  ((count > 0 || listed == 0)) || [[ $CUDA_VISIBLE_DEVICES == NoDevFiles ]] ||
+    die "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names none of the $listed GPUs here; leave it empty to use the CPU"
+  printf '%s\n' "$((count < listed ? count : listed))"
 }

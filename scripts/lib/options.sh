@@ -47,7 +47,8 @@ readonly REPEATABLE_OPTIONS=" --mount --slurm-arg "
 # Arguments of sbatch that the launcher sets itself, and its option for each.
 readonly OWNED_SLURM_ARGS="-N=--nodes --nodes=--nodes -n=--nproc --ntasks=--nproc --ntasks-per-node=--nproc -o=--run-dir \
 --output=--run-dir --open-mode=--run-dir --signal=--signal-seconds --requeue=--max-requeues --no-requeue=--max-requeues \
--G=--gpus-per-node --gpus=--gpus-per-node --gpus-per-node=--gpus-per-node --gres=--gpus-per-node"
+-G=--gpus-per-node --gpus=--gpus-per-node --gpus-per-node=--gpus-per-node --gres=--gpus-per-node \
+--gpus-per-task=--gpus-per-node --gpus-per-socket=--gpus-per-node --tres-per-task=--gpus-per-node --ntasks-per-gpu=--nproc"
 
 parse_options() {
   local name seen=" "
@@ -62,7 +63,7 @@ parse_options() {
     [[ $seen != *" $name "* || $REPEATABLE_OPTIONS == *" $name "* ]] || usage_error "$name is given twice"
     seen+="$name "
     if [[ $VALUE_OPTIONS == *" $name "* ]]; then
-      (($# > 1)) && [[ $2 != -- && -n $2 ]] || usage_error "$name needs a value"
+      (($# > 1)) && [[ -n $2 && $2 != -- && ($2 != --* || $name == --slurm-arg) ]] || usage_error "$name needs a value"
       take_value "$name" "$2"
       shift 2
       continue
@@ -73,15 +74,19 @@ parse_options() {
       --preflight) PREFLIGHT=1 ;;
       --verbose) VERBOSE=1 ;;
       -h | --help) usage && exit 0 ;;
-      *) usage_error "unknown option $1; give the training script after --" ;;
+      -*) usage_error "unknown option $1" ;;
+      *) usage_error "$1 is no option; give the training script after --" ;;
     esac
     shift
   done
   (($# > 1)) || usage_error "no training script: give it after --"
   shift
+  [[ $1 != -* ]] || set -- "./$1" "${@:2}" # a file name, not an option of the programs that get it
   SCRIPT=("$1" "${PLAN_FLAGS[@]}" "${@:2}")
   NODES=${NODES:-$PLAN_NODES}
   [[ -n $PER_NODE || -z $PLAN_GPUS ]] || PER_NODE=$PLAN_GPUS PER_NODE_FLAG=--gpus-per-node
+  [[ -d $PWD ]] || usage_error "the current folder $PWD does not exist any more"
+  [[ ! -d $1 ]] || usage_error "training script $1 is a folder"
   [[ -f $1 ]] || usage_error "training script $1 does not exist (looked in $PWD)"
 }
 
@@ -93,12 +98,13 @@ take_value() {
       PER_NODE_FLAG=$1
       PER_NODE=$(positive "$@" "$([[ $1 == --nproc ]] && printf 1024 || printf 64)")
       ;;
-    --plan) read_plan "$2" ;;
-    --site) SITE=$(realpath -m -- "$2") ;;
-    --run-dir) RUN_DIR=$(realpath -m -- "$2") ;;
+    --plan) read_plan "$(path_of "$2")" ;;
+    --site) SITE=$(realpath -m -- "$(path_of "$2")") ;;
+    --run-dir) RUN_DIR=$(realpath -m -- "$(path_of "$2")") ;;
     --docker) choose_mode_once docker && choose_container docker "$2" ;;
     --pyxis | --apptainer) choose_container "${1#--}" "$2" ;;
     --mount)
+      set -- "$1" "$(path_of "$2")"
       [[ -d $2 ]] || usage_error "--mount $2: no such folder"
       [[ $2 != *[:,]* ]] || usage_error "--mount $2: a mounted folder cannot have a colon or a comma in its name"
       MOUNTS+=("$(realpath -- "$2")")
@@ -109,24 +115,38 @@ take_value() {
       [[ $2 == 0 ]] || positive "$@" 1000000 >/dev/null
       MAX_REQUEUES=$2
       ;;
-    --venv) VENV=$2 ;; # the job's environment is the one of its submission
+    --venv) VENV=$(path_of "$2") ;; # the job's environment is the one of its submission
   esac
+}
+
+# path_of WORD: prints a path. A shell expands ~ in `--run-dir ~/x`, but not in `--run-dir=~/x`.
+path_of() {
+  # shellcheck disable=SC2088  # the character itself
+  if [[ -n ${HOME:-} && ($1 == '~' || $1 == '~/'*) ]]; then
+    printf '%s' "$HOME${1#'~'}"
+  else
+    printf '%s' "$1"
+  fi
 }
 
 # read_plan FILE: reads a file that holds, as on a command line, options of the launcher, --, and flags of the script. It
 # is never evaluated: words are split at spaces, and lines that begin with # are comments.
 read_plan() {
-  local line words=() option before=1
+  local line words=() option before=1 number=0
   [[ -r $1 && -f $1 ]] || usage_error "--plan $1: the file cannot be read; plans are scripts/plans/*.plan"
   while IFS= read -r line || [[ -n $line ]]; do
-    [[ $line != [[:space:]]* && $line != '#'* ]] || continue
-    read -ra words <<<"$line"
-    ((${#words[@]})) || continue
+    number=$((number + 1))
+    ((number > 1)) || line=${line#$'\xef\xbb\xbf'} # a byte order mark
+    read -ra words <<<"${line%$'\r'}"
+    [[ ${#words[@]} != 0 && ${words[0]} != '#'* ]] || continue
+    [[ $line != *[\"\'\$\\]* && $line != *' #'* ]] ||
+      usage_error "--plan $1:$number: words are used as they are: no quotes, no \$, no comment after them: $line"
     option=${words[0]}
-    if ((before == 0)); then
-      PLAN_FLAGS+=("${words[@]}")
-    elif [[ $line == -- ]]; then
+    if [[ $option == -- && ${#words[@]} == 1 ]]; then
+      ((before)) || usage_error "--plan $1:$number: a second --"
       before=0
+    elif ((before == 0)); then
+      PLAN_FLAGS+=("${words[@]}")
     elif [[ $option == --nodes && ${#words[@]} == 2 ]]; then
       PLAN_NODES=$(positive --nodes "${words[1]}" 100000)
     elif [[ $option == --gpus-per-node && ${#words[@]} == 2 ]]; then
@@ -143,18 +163,6 @@ positive() {
   [[ $2 =~ ^[1-9][0-9]{0,6}$ ]] || usage_error "$1 $2: give a whole number of at least 1"
   (($2 <= $3)) || usage_error "$1 $2: at most $3"
   printf '%s\n' "$2"
-}
-
-check_slurm_arg() {
-  local name=${1%%=*} owned
-  [[ $1 == -* ]] || usage_error "--slurm-arg $1: an argument of sbatch begins with -, as in --slurm-arg --partition=gpu"
-  [[ $name != *[[:space:]]* ]] ||
-    usage_error "--slurm-arg '$1': write it as one word, as in --slurm-arg --partition=gpu"
-  [[ $1 == --* ]] || name=${1:0:2}
-  for owned in $OWNED_SLURM_ARGS; do
-    [[ ${owned%%=*} != "$name" ]] ||
-      usage_error "--slurm-arg $1: the launcher sets $name itself; use its option ${owned#*=}"
-  done
 }
 
 choose_mode_once() {

@@ -46,6 +46,7 @@ make_start_dir() {
 
 make_run_dir() {
   mkdir -p "$RUN_DIR" 2>/dev/null || die "the run folder $RUN_DIR cannot be created"
+  [[ -w $RUN_DIR ]] || die "the run folder $RUN_DIR is not writable"
 }
 
 # Writes the command, its environment, the revision, the code and the patches into the folder of this start.
@@ -61,7 +62,7 @@ record_start() {
   printf '%s\n' "${SCRIPT[@]@Q}" >"$START_DIR/flags.txt"
   revision >"$START_DIR/revision.txt"
   # A job runs the copy that was made when it was submitted.
-  [[ $ROOT == "$RUN_DIR"/code* ]] || copy_code "$START_DIR/code"
+  [[ $ROOT == "$RUN_DIR"/code* && -f $ROOT/revision.txt ]] || copy_code "$START_DIR/code"
   env PYTHONPATH="$ROOT" "$PYTHON_BIN" -m patches list --json >"$START_DIR/patches.json" 2>"$START_DIR/patches.err" ||
     die "python -m patches list --json failed: $(tail -n 1 "$START_DIR/patches.err") (whole: $START_DIR/patches.err)"
   rm "$START_DIR/patches.err"
@@ -92,18 +93,31 @@ without_flag() {
   esac
 }
 
+# submit: runs sbatch. If it fails, nothing is left of the run folder but what was there before.
+submit() {
+  local status=0
+  env "${SET_ENV[@]}" "${COMMAND[@]}" || status=$?
+  if ((status)); then
+    rm -rf "$CODE_DIR"
+    rm -d "$RUN_DIR" 2>/dev/null || true # if it is empty
+    die "sbatch failed with status $status; nothing was submitted" "$status"
+  fi
+}
+
 # copy_code DIR: copies what a run needs of the checkout.
 copy_code() {
-  if ! mkdir -p "$1" || ! cp -R "$ROOT"/{megatron,patches,scripts,examples,setup.py,requirements.lock} "$1"; then
-    die "the code cannot be copied to $1"
-  fi
+  local names=() name message
+  for name in $CODE_FOLDERS setup.py requirements.lock; do names+=("$ROOT/$name"); done
+  message=$({ mkdir -p "$1" && cp -R "${names[@]}" "$1"; } 2>&1) ||
+    die "the code cannot be copied to $1: ${message##*$'\n'}"
 }
 
 # Prints the environment. Values of variables that may be secret are left out.
 record_environment() {
   local name
   while IFS= read -r name; do
-    if [[ $name =~ (TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE) ]]; then
+    # The second expression is a user's name, and a password, in an address.
+    if [[ $name =~ (TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE) || ${!name} =~ ://[^/[:space:]]*@ ]]; then
       printf '%s=(not recorded)\n' "$name"
     else
       printf '%s=%s\n' "$name" "$(quoted "${!name}")"
@@ -117,7 +131,9 @@ revision() {
     grep -v '^started: ' "$ROOT/revision.txt" || true
   elif git -C "$ROOT" rev-parse HEAD >/dev/null 2>&1; then
     printf 'revision: %s\n' "$(git -C "$ROOT" rev-parse HEAD)"
-    git -C "$ROOT" status --porcelain | sed 's/^/changed: /'
+    # The run folder may lie in the checkout.
+    git -C "$ROOT" status --porcelain -- "$ROOT" ":(exclude,literal)$RUN_DIR" 2>/dev/null | sed 's/^/changed: /' ||
+      git -C "$ROOT" status --porcelain | sed 's/^/changed: /'
   else
     printf 'revision: unknown (no git checkout)\n'
   fi

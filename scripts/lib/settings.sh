@@ -30,6 +30,7 @@ choose_mode() {
     die "--slurm-arg ${SLURM_ARGS[0]} goes to sbatch: give --slurm, outside a job" 2
   [[ -z $SIGNAL_SECONDS || $MODE == sbatch ]] || die "--signal-seconds goes to sbatch: give --slurm, outside a job" 2
   [[ -z $MAX_REQUEUES || $MODE == sbatch || $MODE == srun ]] || die "--max-requeues needs a slurm job: give --slurm" 2
+  [[ $MODE != sbatch ]] || check_time_limit
 }
 
 # Sets PYTHON_BIN and TORCHRUN from VENV, else from the checkout's .venv, else from PATH.
@@ -60,11 +61,17 @@ choose_ranks() {
         usage_error "--slurm outside a job cannot count the nodes' GPUs: give --gpus-per-node (CPU nodes: --nproc)"
       GPUS=$([[ $PER_NODE_FLAG == --nproc ]] && printf 0 || printf '%s' "$PER_NODE")
       ;;
-    srun) GPUS=${SLURM_GPUS_ON_NODE:-$(count_gpus)} ;;
-    *) GPUS=$(count_gpus) ;;
+    # A dry run may be for another machine, so it does not look at the GPUs of this one.
+    *)
+      if ((DRY_RUN)) && [[ $PER_NODE_FLAG == --gpus-per-node ]]; then
+        GPUS=$PER_NODE
+      elif [[ $MODE == srun && -n ${SLURM_GPUS_ON_NODE:-} ]]; then
+        GPUS=$SLURM_GPUS_ON_NODE
+      else
+        GPUS=$(own_gpus)
+      fi
+      ;;
   esac
-  # A dry run may be for another machine, so it does not check the GPUs of this one.
-  [[ $DRY_RUN == 0 || $PER_NODE_FLAG != --gpus-per-node ]] || GPUS=$PER_NODE
   PER_NODE=${PER_NODE:-$((GPUS > 0 ? GPUS : 1))}
   [[ $GPUS != 0 || $PER_NODE_FLAG != --gpus-per-node ]] ||
     die "$PER_NODE GPUs were requested, but none was found (nvidia-smi -L); for CPU ranks give --nproc $PER_NODE" 2
@@ -77,9 +84,19 @@ choose_ranks() {
   fi
 }
 
+# own_gpus: prints the number of GPUs that the ranks of this machine see.
+own_gpus() {
+  local visible
+  if visible=$(setting CUDA_VISIBLE_DEVICES); then
+    CUDA_VISIBLE_DEVICES=$visible count_gpus
+  else
+    count_gpus
+  fi
+}
+
 choose_run_dir() {
   local number=1 base
-  NAME=$(basename "${SCRIPT[0]}" .py)
+  NAME=$(basename -- "${SCRIPT[0]}" .py)
   [[ -z $RUN_DIR ]] || return 0
   if [[ -n ${SLURM_JOB_ID:-} ]]; then
     RUN_DIR=$PWD/runs/$NAME-$SLURM_JOB_ID
@@ -90,10 +107,11 @@ choose_run_dir() {
   while [[ -e $RUN_DIR ]]; do RUN_DIR=$base-$((number += 1)); done
 }
 
-# script_value FLAG: prints the value of a flag of the training script, and fails if the flag is missing.
+# script_value FLAG: prints the value of a flag of the training script, and fails if the flag is missing. Of several, the
+# last one counts, as in argparse.
 script_value() {
   local index word
-  for index in "${!SCRIPT[@]}"; do
+  for ((index = ${#SCRIPT[@]} - 1; index > 0; index--)); do
     word=${SCRIPT[index]}
     if [[ $word == "$1" ]]; then
       printf '%s' "${SCRIPT[index + 1]:-}"

@@ -1,6 +1,7 @@
 """Run torchrun on one node, show what a person has to see, forward signals, and leave no process behind.
 
     python supervise.py --start-dir DIR [--nodes N --meeting HOST:PORT] [--quiet] [--verbose] -- torchrun ARGS...
+    python supervise.py --start-dir DIR --nodes N --store HOST:PORT -- torchrun ARGS...     # torchrun numbers the nodes
 
 Each rank writes into `DIR/ranks/`. The console shows the output of the first and the last rank, which print the
 training's progress, without the details of upstream's start (`console.py`). If a rank fails, it shows the end of that
@@ -19,6 +20,7 @@ It uses only the standard library, so that it starts in milliseconds, and runs o
 """
 
 import argparse
+import math
 import os
 import re
 import signal
@@ -47,9 +49,12 @@ def stop_seconds() -> float:
     """Return how long ranks may take to end after TERM, in seconds."""
     text = os.environ.get("LONGSEQ_STOP_SECONDS", "15")
     try:
-        return max(0.0, float(text))
+        seconds = float(text)
     except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
         sys.exit(f"error: LONGSEQ_STOP_SECONDS={text} is not a number of seconds")
+    return seconds
 
 
 class Supervisor:
@@ -182,6 +187,14 @@ class Supervisor:
             self.note(f"processes that cannot be killed: {stuck}")
         return self.finish(status, ended_at, is_empty=not stuck)
 
+    def refuse(self, problem: str) -> int:
+        """Write and print why nothing was started, and return the exit status."""
+        end = verdict.NodeEnd(self.host, 1, ended_at=time.time(), message=problem)
+        end.write(self.start_dir / f"nodes/{self.host}.json")
+        if not self.is_quiet:
+            self.note(problem)
+        return 1
+
     def finish(self, status: int, ended_at: float = 0.0, is_empty: bool = True) -> int:
         """Write how it ended, print the message, and return the exit status."""
         end = verdict.NodeEnd(self.host, status, self.stop_signal, self.stopped_at, ended_at)
@@ -245,6 +258,7 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--start-dir", type=Path, required=True, help="folder of this start")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--meeting", help="HOST:PORT of the first node: slurm's node number gives the ranks")
+    parser.add_argument("--store", help="HOST:PORT of torchrun's store: torchrun gives the ranks")
     parser.add_argument("--quiet", action="store_true", help="leave the final message to the job")
     parser.add_argument("--verbose", action="store_true", help="show all lines of the first and the last rank")
     split = words.index("--") if "--" in words else len(words)
@@ -260,16 +274,12 @@ def main() -> int:
     supervisor = Supervisor(options, command)
     if options.meeting:
         host, port = meeting.split(options.meeting)
-        problem = meeting.check(host, port, supervisor.node)
-        if isinstance(problem, str):
-            end = verdict.NodeEnd(supervisor.host, 1, ended_at=time.time(), message=problem)
-            end.write(supervisor.start_dir / f"nodes/{supervisor.host}.json")
-            if not supervisor.is_quiet:
-                supervisor.note(problem)
-            return 1
+        problem = meeting.check(host, port, supervisor.node)  # a socket of the first node stays open
         rendezvous = ["--nnodes", str(options.nodes), "--node-rank", str(supervisor.node)]
         supervisor.command[1:1] = [*rendezvous, "--master-addr", host, "--master-port", str(port)]
-    return supervisor.run()
+    else:
+        problem = meeting.check_store(*meeting.split(options.store)) if options.store else ""
+    return supervisor.refuse(problem) if problem and isinstance(problem, str) else supervisor.run()
 
 
 if __name__ == "__main__":

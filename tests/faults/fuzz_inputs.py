@@ -5,7 +5,7 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
@@ -17,10 +17,24 @@ ROOT = Path(__file__).resolve().parents[2]
 def fuzz_tools(count: int, seed: int, folder: Path) -> FuzzReport:
     """Check command lines of the systems' tools, with few and small sizes so that accepted ones are quick."""
     report, random = FuzzReport(), Random(seed)
-    for number in range(count):
-        name, words = _tool_line(random, folder / f"figure{number}.svg")
-        judge(report, f"{name} {' '.join(words)}", lambda name=name, words=words: _main_of(name)(words))  # type: ignore[misc]
+    with _small_simulations():
+        for number in range(count):
+            name, words = _tool_line(random, folder / f"figure{number}.svg")
+            judge(report, f"{name} {' '.join(words)}", lambda name=name, words=words: _main_of(name)(words))  # type: ignore[misc]
     return report
+
+
+@contextlib.contextmanager
+def _small_simulations() -> Iterator[None]:
+    """Let `flexsp simulate` plan steps of 8 sequences for one configuration. All of them take minutes."""
+    from megatron.longseq.flexsp.tools import simulate
+
+    before = simulate.BATCH, simulate.configurations
+    simulate.BATCH, simulate.configurations = 8, lambda: before[1]()[:1]
+    try:
+        yield
+    finally:
+        simulate.BATCH, simulate.configurations = before
 
 
 def _main_of(name: str) -> Callable[[list[str]], int]:
@@ -32,7 +46,12 @@ def _main_of(name: str) -> Callable[[list[str]], int]:
 
 
 def _tool_line(random: Random, output: Path) -> tuple[str, list[str]]:
+    from megatron.longseq.flexsp.plan.paper import BUILT_IN
+
     sizes = ("1", "2", "4", "3", "0", "-1", "x", "")
+    lengths, broken = output.parent / "lengths.txt", output.parent / "broken.txt"
+    lengths.write_text("64\n128\n32\n\n500\n")
+    broken.write_text("64\n0\n")
     lines: dict[str, tuple[list[str], dict[str, tuple[str, ...]]]] = {
         "pipeline": (
             ["draw", "--output", str(output)],
@@ -71,10 +90,15 @@ def _tool_line(random: Random, output: Path) -> tuple[str, list[str]]:
             },
         ),
         "flexsp": (
-            ["plan"],
+            ["simulate"],
+            {"--batches": ("1", "2", "0", "-1", "x", "", "1000000000")},
+        )
+        if random.random() < 0.4
+        else (
+            ["plan", "--ranks", "4", "--lengths", str(lengths), "--cost", next(iter(BUILT_IN))],
             {
                 "--ranks": ("4", "3", "0", "x"),
-                "--lengths": ("64,32", "0", "x", "", "-5", "64 32"),
+                "--lengths": (str(lengths), str(broken), "missing", ""),
                 "--degrees": ("1,2", "3", "x", ""),
                 "--max-tokens-per-rank": ("64", "1", "0", "x"),
                 "--microbatches": sizes,
@@ -177,37 +201,67 @@ def fuzz_launcher(count: int, seed: int, folder: Path) -> FuzzReport:
     script, site = folder / "train.py", folder / "site.env"
     script.write_text("")
     site.write_text("A=1\nbad line\n")
+    plan, broken = folder / "good.plan", folder / "broken.plan"
+    plan.write_text("--nodes 2\n--gpus-per-node 2\n--\n--bf16\n")
+    broken.write_text('--gpus-per-node 2\n--\n--data-path "a b"\n')
+    variables = {
+        "MASTER_ADDR": ("127.0.0.1", "::1", "[::1]", "a b", "no.such.host.invalid", ""),
+        "MASTER_PORT": INTEGERS,
+        "SLURM_JOB_ID": ("7", "x", ""),
+        "SLURM_JOB_NUM_NODES": INTEGERS,
+        "SLURM_GPUS_ON_NODE": ("2", "gpu:2", ""),
+        "LONGSEQ_STOP_SECONDS": NUMBERS,
+        "SBATCH_TIMELIMIT": ("1-0", "1:00:00", "5", "x", ""),
+        "CUDA_VISIBLE_DEVICES": ("0", "x", ""),
+        "CDPATH": ("/", ""),
+        "A": ("x\ny", "é", "'\"$(false)`"),
+    }
     values = {
         "--nodes": INTEGERS,
         "--nproc": INTEGERS,
         "--gpus-per-node": INTEGERS,
-        "--site": ("missing", str(site), ""),
-        "--run-dir": ("out", "", "/dev/null/x"),
+        "--site": ("missing", str(site), str(folder), ""),
+        "--plan": ("missing", str(plan), str(broken), str(folder), ""),
+        "--run-dir": ("out", "", "/dev/null/x", "a:b", "~/x", "é", "50%j", str(ROOT)),
         "--docker": ("image", ""),
         "--pyxis": ("image", ""),
         "--apptainer": ("image", ""),
         "--mount": ("/tmp", "missing", "a:b", ""),
-        "--slurm-arg": ("--partition=gpu", "gpu", "--nodes=2", "--partition gpu", ""),
+        "--slurm-arg": (
+            "--partition=gpu",
+            "gpu",
+            "--nodes=2",
+            "--partition gpu",
+            "-p",
+            "--time=x",
+            "--time=9",
+            "-t1-0",
+            "",
+        ),
         "--signal-seconds": INTEGERS,
         "--max-requeues": INTEGERS,
     }
     switches = ("--slurm", "--local", "--preflight", "--dry-run", "--unknown", "--nproc=")
     for _ in range(count):
         words: list[str] = ["--dry-run"]
-        for _ in range(random.randint(0, 4)):
+        for _ in range(random.choice((0, 1, 1, 2, 2, 4))):
             if random.random() < 0.3:
                 words.append(random.choice(switches))
                 continue
             name = random.choice(sorted(values))
             value = random.choice(values[name])
             words += [f"{name}={value}"] if random.random() < 0.3 else [name, value]
-        words += random.choice([["--", str(script), "--x"], ["--", "missing.py"], ["--"], [str(script)]])
-        judge(report, " ".join(map(repr, words)), lambda words=words: _launch(words, folder))  # type: ignore[misc]
+        good = ["--", str(script), "--x"]
+        words += random.choice([good, good, good, good, ["--", "missing.py"], ["--"], [str(script)]])
+        chosen = random.sample(sorted(variables), k=random.choice((0, 0, 1, 2)))
+        extra = {name: random.choice(variables[name]) for name in chosen}
+        shown = " ".join([*(f"{name}={value!r}" for name, value in extra.items()), *map(repr, words)])
+        judge(report, shown, lambda words=words, extra=extra: _launch(words, extra, folder))  # type: ignore[misc]
     return report
 
 
-def _launch(words: list[str], folder: Path) -> int:
-    environment = {**os.environ, "VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": ""}
+def _launch(words: list[str], extra: dict[str, str], folder: Path) -> int:
+    environment = {**os.environ, "VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": "", **extra}
     try:
         done = subprocess.run(
             ["bash", str(ROOT / "scripts/launch.sh"), *words],

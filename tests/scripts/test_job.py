@@ -32,6 +32,30 @@ def test_other_nodes_reach_the_first_one() -> None:
             torchrun.bind(("127.0.0.1", port))  # it stays free for torchrun
 
 
+def test_the_store_of_another_machine_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LONGSEQ_MEETING_SECONDS", "0.1")
+    port = free_port()
+    assert meeting.check_store("127.0.0.1", port) == "", "the first machine opens the store itself"
+    assert "no.such.host.invalid does not resolve" in meeting.check_store("no.such.host.invalid", port)
+    monkeypatch.setattr(meeting, "_is_of_this_machine", lambda family, address: False)
+    assert f"127.0.0.1) cannot be reached at port {port} within 0 s" in meeting.check_store("127.0.0.1", port)
+    with socket.create_server(("127.0.0.1", port)):
+        assert meeting.check_store("127.0.0.1", port) == ""
+
+
+def test_a_first_node_with_an_ipv6_address() -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    assert meeting.split("[::1]:2000") == ("::1", 2000)
+    port = free_port()
+    server = meeting.check("::1", port, node=0)
+    assert isinstance(server, socket.socket)
+    with server:
+        client = meeting.check("::1", port, node=1)
+        assert isinstance(client, socket.socket)
+        client.close()
+
+
 def test_a_meeting_point_that_cannot_serve_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LONGSEQ_MEETING_SECONDS", "0.1")
     assert "no.such.host.invalid does not resolve" in str(meeting.check("no.such.host.invalid", 1234, node=1))

@@ -199,7 +199,8 @@ def test_outside_a_job_sbatch_submits_the_launcher(launcher: Launcher) -> None:
     inside += ["--site", str(code / "site.env"), "--venv", str(launcher.venv)]
     before = call.argv[: call.argv.index(batch)]
     assert before == [
-        *("--nodes", "2", "--job-name", "train", "--output", f"{out}/slurm-%j.out", "--signal", "B:USR1@300"),
+        *("--nodes", "2", "--job-name", "train", "--output", f"{out}/slurm-%j.out", "--open-mode", "append"),
+        *("--requeue", "--signal", "B:USR1@300"),
         *("--gpus-per-node", "8", "--exclusive", "--time=1:00:00"),
     ]
     after = call.argv[call.argv.index(batch) + 1 :]
@@ -338,7 +339,7 @@ def test_our_site_files_are_read(launcher: Launcher, site: Path) -> None:
         ([], "no training script"),
         (["--"], "no training script"),
         (["--", "absent.py"], "training script absent.py does not exist"),
-        (["train.py"], "unknown option train.py"),
+        (["train.py"], "train.py is no option"),
         (["--nproc", "two", "--", "train.py"], "--nproc two: give a whole number"),
         (["--nproc", "0", "--", "train.py"], "--nproc 0: give a whole number"),
         (["--nproc", "--", "train.py"], "--nproc needs a value"),
@@ -387,8 +388,8 @@ def test_without_an_environment_the_message_says_what_to_run(launcher: Launcher)
 
 def test_several_machines_without_slurm(launcher: Launcher) -> None:
     launcher.path.fake("getent")
-    call = launcher.torchrun("--nodes", "2", "--", "train.py", env={"MASTER_ADDR": "first"})
-    assert call.after("--rdzv-endpoint") == "first:29500"
+    call = launcher.torchrun("--nodes", "2", "--", "train.py", env={"MASTER_ADDR": "localhost"})
+    assert call.after("--rdzv-endpoint") == "localhost:29500"
     assert call.after("--nnodes") == "2"
 
 

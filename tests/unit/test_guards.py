@@ -1,7 +1,11 @@
 """Guards without ranks: scores of losses, reports of findings and stalls, and flags that are refused."""
 
+import json
 import math
+import threading
+import time
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 
 import numpy
 import pytest
@@ -12,7 +16,7 @@ from scipy.stats import median_abs_deviation
 from megatron.longseq.guards.arguments import add_guard_arguments, check_guard_numbers, stall_limits
 from megatron.longseq.guards.plan.spikes import FLOOR, LossHistory, robust_score
 from megatron.longseq.guards.runtime.gradients import NonFinite, describe
-from megatron.longseq.guards.runtime.monitor import StallMonitor, StepProgress
+from megatron.longseq.guards.runtime.monitor import KEY, StallMonitor, StepProgress
 
 LOSSES = st.lists(st.floats(0.1, 20.0), min_size=4, max_size=40)
 
@@ -71,6 +75,72 @@ def test_verdict_names_the_ranks_to_look_at() -> None:
     assert "Look at ranks 1 first: they wait for no other rank" in monitor.verdict({0: waiting, 1: working, 2: waiting})
     silent = monitor.verdict({0: waiting, 1: None, 2: waiting})
     assert "rank 1: does not report: it is stopped, dead or cut off" in silent
+
+
+class _Store(dict[str, str]):
+    """Stands for torchrun's store in one process."""
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value
+
+    def get(self, key: str) -> bytes:  # type: ignore[override]
+        return self[key].encode()
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
+
+
+def _wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_heartbeats_follow_the_training() -> None:
+    store, progress = _Store(), StepProgress()
+    monitor = StallMonitor(0, 1, store=store, progress=progress, in_steps=600.0, elsewhere=3600.0)
+    monitor.beat = 0.02
+    for act in (progress.mark, lambda: progress.begin_step(1)):
+        progress.at = 0.0
+        act()
+        assert progress.at > 0.0
+    monitor.start()
+    try:
+        for step in (5, 6):
+            progress.begin_step(step)
+            _wait_for(lambda step=step: json.loads(store.setdefault(f"{KEY}/beat/0", "{}")).get("step") == step)  # type: ignore[misc]
+    finally:
+        monitor.close()
+
+
+def test_a_stall_of_one_rank_is_reported_by_all_and_ends_them() -> None:
+    store, said, ended = _Store(), {0: "", 1: ""}, {0: threading.Event(), 1: threading.Event()}
+    monitors = []
+    for rank in range(2):
+
+        def say(text: str, rank: int = rank) -> None:
+            said[rank] += text
+
+        progress = StepProgress(steps=1, iteration=1)
+        monitor = StallMonitor(rank, 2, store, progress, 50.0, 100.0, say=say, end=ended[rank].set)
+        assert monitor.stalled_for() is None
+        monitor.beat = 0.02
+        monitors.append(monitor)
+    try:
+        monitors[0].start()
+        _wait_for(lambda: f"{KEY}/beat/0" in store)
+        assert not ended[0].is_set(), "a run that makes progress goes on"
+        monitors[1].progress.at -= 99.0  # of 100, before the end of the first step
+        assert monitors[1].stalled_for() is None
+        monitors[1].progress.at -= 2.0
+        monitors[1].start()
+        assert all(event.wait(60) for event in ended.values())
+    finally:
+        for monitor in monitors:
+            monitor.close()
+    assert "STALL: the job makes no progress" in said[0] and "rank 1 (" in said[0] and "no progress for 10" in said[0]
+    assert "the stacks of this rank's threads follow" in said[1] and "STALL" not in said[1]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,15 @@ def test_a_place_for_checkpoints_that_is_none_is_refused(tmp_path: Path) -> None
         with pytest.raises(ValueError, match=f"--save {save}: {tmp_path}/file is not a folder that this process can"):
             validate_longseq_arguments(Namespace(save=str(save), rank=0))
         validate_longseq_arguments(Namespace(save=str(save), rank=1))  # rank 0 says it for all
+    with pytest.raises(ValueError, match="File name too long; give a writable folder"):
+        validate_longseq_arguments(Namespace(save="x" * 300, rank=0))
+
+
+def test_a_home_folder_that_the_shell_did_not_expand_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--save ~/x: the shell has not expanded ~"):
+        validate_longseq_arguments(Namespace(save="~/x"))
+    with pytest.raises(ValueError, match=r"--data-path ~/b: the shell"):
+        validate_longseq_arguments(Namespace(data_path=["0.5", "~/b"]))
 
 
 @pytest.mark.parametrize("file", ["", "."])

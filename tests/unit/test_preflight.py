@@ -92,6 +92,18 @@ def test_data_files_of_the_flags(tmp_path: Path) -> None:
     assert found == {str(tmp_path / "a.bin"): 5, str(tmp_path / "a.idx"): "No such file or directory"}
 
 
+def test_files_of_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/vocab.json").write_bytes(b"1234")
+    (tmp_path / "parts.json").write_text('{"train": ["0.5", "a"], "valid": null}')
+    found = facts.data_files(Namespace(tokenizer_model="tokenizer", vocab_file="/absent", merge_file="name/on-a-hub"))
+    assert found == {"tokenizer": 4, "/absent": "No such file or directory"}
+    assert set(facts.data_files(Namespace(per_split_data_args_path="parts.json"))) == {"a.bin", "a.idx"}
+    local = [one_rank(0, data={}), one_rank(1, data={"tokenizer": 4})]
+    assert failures(*local)["data files"] == "tokenizer differs: no such file on n0, 4 bytes on n1"
+
+
 def test_report(tmp_path: Path) -> None:
     findings = [Finding("one", "ok", "fine"), Finding("two", "FAILED", "word " * 40)]
     lines = table(findings).splitlines()

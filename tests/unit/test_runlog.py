@@ -113,6 +113,50 @@ def test_watch_says_what_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "ends in .html" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"iteration": "7"}, "field iteration of a record has an unexpected value: 7"),
+        ({"losses": ["lm loss"]}, "field losses of a record"),
+        ({"losses": {"lm loss": "low"}}, "field losses of a record"),
+        ({"seconds": None}, "a record of kind step has no seconds"),
+        ({"tokens": "all"}, "field tokens of a record"),
+        ({"mfu": [1]}, "field mfu of a record"),
+        ({"kind": record.MEMORY, "peak_bytes": []}, "field peak_bytes of a record"),
+        ({"kind": record.RUN, "world_size": True}, "field world_size of a record"),
+        ({"kind": record.RUN, "world_size": 2, "layout": 4}, "field layout of a record"),
+        ("[" * 100000, "it is nested too deeply"),
+    ],
+)
+def test_damaged_records_are_named_and_the_others_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str | dict[str, object], message: str
+) -> None:
+    folder = write_run(tmp_path / "run")
+    text = line if isinstance(line, str) else json.dumps({**step(201), **line})
+    with (folder / "start-1" / record.FILE).open("a") as stream:
+        stream.write(text + "\n")
+    for name, content in (("arguments.json", '{"longseq_patches": 3, "pipeline_trace": 5}'), ("nodes/x.json", "[]")):
+        (folder / "start-1" / name).write_text(content)
+    assert main(["watch", "--once", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert message in " ".join(shown.split()) and "step 200 of 200" in shown, shown
+
+
+def test_watch_does_not_wait_for_what_never_comes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    for wrong, message in (
+        (folder / "start-0", "give the run folder that holds it"),
+        (tmp_path / "file", "is not a folder"),
+    ):
+        assert main(["watch", str(wrong)]) == 1
+        assert message in capsys.readouterr().err
+    assert main(["report", str(folder), "-o", str(tmp_path)]) == 1
+    (tmp_path / "x.html").mkdir()
+    assert main(["report", str(folder), "-o", str(tmp_path / "x.html")]) == 1
+    assert "is a folder; give the name of a file in it" in capsys.readouterr().err
+
+
 def test_watch_ends_with_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", str(write_run(tmp_path / "run")), "--seconds", "0.01"]) == 0
     assert "step 200 of 200" in capsys.readouterr().out

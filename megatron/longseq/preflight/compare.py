@@ -158,15 +158,19 @@ def _storage(nodes: Sequence[Facts], args: Namespace) -> Finding:
 
 
 def _data(facts: Sequence[Facts]) -> Finding:
-    if not facts[0]["data"]:
+    files = {file: None for one in facts for file in one["data"]}
+    if not files:
         return Finding("data files", "skipped", "the flags name none")
     faults = []
-    for file in facts[0]["data"]:
+    for file in files:
         groups = _groups(facts, lambda one, file=file: one["data"].get(file))  # type: ignore[misc]
         errors = {found: hosts for found, hosts in groups.items() if isinstance(found, str)}
         faults += [f"{file} on {_few(hosts)}: {found}" for found, hosts in errors.items()]
         if not errors and len(groups) > 1:
-            sizes = [f"{found} bytes on {_few(hosts)}" for found, hosts in groups.items()]
+            sizes = [
+                f"no such file on {_few(hosts)}" if found is None else f"{found} bytes on {_few(hosts)}"
+                for found, hosts in groups.items()
+            ]
             faults.append(f"{file} differs: {', '.join(sizes)}")
     if faults:
         return Finding("data files", "FAILED", "; ".join(faults))

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -19,6 +20,7 @@ import torch
 PROBE_BYTES = 64 << 20
 PACKAGES = ("megatron-core", "transformer-engine", "flash-attn", "flash-attn-3", "numpy", "triton")
 INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+TOKENIZER_FLAGS = ("tokenizer_model", "vocab_file", "merge_file")
 
 
 def gather(args: Namespace, code: Iterable[Path]) -> dict[str, Any]:
@@ -160,27 +162,41 @@ def storage(save: str | None) -> dict[str, Any] | None:
 
 
 def data_files(args: Namespace) -> dict[str, int | str]:
-    """Return the size in bytes of each file of the data sets, or why this rank cannot read it."""
-    found: dict[str, int | str] = {}
-    for prefix in _prefixes(args):
-        for suffix in (".bin", ".idx"):
-            file = Path(prefix + suffix)
-            try:
-                with file.open("rb") as stream:
-                    stream.read(1)
-                found[str(file)] = file.stat().st_size
-            except OSError as error:
-                found[str(file)] = error.strerror or str(error)
-    return found
+    """Return the size in bytes of each file of data sets and tokenizer, or why this rank cannot read it."""
+    files = [Path(prefix + suffix) for prefix in _prefixes(args) for suffix in (".bin", ".idx")]
+    for name in TOKENIZER_FLAGS:
+        # What is no path may be the name of a tokenizer on a hub.
+        path = Path(getattr(args, name, None) or "")
+        if path.is_absolute() or path.is_file() or (path.is_dir() and path != Path()):
+            files.append(path)
+    return {str(file): _size(file) for file in files}
+
+
+def _size(path: Path) -> int | str:
+    """Return the size of a file, or of all files in a folder, or why it cannot be read."""
+    try:
+        if path.is_dir():
+            return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+        with path.open("rb") as stream:
+            stream.read(1)
+        return path.stat().st_size
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def _prefixes(args: Namespace) -> list[str]:
-    """Return the prefixes of the data sets that the flags name. Weights between them are left out."""
+    """Return the prefixes of the data sets that the flags name. Weights between them are left out.
+
+    Flags that name files with prefixes were read when they were validated.
+    """
     words: list[str] = []
     for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
         words += getattr(args, name, None) or []
     if getattr(args, "data_args_path", None):
         words += Path(args.data_args_path).read_text().split()
+    if getattr(args, "per_split_data_args_path", None):
+        parts = json.loads(Path(args.per_split_data_args_path).read_text())
+        words += [word for part in parts.values() for word in part or []]
     found = []
     for word in words:
         try:

@@ -67,6 +67,8 @@ def _report(args: argparse.Namespace) -> str:
 def _check_output(file: Path) -> None:
     if file.suffix not in (".html", ".htm"):
         raise ValueError(f"--output {file}: give a name that ends in .html")
+    if file.is_dir():
+        raise ValueError(f"--output {file} is a folder; give the name of a file in it")
     if not file.absolute().parent.is_dir():
         raise ValueError(f"--output {file}: there is no folder {file.absolute().parent}; create it first")
 

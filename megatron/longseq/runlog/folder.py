@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -153,7 +154,7 @@ class Start:
     @property
     def arguments(self) -> Record:
         """Return upstream's resolved arguments, or an empty mapping before they are written."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
             values = json.loads((self.folder / "arguments.json").read_text())
             return values if isinstance(values, dict) else {}
         return {}
@@ -218,6 +219,11 @@ class RunFolder:
         hint = "give the run folder that holds it" if self.folder.name.startswith("start-") else "give a run folder"
         return f"{self.folder} holds no start of scripts/launch.sh (start-0); {hint}"
 
+    def may_begin(self) -> bool:
+        """Return whether a start may still appear: the folder is no file, and no start itself."""
+        is_start = any((self.folder / name).is_dir() for name in ("ranks", "nodes"))
+        return not is_start and (self.folder.is_dir() or not self.folder.exists())
+
     def steps(self) -> list[Record]:
         """Return the records of the steps of all starts; steps that a later start repeats are those of the later."""
         merged: list[Record] = []
@@ -268,7 +274,7 @@ class RunFolder:
         for start in reversed(self.starts):
             measured = sorted(start.folder.glob("timeline/step-*"))
             given = start.arguments.get("pipeline_trace")
-            candidates = [*reversed(measured), *([Path(given)] if given else [])]
+            candidates = [*reversed(measured), *([Path(given)] if given and isinstance(given, str) else [])]
             for folder in candidates:
                 if any(folder.glob("rank-*.json")):
                     return folder
@@ -279,9 +285,11 @@ def _end(file: Path) -> End | None:
     try:
         values = json.loads(file.read_text())
         ranks = tuple(sorted({int(one["rank"]) for one in values["failures"] if not one["stopped"]}))
-        at = float(values["ended_at"]) or file.stat().st_mtime
-        return End(values["host"], int(values["status"]), at, int(values["stopped_by"]), values["message"], ranks)
-    except (OSError, ValueError, KeyError, TypeError):
+        at = float(values["ended_at"])
+        at = at if math.isfinite(at) and at > 0 else file.stat().st_mtime
+        status, stopped_by = int(values["status"]), int(values["stopped_by"])
+        return End(str(values["host"]), status, at, stopped_by, str(values["message"]), ranks)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 

@@ -7,7 +7,7 @@ null. A new field does not change the version; a field with another meaning does
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 VERSION = 1
@@ -67,14 +67,49 @@ def from_json(line: str) -> dict[str, Any]:
     """Return the record of a line.
 
     Raises:
-        ValueError: the line is no record, or its version is newer than this program knows.
+        ValueError: the line is no record, its version is newer than this program knows, or a field is missing or has
+            another type.
     """
-    values = json.loads(line)
+    try:
+        values = json.loads(line)
+    except RecursionError:
+        raise ValueError("this is not a record of a run: it is nested too deeply") from None
     if not isinstance(values, dict) or not isinstance(values.get("kind"), str):
         raise ValueError("this is not a record of a run: it has no kind")
     if values.get("version") != VERSION:
         raise ValueError(f"the record has version {values.get('version')}, but this program reads version {VERSION}")
+    for name in _NEEDED.get(values["kind"], ()):
+        if values.get(name) is None:
+            raise ValueError(f"a record of kind {values['kind']} has no {name}")
+    for name in values.keys() & _TYPES.keys():
+        if not _TYPES[name](values[name]):
+            raise ValueError(f"field {name} of a record has an unexpected value: {str(values[name])[:60]}")
     return values
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return value is None or isinstance(value, float) or _is_whole(value)
+
+
+def _are_numbers_by_name(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
+_NEEDED = {
+    RUN: ("world_size",),
+    STEP: ("iteration", "steps", "losses", "seconds", "tokens"),
+    MEMORY: ("iteration", "peak_bytes"),
+}
+_TYPES: dict[str, Callable[[object], bool]] = {
+    **{name: _is_number for kind, name, *_ in FIELDS if kind == STEP},
+    **{name: _is_whole for name in ("iteration", "iterations", "steps", "world_size")},
+    **{name: _are_numbers_by_name for name in ("layout", "losses")},
+    "peak_bytes": lambda value: isinstance(value, list) and bool(value) and all(map(_is_whole, value)),
+}
 
 
 def _finite(value: Any) -> Any:

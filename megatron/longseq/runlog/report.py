@@ -207,7 +207,8 @@ def _settings(start: Start) -> str:
             parts.append((title, file.read_text(errors="replace")))
     arguments = start.arguments
     if arguments:
-        patches = arguments.get("longseq_patches", [])
+        patches = arguments.get("longseq_patches")
+        patches = patches if isinstance(patches, list) else []
         parts.append((f"Patches ({len(patches)})", "\n".join(map(str, patches))))
         parts.append(("All arguments, as resolved", json.dumps(arguments, indent=1, sort_keys=True)))
     folded = "".join(

@@ -198,11 +198,16 @@ def follow(run: RunFolder, console: Console, seconds: float) -> None:
         run: the run.
         console: where to draw.
         seconds: time between two looks.
+
+    Raises:
+        ValueError: there is nothing to wait for; the message says why.
     """
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
         while True:
             run.refresh()
             problem = run.problem()
+            if problem and not run.may_begin():
+                raise ValueError(problem)
             shown: Any = Text(f"waiting: {problem}") if problem else render(run, console.width)
             live.update(shown, refresh=True)
             if run.starts and _is_over(run.starts[-1]):

@@ -22,6 +22,8 @@ from megatron.longseq.flexsp.plan.planner import PLANNERS, automatic_degrees, pl
 from megatron.longseq.flexsp.plan.problem import StepProblem
 from megatron.longseq.flexsp.tools.simulate import markdown
 
+MOST_BATCHES = 1000
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status: 0, or 1 after an error."""
@@ -188,8 +190,10 @@ def plan_table(plan: StepPlan, lengths: Sequence[int], microbatch_bound: float |
 
 
 def _simulate(args: argparse.Namespace) -> str:
-    if args.batches < 1:
-        raise ValueError(f"--batches {args.batches}: give at least 1")
+    if not 1 <= args.batches <= MOST_BATCHES:
+        raise ValueError(
+            f"--batches {args.batches}: give 1 to {MOST_BATCHES}; each takes seconds in every configuration"
+        )
     return markdown(args.batches)
 
 

@@ -17,10 +17,10 @@ Turn = tuple[int, int]  # virtual stage, micro-batch
 
 @dataclass(frozen=True)
 class _Norm:
-    """A norm, or the norms of several micro-batches, of the gradients of one model chunk of this rank."""
+    """Norms of the gradients of one model chunk of this rank."""
 
     chunk: int
-    microbatch: int | None  # None: `value` has one element for each micro-batch
+    microbatch: int | None  # None: `value` has one element for each micro-batch, and otherwise one for each bucket
     value: Tensor
 
 
@@ -106,7 +106,7 @@ class GradientRecord:
 
     def largest_reduced(self) -> Tensor:
         """Return the largest norm of a reduced gradient: a sum of finite numbers may overflow."""
-        return _largest(_norms_of([grad for _, grad in _gradients(self._chunks) if grad.numel()]))
+        return _largest([_norms_of([grad for _, grad in _gradients(self._chunks) if grad.numel()])])
 
     def find(self, losses: Sequence[Tensor], rank: int, stage: int) -> NonFinite:
         """Find what is not finite on this rank. The host waits for the device, for each parameter.
@@ -129,7 +129,8 @@ class GradientRecord:
         return min(bad, default=None)
 
     def _add(self, chunk: int, microbatch: int, tensors: list[Tensor]) -> None:
-        self._norms += [_Norm(chunk, microbatch, norm) for norm in _norms_of(tensors)]
+        if tensors:
+            self._norms.append(_Norm(chunk, microbatch, _norms_of(tensors)))
 
 
 def _groups(chunk: Any) -> list[Any]:
@@ -153,14 +154,15 @@ def _gradients(chunks: list[Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _largest(values: list[Tensor]) -> Tensor:
+    values = [value for value in values if value.numel()]
     if not values:
         return torch.zeros(())
     return torch.cat([value.reshape(-1).to(values[0].device, torch.float64) for value in values]).max()
 
 
-def _norms_of(tensors: list[Tensor]) -> list[Tensor]:
+def _norms_of(tensors: list[Tensor]) -> Tensor:
     """Return the 2-norm of each tensor, as upstream's check does. Other norms are not vectorized on CPUs."""
-    return list(torch._foreach_norm(tensors, 2)) if tensors else []
+    return torch.stack([norm.float() for norm in torch._foreach_norm(tensors, 2)]) if tensors else torch.zeros(0)
 
 
 def _bad_elements(tensor: Tensor) -> int:

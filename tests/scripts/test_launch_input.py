@@ -1,0 +1,213 @@
+"""Unusual input to scripts/launch.sh: it works, or one message says what is wrong before anything is made."""
+
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.scripts.fakes import ROOT
+from tests.scripts.test_launch import GPUS, JOB, Launcher
+
+BROKEN = "print('NVIDIA-SMI has failed because it could not reach the driver.'); sys.exit(9)"
+SLURM = ("--slurm", "--nproc", "2")
+END = ("--", "train.py")
+FILES = {
+    "quotes.plan": '--gpus-per-node 2\n--\n--data-path "a b"\n',
+    "comment.plan": "--gpus-per-node 2\n--\n--bf16 # fast\n",
+    "twice.plan": "--gpus-per-node 2\n--\n--lr 1\n--\n--bf16\n",
+    "odd.plan": "\ufeff--nodes 1\r\n--gpus-per-node 2\r\n\t\r\n--\r\n  --num-layers 2\r\n\t--bf16\r\n",
+    "venv.env": "VENV=/x\n",
+    "slurm.env": "SLURM_JOB_ID=1\n",
+    "stop.env": "LONGSEQ_STOP_SECONDS=soon\n",
+    "time.env": "SBATCH_TIMELIMIT=tomorrow\n",
+    "two.env": "\ufeffCUDA_VISIBLE_DEVICES=0,1\n",
+    "settings.json": '{"A": 1}\n',
+    "settings.yaml": "a: 1\n",
+    "settings.toml": "[a]\n",
+}
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> Launcher:
+    launcher = Launcher(tmp_path)
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text, newline="")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "-t.py").write_text("")
+    launcher.path.fake("sbatch")
+    launcher.path.fake("getent")
+    return launcher
+
+
+def first(**env: str) -> dict[str, str]:
+    """Return the environment of a launch on several machines without slurm."""
+    return {"MASTER_ADDR": "127.0.0.1", **env}
+
+
+TWO = ("--nodes", "2", *END)
+REFUSED: list[tuple[tuple[str, ...], dict[str, str], str]] = [
+    # Options
+    (("--node", "2", *END), {}, "unknown option --node ("),
+    (("--docker", "--nproc", "2", *END), {}, "--docker needs a value"),
+    (("--run-dir=--nproc", *END), {}, "--run-dir needs a value"),
+    (("--", "folder"), {}, "training script folder is a folder"),
+    (("--run-dir", str(ROOT), *END), {}, "is the checkout itself"),
+    (("--run-dir", f"{ROOT}/examples/out", *END), {}, "examples is copied into the run folder"),
+    (("--run-dir", "a\nb", *END), {}, "a line break in its name"),
+    # Programs and containers
+    (("--docker", "image", *END), {}, "no program docker on PATH"),
+    (("--apptainer", "image", *END), {}, "no program apptainer on PATH"),
+    (END, JOB, "no program srun on PATH"),
+    (("--dry-run", *END), JOB, "no program scontrol on PATH"),
+    (("--dry-run", "--docker", "image", "--run-dir", "a:b", *END), {}, "a:b is mounted into the container"),
+    (("--dry-run", "--pyxis", "image", "--run-dir", "a,b", *END), JOB, "a,b is mounted into the container"),
+    (("--dry-run", "--docker", "image", "--", "/etc/hostname"), {}, "a folder that containers do not see"),
+    # Files
+    (("--site", "folder", *END), {}, "cannot be read"),
+    (("--site", "settings.json", *END), {}, "settings.json:1: not KEY=VALUE"),
+    (("--site", "settings.yaml", *END), {}, "settings.yaml:1: not KEY=VALUE"),
+    (("--site", "settings.toml", *END), {}, "settings.toml:1: not KEY=VALUE"),
+    (("--site", "venv.env", *END), {}, "VENV is set by the launcher; remove it"),
+    (("--site", "slurm.env", *END), {}, "SLURM_JOB_ID is set by slurm; remove it"),
+    (("--site", "stop.env", *END), {}, "LONGSEQ_STOP_SECONDS=soon: give a number of seconds"),
+    (("--plan", "quotes.plan", *END), {}, "quotes.plan:3: words are used as they are"),
+    (("--plan", "comment.plan", *END), {}, "comment.plan:3: words are used as they are"),
+    (("--plan", "twice.plan", *END), {}, "twice.plan:4: a second --"),
+    # Environment
+    *((TWO, first(MASTER_PORT=port), f"MASTER_PORT={port}: give a port") for port in ("x", "0", "65535", "1 ")),
+    *((END, {"LONGSEQ_STOP_SECONDS": text}, f"SECONDS={text}: give a number") for text in ("nan", "-1", "")),
+    (TWO, first(LONGSEQ_MEETING_SECONDS="inf"), "LONGSEQ_MEETING_SECONDS=inf: give a number"),
+    (END, {"SLURM_JOB_ID": "abc"}, "SLURM_JOB_ID=abc is not a number"),
+    (END, {**JOB, "SLURM_JOB_NUM_NODES": "x[$(touch evil)]"}, "is not a number, so slurm has not set it"),
+    (END, {**JOB, "SLURM_GPUS_ON_NODE": "gpu:4"}, "SLURM_GPUS_ON_NODE=gpu:4 is not a number"),
+    # Submissions
+    *(
+        ((*SLURM, f"--slurm-arg={arg}", *END), {}, f"--slurm-arg {arg}{message}")
+        for arg, message in {
+            "-": ": an argument of sbatch begins with -",
+            "-p": " has no value: write it as one word",
+            "--partition": " has no value: write it as one word",
+            "--array=0-3": ": each job of an array",
+            "-a0-3": ": each job of an array",
+            "--wrap=true": ": the launcher submits a script of its own",
+            "--chdir=/": ": the job runs in the folder in which it is submitted",
+            "--gpus-per-task=1": ": the launcher sets --gpus-per-task itself",
+        }.items()
+    ),
+    *(
+        ((*SLURM, f"--slurm-arg={arg}", *END), {}, message)
+        for arg, message in {
+            "--time=tomorrow": "--time=tomorrow: slurm's forms are",
+            "-t1:2:3:4": "-t1:2:3:4: slurm's forms are",
+            "--time=4": "the time limit is 240 s, but the ranks are asked to stop 300 s before it",
+            "--time=0:05:00": "the time limit is 300 s, but",
+        }.items()
+    ),
+    ((*SLURM, "--slurm-arg=-t20", "--signal-seconds", "1200", *END), {}, "the time limit is 1200 s, but"),
+    ((*SLURM, "--site", "time.env", *END), {}, "SBATCH_TIMELIMIT=tomorrow: slurm's forms are"),
+    ((*SLURM, *END), {"SBATCH_ARRAY_INX": "0-3"}, "SBATCH_ARRAY_INX is set"),
+]
+
+
+@pytest.mark.parametrize(("words", "env", "message"), REFUSED, ids=[message for *_, message in REFUSED])
+def test_refused_with_one_message(
+    launcher: Launcher, words: tuple[str, ...], env: dict[str, str], message: str
+) -> None:
+    before = {path.name for path in launcher.folder.iterdir()}
+    done = launcher.run(*words, env=env)
+    assert done.returncode in (1, 2) and message in done.stderr, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("error:") == 1 and ".sh: line" not in done.stderr
+    assert not launcher.path.calls("torchrun") and not launcher.path.calls("sbatch")
+    assert {path.name for path in launcher.folder.iterdir()} - {"calls.jsonl"} == before
+
+
+def dry(launcher: Launcher, *words: str, **env: str) -> list[str]:
+    """Return the command of a dry run."""
+    done = launcher.run("--dry-run", *words, env=env)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return shlex.split(done.stdout, comments=True)
+
+
+def value(command: list[str], option: str) -> str:
+    return command[command.index(option) + 1]
+
+
+def test_paths(launcher: Launcher) -> None:
+    home = launcher.folder
+    assert value(dry(launcher, "--run-dir=~/out", *END), "--start-dir") == f"{home}/out/start-0"
+    assert dry(launcher, "--", "-t.py", "--x")[-2:] == ["./-t.py", "--x"]
+    submitted = dry(launcher, *SLURM, "--run-dir", "50%j", *END)
+    assert value(submitted, "--output") == f"{home}/50%%j/slurm-%j.out", "slurm replaces % and a letter"
+    assert value(submitted, "--run-dir") == f"{home}/50%j"
+    link = launcher.folder / "launch"
+    link.symlink_to(ROOT / "scripts/launch.sh")
+    done = launcher.bash(str(link), "--dry-run", *END, env={"CDPATH": "/:/usr"})
+    assert done.returncode == 0 and f"PYTHONPATH={ROOT} " in done.stdout, done.stderr
+
+
+def test_plans_of_other_editors_lose_no_flag(launcher: Launcher) -> None:
+    command = dry(launcher, "--plan", "odd.plan", *END)
+    assert command[-4:] == ["train.py", "--num-layers", "2", "--bf16"]
+    assert value(command, "--nproc-per-node") == "2"
+
+
+def test_ipv6_addresses(launcher: Launcher) -> None:
+    for address in ("::1", "[::1]"):
+        command = dry(launcher, *TWO, MASTER_ADDR=address)
+        assert value(command, "--rdzv-endpoint") == value(command, "--store") == "[::1]:29500"
+        command = dry(launcher, *END, **JOB, MASTER_ADDR=address, MASTER_PORT="2000")
+        assert value(command, "--meeting") == "[::1]:2000"
+
+
+def test_gpus_that_ranks_would_not_see_are_not_counted(launcher: Launcher) -> None:
+    launcher.path.fake("nvidia-smi", GPUS)
+    assert value(dry(launcher, "--site", "two.env", *END), "--nproc-per-node") == "2"
+    assert value(dry(launcher, *END, CUDA_VISIBLE_DEVICES="0, 3,9,1"), "--nproc-per-node") == "2"
+    done = launcher.run(*END, env={"CUDA_VISIBLE_DEVICES": "9"})
+    assert done.returncode == 1 and "names none of the 4 GPUs here" in done.stderr
+    launcher.path.fake("nvidia-smi", BROKEN)
+    done = launcher.run(*END)
+    assert done.returncode == 1 and "nvidia-smi -L fails here (NVIDIA-SMI has failed" in done.stderr
+    assert value(dry(launcher, *END, CUDA_VISIBLE_DEVICES=""), "--nproc-per-node") == "1"
+
+
+def test_the_last_of_several_folders_for_checkpoints_counts(launcher: Launcher) -> None:
+    job = {**JOB, "SLURM_JOB_NUM_NODES": "1"}
+    command = dry(launcher, *END, "--save=a", "--save", "b", **job)
+    assert value(command, "--save") == str(launcher.folder / "b"), "as in argparse"
+    assert "--export=ALL" in command, "srun passes no variables on in a job of sbatch --export=NONE"
+    assert "--save" not in dry(launcher, *END, "--save", **job)[:-1]
+
+
+def test_a_submission_that_fails_leaves_nothing(launcher: Launcher) -> None:
+    launcher.path.fake("sbatch", "sys.exit(3)")
+    done = launcher.run(*SLURM, "--run-dir", "out", *END)
+    assert done.returncode == 3 and "sbatch failed with status 3; nothing was submitted" in done.stderr
+    assert not (launcher.folder / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_run_folder_in_the_checkout_is_no_change_of_the_code(launcher: Launcher) -> None:
+    root = launcher.folder / "checkout"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(root)], check=True)
+    shutil.copytree(ROOT / "scripts", root / "scripts", dirs_exist_ok=True)
+    subprocess.run(["git", "add", "-A"], cwd=root, check=True)
+    (root / "new.py").write_text("")
+    launcher.root = root
+    secret = {"PIP_INDEX_URL": "https://me:secret@host/simple", "A": "x\ny 'q' \"z\" $(touch evil)"}
+    assert launcher.run("--run-dir", str(root / "out"), *END, env=secret).returncode == 0
+    changed = (root / "out/start-0/revision.txt").read_text()
+    assert "changed: ?? new.py" in changed and "out" not in changed
+    recorded = (root / "out/start-0/environment.txt").read_text()
+    assert "secret" not in recorded and "PIP_INDEX_URL=(not recorded)" in recorded
+    assert not (launcher.folder / "evil").exists()
+
+
+def test_with_another_shell_the_message_says_what_to_use(launcher: Launcher) -> None:
+    shell = shutil.which("dash")
+    if shell is None:
+        pytest.skip("there is no dash")
+    done = subprocess.run([shell, str(ROOT / "scripts/launch.sh")], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: run this with bash")
