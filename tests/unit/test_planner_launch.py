@@ -61,8 +61,8 @@ def check(ranks: RankPool, task: PlanningTask, choice: PlanChoice) -> None:
     ("name", "machine", "seq_length", "batch"),
     [
         ("llama-7b", "a800-64", 131072, 32),
-        ("llama3-70b", "h100-256", 32768, 128),
-        ("gpt3-175b", "a100-1024", 2048, 1024),
+        pytest.param("llama3-70b", "h100-256", 32768, 128, marks=pytest.mark.slow),
+        pytest.param("gpt3-175b", "a100-1024", 2048, 1024, marks=pytest.mark.slow),
     ],
 )
 def test_training_accepts_plans_from_all_over_the_space(

@@ -14,10 +14,9 @@ from xml.etree import ElementTree
 import pytest
 
 from megatron.longseq.runlog import record, screen
-from megatron.longseq.runlog.chart import curve
+from megatron.longseq.runlog.chart import curve, thin
 from megatron.longseq.runlog.cli import fields_table, main
 from megatron.longseq.runlog.folder import RunFolder
-from megatron.longseq.runlog.pictures import thin
 from tests.runlog_bed import run_record, step, write_run, write_start
 
 ROOT = Path(__file__).resolve().parents[2]

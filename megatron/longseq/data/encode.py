@@ -222,8 +222,13 @@ def encode_all(
 ) -> Generator[tuple[Shard, ShardRecord]]:
     """Tokenize the shards with up to `workers` processes.
 
+    Args:
+        shards: the shards.
+        spec, options, folder: see `encode_shard`.
+        workers: number of processes; with 1, or for one shard, this process tokenizes.
+
     Yields:
-        Each shard with its record, in the order given.
+        Each shard with its record, in the order of `shards`.
 
     Raises:
         DataError: an input cannot be read, or a worker process died.

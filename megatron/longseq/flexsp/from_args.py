@@ -106,14 +106,14 @@ def degrees_of(args: Namespace) -> tuple[int, ...]:
     Raises:
         ValueError: A degree has no place on the ranks, or no kind that --flexsp-kinds and the heads allow.
     """
-    ranks, given = domain_ranks(args), parse_degrees(args.flexsp_degrees)
+    ranks, degrees = domain_ranks(args), parse_degrees(args.flexsp_degrees)
     powers = [2**power for power in range(ranks.bit_length())]
     known = sorted(
         {degree for power in powers for degree in (power, 3 * power) if degree <= ranks and _tiles(args, degree)}
     )
-    if given is None:
+    if degrees is None:
         return tuple(degree for degree in known if _meshes(args, degree))
-    for degree in given:
+    for degree in degrees:
         if degree > ranks or not _tiles(args, degree):
             raise ValueError(
                 f"--flexsp-degrees {args.flexsp_degrees}: groups of {degree} ranks have no place on {ranks} data-"
@@ -126,7 +126,7 @@ def degrees_of(args: Namespace) -> tuple[int, ...]:
                 f"{degree} ranks can share {heads.query} query heads and {heads.kv} key-value heads; add ring to "
                 "--flexsp-kinds, or leave the degree out."
             )
-    return given
+    return degrees
 
 
 def _tiles(args: Namespace, degree: int) -> bool:

@@ -86,6 +86,6 @@ def time_parts(cost: GroupCostModel, sample: GroupSample) -> list[float]:
     if kind.ring == 1 or kind.ulysses == 1:
         share = float(kind.ring == 1)
     else:
-        alone = cost.of_kind(Kind(kind.ulysses, 1)).token * kind.ulysses - cost.linear
-        share = min(1.0, max(0.0, alone / degree * sum(tokens) / messages)) if messages else 0.0
+        exchanges = cost.of_kind(Kind(kind.ulysses, 1)).token * kind.ulysses - cost.linear
+        share = min(1.0, max(0.0, exchanges / degree * sum(tokens) / messages)) if messages else 0.0
     return [attention, linear, cost.fixed, share * messages, (1 - share) * messages]

@@ -123,9 +123,8 @@ class ForwardBackward:
             self._keep_times(executor)
             if config.finalize_model_grads_func is not None:
                 tokens = executor.tokens if config.calculate_per_token_loss else None
-                config.finalize_model_grads_func(
-                    modules, tokens, pg_collection=groups, force_all_reduce=force_all_reduce
-                )
+                finalize = config.finalize_model_grads_func
+                finalize(modules, tokens, pg_collection=groups, force_all_reduce=force_all_reduce)
         if config.timers is not None:
             config.timers("forward-backward").stop()
         return reports

@@ -8,13 +8,14 @@ _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # braille patt
 _BLANK = 0x2800
 
 
-def shrink(values: Sequence[float], count: int) -> list[float]:
-    """Return at most `count` values: the means of equal pieces, without values that are not finite."""
-    finite = [value for value in values if math.isfinite(value)]
-    if len(finite) <= count:
+def thin(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """Return at most `most` points (x, value): means of equal pieces, without values that are not finite."""
+    finite = [point for point in points if math.isfinite(point[1])]
+    if len(finite) <= most:
         return finite
-    ends = [round(index * len(finite) / count) for index in range(count + 1)]
-    return [sum(finite[a:b]) / (b - a) for a, b in pairwise(ends)]
+    ends = [round(index * len(finite) / most) for index in range(most + 1)]
+    pieces = [finite[begin:end] for begin, end in pairwise(ends)]
+    return [(piece[-1][0], sum(value for _, value in piece) / len(piece)) for piece in pieces]
 
 
 def curve(values: Sequence[float], width: int, height: int) -> list[str]:
@@ -27,7 +28,7 @@ def curve(values: Sequence[float], width: int, height: int) -> list[str]:
     Returns:
         `height` lines; the first has the largest value at its end, the last the smallest. Without a finite value: none.
     """
-    points = shrink(values, 2 * width)
+    points = [value for _, value in thin([(0.0, value) for value in values], 2 * width)]
     if not points:
         return []
     low, high = min(points), max(points)

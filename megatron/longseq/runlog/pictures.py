@@ -4,12 +4,12 @@ import base64
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from megatron.longseq.figures import BLUE, GREEN, LEGEND, ORANGE, PURPLE, RED, SKY, TITLE, axes_at, figure_file
 from megatron.longseq.runlog import record
+from megatron.longseq.runlog.chart import thin
 from megatron.longseq.runlog.folder import Record
 from megatron.longseq.runlog.screen import number
 
@@ -31,16 +31,6 @@ def inline(draw: Callable[[Path], None]) -> str:
         file = Path(folder, "picture.svg")
         draw(file)
         return "data:image/svg+xml;base64," + base64.b64encode(file.read_bytes()).decode()
-
-
-def thin(points: Series, most: int = POINTS) -> list[tuple[float, float]]:
-    """Return at most `most` points: means of equal pieces, without points that are not finite."""
-    finite = [point for point in points if math.isfinite(point[1])]
-    if len(finite) <= most:
-        return list(finite)
-    ends = [round(index * len(finite) / most) for index in range(most + 1)]
-    pieces = [finite[begin:end] for begin, end in pairwise(ends)]
-    return [(piece[-1][0], sum(value for _, value in piece) / len(piece)) for piece in pieces]
 
 
 def losses(steps: Sequence[Record]) -> dict[str, Series]:
@@ -110,7 +100,7 @@ def _draw(file: Path, panels: Sequence[tuple[str, list[tuple[str, Series, str]]]
             for name, series, colour in curves:
                 few = len(series) < 40
                 style: Any = {"marker": "o" if few else "", "markersize": 3, "linewidth": 1.2}
-                points = thin(series)
+                points = thin(series, POINTS)
                 axes.plot([at for at, _ in points], [value for _, value in points], color=colour, label=name, **style)
             for at in restarts:
                 axes.axvline(at, color="#999999", linewidth=0.8, linestyle=(0, (4, 3)))

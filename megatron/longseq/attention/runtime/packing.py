@@ -38,7 +38,14 @@ def take_rows(x: Tensor, ranges: TokenRanges) -> Tensor:
 
 
 def add_rows(total: Tensor, ranges: TokenRanges, values: Tensor, batch: TokenRange) -> None:
-    """Add [rows, sequences, ...] to some rows of some sequences of [s, b, ...]."""
+    """Add values to some rows of some sequences.
+
+    Args:
+        total: [s, b, ...], changed in place.
+        ranges: rows of `total`.
+        values: [rows, sequences, ...], in the order of `ranges`.
+        batch: sequences of `total`.
+    """
     part = total[:, batch.slice()]
     if len(ranges) > FEW_RANGES:
         part.index_add_(0, _cached_index(ranges, total.device), values.to(total.dtype))

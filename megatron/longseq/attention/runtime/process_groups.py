@@ -20,6 +20,11 @@ def reorder_context_group(group: dist.ProcessGroup, mesh: Mesh, timeout: timedel
     """Make the context-parallel group again, with its ranks in the order of `Mesh.ordered`.
 
     All ranks of the job call this at the same time. Data and rotary positions are cut by the rank in the new group.
+
+    Args:
+        group: upstream's context-parallel group.
+        mesh: degrees and placement of Ulysses and rings.
+        timeout: time after which a message that does not arrive is an error; None: the backend's own.
     """
     lists = all_groups(dist.get_process_group_ranks(group))
     return new_groups([mesh.ordered(ranks) for ranks in lists], group, timeout, sort_ranks=False)

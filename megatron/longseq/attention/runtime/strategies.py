@@ -54,7 +54,15 @@ class CPStrategy:
     def plan_call(
         self, kernel: Kernel, scale: float, segment: Segment, mask: Mask, pieces: Pieces | None = None
     ) -> "CPCall":
-        """Return the attention of a segment's queries to all keys up to its end; for `pieces` see `Layout`."""
+        """Return the attention of a segment's queries to all keys up to its end.
+
+        Args:
+            kernel: computes blocks.
+            scale: factor of the scores.
+            segment: the segment, whose lengths are tokens of all ranks.
+            mask: causal mask with documents and window.
+            pieces: see `Layout`.
+        """
         layout, place = Layout(self.mesh, segment.lengths, pieces=pieces), self.mesh.place(self.rank)
         if self.gather is not None:
             own = range(segment.index, segment.index + 1)

@@ -28,7 +28,7 @@ _LENGTHS = 400  # different lengths that are told apart; of more, neighbours cou
 
 
 def microbatch_bounds(problem: StepProblem, plan: StepPlan) -> float:
-    """Return seconds that no other groups for the sequences of the plan's micro-batches are below.
+    """Return a lower bound on the seconds of any groups for the sequences of the plan's micro-batches.
 
     Args:
         problem: the step.
@@ -36,13 +36,13 @@ def microbatch_bounds(problem: StepProblem, plan: StepPlan) -> float:
     """
     total = 0.0
     for one in plan.microbatches:
-        held = [index for group in one.groups for index in group.sequences]
-        total += microbatch_bound(problem, held, one.seconds) if held else one.seconds
+        indices = [index for group in one.groups for index in group.sequences]
+        total += microbatch_bound(problem, indices, one.seconds) if indices else one.seconds
     return total
 
 
 def microbatch_bound(problem: StepProblem, indices: Sequence[int], seconds: float) -> float:
-    """Return seconds that no micro-batch with these sequences is below.
+    """Return a lower bound on the seconds of a micro-batch with these sequences.
 
     Args:
         problem: the step.
@@ -70,7 +70,7 @@ def _distinct(problem: StepProblem, indices: Sequence[int]) -> tuple[list[int], 
     found: dict[int, list[int]] = {}
     for index in order:
         found.setdefault(cluster[problem.lengths[index]], []).append(index)
-    return [held[0] for held in found.values()], np.array([len(held) for held in found.values()], dtype=np.float64)
+    return [equal[0] for equal in found.values()], np.array([len(equal) for equal in found.values()], dtype=np.float64)
 
 
 def _clipped(epsilon: float) -> Callable[[Values], Values]:

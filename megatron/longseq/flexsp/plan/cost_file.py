@@ -51,8 +51,8 @@ def _model(values: Any, name: str) -> GroupCostModel:
     label = str(known.pop("name"))
     try:
         table = tuple((int(size), float(speed)) for size, speed in links.pop("all_to_all"))
-        for given in (known, heads, links):
-            wrong = {key: one for key, one in given.items() if isinstance(one, bool) or not _is_number(key, one)}
+        for numbers in (known, heads, links):
+            wrong = {key: one for key, one in numbers.items() if isinstance(one, bool) or not _is_number(key, one)}
             if wrong:
                 raise ValueError(f"{wrong}: give numbers")
         cost = GroupCostModel(label, **known, heads=Heads(**heads), links=GroupLinks(**links, all_to_all=table))

@@ -82,8 +82,8 @@ def _solve(problem: StepProblem, count: int, limit: float) -> list[list[WorkGrou
     for index in range(sequences):
         rows.append(([begin + at * sequences + index for at in range(len(slots))], [1.0] * len(slots), 1, 1))
     for microbatch in range(count):
-        held = [(count + at, float(slot.degree)) for at, slot in enumerate(slots) if slot.microbatch == microbatch]
-        rows.append(([col for col, _ in held], [degree for _, degree in held], -np.inf, problem.ranks))
+        degrees = [(count + at, float(slot.degree)) for at, slot in enumerate(slots) if slot.microbatch == microbatch]
+        rows.append(([col for col, _ in degrees], [degree for _, degree in degrees], -np.inf, problem.ranks))
     for at, slot in enumerate(slots):
         rows += _slot_rows(problem, slot, at, count, begin)
     # Micro-batches in descending order of their seconds; the sum is below the limit.

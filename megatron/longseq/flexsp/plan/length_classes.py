@@ -29,7 +29,7 @@ def length_classes(
         The shortest sequence of each class, the number of sequences of each, and the sequences of each.
     """
     order = sorted(indices, key=lambda index: (problem.lengths[index], index))
-    equal = [list(held) for _, held in groupby(order, key=lambda index: problem.lengths[index])]
+    equal = [list(members) for _, members in groupby(order, key=lambda index: problem.lengths[index])]
     low, high = 0.0, float(sum(problem.lengths[index] for index in order))
     classes = equal
     if len(equal) > most:
@@ -38,20 +38,20 @@ def length_classes(
             merged = _merge(problem, equal, middle)
             low, high = (low, middle) if len(merged) <= most else (middle, high)
         classes = _merge(problem, equal, high)
-    counts = np.array([len(held) for held in classes], dtype=np.float64)
-    return [held[0] for held in classes], counts, classes
+    counts = np.array([len(members) for members in classes], dtype=np.float64)
+    return [members[0] for members in classes], counts, classes
 
 
 def _merge(problem: StepProblem, equal: Sequence[list[int]], most_lost: float) -> list[list[int]]:
     """Merge neighbours as long as a class differs from its shortest sequence by at most that many tokens in all."""
     merged: list[list[int]] = []
     first, lost = 0, 0.0
-    for held in equal:
-        length = problem.lengths[held[0]]
-        if merged and lost + len(held) * (length - first) <= most_lost:
-            lost += len(held) * (length - first)
-            merged[-1].extend(held)
+    for members in equal:
+        length = problem.lengths[members[0]]
+        if merged and lost + len(members) * (length - first) <= most_lost:
+            lost += len(members) * (length - first)
+            merged[-1].extend(members)
         else:
             first, lost = length, 0.0
-            merged.append(list(held))
+            merged.append(list(members))
     return merged

@@ -94,7 +94,7 @@ class StepPlan:
     Attributes:
         microbatches: in the order in which they run.
         seconds: sum of the micro-batches' predicted seconds.
-        bound: seconds that no plan of these sequences can be below, under the same cost model.
+        bound: lower bound on the seconds of any plan of these sequences, under the same cost model.
         planner_seconds: CPU seconds of planning.
     """
 

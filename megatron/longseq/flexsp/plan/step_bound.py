@@ -44,7 +44,7 @@ _EPSILON = 1e-9
 
 
 def step_bound(problem: StepProblem, least: int = 1, known: float = np.inf) -> float:
-    """Return seconds that no plan of a step is below; see the module.
+    """Return a lower bound on the seconds of every plan of a step; see the module.
 
     Args:
         problem: the step.
@@ -54,7 +54,7 @@ def step_bound(problem: StepProblem, least: int = 1, known: float = np.inf) -> f
     if not problem.lengths:
         return 0.0
     program = _Program(problem)
-    longest = max(alone for alone, _ in problem.least)
+    longest = max(seconds for seconds, _ in problem.least)
     best, count = np.inf, least_microbatches(problem)
     while count <= len(problem.lengths):
         empty = max(0, least - count) * problem.cost.fixed
@@ -178,10 +178,10 @@ class _Program:
         degrees = np.array([one.degree for one in self.needs], dtype=np.float64)
         rows, cols, data = [np.zeros(kinds + 1, np.int64)], [np.arange(kinds + 1)], [np.array([-1.0, *degrees])]
         height, width = 1, 1 + 2 * kinds
-        held = [(np.zeros(0, np.int64), np.zeros(0, np.int64))]
+        entries = [(np.zeros(0, np.int64), np.zeros(0, np.int64))]
         for number, (one, used) in enumerate(zip(self.needs, self.used, strict=True)):
             own = np.arange(width, width + len(used))
-            held.append((used, own))
+            entries.append((used, own))
             for values, column in ((one.shares, 1 + number), (one.pieces, 1 + kinds + number)):
                 lines = np.arange(height, height + len(values))
                 rows += [np.repeat(lines, len(used)), lines]
@@ -190,7 +190,7 @@ class _Program:
                 height += len(lines)
             width += len(used)
         self.limits = coo_matrix((np.concatenate(data), (np.concatenate(rows), np.concatenate(cols))), (height, width))
-        classes, places = (np.concatenate(one) for one in zip(*held, strict=True))
+        classes, places = (np.concatenate(one) for one in zip(*entries, strict=True))
         self.whole = coo_matrix((np.ones(len(classes)), (classes, places)), shape=(len(self.counts), width))
         startups = np.array([one.kind.startup for one in self.needs]) - problem.startup
         # A rank too many costs what twice the work of the step costs, so that the program always has a solution.

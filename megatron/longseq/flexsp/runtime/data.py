@@ -27,10 +27,10 @@ def planned_steps(args: Namespace, samples: list[int], config: GPTDatasetConfig)
     Raises:
         ValueError: A part holds no document that can be trained, or conversations cannot be tokenized.
     """
-    given = {field.name: getattr(config, field.name) for field in fields(GPTDatasetConfig) if field.init}
+    fields_of_upstream = {field.name: getattr(config, field.name) for field in fields(GPTDatasetConfig) if field.init}
     files = jsonl_files(config.blend, config.blend_per_split) if args.sft else []
     own = DocumentDatasetConfig(
-        **given,
+        **fields_of_upstream,
         overlong=args.flexsp_overlong,
         conversations=args.sft,
         tokenized=tokenize_conversations(args, files),

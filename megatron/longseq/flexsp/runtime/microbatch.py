@@ -57,9 +57,9 @@ def pack_documents(
     borders = list(accumulate(sizes, initial=0))
     found = documents_of([*borders, total], 1, total)
     pieces = choose_layout(found, (CommType(mesh),), (total,)).pieces if mesh.size > 1 else None
-    held = Layout(Mesh(mesh.size, 1), (total,), pieces=pieces).positions(strategy.rank, 0)
-    rows = torch.cat([torch.arange(*one) for one in held])
-    positions = torch.cat([torch.arange(*one) for one in positions_in_documents(found, 0, held)])
+    ranges = Layout(Mesh(mesh.size, 1), (total,), pieces=pieces).positions(strategy.rank, 0)
+    rows = torch.cat([torch.arange(*one) for one in ranges])
+    positions = torch.cat([torch.arange(*one) for one in positions_in_documents(found, 0, ranges)])
     filler = total - sum(sizes)
     tokens, labels, mask = (
         torch.from_numpy(np.concatenate([*(getattr(one, name) for one in documents), np.full(filler, fill, dtype)]))[

@@ -40,9 +40,9 @@ class GlobalBatches:
             return range(begin, begin + self.documents)
         self._begins = self._begins or [self.first_sample]
         while len(self._begins) <= number + 1:
-            sample, held = self._begins[-1], 0
-            while held < self.tokens:
-                held += self.length(sample)
+            sample, tokens = self._begins[-1], 0
+            while tokens < self.tokens:
+                tokens += self.length(sample)
                 sample += 1
             self._begins.append(sample)
         return range(self._begins[number], self._begins[number + 1])

@@ -58,7 +58,7 @@ def parse(text: str, model: CostModel, segments: int, *, multiple: int = 1, alig
         lengths = [int(word) for word in text.split(",")]
     except ValueError:
         raise ValueError(f"--seq1f1b-partition {text!r}: give even, balanced or lengths such as 3072,1024") from None
-    return given(model, lengths, segments, multiple=multiple)
+    return from_lengths(model, lengths, segments, multiple=multiple)
 
 
 def even(model: CostModel, segments: int, *, multiple: int = 1) -> Partition:
@@ -68,8 +68,14 @@ def even(model: CostModel, segments: int, *, multiple: int = 1) -> Partition:
     return _partition("even", model, [(short + (i < longer)) * multiple for i in range(segments)], multiple)
 
 
-def given(model: CostModel, lengths: Sequence[int], segments: int, *, multiple: int = 1) -> Partition:
-    """Return a partition of the given lengths after checking them.
+def from_lengths(model: CostModel, lengths: Sequence[int], segments: int, *, multiple: int = 1) -> Partition:
+    """Return a partition of listed lengths after checking them.
+
+    Args:
+        model: costs of a token and of a cell.
+        lengths: tokens per segment.
+        segments: segments per sequence, K.
+        multiple: every length must be a multiple of it.
 
     Raises:
         ValueError: the lengths are not K positive multiples of `multiple` that sum to the sequence.
@@ -139,6 +145,11 @@ def balanced(model: CostModel, segments: int, *, multiple: int = 1, align: int |
 
 def check_length(total: int, segments: int, multiple: int) -> int:
     """Check that a sequence can be cut; return its length in units of `multiple`.
+
+    Args:
+        total: tokens of the sequence.
+        segments: segments per sequence, K.
+        multiple: tokens that every segment's length is a multiple of.
 
     Raises:
         ValueError: the sequence is not a multiple of `multiple`, or too short for so many segments.

@@ -115,6 +115,11 @@ def source(pipeline: Pipeline, rank: int, action: Action) -> tuple[int, Action] 
     """Return the rank and the action whose output `action` receives, or None.
 
     A forward receives hidden states from the previous model stage, a backward their gradient from the next one.
+
+    Args:
+        pipeline: sizes of the pipeline.
+        rank: pipeline rank that runs `action`.
+        action: the receiving action.
     """
     stage = pipeline.stage(rank, action.vstage)
     if action.kind is ActionKind.FORWARD and stage > 0:
@@ -127,7 +132,7 @@ def source(pipeline: Pipeline, rank: int, action: Action) -> tuple[int, Action] 
 
 
 def target(pipeline: Pipeline, rank: int, action: Action) -> tuple[int, Action] | None:
-    """Return the rank and the action that receive the output of `action`, or None."""
+    """Return the rank and the action that receive the output of `action`, or None. Arguments as for `source`."""
     stage = pipeline.stage(rank, action.vstage)
     if action.kind is ActionKind.FORWARD and stage < pipeline.depth - 1:
         peer, vstage = pipeline.place(stage + 1)

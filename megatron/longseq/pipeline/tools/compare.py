@@ -88,6 +88,11 @@ class Result:
 def run(choice: ScheduleChoice, model: CostModel, cluster: PipelineSetup) -> Result:
     """Simulate one schedule.
 
+    Args:
+        choice: schedule and partition.
+        model: costs of a layer and of the head.
+        cluster: sizes of the pipeline, and the latency of a message.
+
     Raises:
         ValueError: the sequence or the layers cannot be divided so, or there is no such schedule (ScheduleError).
     """

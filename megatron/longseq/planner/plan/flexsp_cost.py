@@ -135,7 +135,7 @@ def group_cost(model: Architecture, cluster: Cluster, run: Configuration, tokens
 
 def _slowest(model: Architecture, cluster: Cluster, run: Configuration, tokens: int) -> StageSeconds:
     """Return the seconds of a micro-batch of one document on the slowest pipeline rank."""
-    alone = replace(
+    single_rank = replace(
         run,
         seq_length=tokens,
         micro_batch_size=1,
@@ -143,4 +143,4 @@ def _slowest(model: Architecture, cluster: Cluster, run: Configuration, tokens: 
         global_batch_size=run.data_parallel_size,
         attention_backend="flash",
     )
-    return max(stage_seconds(model, cluster, alone), key=lambda one: one.both)
+    return max(stage_seconds(model, cluster, single_rank), key=lambda one: one.both)

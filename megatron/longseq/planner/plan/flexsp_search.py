@@ -152,12 +152,12 @@ def _shardings(task: PlanningTask, layout: ParallelLayout) -> list[tuple[StateSh
 
 def _flexible(search: DocumentTask, candidates: Sequence[_Candidate]) -> list[DocumentPlan]:
     """Return the best plans of FlexSP, and the best one with a single degree under the same layout as the first."""
-    taken: dict[tuple[int, int], int] = {}
+    counts: dict[tuple[int, int], int] = {}
     quick: list[tuple[float, int]] = []
     for number in _bounded(search, candidates):
         sizes = candidates[number].choice.layout[:2]
-        taken[sizes] = taken.get(sizes, 0) + 1
-        if taken[sizes] <= _PER_SIZES and len(quick) < _BOUNDED:
+        counts[sizes] = counts.get(sizes, 0) + 1
+        if counts[sizes] <= _PER_SIZES and len(quick) < _BOUNDED:
             quick.append((_predict(search, candidates[number], "sorted").seconds, number))
     best = [candidates[number] for _, number in sorted(quick)[:_QUICK]]
     plans = sorted((_predict(search, one, "heuristic") for one in best), key=lambda plan: plan.seconds)
@@ -210,7 +210,7 @@ def _packed(search: DocumentTask, candidates: Sequence[_Candidate]) -> DocumentP
     for candidate in candidates:
         one, cost = candidate.one, candidate.one.cost
         ranks = one.run.data_parallel_size
-        squares = sum(sum(part * part for part in held) for held in pack(search.steps[0], length, 1))
+        squares = sum(sum(part * part for part in sequence) for sequence in pack(search.steps[0], length, 1))
         least = (cost.linear * sum(search.steps[0]) + cost.square * squares) / ranks
         if best is not None and least > best.seconds:
             continue

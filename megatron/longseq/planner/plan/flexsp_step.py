@@ -184,15 +184,15 @@ def pack(lengths: Lengths, seq_length: int, multiple: int) -> Iterator[list[int]
     count = -(-count // multiple) * multiple
     index, left = 0, lengths[0]
     for _ in range(count):
-        room, held = seq_length, []
+        room, parts = seq_length, []
         while room:
             part = min(room, left)
-            held.append(part)
+            parts.append(part)
             room, left = room - part, left - part
             if not left:
                 index = (index + 1) % len(lengths)
                 left = lengths[index]
-        yield held
+        yield parts
 
 
 def _passes(cost: GroupCostModel, microbatches: Sequence[Groups], ranks: int) -> _Passes:

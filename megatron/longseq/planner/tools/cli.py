@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_search_command(commands)
     add_grid_command(commands)
     add_calibrate_command(commands)
-    given = list(sys.argv[1:] if argv is None else argv)
-    if given[:1] == ["predict"]:
-        given = ["predict", *separate_flags(given[1:])]
-    return run_command(parser, given)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["predict"]:
+        words = ["predict", *separate_flags(words[1:])]
+    return run_command(parser, words)

@@ -114,10 +114,10 @@ def document_report_text(report: DocumentReport) -> str:
     parts += [f"{report.seconds:.1f} s of processor time", "The first plan:", seconds_table(first.found.prediction)]
     parts += [stages_table(first.found.prediction, task.cluster), "Groups of the first step:"]
     parts += [plan_table(first.found.plans[0], lengths)]
-    told: set[str] = set()
+    names: set[str] = set()
     for plan in report.plans:
-        if plan.name not in told:
-            told.add(plan.name)
+        if plan.name not in names:
+            names.add(plan.name)
             parts += [f"Launch {plan.name} with:", f"```\n{document_launch_text(report, plan)}\n```"]
     if not report.training:
         parts.append("Replace DATA by the prefix of the tokenized data, and the tokenizer by its own.")
@@ -129,10 +129,10 @@ def document_report_json(report: DocumentReport) -> dict[str, Any]:
     search, task = report.search, report.search.task
     plans = []
     for plan in report.plans:
-        given = {name: value for name, value in flexsp_flags(search, plan).items() if value not in (None, False)}
+        flags = {name: value for name, value in flexsp_flags(search, plan).items() if value not in (None, False)}
         result = full_result(plan.found.prediction, task.cluster)
         extra = {"microbatches": plan.found.microbatches, "command": document_launch_text(report, plan)}
-        plans.append({"plan": plan.name, "flags": given, **result, **extra})
+        plans.append({"plan": plan.name, "flags": flags, **result, **extra})
     return {
         "model": task.model.name,
         "cluster": task.cluster.name,

@@ -145,9 +145,9 @@ def _training_words(args: argparse.Namespace) -> tuple[str, ...]:
 
 def _run_documents(args: argparse.Namespace) -> str:
     """Search for the documents of --lengths, and return the text that the command prints."""
-    given = [flag for flag, (field, _) in _RESTRICTIONS.items() if field in _NOT_WITH_LENGTHS and getattr(args, field)]
-    if given:
-        raise ValueError(f"--{given[0]} with --lengths: FlexSP has one micro-batch of packed documents and no segments")
+    flags = [flag for flag, (field, _) in _RESTRICTIONS.items() if field in _NOT_WITH_LENGTHS and getattr(args, field)]
+    if flags:
+        raise ValueError(f"--{flags[0]} with --lengths: FlexSP has one micro-batch of packed documents and no segments")
     started = time.process_time()
     tokens = None if args.global_batch_tokens is None else parse_count(args.global_batch_tokens)
     task = task_of(args)
@@ -202,19 +202,19 @@ def task_of(args: argparse.Namespace) -> PlanningTask:
                 f"--global-batch-tokens {args.global_batch_tokens}: not a multiple of --seq-length {args.seq_length}; "
                 f"the nearest are {sequences * seq_length} and {(sequences + 1) * seq_length}"
             )
-    given: dict[str, Any] = {
+    restrictions: dict[str, Any] = {
         field: tuple(getattr(args, field)) for field, _ in _RESTRICTIONS.values() if getattr(args, field)
     }
     if args.strategies:
-        given["strategies"] = tuple(args.strategies)
+        restrictions["strategies"] = tuple(args.strategies)
     if args.no_zero_bubble:
-        given["zero_bubble"] = (False,)
+        restrictions["zero_bubble"] = (False,)
     if args.no_recomputation:
-        given["recomputations"] = (Recomputation(),)
-    given["base"] = {} if args.float32 else {"bf16": True}
+        restrictions["recomputations"] = (Recomputation(),)
+    restrictions["base"] = {} if args.float32 else {"bf16": True}
     if args.local_layers:
-        given["base"]["transformer_impl"] = "local"
-    return planning_task(model, machine, seq_length, sequences, **given)
+        restrictions["base"]["transformer_impl"] = "local"
+    return planning_task(model, machine, seq_length, sequences, **restrictions)
 
 
 def _numbers(pairs: list[str]) -> tuple[dict[str, Any], dict[str, str]]:

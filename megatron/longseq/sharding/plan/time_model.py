@@ -141,7 +141,13 @@ def ring_seconds(
     links: LinkSpeeds,
     shards: Sequence[float],
 ) -> float:
-    """Return when the last bucket of a collective over all ranks is done, in seconds; see `time_collectives`."""
+    """Return when the last bucket of a collective over all ranks is done, in seconds.
+
+    Args:
+        kind: all-gather, reduce-scatter or all-reduce.
+        mode: whether and how it is split into collectives inside and between groups.
+        groups, links, shards: see `time_collectives`.
+    """
     return _last_end(full_collective(kind, groups, mode), mode, groups, links, shards)
 
 
