@@ -55,11 +55,11 @@ def ranks_of(folder: Path) -> list[psutil.Process]:
 
 
 def training_rank(folder: Path, rank: int) -> psutil.Process:
-    """Return the process of one rank of the run."""
-    for process in ranks_of(folder):
-        if "patches" in process.cmdline() and process.environ().get("RANK") == str(rank):
-            return process
-    raise AssertionError(f"rank {rank} of {folder} is not running")
+    """Return the process of one rank of the run, not one of its data workers, which have the same command."""
+    processes = ranks_of(folder)
+    alike = {one.pid for one in processes if "patches" in one.cmdline() and one.environ().get("RANK") == str(rank)}
+    (leader,) = [one for one in processes if one.pid in alike and one.ppid() not in alike]
+    return leader
 
 
 def test_killed_rank_is_named_and_the_run_resumes(ranks: RankPool, tmp_path: Path, tell: Callable[[str], None]) -> None:
