@@ -11,8 +11,9 @@ from megatron.longseq.planner.plan.bounds import PlanningProblem, SearchNode
 from megatron.longseq.planner.plan.cluster import cluster
 from megatron.longseq.planner.plan.launch import PlanChoice
 from megatron.longseq.planner.plan.model import Architecture, architecture
-from megatron.longseq.planner.plan.search import branch_and_bound, brute_force
+from megatron.longseq.planner.plan.search import branch_and_bound
 from megatron.longseq.planner.plan.task import PlanningTask, parse_count, planning_task
+from tests.unit.brute_force import brute_force
 
 ROUNDING = 1 + 1e-6
 FAMILIES = ("a100", "a800", "h100")

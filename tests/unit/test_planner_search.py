@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.longseq.planner.plan.search import LeafPrice, branch_and_bound, brute_force
+from megatron.longseq.planner.plan.search import LeafPrice, branch_and_bound
+from tests.unit.brute_force import brute_force
 
 
 @dataclass(frozen=True)

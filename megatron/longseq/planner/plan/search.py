@@ -110,24 +110,6 @@ def rounded(seconds: float) -> float:
     return float(f"{seconds:.{_DIGITS}g}")
 
 
-def brute_force[Node: Hashable, Leaf: Hashable](
-    problem: SearchProblem[Node, Leaf], limit: float, count: int = 1
-) -> SearchResult[Leaf]:
-    """Return the same as `branch_and_bound` by pricing every leaf; bounds are not used."""
-    ranking: _Ranking[Leaf] = _Ranking(count)
-    work, stack = SearchCount(), list(problem.roots())
-    while stack:
-        node = stack.pop()
-        stack += problem.children(node)
-        for leaf in problem.leaves(node):
-            work.leaves += 1
-            price = problem.price(leaf)
-            if price is not None and price.memory <= limit:
-                ranking.add(problem.family(node), leaf, price)
-    work.priced = work.leaves
-    return SearchResult(ranking.best(), work)
-
-
 def branch_and_bound[Node: Hashable, Leaf: Hashable](
     problem: SearchProblem[Node, Leaf], limit: float, count: int = 1
 ) -> SearchResult[Leaf]:

@@ -267,8 +267,7 @@ def search(task: PlanningTask, count: int = 5, training: tuple[str, ...] = (), s
     if not found.ranked:
         raise ValueError(_nothing(problem))
     explanation = explain(problem, found.ranked[0][0])
-    total = time.process_time() - started
-    return SearchReport(problem, found.ranked, found.count, seconds, total, explanation, training, site)
+    return SearchReport(problem, found.ranked, found.count, seconds, explanation, training, site)
 
 
 def _nothing(problem: PlanningProblem) -> str:

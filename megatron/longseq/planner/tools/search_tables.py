@@ -32,7 +32,6 @@ class SearchReport(NamedTuple):
         ranked: the best plans with their prices, best first.
         work: nodes and plans visited.
         seconds: processor time of the search.
-        total_seconds: the same with the explanation.
         explanation: of the first plan.
         training: flags that the planner does not choose; empty: the default ones.
         site: file for `scripts/launch.sh --site`.
@@ -42,7 +41,6 @@ class SearchReport(NamedTuple):
     ranked: tuple[tuple[PlanChoice, LeafPrice], ...]
     work: SearchCount
     seconds: float
-    total_seconds: float
     explanation: Explanation
     training: tuple[str, ...] = ()
     site: str | None = None
