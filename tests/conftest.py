@@ -4,8 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tests.pool import RankPool
+
+# An example may take long on a machine that is busy with other things.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 SHARED_RUNS = ("tests/distributed", "tests/regression")  # folders whose tests need the same trainings
 

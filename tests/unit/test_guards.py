@@ -147,10 +147,12 @@ def test_a_stall_of_one_rank_is_reported_by_all_and_ends_them() -> None:
     ("line", "message"),
     [
         ("--loss-spike-window 3", "--loss-spike-window 3: a median needs losses"),
+        ("--loss-spike-window 99999999999999999999", "checkpoints hold its losses; give at most"),
         ("--loss-spike-threshold 0", "--loss-spike-threshold 0: give a number"),
         ("--loss-spike-threshold nan", "--loss-spike-threshold nan: give a number"),
         ("--loss-spike-policy off --loss-spike-window 50", "--loss-spike-policy is off, so it has no effect"),
         ("--stall-timeout-minutes -1", "--stall-timeout-minutes -1: give minutes"),
+        ("--stall-timeout-minutes 1e-9", "--stall-timeout-minutes 1e-09: give minutes from 0.01"),
         ("--first-step-timeout-minutes nan", "--first-step-timeout-minutes nan: give minutes"),
     ],
 )

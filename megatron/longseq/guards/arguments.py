@@ -7,9 +7,10 @@ from typing import Any
 from megatron.longseq.refusals import is_dry_run, refuse_without_effect
 
 POLICIES = ("off", "warn", "skip", "stop")
-THRESHOLD, WINDOW, SMALLEST_WINDOW = 10.0, 100, 8
+THRESHOLD, WINDOW = 10.0, 100
+SMALLEST_WINDOW, LARGEST_WINDOW = 8, 100_000  # checkpoints hold the losses
 FIRST_STEP = 60.0  # minutes
-LONGEST = 1e6  # minutes; threads cannot wait much longer
+SHORTEST, LONGEST = 0.01, 1e6  # minutes; the monitor looks every 0.2 s, and threads cannot wait much longer
 OF_BACKEND = 0.9  # default of --stall-timeout-minutes, as a part of --distributed-timeout-minutes
 
 
@@ -71,6 +72,8 @@ def check_guard_numbers(args: Namespace) -> None:
     window, threshold = getattr(args, "loss_spike_window", WINDOW), getattr(args, "loss_spike_threshold", THRESHOLD)
     if window < SMALLEST_WINDOW:
         raise ValueError(f"--loss-spike-window {window}: a median needs losses; give at least {SMALLEST_WINDOW}.")
+    if window > LARGEST_WINDOW:
+        raise ValueError(f"--loss-spike-window {window}: checkpoints hold its losses; give at most {LARGEST_WINDOW}.")
     if not (math.isfinite(threshold) and threshold > 0):
         raise ValueError(f"--loss-spike-threshold {threshold:g}: give a number of standard deviations above 0.")
     if getattr(args, "loss_spike_policy", "off") == "off":
@@ -78,9 +81,11 @@ def check_guard_numbers(args: Namespace) -> None:
         refuse_without_effect(args, off, loss_spike_threshold=THRESHOLD, loss_spike_window=WINDOW)
     for flag in ("stall_timeout_minutes", "first_step_timeout_minutes"):
         minutes = getattr(args, flag, None)
-        if minutes is not None and not 0 <= minutes <= LONGEST:
+        if minutes is not None and minutes != 0 and not SHORTEST <= minutes <= LONGEST:
             name = flag.replace("_", "-")
-            raise ValueError(f"--{name} {minutes:g}: give minutes from 0 to {LONGEST:g}; 0 sets no limit.")
+            raise ValueError(
+                f"--{name} {minutes:g}: give minutes from {SHORTEST:g} to {LONGEST:g}, or 0, which sets no limit."
+            )
 
 
 def _graphs_whole_steps(args: Namespace) -> bool:
