@@ -140,7 +140,8 @@ def markdown(batches: int) -> str:
         )
         stages = [one.static, one.sorted_static, one.homogeneous, one.groups, one.filled, one.ours]
         gains = [before - after for before, after in pairwise(stages)]
-        sources.append([name, *(f"{gain / (one.static - one.ours):.0%}" for gain in gains)])
+        whole = one.static - one.ours
+        sources.append([name, *(f"{gain / whole:.0%}" if whole else "none" for gain in gains)])
     head = ["64 A100, s per step", "static", "batch-adaptive", "sorted", "upstream", "dev rule", "balanced"]
     head += ["FlexSP", "ours", "published / static", "FlexSP / static", "ours / static", "/ dev rule", "/ balanced"]
     shares = ["share of the gain", "sorting and blaster", "degree per micro-batch", "several degrees", "hole filling"]
