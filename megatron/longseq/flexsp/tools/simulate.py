@@ -160,7 +160,8 @@ def markdown(batches: int, rows: Sequence[tuple[str, Context, str]] | None = Non
         )
         stages = [one.static, one.sorted_static, one.homogeneous, one.groups, one.filled, one.ours]
         gains = [before - after for before, after in pairwise(stages)]
-        sources.append([name, *(f"{gain / (one.static - one.ours):.0%}" for gain in gains)])
+        whole = one.static - one.ours
+        sources.append([name, *(f"{gain / whole:.0%}" if whole else "none" for gain in gains)])
     head = ["64 A100, s per step", "static", "batch-adaptive", "sorted", "upstream", "dev rule", "balanced"]
     head += ["balanced, 2 degrees", "FlexSP", "all kinds", "published / static", "FlexSP / static"]
     head += ["all kinds / static", "/ dev rule", "/ balanced"]
