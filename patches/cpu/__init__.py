@@ -44,6 +44,21 @@ RECORDS = (
         aliases=("megatron.training.training:set_jit_fusion_options",),
         stage="start",
     ),
+    Record(
+        id="cpu.data-loader",
+        system="cpu",
+        action="wrap",
+        target="torch.utils.data.dataloader:_BaseDataLoaderIter.__init__",
+        impl="patches.cpu.initialize:without_trace",
+        reads=("megatron.training.training:build_train_valid_test_data_iterators",),
+        why="A data loader's iterator draws a seed for its workers from the CPU's generator. A GPU draws dropout from "
+        "another one. A CPU has one generator, so dropout would differ between tensor-parallel ranks, of which only "
+        "the first has loaders, and after a resume, because iterators are created after the checkpoint is loaded.",
+        when=_NO_CUDA,
+        test="tests/distributed/test_resume.py::test_goes_on_with_the_same_bits",
+        remove_when="upstream gives its data loaders a generator of their own",
+        stage="start",
+    ),
 )
 
 CALLBACKS = (

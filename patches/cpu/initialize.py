@@ -20,8 +20,8 @@ def allow_no_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
 def without_trace(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a function that draws random numbers: restore the state of the generator afterwards."""
 
-    def set_jit_fusion_options(*args: Any, **kwargs: Any) -> Any:
+    def draw(*args: Any, **kwargs: Any) -> Any:
         with torch.random.fork_rng(devices=[]):
             return original(*args, **kwargs)
 
-    return set_jit_fusion_options
+    return draw

@@ -24,7 +24,7 @@ from megatron.longseq.checkpoints import commit, digest, latest, manifest
 from megatron.longseq.checkpoints.faults import TRACKER
 from megatron.longseq.checkpoints.manifest import Item
 from megatron.longseq.checkpoints.safe_reading import load_metadata
-from megatron.longseq.checkpoints.saving import NonFiniteState, save_atomically
+from megatron.longseq.checkpoints.saving import FolderNotWritten, NonFiniteState, save_atomically
 from patches.checkpoint.latest import with_untracked_checkpoints
 
 WEIGHT = torch.arange(6000.0).view(60, 100)
@@ -121,6 +121,16 @@ def test_a_commit_stopped_at_any_step_loses_nothing(tmp_path: Path, monkeypatch:
     assert ended and step > 6 and len(seen) == 2, done
 
 
+def test_a_save_replaces_a_link_and_keeps_what_it_names(tmp_path: Path) -> None:
+    folder = tmp_path / "iter_0000001"
+    save(folder, 1)
+    moved(folder)
+    save(folder, 2)
+    assert value_of(folder) == 2 and not folder.is_symlink()
+    assert value_of(tmp_path / "elsewhere/iter_0000001") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"elsewhere", folder.name}
+
+
 def test_a_run_that_only_reads_leaves_a_save_at_work_alone(tmp_path: Path) -> None:
     save(tmp_path / "iter_0000001", 1)
     for name in ("saving_iter_0000002", "replaced_iter_0000003"):
@@ -160,6 +170,23 @@ def interrupted(folder: Path, name: str) -> None:
     os.utime(saving / manifest.NAME, ns=(2**62, 2**62))
 
 
+def strays(folder: Path) -> None:
+    """Put files and folders beside the checkpoints whose names look like theirs."""
+    for name in ("iter_0000009", "saving_iter_0000008.txt", "iter_0000004.tar", "iter_", "notes"):
+        (folder / name).write_text("not a checkpoint")
+    for name in ("iter_best", "saving_notes", "replaced_by_me", "iter_0000003/plots"):
+        (folder / name).mkdir()
+    (folder / "iter_0000003/plots/loss.png").write_bytes(b"\x89PNG")
+
+
+def moved(checkpoint: Path) -> None:
+    """Move a checkpoint to another place, and leave a link to it."""
+    place = checkpoint.parent / "elsewhere" / checkpoint.name
+    place.parent.mkdir(exist_ok=True)
+    checkpoint.rename(place)
+    checkpoint.symlink_to(place, target_is_directory=True)
+
+
 CASES: dict[str, tuple[Callable[[Path], Any], str | None, list[str]]] = {
     "whole": (lambda f: None, "iter_0000003", []),
     "no tracker": (lambda f: (f / TRACKER).unlink(), "iter_0000003", []),
@@ -192,6 +219,13 @@ CASES: dict[str, tuple[Callable[[Path], Any], str | None, list[str]]] = {
     ),
     "none whole": (lambda f: [cut(tensors(path)) for path in f.glob("iter_*")], None, ["iter_0000001/"]),
     "interrupted save": (lambda f: interrupted(f, "iter_0000004"), "iter_0000004", []),
+    "tensors of another iteration": (
+        lambda f: shutil.copy(tensors(f / "iter_0000002"), tensors(f / "iter_0000003")),
+        "iter_0000002",
+        [".distcp is damaged: layers.weight at [0, 0] differs from what was saved"],
+    ),
+    "files of others": (strays, "iter_0000003", []),
+    "links": (lambda f: [moved(path) for path in f.glob("iter_*")], "iter_0000003", []),
     "upstream's, incomplete": (lambda f: (f / "iter_0000004").mkdir(), "iter_0000003", []),
 }
 
@@ -299,6 +333,11 @@ def test_a_background_save_has_the_state_of_its_step_and_is_committed_last(tmp_p
             second = Background(tmp_path, weight)
             save_atomically(
                 lambda place: second.async_save(), tmp_path / "iter_0000002", second, group, in_background=True
+            )
+        (tmp_path / "full").write_text("a file where the folder of checkpoints should be")
+        with pytest.raises(FolderNotWritten, match=r"iter_0000003 is not saved: NotADirectoryError: .* unchanged"):
+            save_atomically(
+                lambda place: second.async_save(), tmp_path / "full/iter_0000003", second, group, in_background=True
             )
     finally:
         torch.distributed.destroy_process_group()

@@ -38,8 +38,7 @@ def begin(folder: Path) -> None:
         folder: of the checkpoint.
     """
     saving = saving_folder(folder)
-    if saving.exists():
-        shutil.rmtree(saving)
+    _remove(saving)
     saving.mkdir(parents=True)
     with contextlib.suppress(OSError):
         folder.rmdir()  # upstream creates it ahead of a save; one with files in it stays
@@ -64,13 +63,11 @@ def commit(folder: Path, items: Sequence[Item]) -> None:
             _flush(file)
     _flush(saving)
     if folder.exists():
-        if replaced.exists():
-            shutil.rmtree(replaced)
+        _remove(replaced)
         folder.rename(replaced)
     saving.rename(folder)
     _flush(folder.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    _remove(replaced)
 
 
 def recover(parent: Path) -> list[str]:
@@ -94,14 +91,14 @@ def recover(parent: Path) -> list[str]:
                 saving.rename(folder)
                 recovered.append(folder.name)
             else:
-                shutil.rmtree(saving)
+                _remove(saving)
     for replaced in sorted(parent.glob(f"{_REPLACED}*")):
         folder = parent / replaced.name.removeprefix(_REPLACED)
         if not is_checkpoint_folder(folder):
             continue
         with contextlib.suppress(OSError):
             if folder.exists():
-                shutil.rmtree(replaced)
+                _remove(replaced)
             else:
                 replaced.rename(folder)
                 recovered.append(folder.name)
@@ -110,6 +107,14 @@ def recover(parent: Path) -> list[str]:
 
 def _replaced_folder(folder: Path) -> Path:
     return folder.with_name(f"{_REPLACED}{folder.name}")
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder. Of a link to a folder, only the link is removed."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def _is_complete(folder: Path) -> bool:

@@ -9,6 +9,7 @@ from megatron.longseq.checkpoints.safe_reading import load_metadata
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MODEL_FILE = "model_optim_rng.pt"  # --ckpt-format torch, one per model-parallel rank
+COMMON_FILE, COMMON = "common.pt", "common_state"  # arguments and iteration: a file of its own, or an object in others
 ZIP = b"PK\x03\x04"  # first bytes of a file written by torch.save
 
 
@@ -122,16 +123,23 @@ def find_folder_fault(checkpoint: Path) -> str | None:
     )
 
 
+def _is_common(name: str) -> bool:
+    return name.partition("/")[0] == COMMON
+
+
 def _tensor_fault(checkpoint: Path) -> str | None:
     """Compare the sizes of the tensor files with the sizes that the checkpoint's `.metadata` lists."""
     listed = checkpoint / ".metadata"
     try:
         with listed.open("rb") as stream:
-            parts = load_metadata(stream).storage_data.values()
+            metadata = load_metadata(stream)
+        parts = metadata.storage_data.values()
     except FileNotFoundError:
         return f"{listed} is missing: the checkpoint was not finished, or files that begin with a dot were not copied."
     except Exception as error:
         return f"{listed} cannot be read ({error or type(error).__name__}): it is truncated, or was changed."
+    if not (checkpoint / COMMON_FILE).exists() and not any(map(_is_common, metadata.state_dict_metadata)):
+        return f"{checkpoint / COMMON_FILE} is missing: the checkpoint was not copied completely."
     ends: dict[str, int] = {}
     for part in parts:
         ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)

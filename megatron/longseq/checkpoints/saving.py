@@ -17,6 +17,10 @@ class NonFiniteState(RuntimeError):
     """Parameters or optimizer states are not finite, so they are not saved. All ranks raise this together."""
 
 
+class FolderNotWritten(RuntimeError):
+    """The first rank could not create or rename a folder, or write the manifest. All ranks raise this together."""
+
+
 def save_atomically(
     save: Callable[[str], Any], folder: Path, strategy: Any, group: dist.ProcessGroup, *, in_background: bool
 ) -> Any:
@@ -34,17 +38,15 @@ def save_atomically(
 
     Raises:
         NonFiniteState: on all ranks, before anything is written.
+        FolderNotWritten: on all ranks, for example if the disk is full.
     """
-    if group.rank() == 0:
-        commit.begin(folder)
-    dist.barrier(group)
+    _on_first_rank(lambda: commit.begin(folder), folder, group)
 
     def finish() -> None:
         gathered: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
         dist.gather_object(items, gathered, group=group, group_dst=0)
-        if gathered is not None:
-            commit.commit(folder, [item for of_rank in gathered for item in of_rank])
-        dist.barrier(group)
+        found = [item for of_rank in gathered or () for item in of_rank]
+        _on_first_rank(lambda: commit.commit(folder, found), folder, group)
 
     try:
         with _recording(strategy, folder, group, snapshot=in_background) as items:
@@ -58,6 +60,22 @@ def save_atomically(
     else:
         request.add_finalize_fn(finish)
     return request
+
+
+def _on_first_rank(act: Callable[[], None], folder: Path, group: dist.ProcessGroup) -> None:
+    """Change the file system on the first rank. The others wait for it, and raise if it fails."""
+    failure: list[str | None] = [None]
+    if group.rank() == 0:
+        try:
+            act()
+        except OSError as error:
+            failure = [f"{type(error).__name__}: {error}"]
+    dist.broadcast_object_list(failure, group=group, group_src=0)
+    if failure[0] is not None:
+        raise FolderNotWritten(
+            f"{folder} is not saved: {failure[0]}. The checkpoints saved before are unchanged. Make the folder "
+            "writable and free space on its disk, then resume from the last one."
+        )
 
 
 @contextmanager
