@@ -150,7 +150,7 @@ def test_the_laptops_run_shows_equal_losses(tmp_path: Path) -> None:
 def test_losses_that_differ_are_told(tmp_path: Path, other: list[float], status: int, message: str) -> None:
     for name, losses in (("one", [5.0, 4.0, 3.0]), ("other", other)):
         steps = [
-            record(STEP, iteration=step, steps=1, losses={"lm loss": loss}, seconds=9.0 if step == 1 else 2.0)
+            record(STEP, iteration=step, steps=1, tokens=8, losses={"lm loss": loss}, seconds=9.0 if step == 1 else 2.0)
             for step, loss in enumerate(losses, 1)
         ]
         (tmp_path / name / "start-0").mkdir(parents=True)

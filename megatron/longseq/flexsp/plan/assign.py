@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron.longseq.flexsp.plan.placement import DegreeCounts
-from megatron.longseq.flexsp.plan.problem import StepProblem
+from megatron.longseq.flexsp.plan.problem import Seconds, StepProblem
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class WorkGroup:
     """A group under construction.
 
@@ -37,6 +37,10 @@ class WorkGroup:
         self.held.append(index) if sign > 0 else self.held.remove(index)
         self.seconds = problem.time[self.degree](self.tokens, self.squares) if self.held else 0.0
 
+    def copy(self) -> "WorkGroup":
+        """Return a copy that can be changed by itself."""
+        return WorkGroup(self.degree, self.seconds, self.tokens, self.squares, list(self.held))
+
     def tokens_of(self, problem: StepProblem, index: int) -> int:
         """Return the tokens of a sequence in this group."""
         return problem.by_degree[self.degree].tokens[index]
@@ -51,6 +55,51 @@ class WorkGroup:
         return problem.time[self.degree](tokens, self.squares + a * a - b * b) if tokens else 0.0
 
 
+# Groups of a degree, those of them that are left, capacity, tokens and least seconds of every sequence, and time.
+_BestFitDegree = tuple[list[WorkGroup], list[WorkGroup], int, Sequence[int], list[float], Seconds]
+
+
+class _Open:
+    """The groups of one degree that sequences, longest first, may still join."""
+
+    __slots__ = ("_aside", "_heap", "_time", "_tokens", "added", "capacity", "degree", "groups")
+
+    def __init__(self, problem: StepProblem, degree: int, count: int, first: int) -> None:
+        self.groups = [WorkGroup(degree) for _ in range(count)]
+        self.degree, self.capacity = degree, problem.by_degree[degree].capacity
+        self.added = problem.least_added[degree]
+        self._tokens, self._time = problem.by_degree[degree].tokens, problem.time[degree]
+        self._heap = [(0.0, first + number, group) for number, group in enumerate(self.groups)]
+        self._aside: list[tuple[int, int, WorkGroup]] = []  # without room for the last sequence, most room first
+
+    def end(self, index: int, limit: float) -> float:
+        """Return when a sequence would end in the group that ends first and has room; infinite at the limit or above.
+
+        Sequences do not become longer, so a group without room has room again only for a shorter one.
+        """
+        length, heap, aside = self._tokens[index], self._heap, self._aside
+        while aside and -aside[0][0] >= length:
+            _, number, group = heapq.heappop(aside)
+            heapq.heappush(heap, (group.seconds, number, group))
+        while heap and heap[0][2].tokens + length > self.capacity:
+            _, number, group = heapq.heappop(heap)
+            heapq.heappush(aside, (group.tokens - self.capacity, number, group))
+        if not heap or heap[0][0] + self.added[index] >= limit:
+            return float("inf")
+        group = heap[0][2]
+        return self._time(group.tokens + length, group.squares + length * length)
+
+    def join(self, index: int, end: float) -> None:
+        """Add a sequence to the group of the last `end`."""
+        _, number, group = self._heap[0]
+        length = self._tokens[index]
+        group.tokens += length
+        group.squares += length * length
+        group.held.append(index)
+        group.seconds = end
+        heapq.heapreplace(self._heap, (end, number, group))
+
+
 def assign(
     problem: StepProblem, indices: Sequence[int], counts: DegreeCounts, limit: float = float("inf")
 ) -> list[WorkGroup] | None:
@@ -62,47 +111,21 @@ def assign(
         counts: degrees of the groups.
         limit: seconds that every group must stay below.
     """
-    heaps: list[tuple[int, list[tuple[float, int, WorkGroup]]]] = []
+    classes: list[_Open] = []
     number = 0
     for degree, count in reversed(counts):
-        heap = [(0.0, number + one, WorkGroup(degree)) for one in range(count)]
+        classes.append(_Open(problem, degree, count, number))
         number += count
-        heaps.append((degree, heap))
-    classes = [
-        (heap, problem.time[degree], problem.by_degree[degree].tokens, problem.by_degree[degree].capacity)
-        for degree, heap in heaps
-    ]
     for index in indices:
         best, chosen = limit, None
         for one in classes:
-            heap, time, tokens, capacity = one
-            length = tokens[index]
-            if length > capacity:
-                continue
-            position, group = 0, heap[0][2]
-            if group.tokens + length > capacity:
-                open_ones = [at for at, entry in enumerate(heap) if entry[2].tokens + length <= capacity]
-                if not open_ones:
-                    continue
-                position = min(open_ones, key=lambda at: heap[at][:2])
-                group = heap[position][2]
-            end = time(group.tokens + length, group.squares + length * length)
+            end = one.end(index, best)
             if end < best:
-                best, chosen = end, (one, position, length)
+                best, chosen = end, one
         if chosen is None:
             return None
-        (heap, *_), position, length = chosen
-        _, order, group = heap[position]
-        group.tokens += length
-        group.squares += length * length
-        group.held.append(index)
-        group.seconds = best
-        if position == 0:
-            heapq.heapreplace(heap, (best, order, group))
-        else:
-            heap[position] = (best, order, group)
-            heapq.heapify(heap)
-    return [entry[2] for _, heap in heaps for entry in heap]
+        chosen.join(index, best)
+    return [group for one in classes for group in one.groups]
 
 
 def best_fit(
@@ -119,21 +142,27 @@ def best_fit(
         target: seconds that no group may exceed.
         by_memory: whether room is memory alone; otherwise it is the scarcer of memory and time.
     """
-    groups = [WorkGroup(degree) for degree, count in reversed(counts) for _ in range(count)]
+    degrees = []
+    for degree, count in reversed(counts):
+        one = problem.by_degree[degree]
+        groups = [WorkGroup(degree) for _ in range(count)]
+        degrees.append(
+            (groups, list(groups), one.capacity, one.tokens, problem.least_added[degree], problem.time[degree])
+        )
     for index in indices:
         best, chosen, end = float("inf"), None, 0.0
-        for group in groups:
-            one = problem.by_degree[group.degree]
-            length = one.tokens[index]
-            room = one.capacity - group.tokens - length
-            if room < 0:
-                continue
-            seconds = problem.time[group.degree](group.tokens + length, group.squares + length * length)
-            if seconds > target:
-                continue
-            key: float = room if by_memory else min(room / one.capacity, 1 - seconds / target)
-            if key < best:
-                best, chosen, end = key, group, seconds
+        for _, left, capacity, tokens, added, time in degrees:
+            length, least = tokens[index], added[index]
+            for group in left:
+                room = capacity - group.tokens - length
+                if room < 0 or group.seconds + least > target or (by_memory and room >= best):
+                    continue
+                seconds = time(group.tokens + length, group.squares + length * length)
+                key: float = room if by_memory else min(room / capacity, 1 - seconds / target)
+                if key < best and seconds <= target:
+                    best, chosen, end = key, group, seconds
+                if not group.tokens:  # as all that follow
+                    break
         if chosen is None:
             return None
         length = chosen.tokens_of(problem, index)
@@ -141,7 +170,17 @@ def best_fit(
         chosen.squares += length * length
         chosen.held.append(index)
         chosen.seconds = end
-    return groups
+        _close(degrees, chosen, indices[-1], target)
+    return [group for groups, *_ in degrees for group in groups]
+
+
+def _close(degrees: Sequence[_BestFitDegree], group: WorkGroup, shortest: int, target: float) -> None:
+    """Leave out a group that has no room, or no time, for the shortest sequence."""
+    for groups, left, capacity, tokens, added, _ in degrees:
+        if groups[0].degree == group.degree:
+            if group.tokens + tokens[shortest] > capacity or group.seconds + added[shortest] > target:
+                left.remove(group)
+            return
 
 
 def makespan(groups: Sequence[WorkGroup]) -> float:

@@ -1,6 +1,7 @@
 """Plans with groups of one degree: for the whole step (static), or chosen for every micro-batch (sorted)."""
 
 import heapq
+from bisect import bisect_right, insort
 from collections.abc import Sequence
 
 from megatron.longseq.flexsp.plan.assign import WorkGroup, assign, makespan
@@ -65,14 +66,17 @@ def static_plan(problem: StepProblem, degree: int, filling: float) -> list[Group
 def _best_fit(problem: StepProblem, degree: int, limit: int) -> Groups:
     """Pack sequences into groups of a degree, longest first, each where it leaves the least room."""
     packs: Groups = []
+    by_tokens: list[tuple[int, int]] = []  # of every pack, and its number, the first one last
     for index in problem.order:
         length = problem.by_degree[degree].tokens[index]
-        fitting = [pack for pack in packs if pack.tokens + length <= limit]
-        if fitting:
-            max(fitting, key=lambda pack: pack.tokens).add(problem, index)
+        at = bisect_right(by_tokens, (limit - length, 0)) - 1
+        if at >= 0:
+            number = -by_tokens.pop(at)[1]
         else:
+            number = len(packs)
             packs.append(WorkGroup(degree))
-            packs[-1].add(problem, index)
+        packs[number].add(problem, index)
+        insort(by_tokens, (packs[number].tokens, -number))
     return packs
 
 

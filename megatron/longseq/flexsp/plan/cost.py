@@ -55,11 +55,9 @@ class GroupLinks:
                 f"links of nodes of {self.node} ranks, all-to-alls of {sizes} ranks: a node has at least 1 rank, and "
                 "the sizes of all-to-alls ascend from at least 2"
             )
-        if (
-            not all(speed > 0 for speed in speeds)
-            or min(self.all_to_all_latency, self.ring_latency, self.ring_adapter) < 0
-        ):
-            raise ValueError(f"links {self}: speeds must be above 0 bytes/s, and latencies at least 0 s")
+        others = (self.all_to_all_latency, self.ring_latency, self.ring_adapter)
+        if not all(speed > 0 for speed in speeds) or not all(0 <= one < math.inf for one in others):
+            raise ValueError(f"links {self}: speeds must be above 0 bytes/s, and latencies at least 0 s and finite")
 
     def all_to_all_speed(self, size: int) -> float:
         """Return the bytes per second of a rank in an all-to-all of `size` neighbouring ranks.

@@ -50,7 +50,7 @@ def _model(values: Any, name: str) -> GroupCostModel:
     links = _checked(known.pop("links"), GroupLinks, f"{name}, links")
     label = str(known.pop("name"))
     try:
-        table = tuple((int(size), float(speed)) for size, speed in links.pop("all_to_all"))
+        table = _table(links.pop("all_to_all"))
         for numbers in (known, heads, links):
             wrong = {key: one for key, one in numbers.items() if isinstance(one, bool) or not _is_number(key, one)}
             if wrong:
@@ -59,6 +59,15 @@ def _model(values: Any, name: str) -> GroupCostModel:
     except (TypeError, ValueError) as error:
         raise ValueError(f"cost model {name}: {error}") from None
     return cost
+
+
+def _table(values: Any) -> tuple[tuple[int, float], ...]:
+    """Return the speeds of all-to-alls."""
+    rows = values if isinstance(values, list) else [values]
+    for row in rows:
+        if not (isinstance(row, list) and len(row) == 2 and type(row[0]) is int and type(row[1]) in (int, float)):
+            raise ValueError(f"all_to_all {row!r}: give a list of [ranks, bytes per second]")
+    return tuple((size, float(speed)) for size, speed in rows)
 
 
 _INTEGERS = ("tokens_per_rank", "layers", "dim", "item", "grad_item", "padding", "node", "query", "kv")

@@ -80,19 +80,19 @@ def _trim(problem: StepProblem, counts: DegreeCounts) -> DegreeCounts:
 
 
 def fill(problem: StepProblem, counts: DegreeCounts) -> DegreeCounts:
-    """Add groups of the largest degrees for which ranks are left."""
-    free = problem.ranks - sum(degree * count for degree, count in counts)
+    """Add groups of the largest degrees that have a place on the ranks that are left."""
+    if problem.placement.place(counts) is None:
+        return counts
+    free, filled = set(problem.placement.gaps(counts)), dict(counts)
     for degree in reversed(problem.degrees):
-        added = free // degree
-        while added:
-            more = dict(counts)
-            more[degree] = more.get(degree, 0) + added
-            filled = tuple(sorted(more.items(), reverse=True))
-            if problem.placement.fits(filled):
-                counts, free = filled, free - added * degree
-                break
-            added //= 2
-    return counts
+        if degree > len(free):
+            continue
+        for start in problem.placement.slots(degree):
+            if start in free and free.issuperset(range(start, start + degree)):
+                free.difference_update(range(start, start + degree))
+                filled[degree] = filled.get(degree, 0) + 1
+    more = tuple(sorted(filled.items(), reverse=True))
+    return more if problem.placement.fits(more) else counts
 
 
 def exchanges(problem: StepProblem) -> list[Exchange]:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from megatron.longseq.flexsp.plan.assign import WorkGroup, assign, best_fit, makespan
 from megatron.longseq.flexsp.plan.degree_sets import candidates, exchanges, lower_estimate, neighbours
 from megatron.longseq.flexsp.plan.local_search import improve
@@ -11,6 +13,7 @@ from megatron.longseq.flexsp.plan.problem import StepProblem
 
 _CLOSE = 1.004  # of the lower estimate: no further search
 _BISECTIONS = 7
+_FAR = 1.15  # of the fastest groups so far: others that are slower than that are not searched
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,8 @@ class Effort:
 
 
 QUICK = Effort(placements=3_000, least=12, moves=20, refined=1, fine=3_000)
-THOROUGH = Effort(placements=60_000, least=40, moves=200, refined=3, fine=30_000)
+THOROUGH = Effort(placements=30_000, least=12, moves=200, refined=2, fine=30_000)
+FINAL = Effort(placements=60_000, least=16, moves=200, refined=3, fine=30_000)
 
 
 class _Search:
@@ -44,32 +48,41 @@ class _Search:
         self.estimate = lower_estimate(problem, indices)
         self.tried: dict[DegreeCounts, tuple[float, list[WorkGroup] | None]] = {}
         self.placed = 0
+        self._best: DegreeCounts | None = None
+        held = np.array(indices)
+        self._work = {degree: work[held] for degree, work in problem.least_work.items()}
 
     @property
     def is_over(self) -> bool:
         return self.placed >= self.effort.placements and len(self.tried) >= self.effort.least
 
     def best(self) -> DegreeCounts | None:
-        found = [counts for counts, (_, groups) in self.tried.items() if groups is not None]
-        return min(found, key=lambda counts: self.tried[counts][0], default=None)
+        """Return the fastest set of degrees so far; of equally fast ones the first."""
+        return self._best
 
     def seconds(self, counts: DegreeCounts) -> float:
         """Return the seconds of the micro-batch with groups of these degrees; infinite if they do not do."""
         if counts not in self.tried:
-            self.tried[counts] = self._try(counts)
+            seconds, groups = self.tried[counts] = self._try(counts)
+            if groups is not None and (self._best is None or seconds < self.tried[self._best][0]):
+                self._best = counts
         return self.tried[counts][0]
 
+    def _least_seconds(self, counts: DegreeCounts) -> float:
+        """Return seconds that no groups of these degrees are below: an even share of the least work."""
+        work = np.min([self._work[degree] for degree, _ in counts], axis=0).sum()
+        return self.problem.startup + float(work) / sum(degree * count for degree, count in counts)
+
     def _try(self, counts: DegreeCounts) -> tuple[float, list[WorkGroup] | None]:
-        problem, indices = self.problem, self.indices
-        self.placed += len(indices)
-        groups = assign(problem, indices, counts)
-        number = sum(count for _, count in counts)
-        seconds = float("inf") if groups is None else makespan(groups)
-        if len(indices) * number > self.effort.fine or seconds <= self.estimate * _CLOSE:
-            return seconds, groups
-        best = self.best()
+        problem, indices, best = self.problem, self.indices, self.best()
         known = self.tried[best][0] if best is not None else float("inf")
-        if groups is not None and seconds > 1.15 * known:
+        if self._least_seconds(counts) >= known:
+            return float("inf"), None
+        self.placed += len(indices)
+        fine = len(indices) * sum(count for _, count in counts) <= self.effort.fine
+        groups = assign(problem, indices, counts, float("inf") if fine else known)
+        seconds = float("inf") if groups is None else makespan(groups)
+        if not fine or seconds <= self.estimate * _CLOSE or (groups is not None and seconds > _FAR * known):
             return seconds, groups
         for by_memory in (True, False):
             low = self.estimate

@@ -24,13 +24,15 @@ class Placement:
     ranks: int
     node: int
     _known: dict[DegreeCounts, tuple[int, ...] | None] = field(default_factory=dict, repr=False)
+    _slots: dict[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
-    def slots(self, degree: int) -> list[int]:
+    def slots(self, degree: int) -> tuple[int, ...]:
         """Return the first ranks at which a group of a degree may begin."""
-        starts = range(0, self.ranks - degree + 1, degree)
-        if degree > self.node:
-            return list(starts)
-        return [start for start in starts if start // self.node == (start + degree - 1) // self.node]
+        if degree not in self._slots:
+            starts = range(0, self.ranks - degree + 1, degree)
+            inside = (start for start in starts if start // self.node == (start + degree - 1) // self.node)
+            self._slots[degree] = tuple(starts if degree > self.node else inside)
+        return self._slots[degree]
 
     def fits(self, counts: DegreeCounts) -> bool:
         """Return whether groups of these degrees can be placed."""
@@ -68,8 +70,7 @@ class Placement:
         for degree, last in zip(degrees, reverse, strict=True):
             left = slots.get((degree, last))
             if left is None:
-                left = self.slots(degree)
-                left = slots[degree, last] = left if last else left[::-1]
+                left = slots[degree, last] = list(self.slots(degree) if last else self.slots(degree)[::-1])
             while left:
                 start = left.pop()
                 if free.find(0, start, start + degree) < 0:

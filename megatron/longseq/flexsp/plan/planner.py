@@ -7,12 +7,14 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
+from megatron.longseq.flexsp.plan.assign import makespan
 from megatron.longseq.flexsp.plan.baselines import sorted_homogeneous, static, total
 from megatron.longseq.flexsp.plan.cost import FAMILIES, GroupCostModel, KindFamily
 from megatron.longseq.flexsp.plan.degree_sets import lower_estimate
 from megatron.longseq.flexsp.plan.exact import EXACT_GAP, solve_exactly
-from megatron.longseq.flexsp.plan.fill_holes import Groups, fill_holes
-from megatron.longseq.flexsp.plan.microbatch import QUICK, THOROUGH, Effort, plan_microbatch
+from megatron.longseq.flexsp.plan.fill_holes import Groups, dissolve, fill_holes, sequences
+from megatron.longseq.flexsp.plan.microbatch import FINAL, THOROUGH, Effort, plan_microbatch
+from megatron.longseq.flexsp.plan.move_cuts import Cuts, QuickPlans, cuts_of, move_cuts
 from megatron.longseq.flexsp.plan.plan import Microbatch, StepPlan
 from megatron.longseq.flexsp.plan.problem import PlanError, StepProblem
 from megatron.longseq.flexsp.plan.split import Parts, least_microbatches, splits
@@ -21,9 +23,13 @@ from megatron.longseq.flexsp.plan.step_bound import step_bound
 PlannerName = Literal["heuristic", "exact", "static", "sorted"]
 PLANNERS: tuple[PlannerName, ...] = get_args(PlannerName)
 
-_COUNTS = 4  # numbers of micro-batches that are tried above the least
-_QUICK_PLANS = 5  # splits that are planned quickly
-_BEST_PLANS = 2  # of these, those that are planned thoroughly
+_COUNTS = 3  # numbers of micro-batches that are tried
+_SPLITS = 3  # into each of them, of which the best one and the one that differs most from it are planned
+_MOVED_SEQUENCES = 4  # sequences that are planned while cuts are moved, for every sequence of the step
+_MOST_MOVED = 16_000  # the same in all, so that large steps do not take long
+_BEST_PLANS = 2  # of these, those that are searched thoroughly
+_CLOSE = 1.03  # of the seconds of the fastest of them: the others are not searched thoroughly
+_FILLED_PLANS = 3  # plans whose holes are filled
 
 
 def automatic_degrees(ranks: int) -> tuple[int, ...]:
@@ -107,48 +113,96 @@ def _seconds(problem: StepProblem, found: Sequence[Groups], least: int, multiple
     return total(found) + len(_padding(problem, len(found), least, multiple)) * problem.cost.fixed
 
 
-def search(problem: StepProblem, least: int = 1, multiple: int = 1, *, fills: bool = True) -> list[Groups]:
-    """Return the best plan of a few splits, or one with a single degree, after hole filling.
+def search(
+    problem: StepProblem, least: int = 1, multiple: int = 1, known: Sequence[list[Groups]] | None = None
+) -> list[Groups]:
+    """Return the best plan after hole filling and a last thorough search.
 
     Args:
         problem: the step.
         least, multiple: see `plan_step`.
-        fills: whether holes are filled.
+        known: plans to begin with; None: `contiguous_plans`.
     """
 
     def seconds(found: Sequence[Groups]) -> float:
         return _seconds(problem, found, least, multiple)
 
-    quick = [(parts, plan) for parts in _splits(problem, least, multiple) if (plan := _plan(problem, parts, QUICK))]
-    quick.sort(key=lambda one: seconds(one[1]))
+    found = list(known or contiguous_plans(problem, least, multiple))
+    found += [fill_holes(problem, plan, THOROUGH) for plan in sorted(found, key=seconds)[:_FILLED_PLANS]]
+    for plan in found[:]:
+        fewer = dissolve(problem, plan)
+        while fewer is not None:
+            found.append(fewer)
+            fewer = dissolve(problem, fewer)
+    best = min(found, key=seconds)
+    last = [_faster_groups(problem, groups, FINAL) for groups in best]
+    return min(best, last, fill_holes(problem, last, THOROUGH), key=seconds)
+
+
+def contiguous_plans(problem: StepProblem, least: int = 1, multiple: int = 1) -> list[list[Groups]]:
+    """Return plans of contiguous micro-batches, and the best plans with one degree.
+
+    Args:
+        problem: the step.
+        least, multiple: see `plan_step`.
+    """
+
+    def seconds(found: Sequence[Groups]) -> float:
+        return _seconds(problem, found, least, multiple)
+
     plans = [plan for plan in (sorted_homogeneous(problem), static(problem)) if plan is not None]
-    for parts, plan in quick[:_BEST_PLANS]:
-        thorough = _plan(problem, parts, THOROUGH)
-        plans.append(thorough if thorough is not None and seconds(thorough) < seconds(plan) else plan)
-    best = min(plans, key=seconds)
-    for plan in sorted(plans, key=seconds)[: _BEST_PLANS if fills else 0]:
-        filled = fill_holes(problem, plan, THOROUGH)
-        if seconds(filled) < seconds(best):
-            best = filled
-    return best
+    quick = _quick_plans(problem, least, multiple)
+    close = _CLOSE * min(map(seconds, quick), default=0.0)
+    for plan in quick:
+        plans.append([_faster_groups(problem, groups, THOROUGH) for groups in plan] if seconds(plan) <= close else plan)
+    return plans
 
 
-def _plan(problem: StepProblem, parts: Parts, effort: Effort) -> list[Groups] | None:
-    plan = []
-    for part in parts:
-        groups = plan_microbatch(problem, part, effort)
-        if groups is None:
-            return None
-        plan.append(groups)
-    return plan
+def _quick_plans(problem: StepProblem, least: int, multiple: int) -> list[list[Groups]]:
+    """Return quick plans of the best cuts, after they were moved."""
+    quick = QuickPlans(problem)
+
+    def seconds(cuts: Cuts) -> float:
+        missing = -(-max(len(cuts), least) // multiple) * multiple - len(cuts)
+        return quick.seconds(cuts) + missing * problem.cost.fixed
+
+    starts = sorted((cuts_of(parts) for parts in _splits(problem, least, multiple)), key=seconds)
+    if not starts:
+        return []
+    best = starts[0]
+    alike = [cuts for cuts in starts[1:] if len(cuts) == len(best)]
+    other = [cuts for cuts in starts if len(cuts) != len(best)]
+    # The best cuts, the most different ones, and the best ones into another number of micro-batches.
+    alike.sort(key=lambda cuts: -_distance(cuts, best))
+    chosen = [best, *alike[:1], *other[:1]]
+    most = min(_MOVED_SEQUENCES * len(problem.lengths), _MOST_MOVED)
+    candidates = [move_cuts(quick, start, most) for start in chosen]
+    best_cuts = sorted(dict.fromkeys(candidates), key=seconds)[:_BEST_PLANS]
+    # Faster cuts may leave worse holes, so the best ones of the blaster stay.
+    return [plan for cuts in dict.fromkeys([*best_cuts, best]) if (plan := quick.plan(cuts)) is not None]
+
+
+def _faster_groups(problem: StepProblem, groups: Groups, effort: Effort) -> Groups:
+    """Return groups for the same sequences that were searched for with some effort, if they are faster."""
+    found = plan_microbatch(problem, sequences(problem, groups), effort)
+    return found if found is not None and makespan(found) < makespan(groups) else groups
 
 
 def _splits(problem: StepProblem, least: int, multiple: int) -> list[Parts]:
-    """Return the splits with the smallest estimates, over several numbers of micro-batches."""
+    """Return two splits for each of several numbers of micro-batches: that with the least estimate, and another one."""
     count = max(least_microbatches(problem), least)
-    each = {}
+    found: list[Parts] = []
     for number in range(count, count + _COUNTS * multiple):
         if number % multiple == 0 or number == len(problem.lengths):
-            for parts in splits(problem, min(number, len(problem.lengths))):
-                each[parts] = sum(lower_estimate(problem, part) for part in parts)
-    return sorted(each, key=lambda parts: each[parts])[:_QUICK_PLANS]
+            each = splits(problem, min(number, len(problem.lengths)))
+            each.sort(key=lambda parts: sum(lower_estimate(problem, part) for part in parts))
+            found += [
+                *each[:1],
+                *sorted(each[1:_SPLITS], key=lambda parts: -_distance(cuts_of(parts), cuts_of(each[0])))[:1],
+            ]
+    return list(dict.fromkeys(found))
+
+
+def _distance(one: Cuts, other: Cuts) -> int:
+    """Return by how many sequences cuts into as many micro-batches differ."""
+    return sum(abs(a - b) for a, b in zip(one, other, strict=True))

@@ -42,7 +42,7 @@ class DegreeCost:
 
     def seconds(self) -> Seconds:
         """Return the function of (tokens, squares) that gives the seconds of the fastest of the likely kinds."""
-        likely = self._likely()
+        likely = self.likely()
         if len(likely) == 1 and not likely[0].rings:
             startup, token, square = likely[0].startup, likely[0].token, likely[0].square
             return lambda tokens, squares: startup + token * tokens + square * squares
@@ -52,6 +52,8 @@ class DegreeCost:
             best = float("inf")
             for startup, token, square, sent, hidden, sent_back, hidden_back in rows:
                 time = startup + token * tokens + square * squares
+                if time >= best:
+                    continue
                 exposed, exposed_back = sent * tokens - hidden * squares, sent_back * tokens - hidden_back * squares
                 if exposed > 0:
                     time += exposed
@@ -68,7 +70,7 @@ class DegreeCost:
         found = np.min([_seconds(one, tokens, tokens**2) for one in self.kinds], axis=0)
         return np.where(tokens <= self.capacity, found, np.inf)
 
-    def _likely(self) -> list[KindCost]:
+    def likely(self) -> list[KindCost]:
         """Return the kinds that are the fastest for some tokens and mean lengths of the step."""
         tokens = np.array(self.tokens, dtype=np.float64)
         fitting = tokens[tokens <= self.capacity]
@@ -182,6 +184,29 @@ class StepProblem:
             works.append(np.where(tokens <= each.capacity, work, np.inf))
         alone, least = np.min(list(self.alone.values()), axis=0), np.min(works, axis=0)
         return tuple(zip(alone.tolist(), least.tolist(), strict=True))
+
+    @cached_property
+    def least_added(self) -> dict[int, list[float]]:
+        """Of each degree, seconds that every sequence surely adds to a group with or without others.
+
+        A group takes as long as the largest linear piece of its fastest kind (`KindCost.pieces`), and grows by at least
+        that piece.
+        """
+        found = {}
+        for degree, each in self.by_degree.items():
+            tokens = np.array(each.tokens, dtype=np.float64)
+            pieces = {piece for one in each.kinds for piece in one.pieces()}
+            added = np.min([token * tokens + square * tokens**2 for token, square in pieces], axis=0)
+            found[degree] = (added * (1 - 1e-9)).tolist()
+        return found
+
+    @cached_property
+    def least_work(self) -> dict[int, Values]:
+        """Of each degree, rank-seconds that every sequence surely adds; infinite where it does not fit."""
+        return {
+            degree: np.where(np.isfinite(self.alone[degree]), np.array(added) * degree, np.inf)
+            for degree, added in self.least_added.items()
+        }
 
     @cached_property
     def alone(self) -> dict[int, Values]:

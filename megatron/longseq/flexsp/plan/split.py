@@ -4,7 +4,9 @@ Micro-batches of similar lengths need similar degrees. The paper balances their 
 micro-batches at one end leave a smaller one at the other end, which is often faster; `splits` returns those, too.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 
 from megatron.longseq.flexsp.plan.problem import StepProblem
 
@@ -29,12 +31,13 @@ def splits(problem: StepProblem, count: int) -> list[Parts]:
     memory = problem.ranks * problem.cost.tokens_per_rank
     order = problem.order
     tokens = [problem.least_tokens[index] for index in order]
-    balanced = _balanced_limit(tokens, count)
+    ahead, back = [0, *accumulate(tokens)], [0, *accumulate(tokens[::-1])]
+    balanced = _balanced_limit(ahead, count)
     found: dict[Parts, None] = {}
     for share in _SHARES:
         limit = int(balanced + share * max(_FULL * memory - balanced, 0))
         for reverse in (False, True):
-            sizes = _cut(tokens[::-1] if reverse else tokens, limit, count)
+            sizes = _cut(back if reverse else ahead, limit, count)
             if sizes is not None and limit <= memory:
                 found[tuple(_parts(order, sizes[::-1] if reverse else sizes))] = None
     return list(found)
@@ -47,29 +50,30 @@ def _parts(order: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[int, ..
         begin += size
 
 
-def _balanced_limit(tokens: Sequence[int], count: int) -> int:
+def _balanced_limit(before: Sequence[int], count: int) -> int:
     """Return the least tokens of the largest of `count` contiguous parts, by bisection."""
-    low, high = max(*tokens, -(-sum(tokens) // count)), sum(tokens)
+    low, high = max(-(-before[-1] // count), *(b - a for a, b in pairwise(before))), before[-1]
     while low < high:
         middle = (low + high) // 2
-        if _cut(tokens, middle, count) is not None:
+        if _cut(before, middle, count) is not None:
             high = middle
         else:
             low = middle + 1
     return low
 
 
-def _cut(tokens: Sequence[int], limit: int, count: int) -> list[int] | None:
-    """Return the sizes of `count` parts, filled one after the other up to a limit; None if they do not suffice."""
-    sizes: list[int] = []
-    size, filled = 0, 0
-    for number, length in enumerate(tokens):
+def _cut(before: Sequence[int], limit: int, count: int) -> list[int] | None:
+    """Return the sizes of `count` parts, filled one after the other up to a limit; None if they do not suffice.
+
+    Args:
+        before: tokens before every sequence, and of all.
+        limit: most tokens of a part, at least those of the longest sequence.
+        count: number of parts.
+    """
+    sizes, begin, number = [], 0, len(before) - 1
+    for later in range(min(count, number) - 1, -1, -1):
         # Every part that is still to come needs a sequence.
-        if size and (filled + length > limit or len(tokens) - number == count - len(sizes) - 1):
-            sizes.append(size)
-            size, filled = 0, 0
-        if len(sizes) == count:
-            return None
-        size, filled = size + 1, filled + length
-    sizes.append(size)
-    return sizes if len(sizes) == count else None
+        end = min(bisect_right(before, before[begin] + limit) - 1, number - later)
+        sizes.append(end - begin)
+        begin = end
+    return sizes if begin == number and len(sizes) == count else None

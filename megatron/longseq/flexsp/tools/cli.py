@@ -16,11 +16,11 @@ from megatron.longseq.command_line import markdown_table, run_command
 from megatron.longseq.flexsp.plan.bound import microbatch_bounds
 from megatron.longseq.flexsp.plan.cost import FAMILIES, GroupCostModel, KindFamily
 from megatron.longseq.flexsp.plan.cost_file import load_cost
-from megatron.longseq.flexsp.plan.paper import BUILT_IN
+from megatron.longseq.flexsp.plan.paper import BUILT_IN, PAPER_MODELS
 from megatron.longseq.flexsp.plan.plan import Kind, StepPlan
 from megatron.longseq.flexsp.plan.planner import PLANNERS, automatic_degrees, plan_step
 from megatron.longseq.flexsp.plan.problem import StepProblem
-from megatron.longseq.flexsp.tools.simulate import markdown
+from megatron.longseq.flexsp.tools.simulate import CONTEXTS, configurations, markdown
 
 MOST_BATCHES = 1000
 
@@ -46,6 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=_plan)
     simulate = commands.add_parser("simulate", help="print Markdown tables of the paper's configurations")
     simulate.add_argument("--batches", type=int, default=2, metavar="N", help="steps of a configuration (default 2)")
+    for name, known in (("models", PAPER_MODELS), ("contexts", CONTEXTS)):
+        simulate.add_argument(f"--{name}", default=",".join(known), metavar="NAME,...", help=f"of {', '.join(known)}")
     simulate.set_defaults(run=_simulate)
     draw = commands.add_parser("draw", help="draw a step, ranks by time, coloured by sequence: static and flexible")
     _add_plan_arguments(draw)
@@ -100,7 +102,7 @@ def _kinds(text: str) -> tuple[KindFamily, ...]:
     kinds = tuple(one for one in FAMILIES if one in text.split(","))
     unknown = [word for word in text.split(",") if word not in FAMILIES]
     if unknown:
-        raise ValueError(f"--kinds {text}: {', '.join(unknown)} is unknown; give some of {', '.join(FAMILIES)}")
+        raise ValueError(f"--kinds {text}: {unknown[0]!r} is unknown; give some of {', '.join(FAMILIES)}")
     return kinds
 
 
@@ -135,7 +137,7 @@ def _plan(args: argparse.Namespace) -> str:
 def plan_object(plan: StepPlan, degrees: Collection[int], families: Sequence[KindFamily] = FAMILIES) -> dict[str, Any]:
     """Return a plan as the object that `plan --json` prints.
 
-    Groups have one of the given degrees. Ranks on which none of them has a place are listed as `idle_ranks`.
+    Groups have one of the given degrees. Ranks on which none of them has a place are in no group: they wait.
     """
 
     def name(kind: Kind) -> str:
@@ -155,7 +157,6 @@ def plan_object(plan: StepPlan, degrees: Collection[int], families: Sequence[Kin
                     for group in one.groups
                     if group.degree in degrees
                 ],
-                "idle_ranks": list(one.idle_ranks(degrees)),
             }
             for one in plan.microbatches
         ],
@@ -194,7 +195,12 @@ def _simulate(args: argparse.Namespace) -> str:
         raise ValueError(
             f"--batches {args.batches}: give 1 to {MOST_BATCHES}; each takes seconds in every configuration"
         )
-    return markdown(args.batches)
+    for given, known in ((args.models, PAPER_MODELS), (args.contexts, CONTEXTS)):
+        unknown = [name for name in given.split(",") if name not in known]
+        if unknown:
+            raise ValueError(f"simulate: {unknown[0]!r} is none of {', '.join(known)}")
+    models, contexts = args.models.split(","), args.contexts.split(",")
+    return markdown(args.batches, [row for row in configurations() if row[0] in models and row[1] in contexts])
 
 
 def _draw(args: argparse.Namespace) -> None:

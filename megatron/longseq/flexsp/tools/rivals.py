@@ -2,6 +2,7 @@
 
 from megatron.longseq.flexsp.plan.assign import WorkGroup, assign, makespan
 from megatron.longseq.flexsp.plan.baselines import balanced, homogeneous, static_plan, total
+from megatron.longseq.flexsp.plan.placement import DegreeCounts
 from megatron.longseq.flexsp.plan.problem import StepProblem
 from megatron.longseq.flexsp.plan.split import least_microbatches, splits
 
@@ -34,6 +35,40 @@ def balanced_seconds(problem: StepProblem, degree: int) -> float:
     """Return the seconds of a balanced split over groups of one degree, as WLB-LLM balances work."""
     plan = balanced(problem, degree)
     return float("inf") if plan is None else total(plan)
+
+
+def meshes(problem: StepProblem, context: int) -> list[DegreeCounts]:
+    """Return static divisions of the ranks into groups of one or two degrees, the larger of which holds the context."""
+    found = []
+    for degree in holding_degrees(problem, context):
+        for count in range(1, problem.ranks // degree + 1):
+            rest = problem.ranks - count * degree
+            for other in problem.degrees:
+                more = rest // other
+                if other < degree and (more or not rest):
+                    found.append(((degree, count), (other, more)) if more else ((degree, count),))
+    return [mesh for mesh in dict.fromkeys(found) if problem.placement.fits(mesh)]
+
+
+def balanced_mesh_seconds(problem: StepProblem, mesh: DegreeCounts) -> float:
+    """Return the seconds of a balanced split over the groups of a static division of the ranks.
+
+    Sequences, longest first, join the group of all micro-batches in which they end first, as WLB-LLM balances work over
+    groups of one degree. The number of micro-batches is the least with which all sequences find a place.
+    """
+    count = least_microbatches(problem)
+    while count <= len(problem.lengths):
+        groups = assign(problem, problem.order, tuple((degree, count * number) for degree, number in mesh))
+        if groups is not None:
+            groups.sort(key=lambda group: (group.degree, -group.seconds))
+            slowest = [0.0] * count
+            for degree, number in mesh:
+                own = [group for group in groups if group.degree == degree]
+                for at in range(count):
+                    slowest[at] = max(slowest[at], makespan(own[at * number : (at + 1) * number]))
+            return sum(slowest)
+        count += 1
+    return float("inf")
 
 
 def smallest_degree(problem: StepProblem, index: int) -> int:
