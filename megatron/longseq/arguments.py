@@ -18,6 +18,22 @@ from megatron.longseq.sharding.arguments import add_sharding_arguments, check_sh
 
 START_FOLDER = "LONGSEQ_START_FOLDER"  # scripts/lib/rank.py sets it
 ARGUMENTS = "arguments.json"
+# Upstream's flags that are numbers of steps. Without a value they have no effect; upstream does not check the value.
+INTERVALS = (
+    "log_interval",
+    "tensorboard_log_interval",
+    "log_memory_interval",
+    "eval_interval",
+    "save_params_interval",
+    "save_activations_interval",
+    "save_tokens_per_expert_interval",
+    "save_wgrads_interval",
+    "save_dgrads_interval",
+    "non_persistent_save_interval",
+    "check_weight_hash_across_dp_replicas_interval",
+    "gpu_sniff_test_interval",
+    "adlr_autoresume_interval",
+)
 
 
 def add_longseq_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -49,6 +65,7 @@ def validate_longseq_arguments(args: argparse.Namespace) -> None:
         ValueError: a flag is not supported. The message names it, the reason and what to do.
     """
     check_dry_run(args)
+    _check_intervals(args)
     _check_home(args)
     _validate_record_arguments(args)
     _check_log_arguments(args)
@@ -127,6 +144,20 @@ def _validate_record_arguments(args: argparse.Namespace) -> None:
     if not args.arguments_file or Path(args.arguments_file).is_dir():
         raise ValueError(f"{flag}: this is not a file name. Give a file in a writable folder.")
     refuse_unwritable(flag, Path(args.arguments_file).absolute().parent, "give a file in a writable folder")
+
+
+def _check_intervals(args: argparse.Namespace) -> None:
+    """Refuse numbers of steps by which upstream would divide in the middle of a run, and a number of workers below 0.
+
+    Raises:
+        ValueError: names the flag.
+    """
+    least = {**dict.fromkeys(INTERVALS, 1), "num_workers": 0}
+    for name, smallest in least.items():
+        value = getattr(args, name, None)
+        if value is not None and value < smallest:
+            advice = "; --eval-iters 0 switches evaluation off" if name == "eval_interval" else ""
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give at least {smallest}{advice}.")
 
 
 def _check_home(args: argparse.Namespace) -> None:

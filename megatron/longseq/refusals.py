@@ -93,7 +93,15 @@ def explained_refusals(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (AssertionError, ArithmeticError, LookupError, TypeError, AttributeError, NotImplementedError) as error:
+    except (
+        AssertionError,
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        NotImplementedError,
+        OSError,
+    ) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
         text = str(error).strip() or f"this does not hold: {(place.line or '').removeprefix('assert ')}"

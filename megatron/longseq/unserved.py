@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from megatron.longseq.data.splits import parts_with_data
-from megatron.longseq.refusals import Refusals, refused
+from megatron.longseq.refusals import Refusals, is_dry_run, refused
 
 _THEIRS = "use Megatron-LM's own script, which supports it: python -m patches run PATH/pretrain_gpt.py ..."
 
@@ -71,6 +71,10 @@ UNSERVED: Refusals = {
         lambda a: a.eval_iters > 0 and any(parts_with_data(a).values()) and not _has_data(a, "valid"),
         "upstream's evaluation fails with a TypeError; give --eval-iters 0, or validation data (--valid-data-path, or "
         "a --split whose second number is not 0)",
+    ),
+    "--eval-interval is missing": (
+        lambda a: a.eval_interval is None and not (a.full_validation or a.skip_train or is_dry_run(a)),
+        "upstream divides by it when it counts the samples of a run; give it, also with --eval-iters 0",
     ),
     "--full-validation with --eval-micro-batch-size": (
         lambda a: (

@@ -1,8 +1,10 @@
 """What the ledger does at upstream's argument parsing and initialisation."""
 
+import functools
+import inspect
 import os
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,7 @@ def choose_patches(parse_args: Callable[..., Any]) -> Callable[..., Any]:
 
         def provider(parser: ArgumentParser) -> ArgumentParser:
             escape_help(parser)
+            explain_names(parser)
             return arguments.add_longseq_arguments(kept.script(parser) if kept.script else parser)
 
         args = parse_args(provider, ignore_unknown_args)
@@ -96,6 +99,27 @@ def escape_help(parser: ArgumentParser) -> None:
             _ = (action.help or "") % {**vars(action), "prog": parser.prog}
         except (ValueError, KeyError, TypeError):
             action.help = (action.help or "").replace("%", "%%")
+
+
+def explain_names(parser: ArgumentParser) -> None:
+    """Let flags whose values are names of an enumeration refuse another name as argparse refuses a wrong choice.
+
+    Upstream looks the name up, and argparse does not expect the KeyError of an unknown one.
+    """
+    for action in parser._actions:
+        if inspect.isfunction(action.type):
+            action.type = _explained(action.type)
+
+
+def _explained(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    @functools.wraps(convert)
+    def converted(text: str) -> Any:
+        try:
+            return convert(text)
+        except KeyError:
+            raise ArgumentTypeError(f"{text!r} is no name that this flag knows") from None
+
+    return converted
 
 
 def with_explained_refusals(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -73,6 +73,7 @@ def with_documents(original: Callable[..., Any]) -> Callable[..., Any]:
         if arguments.get("attention_mask") is not None:
             raise ValueError("packed documents: the script hands the model an attention mask, too; hand it one of them")
         refuse_unserved_model(self)
+        _refuse_other_attention(self)
         tensor = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         shape = micro_batch_shape(
             arguments, None if self.pre_process else self.decoder.input_tensor, reader.ranks, tensor
@@ -85,6 +86,20 @@ def with_documents(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(*bound.args, **bound.kwargs)
 
     return forward
+
+
+def _refuse_other_attention(model: Any) -> None:
+    """Refuse a model with a core attention that does not read our documents.
+
+    Raises:
+        ValueError: names the layer and its core attention.
+    """
+    from megatron.longseq.attention.module import refuse_core_attention
+
+    for layer in model.decoder.layers:
+        core = getattr(getattr(layer, "self_attention", None), "core_attention", None)
+        if core is not None:
+            refuse_core_attention(core, f"packed documents, layer {layer.layer_number}")
 
 
 def with_positions_in_documents(original: Callable[..., Any]) -> Callable[..., Any]:

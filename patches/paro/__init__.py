@@ -1,6 +1,6 @@
 """System `paro`: shard parameters, gradients and optimizer states, each inside a group, globally or not at all."""
 
-from patches.hooks import INITIALIZE, PARAMS_NORM, READ_CHECKPOINT, VALIDATE_ARGS
+from patches.hooks import FORWARD_BACKWARD, INITIALIZE, PARAMS_NORM, READ_CHECKPOINT, VALIDATE_ARGS
 from patches.record import Callback, Record
 
 _ASKED_FOR = "megatron.longseq.sharding.arguments:wants_sharding"
@@ -102,6 +102,16 @@ CALLBACKS = (
         when=_ASKED_FOR,
         test="tests/distributed/test_sharding_refused_checkpoints.py::test_bound_optimizer_states_are_refused",
         remove_when="upstream names the format that it finds and the one that it needs",
+    ),
+    Callback(
+        id="paro.loss",
+        hook=FORWARD_BACKWARD,
+        impl="patches.paro.loss:without_released_parameters",
+        why="A loss function that reads a weight itself, such as a penalty, finds a parameter without memory if "
+        "parameters are sharded: the process would crash without a message.",
+        when="megatron.longseq.sharding.arguments:shards_parameters",
+        test="tests/distributed/test_sharding.py::test_a_loss_that_reads_released_parameters_is_refused",
+        remove_when="PyTorch raises an error if an operation reads a tensor whose storage was freed",
     ),
     Callback(
         id="paro.params-norm",

@@ -23,8 +23,12 @@ def by_segment(original: Callable[..., Any]) -> Callable[..., Any]:
     def cut_by_segment(batch: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         from megatron.training import get_args
 
+        from megatron.longseq.attention.runtime.packed_documents import of_batch_and_heads
+
         flags = get_args()
         batch = as_sequences(batch, flags.seq_length)
+        if isinstance(batch.get(_ALONG_ROWS), torch.Tensor):  # upstream cuts dimension 2
+            batch = {**batch, _ALONG_ROWS: of_batch_and_heads(batch[_ALONG_ROWS])}
         if flags.context_parallel_size > 1 and _borders(batch) is not None:
             by_document = _cut_by_document(batch)
             if by_document is not None:

@@ -6,7 +6,6 @@ into upstream's flags, so that a file with further rows of the same source can b
 
 import csv
 import re
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -30,8 +29,8 @@ class GoldenRow:
         peak_bytes: measured peak of allocated bytes; None: not measured.
         last_stage: whether `peak_bytes` is that of the last pipeline stage, not of the fullest rank.
         is_oom: whether the run ended out of memory.
-        is_consistent: whether rows with the same flags agree with it within 5 %. Others differ in flags that the source
-            does not list.
+        is_consistent: whether it is within 5 % of the smallest peak of rows with the same flags. Others kept more for a
+            reason that the source does not list.
         group: runs of one model, cluster and batch, from which a planner chooses.
     """
 
@@ -71,16 +70,27 @@ def _vtrain(row: dict[str, str]) -> GoldenRow:
     return GoldenRow(family, name, values, float(row["iteration time (ms)"]) / 1e3, group=group)
 
 
-def _agrees(row: dict[str, str]) -> bool:
-    """Return whether a row's batch agrees with its seconds and TFLOP/s, by the formula of arXiv 2104.04473."""
+def _bloom_batch(row: dict[str, str]) -> int:
+    """Return a row's batch: the one that is listed, or the one that its seconds and TFLOP/s agree with.
+
+    The heading of lines 658 and 659 states GBS=512, their column 2048. The formula of TFLOP/s is that of arXiv
+    2104.04473.
+    """
     hidden, layers, batch = (int(row[name]) for name in ("hidden", "layers", "GBS"))
+    if not row["TFLOPs"]:
+        return batch
     work = 96.0 * batch * 2048 * layers * hidden**2 * (1 + 2048 / (6 * hidden) + 250880 / (16 * layers * hidden))
-    stated = float(row["Sec/it"]) * float(row["TFLOPs"]) * int(row["Nodes"]) * 8e12
-    return 0.75 < stated / work < 1.33
+    gpus = int(row["Nodes"]) * 8
+    share = float(row["Sec/it"]) * float(row["TFLOPs"]) * gpus * 1e12 / work
+    if 0.75 < share < 1.33:
+        return batch
+    replicas = int(row["MBS"]) * max(1, gpus // (int(row["TP"]) * int(row["PP"])))
+    return max(1, round(batch * share / replicas)) * replicas
 
 
 def _bloom(row: dict[str, str]) -> GoldenRow:
     is_oom = row["Sec/it"].strip().upper() == "OOM"
+    batch = int(row["GBS"]) if is_oom else _bloom_batch(row)
     values = {
         "gpus": int(row["Nodes"]) * 8,
         "cluster": "jean-zay",
@@ -91,18 +101,17 @@ def _bloom(row: dict[str, str]) -> GoldenRow:
         "position_embedding_type": "none",
         "seq_length": 2048,
         "micro_batch_size": row["MBS"],
-        "global_batch_size": row["GBS"],
+        "global_batch_size": batch,
         "tensor_model_parallel_size": row["TP"],
         "pipeline_model_parallel_size": row["PP"],
         "use_distributed_optimizer": True,
         "bf16" if int(row["line"]) >= 899 else "fp16": True,
         **_OLD,
     }
-    group = ("bloom", row["hidden"], row["layers"], row["heads"], row["Nodes"], row["GBS"], row["Notes"])
+    group = ("bloom", row["hidden"], row["layers"], row["heads"], row["Nodes"], batch, row["Notes"])
     layout = f"d{row['DP']} t{row['TP']} p{row['PP']} mbs{row['MBS']} a{row['heads']}"
     seconds = None if is_oom else float(row["Sec/it"])
-    family = "bloom" if is_oom or _agrees(row) else "bloom_contradictory"
-    return GoldenRow(family, f"line {row['line']} {row['Size']} {layout}", values, seconds, is_oom=is_oom, group=group)
+    return GoldenRow("bloom", f"line {row['line']} {row['Size']} {layout}", values, seconds, is_oom=is_oom, group=group)
 
 
 def _sc21(row: dict[str, str]) -> GoldenRow:
@@ -295,10 +304,8 @@ def rows(folder: Path | None = None) -> list[GoldenRow]:
         folder: a folder with files of the same names and columns; None: those of the package.
     """
     found = list(_read(folder))
-    medians: dict[str, float] = {}
-    for key, same in _by_flags(found).items():
-        medians[key] = statistics.median(row.peak_bytes or 0.0 for row in same)
-    return [replace(row, is_consistent=_is_near(row.peak_bytes, medians.get(_key(row)))) for row in found]
+    least = {key: min(row.peak_bytes or 0.0 for row in same) for key, same in _by_flags(found).items()}
+    return [replace(row, is_consistent=_is_near(row.peak_bytes, least.get(_key(row)))) for row in found]
 
 
 def _key(row: GoldenRow) -> str:
@@ -313,8 +320,8 @@ def _by_flags(found: list[GoldenRow]) -> dict[str, list[GoldenRow]]:
     return same
 
 
-def _is_near(size: float | None, median: float | None) -> bool:
-    return size is None or median is None or abs(size / median - 1) <= 0.05
+def _is_near(size: float | None, least: float | None) -> bool:
+    return size is None or least is None or size / least - 1 <= 0.05
 
 
 def _read(folder: Path | None) -> Iterator[GoldenRow]:

@@ -118,14 +118,21 @@ class LiveBytes(TorchDispatchMode):
 @contextmanager
 def counting() -> Iterator[LiveBytes]:
     """Count live bytes in this thread."""
-    counter, resize = LiveBytes(), torch.UntypedStorage.resize_
+    counter, resize, swap = LiveBytes(), torch.UntypedStorage.resize_, torch.UntypedStorage._swap_data_ptr_
 
     def resized(storage: torch.UntypedStorage, size: int) -> Any:
         result = resize(storage, size)
         counter.note(storage)
         return result
 
-    with mock.patch.object(torch.UntypedStorage, "resize_", resized), counter:
+    def swapped(storage: torch.UntypedStorage, other: torch.UntypedStorage) -> Any:
+        result = swap(storage, other)
+        for one in (storage, other):
+            counter.note(one)
+        return result
+
+    storages = mock.patch.multiple(torch.UntypedStorage, resize_=resized, _swap_data_ptr_=swapped)
+    with storages, counter:
         yield counter
 
 

@@ -201,6 +201,36 @@ def second_call() -> Iterator[Planted]:
 
 
 @contextmanager
+def biased() -> Iterator[Planted]:
+    """Give the layers a bias of the scores of the whole sequence."""
+
+    def forward_step(original: Any, data: Any, model: torch.nn.Module) -> Any:
+        def call(*args: Any, **named: Any) -> Tensor:
+            bias = {"attention_bias": torch.zeros(1, 1, 64, 64)}
+            return model(*args, **named, extra_block_kwargs=bias)  # type: ignore[no-any-return]
+
+        call.__dict__.update(vp_stage=None, training=model.training)
+        return original(data, call)
+
+    with _forward_step(forward_step, _planted(_maximum)) as planted:
+        yield planted
+
+
+@contextmanager
+def longer() -> Iterator[Planted]:
+    """Train on sequences of twice the length that the flags say, with a loss that does not need their mask."""
+    from megatron.longseq import pretrain_gpt
+
+    def read(original: Any, *args: Any) -> Any:
+        batch = original(*args)
+        names = ("tokens", "labels", "position_ids")
+        return batch | {name: batch[name].repeat(1, 2) for name in names} | {"attention_mask": None}
+
+    with wrapped(pretrain_gpt, "get_batch", read), _planted(_maximum) as planted:
+        yield planted
+
+
+@contextmanager
 def pooled() -> Iterator[Planted]:
     """Let the model itself compute the mean over the sequence."""
     from megatron.core.models.gpt.gpt_model import GPTModel

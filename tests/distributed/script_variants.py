@@ -175,8 +175,8 @@ def counted_frozen_without_memory() -> Iterator[Planted]:
 def own_masks() -> Iterator[Planted]:
     """Create attention masks in the script, of a different kind in every micro-batch. The first one is plain causal.
 
-    Plain, no mask at all, documents of every sequence, documents of one sequence for all, and documents written in
-    place into a tensor that was handed before.
+    Plain, no mask at all, documents of every sequence, documents of one sequence for all (without the dimensions of
+    batch and heads), and documents written in place into a tensor that was handed before.
     """
     with _own_masks(always=True) as planted:
         yield planted
@@ -229,7 +229,7 @@ def _mask_of_kind(kind: int, content: torch.Tensor, again: dict[str, torch.Tenso
         whole = again.setdefault("mask", torch.empty_like(mask))
         whole.data.copy_(mask)  # unseen by autograd, as a copy from NumPy is
         return whole
-    return mask
+    return mask[0, 0] if kind == 3 else mask
 
 
 def random_documents(tokens: torch.Tensor) -> torch.Tensor:

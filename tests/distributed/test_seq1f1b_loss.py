@@ -72,6 +72,8 @@ def test_parameters_of_the_loss_alone(ranks: RankPool) -> None:
     ("script", "words"),
     [
         ("second_call", "micro-batch 0, segment 0 of 3: the script's forward step calls the model twice"),
+        ("biased", "--seq1f1b-splits cannot cut extra_block_kwargs into segments"),
+        ("longer", "micro-batch 0: the script hands the model input_ids of 128 tokens, but segments are cut from 64"),
         ("pooled", "the model returns (1,) for a segment of 37 tokens, but --seq1f1b-splits concatenates outputs"),
     ],
 )

@@ -6,7 +6,9 @@ The reference is arm U on one rank: the wheel with the cpu and local patches alo
 import pytest
 
 from tests.distributed.equality import Equal
-from tests.distributed.flags import FULL, MOE, PP2, SELECTIVE, SHALLOW, TP2, VPP
+from tests.distributed.flags import FULL, MOE, PP2, SELECTIVE, SHALLOW, TINY, TP2, VPP, flags
+from tests.pool import RankFailure, RankPool
+from tests.regression.arm import run_arm
 
 ASYNC = "--overlap-grad-reduce --overlap-param-gather"
 RUNNING = ["NNN", "NNI", "NNG", "NII", "NIG", "III", "IIG", "IGG", "NGG", "GGG"]
@@ -101,3 +103,11 @@ def test_two_runs_with_the_same_flags_have_the_same_bits(equal: Equal) -> None:
         first, second = snapshot.tensors, two.snapshots[iteration].tensors
         assert first.keys() == second.keys() and first
         assert all(first[name].tobytes() == second[name].tobytes() for name in first)
+
+
+def test_a_loss_that_reads_released_parameters_is_refused(ranks: RankPool) -> None:
+    """Their memory is released, so an operation on them would crash the process without a message."""
+    words = "the loss function reads the parameter .*longseq_scale, but with --paro GGG parameters have memory only"
+    own = flags(TINY, "--paro GGG --train-iters 1")
+    with pytest.raises(RankFailure, match=words):
+        run_arm(ranks, "O", 2, own, mutant="tests.distributed.losses:own_parameter")

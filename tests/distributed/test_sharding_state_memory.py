@@ -84,7 +84,7 @@ def measure_on_this_rank(words: list[str]) -> Seen:
         for name, act in (
             ("setup_model_and_optimizer", build),
             ("get_megatron_optimizer", built),
-            ("save_checkpoint", save),
+            ("save_checkpoint_and_time", save),
         ):
             stack.enter_context(wrapped(training, name, act))
         with _early_end():

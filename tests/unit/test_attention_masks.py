@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron.longseq.attention.plan.layout import Layout, Mesh
 from megatron.longseq.attention.plan.ranges import Documents
-from megatron.longseq.attention.runtime.packed_documents import MaskReader, gather_document_starts
+from megatron.longseq.attention.runtime.packed_documents import MaskReader, document_starts, gather_document_starts
 from tests.unit.context_bed import ThreadCollectives, Wire, on_all
 from tests.unit.test_attention_blocks import dense, packed
 
@@ -50,6 +50,21 @@ def test_every_rank_learns_where_every_document_starts(mesh: tuple[int, int], le
         assert found.dtype == torch.int32 and torch.equal(found, starts.int())
 
 
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 1)], ids=str)
+def test_a_mask_without_batch_and_heads_is_that_of_all_sequences(mesh: tuple[int, int]) -> None:
+    """Upstream's local attention broadcasts it over its scores."""
+    layout, mask = Layout(Mesh(*mesh), (64,)), hidden(Documents((packed([10, 1, 53]),)))
+    expected = document_starts(mask)
+    for whole in (mask[0], mask[0, 0]):
+        assert torch.equal(document_starts(whole), expected)
+
+        def job(rank: int, way: ThreadCollectives, dims: int = whole.dim()) -> Tensor:
+            own = rows(mask, layout, rank)
+            return gather_document_starts(own.view(own.shape[-dims:]), layout, rank, way)
+
+        assert all(torch.equal(found, expected.int()) for found in on_ranks(layout, job))
+
+
 @pytest.mark.parametrize(
     ("mask", "words"),
     [
@@ -58,7 +73,8 @@ def test_every_rank_learns_where_every_document_starts(mesh: tuple[int, int], le
             "context-parallel rank 2 of 4: the attention mask has shape (1, 1, 16, 60)",
         ),
         (torch.zeros(1, 1, 64, 64, dtype=torch.bool), "but a sequence of 64 tokens needs [b, 1, 16, 64]"),
-        (torch.zeros(16, 64, dtype=torch.bool), "the attention mask has shape (16, 64)"),
+        (torch.zeros(16, 60, dtype=torch.bool), "the attention mask has shape (1, 1, 16, 60)"),
+        (torch.zeros(2, 16, 64, dtype=torch.bool), "the attention mask has shape (2, 16, 64)"),
     ],
 )
 def test_masks_of_other_shapes_are_refused(mask: Tensor, words: str) -> None:

@@ -76,8 +76,17 @@ def test_ours_leaves_out_the_fp8_state_of_te_alone() -> None:
         layer.load_state_dict(state | {"core_attention.softmax_offset": torch.ones(2)})
 
 
-@pytest.mark.parametrize("name", ["fp8_dot_product_attention", "fp8_multi_head_attention"])
-def test_attention_in_fp8_is_refused(name: str) -> None:
-    config = Namespace(**vars(CONFIG) | {name: True})
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("fp8_dot_product_attention", True),
+        ("fp8_multi_head_attention", True),
+        ("softmax_type", "learnable"),
+        ("qk_clip", True),
+        ("log_max_attention_logit", True),
+    ],
+)
+def test_settings_that_it_would_ignore_are_refused(name: str, value: Any) -> None:
+    config = Namespace(**vars(CONFIG) | {name: value})
     with pytest.raises(ValueError, match=f"layer 1: the configuration sets {name}"):
         LongSequenceAttention(config, 1, AttnMaskType.causal, "self")

@@ -48,6 +48,18 @@ def test_live_bytes_are_those_of_storages() -> None:
     assert counter.live < 64
 
 
+def test_memory_that_storages_swap_counts_once() -> None:
+    """Pooled buffers of sharded parameters: a bucket without memory takes that of a buffer, and gives it back."""
+    with counting() as counter:
+        lender, bucket = torch.zeros(1000), torch.zeros(1000)
+        bucket.untyped_storage().resize_(0)
+        for holder in (bucket, lender):
+            bucket.untyped_storage()._swap_data_ptr_(lender.untyped_storage())
+            holder.view(-1).fill_(1)
+            assert counter.live == pytest.approx(4000, abs=64)
+    assert bucket.untyped_storage().nbytes() == 0 and lender.sum() == 1000
+
+
 @pytest.mark.parametrize("ranks", PLANS)
 def test_every_plan_is_valid(ranks: int) -> None:
     for name, words in PLANS[ranks].items():

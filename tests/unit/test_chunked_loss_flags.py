@@ -33,6 +33,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("--use-megatron-fsdp", {"use_megatron_fsdp": True}, "--paro GGG"),
     ("--use-megatron-fsdp", {"use_torch_fsdp2": True}, "--paro GGG"),
     ("--config-logger-dir", {"config_logger_dir": "here"}, "whole logits"),
+    ("--logits-save-dir", {"logits_save_dir": "here"}, "whole output"),
+    ("--logits-load-dir", {"logits_load_dir": "here"}, "whole output"),
+    ("--save-activations-interval", {"save_activations_interval": 1}, "save losses"),
+    ("--save-dgrads-interval", {"save_dgrads_interval": 1}, "gradients of losses"),
     ("--cuda-graph-impl full_iteration", {"cuda_graph_impl": "full_iteration"}, "CUDA graph"),
     ("--overlap-moe-expert-parallel-comm", {"overlap_moe_expert_parallel_comm": True}, "schedule"),
 ]

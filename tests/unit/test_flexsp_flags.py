@@ -74,6 +74,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("--use-megatron-fsdp", {"use_megatron_fsdp": True}),
     ("--tp-comm-overlap", {"tp_comm_overlap": True}),
     ("--fp8-format", {"fp8": "e4m3"}),
+    ("--logits-save-dir", {"logits_save_dir": "here"}),
     ("--perform-rl-step", {"perform_rl_step": True}),
     (
         "--pipeline-model-parallel-size with --flexsp-refit",

@@ -43,7 +43,7 @@ QUIET: dict[str, Any] = {
     "apply_residual_connection_post_layernorm": False,
     "openai_gelu": False,
 }
-MOCK: dict[str, Any] = {"mock_data": True}
+MOCK: dict[str, Any] = {"mock_data": True, "eval_interval": 100}
 CACHED: dict[str, Any] = {"data_cache_path": "caches"}
 SETS: dict[str, Any] = {"multiple_validation_sets": True, "split": "1,1,0"}
 OWN: dict[str, Any] = {"mock_data": False, "train_data_path": ["some"]}  # data for each part
@@ -67,6 +67,7 @@ SERVED: list[dict[str, Any]] = [
     {"split": "1", "eval_iters": 0},
     {"full_validation": True, **SETS, "eval_micro_batch_size": 1, "tensor_model_parallel_size": 2},
     {"mtp_num_layers": 1},
+    {"eval_interval": None, "skip_train": True},
     {"sft": True, "eval_iters": 0, **OWN},
     {"dataloader_type": "cyclic", "position_embedding_type": "yarn"},
 ]
@@ -98,6 +99,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "--data-path or --mock-data": {"mock_data": False},
     "--train-data-path or --skip-train": {"split": "0,1,1"},
     "--eval-iters without validation data": {"split": "1,0,1"},
+    "--eval-interval is missing": {"eval_interval": None},
     "--rampup-batch-size": {"rampup_batch_size": [2, 2, 8]},
     "--position-embedding-type relative": {"position_embedding_type": "relative"},
     "--apply-residual-connection-post-layernorm": {"apply_residual_connection_post_layernorm": True},

@@ -1,11 +1,13 @@
-"""Files and folders that a run writes to are checked when flags are parsed."""
+"""Files, folders and numbers are checked when flags are parsed."""
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import pytest
 
-from megatron.longseq.arguments import validate_longseq_arguments
+from megatron.longseq.arguments import INTERVALS, validate_longseq_arguments
+from megatron.longseq.refusals import explained_refusals
+from patches.entry.hooks import escape_help, explain_names
 
 
 @pytest.mark.parametrize("save", ["", "new/folder", "msc://bucket/folder", None])
@@ -43,3 +45,48 @@ def test_a_checkpoint_step_below_1_is_refused(step: int) -> None:
         validate_longseq_arguments(Namespace(ckpt_step=step))
     validate_longseq_arguments(Namespace(ckpt_step=1))
     validate_longseq_arguments(Namespace(ckpt_step=None))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("log_interval", 0, "--log-interval 0: give at least 1"),
+        ("tensorboard_log_interval", 0, "--tensorboard-log-interval 0: give at least 1"),
+        ("eval_interval", 0, "--eval-interval 0: give at least 1; --eval-iters 0 switches evaluation off"),
+        ("non_persistent_save_interval", -1, "--non-persistent-save-interval -1: give at least 1"),
+        ("num_workers", -1, "--num-workers -1: give at least 0"),
+    ],
+)
+def test_a_number_by_which_upstream_would_divide_is_refused(name: str, value: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        validate_longseq_arguments(Namespace(**{name: value}))
+    for served in (None, max(1, value)):
+        validate_longseq_arguments(Namespace(**{name: served}))
+
+
+def test_every_interval_is_a_flag_of_upstreams() -> None:
+    from megatron.training.arguments import add_megatron_arguments
+
+    known = vars(add_megatron_arguments(ArgumentParser(allow_abbrev=False)).parse_args([]))
+    assert set(INTERVALS) <= set(known)
+
+
+@pytest.mark.parametrize("words", [["--exit-signal", "99"], ["--attention-backend", "fastest"]])
+def test_a_name_that_an_enumeration_has_not_is_refused_by_the_parser(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(ArgumentParser(allow_abbrev=False))
+    escape_help(parser)
+    explain_names(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(words)
+    assert f"argument {words[0]}: '{words[1]}' is no name that this flag knows" in capsys.readouterr().err
+    parser.parse_args(["--exit-signal", "SIGUSR1", "--attention-backend", "flash"])
+
+
+def test_a_missing_file_that_upstream_reads_is_named() -> None:
+    refused = pytest.raises(ValueError, match=r"upstream refuses these flags: FileNotFoundError: .*'/nowhere/file'")
+    with refused, explained_refusals("these flags"):
+        Path("/nowhere/file").read_text()

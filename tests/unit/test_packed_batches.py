@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 
 from megatron.longseq.attention.plan.comm_type import CommType
 from megatron.longseq.attention.plan.layout import Layout, Mesh
@@ -19,7 +20,9 @@ from megatron.longseq.attention.plan.ranges import Documents
 from megatron.longseq.attention.runtime.document_layouts import DocumentLayouts
 from megatron.longseq.attention.runtime.packed_batch import PackedReader
 from megatron.longseq.attention.runtime.packed_documents import document_starts, starts_of
+from patches.engine.session import SESSION
 from patches.packed.data import ending_at_eod, ending_before_padding
+from patches.packed.model import with_documents
 from patches.usp.batch import as_sequences
 from tests.unit.context_bed import ThreadCollectives
 from tests.unit.test_attention_blocks import packed
@@ -39,7 +42,7 @@ def test_documents_are_those_of_the_borders() -> None:
     assert documents_of(TWO, 2, 16) == DOCUMENTS
     reader = PackedReader(1, 0)
     assert reader.documents(params(TWO), 2, 16) == reader.documents(params([TWO]), 2, 16) == DOCUMENTS
-    padded = params([0, 1, 2, 9, 32])
+    padded = params([0, 1, 2, 2, 9, 25, 25])
     padded.cu_seqlens_q_padded = padded.cu_seqlens_kv_padded = params(TWO).cu_seqlens_q
     assert reader.documents(padded, 2, 16) == DOCUMENTS  # padding is the end of the document that it follows
 
@@ -64,17 +67,47 @@ def test_malformed_borders_are_refused_on_every_rank(borders: list[int], message
 
 
 def test_what_is_no_packed_batch_is_refused() -> None:
-    reader, other = PackedReader(1, 0, always=True), params(TWO)
+    reader, other, longer, fewer = PackedReader(1, 0, always=True), params(TWO), params(TWO), params([0, 16, 32])
     other.cu_seqlens_kv = other.cu_seqlens_q + 1
+    longer.cu_seqlens_q_padded = params([0, 2, 3, 3, 16, 32, 32]).cu_seqlens_q  # the second of 1, but 2 tokens
+    fewer.cu_seqlens_kv_padded = other.cu_seqlens_q
     for given_params, message in (
         (None, "the script hands the model no packed_seq_params"),
         (PackedSeqParams(qkv_format="thd"), "no cu_seqlens_q"),
         (PackedSeqParams(qkv_format="bshd"), "the format 'bshd'"),
         (other, "cu_seqlens_q and cu_seqlens_kv differ"),
         (PackedSeqParams(qkv_format="thd", cu_seqlens_q=torch.tensor([0.0, 32.0])), r"is torch.float32 \(2,\)"),
+        (PackedSeqParams(qkv_format="thd", cu_seqlens_q=[0, 32]), "cu_seqlens_q is a list"),
+        (PackedSeqParams(qkv_format="thd", cu_seqlens_kv=torch.tensor([0, 32]).numpy()), "is a ndarray"),
+        (longer, "cu_seqlens_q and cu_seqlens_q_padded do not belong together"),
+        (fewer, "do not belong together"),
     ):
         with pytest.raises(ValueError, match=message):
             reader.documents(given_params, 2, 16)
+
+
+def test_a_core_attention_of_the_scripts_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would get tensors and documents of another form than upstream's."""
+
+    class Own(torch.nn.Module):
+        pass
+
+    def forward(self, input_ids, labels=None, packed_seq_params=None, inference_context=None):  # type: ignore[no-untyped-def]
+        return packed_seq_params
+
+    monkeypatch.setitem(SESSION.state, "packed.model", PackedReader(1, 0))
+    config = SimpleNamespace(
+        multi_latent_attention=False, fused_single_qkv_rope=False, apply_rope_fusion=False, sequence_parallel=False
+    )
+    weight, tokens = torch.nn.Parameter(torch.ones(1)), torch.ones(2, 16, dtype=torch.int64)
+    layer = SimpleNamespace(layer_number=3, self_attention=SimpleNamespace(core_attention=Own()))
+    model = SimpleNamespace(config=config, pre_process=True, decoder=SimpleNamespace(layers=[layer]))
+    model.parameters = lambda: iter([weight])
+    call = with_documents(forward)
+    with pytest.raises(ValueError, match=r"packed documents, layer 3: its core attention is .*Own"):
+        call(model, tokens, packed_seq_params=params(TWO))
+    layer.self_attention.core_attention = DotProductAttention.__new__(DotProductAttention)
+    assert call(model, tokens, packed_seq_params=params(TWO)).documents == DOCUMENTS
 
 
 @pytest.mark.parametrize("other", [[0, 2, 3, 3, 16, 32, 32], [0, 1, 3, 16, 32], None], ids=str)

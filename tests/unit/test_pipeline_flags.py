@@ -81,6 +81,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("--moe-z-loss-coeff", MOE | {"moe_z_loss_coeff": 1e-3}, "mean over the whole micro-batch"),
     ("--moe-expert-capacity-factor", MOE | {"moe_expert_capacity_factor": 1.0}, "dropped"),
     ("--moe-expert-capacity-factor", MOE | {"moe_expert_rank_capacity_factor": 1.0}, "dropped"),
+    ("--logits-save-dir", {"logits_save_dir": "here"}, "calls of the output layer"),
+    ("--save-activations-interval", {"save_activations_interval": 1}, "last forward"),
+    ("--save-dgrads-interval", {"save_dgrads_interval": 1}, "last backward"),
+    ("--save-tokens-per-expert-interval", MOE | {"save_tokens_per_expert_interval": 1}, "every forward"),
+    ("--moe-routing-trace-path", MOE | {"moe_routing_trace_path": "here"}, "every forward"),
 ]
 IN_SCHEDULES: list[tuple[str, dict[str, Any], str]] = [
     ("--overlap-moe-expert-parallel-comm", {"overlap_moe_expert_parallel_comm": True}, "one action"),
@@ -479,16 +484,26 @@ def _bare(kind: type[nn.Module], **modules: nn.Module) -> Any:
 def test_layers_whose_attention_is_another_are_refused_and_nothing_is_bound() -> None:
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.attention import CrossAttention, SelfAttention
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
-    causal, blind = _bare(SelfAttention, core_attention=nn.Identity()), _bare(SelfAttention)
-    causal.attn_mask_type, blind.attn_mask_type = AttnMaskType.causal, AttnMaskType.padding
-    causal.config = blind.config = Namespace(window_size=None)
+    class Capped(DotProductAttention):
+        """A script's own core attention, which may cap scores."""
+
+    causal, blind, capped, sink = (
+        _bare(SelfAttention, core_attention=_bare(kind))
+        for kind in (DotProductAttention, DotProductAttention, Capped, DotProductAttention)
+    )
+    for attention in (causal, blind, capped, sink):
+        attention.attn_mask_type, attention.config = AttnMaskType.causal, Namespace(window_size=None)
+    blind.attn_mask_type, sink.config = AttnMaskType.padding, Namespace(window_size=None, softmax_type="learnable")
     first = _bare(TransformerLayer, self_attention=causal)
     for attention, message in (
         (_bare(CrossAttention), "decoder.1 has CrossAttention"),
         (blind, "mask type padding is not supported"),
+        (capped, "its core attention is .*Capped"),
+        (sink, "sets softmax_type to learnable"),
     ):
         layers = nn.ModuleList([first, _bare(TransformerLayer, self_attention=attention)])
         model = _bare(GPTModel, decoder=layers)

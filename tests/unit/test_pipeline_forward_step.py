@@ -1,8 +1,11 @@
 """The script's forward step runs once per micro-batch, unless it computes with the model's output."""
 
+from collections import UserDict
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import numpy
 import pytest
 import torch
 
@@ -115,6 +118,55 @@ def test_one_that_computes_with_the_output_runs_again(script: Script, last: int,
     else:
         assert found == pytest.approx([156 / 24, 180 / 26]), "what it reads is the whole output"
     assert run(script, is_last_stage=False)[:2] == (others, 2)
+
+
+class Attributes(dict[str, Any]):
+    """A dict whose values are attributes, too."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Named(NamedTuple):
+    """A sample without names of strings."""
+
+    tokens: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A sample that nobody may change, but its tensors."""
+
+    tokens: Any
+
+
+class Batch(UserDict[str, Any]):
+    """A sample like those of Hugging Face's tokenizers."""
+
+    @property
+    def tokens(self) -> Any:
+        return self["tokens"]
+
+
+@pytest.mark.parametrize("kind", [Attributes, Named, Record, Batch])
+@pytest.mark.parametrize("array", [torch.ones, numpy.ones])
+def test_samples_of_any_kind_are_the_same_in_every_run(kind: Callable[..., Any], array: Callable[..., Any]) -> None:
+    """This script adds to its sample before it calls the model, and computes with the output, so it runs again."""
+    seen = []
+
+    def script(data: Iterator[Any], model: torch.nn.Module) -> Any:
+        sample = next(data)
+        assert type(sample) is kind
+        tokens = torch.as_tensor(sample.tokens)  # shares the memory of an array
+        tokens += 1
+        seen.append(tokens.sum().item())
+        return 1 * model(tokens, None), lambda output: (output.sum(), None)
+
+    outputs = Outputs()
+    model, sample = Model(outputs), kind(tokens=array((1, SEGMENTS * TOKENS)))
+    step = ForwardStep(script, iter([sample]), SEGMENTS, outputs)
+    for model.segment in range(SEGMENTS):
+        step.run(model.segment, model)
+    assert seen == [24, 24]
 
 
 def test_a_script_that_calls_no_model_is_refused() -> None:

@@ -8,7 +8,7 @@ from hypothesis import assume
 from hypothesis import given as given_
 from hypothesis import strategies as st
 
-from megatron.longseq.pipeline.plan.partition import balanced, even, given, ideal_cuts, parse
+from megatron.longseq.pipeline.plan.partition import balanced, even, from_lengths, ideal_cuts, parse
 from megatron.longseq.pipeline.plan.segment_cost import ModelShape, cells, flops
 from megatron.longseq.pipeline.tools.compare import paper_partition
 
@@ -187,4 +187,4 @@ def test_an_alignment_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"holds 2 blocks of 2048 tokens, fewer than the 4 segments"):
         balanced(model, 4, align=2048)
     with pytest.raises(ValueError, match="give one per segment"):
-        given(model, [4096], 2)
+        from_lengths(model, [4096], 2)

@@ -13,7 +13,7 @@ import pytest
 
 from megatron.longseq.planner.plan.bounds import PlanningProblem
 from megatron.longseq.planner.plan.cluster import cluster
-from megatron.longseq.planner.plan.launch import PlanChoice
+from megatron.longseq.planner.plan.launch import PlanChoice, flag_words, model_flags
 from megatron.longseq.planner.plan.model import architecture
 from megatron.longseq.planner.plan.task import PlanningTask, planning_task
 from megatron.longseq.planner.tools.cli import main
@@ -113,6 +113,28 @@ def test_every_printed_plan_can_be_launched(ranks: RankPool, capsys: pytest.Capt
         assert "--nproc-per-node" in printed.replace("_", "-") and flags[-1] in printed
 
 
+def test_the_command_has_the_positions_and_norms_of_a_hugging_face_config(tmp_path: Path) -> None:
+    """Bases, scalings and epsilons as the config has them; scalings that upstream cannot express are refused."""
+    config = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+    config |= {"num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256, "rope_theta": 500000.0}
+    config |= {"rms_norm_eps": 1e-06, "tie_word_embeddings": True, "partial_rotary_factor": 0.5}
+    llama3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+    def words(**changes: Any) -> str:
+        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+        return " ".join(flag_words(model_flags(architecture(str(tmp_path), {}), 8192)))
+
+    plain = words()
+    assert "--rotary-base 500000 --rotary-percent 0.5 " in plain and "--norm-epsilon 1e-06 " in plain
+    assert "--untie" not in plain and "scaling" not in plain
+    assert "--use-rope-scaling --rope-scaling-factor 32 " in words(rope_scaling=llama3)
+    assert "--rotary-seq-len-interpolation-factor 4 " in words(rope_scaling={"type": "linear", "factor": 4.0})
+    assert "--rotary-base 1000000 " in words(rope_parameters={"rope_theta": 1e6, "rope_type": "default"})
+    for scaling in ({"type": "yarn", "factor": 4.0}, llama3 | {"low_freq_factor": 2.0}):
+        with pytest.raises(ValueError, match="for which the GPT script has no flag"):
+            words(rope_scaling=scaling)
+
+
 def test_the_table_explains_the_first_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main([*SMALL, *ONE_LAYOUT, "--output", str(tmp_path / "plans")]) == 0
     text = capsys.readouterr().out
@@ -153,6 +175,9 @@ def test_the_table_explains_the_first_plan(capsys: pytest.CaptureFixture[str], t
         (["--seq1f1b-slack", "-1"], "--seq1f1b-slack -1: give at least 0"),
         (["--gpus", "0"], "--gpus 0: give at least 1"),
         (["--training-flags", "--lr '1"], "--training-flags --lr '1: No closing quotation"),
+        (["--training-flags", "--seq-length 5 --paro=NIG"], "--training-flags: a plan sets --paro, --seq-length"),
+        (["--paro-group-size", "3"], "--paro-group-size 3: PaRO's groups divide"),
+        (["--tensor-model-parallel-size", "4", "3"], "--tensor-model-parallel-size 3: no layout of the search has it"),
         (["--set", "sms=0"], "cluster a100-16: sms must be positive, not 0"),
         (["--set", "link_latency=-1"], "cluster a100-16: link_latency must be 0 or more, not -1.0"),
         (["--set", "node_bandwidth=inf"], "cluster a100-16: node_bandwidth must be positive, not inf"),

@@ -11,6 +11,7 @@ from megatron.longseq.planner.plan.bounds import PlanningProblem, SearchNode
 from megatron.longseq.planner.plan.cluster import cluster
 from megatron.longseq.planner.plan.launch import PlanChoice
 from megatron.longseq.planner.plan.model import Architecture, architecture
+from megatron.longseq.planner.plan.restrictions import unusable
 from megatron.longseq.planner.plan.search import branch_and_bound
 from megatron.longseq.planner.plan.task import PlanningTask, parse_count, planning_task
 from tests.unit.brute_force import brute_force
@@ -114,3 +115,23 @@ def test_counts() -> None:
     for text in ("", "K", "-4", "0", "many", "1.5"):
         with pytest.raises(ValueError, match="give a whole number"):
             parse_count(text)
+
+
+def test_restrictions_that_no_plan_has_are_refused() -> None:
+    """Values are compared with the plans themselves; a value that some plan has stays."""
+    given = {
+        "tensor": (1, 2, 3),
+        "micro_batch": (1, 32),
+        "segments": (1, 4, 16384),
+        "slacks": (0, 7),
+        "group_sizes": (2, 3),
+    }
+    task = planning_task(architecture("llama-7b", {}), cluster("a100-8"), 8192, 16, **given)
+    expected = {"tensor": [3], "micro_batch": [32], "segments": [16384], "group_sizes": [3]}
+    assert unusable(task.space, given) == expected
+    alone = planning_task(architecture("llama-7b", {}), cluster("a100-8"), 8192, 16, pipeline=(1,), slacks=(0, 1))
+    assert unusable(alone.space, ("slacks", "pipeline")) == {"slacks": [1]}
+    upstream = planning_task(
+        architecture("llama-7b", {}), cluster("a100-8"), 8192, 16, group_sizes=(2,), strategies=("upstream",)
+    )
+    assert unusable(upstream.space, ("group_sizes",)) == {"group_sizes": [2]}

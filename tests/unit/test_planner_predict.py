@@ -13,8 +13,10 @@ from megatron.longseq.pipeline.plan.memory import StageBytes, peak_bytes
 from megatron.longseq.pipeline.plan.schedule import Pipeline, Schedule
 from megatron.longseq.pipeline.plan.simulate import Costs, simulate, uniform_costs
 from megatron.longseq.planner.plan.cluster import cluster, families
+from megatron.longseq.planner.plan.communication import layer_messages
+from megatron.longseq.planner.plan.compute import attention_seconds, layer_seconds
 from megatron.longseq.planner.plan.configuration import reasons
-from megatron.longseq.planner.plan.flags import check_names, read, upstream_flags
+from megatron.longseq.planner.plan.flags import check_names, read, read_fully, upstream_flags
 from megatron.longseq.planner.plan.memory import in_flight, stage_params
 from megatron.longseq.planner.plan.model import FIELDS as MODEL_FIELDS
 from megatron.longseq.planner.plan.model import architecture, names
@@ -80,6 +82,8 @@ def test_every_built_in_model_and_family_is_valid() -> None:
         ("a100_40gb", "a100-40g"),
         ("h100_80gb", "h100"),
         ("8xA100", "a100"),
+        ("A100 80 GB (NVLink)", "a100"),
+        ("A100 x 64", "a100"),
         ("bloom", "jean-zay"),
     ],
 )
@@ -105,6 +109,7 @@ def test_a_hugging_face_config(tmp_path: Path) -> None:
     assert found.parameters == built_in.parameters
     assert architecture("Llama 3 8B", {}) == architecture("llama3_8b", {}) == built_in
     assert len({name.replace("-", "") for name in names()}) == len(names())  # or a name would stand for two models
+    assert architecture("meta-llama/Llama-3.1-8B", {}).use_rope_scaling
     with pytest.raises(ValueError, match="no model 'llama-8b': neither a file nor one of"):
         architecture("llama-8b", {})
 
@@ -218,6 +223,8 @@ def test_flags_are_upstreams(upstream_parser: Any) -> None:
     assert sum(map(len, groups)) == len(actions)
     for name, default in listed["refused"].items():
         assert default == actions[name].default
+    for name, choices in listed["choices"].items():
+        assert choices == [getattr(one, "name", one) for one in actions[name].choices]
     for spelling, name in {**listed["spelled"], **listed["negated"]}.items():
         assert f"--{spelling.replace('_', '-')}" in {o.replace("_", "-") for o in actions[name].option_strings}, (
             spelling
@@ -271,7 +278,12 @@ def test_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("mtp_num_layers", "1", "line 2: mtp_num_layers '1': the planner does not model it"),
         ("tensor_model_parallel_size", "two", "line 2: tensor_model_parallel_size is 'two', not a whole number"),
         ("bf16", "maybe", "line 2: bf16 is 'maybe'; give true or false"),
-        ("data_parallel_size", "4", "line 2: data_parallel_size is 4, but 8 GPUs in replicas of 1 are 8"),
+        ("micro_batch_size", "0", "line 2: micro_batch_size is '0'; give at least 1"),
+        ("gpus", "1e999", "line 2: gpus is '1e999', not a whole number"),
+        ("num_query_groups", "-4", "line 2: num_query_groups is '-4'; give 0 or more"),
+        ("recompute_granularity", "ful", "line 2: recompute_granularity is 'ful'; give one of full, selective"),
+        ("cp_comm_type", "p2p a2a", "line 2: cp_comm_type is 'p2p a2a'; the planner prices one type for all layers"),
+        ("seq-length", "8192", "line 2: seq-length '8192': another flag says seq_length '4096'"),
         ("cluster", "a1000-8", "no cluster 'a1000-8': neither a file nor FAMILY-GPUS with one of"),
     ],
 )
@@ -295,6 +307,79 @@ def test_a_row_that_cannot_be_priced_leaves_the_others(tmp_path: Path, capsys: p
     assert "line 3: tensor_model_parallel_size is '2x', not a whole number" in printed.err
     assert main(["predict", "--rows", str(table)]) == 0
     assert "no cluster 'a1000'" in capsys.readouterr().out
+
+
+def test_a_ring_hides_behind_the_attention_of_its_own_pass() -> None:
+    """Gradients of keys and values travel beside the backward's attention, not beside a multiple of the forward's."""
+    model, machine, run = read({**BASE, "context_parallel_size": 8, "cluster": "a800-64,node_bandwidth=10e9"})
+    seconds = layer_seconds(model, machine, run, False)
+    assert seconds.attention_backward == attention_seconds(model, machine, run).backward > 2 * seconds.attention > 0
+
+    def context(forward: float, backward: float) -> tuple[float, float]:
+        found = seconds._replace(attention=forward, attention_backward=backward)
+        messages = layer_messages(model, machine, run, False, found)
+        return messages.context_forward, messages.context_backward
+
+    out, back = context(0.0, 0.0)
+    assert context(0.3 * out, 0.2 * back) == pytest.approx((0.7 * out, 0.8 * back))
+    assert context(2 * out, 2 * back) == (0.0, 0.0)
+
+
+def test_cells_as_programs_write_them() -> None:
+    plain = price(global_batch_size=1024, tensor_model_parallel_size=2, sequence_parallel=True)
+    cells = {"global_batch_size": "1,024", "tensor_model_parallel_size": "2.0", "sequence_parallel": "1.0"}
+    cells |= {"recompute_granularity": "None", "num_query_groups": "nan", "cp_comm_type": "['p2p']", "lr": "-"}
+    assert price(**cells) == plain
+    stages = {"pipeline_model_parallel_size": 4, "normalization": "rmsnorm"}
+    by_layers = price(num_layers_per_virtual_pipeline_stage=4, pipeline_model_parallel_size=4)
+    assert price(virtual_pipeline_model_parallel_size=2, **stages) == by_layers
+
+
+def test_tables_that_are_no_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, row = tmp_path / "rows.csv", "8,a100,llama-7b,4096"
+    for text, message in (
+        ("gpus,cluster,gpus\n8,a100,16\n", "more than one column gpus"),
+        ("gpus,cluster\n,\n", "no rows"),
+        (f"gpus,cluster,model,seq_length,\n{row},5\n", "line 2: '5' is in a column without a name"),
+        (f"gpus,cluster,model,seq_length\n{row},5\n", "line 2: more cells than columns"),
+    ):
+        table.write_text(text)
+        assert main(["predict", "--rows", str(table)]) == 1
+        assert message in capsys.readouterr().err
+    table.write_bytes(f"\ufeffgpus,cluster,model,seq_length,\n,,,,\n{row},\n".encode())
+    assert main(["predict", "--rows", str(table), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 1
+
+
+def test_what_no_flag_says_is_assumed_and_reported() -> None:
+    """The vocabulary, and the software of runs in fp16 on A100; a data-parallel size that contradicts the others."""
+    sizes = {"num_layers": 12, "hidden_size": 1024, "num_attention_heads": 16, "seq_length": 1024, "cluster": "a100-8"}
+    found = read_fully({**sizes, "bf16": True})
+    assert found.model.vocab_size == 50257 and len(found.assumed) == 1
+    assert read_fully({**sizes, "bf16": True, "vocab_size": 32000}).assumed == ()
+    early = read_fully({**sizes, "fp16": True, "vocab_size": 32000})
+    assert early.run.is_local and not early.run.fused_attention and not early.cluster.overlaps_input_gradients
+    assert "Megatron of 2021" in early.assumed[0]
+    for change in (
+        {"transformer_impl": "transformer_engine"},
+        {"attention_backend": "flash"},
+        {"use_flash_attn": True},
+        {"bf16": True},
+        {"cluster": "h100-8"},
+        {"cluster": "vtrain-8"},
+    ):
+        assert read_fully({**sizes, "fp16": True, "vocab_size": 32000, **change}).assumed == ()
+    other = read_fully({**sizes, "bf16": True, "data_parallel_size": 4})
+    assert other.contradictions == ("data_parallel_size is 4, but 8 GPUs in replicas of 1 are 8",)
+
+
+def test_a_shortened_model_keeps_its_share_of_dense_layers() -> None:
+    assert architecture("deepseek-v3", {}).moe_layer_freq == (0,) * 3 + (1,) * 58
+    assert architecture("deepseek-v3", {"num_layers": 4}).moe_layer_freq == (0, 1, 1, 1)
+    assert architecture("deepseek-v2", {"num_layers": 2}).moe_layer_freq == (0, 1)
+    assert price(model="deepseek-v2", num_layers=4, expert_model_parallel_size=8).step_seconds > 0
+    with pytest.raises(ValueError, match="moe_layer_freq lists 3 layers of 4"):
+        architecture("deepseek-v3", {"num_layers": 4, "moe_layer_freq": (0, 1, 1)})
 
 
 def test_one_run_with_upstreams_flags(capsys: pytest.CaptureFixture[str]) -> None:

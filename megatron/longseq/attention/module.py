@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron.core import tensor_parallel
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention, sharded_state_dict_default
@@ -120,7 +121,7 @@ class LongSequenceAttention(MegatronModule):
                 f"{self.dropout} over context-parallel ranks is not supported; use causal self-attention without it"
             )
         refuse_mask_type(attn_mask_type, f"layer {layer_number}")
-        refuse_fp8_attention(config, f"layer {layer_number}")
+        refuse_config(config, f"layer {layer_number}")
         refuse_window(config, f"layer {layer_number}")
         self.scale = softmax_scale or config.softmax_scale or config.kv_channels**-0.5
         has_window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, self.layer_number)
@@ -293,18 +294,49 @@ def refuse_mask_type(kind: AttnMaskType | None, where: str) -> None:
         )
 
 
-def refuse_fp8_attention(config: Any, where: str) -> None:
-    """Refuse attention in FP8, which a script may set: upstream has no flags for it.
+# setting: (its value without effect, why our attention does not support another). A script may set any of them past the
+# flags; those of FP8 have no flags.
+UNSERVED_SETTINGS = {
+    "fp8_dot_product_attention": (False, "computes in the type of its inputs; leave it out, linear layers stay in FP8"),
+    "fp8_multi_head_attention": (False, "computes in the type of its inputs; leave it out, linear layers stay in FP8"),
+    "softmax_type": ("vanilla", "computes the plain softmax only; leave it out"),
+    "qk_clip": (False, "does not store the scores; leave it out"),
+    "log_max_attention_logit": (False, "does not store the scores; leave it out"),
+}
+TE_ATTENTION = "megatron.core.extensions.transformer_engine.TEDotProductAttention"
+
+
+def refuse_config(config: Any, where: str) -> None:
+    """Refuse settings that our attention would ignore, and which a script may set.
 
     Raises:
         ValueError: Names the layer and what the configuration sets.
     """
-    for name in ("fp8_dot_product_attention", "fp8_multi_head_attention"):
-        if getattr(config, name, False):
-            raise ValueError(
-                f"{where}: the configuration sets {name}, but attention of this project computes in the type of its "
-                "inputs; leave it out, linear layers stay in FP8."
-            )
+    for name, (unset, why) in UNSERVED_SETTINGS.items():
+        value = getattr(config, name, unset)
+        if value != unset:
+            text = "" if value is True else f" to {value}"
+            raise ValueError(f"{where}: the configuration sets {name}{text}, but attention of this project {why}.")
+
+
+def refuse_core_attention(core: Any, where: str) -> None:
+    """Refuse a core attention whose computation is not known, in whose place ours would compute something else.
+
+    Args:
+        core: the layer's core attention, which its spec names.
+        where: layer, for the message.
+
+    Raises:
+        ValueError: Names the layer and the class.
+    """
+    name = f"{type(core).__module__}.{type(core).__qualname__}"
+    is_known = isinstance(core, LongSequenceAttention) or type(core) is DotProductAttention
+    if not is_known and name != TE_ATTENTION:
+        raise ValueError(
+            f"{where}: its core attention is {name}, but attention of this project would compute plain causal attention"
+            " in its place. Let the layer spec take upstream's core attention, or train this model without "
+            "--seq1f1b-splits and without packed documents."
+        )
 
 
 def refuse_window(config: Any, where: str) -> None:

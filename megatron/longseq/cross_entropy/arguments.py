@@ -34,6 +34,22 @@ NOT_IN_CHUNKS: Refusals = {
         "its gathers of the output layer's weight are not tested with chunks; --paro GGG shards parameters, too",
     ),
     "--config-logger-dir": (lambda a: a.config_logger_dir, "it writes the whole logits of every forward"),
+    "--logits-save-dir": (
+        lambda a: a.logits_save_dir is not None,
+        "it saves the largest of a token's logits from the whole output of the output layer",
+    ),
+    "--logits-load-dir": (
+        lambda a: a.logits_load_dir is not None,
+        "its loss is computed from the whole output of the output layer",
+    ),
+    "--save-activations-interval": (
+        lambda a: a.save_activations_interval is not None,
+        "it would save losses as the output of the output layer; leave one of the two out",
+    ),
+    "--save-dgrads-interval": (
+        lambda a: a.save_dgrads_interval is not None,
+        "it would save gradients of losses as those of the output layer; leave one of the two out",
+    ),
     "--cuda-graph-impl full_iteration": (
         lambda a: a.cuda_graph_impl == "full_iteration",
         "chunks are not tested inside a CUDA graph; local and transformer_engine capture layers only",

@@ -86,6 +86,10 @@ NOT_WITH_FLEXSP: Refusals = {
         lambda a: a.fp8 or getattr(a, "fp4", None),
         "its matrix products need multiples of 16 tokens on every rank, which packs of documents are not",
     ),
+    "--logits-save-dir": (
+        lambda a: a.logits_save_dir is not None,
+        "it saves a fixed number of micro-batches of one size, but plans have other ones in every step",
+    ),
     "--perform-rl-step": (lambda a: a.perform_rl_step, "its rollouts are micro-batches of their own"),
     "--pipeline-model-parallel-size with --flexsp-refit": (
         lambda a: a.flexsp_refit and a.pipeline_model_parallel_size > 1,

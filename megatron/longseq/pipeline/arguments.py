@@ -53,6 +53,26 @@ NOT_IN_SEGMENTS: Refusals = {
         lambda a: a.num_experts and (a.moe_expert_capacity_factor or a.moe_expert_rank_capacity_factor),
         "the capacity would apply to a segment, so different tokens would be dropped",
     ),
+    "--logits-save-dir": (
+        lambda a: a.logits_save_dir is not None,
+        "it counts the micro-batches of a step by calls of the output layer, which are segments here",
+    ),
+    "--save-activations-interval": (
+        lambda a: a.save_activations_interval is not None,
+        "it keeps the last forward of a step, which would be that of one segment",
+    ),
+    "--save-dgrads-interval": (
+        lambda a: a.save_dgrads_interval is not None,
+        "it keeps the last backward of a step, which would be that of one segment",
+    ),
+    "--save-tokens-per-expert-interval": (
+        lambda a: a.save_tokens_per_expert_interval is not None,
+        "it writes the counts of every forward, which would be those of one segment",
+    ),
+    "--moe-routing-trace-path": (
+        lambda a: a.moe_routing_trace_path is not None,
+        "it records the routing of every forward, which would be that of one segment",
+    ),
 }
 
 # flag: (whether it is used, why it does not work with any of our schedules)

@@ -230,6 +230,11 @@ def wants_sharding(args: Namespace) -> bool:
     return getattr(args, "paro", None) is not None
 
 
+def shards_parameters(args: Namespace) -> bool:
+    """Return whether ranks gather parameters for every use, in validated arguments."""
+    return wants_sharding(args) and Strategy.parse(args.paro).params is not Level.NONE
+
+
 def check_sharding_numbers(args: Namespace) -> None:
     """Refuse invalid triplets and numbers, right after parsing.
 

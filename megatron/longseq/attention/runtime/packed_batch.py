@@ -168,21 +168,48 @@ def _borders_of(params: PackedSeqParams | None) -> tuple[Tensor | None, str | No
         return None, "documents are packed, but the script hands the model no packed_seq_params; hand it the batch's"
     if params.qkv_format != "thd":
         return None, f"packed_seq_params have the format {params.qkv_format!r}; give 'thd'"
-    pairs = [
-        (params.cu_seqlens_q_padded, params.cu_seqlens_kv_padded, "cu_seqlens_q_padded"),
-        (params.cu_seqlens_q, params.cu_seqlens_kv, "cu_seqlens_q"),
-    ]
-    for query, key, name in pairs:
-        borders = query if query is not None else key
-        if borders is None:
-            continue
-        borders = borders.flatten()
-        if borders.numel() == 0 or borders.dtype not in (torch.int32, torch.int64):
-            return None, f"{name} is {borders.dtype} {tuple(borders.shape)}; give whole numbers, at least 2"
-        if key is not None and query is not None and key is not query and not torch.equal(key.flatten(), borders):
-            return None, f"{name} and {name.replace('_q', '_kv')} differ; self-attention has one set of documents"
-        return borders, None
-    return None, "packed_seq_params have no cu_seqlens_q"
+    pairs = {
+        "cu_seqlens_q_padded": (params.cu_seqlens_q_padded, params.cu_seqlens_kv_padded),
+        "cu_seqlens_q": (params.cu_seqlens_q, params.cu_seqlens_kv),
+    }
+    given = {name: [one for one in pair if one is not None] for name, pair in pairs.items()}
+    problem = next(filter(None, (_fault(name, pair) for name, pair in given.items())), None)
+    if problem is not None:
+        return None, problem
+    padded, own = (pair[0].flatten() if pair else None for pair in given.values())
+    if padded is not None and own is not None and not _fit(own, padded):
+        return None, (
+            "cu_seqlens_q and cu_seqlens_q_padded do not belong together; both have one number per document, and no "
+            "document is longer than with its padding"
+        )
+    found = own if padded is None else padded
+    return found, None if found is not None else "packed_seq_params have no cu_seqlens_q"
+
+
+def _fault(name: str, given: list[Any]) -> str | None:
+    """Return what is wrong with the cumulative lengths of queries and keys, if anything."""
+    for one in given:
+        if not isinstance(one, Tensor):
+            return f"{name} is a {type(one).__name__}; give a tensor of int32 or int64"
+        if one.numel() == 0 or one.dtype not in (torch.int32, torch.int64):
+            return f"{name} is {one.dtype} {tuple(one.shape)}; give whole numbers, at least 2"
+    first, last = (given[0], given[-1]) if given else (None, None)
+    if first is not last and not _equal(first, last):
+        return f"{name} and {name.replace('_q', '_kv')} differ; self-attention has one set of documents"
+    return None
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Return whether two tensors have the same elements, whatever their types and devices are."""
+    one, other = one.flatten(), other.flatten()
+    return one.numel() == other.numel() and bool((one.to(other.device) == other).all())
+
+
+def _fit(borders: Tensor, padded: Tensor) -> bool:
+    """Return whether each document is at most as long as it is with its padding."""
+    if borders.data_ptr() == padded.data_ptr():
+        return True
+    return borders.numel() == padded.numel() and bool((borders.to(padded.device).diff() <= padded.diff()).all())
 
 
 def _digest(borders: Tensor | None, problem: str | None) -> Tensor:

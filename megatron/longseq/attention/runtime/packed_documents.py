@@ -17,17 +17,30 @@ NOT_DOCUMENTS = "the attention mask is not causal within packed documents"
 RULE = "a position must see all from its document's first to itself, and documents must not overlap"
 
 
+def of_batch_and_heads(mask: Tensor) -> Tensor:
+    """Return a mask with the dimensions of a batch and of heads; one of [rows, keys] is that of all sequences.
+
+    Upstream's local attention broadcasts such a mask over its scores.
+    """
+    if mask.dim() == 2:
+        return mask[None, None]
+    if mask.dim() == 3 and mask.shape[0] == 1:
+        return mask[None]
+    return mask
+
+
 def document_starts(attention_mask: Tensor, begin: int = 0) -> Tensor:
     """Return the first position of every row's document, [b, rows], int64.
 
     Args:
-        attention_mask: bool [b, 1, rows, keys], True where a key is hidden (upstream's, with --reset-attention-mask).
-            Rows are the positions from `begin` on, keys the positions from 0 on.
+        attention_mask: bool [b, 1, rows, keys], True where a key is hidden (upstream's, with --reset-attention-mask);
+            also [rows, keys] and [1, rows, keys]. Rows are the positions from `begin` on, keys the positions from 0 on.
         begin: position of the first row.
 
     Raises:
         ValueError: The mask is not causal within documents that follow one another; names the position.
     """
+    attention_mask = of_batch_and_heads(attention_mask)
     starts = read_document_starts(attention_mask, begin)
     if (starts < 0).any():
         sequence, row = (int(at[0]) for at in torch.nonzero(starts < 0, as_tuple=True))
@@ -75,7 +88,8 @@ def gather_document_starts(mask: Tensor, layout: Layout, rank: int, collectives:
     """Return the first position of every token's document, [b, sequence], int32. All context-parallel ranks call this.
 
     Args:
-        mask: bool [b, 1, rows, sequence], see `document_starts`; rows are this rank's positions in order.
+        mask: bool [b, 1, rows, sequence] or without b and 1, see `document_starts`; rows are this rank's positions in
+            order.
         layout: positions of the tokens.
         rank: this context-parallel rank.
         collectives: collectives of the context-parallel group.
@@ -83,7 +97,7 @@ def gather_document_starts(mask: Tensor, layout: Layout, rank: int, collectives:
     Raises:
         ValueError: The mask's shape does not fit the layout, or the mask is not that of documents.
     """
-    total = sum(layout.lengths)
+    mask, total = of_batch_and_heads(mask), sum(layout.lengths)
     if mask.dim() != 4 or (mask.shape[2] * layout.mesh.size, mask.shape[3]) != (total, total):
         raise ValueError(
             f"context-parallel rank {rank} of {layout.mesh.size}: the attention mask has shape {tuple(mask.shape)}, "

@@ -8,10 +8,13 @@ A forward step that computes with the output, or keeps it, runs again on the sam
 last segment, which has the whole output; on other stages for every segment, since each sends its output on.
 """
 
+import copy
+import dataclasses
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy
 import torch
 from torch.utils import _pytree as pytree
 
@@ -208,12 +211,33 @@ class Replay:
 
 
 def _copied(sample: Any) -> Any:
-    """Copy containers and tensors, pinned tensors into pinned memory."""
-    if isinstance(sample, dict):
-        return {name: _copied(value) for name, value in sample.items()}
-    if type(sample) in (list, tuple):
-        return type(sample)(_copied(value) for value in sample)
-    if not isinstance(sample, torch.Tensor) or sample.dim() >= MASK_DIMENSIONS:
+    """Copy tensors, arrays and what holds them; pinned tensors into pinned memory. Containers keep their class."""
+    if isinstance(sample, torch.Tensor):
+        if sample.dim() >= MASK_DIMENSIONS:
+            return sample
+        return sample.clone().pin_memory() if sample.is_pinned() else sample.clone()
+    if isinstance(sample, numpy.ndarray):
+        return sample.copy()
+    if isinstance(sample, tuple):
+        values = [_copied(value) for value in sample]
+        return type(sample)(*values) if hasattr(sample, "_fields") else type(sample)(values)
+    if isinstance(sample, dict | list):
+        copied = copy.copy(sample)
+        for key, value in sample.items() if isinstance(sample, dict) else enumerate(sample):
+            copied[key] = _copied(value)
+        return copied
+    return _copied_object(sample)
+
+
+def _copied_object(sample: Any) -> Any:
+    """Copy an object whose attributes are tensors, arrays or containers, such as a dataclass or a `UserDict`."""
+    if isinstance(sample, type) or callable(sample):
         return sample
-    copy = sample.clone()
-    return copy.pin_memory() if sample.is_pinned() else copy
+    names = [field.name for field in dataclasses.fields(sample)] if dataclasses.is_dataclass(sample) else []
+    held = {name: getattr(sample, name) for name in names or getattr(sample, "__dict__", {})}
+    if not any(isinstance(value, torch.Tensor | numpy.ndarray | dict | list | tuple) for value in held.values()):
+        return sample
+    copied = copy.copy(sample)
+    for name, value in held.items():
+        object.__setattr__(copied, name, _copied(value))  # a dataclass may be frozen
+    return copied

@@ -15,11 +15,14 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch.utils import _pytree as pytree
 
 from megatron.longseq.attention.kernels.select import KernelSelector
 from megatron.longseq.attention.module import (
     ContextParallel,
     SegmentState,
+    refuse_config,
+    refuse_core_attention,
     refuse_mask_type,
     refuse_window,
     run_in_segments,
@@ -178,7 +181,7 @@ class SegmentedModel:
 
     def _cut(self, arguments: dict[str, Any], model: GPTModel) -> None:
         segment = self._here()
-        unserved = [name for name in UNSERVED if arguments.get(name) is not None]
+        unserved = [name for name, value in arguments.items() if value is not None and not _is_served(name, value)]
         if unserved:
             raise ValueError(f"--seq1f1b-splits cannot cut {', '.join(unserved)} into segments; leave it out.")
         if segment.index == 0 and (arguments.get("packed_seq_params") is not None or self.packed.always):
@@ -194,8 +197,15 @@ class SegmentedModel:
             refuse_unserved_model(model, packed)
             arguments["packed_seq_params"] = packed
         for name in ALONG_SEQUENCE:
-            if arguments.get(name) is not None:
-                arguments[name] = arguments[name][:, segment.begin : segment.end]
+            rows = arguments.get(name)
+            if rows is not None and rows.shape[1] != segment.total:
+                raise ValueError(
+                    f"micro-batch {segment.microbatch}: the script hands the model {name} of {rows.shape[1]} tokens, "
+                    f"but segments are cut from {segment.total} (--seq-length / --context-parallel-size); hand it "
+                    "sequences of that length."
+                )
+            if rows is not None:
+                arguments[name] = rows[:, segment.begin : segment.end]
 
     def _read_packed(self, arguments: dict[str, Any], model: GPTModel) -> None:
         """Read the documents of a micro-batch from what the script hands to the model at the first segment.
@@ -271,6 +281,14 @@ class SegmentedModel:
         return forward
 
 
+def _is_served(name: str, value: Any) -> bool:
+    """Return whether an argument of the model can be cut, or needs no cut. A script's model may have further ones."""
+    if name in (*ALONG_SEQUENCE, "attention_mask"):
+        return True
+    leaves = pytree.tree_leaves(value)
+    return name not in UNSERVED and not any(isinstance(leaf, torch.Tensor) and leaf.dim() > 1 for leaf in leaves)
+
+
 def _sequences(arguments: dict[str, Any], model: GPTModel) -> int:
     """Return the number of sequences in a micro-batch."""
     for name in ALONG_SEQUENCE:
@@ -284,6 +302,8 @@ def _refuse_attention(name: str, attention: torch.nn.Module) -> None:
     if isinstance(attention, SelfAttention):
         refuse_mask_type(attention.attn_mask_type, f"--seq1f1b-splits, layer {name}")
         refuse_window(attention.config, f"--seq1f1b-splits, layer {name}")
+        refuse_config(attention.config, f"--seq1f1b-splits, layer {name}")
+        refuse_core_attention(attention.core_attention, f"--seq1f1b-splits, layer {name}")
     elif not isinstance(attention, IdentityOp):
         raise ValueError(
             f"--seq1f1b-splits supports SelfAttention, but layer {name} has {type(attention).__name__}, which would "

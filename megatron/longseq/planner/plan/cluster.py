@@ -56,6 +56,8 @@ class Cluster:
             there, as the software of some installations did (arXiv 2104.04473, section 4.1).
         overlaps_input_gradients: whether tensor-parallel ranks sum the gradients of a layer's inputs beside the product
             of its weight gradients, without sequence parallelism too. Megatron before 2022 did not.
+        predates_fused_attention: whether the GPUs are older than fused attention in Megatron, so that a run in fp16 is
+            taken for one of early software (see `plan/flags.py`).
         message_bytes: size of a collective that reaches half of the bandwidth.
         layer_seconds: time in which a host issues the kernels of a layer's forward. Backward takes 1.6 times as long.
         step_seconds: host work of a step.
@@ -99,6 +101,7 @@ class Cluster:
     pairwise_efficiency: float = 0.8
     splits_messages: bool = False
     overlaps_input_gradients: bool = True
+    predates_fused_attention: bool = False
     message_bytes: float = 1e6
     layer_seconds: float = 0.9e-3
     step_seconds: float = 2e-3
@@ -143,7 +146,8 @@ _MAY_BE_ZERO = (
     *("overlap_workspace_bytes", "gradient_copy_bytes", "context_bytes", "fragmentation"),
 )
 _FIELDS = {one.name: one for one in fields(Cluster)}
-_NO_NUMBERS = ("name", "gpus", "products", "defaults", "source", "splits_messages", "overlaps_input_gradients")
+_SWITCHES = ("splits_messages", "overlaps_input_gradients", "predates_fused_attention")
+_NO_NUMBERS = ("name", "gpus", "products", "defaults", "source", *_SWITCHES)
 _WHOLE = ("gpus_per_node", "sms", "product_depth")
 NUMBERS = tuple(name for name in _FIELDS if name not in _NO_NUMBERS)
 
@@ -183,7 +187,11 @@ _DECORATION = re.compile(r"nvidia|dev|lts|dgx|hgx|sxm\d?|gpus?|nvlink|tensor|cor
 
 def _bare(name: str) -> str:
     """Return a name without decoration: both `NVIDIA A100-SXM4-80GB` and `dgx_a100` are a100."""
-    parts = re.split(r"[-_/ ]+", name.strip().lower().replace("dgxa", "a").replace("dgxh", "h"))
+    text = re.sub(r"[()]", " ", name.strip().lower()).replace("dgxa", "a").replace("dgxh", "h")
+    text = re.sub(r"(\d) (gb?)\b", r"\1\2", text)
+    text = re.sub(r"^(\d+) ?x ?(\D.*)$", r"\2-\1", text)  # 8x A100
+    text = re.sub(r"^(.*\S) x ?(\d+)$", r"\1-\2", text)  # A100 x 64
+    parts = re.split(r"[-_/ ]+", text)
     return "-".join(part.replace("40gb", "40g") for part in parts if part and not _DECORATION.fullmatch(part))
 
 
@@ -222,14 +230,14 @@ def _values(name: str) -> tuple[dict[str, Any], int | None]:
             content = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"{path}: not JSON ({error})") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path}: not a JSON object; give a file that `calibrate` wrote")
         return {"name": path.stem, **content}, content.get("gpus")
     aliases = _aliases()
     bare = _bare(name)
     if bare in aliases:
         return {**_read_family(aliases[bare]), "name": bare}, None
     family, _, count = bare.rpartition("-")
-    if re.fullmatch(r"\d+x\D.*", bare):  # 8xa100
-        count, _, family = bare.partition("x")
     if family in aliases and count.isdigit():
         return {**_read_family(aliases[family]), "name": f"{family}-{count}"}, int(count)
     raise ValueError(f"no cluster {name!r}: neither a file nor FAMILY-GPUS with one of {', '.join(families())}")

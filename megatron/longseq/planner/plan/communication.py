@@ -11,6 +11,7 @@ from megatron.longseq.attention.plan.comm_volume import LayerShape, all_to_all, 
 from megatron.longseq.attention.plan.heads import Heads
 from megatron.longseq.attention.plan.layout import Layout, Mesh
 from megatron.longseq.planner.plan.cluster import Cluster
+from megatron.longseq.planner.plan.compute import Seconds
 from megatron.longseq.planner.plan.configuration import Configuration
 from megatron.longseq.planner.plan.model import Architecture
 from megatron.longseq.sharding.plan.time_model import LinkSpeed, LinkSpeeds
@@ -93,7 +94,7 @@ class LayerMessages(NamedTuple):
 
 @functools.lru_cache(maxsize=65536)
 def layer_messages(
-    model: Architecture, cluster: Cluster, run: Configuration, has_experts: bool, attention: float, weight: float
+    model: Architecture, cluster: Cluster, run: Configuration, has_experts: bool, compute: Seconds
 ) -> LayerMessages:
     """Return the communication of a layer and a micro-batch.
 
@@ -102,8 +103,8 @@ def layer_messages(
         cluster: the GPUs.
         run: the configuration.
         has_experts: whether the layer has experts.
-        attention: seconds of core attention in forward, beside which a ring sends keys and values.
-        weight: seconds of weight gradients, beside which backward's collectives run.
+        compute: seconds of the layer. A ring sends keys, values and their gradients beside core attention, and
+            backward's collectives run beside the products of weight gradients.
     """
     tensor = group(cluster, run.tensor_model_parallel_size, 1)
     tokens = run.micro_batch_size * run.seq_length / run.context_parallel_size
@@ -115,12 +116,12 @@ def layer_messages(
     if run.sequence_parallel:
         hidden += count * once  # inputs are gathered again for weight gradients, beside the gradients of inputs
     if cluster.overlaps_input_gradients or run.sequence_parallel:
-        beside = min(count * once * (1 if run.sequence_parallel else 2), weight)
+        beside = min(count * once * (1 if run.sequence_parallel else 2), compute.weight)
         backward, hidden = backward - beside, hidden + beside
     backward += CONTENTION * hidden
     if run.tp_comm_overlap:
         forward, backward, hidden = 0.2 * forward, 0.2 * backward, hidden + 0.8 * (forward + backward)
-    context = _context_seconds(model, cluster, run, attention)
+    context = _context_seconds(model, cluster, run, compute)
     expert = _expert_exchange(model, cluster, run, tokens) if has_experts else 0.0
     return LayerMessages(forward, backward, context[0], context[1], 2 * expert, 2 * expert, hidden + context[2])
 
@@ -161,7 +162,7 @@ def _context_bytes(
 
 
 def _context_seconds(
-    model: Architecture, cluster: Cluster, run: Configuration, attention: float
+    model: Architecture, cluster: Cluster, run: Configuration, compute: Seconds
 ) -> tuple[float, float, float]:
     """Return the exposed seconds of context parallelism in forward and backward, and the hidden ones."""
     if run.context_parallel_size == 1:
@@ -184,7 +185,8 @@ def _context_seconds(
     ring_out, ring_back = bytes_[2] / rate + steps, bytes_[3] / rate + steps
     if ring_size == 1:
         ring_out = ring_back = 0.0
-    shown_out, shown_back = max(0.0, ring_out - attention), max(0.0, ring_back - 2.5 * attention)
+    shown_out = max(0.0, ring_out - compute.attention)
+    shown_back = max(0.0, ring_back - compute.attention_backward)
     hidden = ring_out - shown_out + ring_back - shown_back
     return out + shown_out, back + shown_back, hidden
 

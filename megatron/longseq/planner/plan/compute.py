@@ -31,13 +31,14 @@ class Seconds(NamedTuple):
         forward: of the forward.
         backward: of the gradients of inputs and weights, without recomputation.
         weight: the part of `backward` that computes weight gradients.
-        attention: the part of `forward` in core attention.
+        attention, attention_backward: the parts of `forward` and `backward` in core attention.
     """
 
     forward: float
     backward: float
     weight: float
     attention: float = 0.0
+    attention_backward: float = 0.0
 
     def __add__(self, other: object) -> "Seconds":
         assert isinstance(other, Seconds)
@@ -128,7 +129,7 @@ def attention_seconds(model: Architecture, cluster: Cluster, run: Configuration)
         peak = 1e12 * cluster.peak_tflops
         forward = work / (peak * cluster.attention_efficiency * rate)
         backward = ATTENTION_BACKWARD * work / (peak * cluster.attention_backward_efficiency * rate)
-        return Seconds(forward, backward, 0.0, forward)
+        return Seconds(forward, backward, 0.0, forward, backward)
     count, channels = max(1, round(batch * heads)), model.query_size // model.num_attention_heads
     if model.query_size % model.num_attention_heads:
         channels = -(-channels // _ALIGNED) * _ALIGNED  # no such head exists; the row's number of heads is in error
@@ -140,7 +141,7 @@ def attention_seconds(model: Architecture, cluster: Cluster, run: Configuration)
         dropout += 4.0  # casts to float32 and back, the mask, and the scale are kernels of their own
     forward = scores + values + moved_seconds(cluster, size * (2.0 + 2.5 * dropout))
     backward = 2 * (scores + values) + moved_seconds(cluster, size * (3.0 + 2.5 * dropout))
-    return Seconds(forward, backward, 0.0, forward)
+    return Seconds(forward, backward, 0.0, forward, backward)
 
 
 def fuses_softmax(model: Architecture, run: Configuration) -> bool:

@@ -99,6 +99,12 @@ class Configuration:
     def __hash__(self) -> int:
         return self._hash  # caches of costs look configurations up often
 
+    @property
+    def smallest(self) -> int:
+        """The smallest of the sizes that must be at least 1."""
+        sizes = self.tensor_model_parallel_size, self.pipeline_model_parallel_size, self.context_parallel_size
+        return min(*sizes, self.micro_batch_size, self.global_batch_size, self.seq_length, self.gpus)
+
     @functools.cached_property
     def data_parallel_size(self) -> int:
         """Data-parallel ranks."""
@@ -216,7 +222,7 @@ def reasons(model: Architecture, run: Configuration) -> list[str]:
         run.context_parallel_size,
     )
     found = []
-    if min(tensor, stages, context, run.micro_batch_size, run.global_batch_size, run.seq_length, run.gpus) < 1:
+    if run.smallest < 1:
         return ["every size must be at least 1"]
     if run.gpus % run.model_parallel_size:
         found.append(
@@ -245,6 +251,8 @@ def reasons(model: Architecture, run: Configuration) -> list[str]:
             found.append(f"paro_group_size {run.paro_group_size} does not divide {ranks} data-parallel ranks")
     if run.bf16 and run.fp16:
         found.append("give bf16 or fp16, not both")
+    if run.recompute_granularity == "selective" and (run.recompute_method or run.recompute_num_layers):
+        found.append("selective recomputation has neither recompute_method nor recompute_num_layers")
     return found
 
 

@@ -10,13 +10,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import Field, replace
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron.longseq.planner.plan import configuration
 from megatron.longseq.planner.plan.cluster import Cluster, cluster
 from megatron.longseq.planner.plan.configuration import Configuration, settle
 from megatron.longseq.planner.plan.model import FIELDS as MODEL_FIELDS
 from megatron.longseq.planner.plan.model import Architecture, architecture
+from megatron.longseq.planner.plan.values import boolean, convert, is_empty, whole_number, words
 
 OWN = ("model", "cluster")
 # The planner reads these flags besides the fields of the two data classes.
@@ -26,6 +27,7 @@ FURTHER = (
     "rope_type",
     "use_rotary_position_embeddings",
     "data_parallel_size",
+    "virtual_pipeline_model_parallel_size",
 )
 NEUTRAL_HERE = (
     "arguments_file",
@@ -60,8 +62,19 @@ NEUTRAL_HERE = (
     "start_folder",
 )
 REFUSED_HERE = {"flexsp": False}  # its steps depend on the lengths of documents: see tools/flexsp_predict.py
-_TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "none")
-_INTEGER_SUFFIXES = {"k": 1 << 10, "m": 1 << 20}
+# Names of the texts that a flag may hold, where no parser of upstream lists them.
+_CHOICES = {
+    "context_parallel_attention": ("auto", "longseq", "transformer_engine"),
+    "context_parallel_placement": ("head-first", "context-first"),
+    "cp_comm_type": ("p2p", "a2a", "allgather", "a2a+p2p"),
+    "paro_collectives": ("flat", "hierarchical", "overlapped"),
+    "recompute_modules": ("core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"),
+    "seq1f1b_partition": ("balanced", "even"),
+}
+# Runs in fp16 on GPUs whose software had no fused attention at first; see `_early_software`.
+_EARLY_FLAGS = {"transformer_impl": "local", "attention_backend": "unfused", "gradient_accumulation_fusion": False}
+_STATES_SOFTWARE = ("transformer_impl", "attention_backend", "use_flash_attn")
+_GPT2_VOCABULARY = 50257
 
 
 @functools.lru_cache(maxsize=1)
@@ -71,7 +84,28 @@ def upstream_flags() -> dict[str, Any]:
     return dict(json.loads(file.read_text()))
 
 
+class Reading(NamedTuple):
+    """What a mapping of flags describes.
+
+    Attributes:
+        model, cluster, run: for `predict`.
+        assumed: what no flag says, and the planner takes for granted beside upstream's defaults.
+        contradictions: flags that state a size which follows from the others differently. The others count.
+    """
+
+    model: Architecture
+    cluster: Cluster
+    run: Configuration
+    assumed: tuple[str, ...]
+    contradictions: tuple[str, ...]
+
+
 def read(values: Mapping[str, Any], where: str = "") -> tuple[Architecture, Cluster, Configuration]:
+    """Return the model, the cluster and the configuration that flags describe; see `read_fully`."""
+    return read_fully(values, where)[:3]
+
+
+def read_fully(values: Mapping[str, Any], where: str = "") -> Reading:
     """Return what a mapping of flags describes.
 
     Args:
@@ -85,26 +119,59 @@ def read(values: Mapping[str, Any], where: str = "") -> tuple[Architecture, Clus
     try:
         found = _known(values)
         machine = _cluster(found)
+        assumed = []
+        is_early = _early_software(machine, found)
+        if is_early:
+            found = {**_EARLY_FLAGS, **found}
+            machine = replace(machine, splits_messages=True, overlaps_input_gradients=False)
+            assumed.append(
+                "fp16 on a GPU of 2020: Megatron of 2021, with local layers, unfused attention and no overlap of "
+                "tensor parallelism; give transformer_impl transformer_engine or attention_backend for another one"
+            )
         found = {**dict(machine.defaults), **found}
         model = _model(found)
+        if not (model.vocab_size or model.padded_vocab_size):
+            model = replace(model, vocab_size=_GPT2_VOCABULARY)
+            assumed.append(f"vocab_size is not given: {_GPT2_VOCABULARY}, as GPT-2's tokenizer has")
         run = settle(model, {**_run(found), "gpus": machine.gpus})
-        _check_data_parallel_size(found, run)
+        contradictions = _contradictions(found, model, run)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}" if where else str(error)) from error
     if run.gpus < machine.gpus_per_node:
         machine = replace(machine, gpus_per_node=run.gpus)
-    return model, machine, run
+    return Reading(model, machine, run, tuple(assumed), tuple(contradictions))
 
 
-def _check_data_parallel_size(values: Mapping[str, Any], run: Configuration) -> None:
-    """Refuse a data-parallel size, which tables of runs often list, if it is not what the other sizes leave."""
+def _early_software(machine: Cluster, values: Mapping[str, Any]) -> bool:
+    """Return whether a run is taken for one of Megatron as it was before it had fused attention (January 2023).
+
+    Published runs in fp16 on A100 are of 2021 and 2022; later ones are in bf16. An installation says what its software
+    was, and flags of the run come before both.
+    """
+    if not machine.predates_fused_attention or machine.defaults:
+        return False
+    if not boolean("fp16", values.get("fp16", False)) or boolean("bf16", values.get("bf16", False)):
+        return False
+    stated = {name: str(values[name]).lower() for name in _STATES_SOFTWARE if name in values}
+    return all(value in ("local", "unfused") for value in stated.values())
+
+
+def _contradictions(values: Mapping[str, Any], model: Architecture, run: Configuration) -> list[str]:
+    """Return the sizes of a table that are not what the other sizes leave."""
+    found = []
     if "data_parallel_size" in values:
-        size = _integer("data_parallel_size", values["data_parallel_size"])
+        size = whole_number("data_parallel_size", values["data_parallel_size"])
         if size != run.data_parallel_size:
-            raise ValueError(
+            found.append(
                 f"data_parallel_size is {size}, but {run.gpus} GPUs in replicas of {run.model_parallel_size} are "
                 f"{run.data_parallel_size}"
             )
+    per_stage = whole_number("", values.get("num_layers_per_virtual_pipeline_stage", 0))
+    virtual = whole_number("", values.get("num_virtual_stages_per_pipeline_rank", 0))
+    layers = model.num_layers // max(1, run.pipeline_model_parallel_size)
+    if per_stage and virtual and per_stage * virtual != layers:
+        found.append(f"{virtual} virtual stages of {per_stage} layers are not the {layers} layers of a pipeline rank")
+    return found
 
 
 def check_names(names: Mapping[str, Any] | list[str]) -> None:
@@ -146,14 +213,17 @@ def _canonical(name: str) -> tuple[str | None, bool]:
 def _known(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the flags that the planner models, with upstream's names. Refuse the others."""
     check_names(values)
-    flags, found = upstream_flags(), {}
+    flags = upstream_flags()
+    found: dict[str, Any] = {}
     refused = {**flags["refused"], **REFUSED_HERE}
     for name, value in values.items():
-        if value is None or (isinstance(value, str) and not value.strip()):
-            continue
         key, negated = _canonical(name)
         assert key is not None
-        plain = not _boolean(name, value) if negated else value
+        if is_empty(key, value):
+            continue
+        plain = not boolean(name, value) if negated else value
+        if key in found and str(found[key]).strip().lower() != str(plain).strip().lower():
+            raise ValueError(f"{name} {value!r}: another flag says {key} {found[key]!r}")
         if key in refused:
             _refuse(key, plain, refused[key])
         elif key not in (*flags["neutral"], *NEUTRAL_HERE) or key in FURTHER:
@@ -167,61 +237,10 @@ def _refuse(name: str, value: Any, default: Any) -> None:
         raise ValueError(f"{name} {value!r}: the planner does not model it; leave it at upstream's default {default!r}")
 
 
-def _boolean(name: str, value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    text = str(value).strip().lower()
-    text = text.removesuffix(".0")
-    if text in _TRUE or text in _FALSE:
-        return text in _TRUE
-    raise ValueError(f"{name} is {value!r}; give true or false")
-
-
-def _integer(name: str, value: Any) -> int:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    text = str(value).strip().lower().replace("_", "")
-    scale = 1
-    if text and text[-1] in _INTEGER_SUFFIXES:
-        scale, text = _INTEGER_SUFFIXES[text[-1]], text[:-1]
-    try:
-        number = float(text)
-    except ValueError:
-        raise ValueError(f"{name} is {value!r}, not a whole number") from None
-    if number != int(number):
-        raise ValueError(f"{name} is {value!r}, not a whole number")
-    return int(number) * scale
-
-
-def _list(value: Any) -> list[str]:
-    if isinstance(value, (list, tuple)):
-        return [str(one) for one in value]
-    text = str(value).strip().strip("[]()").replace(",", " ").replace(";", " ")
-    return [part.strip("'\"") for part in text.split()]
-
-
-def _convert(name: str, value: Any, field: Field[Any]) -> Any:
-    """Return a value with the type of its field."""
-    kind, default = str(field.type).removeprefix("<class '").removesuffix("'>"), field.default
-    if kind.startswith("tuple"):
-        parts = _list(value)
-        return tuple(_integer(name, part) for part in parts) if "int" in str(field.type) else tuple(parts)
-    if kind.startswith("bool"):
-        return _boolean(name, value)
-    if kind.startswith("int"):
-        return _integer(name, value)
-    if kind.startswith("float"):
-        try:
-            return float(value)
-        except ValueError:
-            raise ValueError(f"{name} is {value!r}, not a number") from None
-    return str(value).strip() if default is not None else str(value)
-
-
 def _cluster(values: Mapping[str, Any]) -> Cluster:
     if not values.get("cluster"):
         raise ValueError("cluster is missing; give FAMILY-GPUS, such as a100-64")
-    gpus = _integer("gpus", values["gpus"]) if "gpus" in values else None
+    gpus = whole_number("gpus", values["gpus"]) if "gpus" in values else None
     return cluster(str(values["cluster"]).strip(), gpus)
 
 
@@ -231,15 +250,15 @@ def _model(values: Mapping[str, Any]) -> Architecture:
     fields = Architecture.__dataclass_fields__
     for name in MODEL_FIELDS & set(values):
         if name == "moe_layer_freq":
-            parts = [_integer(name, part) for part in _layer_list(str(values[name]))]
+            parts = [whole_number(name, part) for part in _layer_list(str(values[name]))]
             given[name] = parts[0] if len(parts) == 1 else tuple(parts)
         elif name == "window_size":
-            given[name] = max(0, _integer(name, _list(values[name])[0]))
+            given[name] = max(0, whole_number(name, (words(values[name]) or [""])[0]))
         elif name != "name":
-            given[name] = _convert(name, values[name], fields[name])
-    if "group_query_attention" in values and not _boolean("group_query_attention", values["group_query_attention"]):
+            given[name] = _value(name, values[name], fields[name])
+    if "group_query_attention" in values and not boolean("group_query_attention", values["group_query_attention"]):
         given.pop("num_query_groups", None)
-    if values.get("rope_type") or _boolean("rotary", values.get("use_rotary_position_embeddings", False)):
+    if values.get("rope_type") or boolean("rotary", values.get("use_rotary_position_embeddings", False)):
         given.setdefault("position_embedding_type", "rope")
     return architecture(str(values["model"]).strip() if values.get("model") else None, given)
 
@@ -247,11 +266,25 @@ def _model(values: Mapping[str, Any]) -> Architecture:
 def _layer_list(text: str) -> list[str]:
     """Return the numbers of an expression such as ([0]*1+[1]*3), which upstream evaluates too."""
     if "*" not in text:
-        return _list(text)
+        return words(text)
     found: list[str] = []
     for part in text.strip().strip("()").split("+"):
         body, _, count = part.partition("*")
-        found += _list(body) * int(count or 1)
+        found += words(body) * int(count or 1)
+    return found
+
+
+def _value(name: str, value: Any, field: Field[Any]) -> Any:
+    """Return a value of a flag, checked.
+
+    Raises:
+        ValueError: it is no value of the flag.
+    """
+    found = convert(name, value, field, _CHOICES.get(name, upstream_flags()["choices"].get(name, ())))
+    if isinstance(found, (int, float)) and not isinstance(found, bool) and found < 0:
+        raise ValueError(f"{name} is {value!r}; give 0 or more")
+    if isinstance(found, int) and not isinstance(found, bool) and found == 0 and field.default == 1:
+        raise ValueError(f"{name} is {value!r}; give at least 1")
     return found
 
 
@@ -259,9 +292,18 @@ def _run(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a configuration."""
     given: dict[str, Any] = {}
     for name in set(configuration.FIELDS) & set(values):
-        given[name] = _convert(name, values[name], configuration.FIELDS[name])
-    if "cp_comm_type" in given:
-        given["cp_comm_type"] = _list(given["cp_comm_type"])[0]
+        value = values[name]
+        if name == "cp_comm_type":
+            kinds = set(words(value))
+            if len(kinds) != 1:
+                raise ValueError(f"{name} is {value!r}; the planner prices one type for all layers")
+            (value,) = kinds
+        given[name] = _value(name, value, configuration.FIELDS[name])
+    virtual = values.get("virtual_pipeline_model_parallel_size")
+    if virtual is not None:
+        given.setdefault(
+            "num_virtual_stages_per_pipeline_rank", whole_number("virtual_pipeline_model_parallel_size", virtual)
+        )
     if "use_flash_attn" in values:
-        given["use_flash_attn"] = _boolean("use_flash_attn", values["use_flash_attn"])
+        given["use_flash_attn"] = boolean("use_flash_attn", values["use_flash_attn"])
     return given

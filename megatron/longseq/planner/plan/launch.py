@@ -14,6 +14,19 @@ FlagValue = bool | int | float | str | Sequence[str] | Sequence[int] | None
 Flags = Mapping[str, FlagValue]
 
 
+# Flags that a plan sets, or leaves out on purpose.
+PLANNED = (
+    *("seq_length", "micro_batch_size", "global_batch_size", "tensor_model_parallel_size", "sequence_parallel"),
+    *("pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"),
+    *("context_parallel_size", "context_parallel_attention", "context_parallel_auto", "cp_comm_type"),
+    *("hierarchical_context_parallel_sizes", "seq1f1b_splits", "seq1f1b_partition", "seq1f1b_slack", "zero_bubble"),
+    *("recompute_granularity", "recompute_modules", "recompute_method", "recompute_num_layers"),
+    *("recompute_activations", "cross_entropy_chunk_tokens", "paro", "paro_group_size", "paro_collectives"),
+    *("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather", "num_layers", "hidden_size"),
+    *("ffn_hidden_size", "num_attention_heads", "num_query_groups", "flexsp", "flexsp_max_tokens_per_rank"),
+)
+
+
 class PlanChoice(NamedTuple):
     """One leaf of the search: everything that the planner chooses."""
 
@@ -33,6 +46,11 @@ def model_flags(model: Architecture, seq_length: int) -> dict[str, FlagValue]:
             f"model {model.name or 'given by flags'}: the planner searches dense models with grouped-query attention, "
             "not experts or latent attention; price one configuration with `predict`"
         )
+    if model.not_in_flags:
+        raise ValueError(
+            f"model {model.name or 'given by flags'}: it has {model.not_in_flags}, for which the GPT script has no "
+            "flag; price it with `predict`, or write its flags into a JSON file"
+        )
     is_learned = model.position_embedding_type == "learned_absolute"
     return {
         "num_layers": model.num_layers,
@@ -44,7 +62,9 @@ def model_flags(model: Architecture, seq_length: int) -> dict[str, FlagValue]:
         "kv_channels": model.kv_channels or None,
         "max_position_embeddings": max(seq_length, model.max_position_embeddings if is_learned else 0),
         "position_embedding_type": model.position_embedding_type,
+        **_rotary_flags(model),
         "normalization": model.normalization,
+        "norm_epsilon": _changed(model, "layernorm_epsilon"),
         "swiglu": model.swiglu,
         "squared_relu": model.squared_relu,
         "disable_bias_linear": not model.add_bias_linear,
@@ -56,6 +76,20 @@ def model_flags(model: Architecture, seq_length: int) -> dict[str, FlagValue]:
         "window_size": f"{model.window_size},0" if model.window_size else None,
         "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
     }
+
+
+def _changed(model: Architecture, name: str) -> FlagValue:
+    """Return a number of the model if it differs from upstream's default."""
+    value: FlagValue = getattr(model, name)
+    return None if value == Architecture.__dataclass_fields__[name].default else value
+
+
+def _rotary_flags(model: Architecture) -> dict[str, FlagValue]:
+    if model.position_embedding_type != "rope":
+        return {}
+    names = ("rotary_base", "rotary_percent", "rotary_seq_len_interpolation_factor", "use_rope_scaling")
+    factor = model.rope_scaling_factor if model.use_rope_scaling else None
+    return {**{name: _changed(model, name) for name in names}, "rope_scaling_factor": factor}
 
 
 def default_training_words(model: Architecture) -> list[str]:

@@ -6,13 +6,14 @@ A shape comes from a built-in name, from the `config.json` of a Hugging Face che
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron.longseq.pipeline.plan.segment_cost import ModelShape
+from megatron.longseq.planner.plan.hugging_face import from_hugging_face
 
 
 class LayerParams(NamedTuple):
@@ -42,7 +43,10 @@ class Architecture:
         padded_vocab_size: rows of the embedding if the padding is known; 0: padded to a multiple of
             make_vocab_size_divisible_by * tensor_model_parallel_size.
         max_position_embeddings: rows of learned positions; 0: the sequence length.
+        rotary_base, rotary_percent, rotary_seq_len_interpolation_factor, use_rope_scaling, rope_scaling_factor,
+            layernorm_epsilon: change neither time nor memory; a launch command needs them.
         moe_layer_freq: every n-th layer has experts, or 0 and 1 per layer.
+        not_in_flags: what the model has and no flag of the GPT script expresses: it is priced, but not launched.
 
     Raises:
         ValueError: the sizes contradict each other.
@@ -59,10 +63,16 @@ class Architecture:
     make_vocab_size_divisible_by: int = 128
     max_position_embeddings: int = 0
     position_embedding_type: str = "learned_absolute"
+    rotary_base: int = 10000
+    rotary_percent: float = 1.0
+    rotary_seq_len_interpolation_factor: int = 0
+    use_rope_scaling: bool = False
+    rope_scaling_factor: float = 8.0
     untie_embeddings_and_output_weights: bool = False
     swiglu: bool = False
     squared_relu: bool = False
     normalization: str = "LayerNorm"
+    layernorm_epsilon: float = 1e-5
     add_bias_linear: bool = True
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
@@ -81,6 +91,7 @@ class Architecture:
     qk_pos_emb_head_dim: int = 64
     v_head_dim: int = 128
     name: str = ""
+    not_in_flags: str = ""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -89,6 +100,8 @@ class Architecture:
                 raise ValueError(f"{field.name} is {value!r}, not a whole number")
             if field.type is bool and not isinstance(value, bool):
                 raise ValueError(f"{field.name} is {value!r}, neither true nor false")
+            if isinstance(value, (int, float)) and value < 0:
+                raise ValueError(f"{field.name} must be 0 or more, not {value}")
         for size in ("num_layers", "hidden_size", "num_attention_heads"):
             if getattr(self, size) < 1:
                 raise ValueError(f"{size} must be at least 1, not {getattr(self, size)}")
@@ -241,7 +254,7 @@ class Architecture:
         return layers + self.embedding_params(1) + head
 
 
-FIELDS = frozenset(field.name for field in fields(Architecture))
+FIELDS = frozenset(field.name for field in fields(Architecture)) - {"not_in_flags"}
 
 
 def names() -> tuple[str, ...]:
@@ -251,8 +264,9 @@ def names() -> tuple[str, ...]:
 
 
 def _bare(name: str) -> str:
-    """Return a model's name without case and separators: `Llama 3 8B` is llama3-8b."""
-    return re.sub(r"[-_ ]", "", name.lower())
+    """Return a model's name without case, separators and what publishers add: `Meta-Llama-3-8B-hf` is llama3-8b."""
+    bare = re.sub(r"[-_ ]", "", name.lower().rsplit("/", 1)[-1]).removeprefix("meta").removesuffix("hf")
+    return bare.replace("llama3.1", "llama3")  # the same sizes
 
 
 @functools.lru_cache(maxsize=64)
@@ -276,10 +290,29 @@ def architecture(model: str | None, overrides: Mapping[str, Any]) -> Architectur
     if model:
         base = read_model(model)
     values = {**base, **{key: value for key, value in overrides.items() if key in FIELDS}}
+    if isinstance(values.get("moe_layer_freq"), (list, tuple)):
+        layers = None if "moe_layer_freq" in overrides else values.get("num_layers")
+        values["moe_layer_freq"] = _layer_kinds(values["moe_layer_freq"], layers)
     missing = [key for key in ("num_layers", "hidden_size", "num_attention_heads") if not values.get(key)]
     if missing:
         raise ValueError(f"the model lacks {', '.join(missing)}; give model (one of {', '.join(names())}) or the flags")
     return Architecture(**values)
+
+
+def _layer_kinds(kinds: Sequence[int], layers: int | None) -> tuple[int, ...]:
+    """Return which layers have experts, for another number of layers than the model has.
+
+    A model with more or fewer layers keeps its share of dense layers at the beginning, which is at least one layer.
+
+    Args:
+        kinds: 0 or 1 for every layer of the model.
+        layers: another number of layers; None: the model's own.
+    """
+    dense = next((index for index, kind in enumerate(kinds) if kind), len(kinds))
+    if not layers or layers == len(kinds) or not all(kinds[dense:]):
+        return tuple(kinds)
+    ahead = max(min(1, dense), round(dense * layers / len(kinds)))
+    return (0,) * ahead + (1,) * (layers - ahead)
 
 
 def read_model(model: str) -> dict[str, Any]:
@@ -291,7 +324,8 @@ def read_model(model: str) -> dict[str, Any]:
     built_in = {_bare(name): name for name in names()}
     if _bare(model) in built_in:
         name = built_in[_bare(model)]
-        return {**_built_in(name), "name": name}
+        found = {**_built_in(name), "name": name}
+        return found | {"use_rope_scaling": True} if "llama" in name and "3.1" in model else found
     path = Path(model)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
@@ -304,71 +338,7 @@ def read_model(model: str) -> dict[str, Any]:
         raise ValueError(f"{path}: not a JSON object")
     if "model_type" in content or ("hidden_size" in content and "num_hidden_layers" in content):
         return {**from_hugging_face(content), "name": path.parent.name or model}
-    unknown = set(content) - FIELDS
+    unknown = set(content) - FIELDS - {"not_in_flags"}
     if unknown:
         raise ValueError(f"{path}: unknown fields {sorted(unknown)}; fields are upstream's flags in snake case")
     return {**content, "name": path.stem}
-
-
-def from_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the flags of a Hugging Face config.json of the Llama, Mistral, Qwen or DeepSeek families.
-
-    Raises:
-        ValueError: a size is missing.
-    """
-    try:
-        found: dict[str, Any] = {
-            "num_layers": config["num_hidden_layers"],
-            "hidden_size": config["hidden_size"],
-            "num_attention_heads": config["num_attention_heads"],
-            "ffn_hidden_size": config["intermediate_size"],
-            "vocab_size": config["vocab_size"],
-        }
-    except KeyError as error:
-        kind = config.get("model_type", "unknown")
-        raise ValueError(
-            f"the Hugging Face config, of model_type {kind!r}, lacks {error}; give upstream's flags in a JSON "
-            "file instead"
-        ) from error
-    if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(
-            f"the Hugging Face config has hidden_act {config['hidden_act']!r}: only families with a gated MLP and SiLU "
-            "are read (Llama, Mistral, Qwen, DeepSeek); give upstream's flags in a JSON file instead"
-        )
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    found |= {
-        "num_query_groups": config.get("num_key_value_heads") or 0,
-        "kv_channels": config.get("head_dim") or 0,
-        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
-        "max_position_embeddings": config.get("max_position_embeddings", 0),
-        "position_embedding_type": "rope",
-        "normalization": "RMSNorm",
-        "swiglu": True,
-        "add_bias_linear": bool(config.get("mlp_bias", False)),
-        "add_qkv_bias": bool(config.get("attention_bias", config.get("model_type") == "qwen2")),
-        "qk_layernorm": config.get("model_type", "").startswith("qwen3"),
-        "hidden_dropout": 0.0,
-        "attention_dropout": config.get("attention_dropout") or 0.0,
-        "window_size": max(0, (window or 0) - 1),  # Hugging Face counts the token itself, upstream does not
-        "num_experts": config.get("num_local_experts")
-        or config.get("n_routed_experts")
-        or config.get("num_experts", 0),
-        "moe_router_topk": config.get("num_experts_per_tok") or 2,
-        "moe_ffn_hidden_size": config.get("moe_intermediate_size") or 0,
-    }
-    if config.get("kv_lora_rank"):
-        dense = config.get("first_k_dense_replace", 0)
-        shared = config.get("n_shared_experts") or 0
-        found |= {
-            "multi_latent_attention": True,
-            "q_lora_rank": config.get("q_lora_rank") or 0,
-            "kv_lora_rank": config["kv_lora_rank"],
-            "qk_head_dim": config["qk_nope_head_dim"],
-            "qk_pos_emb_head_dim": config["qk_rope_head_dim"],
-            "v_head_dim": config["v_head_dim"],
-            "num_query_groups": 0,
-            "kv_channels": 0,
-            "moe_layer_freq": tuple(int(layer >= dense) for layer in range(found["num_layers"])),
-            "moe_shared_expert_intermediate_size": shared * (config.get("moe_intermediate_size") or 0),
-        }
-    return found

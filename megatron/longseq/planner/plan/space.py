@@ -264,12 +264,13 @@ class SearchSpace:
     ) -> Iterator[Execution]:
         """Yield every way in which a layout can run; with given recomputations, or with all."""
         recomputations = self.recomputations_of(layout) if recomputations is None else recomputations
-        for segments, partition, slack, zero_bubble in self._schedules(layout):
+        for segments, partition, slack, zero_bubble in self.schedules(layout):
             for recomputation in recomputations:
                 for chunk in self.chunk_tokens:
                     yield Execution(segments, partition, slack, zero_bubble, recomputation, chunk)
 
-    def _schedules(self, layout: ParallelLayout) -> Iterator[tuple[int, str, int, bool]]:
+    def schedules(self, layout: ParallelLayout) -> Iterator[tuple[int, str, int, bool]]:
+        """Yield the segments, partition, slack and zero bubble of every schedule of a layout."""
         for segments in self.segments:
             for slack in self.slacks:
                 for zero_bubble in self.zero_bubble:

@@ -103,7 +103,7 @@ class StageSeconds(NamedTuple):
 def _layer(model: Architecture, cluster: Cluster, run: Configuration, has_experts: bool) -> StageSeconds:
     """Return one layer as if it were a stage."""
     seconds = layer_seconds(model, cluster, run, has_experts)
-    messages = layer_messages(model, cluster, run, has_experts, seconds.attention, seconds.weight)
+    messages = layer_messages(model, cluster, run, has_experts, seconds)
     tensor = messages.forward + messages.backward
     context = messages.context_forward + messages.context_backward
     host = cluster.layer_seconds * (1.0 if fuses_softmax(model, run) else 1.5)
@@ -338,7 +338,7 @@ def predict(model: Architecture, cluster: Cluster, run: Configuration) -> StepPr
         ValueError: the sizes allow no prediction at all.
     """
     why = reasons(model, run)
-    if run.data_parallel_size < 1 or min(run.stage_layers(model.num_layers)) < 0:
+    if run.smallest < 1 or run.data_parallel_size < 1 or min(run.stage_layers(model.num_layers)) < 0:
         raise ValueError("; ".join(why))
     if cluster.gpus != run.gpus:
         cluster = replace(cluster, gpus=run.gpus)

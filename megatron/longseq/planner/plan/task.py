@@ -9,8 +9,8 @@ from megatron.longseq.planner.plan.configuration import Configuration, settle
 from megatron.longseq.planner.plan.launch import PlanChoice, plan_flags
 from megatron.longseq.planner.plan.model import Architecture
 from megatron.longseq.planner.plan.space import ModelSizes, SearchSpace
+from megatron.longseq.planner.plan.values import whole_number
 
-_SUFFIXES = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 # Values of upstream's flags with which `examples/pretrain_gpt.py` builds a dense GPT.
 _CHOICES = {
     "position_embedding_type": ("learned_absolute", "rope", "none"),
@@ -93,12 +93,10 @@ def parse_count(text: str) -> int:
     Raises:
         ValueError: the text is no such number, or below 1.
     """
-    scale = _SUFFIXES.get(text[-1:].lower(), 1)
-    digits = text[:-1] if scale > 1 else text
     try:
-        number = float(digits) * scale
+        found = whole_number("", text)
     except ValueError:
-        number = 0.0
-    if number < 1 or number != int(number):
+        found = 0
+    if found < 1:
         raise ValueError(f"{text!r}: give a whole number of at least 1, with K, M or G for powers of 1,024")
-    return int(number)
+    return found

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> str:
 
     available = torch.cuda.device_count()
     device = args.device if args.device != "auto" else ("cuda" if available else "cpu")
-    ranks = args.gpus or (available if device == "cuda" else 2)
+    ranks = args.gpus if args.gpus is not None else (available if device == "cuda" else 2)
     if ranks < 1 or (device == "cuda" and ranks > available):
         raise ValueError(f"--gpus {ranks}: give 1 to {available if device == 'cuda' else os.cpu_count()}")
     if args.seconds is not None and args.seconds <= 0:

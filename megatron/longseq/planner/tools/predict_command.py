@@ -5,13 +5,15 @@ import csv
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron.longseq.command_line import markdown_table
 from megatron.longseq.planner.plan.cluster import Cluster
-from megatron.longseq.planner.plan.flags import check_names, read
+from megatron.longseq.planner.plan.flags import Reading, check_names, read_fully
 from megatron.longseq.planner.plan.step import StepPrediction, predict
+from megatron.longseq.planner.plan.values import is_empty
 from megatron.longseq.planner.tools.flexsp_predict import LENGTHS, describe_plans, predict_documents, wants_documents
 
 _GB = 1e9
@@ -19,13 +21,13 @@ _COLUMNS = (
     "step_seconds",
     "tokens_per_second_per_gpu",
     "tflops_per_gpu",
+    "tflops_per_gpu_full",
     "peak_gb",
     "last_stage_gb",
     "reserve_gb",
     "fits",
     "mfu",
 )
-_EMPTY = ("", "nan")  # nan: an empty cell of a table of numbers
 
 
 def add_predict_command(commands: Any) -> None:
@@ -60,11 +62,17 @@ def run(args: argparse.Namespace) -> str:
             result = full_result(found.prediction, machine) | {"microbatches": found.microbatches}
             return json.dumps(result, indent=1)
         return f"{describe(found.prediction, machine)}\n\n{describe_plans(found)}"
-    model, machine, configuration = read(values)
-    prediction = predict(model, machine, configuration)
+    reading = read_fully(values)
+    prediction = _predict(reading)
     if args.json:
-        return json.dumps(full_result(prediction, machine), indent=1)
-    return describe(prediction, machine)
+        return json.dumps(full_result(prediction, reading.cluster) | {"assumed": list(reading.assumed)}, indent=1)
+    return describe(prediction, reading.cluster, reading.assumed)
+
+
+def _predict(reading: Reading) -> StepPrediction:
+    """Return the prediction of a run, with the contradictions of its flags among the reasons."""
+    prediction = predict(reading.model, reading.cluster, reading.run)
+    return replace(prediction, reasons=(*reading.contradictions, *prediction.reasons))
 
 
 def price_rows(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
@@ -132,11 +140,14 @@ def read_rows(path: Path, common: Mapping[str, Any]) -> list[tuple[str, dict[str
     Raises:
         ValueError: the file has no rows, or a column is no flag.
     """
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
         reader = csv.DictReader(file)
-        columns = list(reader.fieldnames or ())
+        columns = [column for column in reader.fieldnames or () if column.strip()]
         if not columns:
             raise ValueError(f"{path}: no columns")
+        twice = sorted({column for column in columns if columns.count(column) > 1})
+        if twice:
+            raise ValueError(f"{path}: more than one column {', '.join(twice)}; give one of each")
         try:
             check_names([column for column in columns if column != LENGTHS])
         except ValueError as error:
@@ -145,8 +156,13 @@ def read_rows(path: Path, common: Mapping[str, Any]) -> list[tuple[str, dict[str
         for number, row in enumerate(reader, start=2):
             if None in row:
                 raise ValueError(f"{path}, line {number}: more cells than columns")
-            given = {key: value for key, value in row.items() if value and value.strip().lower() not in _EMPTY}
-            rows.append((f"{path}, line {number}", {**common, **given}))
+            given = {key: value for key, value in row.items() if not is_empty(key, value)}
+            if "" in given:
+                raise ValueError(f"{path}, line {number}: {given['']!r} is in a column without a name")
+            if given:  # not a line of commas
+                rows.append((f"{path}, line {number}", {**common, **given}))
+    if not rows:
+        raise ValueError(f"{path}: no rows")
     return rows
 
 
@@ -158,9 +174,9 @@ def row_result(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """
     if wants_documents(values):
         return short_result(predict_documents(values, where)[0].prediction)
-    model, machine, configuration = read(values, where)
+    reading = read_fully(values, where)
     try:
-        return short_result(predict(model, machine, configuration))
+        return short_result(_predict(reading)) | {"assumed": list(reading.assumed)}
     except ValueError as error:
         raise ValueError(f"{where}: {error}" if where else str(error)) from error
 
@@ -171,6 +187,7 @@ def short_result(prediction: StepPrediction) -> dict[str, Any]:
         prediction.step_seconds,
         prediction.tokens_per_second_per_gpu,
         prediction.tflops_per_gpu,
+        prediction.tflops_per_gpu * prediction.mfu_full / prediction.mfu,
         prediction.peak_bytes / _GB,
         sum(prediction.stages[-1].values()) / _GB,
         prediction.reserve_bytes / _GB,
@@ -194,8 +211,8 @@ def full_result(prediction: StepPrediction, machine: Cluster) -> dict[str, Any]:
     }
 
 
-def describe(prediction: StepPrediction, machine: Cluster) -> str:
-    """Return a prediction as text."""
+def describe(prediction: StepPrediction, machine: Cluster, assumed: Sequence[str] = ()) -> str:
+    """Return a prediction as text, with what the planner assumed."""
     fit = "fits" if prediction.fits else "does not fit"
     lines = [
         f"step: {prediction.step_seconds:.4g} s, {prediction.tokens_per_second_per_gpu:.1f} tokens/s/GPU, "
@@ -205,6 +222,7 @@ def describe(prediction: StepPrediction, machine: Cluster) -> str:
         f"{prediction.reserve_bytes / _GB:.2f} GB in reserve, {machine.memory_bytes / _GB:.1f} GB on a GPU: {fit}",
     ]
     lines += [f"not valid: {reason}" for reason in prediction.reasons]
+    lines += [f"assumed: {one}" for one in assumed]
     shown = [(kind, seconds) for kind, seconds in prediction.breakdown.items() if seconds]
     rows = [(kind, f"{seconds:.4g}", f"{100 * seconds / prediction.step_seconds:.1f} %") for kind, seconds in shown]
     lines += ["", markdown_table(("part", "seconds", "of the step"), rows), ""]
@@ -216,7 +234,7 @@ def describe(prediction: StepPrediction, machine: Cluster) -> str:
     return "\n".join([*lines, markdown_table(("stage", *kinds, "GB at the peak"), stages)])
 
 
-def rows_table(results: Iterable[Mapping[str, Any]]) -> str:
+def rows_table(results: Sequence[Mapping[str, Any]]) -> str:
     """Return a table of rows."""
     head = ("row", "step s", "tokens/s/GPU", "TFLOP/s/GPU", "peak GB", "reserve GB", "fits", "not valid")
     rows = []
@@ -237,4 +255,5 @@ def rows_table(results: Iterable[Mapping[str, Any]]) -> str:
                 reasons,
             )
         )
-    return markdown_table(head, rows)
+    assumed = {one: None for result in results for one in result.get("assumed", ())}
+    return "\n".join([markdown_table(head, rows), *(f"\nassumed: {one}" for one in assumed)])

@@ -16,9 +16,11 @@ from megatron.longseq.planner.plan.bounds import PlanningProblem
 from megatron.longseq.planner.plan.cluster import cluster
 from megatron.longseq.planner.plan.explain import explain
 from megatron.longseq.planner.plan.flexsp_search import DocumentTask, search_documents
+from megatron.longseq.planner.plan.launch import PLANNED
 from megatron.longseq.planner.plan.model import architecture
+from megatron.longseq.planner.plan.restrictions import unusable
 from megatron.longseq.planner.plan.search import branch_and_bound
-from megatron.longseq.planner.plan.space import Recomputation
+from megatron.longseq.planner.plan.space import Recomputation, SearchSpace
 from megatron.longseq.planner.plan.task import PlanningTask, parse_count, planning_task
 from megatron.longseq.planner.tools.document_lengths import steps_of
 from megatron.longseq.planner.tools.flexsp_tables import (
@@ -135,12 +137,20 @@ def _training_words(args: argparse.Namespace) -> tuple[str, ...]:
     """Return the words of --training-flags.
 
     Raises:
-        ValueError: a quotation is not closed.
+        ValueError: a quotation is not closed, or a plan sets one of the flags.
     """
     try:
-        return tuple(shlex.split(args.training_flags or ""))
+        words = tuple(shlex.split(args.training_flags or ""))
     except ValueError as error:
         raise ValueError(f"--training-flags {args.training_flags}: {error}") from error
+    planned = {f"--{name.replace('_', '-')}" for name in PLANNED}
+    twice = sorted({word.partition("=")[0].replace("_", "-") for word in words} & planned)
+    if twice:
+        raise ValueError(
+            f"--training-flags: a plan sets {', '.join(twice)}, so the launch command would contradict the plan; leave "
+            "it out, or restrict the search"
+        )
+    return words
 
 
 def _run_documents(args: argparse.Namespace) -> str:
@@ -214,7 +224,28 @@ def task_of(args: argparse.Namespace) -> PlanningTask:
     restrictions["base"] = {} if args.float32 else {"bf16": True}
     if args.local_layers:
         restrictions["base"]["transformer_impl"] = "local"
-    return planning_task(model, machine, seq_length, sequences, **restrictions)
+    task = planning_task(model, machine, seq_length, sequences, **restrictions)
+    _check_restrictions(task.space, [field for field, _ in _RESTRICTIONS.values() if field in restrictions])
+    return task
+
+
+def _check_restrictions(space: SearchSpace, restricted: list[str]) -> None:
+    """Refuse values that no plan can have, unless no layout is left, of which the search says more.
+
+    Raises:
+        ValueError: names the flag and the values.
+    """
+    flags = {field: flag for flag, (field, _) in _RESTRICTIONS.items()}
+    missing = unusable(space, restricted) if any(space.layouts()) else {}
+    for name, values in missing.items():
+        numbers = ", ".join(map(str, values))
+        why = "no layout of the search has it, with this model, cluster and batch and the other restrictions"
+        if name == "group_sizes":
+            why = (
+                "PaRO's groups divide the data- x context-parallel ranks into several ones of at least 2 ranks; no "
+                f"layout of {space.gpus} GPUs has such groups, or no triplet of --strategies uses them"
+            )
+        raise ValueError(f"--{flags[name]} {numbers}: {why}; leave the value out")
 
 
 def _numbers(pairs: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
