@@ -21,10 +21,11 @@ MODEL = f"""
 --position-embedding-type rope --disable-bias-linear --untie-embeddings-and-output-weights --hidden-dropout 0
 --attention-dropout 0 --seq-length 16 --max-position-embeddings 16 --micro-batch-size 1 --global-batch-size 4 --lr 1e-3
 --tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 64 --mock-data --split 90,5,5
---train-iters 1 --eval-iters 0 --eval-interval 1000 --log-interval 1000 --num-workers 0 --seed 1 --ddp-bucket-size 1
+--train-iters 1 --eval-iters 0 --eval-interval 1000 --log-interval 1000 --save-interval 1 --num-workers 0 --seed 1
+--ddp-bucket-size 1
 """
 LAYERS = (8, 24)
-UNITS = 6
+UNITS = 8
 
 
 @dataclass
