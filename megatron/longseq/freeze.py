@@ -92,6 +92,7 @@ def freeze_hook(pattern: str) -> Callable[[Chunks], Chunks]:
             )
         return chunks
 
+    freeze.reads_values = False  # type: ignore[attr-defined]  # for --paro, which shards layers as they are built
     return freeze
 
 

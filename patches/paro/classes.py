@@ -1,7 +1,8 @@
 """The sharded subclasses that take the place of upstream's wrapper, buffers and optimizer in all of its modules."""
 
+import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
@@ -11,7 +12,9 @@ from megatron.core.distributed import distributed_data_parallel, param_and_grad_
 from megatron.core.optimizer import distrib_optimizer
 from megatron.training import get_args
 
+from megatron.longseq.sharding.plan.strategy import Level
 from megatron.longseq.sharding.runtime.ddp import ShardedBuffer, ShardedDataParallel
+from megatron.longseq.sharding.runtime.initial_shards import layers_sharded_as_built
 from megatron.longseq.sharding.runtime.optimizer import ShardedOptimizer
 from patches.paro.runtime import current_sharding
 from patches.record import is_upstream
@@ -37,6 +40,31 @@ class PatchedDataParallel(ShardedDataParallel):
         sharding = current_sharding()
         bucket_size = get_args().ddp_bucket_size or max(40_000_000, 1_000_000 * sharding.groups.ranks)
         super().__init__(config, ddp_config, module, sharding, bucket_size, pg_collection)
+
+
+def with_layers_sharded_as_built(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function that builds a model and wraps it: shard the parts of each layer as soon as they are initialised.
+
+    The model is built unsharded if it is not wrapped, or if hooks read its values before it is wrapped. A hook that
+    does not read them says so by the attribute `reads_values = False`.
+    """
+    signature = inspect.signature(original)
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        builder = call.arguments.get("self")
+        hooks = [] if builder is None else builder._model_config.pre_wrap_hooks
+        reads_values = any(getattr(hook, "reads_values", True) for hook in hooks)
+        is_whole = current_sharding().strategy.params is Level.NONE
+        if is_whole or reads_values or not call.arguments["wrap_with_ddp"]:
+            return original(*args, **kwargs)
+        run = get_args()
+        dtype = torch.half if run.fp16 else torch.bfloat16 if run.bf16 else None
+        with layers_sharded_as_built(current_sharding(), dtype):
+            return original(*args, **kwargs)
+
+    return build
 
 
 @contextmanager

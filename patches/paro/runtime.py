@@ -108,4 +108,5 @@ def _open(args: Namespace) -> Any:
         overlaps_grads=args.overlap_grad_reduce,
         prefetch_units=prefetch_units(args),
         sent=runner.sent,
+        initial_group=data_parallel if args.data_parallel_random_init else None,
     )

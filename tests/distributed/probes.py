@@ -16,20 +16,23 @@ from tests.regression.planted import wrapped
 Notes = list[Any]
 
 
-def run_probed(pool: RankPool, arm: Arm, world_size: int, flags: list[str], probe: str) -> list[Notes]:
-    """Train as `run_arm` does, in float64, and return what the probe (`module:function`) noted, per rank."""
-    return pool.run(world_size, _on_this_rank, arm, flags, probe)
+def run_probed(
+    pool: RankPool, arm: Arm, world_size: int, flags: list[str], probe: str, *, float64: bool = True
+) -> list[Notes]:
+    """Train as `run_arm` does, and return what the probe (`module:function`) noted, per rank."""
+    return pool.run(world_size, _on_this_rank, arm, flags, probe, float64)
 
 
-def _on_this_rank(arm: Arm, flags: list[str], probe: str) -> Notes:
+def _on_this_rank(arm: Arm, flags: list[str], probe: str, float64: bool) -> Notes:
     sys.argv = ["pretrain_gpt.py", *flags]
     module, name = probe.split(":")
     notes: Notes = []
     with ExitStack() as stack:
         stack.enter_context(patched(arm))
-        from tests.regression.float64 import double_precision
+        if float64:
+            from tests.regression.float64 import double_precision
 
-        stack.enter_context(double_precision())
+            stack.enter_context(double_precision())
         stack.enter_context(getattr(importlib.import_module(module), name)(notes))
         from megatron.longseq.pretrain_gpt import main
 

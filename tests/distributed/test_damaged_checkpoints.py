@@ -1,5 +1,6 @@
 """A damaged checkpoint is named and skipped. If none can be loaded, a message says why; the status is not 0."""
 
+import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -53,6 +54,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], int, list[str]]] = {
     "no-tensors": (lambda f: _largest(f).unlink(), 1, [".distcp cannot be read (No such file", FIRST]),
     "flipped-bit": (lambda f: _flip(_largest(f)), 1, [".distcp is damaged: ", "differs from what was saved", FIRST]),
     "upstreams-cut-tensors": (lambda f: _as_upstreams(f, _halve), 1, [".distcp has", "its tensors need", FIRST]),
+    "upstreams-no-common-state": (
+        lambda f: (_as_upstreams(f), _without_common_state(f / ITERATION / ".metadata")),
+        1,
+        ["common.pt is missing", FIRST],
+    ),
     "upstreams-cut-list": (
         lambda f: (_as_upstreams(f), _halve(f / ITERATION / ".metadata")),
         1,
@@ -91,6 +97,16 @@ def _as_upstreams(folder: Path, harm: Callable[[Path], object] = lambda file: No
     harm(_largest(folder))
 
 
+def _without_common_state(listed: Path) -> None:
+    """Remove the arguments from the list of a checkpoint: older ones have them in a file, which may be lost."""
+    metadata = pickle.loads(listed.read_bytes())
+    names = [name for name in metadata.state_dict_metadata if name.startswith("common_state")]
+    assert names
+    for name in names:
+        del metadata.state_dict_metadata[name]
+    listed.write_bytes(pickle.dumps(metadata))
+
+
 def test_nothing_complete_is_a_failure(ranks: RankPool, saved: Path, tmp_path: Path) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(saved, folder)
@@ -124,6 +140,27 @@ def test_a_step_that_is_asked_for_is_examined(ranks: RankPool, saved: Path, tmp_
 def test_other_learning_rates_are_refused_by_name(ranks: RankPool, saved: Path, other: str, message: str) -> None:
     with pytest.raises(RankFailure, match=f"ValueError: the optimizer cannot continue from the checkpoint: {message}"):
         run_arm(ranks, "O", 2, [*flags(MORE, PARO, other), "--load", str(saved)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ("--hidden-size 128", r"--hidden-size is 128, was 64(; --kv-channels is 32, was 16)?\. Give the saved values"),
+        ("--num-layers 6", r"--num-layers is 6, was 4\. Give the saved values"),
+        (
+            "--paro GGG --num-layers 2 --ffn-hidden-size 64",
+            r"--num-layers is 2, was 4; --ffn-hidden-size is 64, was 128",
+        ),
+    ],
+)
+def test_another_model_is_refused_by_name(ranks: RankPool, saved: Path, other: str, message: str) -> None:
+    _fails(
+        ranks,
+        [*flags(MORE, PARO, other), "--load", str(saved)],
+        rf"rank \d: .* cannot be loaded: it holds another model: {message}",
+        2,
+    )
 
 
 @pytest.mark.slow

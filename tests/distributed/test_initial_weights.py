@@ -34,6 +34,22 @@ def drawn(notes: Notes) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def gathered(notes: Notes) -> Iterator[None]:
+    """Record the whole parameters before the first step, by name, and skip the training."""
+    from megatron.core.utils import unwrap_model
+    from megatron.training import training
+
+    def train(original: Any, forward_step: Any, model: list[torch.nn.Module], *rest: Any, **named: Any) -> Any:
+        for chunk in unwrap_model(model):
+            state = chunk.state_dict()
+            notes.append({name: value.float().numpy() for name, value in state.items() if torch.is_tensor(value)})
+        return 0, 0
+
+    with wrapped(training, "train", train):
+        yield
+
+
 @pytest.fixture(scope="module")
 def weights(ranks: RankPool) -> Callable[[int, str], list[Weights]]:
     """Return a function that draws the weights of a layout and returns every rank's."""
@@ -72,3 +88,26 @@ def test_initial_weights_of_the_first_stage_are_those_of_one_rank(weights: Calla
     assert all(numpy.array_equal(array, one[name][0]) for name, (array, _) in first.items())
     router = "module.decoder.layers.0.mlp.router.weight"
     assert not numpy.array_equal(second[router][0], one["module.decoder.layers.2.mlp.router.weight"][0])
+
+
+PAIRS = "--paro-group-size 2"
+# flags of both runs, those of ours, ranks of upstream's run and of ours
+SHARDED = {"GGG, tied, bf16": ("--tied --bf16", f"--paro GGG {PAIRS}", 1, 2)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SHARDED)
+def test_sharded_weights_are_those_of_an_unsharded_start(ranks: RankPool, case: str) -> None:
+    """Shards are cut from every layer as soon as it is built."""
+    model, own, theirs, ours = SHARDED[case]
+    tiny = [flag for flag in flags(TINY) if not ("--tied" in model and flag.startswith("--untie"))]
+    base = [*tiny, *flags(model.replace("--tied", ""), "--train-iters 1")]
+    probe = "tests.distributed.test_initial_weights:gathered"
+    upstream = run_probed(ranks, "U", theirs, base, probe, float64=False)
+    sharded = run_probed(ranks, "O", ours, [*base, *flags(own)], probe, float64=False)
+    for rank, chunks in enumerate(sharded):
+        expected = upstream[rank % theirs]
+        assert len(chunks) == len(expected) and all(len(chunk) > 2 for chunk in chunks)
+        for chunk, other in zip(chunks, expected, strict=True):
+            assert chunk.keys() == other.keys()
+            assert [name for name, array in chunk.items() if not numpy.array_equal(array, other[name])] == []

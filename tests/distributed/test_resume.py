@@ -12,9 +12,11 @@ from tests.regression.tensors import logical_tensors
 
 HALF, WHOLE = 2, 4
 STEPS = f"{TINY} {SHALLOW} --train-iters {WHOLE} --save-interval {HALF}"
+OVERLAP = "--overlap-grad-reduce --overlap-param-gather"
 DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1"
 CASES: dict[str, tuple[Arm, int, str]] = {
     "upstream, dropout": ("U", 2, DROPOUT),
+    "GGG, dropout, bf16": ("O", 2, f"--paro GGG --paro-group-size 2 {OVERLAP} {DROPOUT} --bf16"),
 }
 
 

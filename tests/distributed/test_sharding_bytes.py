@@ -53,8 +53,8 @@ def wrong(case: str, ranks: list[RankRecord]) -> list[str]:
     found = []
     for seen in ranks:
         assert tuple(seen.microbatches) == STEPS
-        # Parameters of the first step's first forward are there from the start. What a step leaves to the next forward
-        # to send is that one's.
+        # Building the model sends, too, and counts as the first step. What a step leaves to the next forward to send is
+        # that one's.
         for step in (1, 2):
             sent, expected = less(seen.sent[step], seen.sent[step - 1]), formula(case, seen, STEPS[step])
             if sent != expected:

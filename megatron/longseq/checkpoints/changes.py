@@ -5,6 +5,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 ADAM = ("adam_beta1", "adam_beta2", "adam_eps")  # settings that the optimizer takes from the checkpoint
+MODEL = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "num_experts",
+    "moe_ffn_hidden_size",
+    "swiglu",
+    "add_bias_linear",
+    "normalization",
+    "position_embedding_type",
+    "untie_embeddings_and_output_weights",
+)  # settings on which shapes and names of parameters depend
 FLAGS = {"max_lr": "--lr", "min_lr": "--min-lr"}  # by the name of the setting in a parameter group
 
 
@@ -33,6 +48,22 @@ def explain_group_mismatch(keys: Sequence[str], wanted: Sequence[Any], saved: Se
     )
 
 
+def explain_other_model(saved: Namespace | None, args: Namespace) -> str | None:
+    """Explain why a checkpoint cannot be loaded into this run's model.
+
+    Args:
+        saved: the arguments in the checkpoint; None if they are not known.
+        args: upstream's arguments of this run.
+
+    Returns:
+        The settings that differ, or None if the models are the same.
+    """
+    changes = [] if saved is None else _changes(saved, args, MODEL)
+    return (
+        f"it holds another model: {'; '.join(changes)}. Give the saved values, or another --load" if changes else None
+    )
+
+
 def describe_changed_flags(saved: Namespace, args: Namespace) -> list[str]:
     """Describe flags that differ from those of a checkpoint and that upstream does not compare.
 
@@ -52,8 +83,7 @@ def describe_changed_flags(saved: Namespace, args: Namespace) -> list[str]:
         ]
     for change in _changes(saved, args, ("vocab_size", "padded_vocab_size")):
         lines.append(
-            f"{change}. Embedding and output layer keep the saved rows that both sizes have; additional rows keep "
-            "their initial values"
+            f"{change}. Embedding and output layer keep the saved rows that both sizes have; additional rows are zero"
         )
         break  # the padded size follows from the other one
     return lines

@@ -258,6 +258,13 @@ class ParamStore(_Store):
         if self.level is not Level.NONE:
             self.shard.copy_(cut(self.full.flat, self.shard_range))
 
+    def keep_shard(self) -> None:
+        """Keep this rank's shard of the initial values, which are in the full bucket, and release the bucket."""
+        if self.level is not Level.NONE:
+            self.sharding.share_initial(self.full.flat)
+            self.copy_shard_from_full()
+            self.full.release()
+
     def sync(self, label: str) -> None:
         """Start gathering what the ranks' optimizers have written, where a rank keeps more than it has trained."""
         region = Region(None, self.shard) if self.level is not Level.NONE else self.sharding.region(self.shard)
@@ -332,9 +339,13 @@ class BufferMemory:
         self.params: dict[int, ParamStore] = {}
         self._sharding, self._device = sharding, device
 
+    def bucket_at(self, buffer: Any, start: int) -> int:
+        """Return the number of the bucket in which an element of upstream's buffer lies."""
+        return bisect_right(buffer.bucket_indices, start, key=lambda bounds: bounds[0]) - 1
+
     def view(self, buffer: Any, shape: torch.Size, start: int, kind: BufferType) -> Tensor:
         """Return the view of a given shape that begins at an element of upstream's buffer; it lies in one bucket."""
-        bucket = bisect_right(buffer.bucket_indices, start, key=lambda bounds: bounds[0]) - 1
+        bucket = self.bucket_at(buffer, start)
         first, end = buffer.bucket_indices[bucket]
         flat = self._full(buffer, bucket, end - first, kind).flat
         return flat[start - first : start - first + shape.numel()].view(shape)

@@ -13,8 +13,15 @@ from megatron.longseq.sharding.plan.strategy import Level
 from megatron.longseq.sharding.runtime.bucket_group import ShardedBucketGroup
 from megatron.longseq.sharding.runtime.bucket_layout import by_unit, lay_out, units_of
 from megatron.longseq.sharding.runtime.bucket_storage import BufferMemory, GradStore, ParamStore, WithoutMemory
+from megatron.longseq.sharding.runtime.initial_shards import (
+    WithoutValues,
+    forget_initial,
+    gather_initial,
+    store_params,
+)
 from megatron.longseq.sharding.runtime.selective_hooks import SelectiveGatherHooks
 from megatron.longseq.sharding.runtime.state import ShardingState
+from megatron.longseq.sharding.runtime.state_dicts import ShardedStateDicts
 from megatron.longseq.sharding.runtime.unit_hooks import GatherHooks, Unit
 
 Named = list[tuple[str, torch.nn.Parameter]]
@@ -51,6 +58,7 @@ class ShardedBuffer(param_and_grad_buffer._ParamAndGradBuffer):
     ) -> None:
         sharding = param_layout.sharding
         assert sharding is not None, "ShardedDataParallel has made the layout"
+        self.sharding, self.hidden = sharding, WithoutValues()
         self.memory = BufferMemory(sharding, torch.zeros(0, device=torch.cuda.current_device()).device)
         shards = sharding.optimizer_groups.shards
         with WithoutMemory():
@@ -59,7 +67,20 @@ class ShardedBuffer(param_and_grad_buffer._ParamAndGradBuffer):
             )
 
     def _get(self, shape: torch.Size, start_index: int, buffer_type: Any) -> Tensor:
+        bucket = self.memory.bucket_at(self, start_index)
+        if buffer_type is param_and_grad_buffer.BufferType.PARAM and bucket not in self.memory.params:
+            gather_initial([param for param, (*_, at) in self.param_index_map.items() if at == bucket], self.sharding)
         return self.memory.view(self, shape, start_index, buffer_type)
+
+    def _new_bucket(self, *, bucket_id: int, bucket_params: list[torch.nn.Parameter], **rest: Any) -> Any:
+        """See upstream, which calls this once it has copied the parameters of a bucket into it."""
+        made = super()._new_bucket(bucket_id=bucket_id, bucket_params=bucket_params, **rest)
+        store = self.memory.params[bucket_id]
+        store.keep_shard()
+        forget_initial(bucket_params, self.sharding)
+        if store.level is not Level.NONE:
+            self.hidden.hide(bucket_params)
+        return made
 
 
 class ShardedDataParallel(distributed_data_parallel.DistributedDataParallel):
@@ -91,6 +112,8 @@ class ShardedDataParallel(distributed_data_parallel.DistributedDataParallel):
         units = units_of(name for name, _ in named)
         layout = _layout(trained, units, sharding, bucket_size, ddp_config)
         super().__init__(config, ddp_config, module, pg_collection=pg_collection, full_param_layout=layout)
+        for buffer in self.buffers:
+            buffer.hidden.show()
         self.intra_dp_cp_group = sharding.optimizer_groups.shards
         self.sharding: ShardingState = sharding
         self.gather_hooks: GatherHooks | None = None
@@ -112,19 +135,14 @@ class ShardedDataParallel(distributed_data_parallel.DistributedDataParallel):
             self.gather_hooks.begin_step()
 
     def broadcast_params(self) -> None:
-        """See upstream."""
-        super().broadcast_params()
-        self.copy_shards_from_full()
+        """See upstream. Sharded parameters were broadcast before each bucket was sharded."""
+        if self.sharding.strategy.params is Level.NONE:
+            super().broadcast_params()
 
     def gather_all(self) -> None:
         """Gather all parameters; they stay until the first unit is used."""
         if self.gather_hooks is not None:
             self.gather_hooks.gather_all()
-
-    def copy_shards_from_full(self) -> None:
-        """Copy this rank's shards out of full buckets that something else has written."""
-        for store in self._unit_stores():
-            store.copy_shard_from_full()
 
     def release_all(self) -> None:
         """Release full parameters: the optimizer is about to write this rank's shards."""
@@ -156,7 +174,6 @@ class ShardedDataParallel(distributed_data_parallel.DistributedDataParallel):
                 label = f"{bucket.bucket_id} ({unit_names[bucket.params_list[0]]})"
                 grads, params = buffer.memory.grads[bucket.bucket_id], buffer.memory.params[bucket.bucket_id]
                 grads.release_full()
-                params.copy_shard_from_full()
                 group = buffer.data_parallel_group
                 groups.append(ShardedBucketGroup(bucket, self.ddp_config, group, grads, params, label))
         self.bucket_groups = groups
@@ -202,20 +219,14 @@ class ShardedDataParallel(distributed_data_parallel.DistributedDataParallel):
         return Unit(name, self.module.get_submodule(name), stores.params, has_backward, stores.grads, tails)
 
     def _hook_state_dicts(self) -> None:
-        """Gather parameters where a checkpoint reads or writes them."""
+        """Let checkpoints read and write this rank's shards."""
         inner = self.module
         while hasattr(inner, "module"):
             inner = inner.module
-        original = inner.sharded_state_dict
-
-        def sharded_state_dict(*args: Any, **kwargs: Any) -> Any:
-            self.gather_all()
-            return original(*args, **kwargs)
-
-        inner.sharded_state_dict = sharded_state_dict  # upstream unwraps a model before it calls this
-        inner.register_state_dict_pre_hook(lambda *unused: self.gather_all())
-        inner.register_load_state_dict_pre_hook(lambda *unused: self.gather_all())
-        inner.register_load_state_dict_post_hook(lambda *unused: self.copy_shards_from_full())
+        stores = {store.full.flat.untyped_storage()._cdata: store for store in self._unit_stores()}
+        of_params = {param: stores.get(param.untyped_storage()._cdata) for param in inner.parameters()}
+        sharded = {param: store for param, store in of_params.items() if store is not None}
+        ShardedStateDicts(inner, sharded, self.gather_all, self.release_all)
 
 
 class _Stores(NamedTuple):
@@ -255,16 +266,8 @@ def _layout(
 
 def _frozen_stores(params: Named, sharding: ShardingState) -> list[ParamStore]:
     """Move a unit's frozen parameters into buckets, one for each dtype."""
-    stores = []
-    for dtype in {param.dtype: None for _, param in params}:
-        of_type = [(name, param) for name, param in params if param.dtype == dtype]
-        made = lay_out(of_type, sharding.groups.ranks, sum(param.numel() for _, param in of_type))
-        store = ParamStore(sharding, made.bounds[-1][1], dtype, of_type[0][1].device)
-        for _, param in of_type:
-            first, end, _ = made.places[param]
-            view = store.full.flat[first:end].view(param.shape)
-            view.copy_(param.data)
-            param.data = view
-        store.copy_shard_from_full()
-        stores.append(store)
+    frozen = [param for _, param in params]
+    gather_initial(frozen, sharding)
+    stores = [store for store, _ in store_params(params, sharding)]
+    forget_initial(frozen, sharding)
     return stores

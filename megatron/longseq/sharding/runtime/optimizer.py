@@ -11,7 +11,9 @@ from megatron.core.optimizer import distrib_optimizer
 from megatron.longseq.sharding.plan.strategy import Level
 from megatron.longseq.sharding.runtime.bucket_storage import ParamStore
 from megatron.longseq.sharding.runtime.checkpoint import matching_weights
+from megatron.longseq.sharding.runtime.initial_shards import WithoutValues
 from megatron.longseq.sharding.runtime.optimizer_states import is_of_shards, load_shard_states, shard_states
+from megatron.longseq.sharding.runtime.state import cut
 
 Range = distrib_optimizer.Range
 Relocate = Callable[[torch.nn.Parameter, Any], Any]  # a range of a parameter, where it lies in what this rank keeps
@@ -44,6 +46,9 @@ class ShardedOptimizer(distrib_optimizer.DistributedOptimizer):
         self.sharding = model_chunks[0].sharding
         self._relocate: tuple[str, Relocate] | None = None
         groups = self.sharding.optimizer_groups
+        is_sharded, hidden = self.sharding.strategy.params is not Level.NONE, WithoutValues()
+        if is_sharded:
+            hidden.hide(param for chunk in model_chunks for group in chunk.bucket_groups for param in group.params)
         super().__init__(
             *args,
             model_chunks=model_chunks,
@@ -52,8 +57,10 @@ class ShardedOptimizer(distrib_optimizer.DistributedOptimizer):
             distributed_optimizer_instance_id=groups.replicas.rank(),
             **named,
         )
-        if not self.is_stub_optimizer and self.sharding.strategy.params is not Level.NONE:
+        hidden.show()
+        if not self.is_stub_optimizer and is_sharded:
             self._point_at_shards()
+            self._copy_model_params_to_main_params()
 
     def get_grad_stats_parallel_group(self) -> dist.ProcessGroup:
         """Return the ranks that hold one copy of the optimizer states together; norms are sums over them."""
@@ -113,6 +120,15 @@ class ShardedOptimizer(distrib_optimizer.DistributedOptimizer):
             super()._copy_main_params_to_model_params()
         self._start_sync()  # whatever upstream overlaps: the first unit is gathered before upstream's own hook would
 
+    def _copy_model_params_to_main_params(self, state_dict: Any = None) -> None:
+        """See upstream. Where parameters are sharded, main parameters are copied from this rank's shards."""
+        if self.is_stub_optimizer or self.sharding.strategy.params is Level.NONE or state_dict is not None:
+            super()._copy_model_params_to_main_params(state_dict)
+            return
+        for shards, mains in zip(self.shard_float16_groups, self.shard_fp32_from_float16_groups, strict=True):
+            for shard, main in zip(shards, mains, strict=True):
+                main.data.copy_(shard.data)  # main parameters of float32 parameters are views of the shards
+
     def _bucket_groups(self) -> list[Any]:
         return [group for chunk in self.model_chunks for group in chunk.bucket_groups]
 
@@ -158,10 +174,14 @@ class ShardedOptimizer(distrib_optimizer.DistributedOptimizer):
                 group.bucket.param_data = data
 
     def _point_at_shards(self) -> None:
-        """Make main parameters that are views of float32 parameters views of this rank's shards."""
+        """Make what upstream has cut from full parameters views of this rank's shards."""
         stores = self._stores()
-        for params, mains in zip(self.model_fp32_groups, self.shard_fp32_groups, strict=True):
-            for param, main in zip(params, mains, strict=True):
+        pairs = [
+            *zip(self.model_fp32_groups, self.shard_fp32_groups, strict=True),
+            *zip(self.model_float16_groups, self.shard_float16_groups, strict=True),
+        ]
+        for params, shards in pairs:
+            for param, shard in zip(params, shards, strict=True):
                 span = self._get_model_param_range_map(param)["gbuf_world_in_bucket"]
                 store = stores[param]
-                main.data = store.shard[span.start - store.shard_range.start : span.end - store.shard_range.start]
+                shard.data = cut(store.shard, range(span.start, span.end), store.shard_range.start)

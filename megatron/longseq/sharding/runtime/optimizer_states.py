@@ -8,6 +8,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 
 from megatron.longseq.sharding.runtime.pieces import cut_into_pieces, joined, sharded_pieces
+from megatron.longseq.sharding.runtime.state_dicts import whole_of
 
 PREFIX = "optimizer.state."
 PARAM = "param"  # upstream's name of main parameters among the states
@@ -30,7 +31,7 @@ def shard_states(optimizer: Any, model_state: Any, *, is_loading: bool) -> dict[
     """
     bases = {}
     for base in nested_values(extract_sharded_tensors_and_factories(model_state)[0]):
-        bases[base.data] = base
+        bases[base.data] = whole_of(base)
     states: dict[int, Any] = {}
     for number, (param, span) in enumerate(_owned(optimizer)):
         if param not in bases:

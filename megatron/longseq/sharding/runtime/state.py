@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron.longseq.distributed import SentCounter
@@ -44,6 +45,8 @@ class ShardingState:
         in_flight: `GradStore`s whose full bucket is being reduced, in order.
         copies_in_flight: `GradStore`s of which a copy of the sums is being sent in the communication dtype, in order.
         buffers: memory of full buckets and of copies in the communication dtype.
+        initial: `ParamStore`s of parameters that are sharded and not yet in a bucket, while the model is built.
+        initial_group: ranks whose initial values differ, so that those of the first one count; None: they do not.
     """
 
     strategy: Strategy
@@ -60,6 +63,8 @@ class ShardingState:
     in_flight: deque[Any] = field(default_factory=deque)
     copies_in_flight: deque[Any] = field(default_factory=deque)
     buffers: BufferPool = field(default_factory=BufferPool)
+    initial: dict[torch.nn.Parameter, Any] = field(default_factory=dict)
+    initial_group: dist.ProcessGroup | None = None
 
     def bucket_collectives(self, size: int) -> BucketCollectives:
         """Return the collectives of a bucket of `size` bytes; a bucket calls this once, when it is made."""
@@ -73,6 +78,11 @@ class ShardingState:
     def region(self, full: Tensor) -> Region:
         """Return a full bucket as collectives take it, with this rank's slice, 1/m of it."""
         return region_of(full, self.groups, self.member)
+
+    def share_initial(self, full: Tensor) -> None:
+        """Send the first rank's initial values of a full bucket to all ranks, if theirs differ."""
+        if self.initial_group is not None:
+            dist.broadcast(full.view(torch.uint8), group=self.initial_group, group_src=0)
 
 
 def cut(flat: Tensor, span: range, base: int = 0) -> Tensor:

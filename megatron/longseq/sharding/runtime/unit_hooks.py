@@ -61,7 +61,7 @@ class GatherHooks:
         self.units = list(units)
         self._order: list[Unit] = []
         self._has_callback = False
-        self._is_all_gathered = True  # as the model was built
+        self._is_all_gathered = False
         for unit in self.units:
             modules = (unit.module, *unit.tails)
             for module in modules:
