@@ -109,7 +109,7 @@ CALLBACKS = (
         impl="patches.paro.loss:without_released_parameters",
         why="A loss function that reads a weight itself, such as a penalty, finds a parameter without memory if "
         "parameters are sharded: the process would crash without a message.",
-        when="megatron.longseq.sharding.arguments:shards_parameters",
+        when=_ASKED_FOR,
         test="tests/distributed/test_sharding.py::test_a_loss_that_reads_released_parameters_is_refused",
         remove_when="PyTorch raises an error if an operation reads a tensor whose storage was freed",
     ),

@@ -4,12 +4,17 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from megatron.longseq.sharding.arguments import shards_parameters
+
 
 def without_released_parameters(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `get_forward_backward_func`: refuse a loss function that reads a parameter, by name, before it crashes."""
 
     def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
-        return functools.partial(_run_checked, original(*args, **kwargs))
+        from megatron.training import get_args
+
+        run = original(*args, **kwargs)
+        return functools.partial(_run_checked, run) if shards_parameters(get_args()) else run
 
     return get_forward_backward_func
 
