@@ -133,6 +133,6 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match=re.escape("(4, 6, 3) (begin, end, start) does not continue (0, 4, 0)")):
         Documents(((DocumentSpan(0, 4, 0), DocumentSpan(4, 6, 3)),))
     with pytest.raises(ValueError, match=re.escape("expected bool [b, 1, rows, keys]")):
-        document_starts(torch.zeros(1, 4, 4, dtype=torch.bool))
+        document_starts(torch.zeros(2, 4, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="rows 2 to 6, but keys only up to 4"):
         document_starts(torch.zeros(1, 1, 4, 4, dtype=torch.bool), 2)
