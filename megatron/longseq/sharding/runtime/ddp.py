@@ -226,7 +226,8 @@ class ShardedDataParallel(distributed_data_parallel.DistributedDataParallel):
         stores = {store.full.flat.untyped_storage()._cdata: store for store in self._unit_stores()}
         of_params = {param: stores.get(param.untyped_storage()._cdata) for param in inner.parameters()}
         sharded = {param: store for param, store in of_params.items() if store is not None}
-        ShardedStateDicts(inner, sharded, self.gather_all, self.release_all)
+        assert self.gather_hooks is not None, "units of sharded parameters are hooked"
+        ShardedStateDicts(inner, sharded, self.gather_hooks.gather_all, self.gather_hooks.release_all)
 
 
 class _Stores(NamedTuple):
