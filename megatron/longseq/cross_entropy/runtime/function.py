@@ -125,7 +125,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         _combine(maxima, sums, predicted, is_own, call.group)
         ctx.save_for_backward(hidden, weight, index, is_own, maxima, sums)
         ctx.call = call
-        return (sums.log() - predicted).view(labels.shape)
+        # No view: autograd refuses writes into a view that a function returns, and a loss function may write.
+        return sums.log().view(labels.shape) - predicted.view(labels.shape)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
