@@ -72,9 +72,9 @@ def _training(args: Namespace) -> Iterator[Batch]:
     from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
     text = args.step_batch_size_schedule
-    entries = StepBatchsizeNumMicroBatchesCalculator._parse_schedule(text, args.seq_length)
     resumes, end = _resumes(args), {"steps": args.train_iters, "samples": args.train_samples}
     try:
+        entries = StepBatchsizeNumMicroBatchesCalculator._parse_schedule(text, args.seq_length)
         usable = [entry for entry in entries if not resumes or entry[1] % per_round == 0]
         sizes = reached_sizes(usable, per_round, **end)
     except ValueError as error:

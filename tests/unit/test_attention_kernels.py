@@ -14,7 +14,7 @@ from megatron.longseq.attention.kernels.base import BackwardInputs, Kernel, Pack
 from megatron.longseq.attention.kernels.flash_cuda import CudaFlash, FlashAttn, FlashAttn3, TorchCudaFlash
 from megatron.longseq.attention.kernels.merge import merge_
 from megatron.longseq.attention.kernels.reference import Reference, visible_mask
-from megatron.longseq.attention.kernels.select import KernelRequest, select_kernel
+from megatron.longseq.attention.kernels.select import KernelRequest, KernelSelector, select_kernel
 from megatron.longseq.attention.kernels.torch_cpu import CpuFlash
 from tests.unit.attention_bed import assert_close, tensors, worst
 from tests.unit.flash_bed import early_flash_attn_3, flash_attn_2, flash_attn_3, install
@@ -211,6 +211,22 @@ def test_choice_says_what_and_why() -> None:
         select_kernel(cpu, torch.float32, 64, only="fast")
     with pytest.raises(ValueError, match=r"dtype torch\.int64"):
         select_kernel(cpu, torch.int64, 64)
+
+
+def test_the_backend_of_upstreams_flag_limits_the_choice() -> None:
+    cpu, odd = torch.device("cpu"), {"value_dim": 128}  # no flash kernel has values of 128 beside keys of 64
+    for backend in ("unfused", "local"):
+        with pytest.warns(UserWarning, match=f"reference .--attention-backend {backend}.*stores the whole score"):
+            assert select_kernel(cpu, torch.float32, 64, backend=backend).kernel.name == "reference"
+    assert select_kernel(cpu, torch.float32, 64, backend="flash").kernel.name == "torch CPU flash"
+    with pytest.raises(ValueError, match="--attention-backend flash; .*values of 128 beside keys of 64"):
+        select_kernel(cpu, torch.float32, 64, backend="flash", **odd)
+    fused = select_kernel(cpu, torch.float32, 64, backend="fused")
+    assert fused.kernel.name == "torch CPU flash" and "has no kernel of cuDNN" in fused.why
+    selector, q = KernelSelector("a test"), torch.zeros(4, 1, 1, 64)
+    assert [selector.select(q, q, name).name for name in ("flash", "auto")] == ["torch CPU flash"] * 2
+    with pytest.warns(UserWarning, match="slow"):
+        assert selector.select(q, q, "unfused").name == "reference"
 
 
 def test_cuda_kernels_know_their_limits(flash_attn: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

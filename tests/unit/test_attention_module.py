@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from torch import nn
 
 from megatron.longseq.attention.kernels.select import KernelSelector
@@ -15,6 +15,7 @@ from megatron.longseq.segment import Segment
 
 CONFIG = Namespace(
     attention_dropout=0.0,
+    attention_backend=AttnBackend.auto,
     window_size=None,
     window_attn_skip_freq=None,
     softmax_scale=None,

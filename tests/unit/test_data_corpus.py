@@ -46,6 +46,10 @@ def test_globs_choose_inside_folders_only(tree, glob, found):
 def test_missing_empty_and_doubled_inputs_are_refused(tree):
     with pytest.raises(DataError, match=r"nowhere: no such file or folder"):
         find_files([str(tree / "nowhere")])
+    os.mkfifo(tree / "pipe.jsonl")
+    for odd in (tree / "pipe.jsonl", Path("/dev/null")):
+        with pytest.raises(DataError, match=rf"{odd.name}: a pipe or a device, .*give that"):
+            find_files([str(odd)])
     with pytest.raises(DataError, match=r"holds no files that match \*\.xyz"):
         find_files([str(tree)], ["*.xyz"])
     with pytest.raises(DataError, match=r"b\.txt is given twice"):

@@ -71,6 +71,8 @@ def test_upstreams_validation_proves_every_size_of_the_run(ranks: RankPool, tmp_
         f"{steps} {k2} {few} --load {tmp_path}": None,
         f"{steps} {k2} {few} --load {tmp_path} --finetune": "batch size 1, 1 micro-batches: a group of 2",
         f"{steps} {k2} {few} --load {tmp_path / 'none'}": "batch size 1, 1 micro-batches: a group of 2",
+        f"{steps} {k2} --step-batch-size-schedule 0:8,x:4": "--step-batch-size-schedule 0:8,x:4: ",
+        f"{steps} {k2} --step-batch-size-schedule 0:8,64": "--step-batch-size-schedule 0:8,64: ",
         f"{steps} {k2} --global-batch-size 8 --rampup-batch-size 2 2 8": None,
         f"{steps} {k2} --global-batch-size 1 --rampup-batch-size 1 1 8": "--global-batch-size 1, 1 micro-batches: a",
         f"{steps} {k2} --global-batch-size 1 --skip-train": None,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.enums import AttnBackend
 from torch import nn
 
 from megatron.longseq.arguments import add_longseq_arguments
@@ -59,6 +60,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("--qk-clip", {"qk_clip": True}, "logits"),
     ("--qk-clip", {"log_max_attention_logit": True}, "logits"),
     ("--window-size", {"window_size": (8, 8)}, "keys of later segments"),
+    (
+        "--attention-backend flash with --attention-dropout",
+        {"attention_backend": AttnBackend.flash, "attention_dropout": 0.1},
+        "do not implement dropout",
+    ),
     ("--fp8-format", {"fp8": "hybrid"}, "scaling factors"),
     ("--fp8-format", {"fp4": "e2m1"}, "scaling factors"),
     ("--tp-comm-overlap", {"tp_comm_overlap": True}, "whole sequence"),

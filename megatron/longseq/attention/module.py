@@ -113,6 +113,7 @@ class LongSequenceAttention(MegatronModule):
         super().__init__(config=config)
         self.layer_number = max(1, layer_number)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.backend = config.attention_backend.name
         self.segments = segments
         self.context = context() if context is not None else segments.context if segments is not None else None
         if attention_type != "self" or attn_mask_type is AttnMaskType.no_mask or (self.context and self.dropout):
@@ -191,7 +192,7 @@ class LongSequenceAttention(MegatronModule):
                 query,
                 key,
                 strategy,
-                (segments or context).kernels.select(query, value),
+                (segments or context).kernels.select(query, value, self.backend),
                 self.scale,
                 window=self.window,
                 documents=documents,
@@ -209,7 +210,7 @@ class LongSequenceAttention(MegatronModule):
             value,
             segments.cache,
             self.layer_number,
-            segments.kernels.select(query, value, self.dropout if self.training else 0.0),
+            segments.kernels.select(query, value, self.backend, self.dropout if self.training else 0.0),
             self.scale,
             window=self.window,
             documents=segments.documents.get(segments.cache.current_segment(self.layer_number).microbatch),

@@ -81,6 +81,10 @@ def find_files(inputs: Sequence[str], globs: Sequence[str] = (), kind: FileForma
             found.append(path)
         elif path.is_dir():
             found.extend(_files_in_folder(path, globs))
+        elif path.exists():
+            raise DataError(
+                f"input {name}: a pipe or a device, neither a file nor a folder; write its data to a file and give that"
+            )
         else:
             raise DataError(f"input {name}: no such file or folder; check the path")
     return _source_files(found, kind)

@@ -36,6 +36,11 @@ NOT_IN_SEGMENTS: Refusals = {
         lambda a: a.window_size is not None and a.window_size[1] not in (0, -1),
         "a window that includes later tokens needs keys of later segments; give RIGHT 0",
     ),
+    "--attention-backend flash with --attention-dropout": (
+        lambda a: a.attention_backend.name == "flash" and a.attention_dropout > 0,
+        "the flash kernels do not implement dropout, and only the reference does; give --attention-dropout 0, or "
+        "--attention-backend auto",
+    ),
     "--fp8-format": (
         lambda a: a.fp8 or a.fp4,
         "scaling factors, which upstream updates per micro-batch, are not tested with segments",

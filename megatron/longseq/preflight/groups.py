@@ -104,7 +104,7 @@ def check_attention(args: Namespace, device: torch.device, is_ours: bool) -> Fin
 
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     try:
-        choice = select_kernel(device, dtype, args.kv_channels)
+        choice = select_kernel(device, dtype, args.kv_channels, backend=args.attention_backend.name)
     except ValueError as error:
         return Finding("attention", "FAILED", str(error))
     if choice.kernel.name == "reference":

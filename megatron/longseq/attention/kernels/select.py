@@ -68,6 +68,7 @@ def select_kernel(
     value_dim: int | None = None,
     dropout: float = 0.0,
     only: str | None = None,
+    backend: str = "auto",
 ) -> KernelChoice:
     """Return the fastest kernel that supports the tensors. Warn if only the reference does.
 
@@ -78,9 +79,13 @@ def select_kernel(
         value_dim: head size of v; None: that of q and k.
         dropout: probability of dropping an attention weight, which only the reference supports.
         only: name of the only kernel to consider; None: all.
+        backend: upstream's --attention-backend. "flash" excludes the reference; "unfused" and "local" take only the
+            reference, which stores the scores as upstream's attention of these names does. There is no kernel of
+            cuDNN, so "fused" chooses like "auto".
 
     Raises:
-        ValueError: `only` names no kernel, or one that does not support the tensors; or the type is no float type.
+        ValueError: `only` names no kernel, or no kernel that may be taken supports the tensors; or the type is no
+            float type.
     """
     if not dtype.is_floating_point:
         raise ValueError(f"attention tensors have dtype {dtype}; give a floating-point dtype")
@@ -89,6 +94,10 @@ def select_kernel(
     if not candidates:
         raise ValueError(f"there is no attention kernel {only!r}; give one of {', '.join(_CANDIDATES)}")
     against: list[str] = []
+    if backend != "auto":
+        candidates = {name: entry for name, entry in candidates.items() if _backend_allows(backend, name)}
+        note = ", but this attention has no kernel of cuDNN" if backend == "fused" else ""
+        against.append(f"--attention-backend {backend}{note}")
     for name, (obstacle, make) in candidates.items():
         reason = obstacle(need)
         if reason is None:
@@ -100,6 +109,11 @@ def select_kernel(
     raise ValueError(
         f"no attention kernel can compute this: {'; '.join(against)}; the kernels are {', '.join(_CANDIDATES)}"
     )
+
+
+def _backend_allows(backend: str, kernel: str) -> bool:
+    """Return whether upstream's --attention-backend lets a kernel be taken."""
+    return {"flash": kernel != Reference.name, "fused": True}.get(backend, kernel == Reference.name)
 
 
 def _against_flash(need: KernelRequest) -> str | None:
@@ -193,11 +207,11 @@ class KernelSelector:
     owner: str
     kernels: dict[Any, Kernel] = field(default_factory=dict)
 
-    def select(self, query: Tensor, value: Tensor, dropout: float = 0.0) -> Kernel:
+    def select(self, query: Tensor, value: Tensor, backend: str, dropout: float = 0.0) -> Kernel:
         """Return the kernel for a query and a value tensor [s, b, h, d]; see `select_kernel`."""
-        key = (query.device, query.dtype, query.shape[-1], value.shape[-1], dropout)
+        key = (query.device, query.dtype, query.shape[-1], value.shape[-1], dropout, backend)
         if key not in self.kernels:
-            choice = select_kernel(*key[:3], value_dim=key[3], dropout=dropout)
+            choice = select_kernel(*key[:3], value_dim=key[3], dropout=dropout, backend=backend)
             level = logging.WARNING if choice.kernel.name == Reference.name else logging.INFO
             log_single_rank(logger, level, f"{self.owner}: {choice.why}; {select_merge(query.device.type).why}")
             self.kernels[key] = choice.kernel

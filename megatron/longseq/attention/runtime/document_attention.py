@@ -67,7 +67,7 @@ class DocumentAttention:
             q,
             k,
             self.strategy,
-            self.kernels.select(q, v),
+            self.kernels.select(q, v, core.config.attention_backend.name),
             core.softmax_scale * (softmax.scale or 1.0),
             window=window[0] if window is not None and window[0] >= 0 else None,
             documents=packed.documents,
