@@ -219,7 +219,7 @@ def test_the_backend_of_upstreams_flag_limits_the_choice() -> None:
         with pytest.warns(UserWarning, match=f"reference .--attention-backend {backend}.*stores the whole score"):
             assert select_kernel(cpu, torch.float32, 64, backend=backend).kernel.name == "reference"
     assert select_kernel(cpu, torch.float32, 64, backend="flash").kernel.name == "torch CPU flash"
-    with pytest.raises(ValueError, match="--attention-backend flash; .*values of 128 beside keys of 64"):
+    with pytest.raises(ValueError, match=r"--attention-backend flash; .*values of 128 beside keys of 64"):
         select_kernel(cpu, torch.float32, 64, backend="flash", **odd)
     fused = select_kernel(cpu, torch.float32, 64, backend="fused")
     assert fused.kernel.name == "torch CPU flash" and "has no kernel of cuDNN" in fused.why
