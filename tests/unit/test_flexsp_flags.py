@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megatron.longseq.flexsp import from_args
 from megatron.longseq.flexsp.arguments import (
     NOT_WITH_FLEXSP,
     check_flexsp_numbers,
@@ -14,7 +15,14 @@ from megatron.longseq.flexsp.arguments import (
     parse_kinds,
     wants_flexsp,
 )
-from megatron.longseq.flexsp.from_args import check_batches, check_plannable, degrees_of, group_places
+from megatron.longseq.flexsp.from_args import (
+    check_batches,
+    check_plannable,
+    cost_model,
+    degrees_of,
+    group_places,
+    planner_of,
+)
 from megatron.longseq.flexsp.runtime.conversations import check_conversations, jsonl_files
 from megatron.longseq.refusals import refused
 from tests.distributed.flags import TINY, flags
@@ -179,6 +187,17 @@ def test_groups_are_aligned_and_every_rank_can_be_alone() -> None:
     assert {(mesh.ulysses, mesh.ring) for mesh, _ in places if mesh.size == 4} == {(1, 4), (2, 2), (4, 1)}
     check_plannable(given, on_gpu=False)
     assert degrees_of(args(**SERVED)) == (1, 2, 3, 4, 6, 8)
+
+
+@pytest.mark.parametrize("planner", ["heuristic", "static", "sorted", "exact"])
+def test_a_plan_that_loses_a_document_is_not_run(planner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = args(**SERVED | {"flexsp_planner": planner, "flexsp_degrees": "1,2,4,8"})
+    cost, lengths = cost_model(given, on_gpu=False), [200, 3, 64, 64, 17]
+    assert planner_of(given)(lengths, cost=cost).microbatches
+    of_four = from_args.plan_step(lengths[:4], 8, cost, (1, 2, 4, 8))
+    monkeypatch.setattr(from_args, "plan_step", lambda *_, **__: of_four)
+    with pytest.raises(ValueError, match=r"plan of 5 sequences: \[\] are planned twice, \[4\] not at all"):
+        planner_of(given)(lengths, cost=cost)
 
 
 def validated(case: list[str]) -> Any:

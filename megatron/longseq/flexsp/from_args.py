@@ -1,6 +1,5 @@
 """How the flags plan a run, read from upstream's validated arguments."""
 
-import functools
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,7 +10,7 @@ from megatron.longseq.flexsp.arguments import parse_degrees, parse_kinds
 from megatron.longseq.flexsp.plan.cost import GroupCostModel, GroupLinks
 from megatron.longseq.flexsp.plan.cost_file import load_cost
 from megatron.longseq.flexsp.plan.placement import Placement
-from megatron.longseq.flexsp.plan.plan import Kind, StepPlan
+from megatron.longseq.flexsp.plan.plan import Kind, StepPlan, validate_plan
 from megatron.longseq.flexsp.plan.planner import plan_step
 
 Blend = tuple[Sequence[str], Sequence[float] | None] | None  # prefixes of data sets, and their weights
@@ -164,16 +163,26 @@ def group_places(args: Namespace) -> list[tuple[Mesh, tuple[int, ...]]]:
 
 
 def planner_of(args: Namespace) -> Callable[..., StepPlan]:
-    """Return the function that plans a step from the lengths of its documents, and `cost`, a cost model."""
-    stages = args.pipeline_model_parallel_size
-    return functools.partial(
-        plan_step,
-        ranks=domain_ranks(args),
-        degrees=degrees_of(args),
-        kinds=parse_kinds(args.flexsp_kinds),
-        planner=args.flexsp_planner,
-        multiple=stages if args.virtual_pipeline_model_parallel_size else 1,
-    )
+    """Return the function that plans a step from the lengths of its documents, and `cost`, a cost model.
+
+    It checks every plan before a rank runs it, so a defect of a planner cannot lose or repeat a document.
+    """
+    ranks, stages = domain_ranks(args), args.pipeline_model_parallel_size
+
+    def plan(lengths: Sequence[int], *, cost: GroupCostModel) -> StepPlan:
+        found = plan_step(
+            lengths,
+            ranks=ranks,
+            cost=cost,
+            degrees=degrees_of(args),
+            kinds=parse_kinds(args.flexsp_kinds),
+            planner=args.flexsp_planner,
+            multiple=stages if args.virtual_pipeline_model_parallel_size else 1,
+        )
+        validate_plan(found, lengths, ranks)
+        return found
+
+    return plan
 
 
 def check_plannable(args: Namespace, *, on_gpu: bool) -> None:
