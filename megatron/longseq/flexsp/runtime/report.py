@@ -55,7 +55,12 @@ class StepReport:
     _steps: list[tuple[PlannedBatch, StepClock]] = field(default_factory=list, init=False)
 
     def add(self, step: PlannedStep, clock: StepClock) -> None:
-        """Add a step; at the interval, all ranks of the domain gather their times, and a line is printed."""
+        """Add a step; at the interval, all ranks of the domain gather their times, and a line is printed.
+
+        Args:
+            step: the step.
+            clock: this rank's times of it.
+        """
         self.on_step(step.batch)
         self._steps.append((step.batch, clock))
         if (step.batch.step + 1) % self.interval:
