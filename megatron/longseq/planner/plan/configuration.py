@@ -174,7 +174,11 @@ class Configuration:
         return Strategy.parse("NNN")
 
     def stage_layers(self, layers: int) -> tuple[int, ...]:
-        """Return the layers of every pipeline rank, as upstream assigns them."""
+        """Return the layers of every pipeline rank, as upstream assigns them.
+
+        Args:
+            layers: layers of the model.
+        """
         return _stage_layers(
             layers,
             self.pipeline_model_parallel_size,
