@@ -17,7 +17,6 @@ class Configuration:
 
     Attributes:
         gpus: all ranks.
-        ulysses, ring: of context parallelism; 0: from cp_comm_type and hierarchical_context_parallel_sizes.
         deterministic_mode: None: not stated.
     """
 

@@ -21,7 +21,12 @@ from megatron.longseq.sharding.plan.time_model import predict as predict_shardin
 
 
 class DataSeconds(NamedTuple):
-    """Seconds of data parallelism in a step."""
+    """Seconds of data parallelism in a step.
+
+    Attributes:
+        exposed: those that lengthen the step.
+        hidden: those beside compute.
+    """
 
     exposed: float
     hidden: float
