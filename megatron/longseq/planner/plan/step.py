@@ -81,7 +81,7 @@ class StageSeconds(NamedTuple):
         weight: the part of `backward` that zero bubble may delay.
         again: the part of `backward` that is recomputation.
         tensor, context, expert: exposed communication in both.
-        hidden: communication beside compute.
+        hidden_tensor, hidden_context: communication beside compute.
     """
 
     forward: float
@@ -241,12 +241,7 @@ def _bubble(
 
 
 def visible_cells(model: Architecture, length: int) -> float:
-    """Return the (query, key) pairs of a sequence that its attention computes, as FLOP counts define them.
-
-    Args:
-        model: its architecture.
-        length: tokens of the sequence.
-    """
+    """Return the (query, key) pairs of a sequence that its attention computes, as FLOP counts define them."""
     cells = length * length / 2
     return min(cells, length * model.window_size) if model.window_size else cells
 
@@ -272,11 +267,7 @@ def model_flops(model: Architecture, tokens: float, cells: float) -> tuple[float
 def price(
     model: Architecture, cluster: Cluster, run: Configuration
 ) -> tuple[float, dict[str, float], dict[str, float]]:
-    """Return the seconds of a step, without the memory that it needs.
-
-    Returns:
-        Seconds of the step, its exposed parts by name, and the seconds of hidden communication by name.
-    """
+    """Return the seconds of a step, what they consist of, and the hidden seconds, without memory."""
     seconds = stage_seconds(model, cluster, run)
     breakdown = pipeline_price(model, cluster, run)
     params = stage_params(model, run)
