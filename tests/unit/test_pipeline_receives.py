@@ -1,14 +1,21 @@
 """Receives are posted early, but not before the messages that they depend on, and do not deadlock on one queue."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import pytest
 
+from megatron.longseq.pipeline.forward_backward import ForwardBackward
 from megatron.longseq.pipeline.plan.from_args import PipelinePlan
 from megatron.longseq.pipeline.plan.generators import forward_only, make
-from megatron.longseq.pipeline.plan.receives import AHEAD, is_deadlock_free_on_one_queue, plan_receives
+from megatron.longseq.pipeline.plan.receives import (
+    AHEAD,
+    ReceiveOrder,
+    is_deadlock_free_on_one_queue,
+    plan_receives,
+    plan_synchronized_receives,
+)
 from megatron.longseq.pipeline.plan.schedule import Action, ActionKind, Pipeline, Schedule, source
 
 F, B = ActionKind.FORWARD, ActionKind.BACKWARD
@@ -150,3 +157,70 @@ def test_a_plan_takes_what_ends_in_one_queue_or_says_what_to_give() -> None:
     with pytest.raises(ValueError, match=r"CUDA_DEVICE_MAX_CONNECTIONS=1.*fewer segments or virtual stages"):
         circle.receives(4)
     assert PipelinePlan(2, 2, (8,) * 8).receives(4) == plan_receives(circle.schedule(4))
+
+
+def ends_where_all_wait(schedule: Schedule, receives: Sequence[ReceiveOrder]) -> bool:
+    """Return whether a step ends if every action waits for all messages that its rank has posted or sent before it."""
+    ranks = range(schedule.pipeline.stages)
+    origins = {
+        (rank, action): sender
+        for rank in ranks
+        for action in schedule.orders[rank]
+        if (sender := source(schedule.pipeline, rank, action)) is not None and sender[0] != rank
+    }
+    ended: set[tuple[int, Action]] = set()
+    at = [0] * len(ranks)
+
+    def waits(rank: int) -> bool:
+        begun = [one for posts in receives[rank][: at[rank] + 1] for one in posts]
+        sent = set(schedule.orders[rank][: at[rank]])
+        reached = {peer: {one for posts in receives[peer][: at[peer] + 1] for one in posts} for peer in ranks}
+        unsent = any(origins[rank, one] not in ended for one in begun)
+        unreceived = any(
+            sender[0] == rank and sender[1] in sent and one not in reached[peer]
+            for (peer, one), sender in origins.items()
+        )
+        return unsent or unreceived
+
+    moved = True
+    while moved:
+        moved = False
+        for rank in ranks:
+            if at[rank] < len(schedule.orders[rank]) and not waits(rank):
+                ended.add((rank, schedule.orders[rank][at[rank]]))
+                at[rank] += 1
+                moved = True
+    return at == [len(order) for order in schedule.orders]
+
+
+SMALL = [Pipeline(2, 4), Pipeline(2, 4, 2), Pipeline(3, 4, 2), Pipeline(2, 4, 1, 2), Pipeline(2, 4, 4, 2)]
+
+
+@pytest.mark.parametrize("pipeline", SMALL, ids=str)
+def test_a_step_ends_where_all_ranks_wait_for_their_devices(pipeline: Pipeline) -> None:
+    made = [make(pipeline), forward_only(pipeline)]
+    if pipeline.virtual == 1:
+        made += [make(pipeline, slack=1), make(pipeline, zero_bubble=True)]
+    for schedule in made:
+        receives = plan_synchronized_receives(schedule)
+        assert ends_where_all_wait(schedule, receives)
+        assert is_deadlock_free_on_one_queue(schedule, receives)
+        for rank, order in enumerate(schedule.orders):
+            due = [one for one in order if (sender := source(pipeline, rank, one)) and sender[0] != rank]
+            posted = [one for posts in receives[rank] for one in posts]
+            assert sorted(posted, key=str) == sorted(due, key=str)
+            for kind in (F, B):  # a channel keeps the order of the actions
+                assert [one for one in posted if one.kind is kind] == [one for one in due if one.kind is kind]
+    early = make(pipeline)
+    assert not ends_where_all_wait(early, plan_receives(early))
+
+
+def test_first_steps_and_steps_with_timers_wait_for_devices() -> None:
+    plan = PipelinePlan(2, 1, (8, 8))
+    safe, early = plan_synchronized_receives(plan.schedule(4)), plan_receives(plan.schedule(4))
+    assert safe != early
+    run = ForwardBackward(plan)
+    assert [run._receives(4, forward_only=False) for _ in range(2)] == [safe, early]
+    assert run._receives(4, forward_only=True) == plan_synchronized_receives(plan.schedule(4, forward_only=True))
+    assert run._receives(4, forward_only=False) == early
+    assert PipelinePlan(2, 1, (8, 8), synchronizes=True).receives(4) == safe
