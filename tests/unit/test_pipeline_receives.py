@@ -1,8 +1,9 @@
 """Receives are posted early, but not before the messages that they depend on, and do not deadlock on one queue."""
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +17,9 @@ from megatron.longseq.pipeline.plan.receives import (
     plan_receives,
     plan_synchronized_receives,
 )
-from megatron.longseq.pipeline.plan.schedule import Action, ActionKind, Pipeline, Schedule, source
+from megatron.longseq.pipeline.plan.schedule import Action, ActionKind, Pipeline, Schedule, source, target
+from megatron.longseq.pipeline.runtime import p2p
+from megatron.longseq.pipeline.runtime.p2p import StageChannels
 
 F, B = ActionKind.FORWARD, ActionKind.BACKWARD
 
@@ -193,6 +196,42 @@ def ends_where_all_wait(schedule: Schedule, receives: Sequence[ReceiveOrder]) ->
     return at == [len(order) for order in schedule.orders]
 
 
+def ends_on_shared_streams(schedule: Schedule, receives: Sequence[ReceiveOrder]) -> bool:
+    """Return whether a step ends if a rank's messages of a direction run one after another, as they are submitted."""
+    pipeline, ranks = schedule.pipeline, range(schedule.pipeline.stages)
+    streams: dict[tuple[int, ActionKind], deque[tuple[int, Action]]] = defaultdict(deque)
+    actions = [deque(order) for order in schedule.orders]
+    ended: set[tuple[int, Action]] = set()
+    arrived: set[tuple[int, Action]] = set()
+    for rank in ranks:
+        for action, posts in zip(schedule.orders[rank], receives[rank], strict=True):
+            for one in posts:
+                streams[rank, one.kind].append((rank, one))
+            receiver = target(pipeline, rank, action)
+            if receiver is not None:
+                streams[rank, action.kind].append(receiver)
+    moved = True
+    while moved:
+        moved = False
+        for rank in ranks:
+            while actions[rank] and (
+                source(pipeline, rank, actions[rank][0]) is None or (rank, actions[rank][0]) in arrived
+            ):
+                ended.add((rank, actions[rank].popleft()))
+                moved = True
+        for stream in list(streams.values()):
+            if not stream:
+                continue
+            rank, action = message = stream[0]
+            sender = source(pipeline, rank, action)
+            assert sender is not None
+            ends = streams[sender[0], action.kind], streams[rank, action.kind]
+            if sender in ended and all(end and end[0] == message for end in ends):
+                arrived.add(message)
+                moved = [end.popleft() for end in ends] != []
+    return not any(actions)
+
+
 SMALL = [Pipeline(2, 4), Pipeline(2, 4, 2), Pipeline(3, 4, 2), Pipeline(2, 4, 1, 2), Pipeline(2, 4, 4, 2)]
 
 
@@ -215,6 +254,13 @@ def test_a_step_ends_where_all_ranks_wait_for_their_devices(pipeline: Pipeline) 
     assert not ends_where_all_wait(early, plan_receives(early))
 
 
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_a_step_ends_where_messages_share_a_stream(stages: int) -> None:
+    made = [make(Pipeline(stages, 8, splits), slack=slack) for splits in (1, 2, 4) for slack in (0, 2)]
+    assert all(ends_on_shared_streams(one, plan_synchronized_receives(one)) for one in made)
+    assert all(ends_on_shared_streams(one, plan_receives(one)) for one in made) is (stages < 4)
+
+
 def test_first_steps_and_steps_with_timers_wait_for_devices() -> None:
     plan = PipelinePlan(2, 1, (8, 8))
     safe, early = plan_synchronized_receives(plan.schedule(4)), plan_receives(plan.schedule(4))
@@ -224,3 +270,13 @@ def test_first_steps_and_steps_with_timers_wait_for_devices() -> None:
     assert run._receives(4, forward_only=True) == plan_synchronized_receives(plan.schedule(4, forward_only=True))
     assert run._receives(4, forward_only=False) == early
     assert PipelinePlan(2, 1, (8, 8), synchronizes=True).receives(4) == safe
+    run.channels = StageChannels(None, {}, None, is_serial=True)  # type: ignore[arg-type]
+    assert run._receives(4, forward_only=False) == safe
+
+
+def test_messages_share_a_stream_where_nccl_has_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend, device, shares in (("nccl", "cuda:0", True), ("nccl", None, False), ("gloo", None, False)):
+        world = SimpleNamespace(WORLD=SimpleNamespace(bound_device_id=device))
+        found = SimpleNamespace(get_backend=lambda group, backend=backend: backend, group=world)
+        monkeypatch.setattr(p2p, "dist", found)
+        assert p2p._is_serial(None) is shares  # type: ignore[arg-type]

@@ -212,10 +212,15 @@ class ForwardBackward:
         return lengths[action.segment] // shards, micro_batch_size, hidden_size
 
     def _receives(self, microbatches: int, forward_only: bool) -> tuple[ReceiveOrder, ...]:
-        """Return the receive order of every rank in this step; it is another one in the first step of each kind."""
+        """Return the receive order of every rank in this step.
+
+        The first step of each kind may load kernels, for which CUDA may wait for the whole device. On serial channels,
+        an early receive would delay sends.
+        """
         is_first = forward_only not in self.kinds
         self.kinds.add(forward_only)
-        return self.plan.receives(microbatches, forward_only, is_first=is_first)
+        is_serial = self.channels is not None and self.channels.is_serial
+        return self.plan.receives(microbatches, forward_only, synchronized=is_first or is_serial)
 
     def _executor(self, step: StepRequest, microbatches: int, config: Any, groups: Any) -> Executor:
         schedule = self.plan.schedule(microbatches, step.forward_only)

@@ -79,20 +79,19 @@ class PipelinePlan:
 
     @functools.lru_cache(maxsize=64)  # noqa: B019
     def receives(
-        self, microbatches: int, forward_only: bool = False, *, is_first: bool = False
+        self, microbatches: int, forward_only: bool = False, *, synchronized: bool = False
     ) -> tuple[ReceiveOrder, ...]:
         """Return the receive order of every rank in such a step.
 
         Args:
             microbatches, forward_only: see `schedule`.
-            is_first: whether kernels may run for the first time in this step. To load one, CUDA may wait for the whole
-                device.
+            synchronized: whether to return `plan_synchronized_receives` in any case.
 
         Raises:
             ValueError: the ranks would deadlock on one queue.
         """
         schedule = self.schedule(microbatches, forward_only)
-        if self.synchronizes or is_first:
+        if self.synchronizes or synchronized:
             return plan_synchronized_receives(schedule)  # on one queue, too: it waits for less than the whole device
         if not self.one_queue:
             return plan_receives(schedule)

@@ -88,6 +88,7 @@ def plan_synchronized_receives(schedule: Schedule) -> tuple[ReceiveOrder, ...]:
     the sends before it are received. This function runs the schedule under this rule. A receive is posted right before
     its own action. If a sender waits for it while nothing else can run, it is posted at once: then its message has been
     sent already, so that it makes nobody wait. Every wait is for an earlier action of this run, so no timing deadlocks.
+    That also holds where less waits: if messages share a stream, and on one queue.
 
     Args:
         schedule: a validated schedule.
