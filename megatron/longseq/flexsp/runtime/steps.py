@@ -1,10 +1,12 @@
 """Steps of a run: the documents of each global batch, and their plan, which is made in the background."""
 
+import sys
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from megatron.longseq.flexsp.plan.cost import GroupCostModel
@@ -12,6 +14,7 @@ from megatron.longseq.flexsp.plan.plan import StepPlan
 from megatron.longseq.flexsp.runtime.documents import Document, DocumentSource
 
 Plan = Callable[..., StepPlan]
+SWITCH_SECONDS = 1e-4  # how long a planner may hold the interpreter's lock while the training waits for it
 
 
 @dataclass
@@ -129,7 +132,9 @@ class Lookahead:
                     return
                 step, cost, future = self._queue.popleft()
             try:
-                future.set_result(self._make(step, cost))
+                with _short_turns():
+                    batch = self._make(step, cost)
+                future.set_result(batch)
             except BaseException as error:
                 future.set_exception(error)  # raised where the step is asked for
 
@@ -137,6 +142,21 @@ class Lookahead:
         samples = self.batches.samples(step)
         lengths = tuple(self.batches.length(sample) for sample in samples)
         return PlannedBatch(step, samples, lengths, self.plan(lengths, cost=cost))
+
+
+@contextmanager
+def _short_turns() -> Iterator[None]:
+    """Make the interpreter switch threads often.
+
+    The training gives up the interpreter's lock in every call of torch. By default a planner would then hold it for
+    5 ms, so that the host launched a kernel every 5 ms, and a GPU would wait for it.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, SWITCH_SECONDS))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 class StepIterator:
