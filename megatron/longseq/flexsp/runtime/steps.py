@@ -4,9 +4,8 @@ import sys
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from megatron.longseq.flexsp.plan.cost import GroupCostModel
@@ -124,7 +123,12 @@ class Lookahead:
         return future.result()
 
     def _work(self) -> None:
-        """Make the plans of the queue. A process that exits waits only for the plan that is being made."""
+        """Make the plans of the queue. A process that exits waits only for the plan that is being made.
+
+        The training gives up the interpreter's lock in every call of torch. By default this thread would then hold it
+        for 5 ms, so that the host launched a kernel every 5 ms, and a GPU would wait for it.
+        """
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_SECONDS))
         while True:
             with self._lock:
                 if not self._queue or not threading.main_thread().is_alive():
@@ -132,9 +136,7 @@ class Lookahead:
                     return
                 step, cost, future = self._queue.popleft()
             try:
-                with _short_turns():
-                    batch = self._make(step, cost)
-                future.set_result(batch)
+                future.set_result(self._make(step, cost))
             except BaseException as error:
                 future.set_exception(error)  # raised where the step is asked for
 
@@ -142,21 +144,6 @@ class Lookahead:
         samples = self.batches.samples(step)
         lengths = tuple(self.batches.length(sample) for sample in samples)
         return PlannedBatch(step, samples, lengths, self.plan(lengths, cost=cost))
-
-
-@contextmanager
-def _short_turns() -> Iterator[None]:
-    """Make the interpreter switch threads often.
-
-    The training gives up the interpreter's lock in every call of torch. By default a planner would then hold it for
-    5 ms, so that the host launched a kernel every 5 ms, and a GPU would wait for it.
-    """
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(min(before, SWITCH_SECONDS))
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
 
 
 class StepIterator:
