@@ -4,7 +4,14 @@ from typing import Self
 
 
 class PatchError(RuntimeError):
-    """A patch was refused, or found broken, and nothing of it was left in place."""
+    """A patch was refused, or found broken, and nothing of it was left in place.
+
+    Args:
+        what: what is wrong.
+        where: the file, place or patch.
+        why: the reason.
+        todo: what to do about it.
+    """
 
     def __init__(self, what: str, *, where: str, why: str, todo: str) -> None:
         self.what, self.where, self.why, self.todo = what, where, why, todo

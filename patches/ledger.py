@@ -30,6 +30,10 @@ from patches.record import Callback, Record
 def with_callbacks(records: Iterable[Record], callbacks: Iterable[Callback]) -> tuple[Record, ...]:
     """Give every hook its callbacks, in the order in which they are listed.
 
+    Args:
+        records: records of all systems.
+        callbacks: callbacks of all hooks, the innermost first.
+
     Raises:
         LedgerError: a callback names no hook, or a hook has no callback.
     """

@@ -129,7 +129,11 @@ class Record:
         return self.callbacks if self.action == "hook" else (self,)
 
     def only(self, parts: "tuple[Record | Callback, ...]") -> Self | None:
-        """Return the record without the parts that are not in `parts`, or None if no part is left."""
+        """Return the record without the parts that are not in `parts`, or None if no part is left.
+
+        Args:
+            parts: parts of any records.
+        """
         if self.action != "hook":
             return self if self in parts else None
         kept = tuple(callback for callback in self.callbacks if callback in parts)

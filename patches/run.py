@@ -27,6 +27,11 @@ PROJECT = Path(__file__).resolve().parents[1]
 def run(script: str, argv: Sequence[str], megatron: Choice = "tree") -> None:
     """Apply the records of stage `start`, then execute the script as `__main__`. The script's exceptions pass through.
 
+    Args:
+        script: path of the Python file.
+        argv: its arguments.
+        megatron: "tree" prefers a `megatron/core` in the script's folder, "wheel" the installed one.
+
     Raises:
         PatchError: no such script, an unusable `megatron`, or a patch that was refused.
     """

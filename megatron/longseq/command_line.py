@@ -40,7 +40,13 @@ def _reason(error: ValueError | OSError) -> str:
 def add_flags_command(
     commands: Any, add_arguments: Callable[[ArgumentParser], Any], refusals: Mapping[str, Refusals]
 ) -> None:
-    """Add the command that prints the flags of a training run, and the flags that they refuse, as Markdown."""
+    """Add the command that prints the flags of a training run, and the flags that they refuse, as Markdown.
+
+    Args:
+        commands: subparsers of the command line.
+        add_arguments: adds the flags of a training run to a parser.
+        refusals: tables of refused flags, by what refuses them.
+    """
     flags = commands.add_parser("flags", help="markdown: the flags of a training run, and what they refuse")
     flags.set_defaults(run=lambda args: f"{flags_table(add_arguments)}\n\n{refusals_table(refusals)}")
 

@@ -23,6 +23,10 @@ class ConversationDataset(SFTDataset):  # type: ignore[misc]  # upstream is not 
     def build_low_level_dataset(dataset_path: str, config: Any) -> Any:
         """Open the conversations of an output, or a jsonl file as upstream does.
 
+        Args:
+            dataset_path: prefix of an output without suffix, or a jsonl file.
+            config: upstream's configuration of the data set.
+
         Raises:
             ValueError: the output was prepared with another tokenizer than the run's.
         """

@@ -16,6 +16,10 @@ LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8}
 def check_output(file: Path, suffixes: Sequence[str] = SUFFIXES) -> None:
     """Check that a file can be written.
 
+    Args:
+        file: path that --output gives.
+        suffixes: suffixes that are allowed, with the dot.
+
     Raises:
         ValueError: its suffix is not one of `suffixes`, or its folder does not exist.
     """

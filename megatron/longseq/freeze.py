@@ -125,6 +125,11 @@ def sum_over_model_parallel(count: ParamCount) -> ParamCount:
 def check_count(pattern: str, count: ParamCount, names: list[str]) -> None:
     """Refuse a pattern that freezes all parameters or none.
 
+    Args:
+        pattern: value of --train-only.
+        count: trained and all parameters of all ranks.
+        names: parameters of this rank.
+
     Raises:
         ValueError: raised on every rank. The message lists the first parameters of this rank.
     """

@@ -132,14 +132,23 @@ def _check_size(size: tuple[int, ...], expected: tuple[int, int], rank: int) -> 
 
 
 def planned_batch(data_iterator: Any) -> tuple[Batch, PackedSeqParams]:
-    """Return this rank's part of a micro-batch that FlexSP has planned, and its documents and group."""
+    """Return this rank's part of a micro-batch that FlexSP has planned, and its documents and group.
+
+    Returns:
+        Tokens, labels, loss mask and position ids by name, and the documents with their group.
+    """
     planned = next(data_iterator)
     names = ("tokens", "labels", "loss_mask", "position_ids")
     return {name: getattr(planned, name) for name in names}, planned.packed
 
 
 def packed_documents(batch: Batch, tokens_per_sample: int) -> PackedSeqParams | None:
-    """Return the documents of a micro-batch as upstream's models take them, or None if it has none."""
+    """Return the documents of a micro-batch as upstream's models take them, or None if it has none.
+
+    Args:
+        batch: tensors by name; `cu_seqlens` and `cu_seqlens_padded` are [1, documents + 1].
+        tokens_per_sample: tokens of a sequence.
+    """
     borders = batch.get("cu_seqlens")
     if borders is None:
         return None
@@ -262,6 +271,9 @@ def datasets_provider(samples: list[int], vp_stage: int | None = None) -> tuple[
     Args:
         samples: number of samples of each set.
         vp_stage: virtual pipeline stage of the caller.
+
+    Returns:
+        The training, validation and test sets; under --flexsp, iterators of planned steps.
     """
     args = get_args()
     print_rank_0("> building train, validation and test datasets ...")

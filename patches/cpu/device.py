@@ -59,7 +59,11 @@ def _is_done(_: Any) -> bool:
 
 
 class CpuStream:
-    """A stream of the CPU: all work is done when it is submitted, so there is nothing to wait for."""
+    """A stream of the CPU: all work is done when it is submitted, so there is nothing to wait for.
+
+    Args:
+        device, priority: accepted as by `torch.cuda.Stream`; `device` is "cpu" in any case.
+    """
 
     wait_stream = wait_event = synchronize = _nothing
     query = _is_done

@@ -29,7 +29,13 @@ _Reader = Callable[[Any], _Leads]
 
 @dataclass(frozen=True)
 class Original:
-    """A replaced object: the raw `__dict__` entry and the function inside it. No scanned module should refer to it."""
+    """A replaced object. No scanned module should refer to it.
+
+    Attributes:
+        record: the record that replaced it.
+        raw: the raw `__dict__` entry.
+        core: the function inside it.
+    """
 
     record: Record
     raw: Any
@@ -38,7 +44,13 @@ class Original:
 
 @dataclass(frozen=True)
 class Hit:
-    """A reference to a replaced object. `name` is the path to it, starting with `module:`."""
+    """A reference to a replaced object.
+
+    Attributes:
+        record: the record that replaced the object.
+        module: name of the module that holds the reference.
+        name: path to the reference, starting with `module:`.
+    """
 
     record: Record
     module: str

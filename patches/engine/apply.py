@@ -21,7 +21,14 @@ from patches.upstream.source import Upstream
 
 @dataclass(frozen=True)
 class Binding:
-    """A place that was set: its `__dict__` entry before (ABSENT if there was none) and the entry that we set."""
+    """A place that was set.
+
+    Attributes:
+        record: the record that set it.
+        place: the place.
+        before: its `__dict__` entry before; ABSENT if there was none.
+        after: the entry that we set.
+    """
 
     record: Record
     place: Place
@@ -31,7 +38,15 @@ class Binding:
 
 @dataclass(eq=False)
 class Applied:
-    """The changes of one `apply`. `undo` reverts them; a second `undo` does nothing."""
+    """The changes of one `apply`. `undo` reverts them; a second `undo` does nothing.
+
+    Attributes:
+        records: the records that were applied, in order.
+        fingerprints: fingerprint of every upstream place of the records.
+        bindings: places that were set, in order.
+        contexts: records whose context managers were entered, in order.
+        originals: objects that were replaced.
+    """
 
     records: tuple[Record, ...]
     fingerprints: dict[str, str]
@@ -77,14 +92,25 @@ class Applied:
             self.contexts.clear()
 
     def bind(self, record: Record, place: Place, value: Any) -> None:
-        """Set a place and record its previous entry."""
+        """Set a place and record its previous entry.
+
+        Args:
+            record: the record that asks for it.
+            place: the place.
+            value: the raw entry to set, for instance a `staticmethod`; ABSENT deletes it.
+        """
         before = place.own()
         place.put(value)
         self._undo.callback(place.put, before)
         self.bindings.append(Binding(record, place, before, value))
 
     def enter(self, record: Record) -> None:
-        """Enter the context manager that a `context` record's implementation returns."""
+        """Enter the context manager that a `context` record's implementation returns.
+
+        Raises:
+            BadImplementation: the implementation returns no context manager, or cannot be loaded.
+            UnknownTarget: there is no such module.
+        """
         if not is_upstream(record.target):  # upstream's module is known from its fingerprint, and not imported yet
             module(record.target)
         manager = implementation(record)()
@@ -139,6 +165,11 @@ def _holds(active: Record, record: Record) -> bool:
 
 def verified(records: Sequence[Record], lock: Lock | None, upstream: Upstream) -> dict[str, str]:
     """Return the fingerprint of each upstream place of the records. All of them must match the lock; imports nothing.
+
+    Args:
+        records: records to check.
+        lock: the fingerprints; None reads upstream.lock when first needed.
+        upstream: the symbols of the tree that would be patched.
 
     Raises:
         Drift: a source differs from the lock.

@@ -27,7 +27,13 @@ def hashes(sets: Iterable[Applied]) -> dict[str, str]:
 
 
 def of(record: Record, part: Record | Callback, fingerprints: Mapping[str, str]) -> str:
-    """Return the hash of a record, or of a callback of a hook, for given fingerprints of upstream's places."""
+    """Return the hash of a record, or of a callback of a hook, for given fingerprints of upstream's places.
+
+    Args:
+        record: the record.
+        part: the record itself, or one of its callbacks.
+        fingerprints: fingerprint of every upstream place of the record.
+    """
     wiring = [part.id, record.action, record.places, part.impl, part.when]
     sources = {place: fingerprints[place] for place in record.upstream_places}
     return _short([wiring, sources, _source_sha256(part)])
@@ -39,7 +45,11 @@ def combined(per_record: Mapping[str, str]) -> str:
 
 
 def difference(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
-    """Describe which patches `ours` has, lacks or has changed, compared with `theirs`. Empty if they are equal."""
+    """Describe which patches `ours` has, lacks or has changed, compared with `theirs`. Empty if they are equal.
+
+    Args:
+        ours, theirs: hashes of patches by id, in the order of application.
+    """
     parts = [
         ("added", [i for i in ours if i not in theirs]),
         ("removed", [i for i in theirs if i not in ours]),
@@ -52,7 +62,12 @@ def difference(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
 
 
 def report(records: Iterable[Record], per_record: Mapping[str, str]) -> list[str]:
-    """Return the lines for the log: one per patch and callback of a hook, then the digest of all."""
+    """Return the lines for the log: one per patch and callback of a hook, then the digest of all.
+
+    Args:
+        records: applied records.
+        per_record: hashes of their parts by id.
+    """
     records = list(records)
     lines = [f"patch {p.id}: {r.action} {r.target} [{per_record[p.id]}]" for r in records for p in r.parts]
     return [*lines, f"patches: {len(records)} applied, digest {combined(per_record)}"]

@@ -16,7 +16,13 @@ Owner = types.ModuleType | type
 
 @dataclass(frozen=True)
 class Place:
-    """The entry `name` of `owner.__dict__`. `label` is its `module:Qual.name`."""
+    """One entry of a `__dict__`.
+
+    Attributes:
+        label: `module:Qual.name` of the entry.
+        owner: the module or class.
+        name: the key in `owner.__dict__`.
+    """
 
     label: str
     owner: Owner
@@ -98,7 +104,12 @@ def underlying(raw: Any) -> Any:
 
 
 def like(raw: Any, new: Any) -> Any:
-    """Return `new` as the same kind of descriptor as `raw`. A property keeps its setter and deleter."""
+    """Return `new` as the same kind of descriptor as `raw`. A property keeps its setter and deleter.
+
+    Args:
+        raw: raw entry of a place.
+        new: function to put there.
+    """
     if isinstance(new, staticmethod | classmethod | property):
         return new
     if isinstance(raw, property):
@@ -116,7 +127,11 @@ def implementation(part: Record | Callback) -> Callable[..., Any]:
 
 
 def load(label: str, role: str) -> Callable[..., Any]:
-    """Import `module:Qual.name`, which must be callable. `role` is its description in the message.
+    """Import an object that must be callable.
+
+    Args:
+        label: `module:Qual.name`.
+        role: description of the object, for the message.
 
     Raises:
         BadImplementation: it does not exist or cannot be called.
@@ -132,7 +147,13 @@ def load(label: str, role: str) -> Callable[..., Any]:
 
 
 def bad(what: str, label: str, why: str) -> BadImplementation:
-    """Return a `BadImplementation` error about the object named `label`."""
+    """Return a `BadImplementation` error about the object named `label`.
+
+    Args:
+        what: what is wrong.
+        label: `module:name` of the implementation.
+        why: the reason.
+    """
     return BadImplementation(what, where=label, why=why, todo="correct the implementation, or the record that names it")
 
 
@@ -140,6 +161,10 @@ def wrapped(record: Record, original: Any) -> Any:
     """Wrap the original in a wrap's implementation, or in the callbacks of a hook, the first one innermost.
 
     Each function that comes about has the one inside of it as `__wrapped__`.
+
+    Args:
+        record: a record of action `wrap` or `hook`.
+        original: the function to wrap.
 
     Raises:
         BadImplementation: an implementation returns nothing callable, or the function that it was given.

@@ -111,6 +111,10 @@ class Session:
 def select(records: Sequence[Record], args: Namespace | None) -> list[Record]:
     """Select the records whose predicates accept these arguments; of a hook, the callbacks whose predicates do.
 
+    Args:
+        records: records to choose from.
+        args: parsed arguments; None for records of stage `start`.
+
     Raises:
         PatchError: a predicate cannot be loaded, or failed on these arguments.
     """
@@ -120,6 +124,10 @@ def select(records: Sequence[Record], args: Namespace | None) -> list[Record]:
 
 def accepts(part: Record | Callback, args: Namespace | None) -> bool:
     """Call the predicate of a record or callback.
+
+    Args:
+        part: the record or callback.
+        args: parsed arguments; None for records of stage `start`.
 
     Raises:
         PatchError: the predicate cannot be loaded, or failed on these arguments.

@@ -50,7 +50,12 @@ def check_launch(initialize_megatron: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def finish_preflight(rank: int, findings: list[report.Finding]) -> None:
-    """Print and write the findings on rank 0, and exit: rank 0 with status 1 if a check failed."""
+    """Print and write the findings on rank 0, and exit: rank 0 with status 1 if a check failed.
+
+    Args:
+        rank: global rank of this process.
+        findings: findings of all ranks; read on rank 0 only.
+    """
     status = 0
     if rank == 0:
         print(report.table(findings), flush=True)

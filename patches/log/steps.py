@@ -46,7 +46,12 @@ class StepLog:
     is_broken: bool = False
 
     def add(self, losses: dict[str, Any], skipped: int) -> None:
-        """Add a step. The losses stay on the device."""
+        """Add a step. The losses stay on the device.
+
+        Args:
+            losses: scalar tensor of every loss, by name.
+            skipped: 1 if the optimizer's step was skipped, else 0.
+        """
         self.skipped += skipped
         if skipped:
             return
@@ -61,7 +66,12 @@ class StepLog:
         return means
 
     def write(self, folder: Path, values: dict[str, Any]) -> None:
-        """Append a record. A training goes on if the file cannot be written; this is said once."""
+        """Append a record. A training goes on if the file cannot be written; this is said once.
+
+        Args:
+            folder: folder of this start of the run.
+            values: fields of the record.
+        """
         if self.is_broken:
             return
         file = folder / record.FILE
@@ -186,6 +196,14 @@ def bubble_of_pipeline(args: Namespace, log: StepLog, iteration: int) -> float:
 
     All ranks of a pipeline call this. The step's actions are also written to `timeline/step-NNNNNNNN/`: those of the
     first logged step, which also starts libraries and allocators, and those of the next one.
+
+    Args:
+        args: upstream's arguments.
+        log: the log of this process.
+        iteration: number of the step, which names the folder of its timeline.
+
+    Returns:
+        Share of the pipeline's time in which its ranks are idle, 0 to 1.
     """
     from megatron.core import mpu
 

@@ -44,7 +44,12 @@ class Interval:
     squares: float = 0.0
 
     def add(self, tokens: float, squares: float) -> None:
-        """Add a step."""
+        """Add a step.
+
+        Args:
+            tokens: tokens of the documents of all ranks in the step.
+            squares: sum of the squares of their lengths.
+        """
         self.steps, self.tokens, self.squares = self.steps + 1, self.tokens + tokens, self.squares + squares
 
     def reset(self) -> None:

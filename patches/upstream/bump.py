@@ -15,7 +15,13 @@ State = Literal["same", "new", "changed", "fixed upstream?", "gone"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result for one record. `details` has a line or a diff for each place that differs."""
+    """The result for one record.
+
+    Attributes:
+        record: the record.
+        state: what the other upstream has in place of the patched source.
+        details: a line or a diff for each place that differs.
+    """
 
     record: Record
     state: State

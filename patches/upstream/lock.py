@@ -15,7 +15,13 @@ PATH = Path(__file__).parents[1] / "upstream.lock"
 
 @dataclass(frozen=True)
 class Lock:
-    """Wheel version, hash of its RECORD (see `Distribution.record_sha256`), fingerprint of each patched place."""
+    """The version and fingerprints of upstream that the patches are written for.
+
+    Attributes:
+        version: version of the wheel.
+        record_sha256: hash of its RECORD, see `Distribution.record_sha256`.
+        symbols: fingerprint of every patched place, by `module:Qual.name`.
+    """
 
     version: str
     record_sha256: str
@@ -59,6 +65,10 @@ def fingerprints(records: Iterable[Record], upstream: Upstream) -> dict[str, str
 def make(records: Iterable[Record], distribution: Distribution) -> Lock:
     """Return the lock of these records for this wheel.
 
+    Args:
+        records: all records.
+        distribution: the wheel, or a folder that it is installed or unpacked in.
+
     Raises:
         PatchError: the tree has no RECORD (it is a checkout).
         UnknownTarget: a place is gone.
@@ -94,7 +104,12 @@ def read(path: Path | None = None) -> Lock:
 
 
 def write(lock: Lock, path: Path | None = None) -> None:
-    """Write a lock file atomically, sorted so that diffs are small."""
+    """Write a lock file atomically, sorted so that diffs are small.
+
+    Args:
+        lock: what to write.
+        path: path of the file; None: upstream.lock of this package.
+    """
     path = path or PATH
     scratch = path.with_name(path.name + ".new")
     scratch.write_text(json.dumps({"wheel": NAME, **asdict(lock)}, indent=2, sort_keys=True) + "\n")

@@ -21,7 +21,13 @@ from patches.errors import UnknownTarget
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The source file of a module: its dotted name, path and bytes."""
+    """The source file of a module.
+
+    Attributes:
+        module: dotted name.
+        path: path of the file, for messages.
+        data: its bytes.
+    """
 
     module: str
     path: str
@@ -34,7 +40,14 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Symbol:
-    """One bound name: `place` is `module:Qual.name`, `line` counts from 1, `text` is what the fingerprint covers."""
+    """One name that a module or class binds.
+
+    Attributes:
+        place: `module:Qual.name`.
+        path: path of the file, for messages.
+        line: its first line, from 1.
+        text: the source that the fingerprint covers.
+    """
 
     place: str
     path: str
@@ -122,6 +135,9 @@ class Upstream:
 
     def source(self, module: str) -> tuple[Source, ast.Module]:
         """Return the module's source and syntax tree.
+
+        Args:
+            module: dotted name.
 
         Raises:
             UnknownTarget: no such module, or its file is not valid Python.

@@ -90,7 +90,13 @@ def _symbols(
 
 
 def elsewhere(records: Sequence[Record], distribution: Distribution, upstream: Upstream) -> list[str]:
-    """Return the patched modules that would be imported from outside the installed wheel, as `module: file`."""
+    """Return the patched modules that would be imported from outside the installed wheel, as `module: file`.
+
+    Args:
+        records: all records.
+        distribution: the installed wheel.
+        upstream: the symbols that an import would find.
+    """
     if not isinstance(distribution.tree.root, Path):
         return []
     modules = sorted({place.partition(":")[0] for record in records for place in record.upstream_places})

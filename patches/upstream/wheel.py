@@ -62,9 +62,12 @@ class Tree:
 
 @dataclass(frozen=True)
 class Distribution:
-    """A tree and its RECORD. `files` maps each file under `megatron/` to its sha256 (urlsafe base64).
+    """A tree and its RECORD.
 
-    `files` is None for a checkout, which has no RECORD.
+    Attributes:
+        tree: where the files are read from.
+        version: version of upstream.
+        files: sha256 (urlsafe base64) of each file under `megatron/`; None for a checkout, which has no RECORD.
     """
 
     tree: Tree

@@ -99,7 +99,16 @@ def _cut_by_document(batch: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def as_sequences(batch: dict[str, Any], length: int) -> dict[str, Any]:
-    """Return a packed batch [1, b * length] as [b, length], if no document lies in two of the sequences."""
+    """Return a packed batch [1, b * length] as [b, length], if no document lies in two of the sequences.
+
+    Args:
+        batch: tensors by name; those along the sequence are [1, b * length].
+        length: tokens of a sequence.
+
+    Returns:
+        The batch with views [b, length]; the same batch if a document lies in two of the sequences, or if it is not
+        packed.
+    """
     borders = _borders(batch)
     joined = [batch[name] for name in _ALONG_SEQUENCE if isinstance(batch.get(name), torch.Tensor)]
     if borders is None or not joined or joined[0].shape[0] != 1 or joined[0].shape[1] in (0, length):

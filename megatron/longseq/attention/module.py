@@ -310,6 +310,10 @@ TE_ATTENTION = "megatron.core.extensions.transformer_engine.TEDotProductAttentio
 def refuse_config(config: Any, where: str) -> None:
     """Refuse settings that our attention would ignore, and which a script may set.
 
+    Args:
+        config: upstream's configuration.
+        where: the layer, for the message.
+
     Raises:
         ValueError: Names the layer and what the configuration sets.
     """
@@ -343,6 +347,10 @@ def refuse_core_attention(core: Any, where: str) -> None:
 def refuse_window(config: Any, where: str) -> None:
     """Refuse a window that includes later tokens, which a script may set without --window-size.
 
+    Args:
+        config: upstream's configuration; `window_size` is (left, right) or None.
+        where: the layer, for the message.
+
     Raises:
         ValueError: Names the layer and the window.
     """
@@ -356,6 +364,10 @@ def refuse_window(config: Any, where: str) -> None:
 
 def refuse_inputs(where: str, inputs: dict[str, Any]) -> None:
     """Refuse what a script gives to one layer's attention, by upstream's names.
+
+    Args:
+        where: the layer, for the message.
+        inputs: arguments by name; all must be None.
 
     Raises:
         ValueError: Names the layer and the arguments that are not None.

@@ -55,7 +55,14 @@ def _sums(words: Tensor, first: int) -> tuple[int, int]:
 
 
 def first_not_finite(tensor: Tensor) -> tuple[tuple[int, ...], float] | None:
-    """Return the index and the value of the first element that is NaN or infinite, or None if there is none."""
+    """Return the index and the value of the first element that is NaN or infinite, or None if there is none.
+
+    Args:
+        tensor: of any shape; integers and 8-bit floats are not searched.
+
+    Returns:
+        Index with one number per dimension, and the value; None if all elements are finite.
+    """
     if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
         return None
     flat = tensor.detach().reshape(-1)

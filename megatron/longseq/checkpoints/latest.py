@@ -88,6 +88,10 @@ def choose_checkpoint(folder: Path, check: Check, group: dist.ProcessGroup | Non
 def find_content_fault(checkpoint: Path, group: dist.ProcessGroup | None) -> str | None:
     """Compare one checkpoint with its checksums; the ranks share the reading and all return the same.
 
+    Args:
+        checkpoint: folder of one iteration.
+        group: all ranks that take part; None: this process alone.
+
     Returns:
         A message that names the file and the tensor, or None.
     """

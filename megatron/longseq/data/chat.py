@@ -75,13 +75,21 @@ def load_chat(spec: TokenizerSpec) -> "ChatTokenizer":
 
 
 class ChatTokenizer:
-    """Convert conversations to ids and loss masks as upstream's SFT data set does."""
+    """Convert conversations to ids and loss masks as upstream's SFT data set does.
+
+    Args:
+        tokenizer: upstream's SFT tokenizer.
+        spec: its padding id, end of document and size of the vocabulary.
+    """
 
     def __init__(self, tokenizer: Any, spec: TokenizerSpec) -> None:
         self._tokenizer, self._spec = tokenizer, spec
 
     def encode(self, conversation: Conversation) -> tuple[Ids, LossMask]:
         """Return ids and loss mask of a conversation, [tokens] each; the mask is 1 for tokens that count in the loss.
+
+        Returns:
+            int64 ids and uint8 loss mask.
 
         Raises:
             DataError: upstream's tokenizer or the chat template refuses the conversation.

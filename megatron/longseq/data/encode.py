@@ -160,7 +160,15 @@ def _encode_documents(
 
 
 def read_record(folder: Path, index: int) -> tuple[NDArray[np.int64], ShardRecord]:
-    """Return the document lengths of a finished shard, in tokens, and its record."""
+    """Return the document lengths of a finished shard, in tokens, and its record.
+
+    Args:
+        folder: folder of the shards.
+        index: number of the shard.
+
+    Returns:
+        int64 [documents], and the record.
+    """
     with np.load(record_path(folder, index)) as file:
         fields = json.loads(str(file["record"]))
         fields["malformed"] = [(part, line, reason) for part, line, reason in fields["malformed"]]
@@ -168,7 +176,13 @@ def read_record(folder: Path, index: int) -> tuple[NDArray[np.int64], ShardRecor
 
 
 def read_finished(folder: Path, index: int, spec: TokenizerSpec) -> ShardRecord | None:
-    """Return the record of a shard that an earlier run finished, or None if its files are missing or truncated."""
+    """Return the record of a shard that an earlier run finished, or None if its files are missing or truncated.
+
+    Args:
+        folder: folder of the shards.
+        index: number of the shard.
+        spec: the tokenizer, which determines the bytes of an id.
+    """
     itemsize = shard_dtype(spec.vocab_size)().itemsize
     try:
         _, record = read_record(folder, index)

@@ -80,7 +80,11 @@ def _first(paths: Sequence[str]) -> str:
 
 
 def length_statistics(lengths: NDArray[np.int64]) -> dict[str, float]:
-    """Return minimum, mean, quantiles and maximum of document lengths in tokens. Quantiles are lengths that occur."""
+    """Return minimum, mean, quantiles and maximum of document lengths in tokens. Quantiles are lengths that occur.
+
+    Args:
+        lengths: [documents], in tokens.
+    """
     p50, p90, p99 = np.quantile(lengths, [0.5, 0.9, 0.99], method="inverted_cdf").tolist()
     mean = round(float(lengths.mean()), 1)
     return {"min": int(lengths.min()), "mean": mean, "p50": p50, "p90": p90, "p99": p99, "max": int(lengths.max())}

@@ -53,6 +53,10 @@ class PrepareRequest:
 def prepare(request: PrepareRequest, say: Say = print) -> bool:
     """Write `prefix.bin`, `prefix.idx` and `prefix.json`, for conversations also their loss mask.
 
+    Args:
+        request: inputs, options, tokenizer and prefix of the output.
+        say: prints a line.
+
     Returns:
         False if the output exists already and was made from the same inputs, options and tokenizer.
 

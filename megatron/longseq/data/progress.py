@@ -41,7 +41,12 @@ class Progress:
             print(self._line(), flush=True)
 
     def advance(self, work: int, documents: int, tokens: int) -> None:
-        """Add finished work, documents and tokens."""
+        """Add finished work, documents and tokens.
+
+        Args:
+            work: amount of work, in `unit` (with "MB" in bytes).
+            documents, tokens: how many were written.
+        """
         self._work += work
         self._documents += documents
         self._tokens += tokens

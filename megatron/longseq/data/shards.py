@@ -21,7 +21,13 @@ Conversation = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class FileRange:
-    """Bytes `[start, stop)` of a file: a whole text file, or the lines of a jsonl file that begin in the range."""
+    """Bytes `[start, stop)` of a file: a whole text file, or the lines of a jsonl file that begin in the range.
+
+    Attributes:
+        path: path of the file.
+        kind: its format.
+        start, stop: offsets in bytes.
+    """
 
     path: str
     kind: FileFormat
@@ -36,7 +42,12 @@ class FileRange:
 
 @dataclass(frozen=True)
 class Shard:
-    """One unit of work, which is also the unit of resumption. Documents keep the order of the ranges."""
+    """One unit of work, which is also the unit of resumption. Documents keep the order of the ranges.
+
+    Attributes:
+        index: number of the shard, from 0.
+        ranges: input files, or parts of them, in order.
+    """
 
     index: int
     ranges: tuple[FileRange, ...]
@@ -72,6 +83,10 @@ def default_shard_bytes(files: Iterable[SourceFile]) -> int:
 
 def plan_shards(files: Sequence[SourceFile], shard_bytes: int) -> list[Shard]:
     """Pack the files in order into shards of at least `shard_bytes`. The last shard may be smaller.
+
+    Args:
+        files: input files.
+        shard_bytes: least number of bytes of a shard.
 
     Raises:
         ValueError: `shard_bytes` is not positive.

@@ -38,7 +38,12 @@ def split_ranges(split: str, documents: int) -> list[range | None]:
 
 
 def empty_parts(split: str, documents: int) -> list[str]:
-    """Return the names of the parts that `split` asks for but that would hold no document."""
+    """Return the names of the parts that `split` asks for but that would hold no document.
+
+    Args:
+        split: value of upstream's `--split`, such as "969,30,1".
+        documents: number of documents.
+    """
     ranges = split_ranges(split, documents)
     return [name for name, part in zip(NAMES, ranges, strict=True) if part is not None and not part]
 

@@ -44,7 +44,12 @@ class IndexedFile:
     documents: int
 
     def has_tokens(self, part: range, tokens: int) -> bool:
-        """Return whether the documents `part` hold at least `tokens` tokens. Stop reading lengths once they do."""
+        """Return whether the documents `part` hold at least `tokens` tokens. Stop reading lengths once they do.
+
+        Args:
+            part: numbers of the documents.
+            tokens: number of tokens to find.
+        """
         total = 0
         for lengths in self.lengths(part):
             total += int(lengths.sum())
@@ -53,7 +58,14 @@ class IndexedFile:
         return total >= tokens
 
     def lengths(self, part: range) -> Iterator[np.ndarray]:
-        """Yield the lengths of the documents `part` in tokens, up to `CHUNK` at a time."""
+        """Yield the lengths of the documents `part` in tokens, up to `CHUNK` at a time.
+
+        Args:
+            part: numbers of the documents.
+
+        Yields:
+            int64 [at most `CHUNK`].
+        """
         with open(f"{self.prefix}.idx", "rb") as stream:
             stream.seek(HEADER + LENGTH * part.start)
             for start in range(part.start, part.stop, CHUNK):

@@ -121,6 +121,10 @@ def publish(folder: Path, prefix: str) -> None:
 
     An older output is removed first, so that an index never exists with the data of another output. The sample indices
     that upstream cached under `prefix/cache` are removed too, because their names do not depend on the data's content.
+
+    Args:
+        folder: folder of the complete files.
+        prefix: path of the output without suffix, on the same file system.
     """
     if (folder / "out.bin").exists():
         for suffix in reversed(SUFFIXES):

@@ -49,6 +49,10 @@ def estimated_cost(args: Namespace, *, on_gpu: bool) -> GroupCostModel:
 
     A rank computes 6 FLOP per parameter and token, and 6 * heads * head size per layer for each pair of tokens that
     attention sees (8 and 8 with full recomputation, which runs attention once).
+
+    Args:
+        args: upstream's validated arguments.
+        on_gpu: whether the run is on GPUs, which sets the assumed FLOP/s and link speeds.
     """
     flops = (args.peak_tflops_per_gpu or 0) * 1e12 * UTILIZATION or (GPU_FLOPS if on_gpu else CPU_FLOPS)
     heads, dim, hidden = model_heads(args), args.kv_channels, args.hidden_size
@@ -86,6 +90,10 @@ def _ffn_of_a_token(args: Namespace) -> int:
 
 def cost_model(args: Namespace, *, on_gpu: bool) -> GroupCostModel:
     """Return the cost model of --flexsp-cost, with the limits and the heads of the run.
+
+    Args:
+        args: upstream's validated arguments.
+        on_gpu: see `estimated_cost`.
 
     Raises:
         ValueError: The file is missing or malformed.
@@ -137,7 +145,13 @@ def _meshes(args: Namespace, degree: int) -> tuple[Kind, ...]:
 
 
 def kinds_of(degree: int, heads: Heads, families: Sequence[str]) -> tuple[Kind, ...]:
-    """Return the kinds of a degree that the heads and the flag allow."""
+    """Return the kinds of a degree that the heads and the flag allow.
+
+    Args:
+        degree: number of ranks.
+        heads: heads of a tensor-parallel rank.
+        families: kinds that --flexsp-kinds allows.
+    """
     if degree == 1:
         return (Kind(1, 1),)
     kinds = []
@@ -187,6 +201,10 @@ def planner_of(args: Namespace) -> Callable[..., StepPlan]:
 
 def check_plannable(args: Namespace, *, on_gpu: bool) -> None:
     """Check before the ranks connect that every document has a group that holds it.
+
+    Args:
+        args: upstream's validated arguments.
+        on_gpu: see `estimated_cost`.
 
     Raises:
         ValueError: Degrees do not fit the ranks, a document of --seq-length tokens fits into no group, or the cost

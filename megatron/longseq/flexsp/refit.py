@@ -35,7 +35,12 @@ class GroupSample(NamedTuple):
 
 
 def relative_error(cost: GroupCostModel, samples: Sequence[GroupSample]) -> float:
-    """Return the mean relative error of predicted times; 0 without samples."""
+    """Return the mean relative error of predicted times; 0 without samples.
+
+    Args:
+        cost: cost model.
+        samples: measured groups.
+    """
     errors = [abs(cost.seconds(one.kind, one.lengths) - one.seconds) / one.seconds for one in samples]
     return sum(errors) / len(errors) if errors else 0.0
 
@@ -77,6 +82,10 @@ def time_parts(cost: GroupCostModel, sample: GroupSample) -> list[float]:
     """Return the model's seconds of attention, linear layers, start-up, all-to-alls and rings of a group.
 
     The messages of a group with both are shared out by the times that each would take alone.
+
+    Args:
+        cost: cost model.
+        sample: the group; its measured time is not read.
     """
     kind, degree = sample.kind, sample.kind.degree
     tokens = [cost.tokens(degree, length) for length in sample.lengths]

@@ -9,7 +9,12 @@ _BLANK = 0x2800
 
 
 def thin(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
-    """Return at most `most` points (x, value): means of equal pieces, without values that are not finite."""
+    """Return at most `most` points (x, value): means of equal pieces, without values that are not finite.
+
+    Args:
+        points: (x, value).
+        most: largest number of points of the result.
+    """
     finite = [point for point in points if math.isfinite(point[1])]
     if len(finite) <= most:
         return finite

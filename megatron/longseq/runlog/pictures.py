@@ -44,7 +44,16 @@ def losses(steps: Sequence[Record]) -> dict[str, Series]:
 
 
 def of_field(steps: Sequence[Record], name: str, unit: float = 1.0) -> Series:
-    """Return the curve of a field, in multiples of `unit`."""
+    """Return the curve of a field, in multiples of `unit`.
+
+    Args:
+        steps: records of the steps.
+        name: name of the field.
+        unit: what the values are divided by.
+
+    Returns:
+        (iteration, value); NaN where the value is not known.
+    """
     return [(step["iteration"], number(step, name) / unit) for step in steps]
 
 
@@ -70,7 +79,12 @@ def training_curves(
 
 
 def speed_curves(steps: Sequence[Record], restarts: Sequence[int]) -> Callable[[Path], None]:
-    """Return what draws throughput, MFU, bubble and memory over the steps."""
+    """Return a function that draws throughput, MFU, bubble and memory over the steps to a file.
+
+    Args:
+        steps: records of the steps.
+        restarts: the steps at which a further start began.
+    """
     panels = [
         ("tokens/s/GPU", [("", of_field(steps, "tokens_per_second_per_gpu"), BLUE)]),
         ("model TFLOP/s/GPU", [("", of_field(steps, "tflops_per_gpu"), GREEN)]),

@@ -40,7 +40,14 @@ LEAST_NEEDED = (
 
 
 def cell(step: Record, name: str, form: str, unit: float) -> str:
-    """Return a figure of a record as text; empty if it is not known."""
+    """Return a figure of a record as text; empty if it is not known.
+
+    Args:
+        step: record of the step.
+        name: name of the field.
+        form: format specification.
+        unit: what the value is divided by.
+    """
     if name not in step:
         return ""
     value = step[name]

@@ -296,7 +296,12 @@ def _check_selective_overlap(args: Namespace, strategy: Strategy) -> None:
 
 
 def needs_groups(strategy: Strategy, mode: CollectivesMode) -> bool:
-    """Return whether the group size matters: a state is sharded inside groups, or collectives are hierarchical."""
+    """Return whether the group size matters: a state is sharded inside groups, or collectives are hierarchical.
+
+    Args:
+        strategy: levels of the model states.
+        mode: --paro-collectives.
+    """
     return mode is not CollectivesMode.FLAT or Level.GROUP in (strategy.params, strategy.grads, strategy.optimizer)
 
 

@@ -49,7 +49,13 @@ class PackedLengths:
         return self.memo[key]  # type: ignore[no-any-return]
 
     def longest(self) -> tuple[int, int, tuple[int, int]]:
-        """Return the most rows, the most keys, and the lengths of the block with the most rows beside its keys."""
+        """Return the most rows, the most keys, and the lengths of the block with the most rows beside its keys.
+
+        Returns:
+            Numbers of queries and keys: the most queries of a block, the most keys of a block, and (queries, keys) of
+            the
+            block whose queries exceed its keys by the most.
+        """
         if "longest" not in self.memo:
             steepest = max(zip(self.rows, self.keys, strict=True), key=lambda block: block[0] - block[1])
             self.memo["longest"] = max(self.rows), max(self.keys), steepest
@@ -73,7 +79,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def dense(x: Tensor) -> Tensor:
-    """Return a tensor whose last dimension is contiguous. Kernels take any other strides, but some misread this one."""
+    """Return a tensor whose last dimension is contiguous. Kernels take any other strides, but some misread this one.
+
+    Args:
+        x: tensor of any shape.
+
+    Returns:
+        `x` itself if its last dimension is contiguous, else a contiguous copy.
+    """
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -101,23 +114,61 @@ class Kernel(Protocol):
     dropout: float
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
-        """Return (out, lse)."""
+        """Return (out, lse).
+
+        Args:
+            q, k, v: see the class.
+            scores: scale and mask of the block.
+
+        Returns:
+            out [sq, b, hq, dv] and lse [b, hq, sq].
+        """
         ...
 
     def backward(
         self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (dq, dk, dv) of a block; out and lse are those of all keys that the rows see, not of the block."""
+        """Return the gradients of a block.
+
+        `out` and `lse` are those of all keys that the rows see, not of the block alone.
+
+        Args:
+            grad_out: gradient of `out`, [sq, b, hq, dv].
+            q, k, v, out, lse: see the class.
+            scores: scale and mask of the block, as in forward.
+
+        Returns:
+            dq, dk and dv, of the shapes of q, k and v.
+        """
         ...
 
     def forward_packed(
         self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, lengths: PackedLengths
     ) -> tuple[Tensor, Tensor]:
-        """Return (out, lse) of packed blocks with one mask."""
+        """Return (out, lse) of packed blocks with one mask.
+
+        Args:
+            q: [all queries, 1, hq, d].
+            k, v: [all keys, 1, hk, d] and [all keys, 1, hk, dv].
+            scores: scale and mask, the same for every block.
+            lengths: queries and keys of every block.
+
+        Returns:
+            out [all queries, 1, hq, dv] and lse [1, hq, all queries].
+        """
         ...
 
     def backward_packed(
         self, inputs: BackwardInputs, scores: Scores, lengths: PackedLengths
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (dq, dk, dv) of packed blocks; see `backward`."""
+        """Return (dq, dk, dv) of packed blocks; see `backward`.
+
+        Args:
+            inputs: packed as in `forward_packed`.
+            scores: scale and mask, as in forward.
+            lengths: queries and keys of every block.
+
+        Returns:
+            dq, dk and dv, of the shapes of q, k and v.
+        """
         ...

@@ -66,7 +66,14 @@ def _merge(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
 
 
 def fused_merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor, rows: Tensor | None = None) -> None:
-    """Merge the result of a block into `out` and `lse`, in place; see `merge.merge_`."""
+    """Merge the result of a block into `out` and `lse`, in place; see `merge.merge_`.
+
+    Args:
+        out, lse, block_out, block_lse, rows: see `merge.merge_`.
+
+    Raises:
+        ValueError: The last dimension of `out` is not contiguous.
+    """
     if out.stride(-1) != 1:
         raise ValueError(f"a running result of strides {out.stride()}: its last dimension must be contiguous")
     block_out = block_out if block_out.stride(-1) == 1 else block_out.contiguous()

@@ -56,13 +56,24 @@ class PaddedBatch:
     hidden: Tensor | None
 
     def take(self, packed: Tensor, side: _Side) -> Tensor:
-        """Return [length, count, ...] of packed [total, 1, ...]; a view if the batch is one block."""
+        """Return [length, count, ...] of packed [total, 1, ...]; a view if the batch is one block.
+
+        Args:
+            packed: [total, 1, ...].
+            side: `rows` for tensors of queries, `keys` for tensors of keys.
+        """
         if self.count == 1:
             return packed.narrow(0, side.begin, side.length)
         return packed[:, 0].index_select(0, side.index).unflatten(0, (self.count, side.length)).transpose(0, 1)
 
     def put(self, packed: Tensor, padded: Tensor, side: _Side) -> None:
-        """Write [length, count, ...] into packed [total, 1, ...], except for the places that fill up."""
+        """Write [length, count, ...] into packed [total, 1, ...], except for the places that fill up.
+
+        Args:
+            packed: [total, 1, ...], changed in place.
+            padded: [length, count, ...].
+            side: `rows` for tensors of queries, `keys` for tensors of keys.
+        """
         if self.count == 1:
             packed.narrow(0, side.begin, side.length).copy_(padded)
             return
@@ -80,7 +91,14 @@ class PaddedBatch:
         self.put(packed.permute(2, 0, 1), padded.permute(2, 0, 1), self.rows)
 
     def take_gradient(self, packed: Tensor) -> Tensor:
-        """Return the gradient of the rows, zero where they fill up."""
+        """Return the gradient of the batch's outputs, zero in places that fill up.
+
+        Args:
+            packed: gradient [total, 1, h, d].
+
+        Returns:
+            Gradient [rows, count, h, d].
+        """
         values = self.take(packed, self.rows)
         if self.rows.places is None:
             return values
@@ -102,13 +120,31 @@ class PaddedKernel(ABC):
     def forward_padded(
         self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, hidden: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return (out, lse) of a batch; `hidden` as in `PaddedBatch`."""
+        """Return (out, lse) of a batch of blocks of one shape.
+
+        Args:
+            q, k, v: [s, blocks, h, d], see `Kernel`.
+            scores: scale and mask.
+            hidden: see `PaddedBatch`.
+
+        Returns:
+            out [sq, blocks, hq, dv] and lse [blocks, hq, sq].
+        """
 
     @abstractmethod
     def backward_padded(
         self, inputs: BackwardInputs, scores: Scores, hidden: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (dq, dk, dv) of a batch; `hidden` as in `PaddedBatch`."""
+        """Return (dq, dk, dv) of a batch of blocks of one shape.
+
+        Args:
+            inputs: tensors [s, blocks, h, d], and lse [blocks, hq, sq].
+            scores: scale and mask.
+            hidden: see `PaddedBatch`.
+
+        Returns:
+            dq, dk and dv, of the shapes of q, k and v.
+        """
 
     def forward_packed(
         self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, lengths: PackedLengths

@@ -11,7 +11,13 @@ from megatron.longseq.attention.kernels.padded import PaddedKernel
 
 
 def visible_mask(rows: int, keys: int, scores: Scores, device: torch.device) -> Tensor:
-    """Return the mask [rows, keys] of type bool, True where a row sees a key; the last row belongs to the last key."""
+    """Return the mask [rows, keys] of type bool, True where a row sees a key; the last row belongs to the last key.
+
+    Args:
+        rows, keys: numbers of queries and keys.
+        scores: mask; the scale is not used.
+        device: device of the mask.
+    """
     diagonal = torch.arange(rows, device=device)[:, None] + (keys - rows)
     key = torch.arange(keys, device=device)[None, :]
     seen = torch.ones(rows, keys, dtype=torch.bool, device=device)

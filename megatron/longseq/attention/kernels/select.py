@@ -208,7 +208,16 @@ class KernelSelector:
     kernels: dict[Any, Kernel] = field(default_factory=dict)
 
     def select(self, query: Tensor, value: Tensor, backend: str, dropout: float = 0.0) -> Kernel:
-        """Return the kernel for a query and a value tensor [s, b, h, d]; see `select_kernel`."""
+        """Return the kernel for a query and a value tensor [s, b, h, d]; see `select_kernel`.
+
+        Args:
+            query, value: [s, b, h, d]; only device, dtype and head sizes are read.
+            backend: upstream's --attention-backend.
+            dropout: probability of dropping an attention weight.
+
+        Raises:
+            ValueError: No kernel supports the tensors.
+        """
         key = (query.device, query.dtype, query.shape[-1], value.shape[-1], dropout, backend)
         if key not in self.kernels:
             choice = select_kernel(*key[:3], value_dim=key[3], dropout=dropout, backend=backend)

@@ -24,7 +24,12 @@ class CommType(NamedTuple):
 
 
 def layer_comm_type(value: str | Sequence[str] | None, layer: int) -> str:
-    """Return the --cp-comm-type of a layer, counted from 1."""
+    """Return the --cp-comm-type of a layer, counted from 1.
+
+    Args:
+        value: upstream's `cp_comm_type`: one type, one for each layer, or a list with one type for all; None: "p2p".
+        layer: number of the layer, from 1.
+    """
     if value is None or isinstance(value, str):
         return value or "p2p"
     return value[layer - 1] if len(value) > 1 else value[0]

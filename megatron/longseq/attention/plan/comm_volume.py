@@ -146,6 +146,12 @@ def paper_elements(layer: LayerShape) -> tuple[Fraction, Fraction]:
     Forward and backward together. The paper takes (U - 1) / U and (R - 1) / R as 1 and counts a ring's gradients with
     its keys: 4 volumes instead of 6. For U and R above 1 the table gives only a bound; its terms are applied to the two
     dimensions of the mesh.
+
+    Args:
+        layer: shape of the layer and its mesh.
+
+    Returns:
+        Elements by all-to-all and elements by ring; 0 where the degree is 1.
     """
     mesh, heads = layer.layout.mesh, layer.heads
     whole = Fraction(layer.batch * layer.tokens * heads.query * layer.dim)

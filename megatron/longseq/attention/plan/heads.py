@@ -57,7 +57,12 @@ class Heads:
 
 
 def legal_meshes(size: int, heads: Heads) -> tuple[tuple[int, int], ...]:
-    """Return every legal (Ulysses, ring) of a context-parallel size, by ascending Ulysses degree; (1, C) always is."""
+    """Return every legal (Ulysses, ring) of a context-parallel size, by ascending Ulysses degree; (1, C) always is.
+
+    Args:
+        size: context-parallel ranks C.
+        heads: heads of a tensor-parallel rank.
+    """
     return tuple(
         (degree, size // degree) for degree in range(1, size + 1) if size % degree == 0 and heads.allows(degree)
     )
@@ -65,6 +70,10 @@ def legal_meshes(size: int, heads: Heads) -> tuple[tuple[int, int], ...]:
 
 def check_heads(mesh: Mesh, heads: Heads) -> None:
     """Refuse a Ulysses degree that the heads do not allow.
+
+    Args:
+        mesh: Ulysses and ring degrees.
+        heads: heads of a tensor-parallel rank.
 
     Raises:
         ValueError: Says what is wrong and lists the legal choices with their flags.

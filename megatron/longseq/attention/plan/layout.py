@@ -185,6 +185,10 @@ class Layout:
 
         With one piece this is upstream's layout.
 
+        Args:
+            rank: context-parallel rank, from 0.
+            segment: index of the segment, from 0.
+
         Raises:
             ValueError: There is no such rank.
         """
@@ -193,17 +197,30 @@ class Layout:
     def ring_positions(self, ring: int, segment: int) -> tuple[TokenRange, ...]:
         """Return the positions of a segment that each rank of a Ulysses group holds after the all-to-all, in order.
 
+        Args:
+            ring: ring index, from 0.
+            segment: index of the segment, from 0.
+
         Raises:
             ValueError: There is no such ring index.
         """
         return self._chunks(ring, self.mesh.ring, segment)
 
     def shard(self, ring: int, segments: range) -> TokenRanges:
-        """Return the positions of some segments at a ring index, in the order of its buffer of keys."""
+        """Return the positions of some segments at a ring index, in the order of its buffer of keys.
+
+        Args:
+            ring: ring index, from 0.
+            segments: indices of the segments.
+        """
         return union(span for segment in segments for span in self.ring_positions(ring, segment))
 
     def shards(self, segments: range) -> tuple[TokenRanges, ...]:
-        """Return `shard` of every ring index."""
+        """Return `shard` of every ring index.
+
+        Args:
+            segments: indices of the segments.
+        """
         return tuple(self.shard(ring, segments) for ring in range(self.mesh.ring))
 
     def received_rows(self, segments: range) -> RowOrder:

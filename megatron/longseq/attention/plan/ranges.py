@@ -182,6 +182,10 @@ class Documents:
     def within(self, sequence: int, positions: TokenRange) -> tuple[DocumentSpan, ...]:
         """Return the document spans of a sequence, clipped to some positions.
 
+        Args:
+            sequence: index of the sequence in the batch.
+            positions: token positions of that sequence.
+
         Raises:
             ValueError: Some of the positions belong to no document.
         """

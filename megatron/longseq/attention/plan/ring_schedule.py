@@ -57,11 +57,21 @@ class Ring:
             raise ValueError(f"windows of {self.inner} do not divide a ring of {self.size} ranks; give {legal}")
 
     def visited(self, source: int, step: int) -> int:
-        """Return the rank that computes with a source's keys in a step."""
+        """Return the rank that computes with a source's keys in a step.
+
+        Args:
+            source: ring index of the owner of the keys.
+            step: step of the ring, from 0.
+        """
         return self._shifted(source, -step)
 
     def source(self, rank: int, step: int) -> int:
-        """Return the rank whose keys a rank computes with in a step."""
+        """Return the rank whose keys a rank computes with in a step.
+
+        Args:
+            rank: ring index of the rank that computes.
+            step: step of the ring, from 0.
+        """
         return self._shifted(rank, step)
 
     def _shifted(self, rank: int, step: int) -> int:
@@ -267,7 +277,19 @@ def _packed(tiles: Tiles, rows: TokenRanges) -> Tiles:
 def plan_layout_ring(
     ring: Ring, layout: Layout, segment: int, mask: Mask, rank: int, *, rectangular: bool
 ) -> tuple[RingStep, ...]:
-    """Return `plan_ring_attention` of a segment's queries and of the keys of all segments up to it."""
+    """Return `plan_ring_attention` of a segment's queries and of the keys of all segments up to it.
+
+    Args:
+        ring: the ranks.
+        layout: positions of the tokens; its mesh has `ring.size` ring indices.
+        segment: index of the segment.
+        mask: see `Mask`.
+        rank: ring index.
+        rectangular: see `plan_tiles`.
+
+    Returns:
+        The steps of the rank, one for each ring index.
+    """
     own, seen = range(segment, segment + 1), range(segment + 1)
     return plan_ring_attention(ring, layout.shards(own), layout.shards(seen), mask, rank, rectangular=rectangular)
 

@@ -121,13 +121,24 @@ class TilePlan(NamedTuple):
 
 @cached_plan(maxsize=4096)
 def visible_positions(queries: TokenRanges, mask: Mask) -> TokenRanges:
-    """Return the positions that any of the queries sees, in any sequence."""
+    """Return the positions that any of the queries sees, in any sequence.
+
+    Args:
+        queries: positions of the queries.
+        mask: see `Mask`.
+    """
     spans = (span for _, spans in mask.document_spans(queries) for span in spans)
     return union(TokenRange(mask.first_visible(span), span.end) for span in spans)
 
 
 def visible_rows(queries: TokenRanges, keys: TokenRanges, mask: Mask) -> TokenRanges:
-    """Return the rows of a buffer of keys that any of the queries sees, in any sequence."""
+    """Return the rows of a buffer of keys that any of the queries sees, in any sequence.
+
+    Args:
+        queries: positions of the queries.
+        keys: positions of the keys, in the order of the buffer's rows.
+        mask: see `Mask`.
+    """
     return rows_of(keys, intersection(keys, visible_positions(queries, mask)))
 
 

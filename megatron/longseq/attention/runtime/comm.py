@@ -13,7 +13,12 @@ Message = tuple[int, Tensor]  # (group rank of the peer, contiguous tensor)
 
 
 class P2PWork:
-    """Messages in flight: handles of torch.distributed, with the tensors that they need kept alive."""
+    """Messages in flight.
+
+    Args:
+        works: handles of torch.distributed.
+        tensors: tensors that the messages need; they are kept alive.
+    """
 
     def __init__(self, works: list[dist.Work], tensors: list[Tensor]) -> None:
         self._works, self._tensors = works, tensors
@@ -38,7 +43,12 @@ class P2PChannel:
     sent: SentCounter = field(default_factory=SentCounter)
 
     def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> P2PWork:
-        """Start sends and receives. The tensors must not be used before `P2PWork.wait` returns."""
+        """Start sends and receives. The tensors must not be used before `P2PWork.wait` returns.
+
+        Args:
+            sends: pairs of the receiver's index in the group and the tensor.
+            receives: pairs of the sender's index in the group and the tensor to write to.
+        """
         for _, tensor in sends:
             self.sent.count(tensor.nbytes)
         operations = [
@@ -70,7 +80,11 @@ class GroupCollectives:
         return received
 
     def all_gather(self, own: Tensor) -> Tensor:
-        """Return every rank's tensor, as [ranks, ...]."""
+        """Return every rank's tensor, as [ranks, ...].
+
+        Args:
+            own: this rank's tensor; it has the same shape on every rank.
+        """
         size = self.group.size()
         self.sent.count(own.nbytes * (size - 1))
         gathered = own.new_empty(size * own.shape[0], *own.shape[1:])
@@ -81,5 +95,11 @@ class GroupCollectives:
         """Return the sum over ranks of the entry of [ranks, ...] that has this rank's index.
 
         Sums in the order of ranks, so that a run repeats to the bit.
+
+        Args:
+            parts: [ranks, ...]; entry i is this rank's addend for rank i.
+
+        Returns:
+            Tensor [...], summed in the type of `parts`.
         """
         return self.all_to_all(parts).sum(0)

@@ -43,7 +43,12 @@ class DocumentLayouts:
     _last_kind: str | None = field(default=None, init=False)
 
     def layout(self, documents: Documents, length: int) -> Layout:
-        """Return where the tokens of a sequence are before the all-to-all."""
+        """Return where the tokens of a sequence are before the all-to-all.
+
+        Args:
+            documents: documents of the micro-batch.
+            length: tokens of a whole sequence.
+        """
         ranks = self.types[0].mesh.size if self.types else 1
         return Layout(Mesh(ranks, 1), self.lengths or (length,), pieces=self.pieces(documents, length))
 
@@ -57,7 +62,11 @@ class DocumentLayouts:
         return self._choice(documents, length).pieces if self.types else None
 
     def cut(self, documents: Documents, length: int) -> Layout:
-        """Return `layout` for the data of a micro-batch, which this rank then cuts accordingly."""
+        """Return `layout` for the data of a micro-batch, which this rank then cuts accordingly.
+
+        Args:
+            documents, length: see `layout`.
+        """
         self._last_cut = documents
         return self.layout(documents, length)
 

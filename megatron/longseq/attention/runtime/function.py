@@ -177,7 +177,14 @@ def context_attention(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, resu
 
 
 def forward_for_recompute(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> tuple[Tensor, Result]:
-    """Return attention without autograd, and the result to keep for the recomputation; see `context_attention`."""
+    """Return attention without autograd, and the result to keep for the recomputation.
+
+    Args:
+        q, k, v, call: see `context_attention`.
+
+    Returns:
+        Attention [n, b, hq * d], and (out, lse) of this rank between the all-to-alls.
+    """
     with torch.no_grad():
         q, kv = call.ulysses.scatter_heads(q, k, v)
         result = call.inner.forward(q, _visible_kv(kv, call))

@@ -14,7 +14,16 @@ Received = tuple[KV, TokenRanges]  # keys or gradients from another rank, and th
 
 
 def empty_kv(like: Tensor, rows: int, dtype: torch.dtype) -> KV:
-    """Return uninitialised keys and values of some rows."""
+    """Return uninitialised keys and values of some rows.
+
+    Args:
+        like: keys or values [n, b, hk, d]; gives the last dimensions and the device.
+        rows: number of rows.
+        dtype: type of the new tensors.
+
+    Returns:
+        Two tensors [rows, b, hk, d].
+    """
     first, second = (like.new_empty(rows, *like.shape[1:], dtype=dtype) for _ in range(2))
     return first, second
 

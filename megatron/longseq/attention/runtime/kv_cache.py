@@ -48,12 +48,25 @@ class LayerCache:
         return self.frozen + self.left - 1
 
     def up_to(self, segment: Segment) -> tuple[Tensor, ...]:
-        """Return keys and values up to a segment's end as one tensor each; copies them unless there is one segment."""
+        """Return keys and values up to a segment's end as one tensor each; copies them unless there is one segment.
+
+        Args:
+            segment: the last segment to include.
+
+        Returns:
+            Keys and values, each [rows of all segments up to this one, ...].
+        """
         parts = self.parts[: segment.index + 1]
         return parts[0] if len(parts) == 1 else tuple(torch.cat(rows) for rows in zip(*parts, strict=True))
 
     def add(self, batch: TokenRange, keys: TokenRange, grads: Sequence[Tensor]) -> None:
-        """Add gradients [keys, sequences, ...] of keys and values to the sums of their segments."""
+        """Add gradients [keys, sequences, ...] of keys and values to the sums of their segments.
+
+        Args:
+            batch: sequences of the batch.
+            keys: rows of the keys, counted from the start of the first segment.
+            grads: dk and dv, each [keys, sequences, ...].
+        """
         begin = 0
         for index, length in enumerate(self.lengths):
             rows = TokenRange(max(keys.begin, begin) - begin, min(keys.end, begin + length) - begin)
@@ -78,14 +91,25 @@ class LayerCache:
 
 
 class SegmentGradAccumulator:
-    """Sums dk and dv over the blocks of a segment: those of earlier segments in their cache, the segment's own here."""
+    """Sums dk and dv over the blocks of a segment: those of earlier segments in their cache, the segment's own here.
+
+    Args:
+        layer: cache of the layer and micro-batch.
+        segment: the segment whose backward runs.
+    """
 
     def __init__(self, layer: LayerCache, segment: Segment) -> None:
         self._layer, self._segment = layer, segment
         self._own: tuple[Tensor, ...] | None = layer.grads.get(segment.index)
 
     def add(self, batch: TokenRange, keys: TokenRange, dk: Tensor, dv: Tensor) -> None:
-        """Add the gradients [keys, sequences, ...] of a block. The tensors may become the sum and change later."""
+        """Add the gradients [keys, sequences, ...] of a block. The tensors may become the sum and change later.
+
+        Args:
+            batch: sequences of the batch.
+            keys: rows of the keys, counted from the start of the first segment.
+            dk, dv: [keys, sequences, ...].
+        """
         border = self._segment.begin
         before = max(0, min(border, keys.end) - keys.begin)
         if before:
@@ -95,7 +119,11 @@ class SegmentGradAccumulator:
             self._add_own(batch, rows, (dk[before:], dv[before:]))
 
     def own(self) -> tuple[Tensor, ...]:
-        """Return the segment's own dk and dv, with the contributions of later segments, not rounded yet."""
+        """Return the segment's own dk and dv, with the contributions of later segments, not rounded yet.
+
+        Returns:
+            dk and dv, each [rows of the segment, ...], in the accumulation dtype.
+        """
         if self._own is None:
             self._own = self._zeros()
         return self._own
@@ -150,6 +178,11 @@ class SegmentKVCache:
     def write(self, layer: int, segment: Segment, *tensors: Tensor) -> LayerCache:
         """Cache a segment's keys and values [n, ...]. A forward that backward recomputes finds them cached.
 
+        Args:
+            layer: number of the layer, unique on the stage.
+            segment: the segment whose forward runs.
+            tensors: keys and values, each [n, ...].
+
         Raises:
             SegmentOrderError: It is not this segment's turn.
             ValueError: The shapes do not fit the segment or the micro-batch.
@@ -176,6 +209,10 @@ class SegmentKVCache:
     def read(self, layer: int, segment: Segment) -> LayerCache:
         """Return the cache for the backward of a segment.
 
+        Args:
+            layer: number of the layer, unique on the stage.
+            segment: the segment whose backward runs.
+
         Raises:
             SegmentOrderError: It is not this segment's turn, or another segment is current.
         """
@@ -195,7 +232,12 @@ class SegmentKVCache:
         return cache is not None and cache.written > cache.frozen
 
     def finish(self, layer: int, segment: Segment) -> None:
-        """Free what a segment's backward no longer needs; of a forward-only segment, count its forward instead."""
+        """Free what a segment's backward no longer needs; of a forward-only segment, count its forward instead.
+
+        Args:
+            layer: number of the layer, unique on the stage.
+            segment: the segment whose backward (forward-only: whose forward) has run.
+        """
         cache = self._layers[layer, segment.microbatch]
         cache.left -= 1
         if segment.forward_only:
@@ -247,6 +289,16 @@ def differentiable(
     tokens of a sequence (a prompt). Autograd does not see these keys, so the queries are made to require a gradient in
     their place. If neither needs a gradient, the segment is marked as forward-only. Outside of autograd, as in the
     first forward of what is recomputed, this is not known, and nothing is changed.
+
+    Args:
+        cache: KV cache of the stage; None: the sequence is one segment.
+        layer: number of the layer, unique on the stage.
+        segment: the segment that runs.
+        q: queries [n, b, hq, d].
+        k, v: keys and values [n, b, hk, d].
+
+    Returns:
+        `q`, or its values detached and requiring a gradient; and the segment, perhaps marked as forward-only.
     """
     if segment.forward_only or not torch.is_grad_enabled() or any(x.requires_grad for x in (q, k, v)):
         return q, segment

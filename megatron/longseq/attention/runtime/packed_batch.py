@@ -47,6 +47,9 @@ class PackedDocuments(PackedSeqParams):
 
         Args:
             whole: frequencies of the positions from 0 on, [at least `length`, 1, 1, d].
+
+        Raises:
+            RuntimeError: There are no positions.
         """
         if self.positions is None:
             raise RuntimeError("packed documents without positions: only the model's own layers may read them")
@@ -98,7 +101,14 @@ class PackedReader:
             raise ValueError(f"{self._where()}: {error}") from error
 
     def packed(self, documents: Documents, length: int, segment: int, device: torch.device) -> PackedDocuments:
-        """Return what layers get for one segment (0 without segments)."""
+        """Return what layers get for one segment (0 without segments).
+
+        Args:
+            documents: documents of the micro-batch.
+            length: tokens of a whole sequence.
+            segment: index of the segment.
+            device: device of the positions.
+        """
         layout = self.layouts.layout(documents, length)
         ranges = layout.positions(self.rank, segment)
         rows = [

@@ -21,6 +21,9 @@ def of_batch_and_heads(mask: Tensor) -> Tensor:
     """Return a mask with the dimensions of a batch and of heads; one of [rows, keys] is that of all sequences.
 
     Upstream's local attention broadcasts such a mask over its scores.
+
+    Args:
+        mask: [rows, keys], [1, rows, keys], or [b, heads, rows, keys], which is returned unchanged.
     """
     if mask.dim() == 2:
         return mask[None, None]
@@ -55,6 +58,13 @@ def document_starts(attention_mask: Tensor, begin: int = 0) -> Tensor:
 
 def read_document_starts(attention_mask: Tensor, begin: int = 0) -> Tensor:
     """Return what `document_starts` does, with -1 in wrong rows; does not synchronize with the device.
+
+    Args:
+        attention_mask: bool [b, 1, rows, keys].
+        begin: position of the first row.
+
+    Returns:
+        int64 [b, rows], on the mask's device.
 
     Raises:
         ValueError: The mask has another type or shape.
@@ -128,6 +138,10 @@ def _positions(layout: Layout, rank: int) -> list[TokenRange]:
 def expand_to_batch(starts: Tensor, batch: int) -> Tensor:
     """Return the starts of every sequence of a batch, [batch, sequence]; a mask of one sequence is that of all.
 
+    Args:
+        starts: [1 or batch, sequence].
+        batch: sequences of the micro-batch.
+
     Raises:
         ValueError: The mask is of another number of sequences.
     """
@@ -138,6 +152,9 @@ def expand_to_batch(starts: Tensor, batch: int) -> Tensor:
 
 def packed_documents(starts: Tensor) -> Documents | None:
     """Return the documents of whole sequences; None if each sequence is one. Synchronizes with the device.
+
+    Args:
+        starts: first position of every token's document, [b, sequence].
 
     Raises:
         ValueError: See `documents_from_starts`.

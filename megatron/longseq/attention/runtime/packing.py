@@ -18,7 +18,15 @@ FEW_PARTS = 64  # likewise for rows of several ranks, which are written to memor
 
 
 def index_of(ranges: Sequence[TokenRange], device: torch.device) -> Tensor:
-    """Return the numbers of some ranges in order, int64."""
+    """Return the numbers of some ranges in order, int64.
+
+    Args:
+        ranges: ranges of rows.
+        device: device of the result.
+
+    Returns:
+        int64 [total size of the ranges].
+    """
     begins, sizes = torch.tensor([one.begin for one in ranges]), torch.tensor([one.size for one in ranges])
     shifts = begins - (sizes.cumsum(0) - sizes)
     return (torch.arange(int(sizes.sum())) + shifts.repeat_interleave(sizes)).to(device)
@@ -30,7 +38,15 @@ def _cached_index(ranges: TokenRanges, device: torch.device) -> Tensor:
 
 
 def take_rows(x: Tensor, ranges: TokenRanges) -> Tensor:
-    """Return some rows of [s, ...] as a contiguous tensor, without a copy if they are one range."""
+    """Return some rows of [s, ...] as a contiguous tensor, without a copy if they are one range.
+
+    Args:
+        x: [s, ...].
+        ranges: rows of `x`.
+
+    Returns:
+        [rows, ...], in the order of `ranges`.
+    """
     if len(ranges) > FEW_RANGES:
         return x.index_select(0, _cached_index(ranges, x.device))
     parts = [x[one.slice()] for one in ranges]
@@ -63,14 +79,26 @@ def _order_index(order: tuple[ReceivedRows, ...], rows: int, device: torch.devic
 
 
 def take_in_order(x: Tensor, order: tuple[ReceivedRows, ...], out: Tensor | None = None) -> Tensor:
-    """Return rows of several sources, [sources, rows, ...], in another order, [sources * rows, ...]."""
+    """Return rows of several sources, [sources, rows, ...], in another order, [sources * rows, ...].
+
+    Args:
+        x: [sources, rows, ...].
+        order: ranges of rows of the sources, in the order of the result.
+        out: tensor to write to, of the result's shape; None: a new one.
+    """
     if len(order) <= FEW_PARTS:
         return torch.cat([x[source, rows.slice()] for source, rows in order], out=out)
     return torch.index_select(x.flatten(0, 1), 0, _order_index(order, x.shape[1], x.device), out=out)
 
 
 def put_in_order(x: Tensor, order: tuple[ReceivedRows, ...], values: Tensor) -> None:
-    """Write [sources * rows, ...] to the rows of their sources, [sources, rows, ...]."""
+    """Write [sources * rows, ...] to the rows of their sources, [sources, rows, ...].
+
+    Args:
+        x: [sources, rows, ...], changed in place.
+        order: as in `take_in_order`.
+        values: [sources * rows, ...]; converted to the type of `x`.
+    """
     if len(order) > FEW_PARTS:
         x.flatten(0, 1).index_copy_(0, _order_index(order, x.shape[1], x.device), values.to(x.dtype))
         return
@@ -95,13 +123,25 @@ class PackedRows:
     index: Tensor | None = None
 
     def take(self, x: Tensor) -> Tensor:
-        """Return the rows of [s, b, ...], a view where they are one range; packed rows have batch size 1."""
+        """Return the rows of [s, b, ...], a view where they are one range; packed rows have batch size 1.
+
+        Args:
+            x: [s, b, ...].
+
+        Returns:
+            [rows, sequences, ...]; [rows, 1, ...] where the rows are no single range.
+        """
         if self.index is None:
             return x[self.rows.slice(), self.batch.slice()]
         return x.flatten(0, 1).index_select(0, self.index).unsqueeze(1)
 
     def put(self, x: Tensor, values: Tensor) -> None:
-        """Write rows of [s, b, ...]."""
+        """Write packed rows to their places.
+
+        Args:
+            x: [s, b, ...], changed in place.
+            values: packed rows, in the shape that `take` returns.
+        """
         if self.index is None:
             x[self.rows.slice(), self.batch.slice()] = values
         elif x.shape[1] == 1:
@@ -110,7 +150,12 @@ class PackedRows:
             x[self.places(x.shape[1])] = values[:, 0].to(x.dtype)
 
     def add(self, x: Tensor, values: Tensor) -> None:
-        """Add to rows of [s, b, ...]."""
+        """Add packed rows to their places.
+
+        Args:
+            x: [s, b, ...], changed in place.
+            values: packed rows, in the shape that `take` returns.
+        """
         if self.index is None:
             x[self.rows.slice(), self.batch.slice()].add_(values)
         elif x.shape[1] == 1:
@@ -119,7 +164,14 @@ class PackedRows:
             x.index_put_(self.places(x.shape[1]), values[:, 0].to(x.dtype), accumulate=True)
 
     def places(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Return the indices of the rows in dimensions s and b."""
+        """Return the indices of the rows in dimensions s and b.
+
+        Args:
+            batch: sequences b of the tensor.
+
+        Returns:
+            Two tensors int64 [rows].
+        """
         assert self.index is not None, "the rows are no range"
         return self.index // batch, self.index % batch
 
@@ -145,21 +197,45 @@ class PackedLaunch:
 
     @classmethod
     def of(cls, launch: Launch, batch: int, device: torch.device) -> "PackedLaunch":
-        """Return the rows of a launch on tensors [s, batch, ...]; they are kept with the launch."""
+        """Return the rows of a launch on tensors [s, batch, ...]; they are kept with the launch.
+
+        Args:
+            launch: the launch.
+            batch: sequences b of the tensors.
+            device: device of the indices.
+        """
         key = ("packed", batch, device)
         if key not in launch.memo:
             launch.memo[key] = _pack(launch, batch, device)
         return launch.memo[key]  # type: ignore[no-any-return]
 
     def forward(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Return (out, lse) of packed queries and keys."""
+        """Return (out, lse) of packed queries and keys.
+
+        Args:
+            kernel: computes the blocks.
+            q, k, v: packed, in the shape that `PackedRows.take` returns.
+            scale: factor of the scores.
+
+        Returns:
+            out and lse of the packed rows, see `Kernel`.
+        """
         scores = Scores(scale, self.launch.causal, self.launch.window)
         if self.lengths is None:
             return kernel.forward(q, k, v, scores)
         return kernel.forward_packed(q, k, v, scores, self.lengths)
 
     def backward(self, kernel: Kernel, tensors: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (dq, dk, dv) of packed grad_out, q, k, v, out and lse."""
+        """Return (dq, dk, dv) of packed grad_out, q, k, v, out and lse.
+
+        Args:
+            kernel: computes the blocks.
+            tensors: packed grad_out, q, k, v, out and lse.
+            scale: factor of the scores.
+
+        Returns:
+            dq, dk and dv, of the shapes of packed q, k and v.
+        """
         scores = Scores(scale, self.launch.causal, self.launch.window)
         grad_out, q, k, v, out, lse = tensors
         if self.lengths is None:
@@ -171,7 +247,12 @@ class PackedLaunch:
         return self.rows.take(lse.permute(2, 0, 1)).permute(1, 2, 0)
 
     def put_lse(self, lse: Tensor, values: Tensor) -> None:
-        """Write rows of log-sum-exps [b, h, s]."""
+        """Write rows of log-sum-exps [b, h, s].
+
+        Args:
+            lse: [b, h, s], changed in place.
+            values: packed rows, in the shape that `take_lse` returns.
+        """
         if self.rows.index is None:
             lse[self.rows.batch.slice(), :, self.rows.rows.slice()] = values
             return
@@ -179,7 +260,15 @@ class PackedLaunch:
         lse[sequence, :, row] = values[0].T.to(lse.dtype)
 
     def spread_keys(self, grads: Sequence[Tensor], batch: int) -> tuple[TokenRange, TokenRange, list[Tensor]]:
-        """Return (sequences, keys, gradients [keys, sequences, ...]) of packed keys: one range, zero where unseen."""
+        """Return the gradients of packed keys on one range of keys, zero for keys that the launch does not see.
+
+        Args:
+            grads: gradients of packed keys, in the shape that `PackedRows.take` returns.
+            batch: sequences b of the tensors.
+
+        Returns:
+            The sequences, the keys, and the gradients [keys, sequences, ...].
+        """
         if self.keys.index is None:
             return self.keys.batch, self.keys.rows, list(grads)
         keys = self.keys.rows

@@ -46,7 +46,13 @@ class CPStrategy:
     window: int | None = None
 
     def plan_ulysses(self, heads: Heads, segment: Segment, pieces: Pieces | None = None) -> Ulysses:
-        """Return the all-to-alls of a segment; for `pieces` see `Layout`."""
+        """Return the all-to-alls of a segment; for `pieces` see `Layout`.
+
+        Args:
+            heads: heads before the exchange.
+            segment: the segment, whose lengths are tokens of all ranks.
+            pieces: see `Layout`.
+        """
         layout = Layout(self.mesh, segment.lengths, pieces=pieces)
         rows = layout.received_rows(range(segment.index, segment.index + 1)) if self.ulysses is not None else ()
         return Ulysses(self.mesh.ulysses, heads, rows, self.ulysses)
@@ -79,6 +85,10 @@ class RingCall:
     """Attention of one call: keys and values go round the ring.
 
     Attributes:
+        kernel: computes blocks.
+        scale: factor of the scores.
+        steps: this rank's steps of the ring.
+        channels: channels of the ring.
         segment: the segment with lengths in rows of the KV cache.
     """
 
@@ -93,11 +103,27 @@ class RingCall:
         return kv
 
     def forward(self, q: Tensor, kv: KV) -> tuple[Tensor, Tensor]:
-        """Return (out, lse); `kv` is what `gather_kv` returned of all segments up to this one."""
+        """Return attention of this rank's queries to the keys that they see.
+
+        Args:
+            q: [U n, b, hq / U, d].
+            kv: what `gather_kv` returned of all segments up to this one.
+
+        Returns:
+            out, of the shape of q, and lse [b, hq / U, U n].
+        """
         return ring_forward(self.kernel, q, kv, self.steps, self.channels, self.scale)
 
     def backward(self, saved: Saved, grad_out: Tensor) -> tuple[Tensor, KV]:
-        """Return dq and the gradients of `kv` in the accumulation dtype."""
+        """Return the gradients of `forward`.
+
+        Args:
+            saved: q, keys and values, out and lse of `forward`.
+            grad_out: gradient of out.
+
+        Returns:
+            dq in the shape of q, and the gradients of `kv` in the accumulation dtype.
+        """
         return ring_backward(self.kernel, saved, grad_out, self.steps, self.channels, self.scale)
 
     def reduce_kv_grads(self, grads: KV) -> KV:
@@ -110,6 +136,14 @@ class AllGatherCall:
     """Attention of one call, as `RingCall`: every rank gathers all keys in order of position.
 
     Their gradients are reduce-scattered in the order of ranks.
+
+    Attributes:
+        kernel: computes blocks.
+        scale: factor of the scores.
+        tiles: blocks that this rank computes, see `plan_all_gather`.
+        collectives: collectives of the ring's ranks.
+        layout: positions of the tokens.
+        index: index of the segment.
     """
 
     kernel: Kernel

@@ -88,6 +88,13 @@ class ChunkedLossCall:
         """Return the logits of a chunk for this rank's part of the vocabulary, in float32 or wider.
 
         As in upstream's layer and loss, the product has the dtype of the model.
+
+        Args:
+            hidden: [tokens, hidden].
+            weight: [vocabulary / tensor-parallel size, hidden].
+
+        Returns:
+            [tokens, vocabulary / tensor-parallel size].
         """
         logits = torch.matmul(hidden, weight.t())
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

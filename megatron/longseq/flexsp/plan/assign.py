@@ -30,7 +30,13 @@ class WorkGroup:
     held: list[int] = field(default_factory=list)
 
     def add(self, problem: StepProblem, index: int, sign: int = 1) -> None:
-        """Add a sequence, or with `sign` -1 remove it."""
+        """Add a sequence, or with `sign` -1 remove it.
+
+        Args:
+            problem: the step.
+            index: index of the sequence.
+            sign: 1 or -1.
+        """
         tokens = self.tokens_of(problem, index)
         self.tokens += sign * tokens
         self.squares += sign * tokens * tokens
@@ -46,7 +52,12 @@ class WorkGroup:
         return problem.by_degree[self.degree].tokens[index]
 
     def with_change(self, problem: StepProblem, added: int | None, removed: int | None = None) -> float:
-        """Return the seconds after adding one sequence and removing another; infinite if they do not fit."""
+        """Return the seconds after adding one sequence and removing another; infinite if they do not fit.
+
+        Args:
+            problem: the step.
+            added, removed: indices of sequences; None: none.
+        """
         a = 0 if added is None else self.tokens_of(problem, added)
         b = 0 if removed is None else self.tokens_of(problem, removed)
         tokens = self.tokens + a - b

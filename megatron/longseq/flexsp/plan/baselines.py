@@ -18,7 +18,12 @@ _COUNTS = 4  # numbers of micro-batches of sorted plans, from the least that wor
 
 
 def homogeneous(problem: StepProblem, degree: int) -> DegreeCounts:
-    """Return as many groups of a degree as the ranks can hold."""
+    """Return as many groups of a degree as the ranks can hold.
+
+    Args:
+        problem: the step.
+        degree: ranks of a group.
+    """
     return count_degrees([degree] * len(problem.placement.slots(degree)))
 
 
@@ -113,6 +118,13 @@ def balanced(problem: StepProblem, degree: int) -> list[Groups] | None:
 
     Sequences, longest first, join the group with the least work of all micro-batches; the number of micro-batches is
     the least that holds all of them, or the next ones.
+
+    Args:
+        problem: the step.
+        degree: ranks of a group.
+
+    Returns:
+        The groups of every micro-batch; None if no group of this degree holds the longest sequence.
     """
     one = problem.by_degree[degree]
     if max(one.tokens) > one.capacity:

@@ -104,7 +104,12 @@ class KindCost:
     rings: tuple[tuple[float, float], ...] = ()
 
     def seconds(self, tokens: float, squares: float) -> float:
-        """Return the seconds of a group with that many tokens and that sum of squared lengths."""
+        """Return the seconds of a group with that many tokens and that sum of squared lengths.
+
+        Args:
+            tokens: sum of the lengths, S.
+            squares: sum of the squared lengths, Q.
+        """
         seconds = self.startup + self.token * tokens + self.square * squares
         for sent, hidden in self.rings:
             exposed = sent * tokens - hidden * squares
@@ -188,7 +193,12 @@ class GroupCostModel:
         return degree * self.tokens_per_rank
 
     def tokens(self, degree: int, length: int) -> int:
-        """Return the tokens of a sequence in a group of a degree: its own, or padded (`padding`)."""
+        """Return the tokens of a sequence in a group of a degree: its own, or padded (`padding`).
+
+        Args:
+            degree: number of ranks.
+            length: tokens of the sequence.
+        """
         if self.padding is None:
             return length
         multiple = length_multiple(degree, self.padding)

@@ -15,7 +15,12 @@ _TARGETS = (1.0, 1.02, 1.05, 1.1, 1.2, 1.4, 1.8, 2.5)  # of the lower estimate
 
 
 def lower_estimate(problem: StepProblem, indices: Sequence[int]) -> float:
-    """Return seconds that no micro-batch with these sequences is below: the longest one, and an even share of work."""
+    """Return seconds that no micro-batch with these sequences is below: the longest one, and an even share of work.
+
+    Args:
+        problem: the step.
+        indices: sequences of the micro-batch.
+    """
     longest = max(problem.least[index][0] for index in indices)
     return max(longest, problem.startup + sum(problem.least[index][1] for index in indices) / problem.ranks)
 
@@ -80,7 +85,12 @@ def _trim(problem: StepProblem, counts: DegreeCounts) -> DegreeCounts:
 
 
 def fill(problem: StepProblem, counts: DegreeCounts) -> DegreeCounts:
-    """Add groups of the largest degrees that have a place on the ranks that are left."""
+    """Add groups of the largest degrees that have a place on the ranks that are left.
+
+    Args:
+        problem: the step.
+        counts: pairs of a degree and the number of its groups.
+    """
     if problem.placement.place(counts) is None:
         return counts
     free, filled = set(problem.placement.gaps(counts)), dict(counts)
@@ -107,7 +117,13 @@ def exchanges(problem: StepProblem) -> list[Exchange]:
 
 
 def neighbours(problem: StepProblem, counts: DegreeCounts, found: Sequence[Exchange]) -> Iterator[DegreeCounts]:
-    """Yield the sets of degrees that one exchange makes of `counts`, and then those of two."""
+    """Yield the sets of degrees that one exchange makes of `counts`, and then those of two.
+
+    Args:
+        problem: the step.
+        counts: pairs of a degree and the number of its groups.
+        found: exchanges to try, in this order.
+    """
     nearest = []
     for one in found:
         after = _exchanged(problem, counts, one)

@@ -130,7 +130,15 @@ def dissolve(problem: StepProblem, microbatches: Sequence[Groups]) -> list[Group
 
 
 def sequences(problem: StepProblem, groups: Groups) -> list[int]:
-    """Return the sequences of a micro-batch, longest first."""
+    """Return the sequences of a micro-batch, longest first.
+
+    Args:
+        problem: the step.
+        groups: groups of the micro-batch.
+
+    Returns:
+        Indices of the sequences.
+    """
     return sorted((index for group in groups for index in group.held), key=lambda i: (-problem.lengths[i], i))
 
 

@@ -38,7 +38,11 @@ class QuickPlans:
         return sum(end - begin for begin, end in self._known)
 
     def groups(self, begin: int, end: int) -> list[WorkGroup] | None:
-        """Return the groups of a part; None where it does not fit into a micro-batch."""
+        """Return the groups of a part; None where it does not fit into a micro-batch.
+
+        Args:
+            begin, end: half-open range of places in `StepProblem.order`.
+        """
         if (begin, end) not in self._known:
             fits = 0 < self._before[end] - self._before[begin] <= self._memory
             part = self.problem.order[begin:end]

@@ -46,6 +46,9 @@ class Placement:
 
         Degrees that divide one another are placed from the left, in descending order. Otherwise the multiples of three
         are placed from one end and the others from the other end, and then all from the left.
+
+        Args:
+            counts: pairs of a degree and the number of its groups, by descending degree.
         """
         if counts not in self._known:
             self._known[counts] = self._place(counts)

@@ -76,7 +76,11 @@ class Microbatch:
     seconds: float
 
     def idle_ranks(self, degrees: Collection[int]) -> tuple[int, ...]:
-        """Return the ranks that wait alone, because no group of the given degrees has a place on them."""
+        """Return the ranks that wait alone, because no group of the given degrees has a place on them.
+
+        Args:
+            degrees: degrees that a group may have.
+        """
         return tuple(rank for group in self.groups if group.degree not in degrees for rank in group.ranks)
 
     @property

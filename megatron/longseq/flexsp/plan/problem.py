@@ -37,7 +37,12 @@ class DegreeCost:
     tokens: Sequence[int]
 
     def fastest(self, tokens: float, squares: float) -> Kind:
-        """Return the kind that takes the least time; of equally fast ones the first."""
+        """Return the kind that takes the least time; of equally fast ones the first.
+
+        Args:
+            tokens: sum of the sequences' tokens, S.
+            squares: sum of their squares, Q.
+        """
         return min(self.kinds, key=lambda one: one.seconds(tokens, squares)).kind
 
     def seconds(self) -> Seconds:

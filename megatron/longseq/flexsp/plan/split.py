@@ -27,6 +27,13 @@ def splits(problem: StepProblem, count: int) -> list[Parts]:
 
     None of them has an empty micro-batch, so `count` must not exceed the number of sequences. The list is empty where
     the memory of all ranks does not suffice.
+
+    Args:
+        problem: the step.
+        count: number of micro-batches.
+
+    Returns:
+        For every cut, the sequences of each micro-batch.
     """
     memory = problem.ranks * problem.cost.tokens_per_rank
     order = problem.order

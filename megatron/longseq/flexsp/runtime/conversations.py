@@ -30,6 +30,10 @@ def jsonl_files(blend: Blend, per_part: Iterable[Blend] | None) -> list[str]:
 def check_conversations(args: Namespace, files: Iterable[str]) -> None:
     """Refuse conversations that cannot be tokenized, before the ranks connect.
 
+    Args:
+        args: upstream's arguments.
+        files: jsonl files of the run.
+
     Raises:
         ValueError: A file or the tokenizer's folder is missing.
     """
@@ -49,6 +53,10 @@ def tokenize_conversations(args: Namespace, files: list[str]) -> dict[str, str]:
 
     Outputs are kept in --data-cache-path, or in a folder `cache` beside the file. Their names depend on the path, size
     and time of the file, and on the content of the tokenizer. All ranks call this.
+
+    Args:
+        args: upstream's arguments.
+        files: jsonl files of the run.
 
     Raises:
         ValueError: A file cannot be tokenized, or this rank does not see the output.

@@ -63,6 +63,9 @@ def training_start(args: Namespace) -> tuple[int, int]:
     A checkpoint says how many documents were trained, so that a run may resume with another global batch. Without that
     number (from a run without --flexsp, or with --override-ckpt-iteration), a batch in tokens is counted from the
     beginning.
+
+    Args:
+        args: upstream's arguments, after the checkpoint is loaded.
     """
     saved: tuple[int, int] | None = getattr(args, "flexsp_saved", None)
     if saved is not None and saved[0] == args.iteration:

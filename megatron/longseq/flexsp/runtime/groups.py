@@ -44,6 +44,10 @@ class FlexibleGroups:
     def strategy(self, mesh: Mesh, ranks: tuple[int, ...]) -> CPStrategy:
         """Return the communicators of a group of this rank.
 
+        Args:
+            mesh: Ulysses and ring degrees of the group.
+            ranks: ranks of the group in the domain, ascending.
+
         Raises:
             ValueError: No such group was made.
         """

@@ -18,7 +18,7 @@ SAMPLES = 4096  # the last measured groups, to which the cost model is fitted
 
 
 def describe_microbatch(microbatch: Microbatch) -> str:
-    """Return the groups of a micro-batch, such as `<8 4r 2x2 1x4>`: degree, kind (none: Ulysses), times how often."""
+    """Return the groups of a micro-batch, such as `<8 4r 2x2 1*4>`: degree, kind (none: Ulysses), number."""
     names = [_name(group) for group in microbatch.groups]
     counts = {name: names.count(name) for name in names}
     return "<" + " ".join(name if count == 1 else f"{name}*{count}" for name, count in counts.items()) + ">"
@@ -55,7 +55,12 @@ class StepReport:
     _steps: list[tuple[PlannedBatch, StepClock]] = field(default_factory=list, init=False)
 
     def add(self, step: PlannedStep, clock: StepClock) -> None:
-        """Add a step; at the interval, all ranks of the domain gather their times, and a line is printed."""
+        """Add a step; at the interval, all ranks of the domain gather their times, and a line is printed.
+
+        Args:
+            step: the step.
+            clock: this rank's times of it.
+        """
         self.on_step(step.batch)
         self._steps.append((step.batch, clock))
         if (step.batch.step + 1) % self.interval:

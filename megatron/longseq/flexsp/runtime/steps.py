@@ -171,7 +171,13 @@ class StepIterator:
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """A planned global batch, where its documents are read from, and who plans the next ones."""
+    """A planned global batch, where its documents are read from, and who plans the next ones.
+
+    Attributes:
+        batch: documents of the global batch, and their plan.
+        source: where documents are read from.
+        lookahead: plans the next steps.
+    """
 
     batch: PlannedBatch
     source: DocumentSource

@@ -138,6 +138,11 @@ def plan_object(plan: StepPlan, degrees: Collection[int], families: Sequence[Kin
     """Return a plan as the object that `plan --json` prints.
 
     Groups have one of the given degrees. Ranks on which none of them has a place are in no group: they wait.
+
+    Args:
+        plan: the plan.
+        degrees: degrees that a group may have.
+        families: kinds that a group may have.
     """
 
     def name(kind: Kind) -> str:
@@ -168,7 +173,13 @@ def plan_object(plan: StepPlan, degrees: Collection[int], families: Sequence[Kin
 
 
 def plan_table(plan: StepPlan, lengths: Sequence[int], microbatch_bound: float | None = None) -> str:
-    """Return a plan as a Markdown table: of every micro-batch its groups, sequences and seconds."""
+    """Return a plan as a Markdown table: of every micro-batch its groups, sequences and seconds.
+
+    Args:
+        plan: the plan.
+        lengths: tokens of every sequence.
+        microbatch_bound: lower bound on the seconds of the plan's own micro-batches; None: it is not shown.
+    """
     rows = []
     for number, one in enumerate(plan.microbatches):
         counts: dict[str, int] = {}

@@ -10,18 +10,35 @@ Groups = list[WorkGroup]
 
 
 def holding_degrees(problem: StepProblem, context: int) -> tuple[int, ...]:
-    """Return the degrees whose groups hold the longest sequence that the data may have."""
+    """Return the degrees whose groups hold the longest sequence that the data may have.
+
+    Args:
+        problem: the step.
+        context: tokens of the longest sequence.
+    """
     return tuple(degree for degree, one in problem.by_degree.items() if one.capacity >= context)
 
 
 def static_seconds(problem: StepProblem, degree: int) -> float:
-    """Return the seconds with one degree for all steps: best-fit packing to nine tenths of the memory."""
+    """Return the seconds with one degree for all steps: best-fit packing to nine tenths of the memory.
+
+    The result is infinite if no group of this degree holds the longest sequence.
+
+    Args:
+        problem: the step.
+        degree: ranks of a group.
+    """
     plan = static_plan(problem, degree, 0.9)
     return float("inf") if plan is None else total(plan)
 
 
 def sorted_static_seconds(problem: StepProblem, degree: int) -> float:
-    """Return the seconds of sorted micro-batches, all with one degree: the gain of sorting and the blaster alone."""
+    """Return the seconds of sorted micro-batches, all with one degree: the gain of sorting and the blaster alone.
+
+    Args:
+        problem: the step.
+        degree: ranks of a group.
+    """
     counts, best = homogeneous(problem, degree), float("inf")
     first = least_microbatches(problem)
     for number in range(first, first + 6):
@@ -32,13 +49,23 @@ def sorted_static_seconds(problem: StepProblem, degree: int) -> float:
 
 
 def balanced_seconds(problem: StepProblem, degree: int) -> float:
-    """Return the seconds of a balanced split over groups of one degree, as WLB-LLM balances work."""
+    """Return the seconds of a balanced split over groups of one degree, as WLB-LLM balances work.
+
+    Args:
+        problem: the step.
+        degree: ranks of a group.
+    """
     plan = balanced(problem, degree)
     return float("inf") if plan is None else total(plan)
 
 
 def meshes(problem: StepProblem, context: int) -> list[DegreeCounts]:
-    """Return static divisions of the ranks into groups of one or two degrees, the larger of which holds the context."""
+    """Return static divisions of the ranks into groups of one or two degrees, the larger of which holds the context.
+
+    Args:
+        problem: the step.
+        context: tokens of the longest sequence.
+    """
     found = []
     for degree in holding_degrees(problem, context):
         for count in range(1, problem.ranks // degree + 1):
@@ -55,6 +82,10 @@ def balanced_mesh_seconds(problem: StepProblem, mesh: DegreeCounts) -> float:
 
     Sequences, longest first, join the group of all micro-batches in which they end first, as WLB-LLM balances work over
     groups of one degree. The number of micro-batches is the least with which all sequences find a place.
+
+    Args:
+        problem: the step.
+        mesh: pairs of a degree and the number of its groups.
     """
     count = least_microbatches(problem)
     while count <= len(problem.lengths):
@@ -72,7 +103,12 @@ def balanced_mesh_seconds(problem: StepProblem, mesh: DegreeCounts) -> float:
 
 
 def smallest_degree(problem: StepProblem, index: int) -> int:
-    """Return the smallest degree that holds a sequence: the rule of Megatron-Core's schedulers."""
+    """Return the smallest degree that holds a sequence: the rule of Megatron-Core's schedulers.
+
+    Args:
+        problem: the step.
+        index: index of the sequence.
+    """
     return next(degree for degree, one in problem.by_degree.items() if one.tokens[index] <= one.capacity)
 
 

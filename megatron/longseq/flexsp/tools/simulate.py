@@ -92,7 +92,14 @@ class Simulated:
 
 @functools.cache
 def simulate(model: str, context: Context, corpus: str, batches: int) -> Simulated:
-    """Return the mean seconds of `batches` steps of 512 sequences on 64 GPUs."""
+    """Return the mean seconds of `batches` steps of 512 sequences on 64 GPUs.
+
+    Args:
+        model: name of the paper's model, such as "7b".
+        context: longest sequence, such as "192k".
+        corpus: name of the distribution of lengths, such as "commoncrawl".
+        batches: number of steps.
+    """
     cost, limit = paper_cost(model, context), CONTEXTS[context]
     steps = [draw_lengths(corpus, BATCH, 1000 + number, limit) for number in range(batches)]
     problems = [StepProblem(lengths, RANKS, cost, POWERS, ("ulysses",)) for lengths in steps]

@@ -78,6 +78,10 @@ class GradientRecord:
         """Record the gradients of a chunk once a micro-batch is added to them.
 
         After the last one they may be in communication already; `before_reduction` has recorded them then.
+
+        Args:
+            chunk: index of the model chunk.
+            microbatch: index of the micro-batch in the step.
         """
         if microbatch == self._microbatches - 1:
             return
@@ -101,11 +105,18 @@ class GradientRecord:
 
         Args:
             losses: the sums of losses of this rank's micro-batches.
+
+        Returns:
+            Scalar tensor.
         """
         return _largest([one.value for one in self._norms] + [loss.detach().abs() for loss in losses])
 
     def largest_reduced(self) -> Tensor:
-        """Return the largest norm of a reduced gradient: a sum of finite numbers may overflow."""
+        """Return the largest norm of a reduced gradient: a sum of finite numbers may overflow.
+
+        Returns:
+            Scalar tensor.
+        """
         return _largest([_norms_of([grad for _, grad in _gradients(self._chunks) if grad.numel()])])
 
     def find(self, losses: Sequence[Tensor], rank: int, stage: int) -> NonFinite:

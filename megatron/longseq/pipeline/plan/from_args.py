@@ -51,6 +51,10 @@ class PipelinePlan:
     def schedule(self, microbatches: int, forward_only: bool = False) -> Schedule:
         """Return the validated schedule of a step.
 
+        Args:
+            microbatches: micro-batches of the step.
+            forward_only: whether the step is one of evaluation.
+
         Raises:
             ValueError: there is no schedule for this number of micro-batches; the message says which numbers have one.
         """
@@ -67,6 +71,9 @@ class PipelinePlan:
     @functools.lru_cache(maxsize=64)  # noqa: B019
     def receives(self, microbatches: int, forward_only: bool = False) -> tuple[ReceiveOrder, ...]:
         """Return the receive order of every rank in such a step.
+
+        Args:
+            microbatches, forward_only: see `schedule`.
 
         Raises:
             ValueError: the ranks would deadlock on one queue.

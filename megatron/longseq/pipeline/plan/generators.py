@@ -58,6 +58,10 @@ def one_f_one_b(pipeline: Pipeline, slack: int = 0) -> Schedule:
     Rank r of P runs P-r-1 + (K-1) + slack*(P-r-1) segments forward, and then alternates one forward and one backward.
     The term K-1 is needed because the first backward is that of a micro-batch's last segment.
 
+    Args:
+        pipeline: sizes of the pipeline.
+        slack: extra segments that a rank runs forward before its first backward, per downstream stage.
+
     Raises:
         ScheduleError: the pipeline has virtual stages, or the slack is negative.
     """
@@ -127,7 +131,12 @@ def zb_h1(pipeline: Pipeline, slack: int = 0, costs: Costs | None = None) -> Sch
 
 
 def forward_only(pipeline: Pipeline, group: int | None = None) -> Schedule:
-    """Return a schedule of forwards only, for evaluation, with any number of micro-batches and virtual stages."""
+    """Return a schedule of forwards only, for evaluation, with any number of micro-batches and virtual stages.
+
+    Args:
+        pipeline: sizes of the pipeline.
+        group: micro-batches per group with virtual stages; None: the smallest possible.
+    """
     order = tuple(_forwards(pipeline, smallest_group(pipeline) if group is None else group))
     return Schedule("forward only", pipeline, (order,) * pipeline.stages)
 
@@ -242,6 +251,10 @@ def smallest_group(pipeline: Pipeline, slack: int = 0) -> int:
     """Return the least size of a group with virtual stages: micro-batches that have ceil(P * (2 + slack) / 2) segments.
 
     It is the default group size, so with virtual stages the micro-batches of a step are a multiple of it.
+
+    Args:
+        pipeline: sizes of the pipeline.
+        slack: see `one_f_one_b`.
     """
     segments = -(-pipeline.stages * (2 + slack) // 2)
     return -(-segments // pipeline.segments)

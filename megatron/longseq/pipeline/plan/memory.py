@@ -120,7 +120,13 @@ def head_bytes(shape: ModelShape, element: int = 2, *, chunked: bool = False) ->
 
 
 def chunk_bytes(shape: ModelShape, tokens: int, element: int = 2) -> float:
-    """Return the bytes of a chunk's logits and of their float32 copy, which exist while the chunk is computed."""
+    """Return the bytes of a chunk's logits and of their float32 copy, which exist while the chunk is computed.
+
+    Args:
+        shape: sizes of the model.
+        tokens: tokens of the chunk.
+        element: bytes per element of the model's dtype.
+    """
     return tokens * shape.padded_vocab_size * (element + (4.0 if element < 4 else 0.0))
 
 

@@ -62,7 +62,16 @@ def parse(text: str, model: CostModel, segments: int, *, multiple: int = 1, alig
 
 
 def even(model: CostModel, segments: int, *, multiple: int = 1) -> Partition:
-    """Return lengths as equal as `multiple` allows, the longer ones first since early segments cost less."""
+    """Return lengths as equal as `multiple` allows, the longer ones first since early segments cost less.
+
+    Args:
+        model: costs of a token and of a cell; its shape has the length of the sequence.
+        segments: segments per sequence, K.
+        multiple: every length must be a multiple of it.
+
+    Raises:
+        ValueError: the sequence is not a multiple of `multiple`, or too short for so many segments.
+    """
     units = check_length(model.shape.seq_length, segments, multiple)
     short, longer = divmod(units, segments)
     return _partition("even", model, [(short + (i < longer)) * multiple for i in range(segments)], multiple)
@@ -180,7 +189,15 @@ def _cut(model: CostModel, segments: int, align: int) -> list[int]:
 
 
 def ideal_cuts(model: CostModel, segments: int) -> list[float]:
-    """Return the K - 1 real positions at which the cumulative cost, forward plus backward, reaches i/K of its total."""
+    """Return the K - 1 real positions at which the cumulative cost, forward plus backward, reaches i/K of its total.
+
+    Args:
+        model: costs of a token and of a cell; its shape has the length of the sequence.
+        segments: segments per sequence, K.
+
+    Returns:
+        Positions in tokens, ascending.
+    """
     pieces = _cumulative(model)
     whole = _value(pieces[-1], model.shape.seq_length - pieces[-1][0])
     cuts = []
@@ -192,7 +209,11 @@ def ideal_cuts(model: CostModel, segments: int) -> list[float]:
 
 
 def unit_costs(model: CostModel) -> tuple[float, float]:
-    """Return the cost of a cell in one layer, and of a token in all layers and the head, forward plus backward."""
+    """Return the cost of a cell in one layer, and of a token in all layers and the head, forward plus backward.
+
+    Returns:
+        Cost of a cell and cost of a token, in the unit of the model's coefficients (FLOPs or seconds).
+    """
     layer, head = model.layer, model.head
     token = layer.forward.token + layer.backward.token
     return (
@@ -247,7 +268,12 @@ def _partition(name: str, model: CostModel, lengths: Sequence[int], align: int) 
 
 
 def imbalance_of(lengths: Sequence[int], cost: Callable[[int, int], float]) -> float:
-    """Return the cost of the slowest segment over the mean; `cost` is a function of a segment's begin and end."""
+    """Return the cost of the slowest segment over the mean.
+
+    Args:
+        lengths: tokens per segment.
+        cost: function of a segment's begin and end, in tokens.
+    """
     ends = list(accumulate(lengths))
     costs = [cost(end - length, end) for end, length in zip(ends, lengths, strict=True)]
     return max(costs) * len(costs) / sum(costs)

@@ -78,11 +78,20 @@ class Pipeline:
         return self.stages * self.virtual
 
     def stage(self, rank: int, vstage: int) -> int:
-        """Return the model stage (0 to P * V - 1) of a rank's virtual stage, in upstream's interleaving."""
+        """Return the model stage (0 to P * V - 1) of a rank's virtual stage, in upstream's interleaving.
+
+        Args:
+            rank: pipeline rank, from 0.
+            vstage: virtual stage of that rank, from 0.
+        """
         return vstage * self.stages + rank
 
     def place(self, stage: int) -> tuple[int, int]:
-        """Return the rank and the virtual stage of a model stage."""
+        """Return the rank and the virtual stage of a model stage.
+
+        Args:
+            stage: model stage, 0 to P * V - 1.
+        """
         return stage % self.stages, stage // self.stages
 
 
@@ -132,7 +141,13 @@ def source(pipeline: Pipeline, rank: int, action: Action) -> tuple[int, Action] 
 
 
 def target(pipeline: Pipeline, rank: int, action: Action) -> tuple[int, Action] | None:
-    """Return the rank and the action that receive the output of `action`, or None. Arguments as for `source`."""
+    """Return the rank and the action that receive the output of `action`, or None.
+
+    Args:
+        pipeline: sizes of the pipeline.
+        rank: pipeline rank that runs `action`.
+        action: the sending action.
+    """
     stage = pipeline.stage(rank, action.vstage)
     if action.kind is ActionKind.FORWARD and stage < pipeline.depth - 1:
         peer, vstage = pipeline.place(stage + 1)

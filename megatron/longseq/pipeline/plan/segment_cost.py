@@ -159,7 +159,13 @@ class Coefficients:
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """A model's shape, and the cost of a layer and of the head in one unit."""
+    """A model's shape, and the cost of a layer and of the head in one unit.
+
+    Attributes:
+        shape: sizes of the model.
+        layer: cost of one layer, in FLOPs or in seconds.
+        head: cost of the output layer, in the same unit.
+    """
 
     shape: ModelShape
     layer: Coefficients
@@ -168,7 +174,14 @@ class CostModel:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Measured seconds of a layer's forward and whole backward for the queries begin .. end - 1."""
+    """Measured seconds of a layer's forward and whole backward for the queries begin .. end - 1.
+
+    Attributes:
+        begin: position of the first query.
+        end: position after the last query.
+        forward: seconds of the forward.
+        backward: seconds of the whole backward.
+    """
 
     begin: int
     end: int
@@ -181,6 +194,10 @@ def flops(shape: ModelShape, speed: float = 1.0) -> CostModel:
 
     Norms, activation functions and the embedding are not counted. The head costs 2 * hidden * vocabulary per token in
     forward, on the last stage.
+
+    Args:
+        shape: sizes of the model.
+        speed: FLOPs per second, for a cost in seconds; 1: a cost in FLOPs.
     """
     heads, hidden = shape.num_attention_heads * shape.channels, shape.hidden_size
     attention = 2 * hidden * (2 * heads + 2 * shape.groups * shape.channels)
@@ -210,7 +227,12 @@ def read_samples(file: Path) -> list[Sample]:
 
 
 def seconds(shape: ModelShape, layer: Coefficients) -> CostModel:
-    """Return the cost in seconds for a measured layer; the head is assumed to run as fast as the layer's products."""
+    """Return the cost in seconds for a measured layer; the head is assumed to run as fast as the layer's products.
+
+    Args:
+        shape: sizes of the model.
+        layer: measured cost of a layer, in seconds.
+    """
     counted = flops(shape)
     ratio = counted.head.forward.token / counted.layer.forward.token
     forward, backward, weight = layer.forward.token * ratio, layer.backward.token * ratio, layer.weight.token * ratio

@@ -101,7 +101,15 @@ class Costs:
                         raise ValueError(f"{name} cost of stage {stage}, segment {segment} is {cost}, not seconds")
 
     def table(self, kind: ActionKind, splits_weights: bool) -> Table:
-        """Return the seconds of one kind of action; without `splits_weights` a backward includes weight gradients."""
+        """Return the seconds of one kind of action; without `splits_weights` a backward includes weight gradients.
+
+        Args:
+            kind: kind of the action.
+            splits_weights: whether the schedule has WEIGHT actions.
+
+        Returns:
+            Seconds by model stage and segment, [P * V][K].
+        """
         if kind is ActionKind.FORWARD:
             return self.forward
         if kind is ActionKind.WEIGHT:
@@ -113,7 +121,12 @@ class Costs:
 
 
 def uniform_costs(pipeline: Pipeline, forward: float = 1.0, backward: float = 2.0, weight: float = 0.0) -> Costs:
-    """Return costs in seconds that are the same for every stage and segment."""
+    """Return costs in seconds that are the same for every stage and segment.
+
+    Args:
+        pipeline: sizes of the pipeline.
+        forward, backward, weight: seconds of an action of each kind, see `Costs`.
+    """
     forwards, backwards, weights = (
         ((cost,) * pipeline.segments,) * pipeline.depth for cost in (forward, backward, weight)
     )

@@ -47,7 +47,12 @@ class Wait:
     what: str
 
     def report(self, seconds: float, error: str = "") -> str:
-        """Return the report after a wait of `seconds`, perhaps with an error of the backend, and what to do."""
+        """Return the report after a wait of `seconds`, perhaps with an error of the backend, and what to do.
+
+        Args:
+            seconds: how long the rank has waited.
+            error: message of the backend; empty: there is none.
+        """
         where = f"action {self.index + 1} of {self.total} ({self.action})"
         cause = f", and got an error instead: {error}" if error else ""
         return (

@@ -46,7 +46,12 @@ class Outbox:
             threading.Thread(target=self._wait_in_turn, name="longseq-outbox", daemon=True).start()
 
     def add(self, work: Any, tensor: torch.Tensor) -> None:
-        """Keep `tensor` until the send `work` has completed."""
+        """Keep `tensor` until the send `work` has completed.
+
+        Args:
+            work: handle of the send, from torch.distributed.
+            tensor: tensor that is sent.
+        """
         if self.queue is not None:
             self.queue.put((work, tensor))
             return
@@ -94,7 +99,12 @@ class StageChannels:
     outbox: Outbox
 
     def channel(self, kind: ActionKind, sender: int, receiver: int) -> dist.ProcessGroup:
-        """Return the process group for messages of a kind between two pipeline ranks."""
+        """Return the process group for messages of a kind between two pipeline ranks.
+
+        Args:
+            kind: FORWARD for hidden states, BACKWARD for their gradients.
+            sender, receiver: pipeline ranks.
+        """
         wraps = abs(receiver - sender) != 1 or (receiver < sender) != (kind is ActionKind.BACKWARD)
         return self.channels[kind, wraps]
 
@@ -210,6 +220,10 @@ class Mailbox:
     def take(self, action: Action) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Wait for the message of `action`; return its tensor and its document starts, each None if not sent.
 
+        Returns:
+            The hidden states or their gradient, and int32 document starts [micro-batch, sequence]; each None if not
+            sent.
+
         Raises:
             BrokenMessage: the message did not arrive; names the action and the sending rank.
         """
@@ -235,6 +249,11 @@ class Mailbox:
 
     def send(self, action: Action, tensor: torch.Tensor | None, starts: torch.Tensor | None = None) -> None:
         """Send the output of `action`, and its document starts, to the rank that needs it; return at once.
+
+        Args:
+            action: the action whose output is sent.
+            tensor: its output; None is allowed only if no other rank needs it.
+            starts: document starts, int32 [micro-batch, sequence]; None: every sequence is one document.
 
         Raises:
             BrokenMessage: the receiver is gone; names the action and the rank.

@@ -123,14 +123,25 @@ class SegmentedModel:
         self.bound.append(module)
 
     def enter(self, microbatch: int, segment: int, forward_only: bool) -> None:
-        """Set the segment of the next forward, backward or recomputation."""
+        """Set the segment of the next forward, backward or recomputation.
+
+        Args:
+            microbatch: index of the micro-batch in the step.
+            segment: index of the segment.
+            forward_only: whether no backward follows.
+        """
         lengths = self.cuts[microbatch] if self.cuts else tuple(self.lengths)
         self.store.current = Segment(microbatch, segment, lengths, forward_only)
         self.packed.layouts.lengths = lengths  # of the batch that the forward step cuts over context-parallel ranks
         self.has_run = False
 
     def learn_documents(self, microbatch: int, starts: torch.Tensor) -> None:
-        """Set the documents of a micro-batch, read from its mask or received from the previous stage."""
+        """Set the documents of a micro-batch, read from its mask or received from the previous stage.
+
+        Args:
+            microbatch: index of the micro-batch in the step.
+            starts: position at which every token's document starts, [micro-batch, sequence].
+        """
         self.starts[microbatch], self.documents[microbatch] = starts, packed_documents(starts)
 
     def leave(self, microbatch: int) -> None:

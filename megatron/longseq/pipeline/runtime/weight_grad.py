@@ -156,6 +156,11 @@ class WeightGradStore:
     def add(self, call: _Call, input: Tensor, grad_output: Tensor) -> None:
         """Keep a product of the current unit; called in the backward of a split linear.
 
+        Args:
+            call: the linear's weight and how its gradient is accumulated.
+            input: input of the linear.
+            grad_output: gradient of its output.
+
         Raises:
             RuntimeError: there is no current unit.
         """

@@ -116,6 +116,14 @@ def paper_partition(shape: ModelShape, segments: int, multiple: int = 1) -> Part
     They balance forward FLOPs only, cut from the end of the sequence, and round every length but the first down. Their
     model has a plain MLP, one key head per query head, three operations per softmax element, and counts the embedding
     and the head as matrix products of every stage.
+
+    Args:
+        shape: sizes of the model.
+        segments: segments per sequence, K.
+        multiple: every length must be a multiple of it.
+
+    Raises:
+        ValueError: the sequence is not a multiple of `multiple`, or too short for so many segments.
     """
     heads, hidden, total = shape.num_attention_heads, shape.hidden_size, shape.seq_length
     check_length(total, segments, multiple)
@@ -157,7 +165,16 @@ def usual(choice: ScheduleChoice) -> list[ScheduleChoice]:
 
 
 def attempt(choices: Iterable[ScheduleChoice], model: CostModel, cluster: PipelineSetup) -> list[Result | str]:
-    """Simulate each choice; the result of one without a schedule is the reason."""
+    """Simulate each choice; the result of one without a schedule is the reason.
+
+    Args:
+        choices: schedules to simulate.
+        model: cost of the model.
+        cluster: sizes of the pipeline and its links.
+
+    Returns:
+        For each choice its result, or the reason why there is none.
+    """
     results: list[Result | str] = []
     for choice in choices:
         try:

@@ -55,7 +55,15 @@ def _sizes(model: Architecture, run: Configuration) -> _Sizes:
 
 
 def attention_bytes(model: Architecture, run: Configuration) -> tuple[float, float]:
-    """Return what attention keeps in a layer, and the part that recomputing core attention would free."""
+    """Return what attention keeps in a layer, and the part that recomputing core attention would free.
+
+    Args:
+        model: its architecture.
+        run: its configuration.
+
+    Returns:
+        Two numbers of bytes, of a layer and a micro-batch on a rank; the second is contained in the first.
+    """
     size = _sizes(model, run)
     per_token = size.tokens * size.item / size.tensor
     heads = model.num_attention_heads / size.tensor
@@ -97,14 +105,25 @@ def _latent_inputs(model: Architecture, run: Configuration, size: _Sizes) -> flo
 
 
 def mlp_bytes(model: Architecture, run: Configuration, ffn: float, tokens: float, tensor: int) -> tuple[float, float]:
-    """Return what an MLP keeps between its products, and the part that recomputing the activation would free."""
+    """Return what an MLP keeps between its products, and the part that recomputing the activation would free.
+
+    Args:
+        model: its architecture.
+        run: its configuration.
+        ffn: width of the MLP.
+        tokens: tokens that it computes.
+        tensor: ranks that share its width.
+
+    Returns:
+        Two numbers of bytes on a rank; the second is contained in the first.
+    """
     gates = 2 if model.swiglu else 1
     before, after = gates * ffn * tokens * run.element / tensor, ffn * tokens * run.element / tensor
     return before + after, after
 
 
 def expert_bytes(model: Architecture, run: Configuration) -> float:
-    """Return what routing, experts and combining keep in a layer with experts (all-to-all dispatcher)."""
+    """Return the bytes that routing, experts and combining keep in a layer with experts (all-to-all dispatcher)."""
     size = _sizes(model, run)
     tensor = run.expert_tensor_parallel_size or run.tensor_model_parallel_size
     routed = size.tokens / (size.tensor if run.sequence_parallel else 1) * model.moe_router_topk * tensor
@@ -158,7 +177,7 @@ def layer_bytes(model: Architecture, run: Configuration, has_experts: bool) -> L
 
 
 def full_layer_bytes(model: Architecture, run: Configuration, has_experts: bool) -> float:
-    """Return what a layer keeps if it is not recomputed."""
+    """Return the bytes that a layer keeps if it is not recomputed, of a micro-batch on a rank."""
     return layer_bytes(model, replace(run, recompute_granularity=""), has_experts).kept
 
 
@@ -167,6 +186,9 @@ def loss_bytes(model: Architecture, run: Configuration) -> tuple[float, float]:
 
     The logits exist in the model's dtype, and in float32 as the softmax (forward) and its gradient (backward). Chunks
     of tokens keep one chunk's logits. After that, the gradient of the logits exists with that of the output layer.
+
+    Returns:
+        Bytes of the last norm, and bytes of the logits at their peak, on a rank of the last stage.
     """
     size = _sizes(model, run)
     norm = 3 * size.hidden * size.item / run.seq1f1b_splits

@@ -208,7 +208,11 @@ class PlanningProblem:
         return self._predictions[leaf]
 
     def preference(self, leaf: PlanChoice) -> tuple[float, ...]:
-        """Return how simple a plan is, lower is simpler: the number of mechanisms that it uses, then their sizes."""
+        """Return how simple a plan is, lower is simpler: the number of mechanisms that it uses, then their sizes.
+
+        Returns:
+            Key to compare plans by.
+        """
         layout, execution, sharding = leaf
         mechanisms = (
             layout.tensor > 1,

@@ -33,23 +33,46 @@ class Group(NamedTuple):
 
 
 def group(cluster: Cluster, size: int, stride: int) -> Group:
-    """Return a group of every `stride`-th rank."""
+    """Return a group of every `stride`-th rank.
+
+    Args:
+        cluster: the GPUs.
+        size: number of ranks of the group.
+        stride: distance of its neighbours, in global ranks.
+    """
     return Group(size, max(1, min(size, cluster.gpus_per_node // stride)))
 
 
 def link_rate(cluster: Cluster, message: float) -> float:
-    """Return the bytes per second of a rank's link inside a node, in a collective of some size."""
+    """Return the bytes per second of a rank's link inside a node, in a collective of some size.
+
+    Args:
+        cluster: the GPUs.
+        message: bytes of the collective.
+    """
     return cluster.link_bandwidth * cluster.link_efficiency * message / (message + cluster.message_bytes)
 
 
 def network_rate(cluster: Cluster, inside: int, efficiency: float = 0.0) -> float:
-    """Return the bytes per second at which a group leaves a node, if the node's other ranks do the same."""
+    """Return the bytes per second at which a group leaves a node, if the node's other ranks do the same.
+
+    Args:
+        cluster: the GPUs.
+        inside: ranks of the group on a node.
+        efficiency: share of the bandwidth that messages reach; 0: the cluster's `network_efficiency`.
+    """
     share = cluster.node_bandwidth * min(1.0, inside / cluster.gpus_per_node)
     return share * (efficiency or cluster.network_efficiency)
 
 
 def ring_seconds(cluster: Cluster, ranks: Group, size: float) -> float:
-    """Return the seconds of an all-gather or reduce-scatter of `size` bytes in all; an all-reduce takes twice that."""
+    """Return the seconds of an all-gather or reduce-scatter of `size` bytes in all; an all-reduce takes twice that.
+
+    Args:
+        cluster: the GPUs.
+        ranks: the group.
+        size: bytes of the whole tensor.
+    """
     if ranks.size == 1 or size <= 0:
         return 0.0
     sent = size * (ranks.size - 1) / ranks.size
@@ -62,7 +85,13 @@ def ring_seconds(cluster: Cluster, ranks: Group, size: float) -> float:
 
 
 def exchange_seconds(cluster: Cluster, ranks: Group, size: float) -> float:
-    """Return the seconds of an all-to-all in which a rank holds `size` bytes."""
+    """Return the seconds of an all-to-all in which a rank holds `size` bytes.
+
+    Args:
+        cluster: the GPUs.
+        ranks: the group.
+        size: bytes that a rank holds before the all-to-all.
+    """
     if ranks.size == 1 or size <= 0:
         return 0.0
     near = size * (ranks.inside - 1) / ranks.size
@@ -216,7 +245,12 @@ def boundary_seconds(model: Architecture, cluster: Cluster, run: Configuration) 
 
 
 def data_links(cluster: Cluster, stride: int) -> LinkSpeeds:
-    """Return the links of data-parallel ranks for the sharding's time model. `stride`: distance of neighbours."""
+    """Return the links of data-parallel ranks for the sharding's time model.
+
+    Args:
+        cluster: the GPUs.
+        stride: distance of neighbours, in global ranks.
+    """
     inside = max(1, cluster.gpus_per_node // stride)
     between = network_rate(cluster, 1, cluster.data_efficiency)
     return LinkSpeeds(

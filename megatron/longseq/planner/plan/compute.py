@@ -94,14 +94,27 @@ def _without_products(cluster: Cluster) -> Cluster:
 
 
 def moved_seconds(cluster: Cluster, size: float) -> float:
-    """Return the seconds in which elementwise kernels read and write `size` bytes."""
+    """Return the seconds in which elementwise kernels read and write `size` bytes.
+
+    Args:
+        cluster: the GPUs.
+        size: bytes that are read and written.
+    """
     return size / (cluster.memory_bandwidth * cluster.memory_efficiency)
 
 
 def linear_seconds(
     cluster: Cluster, run: Configuration, tokens: int, outputs: int, inputs: int, fp8: bool | None = None
 ) -> Seconds:
-    """Return the seconds of a linear layer, with the accumulation of its weight gradients in memory."""
+    """Return the seconds of a linear layer, with the accumulation of its weight gradients in memory.
+
+    Args:
+        cluster: the GPUs.
+        run: its configuration.
+        tokens: rows of the input.
+        outputs, inputs: sizes of the weight on a rank.
+        fp8: whether the products run in fp8; None: as the configuration says.
+    """
     low = bool(run.fp8) if fp8 is None else fp8
     forward = product_seconds(cluster, tokens, outputs, inputs, low)
     data = product_seconds(cluster, tokens, inputs, outputs, low)
@@ -160,6 +173,12 @@ def layer_seconds(model: Architecture, cluster: Cluster, run: Configuration, has
     """Return the seconds of a layer's kernels for one micro-batch, without recomputation and communication.
 
     Every segment of a sequence runs the kernels again, on fewer tokens.
+
+    Args:
+        model: its architecture.
+        cluster: the GPUs.
+        run: its configuration.
+        has_experts: whether the layer's MLP consists of experts.
     """
     tensor, hidden, segments = run.tensor_model_parallel_size, model.hidden_size, run.seq1f1b_splits
     tokens = run.micro_batch_size * run.seq_length // run.context_parallel_size // segments
@@ -263,5 +282,9 @@ def optimizer_seconds(cluster: Cluster, parameters: float) -> float:
 
     Adam reads gradient, main copy and two moments, and writes the last three and the parameter: 34 bytes; the norm
     reads the gradients again.
+
+    Args:
+        cluster: the GPUs.
+        parameters: number of parameters of the shard.
     """
     return moved_seconds(cluster, 38.0 * parameters)

@@ -17,7 +17,6 @@ class Configuration:
 
     Attributes:
         gpus: all ranks.
-        ulysses, ring: of context parallelism; 0: from cp_comm_type and hierarchical_context_parallel_sizes.
         deterministic_mode: None: not stated.
     """
 
@@ -174,7 +173,11 @@ class Configuration:
         return Strategy.parse("NNN")
 
     def stage_layers(self, layers: int) -> tuple[int, ...]:
-        """Return the layers of every pipeline rank, as upstream assigns them."""
+        """Return the layers of every pipeline rank, as upstream assigns them.
+
+        Args:
+            layers: layers of the model.
+        """
         return _stage_layers(
             layers,
             self.pipeline_model_parallel_size,

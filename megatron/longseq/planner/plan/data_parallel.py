@@ -21,7 +21,12 @@ from megatron.longseq.sharding.plan.time_model import predict as predict_shardin
 
 
 class DataSeconds(NamedTuple):
-    """Seconds of data parallelism in a step."""
+    """Seconds of data parallelism in a step.
+
+    Attributes:
+        exposed: those that lengthen the step.
+        hidden: those beside compute.
+    """
 
     exposed: float
     hidden: float
@@ -52,7 +57,15 @@ def gathers_of_a_unit(layers: int, run: Configuration) -> float:
 def data_seconds(
     cluster: Cluster, run: Configuration, params: StageParams, forward: float, backward: float, gathers: float = 2.0
 ) -> DataSeconds:
-    """Return the exposed and hidden seconds of reducing gradients and gathering parameters, on one pipeline rank."""
+    """Return the exposed and hidden seconds of reducing gradients and gathering parameters, on one pipeline rank.
+
+    Args:
+        cluster: the GPUs.
+        run: its configuration.
+        params: parameters of the pipeline rank.
+        forward, backward: seconds of a micro-batch on that rank.
+        gathers: all-gathers of a unit's parameters in a micro-batch, see `gathers_of_a_unit`.
+    """
     ranks = run.data_parallel_size * run.context_parallel_size
     exposed = hidden = 0.0
     if ranks > 1 and params.dense:
@@ -108,7 +121,13 @@ def _sharding(
 
 
 def step_optimizer_seconds(cluster: Cluster, run: Configuration, params: StageParams) -> float:
-    """Return the seconds of the optimizer's step on a rank."""
+    """Return the seconds of the optimizer's step on a rank.
+
+    Args:
+        cluster: the GPUs.
+        run: its configuration.
+        params: parameters of the pipeline rank.
+    """
     groups = sharding_groups(run, cluster.gpus_per_node)
     count = (params.dense + params.expert) / groups.shards(run.strategy.optimizer)
     gradients = moved_seconds(cluster, 8.0 * (params.dense + params.expert))  # zeroing and scaling the buffer

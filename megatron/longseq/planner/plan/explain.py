@@ -82,7 +82,12 @@ def explain(problem: PlanningProblem, best: PlanChoice) -> Explanation:
 
 
 def reliefs(problem: PlanningProblem, best: PlanChoice) -> tuple[Relief, ...]:
-    """Return what 10% more of each resource brings, largest gain first."""
+    """Return what 10% more of each resource would save, largest gain first.
+
+    Args:
+        problem: the search, with its results.
+        best: the plan to explain.
+    """
     task, seconds = problem.task, problem.prediction(best).step_seconds
     run = task.configuration(best)
     found = []
@@ -129,7 +134,12 @@ def _text(value: object) -> str:
 
 
 def neighbours(problem: PlanningProblem, best: PlanChoice) -> Iterator[Neighbour]:
-    """Yield the plans that differ from the best one in one choice, with the reason why each was rejected."""
+    """Yield the plans that differ from the best one in one choice, with the reason why each was rejected.
+
+    Args:
+        problem: the search, with its results.
+        best: the plan to explain.
+    """
     space = problem.task.space
     for other in _changes(problem, best):
         change = "; ".join(differences(best, other))

@@ -101,7 +101,15 @@ class Reading(NamedTuple):
 
 
 def read(values: Mapping[str, Any], where: str = "") -> tuple[Architecture, Cluster, Configuration]:
-    """Return the model, the cluster and the configuration that flags describe; see `read_fully`."""
+    """Return the model, the cluster and the configuration that flags describe; see `read_fully`.
+
+    Args:
+        values: flags in snake case, as text or as values.
+        where: names the row or the command in messages.
+
+    Raises:
+        ValueError: see `read_fully`.
+    """
     return read_fully(values, where)[:3]
 
 

@@ -28,6 +28,12 @@ def packed_run(model: Architecture, run: Configuration, tokens: int, microbatche
     """Return a run whose micro-batches have packs of `tokens` tokens on every rank.
 
     Two ranks share a sequence where that is possible, because groups of several ranks keep a little more.
+
+    Args:
+        model: its architecture.
+        run: layout, recomputation and sharding, without context parallelism.
+        tokens: tokens of a pack on a rank.
+        microbatches: micro-batches of a step.
     """
     ranks = run.data_parallel_size
     shared = ranks % 2 == 0
@@ -46,7 +52,14 @@ def packed_run(model: Architecture, run: Configuration, tokens: int, microbatche
 def rank_bytes(
     model: Architecture, cluster: Cluster, run: Configuration, tokens: int
 ) -> tuple[tuple[dict[str, float], ...], float]:
-    """Return the bytes of every pipeline rank at its peak by kind, and those of the fullest one with the reserve."""
+    """Return the bytes of every pipeline rank at its peak by kind, and those of the fullest one with the reserve.
+
+    Args:
+        model: its architecture.
+        cluster: the GPUs.
+        run: see `packed_run`.
+        tokens: tokens of a micro-batch on a rank.
+    """
     stages = stages_bytes(model, packed_run(model, run, tokens, 2 * run.pipeline_model_parallel_size), cluster)
     peak = max(sum(kinds.values()) for kinds in stages)
     return stages, peak + cluster.reserve_bytes(peak)

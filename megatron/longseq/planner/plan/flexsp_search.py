@@ -91,7 +91,12 @@ def search_documents(search: DocumentTask) -> list[DocumentPlan]:
 
 
 def flexsp_flags(search: DocumentTask, plan: DocumentPlan) -> dict[str, FlagValue]:
-    """Return the flags of a plan, by their names in snake case."""
+    """Return the flags of a plan, by their names in snake case.
+
+    Args:
+        search: the task.
+        plan: one of its plans.
+    """
     space = search.task.space
     flags = plan_flags(space, plan.choice)
     ranks = space.gpus // (plan.choice.layout.tensor * plan.choice.layout.pipeline)

@@ -21,7 +21,7 @@ from megatron.longseq.planner.plan.data_parallel import data_seconds, step_optim
 from megatron.longseq.planner.plan.flexsp_cost import UNIT, group_cost, most_tokens, packed_run, rank_bytes
 from megatron.longseq.planner.plan.memory import stage_params
 from megatron.longseq.planner.plan.model import Architecture
-from megatron.longseq.planner.plan.step import StepPrediction, model_flops, visible_cells
+from megatron.longseq.planner.plan.step import StepPrediction, step_prediction, visible_cells
 
 Lengths = Sequence[int]  # tokens of the documents of a step
 # The groups of a micro-batch: how each computes attention, and the lengths of its documents.
@@ -258,27 +258,10 @@ def _with_memory(
     breakdown: dict[str, float],
     hidden: float,
 ) -> StepPrediction:
-    run, tokens = one.run, mean(sum(lengths) for lengths in steps)
+    run = one.run
     stages, _ = rank_bytes(model, cluster, run, one.tokens)
-    peak = max(sum(kinds.values()) for kinds in stages)
-    reserve, seconds = cluster.reserve_bytes(peak), sum(breakdown.values())
+    tokens = mean(sum(lengths) for lengths in steps)
     cells = mean(sum(visible_cells(model, length) for length in lengths) for lengths in steps)
-    work, attention = model_flops(model, tokens, cells)
-    rate = work / seconds / run.gpus / 1e12
-    plain = replace(run, micro_batch_size=1, seq_length=UNIT)  # documents may have any length
-    return StepPrediction(
-        step_seconds=seconds,
-        tokens_per_second_per_gpu=tokens / seconds / run.gpus,
-        tflops_per_gpu=rate,
-        mfu=rate / cluster.peak_tflops,
-        mfu_full=rate * (1 + attention / work) / cluster.peak_tflops,
-        stages=stages,
-        peak_bytes=peak,
-        reserve_bytes=reserve,
-        fits=peak + reserve <= cluster.memory_bytes,
-        bubble_seconds=breakdown["bubble"],
-        exposed={name: breakdown[name] for name in ("tensor", "context", "pipeline", "data")},
-        hidden={"data": hidden},
-        breakdown=breakdown,
-        reasons=tuple(reasons(model, plain)),
-    )
+    why = reasons(model, replace(run, micro_batch_size=1, seq_length=UNIT))  # documents may have any length
+    found = step_prediction(model, cluster, run, breakdown, {"data": hidden}, stages, tokens, cells)
+    return replace(found, reasons=tuple(why))

@@ -38,6 +38,10 @@ class PlanChoice(NamedTuple):
 def model_flags(model: Architecture, seq_length: int) -> dict[str, FlagValue]:
     """Return upstream's flags of an architecture, by their names in snake case.
 
+    Args:
+        model: its architecture.
+        seq_length: tokens of a sequence.
+
     Raises:
         ValueError: no flags of the GPT script describe the architecture.
     """
@@ -115,7 +119,12 @@ def default_training_words(model: Architecture) -> list[str]:
 
 
 def plan_flags(space: SearchSpace, choice: PlanChoice) -> dict[str, FlagValue]:
-    """Return the flags of a choice, by their names in snake case."""
+    """Return the flags of a choice, by their names in snake case.
+
+    Args:
+        space: the space that was searched.
+        choice: a plan of it.
+    """
     layout, execution, sharding = choice
     return {
         "seq_length": space.seq_length,
@@ -214,7 +223,12 @@ def launch_words(nodes: int, gpus_per_node: int, words: Iterable[str], site: str
 
 
 def command_text(words: Sequence[str], width: int = 116) -> str:
-    """Return a command for a shell, in lines of at most `width` columns that end before a flag."""
+    """Return a command for a shell, in lines of at most `width` columns that end before a flag.
+
+    Args:
+        words: the program and its arguments, not quoted.
+        width: columns of a line.
+    """
     lines, line = [], ""
     for part in _arguments(words):
         if line and len(line) + 1 + len(part) > width:

@@ -41,7 +41,11 @@ class StageParams(NamedTuple):
 
 @functools.lru_cache(maxsize=65536)
 def stage_params(model: Architecture, run: Configuration) -> tuple[StageParams, ...]:
-    """Return the parameters of every pipeline rank. A tied output layer on another stage is a copy."""
+    """Return the parameters of every pipeline rank. A tied output layer on another stage is a copy.
+
+    Returns:
+        One entry per pipeline rank, for each of its tensor-parallel ranks.
+    """
     tensor, expert = run.tensor_model_parallel_size, run.expert_model_parallel_size
     expert_tensor = run.expert_tensor_parallel_size or tensor
     stages = run.pipeline_model_parallel_size
@@ -107,7 +111,17 @@ def _state_bytes(
 
 
 def state_bytes(model: Architecture, run: Configuration, cluster: Cluster, params: StageParams) -> dict[str, float]:
-    """Return the bytes of parameters, gradients and optimizer states of a rank, with gathered buffers of shards."""
+    """Return the bytes of parameters, gradients and optimizer states of a rank, with gathered buffers of shards.
+
+    Args:
+        model: its architecture.
+        run: its configuration.
+        cluster: the GPUs.
+        params: parameters of the pipeline rank.
+
+    Returns:
+        Bytes by kind: "parameters", "gradients", "optimizer" and "gathered".
+    """
     found = {"parameters": 0.0, "gradients": 0.0, "optimizer": 0.0, "gathered": 0.0}
     per_element = widths(run)
     expert_ranks = run.data_parallel_size * run.context_parallel_size * run.tensor_model_parallel_size
@@ -136,7 +150,12 @@ def state_bytes(model: Architecture, run: Configuration, cluster: Cluster, param
 
 
 def in_flight(run: Configuration, stage: int) -> float:
-    """Return the micro-batches of a whole rank that are in flight at the peak; fractions count virtual stages."""
+    """Return the micro-batches of a whole rank that are in flight at the peak; fractions count virtual stages.
+
+    Args:
+        run: its configuration.
+        stage: pipeline rank, from 0.
+    """
     stages, virtual, count = run.pipeline_model_parallel_size, run.virtual_stages, run.microbatches
     if stages == 1:
         return 1.0
@@ -149,7 +168,12 @@ def in_flight(run: Configuration, stage: int) -> float:
 
 @functools.lru_cache(maxsize=16)
 def schedule_of(stages: int, microbatches: int, segments: int, virtual: int, slack: int, zero_bubble: bool) -> Schedule:
-    """Return the schedule of a step; many micro-batches repeat the same pattern, so a few of them are enough."""
+    """Return the schedule of a step; many micro-batches repeat the same pattern, so a few of them are enough.
+
+    Args:
+        stages, microbatches, segments, virtual: see `Pipeline`.
+        slack, zero_bubble: see `generators.make`.
+    """
     least = max(3, -(-(3 + slack) * stages // segments))
     if virtual > 1:
         least = 2 * smallest_group(Pipeline(stages, microbatches, segments, virtual), slack)

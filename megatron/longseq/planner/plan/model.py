@@ -212,7 +212,12 @@ class Architecture:
         return 1 if self.normalization == "RMSNorm" else 2
 
     def mlp_params(self, ffn: int, tensor: int) -> int:
-        """Return the parameters of an MLP of a given width on a tensor-parallel rank."""
+        """Return the parameters of an MLP of a given width on a tensor-parallel rank.
+
+        Args:
+            ffn: width of the MLP.
+            tensor: tensor-parallel size.
+        """
         gates = 2 if self.swiglu else 1
         count = self.hidden_size * ffn * (gates + 1) // tensor
         return count + (gates * ffn // tensor + self.hidden_size if self.add_bias_linear else 0)
@@ -235,7 +240,12 @@ class Architecture:
         return LayerParams(dense, self.num_experts // expert * self.mlp_params(self.expert_ffn, expert_tensor))
 
     def embedding_params(self, tensor: int, seq_length: int = 0) -> int:
-        """Return the parameters of the embedding on a tensor-parallel rank of the first stage."""
+        """Return the parameters of the embedding on a tensor-parallel rank of the first stage.
+
+        Args:
+            tensor: tensor-parallel size.
+            seq_length: rows of learned positions if `max_position_embeddings` is 0.
+        """
         count = self.padded(tensor) // tensor * self.hidden_size
         if self.position_embedding_type == "learned_absolute":
             count += (self.max_position_embeddings or seq_length) * self.hidden_size

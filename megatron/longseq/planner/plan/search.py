@@ -29,7 +29,11 @@ class LeafPrice:
 
     @property
     def order(self) -> tuple[float, tuple[float, ...], float, float]:
-        """The key by which leaves are ranked."""
+        """The key by which leaves are ranked.
+
+        Returns:
+            Rounded seconds, preference, bytes and exact seconds; the smallest key comes first.
+        """
         return rounded(self.seconds), self.preference, self.memory, self.seconds
 
 

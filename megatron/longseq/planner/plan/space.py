@@ -178,7 +178,11 @@ class SearchSpace:
                     yield tensor, pipeline
 
     def context_sizes(self, tensor: int, pipeline: int) -> Iterator[int]:
-        """Yield the context-parallel sizes that divide the ranks and the sequence, whatever the batch."""
+        """Yield the context-parallel sizes that divide the ranks and the sequence, whatever the batch.
+
+        Args:
+            tensor, pipeline: sizes of tensor and pipeline parallelism.
+        """
         ranks = self.gpus // (tensor * pipeline)
         for context in _divisors(ranks) if self.context is None else self.context:
             if ranks % context == 0 and self.seq_length % length_multiple(context, tensor) == 0:
@@ -262,7 +266,12 @@ class SearchSpace:
     def executions(
         self, layout: ParallelLayout, recomputations: tuple[Recomputation, ...] | None = None
     ) -> Iterator[Execution]:
-        """Yield every way in which a layout can run; with given recomputations, or with all."""
+        """Yield every way in which a layout can run.
+
+        Args:
+            layout: the layout.
+            recomputations: what may be recomputed; None: see `recomputations_of`.
+        """
         recomputations = self.recomputations_of(layout) if recomputations is None else recomputations
         for segments, partition, slack, zero_bubble in self.schedules(layout):
             for recomputation in recomputations:

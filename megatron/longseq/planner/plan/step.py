@@ -342,16 +342,41 @@ def predict(model: Architecture, cluster: Cluster, run: Configuration) -> StepPr
         raise ValueError("; ".join(why))
     if cluster.gpus != run.gpus:
         cluster = replace(cluster, gpus=run.gpus)
-    seconds, breakdown, hidden = price(model, cluster, run)
-    stages = stages_bytes(model, run, cluster)
-    peak = max(sum(kinds.values()) for kinds in stages)
-    reserve = cluster.reserve_bytes(peak)
+    _, breakdown, hidden = price(model, cluster, run)
     cells = run.global_batch_size * visible_cells(model, run.seq_length)
-    work, attention = model_flops(model, run.tokens_per_step, cells)
+    stages = stages_bytes(model, run, cluster)
+    found = step_prediction(model, cluster, run, breakdown, hidden, stages, run.tokens_per_step, cells)
+    return replace(found, reasons=tuple(why))
+
+
+def step_prediction(
+    model: Architecture,
+    cluster: Cluster,
+    run: Configuration,
+    breakdown: dict[str, float],
+    hidden: dict[str, float],
+    stages: tuple[dict[str, float], ...],
+    tokens: float,
+    cells: float,
+) -> StepPrediction:
+    """Return the prediction of a step with the figures that follow from its time and memory.
+
+    Args:
+        model, cluster, run: what is predicted.
+        breakdown: seconds of a step by kind.
+        hidden: seconds of communication that computation hides, by kind.
+        stages: bytes of a rank of every pipeline stage, by kind.
+        tokens: tokens of a step.
+        cells: pairs of a query and a key that attention sees in a step.
+    """
+    seconds, peak = sum(breakdown.values()), max(sum(kinds.values()) for kinds in stages)
+    reserve = cluster.reserve_bytes(peak)
+    work, attention = model_flops(model, tokens, cells)
     rate = work / seconds / run.gpus / 1e12
+    exposed = ("tensor", "context", "expert", "pipeline", "data")
     return StepPrediction(
         step_seconds=seconds,
-        tokens_per_second_per_gpu=run.tokens_per_step / seconds / run.gpus,
+        tokens_per_second_per_gpu=tokens / seconds / run.gpus,
         tflops_per_gpu=rate,
         mfu=rate / cluster.peak_tflops,
         mfu_full=rate * (1 + attention / work) / cluster.peak_tflops,
@@ -360,8 +385,7 @@ def predict(model: Architecture, cluster: Cluster, run: Configuration) -> StepPr
         reserve_bytes=reserve,
         fits=peak + reserve <= cluster.memory_bytes,
         bubble_seconds=breakdown["bubble"],
-        exposed={name: breakdown[name] for name in ("tensor", "context", "expert", "pipeline", "data")},
+        exposed={name: breakdown[name] for name in exposed if name in breakdown},
         hidden=hidden,
         breakdown=breakdown,
-        reasons=tuple(why),
     )

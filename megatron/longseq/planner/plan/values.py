@@ -14,7 +14,12 @@ _THOUSANDS = re.compile(r"\d{1,3}(,\d{3})+")
 
 
 def is_empty(name: str, value: Any) -> bool:
-    """Return whether a value stands for upstream's default. `none` is a value of its own for positions."""
+    """Return whether a value stands for upstream's default. `none` is a value of its own for positions.
+
+    Args:
+        name: flag in snake case.
+        value: its value, or its text.
+    """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return True
     text = value.strip().lower() if isinstance(value, str) else "given"
@@ -23,6 +28,10 @@ def is_empty(name: str, value: Any) -> bool:
 
 def boolean(name: str, value: Any) -> bool:
     """Return a truth value.
+
+    Args:
+        name: flag in snake case, for messages.
+        value: its value, or its text.
 
     Raises:
         ValueError: the text is neither true nor false.
@@ -37,6 +46,10 @@ def boolean(name: str, value: Any) -> bool:
 
 def whole_number(name: str, value: Any) -> int:
     """Return a whole number, with an optional suffix K, M or G for powers of 1,024.
+
+    Args:
+        name: flag in snake case, for messages.
+        value: its value, or its text.
 
     Raises:
         ValueError: the text is no such number.
@@ -57,6 +70,10 @@ def whole_number(name: str, value: Any) -> int:
 
 def number(name: str, value: Any) -> float:
     """Return a finite number.
+
+    Args:
+        name: flag in snake case, for messages.
+        value: its value, or its text.
 
     Raises:
         ValueError: the text is no such number.
@@ -80,6 +97,11 @@ def words(value: Any) -> list[str]:
 
 def choice(name: str, value: Any, choices: Sequence[str]) -> str:
     """Return the one of some names that the text means, whatever its case; without names, the text.
+
+    Args:
+        name: flag in snake case, for messages.
+        value: text.
+        choices: names in their own spelling; empty: any text is one.
 
     Raises:
         ValueError: it is none of them.

@@ -53,7 +53,13 @@ def run(args: argparse.Namespace) -> str:
 
 
 def measure_ranks(ranks: int, device: str, seconds: float | None) -> list[dict[str, Any]]:
-    """Return the measurements of ranks that run at the same time, one process each."""
+    """Return the measurements of ranks that run at the same time, one process each.
+
+    Args:
+        ranks: number of processes, one per GPU.
+        device: "cuda" or "cpu".
+        seconds: budget of the measurements; None: the default of the device.
+    """
     import torch.multiprocessing as mp
 
     with tempfile.TemporaryDirectory() as folder:
@@ -107,6 +113,10 @@ def _machine(device: Any, ranks: int) -> dict[str, Any]:
 def profile_of(measured: Sequence[dict[str, Any]], device: str) -> dict[str, Any]:
     """Return the profile of some ranks' measurements, by their means.
 
+    Args:
+        measured: measurements of every rank, see `measure_ranks`.
+        device: "cuda" or "cpu".
+
     Raises:
         ValueError: no rank was measured.
     """
@@ -158,6 +168,9 @@ def fit_link(messages: Sequence[Sequence[float]]) -> tuple[float, float]:
 
     Args:
         messages: ranks, bytes and seconds of every all-reduce; none: a single rank, whose links do not matter.
+
+    Returns:
+        Bytes per second, and seconds.
     """
     if not messages:
         return 1e12, 0.0

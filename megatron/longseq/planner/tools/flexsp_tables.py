@@ -45,7 +45,12 @@ class DocumentReport(NamedTuple):
 
 
 def document_training_words(report: DocumentReport, plan: DocumentPlan) -> list[str]:
-    """Return all flags of the training run of a plan."""
+    """Return all flags of the training run of a plan.
+
+    Args:
+        report: the search and its results.
+        plan: one of its plans.
+    """
     task = report.search.task
     flags = {**model_flags(task.model, task.space.seq_length), **flexsp_flags(report.search, plan), **task.base}
     if report.cost_file is not None and plan.found.context is None:

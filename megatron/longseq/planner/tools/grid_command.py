@@ -60,6 +60,12 @@ def run(args: argparse.Namespace) -> str:
 def best_cell(model: str, length: str, machine: str, tokens: int) -> GridCell:
     """Return the best plan of a model, a sequence length and a cluster.
 
+    Args:
+        model: see `architecture`.
+        length: tokens of a sequence, such as "128K".
+        machine: cluster, such as "a800-64".
+        tokens: tokens of a step.
+
     Raises:
         ValueError: the step is not a whole number of sequences, or a name is unknown.
     """

@@ -61,7 +61,13 @@ GPU_SIZES = Sizes(
 
 
 def time_of(run: Callable[[], Any], device: torch.device, budget: float) -> float:
-    """Return the seconds of a call, the median of several, within a budget of seconds."""
+    """Return the seconds of a call, the median of several, within a budget of seconds.
+
+    Args:
+        run: the call; it runs once before it is timed.
+        device: device of its kernels; a GPU is waited for.
+        budget: seconds after which no further call starts, once the fewest calls are made.
+    """
     synchronize = torch.cuda.synchronize if device.type == "cuda" else _nothing
     run()
     synchronize()

@@ -78,6 +78,9 @@ def _predict(reading: Reading) -> StepPrediction:
 def price_rows(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """Return the figures of every row. A row that cannot be priced has `error` instead, which is also printed.
 
+    Args:
+        rows: pairs of a name for messages and flags in snake case.
+
     Raises:
         ValueError: no row can be priced.
     """
@@ -169,6 +172,10 @@ def read_rows(path: Path, common: Mapping[str, Any]) -> list[tuple[str, dict[str
 def row_result(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """Return the figures of one row.
 
+    Args:
+        values: flags in snake case.
+        where: names the row in messages.
+
     Raises:
         ValueError: a value is not understood; the message names the row.
     """
@@ -212,7 +219,13 @@ def full_result(prediction: StepPrediction, machine: Cluster) -> dict[str, Any]:
 
 
 def describe(prediction: StepPrediction, machine: Cluster, assumed: Sequence[str] = ()) -> str:
-    """Return a prediction as text, with what the planner assumed."""
+    """Return a prediction as text, with what the planner assumed.
+
+    Args:
+        prediction: the prediction.
+        machine: the cluster, for its memory.
+        assumed: what the planner assumed, one text each.
+    """
     fit = "fits" if prediction.fits else "does not fit"
     lines = [
         f"step: {prediction.step_seconds:.4g} s, {prediction.tokens_per_second_per_gpu:.1f} tokens/s/GPU, "

@@ -288,6 +288,12 @@ def _value(text: str) -> Any:
 def search(task: PlanningTask, count: int = 5, training: tuple[str, ...] = (), site: str | None = None) -> SearchReport:
     """Search a task and explain its best plan.
 
+    Args:
+        task: the model, the cluster and the choices.
+        count: number of plans to return.
+        training: further flags of the training run, for launch commands.
+        site: file of the machine's environment variables, of scripts/sites; None: none.
+
     Raises:
         ValueError: no plan is valid, or none fits; the message says what the smallest one needs.
     """

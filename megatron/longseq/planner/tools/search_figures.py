@@ -65,7 +65,12 @@ def draw_seconds(report: SearchReport, file: Path) -> None:
 
 
 def front(problem: PlanningProblem, shares: Sequence[float] = _SHARES) -> list[tuple[float, PlanChoice, float]]:
-    """Return the fastest plan for several limits of memory: bytes, plan and seconds, by rising seconds saved."""
+    """Return the bytes, plan and seconds of the fastest plan for several limits of memory, by rising limit.
+
+    Args:
+        problem: the search.
+        shares: limits as shares of a GPU's memory.
+    """
     limit = problem.task.cluster.memory_bytes
     points: list[tuple[float, PlanChoice, float]] = []
     for share in shares:

@@ -47,7 +47,12 @@ class SearchReport(NamedTuple):
 
 
 def layout_text(layout: ParallelLayout, gpus: int) -> str:
-    """Return a layout as a short text, such as `TP 8, PP 4 x 2, CP 2 x 4 (Ulysses x ring), DP 2, micro-batch 1`."""
+    """Return a layout as a short text, such as `TP 8, PP 4 x 2, CP 2 x 4 (Ulysses x ring), DP 2, micro-batch 1`.
+
+    Args:
+        layout: the layout.
+        gpus: all ranks.
+    """
     parts = [f"TP {layout.tensor}"] if layout.tensor > 1 else []
     if layout.pipeline > 1:
         parts.append(f"PP {layout.pipeline}" + (f" x {layout.virtual} virtual" if layout.virtual > 1 else ""))
@@ -87,14 +92,25 @@ def sharding_text(sharding: StateSharding) -> str:
 
 
 def plan_text(choice: PlanChoice, gpus: int) -> str:
-    """Return a plan as a short text, such as `TP 2, CP 1 x 8, DP 4, micro-batch 1; 4 segments; PaRO NIG`."""
+    """Return a plan as a short text, such as `TP 2, CP 1 x 8, DP 4, micro-batch 1; 4 segments; PaRO NIG`.
+
+    Args:
+        choice: the plan.
+        gpus: all ranks.
+    """
     layout, execution, sharding = choice
     parts = (layout_text(layout, gpus), execution_text(execution), sharding_text(sharding))
     return "; ".join(part for part in parts if part not in ("-", "none"))
 
 
 def training_words(task: PlanningTask, choice: PlanChoice, training: tuple[str, ...] = ()) -> list[str]:
-    """Return all flags of the training run of a plan."""
+    """Return all flags of the training run of a plan.
+
+    Args:
+        task: the model, the cluster and the choices.
+        choice: a plan of it.
+        training: further flags of the training run; empty: the default ones.
+    """
     flags = {**model_flags(task.model, task.space.seq_length), **plan_flags(task.space, choice), **task.base}
     return [*flag_words(flags), *(training or default_training_words(task.model))]
 

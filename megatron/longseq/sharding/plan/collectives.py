@@ -78,7 +78,12 @@ _FLAT = {collectives: kind for kind, collectives in _HIERARCHICAL.items()}
 
 
 def gather(source: Level, target: Level = Level.NONE) -> Collectives:
-    """Return the all-gathers from shards at one level to shards at a coarser one; none if `target` is not coarser."""
+    """Return the all-gathers from shards at one level to shards at a coarser one; none if `target` is not coarser.
+
+    Args:
+        source: level at which the state is stored.
+        target: level at which it is needed.
+    """
     between = (GATHER_BETWEEN,) if source is Level.GLOBAL and target < source else ()
     inside = (GATHER_INSIDE,) if source > target and target is Level.NONE else ()
     return between + inside
@@ -90,7 +95,12 @@ def scatter(target: Level) -> Collectives:
 
 
 def finish(source: Level, target: Level) -> Collectives:
-    """Return the collectives from the sums of `scatter` at one level to the sums of all ranks at another level."""
+    """Return the collectives from the sums of `scatter` at one level to the sums of all ranks at another level.
+
+    Args:
+        source: level at which `scatter` has summed gradients.
+        target: level at which the optimizer reads them.
+    """
     collectives: Collectives = (SCATTER_INSIDE,) if source is Level.NONE else ()
     if source is not Level.GLOBAL:
         collectives += (SCATTER_BETWEEN,) if target is Level.GLOBAL else (REDUCE_BETWEEN,)
@@ -110,7 +120,13 @@ def nontrivial(collectives: Collectives, groups: RankGroups) -> Collectives:
 
 
 def full_collective(kind: CollectiveKind, groups: RankGroups, mode: CollectivesMode) -> Collectives:
-    """Return the collectives that make up one collective over all ranks."""
+    """Return the collectives that make up one collective over all ranks.
+
+    Args:
+        kind: all-gather, reduce-scatter or all-reduce.
+        groups: the data-parallel ranks.
+        mode: flat: one collective; otherwise those inside and between groups.
+    """
     collectives = _HIERARCHICAL[kind]
     return nontrivial(flat(collectives) if mode is CollectivesMode.FLAT else collectives, groups)
 

@@ -115,7 +115,11 @@ def node_group_size(args: Namespace, node_ranks: int | None) -> int:
 
 
 def sharding_plan(args: Namespace, node_ranks: int | None = None) -> ShardingPlan:
-    """Return what the flags ask for; after `resolve`, the number of ranks on a node is not needed.
+    """Return the strategy, the groups and the collectives that the flags ask for.
+
+    Args:
+        args: upstream's arguments with those of PaRO.
+        node_ranks: ranks on a node; not needed after `resolve`, which has set the group size.
 
     Raises:
         ValueError: the group size does not divide the ranks, or there is neither a group size nor a node.
@@ -157,6 +161,10 @@ def resolve(args: Namespace, node_ranks: int | None) -> ShardingPlan:
 
 def check_unchanged(args: Namespace, plan: ShardingPlan) -> None:
     """Check that upstream's validation has kept what `resolve` set, and set the communication dtype of gradients.
+
+    Args:
+        args: upstream's validated arguments; `paro_wire` is set.
+        plan: the plan of the same flags.
 
     Raises:
         ValueError: validation has changed a value.

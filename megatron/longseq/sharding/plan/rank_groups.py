@@ -70,7 +70,15 @@ class RankGroups:
         return logical % self.count * self.size + logical // self.count
 
     def owned(self, level: Level, member: int) -> range:
-        """Return which of a buffer's n shards a member keeps of a state at a level."""
+        """Return which of a buffer's n shards a member keeps of a state at a level.
+
+        Args:
+            level: level of the state.
+            member: data-parallel rank, as upstream numbers it.
+
+        Returns:
+            Indices of shards, 0 to n - 1.
+        """
         parts = self.shards(level)
         width = self.ranks // parts
         part = self.logical(member) // width
@@ -90,12 +98,26 @@ class RankGroups:
         return tuple(members[self.member(logical)] for logical in range(self.ranks))
 
     def inside(self, members: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-        """Return the global ranks of every group, in the order of their numbers."""
+        """Return the global ranks of every group, in the order of their numbers.
+
+        Args:
+            members: global ranks of the data-parallel group, in upstream's order.
+
+        Raises:
+            ValueError: see `ordered`.
+        """
         ranks = self.ordered(members)
         return tuple(ranks[group :: self.count] for group in range(self.count))
 
     def between(self, members: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-        """Return, for every number, the global ranks that have it, in the order of their groups."""
+        """Return, for every number, the global ranks that have it, in the order of their groups.
+
+        Args:
+            members: global ranks of the data-parallel group, in upstream's order.
+
+        Raises:
+            ValueError: see `ordered`.
+        """
         ranks = self.ordered(members)
         return tuple(ranks[number * self.count : (number + 1) * self.count] for number in range(self.size))
 

@@ -255,7 +255,15 @@ class Prediction(NamedTuple):
 
 
 def predict(strategy: Strategy, job: TrainingJob) -> Prediction:
-    """Return the predicted step time and memory of a strategy, valid or not."""
+    """Return the predicted step time and memory of a strategy, which may be one that cannot run.
+
+    Args:
+        strategy: levels of the model states.
+        job: the model, its ranks, their links and the compute of a step.
+
+    Returns:
+        Seconds of the step by part, and bytes of a rank's model states.
+    """
     is_flat = always_flat if job.mode is CollectivesMode.FLAT else never_flat
     terms = bucket_collectives(strategy, job.groups, is_flat=is_flat)
     params = job.model.shard(job.groups) * job.widths.param
@@ -302,6 +310,9 @@ def rank(
 
 def fastest(job: TrainingJob, strategies: Iterable[Strategy] = RUNNING, limit: float | None = None) -> Prediction:
     """Return the first prediction of `rank`.
+
+    Args:
+        job, strategies, limit: see `rank`.
 
     Raises:
         ValueError: no strategy fits; the message says how much memory the smallest one needs.

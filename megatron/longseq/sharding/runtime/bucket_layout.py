@@ -94,7 +94,11 @@ def lay_out(
 
 
 def by_unit(params: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, list[tuple[str, torch.nn.Parameter]]]:
-    """Return names and parameters by unit, in order; `params` are all of a model."""
+    """Return names and parameters by unit, in order.
+
+    Args:
+        params: names and parameters of a whole model.
+    """
     params = list(params)
     unit, units = units_of(name for name, _ in params), dict[str, list[tuple[str, torch.nn.Parameter]]]()
     for name, param in params:

@@ -111,6 +111,12 @@ class GradStore(_Store):
 
     At level N they accumulate in the full bucket. At levels I and G they accumulate in this rank's shard, and the full
     bucket is scratch memory for the gradients of one micro-batch.
+
+    Args:
+        sharding: of the job.
+        numel: elements of the bucket.
+        dtype: dtype in which gradients accumulate.
+        device: of the memory.
     """
 
     def __init__(self, sharding: ShardingState, numel: int, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -125,7 +131,11 @@ class GradStore(_Store):
 
     @property
     def owned(self) -> Tensor:
-        """A view of the sums that this rank's optimizer reads; defined after the work of `finish`."""
+        """A view of the sums that this rank's optimizer reads; defined after the work of `finish`.
+
+        Returns:
+            1-D, the elements of the bucket whose optimizer states this rank holds.
+        """
         return cut(self.shard, self._owned_range, self.shard_range.start)
 
     def release_full(self) -> None:
@@ -210,7 +220,11 @@ class GradStore(_Store):
         return self.sharding.region(shard) if self.level is Level.NONE else Region(None, shard)
 
     def scale(self, factor: float | Tensor) -> None:
-        """Multiply what has accumulated."""
+        """Multiply what has accumulated.
+
+        Args:
+            factor: number, or a tensor with one element.
+        """
         self.shard.mul_(factor)
 
     def zero(self) -> None:
@@ -340,11 +354,23 @@ class BufferMemory:
         self._sharding, self._device = sharding, device
 
     def bucket_at(self, buffer: Any, start: int) -> int:
-        """Return the number of the bucket in which an element of upstream's buffer lies."""
+        """Return the number of the bucket in which an element of upstream's buffer lies.
+
+        Args:
+            buffer: upstream's buffer of parameters and gradients.
+            start: index of the element in the buffer.
+        """
         return bisect_right(buffer.bucket_indices, start, key=lambda bounds: bounds[0]) - 1
 
     def view(self, buffer: Any, shape: torch.Size, start: int, kind: BufferType) -> Tensor:
-        """Return the view of a given shape that begins at an element of upstream's buffer; it lies in one bucket."""
+        """Return the view of a given shape that begins at an element of upstream's buffer; it lies in one bucket.
+
+        Args:
+            buffer: upstream's buffer of parameters and gradients.
+            shape: shape of the view.
+            start: index of its first element in the buffer.
+            kind: parameters or gradients.
+        """
         bucket = self.bucket_at(buffer, start)
         first, end = buffer.bucket_indices[bucket]
         flat = self._full(buffer, bucket, end - first, kind).flat

@@ -25,7 +25,16 @@ class BufferPool:
         self._free: defaultdict[tuple[int, torch.device], list[Tensor]] = defaultdict(list)
 
     def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return a buffer, whose content is undefined; nobody else has it until it is given back."""
+        """Return a buffer, whose content is undefined; nobody else has it until it is given back.
+
+        Args:
+            numel: number of elements.
+            dtype: their type.
+            device: device of the buffer.
+
+        Returns:
+            Tensor [numel].
+        """
         with allocate_on_default_stream(device):
             free = self._free[numel * dtype.itemsize, device]
             if free:
@@ -34,6 +43,10 @@ class BufferPool:
             return torch.empty(numel, dtype=dtype, device=device)
 
     def give(self, buffer: Tensor) -> None:
-        """Give a buffer back. The current stream must have waited for whatever works on it."""
+        """Give a buffer back. The current stream must have waited for whatever works on it.
+
+        Args:
+            buffer: what `take` has returned, of any dtype.
+        """
         with allocate_on_default_stream(buffer.device):
             self._free[buffer.nbytes, buffer.device].append(buffer)

@@ -30,7 +30,13 @@ class Region(NamedTuple):
 
 
 def region_of(full: Tensor, groups: RankGroups, member: int) -> Region:
-    """Return a bucket of n equal shards as the region of a member; sizes are checked when it is used."""
+    """Return a bucket of n equal shards as the region of a member; sizes are checked when it is used.
+
+    Args:
+        full: [elements of the bucket].
+        groups: the data-parallel ranks.
+        member: data-parallel rank, as upstream numbers it.
+    """
     width = full.numel() // groups.size
     return Region(full, full.narrow(0, member % groups.size * width, width))
 
@@ -58,6 +64,10 @@ class CollectiveRunner:
     def check(self, collective: Collective, region: Region) -> None:
         """Check that a collective can run on a region.
 
+        Args:
+            collective: what is to run.
+            region: this rank's memory of the bucket.
+
         Raises:
             ValueError: sizes do not fit, the slice is not a view at the right place, or there is no process group.
         """
@@ -71,6 +81,10 @@ class CollectiveRunner:
 
     def run(self, collective: Collective, region: Region) -> None:
         """Run a collective in place; on a GPU, in the current stream.
+
+        Args:
+            collective: what runs; all ranks of its group run the same.
+            region: this rank's memory of the bucket.
 
         Raises:
             ValueError: see `check`.

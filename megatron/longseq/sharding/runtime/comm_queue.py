@@ -41,7 +41,12 @@ class _Submission:
 
 
 class Work:
-    """Handle of submitted collectives, as torch.distributed's `Work`."""
+    """Handle of submitted collectives, as torch.distributed's `Work`.
+
+    Args:
+        wait: blocks until the collectives are done, and raises their error.
+        submission: the collectives.
+    """
 
     def __init__(self, wait: Callable[[], None], submission: _Submission) -> None:
         self._wait, self.submission = wait, submission

@@ -71,7 +71,12 @@ class CommStream:
         return _record_event(torch.cuda.current_stream(self._stream.device))
 
     def put(self, task: Task, after: Completion | None) -> Completion:
-        """Launch a task in the stream, after all earlier ones and after `after`."""
+        """Launch a task in the stream, after all earlier ones and after `after`.
+
+        Args:
+            task: launches kernels in the current stream.
+            after: end of a task that must be done first; None: there is no such task.
+        """
         with torch.cuda.stream(self._stream):
             if after is not None:
                 after.wait()
@@ -123,6 +128,10 @@ class CommThread:
 
     def put(self, task: Task, after: Completion | None) -> Completion:
         """Hand the thread a task, to run after all earlier ones and after `after`, whose error it then raises.
+
+        Args:
+            task: the work.
+            after: end of a task of another queue that must be done first; None: there is no such task.
 
         Raises:
             RuntimeError: the queue is closed.
@@ -182,5 +191,11 @@ CommQueue = CommStream | CommThread
 
 
 def comm_queue_for(device: torch.device, name: str, *, is_urgent: bool = False) -> CommQueue:
-    """Return a queue for collectives on a device's tensors: a stream on a GPU, otherwise a thread."""
+    """Return a queue for collectives on a device's tensors: a stream on a GPU, otherwise a thread.
+
+    Args:
+        device: device of the tensors.
+        name: name of the thread.
+        is_urgent: whether the kernels run before ready kernels of other streams; a thread ignores it.
+    """
     return CommStream(name, device, is_urgent=is_urgent) if device.type == "cuda" else CommThread(name)

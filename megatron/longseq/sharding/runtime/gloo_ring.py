@@ -46,6 +46,11 @@ def ring_messages(groups: RankGroups, collective: Collective, member: int) -> tu
 
     In a reduce-scatter, the piece that ends at a member starts at the next one and collects sums on its way round. In
     an all-gather, a member's own piece goes round all other members. An all-reduce is one after the other.
+
+    Args:
+        groups: the data-parallel ranks.
+        collective: what runs.
+        member: data-parallel rank, as upstream numbers it.
     """
     ring = ring_of(groups, collective.scope, member)
     place, size = ring.index(member), len(ring)
@@ -66,7 +71,13 @@ def ring_messages(groups: RankGroups, collective: Collective, member: int) -> tu
 
 
 def ring_of(groups: RankGroups, scope: Scope, member: int) -> tuple[int, ...]:
-    """Return the members of a member's ring, in order: a flat ring leaves each group once."""
+    """Return the members of a member's ring, in order: a flat ring leaves each group once.
+
+    Args:
+        groups: the data-parallel ranks.
+        scope: inside a group, between groups, or flat.
+        member: data-parallel rank, as upstream numbers it.
+    """
     group, number = divmod(member, groups.size)
     if scope is Scope.FLAT:
         return tuple(range(groups.ranks))
@@ -132,6 +143,10 @@ class GlooRingRunner(CollectiveRunner):
 
 
 def runner_for(groups: RankGroups, communicators: Communicators, *, average: bool = False) -> CollectiveRunner:
-    """Return the runner for the backend of the communicators."""
+    """Return the runner for the backend of the communicators.
+
+    Args:
+        groups, communicators, average: see `CollectiveRunner`.
+    """
     kind = GlooRingRunner if dist.get_backend(communicators.logical) == "gloo" else CollectiveRunner
     return kind(groups, communicators, average=average)

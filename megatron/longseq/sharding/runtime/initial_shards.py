@@ -79,7 +79,12 @@ def store_params(params: Named, sharding: ShardingState) -> list[tuple[ParamStor
 
 
 def gather_initial(params: Iterable[torch.nn.Parameter], sharding: ShardingState) -> None:
-    """Gather the parts of these parameters, all ranks together; other parameters are unsharded already."""
+    """Gather the parts of these parameters, all ranks together; other parameters are unsharded already.
+
+    Args:
+        params: parameters to gather, in the same order on all ranks.
+        sharding: of the job.
+    """
     stores = _stores(params, sharding)
     for store in stores:
         store.gather(_BUILDER, is_pooled=False)
@@ -88,7 +93,12 @@ def gather_initial(params: Iterable[torch.nn.Parameter], sharding: ShardingState
 
 
 def forget_initial(params: Iterable[torch.nn.Parameter], sharding: ShardingState) -> None:
-    """Free what `gather_initial` has gathered: the parameters are in a bucket now."""
+    """Free what `gather_initial` has gathered: the parameters are in a bucket now.
+
+    Args:
+        params: the same parameters.
+        sharding: of the job.
+    """
     params = list(params)
     for store in _stores(params, sharding):
         store.release(_BUILDER)

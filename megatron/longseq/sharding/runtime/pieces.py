@@ -142,5 +142,12 @@ def sharded_pieces(
 
 
 def joined(loaded: dict[str, Tensor]) -> Tensor:
-    """Return loaded pieces as one flat tensor, in the order of elements."""
+    """Return loaded pieces as one flat tensor, in the order of elements.
+
+    Args:
+        loaded: pieces by their numbers as text, which sort in the order of elements.
+
+    Returns:
+        1-D, the elements of the shard.
+    """
     return torch.cat([loaded[number].reshape(-1) for number in sorted(loaded)])

@@ -94,7 +94,13 @@ def open_optimizer_groups(
 
 
 def copies_of(members: Sequence[int], groups: RankGroups, level: Level) -> list[tuple[int, ...]]:
-    """Return the ranks that hold each copy of the optimizer states, in the order of their shards."""
+    """Return the ranks that hold each copy of the optimizer states, in the order of their shards.
+
+    Args:
+        members: global ranks of the data-parallel group, in upstream's order.
+        groups: the data-parallel ranks.
+        level: level of the optimizer states.
+    """
     if level is Level.GLOBAL:
         return [groups.ordered(members)]
     return list(groups.inside(members)) if level is Level.GROUP else [(rank,) for rank in members]

@@ -71,20 +71,42 @@ class ShardingState:
         return bucket_collectives(self.strategy, self.groups, size, self.is_flat)
 
     def shard_range(self, level: Level, numel: int) -> range:
-        """Return which elements of a bucket of `numel` elements this rank keeps of a state at a level."""
+        """Return which elements of a bucket of `numel` elements this rank keeps of a state at a level.
+
+        Args:
+            level: level of the state.
+            numel: elements of the bucket.
+        """
         owned, shard = self.groups.owned(level, self.member), numel // self.groups.ranks
         return range(owned.start * shard, owned.stop * shard)
 
     def region(self, full: Tensor) -> Region:
-        """Return a full bucket as collectives take it, with this rank's slice, 1/m of it."""
+        """Return a full bucket as collectives take it, with this rank's slice, 1/m of it.
+
+        Args:
+            full: [elements of the bucket].
+        """
         return region_of(full, self.groups, self.member)
 
     def share_initial(self, full: Tensor) -> None:
-        """Send the first rank's initial values of a full bucket to all ranks, if theirs differ."""
+        """Send the first rank's initial values of a full bucket to all ranks, if theirs differ.
+
+        Args:
+            full: [elements of the bucket], changed in place.
+        """
         if self.initial_group is not None:
             dist.broadcast(full.view(torch.uint8), group=self.initial_group, group_src=0)
 
 
 def cut(flat: Tensor, span: range, base: int = 0) -> Tensor:
-    """Return the view of a bucket's elements `span` in a tensor whose first element is the bucket's element `base`."""
+    """Return the view of a bucket's elements `span` in a tensor whose first element is the bucket's element `base`.
+
+    Args:
+        flat: 1-D.
+        span: elements of the bucket.
+        base: element of the bucket at which `flat` begins.
+
+    Returns:
+        1-D view of `len(span)` elements.
+    """
     return flat[span.start - base : span.stop - base]

@@ -172,6 +172,6 @@ def in_backward() -> bool:
 
 
 def tensors_with_grad(output: Any) -> list[torch.Tensor]:
-    """Return the tensors of a module's inputs or output that have a gradient."""
+    """Return the tensors of a module's inputs or output that require a gradient."""
     values = output if isinstance(output, tuple | list) else (output,)
     return [value for value in values if isinstance(value, torch.Tensor) and value.requires_grad]

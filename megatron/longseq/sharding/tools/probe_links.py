@@ -44,6 +44,10 @@ class Measurement(NamedTuple):
 def fit_link(groups: RankGroups, measurements: Sequence[Measurement]) -> LinkSpeed | None:
     """Return the link speed that explains the times with the least relative errors; None if there are none.
 
+    Args:
+        groups: the data-parallel ranks.
+        measurements: times of collectives that all use this link.
+
     Raises:
         ValueError: a time is not positive.
     """
@@ -76,6 +80,10 @@ def fit_links(groups: RankGroups, measurements: Sequence[Measurement]) -> LinkSp
 
     The number of links over which a flat ring leaves a group is the one that explains the flat collectives' times best;
     the smallest of equally good ones. A link over which nothing was sent is infinitely fast.
+
+    Args:
+        groups: the data-parallel ranks.
+        measurements: times of collectives of all scopes.
     """
     scoped = {scope: [one for one in measurements if one.collective.scope is scope] for scope in Scope}
     inside, between = (fit_link(groups, scoped[scope]) or LinkSpeed(inf) for scope in (Scope.INSIDE, Scope.BETWEEN))
@@ -84,7 +92,13 @@ def fit_links(groups: RankGroups, measurements: Sequence[Measurement]) -> LinkSp
 
 
 def log_error(groups: RankGroups, links: LinkSpeeds, measurements: Sequence[Measurement]) -> float:
-    """Return the error of predicted times: the mean square of the logarithms of predicted over measured."""
+    """Return the error of predicted times: the mean square of the logarithms of predicted over measured.
+
+    Args:
+        groups: the data-parallel ranks.
+        links: speeds to judge.
+        measurements: measured times.
+    """
     predicted = [links.seconds(one.collective, groups, one.shard) for one in measurements]
     ratios = [seconds / one.seconds for seconds, one in zip(predicted, measurements, strict=True) if seconds]
     return sum(log(ratio) ** 2 for ratio in ratios) / max(len(ratios), 1)
@@ -133,7 +147,13 @@ def measure(
 
 
 def probe(groups: RankGroups, communicators: Communicators, device: torch.device) -> LinkSpeeds:
-    """Return the link speeds that all ranks measure together, the same on each of them."""
+    """Return the link speeds that all ranks measure together, the same on each of them.
+
+    Args:
+        groups: the data-parallel ranks.
+        communicators: this rank's process groups.
+        device: device of the tensors that are sent.
+    """
     return fit_links(groups, measure(groups, communicators, device))
 
 

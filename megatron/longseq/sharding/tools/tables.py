@@ -118,6 +118,10 @@ def _cell(job: TrainingJob, limit: float | None) -> str:
 def ranked(job: TrainingJob, limit: float | None) -> str:
     """Return the running strategies that fit a job, fastest first.
 
+    Args:
+        job: the model, its ranks and their links.
+        limit: bytes of a rank's model states; None: no limit.
+
     Raises:
         ValueError: no strategy fits.
     """
