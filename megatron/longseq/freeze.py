@@ -127,7 +127,7 @@ def check_count(pattern: str, count: ParamCount, names: list[str]) -> None:
 
     Args:
         pattern: value of --train-only.
-        count: trained and all parameters of all ranks.
+        count: trained and all elements of the whole model.
         names: parameters of this rank.
 
     Raises:

@@ -48,7 +48,7 @@ class Interval:
 
         Args:
             tokens: tokens of the documents of all ranks in the step.
-            squares: sum of the squares of their lengths.
+            squares: sum of the squares of their lengths, see `patches.log.documents`.
         """
         self.steps, self.tokens, self.squares = self.steps + 1, self.tokens + tokens, self.squares + squares
 

@@ -44,7 +44,7 @@ def stage_params(model: Architecture, run: Configuration) -> tuple[StageParams, 
     """Return the parameters of every pipeline rank. A tied output layer on another stage is a copy.
 
     Returns:
-        One entry per pipeline rank, for each of its tensor-parallel ranks.
+        One entry per pipeline rank: the parameters of one of its tensor-parallel ranks.
     """
     tensor, expert = run.tensor_model_parallel_size, run.expert_model_parallel_size
     expert_tensor = run.expert_tensor_parallel_size or tensor

@@ -81,7 +81,7 @@ class StageSeconds(NamedTuple):
         weight: the part of `backward` that zero bubble may delay.
         again: the part of `backward` that is recomputation.
         tensor, context, expert: exposed communication in both.
-        hidden_tensor, hidden_context: communication beside compute.
+        hidden: communication beside compute.
     """
 
     forward: float
@@ -241,7 +241,7 @@ def _bubble(
 
 
 def visible_cells(model: Architecture, length: int) -> float:
-    """Return the (query, key) pairs of a sequence that its attention computes, as FLOP counts define them."""
+    """Return the (query, key) pairs that attention computes for `length` tokens, as FLOP counts define them."""
     cells = length * length / 2
     return min(cells, length * model.window_size) if model.window_size else cells
 
@@ -267,7 +267,11 @@ def model_flops(model: Architecture, tokens: float, cells: float) -> tuple[float
 def price(
     model: Architecture, cluster: Cluster, run: Configuration
 ) -> tuple[float, dict[str, float], dict[str, float]]:
-    """Return the seconds of a step, what they consist of, and the hidden seconds, without memory."""
+    """Return the seconds of a step, without the memory that it needs.
+
+    Returns:
+        Seconds of the step, its exposed parts by name, and the seconds of hidden communication by name.
+    """
     seconds = stage_seconds(model, cluster, run)
     breakdown = pipeline_price(model, cluster, run)
     params = stage_params(model, run)

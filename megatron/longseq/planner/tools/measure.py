@@ -66,7 +66,7 @@ def time_of(run: Callable[[], Any], device: torch.device, budget: float) -> floa
     Args:
         run: the call; it runs once before it is timed.
         device: device of its kernels; a GPU is waited for.
-        budget: seconds after which no further call starts, once the fewest calls are made.
+        budget: seconds after which no further call starts; at least three calls are timed.
     """
     synchronize = torch.cuda.synchronize if device.type == "cuda" else _nothing
     run()
