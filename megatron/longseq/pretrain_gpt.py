@@ -157,14 +157,15 @@ def packed_documents(batch: Batch, tokens_per_sample: int) -> PackedSeqParams | 
     borders = (borders if padded is None else padded)[0]
     own_padded = None if padded is None else borders
     assert longest is not None, "upstream's data sets return it with cu_seqlens"
+    most = int(longest.max())  # on a GPU, the host waits
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=borders,
         cu_seqlens_kv=borders,
         cu_seqlens_q_padded=own_padded,
         cu_seqlens_kv_padded=own_padded,
-        max_seqlen_q=int(longest.max()),
-        max_seqlen_kv=int(longest.max()),
+        max_seqlen_q=most,
+        max_seqlen_kv=most,
         tokens_per_sample=tokens_per_sample,
     )
 

@@ -300,6 +300,7 @@ def _monitor(args: Namespace) -> Any:
         progress=_guards().progress,
         in_steps=in_steps,
         elsewhere=elsewhere,
+        on_gpu=torch.cuda.is_available(),
         prepare=prepare,
     )
 

@@ -36,9 +36,10 @@ class DocumentSums:
             lengths: tokens of each document, [documents].
             window: tokens that a token of a windowed layer sees, with itself; None without windows.
         """
-        lengths = lengths.to(device="cuda", dtype=torch.float64)
+        lengths = lengths.to(torch.float64)
         beyond = torch.zeros_like(lengths) if window is None else (lengths - window).clamp(min=0)
         sums = torch.stack([lengths.sum(), lengths.square().sum(), beyond.square().sum()])
+        sums = sums.to(device="cuda", non_blocking=True)  # a copy that waits would wait for the step's passes
         self.sums = sums if self.sums is None else self.sums + sums
         self.reports += 1
 

@@ -128,7 +128,7 @@ SECTIONS = (
     Section(
         "tests",
         "the tests of tests/gpu that need a device and no more packages",
-        (_tests("pytest", 90, "attention", "pipeline", "cross_entropy"),),
+        (_tests("pytest", 95, "attention", "pipeline", "cross_entropy", "flexsp"),),
     ),
 )
 

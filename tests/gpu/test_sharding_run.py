@@ -55,3 +55,18 @@ def test_losses_are_upstreams(
     assert losses[-1] < losses[0]
     where = f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}"
     tell(f"{where}: --paro {more}: a step takes {best / their_best:.3f} of upstream's distributed optimizer")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() % 4 != 0, reason="needs four CUDA devices, or a multiple of them")
+def test_first_collectives_beside_receives_that_are_posted_early(
+    upstream: tuple[list[float], float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL makes a communicator at its first collective, in a backward, while receives of the pipeline wait.
+
+    All streams share one queue, in which nothing may wait for what is behind it. The job hangs if something does.
+    """
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    pipeline = ("--pipeline-model-parallel-size", "2", "--seq1f1b-splits", "2")
+    losses, _ = trained(tmp_path, "--paro", "NIG", "--paro-group-size", "2", *pipeline)
+    theirs, _ = upstream
+    assert all(abs(mine / yours - 1) < 2e-2 for mine, yours in zip(losses, theirs, strict=True)), (losses, theirs)

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.blended_dataset import BlendedDataset
 
+from megatron.longseq.attention.runtime.document_attention import single_rank_strategy
 from megatron.longseq.flexsp.plan.plan import Kind, Microbatch, SequenceGroup, StepPlan
 from megatron.longseq.flexsp.runtime.data import training_start
 from megatron.longseq.flexsp.runtime.documents import (
@@ -23,6 +25,7 @@ from megatron.longseq.flexsp.runtime.documents import (
     DocumentSource,
     cut_documents,
 )
+from megatron.longseq.flexsp.runtime.microbatch import pack_documents
 from megatron.longseq.flexsp.runtime.runner import StepRunner
 from megatron.longseq.flexsp.runtime.steps import GlobalBatches, Lookahead, PlannedBatch
 from tests.packed_corpus import EOD, write_documents
@@ -192,6 +195,22 @@ def test_a_plan_that_is_late_is_counted_and_waited_for() -> None:
     assert lookahead.late == 1
 
 
+def test_the_planner_gives_the_interpreter_back_soon() -> None:
+    """With Python's default, every call of torch that the training makes meanwhile would take 5 ms."""
+    seen, before = [], sys.getswitchinterval()
+
+    def plan(lengths: Sequence[int], cost: Any) -> StepPlan:
+        seen.append(sys.getswitchinterval())
+        return one_group(lengths)
+
+    sys.setswitchinterval(0.005)
+    try:
+        Lookahead(GlobalBatches(lambda sample: sample + 1, 2), plan, COST, depth=1).batch(0)
+    finally:
+        sys.setswitchinterval(before)
+    assert seen[0] == pytest.approx(1e-4)
+
+
 def test_a_new_cost_model_counts_for_steps_that_are_not_planned_yet() -> None:
     """It must not depend on how far the thread has come, or ranks would have different plans."""
     seen: dict[int, Any] = {}
@@ -238,6 +257,24 @@ def test_documents_are_counted_from_the_checkpoint() -> None:
     assert training_start(now) == (5, 77)
     now.flexsp_saved = (4, 60)  # --override-ckpt-iteration
     assert training_start(now) == (0, 0)
+
+
+def test_tensors_are_pinned_on_their_way_to_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the host waits in every micro-batch until the GPU has done all that it was given before."""
+    pinned = []
+
+    def pin_memory(self: torch.Tensor) -> torch.Tensor:
+        pinned.append(self.data_ptr())
+        return self
+
+    def to(self: torch.Tensor, device: torch.device, *, non_blocking: bool = False) -> torch.Tensor:
+        assert device.type == "cuda" and non_blocking and self.data_ptr() in pinned
+        return self
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    batch = pack_documents([], single_rank_strategy(), 7, 1, torch.device("cuda"))
+    assert len(set(pinned)) == 4 and batch.tokens[0].tolist() == [7] * batch.tokens.numel()
 
 
 def test_another_scripts_batches_are_refused() -> None:

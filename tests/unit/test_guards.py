@@ -73,6 +73,9 @@ def test_verdict_names_the_ranks_to_look_at() -> None:
     assert "rank 0 (n1, pid 4): step 5" in text and "waits for its gradient from rank 1" in text
     monitor.store = object()  # type: ignore[assignment]  # one that fails when it is asked
     assert "Look at ranks 1 first: they wait for no other rank" in monitor.verdict({0: waiting, 1: working, 2: waiting})
+    monitor.on_gpu = True  # a host that waits for its GPU looks like one that computes
+    on_gpus = monitor.verdict({0: working, 1: working, 2: waiting})
+    assert "Ranks 0, 1 compute, or wait in this line for their GPU" in on_gpus and "wait for no other" not in on_gpus
     silent = monitor.verdict({0: waiting, 1: None, 2: waiting})
     assert "rank 1: does not report: it is stopped, dead or cut off" in silent
 

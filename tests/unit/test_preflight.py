@@ -67,6 +67,23 @@ def test_a_busy_gpu_clocks_and_data_files() -> None:
     assert failures(*missing)["data files"] == "a.bin on n1: No such file or directory"
 
 
+@pytest.mark.parametrize(
+    ("visible", "indices"),
+    [(None, [0, 1, 2]), ("1,2", [1, 2]), ("GPU-b", [1]), ("", []), ("-1", []), ("MIG-x/7/0", [0, 1, 2])],
+)
+def test_gpus_of_others_on_the_node_are_left_out(
+    visible: str | None, indices: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = [f"{index}, GPU-{uuid}-4711, NVIDIA H100 80GB HBM3, 70000, [N/A]" for index, uuid in enumerate("abc")]
+    monkeypatch.setattr(facts, "_nvidia_smi", lambda fields: listed if fields.startswith("index,uuid") else [])
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [gpu["index"] for gpu in facts.gpus()] == indices
+    assert all(gpu["name"] == "NVIDIA H100 80GB HBM3" and gpu["used_mib"] == 70000 for gpu in facts.gpus())
+
+
 def test_parameters_of_a_dense_model() -> None:
     assert parameters(ARGS) == 2 * (4 * 64 + 3 * 8 * 32) + 100 * 8
 

@@ -82,12 +82,29 @@ def _nvidia_smi(fields: str) -> list[str]:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Return name, memory in use (MiB) and utilization (%) of each GPU of the node."""
+    """Return name, memory in use (MiB) and utilization (%) of each GPU of the node that its ranks may use."""
     found = []
-    for line in _nvidia_smi("index,name,memory.used,utilization.gpu"):
-        index, name, used, busy = (word.strip() for word in line.split(","))
-        found.append({"index": int(index), "name": name, "used_mib": _number(used), "busy_percent": _number(busy)})
+    for line in _nvidia_smi("index,uuid,name,memory.used,utilization.gpu"):
+        index, uuid, name, used, busy = (word.strip() for word in line.split(","))
+        if is_visible(index, uuid, os.environ.get("CUDA_VISIBLE_DEVICES")):
+            found.append({"index": int(index), "name": name, "used_mib": _number(used), "busy_percent": _number(busy)})
     return found
+
+
+def is_visible(index: str, uuid: str, visible: str | None) -> bool:
+    """Return whether CUDA_VISIBLE_DEVICES allows a GPU. nvidia-smi lists the others, too, which may serve other users.
+
+    Args:
+        index, uuid: of the GPU, as nvidia-smi has them.
+        visible: the variable; None: it is not set. If it names parts of GPUs (MIG), every GPU may be one of theirs.
+    """
+    if visible is None:
+        return True
+    entries = [entry.strip() for entry in visible.split(",")]
+    return any(
+        entry == index or entry.startswith("MIG-") or (entry.startswith("GPU-") and uuid.startswith(entry))
+        for entry in entries
+    )
 
 
 def _number(text: str) -> float:

@@ -1,7 +1,11 @@
-"""Process groups of all degrees and kinds. All ranks of the job make them once, in the same order."""
+"""Process groups of all degrees and kinds. All ranks of the job make them once, in the same order.
+
+A rank is in dozens of them, of which a step uses a few. NCCL allocates the buffers of a communicator with its first
+messages, so the ranks of a group are connected when a plan first uses it.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -25,10 +29,12 @@ class FlexibleGroups:
     Attributes:
         domain: data- and context-parallel ranks that share the documents of a step, in order.
         strategies: communicators of each group that this rank is in.
+        connected: process groups over which messages have been sent.
     """
 
     domain: dist.ProcessGroup
     strategies: dict[Place, CPStrategy]
+    connected: set[dist.ProcessGroup] = field(default_factory=set)
 
     @property
     def rank(self) -> int:
@@ -53,11 +59,35 @@ class FlexibleGroups:
             )
         return self.strategies[mesh, ranks]
 
+    def connect(self, strategy: CPStrategy) -> None:
+        """Send the first messages of a group, unless it has sent some. Its ranks call this at the same time.
+
+        NCCL needs all ranks of a communicator for the first messages, but a plan may let some ranks of a ring send
+        nothing. The messages are of the kind that attention sends, because NCCL allocates buffers for each kind.
+        """
+        if strategy.ulysses is not None and self._is_new(strategy.ulysses.group):
+            size = strategy.ulysses.group.size()
+            GroupCollectives(strategy.ulysses.group).all_to_all(torch.zeros(size, device=_device(self.domain)))
+        if strategy.mesh.ring == 1 or strategy.ring is None:
+            return
+        for name in CHANNELS:
+            group = getattr(strategy.ring, name).group
+            if self._is_new(group):
+                rank, size = group.rank(), group.size()
+                sent, received = torch.zeros(2, 1, device=_device(self.domain))
+                P2PChannel(group).post([((rank + 1) % size, sent)], [((rank - 1) % size, received)]).wait()
+
+    def _is_new(self, group: dist.ProcessGroup) -> bool:
+        is_new = group not in self.connected
+        self.connected.add(group)
+        return is_new
+
 
 def open_groups(domain: dist.ProcessGroup, places: Sequence[Place], timeout: timedelta | None = None) -> FlexibleGroups:
     """Make the communicators of all groups that plans may use. All ranks of the job call this at the same time.
 
     Groups of the same ranks are shared: the pairs of an all-to-all of two ranks are also those of a mesh of 2 x 2.
+    Nothing is sent yet, see `FlexibleGroups.connect`.
 
     Args:
         domain: the ranks that share the documents of a step.
@@ -73,21 +103,28 @@ def open_groups(domain: dist.ProcessGroup, places: Sequence[Place], timeout: tim
             if rank in ranks:
                 strategies[mesh, ranks] = single_rank_strategy()
             continue
-        exchange = maker.make("all", domains, ranks, mesh.ulysses_groups)
-        rings = {name: maker.make(name, domains, ranks, mesh.ring_groups) for name in channels}
+        exchange = maker.make("all", domains, ranks, mesh.ulysses_groups) if mesh.ulysses > 1 else None
+        rings = {name: maker.make(name, domains, ranks, mesh.ring_groups) for name in channels if mesh.ring > 1}
         if rank in ranks:
             strategies[mesh, ranks] = CPStrategy(
                 mesh,
                 rank - ranks[0],
-                GroupCollectives(exchange) if mesh.ulysses > 1 and exchange is not None else None,
-                RingChannels(*(P2PChannel(rings.get(name) or _of(rings["kv"])) for name in CHANNELS)),
+                None if exchange is None else GroupCollectives(exchange),
+                _channels(rings) if mesh.ring > 1 else single_rank_strategy().ring,
             )
     return FlexibleGroups(domain, strategies)
 
 
-def _of(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    assert group is not None, "this rank is in one of the rings of its group"
-    return group
+def _channels(rings: dict[str, dist.ProcessGroup | None]) -> RingChannels:
+    """Return the channels of a ring, which share one process group where no other was made."""
+    groups = [rings.get(name) or rings["kv"] for name in CHANNELS]
+    assert None not in groups, "this rank is in one of the rings of its group"
+    return RingChannels(*(P2PChannel(group) for group in groups if group is not None))
+
+
+def _device(group: dist.ProcessGroup) -> torch.device:
+    is_nccl = dist.get_backend(group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
 
 
 class _GroupMaker:
@@ -127,10 +164,3 @@ class _GroupMaker:
         group = dist.new_group(list(ranks), self.timeout, dist.get_backend(self.like), options)
         if dist.get_rank() in ranks:
             self._own[key] = group
-            _warm(group)
-
-
-def _warm(group: dist.ProcessGroup) -> None:
-    """Run a first collective: NCCL connects the ranks there, which would otherwise delay a step."""
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else None
-    dist.all_reduce(torch.zeros(1, device=device), group=group)

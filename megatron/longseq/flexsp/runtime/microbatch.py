@@ -62,16 +62,19 @@ def pack_documents(
     positions = torch.cat([torch.arange(*one) for one in positions_in_documents(found, 0, ranges)])
     filler = total - sum(sizes)
     tokens, labels, mask = (
-        torch.from_numpy(np.concatenate([*(getattr(one, name) for one in documents), np.full(filler, fill, dtype)]))[
-            rows
-        ].to(device, non_blocking=True)[None]
+        _to_device(
+            torch.from_numpy(
+                np.concatenate([*(getattr(one, name) for one in documents), np.full(filler, fill, dtype)])
+            )[rows],
+            device,
+        )[None]
         for name, fill, dtype in (
             ("tokens", pad, np.int64),
             ("labels", pad, np.int64),
             ("loss_mask", 0, np.float32),
         )
     )
-    positions = positions.to(device, non_blocking=True)
+    positions = _to_device(positions, device)
     packed = PackedDocuments(
         qkv_format="sbhd",
         documents=found if has_borders(found) else None,
@@ -81,3 +84,8 @@ def pack_documents(
         strategy=strategy,
     )
     return GroupBatch(tokens, labels, mask, positions[None], packed)
+
+
+def _to_device(host: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from the host. Memory that is not pinned would make the host wait for all kernels before."""
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core.utils import get_model_config
 
 from megatron.longseq.attention.plan.layout import Mesh
+from megatron.longseq.attention.runtime.strategies import CPStrategy
 from megatron.longseq.flexsp.plan.plan import SequenceGroup
 from megatron.longseq.flexsp.runtime.clock import StepClock
 from megatron.longseq.flexsp.runtime.groups import FlexibleGroups
@@ -63,6 +64,7 @@ class StepRunner:
         """
         step = self._next(data_iterator)
         self._agree(step.batch)
+        self._connect(step.batch)
         chunks = model if isinstance(model, list) else [model]
         clock = StepClock()
         iterators = [self._microbatches(step, clock if chunk == 0 else None) for chunk in range(len(chunks))]
@@ -108,13 +110,25 @@ class StepRunner:
             f"{alike}. Plans follow from the data, the flags and the cost model: check that all ranks read the same."
         )
 
+    def _connect(self, batch: PlannedBatch) -> None:
+        """Connect the groups of the step that no step before it has used, in the order of micro-batches on all ranks.
+
+        The clock does not run yet: connecting takes long, and is no part of the time of a group.
+        """
+        for microbatch in batch.plan.microbatches:
+            self.groups.connect(self._strategy(self.own_group(microbatch.groups)))
+
+    def _strategy(self, group: SequenceGroup) -> CPStrategy:
+        return self.groups.strategy(Mesh(group.kind.ulysses, group.kind.ring), tuple(group.ranks))
+
     def _microbatches(self, step: PlannedStep, clock: StepClock | None) -> Iterator[GroupBatch]:
         for microbatch in step.batch.plan.microbatches:
             if clock is not None:
                 clock.begin()
             group = self.own_group(microbatch.groups)
-            strategy = self.groups.strategy(Mesh(group.kind.ulysses, group.kind.ring), tuple(group.ranks))
-            yield pack_documents(step.documents(group.sequences), strategy, self.pad, self.tensor, device())
+            yield pack_documents(
+                step.documents(group.sequences), self._strategy(group), self.pad, self.tensor, device()
+            )
 
     def _whole_loss(self, reports: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
         """Sum the (loss, tokens) of an evaluation over micro-batches and ranks.

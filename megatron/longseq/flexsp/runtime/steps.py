@@ -1,5 +1,6 @@
 """Steps of a run: the documents of each global batch, and their plan, which is made in the background."""
 
+import sys
 import threading
 import zlib
 from collections import deque
@@ -12,6 +13,7 @@ from megatron.longseq.flexsp.plan.plan import StepPlan
 from megatron.longseq.flexsp.runtime.documents import Document, DocumentSource
 
 Plan = Callable[..., StepPlan]
+SWITCH_SECONDS = 1e-4  # how long a planner may hold the interpreter's lock while the training waits for it
 
 
 @dataclass
@@ -121,7 +123,12 @@ class Lookahead:
         return future.result()
 
     def _work(self) -> None:
-        """Make the plans of the queue. A process that exits waits only for the plan that is being made."""
+        """Make the plans of the queue. A process that exits waits only for the plan that is being made.
+
+        The training gives up the interpreter's lock in every call of torch. By default this thread would then hold it
+        for 5 ms, so that the host launched a kernel every 5 ms, and a GPU would wait for it.
+        """
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_SECONDS))
         while True:
             with self._lock:
                 if not self._queue or not threading.main_thread().is_alive():

@@ -82,6 +82,7 @@ class StallMonitor:
         progress: of this rank.
         in_steps: seconds without progress in a step or an evaluation that are a stall; 0: never.
         elsewhere: the same before the end of the first step and while checkpoints are saved or loaded.
+        on_gpu: whether the ranks compute on GPUs, for which their hosts wait in any line that reads a result.
         say: receives reports.
         end: ends this process.
         prepare: called first in the thread.
@@ -93,6 +94,7 @@ class StallMonitor:
     progress: StepProgress
     in_steps: float
     elsewhere: float
+    on_gpu: bool = False
     say: Callable[[str], None] = _to_stderr
     end: Callable[[], None] = _end_process
     prepare: Callable[[], object] = lambda: None
@@ -205,6 +207,11 @@ class StallMonitor:
             lines.append("The other ranks could not be asked: look at the end of their logs.")
         elif silent:
             lines.append(f"Look at ranks {_list(silent)} first: they do not answer.")
+        elif idle and self.on_gpu:
+            lines.append(
+                f"Ranks {_list(idle)} compute, or wait in this line for their GPU, which may wait for another rank. "
+                "Look first at a rank whose step or line differs from that of the others."
+            )
         elif idle:
             lines.append(f"Look at ranks {_list(idle)} first: they wait for no other rank.")
         lines.append(
