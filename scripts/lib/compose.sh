@@ -2,6 +2,8 @@
 # Sourced by launch.sh: composes the command in the array COMMAND and its environment in SET_ENV.
 # shellcheck disable=SC2153,SC2154  # variables in capitals are set in options.sh and settings.sh
 
+readonly STEERING='CUDA_DEVICE_MAX_CONNECTIONS|PYTORCH_(CUDA_)?ALLOC_CONF|(NCCL|GLOO|TORCH_NCCL)_[A-Z0-9_]+'
+
 compose() {
   set_environment
   case $MODE in
@@ -199,6 +201,10 @@ compose_docker() {
   for pair in CUDA_VISIBLE_DEVICES LONGSEQ_STOP_SECONDS; do
     [[ -z ${!pair+set} ]] || COMMAND+=(--env "$pair=${!pair}")
   done
+  # What steers CUDA, NCCL, gloo and PyTorch's allocator. Other variables, such as CUDA_HOME, are of this machine.
+  while IFS= read -r pair; do
+    [[ ! $pair =~ ^($STEERING)$ ]] || COMMAND+=(--env "$pair=${!pair}")
+  done < <(compgen -e)
   for pair in "${SITE_ENV[@]}"; do COMMAND+=(--env "${pair%%=*}"); done
   while IFS= read -r folder; do COMMAND+=(--volume "$folder:$folder"); done < <(mounted_folders)
   COMMAND+=("$IMAGE" bash "$ROOT/scripts/launch.sh" --local --nproc "$PER_NODE" --run-dir "$RUN_DIR")

@@ -188,6 +188,18 @@ def test_a_submission_that_fails_leaves_nothing(launcher: Launcher) -> None:
     assert not (launcher.folder / "out").exists()
 
 
+def test_docker_gets_what_steers_the_devices(launcher: Launcher) -> None:
+    """Upstream refuses tensor parallelism without the first of these."""
+    launcher.path.fake("docker")
+    own = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "NCCL_DEBUG": "INFO", "PYTORCH_CUDA_ALLOC_CONF": "a:b,c:d e"}
+    others = {"CUDA_HOME": "/usr/local/cuda", "MY_NCCL_DEBUG": "1"}
+    assert launcher.run("--docker", "image", "--nproc", "2", *END, env={**own, **others}).returncode == 0
+    (call,) = launcher.path.calls("docker")
+    given = [call.argv[i + 1] for i, word in enumerate(call.argv) if word == "--env"]
+    assert {f"{name}={value}" for name, value in own.items()} <= set(given)
+    assert not [word for word in given if word.partition("=")[0] in others]
+
+
 @pytest.mark.slow
 def test_a_run_folder_in_the_checkout_is_no_change_of_the_code(launcher: Launcher) -> None:
     root = launcher.folder / "checkout"
