@@ -52,8 +52,6 @@ def prove_batches(args: Namespace, plan: Any) -> list[str]:
     for batch in batches(args):
         try:
             plan.schedule(batch.microbatches, batch.forward_only)
-            if plan.one_queue:
-                plan.receives(batch.microbatches, batch.forward_only)
         except ValueError as error:
             message = f"{batch.name}, {batch.microbatches} micro-batches: {error}"
             if batch.is_certain:

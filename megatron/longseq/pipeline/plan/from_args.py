@@ -86,25 +86,17 @@ class PipelinePlan:
         Args:
             microbatches, forward_only: see `schedule`.
             synchronized: whether to return `plan_synchronized_receives` in any case.
-
-        Raises:
-            ValueError: the ranks would deadlock on one queue.
         """
         schedule = self.schedule(microbatches, forward_only)
         if self.synchronizes or synchronized:
-            return plan_synchronized_receives(schedule)  # on one queue, too: it waits for less than the whole device
+            return plan_synchronized_receives(schedule)
         if not self.one_queue:
             return plan_receives(schedule)
         for ahead in range(1, AHEAD + 1):  # on one queue, a receive behind another one delays compute
             receives = plan_receives(schedule, ahead)
             if is_deadlock_free_on_one_queue(schedule, receives):
                 return receives
-        raise ValueError(
-            "with CUDA_DEVICE_MAX_CONNECTIONS=1, a GPU starts work in the order of submission, and in that order the "
-            f"ranks of {schedule.name} ({schedule.pipeline}) would deadlock on each other's messages. Give fewer "
-            "segments or virtual stages, or less --seq1f1b-slack; or unset the variable where upstream allows it "
-            "(without tensor and context parallelism, or on Blackwell and later GPUs)."
-        )
+        return plan_synchronized_receives(schedule)
 
 
 def plan_from_args(args: Namespace, *, one_queue: bool = False) -> PipelinePlan:
