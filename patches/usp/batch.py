@@ -78,6 +78,7 @@ def _borders(batch: dict[str, Any]) -> torch.Tensor | None:
 
 def _cut_by_document(batch: dict[str, Any]) -> dict[str, Any] | None:
     """Return this rank's part of a packed batch; None if its documents lie as a sequence without documents does."""
+    from megatron.longseq.attention.kernels.base import copy_to
     from megatron.longseq.attention.plan.packing import documents_of
     from patches.packed.model import packed_reader
 
@@ -94,7 +95,7 @@ def _cut_by_document(batch: dict[str, Any]) -> dict[str, Any] | None:
     if layout.pieces is None:
         return None
     rows = [torch.arange(*one) for part in range(len(layout.lengths)) for one in layout.positions(reader.rank, part)]
-    index = torch.cat(rows).to(borders.device)
+    index = copy_to(torch.cat(rows), borders.device)
     return {**batch, **{name: value.index_select(1, index) for name, value in known.items()}}
 
 

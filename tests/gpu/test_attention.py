@@ -1,6 +1,7 @@
 """Attention kernels and segments on a GPU: values against float64, and what splitting a sequence costs."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from megatron.longseq.attention.kernels.flash_cuda import (
 from megatron.longseq.attention.kernels.merge import merge_
 from megatron.longseq.attention.kernels.reference import Reference
 from megatron.longseq.attention.kernels.select import HOPPER, select_kernel, select_merge
+from megatron.longseq.attention.plan.ranges import Documents, DocumentSpan
 from megatron.longseq.attention.runtime.kv_cache import SegmentKVCache
 from tests.unit.attention_bed import Split, oracle, qkv, seen, tensors
 
@@ -109,8 +111,8 @@ def test_packed_blocks_are_blocks_one_by_one(kernel: Kernel, heads: str, mask: s
 
 
 def test_fused_merge_is_the_merge_by_operators() -> None:
-    merge = select_merge("cuda").function
-    assert merge is not merge_, select_merge("cuda").why
+    merge = pytest.importorskip("megatron.longseq.attention.kernels.merge_triton").fused_merge_
+    assert select_merge("cuda").function is not merge_, select_merge("cuda").why
     for batch, rows in (
         (2, None),
         (1, torch.arange(5, 400, 3, device="cuda")),
@@ -159,6 +161,27 @@ def test_segments_equal_unsplit_attention(kernel: Kernel, heads: str, window: in
         # dk and dv are sums of rounded parts (one call rounds once): at most twice the rounding in the square.
         assert relative(split.results(), exact) < 1.5 * whole
         cache.assert_empty()
+
+
+def test_documents_do_not_make_the_host_wait(kernel: Kernel) -> None:
+    """Every micro-batch has other documents, whose offsets and indices are copied to the device."""
+    inputs = cuda(*qkv(1024, 2, (8, 2), 64, dtype=torch.bfloat16))
+
+    def run(border: int) -> None:
+        spans = tuple(
+            tuple(DocumentSpan(begin, end, begin) for begin, end in pairwise((0, first, *range(50, 1000, 50), 1024)))
+            for first in (border, border + 1)
+        )
+        cache = SegmentKVCache()
+        Split(inputs, [512, 512], cache, kernel, documents=Documents(spans), window=100).run()
+        cache.assert_empty()
+
+    run(7)  # loads kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(9)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_dropout_draws_the_same_mask_in_backward() -> None:

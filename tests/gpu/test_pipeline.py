@@ -36,6 +36,19 @@ def test_one_stage_has_upstreams_losses(
     assert theirs.curve[-1]["loss"] < theirs.curve[0]["loss"] - 0.1
 
 
+def test_a_vote_is_read_without_waiting_for_later_segments() -> None:
+    from megatron.longseq.pipeline.runtime.forward_step import _read_later
+
+    for value in (0, 1):
+        read = _read_later(torch.full((1,), value, dtype=torch.int32, device="cuda"))
+        torch.cuda._sleep(4_000_000_000)  # cycles: some seconds
+        end = torch.cuda.Event()
+        end.record()
+        assert read() is bool(value)
+        assert not end.query()
+        torch.cuda.synchronize()
+
+
 def test_full_recompute_changes_nothing(ranks: RankPool) -> None:
     base = flags(TINY, GPU, "--bf16 --seq1f1b-splits 4")
     full = flags("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1")

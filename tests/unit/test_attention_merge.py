@@ -111,6 +111,13 @@ def test_the_merge_is_chosen_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu.function is merge_ and "PyTorch's operators (device cpu)" in cpu.why
     pytest.importorskip("triton")
     assert cuda.function is not merge_ and cuda.why == "fused merge by Triton"
+    given = [torch.zeros(3, 1, 2, 4), torch.zeros(1, 2, 3), torch.ones(3, 1, 2, 4), torch.ones(1, 2, 3)]
+    found, expected = [x.clone() for x in given], [x.clone() for x in given]
+    merge_(*expected)
+    with pytest.warns(UserWarning, match="Triton cannot compile: "):  # there is no driver here
+        cuda.function(*found)
+    cuda.function(*given)
+    assert all(torch.equal(*pair) for one in (found, given) for pair in zip(one, expected, strict=True))
     for name in ("triton", "megatron.longseq.attention.kernels.merge_triton"):
         monkeypatch.setitem(sys.modules, name, None)
     without = select.select_merge.__wrapped__("cuda")

@@ -36,6 +36,7 @@ from megatron.longseq.attention.plan.ranges import (
 )
 from megatron.longseq.attention.plan.ring_schedule import Ring, plan_all_gather, plan_layout_ring
 from megatron.longseq.attention.plan.tiles import Mask, plan_causal
+from megatron.longseq.attention.runtime.packing import index_of
 from tests.unit.attention_bed import assert_close, tensors
 from tests.unit.context_run import Problem, run
 from tests.unit.flash_bed import early_flash_attn_3, flash_attn_2, flash_attn_3, install
@@ -94,6 +95,21 @@ def test_packed_blocks_are_blocks_one_by_one(kernel: Kernel, mask: str, heads: t
     out, lse = kernel.forward_packed(q, k, v, scores, lengths)
     grads = kernel.backward_packed(BackwardInputs(grad, q, k, v, out, lse), scores, lengths)
     assert_close([out, lse, *grads], one_by_one(q, k, v, grad, scores, lengths), 200)
+
+
+def test_copies_to_a_gpu_do_not_make_the_host_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[object] = []
+
+    def to(x: Tensor, device: torch.device, *, non_blocking: bool = False) -> Tensor:
+        copies.append((device.type, non_blocking))
+        return x
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: copies.append("pinned") or x)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    device = torch.device("cuda")
+    PackedLengths((1, 2), (3, 4)).offsets(device)
+    index_of([TokenRange(0, 2), TokenRange(5, 9)], device)
+    assert copies == ["pinned", ("cuda", True)] * 3
 
 
 @st.composite

@@ -15,6 +15,7 @@ from megatron.longseq.attention.module import ContextParallel
 from megatron.longseq.attention.runtime.document_layouts import DocumentLayouts
 from megatron.longseq.attention.runtime.packed_batch import PackedReader
 from megatron.longseq.pipeline.plan.from_args import PipelinePlan
+from megatron.longseq.pipeline.plan.receives import ReceiveOrder
 from megatron.longseq.pipeline.plan.schedule import Action, Schedule
 from megatron.longseq.pipeline.plan.simulate import ActionTime
 from megatron.longseq.pipeline.runtime.document_cuts import DocumentCuts
@@ -66,6 +67,7 @@ class ForwardBackward:
     split: Attachment | None = None
     reporter: HangReporter | None = None
     steps: int = 0
+    kinds: set[bool] = field(default_factory=set)  # `forward_only` of the steps so far
     measured: tuple[Schedule, int, Callable[[], tuple[ActionTime, ...]]] | None = None
 
     def __call__(  # noqa: PLR0913  # upstream's keywords
@@ -209,6 +211,17 @@ class ForwardBackward:
         lengths = cuts[action.microbatch] if cuts else self.plan.lengths
         return lengths[action.segment] // shards, micro_batch_size, hidden_size
 
+    def _receives(self, microbatches: int, forward_only: bool) -> tuple[ReceiveOrder, ...]:
+        """Return the receive order of every rank in this step.
+
+        The first step of each kind may load kernels, for which CUDA may wait for the whole device. On serial channels,
+        an early receive would delay sends.
+        """
+        is_first = forward_only not in self.kinds
+        self.kinds.add(forward_only)
+        is_serial = self.channels is not None and self.channels.is_serial
+        return self.plan.receives(microbatches, forward_only, synchronized=is_first or is_serial)
+
     def _executor(self, step: StepRequest, microbatches: int, config: Any, groups: Any) -> Executor:
         schedule = self.plan.schedule(microbatches, step.forward_only)
         self.steps += not step.forward_only
@@ -221,7 +234,7 @@ class ForwardBackward:
             rank=groups.pp.rank(),
             chunks=self.chunks,
             channels=self.channels,
-            receive_order=self.plan.receives(microbatches, step.forward_only)[groups.pp.rank()],
+            receive_order=self._receives(microbatches, step.forward_only)[groups.pp.rank()],
             shape=lambda action: self._shape(action, shards, step.micro_batch_size, config.hidden_size),
             step=step,
             reporter=self.reporter,

@@ -24,6 +24,14 @@ class Scores:
     window: int | None = None
 
 
+def copy_to(x: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host on a device.
+
+    On a GPU the host does not wait. From memory that is not pinned, it would wait for all earlier work of the stream.
+    """
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 @dataclass(frozen=True, slots=True)
 class PackedLengths:
     """Lengths of blocks whose queries, and whose keys, are packed one after another.
@@ -43,7 +51,7 @@ class PackedLengths:
         key = ("offsets", device)
         if key not in self.memo:
             self.memo[key] = tuple(
-                torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32).to(device)
+                copy_to(torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32), device)
                 for lengths in (self.rows, self.keys)
             )
         return self.memo[key]  # type: ignore[no-any-return]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron.longseq.attention.kernels.base import BackwardInputs, PackedLengths, Scores
+from megatron.longseq.attention.kernels.base import BackwardInputs, PackedLengths, Scores, copy_to
 
 LAUNCH_COST = 1 << 13  # scores whose computation takes about as long as one more launch
 LAUNCH_SHARE = 64  # a launch must save this part of all scores, too, so that there are a few launches for any lengths
@@ -217,11 +217,11 @@ def _side(sizes: Tensor, begins: Tensor) -> _Side:
 
 
 def _to(side: _Side, device: torch.device) -> _Side:
-    return side._replace(index=side.index.to(device), places=_to_device(side.places, device))
+    return side._replace(index=copy_to(side.index, device), places=_to_device(side.places, device))
 
 
 def _to_device(x: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if x is None else x.to(device)
+    return None if x is None else copy_to(x, device)
 
 
 def _hidden(rows: Tensor, keys: Tensor, scores: Scores) -> Tensor | None:

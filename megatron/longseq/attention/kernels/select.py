@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import logging
+import subprocess
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from megatron.longseq.attention.kernels.torch_cpu import CpuFlash
 
 logger = logging.getLogger(__name__)
 
+# What Triton raises without a C compiler, without Python's headers or without the driver's library.
+CANNOT_COMPILE = (RuntimeError, OSError, AssertionError, subprocess.SubprocessError)
 HOPPER = 9  # major compute capability of the devices for which FlashAttention 3 is made
 
 Merge = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], None]  # see `merge.merge_`
@@ -185,14 +188,37 @@ class MergeChoice(NamedTuple):
 
 @functools.cache
 def select_merge(device_type: str) -> MergeChoice:
-    """Return the fastest merge on a type of device: fused by Triton on a GPU, else PyTorch's operators."""
+    """Return the fastest merge on a type of device: fused by Triton on a GPU, else PyTorch's operators.
+
+    Triton compiles at the first call. Where it cannot, that call warns, and the merge is by PyTorch's operators.
+    """
     if device_type != "cuda":
         return MergeChoice(merge_, f"merge by PyTorch's operators (device {device_type})")
     try:
         from megatron.longseq.attention.kernels.merge_triton import fused_merge_
     except ImportError as error:
         return MergeChoice(merge_, f"merge by PyTorch's operators (not fused: {error})")
-    return MergeChoice(fused_merge_, "fused merge by Triton")
+    return MergeChoice(_falling_back(fused_merge_), "fused merge by Triton")
+
+
+def _falling_back(fused: Merge) -> Merge:
+    """Return a fused merge that is replaced by `merge_` if its first call cannot be compiled, which changes nothing."""
+    chosen: list[Merge] = []
+
+    def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor, rows: Tensor | None = None) -> None:
+        if not chosen:
+            try:
+                fused(out, lse, block_out, block_lse, rows)
+            except CANNOT_COMPILE as error:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                warnings.warn(f"merge by PyTorch's operators, because Triton cannot compile: {reason}", stacklevel=2)
+                chosen.append(merge_)
+            else:
+                chosen.append(fused)
+                return
+        chosen[0](out, lse, block_out, block_lse, rows)
+
+    return merge
 
 
 @dataclass

@@ -14,6 +14,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron.longseq.attention.kernels.base import copy_to
 from megatron.longseq.attention.plan.layout import Pieces
 from megatron.longseq.attention.plan.packing import documents_of, has_borders, positions_in_documents
 from megatron.longseq.attention.plan.ranges import Documents
@@ -120,7 +121,7 @@ class PackedReader:
             qkv_format="sbhd",
             documents=documents if has_borders(documents) else None,
             pieces=layout.pieces,
-            positions=positions.to(device, non_blocking=True),
+            positions=copy_to(positions, device),
             length=length,
         )
 

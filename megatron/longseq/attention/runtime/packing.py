@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from megatron.longseq.attention.kernels.base import BackwardInputs, Kernel, PackedLengths, Scores
+from megatron.longseq.attention.kernels.base import BackwardInputs, Kernel, PackedLengths, Scores, copy_to
 from megatron.longseq.attention.plan.launches import Launch
 from megatron.longseq.attention.plan.layout import ReceivedRows
 from megatron.longseq.attention.plan.ranges import TokenRange, TokenRanges
@@ -29,7 +29,7 @@ def index_of(ranges: Sequence[TokenRange], device: torch.device) -> Tensor:
     """
     begins, sizes = torch.tensor([one.begin for one in ranges]), torch.tensor([one.size for one in ranges])
     shifts = begins - (sizes.cumsum(0) - sizes)
-    return (torch.arange(int(sizes.sum())) + shifts.repeat_interleave(sizes)).to(device)
+    return copy_to(torch.arange(int(sizes.sum())) + shifts.repeat_interleave(sizes), device)
 
 
 @lru_cache(maxsize=64)
@@ -301,4 +301,4 @@ def _packed_rows(
     rows = index_of(ranges, torch.device("cpu"))
     sizes = torch.tensor([one.size for one in ranges])
     index = rows * batch + torch.tensor(sequences).repeat_interleave(sizes)
-    return PackedRows(span, TokenRange(0, batch), index.to(device))
+    return PackedRows(span, TokenRange(0, batch), copy_to(index, device))

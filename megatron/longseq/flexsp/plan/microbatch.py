@@ -61,7 +61,7 @@ class _Search:
         return self._best
 
     def seconds(self, counts: DegreeCounts) -> float:
-        """Return the seconds of the micro-batch with groups of these degrees; infinite if they do not do."""
+        """Return the seconds of the micro-batch with groups of these degrees; infinite if the sequences do not fit."""
         if counts not in self.tried:
             seconds, groups = self.tried[counts] = self._try(counts)
             if groups is not None and (self._best is None or seconds < self.tried[self._best][0]):

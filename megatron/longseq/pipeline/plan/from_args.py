@@ -10,7 +10,13 @@ from megatron.longseq.attention.plan.layout import length_multiple
 from megatron.longseq.attention.plan.ranges import Documents
 from megatron.longseq.pipeline.plan import generators, partition
 from megatron.longseq.pipeline.plan.document_partition import DocumentCut, cut_by_documents
-from megatron.longseq.pipeline.plan.receives import AHEAD, ReceiveOrder, is_deadlock_free_on_one_queue, plan_receives
+from megatron.longseq.pipeline.plan.receives import (
+    AHEAD,
+    ReceiveOrder,
+    is_deadlock_free_on_one_queue,
+    plan_receives,
+    plan_synchronized_receives,
+)
 from megatron.longseq.pipeline.plan.schedule import Pipeline, Schedule
 from megatron.longseq.pipeline.plan.segment_cost import (
     CostModel,
@@ -25,6 +31,7 @@ from megatron.longseq.pipeline.plan.simulate import Costs
 from megatron.longseq.pipeline.plan.validate import prove
 
 BY_DOCUMENTS = "documents"  # of --seq1f1b-partition
+SYNCHRONIZING_LEVEL = 2  # --timing-log-level from which upstream's timers synchronize the device in every action
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class PipelinePlan:
         lengths: tokens per segment, unless a micro-batch is cut by its documents.
         slack, zero_bubble, group, costs: see `generators.make`.
         one_queue: whether all streams of a GPU share a queue (CUDA_DEVICE_MAX_CONNECTIONS=1).
+        synchronizes: whether every rank waits for its whole device in every action (--timing-log-level 2).
     """
 
     stages: int
@@ -46,6 +54,7 @@ class PipelinePlan:
     group: int | None = None
     costs: Costs | None = field(default=None, repr=False)
     one_queue: bool = False
+    synchronizes: bool = False
 
     @functools.lru_cache(maxsize=64)  # noqa: B019  # plans live as long as the process
     def schedule(self, microbatches: int, forward_only: bool = False) -> Schedule:
@@ -69,16 +78,21 @@ class PipelinePlan:
         return schedule
 
     @functools.lru_cache(maxsize=64)  # noqa: B019
-    def receives(self, microbatches: int, forward_only: bool = False) -> tuple[ReceiveOrder, ...]:
+    def receives(
+        self, microbatches: int, forward_only: bool = False, *, synchronized: bool = False
+    ) -> tuple[ReceiveOrder, ...]:
         """Return the receive order of every rank in such a step.
 
         Args:
             microbatches, forward_only: see `schedule`.
+            synchronized: whether to return `plan_synchronized_receives` in any case.
 
         Raises:
             ValueError: the ranks would deadlock on one queue.
         """
         schedule = self.schedule(microbatches, forward_only)
+        if self.synchronizes or synchronized:
+            return plan_synchronized_receives(schedule)  # on one queue, too: it waits for less than the whole device
         if not self.one_queue:
             return plan_receives(schedule)
         for ahead in range(1, AHEAD + 1):  # on one queue, a receive behind another one delays compute
@@ -114,6 +128,7 @@ def plan_from_args(args: Namespace, *, one_queue: bool = False) -> PipelinePlan:
         group=args.microbatch_group_size_per_vp_stage if virtual > 1 else None,
         costs=_costs(args, lengths) if args.zero_bubble else None,
         one_queue=one_queue,
+        synchronizes=(getattr(args, "timing_log_level", 0) or 0) >= SYNCHRONIZING_LEVEL,
     )
 
 

@@ -3,10 +3,14 @@
 On a GPU a posted receive occupies the device until its message arrives. If the message depended on an action that this
 rank has not issued yet, anything that waits for the whole device (a timer, the first load of a kernel, an autotuner)
 would wait for that receive and deadlock.
+
+This holds while one rank at a time waits for its whole device. Neighbours that both do wait for each other's next
+message, if both have posted its receive. `plan_synchronized_receives` returns an order for steps in which every rank
+may wait in every action.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron.longseq.pipeline.plan.schedule import Action, ActionKind, Schedule, source, target
@@ -75,6 +79,84 @@ def _needed(schedule: Schedule) -> dict[tuple[int, Action], list[int]]:
                 at[rank] += 1
                 moved = True
     return dependencies
+
+
+def plan_synchronized_receives(schedule: Schedule) -> tuple[ReceiveOrder, ...]:
+    """Return a receive order of every rank with which a step ends even if all ranks wait for their devices.
+
+    Wherever the ranks wait for all messages that they have posted, an action ends when its receives have arrived and
+    the sends before it are received. This function runs the schedule under this rule. A receive is posted right before
+    its own action. If a sender waits for it while nothing else can run, it is posted at once: then its message has been
+    sent already, so that it makes nobody wait. Every wait is for an earlier action of this run, so no timing deadlocks.
+    That also holds where less waits: if messages share a stream, and on one queue.
+
+    Args:
+        schedule: a validated schedule.
+    """
+    ranks = [_SynchronizedRank(schedule, rank) for rank in range(schedule.pipeline.stages)]
+    while any(not rank.has_ended for rank in ranks):
+        if any([rank.run(ranks) for rank in ranks]):
+            continue
+        if not any([rank.post_sent() for rank in ranks]):
+            raise ValueError(f"{schedule.name}: the ranks wait for each other's messages in a circle")
+    return tuple(tuple(map(tuple, rank.receives)) for rank in ranks)
+
+
+class _SynchronizedRank:
+    """A rank of `plan_synchronized_receives`.
+
+    Attributes:
+        receives: receives that are posted before each action.
+        sent: messages that other ranks have sent to this one, by the action that needs them.
+        posted: messages whose receive this rank has posted.
+    """
+
+    def __init__(self, schedule: Schedule, rank: int) -> None:
+        self._schedule, self._rank, self._order = schedule, rank, schedule.orders[rank]
+        self._at, self._sends = 0, list[tuple[int, Action]]()
+        self._due: dict[tuple[ActionKind, int], deque[Action]] = {}
+        for action in self._order:
+            sender = source(schedule.pipeline, rank, action)
+            if sender is not None and sender[0] != rank:
+                self._due.setdefault((action.kind, sender[0]), deque()).append(action)
+        self.receives: list[list[Action]] = [[] for _ in self._order]
+        self.sent: set[Action] = set()
+        self.posted: set[Action] = set()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether all actions have ended."""
+        return self._at == len(self._order)
+
+    def run(self, ranks: Sequence["_SynchronizedRank"]) -> bool:
+        """Run actions until one has to wait; return whether anything was done."""
+        was_done = False
+        while not self.has_ended:
+            action = self._order[self._at]
+            was_done |= self._post(lambda one, own=action: one == own)  # type: ignore[misc]
+            if not self.posted <= self.sent or any(one not in ranks[peer].posted for peer, one in self._sends):
+                break
+            receiver = target(self._schedule.pipeline, self._rank, action)
+            if receiver is not None and receiver[0] != self._rank:
+                ranks[receiver[0]].sent.add(receiver[1])
+                self._sends.append(receiver)
+            self._at += 1
+            was_done = True
+        return was_done
+
+    def post_sent(self) -> bool:
+        """Post the receives of all messages that have been sent; return whether there was one."""
+        return not self.has_ended and self._post(lambda one: one in self.sent)
+
+    def _post(self, is_posted: Callable[[Action], bool]) -> bool:
+        """Post the first receives of every channel that fulfil a condition, before the next action."""
+        now: list[Action] = []
+        for messages in self._due.values():
+            while messages and is_posted(messages[0]):
+                now.append(messages.popleft())
+        self.receives[self._at] += now
+        self.posted.update(now)
+        return bool(now)
 
 
 @dataclass(frozen=True)

@@ -110,11 +110,27 @@ class ForwardStep:
         vote = torch.full((1,), int(runs_again), dtype=torch.int32, device=self.device)
         work = torch.distributed.all_reduce(vote, torch.distributed.ReduceOp.MAX, group=self.group, async_op=True)
 
+        if vote.device.type == "cuda":
+            work.wait()  # makes the stream wait, not the host
+            return _read_later(vote)
+
         def result() -> bool:
             work.wait()
             return bool(vote.item())
 
         return result
+
+
+def _read_later(value: torch.Tensor) -> Callable[[], bool]:
+    """Return a function that reads a tensor on a GPU. It waits for the work that was issued before this call only."""
+    host, event = value.to("cpu", non_blocking=True), torch.cuda.Event()
+    event.record()
+
+    def read() -> bool:
+        event.synchronize()
+        return bool(host.item())
+
+    return read
 
 
 class _ModelCall:

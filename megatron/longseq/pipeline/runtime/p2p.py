@@ -92,11 +92,13 @@ class StageChannels:
         group: upstream's pipeline-parallel group; its ranks are the stages, in order.
         channels: (kind, whether the message goes from the last rank to the first or back) -> process group.
         outbox: messages that have not left yet.
+        is_serial: whether messages of a rank in one process group wait for one another, whoever their peers are.
     """
 
     group: dist.ProcessGroup
     channels: dict[tuple[ActionKind, bool], dist.ProcessGroup]
     outbox: Outbox
+    is_serial: bool = False
 
     def channel(self, kind: ActionKind, sender: int, receiver: int) -> dist.ProcessGroup:
         """Return the process group for messages of a kind between two pipeline ranks.
@@ -131,7 +133,15 @@ def open_channels(group: dist.ProcessGroup, virtual: int, timeout: timedelta | N
     for (kind, wrap), channel in channels.items():
         for sender, receiver in _edges(len(mine), kind, wrap):
             _connect(channel, mine, sender, receiver)
-    return StageChannels(group, channels, Outbox(dist.get_backend(group)))
+    return StageChannels(group, channels, Outbox(dist.get_backend(group)), is_serial=_is_serial(group))
+
+
+def _is_serial(group: dist.ProcessGroup) -> bool:
+    """Return whether NCCL has one stream per process group, not one per pair of ranks.
+
+    So it is if the script calls `init_process_group` with a `device_id`, which upstream does not.
+    """
+    return dist.get_backend(group) == "nccl" and dist.group.WORLD.bound_device_id is not None
 
 
 def _edges(size: int, kind: ActionKind, wrap: bool) -> list[tuple[int, int]]:

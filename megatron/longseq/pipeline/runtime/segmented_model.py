@@ -17,6 +17,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.utils import _pytree as pytree
 
+from megatron.longseq.attention.kernels.base import copy_to
 from megatron.longseq.attention.kernels.select import KernelSelector
 from megatron.longseq.attention.module import (
     ContextParallel,
@@ -242,7 +243,7 @@ class SegmentedModel:
                 "every stage the packed_seq_params of the same micro-batch."
             )
         self.read[microbatch] = documents
-        self.starts[microbatch] = starts.to(next(model.parameters()).device)
+        self.starts[microbatch] = copy_to(starts, next(model.parameters()).device)
         self.documents[microbatch] = documents if has_borders(documents) else None
 
     def _read_mask(self, mask: torch.Tensor | None, batch: int) -> None:
