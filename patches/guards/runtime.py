@@ -285,6 +285,7 @@ def _monitor(args: Namespace) -> Any:
     import torch
     import torch.distributed as dist
 
+    from megatron.longseq.guards.runtime.flight_record import record_file, write_record
     from megatron.longseq.guards.runtime.monitor import StallMonitor
 
     if not dist.is_initialized() or dist.get_backend() == "fake":
@@ -293,6 +294,8 @@ def _monitor(args: Namespace) -> Any:
     prepare: Callable[[], object] = lambda: None  # noqa: E731
     if torch.cuda.is_available():
         prepare = functools.partial(torch.cuda.set_device, torch.cuda.current_device())
+    file = record_file(os.environ, getattr(args, "start_folder", None), dist.get_rank())
+    is_recorded = file is not None and dist.get_backend() == "nccl"
     return StallMonitor(
         rank=dist.get_rank(),
         ranks=dist.get_world_size(),
@@ -301,6 +304,7 @@ def _monitor(args: Namespace) -> Any:
         in_steps=in_steps,
         elsewhere=elsewhere,
         on_gpu=torch.cuda.is_available(),
+        record=functools.partial(write_record, file) if is_recorded else lambda: None,
         prepare=prepare,
     )
 

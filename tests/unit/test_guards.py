@@ -2,19 +2,23 @@
 
 import json
 import math
+import pickle
 import threading
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import median_abs_deviation
 
 from megatron.longseq.guards.arguments import add_guard_arguments, check_guard_numbers, stall_limits
 from megatron.longseq.guards.plan.spikes import FLOOR, LossHistory, robust_score
+from megatron.longseq.guards.runtime.flight_record import record_file, write_record
 from megatron.longseq.guards.runtime.gradients import NonFinite, describe
 from megatron.longseq.guards.runtime.monitor import KEY, StallMonitor, StepProgress
 
@@ -91,6 +95,41 @@ class _Store(dict[str, str]):
 
     def check(self, keys: list[str]) -> bool:
         return all(key in self for key in keys)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_rank_writes_its_record_before_it_reports(fails: bool) -> None:
+    """A rank that reports may be the last one, and then the first one that ends lets torchrun end the others."""
+    store, acts = _Store(), list[str]()
+
+    def record() -> str:
+        acts.append(f"record, reported {f'{KEY}/stall' in store}")
+        if fails:
+            raise OSError("disk full")
+        return "written to x"
+
+    monitor = StallMonitor(0, 1, store=store, progress=StepProgress(), in_steps=600.0, elsewhere=600.0)
+    monitor.say, monitor.record, monitor.end = acts.append, record, lambda: acts.append("end")
+    monitor.report_and_end()
+    assert acts[0] == "record, reported False" and acts[-1] == "end" and f"{KEY}/stall" in store
+    failed = "rank 0: its last operations are not written (OSError: disk full)"
+    assert acts[1] == (failed if fails else "rank 0: written to x")
+
+
+def test_records_are_written_where_torch_would_write_them() -> None:
+    wanted = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+    assert record_file({}, "/runs/start-0", 3) is None and record_file(wanted, None, 3) is None
+    assert record_file({"TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}, "/runs/start-0", 3) is None
+    assert record_file(wanted, "/runs/start-0", 3) == Path("/runs/start-0/nccl_trace_rank_3")
+    own = {**wanted, "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "/a/old_", "TORCH_FR_DUMP_TEMP_FILE": "/a/new_"}
+    assert record_file(own, "/runs/start-0", 3) == Path("/a/new_3")
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch has no NCCL")
+def test_a_record_is_what_torch_analyses(tmp_path: Path) -> None:
+    assert f"{tmp_path}/new/rank_0" in write_record(tmp_path / "new" / "rank_0")
+    found = pickle.loads((tmp_path / "new" / "rank_0").read_bytes())
+    assert found["version"] and "pg_config" in found
 
 
 def _wait_for(condition: Callable[[], object]) -> None:

@@ -21,6 +21,7 @@ from megatron.longseq.guards.runtime import waits
 KEY = "longseq/guards"
 STATUS = 75  # of a process that the monitor ends
 COLLECT = 15.0  # seconds in which the other ranks report; less if all have done so
+RECORD = 30.0  # seconds in which a rank has written its record, or ends without
 SHORTEST_BEAT, LONGEST_BEAT = 0.2, 10.0  # seconds
 
 
@@ -84,6 +85,7 @@ class StallMonitor:
         elsewhere: the same before the end of the first step and while checkpoints are saved or loaded.
         on_gpu: whether the ranks compute on GPUs, for which their hosts wait in any line that reads a result.
         say: receives reports.
+        record: writes what the devices did, and returns a line for the log, or None.
         end: ends this process.
         prepare: called first in the thread.
     """
@@ -96,6 +98,7 @@ class StallMonitor:
     elsewhere: float
     on_gpu: bool = False
     say: Callable[[str], None] = _to_stderr
+    record: Callable[[], str | None] = lambda: None
     end: Callable[[], None] = _end_process
     prepare: Callable[[], object] = lambda: None
 
@@ -171,6 +174,7 @@ class StallMonitor:
 
     def report_and_end(self) -> None:
         """Report on this rank, then on all ranks, and end the process. The lowest rank that reports speaks for all."""
+        self._write_record()  # first, because the process that ends first lets torchrun end the others
         self._publish("stall", self.own_state())
         self.say(f"rank {self.rank}: the job makes no progress; the stacks of this rank's threads follow.")
         _dump_stacks()
@@ -183,6 +187,19 @@ class StallMonitor:
             self._publish("verdict", {"rank": self.rank}, 0)
             self.say(self.verdict(reports))
         self.end()
+
+    def _write_record(self) -> None:
+        """Write the record; end the process if that hangs, as a driver may that is asked for its events."""
+        faulthandler.dump_traceback_later(RECORD, exit=True)
+        try:
+            line = self.record()
+        except Exception as error:  # the reports matter more
+            line = f"its last operations are not written ({type(error).__name__}: {error})"
+        faulthandler.cancel_dump_traceback_later()
+        if self._thread is not None:
+            self._guard_the_interpreter()
+        if line is not None:
+            self.say(f"rank {self.rank}: {line}")
 
     def _collect(self) -> dict[int, dict[str, Any] | None]:
         """Wait for the reports of the other ranks, and return what there is."""
