@@ -81,6 +81,20 @@ def test_forward_and_backward_of_a_block(kernel: Kernel, dtype: torch.dtype, hea
             assert mine.dtype == dtype and ((mine.double() - right).norm() / size).item() < narrow
 
 
+@pytest.mark.parametrize("dim", [8, 40, 80, 96, 128, 192, 256])
+def test_head_sizes_of_a_fused_projection(kernel: Kernel, dim: int) -> None:
+    """Queries, keys and values are slices of one tensor, and the gradient is a transposed one."""
+    fused, grad = cuda(*tensors([(200, 2, 4, 3 * dim), (2, 200, 4, dim)], dtype=torch.bfloat16))
+    q, k, v = fused.split(dim, -1)
+    grad, scores = grad.transpose(0, 1), Scores(dim**-0.5, True)
+    exactly, narrow = Reference(compute=torch.float64), 8 * torch.finfo(torch.bfloat16).eps
+    out, lse = exactly.forward(*(x.double() for x in (q, k, v)), scores)
+    exact = exactly.backward(*(x.double() for x in (grad, q, k, v)), out, lse, scores)
+    got, got_lse = kernel.forward(q, k, v, scores)
+    assert relative([got, got_lse.exp()], [out, lse.exp()]) < narrow
+    assert relative(kernel.backward(grad, q, k, v, got, got_lse, scores), exact) < narrow
+
+
 PACKED = {  # scores, keys of a block of so many rows
     "causal": (Scores(0.125, True), lambda rows: rows),
     "causal with earlier keys": (Scores(0.125, True), lambda rows: rows + 100),

@@ -41,7 +41,7 @@ def test_a_vote_is_read_without_waiting_for_later_segments() -> None:
 
     for value in (0, 1):
         read = _read_later(torch.full((1,), value, dtype=torch.int32, device="cuda"))
-        torch.cuda._sleep(4_000_000_000)  # cycles: some seconds
+        torch.cuda._sleep(2_000_000_000)  # cycles: about a second
         end = torch.cuda.Event()
         end.record()
         assert read() is bool(value)
