@@ -54,8 +54,11 @@ def open_strategies(
             ulysses_groups = [one for ranks in groups for one in mesh.ulysses_groups(ranks)]
             ulysses = _make(ulysses_groups, ("all",), group, timeout)["all"]
             # A communicator keeps the order of posting. On a GPU, keys would wait for gradients if they shared one.
+            # NCCL's take memory each, so what this run does not use is not made: a channel that is missing is that of
+            # keys.
             rings = [one for ranks in groups for one in mesh.ring_groups(ranks)]
-            channels = _make(rings, CHANNELS[:1] if is_gloo else CHANNELS, group, timeout)
+            names = [name for name in CHANNELS if name == "kv" or not (is_gloo or mesh.ring == 1)]
+            channels = _make(rings, [name for name in names if window or name != "far_kv"], group, timeout)
             made[key] = CPStrategy(
                 mesh,
                 rank,
@@ -80,5 +83,5 @@ def _make(
 
 def _connect(group: dist.ProcessGroup) -> None:
     """Run a first collective: NCCL connects the ranks there, and needs all of them at the same time."""
-    if dist.get_backend(group) == "nccl":
+    if dist.get_backend(group) == "nccl" and group.size() > 1:
         dist.all_reduce(torch.zeros(1, device=torch.device("cuda", torch.cuda.current_device())), group=group)

@@ -14,11 +14,11 @@ import torch.distributed as dist
 from megatron.longseq.attention.plan.layout import Mesh
 from megatron.longseq.attention.runtime.comm import GroupCollectives, P2PChannel
 from megatron.longseq.attention.runtime.document_attention import single_rank_strategy
+from megatron.longseq.attention.runtime.process_groups import CHANNELS
 from megatron.longseq.attention.runtime.ring import RingChannels
 from megatron.longseq.attention.runtime.strategies import CPStrategy
 from megatron.longseq.distributed import all_groups, same_backend_options
 
-CHANNELS = ("kv", "grads", "far_kv", "far_grads")  # fields of `RingChannels`
 Place = tuple[Mesh, tuple[int, ...]]  # a group's mesh, and its ranks inside the domain
 
 
@@ -96,7 +96,8 @@ def open_groups(domain: dist.ProcessGroup, places: Sequence[Place], timeout: tim
     """
     maker = _GroupMaker(domain, timeout)
     domains, rank = all_groups(dist.get_process_group_ranks(domain)), domain.rank()
-    channels = CHANNELS[:1] if dist.get_backend(domain) == "gloo" else CHANNELS
+    is_gloo = dist.get_backend(domain) == "gloo"
+    channels = [name for name in CHANNELS if name == "kv" or not (is_gloo or name == "far_kv")]  # no double rings here
     strategies: dict[Place, CPStrategy] = {}
     for mesh, ranks in dict.fromkeys(places):
         if mesh.size == 1:
