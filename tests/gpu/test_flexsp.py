@@ -59,9 +59,8 @@ def connected() -> tuple[list[bool], float, float]:
     rank, size, mib = dist.get_rank(), dist.get_world_size(), []
     whole = tuple(range(size))
     made = open_groups(dist.group.WORLD, [(Mesh(size, 1), whole), (Mesh(1, size), whole)])
-    others = [
-        dist.new_group(list(whole)) for _ in range(4)
-    ]  # as many as attention has: all-to-all, kv, grads, far_grads
+    count = 4  # communicators of attention: all-to-all, kv, grads, far_grads
+    others = [dist.new_group(list(whole)) for _ in range(count)]
     right = []
 
     def connect() -> None:
@@ -73,7 +72,7 @@ def connected() -> tuple[list[bool], float, float]:
         before = torch.cuda.mem_get_info()[0]
         act()
         torch.cuda.synchronize()
-        mib.append((before - torch.cuda.mem_get_info()[0]) / 4 / 2**20)
+        mib.append((before - torch.cuda.mem_get_info()[0]) / count / 2**20)
     own = torch.arange(size, device=device) + 10 * rank
     exchange, ring = made.strategy(Mesh(size, 1), whole).ulysses, made.strategy(Mesh(1, size), whole).ring
     assert exchange is not None and ring is not None
