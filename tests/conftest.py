@@ -12,7 +12,11 @@ from tests.pool import RankPool
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
-SHARED_RUNS = ("tests/distributed", "tests/regression")  # folders whose tests need the same trainings
+# Tests that need the same trainings: a file goes to the worker of the one that it names, a folder to one worker.
+SHARED_RUNS = {
+    "tests/distributed/test_sharding_bytes.py": "tests/distributed/test_sharding_memory.py",
+    "tests/regression/": "tests/regression",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,20 +32,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give each worker whole folders of tests that share runs, and single files of the others.
+    """Give tests that share many runs to one worker, and single files to whichever worker is free.
 
-    The tests of tests/distributed share upstream's runs, those of tests/regression the runs of their cases. One worker
-    gets the former, which come first and take longest. Another one gets the latter. Files are given to whichever worker
-    is free, so all workers end at about the same time. pytest-xdist has `--dist loadgroup` for this, but version 3.8
-    loses the groups under pytest 9.2: it writes them into an attribute that pytest no longer reads.
+    pytest-xdist has `--dist loadgroup` for this, but version 3.8 loses the groups under pytest 9.2: it writes them into
+    an attribute that pytest no longer reads.
     """
     from xdist.scheduler import LoadScopeScheduling
 
     class SharedRunsOnOneWorker(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            folder = file.rpartition("/")[0]
-            return folder if folder in SHARED_RUNS else file
+            return next((scope for start, scope in SHARED_RUNS.items() if file.startswith(start)), file)
 
     return SharedRunsOnOneWorker(config, log)
 

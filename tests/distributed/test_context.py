@@ -69,7 +69,7 @@ SEGMENTS = {
 }
 
 # What no regression case (usp-*.toml) proves by default, nor test_context_lanes.py.
-QUICK = {"2 x 2, context-first", "TP 2, sequence parallel", "PP 2, V 2"}
+QUICK = {"TP 2, sequence parallel"}
 QUICK_SEGMENTS = {"double ring"}
 
 

@@ -43,8 +43,6 @@ QUICK = {
     "CP 2, full recompute",
     "K 3, the first stage frozen, full recompute",
     "K 2, few matrices, full recompute",
-    "K 2, the first tokens alone",
-    "K 3, the last tokens alone, full recompute",
 }
 
 

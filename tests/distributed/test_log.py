@@ -40,7 +40,7 @@ STEPS += f" --peak-tflops-per-gpu {PEAK}"
 VARIANT = "tests.distributed.script_variants:reported_documents"
 RUNS = [
     ("grouped queries", "one rank"),
-    ("window", "PP 2, V 2, DP 2"),
+    pytest.param("window", "PP 2, V 2, DP 2", marks=pytest.mark.slow),
     ("grouped queries", "CP 2, PP 2, segments"),
     pytest.param("experts", "one rank", marks=pytest.mark.slow),
     pytest.param("grouped queries", "TP 2, PP 2", marks=pytest.mark.slow),

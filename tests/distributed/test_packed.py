@@ -84,11 +84,7 @@ CASES = {
         f"{STORED} {CP2} {TP2} --sequence-parallel {BY_DOCUMENT}",
     ),
 }
-QUICK = {
-    "one rank, --reset-attention-mask, PP 2, V 2",
-    "by document, ring",
-    "by document, gathered and segments",
-}
+QUICK = {"one rank, --reset-attention-mask, PP 2, V 2", "by document, ring"}
 
 
 @pytest.fixture(scope="session")

@@ -18,10 +18,10 @@ type Case = tuple[int, str, str, str, int]
 # ranks, loss function of `losses`, model flags of both arms, flags of arm O, ranks that compute one micro-batch's loss
 CASES: list[Case] = [
     (2, "busy_script", "", f"{PP2} {K3} --zero-bubble", 1),
-    (2, "log_on_one_rank", "", f"{TP2} {K3}", 2),
     (2, "squared_mean_per_token", PER_TOKEN, f"{PP2} {K3}", 1),
 ]
 SLOW: list[Case] = [
+    (2, "log_on_one_rank", "", f"{TP2} {K3}", 2),
     (2, "log_of_mean", "", f"{PP2} {VPP} {K3}", 1),
     (2, "logits", "", f"{PP2} {K3}", 1),
     (4, "squared_mean", "", f"{PP2} {CP2} {K2}", 2),

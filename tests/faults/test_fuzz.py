@@ -12,7 +12,7 @@ from tests.pool import RankPool
 
 SEED = 20
 # kind: number of inputs by default, and in the slow test
-COUNTS = {"flags": (60, 1500), "tools": (20, 200), "data": (10, 150), "indices": (20, 150), "checkpoints": (20, 150)}
+COUNTS = {"flags": (30, 1500), "tools": (20, 200), "data": (10, 150), "indices": (20, 150), "checkpoints": (20, 150)}
 
 
 def run_kind(kind: str, count: int, seed: int, folder: str) -> dict[str, object]:

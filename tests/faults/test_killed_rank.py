@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
 from examples import loss_curve
 from tests.distributed.flags import SHALLOW, TINY, flags
@@ -62,6 +63,7 @@ def training_rank(folder: Path, rank: int) -> psutil.Process:
     return leader
 
 
+@pytest.mark.slow
 def test_killed_rank_is_named_and_the_run_resumes(ranks: RankPool, tmp_path: Path, tell: Callable[[str], None]) -> None:
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     run_arm(ranks, "O", 2, training(undisturbed))

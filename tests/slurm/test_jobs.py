@@ -44,7 +44,7 @@ def test_usr1_chain_to_a_resumed_run(slurm_run: Prepare, kind: ClusterKind) -> N
         assert f"rank {rank} saved step" in log.read_text()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SLOW_KINDS)
 def test_scancel_saves_and_ends_the_job(slurm_run: Prepare, kind: ClusterKind) -> None:
     run = slurm_run(kind).submit(*RESUMABLE)
     run.wait_ranks()

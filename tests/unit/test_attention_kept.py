@@ -158,8 +158,11 @@ def recomputed_twice(layers: Layers) -> None:
 @pytest.mark.parametrize(
     "event",
     [
-        *(pytest.param(event, marks=pytest.mark.slow) for event in (frozen_forward, evaluation, raised_in_the_layer)),
-        *(lost_forward, raised_in_backward, recomputed_twice),
+        lost_forward,
+        *(
+            pytest.param(event, marks=pytest.mark.slow)
+            for event in (frozen_forward, evaluation, raised_in_the_layer, raised_in_backward, recomputed_twice)
+        ),
     ],
 )
 def test_nothing_is_left_and_nobody_takes_anothers(layers: Layers, event: Callable[[Layers], None]) -> None:

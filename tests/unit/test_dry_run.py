@@ -36,6 +36,7 @@ def dry_run(*words: str) -> tuple[str, dict[str, float]]:
     return ran.stdout, {kind.strip(): float(size) * 1e9 for kind, size in rows}
 
 
+@pytest.mark.slow
 def test_the_states_of_a_rank_of_4096_are_those_of_the_formula() -> None:
     """The last of four stages: a layer, the norm and the output layer, each halved by tensor parallelism.
 

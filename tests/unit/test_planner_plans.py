@@ -4,7 +4,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.longseq.planner.plan.bounds import PlanningProblem, SearchNode
@@ -57,6 +57,7 @@ def small_tasks(draw: st.DrawFn) -> PlanningTask:
     return replace(task, cluster=replace(machine, memory_bytes=memory))
 
 
+@settings(max_examples=40)
 @given(small_tasks(), st.integers(1, 4))
 def test_the_search_equals_pricing_every_plan(task: PlanningTask, count: int) -> None:
     problem = PlanningProblem(task)
