@@ -81,7 +81,9 @@ def test_lanes_overlap(collectives: tuple[Collective, ...], tell: Callable[[str]
     tell(
         f"6 jobs of {len(collectives)} phases on streams: overlapped {seconds[False] / seconds[True]:.2f} times as fast"
     )
-    assert seconds[True] < 0.85 * seconds[False]
+    # Six jobs of n phases of one length take 6 n lengths one after another, and 5 + n overlapped: 0.58 of it for n = 2,
+    # less for more. The bound lies in the middle between that and no overlap.
+    assert seconds[True] < 0.8 * seconds[False]
 
 
 def test_memory_is_not_given_away_before_the_end() -> None:
