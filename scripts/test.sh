@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up as quickstart.sh does and runs the checks and the tests; with arguments, pytest alone with these.
-#   bash scripts/test.sh                     what CI runs: every system, 10 to 17 minutes on two cores
+#   bash scripts/test.sh                     what CI runs: every system, 10 minutes on two cores
 #   bash scripts/test.sh --all               everything: slow tests, all examples, all regression cases
 #   bash scripts/test.sh tests/scripts -x    a part
 set -euo pipefail

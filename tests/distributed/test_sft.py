@@ -106,7 +106,8 @@ def held_out(ranks: RankPool, trainings: Trainings, conversations: list[str], wo
     return run_probed(ranks, "O", world, given, "tests.distributed.probes:held_out_losses")[-1]
 
 
-@pytest.mark.parametrize("own", ["", pytest.param("--calculate-per-token-loss", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("own", ["", "--calculate-per-token-loss"])
 def test_held_out_losses_do_not_depend_on_the_number_of_ranks(
     ranks: RankPool, trainings: Trainings, tmp_path: Path, own: str
 ) -> None:

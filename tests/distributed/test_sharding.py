@@ -80,7 +80,6 @@ CASES = {
 # default here is what they are combined with.
 QUICK = {
     "GGG, three ranks, recompute of two layers",
-    "IGG, PP 2, tied",
     "IIG, PP 2, V 2",
     "IIG, C 2, selective overlap",
     "NNG, zero bubble, PP 2",

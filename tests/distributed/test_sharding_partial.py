@@ -34,7 +34,7 @@ CASES = {
     "IIG, PP 2, nothing on the last stage": (FIRST, f"--paro IIG {PAIRS} {PP2}"),
     "GGG, PP 2, nothing on the first stage": (r"layers\.3\.mlp", f"--paro GGG {PAIRS} {ASYNC} {PP2}"),
 }
-BY_DEFAULT = ["ING", "IIG, PP 2, nothing on the last stage"]
+BY_DEFAULT = ["ING"]
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in BY_DEFAULT else pytest.mark.slow) for c in CASES])

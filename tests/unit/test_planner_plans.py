@@ -57,9 +57,8 @@ def small_tasks(draw: st.DrawFn) -> PlanningTask:
     return replace(task, cluster=replace(machine, memory_bytes=memory))
 
 
-@settings(max_examples=40)
-@given(small_tasks(), st.integers(1, 4))
-def test_the_search_equals_pricing_every_plan(task: PlanningTask, count: int) -> None:
+def check_search(task: PlanningTask, count: int) -> None:
+    """Compare the search's best plans with those of pricing every plan."""
     problem = PlanningProblem(task)
     found = branch_and_bound(problem, task.cluster.memory_bytes, count)
     everything = brute_force(problem, task.cluster.memory_bytes, count)
@@ -69,6 +68,19 @@ def test_the_search_equals_pricing_every_plan(task: PlanningTask, count: int) ->
         assert prediction.fits and not prediction.reasons
         assert price.seconds == pytest.approx(prediction.step_seconds, rel=1e-9)
         assert price.memory == pytest.approx(prediction.peak_bytes + prediction.reserve_bytes, rel=1e-6)
+
+
+@settings(max_examples=15)
+@given(small_tasks(), st.integers(1, 4))
+def test_the_search_equals_pricing_every_plan(task: PlanningTask, count: int) -> None:
+    check_search(task, count)
+
+
+@pytest.mark.slow
+@settings(max_examples=100)
+@given(small_tasks(), st.integers(1, 4))
+def test_the_search_equals_pricing_every_plan_of_many(task: PlanningTask, count: int) -> None:
+    check_search(task, count)
 
 
 def random_leaf(problem: PlanningProblem, rng: random.Random) -> tuple[list[SearchNode], PlanChoice]:
