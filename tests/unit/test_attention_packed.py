@@ -7,6 +7,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron.longseq.attention.kernels import torch_cpu
-from megatron.longseq.attention.kernels.base import BackwardInputs, Kernel, PackedLengths, Scores
+from megatron.longseq.attention.kernels.base import BackwardInputs, Kernel, PackedLengths, Scores, copy_to
 from megatron.longseq.attention.kernels.flash_cuda import FlashAttn, FlashAttn3
 from megatron.longseq.attention.kernels.padded import padded_batches
 from megatron.longseq.attention.kernels.reference import Reference
@@ -110,6 +111,10 @@ def test_copies_to_a_gpu_do_not_make_the_host_wait(monkeypatch: pytest.MonkeyPat
     PackedLengths((1, 2), (3, 4)).offsets(device)
     index_of([TokenRange(0, 2), TokenRange(5, 9)], device)
     assert copies == ["pinned", ("cuda", True)] * 3
+    copies.clear()
+    there: Any = SimpleNamespace(device=device)  # a script may have put its tensor there, which cannot be pinned
+    there.to = lambda *given, **named: to(there, *given, **named)
+    assert copy_to(there, device) is there and copies == [("cuda", False)]
 
 
 @st.composite

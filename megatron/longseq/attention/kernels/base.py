@@ -25,11 +25,13 @@ class Scores:
 
 
 def copy_to(x: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the host on a device.
+    """Return a tensor on a device.
 
-    On a GPU the host does not wait. From memory that is not pinned, it would wait for all earlier work of the stream.
+    A copy from the host to a GPU starts from pinned memory. From other memory the host would wait for all earlier work
+    of the stream.
     """
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    is_copied = x.device.type == "cpu" and device.type == "cuda"
+    return (x.pin_memory() if is_copied else x).to(device, non_blocking=is_copied)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron.longseq.attention.kernels.base import copy_to
 from megatron.longseq.attention.plan.comm_type import CommType
 from megatron.longseq.attention.plan.layout import Layout, Mesh, length_multiple
 from megatron.longseq.attention.plan.layout_choice import choose_layout
@@ -62,7 +63,7 @@ def pack_documents(
     positions = torch.cat([torch.arange(*one) for one in positions_in_documents(found, 0, ranges)])
     filler = total - sum(sizes)
     tokens, labels, mask = (
-        _to_device(
+        copy_to(
             torch.from_numpy(
                 np.concatenate([*(getattr(one, name) for one in documents), np.full(filler, fill, dtype)])
             )[rows],
@@ -74,7 +75,7 @@ def pack_documents(
             ("loss_mask", 0, np.float32),
         )
     )
-    positions = _to_device(positions, device)
+    positions = copy_to(positions, device)
     packed = PackedDocuments(
         qkv_format="sbhd",
         documents=found if has_borders(found) else None,
@@ -84,8 +85,3 @@ def pack_documents(
         strategy=strategy,
     )
     return GroupBatch(tokens, labels, mask, positions[None], packed)
-
-
-def _to_device(host: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor from the host. Memory that is not pinned would make the host wait for all kernels before."""
-    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
