@@ -18,6 +18,9 @@ SHARED_RUNS = {
     "tests/regression/": "tests/regression",
 }
 
+# With --all, what one worker does for long goes first, so that no worker is left with it at the end.
+FIRST = ("tests/slurm/", "tests/regression/", "tests/images/", "tests/faults/", "tests/scripts/")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add --all, which runs the tests marked slow too, with every example and to every case's last step."""
@@ -28,6 +31,13 @@ def pytest_configure(config: pytest.Config) -> None:
     """Let --all lift the marker expression of pyproject.toml."""
     if config.option.all and config.option.markexpr == "not slow":
         config.option.markexpr = ""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the longest files first if all tests run."""
+    if config.option.all:
+        start = len(FIRST)
+        items.sort(key=lambda item: next((i for i, path in enumerate(FIRST) if item.nodeid.startswith(path)), start))
 
 
 @pytest.hookimpl(optionalhook=True)

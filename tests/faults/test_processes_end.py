@@ -17,17 +17,13 @@ from tests.faults.test_killed_rank import ROOT, ranks_of, training_rank
 LIMIT = 90  # seconds, for a machine that is busy with other things; a run that hangs never ends
 SYSTEMS = {
     "upstream": (1, ""),
-    "upstream-pp": (2, "--pipeline-model-parallel-size 2"),
-    "upstream-eval": (1, "--eval-iters 1 --eval-interval 2"),
     "upstream-cyclic": (1, "--dataloader-type cyclic --eval-iters 1 --eval-interval 2"),
-    "seq1f1b": (1, "--seq1f1b-splits 2"),
     "seq1f1b-pp-eval": (2, "--pipeline-model-parallel-size 2 --seq1f1b-splits 2 --eval-iters 1 --eval-interval 2"),
     "zero-bubble": (2, "--pipeline-model-parallel-size 2 --seq1f1b-splits 2 --zero-bubble"),
     "virtual": (
         2,
         "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --seq1f1b-splits 2",
     ),
-    "usp": (2, "--transformer-impl local --context-parallel-size 2 --no-rope-fusion"),
     "usp-seq1f1b": (2, "--transformer-impl local --context-parallel-size 2 --seq1f1b-splits 2 --no-rope-fusion"),
     "paro": (2, "--paro NIG --overlap-grad-reduce --overlap-param-gather"),
 }
@@ -109,12 +105,14 @@ def _left(folder: Path, process: subprocess.Popen[bytes]) -> list[psutil.Process
 
 
 def _matrix() -> list[object]:
-    cases = [(system, "finish", True) for system in SYSTEMS]
-    cases += [(system, end, True) for system in ("upstream", "seq1f1b-pp-eval", "paro") for end in ENDS[1:]]
-    cases += [
-        (system, end, True) for system in ("usp-seq1f1b", "zero-bubble", "virtual") for end in ("raise", "interval")
-    ]
-    cases += [("seq1f1b-pp-eval", end, False) for end in ENDS]
+    """Return the cases: all ends of one run that has most parts, and of other systems what their own parts decide."""
+    cases = [("seq1f1b-pp-eval", end, True) for end in ENDS]
+    cases += [(system, "finish", True) for system in ("upstream-cyclic", "zero-bubble", "virtual", "usp-seq1f1b")]
+    cases += [("paro", end, True) for end in ("finish", "term-rank", "save-and-stop", "raise", "kill")]
+    cases += [("usp-seq1f1b", "raise", True), ("zero-bubble", "interval", True), ("virtual", "raise", True)]
+    cases += [("upstream", end, True) for end in ("term-launcher", "kill")]
+    # Without --exit-signal-handler, a signal ends the run as it ends any other program.
+    cases += [("seq1f1b-pp-eval", end, False) for end in ("term-rank", "term-launcher", "save-and-stop", "raise")]
     return [pytest.param(*case, id="-".join(case[:2]) + ("" if case[2] else "-default")) for case in cases]
 
 

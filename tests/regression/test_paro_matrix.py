@@ -71,13 +71,19 @@ class Square(NamedTuple):
 
 
 def squares() -> Iterator[Square]:
-    """Return the matrix; squares that share upstream's runs lie side by side."""
-    for arithmetic, layout, wire in (
-        *(("float32", layout, "") for layout in LAYOUTS),
-        ("bf16", "", ""),
-        ("bf16", "", WIRE),
+    """Return the matrix; squares that share upstream's runs lie side by side.
+
+    Every strategy runs in single precision. Elsewhere stand those that differ in what runs there: each level of each
+    of the three states, at least once.
+    """
+    for arithmetic, layout, wire, strategies in (
+        ("float32", "", "", RUNNING),
+        ("float32", "TP 2", "", ("NIG", "III", "GGG")),
+        ("float32", "PP 2", "", ("NNI", "IIG", "NGG")),
+        ("bf16", "", "", ("NNN", "NII", "IGG", "GGG")),
+        ("bf16", "", WIRE, ("NNG", "IIG", "NGG")),
     ):
-        yield from (Square(strategy, arithmetic, layout, wire) for strategy in RUNNING)
+        yield from (Square(strategy, arithmetic, layout, wire) for strategy in strategies)
 
 
 @pytest.fixture(scope="module")
