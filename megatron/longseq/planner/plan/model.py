@@ -301,7 +301,7 @@ def architecture(model: str | None, overrides: Mapping[str, Any]) -> Architectur
     if isinstance(values.get("moe_layer_freq"), (list, tuple)):
         layers = None if "moe_layer_freq" in overrides else values.get("num_layers")
         values["moe_layer_freq"] = _layer_kinds(values["moe_layer_freq"], layers)
-    missing = [key for key in ("num_layers", "hidden_size", "num_attention_heads") if not values.get(key)]
+    missing = [key for key in ("num_layers", "hidden_size", "num_attention_heads") if values.get(key) is None]
     if missing:
         raise ValueError(f"the model lacks {', '.join(missing)}; give model (one of {', '.join(names())}) or the flags")
     return Architecture(**values)
