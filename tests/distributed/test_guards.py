@@ -44,11 +44,11 @@ def logs(ranks: RankPool, world: int) -> list[str]:
 
 def refusal_of_training(line: list[str], mutant: str) -> str:
     """Train on this rank, and return the message with which it ends."""
-    from megatron.longseq.guards.runtime.steps import NonFiniteGradients
+    from megatron.longseq.guards.runtime.steps import LossSpike, NonFiniteGradients
 
     try:
         train_on_this_rank(Job("O", tuple(line), mutant=mutant))
-    except NonFiniteGradients as error:
+    except (LossSpike, NonFiniteGradients) as error:
         return str(error)
     raise AssertionError("the training went on")
 
@@ -91,20 +91,34 @@ def test_spike_is_skipped_on_all_ranks_and_after_resuming(ranks: RankPool, tmp_p
     assert resumed.curve == whole.curve[step - 1 :]
 
 
+SPIKY = f"{PP2} --train-iters 8 --global-batch-size 2"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("policy", "ends"), [("stop", True), ("warn", False), ("off", False)])
-def test_policies(ranks: RankPool, policy: str, ends: bool) -> None:
+def test_spike_ends_the_run_before_the_model_changes(ranks: RankPool, tmp_path: Path) -> None:
+    """All ranks end with one message. The run resumes from the step before, and meets the spike again."""
     step = guard_variants.SPIKE_STEP
-    own = f"{PP2} --train-iters 8 --global-batch-size 2 --loss-spike-policy {policy}"
-    window = "" if policy == "off" else "--loss-spike-window 8"
-    line, mutant = flags(TINY, SHALLOW, own, window), f"{VARIANTS}:spike"
-    if ends:
-        with pytest.raises(RankFailure, match=f"LossSpike: step {step}: loss spike"):
-            run_arm(ranks, "O", 2, line, mutant=mutant)
-        return
-    run = run_arm(ranks, "O", 2, line, mutant=mutant)
-    assert [one["skipped"] for one in run.curve] == [0] * 8
-    assert any(f"WARNING: step {step}: loss spike" in log for log in logs(ranks, 2)) == (policy == "warn")
+    line = flags(TINY, SHALLOW, SPIKY, "--loss-spike-window 8 --save-interval 1")
+    stop = [*line, "--loss-spike-policy", "stop", "--save", str(tmp_path)]
+    texts = ranks.run(2, refusal_of_training, stop, f"{VARIANTS}:spike")
+    assert texts[0] == texts[1], "the ranks do not agree"
+    assert texts[0].startswith(f"step {step}: loss spike") and "The weights are those before this step" in texts[0]
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == str(step - 1)
+
+    skip = [*line, "--loss-spike-policy", "skip", "--load", str(tmp_path)]
+    resumed = run_arm(ranks, "O", 2, skip, tmp_path / "resumed", mutant=f"{VARIANTS}:spike")
+    assert [(one["iteration"], one["skipped"]) for one in resumed.curve] == [(step, 1), (step + 1, 0)]
+
+
+@pytest.mark.slow
+def test_a_warning_changes_nothing(ranks: RankPool) -> None:
+    step, curves = guard_variants.SPIKE_STEP, {}
+    for policy, window in (("off", ""), ("warn", "--loss-spike-window 8")):
+        line = flags(TINY, SHALLOW, SPIKY, f"--loss-spike-policy {policy}", window)
+        curves[policy] = run_arm(ranks, "O", 2, line, mutant=f"{VARIANTS}:spike").curve
+        found = [log.count(f"WARNING: step {step}: loss spike") for log in logs(ranks, 2)]
+        assert found == ([1, 0] if policy == "warn" else [0, 0]), "the first rank alone prints the warning, once"
+    assert curves["warn"] == curves["off"] and len(curves["off"]) == 8
 
 
 def test_request_to_stop_ends_an_evaluation(ranks: RankPool, tmp_path: Path) -> None:
@@ -116,13 +130,42 @@ def test_request_to_stop_ends_an_evaluation(ranks: RankPool, tmp_path: Path) -> 
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
 
 
+REQUESTS = {  # each stops the run after step 2: mutant, flags, saves of each rank
+    "evaluation": ("request_in_the_third_evaluation_step", "--eval-iters 5 --save-interval 100", None),
+    "save": ("request_during_a_save", "--save-interval 2", 1),
+    "background-save": ("request_during_a_save", "--save-interval 2 --async-save", 1),
+    # A checkpoint that the next one replaces is no place to stop at: the run saves another one.
+    "passing-save": (
+        "request_during_a_save",
+        "--save-interval 100 --non-persistent-save-interval 2 --non-persistent-ckpt-type global",
+        2,
+    ),
+}
+
+
 @pytest.mark.slow
-def test_request_to_stop_during_a_save_ends_the_run(ranks: RankPool, tmp_path: Path) -> None:
-    own = "--train-iters 9 --save-interval 2 --exit-signal-handler --global-batch-size 2"
-    run = run_arm(ranks, "O", 2, flags(TINY, SHALLOW, PP2, own), tmp_path, mutant=f"{VARIANTS}:request_during_a_save")
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_run_that_is_asked_to_stop_loses_nothing(ranks: RankPool, tmp_path: Path, name: str) -> None:
+    """It saves, trains no other step, and ends with status 0. The resumed run has the bits of an undisturbed one."""
+    mutant, own, saves = REQUESTS[name]
+    line = flags(TINY, SHALLOW, "--paro NIG --overlap-param-gather --train-iters 4 --exit-signal-handler", own)
+    line = [*line, "--eval-interval", "2"]
+    whole = run_arm(ranks, "O", 2, line, tmp_path / "whole")
+    stopped = run_arm(ranks, "O", 2, line, tmp_path / "stopped", mutant=f"{VARIANTS}:{mutant}")
+    assert [step["iteration"] for step in stopped.curve] == [1, 2]
+    assert saves is None or stopped.planted == 2 * saves
+    assert (tmp_path / "stopped" / "latest_checkpointed_iteration.txt").read_text() == "2"
+    resumed = run_arm(ranks, "O", 2, [*line, "--load", str(tmp_path / "stopped")], tmp_path / "resumed")
+    assert resumed.curve == whole.curve[2:]
+
+
+@pytest.mark.slow
+def test_data_of_the_last_rank_alone_do_not_hang_an_evaluation(ranks: RankPool) -> None:
+    own = "--train-iters 2 --eval-interval 1 --eval-iters 1 --exit-signal-handler --global-batch-size 2"
+    mutant = f"{VARIANTS}:other_data_on_the_last_rank"
+    run = run_arm(ranks, "O", 2, flags(TINY, SHALLOW, own), mutant=mutant, timeout=120)
     assert [step["iteration"] for step in run.curve] == [1, 2]
-    assert run.planted == 2  # one save of each rank
-    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
+    assert run.planted == 4, "after each step, and once more for either data set at the end"
 
 
 STALLS = {
