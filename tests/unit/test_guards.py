@@ -283,9 +283,7 @@ def test_the_host_waits_for_the_device_once_a_step(
         buckets = [Namespace(grad_data=torch.empty(64, device="cuda", dtype=torch.bfloat16)) for _ in range(2)]
         groups = [Namespace(buckets=[bucket]) for bucket in buckets]
         record = GradientRecord() if locates else None
-        guard = StepGuard(
-            record, "warn", 10.0, LossHistory(8), rerun=None, say=print, device=torch.device("cuda", 0)
-        )
+        guard = StepGuard(record, "warn", 10.0, LossHistory(8), rerun=None, say=print, device=torch.device("cuda", 0))
         report = {"lm loss": torch.empty(2, device="cuda")} if reports_losses else {}
 
         def passes(**_: Any) -> list[dict[str, Tensor]]:

@@ -82,8 +82,8 @@ class StepGuard:
         if self.loss is None:
             if not self.has_warned:
                 self.say(
-                    f"> WARNING: step {step} has no loss that --loss-spike-policy {self.policy} could judge: the script "
-                    "reports none first, or no token of the step counts."
+                    f"> WARNING: step {step} has no loss that --loss-spike-policy {self.policy} could judge: the "
+                    "script reports none first, or no token of the step counts."
                 )
             self.has_warned = True
             return False
