@@ -10,10 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron.longseq.flexsp.plan.assign import WorkGroup
+from megatron.longseq.flexsp.plan.baselines import total
 from megatron.longseq.flexsp.plan.bound import microbatch_bound
 from megatron.longseq.flexsp.plan.cost import FAMILIES
 from megatron.longseq.flexsp.plan.cost_file import load_cost, save_cost
-from megatron.longseq.flexsp.plan.exact import EXACT_GAP
+from megatron.longseq.flexsp.plan.exact import EXACT_GAP, solve_by_program
 from megatron.longseq.flexsp.plan.paper import paper_cost
 from megatron.longseq.flexsp.plan.plan import Kind
 from megatron.longseq.flexsp.plan.planner import PlannerName, automatic_degrees, plan_step
@@ -59,13 +61,43 @@ def test_ten_sequences_are_planned_within_a_percent_of_the_best(lengths, where, 
     assert plan.bound <= best * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("lengths", [[30_000, 9_000, 8_000, 700], [51_592], [4_000] * 6, [20_000, 15_000, 900, 64, 48]])
-def test_the_exact_program_agrees_with_the_exhaustive_search(lengths):
-    problem = StepProblem(lengths, 8, COST, POWERS)
+EXACT = [[30_000, 9_000, 8_000, 700], [51_592], [4_000] * 6, [20_000, 15_000, 900, 64, 48], [9_000, 5_000, 5_000] * 2]
+
+
+@pytest.mark.parametrize("lengths", EXACT)
+def test_exact_plans_agree_with_the_exhaustive_search(lengths):
+    best, _ = exhaustive(StepProblem(lengths, 8, COST, POWERS))
     plan = plan_step(lengths, 8, COST, POWERS, planner="exact")
     check(plan, lengths, 8)
-    assert plan.seconds == pytest.approx(exhaustive(problem)[0], rel=EXACT_GAP)
+    assert plan.seconds == pytest.approx(best, rel=1e-9)
     assert plan.bound <= plan.seconds * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("lengths", EXACT[:4])
+def test_the_integer_program_agrees_with_the_exhaustive_search(lengths):
+    problem = StepProblem(lengths, 8, COST, POWERS)
+    slow = [[group] for index in range(len(lengths)) if (group := WorkGroup(8)).add(problem, index) is None]
+    found = solve_by_program(problem, slow, lambda number: 0.0)
+    assert total(found) == pytest.approx(exhaustive(problem)[0], rel=EXACT_GAP)
+
+
+@pytest.mark.parametrize(("ranks", "degrees"), [(8, (1, 2, 3, 4, 6, 8)), (7, (1, 2, 3, 4, 6)), (12, (3, 6))])
+def test_exact_plans_have_places_and_know_idle_micro_batches(ranks, degrees):
+    """Where degrees do not divide one another, sets of them have to be placed; a micro-batch without work has seconds.
+
+    Of 12 ranks in nodes of 8, three groups of degree 3 have a place, and groups of 4 and 3 have none on 7 ranks.
+    """
+    lengths = [14_000, 9_000, 9_000, 8_500, 7_000]
+    plan = plan_step(lengths, ranks, COST, degrees, planner="exact")
+    check(plan, lengths, ranks)
+    assert plan.seconds <= plan_step(lengths, ranks, COST, degrees).seconds
+    if ranks == 8:
+        assert plan.seconds == pytest.approx(exhaustive(StepProblem(lengths, ranks, COST, degrees))[0])
+    for least in range(1, len(lengths) + 1):  # more micro-batches cost their start-up, with or without work
+        more = plan_step(lengths, ranks, COST, degrees, planner="exact", least=least)
+        assert len(more.microbatches) >= least and more.seconds <= plan.seconds + COST.fixed * max(
+            0, least - len(plan.microbatches)
+        )
 
 
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -127,8 +159,8 @@ def test_what_cannot_be_planned_is_refused():
         plan_step([100, 60_000], 8, COST)
     with pytest.raises(ValueError, match="none of them can be used on 4 ranks"):
         plan_step([100], 4, COST, (3, 8), ("ulysses",))
-    with pytest.raises(ValueError, match="exact plan of 300 sequences"):
-        plan_step([100] * 300, 8, COST, planner="exact")
+    with pytest.raises(ValueError, match="exact plan of 60 sequences"):
+        plan_step(range(20_000, 50_000, 500), 8, COST, planner="exact")
     assert automatic_degrees(13) == (1, 2, 3, 4, 6, 8, 12)
 
 

@@ -72,7 +72,16 @@ class DegreeCost:
     def alone(self) -> Values:
         """Return the seconds of every sequence as the only one of a group; infinite where it does not fit."""
         tokens = np.array(self.tokens, dtype=np.float64)
-        found = np.min([_seconds(one, tokens, tokens**2) for one in self.kinds], axis=0)
+        return self.of_groups(tokens, tokens**2)
+
+    def of_groups(self, tokens: Values, squares: Values) -> Values:
+        """Return the seconds of groups; infinite where their sequences do not fit.
+
+        Args:
+            tokens: sum of the tokens of each group.
+            squares: sum of their squares.
+        """
+        found = np.min([_seconds(one, tokens, squares) for one in self.kinds], axis=0)
         return np.where(tokens <= self.capacity, found, np.inf)
 
     def likely(self) -> list[KindCost]:
