@@ -12,8 +12,7 @@ cd "$ROOT"
 if (($# == 0)) || [[ $* == --all ]]; then
   bash scripts/check.sh
   # Tests that share trainings stay on one worker (tests/conftest.py); other files go to the worker that is free.
-  # Much of a test is waiting (ranks for one another, jobs for their ends), so three workers keep two cores busy. With
-  # --all a fourth runs slurm's jobs, which hardly compute.
-  set -- -n "$((3 + $#))" --dist loadscope --no-loadscope-reorder "$@"
+  # Much of a test is waiting (ranks for one another, jobs for their ends), so three workers keep two cores busy.
+  set -- -n 3 --dist loadscope --no-loadscope-reorder "$@"
 fi
 exec "$PY" -m pytest --durations=20 "$@"

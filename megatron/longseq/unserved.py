@@ -17,6 +17,12 @@ def _has_data(args: Namespace, part: str) -> bool:
     return parts_with_data(args)[part]
 
 
+def _lacks_resiliency_extension() -> bool:
+    from megatron.training.utils import has_nvrx_checkpointing_async_support  # type: ignore[import-untyped]
+
+    return not has_nvrx_checkpointing_async_support()
+
+
 # flag: (whether the arguments ask for it, why this script does not support it)
 UNSERVED: Refusals = {
     "--sft with --eval-iters 0": (
@@ -45,6 +51,11 @@ UNSERVED: Refusals = {
     "--dataloader-defer-npy-index-mmap": (
         lambda a: a.dataloader_defer_npy_index_mmap and a.data_cache_path is None,
         "it requires --data-cache-path with every cache built",
+    ),
+    "--async-strategy nvrx": (
+        lambda a: a.async_save and a.async_strategy == "nvrx" and _lacks_resiliency_extension(),
+        "it is upstream's default with --async-save, and requires a version of nvidia-resiliency-ext that upstream "
+        "supports, which is not installed; install it, or give --async-strategy mcore",
     ),
     "--full-validation without --multiple-validation-sets": (
         lambda a: a.full_validation and not a.multiple_validation_sets,

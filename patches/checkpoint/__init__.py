@@ -48,6 +48,22 @@ RECORDS = (
         remove_when="upstream finds the newest complete checkpoint by itself",
     ),
     Record(
+        id="checkpoint.background-writer",
+        system="checkpoint",
+        action="wrap",
+        target="megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller._get_process",
+        impl="patches.checkpoint.writer:with_watched_process",
+        reads=(
+            "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller.schedule_async_call",
+            "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller.close",
+        ),
+        why="If the process that writes checkpoints in the background (--async-save) dies, upstream waits for it "
+        "without a limit.",
+        when="patches.conditions:always",
+        test="tests/distributed/test_atomic_checkpoints.py::test_a_dead_background_writer_ends_the_run",
+        remove_when="upstream checks whether the process is alive while it waits",
+    ),
+    Record(
         id="checkpoint.objects",
         system="checkpoint",
         action="replace",

@@ -42,10 +42,6 @@ GPU_ONLY: Refusals = {
         lambda a: getattr(a, "log_memory_fragmentation", False),
         "it reads CUDA's caching allocator; a CPU has none",
     ),
-    "--async-save": (
-        lambda a: a.async_save and a.use_persistent_ckpt_worker,
-        "its writer process selects a CUDA device and ends without one, and the run would wait for it",
-    ),
     "--te-rng-tracker": (lambda a: a.te_rng_tracker, "it uses TransformerEngine's tracker"),
     "--moe-grouped-gemm": (lambda a: a.moe_grouped_gemm, "the grouped matrix product is a CUDA kernel"),
     "--cross-entropy-fusion-impl te": (

@@ -11,14 +11,26 @@ quoted() {
   fi
 }
 
-# Prints the command of --dry-run, which can be pasted into a shell.
+# is_secret NAME VALUE: whether a variable may hold a token or a password. The second pattern is an address with a user's
+# name, and perhaps a password, in it.
+is_secret() {
+  [[ $1 =~ (TOKEN(_|S?$|S_)|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE) || $2 =~ ://[^/[:space:]]*@ ]]
+}
+
+# Prints the command of --dry-run, which can be pasted into a shell. Secrets of a site file are named, not printed.
 print_command() {
   local word
   printf '# %s: %s node(s), %s rank(s) on each, %s\n' "$MODE" "$NODES" "$PER_NODE" \
     "$([[ $GPUS == 0 ]] && printf 'on the CPU' || printf 'a GPU each')"
   for word in "${KEPT_ENV[@]}"; do printf '# kept from your environment: %s\n' "$word"; done
   printf 'env'
-  for word in "${SET_ENV[@]}"; do printf ' %s=%s' "${word%%=*}" "$(quoted "${word#*=}")"; done
+  for word in "${SET_ENV[@]}"; do
+    if is_secret "${word%%=*}" "${word#*=}"; then
+      printf ' %s="$%s"' "${word%%=*}" "${word%%=*}"
+    else
+      printf ' %s=%s' "${word%%=*}" "$(quoted "${word#*=}")"
+    fi
+  done
   printf ' \\\n   '
   for word in "${COMMAND[@]}"; do
     printf ' '
@@ -74,7 +86,7 @@ record_submission() {
   make_run_dir
   copy_code "$CODE_DIR"
   revision >"$CODE_DIR/revision.txt"
-  [[ -z $SITE ]] || cp -- "$SITE" "$CODE_DIR/site.env"
+  [[ -z $SITE ]] || install -m 600 -- "$SITE" "$CODE_DIR/site.env" # it may hold secrets
   say "run folder: $RUN_DIR"
   [[ $(copied "${SCRIPT[0]}") == "$CODE_DIR"/* ]] ||
     say "note: ${SCRIPT[0]} lies outside $ROOT and is not copied: a later start runs what it holds then"
@@ -116,8 +128,7 @@ copy_code() {
 record_environment() {
   local name
   while IFS= read -r name; do
-    # The second expression is a user's name, and a password, in an address.
-    if [[ $name =~ (TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE) || ${!name} =~ ://[^/[:space:]]*@ ]]; then
+    if is_secret "$name" "${!name}"; then
       printf '%s=(not recorded)\n' "$name"
     else
       printf '%s=%s\n' "$name" "$(quoted "${!name}")"

@@ -4,6 +4,7 @@ import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -347,6 +348,70 @@ def _killed_while_saving(point: str) -> Iterator[Planted]:
         os._exit(9)
 
     with wrapped(owner, name, act):
+        yield planted
+
+
+@contextmanager
+def watched_commits() -> Iterator[Planted]:
+    """Require that no call that starts a save commits a checkpoint, and count the commits that come later."""
+    from megatron.longseq.checkpoints import commit
+    from patches.checkpoint import saving
+
+    planted, starting = Planted(), list[bool]()
+
+    def save(original: Any, write: Any, folder: Path, *rest: Any, **named: Any) -> Any:
+        starting.append(True)
+        request = original(write, folder, *rest, **named)
+        starting.pop()
+        assert request is not None and not folder.exists()
+        return request
+
+    def committed(original: Any, *args: Any, **named: Any) -> Any:
+        assert not starting
+        planted.times += 1
+        return original(*args, **named)
+
+    with wrapped(saving, "save_atomically", save), wrapped(commit, "commit", committed):
+        yield planted
+
+
+@contextmanager
+def killed_behind_the_second_save() -> Iterator[Planted]:
+    """Kill rank 1 when the second save has been started in the background."""
+    from megatron.training import async_utils, checkpointing
+
+    planted = Planted()
+
+    def save(original: Any, *args: Any, **named: Any) -> Any:
+        planted.times += 1
+        if planted.times == 2:  # upstream lets several saves be under way; the first one ends here
+            async_utils.maybe_finalize_async_save(blocking=True)
+        request = original(*args, **named)
+        if planted.times == 2:
+            torch.distributed.barrier()
+            if torch.distributed.get_rank() == 1:
+                os._exit(9)
+        return request
+
+    with wrapped(checkpointing, "schedule_async_save", save):
+        yield planted
+
+
+@contextmanager
+def killed_background_writer() -> Iterator[Planted]:
+    """Kill rank 1's process that writes checkpoints in the background before the second save."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+    from megatron.training import checkpointing
+
+    planted = Planted()
+
+    def save(original: Any, *args: Any, **named: Any) -> Any:
+        planted.times += 1
+        if planted.times == 2 and torch.distributed.get_rank() == 1:
+            PersistentAsyncCaller._persistent_process.kill()
+        return original(*args, **named)
+
+    with wrapped(checkpointing, "schedule_async_save", save):
         yield planted
 
 

@@ -81,3 +81,45 @@ def test_loading_runs_no_code_from_the_file(ranks: RankPool, tmp_path: Path, arm
         with pytest.raises(RankFailure, match=r"common_state.* is not loaded, .* it names os\.makedirs"):
             run_arm(ranks, arm, 1, resume)
     assert (tmp_path / "saved/created-by-code").exists() == (arm == "U")
+
+
+BACKGROUND = "--async-save --use-persistent-ckpt-worker --async-strategy mcore"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [PARO, "--paro NNG --paro-group-size 2", "--use-distributed-optimizer"])
+def test_a_background_save_is_committed_when_it_is_written(ranks: RankPool, tmp_path: Path, own: str) -> None:
+    """It holds the state of its step, although training goes on while it is written."""
+    line = flags(SAVES.replace(PARO, own))
+    whole = run_arm(ranks, "O", 2, line, tmp_path / "whole")
+    behind = run_arm(
+        ranks, "O", 2, [*line, *flags(BACKGROUND)], tmp_path / "behind", mutant=f"{VARIANTS}:watched_commits"
+    )
+    assert behind.planted and behind.curve == whole.curve
+    assert {path.name for path in behind.folder.iterdir()} == {path.name for path in whole.folder.iterdir()}
+    for step in (1, 2, 3):
+        one, other = (logical_tensors(run.checkpoint(step)) for run in (whole, behind))
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    resumed = run_arm(ranks, "O", 2, [*line, "--load", str(behind.folder), "--ckpt-step", "2"])
+    assert resumed.curve == whole.curve[2:]
+
+
+@pytest.mark.slow
+def test_a_rank_killed_while_a_save_is_written_loses_nothing(ranks: RankPool, tmp_path: Path) -> None:
+    line = [*flags(SAVES, BACKGROUND), "--load", str(tmp_path / "killed")]
+    with pytest.raises(RankFailure, match=r"died without an error message|raised"):
+        run_arm(ranks, "O", 2, line, tmp_path / "killed", mutant=f"{VARIANTS}:killed_behind_the_second_save")
+    assert not (tmp_path / "killed/iter_0000002").exists() and (tmp_path / "killed/saving_iter_0000002").exists()
+    resumed = run_arm(ranks, "O", 2, line, tmp_path / "killed")
+    assert [step["iteration"] for step in resumed.curve] == [2, 3]
+    assert {path.name[:6] for path in (tmp_path / "killed").iterdir()} == {"iter_0", "latest"}
+
+
+@pytest.mark.slow
+def test_a_dead_background_writer_ends_the_run(ranks: RankPool, tmp_path: Path) -> None:
+    """Upstream would wait for it without a limit."""
+    with pytest.raises(RankFailure, match=r"died without an error message|raised"):
+        run_arm(ranks, "O", 2, flags(SAVES, BACKGROUND), tmp_path, mutant=f"{VARIANTS}:killed_background_writer")
+    log = (ranks.logs / f"job{ranks.jobs:03d}-rank1.log").read_text()
+    assert "the process that writes checkpoints in the background (pid " in log and "ended with signal 9" in log
+    assert not (tmp_path / "iter_0000002").exists()

@@ -150,7 +150,8 @@ def train_on_this_rank(job: Job) -> Result:
         planted = stack.enter_context(_context(job.mutant)) if job.mutant else None
         if job.script:
             stack.enter_context(_context(job.script))
-        stack.enter_context(_write_results_in_this_process())
+        if "--async-save" not in job.flags:
+            stack.enter_context(_write_results_in_this_process())
         from megatron.training import training
 
         from megatron.longseq.pretrain_gpt import main

@@ -80,8 +80,8 @@ def squares() -> Iterator[Square]:
         ("float32", "", "", RUNNING),
         ("float32", "TP 2", "", ("NIG", "III", "GGG")),
         ("float32", "PP 2", "", ("NNI", "IIG", "NGG")),
-        ("bf16", "", "", ("NNN", "NII", "IGG", "GGG")),
-        ("bf16", "", WIRE, ("NNG", "IIG", "NGG")),
+        ("bf16", "", "", ("NII", "GGG")),
+        ("bf16", "", WIRE, ("NNN", "IIG", "NGG")),
     ):
         yield from (Square(strategy, arithmetic, layout, wire) for strategy in strategies)
 

@@ -123,6 +123,19 @@ def test_a_dry_run_may_be_of_another_machine(launcher: Launcher) -> None:
     assert "8 rank(s) on each, a GPU each" in dry.stdout and "OMP_NUM_THREADS" not in dry.stdout
 
 
+def test_secrets_of_a_site_file_are_not_printed(launcher: Launcher) -> None:
+    site = launcher.folder / "site.env"
+    site.write_text(
+        "WANDB_API_KEY=s3cret\nHF_TOKEN=s3cret\nPROXY=http://me:s3cret@host\nTOKENIZERS_PARALLELISM=false\n"
+    )
+    words = ("--site", str(site), "--run-dir", "out", "--", "train.py")
+    started, dry = launcher.run(*words), launcher.run("--dry-run", *words)
+    assert started.returncode == dry.returncode == 0
+    for command in ((launcher.folder / "out/start-0/command.sh").read_text(), dry.stdout):
+        assert "s3cret" not in command and 'WANDB_API_KEY="$WANDB_API_KEY"' in command
+        assert 'HF_TOKEN="$HF_TOKEN"' in command and "TOKENIZERS_PARALLELISM=false" in command
+
+
 def test_record_of_the_start(launcher: Launcher) -> None:
     for _ in range(2):
         assert launcher.run("--run-dir", "out", "--", "train.py", "a b", env={"MY_API_KEY": "x"}).returncode == 0

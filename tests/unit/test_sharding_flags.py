@@ -104,7 +104,6 @@ WITH_SHARDED_PARAMETERS: list[tuple[str, dict[str, Any], str]] = [
     ("--fp8-format", {"fp4": "e2m1"}, "unsharded copies"),
     ("--save-params-interval", {"save_params_interval": 1}, "unsharded parameters"),
     ("--log-params-norm", {"log_params_norm": True}, "unsharded parameters"),
-    ("--async-save", {"async_save": True}, "not tested with"),
     (
         "--check-weight-hash-across-dp-replicas-interval",
         {"check_weight_hash_across_dp_replicas_interval": 1},

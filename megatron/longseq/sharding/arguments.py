@@ -155,7 +155,6 @@ NOT_WITH_SHARDED_PARAMETERS: Refusals = {
         lambda a: a.check_weight_hash_across_dp_replicas_interval is not None,
         "the ranks have different shards of the parameters",
     ),
-    "--async-save": (lambda a: a.async_save, "not tested with sharded parameters"),
     "--load-main-params-from-ckpt": (
         lambda a: a.load_main_params_from_ckpt,
         "main parameters are copied from unsharded parameters, which no rank has",
