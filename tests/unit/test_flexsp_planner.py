@@ -15,8 +15,10 @@ from megatron.longseq.flexsp.plan.baselines import total
 from megatron.longseq.flexsp.plan.bound import microbatch_bound
 from megatron.longseq.flexsp.plan.cost import FAMILIES
 from megatron.longseq.flexsp.plan.cost_file import load_cost, save_cost
+from megatron.longseq.flexsp.plan.degree_sets import candidates, lower_estimate
 from megatron.longseq.flexsp.plan.exact import EXACT_GAP, solve_by_program
 from megatron.longseq.flexsp.plan.paper import paper_cost
+from megatron.longseq.flexsp.plan.placement import Placement
 from megatron.longseq.flexsp.plan.plan import Kind
 from megatron.longseq.flexsp.plan.planner import PlannerName, automatic_degrees, plan_step
 from megatron.longseq.flexsp.plan.problem import PlanError, StepProblem
@@ -202,6 +204,49 @@ def test_the_command_prints_a_plan(tmp_path: Path, capsys):
     assert "line 2: 'many'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--ranks", "0"], "--ranks 0: give 1 to"),
+        (["--ranks", "1000000000"], "--ranks 1000000000: give 1 to"),
+        (["--ranks", "4", "--microbatches", "1000000000"], "--microbatches 1000000000: give 1 to"),
+        (["--ranks", "4", "--max-tokens-per-rank", "0"], "0 tokens per rank; give at least 1"),
+        (["--ranks", "13", "--kinds", "ulysses", "--degrees", "5"], "none of them can be used on 13 ranks"),
+    ],
+)
+def test_impossible_flags_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    file = tmp_path / "lengths.txt"
+    file.write_text("5\n6000\n")
+    assert main(["plan", "--lengths", str(file), "--cost", "7b-a100", *flags]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_hundred_thousand_ranks_have_no_more_groups_than_sequences() -> None:
+    problem = StepProblem([20_000, 9_000, 300], 100_000, COST, automatic_degrees(100_000))
+    for counts in candidates(problem, range(3), lower_estimate(problem, range(3))):
+        assert all(count <= 3 for _, count in counts) and problem.placement.fits(counts)
+
+
+@given(data=st.data(), ranks=st.integers(1, 40), node=st.sampled_from([4, 8, 16]))
+def test_groups_are_placed_at_the_first_or_last_free_slot(data, ranks, node):
+    """Slots without a free rank are left out at once, which must not leave out others."""
+    placement = Placement(ranks, node)
+    used: set[int] = set()
+    degrees = data.draw(st.lists(st.sampled_from([1, 2, 3, 4, 6, 8, 12]), max_size=8).map(lambda x: sorted(x)[::-1]))
+    last = [degree % 3 == 0 for degree in degrees]
+    starts: list[int] | None = []
+    for degree, reverse in zip(degrees, last, strict=True):
+        slots = [one for one in placement.slots(degree) if used.isdisjoint(range(one, one + degree))]
+        if not slots:
+            starts = None
+            break
+        starts.append(slots[-1 if reverse else 0])
+        used.update(range(starts[-1], starts[-1] + degree))
+    assert placement._first_fit(degrees, last) == (None if starts is None else tuple(starts))
+
+
 def test_cost_models_are_saved_and_read(tmp_path: Path):
     file = tmp_path / "cost.json"
     save_cost(COST, file)
@@ -228,9 +273,16 @@ def test_cost_models_are_saved_and_read(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "lengths: No such file or directory"), (b"\xff\xfe\x00", "an input file is not UTF-8 text")],
+    [
+        (None, "lengths: No such file or directory"),
+        (b"\xff\xfe\x00", "an input file is not UTF-8 text"),
+        (b"", "it has no lengths"),
+        (b"7\n0\n", "line 2: length 0; give at least 1"),
+        (b"12.5\n", "line 1: '12.5' is no length"),
+        (b"1" + b"0" * 400, "tokens, but the largest group, of 4 of 4 ranks, holds 25796"),  # more than a float holds
+    ],
 )
-def test_unreadable_lengths_are_named(
+def test_unusable_lengths_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, message: str
 ) -> None:
     file = tmp_path / "lengths"

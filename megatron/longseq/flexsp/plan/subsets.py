@@ -6,7 +6,7 @@ then is a sequence of micro-batches, found in the same way. Sequences of one len
 of sequences of each length.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from megatron.longseq.flexsp.plan.assign import WorkGroup
 from megatron.longseq.flexsp.plan.placement import DegreeCounts
-from megatron.longseq.flexsp.plan.problem import StepProblem
+from megatron.longseq.flexsp.plan.problem import StepProblem, count_degrees
 
 Values = NDArray[np.float64]
 Numbers = NDArray[np.int64]
 
-MOST_STEPS = 1_500_000_000  # of the program: pairs of a subset and a part of it, times resources, times degrees
+_MOST_STEPS = 2_000_000_000  # of the program: pairs of a subset and a part of it, times resources, times degrees
 _MOST_SUBSETS = 70_000
 _MOST_RESOURCES = 2_000
 
@@ -38,11 +38,14 @@ def solve_by_subsets(problem: StepProblem, idle: Callable[[int], float]) -> list
     counts = [len(one) for one in members]
     if prod(count + 1 for count in counts) > _MOST_SUBSETS:
         return None
-    resources = _resources(problem)
     pairs = prod((count + 1) * (count + 2) // 2 for count in counts)
-    if resources is None or pairs * len(resources.degrees) * resources.size > MOST_STEPS:
-        return None
-    return _Table(problem, members, resources).plan(idle)
+    for resources in _resources(problem):
+        if pairs * len(resources.degrees) * resources.size <= _MOST_STEPS:
+            plan = _Table(problem, members, resources).plan(idle)
+            degrees = (count_degrees(group.degree for group in groups) for groups in plan)
+            if all(problem.placement.fits(one) for one in degrees):
+                return plan
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,24 +68,23 @@ class _Resources:
         return len(next(iter(self.after.values())))
 
 
-def _resources(problem: StepProblem) -> _Resources | None:
-    """Return ranks that are left, where every set of degrees with few enough ranks has a place; otherwise such sets."""
-    degrees = problem.degrees
-    divide = all(large % small == 0 for small, large in zip(degrees, degrees[1:], strict=False))
-    if divide and all(problem.placement.node % degree == 0 for degree in degrees if degree <= problem.placement.node):
-        ranks = np.arange(problem.ranks + 1)
-        after = {degree: np.where(ranks >= degree, ranks - degree, -1) for degree in degrees}
-        return _Resources(degrees, after, ranks[-1:])
-    sets = _sets_with_a_place(problem)
-    if sets is None:
-        return None
-    number = {counts: at for at, counts in enumerate(sets)}
-    after = {degree: np.array([number.get(_without(counts, degree), -1) for counts in sets]) for degree in degrees}
-    return _Resources(degrees, after, np.flatnonzero([problem.placement.fits(counts) for counts in sets]))
+def _resources(problem: StepProblem) -> Iterator[_Resources]:
+    """Yield the ranks that are left, and then the sets of groups that are left of a set that has a place.
+
+    Some groups of a plan on enough ranks may have no place, where degrees do not divide one another. Otherwise it is
+    the fastest one with places, too.
+    """
+    degrees, ranks = problem.degrees, np.arange(problem.ranks + 1)
+    yield _Resources(degrees, {one: np.where(ranks >= one, ranks - one, -1) for one in degrees}, ranks[-1:])
+    sets = _sets_of_groups(problem)
+    if sets is not None:
+        number = {counts: at for at, counts in enumerate(sets)}
+        after = {one: np.array([number.get(_without(counts, one), -1) for counts in sets]) for one in degrees}
+        yield _Resources(degrees, after, np.flatnonzero([problem.placement.fits(counts) for counts in sets]))
 
 
-def _sets_with_a_place(problem: StepProblem) -> list[DegreeCounts] | None:
-    """Return the sets of degrees that have a place, and their subsets; None where there are too many."""
+def _sets_of_groups(problem: StepProblem) -> list[DegreeCounts] | None:
+    """Return the degrees of all sets of groups for which ranks and slots suffice; None where there are too many."""
     found: set[DegreeCounts] = {()}
     layer: set[DegreeCounts] = {()}
     for _ in range(len(problem.lengths)):
@@ -105,8 +107,8 @@ def _with(counts: DegreeCounts, degree: int, change: int = 1) -> DegreeCounts:
     return tuple((one, count) for one, count in sorted(left.items(), reverse=True) if count)
 
 
-def _without(counts: DegreeCounts, degree: int) -> DegreeCounts | None:
-    return _with(counts, degree, -1) if degree in dict(counts) else None
+def _without(counts: DegreeCounts, degree: int) -> DegreeCounts:
+    return _with(counts, degree, -1)  # a negative count is in no set
 
 
 class _Table:
@@ -134,9 +136,9 @@ class _Table:
     def _alone(self, degree: int) -> Values:
         """Return the seconds of every subset in one group of a degree; infinite where it does not fit."""
         one = self.problem.by_degree[degree]
-        length = np.array([float(one.tokens[each[0]]) for each in self.members])
-        tokens, squares = length @ self.digits, length**2 @ self.digits
-        return one.of_groups(tokens, squares)
+        length = np.array([[float(one.tokens[each[0]])] for each in self.members])
+        # Not a matrix product, whose rounding may differ between machines.
+        return one.of_groups((length * self.digits).sum(axis=0), (length**2 * self.digits).sum(axis=0))
 
     def parts(self, whole: int) -> Numbers:
         """Return the parts of a subset that hold one of its longest sequences."""
