@@ -23,6 +23,7 @@ from megatron.longseq.flexsp.plan.plan import Kind
 from megatron.longseq.flexsp.plan.planner import PlannerName, automatic_degrees, plan_step
 from megatron.longseq.flexsp.plan.problem import PlanError, StepProblem
 from megatron.longseq.flexsp.plan.step_bound import step_bound
+from megatron.longseq.flexsp.plan.subsets import solve_by_subsets
 from megatron.longseq.flexsp.tools.cli import main
 from megatron.longseq.flexsp.tools.simulate import draw_lengths
 from tests.unit.flexsp_bed import COST, check, exhaustive
@@ -64,11 +65,16 @@ def test_ten_sequences_are_planned_within_a_percent_of_the_best(lengths, where, 
 
 
 EXACT = [[30_000, 9_000, 8_000, 700], [51_592], [4_000] * 6, [20_000, 15_000, 900, 64, 48], [9_000, 5_000, 5_000] * 2]
+EXACT += [[40_000, 30_000, 9_000]]  # more than a micro-batch holds
 
 
 @pytest.mark.parametrize("lengths", EXACT)
 def test_exact_plans_agree_with_the_exhaustive_search(lengths):
-    best, _ = exhaustive(StepProblem(lengths, 8, COST, POWERS))
+    problem = StepProblem(lengths, 8, COST, POWERS)
+    best, _ = exhaustive(problem)
+    assert total(solve_by_subsets(problem, lambda number: 0.0) or []) == pytest.approx(best, rel=1e-9)
+    divided = solve_by_subsets(problem, lambda number: 100.0 * max(0, 3 - number))  # three of them are cheaper
+    assert divided is not None and len(divided) >= min(3, len(lengths))
     plan = plan_step(lengths, 8, COST, POWERS, planner="exact")
     check(plan, lengths, 8)
     assert plan.seconds == pytest.approx(best, rel=1e-9)
@@ -95,7 +101,7 @@ def test_exact_plans_have_places_and_know_idle_micro_batches(ranks, degrees):
     assert plan.seconds <= plan_step(lengths, ranks, COST, degrees).seconds
     if ranks == 8:
         assert plan.seconds == pytest.approx(exhaustive(StepProblem(lengths, ranks, COST, degrees))[0])
-    for least in range(1, len(lengths) + 1):  # more micro-batches cost their start-up, with or without work
+    for least in (2, len(lengths)):  # more micro-batches cost their start-up, with or without work
         more = plan_step(lengths, ranks, COST, degrees, planner="exact", least=least)
         assert len(more.microbatches) >= least and more.seconds <= plan.seconds + COST.fixed * max(
             0, least - len(plan.microbatches)
