@@ -53,7 +53,7 @@ RECORDS = (
         system="guards",
         action="wrap",
         target="megatron.training.training:evaluate",
-        impl="patches.guards.runtime:ending_early",
+        impl="patches.guards.stopping:ending_early",
         why="Upstream looks for a request to stop only after a training step. An evaluation may last longer than a "
         "scheduler waits.",
         when=f"{_CONDITIONS}:stops_early",
@@ -65,7 +65,7 @@ RECORDS = (
         system="guards",
         action="wrap",
         target="megatron.training.training:checkpoint_and_decide_exit",
-        impl="patches.guards.runtime:stopping_after_a_save",
+        impl="patches.guards.stopping:stopping_after_a_save",
         why="If the request to stop comes while a checkpoint is saved, upstream trains another step and saves again.",
         when=f"{_CONDITIONS}:stops_early",
         test="tests/distributed/test_guards.py::test_request_to_stop_during_a_save_ends_the_run",
@@ -88,7 +88,7 @@ CALLBACKS = (
     Callback(
         id="guards.monitor",
         hook=INITIALIZE,
-        impl="patches.guards.runtime:with_stall_monitor",
+        impl="patches.guards.monitor:with_stall_monitor",
         why="If a rank hangs, upstream's job waits until the backend times out, and does not say which rank, nor what "
         "the others wait for.",
         when=f"{_CONDITIONS}:watches_stalls",

@@ -1,28 +1,32 @@
-"""Put the guards around upstream's passes, updates, evaluations and saves."""
+"""Put the guards around upstream's passes and updates."""
 
-import contextlib
 import functools
-import os
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 from megatron.longseq.guards import arguments as conditions
 from megatron.longseq.pipeline.arguments import wants_our_schedule
 from patches.engine import session
+from patches.guards.stopping import interrupt_if_asked_to_stop
 
-STEPS, MONITOR = "guards.steps", "guards.monitor"
-STORE_SECONDS = 10.0
+STEPS = "guards.steps"
 
 
 @dataclass
-class _Guards:
-    """What the guards keep from step to step: progress for the monitor, and the guard of training steps, if any."""
+class Guards:
+    """What the guards keep from step to step.
+
+    Attributes:
+        progress: of this rank, for the monitor.
+        guard: the guard of training steps, if any.
+        may_interrupt: whether passes without a backward belong to an evaluation, which may end before any of its steps.
+    """
 
     progress: Any
     guard: Any
+    may_interrupt: bool = False
 
     def close(self) -> None:
         """Stop watching."""
@@ -40,7 +44,7 @@ def current_record() -> Any:
 
     if not acts_in_passes(get_args()):
         return None
-    guard = _guards().guard
+    guard = current_guards().guard
     return None if guard is None else guard.record
 
 
@@ -65,7 +69,7 @@ def noting_backwards(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def backward_step(*args: Any, **named: Any) -> Any:
         result = original(*args, **named)
-        guards = _guards()
+        guards = current_guards()
         guards.progress.mark()
         if guards.guard is not None and guards.guard.record is not None:
             guards.guard.record.after_backward()
@@ -87,11 +91,10 @@ def with_guarded_passes(original: Callable[..., Any]) -> Callable[..., Any]:
 def _run_passes(passes: Callable[..., Any], *, forward_step_func: Any, forward_only: bool = False, **named: Any) -> Any:
     from megatron.training import get_args
 
-    from megatron.longseq.guards.runtime.stopping import EvaluationInterrupted
-
-    args, guards = get_args(), _guards()
-    if forward_only and conditions.stops_early(args) and _is_asked_to_stop():
-        raise EvaluationInterrupted
+    args, guards = get_args(), current_guards()
+    # Upstream collects other data than losses on the last rank alone, where a collective of all ranks would hang.
+    if guards.may_interrupt and forward_only and not named.get("collect_non_loss_data"):
+        interrupt_if_asked_to_stop()
 
     @functools.wraps(forward_step_func)
     def forward_step(*args: Any, **kwargs: Any) -> Any:
@@ -134,21 +137,23 @@ def _stage() -> int:
     return int(parallel_state.get_pipeline_model_parallel_rank())
 
 
-def _guards() -> _Guards:
+def current_guards() -> Guards:
+    """Return the guards of this process, which are made when they are first needed."""
     state = session.SESSION.state
     if STEPS not in state:
         from megatron.training import get_args
 
         from megatron.longseq.guards.runtime.monitor import StepProgress
 
-        state[STEPS] = _Guards(StepProgress(), _step_guard(get_args()))
-    guards: _Guards = state[STEPS]
+        state[STEPS] = Guards(StepProgress(), _step_guard(get_args()))
+    guards: Guards = state[STEPS]
     return guards
 
 
 def _step_guard(args: Namespace) -> Any:
     if not conditions.guards_steps(args):
         return None
+    import torch
     from megatron.core.rerun_state_machine import get_rerun_state_machine
     from megatron.training import print_rank_0
 
@@ -163,6 +168,7 @@ def _step_guard(args: Namespace) -> Any:
         history=LossHistory(args.loss_spike_window),
         rerun=None if args.rerun_mode == "disabled" else get_rerun_state_machine(),
         say=print_rank_0,
+        device=torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"),
     )
 
 
@@ -177,7 +183,7 @@ def with_judged_update(original: Callable[..., Any]) -> Callable[..., Any]:
         from megatron.longseq.guards.plan.spikes import LossHistory
         from megatron.longseq.guards.runtime.steps import GuardedOptimizer
 
-        args, guard = get_args(), _guards().guard
+        args, guard = get_args(), current_guards().guard
         if guard is None:
             return original(forward_step_func, data_iterator, model, optimizer, *rest, **named)
 
@@ -206,118 +212,3 @@ def continuing_history(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return _load_base_checkpoint
-
-
-def _is_asked_to_stop() -> bool:
-    """Return whether a rank was asked to stop. All ranks call this together."""
-    from megatron.training.global_vars import get_signal_handler
-
-    return any(get_signal_handler().signals_received())
-
-
-def ending_early(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `evaluate`: if a rank was asked to stop, end as upstream does at its time limit. It saves and exits next."""
-
-    def evaluate(forward_step_func: Any, data_iterator: Any, model: Any, *rest: Any, **named: Any) -> Any:
-        from megatron.core.rerun_state_machine import get_rerun_state_machine
-        from megatron.core.utils import get_model_config
-        from megatron.training import get_timers, print_rank_0
-
-        from megatron.longseq.guards.runtime.stopping import EvaluationInterrupted
-
-        rerun, config, timers = get_rerun_state_machine(), get_model_config(model[0]), get_timers()
-        mode = rerun.get_mode()
-        try:
-            return original(forward_step_func, data_iterator, model, *rest, **named)
-        except EvaluationInterrupted:
-            print_rank_0("> the evaluation ends early: a rank was asked to stop")
-            config.timers = timers
-            rerun.set_mode(mode)
-            for chunk in model:
-                chunk.train()
-            timers("evaluate").stop()
-            return None, None, True
-
-    return evaluate
-
-
-def stopping_after_a_save(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `checkpoint_and_decide_exit`: after a save, look for a request to stop that came in the meantime."""
-
-    def checkpoint_and_decide_exit(
-        model: Any, optimizer: Any, scheduler: Any, iteration: int, *rest: Any, **named: Any
-    ) -> bool:
-        from megatron.training import get_args
-        from megatron.training.training import print_datetime
-
-        if original(model, optimizer, scheduler, iteration, *rest, **named):
-            return True
-        args = get_args()
-        has_saved = args.save and args.save_interval and iteration % args.save_interval == 0
-        if has_saved and _is_asked_to_stop():
-            print_datetime("exiting program: asked to stop while the checkpoint was saved.")
-            return True
-        return False
-
-    return checkpoint_and_decide_exit
-
-
-def with_stall_monitor(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `initialize_megatron`: once the ranks are connected, watch this one."""
-
-    def initialize_megatron(*args: Any, **kwargs: Any) -> Any:
-        from megatron.training import get_args
-
-        finish = original(*args, **kwargs)
-        if callable(finish):  # with --lazy-mpu-init the caller connects the ranks later, by this function
-            return with_stall_monitor(finish)
-        if MONITOR not in session.SESSION.state:
-            monitor = _monitor(get_args())
-            if monitor is not None:
-                session.SESSION.state[MONITOR] = monitor
-                monitor.start()
-        return finish
-
-    return initialize_megatron
-
-
-def _monitor(args: Namespace) -> Any:
-    import torch
-    import torch.distributed as dist
-
-    from megatron.longseq.guards.runtime.flight_record import record_file, write_record
-    from megatron.longseq.guards.runtime.monitor import StallMonitor
-
-    if not dist.is_initialized() or dist.get_backend() == "fake":
-        return None
-    in_steps, elsewhere = conditions.stall_limits(args)
-    prepare: Callable[[], object] = lambda: None  # noqa: E731
-    if torch.cuda.is_available():
-        prepare = functools.partial(torch.cuda.set_device, torch.cuda.current_device())
-    file = record_file(os.environ, getattr(args, "start_folder", None), dist.get_rank())
-    is_recorded = file is not None and dist.get_backend() == "nccl"
-    return StallMonitor(
-        rank=dist.get_rank(),
-        ranks=dist.get_world_size(),
-        store=_store(),
-        progress=_guards().progress,
-        in_steps=in_steps,
-        elsewhere=elsewhere,
-        on_gpu=torch.cuda.is_available(),
-        record=functools.partial(write_record, file) if is_recorded else lambda: None,
-        prepare=prepare,
-    )
-
-
-def _store() -> Any:
-    """Connect once more to the store of the job: a connection serves one thread at a time, and others may block."""
-    import torch.distributed as dist
-
-    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    if not address or not port:
-        return None
-    with contextlib.suppress(RuntimeError, ValueError):  # the ranks met elsewhere; each reports for itself
-        return dist.TCPStore(
-            address, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=STORE_SECONDS)
-        )
-    return None

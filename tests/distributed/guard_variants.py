@@ -134,6 +134,29 @@ def request_during_a_save() -> Iterator[Planted]:
 
 
 @contextmanager
+def other_data_on_the_last_rank() -> Iterator[Planted]:
+    """Let the script collect other data than losses in evaluations. Upstream does so on the last rank alone."""
+    from megatron.longseq import pretrain_gpt
+
+    planted = Planted()
+
+    def forward_step(original: Any, data_iterator: Any, model: Any, *rest: Any, **named: Any) -> Any:
+        output, loss_func = original(data_iterator, model, *rest, **named)
+
+        def loss_or_data(losses: torch.Tensor, non_loss_data: bool = False) -> Any:
+            planted.times += non_loss_data
+            return losses.mean() if non_loss_data else loss_func(losses)
+
+        return output, loss_or_data
+
+    def pretrain(original: Any, *args: Any, **named: Any) -> Any:
+        return original(*args, **{**named, "process_non_loss_data_func": lambda *_: None})
+
+    with wrapped(pretrain_gpt, "forward_step", forward_step), wrapped(pretrain_gpt, "pretrain", pretrain):
+        yield planted
+
+
+@contextmanager
 def _at_forward(number: int, act: Any) -> Iterator[Planted]:
     from megatron.longseq import pretrain_gpt
 

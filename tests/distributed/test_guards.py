@@ -44,11 +44,11 @@ def logs(ranks: RankPool, world: int) -> list[str]:
 
 def refusal_of_training(line: list[str], mutant: str) -> str:
     """Train on this rank, and return the message with which it ends."""
-    from megatron.longseq.guards.runtime.steps import NonFiniteGradients
+    from megatron.longseq.guards.runtime.steps import LossSpike, NonFiniteGradients
 
     try:
         train_on_this_rank(Job("O", tuple(line), mutant=mutant))
-    except NonFiniteGradients as error:
+    except (LossSpike, NonFiniteGradients) as error:
         return str(error)
     raise AssertionError("the training went on")
 
@@ -91,20 +91,34 @@ def test_spike_is_skipped_on_all_ranks_and_after_resuming(ranks: RankPool, tmp_p
     assert resumed.curve == whole.curve[step - 1 :]
 
 
+SPIKY = f"{PP2} --train-iters 8 --global-batch-size 2"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("policy", "ends"), [("stop", True), ("warn", False), ("off", False)])
-def test_policies(ranks: RankPool, policy: str, ends: bool) -> None:
+def test_spike_ends_the_run_before_the_model_changes(ranks: RankPool, tmp_path: Path) -> None:
+    """All ranks end with one message. The run resumes from the step before, and meets the spike again."""
     step = guard_variants.SPIKE_STEP
-    own = f"{PP2} --train-iters 8 --global-batch-size 2 --loss-spike-policy {policy}"
-    window = "" if policy == "off" else "--loss-spike-window 8"
-    line, mutant = flags(TINY, SHALLOW, own, window), f"{VARIANTS}:spike"
-    if ends:
-        with pytest.raises(RankFailure, match=f"LossSpike: step {step}: loss spike"):
-            run_arm(ranks, "O", 2, line, mutant=mutant)
-        return
-    run = run_arm(ranks, "O", 2, line, mutant=mutant)
-    assert [one["skipped"] for one in run.curve] == [0] * 8
-    assert any(f"WARNING: step {step}: loss spike" in log for log in logs(ranks, 2)) == (policy == "warn")
+    line = flags(TINY, SHALLOW, SPIKY, "--loss-spike-window 8 --save-interval 1")
+    stop = [*line, "--loss-spike-policy", "stop", "--save", str(tmp_path)]
+    texts = ranks.run(2, refusal_of_training, stop, f"{VARIANTS}:spike")
+    assert texts[0] == texts[1], "the ranks do not agree"
+    assert texts[0].startswith(f"step {step}: loss spike") and "The weights are those before this step" in texts[0]
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == str(step - 1)
+
+    skip = [*line, "--loss-spike-policy", "skip", "--load", str(tmp_path)]
+    resumed = run_arm(ranks, "O", 2, skip, tmp_path / "resumed", mutant=f"{VARIANTS}:spike")
+    assert [(one["iteration"], one["skipped"]) for one in resumed.curve] == [(step, 1), (step + 1, 0)]
+
+
+@pytest.mark.slow
+def test_a_warning_changes_nothing(ranks: RankPool) -> None:
+    step, curves = guard_variants.SPIKE_STEP, {}
+    for policy, window in (("off", ""), ("warn", "--loss-spike-window 8")):
+        line = flags(TINY, SHALLOW, SPIKY, f"--loss-spike-policy {policy}", window)
+        curves[policy] = run_arm(ranks, "O", 2, line, mutant=f"{VARIANTS}:spike").curve
+        found = [log.count(f"WARNING: step {step}: loss spike") for log in logs(ranks, 2)]
+        assert found == ([1, 0] if policy == "warn" else [0, 0]), "the first rank alone prints the warning, once"
+    assert curves["warn"] == curves["off"] and len(curves["off"]) == 8
 
 
 def test_request_to_stop_ends_an_evaluation(ranks: RankPool, tmp_path: Path) -> None:
@@ -123,6 +137,15 @@ def test_request_to_stop_during_a_save_ends_the_run(ranks: RankPool, tmp_path: P
     assert [step["iteration"] for step in run.curve] == [1, 2]
     assert run.planted == 2  # one save of each rank
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
+
+
+@pytest.mark.slow
+def test_data_of_the_last_rank_alone_do_not_hang_an_evaluation(ranks: RankPool) -> None:
+    own = "--train-iters 2 --eval-interval 1 --eval-iters 1 --exit-signal-handler --global-batch-size 2"
+    mutant = f"{VARIANTS}:other_data_on_the_last_rank"
+    run = run_arm(ranks, "O", 2, flags(TINY, SHALLOW, own), mutant=mutant, timeout=120)
+    assert [step["iteration"] for step in run.curve] == [1, 2]
+    assert run.planted == 4, "after each step, and once more for either data set at the end"
 
 
 STALLS = {

@@ -1,13 +1,17 @@
 """Guards without ranks: scores of losses, reports of findings and stalls, and flags that are refused."""
 
+import faulthandler
 import json
 import math
 import pickle
 import threading
 import time
+import types
+import weakref
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -15,12 +19,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import median_abs_deviation
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.longseq.guards.arguments import add_guard_arguments, check_guard_numbers, stall_limits
 from megatron.longseq.guards.plan.spikes import FLOOR, LossHistory, robust_score
 from megatron.longseq.guards.runtime.flight_record import record_file, write_record
-from megatron.longseq.guards.runtime.gradients import NonFinite, describe
+from megatron.longseq.guards.runtime.gradients import GradientRecord, NonFinite, describe
 from megatron.longseq.guards.runtime.monitor import KEY, StallMonitor, StepProgress
+from megatron.longseq.guards.runtime.steps import StepGuard
+from patches.guards.monitor import connect_to_store
 
 LOSSES = st.lists(st.floats(0.1, 20.0), min_size=4, max_size=40)
 
@@ -185,6 +194,114 @@ def test_a_stall_of_one_rank_is_reported_by_all_and_ends_them() -> None:
     assert "the stacks of this rank's threads follow" in said[1] and "STALL" not in said[1]
 
 
+def test_ranks_that_are_restarted_do_not_read_the_reports_of_those_before() -> None:
+    """The store is torchrun's, which outlives the ranks."""
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port)}
+    first, again = (connect_to_store({**here, "TORCHELASTIC_RESTART_COUNT": count}) for count in ("0", "0"))
+    first.set(f"{KEY}/stall", "1")
+    assert again.check([f"{KEY}/stall"])
+    assert not connect_to_store({**here, "TORCHELASTIC_RESTART_COUNT": "1"}).check([f"{KEY}/stall"])
+    assert connect_to_store({}) is None
+
+
+def test_nothing_ends_the_process_once_the_monitor_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An undo may come while the thread publishes a heartbeat."""
+    armed, entered, leave = [False], threading.Event(), threading.Event()
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *_, **__: armed.__setitem__(0, True))
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: armed.__setitem__(0, False))
+
+    class Slow(_Store):
+        def set(self, key: str, value: str) -> None:
+            entered.set()
+            leave.wait(60)
+
+    monitor = StallMonitor(0, 1, store=Slow(), progress=StepProgress(), in_steps=600.0, elsewhere=600.0)
+    monitor.beat = 0.01
+    monitor.start()
+    assert entered.wait(60)
+    monitor.close()  # the thread does not end in time
+    leave.set()
+    assert monitor._thread is not None
+    monitor._thread.join(60)
+    assert not armed[0]
+
+
+def test_a_heartbeat_keeps_no_activation_alive() -> None:
+    """Python 3.12 keeps the local variables that were read from outside until their function returns."""
+    monitor = StallMonitor(0, 1, store=_Store(), progress=StepProgress(), in_steps=600.0, elsewhere=600.0)
+
+    def probe(act: Callable[[], object]) -> bool:
+        output = torch.zeros(1)
+        seen = weakref.ref(output)
+        act()
+        del output
+        return seen() is not None
+
+    name = "forward_backward_no_pipelining"  # the monitor reads its variables
+    schedule = types.FunctionType(
+        probe.__code__.replace(co_name=name),
+        {"__name__": "megatron.core.pipeline_parallel.schedules", "torch": torch, "weakref": weakref},
+    )
+    monitor.progress.mark()
+    assert not schedule(lambda: monitor._publish("beat", monitor.own_state(is_beat=True)))
+    assert "upstream's schedule" in schedule_of(monitor, schedule), "the probe is not what the monitor looks for"
+
+
+def schedule_of(monitor: StallMonitor, schedule: Callable[..., Any]) -> str:
+    """Return what a report says about a function."""
+    states: list[dict[str, Any]] = []
+    schedule(lambda: states.append(monitor.own_state()))
+    return str(states[0]["wait"])
+
+
+class _Waits(TorchDispatchMode):
+    """Lists operations in which the host would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        devices = {one.device.type for one in (*args, result) if isinstance(one, Tensor)}
+        if len(devices) > 1 or func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "is_nonzero"):
+            self.found.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize("locates", [True, False])
+@pytest.mark.parametrize("reports_losses", [True, False])
+def test_the_host_waits_for_the_device_once_a_step(
+    monkeypatch: pytest.MonkeyPatch, locates: bool, reports_losses: bool
+) -> None:
+    """A step with three micro-batches on one rank, with tensors that stand for those of a GPU."""
+    reads: list[int] = []
+    monkeypatch.setattr(FakeTensor, "tolist", lambda self: (reads.append(self.numel()), [0.0, 0.0, 6.0, 3.0])[1])
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+    with FakeTensorMode(), _Waits() as waits:
+        buckets = [Namespace(grad_data=torch.empty(64, device="cuda", dtype=torch.bfloat16)) for _ in range(2)]
+        groups = [Namespace(buckets=[bucket]) for bucket in buckets]
+        record = GradientRecord() if locates else None
+        guard = StepGuard(record, "warn", 10.0, LossHistory(8), rerun=None, say=print, device=torch.device("cuda", 0))
+        report = {"lm loss": torch.empty(2, device="cuda")} if reports_losses else {}
+
+        def passes(**_: Any) -> list[dict[str, Tensor]]:
+            for _microbatch in range(3):
+                if record is not None:
+                    record.after_backward()
+            for group in groups:
+                if record is not None:
+                    record.before_reduction(group)
+            return [report] * 3
+
+        order = [(0, microbatch) for microbatch in range(3)]
+        named = {"model": Namespace(bucket_groups=groups), "num_microbatches": 3}
+        guard.run(passes, 1, 0, order, named)
+        assert not guard.refuses_update(1)
+    assert waits.found == [] and reads == [4] and guard.loss == 2.0
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -204,6 +321,28 @@ def test_numbers_are_refused(line: str, message: str) -> None:
     with pytest.raises(ValueError) as error:
         check_guard_numbers(parser.parse_args(line.split()))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("flag", ["policy stop", "policy skip", "threshold 5.0", "window 50"])
+def test_graphs_of_whole_steps_refuse_what_would_be_ignored(flag: str) -> None:
+    parser = ArgumentParser()
+    add_guard_arguments(parser)
+    line = f"--loss-spike-{flag}".split()
+    for graphs in ("none", "full_iteration"):
+        args = Namespace(**vars(parser.parse_args(line)), cuda_graph_impl=graphs)
+        if graphs == "none":
+            check_guard_numbers(args)
+            continue
+        with pytest.raises(ValueError, match=f"--loss-spike-{flag}: with --cuda-graph-impl full_iteration no loss"):
+            check_guard_numbers(args)
+    check_guard_numbers(Namespace(**vars(parser.parse_args([])), cuda_graph_impl="full_iteration"))
+
+
+def test_a_policy_that_has_nothing_to_judge_says_so_once() -> None:
+    said: list[str] = []
+    guard = StepGuard(None, "stop", 10.0, LossHistory(8), rerun=None, say=said.append, device=torch.device("cpu"))
+    assert not guard.refuses_update(1) and not guard.refuses_update(2)
+    assert len(said) == 1 and "step 1 has no loss that --loss-spike-policy stop could judge" in said[0]
 
 
 def test_a_stall_is_reported_before_the_backends_timeout() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron.longseq.refusals import is_dry_run, refuse_without_effect
 
-POLICIES = ("off", "warn", "skip", "stop")
+POLICIES, POLICY = ("off", "warn", "skip", "stop"), "warn"
 THRESHOLD, WINDOW = 10.0, 100
 SMALLEST_WINDOW, LARGEST_WINDOW = 8, 100_000  # checkpoints hold the losses
 FIRST_STEP = 60.0  # minutes
@@ -27,7 +27,7 @@ def add_guard_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--loss-spike-policy",
         choices=POLICIES,
-        default="warn",
+        default=POLICY,
         help="what a loss spike causes: a warning, a step that does not change the model (its samples are consumed), "
         "or the end of the run before the model changes (default: %(default)s)",
     )
@@ -79,12 +79,24 @@ def check_guard_numbers(args: Namespace) -> None:
     if getattr(args, "loss_spike_policy", "off") == "off":
         off = "--loss-spike-policy is off"
         refuse_without_effect(args, off, loss_spike_threshold=THRESHOLD, loss_spike_window=WINDOW)
+    _refuse_graphs_of_whole_steps(args)
     for flag in ("stall_timeout_minutes", "first_step_timeout_minutes"):
         minutes = getattr(args, flag, None)
         if minutes is not None and minutes != 0 and not SHORTEST <= minutes <= LONGEST:
             name = flag.replace("_", "-")
             raise ValueError(
                 f"--{name} {minutes:g}: give minutes from {SHORTEST:g} to {LONGEST:g}, or 0, which sets no limit."
+            )
+
+
+def _refuse_graphs_of_whole_steps(args: Namespace) -> None:
+    defaults = {"policy": POLICY, "threshold": THRESHOLD, "window": WINDOW}
+    for name, default in defaults.items():
+        value = getattr(args, f"loss_spike_{name}", default)
+        if _graphs_whole_steps(args) and value not in (default, "off"):
+            raise ValueError(
+                f"--loss-spike-{name} {value}: with --cuda-graph-impl full_iteration no loss is judged, because the "
+                "host has no part in a step; leave one of the two out."
             )
 
 

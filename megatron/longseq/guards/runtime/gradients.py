@@ -2,7 +2,8 @@
 
 A NaN in one gradient makes the sums over all ranks NaN, and it stays in the sum over micro-batches. So norms are taken
 where the origin is still known: of every bucket before it is reduced, and of all buckets after each micro-batch. The
-host reads them once per step. Only if one is not finite, single parameters are examined.
+device compares them, and the host reads the result once per step. Only if one is not finite, single parameters are
+examined. Until then nothing is done for each parameter.
 """
 
 from collections.abc import Iterator, Sequence
@@ -100,30 +101,29 @@ class GradientRecord:
         else:
             self._add(chunk, self._microbatches - 1, tensors)
 
-    def largest(self, losses: Sequence[Tensor]) -> Tensor:
-        """Return the largest norm and loss of this rank alone. It is NaN or infinite if one of them is.
-
-        Args:
-            losses: the sums of losses of this rank's micro-batches.
+    def own(self) -> list[Tensor]:
+        """Return the norms of this rank's own gradients: of each micro-batch, before they are reduced.
 
         Returns:
-            Scalar tensor.
+            Tensors of any shape, on the device of the gradients.
         """
-        return _largest([one.value for one in self._norms] + [loss.detach().abs() for loss in losses])
+        return [one.value for one in self._norms]
 
-    def largest_reduced(self) -> Tensor:
-        """Return the largest norm of a reduced gradient: a sum of finite numbers may overflow.
+    def reduced(self) -> list[Tensor]:
+        """Return the norms of the reduced gradients: a sum of finite numbers may overflow.
 
         Returns:
-            Scalar tensor.
+            Tensors of any shape, on the device of the gradients.
         """
-        return _largest([_norms_of([grad for _, grad in _gradients(self._chunks) if grad.numel()])])
+        groups = [group for chunk in self._chunks for group in _groups(chunk)]
+        tensors = [tensor for group in groups for tensor in _reduced(group)]
+        return [_norms_of(tensors)] if tensors else []
 
     def find(self, losses: Sequence[Tensor], rank: int, stage: int) -> NonFinite:
         """Find what is not finite on this rank. The host waits for the device, for each parameter.
 
         Args:
-            losses: as above, by micro-batch.
+            losses: sums of losses of this rank's micro-batches, in their order.
             rank, stage: of this rank.
         """
         found = [(name, _bad_elements(grad)) for name, grad in _gradients(self._chunks)]
@@ -153,6 +153,16 @@ def _reduces_each_microbatch(group: Any) -> bool:
     return bool(getattr(group, "reduces_each_microbatch", False))
 
 
+def _reduced(group: Any) -> list[Tensor]:
+    """Return the gradients of a bucket group that the optimizer reads, as one tensor for each bucket.
+
+    The buckets hold what parameters refer to as `main_grad`, one after the other.
+    """
+    if _reduces_each_microbatch(group):
+        return [group.grads.owned] if group.grads.owned.numel() else []
+    return [bucket.grad_data for bucket in group.buckets]
+
+
 def _gradients(chunks: list[Any]) -> Iterator[tuple[str, Tensor]]:
     """Yield name and accumulated gradient of each trained parameter, in the order of the model."""
     for chunk in chunks:
@@ -164,16 +174,23 @@ def _gradients(chunks: list[Any]) -> Iterator[tuple[str, Tensor]]:
                 yield name.replace("module.", ""), grad
 
 
-def _largest(values: list[Tensor]) -> Tensor:
-    values = [value for value in values if value.numel()]
-    if not values:
-        return torch.zeros(())
-    return torch.cat([value.reshape(-1).to(values[0].device, torch.float64) for value in values]).max()
+def largest(values: Sequence[Tensor]) -> Tensor | None:
+    """Return the largest of the absolute values, NaN or infinite if one of them is; None: there are no values.
+
+    Args:
+        values: tensors of any shape and dtype, on one device.
+
+    Returns:
+        Scalar tensor, float32.
+    """
+    flat = [value.detach().reshape(-1).float() for value in values if value.numel()]
+    return torch.cat(flat).abs().max() if flat else None
 
 
 def _norms_of(tensors: list[Tensor]) -> Tensor:
     """Return the 2-norm of each tensor, as upstream's check does. Other norms are not vectorized on CPUs."""
-    return torch.stack([norm.float() for norm in torch._foreach_norm(tensors, 2)]) if tensors else torch.zeros(0)
+    norms = [norm.float() for norm in torch._foreach_norm(tensors, 2)]  # buckets may have unlike dtypes
+    return norms[0] if len(norms) == 1 else torch.stack(norms)
 
 
 def _bad_elements(tensor: Tensor) -> int:

@@ -117,9 +117,9 @@ class StallMonitor:
     def close(self) -> None:
         """Stop the thread."""
         self._stop.set()
-        faulthandler.cancel_dump_traceback_later()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(1.0)
+        faulthandler.cancel_dump_traceback_later()
 
     def stalled_for(self) -> float | None:
         """Return how long this rank has made no progress, in seconds, if that is a stall."""
@@ -141,7 +141,7 @@ class StallMonitor:
     def _run(self) -> None:
         self.prepare()
         while not self._stop.wait(self.beat):
-            self._publish("beat", self.own_state())
+            self._publish("beat", self.own_state(is_beat=True))
             self._guard_the_interpreter()
             if self.stalled_for() is not None or self._is_reported():
                 self.report_and_end()
@@ -150,12 +150,19 @@ class StallMonitor:
     def _guard_the_interpreter(self) -> None:
         """If code that holds the interpreter's lock hangs, no Python thread runs; faulthandler's thread then acts."""
         limits = (self.in_steps, self.elsewhere)
-        if all(limits):
+        if all(limits) and not self._stop.is_set():  # what is set after `close` would end the process
             faulthandler.dump_traceback_later(max(limits) + 3 * self.beat, exit=True)
 
-    def own_state(self) -> dict[str, Any]:
-        """Return where this rank is: with its host, process, step, and what it waits for."""
+    def own_state(self, *, is_beat: bool = False) -> dict[str, Any]:
+        """Return where this rank is: with its host, process, step, and what it waits for.
+
+        Args:
+            is_beat: while the training makes progress, return the line of code alone. Python keeps the local variables
+                that someone has read until their function returns, and with them the memory of activations.
+        """
         frame = self._frame()
+        is_at_work = is_beat and time.monotonic() - self.progress.at < self.beat
+        describe = waits.describe_line if is_at_work else waits.describe_wait
         state = {
             "rank": self.rank,
             "host": socket.gethostname(),
@@ -163,11 +170,12 @@ class StallMonitor:
             "step": self.progress.iteration,
             "part": waits.part_of_run(frame),
             "seconds": round(time.monotonic() - self.progress.at, 1),
-            "wait": waits.describe_wait(frame),
+            "wait": describe(frame),
         }
+        threads = () if is_at_work else threading.enumerate()
         beside = [
             f"{thread.name}: {waits.describe_wait(sys._current_frames().get(thread.ident))}"
-            for thread in threading.enumerate()
+            for thread in threads
             if thread.name.startswith("paro-") and thread.ident is not None
         ]
         return {**state, "beside": [text for text in beside if "waits" in text]}

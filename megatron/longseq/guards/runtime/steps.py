@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.longseq.guards.plan.spikes import LossHistory
-from megatron.longseq.guards.runtime.gradients import GradientRecord, Turn, describe
+from megatron.longseq.guards.runtime.gradients import GradientRecord, Turn, describe, largest
 
 UNCHANGED = "The weights are those before this step; resume from the last checkpoint."
 
@@ -34,7 +34,9 @@ class StepGuard:
         history: the last losses.
         rerun: upstream's rerun state machine, which repeats a step whose result it rejects; None: it is disabled.
         say: prints a line in the log.
-        loss: mean loss per token of the step over all ranks; None until its passes are done.
+        device: on which this rank trains.
+        loss: mean loss per token of the step over all ranks; None: its passes are not done, or report none.
+        has_warned: whether the log says that a step has no loss.
     """
 
     record: GradientRecord | None
@@ -43,7 +45,9 @@ class StepGuard:
     history: LossHistory
     rerun: Any
     say: Callable[[str], None]
+    device: torch.device
     loss: float | None = None
+    has_warned: bool = False
 
     def run(self, passes: Callable[..., Any], step: int, stage: int, order: Sequence[Turn], named: Any) -> Any:
         """Run the passes of a training step and examine the result. All ranks call this.
@@ -73,7 +77,15 @@ class StepGuard:
         Raises:
             LossSpike: the policy is to stop.
         """
-        if self.policy == "off" or self.loss is None:
+        if self.policy == "off":
+            return False
+        if self.loss is None:
+            if not self.has_warned:
+                self.say(
+                    f"> WARNING: step {step} has no loss that --loss-spike-policy {self.policy} could judge: the "
+                    "script reports none first, or no token of the step counts."
+                )
+            self.has_warned = True
             return False
         before = self.history.middle if self.history.losses else math.nan
         score = self.history.add(self.loss)
@@ -93,14 +105,12 @@ class StepGuard:
         return False
 
     def _examine(self, reports: list[Any], step: int, stage: int) -> None:
-        values = [next(iter(report.values())) for report in reports if isinstance(report, dict) and report]
-        # A script may report something else than a loss, or than its sum and tokens; it is not judged then.
-        sums = [one.detach().view(-1) for one in values if isinstance(one, Tensor) and one.numel() in (1, 2)]
-        losses = [one[0] for one in sums]
-        own = reduced = torch.zeros(())
+        pairs = _sums_and_weights(reports)
+        losses = torch.zeros(0) if pairs is None else pairs[:, 0]
+        own = reduced = None
         if self.record is not None:
-            own, reduced = self.record.largest(losses), self.record.largest_reduced()
-        origins, bad, total, weight = self._reduce([own, reduced], sums)
+            own, reduced = largest([*self.record.own(), losses]), largest(self.record.reduced())
+        origins, bad, total, weight = self._reduce(own, reduced, pairs)
         self.loss = total / weight if weight else None
         if self.record is None:
             return
@@ -108,37 +118,61 @@ class StepGuard:
             self._report(losses, step, stage)
         if self.rerun is not None:
             # Ranks that only got a NaN from others have nothing to repeat.
-            result = own if origins else reduced if bad else torch.zeros(())
+            result = own if origins else reduced if bad else None
             self.rerun.validate_result(
-                result=result,
+                result=torch.zeros(()) if result is None else result,
                 rejection_func=lambda value: not math.isfinite(value),
                 message="a gradient or loss of this rank is not finite",
                 tolerance=0.001,  # as upstream's: attention kernels may not be deterministic
                 fatal=True,
             )
 
-    def _reduce(self, norms: list[Tensor], sums: list[Tensor]) -> tuple[float, float, float, float]:
-        """Sum over all ranks which norms are not finite, the loss, and the tokens. The host waits, once."""
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        bad = torch.stack([(~torch.isfinite(norm)).to(device, torch.float64) for norm in norms])
-        # A loss function reports a sum and its tokens, or a mean.
-        pairs = [one if one.numel() == 2 else torch.stack([one[0], torch.ones_like(one[0])]) for one in sums]
-        part = torch.zeros(2, dtype=torch.float64, device=device)
-        if pairs:
-            part = torch.stack(pairs).sum(dim=0).to(device, torch.float64)
-        values = torch.cat([bad, part])
-        dist.all_reduce(values)
-        origins, spread, total, weight = values.tolist()
-        return origins, spread, total, weight
+    def _reduce(
+        self, own: Tensor | None, reduced: Tensor | None, pairs: Tensor | None
+    ) -> tuple[float, float, float, float]:
+        """Sum over all ranks which norms are not finite, the loss, and the tokens. The host waits here, and only here.
 
-    def _report(self, losses: list[Tensor], step: int, stage: int) -> None:
+        Args:
+            own, reduced: the largest norm of this rank's own and of the reduced gradients, scalars.
+            pairs: [micro-batches, 2], see `_sums_and_weights`.
+        """
+        values = torch.zeros(4, dtype=torch.float64, device=self.device)  # a copy from the host would wait for a GPU
+        for place, norm in enumerate((own, reduced)):
+            if norm is not None:
+                values[place] = ~torch.isfinite(norm)
+        if pairs is not None:
+            values[2:] = pairs.sum(dim=0, dtype=torch.float64)
+        dist.all_reduce(values)
+        origins, bad, total, weight = values.tolist()
+        return origins, bad, total, weight
+
+    def _report(self, losses: Tensor, step: int, stage: int) -> None:
         assert self.record is not None
         findings: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(findings, self.record.find(losses, dist.get_rank(), stage))
+        dist.all_gather_object(findings, self.record.find(losses.unbind(), dist.get_rank(), stage))
         text = describe(findings, step)
         if self.rerun is None or not self.rerun.first_iteration_complete:
             raise NonFiniteGradients(f"{text} {UNCHANGED}")
         self.say(f"> ERROR: {text}")
+
+
+def _sums_and_weights(reports: Sequence[Any]) -> Tensor | None:
+    """Return the losses that a step's micro-batches report on this rank.
+
+    A loss function reports a sum and its tokens, or a mean, which gets weight 1. A script may report something else
+    than a loss first; that is not judged.
+
+    Args:
+        reports: what upstream's schedule returns: a dict for each micro-batch on the last stage, none elsewhere.
+
+    Returns:
+        [micro-batches, 2], sum and weight; None: this rank reports no loss.
+    """
+    values = [next(iter(report.values())) for report in reports if isinstance(report, dict) and report]
+    sums = [one.detach().view(-1) for one in values if isinstance(one, Tensor) and one.numel() in (1, 2)]
+    if not sums:
+        return None
+    return torch.stack([one if one.numel() == 2 else torch.stack([one[0], torch.ones_like(one[0])]) for one in sums])
 
 
 class GuardedOptimizer:

@@ -67,10 +67,18 @@ def describe_wait(frame: FrameType | None) -> str:
     for one in frames_of(frame):
         for kind, text in _of_frame(one):
             found.setdefault(kind, text)
-    found.setdefault("line", _line(frame))
+    found.setdefault("line", describe_line(frame))
     if "action" in found.get("schedule", ""):  # it names the micro-batch itself
         found.pop("pass", None)
     return "; ".join(found[kind] for kind in ("schedule", "pass", "message", "collective", "line") if kind in found)
+
+
+def describe_line(frame: FrameType | None) -> str:
+    """Name the innermost line outside of Python's library and torch."""
+    own = [one for one in frames_of(frame) if _module(one).partition(".")[0] not in LIBRARIES]
+    for one in own or list(frames_of(frame))[:1]:
+        return f"in {one.f_code.co_name} ({one.f_code.co_filename}:{one.f_lineno})"
+    return "its main thread has ended"
 
 
 def _of_frame(frame: FrameType) -> Iterator[tuple[str, str]]:
@@ -99,14 +107,6 @@ def _try(describe: Describe, frame: FrameType) -> str | None:
         return describe(frame.f_locals)
     except Exception:
         return None
-
-
-def _line(frame: FrameType | None) -> str:
-    """Name the innermost line outside of Python's library and torch."""
-    own = [one for one in frames_of(frame) if _module(one).partition(".")[0] not in LIBRARIES]
-    for one in own or list(frames_of(frame))[:1]:
-        return f"in {one.f_code.co_name} ({one.f_code.co_filename}:{one.f_lineno})"
-    return "its main thread has ended"
 
 
 def _our_action(local: dict[str, Any]) -> str | None:
