@@ -25,6 +25,7 @@ CASES: dict[str, tuple[Arm, int, str]] = {
     "segments": ("O", 2, f"{PIPELINE} --hidden-dropout 0.1"),
     "segments, IIG": ("O", 4, f"{PIPELINE} --paro IIG --paro-group-size 1 --bf16"),
     "context": ("O", 2, f"{CONTEXT} --hidden-dropout 0.1"),
+    "segments, context, NIG": ("O", 4, f"{PIPELINE} {CONTEXT} --paro NIG --overlap-grad-reduce"),
 }
 
 
