@@ -14,9 +14,18 @@ HALF, WHOLE = 2, 4
 STEPS = f"{TINY} {SHALLOW} --train-iters {WHOLE} --save-interval {HALF}"
 OVERLAP = "--overlap-grad-reduce --overlap-param-gather"
 DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1"
+PIPELINE = "--pipeline-model-parallel-size 2 --seq1f1b-splits 2"
+CONTEXT = "--transformer-impl local --context-parallel-size 2 --no-rope-fusion"
 CASES: dict[str, tuple[Arm, int, str]] = {
     "upstream, dropout": ("U", 2, DROPOUT),
     "GGG, dropout, bf16": ("O", 2, f"--paro GGG --paro-group-size 2 {OVERLAP} {DROPOUT} --bf16"),
+    "NNN": ("O", 2, "--paro NNN --paro-group-size 2"),
+    "III": ("O", 4, f"--paro III --paro-group-size 2 {OVERLAP} --bf16"),
+    "IIG": ("O", 4, f"--paro IIG --paro-group-size 2 {OVERLAP}"),
+    "segments": ("O", 2, f"{PIPELINE} --hidden-dropout 0.1"),
+    "segments, IIG": ("O", 4, f"{PIPELINE} --paro IIG --paro-group-size 1 --bf16"),
+    "context": ("O", 2, f"{CONTEXT} --hidden-dropout 0.1"),
+    "segments, context, NIG": ("O", 4, f"{PIPELINE} {CONTEXT} --paro NIG --overlap-grad-reduce"),
 }
 
 
