@@ -64,6 +64,19 @@ RECORDS = (
         remove_when="upstream checks whether the process is alive while it waits",
     ),
     Record(
+        id="checkpoint.bound-writer",
+        system="checkpoint",
+        action="wrap",
+        target="megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller.async_loop",
+        impl="patches.checkpoint.writer:with_bound_process",
+        reads=("megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync.preload_tensors",),
+        why="If a rank is killed, its process that writes checkpoints in the background stays, and keeps the rank's "
+        "GPU in use. Without CUDA, the process ends when it selects a device, and the run waits for it.",
+        when="patches.conditions:always",
+        test="tests/unit/test_checkpoints.py::test_a_background_writer_ends_with_its_rank",
+        remove_when="upstream ends the process with its rank, and selects a device only if there is one",
+    ),
+    Record(
         id="checkpoint.objects",
         system="checkpoint",
         action="replace",

@@ -1,10 +1,11 @@
-"""Watch upstream's process that writes checkpoints in the background."""
+"""Upstream's process that writes checkpoints in the background: neither it nor its rank outlives the other."""
 
 import atexit
 import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -21,6 +22,26 @@ def with_watched_process(original: Callable[..., BaseProcess]) -> Callable[..., 
         return process
 
     return _get_process
+
+
+def with_bound_process(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `PersistentAsyncCaller.async_loop`: return a function that a new process imports by its name."""
+    async_loop.__wrapped__ = original  # type: ignore[attr-defined]
+    return async_loop
+
+
+def async_loop(*args: Any, **named: Any) -> None:
+    """Write checkpoints until the rank ends. Runs in a process without patches, which upstream starts."""
+    import torch
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    from megatron.longseq.child_process import exit_with_parent
+    from patches.cpu.device import cpu_stands_in_for_cuda
+
+    exit_with_parent()
+    # Upstream selects a CUDA device here without checking that there is one.
+    with nullcontext() if torch.cuda.is_available() else cpu_stands_in_for_cuda():
+        PersistentAsyncCaller.async_loop(*args, **named)
 
 
 def watch(process: BaseProcess, is_in_use: Callable[[], bool]) -> None:

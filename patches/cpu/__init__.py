@@ -59,20 +59,6 @@ RECORDS = (
         remove_when="upstream gives its data loaders a generator of their own",
         stage="start",
     ),
-    Record(
-        id="cpu.background-writer",
-        system="cpu",
-        action="wrap",
-        target="megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller.async_loop",
-        impl="patches.cpu.writer:without_cuda",
-        reads=("megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync.preload_tensors",),
-        why="The process that writes checkpoints in the background (--async-save) selects a CUDA device. Without one "
-        "it ends, and the run waits for it.",
-        when=_NO_CUDA,
-        test="tests/distributed/test_atomic_checkpoints.py::test_a_background_save_is_committed_when_it_is_written",
-        remove_when="upstream selects a device only if there is one",
-        stage="start",
-    ),
 )
 
 CALLBACKS = (

@@ -6,6 +6,9 @@ import json
 import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -27,6 +31,7 @@ from megatron.longseq.checkpoints.safe_reading import load_metadata
 from megatron.longseq.checkpoints.saving import FolderNotWritten, NonFiniteState, save_atomically
 from patches.checkpoint.latest import with_untracked_checkpoints
 
+ROOT = Path(__file__).parents[2]
 WEIGHT = torch.arange(6000.0).view(60, 100)
 
 
@@ -341,3 +346,44 @@ def test_a_background_save_has_the_state_of_its_step_and_is_committed_last(tmp_p
             )
     finally:
         torch.distributed.destroy_process_group()
+
+
+RANK = """
+import multiprocessing, os, sys, time
+if __name__ == "__main__":
+    from patches.checkpoint.writer import async_loop
+    spawn = multiprocessing.get_context("spawn")
+    queues = spawn.JoinableQueue(), spawn.JoinableQueue(), spawn.Queue()
+    writer = spawn.Process(target=async_loop, args=(0, *queues), daemon=True)
+    writer.start()
+    print(writer.pid, flush=True)
+    if sys.argv[1] == "stopped":
+        queues[0].put("DONE")
+        queues[0].join()
+        writer.join()
+        sys.exit(writer.exitcode)
+    time.sleep(3600)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["stopped", "killed"])
+def test_a_background_writer_ends_with_its_rank(tmp_path: Path, end: str) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    words = [sys.executable, "-W", "ignore", str(script), end]
+    rank = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
+    assert rank.stdout is not None
+    writer = psutil.Process(int(rank.stdout.readline()))
+    try:
+        if end == "killed":
+            rank.kill()
+            assert rank.wait(120) == -signal.SIGKILL
+        else:
+            assert rank.wait(120) == 0
+        writer.wait(120)
+    finally:
+        rank.kill()
+        if writer.is_running():
+            writer.kill()
+            pytest.fail("the process that writes checkpoints is left")

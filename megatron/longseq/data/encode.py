@@ -6,10 +6,8 @@ place only when they are complete, the record last, so an interrupted run can re
 
 import json
 import multiprocessing
-import multiprocessing.connection
 import os
 import signal
-import threading
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron.longseq.child_process import exit_with_parent
 from megatron.longseq.data import MOST_SHOWN, DataError
 from megatron.longseq.data.chat import load_chat
 from megatron.longseq.data.shards import InputDocument, Shard, read_documents
@@ -275,12 +274,4 @@ def encode_all(
 def _start_worker() -> None:
     # The parent handles Ctrl-C and lets running shards finish.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    """End this worker when the parent is killed and cannot stop it."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
+    exit_with_parent()
