@@ -130,8 +130,8 @@ def test_request_to_stop_ends_an_evaluation(ranks: RankPool, tmp_path: Path) -> 
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
 
 
-REQUESTS = {  # each stops the run after step 2: mutant, flags, saves of each rank
-    "evaluation": ("request_in_the_third_evaluation_step", "--eval-iters 5 --save-interval 100", None),
+REQUESTS = {  # each stops the run after step 2: mutant, flags, forwards of the evaluation or saves, on each rank
+    "evaluation": ("request_in_the_third_evaluation_step", "--eval-iters 5 --save-interval 100", 4),
     "save": ("request_during_a_save", "--save-interval 2", 1),
     "background-save": ("request_during_a_save", "--save-interval 2 --async-save", 1),
     # A checkpoint that the next one replaces is no place to stop at: the run saves another one.
@@ -147,13 +147,13 @@ REQUESTS = {  # each stops the run after step 2: mutant, flags, saves of each ra
 @pytest.mark.parametrize("name", REQUESTS)
 def test_a_run_that_is_asked_to_stop_loses_nothing(ranks: RankPool, tmp_path: Path, name: str) -> None:
     """It saves, trains no other step, and ends with status 0. The resumed run has the bits of an undisturbed one."""
-    mutant, own, saves = REQUESTS[name]
+    mutant, own, count = REQUESTS[name]
     sharded = "--paro NIG --overlap-grad-reduce --overlap-param-gather"
     line = flags(TINY, SHALLOW, sharded, "--train-iters 4 --eval-interval 2 --exit-signal-handler", own)
     whole = run_arm(ranks, "O", 2, line, tmp_path / "whole")
     stopped = run_arm(ranks, "O", 2, line, tmp_path / "stopped", mutant=f"{VARIANTS}:{mutant}")
     assert [step["iteration"] for step in stopped.curve] == [1, 2]
-    assert saves is None or stopped.planted == 2 * saves
+    assert stopped.planted == 2 * count
     assert (tmp_path / "stopped" / "latest_checkpointed_iteration.txt").read_text() == "2"
     resumed = run_arm(ranks, "O", 2, [*line, "--load", str(tmp_path / "stopped")], tmp_path / "resumed")
     assert resumed.curve == whole.curve[2:]
