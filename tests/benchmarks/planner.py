@@ -1,6 +1,6 @@
 """Accuracy of the planner on published measurements, and the time of its search.
 
-    python -m tests.benchmarks.planner [--golden FOLDER] [--worst N] [--cross-validate] [--plain-names]
+    python -m tests.benchmarks.planner [--golden FOLDER] [--worst N] [--regrets] [--cross-validate] [--plain-names]
 
 The last line is one JSON object. `--golden` reads files with the names and columns of `megatron/longseq/planner/data/
 golden` from another folder, for instance rows that no constant was fitted to.
@@ -24,7 +24,7 @@ from megatron.longseq.planner.plan.model import architecture
 from megatron.longseq.planner.plan.search import branch_and_bound
 from megatron.longseq.planner.plan.step import predict
 from megatron.longseq.planner.plan.task import planning_task
-from tests.benchmarks.planner_accuracy import Accuracy, Judged, assess, judge, report
+from tests.benchmarks.planner_accuracy import Accuracy, Judged, assess, describe_regrets, judge, report
 from tests.benchmarks.planner_golden import GoldenRow, rows
 
 SECONDS = ("vtrain", "bloom", "sc21", "simumax_cp", "nemo_long")
@@ -128,6 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="accuracy of the planner on published measurements")
     parser.add_argument("--golden", type=Path, metavar="FOLDER", help="other files with the columns of the package's")
     parser.add_argument("--worst", type=int, default=3, metavar="N", help="print the N worst rows of every family")
+    parser.add_argument("--regrets", action="store_true", help="list the runs of every group with a regret above 3 %%")
     parser.add_argument("--cross-validate", action="store_true", help="fit the constants to halves of the rows")
     parser.add_argument("--plain-names", action="store_true", help="name no installation: a100 for all A100 rows")
     parser.add_argument("--no-search", action="store_true", help="leave out the times of the search")
@@ -143,6 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     accuracy = assess(judged)
     print(report(accuracy, args.worst))
     print(f"{len(judged)} rows in {time.perf_counter() - began:.1f} s")
+    if args.regrets:
+        print(describe_regrets(judged, 0.03))
     if args.cross_validate:
         for family, (fitted, held) in cross_validate(judged).items():
             print(f"{family}: {100 * fitted:.1f} % on the halves fitted to, {100 * held:.1f} % on the others")

@@ -105,20 +105,46 @@ def assess(judged: Sequence[Judged]) -> Accuracy:
     return Accuracy(seconds, bias, worst, memory, rank, wrong, regrets(judged), count)
 
 
+Groups = dict[tuple[Any, ...], dict[tuple[Any, ...], list[Judged]]]
+
+
+def groups_of(judged: Iterable[Judged]) -> Groups:
+    """Return the groups of at least two timed runs: by run, its measurements."""
+    groups: Groups = {}
+    for one in judged:
+        if one.row.seconds and one.row.group:
+            key = tuple(sorted((name, str(value)) for name, value in one.row.values.items()))
+            groups.setdefault(one.row.group, {}).setdefault(key, []).append(one)
+    return {group: runs for group, runs in groups.items() if len(runs) > 1}
+
+
+def describe_regrets(judged: Sequence[Judged], least: float) -> str:
+    """Return the runs of every group with a regret above `least`, the fastest first.
+
+    Args:
+        judged: rows with their predictions.
+        least: regret above which a group is listed, such as 0.03.
+    """
+    lines, groups = [], groups_of(judged)
+    for group, regret in sorted(regrets(judged).items(), key=lambda one: -one[1]):
+        if regret <= least:
+            break
+        lines.append(f"regret {100 * regret:.1f} %: {' '.join(map(str, group))}")
+        runs = [one for same in groups[group].values() for one in same]
+        for one in sorted(runs, key=lambda one: one.row.seconds or 0.0):
+            seconds = one.prediction.step_seconds
+            error = 100 * (one.seconds_error or 0.0)
+            lines.append(f"  {one.row.name}: {one.row.seconds:.4g} s, predicted {seconds:.4g} s ({error:+.1f} %)")
+    return "\n".join(lines)
+
+
 def regrets(judged: Iterable[Judged]) -> dict[tuple[Any, ...], float]:
     """Return, by group, the measured seconds of the run that the planner ranks first, over the best, minus 1.
 
     A run measured several times counts once, with its mean.
     """
-    groups: dict[tuple[Any, ...], dict[tuple[Any, ...], list[Judged]]] = {}
-    for one in judged:
-        if one.row.seconds and one.row.group:
-            key = tuple(sorted((name, str(value)) for name, value in one.row.values.items()))
-            groups.setdefault(one.row.group, {}).setdefault(key, []).append(one)
     found = {}
-    for group, runs in groups.items():
-        if len(runs) < 2:
-            continue
+    for group, runs in groups_of(judged).items():
         means = {key: statistics.mean(one.row.seconds or 0.0 for one in same) for key, same in runs.items()}
         first = min(runs, key=lambda key: runs[key][0].prediction.step_seconds)
         found[group] = means[first] / min(means.values()) - 1

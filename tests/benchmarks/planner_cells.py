@@ -8,8 +8,8 @@ data parallelism. For each cell, least squares fit their milliseconds by
     constant + layer * slots + head * micro-batches + pipeline terms + parameters + data-parallel parameters
 
 where slots are the layers of a pipeline rank times micro-batches plus P - 1. The table shows the milliseconds of a
-layer (forward and backward of one micro-batch), the planner's, and the mean error of the fit. The last line is one JSON
-object.
+layer (forward and backward of one micro-batch), the planner's, and the mean error of the fit. A line below says how far
+rows that differ in layers alone are from straight lines. The last line is JSON.
 """
 
 import argparse
@@ -80,15 +80,44 @@ def _cell(key: tuple[int, int, int], same: Sequence[GoldenRow]) -> Cell:
     return Cell(*key, len(same), float(coefficients[1]), min(predicted), error)
 
 
+def distance_from_lines(found: Sequence[GoldenRow]) -> tuple[int, float]:
+    """Return how far milliseconds are from a straight line through the layers.
+
+    Args:
+        found: rows. Those with data parallelism are left out, because their all-reduces depend on the layers too.
+
+    Returns:
+        The number of series of at least three rows that differ in layers alone, and the largest relative distance of
+        a row from the line through the first and the last of its series.
+    """
+    series: defaultdict[tuple[str, ...], dict[int, float]] = defaultdict(dict)
+    for row in found:
+        values = {name: str(value) for name, value in row.values.items()}
+        layers, _, run = int(values.pop("num_layers")), *read(row.values)[1:]
+        if run.data_parallel_size == 1:
+            series[tuple(values.values())][layers] = row.seconds or 0.0
+    worst, count = 0.0, 0
+    for seconds in series.values():
+        (low, first), *between, (high, last) = sorted(seconds.items()) if len(seconds) > 2 else [(0, 0.0)] * 2
+        count += bool(between)
+        for layers, measured in between:
+            line = first + (last - first) * (layers - low) / (high - low)
+            worst = max(worst, abs(measured / line - 1))
+    return count, worst
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table and the JSON line."""
     parser = argparse.ArgumentParser(description="what a layer took in vTrain's single-node rows")
     parser.add_argument("--golden", type=Path, metavar="FOLDER", help="other files with the columns of the package's")
     args = parser.parse_args(argv)
-    found = cells([row for row in rows(args.golden) if row.family == "vtrain_single"])
+    single = [row for row in rows(args.golden) if row.family == "vtrain_single"]
+    found = cells(single)
     head = ("hidden", "tensor", "micro-batch", "rows", "layer ms", "predicted ms", "error of the fit")
     table = [(*map(str, one[:4]), f"{one.layer:.2f}", f"{one.predicted:.2f}", f"{one.error:.2%}") for one in found]
     print(markdown_table(head, table))
+    count, worst = distance_from_lines(single)
+    print(f"{count} series of rows that differ in layers alone: at most {worst:.1e} from straight lines")
     print(json.dumps([one._asdict() for one in found]))
     return 0
 

@@ -10,15 +10,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron.longseq.flexsp.plan.assign import WorkGroup
+from megatron.longseq.flexsp.plan.baselines import total
 from megatron.longseq.flexsp.plan.bound import microbatch_bound
 from megatron.longseq.flexsp.plan.cost import FAMILIES
 from megatron.longseq.flexsp.plan.cost_file import load_cost, save_cost
-from megatron.longseq.flexsp.plan.exact import EXACT_GAP
+from megatron.longseq.flexsp.plan.degree_sets import candidates, lower_estimate
+from megatron.longseq.flexsp.plan.exact import EXACT_GAP, solve_by_program
 from megatron.longseq.flexsp.plan.paper import paper_cost
+from megatron.longseq.flexsp.plan.placement import Placement
 from megatron.longseq.flexsp.plan.plan import Kind
 from megatron.longseq.flexsp.plan.planner import PlannerName, automatic_degrees, plan_step
 from megatron.longseq.flexsp.plan.problem import PlanError, StepProblem
 from megatron.longseq.flexsp.plan.step_bound import step_bound
+from megatron.longseq.flexsp.plan.subsets import solve_by_subsets
 from megatron.longseq.flexsp.tools.cli import main
 from megatron.longseq.flexsp.tools.simulate import draw_lengths
 from tests.unit.flexsp_bed import COST, check, exhaustive
@@ -59,13 +64,48 @@ def test_ten_sequences_are_planned_within_a_percent_of_the_best(lengths, where, 
     assert plan.bound <= best * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("lengths", [[30_000, 9_000, 8_000, 700], [51_592], [4_000] * 6, [20_000, 15_000, 900, 64, 48]])
-def test_the_exact_program_agrees_with_the_exhaustive_search(lengths):
+EXACT = [[30_000, 9_000, 8_000, 700], [51_592], [4_000] * 6, [20_000, 15_000, 900, 64, 48], [9_000, 5_000, 5_000] * 2]
+EXACT += [[40_000, 30_000, 9_000]]  # more than a micro-batch holds
+
+
+@pytest.mark.parametrize("lengths", EXACT)
+def test_exact_plans_agree_with_the_exhaustive_search(lengths):
     problem = StepProblem(lengths, 8, COST, POWERS)
+    best, _ = exhaustive(problem)
+    assert total(solve_by_subsets(problem, lambda number: 0.0) or []) == pytest.approx(best, rel=1e-9)
+    divided = solve_by_subsets(problem, lambda number: 100.0 * max(0, 3 - number))  # three of them are cheaper
+    assert divided is not None and len(divided) >= min(3, len(lengths))
     plan = plan_step(lengths, 8, COST, POWERS, planner="exact")
     check(plan, lengths, 8)
-    assert plan.seconds == pytest.approx(exhaustive(problem)[0], rel=EXACT_GAP)
+    assert plan.seconds == pytest.approx(best, rel=1e-9)
     assert plan.bound <= plan.seconds * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("lengths", EXACT[:4])
+def test_the_integer_program_agrees_with_the_exhaustive_search(lengths):
+    problem = StepProblem(lengths, 8, COST, POWERS)
+    slow = [[group] for index in range(len(lengths)) if (group := WorkGroup(8)).add(problem, index) is None]
+    found = solve_by_program(problem, slow, lambda number: 0.0)
+    assert total(found) == pytest.approx(exhaustive(problem)[0], rel=EXACT_GAP)
+
+
+@pytest.mark.parametrize(("ranks", "degrees"), [(8, (1, 2, 3, 4, 6, 8)), (7, (1, 2, 3, 4, 6)), (12, (3, 6))])
+def test_exact_plans_have_places_and_know_idle_micro_batches(ranks, degrees):
+    """Where degrees do not divide one another, sets of them have to be placed; a micro-batch without work has seconds.
+
+    Of 12 ranks in nodes of 8, three groups of degree 3 have a place, and groups of 4 and 3 have none on 7 ranks.
+    """
+    lengths = [14_000, 9_000, 9_000, 8_500, 7_000]
+    plan = plan_step(lengths, ranks, COST, degrees, planner="exact")
+    check(plan, lengths, ranks)
+    assert plan.seconds <= plan_step(lengths, ranks, COST, degrees).seconds
+    if ranks == 8:
+        assert plan.seconds == pytest.approx(exhaustive(StepProblem(lengths, ranks, COST, degrees))[0])
+    for least in (2, len(lengths)):  # more micro-batches cost their start-up, with or without work
+        more = plan_step(lengths, ranks, COST, degrees, planner="exact", least=least)
+        assert len(more.microbatches) >= least and more.seconds <= plan.seconds + COST.fixed * max(
+            0, least - len(plan.microbatches)
+        )
 
 
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -127,8 +167,8 @@ def test_what_cannot_be_planned_is_refused():
         plan_step([100, 60_000], 8, COST)
     with pytest.raises(ValueError, match="none of them can be used on 4 ranks"):
         plan_step([100], 4, COST, (3, 8), ("ulysses",))
-    with pytest.raises(ValueError, match="exact plan of 300 sequences"):
-        plan_step([100] * 300, 8, COST, planner="exact")
+    with pytest.raises(ValueError, match="exact plan of 60 sequences"):
+        plan_step(range(20_000, 50_000, 500), 8, COST, planner="exact")
     assert automatic_degrees(13) == (1, 2, 3, 4, 6, 8, 12)
 
 
@@ -170,6 +210,49 @@ def test_the_command_prints_a_plan(tmp_path: Path, capsys):
     assert "line 2: 'many'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--ranks", "0"], "--ranks 0: give 1 to"),
+        (["--ranks", "1000000000"], "--ranks 1000000000: give 1 to"),
+        (["--ranks", "4", "--microbatches", "1000000000"], "--microbatches 1000000000: give 1 to"),
+        (["--ranks", "4", "--max-tokens-per-rank", "0"], "0 tokens per rank; give at least 1"),
+        (["--ranks", "13", "--kinds", "ulysses", "--degrees", "5"], "none of them can be used on 13 ranks"),
+    ],
+)
+def test_impossible_flags_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    file = tmp_path / "lengths.txt"
+    file.write_text("5\n6000\n")
+    assert main(["plan", "--lengths", str(file), "--cost", "7b-a100", *flags]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_hundred_thousand_ranks_have_no_more_groups_than_sequences() -> None:
+    problem = StepProblem([20_000, 9_000, 300], 100_000, COST, automatic_degrees(100_000))
+    for counts in candidates(problem, range(3), lower_estimate(problem, range(3))):
+        assert all(count <= 3 for _, count in counts) and problem.placement.fits(counts)
+
+
+@given(data=st.data(), ranks=st.integers(1, 40), node=st.sampled_from([4, 8, 16]))
+def test_groups_are_placed_at_the_first_or_last_free_slot(data, ranks, node):
+    """Slots without a free rank are left out at once, which must not leave out others."""
+    placement = Placement(ranks, node)
+    used: set[int] = set()
+    degrees = data.draw(st.lists(st.sampled_from([1, 2, 3, 4, 6, 8, 12]), max_size=8).map(lambda x: sorted(x)[::-1]))
+    last = [degree % 3 == 0 for degree in degrees]
+    starts: list[int] | None = []
+    for degree, reverse in zip(degrees, last, strict=True):
+        slots = [one for one in placement.slots(degree) if used.isdisjoint(range(one, one + degree))]
+        if not slots:
+            starts = None
+            break
+        starts.append(slots[-1 if reverse else 0])
+        used.update(range(starts[-1], starts[-1] + degree))
+    assert placement._first_fit(degrees, last) == (None if starts is None else tuple(starts))
+
+
 def test_cost_models_are_saved_and_read(tmp_path: Path):
     file = tmp_path / "cost.json"
     save_cost(COST, file)
@@ -196,9 +279,16 @@ def test_cost_models_are_saved_and_read(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "lengths: No such file or directory"), (b"\xff\xfe\x00", "an input file is not UTF-8 text")],
+    [
+        (None, "lengths: No such file or directory"),
+        (b"\xff\xfe\x00", "an input file is not UTF-8 text"),
+        (b"", "it has no lengths"),
+        (b"7\n0\n", "line 2: length 0; give at least 1"),
+        (b"12.5\n", "line 1: '12.5' is no length"),
+        (b"1" + b"0" * 400, "tokens, but the largest group, of 4 of 4 ranks, holds 25796"),  # more than a float holds
+    ],
 )
-def test_unreadable_lengths_are_named(
+def test_unusable_lengths_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, message: str
 ) -> None:
     file = tmp_path / "lengths"

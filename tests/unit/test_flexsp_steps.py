@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
@@ -190,7 +191,14 @@ def test_a_plan_that_is_late_is_counted_and_waited_for() -> None:
 
     lookahead = Lookahead(GlobalBatches(lambda sample: sample + 1, 2), plan, COST, depth=2)
     lookahead.batch(0)
-    threading.Timer(0.2, go.set).start()
+    late = lookahead._steps[1]
+    wait = late.result
+
+    def result() -> PlannedBatch:
+        go.set()  # the plan is made only now that the step waits for it
+        return wait()
+
+    late.result = result  # type: ignore[method-assign, assignment]
     assert lookahead.batch(1).step == 1
     assert lookahead.late == 1
 
@@ -229,23 +237,23 @@ def test_a_new_cost_model_counts_for_steps_that_are_not_planned_yet() -> None:
 
 
 def test_a_process_that_exits_waits_for_one_plan_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, go, made = threading.Event(), threading.Event(), []
+    planners: SimpleQueue[threading.Thread] = SimpleQueue()  # threads of other tests may still be alive
+    go, made = threading.Event(), []
 
     def plan(lengths: Sequence[int], cost: Any) -> StepPlan:
         made.append(lengths)
         if lengths[0] == 3:
-            begun.set()
-            assert go.wait(60)
+            planners.put(threading.current_thread())
+            assert go.wait(600)
         return one_group(lengths)
 
     lookahead = Lookahead(GlobalBatches(lambda sample: sample + 1, 2), plan, COST, depth=5)
     lookahead.batch(0)
-    assert begun.wait(60)
-    (planner,) = (thread for thread in threading.enumerate() if thread.name == "flexsp-planner")
+    planner = planners.get(timeout=600)
     monkeypatch.setattr(threading, "main_thread", lambda: SimpleNamespace(is_alive=lambda: False))
     go.set()
-    planner.join(60)
-    assert made == [(1, 2), (3, 4)] and not planner.is_alive()
+    planner.join()  # it ends in any case: its queue is finite
+    assert made == [(1, 2), (3, 4)]
 
 
 def test_documents_are_counted_from_the_checkpoint() -> None:

@@ -80,6 +80,29 @@ def test_the_memory_limit_is_the_most_that_fits() -> None:
     assert most_tokens(model, machine, run, 1000) == 1024
 
 
+def test_short_documents_need_room_for_the_tiles_of_the_backward() -> None:
+    """Per document and head, 128 rows more of the float32 sums of the queries' gradients, and of a number per row."""
+    given = base(seq_length=8192, cluster="a800-2,memory_bytes=200e9", cross_entropy_chunk_tokens=1024)
+    model, machine, run = read(given)  # in chunks, logits are not the largest tensors
+    tiles = 128 * 32 * (128 + 1) * 4
+
+    def peak(documents: float) -> float:
+        return max(sum(kinds.values()) for kinds in rank_bytes(model, machine, run, 8192, documents)[0])
+
+    assert peak(1024) - peak(256) == pytest.approx(768 * tiles)
+    assert peak(8) == peak(1)  # the MLP's backward needs more
+    most = most_tokens(model, machine, run, 1 << 17, [[16] * 9000])
+    assert 0 < most < most_tokens(model, machine, run, 1 << 17)
+    assert rank_bytes(model, machine, run, most, most // 16)[1] <= machine.memory_bytes
+    steps = [[16] * 1200]
+    one = document_run(model, machine, run, steps, 8192)
+    assert one is not None
+    found = predict_flexsp(model, machine, one, steps)
+    groups = [group for microbatch in found.plans[0].microbatches for group in microbatch.groups]
+    documents = max(len(group.sequences) / group.kind.ulysses for group in groups)
+    assert documents > 256 and found.prediction.peak_bytes == pytest.approx(peak(documents))
+
+
 def test_packed_sequences_are_full_and_in_order() -> None:
     found = list(pack([5, 3, 9, 1], 4, 3))
     assert found == [[4], [1, 3], [4], [4], [1, 1, 2], [3, 1]]

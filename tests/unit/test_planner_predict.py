@@ -13,8 +13,6 @@ from megatron.longseq.pipeline.plan.memory import StageBytes, peak_bytes
 from megatron.longseq.pipeline.plan.schedule import Pipeline, Schedule
 from megatron.longseq.pipeline.plan.simulate import Costs, simulate, uniform_costs
 from megatron.longseq.planner.plan.cluster import cluster, families
-from megatron.longseq.planner.plan.communication import layer_messages
-from megatron.longseq.planner.plan.compute import attention_seconds, layer_seconds
 from megatron.longseq.planner.plan.configuration import reasons
 from megatron.longseq.planner.plan.flags import check_names, read, read_fully, upstream_flags
 from megatron.longseq.planner.plan.memory import in_flight, stage_params
@@ -307,22 +305,6 @@ def test_a_row_that_cannot_be_priced_leaves_the_others(tmp_path: Path, capsys: p
     assert "line 3: tensor_model_parallel_size is '2x', not a whole number" in printed.err
     assert main(["predict", "--rows", str(table)]) == 0
     assert "no cluster 'a1000'" in capsys.readouterr().out
-
-
-def test_a_ring_hides_behind_the_attention_of_its_own_pass() -> None:
-    """Gradients of keys and values travel beside the backward's attention, not beside a multiple of the forward's."""
-    model, machine, run = read({**BASE, "context_parallel_size": 8, "cluster": "a800-64,node_bandwidth=10e9"})
-    seconds = layer_seconds(model, machine, run, False)
-    assert seconds.attention_backward == attention_seconds(model, machine, run).backward > 2 * seconds.attention > 0
-
-    def context(forward: float, backward: float) -> tuple[float, float]:
-        found = seconds._replace(attention=forward, attention_backward=backward)
-        messages = layer_messages(model, machine, run, False, found)
-        return messages.context_forward, messages.context_backward
-
-    out, back = context(0.0, 0.0)
-    assert context(0.3 * out, 0.2 * back) == pytest.approx((0.7 * out, 0.8 * back))
-    assert context(2 * out, 2 * back) == (0.0, 0.0)
 
 
 def test_cells_as_programs_write_them() -> None:

@@ -132,7 +132,7 @@ def add_flexsp_arguments(parser: ArgumentParser) -> None:
         "--flexsp-planner",
         choices=PLANNERS,
         default="heuristic",
-        help="heuristic; exact: an integer program, for few documents; static: the best single degree for all "
+        help="heuristic; exact: the fastest plan, for few documents; static: the best single degree for all "
         "micro-batches; sorted: the best single degree of every micro-batch of documents sorted by length",
     )
     group.add_argument(

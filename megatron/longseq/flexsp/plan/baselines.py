@@ -18,13 +18,13 @@ _COUNTS = 4  # numbers of micro-batches of sorted plans, from the least that wor
 
 
 def homogeneous(problem: StepProblem, degree: int) -> DegreeCounts:
-    """Return as many groups of a degree as the ranks can hold.
+    """Return as many groups of a degree as the ranks can hold, and as there are sequences.
 
     Args:
         problem: the step.
         degree: ranks of a group.
     """
-    return count_degrees([degree] * len(problem.placement.slots(degree)))
+    return count_degrees([degree] * min(len(problem.placement.slots(degree)), len(problem.lengths)))
 
 
 def total(found: Sequence[Groups]) -> float:

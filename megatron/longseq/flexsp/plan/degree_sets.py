@@ -6,7 +6,7 @@ from itertools import combinations_with_replacement
 
 import numpy as np
 
-from megatron.longseq.flexsp.plan.placement import DegreeCounts
+from megatron.longseq.flexsp.plan.placement import DegreeCounts, first_free
 from megatron.longseq.flexsp.plan.problem import StepProblem, count_degrees
 
 Exchange = tuple[DegreeCounts, DegreeCounts]  # degrees to remove and to add, of as many ranks
@@ -38,7 +38,7 @@ def candidates(problem: StepProblem, indices: Sequence[int], estimate: float) ->
     """
     found: dict[DegreeCounts, None] = {}
     for degree in problem.degrees:
-        counts = count_degrees([degree] * len(problem.placement.slots(degree)))
+        counts = count_degrees([degree] * min(len(problem.placement.slots(degree)), len(problem.lengths)))
         if problem.placement.fits(counts):
             found[fill(problem, counts)] = None
     for factor in _TARGETS:
@@ -87,20 +87,25 @@ def _trim(problem: StepProblem, counts: DegreeCounts) -> DegreeCounts:
 def fill(problem: StepProblem, counts: DegreeCounts) -> DegreeCounts:
     """Add groups of the largest degrees that have a place on the ranks that are left.
 
+    A step needs at most as many groups of a degree as it has sequences.
+
     Args:
         problem: the step.
         counts: pairs of a degree and the number of its groups.
     """
     if problem.placement.place(counts) is None:
         return counts
-    free, filled = set(problem.placement.gaps(counts)), dict(counts)
+    free, filled = problem.placement.free(counts), dict(counts)
+    left = sum(free)
     for degree in reversed(problem.degrees):
-        if degree > len(free):
-            continue
-        for start in problem.placement.slots(degree):
-            if start in free and free.issuperset(range(start, start + degree)):
-                free.difference_update(range(start, start + degree))
-                filled[degree] = filled.get(degree, 0) + 1
+        slots, at = problem.placement.slots(degree), 0
+        while degree <= left and filled.get(degree, 0) < len(problem.lengths):
+            at = first_free(free, slots, degree, at)
+            if at == len(slots):
+                break
+            free[slots[at] : slots[at] + degree] = bytes(degree)
+            left -= degree
+            filled[degree] = filled.get(degree, 0) + 1
     more = tuple(sorted(filled.items(), reverse=True))
     return more if problem.placement.fits(more) else counts
 

@@ -1,11 +1,13 @@
-"""The exact program of a step (FlexSP, equations 5 to 10), extended by kinds and by all micro-batches at once.
+"""The fastest plan of a step: by dynamic programming over subsets (`subsets`), or by an integer program.
 
-Every micro-batch has as many possible groups of each kind as the ranks hold. Binary variables say which of them exist
-and which sequence is in which; the seconds of a micro-batch are at least those of each of its groups. HiGHS solves it,
-for every number of micro-batches that can still be faster than the best plan so far.
+The integer program is that of FlexSP, equations 5 to 10, extended by kinds and by all micro-batches at once. Every
+micro-batch has as many possible groups of each kind as the ranks hold. Binary variables say which of them exist and
+which sequence is in which; the seconds of a micro-batch are at least those of each of its groups. HiGHS solves it for
+every number of micro-batches whose bound (`step_bound`) is below the best plan so far. It is for steps that have too
+many subsets.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +19,8 @@ from megatron.longseq.flexsp.plan.assign import WorkGroup, makespan
 from megatron.longseq.flexsp.plan.cost import KindCost
 from megatron.longseq.flexsp.plan.problem import StepProblem, count_degrees
 from megatron.longseq.flexsp.plan.split import least_microbatches
+from megatron.longseq.flexsp.plan.step_bound import CountBounds
+from megatron.longseq.flexsp.plan.subsets import solve_by_subsets
 
 _MOST = 6_000  # binary variables
 _NODES = 200_000  # of the branch and bound: a limit that does not depend on the machine
@@ -33,27 +37,45 @@ class _Slot:
     is_next: bool  # of the same micro-batch and kind as the slot before
 
 
-def solve_exactly(problem: StepProblem, known: Sequence[Sequence[WorkGroup]]) -> list[list[WorkGroup]]:
+def solve_exactly(
+    problem: StepProblem, known: Sequence[Sequence[WorkGroup]], idle: Callable[[int], float] = lambda number: 0.0
+) -> list[list[WorkGroup]]:
     """Return the fastest plan.
 
     Args:
         problem: the step.
         known: a plan of it, which is returned where no other is faster.
+        idle: seconds that are added to a plan with that many micro-batches, for those without sequences.
 
     Raises:
         ValueError: The step is too large for the exact program, or HiGHS stopped before it had proved its plan.
     """
     best = [list(groups) for groups in known]
-    count = least_microbatches(problem)
+    found = solve_by_subsets(problem, idle)
+    if found is None:
+        return solve_by_program(problem, best, idle)
+    return found if _seconds(found, idle) < _seconds(best, idle) else best
+
+
+def solve_by_program(
+    problem: StepProblem, known: list[list[WorkGroup]], idle: Callable[[int], float]
+) -> list[list[WorkGroup]]:
+    """Return the fastest plan, by the integer program; see `solve_exactly`."""
+    best, bounds, count = known, CountBounds(problem), least_microbatches(problem)
     while count <= len(problem.lengths):
-        limit = sum(makespan(groups) for groups in best)
-        if count * problem.startup >= limit:
-            break
-        found = _solve(problem, count, limit)
-        if found is not None:
-            best = found
+        limit = _seconds(best, idle) - idle(count)
+        if bounds.simple(count) >= limit:
+            # `simple` grows by at least as much as `idle` may fall.
+            if count * problem.startup >= limit:
+                break
+        elif bounds.of(count) < limit * (1 - EXACT_GAP):
+            best = _solve(problem, count, limit) or best
         count += 1
     return best
+
+
+def _seconds(plan: Sequence[Sequence[WorkGroup]], idle: Callable[[int], float]) -> float:
+    return sum(makespan(groups) for groups in plan) + idle(len(plan))
 
 
 def _slots(problem: StepProblem, count: int) -> list[_Slot]:
@@ -84,6 +106,7 @@ def _solve(problem: StepProblem, count: int, limit: float) -> list[list[WorkGrou
     for microbatch in range(count):
         degrees = [(count + at, float(slot.degree)) for at, slot in enumerate(slots) if slot.microbatch == microbatch]
         rows.append(([col for col, _ in degrees], [degree for _, degree in degrees], -np.inf, problem.ranks))
+        rows.append(([col for col, _ in degrees], [1.0] * len(degrees), 1, np.inf))  # `idle` counts those without work
     for at, slot in enumerate(slots):
         rows += _slot_rows(problem, slot, at, count, begin)
     # Micro-batches in descending order of their seconds; the sum is below the limit.
@@ -133,6 +156,7 @@ def _slot_rows(
         seconds = [token * length + square * length * length for length in tokens]
         rows.append(([*own, count + at, slot.microbatch], [*seconds, slot.kind.startup, -1.0], -np.inf, 0.0))
     rows += [([col, count + at], [1.0, -1.0], -np.inf, 0.0) for col in own]
+    rows.append(([*own, count + at], [*[1.0] * len(own), -1.0], 0.0, np.inf))
     if slot.is_next:
         rows.append(([count + at, count + at - 1], [1.0, -1.0], -np.inf, 0.0))
     return rows

@@ -36,7 +36,7 @@ class _Holes:
             end = makespan(groups) + later
             spare = problem.ranks - sum(group.degree for group in groups)
             if spare and 1 in problem.by_degree:  # ranks without a group
-                groups += [WorkGroup(1) for _ in range(spare)]
+                groups += [WorkGroup(1) for _ in range(min(spare, len(problem.lengths)))]
             for group in groups:
                 self._by_degree.setdefault(group.degree, []).append((self._room(group, end), number, end, group))
                 number += 1

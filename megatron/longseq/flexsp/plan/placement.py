@@ -5,6 +5,7 @@ the cost model counts the links inside a node for it. Powers of two in descendin
 degrees such as 3 and 6 some sets of degrees do not, although there are enough ranks.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -68,24 +69,24 @@ class Placement:
     def _first_fit(self, degrees: Sequence[int], reverse: Sequence[bool]) -> tuple[int, ...] | None:
         """Place each group at its first free slot, or at its last one where `reverse` says so."""
         free = bytearray(b"\1") * self.ranks
-        slots: dict[tuple[int, bool], list[int]] = {}
+        next_slot: dict[tuple[int, bool], int] = {}
         starts = []
         for degree, last in zip(degrees, reverse, strict=True):
-            left = slots.get((degree, last))
-            if left is None:
-                left = slots[degree, last] = list(self.slots(degree) if last else self.slots(degree)[::-1])
-            while left:
-                start = left.pop()
-                if free.find(0, start, start + degree) < 0:
-                    break
-            else:
+            slots = self.slots(degree)
+            at = next_slot.get((degree, last), len(slots) - 1 if last else 0)
+            at = last_free(free, slots, degree, at) if last else first_free(free, slots, degree, at)
+            if not 0 <= at < len(slots):
                 return None
-            free[start : start + degree] = bytes(degree)
-            starts.append(start)
+            free[slots[at] : slots[at] + degree] = bytes(degree)
+            starts.append(slots[at])
+            next_slot[degree, last] = at - 1 if last else at + 1
         return tuple(starts)
 
-    def gaps(self, counts: DegreeCounts) -> list[int]:
-        """Return the ranks that a placement leaves without a group, ascending.
+    def free(self, counts: DegreeCounts) -> bytearray:
+        """Return 1 for every rank that a placement leaves without a group, and 0 for the others.
+
+        Args:
+            counts: see `place`.
 
         Raises:
             ValueError: The degrees have no placement.
@@ -93,8 +94,37 @@ class Placement:
         starts = self.place(counts)
         if starts is None:
             raise ValueError(f"groups of degrees {counts} have no placement on {self.ranks} ranks")
-        used = bytearray(self.ranks)
+        free = bytearray(b"\1") * self.ranks
         degrees = [degree for degree, count in counts for _ in range(count)]
         for degree, start in zip(degrees, starts, strict=True):
-            used[start : start + degree] = b"\1" * degree
-        return [rank for rank in range(self.ranks) if not used[rank]]
+            free[start : start + degree] = bytes(degree)
+        return free
+
+
+def first_free(free: bytearray, slots: Sequence[int], degree: int, at: int) -> int:
+    """Return the first slot whose ranks are all free, or the number of slots.
+
+    Args:
+        free: 1 for every free rank, 0 for the others.
+        slots: first ranks at which a group may begin, ascending.
+        degree: ranks of the group.
+        at: number of the slot to begin with.
+    """
+    while at < len(slots):
+        used = free.find(0, slots[at], slots[at] + degree)
+        if used < 0:
+            return at
+        after = free.find(1, used)  # slots up to the next free rank are left out at once
+        at = bisect_left(slots, after, at + 1) if after >= 0 else len(slots)
+    return at
+
+
+def last_free(free: bytearray, slots: Sequence[int], degree: int, at: int) -> int:
+    """Return the last slot, from `at` downwards, whose ranks are all free, or -1; see `first_free`."""
+    while at >= 0:
+        used = free.rfind(0, slots[at], slots[at] + degree)
+        if used < 0:
+            return at
+        before = free.rfind(1, 0, used)
+        at = bisect_right(slots, before - degree + 1, 0, at) - 1
+    return at

@@ -83,12 +83,14 @@ def plan_step(
     else:
         found = search(problem, least, multiple)
         if planner == "exact":
-            found = solve_exactly(problem, found)
+            found = solve_exactly(
+                problem, found, lambda number: len(_padding(problem, number, least, multiple)) * cost.fixed
+            )
     microbatches = [problem.microbatch((group.degree, group.held) for group in groups) for groups in found]
     microbatches += _padding(problem, len(microbatches), least if lengths else 0, multiple)
     seconds = sum(one.seconds for one in microbatches)
     bound = step_bound(problem, least, seconds)
-    if planner == "exact" and least == multiple == 1:
+    if planner == "exact":
         bound = max(bound, seconds * (1 - 2 * EXACT_GAP))
     return StepPlan(tuple(microbatches), seconds, bound, time.process_time() - begin)
 

@@ -72,7 +72,16 @@ class DegreeCost:
     def alone(self) -> Values:
         """Return the seconds of every sequence as the only one of a group; infinite where it does not fit."""
         tokens = np.array(self.tokens, dtype=np.float64)
-        found = np.min([_seconds(one, tokens, tokens**2) for one in self.kinds], axis=0)
+        return self.of_groups(tokens, tokens**2)
+
+    def of_groups(self, tokens: Values, squares: Values) -> Values:
+        """Return the seconds of groups; infinite where their sequences do not fit.
+
+        Args:
+            tokens: sum of the tokens of each group.
+            squares: sum of their squares.
+        """
+        found = np.min([_seconds(one, tokens, squares) for one in self.kinds], axis=0)
         return np.where(tokens <= self.capacity, found, np.inf)
 
     def likely(self) -> list[KindCost]:
@@ -149,8 +158,8 @@ class StepProblem:
                 "heads"
             )
         self.degrees = tuple(self.by_degree)
-        self.time = {degree: one.seconds() for degree, one in self.by_degree.items()}
         self._check_fit()
+        self.time = {degree: one.seconds() for degree, one in self.by_degree.items()}
 
     def _check_fit(self) -> None:
         for index, length in enumerate(self.lengths):
@@ -240,7 +249,8 @@ class StepProblem:
         starts = self.placement.place(counts)
         if starts is None:
             raise PlanError(f"groups of degrees {counts} have no placement on {self.ranks} ranks")
-        placed = self._idle_groups(set(self.placement.gaps(counts)))
+        free = self.placement.free(counts)
+        placed = self._idle_groups({rank for rank in range(self.ranks) if free[rank]})
         for (degree, held), start in zip(used, starts, strict=True):
             tokens = [self.by_degree[degree].tokens[index] for index in held]
             kind = self.by_degree[degree].fastest(sum(tokens), sum(one * one for one in tokens))

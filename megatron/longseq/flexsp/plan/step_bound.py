@@ -53,23 +53,42 @@ def step_bound(problem: StepProblem, least: int = 1, known: float = np.inf) -> f
     """
     if not problem.lengths:
         return 0.0
-    program = _Program(problem)
-    longest = max(seconds for seconds, _ in problem.least)
+    bounds = CountBounds(problem)
     best, count = np.inf, least_microbatches(problem)
     while count <= len(problem.lengths):
         empty = max(0, least - count) * problem.cost.fixed
-        simple = max(count * problem.startup + program.area, longest + (count - 1) * problem.startup) + empty
-        if simple >= best:
+        if bounds.simple(count) + empty >= best:
             # With more micro-batches it grows, except that fewer of them are empty.
             if count >= least:
                 break
         else:
-            found = max(simple, program.bound(count) + empty)
+            found = bounds.of(count) + empty
             if count == 1 and found < known < np.inf:  # its sequences are all sequences
                 found = max(found, microbatch_bound(problem, range(len(problem.lengths)), known - empty) + empty)
             best = min(best, found)
         count += 1
     return float(min(best, known))
+
+
+class CountBounds:
+    """Lower bounds on plans with a given number of micro-batches with work.
+
+    Args:
+        problem: the step, with at least one sequence.
+    """
+
+    def __init__(self, problem: StepProblem) -> None:
+        self.problem, self._program = problem, _Program(problem)
+        self._longest = max(seconds for seconds, _ in problem.least)
+
+    def simple(self, count: int) -> float:
+        """Return a bound that needs no program: all work, or the longest sequence and the start-ups of the others."""
+        startup = self.problem.startup
+        return max(count * startup + self._program.area, self._longest + (count - 1) * startup)
+
+    def of(self, count: int) -> float:
+        """Return the bound of the linear program, or the simple one where that is larger."""
+        return max(self.simple(count), self._program.bound(count))
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from megatron.longseq.flexsp.plan.problem import StepProblem
 from megatron.longseq.flexsp.tools.simulate import CONTEXTS, configurations, markdown
 
 MOST_BATCHES = 1000
+MOST_RANKS, MOST_MICROBATCHES = 200_000, 10_000  # a plan lists the groups of all ranks in all micro-batches
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,8 +110,8 @@ def _kinds(text: str) -> tuple[KindFamily, ...]:
 def _problem(
     args: argparse.Namespace,
 ) -> tuple[list[int], int, GroupCostModel, tuple[int, ...], tuple[KindFamily, ...]]:
-    if args.ranks < 1:
-        raise ValueError(f"--ranks {args.ranks}: give at least 1")
+    if not 1 <= args.ranks <= MOST_RANKS:
+        raise ValueError(f"--ranks {args.ranks}: give 1 to {MOST_RANKS}")
     cost = load_cost(args.cost)
     if args.max_tokens_per_rank is not None:
         cost = replace(cost, tokens_per_rank=args.max_tokens_per_rank)
@@ -123,6 +124,8 @@ def _problem(
 
 
 def _plan(args: argparse.Namespace) -> str:
+    if not 1 <= args.microbatches <= MOST_MICROBATCHES:
+        raise ValueError(f"--microbatches {args.microbatches}: give 1 to {MOST_MICROBATCHES}")
     problem = _problem(args)
     plan = plan_step(*problem, args.planner, least=args.microbatches)
     bound = microbatch_bounds(StepProblem(*problem), plan) if args.microbatch_bound else None

@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 from megatron.longseq.planner.plan.configuration import Configuration
 from megatron.longseq.planner.plan.model import Architecture
 
+_TILE_ROWS = 128  # of flash attention's backward
+_QUERY_MULTIPLE = 32  # channels of a head are rounded up to it
+
 
 @dataclass(frozen=True, slots=True)
 class LayerBytes:
@@ -174,6 +177,31 @@ def layer_bytes(model: Architecture, run: Configuration, has_experts: bool) -> L
         kept = hidden / (size.tensor if run.distribute_saved_activations and not run.sequence_parallel else 1)
         return LayerBytes(kept, whole - hidden + hidden, working)
     return LayerBytes(whole, 0.0, working)
+
+
+def packed_backward_bytes(model: Architecture, run: Configuration, documents: float) -> float:
+    """Return the bytes of the temporary tensors in the backward of packed documents' attention, of a layer on a rank.
+
+    Flash attention sums the gradients of queries in float32. Its kernel for packed documents writes whole tiles of 128
+    rows, so this tensor has room for 128 more rows per document: [tokens + 128 * documents, heads, channels], with
+    channels rounded up to a multiple of 32. A second one has a number per row and head (`mha_varlen_bwd` in
+    csrc/flash_attn/flash_api.cpp of flash-attn 2, and PyTorch's copy of it). With fewer key heads than query heads, the
+    gradients of keys and values exist once for every query head, too.
+
+    Args:
+        model: its architecture.
+        run: its configuration.
+        documents: of a micro-batch on a rank. Ranks of an all-to-all have all rows of their share of the heads: give
+            the documents of the group over the ranks of its all-to-all.
+    """
+    size = _sizes(model, run)
+    heads = model.num_attention_heads / size.tensor
+    width = -(-model.channels // _QUERY_MULTIPLE) * _QUERY_MULTIPLE
+    sums = 4.0 * (size.tokens + _TILE_ROWS * documents) * heads * (width + 1)
+    grads = (2 * model.query_size + 2 * model.key_size(size.tensor)) * size.tokens / size.tensor  # of output, q, k, v
+    if model.groups < model.num_attention_heads:
+        grads += 2 * size.tokens * heads * model.channels
+    return sums + size.item * (grads + size.hidden)
 
 
 def full_layer_bytes(model: Architecture, run: Configuration, has_experts: bool) -> float:

@@ -216,8 +216,8 @@ def cluster(text: str, gpus: int | None = None) -> Cluster:
             values[key] = int(float(value)) if key in _WHOLE else float(value)
         except (ValueError, TypeError) as error:
             raise ValueError(f"cluster {text!r}: {key} is {value!r}, not a number") from error
-    count = gpus or named
-    if not count:
+    count = named if gpus is None else gpus
+    if count is None:
         raise ValueError(f"cluster {text!r}: how many GPUs? Give FAMILY-GPUS, such as {name}-64, or gpus")
     return from_values({**values, "gpus": count})
 

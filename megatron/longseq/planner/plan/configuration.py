@@ -290,6 +290,10 @@ def _pipeline_reasons(model: Architecture, run: Configuration) -> list[str]:
             found.append(f"{run.microbatches} micro-batches cannot be interleaved in groups of {group}")
     if run.zero_bubble and virtual > 1:
         found.append("zero_bubble has no schedule with virtual stages")
+    if run.zero_bubble and not run.is_local:
+        found.append("zero_bubble computes gradients of weights separately, which needs transformer_impl local")
+    if run.zero_bubble and model.num_experts:
+        found.append("zero_bubble does not work with experts")
     return found
 
 

@@ -8,7 +8,7 @@ import difflib
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import Field, replace
+from dataclasses import MISSING, Field, replace
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -289,10 +289,10 @@ def _value(name: str, value: Any, field: Field[Any]) -> Any:
         ValueError: it is no value of the flag.
     """
     found = convert(name, value, field, _CHOICES.get(name, upstream_flags()["choices"].get(name, ())))
-    if isinstance(found, (int, float)) and not isinstance(found, bool) and found < 0:
-        raise ValueError(f"{name} is {value!r}; give 0 or more")
-    if isinstance(found, int) and not isinstance(found, bool) and found == 0 and field.default == 1:
-        raise ValueError(f"{name} is {value!r}; give at least 1")
+    if isinstance(found, (int, float)) and not isinstance(found, bool):
+        is_size = isinstance(found, int) and (field.default == 1 or field.default is MISSING)
+        if found < (1 if is_size else 0):
+            raise ValueError(f"{name} is {value!r}; give {'at least 1' if is_size else '0 or more'}")
     return found
 
 

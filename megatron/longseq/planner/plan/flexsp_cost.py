@@ -7,7 +7,10 @@ does not shrink with its tokens, such as launches of kernels and the update of w
 """
 
 import math
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 from megatron.longseq.attention.plan.heads import Heads
 from megatron.longseq.flexsp.plan.cost import GroupCostModel, GroupLinks
@@ -50,7 +53,7 @@ def packed_run(model: Architecture, run: Configuration, tokens: int, microbatche
 
 
 def rank_bytes(
-    model: Architecture, cluster: Cluster, run: Configuration, tokens: int
+    model: Architecture, cluster: Cluster, run: Configuration, tokens: int, documents: float = 1.0
 ) -> tuple[tuple[dict[str, float], ...], float]:
     """Return the bytes of every pipeline rank at its peak by kind, and those of the fullest one with the reserve.
 
@@ -59,25 +62,34 @@ def rank_bytes(
         cluster: the GPUs.
         run: see `packed_run`.
         tokens: tokens of a micro-batch on a rank.
+        documents: of a micro-batch on a rank; for ranks of an all-to-all, over their number.
     """
-    stages = stages_bytes(model, packed_run(model, run, tokens, 2 * run.pipeline_model_parallel_size), cluster)
+    packed = packed_run(model, run, tokens, 2 * run.pipeline_model_parallel_size)
+    stages = stages_bytes(model, packed, cluster, documents)
     peak = max(sum(kinds.values()) for kinds in stages)
     return stages, peak + cluster.reserve_bytes(peak)
 
 
-def most_tokens(model: Architecture, cluster: Cluster, run: Configuration, needed: int) -> int:
+def most_tokens(
+    model: Architecture, cluster: Cluster, run: Configuration, needed: int, steps: Sequence[Sequence[int]] = ()
+) -> int:
     """Return the most tokens of a micro-batch that fit on a rank, a multiple of `UNIT`; 0 if none do.
+
+    The rank may get the shortest documents of a step, which need the most memory.
 
     Args:
         model: its architecture.
         cluster: the GPUs.
         run: layout, recomputation and sharding.
         needed: tokens above which more bring nothing.
+        steps: lengths of the documents of some steps; none: a rank has one document.
     """
+    filled = [list(accumulate(sorted(lengths))) for lengths in steps]
     low, high = 0, -(-needed // UNIT)
     while low < high:
         middle = (low + high + 1) // 2
-        if rank_bytes(model, cluster, run, middle * UNIT)[1] <= cluster.memory_bytes:
+        documents = max((bisect_right(sums, middle * UNIT) for sums in filled), default=1)
+        if rank_bytes(model, cluster, run, middle * UNIT, max(1, documents))[1] <= cluster.memory_bytes:
             low = middle
         else:
             high = middle - 1

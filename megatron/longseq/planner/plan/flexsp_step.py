@@ -72,13 +72,21 @@ class DocumentPrediction(NamedTuple):
 
 
 class _Passes(NamedTuple):
-    """Seconds of the micro-batches of a step, and the mean of all ranks by what they do."""
+    """Seconds of the micro-batches of a step, the mean of all ranks by what they do, and documents.
+
+    Attributes:
+        seconds, longest: of all micro-batches, and of the longest one.
+        number: of micro-batches.
+        compute, context: mean seconds of a rank in its layers, and in messages of its group.
+        documents: most documents of a pack, over the ranks of its all-to-all.
+    """
 
     seconds: float
     longest: float
     number: int
     compute: float
     context: float
+    documents: float
 
 
 def document_run(
@@ -95,7 +103,7 @@ def document_run(
         tokens: most tokens of a micro-batch on a rank; 0: as many as fit.
     """
     share_of_step = max(-(-sum(lengths) // run.data_parallel_size) for lengths in steps)
-    tokens = tokens or most_tokens(model, cluster, run, max(run.seq_length, share_of_step))
+    tokens = tokens or most_tokens(model, cluster, run, max(run.seq_length, share_of_step), steps)
     if not tokens:
         return None
     cost, messages = group_cost(model, cluster, run, tokens)
@@ -197,12 +205,13 @@ def pack(lengths: Lengths, seq_length: int, multiple: int) -> Iterator[list[int]
 
 def _passes(cost: GroupCostModel, microbatches: Sequence[Groups], ranks: int) -> _Passes:
     """Return the seconds of some micro-batches."""
-    seconds, longest, compute, context = 0.0, 0.0, 0.0, 0.0
+    seconds, longest, compute, context, documents = 0.0, 0.0, 0.0, 0.0, 1.0
     for groups in microbatches:
         slowest = cost.fixed
         for kind, lengths in groups:
             if not lengths:
                 continue
+            documents = max(documents, len(lengths) / kind.ulysses)
             spent = cost.seconds(kind, lengths)
             tokens, squares = sum(lengths), sum(length * length for length in lengths)
             own = cost.fixed + (cost.linear * tokens + cost.square * squares) / kind.degree
@@ -210,7 +219,7 @@ def _passes(cost: GroupCostModel, microbatches: Sequence[Groups], ranks: int) ->
             compute += kind.degree * min(own, spent) / ranks
             context += kind.degree * max(0.0, spent - own) / ranks
         seconds, longest = seconds + slowest, max(longest, slowest)
-    return _Passes(seconds, longest, len(microbatches), compute, context)
+    return _Passes(seconds, longest, len(microbatches), compute, context, documents)
 
 
 def _prediction(
@@ -247,7 +256,8 @@ def _prediction(
         "optimizer": max(step_optimizer_seconds(cluster, run, params) for params in (ends[0], ends[-1])),
         "host": cluster.step_seconds,
     }
-    return _with_memory(model, cluster, one, steps, breakdown, data.hidden)
+    documents = max(found.documents for found in passes)
+    return _with_memory(model, cluster, one, steps, breakdown, data.hidden, documents)
 
 
 def _with_memory(
@@ -257,9 +267,10 @@ def _with_memory(
     steps: Sequence[Lengths],
     breakdown: dict[str, float],
     hidden: float,
+    documents: float,
 ) -> StepPrediction:
     run = one.run
-    stages, _ = rank_bytes(model, cluster, run, one.tokens)
+    stages, _ = rank_bytes(model, cluster, run, one.tokens, documents)
     tokens = mean(sum(lengths) for lengths in steps)
     cells = mean(sum(visible_cells(model, length) for length in lengths) for lengths in steps)
     why = reasons(model, replace(run, micro_batch_size=1, seq_length=UNIT))  # documents may have any length

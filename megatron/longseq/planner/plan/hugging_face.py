@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+# Values of model_type whose layers are those of Llama, with experts or latent attention as the config says.
+_LIKE_LLAMA = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3")
+_INSTEAD = "give upstream's flags in a JSON file instead"
 # Upstream's --use-rope-scaling has these numbers of Llama 3 built in.
 _LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -11,7 +14,10 @@ def _rotary(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the flags of rotary positions; `not_in_flags` says what they cannot express."""
     parameters = config.get("rope_parameters") or {}
     scaling = config.get("rope_scaling") or parameters
-    base = parameters.get("rope_theta", config.get("rope_theta", 10000.0))
+    for name, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"the Hugging Face config has {name} {value!r}, which is no JSON object")
+    base = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0
     percent = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     found: dict[str, Any] = {"rotary_base": int(base), "rotary_percent": float(percent)}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -31,53 +37,123 @@ def from_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the flags of a Hugging Face config.json of the Llama, Mistral, Qwen or DeepSeek families.
 
     Raises:
-        ValueError: a size is missing.
+        ValueError: a size is missing, or the model is none of these families.
     """
     try:
-        found: dict[str, Any] = {
-            "num_layers": config["num_hidden_layers"],
-            "hidden_size": config["hidden_size"],
-            "num_attention_heads": config["num_attention_heads"],
-            "ffn_hidden_size": config["intermediate_size"],
-            "vocab_size": config["vocab_size"],
-        }
+        return _flags(config)
     except KeyError as error:
         kind = config.get("model_type", "unknown")
+        raise ValueError(f"the Hugging Face config, of model_type {kind!r}, lacks {error}; {_INSTEAD}") from error
+
+
+def _refuse_others(config: Mapping[str, Any]) -> None:
+    """Refuse a model whose layers are not Llama's.
+
+    Raises:
+        ValueError: says which entry of the config shows it.
+    """
+    for name in ("hidden_act", "hidden_activation"):
+        if config.get(name, "silu") != "silu":
+            raise ValueError(
+                f"the Hugging Face config has {name} {config[name]!r}: only families with a gated MLP and SiLU are "
+                f"read (Llama, Mistral, Qwen, DeepSeek); {_INSTEAD}"
+            )
+    kind = config.get("model_type", "llama")
+    if kind not in _LIKE_LLAMA:
         raise ValueError(
-            f"the Hugging Face config, of model_type {kind!r}, lacks {error}; give upstream's flags in a JSON "
-            "file instead"
-        ) from error
-    if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(
-            f"the Hugging Face config has hidden_act {config['hidden_act']!r}: only families with a gated MLP and SiLU "
-            "are read (Llama, Mistral, Qwen, DeepSeek); give upstream's flags in a JSON file instead"
+            f"the Hugging Face config has model_type {kind!r}: its layers may differ from those that are read "
+            f"({', '.join(_LIKE_LLAMA)}); {_INSTEAD}"
         )
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+
+
+def _window(config: Mapping[str, Any]) -> int:
+    """Return the sliding window of all layers as upstream counts it; 0: none.
+
+    Raises:
+        ValueError: some layers have a window, and others have none.
+    """
+    size, layers = config.get("sliding_window"), config["num_hidden_layers"]
+    if not size or not config.get("use_sliding_window", True):
+        return 0
+    kinds = config.get("layer_types")
+    if kinds:
+        count = sum(kind == "sliding_attention" for kind in kinds)
+    elif "max_window_layers" in config:  # Qwen: the layers before it have no window
+        count = max(0, layers - config["max_window_layers"])
+    else:
+        count = layers
+    if count not in (0, layers):
+        raise ValueError(
+            f"the Hugging Face config has a sliding window of {size} tokens in {count} of {layers} layers: the planner "
+            f"knows one window for all layers; {_INSTEAD}"
+        )
+    return max(0, size - 1) if count else 0  # Hugging Face counts the token itself, upstream does not
+
+
+def _expert_flags(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags of experts: how many, and which layers have them."""
+    count = config.get("num_local_experts") or config.get("n_routed_experts") or config.get("num_experts") or 0
+    width = config.get("moe_intermediate_size") or 0
+    found: dict[str, Any] = {
+        "num_experts": count,
+        "moe_router_topk": config.get("num_experts_per_tok") or 2,
+        "moe_ffn_hidden_size": width,
+    }
+    if not count:
+        return found
+    dense, every = config.get("first_k_dense_replace") or 0, config.get("moe_layer_freq") or 1  # DeepSeek
+    step, without = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or ()  # Qwen
+    kinds = tuple(
+        int(layer >= dense and layer % every == 0 and (layer + 1) % step == 0 and layer not in without)
+        for layer in range(config["num_hidden_layers"])
+    )
+    found["moe_layer_freq"] = 1 if all(kinds) else kinds
+    shared = config.get("shared_expert_intermediate_size") or (config.get("n_shared_experts") or 0) * width
+    found["moe_shared_expert_intermediate_size"] = shared
+    return found
+
+
+def _bias_flags(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags of biases. Those of Qwen 2 are in the projections of queries, keys and values alone."""
+    if config.get("model_type") in ("qwen2", "qwen2_moe"):
+        return {"add_bias_linear": False, "add_qkv_bias": True}
+    attention, mlp = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
+    found: dict[str, Any] = {"add_bias_linear": attention and mlp, "add_qkv_bias": attention}
+    if attention != mlp:
+        found["not_in_flags"] = f"biases in {'attention' if attention else 'the MLP'} alone"
+    return found
+
+
+def _flags(config: Mapping[str, Any]) -> dict[str, Any]:
+    layers = config["num_hidden_layers"]
+    if isinstance(layers, bool) or not isinstance(layers, int):
+        raise ValueError(f"num_layers is {layers!r}, not a whole number")
+    found: dict[str, Any] = {
+        "num_layers": layers,
+        "hidden_size": config["hidden_size"],
+        "num_attention_heads": config["num_attention_heads"],
+        "ffn_hidden_size": config["intermediate_size"],
+        "vocab_size": config["vocab_size"],
+    }
+    _refuse_others(config)
     found |= {
         "num_query_groups": config.get("num_key_value_heads") or 0,
         "kv_channels": config.get("head_dim") or 0,
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
         "max_position_embeddings": config.get("max_position_embeddings", 0),
         "position_embedding_type": "rope",
+        **_bias_flags(config),
         **_rotary(config),
         "normalization": "RMSNorm",
         "layernorm_epsilon": float(config.get("rms_norm_eps", 1e-6)),
         "swiglu": True,
-        "add_bias_linear": bool(config.get("mlp_bias", False)),
-        "add_qkv_bias": bool(config.get("attention_bias", config.get("model_type") == "qwen2")),
         "qk_layernorm": config.get("model_type", "").startswith("qwen3"),
         "hidden_dropout": 0.0,
         "attention_dropout": config.get("attention_dropout") or 0.0,
-        "window_size": max(0, (window or 0) - 1),  # Hugging Face counts the token itself, upstream does not
-        "num_experts": config.get("num_local_experts")
-        or config.get("n_routed_experts")
-        or config.get("num_experts", 0),
-        "moe_router_topk": config.get("num_experts_per_tok") or 2,
-        "moe_ffn_hidden_size": config.get("moe_intermediate_size") or 0,
+        "window_size": _window(config),
+        **_expert_flags(config),
     }
     if config.get("kv_lora_rank"):
-        dense = config.get("first_k_dense_replace", 0)
-        shared = config.get("n_shared_experts") or 0
         found |= {
             "multi_latent_attention": True,
             "q_lora_rank": config.get("q_lora_rank") or 0,
@@ -87,7 +163,5 @@ def from_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
             "v_head_dim": config["v_head_dim"],
             "num_query_groups": 0,
             "kv_channels": 0,
-            "moe_layer_freq": tuple(int(layer >= dense) for layer in range(found["num_layers"])),
-            "moe_shared_expert_intermediate_size": shared * (config.get("moe_intermediate_size") or 0),
         }
     return found

@@ -11,6 +11,7 @@ from megatron.longseq.planner.plan.activations import (
     full_layer_bytes,
     layer_bytes,
     loss_bytes,
+    packed_backward_bytes,
     scores_buffer_bytes,
     weight_grad_bytes,
 )
@@ -213,11 +214,21 @@ def _segment_peaks(model: Architecture, run: Configuration, layers: tuple[int, .
     return peak_bytes(schedule, lengths, stages)
 
 
-def stages_bytes(model: Architecture, run: Configuration, cluster: Cluster) -> tuple[dict[str, float], ...]:
-    """Return, for every pipeline rank, the bytes of each kind at the peak instant."""
+def stages_bytes(
+    model: Architecture, run: Configuration, cluster: Cluster, documents: float = 0.0
+) -> tuple[dict[str, float], ...]:
+    """Return, for every pipeline rank, the bytes of each kind at the peak instant.
+
+    Args:
+        model: its architecture.
+        run: its configuration.
+        cluster: the GPUs.
+        documents: packed documents of a micro-batch on a rank, see `packed_backward_bytes`; 0: whole sequences.
+    """
     layers = run.stage_layers(model.num_layers)
     stages = run.pipeline_model_parallel_size
     per_layer = _mean_layer(model, run)
+    working = max(per_layer.working, packed_backward_bytes(model, run, documents) if documents else 0.0)
     special = run.seq1f1b_splits > 1 or (run.zero_bubble and stages > 1)
     peaks = _segment_peaks(model, run, layers, per_layer) if special else None
     workspace = cluster.workspace_bytes
@@ -234,7 +245,7 @@ def stages_bytes(model: Architecture, run: Configuration, cluster: Cluster) -> t
         kept = peaks[stage] if peaks else in_flight(run, stage) * _stage_kept(model, run, count, stage)
         at_loss = 0.0
         again = 0.0 if peaks else per_layer.recomputed * _group(run, count)
-        at_layer = again + per_layer.working / run.seq1f1b_splits
+        at_layer = again + working / run.seq1f1b_splits
         if stage == stages - 1:
             at_loss = sum(loss_bytes(model, run))
         kinds["activations"] = kept

@@ -100,11 +100,9 @@ class Architecture:
                 raise ValueError(f"{field.name} is {value!r}, not a whole number")
             if field.type is bool and not isinstance(value, bool):
                 raise ValueError(f"{field.name} is {value!r}, neither true nor false")
-            if isinstance(value, (int, float)) and value < 0:
-                raise ValueError(f"{field.name} must be 0 or more, not {value}")
-        for size in ("num_layers", "hidden_size", "num_attention_heads"):
-            if getattr(self, size) < 1:
-                raise ValueError(f"{size} must be at least 1, not {getattr(self, size)}")
+            least = int(field.name in ("num_layers", "hidden_size", "num_attention_heads"))
+            if isinstance(value, (int, float)) and value < least:
+                raise ValueError(f"{field.name} must be {'at least 1' if least else '0 or more'}, not {value}")
         if self.num_attention_heads % self.groups:
             raise ValueError(
                 f"num_query_groups {self.groups} does not divide num_attention_heads {self.num_attention_heads}"
@@ -303,7 +301,7 @@ def architecture(model: str | None, overrides: Mapping[str, Any]) -> Architectur
     if isinstance(values.get("moe_layer_freq"), (list, tuple)):
         layers = None if "moe_layer_freq" in overrides else values.get("num_layers")
         values["moe_layer_freq"] = _layer_kinds(values["moe_layer_freq"], layers)
-    missing = [key for key in ("num_layers", "hidden_size", "num_attention_heads") if not values.get(key)]
+    missing = [key for key in ("num_layers", "hidden_size", "num_attention_heads") if values.get(key) is None]
     if missing:
         raise ValueError(f"the model lacks {', '.join(missing)}; give model (one of {', '.join(names())}) or the flags")
     return Architecture(**values)

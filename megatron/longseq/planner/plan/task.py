@@ -87,8 +87,12 @@ def planning_task(
     return PlanningTask(model, cluster, space, base)
 
 
-def parse_count(text: str) -> int:
+def parse_count(text: str, flag: str = "") -> int:
     """Return a whole number, with an optional suffix K, M or G for powers of 1,024.
+
+    Args:
+        text: the number.
+        flag: names the number in messages.
 
     Raises:
         ValueError: the text is no such number, or below 1.
@@ -98,5 +102,6 @@ def parse_count(text: str) -> int:
     except ValueError:
         found = 0
     if found < 1:
-        raise ValueError(f"{text!r}: give a whole number of at least 1, with K, M or G for powers of 1,024")
+        what = f"{flag} {text!r}" if flag else repr(text)
+        raise ValueError(f"{what}: give a whole number of at least 1, with K, M or G for powers of 1,024")
     return found

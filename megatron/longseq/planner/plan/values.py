@@ -52,8 +52,10 @@ def whole_number(name: str, value: Any) -> int:
         value: its value, or its text.
 
     Raises:
-        ValueError: the text is no such number.
+        ValueError: the text is no such number, or the flag was given without a value.
     """
+    if value is True:
+        raise ValueError(f"{name} has no value; give a whole number")
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     text = str(value).strip().lower().replace("_", "")
@@ -76,8 +78,10 @@ def number(name: str, value: Any) -> float:
         value: its value, or its text.
 
     Raises:
-        ValueError: the text is no such number.
+        ValueError: the text is no such number, or the flag was given without a value.
     """
+    if value is True:
+        raise ValueError(f"{name} has no value; give a number")
     try:
         found = float(value)
     except (TypeError, ValueError):

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron.longseq.planner.plan.cluster import cluster
 
+_RANKS_OF_A_CORE = 4  # at most, on a CPU
 _ATTENTION_HALF = 384.0  # tokens at which the planner's fused attention reaches half of its efficiency
 
 
@@ -28,7 +29,7 @@ def run(args: argparse.Namespace) -> str:
     """Measure, write the profile, and return what the command prints.
 
     Raises:
-        ValueError: there are not as many GPUs, or the budget is not positive.
+        ValueError: there are not as many GPUs, the budget is not positive, or the profile is a folder.
         OSError: the profile cannot be written.
     """
     import torch
@@ -36,10 +37,15 @@ def run(args: argparse.Namespace) -> str:
     available = torch.cuda.device_count()
     device = args.device if args.device != "auto" else ("cuda" if available else "cpu")
     ranks = args.gpus if args.gpus is not None else (available if device == "cuda" else 2)
-    if ranks < 1 or (device == "cuda" and ranks > available):
-        raise ValueError(f"--gpus {ranks}: give 1 to {available if device == 'cuda' else os.cpu_count()}")
+    if device == "cuda" and not available:
+        raise ValueError("--device cuda: PyTorch sees no GPU; give --device cpu")
+    most = available if device == "cuda" else _RANKS_OF_A_CORE * (os.cpu_count() or 1)
+    if not 1 <= ranks <= most:
+        raise ValueError(f"--gpus {ranks}: give 1 to {most}")
     if args.seconds is not None and args.seconds <= 0:
         raise ValueError(f"--seconds {args.seconds}: give more than 0")
+    if args.output.is_dir():
+        raise ValueError(f"--output {args.output}: this is a folder; name a file")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     profile = profile_of(measure_ranks(ranks, device, args.seconds), device)
     args.output.write_text(json.dumps(profile, indent=1) + "\n")

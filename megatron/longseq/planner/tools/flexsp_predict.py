@@ -16,10 +16,11 @@ from megatron.longseq.planner.plan.task import parse_count
 from megatron.longseq.planner.tools.document_lengths import steps_of
 
 LENGTHS = "lengths"  # names the documents; it is no flag of training
+_BATCH = "flexsp_batch_tokens"
 _STEPS = 2
 _OWN = (
     *(LENGTHS, "flexsp", "flexsp_max_tokens_per_rank", "flexsp_degrees", "flexsp_kinds", "flexsp_planner"),
-    *("flexsp_cost", "flexsp_batch_tokens"),
+    *("flexsp_cost", _BATCH),
 )
 
 
@@ -74,11 +75,11 @@ def _predict(values: Mapping[str, Any]) -> tuple[DocumentPrediction, Cluster]:
     wrong = [text for text, is_wrong in refused if is_wrong]
     if wrong:
         raise ValueError(f"flexsp with {', '.join(wrong)}: training refuses it; see docs/flexsp.md")
-    tokens = parse_count(own["flexsp_max_tokens_per_rank"])
+    tokens = parse_count(own["flexsp_max_tokens_per_rank"], "flexsp_max_tokens_per_rank")
     planner = next((one for one in PLANNERS if one == own.get("flexsp_planner", "heuristic")), None)
     if planner is None:
         raise ValueError(f"flexsp_planner {own['flexsp_planner']!r}: give one of {', '.join(PLANNERS)}")
-    batch = parse_count(own["flexsp_batch_tokens"]) if own.get("flexsp_batch_tokens") else None
+    batch = parse_count(own[_BATCH], _BATCH) if own.get(_BATCH) else None
     steps = steps_of(own[LENGTHS], run.seq_length, None if batch else run.global_batch_size, batch, _STEPS)
     one = document_run(model, machine, run, steps, tokens)
     assert one is not None  # the tokens are given

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> str:
     """
     if args.output is not None:
         check_output(args.output)
-    tokens = parse_count(args.global_batch_tokens)
+    tokens = parse_count(args.global_batch_tokens, "--global-batch-tokens")
     cells = [best_cell(*names, tokens) for names in product(args.models, args.seq_lengths, args.clusters)]
     if args.output is not None:
         draw_grid(cells, args.output)
@@ -69,7 +69,7 @@ def best_cell(model: str, length: str, machine: str, tokens: int) -> GridCell:
     Raises:
         ValueError: the step is not a whole number of sequences, or a name is unknown.
     """
-    seq_length = parse_count(length)
+    seq_length = parse_count(length, "--seq-lengths")
     if tokens % seq_length:
         raise ValueError(f"--global-batch-tokens {tokens} is not a multiple of {seq_length} tokens")
     gpus = cluster(machine)

@@ -28,6 +28,7 @@ _COLUMNS = (
     "fits",
     "mfu",
 )
+_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
 def add_predict_command(commands: Any) -> None:
@@ -107,8 +108,9 @@ def separate_flags(argv: Sequence[str]) -> list[str]:
         token = tokens.pop(0)
         if token in ("--json", "-h", "--help") or token.startswith("--rows="):
             own.append(token)
-        elif token == "--rows" and tokens:
-            own += [token, tokens.pop(0)]
+        elif token == "--rows":
+            own += [token, *tokens[:1]]
+            tokens = tokens[1:]
         elif token != "--":
             rest.append(token)
     return [*own, "--", *rest]
@@ -151,6 +153,9 @@ def read_rows(path: Path, common: Mapping[str, Any]) -> list[tuple[str, dict[str
         twice = sorted({column for column in columns if columns.count(column) > 1})
         if twice:
             raise ValueError(f"{path}: more than one column {', '.join(twice)}; give one of each")
+        separator = next((name for mark, name in _SEPARATORS.items() if mark in columns[0]), None)
+        if len(columns) == 1 and separator:
+            raise ValueError(f"{path}: the columns are separated by {separator}; separate them by commas")
         try:
             check_names([column for column in columns if column != LENGTHS])
         except ValueError as error:

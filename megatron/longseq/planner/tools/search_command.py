@@ -44,6 +44,7 @@ _RESTRICTIONS = {
     "paro-group-size": ("group_sizes", "ranks of a PaRO group"),
 }
 
+_TOKENS = "--global-batch-tokens"
 _NOT_WITH_LENGTHS = ("virtual", "micro_batch", "segments", "slacks")
 
 
@@ -159,7 +160,7 @@ def _run_documents(args: argparse.Namespace) -> str:
     if flags:
         raise ValueError(f"--{flags[0]} with --lengths: FlexSP has one micro-batch of packed documents and no segments")
     started = time.process_time()
-    tokens = None if args.global_batch_tokens is None else parse_count(args.global_batch_tokens)
+    tokens = None if args.global_batch_tokens is None else parse_count(args.global_batch_tokens, _TOKENS)
     task = task_of(args)
     if task.model.attention_dropout:
         raise ValueError(
@@ -201,16 +202,17 @@ def task_of(args: argparse.Namespace) -> PlanningTask:
     numbers = _numbers(args.set)
     machine = cluster(",".join([args.cluster, *(f"{name}={value}" for name, value in numbers[1].items())]), args.gpus)
     model = architecture(args.model, numbers[0])
-    seq_length = parse_count(args.seq_length)
+    seq_length = parse_count(args.seq_length, "--seq-length")
     if args.global_batch_size is not None:
-        sequences = parse_count(args.global_batch_size)
+        sequences = parse_count(args.global_batch_size, "--global-batch-size")
     else:
-        tokens = parse_count(args.global_batch_tokens)
+        tokens = parse_count(args.global_batch_tokens, _TOKENS)
         sequences = max(1, tokens // seq_length) if args.lengths is not None else tokens // seq_length
         if args.lengths is None and tokens % seq_length:
+            nearest = [count * seq_length for count in (sequences, sequences + 1) if count]
             raise ValueError(
-                f"--global-batch-tokens {args.global_batch_tokens}: not a multiple of --seq-length {args.seq_length}; "
-                f"the nearest are {sequences * seq_length} and {(sequences + 1) * seq_length}"
+                f"{_TOKENS} {args.global_batch_tokens}: not a multiple of --seq-length {args.seq_length}; give "
+                f"{' or '.join(map(str, nearest))}"
             )
     restrictions: dict[str, Any] = {
         field: tuple(getattr(args, field)) for field, _ in _RESTRICTIONS.values() if getattr(args, field)
