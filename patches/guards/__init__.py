@@ -68,7 +68,7 @@ RECORDS = (
         impl="patches.guards.stopping:stopping_after_a_save",
         why="If the request to stop comes while a checkpoint is saved, upstream trains another step and saves again.",
         when=f"{_CONDITIONS}:stops_early",
-        test="tests/distributed/test_guards.py::test_request_to_stop_during_a_save_ends_the_run",
+        test="tests/distributed/test_guards.py::test_a_run_that_is_asked_to_stop_loses_nothing",
         remove_when="upstream looks for a request to stop after a save",
     ),
 )

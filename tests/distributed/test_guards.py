@@ -130,13 +130,33 @@ def test_request_to_stop_ends_an_evaluation(ranks: RankPool, tmp_path: Path) -> 
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
 
 
+REQUESTS = {  # each stops the run after step 2: mutant, flags, forwards of the evaluation or saves, on each rank
+    "evaluation": ("request_in_the_third_evaluation_step", "--eval-iters 5 --save-interval 100", 4),
+    "save": ("request_during_a_save", "--save-interval 2", 1),
+    "background-save": ("request_during_a_save", "--save-interval 2 --async-save", 1),
+    # A checkpoint that the next one replaces is no place to stop at: the run saves another one.
+    "passing-save": (
+        "request_during_a_save",
+        "--save-interval 100 --non-persistent-save-interval 2 --non-persistent-ckpt-type global",
+        2,
+    ),
+}
+
+
 @pytest.mark.slow
-def test_request_to_stop_during_a_save_ends_the_run(ranks: RankPool, tmp_path: Path) -> None:
-    own = "--train-iters 9 --save-interval 2 --exit-signal-handler --global-batch-size 2"
-    run = run_arm(ranks, "O", 2, flags(TINY, SHALLOW, PP2, own), tmp_path, mutant=f"{VARIANTS}:request_during_a_save")
-    assert [step["iteration"] for step in run.curve] == [1, 2]
-    assert run.planted == 2  # one save of each rank
-    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_run_that_is_asked_to_stop_loses_nothing(ranks: RankPool, tmp_path: Path, name: str) -> None:
+    """It saves, trains no other step, and ends with status 0. The resumed run has the bits of an undisturbed one."""
+    mutant, own, count = REQUESTS[name]
+    sharded = "--paro NIG --overlap-grad-reduce --overlap-param-gather"
+    line = flags(TINY, SHALLOW, sharded, "--train-iters 4 --eval-interval 2 --exit-signal-handler", own)
+    whole = run_arm(ranks, "O", 2, line, tmp_path / "whole")
+    stopped = run_arm(ranks, "O", 2, line, tmp_path / "stopped", mutant=f"{VARIANTS}:{mutant}")
+    assert [step["iteration"] for step in stopped.curve] == [1, 2]
+    assert stopped.planted == 2 * count
+    assert (tmp_path / "stopped" / "latest_checkpointed_iteration.txt").read_text() == "2"
+    resumed = run_arm(ranks, "O", 2, [*line, "--load", str(tmp_path / "stopped")], tmp_path / "resumed")
+    assert resumed.curve == whole.curve[2:]
 
 
 @pytest.mark.slow
