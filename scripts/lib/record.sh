@@ -86,7 +86,7 @@ record_submission() {
   make_run_dir
   copy_code "$CODE_DIR"
   revision >"$CODE_DIR/revision.txt"
-  [[ -z $SITE ]] || install -m 600 -- "$SITE" "$CODE_DIR/site.env" # it may hold secrets
+  [[ -z $SITE ]] || (umask 077 && cp -- "$SITE" "$CODE_DIR/site.env") # it may hold secrets
   say "run folder: $RUN_DIR"
   [[ $(copied "${SCRIPT[0]}") == "$CODE_DIR"/* ]] ||
     say "note: ${SCRIPT[0]} lies outside $ROOT and is not copied: a later start runs what it holds then"

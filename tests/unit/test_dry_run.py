@@ -55,6 +55,18 @@ def test_the_states_of_a_rank_of_4096_are_those_of_the_formula() -> None:
     assert logits < table["activations at the peak"] < 4 * 2 * logits
 
 
+@pytest.mark.slow
+def test_experts_are_counted_without_their_activations() -> None:
+    own = "--num-experts 4 --expert-model-parallel-size 2 --moe-ffn-hidden-size 512 --tensor-model-parallel-size 1"
+    printed, table = dry_run("--dry-run-world", "8", *own.split())
+    parameters = int(re.search(r"> ([\d,]+) parameters", printed)[1].replace(",", ""))
+    mlp, router = 3 * 256 * 512, 4 * 256
+    assert parameters == 4 * (LAYER - mlp + 2 * mlp + router) + 2 * VOCABULARY + 256
+    assert "depends on how many tokens each expert gets" in printed and "activations at the peak" not in table
+    assert table["parameters"] == pytest.approx(2 * parameters, rel=5e-4)
+    assert table["sum without activations"] == pytest.approx(sum(table.values()) / 2, rel=5e-4)
+
+
 def test_groups_of_a_grid_are_found_from_one_of_them() -> None:
     grid = [(tp + 2 * (cp + 4 * dp)) for dp in range(8) for cp in range(4) for tp in range(2)]
     assert grid == list(range(64))

@@ -37,6 +37,8 @@ QUIET: dict[str, Any] = {
     "eval_iters": 100,
     "full_validation": False,
     "multiple_validation_sets": False,
+    "async_save": False,
+    "async_strategy": "nvrx",
     "eval_micro_batch_size": None,
     "rampup_batch_size": None,
     "position_embedding_type": "learned_absolute",
@@ -68,6 +70,7 @@ SERVED: list[dict[str, Any]] = [
     {"full_validation": True, **SETS, "eval_micro_batch_size": 1, "tensor_model_parallel_size": 2},
     {"mtp_num_layers": 1},
     {"eval_interval": None, "skip_train": True},
+    {"async_save": True, "async_strategy": "mcore"},
     {"sft": True, "eval_iters": 0, **OWN},
     {"dataloader_type": "cyclic", "position_embedding_type": "yarn"},
 ]
@@ -90,6 +93,7 @@ REFUSED: dict[str, dict[str, Any]] = {
         "eval_micro_batch_size": 2,
         "tensor_model_parallel_size": 2,
     },
+    "--async-strategy nvrx": {"async_save": True},
     "--multiple-validation-sets without --full-validation": {"multiple_validation_sets": True},
     "--multiple-validation-sets with test data": {
         "full_validation": True,

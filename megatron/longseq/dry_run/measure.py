@@ -26,8 +26,10 @@ def measure(args: Namespace, model: Sequence[torch.nn.Module], optimizer: Any) -
     """
     parameters = sum(param.numel() for chunk in model for param in chunk.parameters())
     params, grads = _states(model)
-    kept = [_kept(args, chunk) for chunk in model]
-    return RankMemory(parameters, params, grads, _optimizer_bytes(optimizer), kept, _in_flight(args, kept))
+    # How many tokens an expert gets, and so the sizes of its activations, depends on values.
+    kept = [_kept(args, chunk) for chunk in model] if args.num_experts is None else []
+    in_flight = _in_flight(args, kept) if kept else []
+    return RankMemory(parameters, params, grads, _optimizer_bytes(optimizer), kept, in_flight)
 
 
 def _states(model: Sequence[Any]) -> tuple[int, int]:

@@ -25,8 +25,9 @@ class RankMemory:
         params: what layers compute with.
         grads: gradients between micro-batches.
         optimizer: main parameters (unless they are views of `params`) and Adam's states.
-        kept: for each model chunk, what a micro-batch keeps from its forward to its backward.
-        in_flight: for each model chunk, micro-batches that are kept at the moment when the rank keeps most.
+        kept: for each model chunk, what a micro-batch keeps from its forward to its backward. Empty where that depends
+            on values.
+        in_flight: for each model chunk in `kept`, micro-batches that are kept at the moment when the rank keeps most.
     """
 
     parameters: int
@@ -93,18 +94,23 @@ def report(args: Namespace, place: Mapping[str, int], memory: RankMemory) -> str
         ("parameters", memory.params, planned.get("parameters")),
         ("gradients", memory.grads, planned.get("gradients")),
         ("optimizer states", memory.optimizer, planned.get("optimizer")),
-        ("activations at the peak", memory.activations, rest if planned else None),
-        ("sum", memory.total, sum(planned.values()) if planned else None),
+        ("activations at the peak", memory.activations if memory.kept else None, rest if planned else None),
+        ("sum" if memory.kept else "sum without activations", memory.total, sum(planned.values()) if planned else None),
     ]
-    kinds = [(kind, f"{size / GB:.4g}", "" if other is None else f"{other / GB:.4g}") for kind, size, other in rows]
+    kinds = [(kind, _in_gb(size), _in_gb(other)) for kind, size, other in rows]
     ranks = ", ".join(f"{name} {rank}" for name, rank in place.items())
-    kept = ", ".join(
-        f"{size / GB:.4g} GB x {count:g}" for size, count in zip(memory.kept, memory.in_flight, strict=True)
-    )
+    kept = "what a micro-batch keeps depends on how many tokens each expert gets, and is not counted"
+    if memory.kept:
+        sizes = (f"{size / GB:.4g} GB x {count:g}" for size, count in zip(memory.kept, memory.in_flight, strict=True))
+        kept = f"a micro-batch keeps, times micro-batches in flight, of each model chunk: {', '.join(sizes)}"
     return (
         f"> dry run of rank {args.rank} of {args.world_size} ({ranks}): every group, size and patch holds\n"
-        f"> {memory.parameters:,} parameters; a micro-batch keeps, times micro-batches in flight, of each model chunk: "
-        f"{kept}\n{markdown_table(('', 'GB of this rank', 'GB of its stage by the planner'), kinds)}\n"
+        f"> {memory.parameters:,} parameters; {kept}\n"
+        f"{markdown_table(('', 'GB of this rank', 'GB of its stage by the planner'), kinds)}\n"
         f"> activations are those of {args.transformer_impl} layers, kept for backward; the planner's also contain "
         f"gathered and temporary buffers{why}"
     )
+
+
+def _in_gb(size: float | None) -> str:
+    return "" if size is None else f"{size / GB:.4g}"
