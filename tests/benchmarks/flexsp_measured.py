@@ -20,6 +20,7 @@ import json
 import os
 import re
 import tempfile
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -99,11 +100,11 @@ def document_lengths(count: int = 600, seed: int = 1) -> tuple[int, ...]:
 
 
 def arms_of(ranks: int, tokens_per_rank: int) -> dict[str, dict[str, Any]]:
-    """Return the kinds of plans of a bed: what each of them changes in the planner's arguments."""
-    arms: dict[str, dict[str, Any]] = {"flexible": {}, "sorted": {"planner": "sorted"}}
+    """Return the kinds of plans of a bed: the flags that each of them changes."""
+    arms: dict[str, dict[str, Any]] = {"flexible": {}, "sorted": {"flexsp_planner": "sorted"}}
     for degree in range(1, ranks + 1):
         if ranks % degree == 0 and degree * tokens_per_rank >= LONGEST:
-            arms[f"static {degree}"] = {"degrees": (degree,)}
+            arms[f"static {degree}"] = {"flexsp_degrees": str(degree)}
     return arms
 
 
@@ -116,6 +117,9 @@ def place(step: int, arms: int) -> tuple[int, int]:
 @contextmanager
 def plans_in_turn() -> Iterator[Any]:
     """Let each round of steps train on the same documents, with one kind of plan after the other."""
+    from megatron.training import get_args
+
+    from megatron.longseq.flexsp.from_args import domain_ranks, planner_of
     from megatron.longseq.flexsp.refit import GroupSample, time_parts
     from megatron.longseq.flexsp.runtime.steps import Lookahead, PlannedBatch
     from tests.regression.planted import Planted, wrapped
@@ -123,11 +127,12 @@ def plans_in_turn() -> Iterator[Any]:
     planted = Planted()
 
     def make(_: Any, lookahead: Any, step: int, cost: Any) -> Any:
-        arms = arms_of(lookahead.plan.keywords["ranks"], cost.tokens_per_rank)
+        args = get_args()
+        arms = arms_of(domain_ranks(args), cost.tokens_per_rank)
         number, arm = place(step, len(arms))
         samples = lookahead.batches.samples(number)
         lengths = tuple(lookahead.batches.length(sample) for sample in samples)
-        plan = lookahead.plan(lengths, cost=cost, **list(arms.values())[arm])
+        plan = planner_of(Namespace(**{**vars(args), **list(arms.values())[arm]}))(lengths, cost=cost)
         slowest = [max(one.groups, key=lambda group: group.seconds) for one in plan.microbatches]
         parts = [
             time_parts(cost, GroupSample(group.kind, tuple(lengths[index] for index in group.sequences), group.seconds))

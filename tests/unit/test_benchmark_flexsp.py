@@ -1,8 +1,20 @@
 """The measured benchmark of FlexSP: whose turn a step is, and what its lines say."""
 
+from pathlib import Path
+
 import pytest
 
-from tests.benchmarks.flexsp_measured import LONGEST, ArmTimes, arms_of, place, reachable, reason, rows_of
+from tests.benchmarks.flexsp_measured import LONGEST, ArmTimes, arms_of, measure, place, reachable, reason, rows_of
+from tests.pool import RankPool
+
+
+@pytest.mark.slow
+def test_plans_train_in_turn(ranks: RankPool, tmp_path: Path) -> None:
+    arms = measure(ranks, tmp_path, 2, 2, 1)
+    assert [arm.name for arm in arms] == ["flexible", "sorted", "static 2"]
+    assert all(len(arm.measured) == len(arm.predicted) == 1 for arm in arms)
+    # Only groups of one rank save messages, and only plans with several degrees have them beside others.
+    assert arms[0].predicted[0] <= min(arm.predicted[0] for arm in arms[1:])
 
 
 def test_every_round_has_every_kind_of_plan_in_another_order() -> None:
