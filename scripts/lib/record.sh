@@ -14,7 +14,7 @@ quoted() {
 # is_secret NAME VALUE: whether a variable may hold a token or a password. The second pattern is an address with a user's
 # name, and perhaps a password, in it.
 is_secret() {
-  [[ $1 =~ (TOKEN(_|S?$|S_)|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE) || $2 =~ ://[^/[:space:]]*@ ]]
+  [[ ${1^^} =~ (TOKEN(_|$)|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE) || $2 =~ ://[^/[:space:]]*@ ]]
 }
 
 # Prints the command of --dry-run, which can be pasted into a shell. Secrets of a site file are named, not printed.

@@ -125,15 +125,14 @@ def test_a_dry_run_may_be_of_another_machine(launcher: Launcher) -> None:
 
 def test_secrets_of_a_site_file_are_not_printed(launcher: Launcher) -> None:
     site = launcher.folder / "site.env"
-    site.write_text(
-        "WANDB_API_KEY=s3cret\nHF_TOKEN=s3cret\nPROXY=http://me:s3cret@host\nTOKENIZERS_PARALLELISM=false\n"
-    )
+    secrets = "WANDB_API_KEY=s3cret\nHF_TOKEN=s3cret\nmy_secret=s3cret\nPROXY=http://me:s3cret@host\n"
+    site.write_text(secrets + "TOKENIZERS_PARALLELISM=false\nMAX_TOKENS=9\n")
     words = ("--site", str(site), "--run-dir", "out", "--", "train.py")
     started, dry = launcher.run(*words), launcher.run("--dry-run", *words)
     assert started.returncode == dry.returncode == 0
     for command in ((launcher.folder / "out/start-0/command.sh").read_text(), dry.stdout):
         assert "s3cret" not in command and 'WANDB_API_KEY="$WANDB_API_KEY"' in command
-        assert 'HF_TOKEN="$HF_TOKEN"' in command and "TOKENIZERS_PARALLELISM=false" in command
+        assert 'HF_TOKEN="$HF_TOKEN"' in command and "TOKENIZERS_PARALLELISM=false MAX_TOKENS=9" in command
 
 
 def test_record_of_the_start(launcher: Launcher) -> None:
