@@ -19,8 +19,8 @@ from megatron.longseq.flexsp.plan.degree_sets import candidates, lower_estimate
 from megatron.longseq.flexsp.plan.exact import EXACT_GAP, solve_by_program
 from megatron.longseq.flexsp.plan.paper import paper_cost
 from megatron.longseq.flexsp.plan.placement import Placement
-from megatron.longseq.flexsp.plan.plan import Kind
-from megatron.longseq.flexsp.plan.planner import PlannerName, automatic_degrees, plan_step
+from megatron.longseq.flexsp.plan.plan import Kind, PlannerName
+from megatron.longseq.flexsp.plan.planner import automatic_degrees, plan_step
 from megatron.longseq.flexsp.plan.problem import PlanError, StepProblem
 from megatron.longseq.flexsp.plan.step_bound import step_bound
 from megatron.longseq.flexsp.plan.subsets import solve_by_subsets

@@ -34,19 +34,11 @@ def base(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("tensor", "ulysses", "ring", "stages", "recompute", "within"),
-    [
-        (1, 8, 1, 1, "", 0.01),
-        (1, 1, 8, 1, "", 0.01),
-        (2, 2, 2, 1, "", 0.01),
-        (1, 8, 1, 2, "", 0.01),
-        # Between nodes, FlexSP hides a ring behind attention's backward, and the planner behind 2.5 times its forward.
-        (2, 2, 4, 1, "", 0.08),
-        (1, 8, 4, 1, "full", 0.06),
-    ],
+    ("tensor", "ulysses", "ring", "stages", "recompute"),
+    [(1, 8, 1, 1, ""), (1, 1, 8, 1, ""), (2, 2, 2, 1, ""), (1, 8, 1, 2, ""), (2, 2, 4, 1, ""), (1, 8, 4, 1, "full")],
 )
 def test_full_sequences_cost_what_static_context_parallelism_costs(
-    tensor: int, ulysses: int, ring: int, stages: int, recompute: str, within: float
+    tensor: int, ulysses: int, ring: int, stages: int, recompute: str
 ) -> None:
     """Documents that all fill a sequence are the case that the planner prices without FlexSP's cost model."""
     size = ulysses * ring
@@ -63,9 +55,12 @@ def test_full_sequences_cost_what_static_context_parallelism_costs(
     assert one is not None
     packed = predict_packed(model, machine, one, steps, 65536, Kind(ulysses, ring))
     assert packed.microbatches == 4
-    assert packed.prediction.step_seconds == pytest.approx(expected.step_seconds, rel=within)
-    assert packed.prediction.mfu == pytest.approx(expected.mfu, rel=within)
-    assert packed.prediction.peak_bytes == pytest.approx(expected.peak_bytes, rel=0.05)
+    # FlexSP counts a latency for every message, and the planner hides those of a ring: up to 0.5% of these steps.
+    assert packed.prediction.step_seconds == pytest.approx(expected.step_seconds, rel=0.01)
+    assert packed.prediction.mfu == pytest.approx(expected.mfu, rel=0.01)
+    # Plans may have any kind of group, so every layer keeps the attention's output on both sides of an all-to-all.
+    again = 0 if ulysses > 1 else model.num_layers * 65536 // ring * model.hidden_size * 2
+    assert packed.prediction.peak_bytes == pytest.approx(expected.peak_bytes + again)
     assert sum(packed.prediction.breakdown.values()) == pytest.approx(packed.prediction.step_seconds)
     static = predict_flexsp(model, machine, one, steps, (size,), planner="static")
     assert static.prediction.step_seconds <= packed.prediction.step_seconds * 1.001  # it chooses the kind, too

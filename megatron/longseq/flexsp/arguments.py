@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron.longseq.attention.arguments import NOT_WITH_DOCUMENTS
 from megatron.longseq.flexsp.plan.cost import FAMILIES, KindFamily
-from megatron.longseq.flexsp.plan.planner import PLANNERS
+from megatron.longseq.flexsp.plan.plan import PLANNERS
 from megatron.longseq.pipeline.arguments import NOT_IN_SEGMENTS
 from megatron.longseq.refusals import Refusals, refuse, refuse_unwritable, refuse_without_effect
 

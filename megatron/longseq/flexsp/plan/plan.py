@@ -8,6 +8,10 @@ consecutive ranks, the first of which is a multiple of d.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
+from typing import Literal, get_args
+
+PlannerName = Literal["heuristic", "exact", "static", "sorted"]
+PLANNERS: tuple[PlannerName, ...] = get_args(PlannerName)
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -5,7 +5,6 @@ All planners are deterministic: their searches are limited by counts, so that ev
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import Literal, get_args
 
 from megatron.longseq.flexsp.plan.assign import makespan
 from megatron.longseq.flexsp.plan.baselines import sorted_homogeneous, static, total
@@ -15,13 +14,10 @@ from megatron.longseq.flexsp.plan.exact import EXACT_GAP, solve_exactly
 from megatron.longseq.flexsp.plan.fill_holes import Groups, dissolve, fill_holes, sequences
 from megatron.longseq.flexsp.plan.microbatch import FINAL, THOROUGH, Effort, plan_microbatch
 from megatron.longseq.flexsp.plan.move_cuts import Cuts, QuickPlans, cuts_of, move_cuts
-from megatron.longseq.flexsp.plan.plan import Microbatch, StepPlan
+from megatron.longseq.flexsp.plan.plan import PLANNERS, Microbatch, PlannerName, StepPlan
 from megatron.longseq.flexsp.plan.problem import PlanError, StepProblem
 from megatron.longseq.flexsp.plan.split import Parts, least_microbatches, splits
 from megatron.longseq.flexsp.plan.step_bound import step_bound
-
-PlannerName = Literal["heuristic", "exact", "static", "sorted"]
-PLANNERS: tuple[PlannerName, ...] = get_args(PlannerName)
 
 _COUNTS = 3  # numbers of micro-batches that are tried
 _SPLITS = 3  # into each of them, of which the best one and the one that differs most from it are planned

@@ -17,8 +17,8 @@ from megatron.longseq.flexsp.plan.bound import microbatch_bounds
 from megatron.longseq.flexsp.plan.cost import FAMILIES, GroupCostModel, KindFamily
 from megatron.longseq.flexsp.plan.cost_file import load_cost
 from megatron.longseq.flexsp.plan.paper import BUILT_IN, PAPER_MODELS
-from megatron.longseq.flexsp.plan.plan import Kind, StepPlan
-from megatron.longseq.flexsp.plan.planner import PLANNERS, automatic_degrees, plan_step
+from megatron.longseq.flexsp.plan.plan import PLANNERS, Kind, StepPlan
+from megatron.longseq.flexsp.plan.planner import automatic_degrees, plan_step
 from megatron.longseq.flexsp.plan.problem import StepProblem
 from megatron.longseq.flexsp.tools.simulate import CONTEXTS, configurations, markdown
 

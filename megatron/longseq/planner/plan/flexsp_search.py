@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from megatron.longseq.flexsp.plan.planner import PlannerName, automatic_degrees
+from megatron.longseq.flexsp.plan.plan import PlannerName
+from megatron.longseq.flexsp.plan.planner import automatic_degrees
 from megatron.longseq.flexsp.plan.problem import StepProblem
 from megatron.longseq.flexsp.plan.step_bound import step_bound
 from megatron.longseq.planner.plan.data_parallel import data_seconds, step_optimizer_seconds

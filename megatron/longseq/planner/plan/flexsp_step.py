@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from megatron.longseq.attention.plan.layout import length_multiple
 from megatron.longseq.flexsp.plan.cost import FAMILIES, GroupCostModel, KindFamily
-from megatron.longseq.flexsp.plan.plan import Kind, StepPlan
-from megatron.longseq.flexsp.plan.planner import PlannerName, automatic_degrees, plan_step
+from megatron.longseq.flexsp.plan.plan import Kind, PlannerName, StepPlan
+from megatron.longseq.flexsp.plan.planner import automatic_degrees, plan_step
 from megatron.longseq.flexsp.plan.problem import StepProblem
 from megatron.longseq.planner.plan.cluster import Cluster
 from megatron.longseq.planner.plan.communication import boundary_seconds

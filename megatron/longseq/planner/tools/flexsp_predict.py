@@ -8,7 +8,7 @@ from megatron.longseq.attention.plan.heads import Heads
 from megatron.longseq.flexsp.arguments import parse_degrees, parse_kinds
 from megatron.longseq.flexsp.plan.cost import FAMILIES
 from megatron.longseq.flexsp.plan.cost_file import load_cost
-from megatron.longseq.flexsp.plan.planner import PLANNERS
+from megatron.longseq.flexsp.plan.plan import PLANNERS
 from megatron.longseq.planner.plan.cluster import Cluster
 from megatron.longseq.planner.plan.flags import read
 from megatron.longseq.planner.plan.flexsp_step import DocumentPrediction, document_run, predict_flexsp
