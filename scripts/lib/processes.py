@@ -74,6 +74,16 @@ def ranks_below(root: int) -> list[int]:
     return [pid for pid in descendants(root) if is_rank(pid) and not is_rank(table.get(pid, 0))]
 
 
+def catches(pid: int, signum: int) -> bool:
+    """Return whether a process has a handler of its own for a signal."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    mask = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")
+    return bool(int(mask, 16) >> (signum - 1) & 1)
+
+
 def send(pids: Iterable[int], signum: int) -> None:
     """Send a signal to each process. Processes that have ended are ignored."""
     for pid in pids:

@@ -42,6 +42,7 @@ from scripts.lib.rank import host_name, log_name
 
 POLL_S = 0.1
 STOP_FILE = "stop"
+HANDLER = "--exit-signal-handler"
 ENDS = re.compile(r"closing signal|failed \(exitcode")
 
 
@@ -75,7 +76,8 @@ class Supervisor:
         self.grace = stop_seconds()
         self.stop_signal = 0
         self.stopped_at = 0.0
-        self.is_asked = False
+        self.is_asked = False  # the ranks to save and stop
+        self.is_waiting = False  # for ranks that cannot save yet
         self.kill_at = float("inf")
         self.lines: deque[str] = deque(maxlen=2000)
         self.per_node = _per_node(command)
@@ -127,12 +129,22 @@ class Supervisor:
         (self.start_dir / STOP_FILE).touch()
 
     def ask(self) -> None:
-        """Ask the ranks to save and stop, once."""
+        """Ask the ranks to save and stop, once.
+
+        A rank that has not installed upstream's handler yet would die of the signal without saving. Unless everything
+        has to end, it is asked when it has.
+        """
         if self.is_asked or self.process is None:
             return
         ranks = processes.ranks_below(self.process.pid)
         if not self.stop_signal:
-            self.note(f"asking {len(ranks)} rank(s) to save and stop (upstream's --exit-signal-handler)")
+            will_save = HANDLER in self.command
+            if not ranks or (will_save and not all(processes.catches(rank, signal.SIGTERM) for rank in ranks)):
+                if not self.is_waiting:
+                    self.note("asked to save and stop while the ranks start: they are asked as soon as they can save")
+                self.is_waiting = True
+                return
+            self.note(f"asking {len(ranks)} rank(s) to save and stop (upstream's {HANDLER})")
         processes.send(ranks, signal.SIGTERM)
         self.is_asked = bool(ranks)
 

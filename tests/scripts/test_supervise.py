@@ -26,6 +26,10 @@ else:
 RANK = """
 import os, signal, sys, time
 rank = os.environ["RANK"]
+if "late" in sys.argv:  # as a rank that imports torch and Megatron
+    open(f"begun{rank}", "w").close()
+    while not os.path.exists("go"):
+        time.sleep(0.01)
 if "saves" in sys.argv:
     signal.signal(signal.SIGTERM, lambda *_: (print("saved", rank, flush=True), sys.exit(0)))
 if "deaf" in sys.argv:
@@ -149,6 +153,20 @@ def test_usr1_lets_the_ranks_save(start: Callable[..., Run]) -> None:
     logs = [path.read_text() for path in run.folder.glob("out/start-0/ranks/rank-*.log")]
     assert sorted(text.split()[-2:] for text in logs) == [["saved", "0"], ["saved", "1"]]
     assert not any(map(alive, pids))
+
+
+def test_ranks_are_asked_when_they_can_save(start: Callable[..., Run]) -> None:
+    run = start("late", "saves", "--exit-signal-handler")
+    wait_until(lambda: all((run.folder / f"begun{rank}").exists() for rank in range(2)))
+    run.process.send_signal(signal.SIGUSR1)
+    time.sleep(1)  # ten times as long as the launcher needs to find the request
+    (run.folder / "go").touch()
+    status, err = run.end()
+    assert status == 0, err
+    assert err.count("asked to save and stop while the ranks start") == 1
+    assert err.count("asking 2 rank(s) to save and stop") == 1
+    logs = [path.read_text() for path in run.folder.glob("out/start-0/ranks/rank-*.log")]
+    assert sorted(text.split()[-2:] for text in logs) == [["saved", "0"], ["saved", "1"]]
 
 
 def test_killing_torchrun_leaves_no_rank(start: Callable[..., Run]) -> None:

@@ -171,6 +171,15 @@ class SlurmRun:
     def wait_mark(self, name: str) -> None:
         wait_until((self.folder / "marks" / name).exists, f"{name}\n{self.output()}")
 
+    def limit(self, minutes: int) -> None:
+        """Set the time limit of the job, in minutes from its start."""
+        self.cluster.call("scontrol", "update", f"jobid={self.id}", f"TimeLimit={minutes}")
+
+    def limit_from_now(self, minutes: int) -> None:
+        """Set the time limit to so many minutes from now, rounded up to whole minutes from the start."""
+        hours, run_minutes, seconds = map(int, self.field("RunTime").split(":"))
+        self.limit(60 * hours + run_minutes + minutes + (seconds > 0))
+
     def begin_requeued(self) -> None:
         """Let a requeued job begin now. slurm would wait for two minutes.
 

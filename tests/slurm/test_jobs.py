@@ -56,9 +56,13 @@ def test_scancel_saves_and_ends_the_job(slurm_run: Prepare, kind: ClusterKind) -
 
 @pytest.mark.parametrize("kind", SLOW_KINDS)
 def test_timed_signal_comes_before_the_limit(slurm_run: Prepare, kind: ClusterKind) -> None:
-    # slurm counts limits in minutes, and sends the signal up to a minute early.
-    run = slurm_run(kind).submit(*RESUMABLE, options=("--slurm-arg", "--time=1", "--signal-seconds", "30"))
+    # slurm counts limits in minutes, and sends the signal up to a minute early. So the limit comes near only when all
+    # ranks run, however long they took to start.
+    run = slurm_run(kind).submit(*RESUMABLE, options=("--slurm-arg", "--time=60", "--signal-seconds", "30"))
     run.wait_ranks()
+    run.limit_from_now(1)
+    wait_until(lambda: run.restarts() > 0, f"job {run.id} is requeued", 200)
+    run.limit(60)
     resumes(run)
 
 
@@ -75,10 +79,10 @@ def test_term_during_a_save_lets_it_finish(slurm_run: Prepare, kind: ClusterKind
 
 @pytest.mark.parametrize("kind", SLOW_KINDS)
 def test_time_limit_saves_and_ends_the_job(slurm_run: Prepare, kind: ClusterKind) -> None:
-    options = ("--slurm-arg", "--time=1", "--signal-seconds", "1")
-    # The signal comes up to a minute early, when no rank answers it yet; TERM at the limit must end everything.
-    run = slurm_run(kind).submit("--deaf", options=options)
+    # The ranks do not answer the signal; TERM at the limit must end everything.
+    run = slurm_run(kind).submit("--deaf", options=("--slurm-arg", "--time=60", "--signal-seconds", "1"))
     run.wait_ranks()
+    run.limit_from_now(0)
     assert run.wait_state("TIMEOUT", "COMPLETED", "FAILED", seconds=150) and run.restarts() == 0
     run.wait_empty(END_S)
 

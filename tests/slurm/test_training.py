@@ -1,5 +1,6 @@
 """A real training in a slurm job: asked to stop, requeued, and resumed where it stopped."""
 
+import json
 import re
 from collections.abc import Callable
 
@@ -48,3 +49,35 @@ def test_training_is_requeued_and_resumes(slurm_run: Callable[[ClusterKind], Slu
     assert all(start.arguments["seq1f1b_splits"] == 2 for start in record.starts)
     steps = [int(step) for step in re.findall(r"iteration +(\d+)/", run.output())]
     assert steps[: saved + 1] == list(range(1, saved + 2)), "no step is missing, none is repeated"
+
+
+def submit_preflight(run: SlurmRun) -> SlurmRun:
+    """Submit a job that checks the launch of a training on two nodes with one rank each."""
+    own = flags(TINY, "--pipeline-model-parallel-size 2 --train-iters 3 --exit-signal-handler")
+    own += ["--save", str(run.folder / "checkpoints"), "--load", str(run.folder / "checkpoints")]
+    script = str(ROOT / "examples/pretrain_gpt.py")
+    return run.submit(*own, options=("--preflight",), script=script, per_node=1, cwd=run.folder / "marks")
+
+
+@pytest.mark.slow
+def test_preflight_of_a_job_checks_all_nodes(slurm_run: Callable[[ClusterKind], SlurmRun]) -> None:
+    run = submit_preflight(slurm_run(ClusterKind("linuxproc")))
+    assert run.wait_state("COMPLETED", "FAILED", seconds=LIMIT_S) == "COMPLETED", run.output()
+    report = json.loads((run.run_dir / "start-0/preflight.json").read_text())
+    found = {one["check"]: one for one in report["findings"]}
+    assert report["passed"]
+    assert found["meeting point"]["result"] == found["checkpoint folder"]["result"] == "ok"
+    assert "on all 2 ranks" in found["code"]["detail"]
+    assert "2 node(s)" in found["upstream"]["detail"]
+    assert "preflight: all checks passed" in run.output()
+    assert not re.search(r"iteration +1/", run.output()), "it does not train"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("proctrack", ["pgid", "linuxproc"])
+def test_scancel_during_a_preflight_ends_the_job(slurm_run: Callable[[ClusterKind], SlurmRun], proctrack: str) -> None:
+    run = submit_preflight(slurm_run(ClusterKind(proctrack)))
+    wait_until(lambda: len(list(run.run_dir.glob("start-0/ranks/rank-*.log"))) == 2, "both ranks run", LIMIT_S)
+    run.cluster.call("scancel", str(run.id))
+    run.wait_empty(20)
+    assert run.wait_state("CANCELLED") and run.restarts() == 0
