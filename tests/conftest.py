@@ -23,8 +23,8 @@ FIRST = ("tests/slurm/", "tests/regression/", "tests/images/", "tests/faults/", 
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --all, which runs the tests marked slow too, with every example and to every case's last step."""
-    parser.addoption("--all", action="store_true", help="run everything: slow tests, all examples, full cases")
+    """Add --all, which runs the tests marked slow too, with every example and every case."""
+    parser.addoption("--all", action="store_true", help="run everything: slow tests, all examples, all cases")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -47,17 +47,19 @@ CASES = {
     "NIG, bf16 on the wire": f"{PAIRS} {ASYNC} {HALF}",
     "ING": f"{PAIRS} {ASYNC} {PART}",
 }
+# All triplets with overlapped collectives; for everything else, each letter in each place.
+LETTERS = ("NNI", "NIG", "III", "IGG", "GGG")
 MORE = {
     **{name: f"{PAIRS} {ASYNC}" for name in RUNNING if name not in QUICK},
     **{f"{name}, flat": FLAT for name in ("NNN", "NNG", "NGG")},
     "ING, serial": f"{SERIAL} {PART}",
     "ING, bf16": f"{PAIRS} {PART} --bf16",
-    **{f"{name}, serial": SERIAL for name in RUNNING},
-    **{f"{name}, bf16 on the wire": f"{PAIRS} {HALF}" for name in RUNNING if name != "NIG"},
-    **{f"{name}, bf16": f"{PAIRS} {ASYNC} --bf16" for name in RUNNING},
-    **{f"{name}, flat, overlap": f"{FLAT} {ASYNC}" for name in ("NNN", "NNG", "NGG", "GGG")},
-    **{f"{name}, TP 2": f"{PAIRS} {ASYNC} {TP2}" for name in RUNNING},
-    **{f"{name}, PP 2": f"--paro-group-size 1 --paro-links 100 1 {ASYNC} {PP2}" for name in RUNNING},
+    **{f"{name}, serial": SERIAL for name in (*LETTERS, "NNN")},
+    **{f"{name}, bf16 on the wire": f"{PAIRS} {HALF}" for name in (*LETTERS, "NNN") if name != "NIG"},
+    **{f"{name}, bf16": f"{PAIRS} {ASYNC} --bf16" for name in (*LETTERS, "NNN")},
+    **{f"{name}, flat, overlap": f"{FLAT} {ASYNC}" for name in ("NNN", "NGG", "GGG")},
+    **{f"{name}, TP 2": f"{PAIRS} {ASYNC} {TP2}" for name in LETTERS},
+    **{f"{name}, PP 2": f"--paro-group-size 1 --paro-links 100 1 {ASYNC} {PP2}" for name in LETTERS},
 }
 
 

@@ -9,7 +9,7 @@ import numpy
 import pytest
 import torch
 
-from tests.distributed.flags import MOE, PP2, TINY, TP2, flags
+from tests.distributed.flags import MOE, PP2, TINY, TP2, VPP, flags
 from tests.distributed.probes import Notes, run_probed
 from tests.pool import RankPool
 from tests.regression.planted import wrapped
@@ -91,22 +91,30 @@ def test_initial_weights_of_the_first_stage_are_those_of_one_rank(weights: Calla
 
 
 PAIRS = "--paro-group-size 2"
-# flags of both runs, those of ours, ranks of upstream's run and of ours
-SHARDED = {"GGG, tied, bf16": ("--tied --bf16", f"--paro GGG {PAIRS}", 1, 2)}
+GROUPED = f"--paro GGG {PAIRS}"
+# flags of both runs, those of ours, ranks of upstream's run and of ours, tensor-parallel ranks
+SHARDED = {
+    "GGG, tied, bf16": ("--tied --bf16", GROUPED, 1, 2, 1),
+    "GGG, TP 2": (f"{TP2} --sequence-parallel", GROUPED, 2, 4, 2),
+    "III, PP 2": (PP2, f"--paro III {PAIRS}", 2, 4, 1),
+    "GGG, PP 2, V 2": (f"{PP2} {VPP}", GROUPED, 2, 4, 1),
+    "IIG, experts": (MOE, f"--paro IIG {PAIRS}", 1, 2, 1),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SHARDED)
 def test_sharded_weights_are_those_of_an_unsharded_start(ranks: RankPool, case: str) -> None:
     """Shards are cut from every layer as soon as it is built."""
-    model, own, theirs, ours = SHARDED[case]
+    model, own, theirs, ours, inner = SHARDED[case]
     tiny = [flag for flag in flags(TINY) if not ("--tied" in model and flag.startswith("--untie"))]
     base = [*tiny, *flags(model.replace("--tied", ""), "--train-iters 1")]
     probe = "tests.distributed.test_initial_weights:gathered"
     upstream = run_probed(ranks, "U", theirs, base, probe, float64=False)
     sharded = run_probed(ranks, "O", ours, [*base, *flags(own)], probe, float64=False)
     for rank, chunks in enumerate(sharded):
-        expected = upstream[rank % theirs]
+        stage = rank // (ours // theirs * inner)
+        expected = upstream[stage * inner + rank % inner]
         assert len(chunks) == len(expected) and all(len(chunk) > 2 for chunk in chunks)
         for chunk, other in zip(chunks, expected, strict=True):
             assert chunk.keys() == other.keys()

@@ -19,8 +19,6 @@ STEP = re.compile(r"^.*\] iteration +(\d+)/ *\d+ \| (.*)\|\s*$", re.MULTILINE)
 HELD_OUT = re.compile(r"(?:validation|test) loss at .*?\| (lm loss.*)\|\s*$", re.MULTILINE)
 CLOCK = "elapsed time per iteration (ms)"
 
-TRIPLETS = ("NNN", "NNI", "NNG", "NII", "NIG", "NGG", "III", "IIG", "ING", "IGG", "GGG")
-
 
 def paro(triplet: str) -> str:
     """Return the flags of a triplet, with groups of two ranks if it has groups."""
@@ -39,8 +37,8 @@ LAYOUTS = {
     "zero bubble": (2, BF16, f"{PP2} --zero-bubble"),
     "frozen": (2, f"{BF16} {FROZEN}", OVERLAP),
     "experts, DP 2": (2, f"{BF16} {MOE}", OVERLAP),
-    **{f"{triplet}, bf16": (4, BF16, paro(triplet)) for triplet in TRIPLETS},
-    **{f"{triplet}, float32": (4, "", paro(triplet)) for triplet in TRIPLETS},
+    **{f"{triplet}, bf16": (4, BF16, paro(triplet)) for triplet in ("NNN", "NNI", "NIG", "III", "ING", "GGG")},
+    **{f"{triplet}, float32": (4, "", paro(triplet)) for triplet in ("NNI", "NNG", "NII", "NGG", "IIG", "IGG")},
     "NII, frozen": (4, f"{BF16} {FROZEN}", paro("NII")),
     "NNI, experts": (4, f"{BF16} {MOE}", paro("NNI")),
     "NNI, CP 2": (4, "", f"{CP2} {paro('NNI')}"),
