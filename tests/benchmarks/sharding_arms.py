@@ -19,6 +19,7 @@ from tests.benchmarks.calls import SentMessages, watching
 from tests.benchmarks.twonodes import Bed
 from tests.bucket_volume import Bucket, describe_buckets
 
+QUIET_S = 1.0  # a message takes some 0.1 s
 WARM = 2  # steps before those that count: the first allocates, and what one leaves to the next is there from then on
 WIDTHS = Widths(param=4, grad=4, optimizer=12, grad_wire=4)  # float32 throughout
 
@@ -77,7 +78,7 @@ class TrainingResult:
 
     Attributes:
         starts: when each step began, seconds of this machine's clock.
-        seen: collectives of every step, as they began: those between two steps' beginnings.
+        seen: collectives before the first step that counts, and before the step after the last one.
         buckets: what formulas count.
         losses: of every step.
     """
@@ -96,9 +97,10 @@ class TrainingResult:
         """Return the seconds of every step that counts, to the next one's beginning."""
         return [after - before for before, after in zip(self.starts[WARM:-1], self.starts[WARM + 1 :], strict=True)]
 
-    def sent(self) -> list[SentMessages]:
-        """Return what was seen in every step that counts."""
-        return [after - before for before, after in zip(self.seen[WARM:-1], self.seen[WARM + 1 :], strict=True)]
+    def sent(self) -> SentMessages:
+        """Return what was seen in all steps that count."""
+        before, after = self.seen
+        return after - before
 
 
 def train_on_this_rank(flags: Sequence[str]) -> TrainingResult:
@@ -110,27 +112,48 @@ def train_on_this_rank(flags: Sequence[str]) -> TrainingResult:
         import patches
 
         patches.start()
-        from megatron.training import training
+        from megatron.training import get_args, training
 
         from megatron.longseq.pretrain_gpt import main
 
-        training.train_step = _watched(training.train_step, found, seen)
+        training.train_step = _watched(training.train_step, found, seen, lambda: int(get_args().train_iters) - 1)
         main()
     return found
 
 
-def _watched(train_step: Callable[..., Any], found: TrainingResult, seen: SentMessages) -> Callable[..., Any]:
+def _watched(
+    train_step: Callable[..., Any], found: TrainingResult, seen: SentMessages, last: Callable[[], int]
+) -> Callable[..., Any]:
+    """Return upstream's `train_step`, recorded. `last` returns the number of the step after those that count."""
+
     def step(forward_step_func: Any, data_iterator: Any, model: Any, *args: Any, **named: Any) -> Any:
-        if not found.starts:
+        number = len(found.starts)
+        if number == WARM:
+            found.seen.append(_once_quiet(seen))
+        if number in (0, WARM):
             torch.distributed.barrier()
         found.starts.append(time.perf_counter())
-        found.seen.append(seen.copy())
+        if number == last():
+            found.seen.append(_once_quiet(seen))
         result = train_step(forward_step_func, data_iterator, model, *args, **named)
         found.losses.append(float(result[0]["lm loss"]))
         found.buckets = [bucket for chunk in model for bucket in _buckets(chunk)]
         return result
 
     return step
+
+
+def _once_quiet(seen: SentMessages) -> SentMessages:
+    """Return what was seen, once no message begins any more.
+
+    What a step leaves to the next one's forward is sent from threads, which may still be at it when the next step
+    begins. So single steps cannot be told apart by their messages.
+    """
+    known = None
+    while known is None or known.collectives != seen.copy().collectives:
+        known = seen.copy()
+        time.sleep(QUIET_S)
+    return known
 
 
 def _buckets(chunk: Any) -> list[Bucket]:

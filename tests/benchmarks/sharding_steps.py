@@ -21,7 +21,7 @@ RATIOS = {
 }
 
 
-def sent_and_formula(result: Result, groups: RankGroups, microbatches: int) -> tuple[dict[str, int], dict[str, int]]:
+def sent_and_formula(result: Result, groups: RankGroups, microbatches: int) -> tuple[dict[str, float], dict[str, int]]:
     """Return bytes of a rank in a step, counted at the calls and by the formula: by which ranks took part.
 
     Args:
@@ -30,16 +30,17 @@ def sent_and_formula(result: Result, groups: RankGroups, microbatches: int) -> t
         microbatches: A.
 
     Raises:
-        ValueError: ranks, or steps, differ in what they send.
+        ValueError: ranks differ in what they send.
     """
     strategy, is_flat = Strategy.parse(result.arm.strategy), result.arm.mode is CollectivesMode.FLAT
     buckets = result.ranks[0].buckets
     step = bucket_volume(strategy, groups, buckets, WIDTHS, microbatches, is_flat=lambda collectives, size: is_flat)
     formula = {"inside": step.inside, "between": step.between, "all": step.flat}
-    counted = [by_scope(seen, groups) for rank in result.ranks for seen in rank.sent()]
+    counted = [by_scope(rank.sent(), groups) for rank in result.ranks]
     if any(one != counted[0] for one in counted):
-        raise ValueError(f"{result.arm.name}: ranks or steps differ in the bytes they send: {counted}")
-    return counted[0], formula
+        raise ValueError(f"{result.arm.name}: ranks differ in the bytes they send: {counted}")
+    steps = len(result.ranks[0].seconds())
+    return {scope: sent / steps for scope, sent in counted[0].items()}, formula
 
 
 def by_scope(seen: SentMessages, groups: RankGroups) -> dict[str, int]:

@@ -239,9 +239,10 @@ def trained(arm, seconds, sent=None, loss=5.0):
     starts = [sum(spans[:number]) for number in range(len(spans) + 1)]
 
     def rank():
-        sums = [{scope: number * count for scope, count in (sent or {}).items()} for number in range(len(starts))]
+        before = {scope: training.WARM * count for scope, count in (sent or {}).items()}
+        after = {scope: (len(starts) - 1) * count for scope, count in (sent or {}).items()}
         return training.TrainingResult(
-            starts, [seen(**each) for each in sums], [Bucket(3000), Bucket(1000)], [loss] * len(starts)
+            starts, [seen(**before), seen(**after)], [Bucket(3000), Bucket(1000)], [loss] * len(starts)
         )
 
     ranks = [rank() for _ in range(4)]
