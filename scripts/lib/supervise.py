@@ -76,8 +76,8 @@ class Supervisor:
         self.grace = stop_seconds()
         self.stop_signal = 0
         self.stopped_at = 0.0
-        self.is_asked = False  # the ranks to save and stop
-        self.is_waiting = False  # for ranks that cannot save yet
+        self.is_asked = False  # whether the ranks were asked to save and stop
+        self.is_waiting = False  # whether the request waits for ranks that cannot save yet
         self.kill_at = float("inf")
         self.lines: deque[str] = deque(maxlen=2000)
         self.per_node = _per_node(command)
