@@ -9,6 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/setup.sh"
 
 setup_environment run data sft test dev
 cd "$ROOT"
+unset PYTHONDONTWRITEBYTECODE # otherwise each of the many processes compiles all modules again
 if (($# == 0)) || [[ $* == --all ]]; then
   bash scripts/check.sh
   # Tests that share trainings stay on one worker (tests/conftest.py); other files go to the worker that is free.

@@ -1,5 +1,6 @@
 """Fixtures that several test folders share, and the figures that tests print at the end of a session."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let --all lift the marker expression of pyproject.toml."""
+    """Let --all lift the marker expression of pyproject.toml, and switch the garbage collector off for the imports."""
+    gc.disable()
     if config.option.all and config.option.markexpr == "not slow":
         config.option.markexpr = ""
 
@@ -38,6 +40,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.option.all:
         start = len(FIRST)
         items.sort(key=lambda item: next((i for i, path in enumerate(FIRST) if item.nodeid.startswith(path)), start))
+
+
+def pytest_collection_finish() -> None:
+    """Switch the garbage collector on, for all but the imported modules and the collected tests."""
+    gc.enable()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

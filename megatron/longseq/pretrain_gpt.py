@@ -31,7 +31,6 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 from megatron.longseq.conversation_dataset import ConversationDataset
 from megatron.longseq.flexsp.arguments import wants_flexsp
-from megatron.longseq.flexsp.runtime.data import planned_steps
 from megatron.longseq.freeze import add_freeze_arguments, check_train_only, freeze_hook
 from megatron.longseq.guards.arguments import locates_gradients
 from megatron.longseq.refusals import explained_refusals
@@ -284,6 +283,8 @@ def datasets_provider(samples: list[int], vp_stage: int | None = None) -> tuple[
 
     dataset = ConversationDataset if args.sft else MockGPTDataset if args.mock_data else GPTDataset
     if wants_flexsp(args):
+        from megatron.longseq.flexsp.runtime.data import planned_steps  # SciPy takes a second to import
+
         return planned_steps(args, samples, dataset_config(args))
     return BlendedMegatronDatasetBuilder(dataset, samples, reads_data, dataset_config(args)).build()
 

@@ -127,11 +127,12 @@ def syntax_tree(data: bytes) -> ast.Module:
 
 
 class Upstream:
-    """The symbols of a tree of sources. Each file is read and parsed once."""
+    """The symbols of a tree of sources. Each file is read, parsed and split into lines once."""
 
     def __init__(self, finder: Finder | None = None) -> None:
         self.finder: Finder = finder or ImportPath()
         self._parsed: dict[str, tuple[Source, ast.Module]] = {}
+        self._lines: dict[str, list[str]] = {}
 
     def source(self, module: str) -> tuple[Source, ast.Module]:
         """Return the module's source and syntax tree.
@@ -161,11 +162,16 @@ class Upstream:
         module, _, qual = place.partition(":")
         source, tree = self.source(module)
         if not qual:
-            return Symbol(place, source.path, 1, _plain(source.lines()))
+            return Symbol(place, source.path, 1, _plain(self._lines_of(source)))
         nodes, source = self._resolve(module, tree, qual.split("."), place)
-        lines = source.lines()
+        lines = self._lines_of(source)
         text = "\n".join(_text(node, lines, qual.rpartition(".")[2]) for node in nodes)
         return Symbol(place, source.path, _first_line(nodes[0]), text)
+
+    def _lines_of(self, source: Source) -> list[str]:
+        if source.module not in self._lines:
+            self._lines[source.module] = source.lines()
+        return self._lines[source.module]
 
     def _resolve(self, module: str, tree: ast.Module, parts: list[str], place: str) -> tuple[list[ast.stmt], Source]:
         scope: ast.Module | ast.ClassDef = tree
