@@ -81,7 +81,7 @@ loaded_modules, settled = alias_scan._modules, frozenset(sys.modules)
 alias_scan._modules = lambda: loaded_modules(settled)
 
 # Upstream's mock data are 100,000 documents, whose millions of samples every rank shuffles at its start.
-gpt_dataset.MockGPTLowLevelDataset.size = 2_000
+gpt_dataset.MockGPTLowLevelDataset.size = 1_000
 
 torch.set_num_threads(1)
 gc.collect()

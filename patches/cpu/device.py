@@ -1,20 +1,21 @@
 """Replace `torch.cuda` by equivalents for the CPU while a context manager is open."""
 
+import functools
 import logging
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from patches.environment import node_ranks
 
 _KIB = 1024
+_INHERITED = object()
 
 
 def _names_cuda(device: Any) -> bool:
@@ -26,28 +27,69 @@ def _names_cuda(device: Any) -> bool:
     return isinstance(device, int) or (isinstance(device, str) and device.split(":")[0] == "cuda")
 
 
-class CudaMeansCpu(TorchFunctionMode):
-    """Redirect every torch call that names a CUDA device to the CPU.
+# What takes a device or pinned memory as keywords. A TorchFunctionMode would redirect all functions, but it makes each
+# operation on tensors, and each read of a shape, several microseconds longer.
+_FACTORIES = (
+    *("arange", "as_tensor", "asarray", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "linspace"),
+    *("logspace", "ones", "ones_like", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like"),
+    *(
+        "randperm",
+        "scalar_tensor",
+        "sparse_coo_tensor",
+        "tensor",
+        "tril_indices",
+        "triu_indices",
+        "zeros",
+        "zeros_like",
+    ),
+)
+_METHODS = ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros")
+_CPU = torch.device("cpu")
+
+
+def _on_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return keywords with the CPU in the place of a CUDA device, and without pinned memory."""
+    if _names_cuda(kwargs.get("device")):
+        kwargs = {**kwargs, "device": _CPU}
+    if kwargs.get("pin_memory"):
+        kwargs = {**kwargs, "pin_memory": False}
+    return kwargs
+
+
+def _redirected(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that creates tensors on the CPU where the original would create them on a CUDA device."""
+
+    @functools.wraps(function)
+    def create(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **_on_cpu(kwargs))
+
+    return create
+
+
+def _redirected_methods() -> dict[str, Callable[..., Any]]:
+    """Return methods of `torch.Tensor` for which a CUDA device is the CPU.
 
     `device='cuda' | 'cuda:i' | i` becomes `cpu`, `x.cuda()` is `x`, pinned memory is ordinary memory, and `x.type()`
     names the CUDA twin (`torch.cuda.FloatTensor`): upstream's optimizers tell parameter types apart by that string.
     """
+    move, convert = torch.Tensor.to, torch.Tensor.type
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
-            return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return func(*args).replace("torch.", "torch.cuda.", 1)
-        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
-            args = (args[0], torch.device("cpu"), *args[2:])
-        if not kwargs:  # nearly every call
-            return func(*args)
-        kwargs = dict(kwargs)
-        if _names_cuda(kwargs.get("device")):
-            kwargs["device"] = torch.device("cpu")
-        if kwargs.get("pin_memory"):
-            kwargs["pin_memory"] = False
-        return func(*args, **kwargs)
+    @functools.wraps(move)
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and _names_cuda(args[0]):
+            args = (_CPU, *args[1:])
+        return move(self, *args, **_on_cpu(kwargs))
+
+    @functools.wraps(convert)
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = convert(self, *args, **kwargs)
+        return result if args or kwargs else f"torch.cuda.{result.rpartition('.')[2]}"
+
+    def itself(self: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return self
+
+    made = {name: _redirected(getattr(torch.Tensor, name)) for name in _METHODS}
+    return {**made, "to": to, "type": type_, "cuda": itself, "pin_memory": itself}
 
 
 def _nothing(*_: Any, **__: Any) -> None:
@@ -157,38 +199,29 @@ def _twins(ranks_on_this_host: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _swapped(owner: Any, names: dict[str, Any]) -> Iterator[None]:
+def swapped(owner: Any, names: Mapping[str, Any]) -> Iterator[None]:
+    """Replace attributes of a module or class; restore them on exit, and delete those that were inherited.
+
+    Raises:
+        RuntimeError: this torch lacks one of them.
+    """
     missing = [name for name in names if not hasattr(owner, name)]
     if missing:
         raise RuntimeError(
             f"{owner.__name__} of torch {torch.__version__} has no {', '.join(missing)}: patches/cpu/device.py was "
             "written for torch 2.11 to 2.13. Install one of these, or correct its table."
         )
-    before = {name: vars(owner)[name] for name in names}
+    before = {name: vars(owner).get(name, _INHERITED) for name in names}
     for name, twin in names.items():
         setattr(owner, name, twin)
     try:
         yield
     finally:
         for name, original in before.items():
-            setattr(owner, name, original)
-
-
-@contextmanager
-def mode_in_backward(mode: TorchFunctionMode) -> Iterator[None]:
-    """Keep `mode` in force while autograd's engine runs.
-
-    torch leaves a mode while it handles a call, and `torch.autograd.backward` is such a call: the backward of a custom
-    function (recomputation, tensor parallelism) would run without the mode.
-    """
-    run = torch.autograd._engine_run_backward
-
-    def engine(*args: Any, **kwargs: Any) -> Any:
-        with mode:
-            return run(*args, **kwargs)
-
-    with _swapped(torch.autograd, {"_engine_run_backward": engine}):
-        yield
+            if original is _INHERITED:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
 
 
 @contextmanager
@@ -225,10 +258,10 @@ def cpu_stands_in_for_cuda(ranks_on_this_host: int | None = None) -> Iterator[No
         # Upstream's @jit_fuser is torch.compile, which would need a C++ compiler at run time on a CPU. Entered first:
         # importing dynamo indexes torch.cuda's own functions by identity.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_swapped(torch.cuda, twins))
-        stack.enter_context(_swapped(torch.cuda.random, random))
+        stack.enter_context(swapped(torch.cuda, twins))
+        stack.enter_context(swapped(torch.cuda.random, random))
         stack.enter_context(_one_generator())
-        mode = CudaMeansCpu()
-        stack.enter_context(mode_in_backward(mode))
-        stack.enter_context(mode)
+        factories = {name: _redirected(getattr(torch, name)) for name in _FACTORIES}
+        stack.enter_context(swapped(torch, factories))
+        stack.enter_context(swapped(torch.Tensor, _redirected_methods()))
         yield

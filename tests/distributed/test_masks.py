@@ -46,7 +46,10 @@ def test_documents_of_every_batch(equal: Equal, case: str) -> None:
 @pytest.mark.parametrize(
     ("own", "words"),
     [
-        (f"{PP2} --seq1f1b-splits 2 --no-create-attention-mask-in-dataloader", "micro-batch 1: the script's attention"),
+        (
+            f"{PP2} --seq1f1b-splits 2 --no-create-attention-mask-in-dataloader",
+            ": the script's attention mask separates documents",
+        ),
         pytest.param(
             f"{PP2} {VPP} {CP2}",
             "with 4 pipeline stages (including virtual ones), the stages between the first and the last",

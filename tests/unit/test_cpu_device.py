@@ -27,6 +27,8 @@ def test_upstream_style_tensor_lands_on_cpu() -> None:
             torch.empty(2, device=torch.device("cuda"), dtype=torch.bfloat16),
             torch.ones(2).pin_memory(),
             torch.zeros(2, pin_memory=True),
+            torch.ones(2).new_zeros(2, device="cuda"),
+            torch.zeros_like(torch.ones(2), device="cuda"),
         ]
         module = torch.nn.Linear(2, 2).cuda(torch.cuda.current_device())
         assert {tensor.device.type for tensor in made} == {"cpu"}
@@ -84,12 +86,12 @@ def test_backward_of_custom_functions_is_covered_at_any_depth() -> None:
 
 
 def test_undo_is_exact() -> None:
-    before, random_before = dict(vars(torch.cuda)), dict(vars(torch.cuda.random))
+    owners = (torch, torch.Tensor, torch.cuda, torch.cuda.random)
+    before = [dict(vars(owner)) for owner in owners]
     with patches.applied("cpu.device"):
         assert torch.cuda.current_device() == 0
-        assert vars(torch.cuda) != before
-    assert vars(torch.cuda) == before
-    assert vars(torch.cuda.random) == random_before
+        assert all(vars(owner) != names for owner, names in zip(owners, before, strict=True))
+    assert all(vars(owner) == names for owner, names in zip(owners, before, strict=True))
     with pytest.raises((RuntimeError, AssertionError)):
         torch.ones(1).cuda()
 

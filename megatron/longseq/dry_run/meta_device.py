@@ -8,29 +8,20 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
-FACTORIES = {
-    torch.empty,
-    torch.zeros,
-    torch.ones,
-    torch.full,
-    torch.rand,
-    torch.randn,
-    torch.arange,
-    torch.tensor,
-    torch.empty_strided,
-}
+# By name, because on a CPU `torch.empty` is a function around PyTorch's.
+FACTORIES = {"empty", "zeros", "ones", "full", "rand", "randn", "arange", "tensor", "empty_strided"}
 
 
 class TensorsOnMeta(TorchFunctionMode):
     """Create tensors on the meta device, and leave there those that are moved to a GPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.Tensor.cuda:
+        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
+        if name == "cuda":
             return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:  # upstream tells parameter types apart by it
+        if name == "type" and len(args) == 1 and not kwargs:  # upstream tells parameter types apart by it
             return f"torch.cuda.{func(*args).rpartition('.')[2]}"
-        if func in FACTORIES or (kwargs.get("device") is not None and func is not torch.Generator):
+        if name in FACTORIES or (kwargs.get("device") is not None and func is not torch.Generator):
             kwargs["device"] = torch.device("meta")
         return func(*args, **kwargs)
 

@@ -1,5 +1,6 @@
 """What one rank finds out about its node, its software, the storage and the data, before it is connected to others."""
 
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -66,8 +67,8 @@ def code_digest(folders: Iterable[Path]) -> str:
     """Return a digest of the Python files below the folders."""
     digest = hashlib.sha256()
     for folder in folders:
-        for file in sorted(folder.rglob("*.py")):
-            digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
+        for file in sorted(glob.iglob("**/*.py", root_dir=folder, recursive=True)):
+            digest.update(file.encode() + b"\0" + (folder / file).read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -10,8 +10,8 @@ from megatron.longseq.attention.kernels.base import BackwardInputs, Scores, dens
 from megatron.longseq.attention.kernels.padded import PaddedKernel
 from megatron.longseq.attention.kernels.reference import visible_mask
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 class CpuFlash(PaddedKernel):
