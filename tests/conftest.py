@@ -13,11 +13,10 @@ from tests.pool import RankPool
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
-# Tests that need the same trainings: a file goes to the worker of the one that it names, a folder to one worker.
-SHARED_RUNS = {
-    "tests/distributed/test_sharding_bytes.py": "tests/distributed/test_sharding_memory.py",
-    "tests/regression/": "tests/regression",
-}
+# Tests that need the same trainings: a file goes to the worker of the one that it names.
+SHARED_RUNS = {"tests/distributed/test_sharding_bytes.py": "tests/distributed/test_sharding_memory.py"}
+# With --all, the cases of one system go to one worker: all of them would take a worker longer than the rest takes.
+CASES, SYSTEMS = "tests/regression/test_regression.py", ("seq1f1b", "usp", "paro", "packed", "flexsp")
 
 # With --all, what one worker does for long goes first, so that no worker is left with it at the end.
 FIRST = ("tests/slurm/", "tests/regression/", "tests/images/", "tests/faults/", "tests/scripts/")
@@ -61,7 +60,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class SharedRunsOnOneWorker(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return next((scope for start, scope in SHARED_RUNS.items() if file.startswith(start)), file)
+            if file == CASES and config.option.all:
+                system = nodeid.partition("[")[2].rstrip("]").partition("-")[0]
+                return f"{file} {system if system in SYSTEMS else 'upstream'}"
+            return SHARED_RUNS.get(file, file)
 
     return SharedRunsOnOneWorker(config, log)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.distributed import sharding_bed
-from tests.distributed.equality import LEARNS, SNAPSHOTS, Equal, Start, assert_equal
+from tests.distributed.equality import SNAPSHOTS, Equal, Start, assert_equal
 from tests.distributed.flags import EVALUATED, TINY, flags
 from tests.pool import RankPool
 from tests.regression.arm import Run, run_arm
@@ -63,10 +63,9 @@ def equal(ranks: RankPool, start: Start, upstream: Callable[..., Run], tell: Cal
         own: str,
         variant: str | None = None,
         theirs: str | None = None,
-        learns: float = LEARNS,
     ) -> Run:
         run = run_arm(ranks, "O", world, start(model) + flags(own), float64=True, snapshots=SNAPSHOTS, mutant=variant)
-        assert_equal(run, upstream(model, theirs or variant), name, tell, learns)
+        assert_equal(run, upstream(model, theirs or variant), name, tell)
         return run
 
     return check

@@ -25,7 +25,7 @@ DOCUMENTS = "--reset-position-ids --reset-attention-mask --eod-mask-loss"
 MOE = "--num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type none --moe-ffn-hidden-size 64"
 # Three steps of four micro-batches on one data-parallel rank; the last one follows on an evaluation.
 SHALLOW = "--num-layers 2"  # for cases on four ranks whose proof does not need four layers
-TIED = "--tied --global-batch-size 8"  # it learns more slowly
+TIED = "--tied --global-batch-size 8"
 EVALUATED = "--train-iters 3 --eval-iters 1 --eval-interval 2 --global-batch-size 4"
 
 

@@ -20,7 +20,6 @@ SOME = r"layers\.(1|3)\.mlp|final_layernorm"  # between frozen layers, and in la
 FROZEN = 4 * 6 + 3 - 2  # six parameters in a layer, the embedding, the last norm and the output layer; two are trained
 FIRST = r"layers\.0\.mlp"
 NORMS = "layernorm"
-LEARNS_NORMS = -0.001  # a few steps of the norms alone may raise the loss; test_partial.py shows that they move
 
 CASES = {
     "ING": (SOME, f"--paro ING {PAIRS} {ASYNC}"),
@@ -40,8 +39,7 @@ BY_DEFAULT = ["ING"]
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in BY_DEFAULT else pytest.mark.slow) for c in CASES])
 def test_equals_upstream_with_the_same_frozen(equal: Equal, case: str) -> None:
     pattern, layout = CASES[case]
-    learns = LEARNS_NORMS if pattern == NORMS else 0.0
-    equal(f"sharding, a part is trained, {case}", 4, f"{BATCH} --train-only {pattern}", layout, learns=learns)
+    equal(f"sharding, a part is trained, {case}", 4, f"{BATCH} --train-only {pattern}", layout)
 
 
 def test_frozen_parameters_are_sharded_and_never_sent_after_a_step(ranks: RankPool, start: Start) -> None:
