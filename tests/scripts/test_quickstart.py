@@ -71,6 +71,7 @@ def test_it_trains_resumes_and_reports(
 
     monkeypatch.setattr(quickstart, "prepare_text", prepare_text)
     monkeypatch.setattr(quickstart, "train", train)
+    monkeypatch.setattr(quickstart, "TRAINING", quickstart.TRAINING.replace("size 16", "size 8"))
     check_result(folder, run())
     first = log.read_text()
     again = run()
