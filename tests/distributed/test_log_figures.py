@@ -3,6 +3,7 @@
 import functools
 import re
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -57,14 +58,20 @@ QUICK = {"NNI, bf16"}
 ROUNDED = ("CP 2, bf16", "TP 2, bf16", "segments, bf16", "fp16")  # sums are rounded to half precision in other orders
 
 
-def figures(line: str) -> Iterator[tuple[str, float]]:
+def figures(line: str) -> Iterator[tuple[str, Decimal]]:
     for part in line.split("|"):
         name, colon, value = part.strip().rpartition(": ")
         if colon and name != CLOCK:
-            yield name, float(value)
+            yield name, Decimal(value)
 
 
-def printed(pool: RankPool, world: int) -> list[dict[str, float]]:
+def difference(mine: Decimal, theirs: Decimal) -> float:
+    """Return the relative difference of two printed figures, less what the rounding of both to their last digit is."""
+    last_digit = max(10.0 ** int(figure.as_tuple().exponent) for figure in (mine, theirs))
+    return max(0.0, float(abs(mine - theirs)) - 1.01 * last_digit) / max(abs(float(theirs)), 1e-30)
+
+
+def printed(pool: RankPool, world: int) -> list[dict[str, Decimal]]:
     """Return the log lines of every step and evaluation, which the last rank prints."""
     text = (pool.logs / f"job{pool.jobs:03d}-rank{world - 1}.log").read_text()
     steps = [dict(figures(match[2])) for match in STEP.finditer(text)]
@@ -72,7 +79,7 @@ def printed(pool: RankPool, world: int) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def figures_of(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, float]]]:
+def figures_of(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, Decimal]]]:
     @functools.cache
     def seed(model: str) -> Path:
         folder = tmp_path_factory.mktemp("seed")
@@ -81,7 +88,7 @@ def figures_of(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Cal
         return folder
 
     @functools.cache
-    def run(world: int, model: str, own: str = "") -> list[dict[str, float]]:
+    def run(world: int, model: str, own: str = "") -> list[dict[str, Decimal]]:
         more = "--train-iters 3 --eval-iters 2 --eval-interval 2 --log-interval 1 --log-params-norm"
         more += " --log-num-zeros-in-grad --finetune --no-load-optim --no-load-rng"
         more = more.replace("--log-params-norm", "") if unprinted(own) else more
@@ -95,7 +102,7 @@ def figures_of(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Cal
     "case", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in LAYOUTS]
 )
 def test_figures_are_those_of_one_rank(
-    figures_of: Callable[..., list[dict[str, float]]], case: str, tell: Callable[[str], None]
+    figures_of: Callable[..., list[dict[str, Decimal]]], case: str, tell: Callable[[str], None]
 ) -> None:
     world, model, own = LAYOUTS[case]
     ours, one = figures_of(world, model, own), figures_of(1, model)
@@ -106,14 +113,14 @@ def test_figures_are_those_of_one_rank(
     for mine, theirs in zip(ours, one, strict=True):
         assert mine.keys() == theirs.keys() - unprinted(own)
         for name, value in mine.items():
-            apart = abs(value - theirs[name]) / max(abs(theirs[name]), 1e-30)
-            worst[name] = max(worst.get(name, 0.0), apart)
+            worst[name] = max(worst.get(name, 0.0), difference(value, theirs[name]))
     tell(f"figures, {case}: " + ", ".join(f"{name} {apart:.1e}" for name, apart in worst.items() if apart))
     if any(word in case for word in ROUNDED):  # three steps on, gradients differ; weights hardly, for Adam's are small
         worst = {name: apart for name, apart in worst.items() if name not in GRADIENTS}
         assert max(worst.values()) <= 2**-5
     else:
-        assert max(worst.values()) <= 1e-2 and max(worst[name] for name in worst if name != "num zeros") <= 1e-3
+        # Of some hundred gradients that are 0, a few differ by rounding; one rank of four more or less would be a quarter.
+        assert worst["num zeros"] <= 2**-4 and max(worst[name] for name in worst if name != "num zeros") <= 1e-3
 
 
 GRADIENTS = ("grad norm", "num zeros", "lm loss PPL")
