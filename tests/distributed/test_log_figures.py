@@ -119,7 +119,7 @@ def test_figures_are_those_of_one_rank(
         worst = {name: apart for name, apart in worst.items() if name not in GRADIENTS}
         assert max(worst.values()) <= 2**-5
     else:
-        # Of some hundred gradients that are 0, a few differ by rounding; one rank of four more or less would be a quarter.
+        # Of some hundred gradients that are 0, a few differ by rounding; one rank of four would be a quarter of them.
         assert worst["num zeros"] <= 2**-4 and max(worst[name] for name in worst if name != "num zeros") <= 1e-3
 
 
