@@ -335,7 +335,7 @@ class WithoutMemory(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func.__name__ == "zeros":  # on a CPU, `torch.zeros` is a function around this one
+        if getattr(func, "__name__", "") == "zeros":  # on a CPU, `torch.zeros` is a function around this one
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
 
