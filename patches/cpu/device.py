@@ -30,18 +30,11 @@ def _names_cuda(device: Any) -> bool:
 # What takes a device or pinned memory as keywords. A TorchFunctionMode would redirect all functions, but it makes each
 # operation on tensors, and each read of a shape, several microseconds longer.
 _FACTORIES = (
-    *("arange", "as_tensor", "asarray", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "linspace"),
-    *("logspace", "ones", "ones_like", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like"),
-    *(
-        "randperm",
-        "scalar_tensor",
-        "sparse_coo_tensor",
-        "tensor",
-        "tril_indices",
-        "triu_indices",
-        "zeros",
-        "zeros_like",
-    ),
+    *("arange", "as_tensor", "asarray", "empty", "empty_like", "empty_permuted", "empty_strided", "eye", "full"),
+    *("full_like", "linspace", "logspace", "normal", "ones", "ones_like", "rand", "rand_like", "randint"),
+    *("randint_like", "randn", "randn_like", "randperm", "range", "scalar_tensor", "sparse_coo_tensor"),
+    *("sparse_csr_tensor", "tensor", "tril_indices", "triu_indices", "zeros", "zeros_like"),
+    *("bartlett_window", "blackman_window", "hamming_window", "hann_window", "kaiser_window"),
 )
 _METHODS = ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros")
 _CPU = torch.device("cpu")

@@ -121,11 +121,6 @@ def _in_folders(part: str, folders: Iterable[str]) -> tuple[str | None, list[str
     return (None, portions) if portions else None
 
 
-def syntax_tree(data: bytes) -> ast.Module:
-    """Parse a module's bytes. This is most of the time of a verification; tests cache the trees (`tests.warm`)."""
-    return ast.parse(data)
-
-
 class Upstream:
     """The symbols of a tree of sources. Each file is read, parsed and split into lines once."""
 
@@ -148,7 +143,7 @@ class Upstream:
             if source is None:
                 raise _unknown(f"there is no module {module}", module, self.finder.label)
             try:
-                self._parsed[module] = (source, syntax_tree(source.data))
+                self._parsed[module] = (source, ast.parse(source.data))
             except (SyntaxError, ValueError) as error:
                 raise _unknown(f"{module} is not valid Python: {error}", module, source.path) from error
         return self._parsed[module]

@@ -28,6 +28,10 @@ def test_upstream_style_tensor_lands_on_cpu() -> None:
             torch.ones(2).pin_memory(),
             torch.zeros(2, pin_memory=True),
             torch.ones(2).new_zeros(2, device="cuda"),
+            torch.normal(0.0, 1.0, (2,), device="cuda"),
+            torch.hann_window(2, device=0),
+            torch.nn.Parameter(torch.ones(2)).to("cuda", torch.float64),
+            torch.randint(3, (2,), device="cuda:0", pin_memory=True),
             torch.zeros_like(torch.ones(2), device="cuda"),
         ]
         module = torch.nn.Linear(2, 2).cuda(torch.cuda.current_device())
