@@ -15,6 +15,7 @@ from tests.pool import RankFailure, RankPool
 
 STEPS, SAVED = 5, 2  # a checkpoint every two steps; faults come in step 4, or in the save after it
 FAULTY = 4
+TWO = "--num-layers 2 --pipeline-model-parallel-size 2 --seq1f1b-splits 2"
 SYSTEMS = {
     # Two stages of segments, each spread over two context-parallel ranks, over which the optimizer is sharded.
     "all": (
@@ -23,7 +24,8 @@ SYSTEMS = {
         "--transformer-impl local --no-rope-fusion --overlap-grad-reduce --cross-entropy-chunk-tokens 16",
     ),
     "upstream": (4, "--pipeline-model-parallel-size 4"),
-    "two": (2, "--num-layers 2 --pipeline-model-parallel-size 2 --seq1f1b-splits 2"),
+    "two": (2, TWO),
+    "background": (2, f"{TWO} --async-save"),
 }
 RUN = f"--train-iters {STEPS} --save-interval {SAVED} --exit-signal-handler --rerun-mode disabled"
 LIMITS = "--stall-timeout-minutes 0.25 --first-step-timeout-minutes 4"

@@ -109,22 +109,23 @@ def test_rank_with_another_version(bed: FaultBed, act: str, message: str) -> Non
 
 
 @pytest.mark.slow
-def test_full_disk(bed: FaultBed) -> None:
-    """A disk that fills up in a save ends the run with a message; the checkpoint before it stays."""
-    expected = bed.expected("two")
-    size = sum(
-        file.stat().st_size for file in (bed.folder / "undisturbed-two/checkpoints").rglob("*") if file.is_file()
-    )
-    one, folder = size // 1024 // 3, bed.folder / "disk"
+@pytest.mark.parametrize("system", ["two", "background"])
+def test_full_disk(bed: FaultBed, system: str) -> None:
+    """A disk that fills up in a save ends the run with a message on all ranks; the checkpoint before it stays."""
+    expected = bed.expected(system)
+    saved_files = (bed.folder / f"undisturbed-{system}/checkpoints").rglob("*")
+    size = sum(file.stat().st_size for file in saved_files if file.is_file())
+    one, folder = size // 1024 // 3, bed.folder / f"disk-{system}"
     with small_disk(folder / "checkpoints", int(1.5 * one)) as is_mounted:
         if not is_mounted:
             pytest.skip("mounting a small file system needs root")
-        _, text, logs = bed.run("two", Fault(), folder)
+        _, text, logs = bed.run(system, Fault(), folder)
         assert "No space left on device" in text + logs, text[-3000:]
+        assert len(re.findall(r"FolderNotWritten: \S+ is not saved: .*rank \d", text)) == 2, text[-3000:]
         saved = sorted(path.name for path in (folder / "checkpoints").glob("iter_*"))
         assert "iter_0000002" in saved
         resize(folder / "checkpoints", 8 * one)
-        train(bed.ranks, 2, bed.line("two"), folder)
+        train(bed.ranks, 2, bed.line(system), folder)
         found = losses(folder)
         assert {step: values[-1] for step, values in found.items()} == expected
 

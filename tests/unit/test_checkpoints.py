@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron.longseq.checkpoints import commit, digest, latest, manifest
@@ -30,6 +32,7 @@ from megatron.longseq.checkpoints.manifest import Item
 from megatron.longseq.checkpoints.safe_reading import load_metadata
 from megatron.longseq.checkpoints.saving import FolderNotWritten, NonFiniteState, save_atomically
 from patches.checkpoint.latest import with_untracked_checkpoints
+from tests.pool import RankPool
 
 ROOT = Path(__file__).parents[2]
 WEIGHT = torch.arange(6000.0).view(60, 100)
@@ -346,6 +349,31 @@ def test_a_background_save_has_the_state_of_its_step_and_is_committed_last(tmp_p
             )
     finally:
         torch.distributed.destroy_process_group()
+
+
+def save_where_the_second_rank_cannot_write(folder: Path) -> str:
+    """Save as upstream does when one writer failed: the first rank alone has the reason. Runs on a rank."""
+    torch.distributed.init_process_group("gloo")
+    group, rank = torch.distributed.group.WORLD, torch.distributed.get_rank()
+    assert group is not None
+    strategy = Background(folder, WEIGHT)
+
+    def finalize() -> None:
+        raise CheckpointException("write", {} if rank else {1: (OSError(28, "No space left on device"), [])})
+
+    strategy.finalize_fns.append(finalize)
+    save_atomically(lambda place: strategy.async_save(), folder / "iter_0000001", strategy, group, in_background=True)
+    with pytest.raises(FolderNotWritten) as failure:
+        for function in strategy.finalize_fns:
+            function()
+    return str(failure.value)
+
+
+def test_all_ranks_say_what_one_could_not_write(ranks: RankPool, tmp_path: Path) -> None:
+    first, second = ranks.run(2, save_where_the_second_rank_cannot_write, tmp_path)
+    assert first == second
+    assert re.search(r"iter_0000001 is not saved: rank 1: OSError: \[Errno 28\] No space left on device\. The", first)
+    assert not (tmp_path / "iter_0000001").exists()
 
 
 RANK = """

@@ -16,6 +16,7 @@ from tests.regression.compare import (
     Bitwise,
     Check,
     Evidence,
+    Kind,
     Reassociated,
     Rules,
     agrees_with_oracle,
@@ -207,6 +208,27 @@ def test_tensors_of_another_name_are_red_in_noise_too() -> None:
     one = {"a": numpy.ones(3)}
     assert not tensors_within_noise("weights", one, [one], {"b": numpy.ones(3)}).passed
     assert not tensors_within_noise("weights", one, [one], {"a": numpy.ones(3) + 1e-3}).passed
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "value", "is_green"),
+    [
+        ("weights", 1, 1.1, True),  # Adam divided rounding by rounding
+        ("weights", 2, 1.1, False),
+        ("weights", 1, numpy.nan, False),
+        ("weights", 1, numpy.inf, False),
+        ("first_moments", 1, 1.1, False),
+    ],
+)
+def test_one_of_a_thousand_weights_may_differ_beyond_the_floor(
+    kind: Kind, wrong: int, value: float, is_green: bool
+) -> None:
+    exact, wrong_one = numpy.ones(1000), numpy.ones(1000)
+    wrong_one[:wrong] = value
+    key = "optimizer.state.exp_avg.a" if kind == "first_moments" else "a"
+    other = Evidence([], {20: Snapshot({key: exact})})
+    (check,) = Noisy([other]).tensors(kind, 20, {key: exact}, {key: wrong_one})
+    assert check.passed is is_green
 
 
 def floors(seeds: int, noise: float) -> list[Floor]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron.longseq.checkpoints import commit
 from megatron.longseq.checkpoints.digest import first_not_finite
@@ -18,7 +19,7 @@ class NonFiniteState(RuntimeError):
 
 
 class FolderNotWritten(RuntimeError):
-    """The first rank could not create or rename a folder, or write the manifest. All ranks raise this together."""
+    """A rank could not write into the folder, or the first one not create or rename it. All ranks raise this."""
 
 
 def save_atomically(
@@ -72,10 +73,14 @@ def _on_first_rank(act: Callable[[], None], folder: Path, group: dist.ProcessGro
             failure = [f"{type(error).__name__}: {error}"]
     dist.broadcast_object_list(failure, group=group, group_src=0)
     if failure[0] is not None:
-        raise FolderNotWritten(
-            f"{folder} is not saved: {failure[0]}. The checkpoints saved before are unchanged. Make the folder "
-            "writable and free space on its disk, then resume from the last one."
-        )
+        raise _not_written(folder, failure[0])
+
+
+def _not_written(folder: Path, reason: str) -> FolderNotWritten:
+    return FolderNotWritten(
+        f"{folder} is not saved: {reason}. The checkpoints saved before are unchanged. Make the folder "
+        "writable and free space on its disk, then resume from the last one."
+    )
 
 
 @contextmanager
@@ -92,6 +97,7 @@ def _recording(strategy: Any, folder: Path, group: dist.ProcessGroup, *, snapsho
         items.extend(items_of(buckets))
         if snapshot:
             _copy_host_tensors(buckets)
+        request.finalize_fns[:] = [_with_reasons(finalize, folder, group) for finalize in request.finalize_fns]
         return request
 
     inner.async_save = async_save
@@ -99,6 +105,24 @@ def _recording(strategy: Any, folder: Path, group: dist.ProcessGroup, *, snapsho
         yield items
     finally:
         del inner.async_save
+
+
+def _with_reasons(finalize: Callable[[], None], folder: Path, group: dist.ProcessGroup) -> Callable[[], None]:
+    """Wrap upstream's function that ends a save: every rank raises what any rank could not write.
+
+    Upstream raises a CheckpointException on all ranks. It holds the reasons on the first rank, and nothing on others.
+    """
+
+    def finish() -> None:
+        try:
+            finalize()
+        except CheckpointException as error:
+            reasons = [f"rank {rank}: {type(one).__name__}: {one}" for rank, (one, _) in error.failures.items()]
+            message = ["; ".join(reasons)]
+            dist.broadcast_object_list(message, group=group, group_src=0)
+            raise _not_written(folder, message[0]) from error
+
+    return finish
 
 
 def _named_values(write_buckets: Any) -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
