@@ -17,6 +17,7 @@ from megatron.longseq.flexsp import arguments as flexsp
 from megatron.longseq.guards import arguments as guards
 from megatron.longseq.pipeline import arguments as pipeline
 from megatron.longseq.sharding import arguments as sharding
+from tests.regression.mutants import MUTANTS
 from tests.unit.pages import DOCS, between, cells
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,6 +73,11 @@ def test_table_of_patches_is_the_ledgers() -> None:
     page = (ROOT / "docs" / "patches.md").read_text()
     table = page.split("<!-- patches: begin -->\n")[1].split("<!-- patches: end -->")[0]
     assert table == listed.stdout, "update it: python -m patches list --markdown"
+
+
+def test_every_planted_error_is_in_the_table() -> None:
+    rows = re.findall(r"^\| `(\w+)`: ", (DOCS / "regression.md").read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(MUTANTS)
 
 
 def test_every_link_and_every_named_file_exists() -> None:
