@@ -372,7 +372,8 @@ def save_where_the_second_rank_cannot_write(folder: Path) -> str:
 def test_all_ranks_say_what_one_could_not_write(ranks: RankPool, tmp_path: Path) -> None:
     first, second = ranks.run(2, save_where_the_second_rank_cannot_write, tmp_path)
     assert first == second
-    assert re.search(r"iter_0000001 is not saved: rank 1: OSError: \[Errno 28\] No space left on device\. The", first)
+    reason = r"rank 1: OSError: \[Errno 28\] No space left on device; the disk of this folder has \S+ GB free"
+    assert re.search(rf"iter_0000001 is not saved: {reason}\. The", first)
     assert not (tmp_path / "iter_0000001").exists()
 
 

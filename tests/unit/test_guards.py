@@ -10,6 +10,7 @@ import types
 import weakref
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,7 @@ def test_ranks_that_are_restarted_do_not_read_the_reports_of_those_before() -> N
     here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port)}
     first, again = (connect_to_store({**here, "TORCHELASTIC_RESTART_COUNT": count}) for count in ("0", "0"))
     first.set(f"{KEY}/stall", "1")
-    assert again.check([f"{KEY}/stall"])
+    again.wait([f"{KEY}/stall"], timedelta(seconds=60))  # `set` does not wait for the server
     assert not connect_to_store({**here, "TORCHELASTIC_RESTART_COUNT": "1"}).check([f"{KEY}/stall"])
     assert connect_to_store({}) is None
 

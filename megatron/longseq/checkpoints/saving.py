@@ -1,5 +1,6 @@
 """Save a checkpoint: refuse a state that is not finite, record checksums of the live state, and commit."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,7 +119,9 @@ def _with_reasons(finalize: Callable[[], None], folder: Path, group: dist.Proces
             finalize()
         except CheckpointException as error:
             reasons = [f"rank {rank}: {type(one).__name__}: {one}" for rank, (one, _) in error.failures.items()]
-            message = ["; ".join(reasons)]
+            # Of a full disk, PyTorch's writers say "unexpected pos".
+            free = shutil.disk_usage(folder.parent).free / 1e9
+            message = ["; ".join([*reasons, f"the disk of this folder has {free:.1f} GB free"])]
             dist.broadcast_object_list(message, group=group, group_src=0)
             raise _not_written(folder, message[0]) from error
 
