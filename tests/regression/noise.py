@@ -18,7 +18,7 @@ from tests.regression.snapshot import Array
 FACTOR = 3.0
 ULPS = 4.0  # smallest floor; a floor below the rounding of the numbers is accidental
 # Share of a tensor's elements that the floor of weights leaves out. Where an element's gradient is almost zero, Adam
-# divides rounding by rounding: one of 16,384 elements can hold 90% of the square of a difference. Its first moment,
+# divides rounding by rounding: one of 32,768 elements can hold 90% of the square of a difference. Its first moment,
 # which is linear in the gradients, is judged together with all others.
 TAIL = 1e-3
 EPSILON = 2.0**-23  # of float32, which holds losses, norms, moments and main weights even with bf16
