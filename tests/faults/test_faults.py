@@ -119,9 +119,8 @@ def test_full_disk(bed: FaultBed, system: str) -> None:
     with small_disk(folder / "checkpoints", int(1.5 * one)) as is_mounted:
         if not is_mounted:
             pytest.skip("mounting a small file system needs root")
-        _, text, logs = bed.run(system, Fault(), folder)
-        assert "No space left on device" in text + logs, text[-3000:]
-        # Which ranks still find room depends on their order.
+        _, text, _ = bed.run(system, Fault(), folder)
+        # Writers say "No space left on device" or "unexpected pos". Which ranks still find room depends on their order.
         reason = r"FolderNotWritten: \S+ is not saved: rank \d: .*; the disk of this folder has 0.0 GB free\."
         assert re.search(reason, text), text
         saved = sorted(path.name for path in (folder / "checkpoints").glob("iter_*"))

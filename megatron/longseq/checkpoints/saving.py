@@ -118,14 +118,18 @@ def _with_reasons(finalize: Callable[[], None], folder: Path, group: dist.Proces
         try:
             finalize()
         except CheckpointException as error:
-            reasons = [f"rank {rank}: {type(one).__name__}: {one}" for rank, (one, _) in error.failures.items()]
-            # Of a full disk, PyTorch's writers say "unexpected pos".
-            free = shutil.disk_usage(folder.parent).free / 1e9
-            message = ["; ".join([*reasons, f"the disk of this folder has {free:.1f} GB free"])]
+            message = [_reasons(error, folder) if group.rank() == 0 else ""]
             dist.broadcast_object_list(message, group=group, group_src=0)
             raise _not_written(folder, message[0]) from error
 
     return finish
+
+
+def _reasons(error: CheckpointException, folder: Path) -> str:
+    """Return what the ranks could not write. PyTorch's writers call a full disk "unexpected pos"."""
+    failures = [f"rank {rank}: {type(one).__name__}: {one}" for rank, (one, _) in error.failures.items()]
+    free = shutil.disk_usage(folder.parent).free / 1e9
+    return "; ".join([*failures, f"the disk of this folder has {free:.1f} GB free"])
 
 
 def _named_values(write_buckets: Any) -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
