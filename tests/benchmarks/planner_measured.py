@@ -37,7 +37,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from megatron.longseq.command_line import markdown_table
 from megatron.longseq.planner.plan.flags import read
-from megatron.longseq.planner.plan.step import predict
+from megatron.longseq.planner.plan.step import StepPrediction, predict
 from megatron.longseq.planner.tools.calibrate import measure_ranks, profile_of
 from megatron.longseq.planner.tools.predict_command import flags_of
 from tests.pool import RankPool
@@ -48,7 +48,7 @@ MODEL = """
 --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0 --make-vocab-size-divisible-by 64
 --vocab-size 1024 --seq-length 512 --max-position-embeddings 512 --micro-batch-size 1 --global-batch-size 8
 --transformer-impl local --no-rope-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion
---no-masked-softmax-fusion
+--no-masked-softmax-fusion --no-create-attention-mask-in-dataloader
 """
 TRAINING = """
 --lr 1e-4 --lr-decay-iters 1000 --eval-iters 0 --eval-interval 1000 --num-workers 0 --seed 1 --mock-data --split 1,0,0
@@ -127,7 +127,7 @@ def counting() -> Iterator[LiveBytes]:
 
     def swapped(storage: torch.UntypedStorage, other: torch.UntypedStorage) -> Any:
         result = swap(storage, other)
-        for one in (storage, other):
+        for one in sorted((storage, other), key=torch.UntypedStorage.nbytes):  # the emptied one first: no false peak
             counter.note(one)
         return result
 
@@ -186,6 +186,19 @@ class MeasuredPlan:
         return median(self.times)
 
 
+def predict_and_count(pool: RankPool, ranks: int, flags: Sequence[str], profile: Path) -> tuple[StepPrediction, int]:
+    """Return what is predicted of a plan, and the most live bytes of a rank that are counted in a training step.
+
+    Raises:
+        ValueError: the planner says that the plan is not valid.
+    """
+    found = predict(*read({**flags_of(flags), "cluster": str(profile)}))
+    if found.reasons:
+        raise ValueError(f"{' '.join(flags)}: {'; '.join(found.reasons)}")
+    results = pool.run(ranks, train, [*flags, *TRAINING.split(), "--train-iters", "2"], True)
+    return found, max(peak for _, peak in results)
+
+
 def measure(pool: RankPool, folder: Path, ranks: int, rounds: int, steps: int, seconds: float) -> list[MeasuredPlan]:
     """Calibrate, predict, train and count all plans of a number of ranks."""
     profile = folder / f"profile{ranks}.json"
@@ -193,11 +206,7 @@ def measure(pool: RankPool, folder: Path, ranks: int, rounds: int, steps: int, s
     rows = []
     for name, words in PLANS[ranks].items():
         flags = [*MODEL.split(), *words.split()]
-        found = predict(*read({**flags_of(flags), "cluster": str(profile)}))
-        if found.reasons:
-            raise ValueError(f"{name}: {'; '.join(found.reasons)}")
-        results = pool.run(ranks, train, [*flags, *TRAINING.split(), "--train-iters", "2"], True)
-        counted = max(peak for _, peak in results)
+        found, counted = predict_and_count(pool, ranks, flags, profile)
         rows.append(MeasuredPlan(ranks, name, found.step_seconds, found.peak_bytes, [], counted))
     for _ in range(rounds):
         for row in rows:

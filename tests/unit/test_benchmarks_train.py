@@ -38,6 +38,6 @@ def test_plans_are_calibrated_predicted_and_measured(capsys: pytest.CaptureFixtu
     assert planner_measured.main(["--ranks", "2", "--rounds", "1", "--steps", "1", "--seconds", "5"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["plan"] for row in found["rows"]] == list(planner_measured.PLANS[2])
-    assert found["bytes_error_worst"] <= 0.15  # counted, so the same on every machine
+    assert found["bytes_error_worst"] <= 0.025  # counted, so the same on every machine
     assert found["ratio_error_mean"] <= found["ratio_error_worst"]
     assert -1 <= found["rank_correlation"] <= 1

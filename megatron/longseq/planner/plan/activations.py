@@ -7,6 +7,7 @@ with dropout is the 34 * s * b * h of Korthikanti et al. (arXiv 2205.05198, sect
 import functools
 from dataclasses import dataclass, replace
 
+from megatron.longseq.planner.plan.compute import fuses_softmax
 from megatron.longseq.planner.plan.configuration import Configuration
 from megatron.longseq.planner.plan.model import Architecture
 
@@ -75,14 +76,17 @@ def attention_bytes(model: Architecture, run: Configuration) -> tuple[float, flo
         inputs = _latent_inputs(model, run, size)
     else:
         inputs = (model.query_size + 2 * model.key_size(size.tensor)) * per_token
+        if run.is_local and not run.fused_attention:  # the keys and values of a group are copied to all of its heads
+            inputs = 3 * model.query_size * per_token
         if model.qk_layernorm:
             inputs += (model.query_size + model.key_size(size.tensor)) * per_token
     if not run.fused_attention:
-        length = run.seq_length
-        scores = run.micro_batch_size * heads * length * length
+        scores = _scores(model, run)
         freed = scores * (run.element * (2 if model.attention_dropout else 1) + (1 if model.attention_dropout else 0))
-        if run.is_local and not run.masked_softmax_fusion:
-            freed += scores * run.element  # the scaled scores, which the fused kernel does not keep
+        if not fuses_softmax(model, run) and run.element == 2:
+            freed += (
+                scores * run.element
+            )  # the probabilities before they are cast, which the fused kernel does not keep
         return inputs + out + freed, freed
     freed = 4.0 * heads * size.tokens
     if _copies(model, run):
@@ -90,6 +94,20 @@ def attention_bytes(model: Architecture, run: Configuration) -> tuple[float, flo
     if run.context_parallel_size > 1 and run.mesh[0] > 1:
         freed += out  # the kernel's output before the all-to-all
     return inputs + out + freed, freed
+
+
+def _scores(model: Architecture, run: Configuration) -> float:
+    """Return the attention scores of a layer and a micro-batch on a rank, a number per query, key and head."""
+    heads = model.num_attention_heads / run.tensor_model_parallel_size
+    return run.micro_batch_size * heads * float(run.seq_length) ** 2
+
+
+def _rotation_bytes(model: Architecture, run: Configuration) -> float:
+    """Return what unfused rotary embeddings keep in a layer: cosines and sines for the queries, and for the keys."""
+    if run.apply_rope_fusion or model.position_embedding_type in ("learned_absolute", "none"):
+        return 0.0
+    channels = model.qk_pos_emb_head_dim if model.multi_latent_attention else model.channels * model.rotary_percent
+    return 4.0 * channels * run.seq_length / run.context_parallel_size * run.element
 
 
 def _copies(model: Architecture, run: Configuration) -> bool:
@@ -142,12 +160,22 @@ def expert_bytes(model: Architecture, run: Configuration) -> float:
 
 
 @functools.lru_cache(maxsize=65536)
-def layer_bytes(model: Architecture, run: Configuration, has_experts: bool) -> LayerBytes:
-    """Return the bytes of a layer and a micro-batch on a rank."""
+def layer_bytes(model: Architecture, run: Configuration, has_experts: bool, unfused_norms: bool = False) -> LayerBytes:
+    """Return the bytes of a layer and a micro-batch on a rank.
+
+    Args:
+        model: its architecture.
+        run: its configuration.
+        has_experts: whether the layer has experts.
+        unfused_norms: whether RMSNorm keeps its normalised input, too; see `Cluster.unfused_rms_norm`.
+    """
     size = _sizes(model, run)
     hidden = size.hidden * size.item
     masks = 2 * size.hidden if model.hidden_dropout else 0.0
+    if unfused_norms and run.is_local and model.normalization == "RMSNorm":
+        masks += 2 * hidden * (1 if size.item == 4 else 3)  # in 16 bits also its input in float32
     attention, core = attention_bytes(model, run)
+    attention += _rotation_bytes(model, run)
     if has_experts:
         mlp, act = expert_bytes(model, run), 0.0
         width = model.expert_ffn * model.moe_router_topk + model.moe_shared_expert_intermediate_size
@@ -161,6 +189,8 @@ def layer_bytes(model: Architecture, run: Configuration, has_experts: bool) -> L
         whole = 4 * hidden + masks + attention + mlp
     gates = 2 if model.swiglu else 1
     working = size.item * (2 * size.hidden + size.whole + (1 + gates) * width * size.tokens / size.tensor)
+    if not fuses_softmax(model, run):
+        working = max(working, 3 * _scores(model, run) * 4 - mlp)  # at the softmax's backward; the MLP's are freed
     modules = run.recompute_modules or ("core_attn",)
     if run.recompute_granularity == "selective":
         freed = {
@@ -204,9 +234,9 @@ def packed_backward_bytes(model: Architecture, run: Configuration, documents: fl
     return sums + size.item * (grads + size.hidden)
 
 
-def full_layer_bytes(model: Architecture, run: Configuration, has_experts: bool) -> float:
-    """Return the bytes that a layer keeps if it is not recomputed, of a micro-batch on a rank."""
-    return layer_bytes(model, replace(run, recompute_granularity=""), has_experts).kept
+def full_layer_bytes(model: Architecture, run: Configuration, has_experts: bool, unfused_norms: bool = False) -> float:
+    """Return the bytes that a layer keeps if it is not recomputed, of a micro-batch on a rank; see `layer_bytes`."""
+    return layer_bytes(model, replace(run, recompute_granularity=""), has_experts, unfused_norms).kept
 
 
 def loss_bytes(model: Architecture, run: Configuration) -> tuple[float, float]:
@@ -251,5 +281,4 @@ def scores_buffer_bytes(model: Architecture, run: Configuration) -> float:
     """Return the bytes of the global buffer into which upstream's local attention writes its scores."""
     if run.fused_attention or not run.is_local:
         return 0.0
-    heads = model.num_attention_heads / run.tensor_model_parallel_size
-    return run.micro_batch_size * heads * float(run.seq_length) ** 2 * run.element
+    return _scores(model, run) * run.element

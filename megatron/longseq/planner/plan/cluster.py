@@ -56,6 +56,8 @@ class Cluster:
             there, as the software of some installations did (arXiv 2104.04473, section 4.1).
         overlaps_input_gradients: whether tensor-parallel ranks sum the gradients of a layer's inputs beside the product
             of its weight gradients, without sequence parallelism too. Megatron before 2022 did not.
+        unfused_rms_norm: whether RMSNorm of local layers consists of several operators, which keep the normalised input
+            beside the output. PyTorch's does on a CPU.
         predates_fused_attention: whether the GPUs are older than fused attention in Megatron, so that a run in fp16 is
             taken for one of early software (see `plan/flags.py`).
         message_bytes: size of a collective that reaches half of the bandwidth.
@@ -101,6 +103,7 @@ class Cluster:
     pairwise_efficiency: float = 0.8
     splits_messages: bool = False
     overlaps_input_gradients: bool = True
+    unfused_rms_norm: bool = False
     predates_fused_attention: bool = False
     message_bytes: float = 1e6
     layer_seconds: float = 0.9e-3
@@ -146,7 +149,7 @@ _MAY_BE_ZERO = (
     *("overlap_workspace_bytes", "gradient_copy_bytes", "context_bytes", "fragmentation"),
 )
 _FIELDS = {one.name: one for one in fields(Cluster)}
-_SWITCHES = ("splits_messages", "overlaps_input_gradients", "predates_fused_attention")
+_SWITCHES = ("splits_messages", "overlaps_input_gradients", "unfused_rms_norm", "predates_fused_attention")
 _NO_NUMBERS = ("name", "gpus", "products", "defaults", "source", *_SWITCHES)
 _WHOLE = ("gpus_per_node", "sms", "product_depth")
 NUMBERS = tuple(name for name in _FIELDS if name not in _NO_NUMBERS)

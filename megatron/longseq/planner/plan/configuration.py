@@ -50,6 +50,7 @@ class Configuration:
     use_megatron_fsdp: bool = False
     use_torch_fsdp2: bool = False
     data_parallel_sharding_strategy: str = "optim_grads_params"
+    ddp_bucket_size: int = 0
     paro: str = ""
     paro_group_size: int = 0
     paro_collectives: str = "hierarchical"
@@ -89,6 +90,7 @@ class Configuration:
     zero_bubble: bool = False
     gradient_accumulation_fusion: bool = True
     masked_softmax_fusion: bool = True
+    apply_rope_fusion: bool = True
     deterministic_mode: bool | None = None
 
     @functools.cached_property

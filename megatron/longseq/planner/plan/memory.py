@@ -1,6 +1,7 @@
 """Bytes of every pipeline stage at its peak instant, by kind."""
 
 import functools
+import math
 from typing import NamedTuple
 
 from megatron.longseq.pipeline.plan.generators import make, smallest_group
@@ -73,7 +74,8 @@ def widths(run: Configuration) -> Widths:
     if not (run.bf16 or run.fp16):
         return Widths(param=4, grad=4, optimizer=8, grad_wire=4)
     param = 2  # with --fp8-param-gather a weight and its transpose, in fp8
-    grad = 4 if run.accumulate_allreduce_grads_in_fp32 and not run.grad_reduce_in_bf16 else 2
+    is_wide = run.accumulate_allreduce_grads_in_fp32 and not run.grad_reduce_in_bf16
+    grad = 4 if is_wide or (run.paro and run.bf16) else 2  # under --paro, bf16 gradients accumulate in fp32
     optimizer = 12
     if run.use_precision_aware_optimizer:
         optimizer = sum(_WIDTHS[one] for one in (run.main_params_dtype, run.exp_avg_dtype, run.exp_avg_sq_dtype))
@@ -139,14 +141,43 @@ def state_bytes(model: Architecture, run: Configuration, cluster: Cluster, param
         if run.accumulate_allreduce_grads_in_fp32:
             found["gradients"] += cluster.gradient_copy_bytes * part.grads / per_element.grad
         found["optimizer"] += part.optimizer
-    strategy = run.strategy
-    unit = (params.dense + params.expert - params.embedding - params.head) / max(1, model.num_layers)
-    unit = max(unit * run.pipeline_model_parallel_size, params.embedding, params.head)
+    found["gathered"] = _gathered_bytes(model, run, params, per_element)
+    return found
+
+
+def _gathered_bytes(model: Architecture, run: Configuration, params: StageParams, per_element: Widths) -> float:
+    """Return the bytes of the full buckets that a rank of sharded parameters or gradients holds at a time.
+
+    PaRO's pool of buckets keeps what was in use at a time for each size, and embedding and output layer have another
+    size than layers. Parameters: the layer that computes and those ahead; one of the others. Gradients: those that a
+    layer's backward fills, and two buckets that are being reduced, which may be of the output layer and the embedding.
+    If gradients are sent in another dtype than that of their sums, the buckets in flight are copies in that dtype, and
+    so are two more for the sums of a step. PyTorch's and Megatron's FSDP hold two units of each.
+    """
+    layer = (params.dense + params.expert - params.embedding - params.head) / max(1, model.num_layers)
+    layer *= run.pipeline_model_parallel_size
+    ends = params.embedding, params.head
+    found, strategy = 0.0, run.strategy
+    if not run.paro:
+        elements = 2 * max(layer, *ends)
+        found += elements * per_element.param if strategy.params > Level.NONE else 0.0
+        return found + (elements * per_element.grad if strategy.grads > Level.NONE else 0.0)
+    bucket, most = layer, float(params.dense + params.expert)
     if strategy.params > Level.NONE:
         ahead = run.paro_prefetch_units if run.paro_selective_overlap else 1
-        found["gathered"] += (1 + ahead) * unit * per_element.param
+        found += ((1 + ahead) * layer + max(ends)) * per_element.param
+    else:  # a bucket ends with the layer after which it has this size
+        ranks = run.data_parallel_size * run.context_parallel_size
+        size = run.ddp_bucket_size or max(40_000_000, 1_000_000 * ranks)
+        bucket = min(most, max(1, math.ceil(size / layer)) * layer)
+        ends = tuple(end if end >= size else 0 for end in ends)
+    is_wide = per_element.grad_wire == per_element.grad
+    if not is_wide:
+        found += 2 * bucket * per_element.grad_wire
     if strategy.grads > Level.NONE:
-        found["gathered"] += 2 * unit * per_element.grad
+        in_flight = min(2 * bucket + sum(ends), most)
+        filled = bucket if is_wide else bucket + max(ends)
+        found += min(filled, most - in_flight * is_wide) * per_element.grad + in_flight * per_element.grad_wire
     return found
 
 
@@ -227,7 +258,7 @@ def stages_bytes(
     """
     layers = run.stage_layers(model.num_layers)
     stages = run.pipeline_model_parallel_size
-    per_layer = _mean_layer(model, run)
+    per_layer = _mean_layer(model, run, cluster)
     working = max(per_layer.working, packed_backward_bytes(model, run, documents) if documents else 0.0)
     special = run.seq1f1b_splits > 1 or (run.zero_bubble and stages > 1)
     peaks = _segment_peaks(model, run, layers, per_layer) if special else None
@@ -242,7 +273,7 @@ def stages_bytes(
     found = []
     for stage, count in enumerate(layers):
         kinds = dict(_state_bytes(model, run, cluster, params[stage]))
-        kept = peaks[stage] if peaks else in_flight(run, stage) * _stage_kept(model, run, count, stage)
+        kept = peaks[stage] if peaks else in_flight(run, stage) * _stage_kept(model, run, cluster, count, stage)
         at_loss = 0.0
         again = 0.0 if peaks else per_layer.recomputed * _group(run, count)
         at_layer = again + working / run.seq1f1b_splits
@@ -265,12 +296,12 @@ def _boundary_bytes(model: Architecture, run: Configuration) -> float:
     return tokens * model.hidden_size * run.element / (run.tensor_model_parallel_size if run.sequence_parallel else 1)
 
 
-def _mean_layer(model: Architecture, run: Configuration) -> LayerBytes:
+def _mean_layer(model: Architecture, run: Configuration, cluster: Cluster) -> LayerBytes:
     """Return the bytes of a layer, the mean over layers with and without experts."""
     if not model.num_experts:
-        return layer_bytes(model, run, False)
+        return layer_bytes(model, run, False, cluster.unfused_rms_norm)
     count = sum(model.has_experts(layer) for layer in range(model.num_layers))
-    dense, expert = layer_bytes(model, run, False), layer_bytes(model, run, True)
+    dense, expert = (layer_bytes(model, run, has, cluster.unfused_rms_norm) for has in (False, True))
     share = count / model.num_layers
     return LayerBytes(
         share * expert.kept + (1 - share) * dense.kept,
@@ -288,7 +319,7 @@ def _group(run: Configuration, layers: int) -> int:
     return 1
 
 
-def _stage_kept(model: Architecture, run: Configuration, layers: int, stage: int) -> float:
+def _stage_kept(model: Architecture, run: Configuration, cluster: Cluster, layers: int, stage: int) -> float:
     """Return what all layers of a rank keep for one micro-batch."""
     first = sum(run.stage_layers(model.num_layers)[:stage])
     virtual = run.virtual_stages
@@ -297,10 +328,12 @@ def _stage_kept(model: Architecture, run: Configuration, layers: int, stage: int
     for has_experts, count in ((False, layers - with_experts), (True, with_experts)):
         if not count:
             continue
-        one = layer_bytes(model, run, has_experts)
+        one = layer_bytes(model, run, has_experts, cluster.unfused_rms_norm)
         if run.recompute_granularity == "full" and run.recompute_method == "block":
             again = min(run.recompute_num_layers, layers / virtual) * virtual * count / layers
-            total += again * one.kept + (count - again) * full_layer_bytes(model, run, has_experts)
+            total += again * one.kept + (count - again) * full_layer_bytes(
+                model, run, has_experts, cluster.unfused_rms_norm
+            )
         elif run.recompute_granularity == "full":
             total += -(-count // max(1, run.recompute_num_layers)) * one.kept
         else:

@@ -160,6 +160,7 @@ def profile_of(measured: Sequence[dict[str, Any]], device: str) -> dict[str, Any
         "link_efficiency": 1.0,
         "message_bytes": 1.0,
         "node_bandwidth": bandwidth,
+        "unfused_rms_norm": not on_gpu,
         "context_bytes": 2.5e9 if on_gpu else 0.0,
         "workspace_bytes": 64e6 if on_gpu else 0.0,
         "deterministic_workspace_bytes": 80e6 if on_gpu else 0.0,

@@ -11,7 +11,8 @@ from megatron.longseq.sharding.runtime.comm_streams import allocate_on_default_s
 class BufferPool:
     """Flat buffers by bytes and device.
 
-    The pool keeps what is given back, so it holds as many buffers of a size as were in use at a time.
+    The pool keeps what is given back, so it holds as many buffers of a size as were in use at a time. Sizes are rounded
+    up by at most 1/32, so that buckets of nearly the same size share buffers: the final norm is in the last layer's.
 
     On a GPU a buffer belongs to the default stream: `give` makes it wait for the current stream, and `take` makes the
     current stream wait for it.
@@ -22,7 +23,7 @@ class BufferPool:
 
     def __init__(self) -> None:
         self.allocations = 0
-        self._free: defaultdict[tuple[int, torch.device], list[Tensor]] = defaultdict(list)
+        self._free: defaultdict[tuple[int, torch.device], list[torch.UntypedStorage]] = defaultdict(list)
 
     def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return a buffer, whose content is undefined; nobody else has it until it is given back.
@@ -36,11 +37,12 @@ class BufferPool:
             Tensor [numel].
         """
         with allocate_on_default_stream(device):
-            free = self._free[numel * dtype.itemsize, device]
-            if free:
-                return free.pop().view(dtype)
-            self.allocations += 1
-            return torch.empty(numel, dtype=dtype, device=device)
+            capacity = _rounded(numel * dtype.itemsize)
+            free = self._free[capacity, device]
+            if not free:
+                self.allocations += 1
+                free.append(torch.empty(capacity, dtype=torch.uint8, device=device).untyped_storage())
+            return torch.empty(0, dtype=dtype, device=device).set_(free.pop(), 0, (numel,))
 
     def give(self, buffer: Tensor) -> None:
         """Give a buffer back. The current stream must have waited for whatever works on it.
@@ -49,4 +51,11 @@ class BufferPool:
             buffer: what `take` has returned, of any dtype.
         """
         with allocate_on_default_stream(buffer.device):
-            self._free[buffer.nbytes, buffer.device].append(buffer)
+            storage = buffer.untyped_storage()
+            self._free[storage.nbytes(), buffer.device].append(storage)
+
+
+def _rounded(size: int) -> int:
+    """Return the next multiple of 1/32 of the largest power of two that is not above `size`."""
+    step = max(1, 1 << size.bit_length() >> 6)
+    return -(-size // step) * step
