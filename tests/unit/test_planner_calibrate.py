@@ -20,7 +20,13 @@ def measured(**changes: Any) -> dict[str, Any]:
     messages = [
         [ranks, size, 2 * (ranks - 1) * (2e-5 + size / ranks / 3e9)] for ranks in (2, 4) for size in (1 << 14, 1 << 24)
     ]
-    rank = {"products": products, "memory_bandwidth": 2e10, "layer_seconds": 1e-4, "attention": (4e10, 3e10)}
+    rank = {
+        "products": products,
+        "memory_bandwidth": 2e10,
+        "memory_efficiency": 0.5,
+        "layer_seconds": 1e-4,
+        "attention": (4e10, 3e10),
+    }
     rank |= {"messages": messages, "name": "cpu", "memory_bytes": 8e9, "sms": 1, "attention_length": 1024}
     return rank | changes
 

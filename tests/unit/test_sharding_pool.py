@@ -22,7 +22,7 @@ def test_buckets_of_nearly_the_same_size_share_a_buffer() -> None:
     assert pool.take(1_000_000, torch.float32, CPU).data_ptr() != address and pool.allocations == 2
 
 
-def test_a_buffer_is_at_most_a_thirty_second_larger_than_asked() -> None:
+def test_a_buffer_is_hardly_larger_than_asked() -> None:
     for numel in (1, 2, 3, 63, 64, 65, 1000, 2**20 - 1, 2**20, 2**20 + 1, 3 * 2**20 + 5):
         buffer = BufferPool().take(numel, torch.float32, CPU)
-        assert buffer.nbytes <= buffer.untyped_storage().nbytes() <= buffer.nbytes * 33 / 32
+        assert buffer.nbytes <= buffer.untyped_storage().nbytes() <= buffer.nbytes * 257 / 256

@@ -56,8 +56,8 @@ class PlanningProblem:
         self._predictions: dict[PlanChoice, StepPrediction] = {}
         self._seconds: dict[PlanChoice, float] = {}
         self._breakdowns: dict[tuple[ParallelLayout, Execution], dict[str, float]] = {}
-        self._states: dict[tuple[int, int, StateSharding], tuple[float, float]] = {}
-        self._smallest: dict[tuple[int, int, bool], StateSharding | None] = {}
+        self._states: dict[tuple[int, int, StateSharding, bool], tuple[float, float]] = {}
+        self._smallest: dict[tuple[int, int, bool, bool], StateSharding | None] = {}
         self._peaks: dict[tuple[ParallelLayout, Execution], tuple[float, float]] = {}
         self._kept: dict[tuple[ParallelLayout, Execution], tuple[float, float]] = {}
 
@@ -121,20 +121,23 @@ class PlanningProblem:
         smallest = self._smallest_sharding(node)
         if smallest is None:
             return inf
-        return self._with_reserve(self._states_of(node.layout, smallest), self._kept_of(node.layout, execution))
+        states = self._states_of(node.layout, smallest, _segments_of(node))
+        return self._with_reserve(states, self._kept_of(node.layout, execution))
 
     def _smallest_sharding(self, node: SearchNode) -> StateSharding | None:
         """Return the sharding of a node with the smallest model states; None if it has none."""
         layout = node.layout
-        key = layout.tensor, layout.pipeline, node.execution is not None and node.execution.zero_bubble
+        segments = _segments_of(node)
+        key = layout.tensor, layout.pipeline, node.execution is not None and node.execution.zero_bubble, segments > 1
         if key not in self._smallest:
-            sizes = {one: max(self._states_of(layout, one)) for one in self._shardings(node)}
+            sizes = {one: max(self._states_of(layout, one, segments)) for one in self._shardings(node)}
             self._smallest[key] = min(sizes, key=sizes.__getitem__, default=None)
         return self._smallest[key]
 
     def leaf_bytes(self, leaf: PlanChoice) -> float:
         """Return the bytes of a plan: with equal layers per stage, the first or the last stage is the fullest."""
-        return self._with_reserve(self._states_of(leaf.layout, leaf.sharding), self._kept_exactly(*leaf[:2]))
+        states = self._states_of(leaf.layout, leaf.sharding, leaf.execution.segments)
+        return self._with_reserve(states, self._kept_exactly(*leaf[:2]))
 
     def _with_reserve(self, states: tuple[float, float], kept: tuple[float, float]) -> float:
         peak = max(map(sum, zip(states, kept, strict=True))) * _ROUNDING
@@ -153,11 +156,11 @@ class PlanningProblem:
             self._peaks[key] = first, last
         return self._peaks[key]
 
-    def _states_of(self, layout: ParallelLayout, sharding: StateSharding) -> tuple[float, float]:
-        """Return the bytes of the model states of the first and the last stage."""
-        key = layout.tensor, layout.pipeline, sharding
+    def _states_of(self, layout: ParallelLayout, sharding: StateSharding, segments: int) -> tuple[float, float]:
+        """Return the bytes of the model states of the first and the last stage, which grow if there are segments."""
+        key = layout.tensor, layout.pipeline, sharding, segments > 1
         if key not in self._states:
-            run = self.task.configuration(PlanChoice(layout, Execution(), sharding))
+            run = self.task.configuration(PlanChoice(layout, Execution(segments), sharding))
             params = stage_params(self.task.model, run)
             first, last = (self._state_bytes(run, one) for one in (params[0], params[-1]))
             self._states[key] = first, last
@@ -233,3 +236,8 @@ class PlanningProblem:
     @cached_property
     def _order(self) -> dict[str, int]:
         return {name: number for number, name in enumerate(("", *self.task.space.strategies))}
+
+
+def _segments_of(node: SearchNode) -> int:
+    """Return the segments of a node's execution; 1, with which model states are smallest, if it is not chosen yet."""
+    return 1 if node.execution is None else node.execution.segments

@@ -152,7 +152,9 @@ def _gathered_bytes(model: Architecture, run: Configuration, params: StageParams
     size than layers. Parameters: the layer that computes and those ahead; one of the others. Gradients: those that a
     layer's backward fills, and two buckets that are being reduced, which may be of the output layer and the embedding.
     If gradients are sent in another dtype than that of their sums, the buckets in flight are copies in that dtype, and
-    so are two more for the sums of a step. PyTorch's and Megatron's FSDP hold two units of each.
+    so are two more for the sums of a step. Segments fill all buckets of a stage before they are reduced.
+
+    PyTorch's and Megatron's FSDP hold two units of each.
     """
     layer = (params.dense + params.expert - params.embedding - params.head) / max(1, model.num_layers)
     layer *= run.pipeline_model_parallel_size
@@ -177,6 +179,8 @@ def _gathered_bytes(model: Architecture, run: Configuration, params: StageParams
     if strategy.grads > Level.NONE:
         in_flight = min(2 * bucket + sum(ends), most)
         filled = bucket if is_wide else bucket + max(ends)
+        if run.seq1f1b_splits > 1:  # all buckets of a stage are filled until the last segment's backward
+            filled = most
         found += min(filled, most - in_flight * is_wide) * per_element.grad + in_flight * per_element.grad_wire
     return found
 

@@ -151,7 +151,7 @@ def profile_of(measured: Sequence[dict[str, Any]], device: str) -> dict[str, Any
         "products": products,
         "memory_bytes": measured[0]["memory_bytes"],
         "memory_bandwidth": statistics.mean(one["memory_bandwidth"] for one in measured),
-        "memory_efficiency": 1.0,
+        "memory_efficiency": statistics.mean(one["memory_efficiency"] for one in measured),
         "attention_efficiency": forward,
         "attention_backward_efficiency": backward,
         "layer_seconds": statistics.mean(one["layer_seconds"] for one in measured),

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 _LAUNCHES = 18  # kernels of a layer's forward
 _REPEATS = 3
+_COLLECTIVES = 30  # calls of a collective, as many on every rank
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Sizes:
         moved: bytes of the tensor that an elementwise kernel reads and writes.
         attention: heads, length and channels of causal attention.
         messages: bytes of the collectives.
+        elementwise: tokens, hidden size and width of the MLP of the elementwise kernels of a layer; None: they take as
+            long as the memory needs for their bytes.
         seconds: budget of all measurements of a rank.
     """
 
@@ -34,6 +37,7 @@ class Sizes:
     attention: tuple[int, int, int]
     messages: tuple[int, ...]
     seconds: float
+    elementwise: tuple[int, int, int] | None = None
 
 
 CPU_SIZES = Sizes(
@@ -46,6 +50,7 @@ CPU_SIZES = Sizes(
     attention=(4, 1024, 64),
     messages=(16 << 10, 256 << 10, 4 << 20, 16 << 20),
     seconds=40.0,
+    elementwise=(512, 256, 704),
 )
 GPU_SIZES = Sizes(
     products=(
@@ -68,17 +73,21 @@ def time_of(run: Callable[[], Any], device: torch.device, budget: float) -> floa
         device: device of its kernels; a GPU is waited for.
         budget: seconds after which no further call starts; at least three calls are timed.
     """
+    return statistics.median(_times(run, device, budget, _REPEATS))
+
+
+def _times(run: Callable[[], Any], device: torch.device, budget: float, least: int) -> list[float]:
     synchronize = torch.cuda.synchronize if device.type == "cuda" else _nothing
     run()
     synchronize()
     times: list[float] = []
     began = time.perf_counter()
-    while len(times) < _REPEATS or (time.perf_counter() - began < budget and len(times) < 50):
+    while len(times) < least or (time.perf_counter() - began < budget and len(times) < 50):
         start = time.perf_counter()
         run()
         synchronize()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return times
 
 
 def _nothing() -> None:
@@ -96,7 +105,7 @@ def measure(
         dtype: of products and attention.
         groups: process groups of this rank with their sizes, from 2 ranks on.
     """
-    budget = sizes.seconds / (len(sizes.products) + 4 + len(groups) * len(sizes.messages))
+    budget = sizes.seconds / (len(sizes.products) + 5 + len(groups) * len(sizes.messages))
     found: dict[str, Any] = {"products": []}
     for m, n, k in sizes.products:
         left, right = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
@@ -106,13 +115,34 @@ def measure(
     found["memory_bandwidth"] = 2.0 * sizes.moved / time_of(lambda: tensor.add_(1.0), device, budget)
     tiny = torch.zeros(8, device=device)
     found["layer_seconds"] = _LAUNCHES * time_of(lambda: [tiny.add_(1.0) for _ in range(100)], device, budget) / 100
+    found["memory_efficiency"] = 1.0
+    if sizes.elementwise:
+        rate = _elementwise(sizes.elementwise, device, dtype, budget)
+        found["memory_efficiency"] = rate / found["memory_bandwidth"]
     found["attention"] = _attention(sizes, device, dtype, budget)
     found["messages"] = [
-        [size, message, time_of(_all_reduce(message, device, group), device, 0.0)]
+        [size, message, _all_reduce(message, device, group, sizes.products[len(sizes.products) // 2])]
         for size, group in groups
         for message in sizes.messages
     ]
     return found
+
+
+def _elementwise(sizes: tuple[int, int, int], device: torch.device, dtype: torch.dtype, budget: float) -> float:
+    """Return the bytes per second of a norm, a residual addition and SwiGLU, forward and backward.
+
+    The bytes are those of `plan/compute.py`. On a CPU the kernels' instructions take longer than their memory.
+    """
+    tokens, hidden, width = sizes
+    residual, gate, up = (torch.randn(tokens, n, device=device, dtype=dtype) for n in (hidden, width, width))
+    inputs = [one.requires_grad_() for one in (residual, gate, up)]
+
+    def once() -> None:
+        normed = functional.rms_norm(residual, (hidden,)) + residual
+        torch.autograd.grad([normed, functional.silu(gate) * up], inputs, [normed.detach(), gate.detach()])
+
+    moved = dtype.itemsize * tokens * ((2 + 3 + 4 + 2) * hidden + (3 + 5) * width)
+    return moved / time_of(once, device, budget)
 
 
 def _attention(sizes: Sizes, device: torch.device, dtype: torch.dtype, budget: float) -> tuple[float, float]:
@@ -133,6 +163,25 @@ def _attention(sizes: Sizes, device: torch.device, dtype: torch.dtype, budget: f
     return work / once, 2.5 * work / back
 
 
-def _all_reduce(size: int, device: torch.device, group: Any) -> Callable[[], Any]:
+def _all_reduce(size: int, device: torch.device, group: Any, shape: tuple[int, int, int]) -> float:
+    """Return the seconds that an all-reduce adds to a product before it, but at least those that it takes alone.
+
+    Between products, as in a layer, ranks wait for the last one, and a process has to be woken on a CPU. A step adds
+    these waits up, so their mean counts.
+    """
+    m, n, k = shape
     tensor = torch.zeros(size // 4, device=device)
-    return lambda: dist.all_reduce(tensor, group=group)
+    left, right = torch.randn(m, k, device=device), torch.randn(k, n, device=device)
+
+    def product() -> torch.Tensor:
+        return left @ right
+
+    def reduce() -> None:
+        dist.all_reduce(tensor, group=group)
+
+    def both() -> None:
+        product()
+        reduce()
+
+    alone, reduced, together = (_times(run, device, 0.0, _COLLECTIVES) for run in (product, reduce, both))
+    return max(statistics.median(reduced), statistics.mean(together) - statistics.mean(alone))
