@@ -158,7 +158,7 @@ def _gathered_bytes(model: Architecture, run: Configuration, params: StageParams
     """
     layer = (params.dense + params.expert - params.embedding - params.head) / max(1, model.num_layers)
     layer *= run.pipeline_model_parallel_size
-    ends = params.embedding, params.head
+    ends: tuple[int, ...] = params.embedding, params.head
     found, strategy = 0.0, run.strategy
     if not run.paro:
         elements = 2 * max(layer, *ends)
