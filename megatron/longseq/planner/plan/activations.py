@@ -84,9 +84,7 @@ def attention_bytes(model: Architecture, run: Configuration) -> tuple[float, flo
         scores = _scores(model, run)
         freed = scores * (run.element * (2 if model.attention_dropout else 1) + (1 if model.attention_dropout else 0))
         if not fuses_softmax(model, run) and run.element == 2:
-            freed += (
-                scores * run.element
-            )  # the probabilities before they are cast, which the fused kernel does not keep
+            freed += scores * run.element  # the probabilities before they are cast to 16 bits
         return inputs + out + freed, freed
     freed = 4.0 * heads * size.tokens
     if _copies(model, run):

@@ -156,8 +156,9 @@ def _gathered_bytes(model: Architecture, run: Configuration, params: StageParams
 
     PyTorch's and Megatron's FSDP hold two units of each.
     """
-    layer = (params.dense + params.expert - params.embedding - params.head) / max(1, model.num_layers)
-    layer *= run.pipeline_model_parallel_size
+    tensor, expert = run.tensor_model_parallel_size, run.expert_model_parallel_size
+    last = model.layer_params(model.num_layers - 1, tensor, expert, run.expert_tensor_parallel_size or tensor)
+    layer = float(last.dense + last.expert)
     ends: tuple[int, ...] = params.embedding, params.head
     found, strategy = 0.0, run.strategy
     if not run.paro:
@@ -167,7 +168,7 @@ def _gathered_bytes(model: Architecture, run: Configuration, params: StageParams
     bucket, most = layer, float(params.dense + params.expert)
     if strategy.params > Level.NONE:
         ahead = run.paro_prefetch_units if run.paro_selective_overlap else 1
-        found += ((1 + ahead) * layer + max(ends)) * per_element.param
+        found += min((1 + ahead) * layer + max(ends), most) * per_element.param
     else:  # a bucket ends with the layer after which it has this size
         ranks = run.data_parallel_size * run.context_parallel_size
         size = run.ddp_bucket_size or max(40_000_000, 1_000_000 * ranks)
