@@ -170,8 +170,9 @@ def layer_bytes(model: Architecture, run: Configuration, has_experts: bool, unfu
     size = _sizes(model, run)
     hidden = size.hidden * size.item
     masks = 2 * size.hidden if model.hidden_dropout else 0.0
+    norms = 0.0
     if unfused_norms and run.is_local and model.normalization == "RMSNorm":
-        masks += 2 * hidden * (1 if size.item == 4 else 3)  # in 16 bits also its input in float32
+        norms = 2 * hidden * (1 if size.item == 4 else 3)  # in 16 bits also its input in float32
     attention, core = attention_bytes(model, run)
     attention += _rotation_bytes(model, run)
     if has_experts:
@@ -182,9 +183,9 @@ def layer_bytes(model: Architecture, run: Configuration, has_experts: bool, unfu
         width = model.ffn
     if run.fp8:  # the products keep their inputs in fp8
         hidden_inputs, mlp = size.hidden * size.item, mlp - act / 2
-        whole = 4 * hidden - hidden_inputs + masks + attention + mlp
+        whole = 4 * hidden - hidden_inputs + masks + norms + attention + mlp
     else:
-        whole = 4 * hidden + masks + attention + mlp
+        whole = 4 * hidden + masks + norms + attention + mlp
     gates = 2 if model.swiglu else 1
     working = size.item * (2 * size.hidden + size.whole + (1 + gates) * width * size.tokens / size.tensor)
     if not fuses_softmax(model, run):
