@@ -90,6 +90,24 @@ def _planted(loss: Callable[[Tensor, Tensor], Tensor], per_token: bool = False) 
 
 
 @contextmanager
+def penalty() -> Iterator[Planted]:
+    """Add the norm of a parameter that a forward uses, too."""
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    models = []
+
+    def init(original: Any, model: Any, *args: Any, **named: Any) -> None:
+        original(model, *args, **named)
+        models.append(model)
+
+    def penalized(mask: Tensor, losses: Tensor) -> Tensor:
+        return _mean(mask, losses) + models[0].output_layer.weight.square().mean()
+
+    with wrapped(GPTModel, "__init__", init), _planted(penalized) as planted:
+        yield planted
+
+
+@contextmanager
 def own_parameter() -> Iterator[Planted]:
     """Multiply the loss by a parameter that no forward uses, and add the norm of one that a forward uses."""
     from megatron.core.models.gpt.gpt_model import GPTModel

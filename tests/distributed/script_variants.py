@@ -5,11 +5,38 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 
 from tests.regression.planted import Planted, wrapped
+
+
+@contextmanager
+def fused_weight_gradients() -> Iterator[Planted]:
+    """Turn on upstream's --gradient-accumulation-fusion, with a product of PyTorch in place of apex's CUDA kernel."""
+    from megatron.core.model_parallel_config import ModelParallelConfig
+    from megatron.core.tensor_parallel import layers
+
+    planted = Planted()
+
+    def add(total: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+        planted.times += 1
+        main_grad.add_((grad_output.float().t() @ total.float()).to(main_grad.dtype))
+
+    def fuse(original: Any, config: Any) -> None:
+        original(config)
+        config.gradient_accumulation_fusion = True
+
+    kernels = SimpleNamespace(wgrad_gemm_accum_fp16=add, wgrad_gemm_accum_fp32=add)
+    with (
+        wrapped(ModelParallelConfig, "__post_init__", fuse),
+        mock.patch.object(layers, "_grad_accum_fusion_available", new=True),
+        mock.patch.object(layers, "fused_weight_gradient_mlp_cuda", kernels, create=True),
+    ):
+        yield planted
 
 
 @contextmanager

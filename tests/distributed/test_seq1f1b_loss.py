@@ -40,6 +40,9 @@ SLOW: list[Case] = [
     (2, "squared_mean_per_token", "", f"{PP2} {K2}", 1),
     (2, "first_tokens", "--global-batch-size 8", f"{PP2} {K3}", 1),
     (1, "first_tokens", "--global-batch-size 8", K3, 1),
+    (2, "penalty", "", f"{PP2} {K3}", 1),
+    (2, "penalty", "", f"--paro NIG {K3}", 1),
+    (2, "penalty", "", f"--paro NGG --overlap-grad-reduce {K3}", 1),
 ]
 
 

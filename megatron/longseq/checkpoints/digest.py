@@ -22,7 +22,8 @@ def tensor_digest(tensor: Tensor) -> str:
         32 hexadecimal digits.
     """
     flat = tensor.detach().reshape(-1)
-    if flat.stride() != (1,):  # a tensor of one element keeps any stride
+    # A tensor of one element keeps any stride. A part of a 16-bit buffer may begin within a word.
+    if flat.stride() != (1,) or flat.storage_offset() * flat.element_size() % 4:
         flat = flat.clone(memory_format=torch.contiguous_format)
     data = flat.view(torch.uint8)
     words = data.numel() // 4

@@ -122,10 +122,12 @@ class GradSync:
         hook fires.
         """
         ends = self.ends.get(action.vstage) == action.microbatch
+        module = self.modules[action.vstage]
         if ends:
             self._resume()
         try:
-            yield
+            with module.loss_backward() if isinstance(module, ShardedDataParallel) else contextlib.nullcontext():
+                yield
         finally:
             if ends:
                 self._pause()
@@ -204,11 +206,15 @@ class GradSums:
     """Sums the gradients of a micro-batch's segments in float32 before they are added to a 16-bit `main_grad`.
 
     With --grad-reduce-in-bf16 (and --fp16) upstream's hooks add every gradient to a `main_grad` of 16 bits. With K
-    segments they would do so K times per micro-batch, and the rounding error would grow. So `main_grad` is replaced by
-    a float32 tensor between the first and the last backward of a micro-batch. Whatever adds to `main_grad` (hooks,
-    fused kernels, deferred weight gradients) adds to that tensor.
+    segments they would do so K times per micro-batch, and the rounding error would grow. So `main_grad` is in float32
+    memory of its own between the first and the last backward of a micro-batch. Whatever adds to `main_grad` (hooks,
+    fused kernels, deferred weight gradients) adds to that memory.
 
-    If upstream's hooks start to reduce a bucket in the last backward, a parameter's sum is added just before.
+    Only the memory of `main_grad` changes (its `data`). The tensor stays the same object, because upstream's layers with
+    --gradient-accumulation-fusion keep it from their forward, and set `main_grad` to it in their backward.
+
+    If upstream's hooks start to reduce a bucket in the last backward, a parameter's sum is added just before. Hooks run
+    on a stream of their own, so such a sum is kept until `close`, when the current stream has waited for the backward.
 
     Args:
         module: a model chunk, in upstream's data-parallel wrapper or not. Sharded gradients are left as they are: they
@@ -219,6 +225,7 @@ class GradSums:
         is_sharded = isinstance(module, ShardedDataParallel)
         self.params = [] if is_sharded else [param for param in module.parameters() if _adds_in_half(param)]
         self.mains: dict[torch.nn.Parameter, torch.Tensor] = {}
+        self.added: list[torch.Tensor] = []
         self.groups: list[Any] = []
         if self.params:
             groups = (*module.bucket_groups, *module.expert_parallel_bucket_groups)
@@ -236,8 +243,8 @@ class GradSums:
         if self.mains:
             return
         for param in self.params:
-            self.mains[param] = param.main_grad
-            param.main_grad = torch.zeros_like(param.main_grad, dtype=torch.float32)
+            self.mains[param] = param.main_grad.data
+            param.main_grad.data = torch.zeros_like(param.main_grad, dtype=torch.float32)
 
     def close(self, params: Iterable[torch.nn.Parameter] | None = None) -> None:
         """Add the sums to upstream's buffers and free them; call this when the micro-batch's gradients are complete.
@@ -247,19 +254,23 @@ class GradSums:
         """
         for param in list(self.mains if params is None else params):
             self._add(param)
+        self.added.clear()
 
     def reset(self) -> None:
         """Restore upstream's buffers and drop the sums, after a step that failed."""
         for param, main in self.mains.items():
-            param.main_grad = main
+            param.main_grad.data = main
         self.mains.clear()
+        self.added.clear()
 
     @torch.no_grad()
     def _add(self, param: torch.nn.Parameter) -> None:
         main = self.mains.pop(param, None)
         if main is not None:
-            main.add_(param.main_grad)  # adds in float32 and rounds the result
-            param.main_grad = main
+            sums = param.main_grad.data
+            main.add_(sums)  # adds in float32 and rounds the result
+            param.main_grad.data = main
+            self.added.append(sums)
 
     def _before(self, group: Any, original: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(original)

@@ -1,6 +1,7 @@
 """Upstream's data-parallel wrapper and its buffers, with model states sharded by a strategy."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -96,6 +97,7 @@ class ShardedDataParallel(distributed_data_parallel.DistributedDataParallel):
         sharding: of the job.
         gather_hooks: gather and release parameters, and allocate scratch for gradients; None if nothing is sharded
             while layers compute.
+        counts_grads: whether a gradient counts as one of the backward passes that make up a micro-batch.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class ShardedDataParallel(distributed_data_parallel.DistributedDataParallel):
         self.intra_dp_cp_group = sharding.optimizer_groups.shards
         self.sharding: ShardingState = sharding
         self.gather_hooks: GatherHooks | None = None
+        self.counts_grads = True
         self._shard_groups({param: units[name] for name, param in trained})
         if sharding.strategy.params is not Level.NONE or sharding.strategy.grads is not Level.NONE:
             self._hook_units(named)
@@ -149,6 +152,18 @@ class ShardedDataParallel(distributed_data_parallel.DistributedDataParallel):
         if self.gather_hooks is not None:
             self.gather_hooks.release_all()
 
+    @contextlib.contextmanager
+    def loss_backward(self) -> Iterator[None]:
+        """Enclose the backward of a loss that has a graph of its own.
+
+        A parameter that the loss reads gets a gradient there besides those of the micro-batch's segments.
+        """
+        self.counts_grads = False
+        try:
+            yield
+        finally:
+            self.counts_grads = True
+
     def _unit_stores(self) -> list[ParamStore]:
         units = [] if self.gather_hooks is None else self.gather_hooks.units
         return list({id(store): store for unit in units for store in unit.stores}.values())
@@ -161,7 +176,7 @@ class ShardedDataParallel(distributed_data_parallel.DistributedDataParallel):
             group = self.param_to_bucket_group[param]
             group.before_grad()
             add(*unused)
-            if group.reduces_each_microbatch:
+            if group.reduces_each_microbatch and self.counts_grads:
                 group.after_grad(param)
 
         return hook
