@@ -210,8 +210,8 @@ class GradSums:
     memory of its own between the first and the last backward of a micro-batch. Whatever adds to `main_grad` (hooks,
     fused kernels, deferred weight gradients) adds to that memory.
 
-    Only the memory of `main_grad` changes (its `data`). The tensor stays the same object, because upstream's layers with
-    --gradient-accumulation-fusion keep it from their forward, and set `main_grad` to it in their backward.
+    Only the memory of `main_grad` changes (its `data`). The tensor stays the same object, because upstream's layers
+    with --gradient-accumulation-fusion keep it from their forward, and set `main_grad` to it in their backward.
 
     If upstream's hooks start to reduce a bucket in the last backward, a parameter's sum is added just before. Hooks run
     on a stream of their own, so such a sum is kept until `close`, when the current stream has waited for the backward.
