@@ -24,11 +24,30 @@ SHARDED = {
     "GGG, bf16 on the wire": f"--paro GGG {WIRE}",
     "GGG, 2 units ahead": "--paro GGG --paro-selective-overlap --paro-prefetch-units 2",
 }
+# Layers enough for some of a virtual stage to be recomputed, and sequences whose activations are most of the memory.
+STAGES = f"{MODEL} --num-layers 8 --pipeline-model-parallel-size 2"
+FULL, VIRTUAL = "--recompute-granularity full --recompute-method", "--num-virtual-stages-per-pipeline-rank 2"
+RECOMPUTED = {
+    "1 of 4": f"{FULL} block --recompute-num-layers 1",
+    "3 of 4": f"{FULL} block --recompute-num-layers 3",
+    "pairs": f"{FULL} uniform --recompute-num-layers 2",
+    "1 of 2, V 2": f"{VIRTUAL} {FULL} block --recompute-num-layers 1",
+    "1 of 4, 2 segments": f"--seq1f1b-splits 2 {FULL} block --recompute-num-layers 1",
+    "3 of 4, 2 segments": f"--seq1f1b-splits 2 {FULL} block --recompute-num-layers 3",
+    "1 of 2, V 2, 2 segments": f"{VIRTUAL} --seq1f1b-splits 2 {FULL} block --recompute-num-layers 1",
+    "2 of 4, zero bubble": f"--zero-bubble {FULL} block --recompute-num-layers 2",
+    "none, zero bubble": "--zero-bubble",
+}
 QUICK = ("PP 2, 2 segments", "NIG, bf16 on the wire")
 PLANS_OF_SIZES = [(ranks, name, f"{MODEL} {words}") for ranks, plans in PLANS.items() for name, words in plans.items()]
 CASES = [
     pytest.param(ranks, words, id=f"{ranks}: {name}", marks=() if name in QUICK else pytest.mark.slow)
-    for ranks, name, words in [*PLANS_OF_SIZES, *((4, name, f"{DEEP} {words}") for name, words in SHARDED.items())]
+    for ranks, name, words in [
+        *PLANS_OF_SIZES,
+        *((4, name, f"{DEEP} {words}") for name, words in SHARDED.items()),
+        *((2, name, f"{STAGES} {words}") for name, words in RECOMPUTED.items()),
+        (4, "zero bubble, TP 2", f"{STAGES} --zero-bubble --tensor-model-parallel-size 2 --sequence-parallel"),
+    ]
 ]
 
 

@@ -159,6 +159,47 @@ def test_more_of_everything_costs_more() -> None:
     assert not price(cluster="a800-64,memory_bytes=20e9").fits
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        {},
+        {"seq1f1b_splits": 2},
+        {"zero_bubble": True, "transformer_impl": "local", "attention_backend": "flash"},
+        {"num_virtual_stages_per_pipeline_rank": 2},
+        {"seq1f1b_splits": 4, "num_virtual_stages_per_pipeline_rank": 2},
+    ],
+    ids=str,
+)
+def test_each_recomputed_layer_saves_memory_and_takes_time(own: dict[str, Any]) -> None:
+    """Of 8 layers a stage, none to all are recomputed; the seconds of each kind grow with their number."""
+    layout = {"pipeline_model_parallel_size": 4, "tensor_model_parallel_size": 8, "sequence_parallel": True}
+    full, block = {"recompute_granularity": "full"}, {"recompute_method": "block"}
+    virtual = own.get("num_virtual_stages_per_pipeline_rank", 1)
+    numbers = range(1, 8 // virtual + 1)
+    some = [price(**layout, **own, **full, **block, recompute_num_layers=number) for number in numbers]
+    none, every = price(**layout, **own), price(**layout, **own, **full)
+    for kind in ("activations", "working"):
+        assert some[-1].stages[0][kind] == pytest.approx(every.stages[0][kind])
+    peaks = [sum(found.stages[0].values()) for found in (none, *some)]
+    saved = [before - after for before, after in zip(peaks, peaks[1:], strict=False)]
+    assert min(saved) > 0 and max(saved[:-1]) == pytest.approx(min(saved[:-1]), rel=0.1)
+    for kind in ("recomputation", "tensor"):
+        seconds = [found.breakdown[kind] for found in (none, *some)]
+        steps = [after - before for before, after in zip(seconds, seconds[1:], strict=False)]
+        assert min(steps) > 0 and max(steps) == pytest.approx(min(steps)) and seconds[-1] == every.breakdown[kind]
+    for found in (*some, every):
+        assert found.breakdown["compute"] == pytest.approx(none.breakdown["compute"])
+
+
+def test_float32_has_no_tensor_cores_but_in_transformer_engine() -> None:
+    """TransformerEngine's linear layers use TF32. Fused attention needs 16 bits, so scores are kept."""
+    narrow, wide, local = price(), price(bf16=False), price(bf16=False, transformer_impl="local")
+    machine = cluster("a800-64")
+    assert wide.tflops_per_gpu < machine.peak_tflops / 2 < narrow.tflops_per_gpu
+    assert local.tflops_per_gpu < machine.fp32_peak_tflops < wide.tflops_per_gpu
+    assert wide.stages[0]["activations"] > 2 * narrow.stages[0]["activations"] + 4 * 32 * 32 * 8192**2 / 2
+
+
 def test_breakdown_sums_to_the_step_and_memory_to_the_peak() -> None:
     found = price(pipeline_model_parallel_size=4, context_parallel_size=2, tensor_model_parallel_size=2)
     assert sum(found.breakdown.values()) == pytest.approx(found.step_seconds)

@@ -51,6 +51,8 @@ class StageBytes:
         recomputing: in addition, while a backward recomputes activations.
         kv_cache: keys and values of all layers.
         kv_grads: gradients of keys and values that wait for their segment's backward.
+        deferred: from backward to a weight gradient that is computed later (zero bubble), see `deferred_elements`.
+        deferred_layer: the part of one layer.
         recomputes_first_layers: whether only the first layers are recomputed, after the others have finished backward.
     """
 
@@ -58,6 +60,8 @@ class StageBytes:
     recomputing: float
     kv_cache: float
     kv_grads: float
+    deferred: float = 0.0
+    deferred_layer: float = 0.0
     recomputes_first_layers: bool = False
 
 
@@ -70,6 +74,17 @@ def layer_elements(shape: ModelShape) -> float:
     queries = shape.num_attention_heads * shape.channels
     mlp = shape.ffn * (4 if shape.swiglu else 2) * shape.moe_router_topk
     return 4.0 * shape.hidden_size + 2.0 * queries + mlp
+
+
+def deferred_elements(shape: ModelShape) -> float:
+    """Return the elements per token that a layer keeps from its backward to its deferred weight gradients.
+
+    These are the inputs of its four linear layers and the gradients of their outputs, whether or not the layer is
+    recomputed.
+    """
+    queries, keys = shape.num_attention_heads * shape.channels, 2.0 * shape.groups * shape.channels
+    mlp = shape.ffn * (3 if shape.swiglu else 2) * shape.moe_router_topk
+    return 4.0 * shape.hidden_size + 2.0 * queries + keys + mlp
 
 
 def stage_bytes(
@@ -101,7 +116,16 @@ def stage_bytes(
     stored = layers * keys if in_segments else 0.0
     first_layers = recompute.granularity == "full" and recompute.method == "block" and recompute.num_layers < layers
     grads = stored * max(element, 4)
-    return StageBytes(activations * element, recomputing * element, stored * element, grads, first_layers)
+    deferred = deferred_elements(shape) * element
+    return StageBytes(
+        activations * element,
+        recomputing * element,
+        stored * element,
+        grads,
+        deferred=layers * deferred,
+        deferred_layer=deferred,
+        recomputes_first_layers=first_layers,
+    )
 
 
 def head_bytes(shape: ModelShape, element: int = 2, *, chunked: bool = False) -> float:
@@ -117,6 +141,14 @@ def head_bytes(shape: ModelShape, element: int = 2, *, chunked: bool = False) ->
     if not shape.padded_vocab_size:
         return 0.0
     return 2.0 * shape.hidden_size * element + (LOSS_NUMBERS if chunked else 4.0 * shape.padded_vocab_size)
+
+
+def deferred_head_bytes(shape: ModelShape, element: int = 2) -> float:
+    """Return the bytes per token that an output layer keeps until its weight gradient: input and gradient of logits.
+
+    A loss in chunks computes this gradient in its backward and keeps nothing.
+    """
+    return (shape.hidden_size + shape.padded_vocab_size) * element if shape.padded_vocab_size else 0.0
 
 
 def chunk_bytes(shape: ModelShape, tokens: int, element: int = 2) -> float:
@@ -136,6 +168,7 @@ def peak_bytes(
     per_stage: Sequence[StageBytes],
     head: float = 0.0,
     chunk: float = 0.0,
+    deferred_head: float = 0.0,
 ) -> list[float]:
     """Return the peak of the bytes that each rank keeps for backward, with one sequence per micro-batch.
 
@@ -145,13 +178,15 @@ def peak_bytes(
         per_stage: bytes per token of each model stage.
         head: bytes per token that the output layer and the loss keep on the last stage.
         chunk: bytes that they need there while they run (`chunk_bytes`).
+        deferred_head: bytes per token that a deferred weight gradient of the output layer needs, see
+            `deferred_head_bytes`.
     """
     pipeline = schedule.pipeline
     peaks = []
     for rank, order in enumerate(schedule.orders):
         own = [per_stage[pipeline.stage(rank, vstage)] for vstage in range(pipeline.virtual)]
         ends = [pipeline.stage(rank, vstage) == pipeline.depth - 1 for vstage in range(pipeline.virtual)]
-        heads = [(head * is_last, chunk * is_last) for is_last in ends]
+        heads = [(head * is_last, chunk * is_last, deferred_head * is_last) for is_last in ends]
         peaks.append(max(_alive(order, lengths, own, heads, schedule.splits_weights), default=0.0))
     return peaks
 
@@ -160,15 +195,16 @@ def _alive(
     order: Sequence[Action],
     lengths: Sequence[int],
     own: Sequence[StageBytes],
-    heads: Sequence[tuple[float, float]],
+    heads: Sequence[tuple[float, float, float]],
     splits_weights: bool,
 ) -> Iterator[float]:
     """Yield the bytes kept after each action, and at the peaks within each backward."""
     alive = 0.0
     for action in order:
         tokens, here = lengths[action.segment], own[action.vstage]
-        (per_token, chunk), unit = heads[action.vstage], tokens * here.activations
+        (per_token, chunk, deferred_head), unit = heads[action.vstage], tokens * here.activations
         loss = tokens * per_token
+        deferred = tokens * (here.deferred + deferred_head) if splits_weights else 0.0
         before, is_first = sum(lengths[: action.segment]), action.segment == len(lengths) - 1
         if action.kind is ActionKind.FORWARD:
             alive += unit + loss + tokens * here.kv_cache
@@ -178,9 +214,10 @@ def _alive(
             alive -= loss
             yield alive + tokens * here.recomputing * (not here.recomputes_first_layers)  # the last layer's backward
             alive += before * here.kv_grads if is_first else 0.0
-            yield alive - unit - tokens * here.kv_cache + tokens * here.recomputing  # the first layer's
-            alive -= tokens * here.kv_cache + (0.0 if splits_weights else unit)
+            alive += deferred - unit - tokens * here.kv_cache
+            own_deferred = tokens * here.deferred_layer if splits_weights else 0.0  # is not kept yet
+            yield alive - own_deferred + tokens * here.recomputing  # the first layer's
             alive -= 0.0 if is_first else tokens * here.kv_grads
         else:
-            alive -= unit
+            alive -= deferred
         yield alive

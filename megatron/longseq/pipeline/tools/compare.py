@@ -10,7 +10,14 @@ from statistics import median
 
 from megatron.longseq.command_line import markdown_table
 from megatron.longseq.pipeline.plan.generators import make
-from megatron.longseq.pipeline.plan.memory import Recompute, chunk_bytes, head_bytes, peak_bytes, stage_bytes
+from megatron.longseq.pipeline.plan.memory import (
+    Recompute,
+    chunk_bytes,
+    deferred_head_bytes,
+    head_bytes,
+    peak_bytes,
+    stage_bytes,
+)
 from megatron.longseq.pipeline.plan.partition import Partition, check_length, imbalance_of, parse
 from megatron.longseq.pipeline.plan.schedule import ActionKind, Pipeline, Schedule
 from megatron.longseq.pipeline.plan.segment_cost import CostModel, Line, ModelShape, Sample, cells, segment_costs
@@ -147,9 +154,10 @@ def _kept(schedule: Schedule, model: CostModel, cluster: PipelineSetup, partitio
     layers = model.shape.num_layers // depth
     stage = stage_bytes(model.shape, layers, cluster.recompute, in_segments=in_segments)
     head, chunk = head_bytes(model.shape, chunked=cluster.chunk_tokens is not None), 0.0
+    deferred = deferred_head_bytes(model.shape)
     if cluster.chunk_tokens is not None:
-        chunk = chunk_bytes(model.shape, min(cluster.chunk_tokens, max(partition.lengths)))
-    return max(peak_bytes(schedule, partition.lengths, [stage] * depth, head, chunk))
+        chunk, deferred = chunk_bytes(model.shape, min(cluster.chunk_tokens, max(partition.lengths))), 0.0
+    return max(peak_bytes(schedule, partition.lengths, [stage] * depth, head, chunk, deferred))
 
 
 def usual(choice: ScheduleChoice) -> list[ScheduleChoice]:

@@ -23,13 +23,14 @@ class LayerBytes:
         kept: from forward to backward.
         recomputed: in addition, while backward has recomputed a layer.
         working: temporary tensors at the peak of a layer's backward.
-        cache: keys and values that segments keep (part of `kept`).
+        deferred: from backward to weight gradients that are computed later (--zero-bubble): the inputs of the linear
+            layers and the gradients of their outputs.
     """
 
     kept: float
     recomputed: float
     working: float
-    cache: float = 0.0
+    deferred: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +189,12 @@ def layer_bytes(model: Architecture, run: Configuration, has_experts: bool, unfu
         whole = 4 * hidden + masks + norms + attention + mlp
     gates = 2 if model.swiglu else 1
     working = size.item * (2 * size.hidden + size.whole + (1 + gates) * width * size.tokens / size.tensor)
+    # Gradients of the outputs of row-parallel layers are gathered from sequence-parallel ranks before the backward.
+    per_rank = model.query_size + 2 * model.key_size(size.tensor) + model.value_size + (1 + gates) * width
+    deferred = size.item * (2 * size.hidden + 2 * size.whole + per_rank * size.tokens / size.tensor)
     if not fuses_softmax(model, run):
-        working = max(working, 3 * _scores(model, run) * 4 - mlp)  # at the softmax's backward; the MLP's are freed
+        # At the softmax's backward, the MLP's tensors are freed, unless its weight gradients are computed later.
+        working = max(working, 3 * _scores(model, run) * 4 - (0.0 if run.zero_bubble else mlp))
     modules = run.recompute_modules or ("core_attn",)
     if run.recompute_granularity == "selective":
         freed = {
@@ -201,11 +206,11 @@ def layer_bytes(model: Architecture, run: Configuration, has_experts: bool, unfu
             "mla_up_proj": attention - core if model.multi_latent_attention else 0.0,
         }
         saved = sum(freed.get(module, 0.0) for module in set(modules))
-        return LayerBytes(whole - saved, saved, working)
+        return LayerBytes(whole - saved, saved, working, deferred)
     if run.recompute_granularity == "full":
         kept = hidden / (size.tensor if run.distribute_saved_activations and not run.sequence_parallel else 1)
-        return LayerBytes(kept, whole - hidden + hidden, working)
-    return LayerBytes(whole, 0.0, working)
+        return LayerBytes(kept, whole, working, deferred)
+    return LayerBytes(whole, 0.0, working, deferred)
 
 
 def packed_backward_bytes(model: Architecture, run: Configuration, documents: float) -> float:
@@ -259,6 +264,15 @@ def loss_bytes(model: Architecture, run: Configuration) -> tuple[float, float]:
     at_loss = tokens * rows * per_logit
     at_product = tokens * rows * size.item + rows * model.hidden_size * size.item
     return norm, max(at_loss, at_product)
+
+
+def deferred_head_bytes(model: Architecture, run: Configuration) -> float:
+    """Return the bytes that the output layer keeps until its weight gradient, if that is computed later.
+
+    These are its input and the gradient of the logits, of a micro-batch on a rank of the last stage.
+    """
+    size = _sizes(model, run)
+    return size.item * (size.hidden + size.tokens * model.padded(size.tensor) / size.tensor)
 
 
 def weight_grad_bytes(model: Architecture, run: Configuration) -> float:

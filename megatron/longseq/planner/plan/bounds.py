@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 from megatron.longseq.pipeline.plan.generators import smallest_group
 from megatron.longseq.pipeline.plan.schedule import Pipeline
-from megatron.longseq.planner.plan.activations import layer_bytes, loss_bytes, weight_grad_bytes
+from megatron.longseq.planner.plan.activations import loss_bytes, weight_grad_bytes
 from megatron.longseq.planner.plan.configuration import Configuration, reasons
 from megatron.longseq.planner.plan.launch import PlanChoice
-from megatron.longseq.planner.plan.memory import StageParams, stage_params, stages_bytes, state_bytes
+from megatron.longseq.planner.plan.memory import StageParams, stage_kept, stage_params, stages_bytes, state_bytes
 from megatron.longseq.planner.plan.search import LeafPrice
 from megatron.longseq.planner.plan.space import Execution, ParallelLayout, Recomputation, StateSharding
 from megatron.longseq.planner.plan.step import StepPrediction, pipeline_price, predict, price
@@ -175,8 +175,7 @@ class PlanningProblem:
         if key not in self._kept:
             run = self.task.configuration(PlanChoice(layout, key[1], StateSharding()))
             model, layers = self.task.model, self.task.space.sizes.num_layers // layout.pipeline
-            recomputed = execution.recomputation.granularity == "full"
-            kept = layer_bytes(model, run, False).kept * (layers if not recomputed else 1)
+            kept = stage_kept(model, run, self.task.cluster, layers, 0)
             buffers = weight_grad_bytes(model, run)
             logits = sum(loss_bytes(model, run)) / execution.segments
             self._kept[key] = kept * self._in_flight(layout, execution) + buffers, kept / execution.segments + logits

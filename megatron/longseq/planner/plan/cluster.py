@@ -34,6 +34,7 @@ class Cluster:
         gpus_per_node: GPUs that share a node's fast links.
         peak_tflops: dense bf16 peak of a GPU.
         fp8_peak_tflops: dense fp8 peak of a GPU; 0: it has none.
+        fp32_peak_tflops: float32 peak of a GPU without tensor cores; 0: peak_tflops was measured in float32.
         sms: streaming multiprocessors, over which the tiles of a product are distributed.
         memory_bytes: memory of a GPU that a process can allocate.
         memory_bandwidth: of a GPU's memory.
@@ -86,6 +87,7 @@ class Cluster:
     memory_bandwidth: float
     gpus_per_node: int = 8
     fp8_peak_tflops: float = 0.0
+    fp32_peak_tflops: float = 0.0
     sms: int = 108
     link_bandwidth: float = 300e9
     link_latency: float = 3e-6
@@ -144,7 +146,7 @@ class Cluster:
 
 
 _MAY_BE_ZERO = (
-    *("fp8_peak_tflops", "product_depth", "message_bytes", "layer_seconds", "step_seconds"),
+    *("fp8_peak_tflops", "fp32_peak_tflops", "product_depth", "message_bytes", "layer_seconds", "step_seconds"),
     *("link_latency", "network_latency", "imbalance", "workspace_bytes", "deterministic_workspace_bytes"),
     *("overlap_workspace_bytes", "gradient_copy_bytes", "context_bytes", "fragmentation"),
 )

@@ -46,7 +46,9 @@ class Seconds(NamedTuple):
 
 
 @functools.lru_cache(maxsize=65536)
-def product_seconds(cluster: Cluster, m: int, n: int, k: int, fp8: bool = False, batch: int = 1) -> float:
+def product_seconds(
+    cluster: Cluster, m: int, n: int, k: int, fp8: bool = False, batch: int = 1, rate: float = 1.0
+) -> float:
     """Return the seconds of a product of m x k by k x n.
 
     Args:
@@ -54,20 +56,21 @@ def product_seconds(cluster: Cluster, m: int, n: int, k: int, fp8: bool = False,
         m, n, k: sizes.
         fp8: whether its inputs are in fp8.
         batch: number of such products in one kernel.
+        rate: peak of the kernel's dtype over the one of bf16, see `float32_rate`.
     """
     if min(m, n, k) < 1:
         return 0.0
     moved = 2.0 * batch * (m * k + k * n + m * n) / (cluster.memory_bandwidth * cluster.memory_efficiency)
-    peak = 1e12 * cluster.peak_tflops * cluster.product_efficiency
+    peak = 1e12 * cluster.peak_tflops * cluster.product_efficiency * rate
     if fp8 and cluster.fp8_peak_tflops:
         peak = 1e12 * cluster.fp8_peak_tflops * cluster.fp8_efficiency
     if batch > 1 and (n % _ALIGNED or k % _ALIGNED):
         peak *= _MISALIGNED_RATE
     best = math.inf
-    for rows, columns, rate in _TILES:
+    for rows, columns, share in _TILES:
         tiles = batch * (-(-m // rows)) * (-(-n // columns))
         area = -(-tiles // cluster.sms) * cluster.sms * rows * columns
-        best = min(best, 2.0 * area * (k + cluster.product_depth) / (peak * rate))
+        best = min(best, 2.0 * area * (k + cluster.product_depth) / (peak * share))
     if cluster.products and batch == 1 and not fp8:
         best /= _measured_ratio(cluster, m, n, k)
     return max(best, moved)
@@ -93,6 +96,22 @@ def _without_products(cluster: Cluster) -> Cluster:
     return replace(cluster, products=())
 
 
+def float32_rate(cluster: Cluster, run: Configuration, *, te: bool = False) -> float:
+    """Return the peak of a product in the run's dtype over the one of bf16; 1 if the run is in 16 bits.
+
+    PyTorch computes float32 products without tensor cores. TransformerEngine computes those of its linear layers in
+    TF32, whose peak is half of bf16's on A100 and later GPUs.
+
+    Args:
+        cluster: the GPUs.
+        run: its configuration.
+        te: whether it is a product of a linear layer, which may be TransformerEngine's.
+    """
+    if run.element < 4 or not cluster.fp32_peak_tflops:
+        return 1.0
+    return 0.5 if te and not run.is_local else cluster.fp32_peak_tflops / cluster.peak_tflops
+
+
 def moved_seconds(cluster: Cluster, size: float) -> float:
     """Return the seconds in which elementwise kernels read and write `size` bytes.
 
@@ -104,7 +123,7 @@ def moved_seconds(cluster: Cluster, size: float) -> float:
 
 
 def linear_seconds(
-    cluster: Cluster, run: Configuration, tokens: int, outputs: int, inputs: int, fp8: bool | None = None
+    cluster: Cluster, run: Configuration, tokens: int, outputs: int, inputs: int, *, is_head: bool = False
 ) -> Seconds:
     """Return the seconds of a linear layer, with the accumulation of its weight gradients in memory.
 
@@ -113,12 +132,13 @@ def linear_seconds(
         run: its configuration.
         tokens: rows of the input.
         outputs, inputs: sizes of the weight on a rank.
-        fp8: whether the products run in fp8; None: as the configuration says.
+        is_head: whether it is the output layer, which is upstream's and not in fp8.
     """
-    low = bool(run.fp8) if fp8 is None else fp8
-    forward = product_seconds(cluster, tokens, outputs, inputs, low)
-    data = product_seconds(cluster, tokens, inputs, outputs, low)
-    weight = product_seconds(cluster, inputs, outputs, tokens, low)
+    low = bool(run.fp8) and not is_head
+    rate = float32_rate(cluster, run, te=not is_head)
+    forward = product_seconds(cluster, tokens, outputs, inputs, low, rate=rate)
+    data = product_seconds(cluster, tokens, inputs, outputs, low, rate=rate)
+    weight = product_seconds(cluster, inputs, outputs, tokens, low, rate=rate)
     grad = 4 if run.accumulate_allreduce_grads_in_fp32 else 2
     # Unfused, the product writes a gradient of its own, which another kernel reads and adds to the sum.
     read = 2.0 * grad + (0 if run.gradient_accumulation_fusion else run.element)
@@ -139,15 +159,16 @@ def attention_seconds(model: Architecture, cluster: Cluster, run: Configuration)
         work = 2.0 * per_pair * pairs
         local = length / run.context_parallel_size / run.seq1f1b_splits
         rate = local / (local + 384.0)
-        peak = 1e12 * cluster.peak_tflops
+        peak = 1e12 * cluster.peak_tflops * float32_rate(cluster, run)
         forward = work / (peak * cluster.attention_efficiency * rate)
         backward = ATTENTION_BACKWARD * work / (peak * cluster.attention_backward_efficiency * rate)
         return Seconds(forward, backward, 0.0, forward, backward)
     count, channels = max(1, round(batch * heads)), model.query_size // model.num_attention_heads
     if model.query_size % model.num_attention_heads:
         channels = -(-channels // _ALIGNED) * _ALIGNED  # no such head exists; the row's number of heads is in error
-    scores = product_seconds(cluster, length, length, channels, batch=count)
-    values = product_seconds(cluster, length, channels, length, batch=count)
+    kernel = float32_rate(cluster, run)
+    scores = product_seconds(cluster, length, length, channels, batch=count, rate=kernel)
+    values = product_seconds(cluster, length, channels, length, batch=count, rate=kernel)
     size = float(count) * length * length * run.element
     dropout = 1.0 if model.attention_dropout else 0.0
     if not fuses_softmax(model, run):
@@ -267,7 +288,7 @@ def head_seconds(model: Architecture, cluster: Cluster, run: Configuration) -> S
     segments = run.seq1f1b_splits
     tokens = run.micro_batch_size * run.seq_length // run.context_parallel_size // segments
     rows = model.padded(tensor) // tensor
-    total = linear_seconds(cluster, run, tokens, rows, model.hidden_size, fp8=False)
+    total = linear_seconds(cluster, run, tokens, rows, model.hidden_size, is_head=True)
     logits = float(tokens) * rows
     if run.cross_entropy_chunk_tokens:
         total = total._replace(backward=total.backward + total.forward)

@@ -149,10 +149,12 @@ class Configuration:
 
     @property
     def fused_attention(self) -> bool:
-        """Whether attention keeps no scores (flash or cuDNN's fused kernels)."""
+        """Whether attention keeps no scores (flash or cuDNN's fused kernels, which need 16 bits, or ours)."""
         if self.attention_backend in ("unfused", "local"):
             return False
         is_ours = self.context_parallel_size > 1 or self.seq1f1b_splits > 1
+        if self.element == 4 and not is_ours:
+            return False
         return self.attention_backend != "auto" or not self.is_local or is_ours
 
     @property

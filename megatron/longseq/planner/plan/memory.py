@@ -9,6 +9,7 @@ from megatron.longseq.pipeline.plan.memory import StageBytes, peak_bytes
 from megatron.longseq.pipeline.plan.schedule import Pipeline, Schedule
 from megatron.longseq.planner.plan.activations import (
     LayerBytes,
+    deferred_head_bytes,
     full_layer_bytes,
     layer_bytes,
     loss_bytes,
@@ -218,25 +219,35 @@ def schedule_of(stages: int, microbatches: int, segments: int, virtual: int, sla
     return make(Pipeline(stages, count, segments, virtual), slack=slack, zero_bubble=zero_bubble)
 
 
-def _segment_peaks(model: Architecture, run: Configuration, layers: tuple[int, ...], one: LayerBytes) -> list[float]:
-    """Return the peaks of activations with segments or split backwards, from the pipeline's own formulas."""
+def _segment_peaks(model: Architecture, run: Configuration, cluster: Cluster, one: LayerBytes) -> list[float]:
+    """Return the peaks of activations with segments or split backwards, from the pipeline's own formulas.
+
+    Args:
+        model, run, cluster: see `stages_bytes`.
+        one: bytes of a layer.
+    """
     virtual, splits = run.virtual_stages, run.seq1f1b_splits
     tokens = run.seq_length
-    keys = 0.0
+    keys = 0.0  # of a layer, per token: in the KV cache, whether or not the layer is recomputed
     if splits > 1:
         keys = 2.0 * model.groups * model.channels * run.micro_batch_size / run.context_parallel_size
         keys *= run.element / run.tensor_model_parallel_size
-    per_token = (one.kept - (0 if run.recompute_granularity == "full" else keys * tokens)) / tokens
-    stages = [
-        StageBytes(
-            activations=count / virtual * per_token,
-            recomputing=one.recomputed / tokens,
-            kv_cache=count / virtual * keys,
-            kv_grads=count / virtual * keys * 4 / run.element,
+    layers = run.stage_layers(model.num_layers)
+    per_rank = []
+    for stage, count in enumerate(layers):
+        recomputed = recomputed_layers(run, count)
+        kept = stage_kept(model, run, cluster, count, stage) / tokens - (count - recomputed) * keys
+        per_rank.append(
+            StageBytes(
+                activations=kept / virtual,
+                recomputing=one.recomputed * _group(run, count) / tokens,
+                kv_cache=count / virtual * keys,
+                kv_grads=count / virtual * keys * 4 / run.element,
+                deferred=count / virtual * one.deferred / tokens,
+                deferred_layer=one.deferred / tokens,
+                recomputes_first_layers=0 < recomputed < count,
+            )
         )
-        for _ in range(virtual)
-        for count in layers
-    ]
     schedule = schedule_of(
         run.pipeline_model_parallel_size,
         run.microbatches,
@@ -247,7 +258,8 @@ def _segment_peaks(model: Architecture, run: Configuration, layers: tuple[int, .
     )
     count = max(1, splits)
     lengths = [tokens // count] * (count - 1) + [tokens - tokens // count * (count - 1)]
-    return peak_bytes(schedule, lengths, stages)
+    deferred_head = 0.0 if run.cross_entropy_chunk_tokens else deferred_head_bytes(model, run) / tokens
+    return peak_bytes(schedule, lengths, per_rank * virtual, deferred_head=deferred_head)
 
 
 def stages_bytes(
@@ -266,7 +278,7 @@ def stages_bytes(
     per_layer = _mean_layer(model, run, cluster)
     working = max(per_layer.working, packed_backward_bytes(model, run, documents) if documents else 0.0)
     special = run.seq1f1b_splits > 1 or (run.zero_bubble and stages > 1)
-    peaks = _segment_peaks(model, run, layers, per_layer) if special else None
+    peaks = _segment_peaks(model, run, cluster, per_layer) if special else None
     workspace = cluster.workspace_bytes
     if run.deterministic_mode is None:
         workspace = (workspace + cluster.deterministic_workspace_bytes) / 2
@@ -275,12 +287,19 @@ def stages_bytes(
     if run.tp_comm_overlap and run.tensor_model_parallel_size > 1:
         workspace += cluster.overlap_workspace_bytes  # the communication buffers are outside PyTorch's allocator
     params = stage_params(model, run)
+    kept_otherwise = 0.0
+    if run.recompute_granularity == "full":
+        kept_otherwise = full_layer_bytes(model, run, False, cluster.unfused_rms_norm)
     found = []
     for stage, count in enumerate(layers):
         kinds = dict(_state_bytes(model, run, cluster, params[stage]))
-        kept = peaks[stage] if peaks else in_flight(run, stage) * _stage_kept(model, run, cluster, count, stage)
+        kept = peaks[stage] if peaks else in_flight(run, stage) * stage_kept(model, run, cluster, count, stage)
         at_loss = 0.0
-        again = 0.0 if peaks else per_layer.recomputed * _group(run, count)
+        again = 0.0
+        if not peaks:
+            # With the method block, the other layers of a virtual stage have finished backward before its first ones.
+            freed = kept_otherwise * (count - recomputed_layers(run, count)) / run.virtual_stages
+            again = max(0.0, per_layer.recomputed * _group(run, count) - freed)
         at_layer = again + working / run.seq1f1b_splits
         if stage == stages - 1:
             at_loss = sum(loss_bytes(model, run))
@@ -312,22 +331,31 @@ def _mean_layer(model: Architecture, run: Configuration, cluster: Cluster) -> La
         share * expert.kept + (1 - share) * dense.kept,
         max(expert.recomputed, dense.recomputed),
         max(expert.working, dense.working),
+        share * expert.deferred + (1 - share) * dense.deferred,
     )
 
 
 def _group(run: Configuration, layers: int) -> int:
-    """Return the layers that backward recomputes at once."""
+    """Return the layers that backward recomputes at once, of a rank's `layers`."""
     if run.recompute_granularity == "full" and run.recompute_method == "uniform":
-        return min(max(1, run.recompute_num_layers), layers)
+        return min(max(1, run.recompute_num_layers), -(-layers // run.virtual_stages))
     if run.recompute_granularity == "full":
         return 1 if run.recompute_num_layers else 0
     return 1
 
 
-def _stage_kept(model: Architecture, run: Configuration, cluster: Cluster, layers: int, stage: int) -> float:
+def recomputed_layers(run: Configuration, layers: int) -> float:
+    """Return how many of a rank's `layers` are recomputed as a whole."""
+    if run.recompute_granularity != "full":
+        return 0.0
+    if run.recompute_method == "block":
+        return float(min(run.recompute_num_layers * run.virtual_stages, layers))
+    return float(layers)
+
+
+def stage_kept(model: Architecture, run: Configuration, cluster: Cluster, layers: int, stage: int) -> float:
     """Return what all layers of a rank keep for one micro-batch."""
     first = sum(run.stage_layers(model.num_layers)[:stage])
-    virtual = run.virtual_stages
     with_experts = sum(model.has_experts(first + layer) for layer in range(layers)) if model.num_experts else 0
     total = 0.0
     for has_experts, count in ((False, layers - with_experts), (True, with_experts)):
@@ -335,7 +363,7 @@ def _stage_kept(model: Architecture, run: Configuration, cluster: Cluster, layer
             continue
         one = layer_bytes(model, run, has_experts, cluster.unfused_rms_norm)
         if run.recompute_granularity == "full" and run.recompute_method == "block":
-            again = min(run.recompute_num_layers, layers / virtual) * virtual * count / layers
+            again = recomputed_layers(run, layers) * count / layers
             total += again * one.kept + (count - again) * full_layer_bytes(
                 model, run, has_experts, cluster.unfused_rms_norm
             )

@@ -354,8 +354,9 @@ class SearchSpace:
     def shardings(self, layout: ParallelLayout, execution: Execution) -> Iterator[StateSharding]:
         """Yield every sharding of the model states under a layout."""
         ranks = self.gpus // (layout.tensor * layout.pipeline)
-        if ranks == 1:
-            yield StateSharding()
+        if ranks == 1:  # nothing to shard over
+            if any(name.startswith("upstream") for name in self.strategies):
+                yield StateSharding()
             return
         for name in self.strategies:
             if name.startswith("upstream"):

@@ -27,6 +27,7 @@ from megatron.longseq.planner.plan.data_parallel import (
     tied_seconds,
 )
 from megatron.longseq.planner.plan.memory import (
+    recomputed_layers,
     schedule_of,
     stage_params,
     stages_bytes,
@@ -79,7 +80,7 @@ class StageSeconds(NamedTuple):
     Attributes:
         forward, backward: of all layers and the head, with recomputation and exposed communication.
         weight: the part of `backward` that zero bubble may delay.
-        again: the part of `backward` that is recomputation.
+        again: the part of `backward` that is recomputation, without its communication.
         tensor, context, expert: exposed communication in both.
         hidden: communication beside compute.
     """
@@ -100,24 +101,28 @@ class StageSeconds(NamedTuple):
 
 
 @functools.lru_cache(maxsize=65536)
-def _layer(model: Architecture, cluster: Cluster, run: Configuration, has_experts: bool) -> StageSeconds:
-    """Return one layer as if it were a stage."""
+def _layer(model: Architecture, cluster: Cluster, run: Configuration, has_experts: bool, share: float) -> StageSeconds:
+    """Return one layer as if it were a stage; a `share` of such layers is recomputed as a whole."""
     seconds = layer_seconds(model, cluster, run, has_experts)
     messages = layer_messages(model, cluster, run, has_experts, seconds)
-    tensor = messages.forward + messages.backward
-    context = messages.context_forward + messages.context_backward
     host = cluster.layer_seconds * (1.0 if fuses_softmax(model, run) else 1.5)
-    forward = seconds.forward + messages.forward + messages.context_forward + messages.expert_forward
+    sent = messages.forward + messages.context_forward + messages.expert_forward
+    forward = max(seconds.forward + sent, host)
     backward = seconds.backward + messages.backward + messages.context_backward + messages.expert_backward
-    forward, backward = max(forward, host), max(backward, HOST_BACKWARD * host)
-    expert, again = messages.expert_forward + messages.expert_backward, 0.0
-    if run.recompute_granularity == "full":
-        again = forward
-        tensor, context = tensor + messages.forward, context + messages.context_forward
-        expert += messages.expert_forward
-    elif run.recompute_granularity == "selective":
+    backward = max(backward, HOST_BACKWARD * host)
+    again = share * (forward - sent)
+    if run.recompute_granularity == "selective":
         again = _recomputed_seconds(model, cluster, run, seconds)
-    return StageSeconds(forward, backward + again, seconds.weight, again, tensor, context, expert, messages.hidden)
+    return StageSeconds(
+        forward,
+        backward + again + share * sent,
+        seconds.weight,
+        again,
+        messages.backward + (1 + share) * messages.forward,
+        messages.context_backward + (1 + share) * messages.context_forward,
+        messages.expert_backward + (1 + share) * messages.expert_forward,
+        messages.hidden,
+    )
 
 
 def _recomputed_seconds(model: Architecture, cluster: Cluster, run: Configuration, seconds: Seconds) -> float:
@@ -149,13 +154,10 @@ def stage_seconds(model: Architecture, cluster: Cluster, run: Configuration) -> 
     found, first = [], 0
     for stage, count in enumerate(layers):
         with_experts = sum(model.has_experts(first + one) for one in range(count)) if model.num_experts else 0
-        total = _scale(_layer(model, cluster, run, False), count - with_experts)
+        share = recomputed_layers(run, count) / max(1, count)
+        total = _scale(_layer(model, cluster, run, False, share), count - with_experts)
         if with_experts:
-            total = _sum(total, _scale(_layer(model, cluster, run, True), with_experts))
-        if run.recompute_granularity == "full" and run.recompute_method == "block":
-            virtual = run.virtual_stages
-            kept = max(0.0, 1 - run.recompute_num_layers * virtual / max(1, count))
-            total = total._replace(backward=total.backward - kept * total.again, again=(1 - kept) * total.again)
+            total = _sum(total, _scale(_layer(model, cluster, run, True, share), with_experts))
         if stage == len(layers) - 1:
             head = head_seconds(model, cluster, run)
             total = total._replace(
@@ -308,12 +310,9 @@ def pipeline_price(
         messages += 2.0 * count * virtual * splits * boundary * (0.1 if overlaps or splits > 1 else 1.0)
     stragglers = 1.0 + cluster.imbalance * math.log2(max(1, run.gpus))
     exchanged = slowest.tensor + slowest.context + slowest.expert
-    again = slowest.again
-    if run.recompute_granularity == "full":  # the recomputed collectives are counted where they belong
-        again -= min(again, exchanged / 3)
     return {
-        "compute": count * (slowest.both - again - exchanged) * stragglers,
-        "recomputation": count * again * stragglers,
+        "compute": count * (slowest.both - slowest.again - exchanged) * stragglers,
+        "recomputation": count * slowest.again * stragglers,
         "tensor": count * slowest.tensor,
         "context": count * slowest.context,
         "expert": count * slowest.expert,

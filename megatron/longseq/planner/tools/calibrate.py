@@ -145,6 +145,7 @@ def profile_of(measured: Sequence[dict[str, Any]], device: str) -> dict[str, Any
         "gpus": len(measured),
         "gpus_per_node": len(measured),
         "peak_tflops": peak,
+        "fp32_peak_tflops": statistics.mean(one.get("float32", 0.0) for one in measured) / (best / peak),
         "sms": measured[0]["sms"],
         "product_efficiency": best / peak,
         "product_depth": 196 if on_gpu else 0,

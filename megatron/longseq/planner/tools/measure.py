@@ -105,12 +105,14 @@ def measure(
         dtype: of products and attention.
         groups: process groups of this rank with their sizes, from 2 ranks on.
     """
-    budget = sizes.seconds / (len(sizes.products) + 5 + len(groups) * len(sizes.messages))
+    budget = sizes.seconds / (len(sizes.products) + 6 + len(groups) * len(sizes.messages))
     found: dict[str, Any] = {"products": []}
     for m, n, k in sizes.products:
         left, right = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
         seconds = time_of(lambda a=left, b=right: a @ b, device, budget)
         found["products"].append([m, n, k, 2.0 * m * n * k / seconds / 1e12])
+    if dtype.itemsize < 4:
+        found["float32"] = _float32_rate(sizes.products[len(sizes.products) // 2], device, budget)
     tensor = torch.zeros(sizes.moved // 4, device=device)
     found["memory_bandwidth"] = 2.0 * sizes.moved / time_of(lambda: tensor.add_(1.0), device, budget)
     tiny = torch.zeros(8, device=device)
@@ -126,6 +128,13 @@ def measure(
         for message in sizes.messages
     ]
     return found
+
+
+def _float32_rate(shape: tuple[int, int, int], device: torch.device, budget: float) -> float:
+    """Return the TFLOP/s of a float32 product."""
+    m, n, k = shape
+    left, right = torch.randn(m, k, device=device), torch.randn(k, n, device=device)
+    return 2.0 * m * n * k / time_of(lambda: left @ right, device, budget) / 1e12
 
 
 def _elementwise(sizes: tuple[int, int, int], device: torch.device, dtype: torch.dtype, budget: float) -> float:
