@@ -317,6 +317,15 @@ def test_the_callers_variables_arrive_unchanged(launcher: Launcher) -> None:
     assert site <= set(dry(launcher, "--site", "site.env", *END))
 
 
+def test_a_papers_script_is_called_from_any_folder(launcher: Launcher) -> None:
+    (launcher.folder / "paper").symlink_to(ROOT / "examples/paro/paper.sh")
+    own = {"CDPATH": str(ROOT), "ROOT": "mine", "MODELS": "mine", "row": "mine", "flags": "mine"}
+    done = launcher.bash("paper", "7B", "NIG", "--slurm", "--run-dir", "out", env=own)
+    assert done.returncode == 0, done.stderr
+    (call,) = launcher.path.calls("sbatch")
+    assert {name: call.env[name] for name in own} == own
+
+
 def test_docker_gets_what_steers_the_devices(launcher: Launcher) -> None:
     """Upstream refuses tensor parallelism without the first of these."""
     launcher.path.fake("docker")
