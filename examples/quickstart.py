@@ -216,9 +216,9 @@ def main() -> None:
     # The script changes to the checkout before it calls this module.
     parser.add_argument("--relative-to", type=Path, default=Path(), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.steps < 8 or args.steps % 4:
+    if args.steps < 12 or args.steps % 4:  # the learning rate rises for 10 steps
         parser.error(
-            f"--steps {args.steps}: give a multiple of 4 of at least 8 (it evaluates four times and resumes half-way)"
+            f"--steps {args.steps}: give a multiple of 4 of at least 12 (it evaluates four times and resumes half-way)"
         )
     plan = QuickstartRun((args.relative_to / args.run_dir).resolve(), args.steps, count_gpus())
     refuse_other_run(plan)

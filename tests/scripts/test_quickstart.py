@@ -120,6 +120,9 @@ def test_folders_with_spaces_and_of_the_caller(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(sys, "argv", ["quickstart", "--relative-to", str(tmp_path), "--run-dir", "out"])
     with pytest.raises(SystemExit, match=f"^{re.escape(str(tmp_path / 'out'))}$"):
         quickstart.main()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--steps", "8"])
+    with pytest.raises(SystemExit, match="2"):  # fewer than the steps in which the learning rate rises
+        quickstart.main()
 
 
 def test_a_resumed_curve_takes_the_later_values(tmp_path: Path) -> None:
