@@ -3,6 +3,8 @@
 # table with a model per row, and `usage MESSAGE`. It calls `split_words`, `find_model` and `launch_paper`.
 # shellcheck disable=SC2034  # the sourcing scripts read seq and row
 
+# shellcheck source=scripts/lib/caller.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../scripts/lib/caller.sh"
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 # shellcheck source=scripts/lib/log.sh
 source "$ROOT/scripts/lib/log.sh"
@@ -40,6 +42,7 @@ launch_paper() {
     flags+=(--mock-data --tokenizer-type NullTokenizer --vocab-size "$vocabulary")
   # Several nodes need the name of the first one, which a dry run does not know.
   if [[ " ${options[*]} " == *" --dry-run "* ]]; then export MASTER_ADDR=${MASTER_ADDR:-FIRST_NODE}; fi
-  exec bash "$ROOT/scripts/launch.sh" --nodes "$nodes" --gpus-per-node 8 --site "$ROOT/scripts/sites/a100-ib.env" \
-    "${options[@]}" -- "$ROOT/examples/pretrain_gpt.py" "${flags[@]}" "${further[@]}"
+  exec_as_caller bash "$ROOT/scripts/launch.sh" --nodes "$nodes" --gpus-per-node 8 \
+    --site "$ROOT/scripts/sites/a100-ib.env" "${options[@]}" \
+    -- "$ROOT/examples/pretrain_gpt.py" "${flags[@]}" "${further[@]}"
 }

@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -66,6 +67,11 @@ class QuickstartRun:
         return ROOT / "runs" / "data" / "stdlib"
 
     @property
+    def shown(self) -> Path:
+        """Return the folder as it is printed: relative to the checkout if it lies there."""
+        return self.folder.relative_to(ROOT) if self.folder.is_relative_to(ROOT) else self.folder
+
+    @property
     def checkpoints(self) -> Path:
         """Return the folder of upstream's checkpoints."""
         return self.folder / "checkpoints"
@@ -104,7 +110,7 @@ def prepare_text(plan: QuickstartRun) -> list[str]:
     module = [sys.executable, "-m", "megatron.longseq.data"]
     subprocess.run([*module, "stdlib", "--output", str(plan.corpus)], cwd=ROOT, check=True)
     printed = subprocess.run([*module, "flags", str(plan.corpus)], cwd=ROOT, check=True, capture_output=True, text=True)
-    return printed.stdout.split()
+    return shlex.split(printed.stdout)
 
 
 def train(plan: QuickstartRun, data: list[str], until: int) -> None:
@@ -176,7 +182,7 @@ def report(plan: QuickstartRun, seconds: float) -> None:
     run.refresh()
     speeds = [step["tokens"] / step["seconds"] for step in run.steps()]
     arguments = json.loads((plan.folder / "arguments.json").read_text())
-    where = os.path.relpath(plan.folder, Path.cwd())
+    where = shlex.quote(str(plan.shown))
     device = f"{plan.gpus} GPU(s)" if plan.gpus else "the CPU over gloo"
     say("")
     say(f"Done, {seconds:.0f} s: a GPT of 4 layers, {plan.steps} steps on {device}, {plan.ranks} pipeline stage(s),")
@@ -207,12 +213,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="bash scripts/quickstart.sh", description=__doc__)
     parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "quickstart", help="default: runs/quickstart")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps in all (default {STEPS})")
+    # The script changes to the checkout before it calls this module.
+    parser.add_argument("--relative-to", type=Path, default=Path(), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.steps < 8 or args.steps % 4:
+    if args.steps < 12 or args.steps % 4:  # the learning rate rises for 10 steps
         parser.error(
-            f"--steps {args.steps}: give a multiple of 4 of at least 8 (it evaluates four times and resumes half-way)"
+            f"--steps {args.steps}: give a multiple of 4 of at least 12 (it evaluates four times and resumes half-way)"
         )
-    plan = QuickstartRun(args.run_dir.resolve(), args.steps, count_gpus())
+    plan = QuickstartRun((args.relative_to / args.run_dir).resolve(), args.steps, count_gpus())
     refuse_other_run(plan)
     plan.folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -227,7 +235,7 @@ def main() -> None:
         say(f"[{part}/4] {what} ({plan.ranks} rank(s) start: about 10 s)")
         train(plan, data, until)
     picture = plan.folder / "loss.png"
-    say(f"[4/4] picture: {os.path.relpath(picture, Path.cwd())}")
+    say(f"[4/4] picture: {plan.shown / picture.name}")
     if (
         not picture.exists()
         or picture.stat().st_mtime < (plan.checkpoints / "latest_checkpointed_iteration.txt").stat().st_mtime

@@ -71,8 +71,8 @@ train() {
   local log=$dir/$2/log.txt
   headline "$3"
   mkdir -p "$dir/$2"
-  if ! bash scripts/launch.sh --local --nproc "$1" --run-dir "$dir/$2" -- examples/pretrain_gpt.py "${MODEL[@]}" \
-    "${TRAINING[@]}" --train-iters "$steps" "${FLAGS[@]}" "${data[@]}" "${@:4}" >"$log" 2>&1; then
+  if ! (exec_as_caller bash scripts/launch.sh --local --nproc "$1" --run-dir "$dir/$2" -- examples/pretrain_gpt.py \
+    "${MODEL[@]}" "${TRAINING[@]}" --train-iters "$steps" "${FLAGS[@]}" "${data[@]}" "${@:4}") >"$log" 2>&1; then
     tail -n 30 "$log" >&2
     die "the training failed; its log: $log"
   fi

@@ -4,9 +4,10 @@
 #   types           mypy --strict on plan/ and on all code that imports neither torch nor upstream
 #   shell           shellcheck on every script, hadolint on the Dockerfile
 #   patches         compares the patch ledger with the installed wheel
+[ -n "${BASH_VERSION:-}" ] || { echo "error: run this with bash: bash $0 ..." >&2 && exit 2; }
 set -euo pipefail
 # shellcheck source=scripts/lib/setup.sh
-source "$(dirname "${BASH_SOURCE[0]}")/lib/setup.sh"
+source "$(dirname "$(realpath -- "${BASH_SOURCE[0]}")")/lib/setup.sh"
 
 setup_environment run data sft test dev
 PATH=$(dirname "$PY"):$PATH

@@ -4,9 +4,10 @@
 #   docker build --target test --build-arg TEST_BASE=longseq-base:trixie -t longseq:test .
 # It needs root, debootstrap, and podman or docker (ENGINE=). Debian 13 has Python 3.13. The certificates of this machine
 # are copied, because a mirror or proxy of packages may need them.
+[ -n "${BASH_VERSION:-}" ] || { echo "error: run this with bash: bash $0 ..." >&2 && exit 2; }
 set -euo pipefail
 # shellcheck source=scripts/lib/log.sh
-source "$(dirname "${BASH_SOURCE[0]}")/lib/log.sh"
+source "$(dirname "$(realpath -- "${BASH_SOURCE[0]}")")/lib/log.sh"
 
 tag=${1:-}
 suite=${SUITE:-trixie}

@@ -2,7 +2,8 @@
 # Launches a training script with torchrun on one machine, several nodes, in a slurm job or in a container.
 [ -n "${BASH_VERSION:-}" ] || { echo "error: run this with bash: bash $0 ..." >&2 && exit 2; }
 set -euo pipefail
-unset CDPATH # with it, cd may go elsewhere, and prints where
+# shellcheck source=scripts/lib/caller.sh
+source "$(dirname "$(realpath -- "${BASH_SOURCE[0]}")")/lib/caller.sh"
 ROOT=$(cd "$(dirname "$(realpath -- "${BASH_SOURCE[0]}")")/.." && pwd -P)
 # shellcheck source=scripts/lib/log.sh
 source "$ROOT/scripts/lib/log.sh"
@@ -16,6 +17,8 @@ source "$ROOT/scripts/lib/options.sh"
 source "$ROOT/scripts/lib/checks.sh"
 # shellcheck source=scripts/lib/settings.sh
 source "$ROOT/scripts/lib/settings.sh"
+# shellcheck source=scripts/lib/folders.sh
+source "$ROOT/scripts/lib/folders.sh"
 # shellcheck source=scripts/lib/compose.sh
 source "$ROOT/scripts/lib/compose.sh"
 # shellcheck source=scripts/lib/record.sh
@@ -43,8 +46,9 @@ main() {
     submit
     return
   fi
+  restore_caller
   # exec, so that signals to this process reach the supervisor, the job or docker.
-  exec env "${SET_ENV[@]}" "${COMMAND[@]}"
+  exec env "${RESTORE[@]}" "${SET_ENV[@]}" "${COMMAND[@]}"
 }
 
 main "$@"

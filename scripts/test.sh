@@ -3,9 +3,10 @@
 #   bash scripts/test.sh                     what CI runs: every system, 10 minutes on two cores
 #   bash scripts/test.sh --all               everything: slow tests, all examples, all regression cases
 #   bash scripts/test.sh tests/scripts -x    a part
+[ -n "${BASH_VERSION:-}" ] || { echo "error: run this with bash: bash $0 ..." >&2 && exit 2; }
 set -euo pipefail
 # shellcheck source=scripts/lib/setup.sh
-source "$(dirname "${BASH_SOURCE[0]}")/lib/setup.sh"
+source "$(dirname "$(realpath -- "${BASH_SOURCE[0]}")")/lib/setup.sh"
 
 setup_environment run data sft test dev
 cd "$ROOT"

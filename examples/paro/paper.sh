@@ -8,9 +8,10 @@
 #   bash examples/paro/paper.sh 7B IIG -- $(python -m megatron.longseq.data flags PREFIX)         # your text
 #
 # The last of repeated flags counts, so further flags change the configuration.
+[ -n "${BASH_VERSION:-}" ] || { echo "error: run this with bash: bash $0 ..." >&2 && exit 2; }
 set -euo pipefail
 # shellcheck source=examples/paper.sh
-source "$(dirname "${BASH_SOURCE[0]}")/../paper.sh"
+source "$(dirname "$(realpath -- "${BASH_SOURCE[0]}")")/../paper.sh"
 
 # LLaMA's: name, layers, hidden size, ffn size, heads, nodes
 MODELS="

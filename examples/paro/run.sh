@@ -4,9 +4,10 @@
 #   bash examples/paro/run.sh [--run-dir DIR] [--steps N] [PGO...]        # a few minutes, after .venv exists
 #
 # Uses four GPUs, or CPU ranks if there are fewer. PGO: NIG IIG GGG by default. Writes a folder for each run into DIR.
+[ -n "${BASH_VERSION:-}" ] || { echo "error: run this with bash: bash $0 ..." >&2 && exit 2; }
 set -euo pipefail
 # shellcheck source=examples/side_by_side.sh
-source "$(dirname "${BASH_SOURCE[0]}")/../side_by_side.sh"
+source "$(dirname "$(realpath -- "${BASH_SOURCE[0]}")")/../side_by_side.sh"
 
 FLAGS=(--seq-length 512 --max-position-embeddings 512 --global-batch-size 8)
 GROUPS_OF_TWO=(--paro-group-size 2 --overlap-grad-reduce --overlap-param-gather)

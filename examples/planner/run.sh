@@ -4,9 +4,10 @@
 #   bash examples/planner/run.sh [--run-dir DIR] [--ranks N] [--steps N]     # a few minutes, after .venv exists
 #
 # Uses N GPUs (default: 2), or as many CPU ranks if there are fewer. Writes profile.json, plans/ and run/ into DIR.
+[ -n "${BASH_VERSION:-}" ] || { echo "error: run this with bash: bash $0 ..." >&2 && exit 2; }
 set -euo pipefail
 # shellcheck source=scripts/lib/setup.sh
-source "$(dirname "${BASH_SOURCE[0]}")/../../scripts/lib/setup.sh"
+source "$(dirname "$(realpath -- "${BASH_SOURCE[0]}")")/../../scripts/lib/setup.sh"
 # shellcheck source=scripts/lib/devices.sh
 source "$ROOT/scripts/lib/devices.sh"
 
@@ -53,7 +54,8 @@ sed -n '1,/^The first plan/{/^The first plan/!p}' "$dir/plans/plans.md"
 # The planner counts ranks as GPUs; the launcher has another option for CPU ranks.
 sed "s|scripts/launch.sh --gpus-per-node|scripts/launch.sh --local --run-dir '$dir/run' $ranks_flag|" "$dir/plans/launch.sh" >"$dir/launch.sh"
 say "[3/3] train with it: bash $dir/launch.sh"
-bash "$dir/launch.sh" >"$dir/log.txt" 2>&1 || { tail -n 30 "$dir/log.txt" >&2 && die "the training failed: $dir/log.txt"; }
+(exec_as_caller bash "$dir/launch.sh") >"$dir/log.txt" 2>&1 ||
+  { tail -n 30 "$dir/log.txt" >&2 && die "the training failed: $dir/log.txt"; }
 grep -o 'iteration .*step (ms): [0-9.]*' "$dir/log.txt" | tail -n 3
 "$PY" -c 'import json, sys; print("predicted (ms):", round(1000 * json.load(open(sys.argv[1]))["plans"][0]["step_seconds"], 1))' \
   "$dir/plans/plans.json"

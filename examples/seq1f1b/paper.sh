@@ -7,9 +7,10 @@
 #   bash examples/seq1f1b/paper.sh 7B 32k -- $(python -m megatron.longseq.data flags PREFIX)     # your text
 #
 # The last of repeated flags counts, so further flags change the configuration: --seq1f1b-splits 1 is upstream's 1F1B.
+[ -n "${BASH_VERSION:-}" ] || { echo "error: run this with bash: bash $0 ..." >&2 && exit 2; }
 set -euo pipefail
 # shellcheck source=examples/paper.sh
-source "$(dirname "${BASH_SOURCE[0]}")/../paper.sh"
+source "$(dirname "$(realpath -- "${BASH_SOURCE[0]}")")/../paper.sh"
 
 # name, layers, hidden size, heads, tensor parallel, pipeline parallel, nodes
 MODELS="

@@ -4,9 +4,10 @@
 #   bash examples/seq1f1b/run.sh [--run-dir DIR] [--steps N]        # a minute or two, after .venv exists
 #
 # Uses two GPUs, or CPU ranks if there are fewer. Writes 1f1b/, seq1f1b/, trace/ and timeline.png into DIR.
+[ -n "${BASH_VERSION:-}" ] || { echo "error: run this with bash: bash $0 ..." >&2 && exit 2; }
 set -euo pipefail
 # shellcheck source=examples/side_by_side.sh
-source "$(dirname "${BASH_SOURCE[0]}")/../side_by_side.sh"
+source "$(dirname "$(realpath -- "${BASH_SOURCE[0]}")")/../side_by_side.sh"
 
 FLAGS=(--seq-length 1024 --max-position-embeddings 1024 --global-batch-size 4 --pipeline-model-parallel-size 2)
 

@@ -7,9 +7,10 @@
 #   bash examples/usp/paper.sh 8B 64k 1/8/2 -- $(python -m megatron.longseq.data flags PREFIX)     # your text
 #
 # The last of repeated flags counts, so further flags change the configuration.
+[ -n "${BASH_VERSION:-}" ] || { echo "error: run this with bash: bash $0 ..." >&2 && exit 2; }
 set -euo pipefail
 # shellcheck source=examples/paper.sh
-source "$(dirname "${BASH_SOURCE[0]}")/../paper.sh"
+source "$(dirname "$(realpath -- "${BASH_SOURCE[0]}")")/../paper.sh"
 
 # name, ffn size, query groups, vocabulary, rotary base, global batch, nodes; all have 32 layers of 4096 and 32 heads
 MODELS="

@@ -5,7 +5,8 @@
 # Arguments of sbatch that take no value. All others are written with one, or sbatch would take the next word for it.
 readonly SLURM_SWITCHES=" --contiguous --exclusive --get-user-env --hold -H --ignore-pbs --no-kill -k --nice --overcommit \
 -O --oversubscribe -s --parsable --propagate --quiet -Q --reboot --spread-job --test-only --use-min-nodes --verbose -v \
---wait -W "
+--wait -W --stepmgr --resv-ports --oom-kill-step --consolidate-segments "
+readonly SHORT_SWITCHES=HkOsQvW
 # Folders of the checkout that are copied into the run folder.
 readonly CODE_FOLDERS="megatron patches scripts examples"
 
@@ -42,7 +43,7 @@ check_tools() {
 
 # check_folders: checks the run folder, and that containers see what they need.
 check_folders() {
-  local folder name
+  local folder name script
   [[ $RUN_DIR != *$'\n'* ]] || die "--run-dir: a run folder cannot have a line break in its name" 2
   [[ $RUN_DIR != "$ROOT" ]] || die "--run-dir $RUN_DIR is the checkout itself: give a folder in it, or another one" 2
   for name in $CODE_FOLDERS; do
@@ -50,18 +51,22 @@ check_folders() {
       die "--run-dir $RUN_DIR: $name is copied into the run folder, so the run folder cannot be inside of it" 2
   done
   [[ -n $CONTAINER ]] || return 0
-  while IFS= read -r folder; do
-    [[ $folder != *[:,]* ]] || die "$folder is mounted into the container: its name cannot have a colon or a comma" 2
+  while IFS= read -r -d '' folder; do
+    [[ $folder != *[:,$'\n']* ]] ||
+      die "$folder is mounted into the container: its name cannot have a colon, a comma or a line break" 2
     [[ $folder != / ]] || die "the current folder, /, would be mounted into the container: change to another one" 2
   done < <(mounted_folders)
-  is_mounted "$(realpath -- "${SCRIPT[0]}")" ||
-    die "the training script ${SCRIPT[0]} is in a folder that containers do not see: give --mount $(dirname -- "${SCRIPT[0]}")" 2
+  script=$(realpath -- "${SCRIPT[0]}")
+  is_mounted "$script" ||
+    die "the training script ${SCRIPT[0]} is in a folder that containers do not see: give --mount \
+$(dirname -- "$script")" 2
+  SCRIPT[0]=$script # the path that was checked
 }
 
 # is_mounted FILE: succeeds if containers see the file.
 is_mounted() {
   local folder
-  while IFS= read -r folder; do
+  while IFS= read -r -d '' folder; do
     [[ $1 != "$folder"/* ]] || return 0
   done < <(mounted_folders)
   return 1
@@ -69,12 +74,14 @@ is_mounted() {
 
 # check_slurm_arg ARG: refuses an argument of sbatch that the launcher sets itself, or that is no single argument.
 check_slurm_arg() {
-  local name=${1%%=*} owned
+  local name=${1%%=*} value=${1#*=} owned
   [[ $1 == -?* && $1 != -- ]] ||
     usage_error "--slurm-arg $1: an argument of sbatch begins with -, as in --slurm-arg --partition=gpu"
   [[ $name != *[[:space:]]* ]] ||
     usage_error "--slurm-arg '$1': write it as one word, as in --slurm-arg --partition=gpu"
-  [[ $1 == --* ]] || name=${1:0:2}
+  [[ $1 == *=* ]] || value=""
+  # Short options may be joined with one another and with a value: -HN4.
+  if [[ $1 =~ ^-[$SHORT_SWITCHES]*([^-])(.*)$ ]]; then name=-${BASH_REMATCH[1]} value=${BASH_REMATCH[2]}; fi
   for owned in $OWNED_SLURM_ARGS; do
     [[ ${owned%%=*} != "$name" ]] ||
       usage_error "--slurm-arg $1: the launcher sets $name itself; use its option ${owned#*=}"
@@ -84,7 +91,7 @@ check_slurm_arg() {
     -D | --chdir) usage_error "--slurm-arg $1: the job runs in the folder in which it is submitted; change to it before" ;;
     --wrap) usage_error "--slurm-arg $1: the launcher submits a script of its own; give yours after --" ;;
   esac
-  [[ $1 == *=* || ${#1} -gt 2 && $1 != --* || $SLURM_SWITCHES == *" $1 "* ]] ||
+  [[ -n $value || $1 == *=* || $SLURM_SWITCHES == *" $name "* ]] ||
     usage_error "--slurm-arg $1 has no value: write it as one word, as in --slurm-arg --partition=gpu or -pgpu"
 }
 
@@ -103,8 +110,9 @@ check_time_limit() {
     die "SBATCH_ARRAY_INX is set: each job of an array would train in the same run folder; unset it" 2
   [[ -n $limit ]] || return 0
   seconds=$(limit_seconds "$limit") ||
-    die "$shown: slurm's forms are MINUTES, MINUTES:SECONDS, H:MM:SS, DAYS-H, DAYS-H:MM and DAYS-H:MM:SS" 2
-  ((seconds > ${SIGNAL_SECONDS:-300})) ||
+    die "$shown: slurm's forms are MINUTES, MINUTES:SECONDS, H:MM:SS, DAYS-H, DAYS-H:MM, DAYS-H:MM:SS, UNLIMITED" 2
+  # For slurm, a time of zero is no limit.
+  ((seconds == 0 || seconds > ${SIGNAL_SECONDS:-300})) ||
     die "$shown: the time limit is $seconds s, but the ranks are asked to stop ${SIGNAL_SECONDS:-300} s before it: give a longer limit, or a \
 smaller --signal-seconds" 2
 }
@@ -112,8 +120,8 @@ smaller --signal-seconds" 2
 # limit_seconds TIME: prints a time limit of slurm in seconds, and fails if it is none.
 limit_seconds() {
   local days=0 hours=0 minutes=0 seconds=0 n='([0-9]{1,6})'
-  if [[ ${1^^} == UNLIMITED || ${1^^} == INFINITE ]]; then
-    days=1000000
+  if [[ ${1^^} == UNLIMITED || ${1^^} == INFINITE || $1 == -1 ]]; then
+    : # as 0
   elif [[ $1 =~ ^$n-$n(:$n(:$n)?)?$ ]]; then
     days=${BASH_REMATCH[1]} hours=${BASH_REMATCH[2]} minutes=${BASH_REMATCH[4]:-0} seconds=${BASH_REMATCH[6]:-0}
   elif [[ $1 =~ ^$n:$n:$n$ ]]; then

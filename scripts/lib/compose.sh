@@ -12,6 +12,9 @@ compose() {
     sbatch) compose_sbatch ;;
     docker) compose_docker ;;
   esac
+  # env would take a first word with = in it for a variable.
+  # shellcheck disable=SC2016  # the inner bash expands $@
+  [[ ${COMMAND[0]} != *=* ]] || COMMAND=(bash -c 'exec "$@"' launch "${COMMAND[@]}")
 }
 
 # Sets the variables of the site file that the caller has not set, the module path, and the threads of CPU ranks.
@@ -20,16 +23,20 @@ set_environment() {
   SET_ENV=() KEPT_ENV=()
   for pair in "${SITE_ENV[@]}"; do
     key=${pair%%=*}
-    if [[ -n ${!key+set} && ${!key} != "${pair#*=}" ]]; then
-      KEPT_ENV+=("$key=${!key} (${SITE##*/}: ${pair#*=})")
+    if [[ -n ${CALLER[$key]+set} && ${CALLER[$key]} != "${pair#*=}" ]]; then
+      KEPT_ENV+=("$pair")
     else
       SET_ENV+=("$pair")
     fi
   done
   [[ $MODE != sbatch ]] || return 0
+  # torchrun reads these switches, and its command line cannot switch them off.
+  for key in PET_STANDALONE PET_MODULE PET_RUN_PATH; do
+    [[ -z $(setting "$key") ]] || SET_ENV+=("$key=0")
+  done
   SET_ENV+=("PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}")
   if [[ $GPUS == 0 && -z ${OMP_NUM_THREADS:-} && " ${SITE_ENV[*]} " != *" OMP_NUM_THREADS="* ]]; then
-    threads=$(($(nproc) / PER_NODE))
+    threads=$(($(node_cores) / PER_NODE))
     SET_ENV+=("OMP_NUM_THREADS=$((threads > 0 ? threads : 1))")
   fi
 }
@@ -52,15 +59,16 @@ node_command() {
   [[ $CONTAINER != apptainer ]] || wrap_apptainer
 }
 
-# mounted_folders: prints the folders that containers need, one per line.
+# mounted_folders: prints the folders that containers need, each with a NUL after it. The current folder is mounted
+# under its name and, if there are symbolic links in that, at its real place.
 mounted_folders() {
-  printf '%s\n' "$ROOT" "$PWD" "$RUN_DIR" "${MOUNTS[@]}" | sort -u
+  printf '%s\0' "$ROOT" "$PWD" "$(realpath -- "$PWD")" "$RUN_DIR" "${MOUNTS[@]}" | sort -zu
 }
 
 wrap_apptainer() {
   local folder wrapper=(apptainer exec --pwd "$PWD")
   ((GPUS == 0)) || wrapper+=(--nv)
-  while IFS= read -r folder; do wrapper+=(--bind "$folder:$folder"); done < <(mounted_folders)
+  while IFS= read -r -d '' folder; do wrapper+=(--bind "$folder:$folder"); done < <(mounted_folders)
   NODE=("${wrapper[@]}" "$IMAGE" "${NODE[@]}")
 }
 
@@ -68,7 +76,7 @@ compose_local() {
   local endpoint
   if ((NODES == 1)); then
     # The host name of a laptop often does not resolve, so the loopback address is used.
-    node_command -- --standalone --local-addr 127.0.0.1
+    node_command -- --standalone --nnodes 1 --local-addr 127.0.0.1
   else
     endpoint=$(endpoint "$(bare "$MASTER_ADDR")" "${MASTER_PORT:-29500}")
     check_name "$(bare "$MASTER_ADDR")"
@@ -122,14 +130,15 @@ meeting_host() {
 }
 
 compose_srun() {
-  local host save
+  local host save devices restrict=""
   if ((NODES == 1)); then
-    node_command --quiet -- --standalone --local-addr 127.0.0.1
+    node_command --quiet -- --standalone --nnodes 1 --local-addr 127.0.0.1
   else
     host=$(meeting_host)
     # Derived from the job number, so that two jobs on a node use different ports, below the ephemeral range.
     host=$(endpoint "$host" "${MASTER_PORT:-$((20000 + 2 * (SLURM_JOB_ID % 5000)))}")
-    node_command --quiet --nodes "$NODES" --meeting "$host" --
+    # supervise.py adds the address and the number of the node.
+    node_command --quiet --nodes "$NODES" --meeting "$host" -- --rdzv-backend static --rdzv-endpoint ''
   fi
   # One task per node may use all cores. By default srun binds a single task to one core.
   # In a job submitted with --export=NONE, srun would pass no environment on.
@@ -139,14 +148,17 @@ compose_srun() {
   [[ $CONTAINER != pyxis ]] || add_pyxis
   COMMAND=("$PYTHON_BIN" "$ROOT/scripts/lib/job.py" --start-dir "$START_DIR" --max-requeues "${MAX_REQUEUES:-0}")
   if save=$(script_value --save) && [[ -n $save ]]; then COMMAND+=(--save "$(realpath -m -- "$save")"); fi
+  # srun lets the ranks see all GPUs of the job again.
+  # shellcheck disable=SC2016  # the inner bash expands $0
+  if devices=$(chosen_devices); then restrict='export CUDA_VISIBLE_DEVICES="$0"; '; else devices=launch; fi
   # USR1 is ignored until the supervisor is ready for it.
   # shellcheck disable=SC2016  # the inner bash expands $@
-  COMMAND+=(-- "${SRUN[@]}" bash -c 'trap "" USR1; exec "$@"' launch "${NODE[@]}")
+  COMMAND+=(-- "${SRUN[@]}" bash -c 'trap "" USR1; '"$restrict"'exec "$@"' "$devices" "${NODE[@]}")
 }
 
 add_pyxis() {
   local folder mounts=""
-  while IFS= read -r folder; do mounts+=${mounts:+,}$folder:$folder; done < <(mounted_folders)
+  while IFS= read -r -d '' folder; do mounts+=${mounts:+,}$folder:$folder; done < <(mounted_folders)
   SRUN+=(--container-image "$IMAGE" --container-mounts "$mounts" --container-workdir "$PWD" --no-container-mount-home)
 }
 
@@ -175,10 +187,13 @@ compose_sbatch() {
 
 # asks_for_cores: succeeds if the arguments of sbatch or its variables say how many cores the job gets.
 asks_for_cores() {
-  local words=" ${SLURM_ARGS[*]%%=*} ${SITE_ENV[*]%%=*} "
-  [[ $words =~ \ (--exclusive|-c|--cpus-per-task|--cpus-per-gpu|--oversubscribe|-s)\  ]] ||
-    [[ $words =~ \ SBATCH_(EXCLUSIVE|CPUS_PER_TASK|CPUS_PER_GPU)\  ]] ||
-    [[ -n ${SBATCH_EXCLUSIVE+set}${SBATCH_CPUS_PER_TASK:-}${SBATCH_CPUS_PER_GPU:-} ]]
+  local word
+  for word in "${SLURM_ARGS[@]%%=*}" "${SITE_ENV[@]%%=*}"; do
+    # Short options may be joined with one another and with a value: -c32, -vs.
+    [[ ! $word =~ ^(-[$SHORT_SWITCHES]*[cs].*|--(exclusive|cpus-per-task|cpus-per-gpu|oversubscribe))$ ]] || return 0
+    [[ ! $word =~ ^SBATCH_(EXCLUSIVE|CPUS_PER_TASK|CPUS_PER_GPU)$ ]] || return 0
+  done
+  [[ -n ${SBATCH_EXCLUSIVE+set}${SBATCH_CPUS_PER_TASK:-}${SBATCH_CPUS_PER_GPU:-} ]]
 }
 
 # copied FILE: prints the file's path in the copy of the code, or its own if it lies elsewhere.
@@ -194,20 +209,22 @@ copied() {
 
 # The container calls this launcher again. Mounted folders have the same paths inside.
 compose_docker() {
-  local folder pair
+  local folder pair flag=--nproc
+  # The launcher inside must not begin on the CPU because the image sees no GPUs.
+  ((GPUS == 0)) || flag=--gpus-per-node
   COMMAND=(docker run --rm --init --ipc=host --network=host --ulimit memlock=-1 --ulimit stack=67108864
     --user "$(id -u):$(id -g)" --env HOME=/tmp --env VENV=none --workdir "$PWD")
   ((GPUS == 0)) || COMMAND+=(--gpus all)
   for pair in CUDA_VISIBLE_DEVICES LONGSEQ_STOP_SECONDS; do
-    [[ -z ${!pair+set} ]] || COMMAND+=(--env "$pair=${!pair}")
+    [[ -z ${CALLER[$pair]+set} ]] || COMMAND+=(--env "$pair=${CALLER[$pair]}")
   done
   # What steers CUDA, NCCL, gloo and PyTorch's allocator. Other variables, such as CUDA_HOME, are of this machine.
   while IFS= read -r pair; do
-    [[ ! $pair =~ ^($STEERING)$ ]] || COMMAND+=(--env "$pair=${!pair}")
-  done < <(compgen -e)
+    [[ ! $pair =~ ^($STEERING)$ ]] || COMMAND+=(--env "$pair=${CALLER[$pair]}")
+  done < <(caller_names)
   for pair in "${SITE_ENV[@]}"; do COMMAND+=(--env "${pair%%=*}"); done
-  while IFS= read -r folder; do COMMAND+=(--volume "$folder:$folder"); done < <(mounted_folders)
-  COMMAND+=("$IMAGE" bash "$ROOT/scripts/launch.sh" --local --nproc "$PER_NODE" --run-dir "$RUN_DIR")
+  while IFS= read -r -d '' folder; do COMMAND+=(--volume "$folder:$folder"); done < <(mounted_folders)
+  COMMAND+=("$IMAGE" bash "$ROOT/scripts/launch.sh" --local "$flag" "$PER_NODE" --run-dir "$RUN_DIR")
   ((PREFLIGHT == 0)) || COMMAND+=(--preflight)
   ((VERBOSE == 0)) || COMMAND+=(--verbose)
   COMMAND+=(-- "${SCRIPT[@]}")

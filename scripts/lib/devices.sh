@@ -1,10 +1,9 @@
 # shellcheck shell=bash
 # Sourced after log.sh: counts the GPUs that a launch on this machine may use.
 
-# Prints the number of GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES allows. As for CUDA, the first entry that names
-# no device ends the list; an empty list allows none.
+# Prints the number of GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES allows.
 count_gpus() {
-  local listing listed visible entry count=0
+  local listing listed count
   if [[ ${CUDA_VISIBLE_DEVICES--} == "" || ${CUDA_VISIBLE_DEVICES--} == -1 ]] || ! type -P nvidia-smi >/dev/null; then
     printf '0\n'
     return
@@ -17,16 +16,24 @@ count_gpus() {
     printf '%s\n' "$listed"
     return
   fi
-  IFS=', ' read -ra visible <<<"$CUDA_VISIBLE_DEVICES"
+  count=$(count_visible "$CUDA_VISIBLE_DEVICES" "$listed")
+  ((count > 0 || listed == 0)) || [[ $CUDA_VISIBLE_DEVICES == NoDevFiles ]] ||
+    die "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names none of the $listed GPUs here; leave it empty to use the CPU"
+  printf '%s\n' "$((count < listed ? count : listed))"
+}
+
+# count_visible LIST [LISTED]: prints how many devices a value of CUDA_VISIBLE_DEVICES allows, of so many that exist. As
+# for CUDA, the first entry that names no device ends the list; an empty list allows none.
+count_visible() {
+  local visible entry count=0
+  IFS=', ' read -ra visible <<<"$1"
   for entry in "${visible[@]}"; do
     if [[ $entry =~ ^[0-9]{1,4}$ ]]; then
-      ((10#$entry < listed)) || break
+      ((10#$entry < ${2:-10000})) || break
     else
       [[ $entry == GPU-* || $entry == MIG-* ]] || break
     fi
     count=$((count + 1))
   done
-  ((count > 0 || listed == 0)) || [[ $CUDA_VISIBLE_DEVICES == NoDevFiles ]] ||
-    die "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names none of the $listed GPUs here; leave it empty to use the CPU"
-  printf '%s\n' "$((count < listed ? count : listed))"
+  printf '%s\n' "$count"
 }

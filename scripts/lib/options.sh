@@ -107,7 +107,7 @@ take_value() {
       set -- "$1" "$(path_of "$2")"
       [[ -d $2 ]] || usage_error "--mount $2: no such folder"
       [[ $2 != *[:,]* ]] || usage_error "--mount $2: a mounted folder cannot have a colon or a comma in its name"
-      MOUNTS+=("$(realpath -- "$2")")
+      add_mount "$2"
       ;;
     --slurm-arg) check_slurm_arg "$2" && SLURM_ARGS+=("$2") ;;
     --signal-seconds) SIGNAL_SECONDS=$(positive "$@" 65535) ;;
@@ -165,6 +165,15 @@ positive() {
   printf '%s\n' "$2"
 }
 
+# add_mount DIR: mounts a folder at the path that was given, which the training may use, and at its real one.
+add_mount() {
+  local folder=$1 real
+  [[ $folder == /* ]] || folder=$PWD/$folder
+  folder=$(realpath -s -- "$folder") real=$(realpath -- "$folder")
+  MOUNTS+=("$folder")
+  [[ $real == "$folder" ]] || MOUNTS+=("$real")
+}
+
 choose_mode_once() {
   [[ -z $MODE ]] || usage_error "--$MODE and --$1 exclude each other"
   MODE=$1
@@ -173,5 +182,6 @@ choose_mode_once() {
 # choose_container KIND IMAGE
 choose_container() {
   [[ -z $CONTAINER ]] || usage_error "--$CONTAINER and --$1 exclude each other"
+  [[ $2 != -* ]] || usage_error "--$1 $2: the name of an image cannot begin with -"
   CONTAINER=$1 IMAGE=$2
 }

@@ -11,10 +11,23 @@ quoted() {
   fi
 }
 
-# is_secret NAME VALUE: whether a variable may hold a token or a password. The second pattern is an address with a user's
-# name, and perhaps a password, in it.
-is_secret() {
-  [[ ${1^^} =~ (TOKEN(_|$)|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE) || $2 =~ ://[^/[:space:]]*@ ]]
+readonly SECRET_NAME='TOKEN(_|$)|SECRET|PASSW|PASSPHRASE|PASS(_|$)|_PWD$|CREDENTIAL|PRIVATE|COOKIE|WEBHOOK|JWT'\
+'|AUTH(_|$|ORIZATION|ENTICATION)|(^|_|API|ACCESS|ACCOUNT)KEYS?(_|$)|(^|_)(PAT|SAS|DSN)(_|$)|CONNECTION_STRING'
+# An address with a user's name, and perhaps a password, in it; without a scheme it needs both.
+readonly SECRET_VALUE='://[^/[:space:]]*@|(^|[[:space:],;=])[^][/[:space:]:@,;=]+:[^/[:space:]@]+@'
+
+# is_secret NAME VALUE: whether a variable may hold a token or a password.
+is_secret() { [[ ${1^^} =~ $SECRET_NAME || $2 =~ $SECRET_VALUE ]]; }
+
+# print_kept NAME VALUE: prints that the caller's value of a variable counts, and not this one of the site file.
+print_kept() {
+  local site
+  site=$(quoted "${SITE##*/}")
+  if is_secret "$1" "$2" || is_secret "$1" "${CALLER[$1]}"; then
+    printf '# kept from your environment: %s (%s has another value)\n' "$1" "$site"
+  else
+    printf '# kept from your environment: %s=%s (%s: %s)\n' "$1" "$(quoted "${CALLER[$1]}")" "$site" "$(quoted "$2")"
+  fi
 }
 
 # Prints the command of --dry-run, which can be pasted into a shell. Secrets of a site file are named, not printed.
@@ -22,7 +35,7 @@ print_command() {
   local word
   printf '# %s: %s node(s), %s rank(s) on each, %s\n' "$MODE" "$NODES" "$PER_NODE" \
     "$([[ $GPUS == 0 ]] && printf 'on the CPU' || printf 'a GPU each')"
-  for word in "${KEPT_ENV[@]}"; do printf '# kept from your environment: %s\n' "$word"; done
+  for word in "${KEPT_ENV[@]}"; do print_kept "${word%%=*}" "${word#*=}"; done
   printf 'env'
   for word in "${SET_ENV[@]}"; do
     if is_secret "${word%%=*}" "${word#*=}"; then
@@ -39,28 +52,6 @@ print_command() {
   printf '\n'
 }
 
-# Sets START_DIR, the folder of this start: the first number that is free. It is not made yet.
-choose_start_dir() {
-  local number=0
-  while [[ -e $RUN_DIR/start-$number ]]; do number=$((number + 1)); done
-  START_DIR=$RUN_DIR/start-$number
-}
-
-# Makes the folder of this start. If another launch has taken its number meanwhile, the command is composed again.
-make_start_dir() {
-  make_run_dir
-  while ! mkdir "$START_DIR" 2>/dev/null; do
-    [[ -d $START_DIR ]] || die "the run folder $RUN_DIR is not writable"
-    choose_start_dir
-    compose
-  done
-}
-
-make_run_dir() {
-  mkdir -p "$RUN_DIR" 2>/dev/null || die "the run folder $RUN_DIR cannot be created"
-  [[ -w $RUN_DIR ]] || die "the run folder $RUN_DIR is not writable"
-}
-
 # Writes the command, its environment, the revision, the code and the patches into the folder of this start.
 record_start() {
   case $MODE in
@@ -68,14 +59,18 @@ record_start() {
     sbatch) record_submission && return ;;
   esac
   make_start_dir
+  if ((JOINS)); then
+    say "run folder: $RUN_DIR (${START_DIR##*/}, which another machine has begun)"
+    return
+  fi
   say "run folder: $RUN_DIR"
   print_command >"$START_DIR/command.sh"
-  record_environment >"$START_DIR/environment.txt"
+  (umask 077 && record_environment >"$START_DIR/environment.txt")
   printf '%s\n' "${SCRIPT[@]@Q}" >"$START_DIR/flags.txt"
   revision >"$START_DIR/revision.txt"
   # A job runs the copy that was made when it was submitted.
   [[ $ROOT == "$RUN_DIR"/code* && -f $ROOT/revision.txt ]] || copy_code "$START_DIR/code"
-  env PYTHONPATH="$ROOT" "$PYTHON_BIN" -m patches list --json >"$START_DIR/patches.json" 2>"$START_DIR/patches.err" ||
+  PYTHONPATH=$ROOT "$PYTHON_BIN" -m patches list --json >"$START_DIR/patches.json" 2>"$START_DIR/patches.err" ||
     die "python -m patches list --json failed: $(tail -n 1 "$START_DIR/patches.err") (whole: $START_DIR/patches.err)"
   rm "$START_DIR/patches.err"
 }
@@ -84,6 +79,10 @@ record_start() {
 record_submission() {
   local flag
   make_run_dir
+  while ! mkdir "$CODE_DIR" 2>/dev/null; do
+    [[ -d $CODE_DIR ]] || die "the code cannot be copied to $CODE_DIR: the folder cannot be made"
+    compose # another submission has taken the name
+  done
   copy_code "$CODE_DIR"
   revision >"$CODE_DIR/revision.txt"
   [[ -z $SITE ]] || (umask 077 && cp -- "$SITE" "$CODE_DIR/site.env") # it may hold secrets
@@ -108,7 +107,8 @@ without_flag() {
 # submit: runs sbatch. If it fails, nothing is left of the run folder but what was there before.
 submit() {
   local status=0
-  env "${SET_ENV[@]}" "${COMMAND[@]}" || status=$?
+  restore_caller
+  env "${RESTORE[@]}" "${SET_ENV[@]}" "${COMMAND[@]}" || status=$?
   if ((status)); then
     rm -rf "$CODE_DIR"
     rm -d "$RUN_DIR" 2>/dev/null || true # if it is empty
@@ -128,12 +128,12 @@ copy_code() {
 record_environment() {
   local name
   while IFS= read -r name; do
-    if is_secret "$name" "${!name}"; then
+    if is_secret "$name" "${CALLER[$name]}"; then
       printf '%s=(not recorded)\n' "$name"
     else
-      printf '%s=%s\n' "$name" "$(quoted "${!name}")"
+      printf '%s=%s\n' "$name" "$(quoted "${CALLER[$name]}")"
     fi
-  done < <(compgen -e | sort)
+  done < <(caller_names)
 }
 
 revision() {

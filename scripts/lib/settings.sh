@@ -65,8 +65,8 @@ choose_ranks() {
     *)
       if ((DRY_RUN)) && [[ $PER_NODE_FLAG == --gpus-per-node ]]; then
         GPUS=$PER_NODE
-      elif [[ $MODE == srun && -n ${SLURM_GPUS_ON_NODE:-} ]]; then
-        GPUS=$SLURM_GPUS_ON_NODE
+      elif [[ $MODE == srun ]]; then
+        GPUS=$(job_gpus)
       else
         GPUS=$(own_gpus)
       fi
@@ -78,8 +78,8 @@ choose_ranks() {
   ((GPUS == 0 || PER_NODE <= GPUS)) ||
     die "$PER_NODE ranks were requested, but $GPUS GPU(s) may be used; to use the CPU, set CUDA_VISIBLE_DEVICES=" 2
   if ((GPUS == 0 && DRY_RUN == 0)) && [[ $MODE != sbatch ]]; then
-    cores=$(nproc)
-    ((PER_NODE <= 16 || PER_NODE <= 4 * cores)) ||
+    cores=$(node_cores)
+    ((PER_NODE <= 16 || cores == 0 || PER_NODE <= 4 * cores)) ||
       die "$PER_NODE CPU ranks were requested on $cores core(s); at most $((4 * cores > 16 ? 4 * cores : 16))" 2
   fi
 }
@@ -94,17 +94,56 @@ own_gpus() {
   fi
 }
 
-choose_run_dir() {
-  local number=1 base
-  NAME=$(basename -- "${SCRIPT[0]}" .py)
-  [[ -z $RUN_DIR ]] || return 0
-  if [[ -n ${SLURM_JOB_ID:-} ]]; then
-    RUN_DIR=$PWD/runs/$NAME-$SLURM_JOB_ID
+# is_on_node: succeeds if slurm has started this launcher on a node of its job. In a shell of salloc it has not: the
+# machine may be a login node, whose GPUs and cores say nothing about the job's nodes.
+is_on_node() { [[ -n ${SLURMD_NODENAME:-} ]]; }
+
+# job_gpus: prints the number of GPUs that the ranks of each node of the job may use.
+job_gpus() {
+  local gpus=${SLURM_GPUS_ON_NODE:-} chosen
+  if [[ -z $gpus ]] && is_on_node; then
+    own_gpus
     return
   fi
-  base=$PWD/runs/$NAME-$(date +%Y%m%d-%H%M%S)
-  RUN_DIR=$base
-  while [[ -e $RUN_DIR ]]; do RUN_DIR=$base-$((number += 1)); done
+  if [[ -z $gpus && -n $PER_NODE ]]; then
+    gpus=$([[ $PER_NODE_FLAG == --nproc ]] && printf 0 || printf '%s' "$PER_NODE")
+  elif [[ -z $gpus ]]; then
+    [[ ${SLURM_GPUS_PER_NODE:-} =~ ^([^:,]*:)?([1-9][0-9]{0,3})$ ]] ||
+      usage_error "this machine is no node of job $SLURM_JOB_ID, so the nodes' GPUs cannot be counted: give \
+--gpus-per-node (CPU nodes: --nproc)"
+    gpus=${BASH_REMATCH[2]}
+  fi
+  if chosen=$(chosen_devices); then
+    chosen=$(count_visible "$chosen")
+    gpus=$((chosen < gpus ? chosen : gpus))
+  fi
+  printf '%s' "$gpus"
+}
+
+# chosen_devices: prints the CUDA_VISIBLE_DEVICES with which the caller leaves out GPUs of the job, and fails if it
+# leaves out none: slurm sets the variable too, to all GPUs that the job has on this node.
+chosen_devices() {
+  local visible
+  visible=$(setting CUDA_VISIBLE_DEVICES) || return
+  [[ -z ${SLURM_GPUS_ON_NODE:-} ]] || (($(count_visible "$visible") < SLURM_GPUS_ON_NODE)) || return
+  printf '%s' "$visible"
+}
+
+# node_cores: prints the number of cores that the ranks of a node share, or 0 if it is unknown.
+node_cores() {
+  local count entries least=0
+  if [[ $MODE != srun ]] || is_on_node; then
+    # nproc prints the values of these variables in place of the number of cores.
+    env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc
+    return
+  fi
+  IFS=, read -ra entries <<<"${SLURM_JOB_CPUS_PER_NODE:-}" # such as 64(x3),32
+  for count in "${entries[@]}"; do
+    count=${count%%(*}
+    [[ $count =~ ^[0-9]{1,6}$ ]] || continue
+    ((least > 0 && least <= count)) || least=$count
+  done
+  printf '%s\n' "$least"
 }
 
 # script_value FLAG: prints the value of a flag of the training script, and fails if the flag is missing. Of several, the

@@ -5,6 +5,8 @@
 #   otherwise   .venv in the checkout, created from requirements.lock. Its stamp is written last; an environment
 #               without a stamp is incomplete and is created again.
 
+# shellcheck source=scripts/lib/caller.sh
+source "$(dirname "${BASH_SOURCE[0]}")/caller.sh"
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 # shellcheck source=scripts/lib/log.sh
 source "$ROOT/scripts/lib/log.sh"
@@ -39,7 +41,8 @@ existing_environment() {
   fi
   PY=$VENV/bin/python
   [[ -x $PY ]] || die "VENV=$VENV has no bin/python: give the folder of an environment made by python -m venv."
-  PY=$(cd "$VENV/bin" && pwd)/python
+  VENV=$(cd "$VENV" && pwd) # the scripts change the folder, and the launcher reads it there
+  PY=$VENV/bin/python
 }
 
 check_environment() { "$1" -I "$ROOT/scripts/lib/check_env.py" "$ROOT" "${@:2}"; }

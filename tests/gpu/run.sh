@@ -3,6 +3,7 @@
 #   bash tests/gpu/run.sh [--wheels DIR] [--minutes 12] [--out DIR] [--only SECTION...] [--device cpu] [--dry-run]
 # --wheels: folder of wheels (default: build/wheels, where it exists); PYTHON=... names the Python that has PyTorch.
 set -euo pipefail
+unset CDPATH # with it, cd prints where
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 
 die() { printf 'error: %s\n' "$1" >&2; exit 2; }

@@ -1,5 +1,7 @@
 """Unusual input to scripts/launch.sh: it works, or one message says what is wrong before anything is made."""
 
+import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.scripts.fakes import ROOT
-from tests.scripts.test_launch import GPUS, JOB, Launcher
+from tests.scripts.test_launch import GPUS, JOB, SALLOC, Launcher
 
 BROKEN = "print('NVIDIA-SMI has failed because it could not reach the driver.'); sys.exit(9)"
 SLURM = ("--slurm", "--nproc", "2")
@@ -21,6 +23,8 @@ FILES = {
     "venv.env": "VENV=/x\n",
     "slurm.env": "SLURM_JOB_ID=1\n",
     "stop.env": "LONGSEQ_STOP_SECONDS=soon\n",
+    "space.env": "A= 1\n",
+    "token.env": "export HF_TOKEN=s3cret\n",
     "time.env": "SBATCH_TIMELIMIT=tomorrow\n",
     "two.env": "\ufeffCUDA_VISIBLE_DEVICES=0,1\n",
     "settings.json": '{"A": 1}\n',
@@ -64,6 +68,7 @@ REFUSED: list[tuple[tuple[str, ...], dict[str, str], str]] = [
     (("--dry-run", "--docker", "image", "--run-dir", "a:b", *END), {}, "a:b is mounted into the container"),
     (("--dry-run", "--pyxis", "image", "--run-dir", "a,b", *END), JOB, "a,b is mounted into the container"),
     (("--dry-run", "--docker", "image", "--", "/etc/hostname"), {}, "a folder that containers do not see"),
+    (("--docker", "-it", *END), {}, "--docker -it: the name of an image cannot begin with -"),
     # Files
     (("--site", "folder", *END), {}, "cannot be read"),
     (("--site", "settings.json", *END), {}, "settings.json:1: not KEY=VALUE"),
@@ -71,6 +76,8 @@ REFUSED: list[tuple[tuple[str, ...], dict[str, str], str]] = [
     (("--site", "settings.toml", *END), {}, "settings.toml:1: not KEY=VALUE"),
     (("--site", "venv.env", *END), {}, "VENV is set by the launcher; remove it"),
     (("--site", "slurm.env", *END), {}, "SLURM_JOB_ID is set by slurm; remove it"),
+    (("--site", "space.env", *END), {}, "space.env:1: A: the value is used as it is"),
+    (("--site", "token.env", *END), {}, "token.env:1: not KEY=VALUE (no export, no spaces around =)\n"),
     (("--site", "stop.env", *END), {}, "LONGSEQ_STOP_SECONDS=soon: give a number of seconds"),
     (("--plan", "quotes.plan", *END), {}, "quotes.plan:3: words are used as they are"),
     (("--plan", "comment.plan", *END), {}, "comment.plan:3: words are used as they are"),
@@ -81,6 +88,7 @@ REFUSED: list[tuple[tuple[str, ...], dict[str, str], str]] = [
     (TWO, first(LONGSEQ_MEETING_SECONDS="inf"), "LONGSEQ_MEETING_SECONDS=inf: give a number"),
     (END, {"SLURM_JOB_ID": "abc"}, "SLURM_JOB_ID=abc is not a number"),
     (END, {**JOB, "SLURM_JOB_NUM_NODES": "x[$(touch evil)]"}, "is not a number, so slurm has not set it"),
+    (END, SALLOC, "this machine is no node of job 123456, so the nodes' GPUs cannot be counted: give --gpus-per-node"),
     (END, {**JOB, "SLURM_GPUS_ON_NODE": "gpu:4"}, "SLURM_GPUS_ON_NODE=gpu:4 is not a number"),
     # Submissions
     *(
@@ -91,6 +99,8 @@ REFUSED: list[tuple[tuple[str, ...], dict[str, str], str]] = [
             "--partition": " has no value: write it as one word",
             "--array=0-3": ": each job of an array",
             "-a0-3": ": each job of an array",
+            "-HN4": ": the launcher sets -N itself",
+            "-Hp": " has no value: write it as one word",
             "--wrap=true": ": the launcher submits a script of its own",
             "--chdir=/": ": the job runs in the folder in which it is submitted",
             "--gpus-per-task=1": ": the launcher sets --gpus-per-task itself",
@@ -161,6 +171,20 @@ def test_ipv6_addresses(launcher: Launcher) -> None:
         assert value(command, "--meeting") == "[::1]:2000"
 
 
+def test_several_machines_without_slurm(launcher: Launcher) -> None:
+    launcher.path.fake("getent")
+    call = launcher.torchrun("--nodes", "2", "--", "train.py", env={"MASTER_ADDR": "localhost"})
+    assert call.after("--rdzv-endpoint") == "localhost:29500"
+    assert call.after("--nnodes") == "2"
+
+
+def test_a_name_that_does_not_resolve_is_refused_at_once(launcher: Launcher) -> None:
+    launcher.path.fake("getent", "sys.exit(2)")
+    done = launcher.run("--nodes", "2", "--", "train.py", env={"MASTER_ADDR": "first"})
+    assert done.returncode == 1 and "the first node's name first does not resolve here" in done.stderr
+    assert not launcher.path.calls("torchrun") and not (launcher.folder / "runs").exists()
+
+
 def test_gpus_that_ranks_would_not_see_are_not_counted(launcher: Launcher) -> None:
     launcher.path.fake("nvidia-smi", GPUS)
     assert value(dry(launcher, "--site", "two.env", *END), "--nproc-per-node") == "2"
@@ -181,11 +205,125 @@ def test_the_last_of_several_folders_for_checkpoints_counts(launcher: Launcher) 
     assert "--save" not in dry(launcher, *END, "--save", **job)[:-1]
 
 
+def test_arguments_of_sbatch_in_all_their_forms(launcher: Launcher) -> None:
+    """No limit at all is long enough for the signal; newer slurms know more switches."""
+    for limit in ("--time=0", "-t0", "--time=0:00:00", "--time=-1", "--time=unlimited"):
+        assert f"{limit}" in dry(launcher, *SLURM, f"--slurm-arg={limit}", *END)
+    for switch in ("--stepmgr", "--resv-ports", "--oom-kill-step", "-Hv"):
+        assert switch in dry(launcher, *SLURM, f"--slurm-arg={switch}", *END)
+    for arg in ("-c32", "-Hc32", "-s", "-sH", "--exclusive=user"):
+        assert "--exclusive" not in dry(launcher, *SLURM, f"--slurm-arg={arg}", *END), arg
+    assert "--exclusive" in dry(launcher, *SLURM, "--slurm-arg=-pgpus", *END)
+
+
+def test_gpus_of_a_job_that_the_caller_leaves_out(launcher: Launcher) -> None:
+    """srun would let the ranks see all GPUs of the job again. slurm names all of them itself, from any number on."""
+    job = {**JOB, "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "4"}
+    for visible, ranks, is_choice in (("0,1", "2", True), ("", "1", True), ("4,5,6,7", "4", False)):
+        command = dry(launcher, *END, **job, CUDA_VISIBLE_DEVICES=visible)
+        assert value(command, "--nproc-per-node") == ranks
+        inner = command[command.index("-c") + 1 :]
+        assert ("export CUDA_VISIBLE_DEVICES" in inner[0], inner[1] == visible) == (is_choice, is_choice)
+        shown = subprocess.run(
+            ["bash", "-c", *inner[:2], "bash", "-c", 'echo "=$CUDA_VISIBLE_DEVICES"'],
+            env={"PATH": os.environ["PATH"], "CUDA_VISIBLE_DEVICES": "as srun sets it"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert shown.stdout == (f"={visible}\n" if is_choice else "=as srun sets it\n")
+
+
+def test_a_login_node_is_not_counted(launcher: Launcher) -> None:
+    launcher.path.fake("nvidia-smi", GPUS)
+    launcher.path.fake("nproc", "print(96)")
+    command = dry(launcher, "--gpus-per-node", "8", *END, **SALLOC, MASTER_ADDR="::1")
+    assert value(command, "--nproc-per-node") == "8"
+    done = launcher.run("--gpus-per-node", "8", *END, env={**SALLOC, "MASTER_ADDR": "::1"})
+    assert "no program srun" in done.stderr, "8 GPUs are not compared with the 4 of this machine"
+    requested = {**SALLOC, "MASTER_ADDR": "::1", "SLURM_GPUS_PER_NODE": "h100:2"}
+    assert value(dry(launcher, *END, **requested), "--nproc-per-node") == "2"
+    cores = {**SALLOC, "MASTER_ADDR": "::1", "SLURM_JOB_CPUS_PER_NODE": "64(x2),32"}
+    assert "OMP_NUM_THREADS=8" in dry(launcher, "--nproc", "4", *END, **cores)
+
+
+def test_cores_are_counted_whatever_openmp_is_told(launcher: Launcher) -> None:
+    launcher.path.fake("nproc", "print(1 if {'OMP_NUM_THREADS', 'OMP_THREAD_LIMIT'} & set(os.environ) else 64)")
+    assert launcher.run("--nproc", "32", *END, env={"OMP_NUM_THREADS": "1"}).returncode == 0
+    assert "OMP_NUM_THREADS=32" in dry(launcher, "--nproc", "2", *END, OMP_THREAD_LIMIT="1")
+
+
+def test_variables_of_another_launcher_of_torchrun(launcher: Launcher) -> None:
+    """Kubeflow, for one, sets PET_ variables, which torchrun takes for options that are not given."""
+    command = dry(launcher, *END, PET_NNODES="2", PET_STANDALONE="1", PET_MODULE="0")
+    assert value(command, "--nnodes") == "1" and "PET_STANDALONE=0" in command
+    one, more = ({**JOB, "SLURM_JOB_NUM_NODES": nodes, "MASTER_ADDR": "::1"} for nodes in "12")
+    assert value(dry(launcher, *END, **one), "--nnodes") == "1"
+    command = dry(launcher, *END, **more)
+    assert value(command, "--rdzv-backend") == "static" and value(command, "--rdzv-endpoint") == ""
+
+
 def test_a_submission_that_fails_leaves_nothing(launcher: Launcher) -> None:
     launcher.path.fake("sbatch", "sys.exit(3)")
     done = launcher.run(*SLURM, "--run-dir", "out", *END)
     assert done.returncode == 3 and "sbatch failed with status 3; nothing was submitted" in done.stderr
     assert not (launcher.folder / "out").exists()
+
+
+def test_a_submission_that_fails_leaves_the_code_of_another_one(launcher: Launcher) -> None:
+    """The other one takes the name between this one's choice and its copy."""
+    other = launcher.folder / "out/code/of-another"
+    launcher.path.fake("sbatch", "sys.exit(3)")
+    tool = shutil.which("mkdir")
+    launcher.path.fake("mkdir", f"subprocess.run([{tool!r}, '-p', {str(other)!r}]); os.execv({tool!r}, sys.argv)")
+    assert launcher.run(*SLURM, "--run-dir", "out", *END).returncode == 3
+    assert other.is_dir() and [path.name for path in (launcher.folder / "out").iterdir()] == ["code"]
+    assert str(launcher.folder / "out/code-2") in launcher.path.calls("sbatch")[0].argv
+
+
+ASSIGNED = re.compile(
+    r"(?:^|[\s(;])([A-Za-z_]\w*)\+?=|\bfor (\w+) in|^ *local (?:-\w+ )?(.*)$|\bread .*?(\w+)(?: <<<|;|$)", re.MULTILINE
+)
+# What the launcher or its programs read, or what the launcher gives to the ranks.
+MEANT = {"VENV", "HOME", "IFS", "PYTHONPATH", "CUDA_VISIBLE_DEVICES", "TMPDIR", "PIP_INDEX_URL", "SLURM_JOB_NODELIST"}
+
+
+def assigned_names() -> set[str]:
+    """Return all names that the launcher's files assign to, in functions too."""
+    names = set()
+    for file in [ROOT / "scripts/launch.sh", *(ROOT / "scripts/lib").glob("*.sh")]:
+        for groups in ASSIGNED.findall(file.read_text()):
+            names.update(word.partition("=")[0] for word in " ".join(groups).split())
+    odd = re.compile(r".*(key|secret)|.*\W|\d|_?$", re.IGNORECASE)  # no name, or one whose value is not recorded
+    return {name for name in names if not odd.match(name)} - MEANT
+
+
+def test_the_callers_variables_arrive_unchanged(launcher: Launcher) -> None:
+    names = assigned_names()
+    assert {"NODES", "NAME", "ROOT", "SITE", "MODE", "SET_ENV", "CALLER", "name", "pair", "words"} <= names
+    own = {name: f"caller's {name}" for name in names} | {"COMMAND": "sbatch", "CDPATH": "/:/usr"}
+    own["BASH_FUNC_say%%"] = "() {  echo mine\n}"
+    (launcher.folder / "site.env").write_text("HOSTNAME=site's\nEMPTY=\n")
+    call = launcher.torchrun("--site", "site.env", "--run-dir", "out", *END, env=own)
+    assert {name: call.env.get(name) for name in own} == own
+    assert call.env["HOSTNAME"] == "site's", "a variable of bash is not one of the caller"
+    recorded = (launcher.folder / "out/start-0/environment.txt").read_text().splitlines()
+    assert {f"{name}={own[name]}" for name in names} <= {shlex.split(line)[0] for line in recorded}
+    assert launcher.run(*SLURM, "--run-dir", "out", *END, env=own).returncode == 0
+    (call,) = launcher.path.calls("sbatch")
+    assert {name: call.env.get(name) for name in own} == own
+    site = {f"{name}=x" for name in names if not name.startswith("SLURM_")}
+    (launcher.folder / "site.env").write_text("\n".join(site))
+    assert site <= set(dry(launcher, "--site", "site.env", *END))
+
+
+def test_a_papers_script_is_called_from_any_folder(launcher: Launcher) -> None:
+    (launcher.folder / "paper").symlink_to(ROOT / "examples/paro/paper.sh")
+    own = {"CDPATH": str(ROOT), "ROOT": "mine", "MODELS": "mine", "row": "mine", "flags": "mine"}
+    done = launcher.bash("paper", "7B", "NIG", "--slurm", "--run-dir", "out", env=own)
+    assert done.returncode == 0, done.stderr
+    (call,) = launcher.path.calls("sbatch")
+    assert {name: call.env[name] for name in own} == own
 
 
 def test_docker_gets_what_steers_the_devices(launcher: Launcher) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,24 @@ def test_the_command_trains_resumes_and_reports(tmp_path: Path) -> None:
     assert other.returncode != 0
     assert f"holds a run of {STEPS} steps" in other.stderr
     assert (tmp_path / "log.txt").read_text() == log
+
+
+def test_folders_with_spaces_and_of_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--data-path", f"{tmp_path}/a b/stdlib", "--vocab-size", "3"]
+    done = subprocess.CompletedProcess([], 0, stdout=shlex.join(words) + "\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    assert quickstart.prepare_text(quickstart.QuickstartRun(tmp_path, STEPS, 0)) == words
+
+    def stop(plan: quickstart.QuickstartRun) -> None:
+        raise SystemExit(str(plan.folder))
+
+    monkeypatch.setattr(quickstart, "refuse_other_run", stop)
+    monkeypatch.setattr(sys, "argv", ["quickstart", "--relative-to", str(tmp_path), "--run-dir", "out"])
+    with pytest.raises(SystemExit, match=f"^{re.escape(str(tmp_path / 'out'))}$"):
+        quickstart.main()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--steps", "8"])
+    with pytest.raises(SystemExit, match="2"):  # fewer than the steps in which the learning rate rises
+        quickstart.main()
 
 
 def test_a_resumed_curve_takes_the_later_values(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """The run folder: a requeued job runs its copy of the code; plans; what the launcher passes on."""
 
+import shlex
 import shutil
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,11 @@ from tests.scripts.fakes import ROOT
 from tests.scripts.test_launch import JOB, Launcher
 
 COPIED = ("megatron", "patches", "scripts", "examples", "setup.py", "requirements.lock")
+AS_TORCHRUN = """
+if "supervise.py" in "".join(sys.argv):
+    sys.exit(subprocess.call(sys.argv[sys.argv.index("--") + 1 :]))
+print("[]")
+"""
 PLAN = "# made by a test\n--nodes 2\n--gpus-per-node 8\n--\n--num-layers 32\n--cp-comm-type a2a p2p\n"
 
 
@@ -85,3 +93,124 @@ def test_faults_of_a_plan_are_named(launcher: Launcher, text: str, message: str)
     done = launcher.run("--plan", "a.plan", "--", "train.py")
     assert done.returncode == 2 and message in done.stderr
     assert launcher.run("--plan", "absent.plan", "--", "train.py").returncode == 2
+
+
+def several(launcher: Launcher, machine: str, *words: str, port: str = "29500") -> str:
+    """Launch on one of two machines that share their folders; return the start that its ranks write into."""
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "SLURMD_NODENAME": machine}
+    done = launcher.run("--local", "--nodes", "2", "--nproc", "1", *words, "--", "train.py", env=env)
+    assert done.returncode == 0, done.stderr
+    call = launcher.path.calls("torchrun")[-1]
+    return str(Path(call.argv[call.argv.index("-m") - 2]).parent.relative_to(launcher.folder))
+
+
+def test_machines_without_slurm_share_one_start(launcher: Launcher) -> None:
+    launcher.path.fake("getent")
+    launcher.path.fake("torchrun", "", launcher.venv / "bin")
+    # The supervisor would end the start; what it writes then is written below.
+    launcher.path.fake("python", AS_TORCHRUN, launcher.venv / "bin")
+    out = ("--run-dir", "out")
+    assert several(launcher, "n1", *out) == several(launcher, "n2", *out) == "out/start-0"
+    assert several(launcher, "n2", *out) == several(launcher, "n1", *out) == "out/start-1", "launched again"
+    assert several(launcher, "n1", *out) == "out/start-2"
+    assert several(launcher, "n3", *out, port="29600") == "out/start-3", "of another launch"
+    assert several(launcher, "n1", *out) == "out/start-4"
+    (launcher.folder / "out/start-4/nodes").mkdir()
+    (launcher.folder / "out/start-4/nodes/n1.json").write_text("{}")
+    assert several(launcher, "n2", *out) == "out/start-5", "the first machine has given up"
+    # Names of folders that hold the time differ between machines.
+    first = several(launcher, "n1")
+    time.sleep(1.1)
+    assert several(launcher, "n2") == first
+    assert several(launcher, "n1") != first
+    assert not [path for path in (launcher.folder / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_folders_with_symbolic_links(launcher: Launcher) -> None:
+    """A folder that is mounted has the same names inside; the script is the one that was checked."""
+    data, link, here = (launcher.folder / name for name in ("data", "link", "here"))
+    data.mkdir()
+    link.symlink_to(data)
+    here.symlink_to(launcher.folder)
+    (launcher.folder / "examples").symlink_to(ROOT / "examples")
+    env = {"PWD": str(here)}  # as in a shell that has changed to it
+
+    def volumes(*words: str) -> list[str]:
+        done = launcher.run("--dry-run", "--docker", "image", *words, env=env)
+        assert done.returncode == 0, done.stderr
+        command = shlex.split(done.stdout, comments=True)
+        assert command[-1].startswith((str(launcher.folder), str(ROOT)))
+        assert command[command.index("--workdir") + 1] == str(here)
+        return [command[at + 1].split(":")[0] for at, word in enumerate(command) if word == "--volume"]
+
+    assert {str(here), str(launcher.folder), str(link), str(data)} <= set(
+        volumes("--mount", str(link), "--", "train.py")
+    )
+    assert f"{here}/link" in volumes("--mount=link", "--", "examples/pretrain_gpt.py")
+    outside = launcher.folder / "linked.py"
+    outside.symlink_to("/etc/hostname")
+    done = launcher.run("--dry-run", "--docker", "image", "--", "linked.py")
+    assert done.returncode == 2 and "give --mount /etc" in done.stderr
+
+
+def test_a_default_run_folder_inside_of_the_code_is_refused(launcher: Launcher) -> None:
+    code = launcher.folder / "code"
+    code.symlink_to(ROOT / "examples")
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts/launch.sh"), "--", "pretrain_gpt.py"],
+        cwd=code,
+        env=launcher.env(PWD=str(code)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and "examples is copied into the run folder" in done.stderr
+    assert not (ROOT / "examples/runs").exists()
+
+
+def test_a_line_break_in_the_current_folder(launcher: Launcher) -> None:
+    folder = launcher.folder / "a\nb"
+    folder.mkdir()
+    (folder / "train.py").write_text("")
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts/launch.sh"), "--docker", "x", "--run-dir", "../out", "--", "train.py"],
+        cwd=folder,
+        env=launcher.env(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and f"{folder} is mounted into the container" in done.stderr, done.stderr
+
+
+def test_an_equals_sign_in_the_path_of_the_environment(launcher: Launcher) -> None:
+    """Env takes a word with = in it for a variable."""
+    launcher.venv = launcher.venv.rename(launcher.folder / "v=1")
+    assert launcher.torchrun("--run-dir", "out", "--", "train.py").argv[-1] == "train.py"
+    command = launcher.folder / "out/start-0/command.sh"
+    assert launcher.bash(str(command)).returncode == 0
+    assert len(launcher.path.calls("torchrun")) == 2
+
+
+def test_secrets_are_neither_printed_nor_recorded(launcher: Launcher) -> None:
+    secrets = {"HF_TOKEN": "s3cret", "SLURM_JWT": "s3cret", "AZURE_STORAGE_KEY": "s3cret", "GITHUB_PAT": "s3cret"}
+    secrets |= {"http_proxy": "me:s3cret@proxy:8080", "NPM_AUTH": "s3cret", "DB_PASS": "s3cret", "MYSQL_PWD": "s3cret"}
+    plain = {"https_proxy": "proxy:8080", "MAX_TOKENS": "9", "GIT_AUTHOR_NAME": "me", "KEYBOARD": "de", "XPATH": "a:b"}
+    breaks = "1\ntouch evil"
+    lines = [f"{name}=of the site" for name in (*secrets, "A") if name != "SLURM_JWT"]
+    (launcher.folder / "s.env").write_text("\n".join([*lines, "MAX_TOKENS=8"]))
+    words = ("--site", "s.env", "--run-dir", "out", "--", "train.py")
+    env = {**secrets, **plain, "A": breaks}
+    dry = launcher.run("--dry-run", *words, env=env)
+    assert launcher.run(*words, env=env).returncode == 0
+    start = launcher.folder / "out/start-0"
+    for text in (dry.stdout, (start / "command.sh").read_text()):
+        assert "s3cret" not in text and "# kept from your environment: HF_TOKEN (s.env has another value)\n" in text
+        assert "# kept from your environment: MAX_TOKENS=9 (s.env: 8)\n" in text
+        assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+        assert not [line for line in text.splitlines() if line.startswith("touch")]
+    recorded = (start / "environment.txt").read_text()
+    assert "s3cret" not in recorded
+    assert {f"{name}=(not recorded)" for name in secrets} <= set(recorded.splitlines())
+    assert {f"{name}={value}" for name, value in plain.items()} <= set(recorded.splitlines())
+    assert (start / "environment.txt").stat().st_mode & 0o077 == 0

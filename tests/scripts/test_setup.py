@@ -343,6 +343,43 @@ def test_a_venv_that_is_none(machine: Machine) -> None:
     assert "there is none" in machine.refused(VENV="none")
 
 
+@pytest.mark.parametrize("way", ["relative", "link"])
+def test_scripts_are_called_from_any_folder(machine: Machine, existing: Path, way: str) -> None:
+    """By a relative path with CDPATH, or by a link; VENV and --run-dir are relative to the caller's folder."""
+    fake = machine.folder / "fake"
+    (fake / "bin").mkdir(parents=True)
+    machine.path.fake("python", "", fake / "bin")
+    own = {"CDPATH": str(machine.folder), "ROOT": "the caller's", "PY": "the caller's"}
+
+    def call(name: str, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+        script = machine.checkout / "scripts" / name
+        if way == "link":
+            (machine.folder / name).symlink_to(script)
+            script = machine.folder / name
+        command = ["bash", str(script.relative_to(machine.folder)), *words]
+        env = machine.env(**own, **env)
+        return subprocess.run(command, cwd=machine.folder, env=env, capture_output=True, text=True, check=False)
+
+    done = call("quickstart.sh", "--run-dir", "out", VENV="fake")
+    assert done.returncode == 0, done.stderr
+    python = machine.path.calls("python")[-1]
+    here = ["--relative-to", str(machine.folder)]
+    assert python.argv == ["-m", "examples.quickstart", *here, "--run-dir", "out"]
+    assert python.env["PWD"] == str(machine.checkout) and python.env["VENV"] == str(fake)
+    assert {name: python.env[name] for name in own} == own
+    done = call("check.sh", "absent", VENV=existing.name)
+    assert "there is no check absent" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["quickstart.sh", "test.sh", "check.sh"])
+def test_another_shell_is_refused(name: str) -> None:
+    shell = shutil.which("dash")
+    if shell is None:
+        pytest.skip("there is no dash")
+    done = subprocess.run([shell, str(ROOT / "scripts" / name)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: run this with bash")
+
+
 # The lock ------------------------------------------------------------------------------------------------------------
 
 
