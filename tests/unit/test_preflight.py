@@ -120,6 +120,8 @@ def test_conversations_are_a_jsonl_file_or_prepared(tmp_path: Path) -> None:
         Path(name).write_bytes(b"1234")
     found = facts.data_files(Namespace(data_path=["0.5", str(chat), "0.5", str(prepared)], sft=True))
     assert found == {str(chat): 3, **dict.fromkeys(names, 4)}
+    several = facts.data_files(Namespace(data_path=[str(tmp_path / "*.jsonl"), "s3://bucket/chat.jsonl"], sft=True))
+    assert several == {str(chat): 3}
 
 
 def test_files_of_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,12 +193,19 @@ def data_files(args: Namespace) -> dict[str, int | str]:
 
 
 def _files_of(prefix: str, args: Namespace) -> list[str]:
-    """Return the files of an indexed data set, or with --sft those of prepared conversations, or a jsonl file."""
+    """Return the files of an indexed data set, or with --sft those of prepared conversations, or jsonl files.
+
+    Data behind an address (s3://) are no files.
+    """
+    if "://" in prefix:
+        return []
     indexed = [prefix + suffix for suffix in (".bin", ".idx")]
     if not getattr(args, "sft", False):
         return indexed
     masks = [prefix + LOSS_MASK + suffix for suffix in (".bin", ".idx")]
-    return [*indexed, *masks, f"{prefix}.json"] if Path(f"{prefix}.idx").is_file() else [prefix]
+    if Path(f"{prefix}.idx").is_file():
+        return [*indexed, *masks, f"{prefix}.json"]
+    return sorted(glob.glob(prefix)) or [prefix]
 
 
 def _size(path: Path) -> int | str:
