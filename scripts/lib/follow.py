@@ -1,11 +1,14 @@
 """Show on the console what the first and the last rank write into their files."""
 
+import contextlib
 import re
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from scripts.lib import output
 from scripts.lib.console import BUDGET, STEP, LineFilter
 from scripts.lib.rank import log_name
 
@@ -17,7 +20,7 @@ class Follower(threading.Thread):
     """Copy the output of the first and the last rank of the job to stdout, line by line.
 
     Upstream prints messages on the first rank and the progress of the training on the last one. `LineFilter` chooses
-    the lines.
+    the lines. If the console is gone, nothing more is copied.
 
     Args:
         folder: of the ranks' files, inside the folder of this start.
@@ -43,35 +46,54 @@ class Follower(threading.Thread):
         self.shown = shown
         self.has_host = has_host
         self.is_over = threading.Event()
+        self.chosen = bytearray()  # lines that are not written yet
         self.streams: dict[int, BinaryIO] = {}
         self.rests: dict[int, bytes] = {}
         self.filters = {} if is_verbose else {rank: LineFilter(folder.parent, budget) for rank in shown}
         self.is_summed_up = is_verbose
 
     def run(self) -> None:
-        """Follow the files until `finish` is called."""
-        while not self.is_over.wait(POLL_S):
-            self.copy()
-
-    def finish(self) -> None:
-        """Copy what is left and stop."""
-        self.is_over.set()
-        self.join(timeout=5)
-        self.copy()
-        for rank, rest in self.rests.items():
-            if rest:
-                self.show(rank, rest)
+        """Follow the files until `finish` is called, and copy what is left."""
+        with contextlib.suppress(OSError):  # a file that cannot be read any more
+            while not self.is_over.wait(POLL_S):
+                if not self.copy():
+                    break
+            else:
+                self.copy(is_last=True)
         for stream in self.streams.values():
             stream.close()
 
-    def copy(self) -> None:
-        """Copy the whole lines that have been written since the last call."""
+    def finish(self, is_stopped: Callable[[], bool] = lambda: False) -> None:
+        """Wait until what is left has been copied, but not for a console that nobody reads if the launch is stopped.
+
+        Args:
+            is_stopped: whether the launcher was told to end.
+        """
+        self.is_over.set()
+        left = output.PATIENCE_S
+        while self.is_alive() and left > 0:
+            self.join(POLL_S)
+            left -= POLL_S if is_stopped() else 0.0
+
+    def copy(self, is_last: bool = False) -> bool:
+        """Copy the whole lines that have been written since the last call.
+
+        Args:
+            is_last: whether to copy a line without an end too.
+
+        Returns:
+            Whether the console took them.
+        """
         self.open()
         for rank, stream in self.streams.items():
             *lines, self.rests[rank] = (self.rests[rank] + stream.read()).split(b"\n")
+            if is_last and self.rests[rank]:
+                lines.append(self.rests[rank])
             for line in lines:
                 self.show(rank, line)
-        sys.stdout.buffer.flush()
+        data = bytes(self.chosen)
+        self.chosen.clear()
+        return output.write(sys.stdout, data)
 
     def open(self) -> None:
         """Open the files that are shown, once they exist."""
@@ -82,7 +104,7 @@ class Follower(threading.Thread):
                 self.rests[rank] = b""
 
     def show(self, rank: int, line: bytes) -> None:
-        """Write one line with its rank, unless it is left out."""
+        """Choose one line, and put its rank before it."""
         line = PREFIX.sub(b"", line)
         text = line.decode(errors="replace")
         if rank in self.filters and not self.filters[rank].shows(text):
@@ -91,11 +113,11 @@ class Follower(threading.Thread):
             self.is_summed_up = True
             self.sum_up()
         where = f" {self.host}" if self.has_host else ""
-        sys.stdout.buffer.write(f"[rank{rank}{where}]:".encode() + line + b"\n")
+        self.chosen += f"[rank{rank}{where}]:".encode() + line + b"\n"
 
     def sum_up(self) -> None:
         """Say what was left out before the first step, and where it is."""
         for rank, chosen in self.filters.items():
             if rank in self.streams and chosen.summary():
                 where = f"launch: rank {rank}: {chosen.summary()} are in {self.folder / log_name(rank, self.host)}\n"
-                sys.stdout.buffer.write(where.encode())
+                self.chosen += where.encode()

@@ -4,8 +4,9 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import FrameType
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -15,6 +16,13 @@ GRACE_S = 3.0
 def _prctl(option: int, value: int) -> None:
     if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
+
+
+def on_stop(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Call a function on TERM, INT and HUP. A HUP that is ignored, as after nohup, stays ignored."""
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, handler)
 
 
 def become_subreaper() -> None:
@@ -61,7 +69,10 @@ def descendants(root: int) -> list[int]:
 
 
 def is_rank(pid: int) -> bool:
-    """Return whether torchrun started this process as a rank. Helpers that a rank starts have the same variables."""
+    """Return whether torchrun started this process as a rank. Helpers that a rank starts have the same variables.
+
+    The supervisor starts torchrun without them.
+    """
     try:
         return b"\0LOCAL_RANK=" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:

@@ -12,14 +12,16 @@ rank's output and names the rank.
 | USR1, or the file `DIR/stop` | save and stop: the ranks get TERM, on which upstream's --exit-signal-handler saves |
 | TERM, HUP, INT | stop: the same, but after LONGSEQ_STOP_SECONDS (15) everything is killed |
 | INT, a second time | everything is killed at once |
+| HUP that was ignored at the start (nohup) | nothing |
 
-torchrun gets neither of them, because it would kill the ranks 30 seconds later, before a large checkpoint is complete.
+torchrun gets none of them, because it would kill the ranks 30 seconds later, before a large checkpoint is complete.
 A scheduler may send TERM several times, and sends it while ranks save, so a second TERM changes nothing.
 
 It uses only the standard library, so that it starts in milliseconds, and runs only on Linux.
 """
 
 import argparse
+import contextlib
 import math
 import os
 import re
@@ -35,7 +37,7 @@ from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from scripts.lib import meeting, processes, verdict
+from scripts.lib import meeting, output, processes, verdict
 from scripts.lib.console import BUDGET
 from scripts.lib.follow import Follower
 from scripts.lib.rank import host_name, log_name
@@ -44,6 +46,11 @@ POLL_S = 0.1
 STOP_FILE = "stop"
 HANDLER = "--exit-signal-handler"
 ENDS = re.compile(r"closing signal|failed \(exitcode")
+# torchrun sets these for each rank. Inherited ones would make torchrun itself look like a rank.
+OF_RANKS = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_)?RANK|ROLE_NAME|(LOCAL_|GROUP_|ROLE_)?WORLD_SIZE"
+    r"|TORCHELASTIC_(RESTART_COUNT|MAX_RESTARTS|RUN_ID|USE_AGENT_STORE|ERROR_FILE)"
+)
 
 
 def stop_seconds() -> float:
@@ -76,7 +83,8 @@ class Supervisor:
         self.grace = stop_seconds()
         self.stop_signal = 0
         self.stopped_at = 0.0
-        self.is_asked = False  # whether the ranks were asked to save and stop
+        self.is_wanted = False  # whether the ranks shall save and stop
+        self.is_asked = False  # whether they were asked to
         self.is_waiting = False  # whether the request waits for ranks that cannot save yet
         self.kill_at = float("inf")
         self.lines: deque[str] = deque(maxlen=2000)
@@ -85,8 +93,7 @@ class Supervisor:
         for name in ("ranks", "nodes"):
             (self.start_dir / name).mkdir(parents=True, exist_ok=True)
         processes.become_subreaper()
-        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(signum, self.stop)
+        processes.on_stop(self.stop)
         signal.signal(signal.SIGUSR1, self.save_and_stop)
         self.process: subprocess.Popen[bytes] | None = None
         self.command = command
@@ -102,13 +109,14 @@ class Supervisor:
             processes.end_with_parent()
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
+        environment = {name: value for name, value in os.environ.items() if not OF_RANKS.fullmatch(name)}
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("keeper.py")), *self.command],
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,
             preexec_fn=prepare,  # noqa: PLW1509  # safe, because no thread runs yet
-            env={**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(1, round(self.grace)))},
+            env={**environment, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(1, round(self.grace)))},
         )
         return self.process
 
@@ -125,8 +133,10 @@ class Supervisor:
         self.note(f"signal {signum} ({name}): stopping all ranks within {self.grace:.0f} s{again}")
 
     def save_and_stop(self, _signum: int, _frame: FrameType | None) -> None:
-        """Leave the word for all nodes. The loop finds it."""
-        (self.start_dir / STOP_FILE).touch()
+        """Leave the word for all nodes, and for the loop of this one."""
+        self.is_wanted = True
+        with contextlib.suppress(OSError):
+            (self.start_dir / STOP_FILE).touch()
 
     def ask(self) -> None:
         """Ask the ranks to save and stop, once.
@@ -149,11 +159,14 @@ class Supervisor:
         self.is_asked = bool(ranks)
 
     def read(self, stream: BinaryIO) -> None:
-        """Keep torchrun's stderr in a file, and the lines that the final message needs."""
-        with (self.start_dir / f"nodes/{self.host}.log").open("ab") as file:
+        """Keep torchrun's stderr in a file, and the lines that the final message needs.
+
+        torchrun would wait if nobody read its stderr, so a full disk does not end this.
+        """
+        with (self.start_dir / f"nodes/{self.host}.log").open("ab", buffering=0) as file:
             for raw in stream:
-                file.write(raw)
-                file.flush()
+                with contextlib.suppress(OSError):
+                    file.write(raw)
                 line = raw.decode(errors="replace").rstrip("\n")
                 self.lines.append(line)
                 if ENDS.search(line) and self.kill_at == float("inf"):
@@ -165,7 +178,7 @@ class Supervisor:
         stop_file = self.start_dir / STOP_FILE
         polls = 0
         while (status := process.poll()) is None:
-            if self.stop_signal or (polls % 5 == 0 and stop_file.exists()):
+            if self.stop_signal or (polls % 5 == 0 and (self.is_wanted or stop_file.exists())):
                 self.ask()
             late = time.monotonic() - self.kill_at
             if late > 0:
@@ -181,7 +194,10 @@ class Supervisor:
         """Supervise torchrun, end what is left, print the final message and return the exit status."""
         if (self.start_dir / STOP_FILE).exists():
             self.note("asked to save and stop before the ranks had started")
-            return self.finish(0)
+            self.is_asked = True
+            end = self.describe_end(0)
+            self.record(end)
+            return end.status
         process = self.start()
         assert process.stderr is not None
         reader = threading.Thread(target=self.read, args=(process.stderr,), daemon=True)
@@ -194,23 +210,29 @@ class Supervisor:
         ended_at = time.time()
         _, stuck = processes.sweep()  # what the keeper left, if it was killed itself
         reader.join(timeout=processes.GRACE_S)
-        follower.finish()
+        end = self.describe_end(status, ended_at)
+        self.record(end)  # before anything is written to the console, which may be gone
+        follower.finish(lambda: bool(self.stop_signal))
         if stuck:
             self.note(f"processes that cannot be killed: {stuck}")
-        return self.finish(status, ended_at, is_empty=not stuck)
+        self.explain_end(end, "" if stuck else "\n  no process is left")
+        return end.status
 
     def refuse(self, problem: str) -> int:
         """Write and print why nothing was started, and return the exit status."""
         end = verdict.NodeEnd(self.host, 1, ended_at=time.time(), message=problem)
-        end.write(self.start_dir / f"nodes/{self.host}.json")
-        if not self.is_quiet:
-            self.note(problem)
-        return 1
+        self.record(end)
+        self.explain_end(end)
+        return end.status
 
-    def finish(self, status: int, ended_at: float = 0.0, is_empty: bool = True) -> int:
-        """Write how it ended, print the message, and return the exit status."""
-        end = verdict.NodeEnd(self.host, status, self.stop_signal, self.stopped_at, ended_at)
-        after = "\n  no process is left" if is_empty else ""
+    def describe_end(self, status: int, ended_at: float = 0.0) -> verdict.NodeEnd:
+        """Return how the launch ended on this node.
+
+        Args:
+            status: of torchrun.
+            ended_at: when it ended, in seconds since the epoch.
+        """
+        end = verdict.NodeEnd(self.host, status, self.stop_signal, self.stopped_at, ended_at, is_asked=self.is_asked)
         if self.stop_signal:
             end.status = 128 + self.stop_signal
             end.message = f"stopped by signal {self.stop_signal} ({signal.Signals(self.stop_signal).name})"
@@ -218,12 +240,25 @@ class Supervisor:
             end.status = status if 0 < status < 128 else 1
             end.failures = self.failures()
             end.message = self.explain(status, end.failures)
-        end.write(self.start_dir / f"nodes/{self.host}.json")
-        if end.message and not self.is_quiet:
-            blamed = verdict.culprit(end.failures)
-            sys.stderr.write(verdict.closing_lines(blamed, f"rank{blamed.rank}" if blamed else ""))
-            self.note(end.message + after)
-        return end.status
+        return end
+
+    def record(self, end: verdict.NodeEnd) -> None:
+        """Write into the folder of this start how it ended."""
+        file = self.start_dir / f"nodes/{self.host}.json"
+        try:
+            end.write(file)
+        except OSError as error:
+            self.note(f"{file} cannot be written: {error.strerror}")
+
+    def explain_end(self, end: verdict.NodeEnd, after: str = "") -> None:
+        """Print why it ended, and wait for a reader that is behind, unless the launcher was told to end."""
+        if not end.message or self.is_quiet:
+            return
+        seconds = output.PATIENCE_S if self.stop_signal else None
+        blamed = verdict.culprit(end.failures)
+        last = verdict.closing_lines(blamed, f"rank{blamed.rank}" if blamed else "")
+        output.write(sys.stderr, last.encode(errors="replace"), seconds)
+        self.note(end.message + after, seconds)
 
     def failures(self) -> list[verdict.Failure]:
         """Return the ranks that failed on this node, with the ends of their logs."""
@@ -250,10 +285,15 @@ class Supervisor:
         words = "\n    ".join(verdict.last_lines(log, 8))
         return f"torchrun ended with status {status} and named no rank; its log: {log}\n    {words}"
 
-    def note(self, text: str) -> None:
-        """Print a line to stderr that is marked as the launcher's, with the node if there are several."""
+    def note(self, text: str, seconds: float | None = output.PATIENCE_S) -> None:
+        """Print a line to stderr that is marked as the launcher's, with the node if there are several.
+
+        Args:
+            text: the line.
+            seconds: how long to wait for a reader that is behind; None: as long as it takes.
+        """
         where = f" {self.host}:" if self.nodes > 1 else ""
-        print(f"launch:{where} {text}", file=sys.stderr, flush=True)
+        output.write(sys.stderr, f"launch:{where} {text}\n".encode(errors="replace"), seconds)
 
 
 def _per_node(command: list[str]) -> int:

@@ -81,6 +81,7 @@ class NodeEnd:
         ended_at: when torchrun ended.
         message: what the supervisor says if no rank is to blame.
         failures: the ranks that failed.
+        is_asked: whether its ranks were asked to save and stop.
     """
 
     host: str
@@ -90,6 +91,14 @@ class NodeEnd:
     ended_at: float = 0.0
     message: str = ""
     failures: list[Failure] = field(default_factory=list)
+    is_asked: bool = False
+
+    @property
+    def has_own_fault(self) -> bool:
+        """Return whether the launch failed here by itself: it was not stopped, and reports more than a lost peer."""
+        blamed = culprit(self.failures)
+        is_lost = blamed.lost_peer if blamed else LOST_PEER.search(self.message) is not None
+        return bool(self.status) and not self.stopped_by and not is_lost
 
     def write(self, file: Path) -> None:
         """Write it as JSON, in one step."""
@@ -160,6 +169,15 @@ def culprit(failures: Sequence[Failure]) -> Failure | None:
     return own[0] if own else None
 
 
+def ended_as_asked(failures: Sequence[Failure]) -> bool:
+    """Return whether ranks that were asked to save and stop failed only because of that.
+
+    A rank without a handler dies of TERM, and others may report that it has gone.
+    """
+    own = [failure for failure in failures if not failure.stopped]
+    return bool(own) and all(one.signum == signal.SIGTERM or one.lost_peer for one in own)
+
+
 def describe(blamed: Failure, failures: Sequence[Failure]) -> str:
     """Return the message that names the rank: one line, then its last line and its log where there are any."""
     who = f"rank {blamed.rank} (host {blamed.host}, pid {blamed.pid})"
@@ -200,24 +218,29 @@ def last_lines(log: Path, count: int = LAST_LINES) -> list[str]:
     return [line for line in lines if line.strip()][-count:]
 
 
-def job_verdict(ends: Sequence[NodeEnd]) -> tuple[int, str]:
-    """Return the status of a launch on several nodes, and the message for the end of its log.
+def causes(ends: Sequence[NodeEnd]) -> list[NodeEnd]:
+    """Return the nodes whose failure ended the launch, or an empty list if it was stopped or did not fail.
 
-    A node that was stopped before any rank failed was stopped from outside. A node that was stopped later was stopped
-    because of the failure.
+    A node that failed by itself is the cause, and slurm stopped the others because of it. Where nodes only report lost
+    peers, the cause is what came first, a stop from outside or that failure. The clocks of the nodes may differ, so
+    times are compared only then.
     """
-    failures = [failure for end in ends for failure in end.failures]
-    stops = [end for end in ends if end.stopped_by]
     failed = [end for end in ends if end.status and not end.stopped_by]
-    first_stop = min((end.stopped_at for end in stops), default=float("inf"))
+    if own := [end for end in failed if end.has_own_fault]:
+        return own
+    first_stop = min((end.stopped_at for end in ends if end.stopped_by), default=float("inf"))
     first_failure = min((end.ended_at for end in failed), default=float("inf"))
-    if failed and first_failure <= first_stop:
-        own = [failure for end in failed for failure in end.failures]
-        blamed = culprit(own)
+    return failed if first_failure <= first_stop else []
+
+
+def job_verdict(ends: Sequence[NodeEnd]) -> tuple[int, str]:
+    """Return the status of a launch on several nodes, and the message for the end of its log."""
+    if failed := causes(ends):
+        blamed = culprit([failure for end in failed for failure in end.failures])
         if blamed is not None:
-            return failed[0].status, describe(blamed, failures)
+            return failed[0].status, describe(blamed, [failure for end in ends for failure in end.failures])
         return failed[0].status, "\n".join(f"{end.host}: {end.message}" for end in failed)
-    if stops:
+    if stops := [end for end in ends if end.stopped_by]:
         first = min(stops, key=lambda end: end.stopped_at)
         name = signal.Signals(first.stopped_by).name
         return 128 + first.stopped_by, f"stopped by signal {first.stopped_by} ({name})"

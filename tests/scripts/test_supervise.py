@@ -1,12 +1,15 @@
 """The end of a launch: which rank is blamed, signals, no process left. Real torchrun, ranks without torch."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +37,8 @@ if "saves" in sys.argv:
     signal.signal(signal.SIGTERM, lambda *_: (print("saved", rank, flush=True), sys.exit(0)))
 if "deaf" in sys.argv:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if "saves-slowly" in sys.argv:  # for longer than the launcher leaves to processes that it sweeps away
+    signal.signal(signal.SIGTERM, lambda *_: (time.sleep(5), print("saved", rank, flush=True), sys.exit(0)))
 with open(f"pid{rank}.new", "w") as out:
     out.write(str(os.getpid()))
 os.rename(f"pid{rank}.new", f"pid{rank}")
@@ -41,25 +46,30 @@ if "boom" in sys.argv and rank == "1":
     while not os.path.exists("pid0"):  # or rank 0 is ended before it says who it is
         time.sleep(0.01)
     raise ValueError("bad batch")
-time.sleep(60)
+while "chats" in sys.argv and not os.path.exists("go"):
+    print("a line", flush=True)
+    time.sleep(0.1)
+if "chats" not in sys.argv:
+    time.sleep(60)
 """
 
 
 class Run:
     """launch.sh with two ranks."""
 
-    def __init__(self, folder: Path, *words: str) -> None:
+    def __init__(self, folder: Path, *words: str, before: tuple[str, ...] = (), console: int | None = None) -> None:
         self.folder = folder
         (folder / "patches").mkdir()
         (folder / "patches/__init__.py").touch()
         (folder / "patches/__main__.py").write_text(STAND_IN)
         (folder / "rank.py").write_text(RANK)
+        options = ("--run-dir", "out")
         self.process = subprocess.Popen(
-            ["bash", str(ROOT / "scripts/launch.sh"), "--nproc", "2", "--run-dir", "out", "--", "rank.py", *words],
+            [*before, "bash", str(ROOT / "scripts/launch.sh"), "--nproc", "2", *options, "--", "rank.py", *words],
             cwd=folder,
             env={**os.environ, "VENV": sys.prefix, "CUDA_VISIBLE_DEVICES": ""},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL if console is None else console,
+            stderr=subprocess.PIPE if console is None else console,
             text=True,
             start_new_session=True,
         )
@@ -68,6 +78,11 @@ class Run:
         files = [self.folder / f"pid{rank}" for rank in range(2)]
         wait_until(lambda: all(file.exists() for file in files))
         return [int(file.read_text()) for file in files]
+
+    def saved(self) -> list[list[str]]:
+        """The last two words of each rank's log."""
+        logs = self.folder.glob("out/start-0/ranks/rank-*.log")
+        return sorted(path.read_text().split()[-2:] for path in logs)
 
     def end(self) -> tuple[int, str]:
         _, err = self.process.communicate(timeout=300)
@@ -100,8 +115,8 @@ def nothing_left(pids: list[int]) -> None:
 def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     runs: list[Run] = []
 
-    def begin(*words: str) -> Run:
-        runs.append(Run(tmp_path, *words))
+    def begin(*words: str, **options: Any) -> Run:
+        runs.append(Run(tmp_path, *words, **options))
         return runs[-1]
 
     yield begin
@@ -144,15 +159,59 @@ def test_a_signal_to_the_launcher_ends_all(start: Callable[..., Run], signum: si
     assert not any(map(alive, pids))
 
 
-def test_usr1_lets_the_ranks_save(start: Callable[..., Run]) -> None:
+@pytest.mark.parametrize("inherited", [(), ("LOCAL_RANK", "RANK", "WORLD_SIZE")], ids=["", "below-a-rank"])
+def test_usr1_lets_the_ranks_save(
+    start: Callable[..., Run], inherited: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in inherited:
+        monkeypatch.setenv(name, "7")
     run = start("saves")
     pids = run.pids()
     run.process.send_signal(signal.SIGUSR1)
     status, err = run.end()
     assert status == 0, err
-    logs = [path.read_text() for path in run.folder.glob("out/start-0/ranks/rank-*.log")]
-    assert sorted(text.split()[-2:] for text in logs) == [["saved", "0"], ["saved", "1"]]
+    assert run.saved() == [["saved", "0"], ["saved", "1"]]
     assert not any(map(alive, pids))
+
+
+@pytest.mark.parametrize(
+    ("word", "signum", "status"), [("saves-slowly", signal.SIGTERM, 128 + signal.SIGTERM), ("chats", 0, 0)]
+)
+def test_a_console_that_is_gone_changes_nothing(start: Callable[..., Run], word: str, signum: int, status: int) -> None:
+    reader, writer = os.pipe()
+    run = start(word, console=writer)
+    os.close(writer)
+    run.pids()
+    os.close(reader)  # everything that is written from now on fails
+    time.sleep(1)
+    if signum:
+        run.process.send_signal(signum)
+    (run.folder / "go").touch()
+    assert run.end()[0] == status
+    assert run.saved() == ([["saved", "0"], ["saved", "1"]] if signum else [["a", "line"]] * 2)
+    (end,) = run.folder.glob("out/start-0/nodes/*.json")
+    assert json.loads(end.read_text())["status"] == status
+
+
+def test_a_hangup_that_nohup_ignores_is_ignored(start: Callable[..., Run]) -> None:
+    run = start(before=("nohup",))
+    pids = run.pids()
+    run.process.send_signal(signal.SIGHUP)
+    time.sleep(1)
+    assert run.process.poll() is None and all(map(alive, pids))
+    run.process.send_signal(signal.SIGTERM)
+    status, err = run.end()
+    assert status == 128 + signal.SIGTERM and "SIGHUP" not in err, err
+
+
+def test_a_record_that_cannot_be_written_hides_nothing(start: Callable[..., Run]) -> None:
+    run = start()
+    pids = run.pids()
+    shutil.rmtree(run.folder / "out/start-0/nodes")
+    os.kill(pids[1], signal.SIGKILL)
+    status, err = run.end()
+    assert status == 1 and f"pid {pids[1]}) died of signal 9 (SIGKILL)" in err, err
+    assert ".json cannot be written: No such file or directory" in err
 
 
 def test_ranks_are_asked_when_they_can_save(start: Callable[..., Run]) -> None:
@@ -165,8 +224,7 @@ def test_ranks_are_asked_when_they_can_save(start: Callable[..., Run]) -> None:
     assert status == 0, err
     assert err.count("asked to save and stop while the ranks start") == 1
     assert err.count("asking 2 rank(s) to save and stop") == 1
-    logs = [path.read_text() for path in run.folder.glob("out/start-0/ranks/rank-*.log")]
-    assert sorted(text.split()[-2:] for text in logs) == [["saved", "0"], ["saved", "1"]]
+    assert run.saved() == [["saved", "0"], ["saved", "1"]]
 
 
 def test_killing_torchrun_leaves_no_rank(start: Callable[..., Run]) -> None:
@@ -278,8 +336,19 @@ def test_the_node_that_failed_is_blamed_not_the_ones_that_were_stopped_because_o
     assert status == 1 and message.startswith("rank 3 (host b, pid 7) failed with exit code 1"), message
 
 
+def test_a_late_clock_does_not_hide_a_failure() -> None:
+    # Node a was stopped because of b, but its clock is late.
+    lost = Failure(0, 1, 1, True, False, "a", last_lines=["RuntimeError: Connection closed by peer [::1]:5"])
+    ends = [stopped("a", 9.0, lost), failed("b", 10.0, Failure(3, 7, 1, True, False, "b"))]
+    assert job_verdict(ends)[1].startswith("rank 3 (host b, pid 7) failed with exit code 1")
+    assert job_verdict([stopped("a", 9.0), failed("b", 10.0)]) == (1, "b: b failed")
+    # A node that only lost its peer is not the cause, even if it names a rank and the cause does not.
+    assert job_verdict([failed("a", 9.0, lost), failed("b", 10.0)]) == (1, "b: b failed")
+
+
 def test_nodes_that_were_stopped_first_were_stopped_from_outside() -> None:
-    status, message = job_verdict([stopped("a", 9.0), failed("b", 10.0, Failure(3, 7, 1, True, False, "b"))])
+    lost = Failure(3, 7, 1, True, False, "b", last_lines=["RuntimeError: Connection closed by peer [::1]:5"])
+    status, message = job_verdict([stopped("a", 9.0), failed("b", 10.0, lost)])
     assert (status, message) == (143, "stopped by signal 15 (SIGTERM)")
 
 

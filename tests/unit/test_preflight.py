@@ -86,6 +86,9 @@ def test_gpus_of_others_on_the_node_are_left_out(
 
 def test_parameters_of_a_dense_model() -> None:
     assert parameters(ARGS) == 2 * (4 * 64 + 3 * 8 * 32) + 100 * 8
+    # As the flags are before upstream has made the tokenizer and the model.
+    early = {"padded_vocab_size": None, "vocab_size": 97, "make_vocab_size_divisible_by": 5}
+    assert parameters(Namespace(**{**vars(ARGS), **early, "tensor_model_parallel_size": 2})) == parameters(ARGS)
 
 
 def test_network_devices_are_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +110,18 @@ def test_data_files_of_the_flags(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"12345")
     found = facts.data_files(Namespace(data_path=["0.5", str(tmp_path / "a")]))
     assert found == {str(tmp_path / "a.bin"): 5, str(tmp_path / "a.idx"): "No such file or directory"}
+
+
+def test_conversations_are_a_jsonl_file_or_prepared(tmp_path: Path) -> None:
+    chat, prepared = tmp_path / "chat.jsonl", tmp_path / "prepared"
+    chat.write_text("{}\n")
+    names = [f"{prepared}{part}" for part in (".bin", ".idx", ".json", ".loss_mask.bin", ".loss_mask.idx")]
+    for name in names:
+        Path(name).write_bytes(b"1234")
+    found = facts.data_files(Namespace(data_path=["0.5", str(chat), "0.5", str(prepared)], sft=True))
+    assert found == {str(chat): 3, **dict.fromkeys(names, 4)}
+    several = facts.data_files(Namespace(data_path=[str(tmp_path / "*.jsonl"), "s3://bucket/chat.jsonl"], sft=True))
+    assert several == {str(chat): 3}
 
 
 def test_files_of_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,6 +161,32 @@ def test_watch_ends_with_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "step 200 of 200" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("outcome", "ended_s_ago", "is_last"),
+    [
+        (None, 0, True),  # without slurm nothing is requeued, whoever asked it to stop
+        (None, None, False),
+        ("running", 0, False),  # the job has not decided yet
+        ("running", 600, True),  # it was killed before it could
+        ("requeued", 600, False),
+        ("ended", 0, True),
+        ("ended", None, True),  # no node could say how it ended
+    ],
+)
+def test_watch_waits_for_a_job_that_is_requeued(
+    tmp_path: Path, outcome: str | None, ended_s_ago: float | None, is_last: bool
+) -> None:
+    end = None if ended_s_ago is None else {"ended_at": time.time() - ended_s_ago}
+    folder = write_start(tmp_path / "start-0", [step(1)], end)
+    if outcome != "requeued":  # a preempted job is requeued without a request to stop
+        (folder / "stop").touch()
+    if outcome is not None:
+        (folder / "job.json").write_text(json.dumps({"job": "7", "outcome": outcome}))
+    run = RunFolder(tmp_path)
+    run.refresh()
+    assert run.starts[0].is_last() is is_last
+
+
 class _Page(HTMLParser):
     def __init__(self) -> None:
         super().__init__()

@@ -127,7 +127,15 @@ def parameters(args: Namespace) -> int:
     experts = getattr(args, "num_experts", None) or 1
     layer = 4 * hidden * hidden + (3 if getattr(args, "swiglu", False) else 2) * hidden * ffn * experts
     tables = 2 if getattr(args, "untie_embeddings_and_output_weights", False) else 1
-    return (args.num_layers or 0) * layer + tables * hidden * (getattr(args, "padded_vocab_size", None) or 0)
+    return (args.num_layers or 0) * layer + tables * hidden * padded_vocabulary(args)
+
+
+def padded_vocabulary(args: Namespace) -> int:
+    """Return the rows of the embedding. Upstream pads the vocabulary only when it makes the model."""
+    if padded := getattr(args, "padded_vocab_size", None):
+        return int(padded)
+    multiple = getattr(args, "make_vocab_size_divisible_by", 1) * getattr(args, "tensor_model_parallel_size", 1)
+    return -(-(getattr(args, "vocab_size", None) or 0) // multiple) * multiple
 
 
 def _storage(nodes: Sequence[Facts], args: Namespace) -> Finding:

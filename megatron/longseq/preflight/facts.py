@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from megatron.longseq.data import LOSS_MASK
+
 PROBE_BYTES = 64 << 20
 PACKAGES = ("megatron-core", "transformer-engine", "flash-attn", "flash-attn-3", "numpy", "triton")
 INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
@@ -181,13 +183,29 @@ def storage(save: str | None) -> dict[str, Any] | None:
 
 def data_files(args: Namespace) -> dict[str, int | str]:
     """Return the size in bytes of each file of data sets and tokenizer, or why this rank cannot read it."""
-    files = [Path(prefix + suffix) for prefix in _prefixes(args) for suffix in (".bin", ".idx")]
+    files = [Path(path) for prefix in _prefixes(args) for path in _files_of(prefix, args)]
     for name in TOKENIZER_FLAGS:
         # What is no path may be the name of a tokenizer on a hub.
         path = Path(getattr(args, name, None) or "")
         if path.is_absolute() or path.is_file() or (path.is_dir() and path != Path()):
             files.append(path)
     return {str(file): _size(file) for file in files}
+
+
+def _files_of(prefix: str, args: Namespace) -> list[str]:
+    """Return the files of an indexed data set, or with --sft those of prepared conversations, or jsonl files.
+
+    Data behind an address (s3://) are no files.
+    """
+    if "://" in prefix:
+        return []
+    indexed = [prefix + suffix for suffix in (".bin", ".idx")]
+    if not getattr(args, "sft", False):
+        return indexed
+    masks = [prefix + LOSS_MASK + suffix for suffix in (".bin", ".idx")]
+    if Path(f"{prefix}.idx").is_file():
+        return [*indexed, *masks, f"{prefix}.json"]
+    return sorted(glob.glob(prefix)) or [prefix]
 
 
 def _size(path: Path) -> int | str:

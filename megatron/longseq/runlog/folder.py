@@ -19,6 +19,7 @@ LOG_NAME = re.compile(r"rank-(\d+)-(.+)\.log")
 HELD_OUT = re.compile(r"(?:validation|test) loss at iteration (\d+)( on \S+ set)?.*? \| .*?loss value: ([\d.E+-]+)")
 WARNING = re.compile(r"^(> )?(WARNING|ERROR|CRITICAL|STALL)\b|^(\w+\.)*\w*(Error|Exception)\b: |^Look at ranks ")
 USUAL = re.compile(r"rerun_state_machine|one_logger|IS DEPRECATED")  # upstream prints these in every run
+UNDECIDED_S = 60.0  # after which a job that has not said whether it is requeued was killed
 QUIET_S = 600.0  # after which a run that does not end and prints nothing is suspected
 
 
@@ -180,6 +181,17 @@ class Start:
         """Return whether a node has said that the launch ended there."""
         return bool(self.ends)
 
+    def is_last(self) -> bool:
+        """Return whether no further start is to be expected: this one has ended, and no slurm job is requeued.
+
+        The launcher of a job (`scripts/lib/job.py`) says so a moment after the nodes. Nothing else requeues.
+        """
+        outcome = _outcome(self.folder / "job.json")
+        if outcome in ("requeued", "ended"):
+            return outcome == "ended"
+        ended_at = max((end.at for end in self.ends), default=math.inf)
+        return ended_at < (math.inf if outcome is None else time.time() - UNDECIDED_S)
+
 
 class RunFolder:
     """A run folder with all its starts.
@@ -291,6 +303,17 @@ def _end(file: Path) -> End | None:
         return End(str(values["host"]), status, at, stopped_by, str(values["message"]), ranks)
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
+
+
+def _outcome(file: Path) -> str | None:
+    """Return what the launcher of a slurm job says about it; None: there is no job."""
+    try:
+        values = json.loads(file.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError):
+        return ""
+    return str(values.get("outcome", "")) if isinstance(values, dict) else ""
 
 
 def _revision(file: Path) -> str:

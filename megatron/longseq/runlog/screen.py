@@ -217,11 +217,6 @@ def follow(run: RunFolder, console: Console, seconds: float) -> None:
                 raise ValueError(problem)
             shown: Any = Text(f"waiting: {problem}") if problem else render(run, console.width)
             live.update(shown, refresh=True)
-            if run.starts and _is_over(run.starts[-1]):
+            if run.starts and run.starts[-1].is_last():
                 return
             time.sleep(seconds)
-
-
-def _is_over(start: Start) -> bool:
-    """Return whether no further start is to be expected: a job that was asked to stop may be requeued."""
-    return start.has_ended() and not (start.folder / "stop").exists()
