@@ -1,6 +1,7 @@
 """The planner's prediction of one configuration: parameters, memory, time, flags and the command."""
 
 import csv
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -181,11 +182,11 @@ def test_each_recomputed_layer_saves_memory_and_takes_time(own: dict[str, Any]) 
     for kind in ("activations", "working"):
         assert some[-1].stages[0][kind] == pytest.approx(every.stages[0][kind])
     peaks = [sum(found.stages[0].values()) for found in (none, *some)]
-    saved = [before - after for before, after in zip(peaks, peaks[1:], strict=False)]
+    saved = [before - after for before, after in itertools.pairwise(peaks)]
     assert min(saved) > 0 and max(saved[:-1]) == pytest.approx(min(saved[:-1]), rel=0.1)
     for kind in ("recomputation", "tensor"):
         seconds = [found.breakdown[kind] for found in (none, *some)]
-        steps = [after - before for before, after in zip(seconds, seconds[1:], strict=False)]
+        steps = [after - before for before, after in itertools.pairwise(seconds)]
         assert min(steps) > 0 and max(steps) == pytest.approx(min(steps)) and seconds[-1] == every.breakdown[kind]
     for found in (*some, every):
         assert found.breakdown["compute"] == pytest.approx(none.breakdown["compute"])
