@@ -31,6 +31,7 @@ DEEPSEEK = {"model_type": "deepseek_v3", "kv_lora_rank": 512, "qk_nope_head_dim"
         ([*PREDICT, "--rotary-percent"], "rotary_percent has no value; give a number"),
         ([*PREDICT, "--num-layers", "0"], "num_layers is '0'; give at least 1"),
         ([*PREDICT, "--micro-batch-size", "-1"], "micro_batch_size is '-1'; give at least 1"),
+        ([*PREDICT, "--hierarchical-context-parallel-sizes", "0"], "hierarchical_context_parallel_sizes is '0'; give"),
         ([*PREDICT, "--global-batch-size", "0"], "global_batch_size is '0'; give at least 1"),
         (
             [*PREDICT, "--optimizer-cpu-offload", "--optimizer-offload-fraction", "2"],

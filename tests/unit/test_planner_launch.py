@@ -152,6 +152,12 @@ def test_the_command_says_what_was_priced(ranks: RankPool, capsys: pytest.Captur
     assert printed and all(map(is_planned, printed)) and not any(map(is_planned, free - {"vocab_size"}))
     assert main([*words, "--command-only", "--training-flags", "--lr 1e-4 --vocab-size 32000"]) == 0
     assert capsys.readouterr().out.rstrip().endswith("--lr 1e-4 --vocab-size 32000")
+    found = []
+    for kernels in ("", "--no-gradient-accumulation-fusion --deterministic-mode"):  # what is priced, and stated once
+        assert main([*words, "--json", "--training-flags", f"--lr 1e-4 {kernels}"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["plans"][0])
+        assert found[-1]["command"].count("--deterministic-mode") == bool(kernels)
+    assert found[1]["step_seconds"] > found[0]["step_seconds"]
 
 
 def test_a_model_without_flags_is_planned_but_not_launched(

@@ -296,6 +296,8 @@ def _value(name: str, value: Any, field: Field[Any]) -> Any:
         ValueError: it is no value of the flag.
     """
     found = convert(name, value, field, _CHOICES.get(name, upstream_flags()["choices"].get(name, ())))
+    if isinstance(found, tuple) and any(isinstance(one, int) and one < 1 for one in found):
+        raise ValueError(f"{name} is {value!r}; give at least 1 each")
     if isinstance(found, (int, float)) and not isinstance(found, bool):
         is_size = field.default == 1 or field.default is MISSING or name == "global_batch_size"
         least = int(isinstance(found, int) and is_size)

@@ -15,6 +15,7 @@ from megatron.longseq.planner.plan.launch import (
 )
 from megatron.longseq.planner.tools.predict_command import full_result
 from megatron.longseq.planner.tools.search_tables import (
+    base_flags,
     execution_text,
     layout_text,
     seconds_table,
@@ -53,7 +54,8 @@ def document_training_words(report: DocumentReport, plan: DocumentPlan) -> list[
         plan: one of its plans.
     """
     task = report.search.task
-    flags = {**model_flags(task.model, task.space.seq_length), **flexsp_flags(report.search, plan), **task.base}
+    flags = {**model_flags(task.model, task.space.seq_length), **flexsp_flags(report.search, plan)}
+    flags |= base_flags(task, report.training)
     if report.cost_file is not None and plan.found.context is None:
         flags["flexsp_cost"] = report.cost_file
     words = list(report.training)

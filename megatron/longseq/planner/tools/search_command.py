@@ -4,6 +4,7 @@ import argparse
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from megatron.longseq.planner.tools.flexsp_tables import (
     document_report_text,
 )
 from megatron.longseq.planner.tools.search_tables import SearchReport, launch_text, report_json, report_text
-from megatron.longseq.planner.tools.training_flags import training_words
+from megatron.longseq.planner.tools.training_flags import kernel_flags, training_words
 
 # Flags that restrict the search to some values: the field of `SearchSpace`, and what the values are.
 _RESTRICTIONS = {
@@ -111,8 +112,8 @@ def run(args: argparse.Namespace) -> str:
     _check_numbers(args)
     if args.lengths is not None:
         return _run_documents(args)
-    task = _launchable(args)
-    report = search(task, args.top or _TOP, training_words(args.training_flags, task.model), args.site)
+    task, training = _launchable(args)
+    report = search(task, args.top or _TOP, training, args.site)
     if args.output is not None:
         _write(report, args.output)
     if args.command_only:
@@ -120,17 +121,18 @@ def run(args: argparse.Namespace) -> str:
     return json.dumps(report_json(report), indent=1) if args.json else report_text(report)
 
 
-def _launchable(args: argparse.Namespace) -> PlanningTask:
-    """Return the task that the arguments describe.
+def _launchable(args: argparse.Namespace) -> tuple[PlanningTask, tuple[str, ...]]:
+    """Return the task that the arguments describe, and the words of --training-flags.
 
     Raises:
-        ValueError: see `task_of`; or nothing but a command is wanted, and there is none.
+        ValueError: see `task_of` and `training_words`; or nothing but a command is wanted, and there is none.
     """
     task = task_of(args)
     refusal = launch_refusal(task.model)
     if args.command_only and refusal is not None:
         raise ValueError(refusal)
-    return task
+    words = training_words(args.training_flags, task.model)
+    return replace(task, base={**task.base, **kernel_flags(words)}), words
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -160,8 +162,7 @@ def _run_documents(args: argparse.Namespace) -> str:
         raise ValueError(f"--{flags[0]} with --lengths: FlexSP has one micro-batch of packed documents and no segments")
     started = time.process_time()
     tokens = None if args.global_batch_tokens is None else parse_count(args.global_batch_tokens, _TOKENS)
-    task = _launchable(args)
-    training = training_words(args.training_flags, task.model)
+    task, training = _launchable(args)
     if task.model.attention_dropout:
         raise ValueError(
             "--lengths: the model has attention_dropout above 0, which packed documents do not support; give --set "

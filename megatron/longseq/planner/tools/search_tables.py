@@ -1,5 +1,6 @@
 """Tables and JSON of a search: the best plans, and what the first one consists of."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from megatron.longseq.command_line import markdown_table
@@ -104,6 +105,16 @@ def plan_text(choice: PlanChoice, gpus: int) -> str:
     return "; ".join(part for part in parts if part not in ("-", "none"))
 
 
+def base_flags(task: PlanningTask, training: Sequence[str]) -> dict[str, Any]:
+    """Return the flags that all plans share, without those that --training-flags states itself.
+
+    Args:
+        task: the model, the cluster and the choices.
+        training: words of --training-flags.
+    """
+    return {name: value for name, value in task.base.items() if f"--{name.replace('_', '-')}" not in training}
+
+
 def training_words(task: PlanningTask, choice: PlanChoice, training: tuple[str, ...] = ()) -> list[str]:
     """Return all flags of the training run of a plan.
 
@@ -112,7 +123,8 @@ def training_words(task: PlanningTask, choice: PlanChoice, training: tuple[str, 
         choice: a plan of it.
         training: further flags of the training run; empty: the default ones.
     """
-    flags = {**model_flags(task.model, task.space.seq_length), **plan_flags(task.space, choice), **task.base}
+    flags = {**model_flags(task.model, task.space.seq_length), **plan_flags(task.space, choice)}
+    flags |= base_flags(task, training)
     return [*flag_words(flags), *(training or default_training_words(task.model))]
 
 

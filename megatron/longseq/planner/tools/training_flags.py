@@ -1,4 +1,4 @@
-"""The flags of --training-flags: those of a run that the planner neither chooses nor prices."""
+"""The flags of --training-flags: those of a run that the planner does not choose."""
 
 import shlex
 from collections.abc import Sequence
@@ -8,10 +8,12 @@ from megatron.longseq.planner.plan import configuration
 from megatron.longseq.planner.plan.flags import FURTHER, OWN, REFUSED_HERE, canonical, known_flags
 from megatron.longseq.planner.plan.model import FIELDS as MODEL_FIELDS
 from megatron.longseq.planner.plan.model import Architecture
-from megatron.longseq.planner.plan.values import whole_number
+from megatron.longseq.planner.plan.values import boolean, whole_number
 from megatron.longseq.planner.tools.predict_command import flags_of
 
 _FLAG = "--training-flags"
+# What a run may choose itself: kernels, which no plan sets. Plans are priced with them.
+_KERNELS = ("gradient_accumulation_fusion", "masked_softmax_fusion", "apply_rope_fusion", "deterministic_mode")
 
 
 def join_training_flags(words: Sequence[str]) -> list[str]:
@@ -25,13 +27,13 @@ def join_training_flags(words: Sequence[str]) -> list[str]:
 
 
 def is_planned(name: str) -> bool:
-    """Return whether a flag is one that a plan sets, or one that changes its price.
+    """Return whether a flag is one that a plan sets, or one that changes its price otherwise than by another kernel.
 
     Args:
         name: the flag, in any spelling.
     """
     key, _ = canonical(name)
-    if key is None:
+    if key is None or key in _KERNELS:
         return False
     priced = key in configuration.FIELDS or key in MODEL_FIELDS or key in FURTHER
     return priced or key in (*OWN, *REFUSED_HERE) or key.startswith("flexsp")
@@ -64,6 +66,16 @@ def training_words(text: str | None, model: Architecture) -> tuple[str, ...]:
             "contradict the plan; leave it out, or restrict the search"
         )
     return words
+
+
+def kernel_flags(words: Sequence[str]) -> dict[str, bool]:
+    """Return the flags of kernels among some words, with which plans are priced.
+
+    Args:
+        words: those of `training_words`.
+    """
+    known = known_flags(flags_of(words))
+    return {name: boolean(name, known[name]) for name in _KERNELS if name in known}
 
 
 def _spelled(name: str) -> str:
