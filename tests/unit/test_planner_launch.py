@@ -227,6 +227,7 @@ def test_the_table_explains_the_first_plan(capsys: pytest.CaptureFixture[str], t
         (["--training-flags", "--vocab-size 5"], "--training-flags: a plan sets --vocab-size"),
         (["--training-flags", "--micro-batch 4"], "'--micro-batch' (did you mean micro_batch_size?)"),
         (["--training-flags", "--optimizer sgd"], "--training-flags: optimizer 'sgd': the planner does not model it"),
+        (["--output", "/dev/null"], "--output /dev/null: /dev/null is not a folder that this process can"),
         (["--set", "squared_relu=true"], "model llama3-8b: swiglu and squared_relu are two activations"),
         (["--set", "hidden_size=4100"], "model llama3-8b: hidden_size 4100 is not a multiple of 32 heads"),
         (

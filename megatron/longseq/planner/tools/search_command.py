@@ -31,6 +31,7 @@ from megatron.longseq.planner.tools.flexsp_tables import (
 )
 from megatron.longseq.planner.tools.search_tables import SearchReport, launch_text, report_json, report_text
 from megatron.longseq.planner.tools.training_flags import kernel_flags, training_words
+from megatron.longseq.refusals import refuse_unwritable
 
 # Flags that restrict the search to some values: the field of `SearchSpace`, and what the values are.
 _RESTRICTIONS = {
@@ -125,13 +126,16 @@ def _launchable(args: argparse.Namespace) -> tuple[PlanningTask, tuple[str, ...]
     """Return the task that the arguments describe, and the words of --training-flags.
 
     Raises:
-        ValueError: see `task_of` and `training_words`; or nothing but a command is wanted, and there is none.
+        ValueError: see `task_of` and `training_words`; nothing but a command is wanted, and there is none; or --output
+            cannot be written.
     """
     task = task_of(args)
     refusal = launch_refusal(task.model)
     if args.command_only and refusal is not None:
         raise ValueError(refusal)
     words = training_words(args.training_flags, task.model)
+    if args.output is not None:
+        refuse_unwritable(f"--output {args.output}", args.output, "name a folder that is writable, or new")
     return replace(task, base={**task.base, **kernel_flags(words)}), words
 
 
