@@ -7,6 +7,7 @@ import pytest
 from megatron.longseq.planner.plan.cluster import cluster
 from megatron.longseq.planner.plan.model import architecture
 from megatron.longseq.planner.plan.task import planning_task
+from megatron.longseq.planner.tools import grid_command
 from megatron.longseq.planner.tools.cli import main
 from megatron.longseq.planner.tools.search_command import search
 
@@ -29,7 +30,12 @@ def test_a_grid_shows_the_best_plan_of_every_cell(capsys: pytest.CaptureFixture[
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_errors_say_what_to_do(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_errors_say_what_to_do(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid_command, "branch_and_bound", lambda *_: pytest.fail("searched before all names are known"))
+    assert main(["grid", *SMALL, "--models", "gpt-1.7b", "gpt-0", "--global-batch-tokens", "64K"]) == 1
+    assert "no model 'gpt-0'" in capsys.readouterr().err
     assert main(["grid", *SMALL, "--global-batch-tokens", "6K"]) == 1
     assert "--global-batch-tokens 6144 is not a multiple of 4096 tokens" in capsys.readouterr().err
     assert main(["grid", *SMALL, "--output", str(tmp_path / "grid.pdf")]) == 1

@@ -16,8 +16,10 @@ from megatron.longseq.planner.plan.cluster import cluster
 from megatron.longseq.planner.plan.launch import PlanChoice, flag_words, model_flags
 from megatron.longseq.planner.plan.model import architecture
 from megatron.longseq.planner.plan.task import PlanningTask, planning_task
+from megatron.longseq.planner.tools import search_command
 from megatron.longseq.planner.tools.cli import main
 from megatron.longseq.planner.tools.search_tables import training_words
+from megatron.longseq.planner.tools.training_flags import is_planned
 from tests.pool import RankPool
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,6 +137,46 @@ def test_the_command_has_the_positions_and_norms_of_a_hugging_face_config(tmp_pa
             words(rope_scaling=scaling)
 
 
+def test_the_command_says_what_was_priced(ranks: RankPool, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """As many ranks as were planned, the padded vocabulary, and no flag of a plan that --training-flags may replace."""
+    words = ["search", "--model", "llama-7b", "--cluster", "a100-12", "--seq-length", "4K", "--global-batch-size", "96"]
+    words += ["--tensor-model-parallel-size", "2", "--no-recomputation", "--set", "padded_vocab_size=65536"]
+    assert main([*words, "--command-only"]) == 0
+    command = shlex.split(capsys.readouterr().out.replace("\\\n", " "))
+    assert command[2:6] == ["--nodes", "2", "--gpus-per-node", "6"]
+    flags = command[command.index("--") + 2 :]
+    assert flags[flags.index("--padded-vocab-size") + 1] == "65536"
+    ranks.run(1, validate, flags, 12, 6)
+    free = {"lr", "min_lr", "weight_decay", "vocab_size"}
+    printed = [word for word in flags[: flags.index("--lr")] if word.startswith("--")]
+    assert printed and all(map(is_planned, printed)) and not any(map(is_planned, free - {"vocab_size"}))
+    assert main([*words, "--command-only", "--training-flags", "--lr 1e-4 --vocab-size 32000"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("--lr 1e-4 --vocab-size 32000")
+    found = []
+    for kernels in ("", "--no-gradient-accumulation-fusion --deterministic-mode"):  # what is priced, and stated once
+        assert main([*words, "--json", "--training-flags", f"--lr 1e-4 {kernels}"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["plans"][0])
+        assert found[-1]["command"].count("--deterministic-mode") == bool(kernels)
+    assert found[1]["step_seconds"] > found[0]["step_seconds"]
+
+
+def test_a_model_without_flags_is_planned_but_not_launched(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"attention_bias": True}))
+    words, folder = [*SMALL, *ONE_LAYOUT, "--no-recomputation", "--model", str(tmp_path)], tmp_path / "plans"
+    folder.mkdir()
+    (folder / "launch.sh").write_text("an earlier plan")
+    assert main([*words, "--output", str(folder)]) == 0
+    assert "No command launches it. model" in capsys.readouterr().out
+    found = json.loads((folder / "plans.json").read_text())
+    assert "has biases in attention alone" in found["not_launched"] and not (folder / "launch.sh").exists()
+    assert found["plans"][0]["command"] is None and found["plans"][0]["step_seconds"] > 0
+    monkeypatch.setattr(search_command, "search", lambda *_: pytest.fail("searched without a command to print"))
+    assert main([*words, "--command-only"]) == 1
+    assert "for which the GPT script has no flag" in capsys.readouterr().err
+
+
 def test_the_table_explains_the_first_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main([*SMALL, *ONE_LAYOUT, "--output", str(tmp_path / "plans")]) == 0
     text = capsys.readouterr().out
@@ -175,6 +217,23 @@ def test_the_table_explains_the_first_plan(capsys: pytest.CaptureFixture[str], t
         (["--seq1f1b-slack", "-1"], "--seq1f1b-slack -1: give at least 0"),
         (["--gpus", "0"], "--gpus 0: give at least 1"),
         (["--training-flags", "--lr '1"], "--training-flags --lr '1: No closing quotation"),
+        (["--training-flags", "--fp16"], "--training-flags: a plan sets --fp16, or its price depends on it"),
+        (["--training-flags", "--lr 1e-4 --use-megatron-fsdp"], "--training-flags: a plan sets --use-megatron-fsdp"),
+        (["--training-flags", "--no-overlap-p2p-communication"], "a plan sets --no-overlap-p2p-communication"),
+        (
+            ["--training-flags", "--fp8-format hybrid --hidden-dropout 0.5"],
+            "a plan sets --fp8-format, --hidden-dropout",
+        ),
+        (["--training-flags", "--vocab-size 5"], "--training-flags: a plan sets --vocab-size"),
+        (["--training-flags", "--micro-batch 4"], "'--micro-batch' (did you mean micro_batch_size?)"),
+        (["--training-flags", "--optimizer sgd"], "--training-flags: optimizer 'sgd': the planner does not model it"),
+        (["--output", "/dev/null"], "--output /dev/null: /dev/null is not a folder that this process can"),
+        (["--set", "squared_relu=true"], "model llama3-8b: swiglu and squared_relu are two activations"),
+        (["--set", "hidden_size=4100"], "model llama3-8b: hidden_size 4100 is not a multiple of 32 heads"),
+        (
+            ["--gpus", "20"],
+            "cluster a100-20: 3 nodes cannot share 20 GPUs evenly, so no command launches them; give 16",
+        ),
         (["--training-flags", "--seq-length 5 --paro=NIG"], "--training-flags: a plan sets --paro, --seq-length"),
         (["--paro-group-size", "3"], "--paro-group-size 3: PaRO's groups divide"),
         (["--tensor-model-parallel-size", "4", "3"], "--tensor-model-parallel-size 3: no layout of the search has it"),

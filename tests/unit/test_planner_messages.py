@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron.longseq.planner.plan.communication import layer_messages
+from megatron.longseq.planner.plan.cluster import cluster
+from megatron.longseq.planner.plan.communication import group, layer_messages, network_rate, ring_seconds
 from megatron.longseq.planner.plan.compute import attention_seconds, layer_seconds
 from megatron.longseq.planner.plan.flags import read
 
@@ -27,3 +28,11 @@ def test_a_ring_hides_behind_the_attention_of_its_own_pass() -> None:
     assert back == pytest.approx(2 * rows * 4096 * (2 + 4) / rate + 7 * machine.link_latency)  # and gradients in 32
     assert context(0.3 * out, 0.2 * back) == pytest.approx((0.7 * out, 0.8 * back))
     assert context(2 * out, 2 * back) == (0.0, 0.0)
+
+
+def test_a_group_of_one_rank_a_node_sends_all_its_hops_over_the_network() -> None:
+    for links, between in ((3e-6, 8e-6), (30e-6, 8e-6)):
+        machine = cluster(f"a100-64,link_latency={links},network_latency={between}")
+        ranks = group(machine, 8, 8)
+        sent = 1e6 * 7 / 8 / network_rate(machine, 1)
+        assert ranks.inside == 1 and ring_seconds(machine, ranks, 1e6) == pytest.approx(sent + 7 * between)

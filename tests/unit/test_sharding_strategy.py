@@ -119,6 +119,8 @@ def test_logical_ranks_nest_shards_in_slices(size: int, count: int) -> None:
 
 def test_a_group_size_divides_the_ranks() -> None:
     assert legal_sizes(12) == (1, 2, 3, 4, 6, 12)
+    assert all(legal_sizes(n) == tuple(m for m in range(1, n + 1) if n % m == 0) for n in range(300))
+    assert len(legal_sizes(10**15)) == 256  # without a loop over all numbers
     for ranks, size in ((8, 3), (8, 16), (8, 0), (0, 1), (8, -2)):
         with pytest.raises(ValueError, match="data-parallel ranks cannot be divided into groups of"):
             RankGroups(ranks, size)

@@ -9,10 +9,12 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from megatron.longseq.planner.plan.values import whole_number
 
 
 class Curve(NamedTuple):
@@ -77,7 +79,7 @@ class Cluster:
         source: where the numbers come from.
 
     Raises:
-        ValueError: a number is not positive.
+        ValueError: a number is not positive, or a value has another type.
     """
 
     name: str
@@ -123,10 +125,18 @@ class Cluster:
 
     def __post_init__(self) -> None:
         for name in (*NUMBERS, "gpus"):
-            value = getattr(self, name)
-            if not math.isfinite(value) or value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
-                least = "0 or more" if name in _MAY_BE_ZERO else "positive"
-                raise ValueError(f"cluster {self.name}: {name} must be {least}, not {value}")
+            self._check_number(name, getattr(self, name))
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"cluster {self.name}: {name} is {getattr(self, name)!r}, neither true nor false")
+
+    def _check_number(self, name: str, value: Any) -> None:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and name in (*_WHOLE, "gpus") and value % 1:
+            raise ValueError(f"cluster {self.name}: {name} is {value!r}, not a whole number")
+        if not is_number or not math.isfinite(value) or value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
+            least = "0 or more" if name in _MAY_BE_ZERO else "positive"
+            raise ValueError(f"cluster {self.name}: {name} must be {least}, not {value}")
 
     @functools.cached_property
     def _hash(self) -> int:
@@ -155,6 +165,7 @@ _SWITCHES = ("splits_messages", "overlaps_input_gradients", "unfused_rms_norm", 
 _NO_NUMBERS = ("name", "gpus", "products", "defaults", "source", *_SWITCHES)
 _WHOLE = ("gpus_per_node", "sms", "product_depth")
 NUMBERS = tuple(name for name in _FIELDS if name not in _NO_NUMBERS)
+_SHARES = (*(name for name in NUMBERS if name.endswith("_efficiency")), "fragmentation")
 
 
 def families() -> tuple[str, ...]:
@@ -218,13 +229,27 @@ def cluster(text: str, gpus: int | None = None) -> Cluster:
         if key not in NUMBERS:
             raise ValueError(f"cluster {text!r}: no number {key!r}; numbers are {', '.join(NUMBERS)}")
         try:
-            values[key] = int(float(value)) if key in _WHOLE else float(value)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"cluster {text!r}: {key} is {value!r}, not a number") from error
+            values[key] = whole_number(key, value) if key in _WHOLE else float(value)
+        except ValueError as error:
+            kind = "whole number" if key in _WHOLE else "number"
+            raise ValueError(f"cluster {text!r}: {key} is {value!r}, not a {kind}") from error
     count = named if gpus is None else gpus
     if count is None:
         raise ValueError(f"cluster {text!r}: how many GPUs? Give FAMILY-GPUS, such as {name}-64, or gpus")
+    if count != named:  # reports name the cluster, so its name has the GPUs that are planned
+        values["name"] = f"{str(values['name']).removesuffix(f'-{named}')}-{count}"
     return from_values({**values, "gpus": count})
+
+
+def with_even_nodes(machine: Cluster) -> Cluster:
+    """Return a cluster whose nodes have equally many GPUs, as launchers start them; unchanged if there is no such size.
+
+    Args:
+        machine: 12 GPUs on nodes of 8, for instance, are 2 nodes of 6.
+    """
+    if machine.gpus % machine.nodes:
+        return machine
+    return replace(machine, gpus_per_node=machine.gpus // machine.nodes)
 
 
 def _values(name: str) -> tuple[dict[str, Any], int | None]:
@@ -252,15 +277,37 @@ def from_values(values: Mapping[str, Any]) -> Cluster:
     """Return a cluster from the contents of a file.
 
     Raises:
-        ValueError: a number is unknown or missing.
+        ValueError: a number is unknown or missing, or a share is above 1.
     """
     content = {key: value for key, value in values.items() if key != "aliases"}
     unknown = set(content) - set(_FIELDS)
     if unknown:
         raise ValueError(f"cluster {values.get('name')}: unknown fields {sorted(unknown)}")
-    content["products"] = tuple(Curve(*one) for one in content.get("products", ()))
-    content["defaults"] = tuple(sorted(dict(content.get("defaults", {})).items()))
+    products, defaults = content.get("products", ()), content.get("defaults", {})
+    if not isinstance(defaults, Mapping):
+        raise ValueError(f"cluster {values.get('name')}: defaults is {defaults!r}, no object of flags")
+    if not isinstance(products, (list, tuple)):
+        raise ValueError(f"cluster {values.get('name')}: products is {products!r}, no list")
+    content["products"] = tuple(_curve(values.get("name"), one) for one in products)
+    content["defaults"] = tuple(sorted(defaults.items()))
     try:
-        return Cluster(**content)
+        found = Cluster(**content)
     except TypeError as error:
         raise ValueError(f"cluster {values.get('name')}: {error}") from error
+    for name in () if found.products else _SHARES:  # a profile's shares are quotients of measured rates
+        if getattr(found, name) > 1:
+            share = getattr(found, name)
+            raise ValueError(f"cluster {found.name}: {name} is a share, so it must be at most 1, not {share}")
+    return found
+
+
+def _curve(name: Any, entry: Any) -> Curve:
+    """Return a measured product of a file.
+
+    Raises:
+        ValueError: the entry is not four positive numbers.
+    """
+    is_row = isinstance(entry, (list, tuple)) and len(entry) == len(Curve._fields)
+    if not is_row or not all(type(one) in (int, float) and 0 < one < math.inf for one in entry):
+        raise ValueError(f"cluster {name}: a product is {entry!r}; give four positive numbers: m, n, k and TFLOP/s")
+    return Curve(*entry)

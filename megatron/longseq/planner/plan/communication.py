@@ -80,7 +80,8 @@ def ring_seconds(cluster: Cluster, ranks: Group, size: float) -> float:
     latency = cluster.link_latency * (ranks.size - 1)
     if ranks.size > ranks.inside:
         seconds = max(seconds, sent / network_rate(cluster, ranks.inside))
-        latency += (cluster.network_latency - cluster.link_latency) * (ranks.size // ranks.inside)
+        crossing = min(ranks.size - 1, ranks.size // ranks.inside)  # of the hops; with a rank on each node, all of them
+        latency += (cluster.network_latency - cluster.link_latency) * crossing
     return seconds + latency
 
 

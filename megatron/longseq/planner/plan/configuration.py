@@ -177,19 +177,26 @@ class Configuration:
         return Strategy.parse("NNN")
 
     def stage_layers(self, layers: int) -> tuple[int, ...]:
-        """Return the layers of every pipeline rank, as upstream assigns them.
+        """Return the layers of every pipeline rank as upstream assigns them; evenly, if upstream refuses the flags.
 
         Args:
             layers: layers of the model.
         """
-        return _stage_layers(
-            layers,
-            self.pipeline_model_parallel_size,
-            self.decoder_first_pipeline_num_layers,
-            self.decoder_last_pipeline_num_layers,
-            self.account_for_embedding_in_pipeline_split,
-            self.account_for_loss_in_pipeline_split,
-        )
+        return _stage_layers(layers, self.pipeline_model_parallel_size, *self._split)
+
+    def stated_layers(self, layers: int) -> tuple[int, ...]:
+        """Return the layers that the flags state for every pipeline rank, even if upstream refuses them.
+
+        Args:
+            layers: layers of the model.
+        """
+        return _assigned_layers(layers, self.pipeline_model_parallel_size, *self._split)
+
+    @property
+    def _split(self) -> tuple[int | None, int | None, bool, bool]:
+        """What the flags say about uneven stages."""
+        ends = self.decoder_first_pipeline_num_layers, self.decoder_last_pipeline_num_layers
+        return *ends, self.account_for_embedding_in_pipeline_split, self.account_for_loss_in_pipeline_split
 
 
 FIELDS = {field.name: field for field in fields(Configuration)}
@@ -199,11 +206,22 @@ FIELDS = {field.name: field for field in fields(Configuration)}
 def _stage_layers(
     layers: int, stages: int, first: int | None, last: int | None, embedding: bool, loss: bool
 ) -> tuple[int, ...]:
-    if layers % stages and first is None and last is None and not embedding and not loss:
-        # Upstream refuses this. The stages at the ends, which have the embedding and the output layer, get fewer.
-        short = stages - layers % stages
-        front, back = -(-short // 2), short // 2
-        return tuple(layers // stages + int(front <= stage < stages - back) for stage in range(stages))
+    found = _assigned_layers(layers, stages, first, last, embedding, loss)
+    if sum(found) == layers and min(found) >= 0:
+        return found
+    # Upstream refuses this. The stages at the ends, which have the embedding and the output layer, get fewer.
+    short = -layers % stages
+    front, back = -(-short // 2), short // 2
+    most = -(-layers // stages)
+    return tuple(most - int(not front <= stage < stages - back) for stage in range(stages))
+
+
+def _assigned_layers(
+    layers: int, stages: int, first: int | None, last: int | None, embedding: bool, loss: bool
+) -> tuple[int, ...]:
+    """Return the layers of every pipeline rank as the flags state them, whether they are those of the model or not."""
+    if stages == 1:
+        return (layers if first is None else first,) if last is None else (last if first is None else first + last,)
     return tuple(
         stage_layers(
             Namespace(
@@ -221,13 +239,15 @@ def _stage_layers(
 def reasons(model: Architecture, run: Configuration) -> list[str]:
     """Return why a run is not valid; an empty list if it is.
 
-    The rules are upstream's and those of this project's flags, as far as they concern sizes.
+    The rules are upstream's and those of this project's flags. Those about sizes are here, others in `validity`.
     """
     tensor, stages, context = (
         run.tensor_model_parallel_size,
         run.pipeline_model_parallel_size,
         run.context_parallel_size,
     )
+    from megatron.longseq.planner.plan.validity import further_reasons  # it reads the fields of a configuration
+
     found = []
     if run.smallest < 1:
         return ["every size must be at least 1"]
@@ -244,10 +264,6 @@ def reasons(model: Architecture, run: Configuration) -> list[str]:
             f"{run.micro_batch_size} x {run.data_parallel_size}"
         )
     found += _tensor_reasons(model, run) + _pipeline_reasons(model, run) + _context_reasons(model, run)
-    if run.expert_model_parallel_size > 1 and not model.num_experts:
-        found.append("expert_model_parallel_size needs a model with experts")
-    elif model.num_experts and model.num_experts % run.expert_model_parallel_size:
-        found.append(f"{model.num_experts} experts cannot be divided by {run.expert_model_parallel_size}")
     if run.paro:
         try:
             check(run.strategy)
@@ -260,15 +276,13 @@ def reasons(model: Architecture, run: Configuration) -> list[str]:
         found.append("give bf16 or fp16, not both")
     if run.recompute_granularity == "selective" and (run.recompute_method or run.recompute_num_layers):
         found.append("selective recomputation has neither recompute_method nor recompute_num_layers")
-    return found
+    return found + further_reasons(model, run)
 
 
 def _tensor_reasons(model: Architecture, run: Configuration) -> list[str]:
     tensor, found = run.tensor_model_parallel_size, []
     if model.num_attention_heads % tensor:
         found.append(f"tensor_model_parallel_size {tensor} does not divide {model.num_attention_heads} heads")
-    if model.query_size % model.num_attention_heads:
-        found.append(f"hidden_size {model.hidden_size} is not a multiple of {model.num_attention_heads} heads")
     if model.ffn % tensor or model.hidden_size % tensor:
         found.append(f"tensor_model_parallel_size {tensor} does not divide the hidden or ffn size")
     if model.groups % tensor and tensor % model.groups:
@@ -279,10 +293,7 @@ def _tensor_reasons(model: Architecture, run: Configuration) -> list[str]:
 def _pipeline_reasons(model: Architecture, run: Configuration) -> list[str]:
     stages, virtual, found = run.pipeline_model_parallel_size, run.virtual_stages, []
     layers = run.stage_layers(model.num_layers)
-    ends = run.decoder_first_pipeline_num_layers, run.decoder_last_pipeline_num_layers
-    accounted = run.account_for_embedding_in_pipeline_split or run.account_for_loss_in_pipeline_split
-    uneven = model.num_layers % stages and ends == (None, None) and not accounted
-    if uneven or sum(layers) != model.num_layers or min(layers) < 0:
+    if layers != run.stated_layers(model.num_layers):
         found.append(f"{model.num_layers} layers cannot be divided among {stages} stages")
     elif virtual > 1 and any(count % virtual for count in layers):
         found.append(f"{layers[0]} layers of a stage cannot be divided among {virtual} virtual stages")
@@ -333,6 +344,8 @@ def settle(model: Architecture, values: Mapping[str, Any]) -> Configuration:
         given["sequence_parallel"] = False
     if given.pop("use_flash_attn", False) and given.get("attention_backend", "auto") == "auto":
         given["attention_backend"] = "flash"
+    if not given.get("paro"):  # its other flags have no effect alone
+        given = {name: value for name, value in given.items() if not name.startswith("paro_")}
     if given.get("recompute_activations") and not given.get("recompute_granularity"):
         given["recompute_granularity"] = "selective"
     if given.get("fp8") or given.get("fp8_param_gather"):

@@ -13,15 +13,17 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 from megatron.longseq.planner.plan import configuration
-from megatron.longseq.planner.plan.cluster import Cluster, cluster
+from megatron.longseq.planner.plan.cluster import Cluster, cluster, with_even_nodes
 from megatron.longseq.planner.plan.configuration import Configuration, settle
+from megatron.longseq.planner.plan.contradictions import contradictions
 from megatron.longseq.planner.plan.model import FIELDS as MODEL_FIELDS
-from megatron.longseq.planner.plan.model import Architecture, architecture
-from megatron.longseq.planner.plan.values import boolean, convert, is_empty, whole_number, words
+from megatron.longseq.planner.plan.model import Architecture, architecture, read_model
+from megatron.longseq.planner.plan.values import boolean, convert, is_empty, layer_list, whole_number, words
 
 OWN = ("model", "cluster")
 # The planner reads these flags besides the fields of the two data classes.
 FURTHER = (
+    "add_position_embedding",
     "group_query_attention",
     "use_flash_attn",
     "rope_type",
@@ -75,6 +77,7 @@ _CHOICES = {
 _EARLY_FLAGS = {"transformer_impl": "local", "attention_backend": "unfused", "gradient_accumulation_fusion": False}
 _STATES_SOFTWARE = ("transformer_impl", "attention_backend", "use_flash_attn")
 _GPT2_VOCABULARY = 50257
+_SHARES = ("optimizer_offload_fraction",)
 
 
 @functools.lru_cache(maxsize=1)
@@ -90,7 +93,7 @@ class Reading(NamedTuple):
     Attributes:
         model, cluster, run: for `predict`.
         assumed: what no flag says, and the planner takes for granted beside upstream's defaults.
-        contradictions: flags that state a size which follows from the others differently. The others count.
+        contradictions: what is wrong with the flags; see `contradictions.contradictions`.
     """
 
     model: Architecture
@@ -125,7 +128,7 @@ def read_fully(values: Mapping[str, Any], where: str = "") -> Reading:
         ValueError: a flag is unknown, not modelled, or does not fit the others. The message names it.
     """
     try:
-        found = _known(values)
+        found = known_flags(values)
         machine = _cluster(found)
         assumed = []
         is_early = _early_software(machine, found)
@@ -141,13 +144,29 @@ def read_fully(values: Mapping[str, Any], where: str = "") -> Reading:
         if not (model.vocab_size or model.padded_vocab_size):
             model = replace(model, vocab_size=_GPT2_VOCABULARY)
             assumed.append(f"vocab_size is not given: {_GPT2_VOCABULARY}, as GPT-2's tokenizer has")
-        run = settle(model, {**_run(found), "gpus": machine.gpus})
-        contradictions = _contradictions(found, model, run)
+        given = _run(found)
+        run = settle(model, {**given, "gpus": machine.gpus})
+        assumed += _assumptions(found, model, run)
+        wrong = contradictions(found, given, model, machine, run)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}" if where else str(error)) from error
-    if run.gpus < machine.gpus_per_node:
-        machine = replace(machine, gpus_per_node=run.gpus)
-    return Reading(model, machine, run, tuple(assumed), tuple(contradictions))
+    machine = with_even_nodes(machine)
+    return Reading(model, machine, run, tuple(assumed), tuple(wrong))
+
+
+def _assumptions(values: Mapping[str, Any], model: Architecture, run: Configuration) -> list[str]:
+    """Return what flags that are missing stand for, where upstream ignores or refuses a flag beside them."""
+    found = []
+    groups = whole_number("", values.get("num_query_groups", 0))
+    if groups and groups != model.num_query_groups:
+        found.append(
+            f"num_query_groups {groups} has no effect without group_query_attention, so attention is as without it"
+        )
+    if run.recompute_granularity == "full" and run.recompute_method == "uniform":
+        missing = [name for name in ("recompute_method", "recompute_num_layers") if name not in values]
+        if missing:
+            found.append(f"{' and '.join(missing)} not given: uniform, 1 layer; upstream needs them")
+    return found
 
 
 def _early_software(machine: Cluster, values: Mapping[str, Any]) -> bool:
@@ -164,31 +183,13 @@ def _early_software(machine: Cluster, values: Mapping[str, Any]) -> bool:
     return all(value in ("local", "unfused") for value in stated.values())
 
 
-def _contradictions(values: Mapping[str, Any], model: Architecture, run: Configuration) -> list[str]:
-    """Return the sizes of a table that are not what the other sizes leave."""
-    found = []
-    if "data_parallel_size" in values:
-        size = whole_number("data_parallel_size", values["data_parallel_size"])
-        if size != run.data_parallel_size:
-            found.append(
-                f"data_parallel_size is {size}, but {run.gpus} GPUs in replicas of {run.model_parallel_size} are "
-                f"{run.data_parallel_size}"
-            )
-    per_stage = whole_number("", values.get("num_layers_per_virtual_pipeline_stage", 0))
-    virtual = whole_number("", values.get("num_virtual_stages_per_pipeline_rank", 0))
-    layers = model.num_layers // max(1, run.pipeline_model_parallel_size)
-    if per_stage and virtual and per_stage * virtual != layers:
-        found.append(f"{virtual} virtual stages of {per_stage} layers are not the {layers} layers of a pipeline rank")
-    return found
-
-
 def check_names(names: Mapping[str, Any] | list[str]) -> None:
     """Refuse names that are no flag.
 
     Raises:
         ValueError: lists the unknown names, with the most similar known ones.
     """
-    unknown = [name for name in names if _canonical(str(name))[0] is None]
+    unknown = [name for name in names if canonical(str(name))[0] is None]
     if unknown:
         hints = [f"{name!r}{_hint(_clean(str(name)))}" for name in unknown]
         raise ValueError(
@@ -207,8 +208,12 @@ def _clean(name: str) -> str:
     return name.strip().lstrip("-").replace("-", "_")
 
 
-def _canonical(name: str) -> tuple[str | None, bool]:
-    """Return a flag's name in upstream's namespace, None if there is no such flag, and whether it is negated."""
+def canonical(name: str) -> tuple[str | None, bool]:
+    """Return a flag's name in upstream's namespace, None if there is no such flag, and whether it is negated.
+
+    Args:
+        name: the flag, as it is typed or as a column.
+    """
     flags, text = upstream_flags(), _clean(name)
     if text in flags["negated"]:
         return flags["negated"][text], True
@@ -218,14 +223,21 @@ def _canonical(name: str) -> tuple[str | None, bool]:
     return (text if known else None), False
 
 
-def _known(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the flags that the planner models, with upstream's names. Refuse the others."""
+def known_flags(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags that the planner models, with upstream's names, without those that change nothing.
+
+    Args:
+        values: flags in any spelling.
+
+    Raises:
+        ValueError: a flag is unknown, or not modelled.
+    """
     check_names(values)
     flags = upstream_flags()
     found: dict[str, Any] = {}
     refused = {**flags["refused"], **REFUSED_HERE}
     for name, value in values.items():
-        key, negated = _canonical(name)
+        key, negated = canonical(name)
         assert key is not None
         if is_empty(key, value):
             continue
@@ -242,6 +254,9 @@ def _known(values: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse(name: str, value: Any, default: Any) -> None:
     text = str(value).strip().lower()
     if text not in (str(default).lower(), "" if default is None else str(default).lower(), "none"[: 4 * (not default)]):
+        instead = upstream_flags()["instead"].get(name)
+        if instead:
+            raise ValueError(f"{name} {value!r}: upstream no longer takes it; give {instead}")
         raise ValueError(f"{name} {value!r}: the planner does not model it; leave it at upstream's default {default!r}")
 
 
@@ -258,28 +273,20 @@ def _model(values: Mapping[str, Any]) -> Architecture:
     fields = Architecture.__dataclass_fields__
     for name in MODEL_FIELDS & set(values):
         if name == "moe_layer_freq":
-            parts = [whole_number(name, part) for part in _layer_list(str(values[name]))]
-            given[name] = parts[0] if len(parts) == 1 else tuple(parts)
+            given[name] = layer_list(name, values[name])
         elif name == "window_size":
             given[name] = max(0, whole_number(name, (words(values[name]) or [""])[0]))
         elif name != "name":
             given[name] = _value(name, values[name], fields[name])
-    if "group_query_attention" in values and not boolean("group_query_attention", values["group_query_attention"]):
-        given.pop("num_query_groups", None)
+    source = str(values["model"]).strip() if values.get("model") else None
+    own_groups = bool(source and read_model(source).get("num_query_groups"))
+    if not boolean("group_query_attention", values.get("group_query_attention", own_groups)):
+        given.pop("num_query_groups", None)  # upstream then has keys and values for every head
+    elif not own_groups and not values.get("multi_latent_attention"):
+        given.setdefault("num_query_groups", 1)
     if values.get("rope_type") or boolean("rotary", values.get("use_rotary_position_embeddings", False)):
         given.setdefault("position_embedding_type", "rope")
-    return architecture(str(values["model"]).strip() if values.get("model") else None, given)
-
-
-def _layer_list(text: str) -> list[str]:
-    """Return the numbers of an expression such as ([0]*1+[1]*3), which upstream evaluates too."""
-    if "*" not in text:
-        return words(text)
-    found: list[str] = []
-    for part in text.strip().strip("()").split("+"):
-        body, _, count = part.partition("*")
-        found += words(body) * int(count or 1)
-    return found
+    return architecture(source, given)
 
 
 def _value(name: str, value: Any, field: Field[Any]) -> Any:
@@ -289,10 +296,15 @@ def _value(name: str, value: Any, field: Field[Any]) -> Any:
         ValueError: it is no value of the flag.
     """
     found = convert(name, value, field, _CHOICES.get(name, upstream_flags()["choices"].get(name, ())))
+    if isinstance(found, tuple) and any(isinstance(one, int) and one < 1 for one in found):
+        raise ValueError(f"{name} is {value!r}; give at least 1 each")
     if isinstance(found, (int, float)) and not isinstance(found, bool):
-        is_size = isinstance(found, int) and (field.default == 1 or field.default is MISSING)
-        if found < (1 if is_size else 0):
-            raise ValueError(f"{name} is {value!r}; give {'at least 1' if is_size else '0 or more'}")
+        is_size = field.default == 1 or field.default is MISSING or name == "global_batch_size"
+        least = int(isinstance(found, int) and is_size)
+        if found < least:
+            raise ValueError(f"{name} is {value!r}; give {'at least 1' if least else '0 or more'}")
+        if name in _SHARES and found > 1:
+            raise ValueError(f"{name} is {value!r}; give 0 to 1")
     return found
 
 

@@ -1,10 +1,12 @@
 """Read the `config.json` of a Hugging Face checkpoint as upstream's flags."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 # Values of model_type whose layers are those of Llama, with experts or latent attention as the config says.
 _LIKE_LLAMA = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3")
+_KINDS = {float: "number", int: "whole number"}
 _INSTEAD = "give upstream's flags in a JSON file instead"
 # Upstream's --use-rope-scaling has these numbers of Llama 3 built in.
 _LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -17,11 +19,14 @@ def _rotary(config: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
         if not isinstance(value, Mapping):
             raise ValueError(f"the Hugging Face config has {name} {value!r}, which is no JSON object")
-    base = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0
-    percent = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    parameters, scaling = _stated(parameters), _stated(scaling)
+    base = _number(parameters, "rope_theta", 0) or _number(config, "rope_theta", 0) or 10000.0
+    percent = _number(parameters, "partial_rotary_factor", _number(config, "partial_rotary_factor", 1.0))
     found: dict[str, Any] = {"rotary_base": int(base), "rotary_percent": float(percent)}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    factor = float(scaling.get("factor", 1.0))
+    factor = float(_number(scaling, "factor", 1.0))
+    if kind in ("linear", "llama3") and "factor" not in scaling:
+        raise ValueError(f"the Hugging Face config has rope_scaling {dict(scaling)}, which lacks a factor")
     if base != int(base):
         found["not_in_flags"] = f"rope_theta {base}, which is no whole number"
     elif kind == "llama3" and all(scaling.get(name, value) == value for name, value in _LLAMA3_SCALING.items()):
@@ -40,10 +45,46 @@ def from_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: a size is missing, or the model is none of these families.
     """
     try:
-        return _flags(config)
+        return _flags(_stated(config))
     except KeyError as error:
         kind = config.get("model_type", "unknown")
         raise ValueError(f"the Hugging Face config, of model_type {kind!r}, lacks {error}; {_INSTEAD}") from error
+
+
+def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries that are not null, as which libraries write what is not given."""
+    return {name: value for name, value in config.items() if value is not None}
+
+
+def _number(config: Mapping[str, Any], name: str, default: float, kind: type = float) -> Any:
+    """Return a number of a config.
+
+    Args:
+        config: entries that are not null.
+        name: of the entry.
+        default: the number without such an entry.
+        kind: float: any finite number; int: a whole number.
+
+    Raises:
+        ValueError: the entry is no such number.
+    """
+    value = config.get(name, default)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or (kind is int and value != int(value)):
+        raise ValueError(f"the Hugging Face config has {name} {value!r}, which is no {_KINDS[kind]}")
+    return kind(value)
+
+
+def _list(config: Mapping[str, Any], name: str) -> list[Any]:
+    """Return a list of a config, which is empty without such an entry.
+
+    Raises:
+        ValueError: the entry is no list.
+    """
+    value = config.get(name, [])
+    if not isinstance(value, list):
+        raise ValueError(f"the Hugging Face config has {name} {value!r}, which is no list")
+    return value
 
 
 def _refuse_others(config: Mapping[str, Any]) -> None:
@@ -72,14 +113,14 @@ def _window(config: Mapping[str, Any]) -> int:
     Raises:
         ValueError: some layers have a window, and others have none.
     """
-    size, layers = config.get("sliding_window"), config["num_hidden_layers"]
+    size, layers = _number(config, "sliding_window", 0, int), config["num_hidden_layers"]
     if not size or not config.get("use_sliding_window", True):
         return 0
-    kinds = config.get("layer_types")
+    kinds = _list(config, "layer_types")
     if kinds:
         count = sum(kind == "sliding_attention" for kind in kinds)
     elif "max_window_layers" in config:  # Qwen: the layers before it have no window
-        count = max(0, layers - config["max_window_layers"])
+        count = max(0, layers - _number(config, "max_window_layers", 0, int))
     else:
         count = layers
     if count not in (0, layers):
@@ -93,22 +134,24 @@ def _window(config: Mapping[str, Any]) -> int:
 def _expert_flags(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the flags of experts: how many, and which layers have them."""
     count = config.get("num_local_experts") or config.get("n_routed_experts") or config.get("num_experts") or 0
-    width = config.get("moe_intermediate_size") or 0
+    width = _number(config, "moe_intermediate_size", 0, int)
     found: dict[str, Any] = {
         "num_experts": count,
-        "moe_router_topk": config.get("num_experts_per_tok") or 2,
+        "moe_router_topk": _number(config, "num_experts_per_tok", 2, int),
         "moe_ffn_hidden_size": width,
     }
     if not count:
         return found
-    dense, every = config.get("first_k_dense_replace") or 0, config.get("moe_layer_freq") or 1  # DeepSeek
-    step, without = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or ()  # Qwen
+    dense = _number(config, "first_k_dense_replace", 0, int)  # DeepSeek
+    every = _number(config, "moe_layer_freq", 1, int) or 1
+    step, without = _number(config, "decoder_sparse_step", 1, int) or 1, _list(config, "mlp_only_layers")  # Qwen
     kinds = tuple(
         int(layer >= dense and layer % every == 0 and (layer + 1) % step == 0 and layer not in without)
         for layer in range(config["num_hidden_layers"])
     )
     found["moe_layer_freq"] = 1 if all(kinds) else kinds
-    shared = config.get("shared_expert_intermediate_size") or (config.get("n_shared_experts") or 0) * width
+    shared = _number(config, "shared_expert_intermediate_size", 0, int)
+    shared = shared or _number(config, "n_shared_experts", 0, int) * width
     found["moe_shared_expert_intermediate_size"] = shared
     return found
 
@@ -145,11 +188,11 @@ def _flags(config: Mapping[str, Any]) -> dict[str, Any]:
         **_bias_flags(config),
         **_rotary(config),
         "normalization": "RMSNorm",
-        "layernorm_epsilon": float(config.get("rms_norm_eps", 1e-6)),
+        "layernorm_epsilon": _number(config, "rms_norm_eps", 1e-6),
         "swiglu": True,
-        "qk_layernorm": config.get("model_type", "").startswith("qwen3"),
+        "qk_layernorm": str(config.get("model_type", "")).startswith("qwen3"),
         "hidden_dropout": 0.0,
-        "attention_dropout": config.get("attention_dropout") or 0.0,
+        "attention_dropout": _number(config, "attention_dropout", 0.0),
         "window_size": _window(config),
         **_expert_flags(config),
     }

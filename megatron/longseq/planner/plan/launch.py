@@ -14,25 +14,28 @@ FlagValue = bool | int | float | str | Sequence[str] | Sequence[int] | None
 Flags = Mapping[str, FlagValue]
 
 
-# Flags that a plan sets, or leaves out on purpose.
-PLANNED = (
-    *("seq_length", "micro_batch_size", "global_batch_size", "tensor_model_parallel_size", "sequence_parallel"),
-    *("pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"),
-    *("context_parallel_size", "context_parallel_attention", "context_parallel_auto", "cp_comm_type"),
-    *("hierarchical_context_parallel_sizes", "seq1f1b_splits", "seq1f1b_partition", "seq1f1b_slack", "zero_bubble"),
-    *("recompute_granularity", "recompute_modules", "recompute_method", "recompute_num_layers"),
-    *("recompute_activations", "cross_entropy_chunk_tokens", "paro", "paro_group_size", "paro_collectives"),
-    *("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather", "num_layers", "hidden_size"),
-    *("ffn_hidden_size", "num_attention_heads", "num_query_groups", "flexsp", "flexsp_max_tokens_per_rank"),
-)
-
-
 class PlanChoice(NamedTuple):
     """One leaf of the search: everything that the planner chooses."""
 
     layout: ParallelLayout
     execution: Execution
     sharding: StateSharding
+
+
+def launch_refusal(model: Architecture) -> str | None:
+    """Return why no flags of the GPT script describe an architecture; None if some do."""
+    name = f"model {model.name or 'given by flags'}"
+    if model.multi_latent_attention or model.num_experts:
+        return (
+            f"{name}: the planner searches dense models with grouped-query attention, not experts or latent attention; "
+            "price one configuration with `predict`"
+        )
+    if model.not_in_flags:
+        return (
+            f"{name}: it has {model.not_in_flags}, for which the GPT script has no flag; price it with `predict`, or "
+            "write its flags into a JSON file"
+        )
+    return None
 
 
 def model_flags(model: Architecture, seq_length: int) -> dict[str, FlagValue]:
@@ -43,18 +46,11 @@ def model_flags(model: Architecture, seq_length: int) -> dict[str, FlagValue]:
         seq_length: tokens of a sequence.
 
     Raises:
-        ValueError: no flags of the GPT script describe the architecture.
+        ValueError: no flags of the GPT script describe the architecture; see `launch_refusal`.
     """
-    if model.multi_latent_attention or model.num_experts:
-        raise ValueError(
-            f"model {model.name or 'given by flags'}: the planner searches dense models with grouped-query attention, "
-            "not experts or latent attention; price one configuration with `predict`"
-        )
-    if model.not_in_flags:
-        raise ValueError(
-            f"model {model.name or 'given by flags'}: it has {model.not_in_flags}, for which the GPT script has no "
-            "flag; price it with `predict`, or write its flags into a JSON file"
-        )
+    refusal = launch_refusal(model)
+    if refusal is not None:
+        raise ValueError(refusal)
     is_learned = model.position_embedding_type == "learned_absolute"
     return {
         "num_layers": model.num_layers,
@@ -79,6 +75,7 @@ def model_flags(model: Architecture, seq_length: int) -> dict[str, FlagValue]:
         "attention_dropout": model.attention_dropout,
         "window_size": f"{model.window_size},0" if model.window_size else None,
         "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
+        "padded_vocab_size": model.padded_vocab_size or None,
     }
 
 
@@ -207,17 +204,22 @@ def flag_words(flags: Flags) -> list[str]:
     return words
 
 
-def launch_words(nodes: int, gpus_per_node: int, words: Iterable[str], site: str | None = None) -> list[str]:
-    """Return the words of the command that launches a training run; see scripts/launch.sh.
+def launch_words(space: SearchSpace, words: Iterable[str], site: str | None = None) -> list[str]:
+    """Return the words of the command that launches a training run on all ranks of a space; see scripts/launch.sh.
 
     Args:
-        nodes: number of nodes.
-        gpus_per_node: ranks of a node.
+        space: the space that was searched.
         words: the flags of the run.
         site: file of the machine's environment variables, of scripts/sites.
+
+    Raises:
+        ValueError: the nodes have different numbers of ranks, with which the command cannot start them.
     """
+    nodes, rest = divmod(space.gpus, space.gpus_per_node)
+    if rest:
+        raise ValueError(f"{space.gpus} GPUs are not a whole number of nodes of {space.gpus_per_node}")
     options = ["--nodes", str(nodes)] if nodes > 1 else []
-    options += ["--gpus-per-node", str(gpus_per_node)]
+    options += ["--gpus-per-node", str(space.gpus_per_node)]
     options += ["--site", site] if site is not None else []
     return ["bash", "scripts/launch.sh", *options, "--", "examples/pretrain_gpt.py", *words]
 

@@ -5,6 +5,7 @@ A shape comes from a built-in name, from the `config.json` of a Hugging Face che
 
 import functools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -14,6 +15,35 @@ from typing import Any, NamedTuple
 
 from megatron.longseq.pipeline.plan.segment_cost import ModelShape
 from megatron.longseq.planner.plan.hugging_face import from_hugging_face
+
+_AT_LEAST_ONE = ("num_layers", "hidden_size", "num_attention_heads", "make_vocab_size_divisible_by", "moe_layer_freq")
+_SHARES = ("hidden_dropout", "attention_dropout", "rotary_percent")
+
+
+def _check(name: str, kind: Any, value: Any) -> None:
+    """Refuse a value that a field of an architecture cannot hold, wherever it comes from.
+
+    Raises:
+        ValueError: names the field.
+    """
+    if name == "moe_layer_freq" and isinstance(value, tuple):
+        if any(one not in (0, 1) for one in value):
+            raise ValueError("moe_layer_freq lists other numbers than 0 (a dense layer) and 1 (one with experts)")
+        return
+    if kind is bool or kind is str:
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} is {value!r}, {'neither true nor false' if kind is bool else 'not a text'}")
+        return
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is float and not (is_number and math.isfinite(value)):
+        raise ValueError(f"{name} is {value!r}, not a number")
+    if kind is not float and not (is_number and isinstance(value, int)):
+        raise ValueError(f"{name} is {value!r}, not a whole number")
+    least = int(name in _AT_LEAST_ONE)
+    if value < least:
+        raise ValueError(f"{name} must be {'at least 1' if least else '0 or more'}, not {value}")
+    if name in _SHARES and value > 1:
+        raise ValueError(f"{name} must be at most 1, not {value}")
 
 
 class LayerParams(NamedTuple):
@@ -95,22 +125,15 @@ class Architecture:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ValueError(f"{field.name} is {value!r}, not a whole number")
-            if field.type is bool and not isinstance(value, bool):
-                raise ValueError(f"{field.name} is {value!r}, neither true nor false")
-            least = int(field.name in ("num_layers", "hidden_size", "num_attention_heads"))
-            if isinstance(value, (int, float)) and value < least:
-                raise ValueError(f"{field.name} must be {'at least 1' if least else '0 or more'}, not {value}")
+            _check(field.name, field.type, getattr(self, field.name))
+        if isinstance(self.moe_layer_freq, tuple) and len(self.moe_layer_freq) != self.num_layers:
+            raise ValueError(f"moe_layer_freq lists {len(self.moe_layer_freq)} layers of {self.num_layers}")
         if self.num_attention_heads % self.groups:
             raise ValueError(
                 f"num_query_groups {self.groups} does not divide num_attention_heads {self.num_attention_heads}"
             )
         if not self.kv_channels and self.hidden_size < self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is below num_attention_heads; give kv_channels")
-        if isinstance(self.moe_layer_freq, tuple) and len(self.moe_layer_freq) != self.num_layers:
-            raise ValueError(f"moe_layer_freq lists {len(self.moe_layer_freq)} layers of {self.num_layers}")
 
     @functools.cached_property
     def _hash(self) -> int:
@@ -300,7 +323,7 @@ def architecture(model: str | None, overrides: Mapping[str, Any]) -> Architectur
     values = {**base, **{key: value for key, value in overrides.items() if key in FIELDS}}
     if isinstance(values.get("moe_layer_freq"), (list, tuple)):
         layers = None if "moe_layer_freq" in overrides else values.get("num_layers")
-        values["moe_layer_freq"] = _layer_kinds(values["moe_layer_freq"], layers)
+        values["moe_layer_freq"] = _layer_kinds(values["moe_layer_freq"], layers if type(layers) is int else None)
     missing = [key for key in ("num_layers", "hidden_size", "num_attention_heads") if values.get(key) is None]
     if missing:
         raise ValueError(f"the model lacks {', '.join(missing)}; give model (one of {', '.join(names())}) or the flags")
@@ -317,7 +340,7 @@ def _layer_kinds(kinds: Sequence[int], layers: int | None) -> tuple[int, ...]:
         layers: another number of layers; None: the model's own.
     """
     dense = next((index for index, kind in enumerate(kinds) if kind), len(kinds))
-    if not layers or layers == len(kinds) or not all(kinds[dense:]):
+    if not layers or not kinds or layers == len(kinds) or not all(kinds[dense:]):
         return tuple(kinds)
     ahead = max(min(1, dense), round(dense * layers / len(kinds)))
     return (0,) * ahead + (1,) * (layers - ahead)

@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron.longseq.planner.plan.cluster import Cluster
+from megatron.longseq.planner.plan.cluster import Cluster, with_even_nodes
 from megatron.longseq.planner.plan.configuration import Configuration, settle
 from megatron.longseq.planner.plan.launch import PlanChoice, plan_flags
 from megatron.longseq.planner.plan.model import Architecture
 from megatron.longseq.planner.plan.space import ModelSizes, SearchSpace
+from megatron.longseq.planner.plan.validity import reasons_of_model
 from megatron.longseq.planner.plan.values import whole_number
+from megatron.longseq.sharding.plan.rank_groups import legal_sizes
 
 # Values of upstream's flags with which `examples/pretrain_gpt.py` builds a dense GPT.
 _CHOICES = {
@@ -63,7 +65,7 @@ def planning_task(
         restrictions: fields of `SearchSpace`, and `base`.
 
     Raises:
-        ValueError: the planner does not search such models, or a number is below 1.
+        ValueError: the planner does not search such models, no nodes share the GPUs evenly, or a number is below 1.
     """
     if model.num_experts or model.multi_latent_attention:
         raise ValueError(
@@ -76,14 +78,28 @@ def planning_task(
         if getattr(model, name) not in known:
             raise ValueError(f"{name} {getattr(model, name)!r}: the GPT script trains with {' or '.join(known)}")
     for name in ("hidden_dropout", "attention_dropout"):
-        if not 0 <= getattr(model, name) < 1:
+        if getattr(model, name) == 1:
             raise ValueError(f"{name} {getattr(model, name)}: give 0 or more, and less than 1")
-    if model.attention_dropout and restrictions.get("context") is None:
-        restrictions["context"] = (1,)  # attention over context-parallel ranks has no dropout
+    wrong = reasons_of_model(model)
+    if wrong:
+        raise ValueError(f"model {model.name or 'given by flags'}: {'; '.join(wrong)}")
+    cluster = with_even_nodes(cluster)
+    if cluster.gpus % cluster.gpus_per_node:
+        fewer, more = (cluster.gpus_per_node * (cluster.nodes - less) for less in (1, 0))
+        raise ValueError(
+            f"cluster {cluster.name}: {cluster.nodes} nodes cannot share {cluster.gpus} GPUs evenly, so no command "
+            f"launches them; give {fewer} or {more} GPUs, or --set gpus_per_node=..."
+        )
+    if model.attention_dropout:  # attention over context-parallel ranks has none
+        if max(restrictions.get("context") or (1,)) > 1:
+            raise ValueError("context parallelism: the model has attention_dropout above 0; set attention_dropout=0")
+        restrictions["context"] = (1,)
+    if model.padded_vocab_size and restrictions.get("tensor") is None:
+        sizes_of_node = legal_sizes(cluster.gpus_per_node)
+        restrictions["tensor"] = tuple(size for size in sizes_of_node if model.padded_vocab_size % size == 0)
     base = restrictions.pop("base", {"bf16": True})
     sizes = ModelSizes(model.num_layers, model.num_attention_heads, model.groups, model.ffn)
-    per_node = min(cluster.gpus_per_node, cluster.gpus)
-    space = SearchSpace(sizes, cluster.gpus, per_node, seq_length, global_batch_size, **restrictions)
+    space = SearchSpace(sizes, cluster.gpus, cluster.gpus_per_node, seq_length, global_batch_size, **restrictions)
     return PlanningTask(model, cluster, space, base)
 
 

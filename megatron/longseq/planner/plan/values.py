@@ -1,5 +1,6 @@
 """Text of tables and command lines to values: whole numbers, truth values, lists, and names of upstream's choices."""
 
+import ast
 import math
 import re
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "none")
 _SUFFIXES = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 _EMPTY = ("", "none", "null", "nan", "n/a", "-")  # an empty cell, as programs write it
+_MOST_LAYERS = 1 << 16
 _THOUSANDS = re.compile(r"\d{1,3}(,\d{3})+")
 
 
@@ -141,3 +143,59 @@ def convert(name: str, value: Any, field: Field[Any], choices: Sequence[str] = (
     if field.default == "" and str(value).strip().lower() in _FALSE:
         return ""  # the flag is not given
     return choice(name, value, choices)
+
+
+def layer_list(name: str, value: Any) -> int | tuple[int, ...]:
+    """Return a number, or a number for every layer. Upstream evaluates expressions such as ([0]*2+[1]*2)*8, too.
+
+    Args:
+        name: flag in snake case, for messages.
+        value: a number, a list, or the text of one.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    try:
+        found = _evaluate(ast.parse(str(value).strip(), mode="eval").body)
+    except (SyntaxError, RecursionError, MemoryError, _NoExpression):
+        found = [whole_number(name, part) for part in words(value)]  # such as `0 1 1`
+    if found == []:
+        raise ValueError(f"{name} is {value!r}, neither a number nor a list")
+    return tuple(found) if isinstance(found, list) else found
+
+
+class _NoExpression(Exception):
+    """A text is no sum or product of numbers and lists."""
+
+
+def _evaluate(node: ast.expr) -> int | list[int]:
+    """Return the value of an expression of numbers, lists, + and *, and of nothing else."""
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    if isinstance(node, (ast.List, ast.Tuple)):
+        items = [_evaluate(one) for one in node.elts]
+        return [_number_of(one) for one in items]
+    if not isinstance(node, ast.BinOp):
+        raise _NoExpression
+    left, right = _evaluate(node.left), _evaluate(node.right)
+    if isinstance(node.op, ast.Mult):
+        if isinstance(left, list):
+            return _repeated(left, _number_of(right))
+        return _repeated(right, left) if isinstance(right, list) else left * right
+    if not isinstance(node.op, ast.Add):
+        raise _NoExpression
+    if isinstance(left, list) and isinstance(right, list):
+        return [*left, *right]
+    return _number_of(left) + _number_of(right)
+
+
+def _number_of(value: int | list[int]) -> int:
+    if isinstance(value, list):
+        raise _NoExpression
+    return value
+
+
+def _repeated(items: list[int], count: int) -> list[int]:
+    if len(items) * count > _MOST_LAYERS:
+        raise ValueError(f"a list of {len(items) * count} layers; give at most {_MOST_LAYERS}")
+    return items * count

@@ -9,6 +9,7 @@ from megatron.longseq.planner.tools.calibrate import add_calibrate_command
 from megatron.longseq.planner.tools.grid_command import add_grid_command
 from megatron.longseq.planner.tools.predict_command import add_predict_command, separate_flags
 from megatron.longseq.planner.tools.search_command import add_search_command
+from megatron.longseq.planner.tools.training_flags import join_training_flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,4 +30,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["predict"]:
         words = ["predict", *separate_flags(words[1:])]
+    elif words[:1] == ["search"]:
+        words = join_training_flags(words)
     return run_command(parser, words)

@@ -10,7 +10,8 @@ from megatron.longseq.flexsp.plan.cost import FAMILIES
 from megatron.longseq.flexsp.plan.cost_file import load_cost
 from megatron.longseq.flexsp.plan.plan import PLANNERS
 from megatron.longseq.planner.plan.cluster import Cluster
-from megatron.longseq.planner.plan.flags import read
+from megatron.longseq.planner.plan.configuration import reasons
+from megatron.longseq.planner.plan.flags import read_fully
 from megatron.longseq.planner.plan.flexsp_step import DocumentPrediction, document_run, predict_flexsp
 from megatron.longseq.planner.plan.task import parse_count
 from megatron.longseq.planner.tools.document_lengths import steps_of
@@ -41,29 +42,21 @@ def wants_documents(values: Mapping[str, Any]) -> bool:
     return wanted
 
 
-def predict_documents(values: Mapping[str, Any], where: str = "") -> tuple[DocumentPrediction, Cluster]:
+def predict_documents(values: Mapping[str, Any]) -> tuple[DocumentPrediction, Cluster]:
     """Return the prediction of a run with --flexsp, and its cluster.
 
     Args:
         values: flags in snake case, with `lengths` and `flexsp_max_tokens_per_rank`.
-        where: names the row or the command in messages.
 
     Raises:
         ValueError: a flag is missing, wrong or refused with --flexsp, or a document fits into no group.
     """
-    try:
-        return _predict(values)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}" if where else str(error)) from error
-
-
-def _predict(values: Mapping[str, Any]) -> tuple[DocumentPrediction, Cluster]:
     own = {_clean(name): str(value).strip() for name, value in values.items() if _clean(name) in _OWN}
     rest = {name: value for name, value in values.items() if _clean(name) not in _OWN}
     for name, example in ((LENGTHS, "a file with one length a line"), ("flexsp_max_tokens_per_rank", "8192")):
         if not own.get(name):
             raise ValueError(f"flexsp: its steps depend on the lengths of documents; give {name}, such as {example}")
-    model, machine, run = read(rest)
+    model, machine, run, _, contradicting = read_fully(rest)
     refused = (
         ("context_parallel_size above 1", run.context_parallel_size > 1),
         ("micro_batch_size above 1", run.micro_batch_size > 1),
@@ -93,7 +86,9 @@ def _predict(values: Mapping[str, Any]) -> tuple[DocumentPrediction, Cluster]:
         )
     degrees = parse_degrees(own.get("flexsp_degrees") or "auto")
     kinds = parse_kinds(own.get("flexsp_kinds") or ",".join(FAMILIES))
-    return predict_flexsp(model, machine, one, steps, degrees, kinds, planner), machine
+    found = predict_flexsp(model, machine, one, steps, degrees, kinds, planner)
+    why = tuple(dict.fromkeys([*contradicting, *reasons(model, run)]))
+    return found._replace(prediction=replace(found.prediction, reasons=why)), machine
 
 
 def describe_plans(found: DocumentPrediction) -> str:

@@ -9,11 +9,13 @@ from megatron.longseq.planner.plan.launch import (
     command_text,
     default_training_words,
     flag_words,
+    launch_refusal,
     launch_words,
     model_flags,
 )
 from megatron.longseq.planner.tools.predict_command import full_result
 from megatron.longseq.planner.tools.search_tables import (
+    base_flags,
     execution_text,
     layout_text,
     seconds_table,
@@ -52,7 +54,8 @@ def document_training_words(report: DocumentReport, plan: DocumentPlan) -> list[
         plan: one of its plans.
     """
     task = report.search.task
-    flags = {**model_flags(task.model, task.space.seq_length), **flexsp_flags(report.search, plan), **task.base}
+    flags = {**model_flags(task.model, task.space.seq_length), **flexsp_flags(report.search, plan)}
+    flags |= base_flags(task, report.training)
     if report.cost_file is not None and plan.found.context is None:
         flags["flexsp_cost"] = report.cost_file
     words = list(report.training)
@@ -64,11 +67,13 @@ def document_training_words(report: DocumentReport, plan: DocumentPlan) -> list[
 
 
 def document_launch_text(report: DocumentReport, plan: DocumentPlan) -> str:
-    """Return the command that launches a plan."""
-    space = report.search.task.space
+    """Return the command that launches a plan.
+
+    Raises:
+        ValueError: there is none; see `launch_refusal`.
+    """
     words = document_training_words(report, plan)
-    nodes = -(-space.gpus // space.gpus_per_node)
-    return command_text(launch_words(nodes, space.gpus_per_node, words, report.site))
+    return command_text(launch_words(report.search.task.space, words, report.site))
 
 
 def _plans_table(report: DocumentReport) -> str:
@@ -119,24 +124,33 @@ def document_report_text(report: DocumentReport) -> str:
     parts += [f"{report.seconds:.1f} s of processor time", "The first plan:", seconds_table(first.found.prediction)]
     parts += [stages_table(first.found.prediction, task.cluster), "Groups of the first step:"]
     parts += [plan_table(first.found.plans[0], lengths)]
-    names: set[str] = set()
-    for plan in report.plans:
-        if plan.name not in names:
-            names.add(plan.name)
-            parts += [f"Launch {plan.name} with:", f"```\n{document_launch_text(report, plan)}\n```"]
+    return "\n\n".join([*parts, *_launch_parts(report)])
+
+
+def _launch_parts(report: DocumentReport) -> list[str]:
+    """Return how to launch the first plan of each name."""
+    refusal = launch_refusal(report.search.task.model)
+    if refusal is not None:
+        return [f"No command launches them. {refusal}"]
+    first = {plan.name: plan for plan in reversed(report.plans)}
+    parts = []
+    for name in dict.fromkeys(plan.name for plan in report.plans):
+        parts += [f"Launch {name} with:", f"```\n{document_launch_text(report, first[name])}\n```"]
     if not report.training:
         parts.append("Replace DATA by the prefix of the tokenized data, and the tokenizer by its own.")
-    return "\n\n".join(parts)
+    return parts
 
 
 def document_report_json(report: DocumentReport) -> dict[str, Any]:
     """Return everything about a search for documents as JSON values."""
     search, task = report.search, report.search.task
+    refusal = launch_refusal(task.model)
     plans = []
     for plan in report.plans:
         flags = {name: value for name, value in flexsp_flags(search, plan).items() if value not in (None, False)}
         result = full_result(plan.found.prediction, task.cluster)
-        extra = {"microbatches": plan.found.microbatches, "command": document_launch_text(report, plan)}
+        command = document_launch_text(report, plan) if refusal is None else None
+        extra = {"microbatches": plan.found.microbatches, "command": command}
         plans.append({"plan": plan.name, "flags": flags, **result, **extra})
     return {
         "model": task.model.name,
@@ -145,5 +159,6 @@ def document_report_json(report: DocumentReport) -> dict[str, Any]:
         "documents": [len(lengths) for lengths in search.steps],
         "tokens": [sum(lengths) for lengths in search.steps],
         "plans": plans,
+        "not_launched": refusal,
         "search": {"seconds": report.seconds},
     }

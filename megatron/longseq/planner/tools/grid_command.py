@@ -13,7 +13,7 @@ from megatron.longseq.planner.plan.launch import PlanChoice
 from megatron.longseq.planner.plan.model import architecture
 from megatron.longseq.planner.plan.search import branch_and_bound
 from megatron.longseq.planner.plan.step import StepPrediction
-from megatron.longseq.planner.plan.task import parse_count, planning_task
+from megatron.longseq.planner.plan.task import PlanningTask, parse_count, planning_task
 from megatron.longseq.planner.tools.search_tables import plan_text
 
 _COLOURS = (BLUE, ORANGE, GREEN, RED)
@@ -51,14 +51,16 @@ def run(args: argparse.Namespace) -> str:
     if args.output is not None:
         check_output(args.output)
     tokens = parse_count(args.global_batch_tokens, "--global-batch-tokens")
-    cells = [best_cell(*names, tokens) for names in product(args.models, args.seq_lengths, args.clusters)]
+    wanted = list(product(args.models, args.seq_lengths, args.clusters))
+    tasks = [_task(*names, tokens) for names in wanted]  # a wrong name is known before the first search
+    cells = [best_cell(*names, task) for names, task in zip(wanted, tasks, strict=True)]
     if args.output is not None:
         draw_grid(cells, args.output)
     return grid_table(cells)
 
 
-def best_cell(model: str, length: str, machine: str, tokens: int) -> GridCell:
-    """Return the best plan of a model, a sequence length and a cluster.
+def _task(model: str, length: str, machine: str, tokens: int) -> PlanningTask:
+    """Return the search of a cell.
 
     Args:
         model: see `architecture`.
@@ -72,8 +74,17 @@ def best_cell(model: str, length: str, machine: str, tokens: int) -> GridCell:
     seq_length = parse_count(length, "--seq-lengths")
     if tokens % seq_length:
         raise ValueError(f"--global-batch-tokens {tokens} is not a multiple of {seq_length} tokens")
-    gpus = cluster(machine)
-    task = planning_task(architecture(model, {}), gpus, seq_length, tokens // seq_length)
+    return planning_task(architecture(model, {}), cluster(machine), seq_length, tokens // seq_length)
+
+
+def best_cell(model: str, length: str, machine: str, task: PlanningTask) -> GridCell:
+    """Return the best plan of a model, a sequence length and a cluster.
+
+    Args:
+        model, length, machine: how they are named.
+        task: their search.
+    """
+    gpus = task.cluster
     problem = PlanningProblem(task)
     ranked = branch_and_bound(problem, gpus.memory_bytes).ranked
     if not ranked:

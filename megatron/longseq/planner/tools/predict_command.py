@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron.longseq.command_line import markdown_table
 from megatron.longseq.planner.plan.cluster import Cluster
+from megatron.longseq.planner.plan.configuration import reasons
 from megatron.longseq.planner.plan.flags import Reading, check_names, read_fully
 from megatron.longseq.planner.plan.step import StepPrediction, predict
 from megatron.longseq.planner.plan.values import is_empty
@@ -71,9 +72,18 @@ def run(args: argparse.Namespace) -> str:
 
 
 def _predict(reading: Reading) -> StepPrediction:
-    """Return the prediction of a run, with the contradictions of its flags among the reasons."""
-    prediction = predict(reading.model, reading.cluster, reading.run)
-    return replace(prediction, reasons=(*reading.contradictions, *prediction.reasons))
+    """Return the prediction of a run, with the contradictions of its flags among the reasons.
+
+    Raises:
+        ValueError: there is no price; says why the run is not valid, if it is not.
+    """
+    model, machine, run = reading[:3]
+    try:
+        prediction = predict(model, machine, run)
+    except (ValueError, ArithmeticError) as error:
+        why = dict.fromkeys([*reading.contradictions, *reasons(model, run)])
+        raise ValueError("; ".join(why) or f"these sizes allow no prediction: {error}") from error
+    return replace(prediction, reasons=tuple(dict.fromkeys([*reading.contradictions, *prediction.reasons])))
 
 
 def price_rows(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
@@ -184,12 +194,12 @@ def row_result(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     Raises:
         ValueError: a value is not understood; the message names the row.
     """
-    if wants_documents(values):
-        return short_result(predict_documents(values, where)[0].prediction)
-    reading = read_fully(values, where)
     try:
+        if wants_documents(values):
+            return short_result(predict_documents(values)[0].prediction)
+        reading = read_fully(values)
         return short_result(_predict(reading)) | {"assumed": list(reading.assumed)}
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # of a file that the row names
         raise ValueError(f"{where}: {error}" if where else str(error)) from error
 
 

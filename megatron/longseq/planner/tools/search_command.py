@@ -2,9 +2,9 @@
 
 import argparse
 import json
-import shlex
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from megatron.longseq.planner.plan.bounds import PlanningProblem
 from megatron.longseq.planner.plan.cluster import cluster
 from megatron.longseq.planner.plan.explain import explain
 from megatron.longseq.planner.plan.flexsp_search import DocumentTask, search_documents
-from megatron.longseq.planner.plan.launch import PLANNED
+from megatron.longseq.planner.plan.launch import launch_refusal
 from megatron.longseq.planner.plan.model import architecture
 from megatron.longseq.planner.plan.restrictions import unusable
 from megatron.longseq.planner.plan.search import branch_and_bound
@@ -30,6 +30,8 @@ from megatron.longseq.planner.tools.flexsp_tables import (
     document_report_text,
 )
 from megatron.longseq.planner.tools.search_tables import SearchReport, launch_text, report_json, report_text
+from megatron.longseq.planner.tools.training_flags import kernel_flags, training_words
+from megatron.longseq.refusals import refuse_unwritable
 
 # Flags that restrict the search to some values: the field of `SearchSpace`, and what the values are.
 _RESTRICTIONS = {
@@ -44,6 +46,7 @@ _RESTRICTIONS = {
     "paro-group-size": ("group_sizes", "ranks of a PaRO group"),
 }
 
+_TOP, _LENGTH_STEPS = 5, 2
 _TOKENS = "--global-batch-tokens"
 _NOT_WITH_LENGTHS = ("virtual", "micro_batch", "segments", "slacks")
 
@@ -66,7 +69,7 @@ def add_search_command(commands: Any) -> None:
         metavar="NAME=VALUE",
         help="replace numbers of the model or the cluster, such as num_layers=40 node_bandwidth=50e9",
     )
-    command.add_argument("--top", type=int, default=5, metavar="N", help="plans to print (default 5)")
+    command.add_argument("--top", type=int, metavar="N", help=f"plans to print (default {_TOP})")
     _add_restrictions(command.add_argument_group("restrictions", "search only some values; default: all that fit"))
     printed = command.add_mutually_exclusive_group()
     printed.add_argument("--json", action="store_true", help="print JSON")
@@ -88,7 +91,7 @@ def _add_documents(group: Any) -> None:
         help=f"lengths of documents, one a line, or a corpus ({', '.join(CORPORA)}): plan FlexSP, and compare it with "
         "packed sequences; --seq-length is the most tokens of a document",
     )
-    group.add_argument("--length-steps", type=int, default=2, metavar="N", help="steps that are drawn (default 2)")
+    group.add_argument("--length-steps", type=int, metavar="N", help=f"steps that are drawn (default {_LENGTH_STEPS})")
 
 
 def _add_restrictions(group: Any) -> None:
@@ -110,7 +113,8 @@ def run(args: argparse.Namespace) -> str:
     _check_numbers(args)
     if args.lengths is not None:
         return _run_documents(args)
-    report = search(task_of(args), args.top, _training_words(args), args.site)
+    task, training = _launchable(args)
+    report = search(task, args.top or _TOP, training, args.site)
     if args.output is not None:
         _write(report, args.output)
     if args.command_only:
@@ -118,8 +122,25 @@ def run(args: argparse.Namespace) -> str:
     return json.dumps(report_json(report), indent=1) if args.json else report_text(report)
 
 
+def _launchable(args: argparse.Namespace) -> tuple[PlanningTask, tuple[str, ...]]:
+    """Return the task that the arguments describe, and the words of --training-flags.
+
+    Raises:
+        ValueError: see `task_of` and `training_words`; nothing but a command is wanted, and there is none; or --output
+            cannot be written.
+    """
+    task = task_of(args)
+    refusal = launch_refusal(task.model)
+    if args.command_only and refusal is not None:
+        raise ValueError(refusal)
+    words = training_words(args.training_flags, task.model)
+    if args.output is not None:
+        refuse_unwritable(f"--output {args.output}", args.output, "name a folder that is writable, or new")
+    return replace(task, base={**task.base, **kernel_flags(words)}), words
+
+
 def _check_numbers(args: argparse.Namespace) -> None:
-    """Refuse numbers that are too small.
+    """Refuse numbers that are too small, and those that the other arguments do not use.
 
     Raises:
         ValueError: names the flag.
@@ -127,31 +148,15 @@ def _check_numbers(args: argparse.Namespace) -> None:
     numbers: list[tuple[str, list[int], int]] = [
         (flag, getattr(args, field) or [], int(field != "slacks")) for flag, (field, _) in _RESTRICTIONS.items()
     ]
-    numbers += [("top", [args.top], 1), ("length-steps", [args.length_steps], 1)]
-    numbers += [("gpus", [] if args.gpus is None else [args.gpus], 1)]
+    single = {"top": args.top, "length-steps": args.length_steps, "gpus": args.gpus}
+    numbers += [(flag, [] if value is None else [value], 1) for flag, value in single.items()]
     for flag, values, least in numbers:
         if values and min(values) < least:
             raise ValueError(f"--{flag} {min(values)}: give at least {least}")
-
-
-def _training_words(args: argparse.Namespace) -> tuple[str, ...]:
-    """Return the words of --training-flags.
-
-    Raises:
-        ValueError: a quotation is not closed, or a plan sets one of the flags.
-    """
-    try:
-        words = tuple(shlex.split(args.training_flags or ""))
-    except ValueError as error:
-        raise ValueError(f"--training-flags {args.training_flags}: {error}") from error
-    planned = {f"--{name.replace('_', '-')}" for name in PLANNED}
-    twice = sorted({word.partition("=")[0].replace("_", "-") for word in words} & planned)
-    if twice:
-        raise ValueError(
-            f"--training-flags: a plan sets {', '.join(twice)}, so the launch command would contradict the plan; leave "
-            "it out, or restrict the search"
-        )
-    return words
+    if args.length_steps is not None and args.lengths is None:
+        raise ValueError(f"--length-steps {args.length_steps}: steps are drawn from --lengths, which is not given")
+    if args.top is not None and args.lengths is not None:
+        raise ValueError(f"--top {args.top} with --lengths: the table has the best plans of each kind; leave it out")
 
 
 def _run_documents(args: argparse.Namespace) -> str:
@@ -161,19 +166,19 @@ def _run_documents(args: argparse.Namespace) -> str:
         raise ValueError(f"--{flags[0]} with --lengths: FlexSP has one micro-batch of packed documents and no segments")
     started = time.process_time()
     tokens = None if args.global_batch_tokens is None else parse_count(args.global_batch_tokens, _TOKENS)
-    task = task_of(args)
+    task, training = _launchable(args)
     if task.model.attention_dropout:
         raise ValueError(
             "--lengths: the model has attention_dropout above 0, which packed documents do not support; give --set "
             "attention_dropout=0"
         )
     documents = None if tokens else task.space.global_batch_size
-    steps = steps_of(args.lengths, task.space.seq_length, documents, tokens, args.length_steps)
+    steps = steps_of(args.lengths, task.space.seq_length, documents, tokens, args.length_steps or _LENGTH_STEPS)
     found = DocumentTask(task, tuple(map(tuple, steps)), tokens)
     plans = search_documents(found)
     cost_file = None if args.output is None else str(args.output / "flexsp-cost.json")
     spent = time.process_time() - started
-    report = DocumentReport(found, plans, spent, _training_words(args), args.site, cost_file)
+    report = DocumentReport(found, plans, spent, training, args.site, cost_file)
     if args.output is not None:
         _write_documents(report, args.output)
     if args.command_only:
@@ -187,7 +192,9 @@ def _write_documents(report: DocumentReport, folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     texts = {"plans.json": json.dumps(document_report_json(report), indent=1), "plans.md": document_report_text(report)}
-    _write_texts(folder, {**texts, "launch.sh": document_launch_text(report, report.plans[0])})
+    if launch_refusal(report.search.task.model) is None:
+        texts["launch.sh"] = document_launch_text(report, report.plans[0])
+    _write_texts(folder, texts)
     save_cost(report.plans[0].one.cost, folder / "flexsp-cost.json")
     shown = {plan.name: plan.found.plans[0] for plan in reversed(report.plans) if plan.found.plans}
     draw(shown, report.search.steps[0], folder / "groups.svg")
@@ -337,11 +344,15 @@ def _write(report: SearchReport, folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     texts = {"plans.json": json.dumps(report_json(report), indent=1), "plans.md": report_text(report)}
-    _write_texts(folder, {**texts, "launch.sh": launch_text(report, report.ranked[0][0])})
+    if launch_refusal(report.problem.task.model) is None:
+        texts["launch.sh"] = launch_text(report, report.ranked[0][0])
+    _write_texts(folder, texts)
     draw_all(report, folder)
 
 
 def _write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    if "launch.sh" not in texts:
+        (folder / "launch.sh").unlink(missing_ok=True)  # of an earlier search, for another model
     for name, text in texts.items():
         with complete_file(folder / name) as half:
             half.write_text(text + "\n")

@@ -1,5 +1,6 @@
 """Tables and JSON of a search: the best plans, and what the first one consists of."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from megatron.longseq.command_line import markdown_table
@@ -11,6 +12,7 @@ from megatron.longseq.planner.plan.launch import (
     command_text,
     default_training_words,
     flag_words,
+    launch_refusal,
     launch_words,
     model_flags,
     plan_flags,
@@ -103,6 +105,16 @@ def plan_text(choice: PlanChoice, gpus: int) -> str:
     return "; ".join(part for part in parts if part not in ("-", "none"))
 
 
+def base_flags(task: PlanningTask, training: Sequence[str]) -> dict[str, Any]:
+    """Return the flags that all plans share, without those that --training-flags states itself.
+
+    Args:
+        task: the model, the cluster and the choices.
+        training: words of --training-flags.
+    """
+    return {name: value for name, value in task.base.items() if f"--{name.replace('_', '-')}" not in training}
+
+
 def training_words(task: PlanningTask, choice: PlanChoice, training: tuple[str, ...] = ()) -> list[str]:
     """Return all flags of the training run of a plan.
 
@@ -111,16 +123,19 @@ def training_words(task: PlanningTask, choice: PlanChoice, training: tuple[str, 
         choice: a plan of it.
         training: further flags of the training run; empty: the default ones.
     """
-    flags = {**model_flags(task.model, task.space.seq_length), **plan_flags(task.space, choice), **task.base}
+    flags = {**model_flags(task.model, task.space.seq_length), **plan_flags(task.space, choice)}
+    flags |= base_flags(task, training)
     return [*flag_words(flags), *(training or default_training_words(task.model))]
 
 
 def launch_text(report: SearchReport, choice: PlanChoice) -> str:
-    """Return the command that launches a plan."""
+    """Return the command that launches a plan.
+
+    Raises:
+        ValueError: there is none; see `launch_refusal`.
+    """
     task = report.problem.task
-    words = training_words(task, choice, report.training)
-    nodes = -(-task.space.gpus // task.space.gpus_per_node)
-    return command_text(launch_words(nodes, task.space.gpus_per_node, words, report.site))
+    return command_text(launch_words(task.space, training_words(task, choice, report.training), report.site))
 
 
 def plans_table(report: SearchReport) -> str:
@@ -225,24 +240,32 @@ def report_text(report: SearchReport) -> str:
     first = report.problem.prediction(best)
     parts = [title, plans_table(report), effort, "The first plan:", seconds_table(first)]
     parts.append(stages_table(first, task.cluster))
-    return "\n\n".join([*parts, explanation_text(report), "Launch it with:", f"```\n{launch_text(report, best)}\n```"])
+    refusal = launch_refusal(task.model)
+    launch = [f"No command launches it. {refusal}"]
+    if refusal is None:
+        launch = ["Launch it with:", f"```\n{launch_text(report, best)}\n```"]
+    return "\n\n".join([*parts, explanation_text(report), *launch])
 
 
 def report_json(report: SearchReport) -> dict[str, Any]:
     """Return everything about a search as JSON values."""
     task = report.problem.task
+    refusal = launch_refusal(task.model)
     plans = []
     for choice, _ in report.ranked:
         flags = {name: value for name, value in plan_flags(task.space, choice).items() if value not in (None, False)}
         prediction = full_result(report.problem.prediction(choice), task.cluster)
-        plans.append({"flags": flags, **prediction, "command": launch_text(report, choice)})
+        command = launch_text(report, choice) if refusal is None else None
+        plans.append({"flags": flags, **prediction, "command": command})
     explanation = report.explanation
     return {
         "model": task.model.name,
         "cluster": task.cluster.name,
+        "gpus": task.space.gpus,
         "seq_length": task.space.seq_length,
         "global_batch_size": task.space.global_batch_size,
         "plans": plans,
+        "not_launched": refusal,
         "binding": explanation.binding,
         "reliefs": [
             {"resource": one.resource, "seconds": one.seconds, "gain": one.gain} for one in explanation.reliefs

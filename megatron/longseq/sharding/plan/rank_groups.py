@@ -15,7 +15,19 @@ from megatron.longseq.sharding.plan.strategy import Level
 
 def legal_sizes(ranks: int) -> tuple[int, ...]:
     """Return every valid group size: the divisors of the number of ranks."""
-    return tuple(size for size in range(1, ranks + 1) if ranks % size == 0)
+    if ranks < 1:
+        return ()
+    found, rest, prime = [1], ranks, 2
+    while rest > 1:
+        if prime * prime > rest:
+            prime = rest  # the last prime factor
+        powers = [1]
+        while rest % prime == 0:
+            rest //= prime
+            powers.append(powers[-1] * prime)
+        found = [size * power for size in found for power in powers]
+        prime += 1 if prime == 2 else 2
+    return tuple(sorted(found))
 
 
 @dataclass(frozen=True, slots=True)
