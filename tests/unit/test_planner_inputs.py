@@ -240,6 +240,30 @@ def test_a_cluster_is_named_after_the_gpus_that_are_planned() -> None:
     assert with_even_nodes(cluster("a100-20")).gpus_per_node == 8  # three nodes cannot share 20
 
 
+@pytest.mark.parametrize(("family", "told"), [("selene", True), ("a100", False)])
+def test_a_search_says_what_it_does_not_assume(family: str, told: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"search --model gpt-1.7b --cluster {family}-2 --seq-length 2K --global-batch-size 8 --top 1"
+    assert main(words.split()) == 0
+    assert ("assumed: plans are priced with current software" in capsys.readouterr().out) is told
+    assert main([*words.split(), "--json"]) == 0
+    assert bool(json.loads(capsys.readouterr().out)["assumed"]) is told
+
+
+@pytest.mark.parametrize(("size", "strategy", "ranks"), [("8", "GGG", 1), ("4", "NIG", 2)])
+def test_a_strategy_for_several_ranks_is_not_dropped(
+    size: str, strategy: str, ranks: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (
+        "search --model gpt-1.7b --cluster a100-8 --seq-length 2K --global-batch-size 96 --tensor-model-parallel-size"
+    )
+    assert main([*words.split(), size, "--strategies", strategy]) == 1
+    why = f"no layout has ranks for --strategies {strategy}"
+    told = capsys.readouterr().err
+    assert why in told and f"(at most {ranks})" in told
+    assert main([*words.split(), "2", "--strategies", strategy, "--json"]) == 0
+    assert all("paro" in plan["flags"] for plan in json.loads(capsys.readouterr().out)["plans"])
+
+
 def test_zero_bubble_needs_what_training_requires() -> None:
     given = {"model": "llama-7b", "cluster": "a800-8", "seq_length": 4096, "global_batch_size": 64, "bf16": True}
     given |= {"pipeline_model_parallel_size": 4, "zero_bubble": True}

@@ -321,6 +321,13 @@ def _nothing(problem: PlanningProblem) -> str:
     task = problem.task
     space = task.space
     least = min((problem.node_bytes(node) for node in problem.roots()), default=inf)
+    ranks = [space.gpus // (one.tensor * one.pipeline) for one in space.layouts()] if least == inf else []
+    if ranks:
+        return (
+            f"no layout has ranks for --strategies {' '.join(space.strategies)}, which shard over groups of data- and "
+            f"context-parallel ranks (at most {max(ranks)}); give other strategies, or smaller tensor- or "
+            "pipeline-parallel sizes"
+        )
     if least == inf:
         return (
             f"no layout divides {space.gpus} GPUs, {space.sizes.num_layers} layers, {space.sizes.num_attention_heads} "

@@ -224,6 +224,17 @@ def explanation_text(report: SearchReport) -> str:
     )
 
 
+def assumptions(task: PlanningTask) -> list[str]:
+    """Return what the search takes for granted beside its arguments, one text each."""
+    past = " ".join(f"{name}={value}" for name, value in task.cluster.defaults)
+    if not past:
+        return []
+    return [
+        f"plans are priced with current software. Past runs on {task.cluster.name} had {past}, which `predict` assumes "
+        "where no flag says otherwise"
+    ]
+
+
 def report_text(report: SearchReport) -> str:
     """Return everything that the command `search` prints."""
     task, work = report.problem.task, report.work
@@ -244,7 +255,8 @@ def report_text(report: SearchReport) -> str:
     launch = [f"No command launches it. {refusal}"]
     if refusal is None:
         launch = ["Launch it with:", f"```\n{launch_text(report, best)}\n```"]
-    return "\n\n".join([*parts, explanation_text(report), *launch])
+    assumed = [f"assumed: {one}" for one in assumptions(task)]
+    return "\n\n".join([*parts, explanation_text(report), *assumed, *launch])
 
 
 def report_json(report: SearchReport) -> dict[str, Any]:
@@ -266,6 +278,7 @@ def report_json(report: SearchReport) -> dict[str, Any]:
         "global_batch_size": task.space.global_batch_size,
         "plans": plans,
         "not_launched": refusal,
+        "assumed": assumptions(task),
         "binding": explanation.binding,
         "reliefs": [
             {"resource": one.resource, "seconds": one.seconds, "gain": one.gain} for one in explanation.reliefs
