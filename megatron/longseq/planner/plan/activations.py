@@ -86,6 +86,8 @@ def attention_bytes(model: Architecture, run: Configuration) -> tuple[float, flo
         freed = scores * (run.element * (2 if model.attention_dropout else 1) + (1 if model.attention_dropout else 0))
         if not fuses_softmax(model, run) and run.element == 2:
             freed += scores * run.element  # the probabilities before they are cast to 16 bits
+        if not fuses_softmax(model, run) and not run.create_attention_mask_in_dataloader:
+            freed += float(run.seq_length) ** 2  # a mask of every layer's own
         return inputs + out + freed, freed
     freed = 4.0 * heads * size.tokens
     if _copies(model, run):
@@ -193,8 +195,10 @@ def layer_bytes(model: Architecture, run: Configuration, has_experts: bool, unfu
     per_rank = model.query_size + 2 * model.key_size(size.tensor) + model.value_size + (1 + gates) * width
     deferred = size.item * (2 * size.hidden + 2 * size.whole + per_rank * size.tokens / size.tensor)
     if not fuses_softmax(model, run):
-        # At the softmax's backward, the MLP's tensors are freed, unless its weight gradients are computed later.
-        working = max(working, 3 * _scores(model, run) * 4 - (0.0 if run.zero_bubble else mlp))
+        # At the softmax's backward, the MLP's tensors are freed. With zero bubble, gradients take the place of those
+        # that are, and the gradient of its output is kept.
+        others = size.whole * size.item if run.zero_bubble else -mlp
+        working = max(working, 3 * _scores(model, run) * 4 + others)
     modules = run.recompute_modules or ("core_attn",)
     if run.recompute_granularity == "selective":
         freed = {

@@ -91,6 +91,7 @@ class Configuration:
     gradient_accumulation_fusion: bool = True
     masked_softmax_fusion: bool = True
     apply_rope_fusion: bool = True
+    create_attention_mask_in_dataloader: bool = True
     deterministic_mode: bool | None = None
 
     @functools.cached_property
@@ -153,7 +154,7 @@ class Configuration:
         if self.attention_backend in ("unfused", "local"):
             return False
         is_ours = self.context_parallel_size > 1 or self.seq1f1b_splits > 1
-        if self.element == 4 and not is_ours:
+        if self.element == 4 and self.attention_backend == "auto" and not is_ours:
             return False
         return self.attention_backend != "auto" or not self.is_local or is_ours
 

@@ -12,8 +12,11 @@ from megatron.longseq.planner.plan.values import boolean, whole_number
 from megatron.longseq.planner.tools.predict_command import flags_of
 
 _FLAG = "--training-flags"
-# What a run may choose itself: kernels, which no plan sets. Plans are priced with them.
-_KERNELS = ("gradient_accumulation_fusion", "masked_softmax_fusion", "apply_rope_fusion", "deterministic_mode")
+# What a run may choose itself: kernels and masks, which no plan sets. Plans are priced with them.
+_KERNELS = (
+    *("gradient_accumulation_fusion", "masked_softmax_fusion", "apply_rope_fusion", "deterministic_mode"),
+    "create_attention_mask_in_dataloader",
+)
 
 
 def join_training_flags(words: Sequence[str]) -> list[str]:
