@@ -149,8 +149,7 @@ def expert_bytes(model: Architecture, run: Configuration) -> float:
     size = _sizes(model, run)
     tensor = run.expert_tensor_parallel_size or run.tensor_model_parallel_size
     routed = size.tokens / (size.tensor if run.sequence_parallel else 1) * model.moe_router_topk * tensor
-    if run.moe_expert_capacity_factor:
-        routed *= run.moe_expert_capacity_factor
+    routed *= run.expert_share
     hidden = routed * model.hidden_size * run.element / tensor
     inner, _ = mlp_bytes(model, run, model.expert_ffn, routed, tensor)
     router = 3 * 4 * size.tokens * model.num_experts / (size.tensor if run.sequence_parallel else 1)

@@ -40,6 +40,8 @@ class Cluster:
         sms: streaming multiprocessors, over which the tiles of a product are distributed.
         memory_bytes: memory of a GPU that a process can allocate.
         memory_bandwidth: of a GPU's memory.
+        host_bandwidth: of the memory of a node's processors, for each of its GPUs.
+        pcie_bandwidth: between a GPU and its host.
         link_bandwidth: of a GPU to the others of its node.
         link_latency: of one hop inside a node.
         node_bandwidth: of all network adapters of a node together.
@@ -87,6 +89,8 @@ class Cluster:
     peak_tflops: float
     memory_bytes: float
     memory_bandwidth: float
+    host_bandwidth: float = 51.2e9
+    pcie_bandwidth: float = 31.5e9
     gpus_per_node: int = 8
     fp8_peak_tflops: float = 0.0
     fp32_peak_tflops: float = 0.0

@@ -161,7 +161,8 @@ def _expert_exchange(model: Architecture, cluster: Cluster, run: Configuration, 
     stride = run.expert_tensor_parallel_size or run.tensor_model_parallel_size
     ranks = group(cluster, run.expert_model_parallel_size, stride)
     share = run.tensor_model_parallel_size if run.sequence_parallel else 1
-    return exchange_seconds(cluster, ranks, tokens / share * model.moe_router_topk * model.hidden_size * run.element)
+    sent = tokens / share * model.moe_router_topk * run.expert_share
+    return exchange_seconds(cluster, ranks, sent * model.hidden_size * run.element)
 
 
 @functools.lru_cache(maxsize=16384)

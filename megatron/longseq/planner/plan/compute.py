@@ -263,6 +263,7 @@ def _expert_seconds(model: Architecture, cluster: Cluster, run: Configuration, t
     tensor = run.expert_tensor_parallel_size or run.tensor_model_parallel_size
     gates, width, hidden = (2 if model.swiglu else 1), model.expert_ffn, model.hidden_size
     routed = tokens * model.moe_router_topk // (run.tensor_model_parallel_size if run.sequence_parallel else 1) * tensor
+    routed = round(routed * run.expert_share)
     experts = max(1, model.num_experts // run.expert_model_parallel_size)
     each = max(1, routed // experts)
     one = linear_seconds(cluster, run, each, gates * width // tensor, hidden)

@@ -44,6 +44,7 @@ class Configuration:
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int = 0
     moe_expert_capacity_factor: float = 0.0
+    moe_pad_expert_input_to_capacity: bool = False
     moe_permute_fusion: bool = False
     use_distributed_optimizer: bool = False
     num_distributed_optimizer_instances: int = 1
@@ -73,6 +74,7 @@ class Configuration:
     exp_avg_sq_dtype: str = "fp32"
     optimizer_cpu_offload: bool = False
     optimizer_offload_fraction: float = 1.0
+    overlap_cpu_optimizer_d2h_h2d: bool = False
     recompute_activations: bool = False
     recompute_granularity: str = ""
     recompute_method: str = ""
@@ -121,6 +123,17 @@ class Configuration:
     def microbatches(self) -> int:
         """Micro-batches of a step on a data-parallel rank."""
         return max(1, self.global_batch_size // (self.micro_batch_size * max(1, self.data_parallel_size)))
+
+    @property
+    def expert_share(self) -> float:
+        """Tokens that experts compute over those that the router sends, if it spreads them evenly.
+
+        Without padding, a capacity above the even share drops nothing and adds nothing.
+        """
+        factor = self.moe_expert_capacity_factor
+        if factor <= 0:
+            return 1.0
+        return factor if self.moe_pad_expert_input_to_capacity else min(1.0, factor)
 
     @property
     def virtual_stages(self) -> int:
@@ -273,10 +286,6 @@ def reasons(model: Architecture, run: Configuration) -> list[str]:
         ranks = run.data_parallel_size * context
         if run.paro_group_size and ranks % run.paro_group_size:
             found.append(f"paro_group_size {run.paro_group_size} does not divide {ranks} data-parallel ranks")
-    if run.bf16 and run.fp16:
-        found.append("give bf16 or fp16, not both")
-    if run.recompute_granularity == "selective" and (run.recompute_method or run.recompute_num_layers):
-        found.append("selective recomputation has neither recompute_method nor recompute_num_layers")
     return found + further_reasons(model, run)
 
 

@@ -131,7 +131,19 @@ def step_optimizer_seconds(cluster: Cluster, run: Configuration, params: StagePa
     groups = sharding_groups(run, cluster.gpus_per_node)
     count = (params.dense + params.expert) / groups.shards(run.strategy.optimizer)
     gradients = moved_seconds(cluster, 8.0 * (params.dense + params.expert))  # zeroing and scaling the buffer
-    return optimizer_seconds(cluster, count) + gradients
+    offloaded = run.optimizer_offload_fraction * count if run.optimizer_cpu_offload else 0.0
+    return optimizer_seconds(cluster, count - offloaded) + gradients + _host_seconds(cluster, run, offloaded)
+
+
+def _host_seconds(cluster: Cluster, run: Configuration, count: float) -> float:
+    """Return the seconds in which the host updates `count` parameters of a rank.
+
+    Float32 gradients come from the GPU, and float32 parameters go back. PyTorch's fused Adam reads a gradient, the
+    parameter and two moments, and writes the last three: 28 bytes.
+    """
+    sent = 4.0 * count / cluster.pcie_bandwidth
+    update = 28.0 * count / cluster.host_bandwidth
+    return max(sent, update) if run.overlap_cpu_optimizer_d2h_h2d else 2 * sent + update
 
 
 def tied_seconds(model: Architecture, cluster: Cluster, run: Configuration) -> float:

@@ -78,6 +78,7 @@ _EARLY_FLAGS = {"transformer_impl": "local", "attention_backend": "unfused", "gr
 _STATES_SOFTWARE = ("transformer_impl", "attention_backend", "use_flash_attn")
 _GPT2_VOCABULARY = 50257
 _SHARES = ("optimizer_offload_fraction",)
+_MAY_BE_NEGATIVE = ("moe_expert_capacity_factor",)  # upstream: no limit
 
 
 @functools.lru_cache(maxsize=1)
@@ -301,7 +302,7 @@ def _value(name: str, value: Any, field: Field[Any]) -> Any:
     if isinstance(found, (int, float)) and not isinstance(found, bool):
         is_size = field.default == 1 or field.default is MISSING or name == "global_batch_size"
         least = int(isinstance(found, int) and is_size)
-        if found < least:
+        if found < least and name not in _MAY_BE_NEGATIVE:
             raise ValueError(f"{name} is {value!r}; give {'at least 1' if least else '0 or more'}")
         if name in _SHARES and found > 1:
             raise ValueError(f"{name} is {value!r}; give 0 to 1")

@@ -115,6 +115,15 @@ _UPSTREAM: tuple[Rule, ...] = (
         lambda m, r: r.optimizer_cpu_offload and not r.use_precision_aware_optimizer,
         "optimizer_cpu_offload needs use_precision_aware_optimizer",
     ),
+    (lambda m, r: r.bf16 and r.fp16, "give bf16 or fp16, not both"),
+    (
+        lambda m, r: r.recompute_granularity == "selective" and bool(r.recompute_method or r.recompute_num_layers),
+        "selective recomputation has neither recompute_method nor recompute_num_layers",
+    ),
+    (
+        lambda m, r: r.moe_pad_expert_input_to_capacity and not r.moe_expert_capacity_factor,
+        "moe_pad_expert_input_to_capacity needs moe_expert_capacity_factor",
+    ),
     (
         lambda m, r: r.distribute_saved_activations and r.tensor_model_parallel_size == 1,
         "distribute_saved_activations needs tensor_model_parallel_size above 1",
