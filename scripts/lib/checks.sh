@@ -61,13 +61,24 @@ check_folders() {
     die "the training script ${SCRIPT[0]} is in a folder that containers do not see: give --mount \
 $(dirname -- "$script")" 2
   SCRIPT[0]=$script # the path that was checked
+  for name in $KEPT_FOLDERS; do
+    folder=$(script_value "$name") && [[ -n $folder && $folder != *://* ]] || continue
+    # A link must be seen as well as what it points to.
+    { is_mounted "$(realpath -ms -- "$folder")" && is_mounted "$(realpath -m -- "$folder")"; } ||
+      die "$name $folder is in a folder that containers do not see: what they write there is lost with them, and they
+  find nothing there. Give --mount FOLDER with a folder that holds it" 2
+  done
 }
 
-# is_mounted FILE: succeeds if containers see the file.
+# Flags of a script with files that have to outlive a container, or be there when the next one starts.
+readonly KEPT_FOLDERS='--save --load --pretrained-checkpoint --non-persistent-global-ckpt-dir --non-persistent-local-ckpt-dir
+  --tensorboard-dir --wandb-save-dir --data-cache-path --pipeline-trace'
+
+# is_mounted FILE: succeeds if containers see the file or folder.
 is_mounted() {
   local folder
   while IFS= read -r -d '' folder; do
-    [[ $1 != "$folder"/* ]] || return 0
+    [[ $1/ != "$folder"/* ]] || return 0
   done < <(mounted_folders)
   return 1
 }

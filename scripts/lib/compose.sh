@@ -56,6 +56,9 @@ node_command() {
   NODE=("$python" "$ROOT/scripts/lib/supervise.py" --start-dir "$START_DIR" "${options[@]}" --
     "$TORCHRUN" "$@" --nproc-per-node "$PER_NODE" --max-restarts 0
     --no-python "$python" "$ROOT/scripts/lib/rank.py" "$START_DIR/ranks" "$python" -m patches "${action[@]}" "${SCRIPT[@]}")
+  # An image may have a PYTHONPATH, such as that of the code it was built with.
+  # shellcheck disable=SC2016  # the inner bash expands $0
+  [[ -z $CONTAINER ]] || NODE=(bash -c 'export PYTHONPATH="$0${PYTHONPATH:+:$PYTHONPATH}"; exec "$@"' "$ROOT" "${NODE[@]}")
   [[ $CONTAINER != apptainer ]] || wrap_apptainer
 }
 
@@ -157,9 +160,21 @@ compose_srun() {
 }
 
 add_pyxis() {
-  local folder mounts=""
+  local folder mounts="" names
   while IFS= read -r -d '' folder; do mounts+=${mounts:+,}$folder:$folder; done < <(mounted_folders)
   SRUN+=(--container-image "$IMAGE" --container-mounts "$mounts" --container-workdir "$PWD" --no-container-mount-home)
+  names=$(steering_names)
+  [[ -z $names ]] || SRUN+=(--container-env "${names//$'\n'/,}")
+}
+
+# steering_names: prints the names of the variables that the site file, the launcher and the caller set for the ranks.
+# With Pyxis, the image's values would replace them. Other variables of the caller are of this machine.
+steering_names() {
+  local pair
+  {
+    for pair in "${SET_ENV[@]}" "${KEPT_ENV[@]}"; do printf '%s\n' "${pair%%=*}"; done
+    caller_names | grep -xE "$STEERING|LONGSEQ_STOP_SECONDS" || true
+  } | sed '/^PYTHONPATH$/d' | sort -u
 }
 
 # The job calls the launcher of the copied code with the same options.

@@ -235,18 +235,30 @@ def test_containers_of_slurm(launcher: Launcher) -> None:
     launcher.path.fake("getent")
     (launcher.folder / "data").mkdir()
     launcher.path.fake("scontrol", "print('node07')")
-    done = launcher.run("--pyxis=nvcr.io/x:1", "--mount=data", "--", "train.py", env=JOB)
+    (launcher.folder / "site.env").write_text("NCCL_IB_HCA=mlx5\nNCCL_DEBUG=INFO\nHF_HOME=data\n")
+    words = ["--pyxis=nvcr.io/x:1", "--mount=data", "--site=site.env", "--", "train.py", "--save=data/checkpoints"]
+    env = {**JOB, "NCCL_DEBUG": "WARN", "GLOO_SOCKET_IFNAME": "eth1", "CUDA_HOME": "/host/cuda"}
+    done = launcher.run(*words, env=env)
     assert done.returncode == 0, done.stderr
     (srun,) = launcher.path.calls("srun")
     assert srun.after("--container-image") == "nvcr.io/x:1"
     folders = [ROOT, launcher.folder, launcher.folder / "runs/train-123456", launcher.folder / "data"]
     assert sorted(srun.after("--container-mounts").split(",")) == sorted(f"{folder}:{folder}" for folder in folders)
-    assert srun.argv[srun.argv.index("launch") + 1] == "python" and "torchrun" in srun.argv
+    assert "torchrun" in srun.argv
+    # Without this, the values of the image replace those of the host.
+    assert srun.after("--container-env") == "GLOO_SOCKET_IFNAME,HF_HOME,NCCL_DEBUG,NCCL_IB_HCA,OMP_NUM_THREADS"
+    assert srun.env["NCCL_DEBUG"] == "WARN"
+    inside = srun.argv[srun.argv.index("launch") + 1 :]
+    shown = [str(ROOT), sys.executable, "-c", "import os; print(os.environ['PYTHONPATH'])"]
+    for own, expected in ({}, f"{ROOT}\n"), ({"PYTHONPATH": "/image"}, f"{ROOT}:/image\n"):
+        env = {"PATH": "/usr/bin:/bin", **own}
+        said = subprocess.run([*inside[:3], *shown], env=env, capture_output=True, text=True, check=True)
+        assert said.stdout == expected, "the code of this launch comes before the image's"
     done = launcher.run("--apptainer=image.sif", "--", "train.py", env=JOB)
     assert done.returncode == 0, done.stderr
     srun = launcher.path.calls("srun")[1]
     node = srun.argv[srun.argv.index("launch") + 1 :]
-    assert node[:2] == ["apptainer", "exec"] and node[node.index("image.sif") + 1] == "python"
+    assert node[:2] == ["apptainer", "exec"] and node[node.index("image.sif") + 1 :][:3] == inside[:3]
     assert f"{ROOT}:{ROOT}" in node
 
 

@@ -40,6 +40,7 @@ def launcher(tmp_path: Path) -> Launcher:
         (tmp_path / name).write_text(text, newline="")
     (tmp_path / "folder").mkdir()
     (tmp_path / "-t.py").write_text("")
+    (tmp_path / "link").symlink_to("/elsewhere")
     launcher.path.fake("sbatch")
     launcher.path.fake("getent")
     return launcher
@@ -68,6 +69,15 @@ REFUSED: list[tuple[tuple[str, ...], dict[str, str], str]] = [
     (("--dry-run", "--docker", "image", "--run-dir", "a:b", *END), {}, "a:b is mounted into the container"),
     (("--dry-run", "--pyxis", "image", "--run-dir", "a,b", *END), JOB, "a,b is mounted into the container"),
     (("--dry-run", "--docker", "image", "--", "/etc/hostname"), {}, "a folder that containers do not see"),
+    *(
+        (
+            ("--dry-run", *inside, *END, *words),
+            env,
+            f"{' '.join(words).replace('=', ' ')} is in a folder that containers",
+        )
+        for inside, env in ((("--docker", "image"), {}), (("--pyxis", "image", "--mount", "folder"), JOB))
+        for words in (("--save", "/elsewhere/checkpoints"), ("--load=../checkpoints",), ("--tensorboard-dir", "link"))
+    ),
     (("--docker", "-it", *END), {}, "--docker -it: the name of an image cannot begin with -"),
     # Files
     (("--site", "folder", *END), {}, "cannot be read"),
