@@ -69,10 +69,12 @@ class ClusterKind:
             every process below it, as cgroups do.
         has_user_signal: whether a preempted job gets the signal that it asked for (`preempt_send_user_signal`), or its
             steps get TERM.
+        has_pyxis: whether srun has the plugin Pyxis, which starts steps in containers.
     """
 
     proctrack: str = "pgid"
     has_user_signal: bool = False
+    has_pyxis: bool = False
 
 
 def unavailable() -> str | None:
@@ -81,6 +83,13 @@ def unavailable() -> str | None:
         return "a slurm of one's own needs root"
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     return f"slurm is not installed (apt-get install slurm-wlm munge): no {', '.join(missing)}" if missing else None
+
+
+def pyxis() -> Path | None:
+    """Return the file of the plugin Pyxis where enroot can run its containers, or None."""
+    folders = ("/usr/local/lib", "/usr/lib", "/usr/lib64", "/usr/lib/x86_64-linux-gnu")
+    files = [file for folder in folders for file in Path(folder).glob("slurm*/spank_pyxis.so")]
+    return files[0] if files and shutil.which("enroot") and shutil.which("mksquashfs") else None
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 120.0) -> None:
@@ -134,6 +143,9 @@ class Cluster:
             )
         )
         self.env = {**os.environ, "SLURM_CONF": str(self.file)}
+        if kind.has_pyxis:
+            plugin = f"required {pyxis()} runtime_path={folder}/run/pyxis execute_entrypoint=0\n"
+            (folder / "plugstack.conf").write_text(plugin)
 
     def start(self) -> None:
         """Start the daemons and wait until both nodes are idle.
@@ -159,7 +171,22 @@ class Cluster:
 
     def start_node(self, node: str) -> None:
         """Start the daemon of a node."""
-        self._daemon("slurmd", "-f", str(self.file), "-N", node)
+        words = ["slurmd", "-f", str(self.file), "-N", node]
+        if self.kind.has_pyxis:  # two nodes of one machine would give their containers the same folder
+            own = self.folder / f"enroot-{node}"
+            own.mkdir(exist_ok=True)
+            bind = 'mkdir -p "$1" && mount --bind "$0" "$1" && shift && exec "$@"'
+            words = [
+                "unshare",
+                "--mount",
+                "sh",
+                "-c",
+                bind,
+                str(own),
+                str(Path("~/.local/share/enroot").expanduser()),
+                *words,
+            ]
+        self._daemon(*words)
 
     def kill_node(self, node: str) -> None:
         """End the daemon of a node and every process on it at once, as a power failure does."""

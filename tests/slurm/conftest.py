@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.bed import SlurmRun
-from tests.slurm.cluster import Cluster, ClusterKind, unavailable
+from tests.slurm.cluster import Cluster, ClusterKind, pyxis, unavailable
 
 
 class Clusters:
@@ -20,6 +20,8 @@ class Clusters:
     def get(self, kind: ClusterKind) -> Cluster:
         """Return a running cluster of this kind with idle nodes, or skip the test with the reason why there is none."""
         reason = unavailable() or self.broken
+        if kind.has_pyxis and pyxis() is None:
+            reason = reason or "Pyxis, enroot or mksquashfs is not installed"
         if reason is not None:
             pytest.skip(reason)
         if self.current is None or self.current.kind != kind:
