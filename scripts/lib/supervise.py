@@ -9,7 +9,7 @@ rank's output and names the rank.
 
 | signal | meaning |
 |---|---|
-| USR1, or the file `DIR/stop` | save and stop: the ranks get TERM, or the signal of upstream's --exit-signal, and save |
+| USR1, or the file `DIR/stop` | save and stop: the ranks get TERM, or the signal of --exit-signal, and save |
 | TERM, HUP, INT | stop: the same, but after LONGSEQ_STOP_SECONDS (15) everything is killed |
 | INT, a second time | everything is killed at once |
 | HUP that was ignored at the start (nohup) | nothing |
