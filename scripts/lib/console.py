@@ -23,10 +23,12 @@ WARNING = re.compile(r"^\S+:\d+: \w*Warning: |^WARNING\b|^W\d{4} \d\d:|^\[rank\d
 DETAIL = re.compile(
     r"^(INFO|DEBUG):megatron|^I\d{4} \d\d:|^> patch |^Params for bucket \d|^-{20,}$"
     r"|^(Number|Total number) of (active )?parameters in |^Activation memory footprint|^Theoretical memory footprint"
-    r"|^compute_activation_memory|^Number of in-flight|^Number of virtual stages|^\[Rank \d+\] \(after \d+ iterations\)"
+    r"|^compute_activation_memory|^Number of in-flight|^Number of virtual stages"
+    r"|^\[Rank \d+\] \((after|before) .*\) memory \(MB\)"
     r"|^\[(after|before) .*\] datetime: |^Overwriting rerun_state_machine|^Evaluating (iter|on) \d"
 )
-TIMER = re.compile(r"^ {4}\S+ \.{3,}: \(")  # of the setup; while the model trains, --timing-log-level asks for them
+# Timers of the setup are details. While the model trains, --timing-log-level asks for them.
+TIMER = re.compile(r"^INFO:megatron\.core\.timers:|^ {4}\S+ \.{3,}: \(")
 TRAINING = re.compile(r"^\[before the start of training step\]")  # the first rank prints it; steps, the last one
 CONTINUATION = re.compile(r"^(\t|  |\s*$)")  # of a warning or a detail
 
@@ -76,8 +78,8 @@ class LineFilter:
             return not (UPSTREAMS_STEP.search(line) and self.record.exists())
         if WARNING.search(line):
             return self._shows_warning(line)
-        if not self._has_begun and TIMER.search(line):
-            return False
+        if TIMER.search(line):
+            return self._has_begun
         if DETAIL.search(line) or (self._was_hidden and CONTINUATION.search(line)):
             return False
         if not self._is_starting or self.budget is None:
