@@ -65,6 +65,9 @@ def test_experts_are_counted_without_their_activations() -> None:
     assert "depends on how many tokens each expert gets" in printed and "activations at the peak" not in table
     assert table["parameters"] == pytest.approx(2 * parameters, rel=5e-4)
     assert table["sum without activations"] == pytest.approx(sum(table.values()) / 2, rel=5e-4)
+    planned = dict(re.findall(r"^\| ([a-z ]+) \| [\d.e-]* \| ([\d.e-]+) \|$", printed, re.MULTILINE))
+    states = sum(float(planned[kind]) for kind in ("parameters", "gradients", "optimizer states"))
+    assert float(planned["sum without activations"]) == pytest.approx(states, rel=5e-3)
 
 
 @pytest.mark.slow
@@ -95,13 +98,18 @@ def test_an_optimizer_may_keep_fewer_numbers_than_adam() -> None:
 
 
 @pytest.mark.slow
-def test_a_refusal_is_one_message() -> None:
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--skip-train", "error: These flags cannot be combined:\n  --skip-train with --dry-run-world"),
+        ("--multi-latent-attention", "error: upstream refuses the model of these flags: TypeError: "),
+    ],
+)
+def test_a_refusal_is_one_message(flag: str, message: str) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "patches", "run", "examples/pretrain_gpt.py", *MODEL.split()]
-    ran = subprocess.run(
-        [*command, "--dry-run-world=8", "--skip-train"], capture_output=True, text=True, cwd=ROOT, check=False
-    )
+    ran = subprocess.run([*command, "--dry-run-world=8", flag], capture_output=True, text=True, cwd=ROOT, check=False)
     assert ran.returncode == 1 and "Traceback" not in ran.stderr
-    assert "error: These flags cannot be combined:\n  --skip-train with --dry-run-world" in ran.stderr
+    assert message in ran.stderr
 
 
 def test_groups_of_a_grid_are_found_from_one_of_them() -> None:
