@@ -2,7 +2,7 @@
 # Sourced by launch.sh: chooses and makes the run folder and the folder of this start.
 # shellcheck disable=SC2153,SC2154  # variables in capitals are set in options.sh and settings.sh
 
-# A file that another machine has touched may look older by the time for which a network file system keeps its attributes.
+# A file that another machine has touched may look older, by the time for which a network file system keeps attributes.
 readonly SILENT_SECONDS=90
 
 choose_run_dir() {
@@ -62,7 +62,7 @@ is_joinable() {
 }
 
 # is_alive START_FOLDER: succeeds if a machine has touched its file lately, which supervise.py does every few seconds. A
-# machine that was killed does not. Before the supervisor starts, a machine may copy the code, and wait for the first one.
+# machine that was killed does not. Before the supervisor starts, a machine may copy the code and wait for the first.
 is_alive() {
   local limit now probe file
   limit=$(setting LONGSEQ_MEETING_SECONDS) || limit=30
