@@ -171,7 +171,14 @@ def _bump(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     from patches.run import run
 
-    run(options.script, options.arguments, options.megatron)
+    try:
+        run(options.script, options.arguments, options.megatron)
+    except (ValueError, OSError, ImportError) as error:
+        if not any(word.startswith("--dry-run-world") for word in options.arguments):
+            raise
+        # Flags are what a dry run is made to try out, so a refusal of them is its result.
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
     return 0
 
 

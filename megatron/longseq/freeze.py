@@ -77,14 +77,19 @@ def freeze_hook(pattern: str) -> Callable[[Chunks], Chunks]:
     """
 
     def freeze(chunks: Chunks) -> Chunks:
+        from megatron.core import mpu
+
         names = [
             (global_param_name(chunk, name), param) for chunk in chunks for name, param in chunk.named_parameters()
         ]
         for name, param in names:
             param.requires_grad_(re.search(pattern, name) is not None)
-        count = sum_over_model_parallel(count_params(chunks))
+        is_alone = dist.get_backend() == "fake"  # in a dry run
+        if is_alone and mpu.get_pipeline_model_parallel_world_size() > 1:  # other stages may train the rest
+            return chunks
+        count = count_params(chunks) if is_alone else sum_over_model_parallel(count_params(chunks))
         check_count(pattern, count, [name for name, _ in names])
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 0 and not is_alone:
             print(
                 f"> --train-only {pattern}: {count.trained:,} of {count.all:,} parameters are trained "
                 f"({count.trained / count.all:.2%})",

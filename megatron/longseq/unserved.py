@@ -11,6 +11,10 @@ from megatron.longseq.data.splits import parts_with_data
 from megatron.longseq.refusals import Refusals, is_dry_run, refused
 
 _THEIRS = "use Megatron-LM's own script, which supports it: python -m patches run PATH/pretrain_gpt.py ..."
+_HYBRID = (
+    "this script makes a GPT, with attention in every layer; use Megatron-LM's own script for hybrid models: "
+    "python -m patches run PATH ..."
+)
 
 
 def _has_data(args: Namespace, part: str) -> bool:
@@ -32,6 +36,8 @@ UNSERVED: Refusals = {
     "--freeze-all-layers": (lambda a: a.freeze_all_layers, _THEIRS),
     "--fim-data": (lambda a: a.fim_data, _THEIRS),
     "--hybrid-context-parallel": (lambda a: a.hybrid_context_parallel, _THEIRS),
+    "--hybrid-layer-pattern": (lambda a: a.hybrid_layer_pattern is not None, _HYBRID),
+    "--is-hybrid-model": (lambda a: a.is_hybrid_model, _HYBRID),
     "--logits-load-dir": (lambda a: a.logits_load_dir is not None, _THEIRS),
     "--per-dataset-sequences-path": (lambda a: a.per_dataset_sequences_path is not None, _THEIRS),
     "--inprocess-restart": (lambda a: a.inprocess_restart, _THEIRS),

@@ -18,9 +18,11 @@ def on_meta_device(original: Callable[..., Any]) -> Callable[..., Any]:
         from megatron.longseq.dry_run.measure import measure
         from megatron.longseq.dry_run.meta_device import TensorsOnMeta, single_process
         from megatron.longseq.dry_run.report import report
+        from megatron.longseq.refusals import explained_refusals
 
         with single_process(), TensorsOnMeta():
-            model, optimizer, _ = original(*args, **named)
+            with explained_refusals("the model of these flags"):
+                model, optimizer, _ = original(*args, **named)
             memory = measure(get_args(), model, optimizer)
         place = {
             "tensor": parallel_state.get_tensor_model_parallel_rank(),

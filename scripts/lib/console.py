@@ -11,7 +11,7 @@ from pathlib import Path
 BUDGET = 40
 
 ARGUMENTS_BEGIN = re.compile(r"^-{5,} .*arguments -{5,}$")
-ARGUMENTS_END = re.compile(r"^-{5,} end of .*arguments -{5,}$")
+ARGUMENT = re.compile(r"^  \S+ \.+ |^  \S{48,}  ")  # a line of that list; dots fill up names of less than 48 letters
 # A step, in upstream's line or ours, or an evaluation: the start is over.
 STEP = re.compile(r"^ ?(\[[\d:. -]+\] )?iteration +\d+/|^ ?validation loss at ")
 UPSTREAMS_STEP = re.compile(r"^ ?\[[\d:. -]+\] iteration +\d+/|^ iteration +\d+ \| tokens/s")
@@ -21,11 +21,14 @@ FAILURE = re.compile(
 WARNING = re.compile(r"^\S+:\d+: \w*Warning: |^WARNING\b|^W\d{4} \d\d:|^\[rank\d+\]:\[W\d{4}|^\[W\d{4}")
 # What upstream's start and its checks consist of, beside the warnings.
 DETAIL = re.compile(
-    r"^(INFO|DEBUG):megatron|^I\d{4} \d\d:|^> patch |^Params for bucket \d|^ {4}\S+ \.{3,}: \(|^-{20,}$"
+    r"^(INFO|DEBUG):megatron|^I\d{4} \d\d:|^> patch |^Params for bucket \d|^-{20,}$"
     r"|^(Number|Total number) of (active )?parameters in |^Activation memory footprint|^Theoretical memory footprint"
-    r"|^compute_activation_memory|^Number of in-flight|^Number of virtual stages|^\[Rank \d+\] \(after \d+ iterations\)"
+    r"|^compute_activation_memory|^Number of in-flight|^Number of virtual stages"
+    r"|^\[Rank \d+\] \((after|before) .*\) memory \(MB\)"
     r"|^\[(after|before) .*\] datetime: |^Overwriting rerun_state_machine|^Evaluating (iter|on) \d"
 )
+# Timers of the setup are details. While the model trains, --timing-log-level asks for them.
+TIMER = re.compile(r"^INFO:megatron\.core\.timers:|^ {4}\S+ \.{3,}: \(")
 TRAINING = re.compile(r"^\[before the start of training step\]")  # the first rank prints it; steps, the last one
 CONTINUATION = re.compile(r"^(\t|  |\s*$)")  # of a warning or a detail
 
@@ -57,8 +60,10 @@ class LineFilter:
     def shows(self, line: str) -> bool:
         """Return whether the console shows the next line."""
         self._has_failed = self._has_failed or FAILURE.search(line) is not None
-        is_shown = self._has_failed or (not self._is_of_arguments(line) and self._chooses(line))
-        self._was_hidden = not is_shown
+        is_listed = self._is_of_arguments(line)
+        is_shown = self._has_failed or (not is_listed and self._chooses(line))
+        # What follows a step or the list of arguments is no continuation of it.
+        self._was_hidden = not is_shown and not is_listed and STEP.search(line) is None
         self.hidden += not is_shown
         return is_shown
 
@@ -73,6 +78,8 @@ class LineFilter:
             return not (UPSTREAMS_STEP.search(line) and self.record.exists())
         if WARNING.search(line):
             return self._shows_warning(line)
+        if TIMER.search(line):
+            return self._has_begun
         if DETAIL.search(line) or (self._was_hidden and CONTINUATION.search(line)):
             return False
         if not self._is_starting or self.budget is None:
@@ -81,15 +88,17 @@ class LineFilter:
         return self.budget >= 0
 
     def _is_of_arguments(self, line: str) -> bool:
-        """Return whether the line belongs to the list of arguments, after which the budget counts."""
-        if ARGUMENTS_END.search(line):
-            self._in_arguments = False
+        """Return whether the line belongs to the list of arguments, after which the budget counts.
+
+        Another script may have a heading like it, so only lines that look like upstream's belong to the list.
+        """
+        if ARGUMENTS_BEGIN.search(line):  # or its end
+            self._in_arguments = "- end of " not in line
             return True
-        if ARGUMENTS_BEGIN.search(line):
-            self._in_arguments = True
-            self._is_starting = not self._has_begun
-            return True
-        return self._in_arguments
+        if not self._in_arguments or not ARGUMENT.search(line):
+            return False
+        self._is_starting = not self._has_begun
+        return True
 
     def _shows_warning(self, line: str) -> bool:
         """Return whether a warning is shown: of a logger, while the model trains."""

@@ -2,6 +2,9 @@
 # Sourced by launch.sh: chooses and makes the run folder and the folder of this start.
 # shellcheck disable=SC2153,SC2154  # variables in capitals are set in options.sh and settings.sh
 
+# A file that another machine has touched may look older, by the time for which a network file system keeps attributes.
+readonly SILENT_SECONDS=90
+
 choose_run_dir() {
   local number=1 base
   NAME=$(basename -- "${SCRIPT[0]}" .py)
@@ -48,14 +51,34 @@ machine_name() { printf '%s' "${SLURMD_NODENAME:-$(hostname)}"; }
 # What tells launches of several machines apart.
 meeting_point() { printf '%s:%s of %s\n' "$MASTER_ADDR" "${MASTER_PORT:-29500}" "$NODES"; }
 
-# is_joinable START_FOLDER: succeeds if other machines of this launch have begun the start and this one is missing.
-# Without slurm, machines know of one another only through a folder that they share.
+# is_joinable START_FOLDER: succeeds if other machines of this launch wait in the start and this one is missing. Without
+# slurm, machines know of one another only through a folder that they share.
 is_joinable() {
   local machines ends
   is_one_of_several && [[ -d $1/machines && ! -e $1/machines/$(machine_name) ]] || return 1
   machines=("$1/machines/"*) ends=("$1/nodes/"*.json)
   [[ ${#machines[@]} -lt $NODES && ! -e ${ends[0]} ]] || return 1
-  [[ $(cat -- "${machines[0]}" 2>/dev/null) == "$(meeting_point)" ]]
+  [[ $(cat -- "${machines[0]}" 2>/dev/null) == "$(meeting_point)" ]] && is_alive "$1"
+}
+
+# is_alive START_FOLDER: succeeds if a machine has touched its file lately, which supervise.py does every few seconds. A
+# machine that was killed does not. Before the supervisor starts, a machine may copy the code and wait for the first.
+is_alive() {
+  local limit now probe file
+  limit=$(setting LONGSEQ_MEETING_SECONDS) || limit=30
+  limit=$((10#${limit%.*} + SILENT_SECONDS))
+  # The clock is that of the shared folder, as the machines' clocks may differ.
+  probe=$1/.now-$(machine_name)-$$
+  if ((DRY_RUN == 0)) && : 2>/dev/null >"$probe"; then
+    now=$(date -r "$probe" +%s)
+    rm -f -- "$probe"
+  else
+    now=$(date +%s)
+  fi
+  for file in "$1/machines/"*; do
+    (($(date -r "$file" +%s 2>/dev/null || printf 0) < now - limit)) || return 0
+  done
+  return 1
 }
 
 # Makes the folder of this start. If another launch has taken its number meanwhile, the command is composed again.

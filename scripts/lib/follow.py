@@ -91,6 +91,8 @@ class Follower(threading.Thread):
                 lines.append(self.rests[rank])
             for line in lines:
                 self.show(rank, line)
+        if is_last and not self.is_summed_up:  # no step came
+            self.sum_up()
         data = bytes(self.chosen)
         self.chosen.clear()
         return output.write(sys.stdout, data)
@@ -110,13 +112,13 @@ class Follower(threading.Thread):
         if rank in self.filters and not self.filters[rank].shows(text):
             return
         if not self.is_summed_up and STEP.search(text):
-            self.is_summed_up = True
             self.sum_up()
         where = f" {self.host}" if self.has_host else ""
         self.chosen += f"[rank{rank}{where}]:".encode() + line + b"\n"
 
     def sum_up(self) -> None:
-        """Say what was left out before the first step, and where it is."""
+        """Say what was left out before the first step, or in a run without one, and where it is."""
+        self.is_summed_up = True
         for rank, chosen in self.filters.items():
             if rank in self.streams and chosen.summary():
                 where = f"launch: rank {rank}: {chosen.summary()} are in {self.folder / log_name(rank, self.host)}\n"

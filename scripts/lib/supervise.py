@@ -9,7 +9,7 @@ rank's output and names the rank.
 
 | signal | meaning |
 |---|---|
-| USR1, or the file `DIR/stop` | save and stop: the ranks get TERM, on which upstream's --exit-signal-handler saves |
+| USR1, or the file `DIR/stop` | save and stop: the ranks get TERM, or the signal of --exit-signal, and save |
 | TERM, HUP, INT | stop: the same, but after LONGSEQ_STOP_SECONDS (15) everything is killed |
 | INT, a second time | everything is killed at once |
 | HUP that was ignored at the start (nohup) | nothing |
@@ -31,6 +31,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
@@ -43,8 +44,10 @@ from scripts.lib.follow import Follower
 from scripts.lib.rank import host_name, log_name
 
 POLL_S = 0.1
+BEAT_POLLS = 50
 STOP_FILE = "stop"
 HANDLER = "--exit-signal-handler"
+HANDLED = "--exit-signal"  # upstream's flag for the signal that the handler waits for
 ENDS = re.compile(r"closing signal|failed \(exitcode")
 # torchrun sets these for each rank. Inherited ones would make torchrun itself look like a rank.
 OF_RANKS = re.compile(
@@ -63,6 +66,20 @@ def stop_seconds() -> float:
     if not 0 <= seconds < math.inf:
         sys.exit(f"error: LONGSEQ_STOP_SECONDS={text} is not a number of seconds")
     return seconds
+
+
+def save_signal(command: Sequence[str]) -> int:
+    """Return the signal on which the ranks save: that of upstream's --exit-signal, which is TERM by default.
+
+    Args:
+        command: torchrun's command line, with the flags of the script.
+    """
+    name = signal.SIGTERM.name
+    for word, following in zip(command, [*command[1:], ""], strict=True):
+        flag, _, value = word.partition("=")
+        if flag == HANDLED:
+            name = value or following
+    return signal.Signals.__members__.get(name, signal.SIGTERM) if HANDLER in command else signal.SIGTERM
 
 
 class Supervisor:
@@ -89,6 +106,7 @@ class Supervisor:
         self.kill_at = float("inf")
         self.lines: deque[str] = deque(maxlen=2000)
         self.per_node = _per_node(command)
+        self.save_signal = save_signal(command)
         self.shown = {0, self.nodes * self.per_node - 1}
         for name in ("ranks", "nodes"):
             (self.start_dir / name).mkdir(parents=True, exist_ok=True)
@@ -149,13 +167,15 @@ class Supervisor:
         ranks = processes.ranks_below(self.process.pid)
         if not self.stop_signal:
             will_save = HANDLER in self.command
-            if not ranks or (will_save and not all(processes.catches(rank, signal.SIGTERM) for rank in ranks)):
+            if not ranks or (will_save and not all(processes.catches(rank, self.save_signal) for rank in ranks)):
                 if not self.is_waiting:
                     self.note("asked to save and stop while the ranks start: they are asked as soon as they can save")
                 self.is_waiting = True
                 return
             self.note(f"asking {len(ranks)} rank(s) to save and stop (upstream's {HANDLER})")
-        processes.send(ranks, signal.SIGTERM)
+        for rank in ranks:  # one that does not save has to end
+            can_save = processes.catches(rank, self.save_signal)
+            processes.send([rank], self.save_signal if can_save else signal.SIGTERM)
         self.is_asked = bool(ranks)
 
     def read(self, stream: BinaryIO) -> None:
@@ -173,11 +193,18 @@ class Supervisor:
                     # A rank has failed. The others may wait for it for longer than torchrun waits for them.
                     self.kill_at = time.monotonic() + self.grace
 
+    def beat(self) -> None:
+        """Say that this machine is alive, where machines without slurm have entered this start (`folders.sh`)."""
+        with contextlib.suppress(OSError):
+            os.utime(self.start_dir / f"machines/{self.host}")
+
     def wait(self, process: "subprocess.Popen[bytes]") -> int:
         """Wait until torchrun ends; ask the ranks to stop and kill them when it is time."""
         stop_file = self.start_dir / STOP_FILE
         polls = 0
         while (status := process.poll()) is None:
+            if polls % BEAT_POLLS == 0:
+                self.beat()
             if self.stop_signal or (polls % 5 == 0 and (self.is_wanted or stop_file.exists())):
                 self.ask()
             late = time.monotonic() - self.kill_at

@@ -19,7 +19,8 @@ BEFORE = [
     "> WARNING: --onnx-safe: it has no effect",
     "WARNING: Setting args.overlap_p2p_comm to False",
     "------------------------ arguments ------------------------",
-    *[f"  argument_{number} ........................ None" for number in range(850)],
+    *[f"  argument_{number} ........................ None" for number in range(849)],
+    "  moe_paged_stash_buffer_size_factor_of_a_very_long_name  1.5",
     "-------------------- end of arguments ---------------------",
 ]
 AFTER = [
@@ -87,6 +88,22 @@ def test_all_of_a_traceback_is_shown(tmp_path: Path, before: list[str]) -> None:
 def test_lines_of_another_script_are_shown(tmp_path: Path) -> None:
     lines = ["INFO:root:ready", "\tan indented line", "", "rank 0 begins at step 0", *["x"] * 200]
     assert shown(lines, tmp_path) == lines
+    heading = "----- sampling arguments -----"  # has no end, unlike that of upstream's list
+    assert shown([heading, "  temperature: 1", *lines, OURS], tmp_path) == ["  temperature: 1", *lines, OURS]
+
+
+def test_lines_between_the_steps_are_shown(tmp_path: Path) -> None:
+    (tmp_path / "steps.jsonl").touch()
+    memory = "[Rank 0] (before save_checkpoint for iteration 3) memory (MB) | allocated: 809.34 | max allocated: 809.06"
+    timers = [
+        "INFO:megatron.core.timers:(min, max) time across ranks (ms):",
+        "    forward-backward ...............................: (1.0, 2.0)",
+    ]
+    setup = timers[1].replace("forward-backward", "model-and-optimizer-setup")
+    own = ["  accuracy of the script: 0.5", *timers, OURS, *timers]
+    assert shown([*BEFORE, setup, *AFTER, UPSTREAMS, *own], tmp_path)[-len(own) :] == own
+    hidden = [setup, memory]
+    assert not {*hidden} & {*shown([*BEFORE, setup, *AFTER, UPSTREAMS, *own, memory], tmp_path)}
 
 
 @pytest.mark.parametrize("is_verbose", [False, True])
@@ -109,3 +126,16 @@ def test_the_console_says_what_it_left_out(
     assert printed[-2].startswith(
         f"launch: rank 0: {left_out} more lines, 23 of them warnings are in {ranks}/rank-00000"
     )
+
+
+def test_the_console_says_what_it_left_out_of_a_run_without_a_step(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    (tmp_path / "ranks").mkdir()
+    (tmp_path / "ranks" / log_name(0, "n1")).write_text("\n".join(BEFORE) + "\n")
+    follower = Follower(tmp_path / "ranks", "n1", {0}, has_host=False)
+    for _ in range(2):
+        follower.copy()
+    follower.copy(is_last=True)
+    *_, last = capfdbinary.readouterr().out.decode().splitlines()
+    assert last.startswith("launch: rank 0: ") and "more lines" in last

@@ -1,5 +1,6 @@
 """The run folder: a requeued job runs its copy of the code; plans; what the launcher passes on."""
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -118,6 +119,10 @@ def test_machines_without_slurm_share_one_start(launcher: Launcher) -> None:
     (launcher.folder / "out/start-4/nodes").mkdir()
     (launcher.folder / "out/start-4/nodes/n1.json").write_text("{}")
     assert several(launcher, "n2", *out) == "out/start-5", "the first machine has given up"
+    # The other machine was killed before this one came. While it waits, it touches its file.
+    for file, age, found in (("start-5/machines/n2", 300, "out/start-6"), ("start-6/machines/n1", 60, "out/start-6")):
+        os.utime(launcher.folder / "out" / file, (time.time() - age, time.time() - age))
+        assert several(launcher, "n1" if file.endswith("n2") else "n2", *out) == found
     # Names of folders that hold the time differ between machines.
     first = several(launcher, "n1")
     time.sleep(1.1)

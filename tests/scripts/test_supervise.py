@@ -35,6 +35,8 @@ if "late" in sys.argv:  # as a rank that imports torch and Megatron
         time.sleep(0.01)
 if "saves" in sys.argv:
     signal.signal(signal.SIGTERM, lambda *_: (print("saved", rank, flush=True), sys.exit(0)))
+if "saves-on-usr2" in sys.argv:
+    signal.signal(signal.SIGUSR2, lambda *_: (print("saved", rank, flush=True), sys.exit(0)))
 if "deaf" in sys.argv:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if "saves-slowly" in sys.argv:  # for longer than the launcher leaves to processes that it sweeps away
@@ -225,6 +227,33 @@ def test_ranks_are_asked_when_they_can_save(start: Callable[..., Run]) -> None:
     assert err.count("asked to save and stop while the ranks start") == 1
     assert err.count("asking 2 rank(s) to save and stop") == 1
     assert run.saved() == [["saved", "0"], ["saved", "1"]]
+
+
+@pytest.mark.parametrize("flag", [("--exit-signal", "SIGUSR2"), ("--exit-signal=SIGUSR2",)])
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGTERM])
+def test_ranks_get_the_signal_on_which_they_save(
+    start: Callable[..., Run], flag: tuple[str, ...], signum: signal.Signals
+) -> None:
+    run = start("saves-on-usr2", "--exit-signal-handler", *flag)
+    pids = run.pids()
+    run.process.send_signal(signum)
+    status, err = run.end()
+    assert status == (0 if signum == signal.SIGUSR1 else 128 + signum), err
+    assert run.saved() == [["saved", "0"], ["saved", "1"]]
+    assert not any(map(alive, pids))
+
+
+def test_a_machine_that_waits_says_so(start: Callable[..., Run]) -> None:
+    """Where several machines without slurm have entered a start, folders.sh looks at the age of this file."""
+    run = start()
+    run.pids()
+    entered = run.folder / "out/start-0/machines" / os.uname().nodename
+    entered.parent.mkdir()
+    entered.touch()
+    os.utime(entered, (1000, 1000))
+    wait_until(lambda: entered.stat().st_mtime > 1000, seconds=30)
+    run.process.send_signal(signal.SIGTERM)
+    run.end()
 
 
 def test_killing_torchrun_leaves_no_rank(start: Callable[..., Run]) -> None:

@@ -27,9 +27,9 @@ LAYER = 4 * 256 * 256 + 3 * 256 * 512 + 2 * 256  # attention, MLP, norms
 VOCABULARY = 1024 * 256  # padded to a multiple of 128 times 2
 
 
-def dry_run(*words: str) -> tuple[str, dict[str, float]]:
+def dry_run(*words: str, model: str = MODEL) -> tuple[str, dict[str, float]]:
     """Return what a dry run prints, and its table: bytes of this rank by kind."""
-    command = [sys.executable, "-W", "ignore", str(ROOT / "examples" / "pretrain_gpt.py"), *MODEL.split(), *words]
+    command = [sys.executable, "-W", "ignore", str(ROOT / "examples" / "pretrain_gpt.py"), *model.split(), *words]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
     rows = re.findall(r"^\| ([a-z ]+) \| ([\d.e-]+) \|", ran.stdout, re.MULTILINE)
@@ -65,6 +65,51 @@ def test_experts_are_counted_without_their_activations() -> None:
     assert "depends on how many tokens each expert gets" in printed and "activations at the peak" not in table
     assert table["parameters"] == pytest.approx(2 * parameters, rel=5e-4)
     assert table["sum without activations"] == pytest.approx(sum(table.values()) / 2, rel=5e-4)
+    planned = dict(re.findall(r"^\| ([a-z ]+) \| [\d.e-]* \| ([\d.e-]+) \|$", printed, re.MULTILINE))
+    states = sum(float(planned[kind]) for kind in ("parameters", "gradients", "optimizer states"))
+    assert float(planned["sum without activations"]) == pytest.approx(states, rel=5e-3)
+
+
+@pytest.mark.slow
+def test_flags_that_read_values_or_gather_weights_are_measured() -> None:
+    """Recomputed attention reads its mask's kind, frozen layers are counted, and the forward gathers weights."""
+    own = "--recompute-activations --train-only mlp --use-distributed-optimizer --overlap-grad-reduce"
+    _, table = dry_run("--dry-run-world", "8", "--overlap-param-gather", *own.split())
+    trained = 4 * (3 * 256 * 512)
+    assert table["gradients"] == pytest.approx(4 * trained, rel=5e-3)
+    assert table["optimizer states"] == pytest.approx(12 * trained / 8, rel=5e-3)
+    assert 0 < table["activations at the peak"] < 128 * 1024 * 4 + 4 * 60 * 128 * 256
+
+
+@pytest.mark.slow
+def test_an_optimizer_without_main_parameters_is_counted() -> None:
+    printed, table = dry_run("--dry-run-world", "8", model=MODEL.replace("--bf16", ""))
+    parameters = int(re.search(r"> ([\d,]+) parameters", printed)[1].replace(",", ""))
+    assert table["parameters"] == table["gradients"] == pytest.approx(4 * parameters, rel=5e-4)
+    assert table["optimizer states"] == pytest.approx(2 * 4 * parameters, rel=5e-4)
+
+
+def test_an_optimizer_may_keep_fewer_numbers_than_adam() -> None:
+    from megatron.longseq.dry_run.measure import _numbers_of_a_parameter
+
+    kinds = {("adam", 0.9): 2, ("sgd", 0.9): 1, ("sgd", 0.0): 0, ("lion", 0.9): 1}
+    for (kind, momentum), numbers in kinds.items():
+        assert _numbers_of_a_parameter(Namespace(optimizer=kind, sgd_momentum=momentum)) == numbers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--skip-train", "error: These flags cannot be combined:\n  --skip-train with --dry-run-world"),
+        ("--multi-latent-attention", "error: upstream refuses the model of these flags: TypeError: "),
+    ],
+)
+def test_a_refusal_is_one_message(flag: str, message: str) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "patches", "run", "examples/pretrain_gpt.py", *MODEL.split()]
+    ran = subprocess.run([*command, "--dry-run-world=8", flag], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert ran.returncode == 1 and "Traceback" not in ran.stderr
+    assert message in ran.stderr
 
 
 def test_groups_of_a_grid_are_found_from_one_of_them() -> None:
@@ -78,7 +123,7 @@ def test_groups_of_a_grid_are_found_from_one_of_them() -> None:
 
 def test_flags_that_mean_nothing_are_refused() -> None:
     given = {"use_megatron_fsdp": False, "use_torch_fsdp2": False, "load": None, "pretrained_checkpoint": None}
-    given |= {"fp8": None, "fp4": None, "optimizer_cpu_offload": False}
+    given |= {"fp8": None, "fp4": None, "optimizer_cpu_offload": False, "skip_train": False}
     for values, message in (
         ({"dry_run_rank": 1}, "--dry-run-rank 1: --dry-run-world is not given"),
         ({"dry_run_world": 4097}, "give a number of ranks from 1 to 4096"),

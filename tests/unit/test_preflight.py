@@ -112,6 +112,17 @@ def test_data_files_of_the_flags(tmp_path: Path) -> None:
     assert found == {str(tmp_path / "a.bin"): 5, str(tmp_path / "a.idx"): "No such file or directory"}
 
 
+def test_prefixes_are_those_that_upstream_reads(tmp_path: Path) -> None:
+    def names(**flags: Any) -> set[str]:
+        return {file.removesuffix(".idx") for file in facts.data_files(Namespace(**flags)) if file.endswith(".idx")}
+
+    parts = tmp_path / "parts.json"
+    parts.write_text('{"train": "0.3 a 0.7 b", "valid": ["c", "d"], "test": null, "note": ["x"]}')
+    assert names(per_split_data_args_path=str(parts)) == {"a", "b", "c", "d"}
+    assert names(data_path=["2024"]) == {"2024"}, "a single word is a prefix, also one that looks like a weight"
+    assert names(data_path=["0.5", "a", "0.5"]) == {"0.5", "a"}, "an odd number of words has no weights"
+
+
 def test_conversations_are_a_jsonl_file_or_prepared(tmp_path: Path) -> None:
     chat, prepared = tmp_path / "chat.jsonl", tmp_path / "prepared"
     chat.write_text("{}\n")

@@ -5,6 +5,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 import time
 from base64 import b64decode
 from html.parser import HTMLParser
@@ -124,6 +126,11 @@ def test_watch_says_what_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixt
         ({"kind": record.MEMORY, "peak_bytes": []}, "field peak_bytes of a record"),
         ({"kind": record.RUN, "world_size": True}, "field world_size of a record"),
         ({"kind": record.RUN, "world_size": 2, "layout": 4}, "field layout of a record"),
+        ({"kind": record.RUN, "world_size": 2, "layout": {"data": None}}, "field layout of a record"),
+        ({"kind": record.RUN, "world_size": 10**9}, "field world_size of a record"),
+        ({"iteration": 10**400}, "field iteration of a record"),
+        ({"seconds": math.nan}, "field seconds of a record"),
+        ({"losses": {"lm loss": 1e308}}, "field losses of a record"),
         ("[" * 100000, "it is nested too deeply"),
     ],
 )
@@ -139,6 +146,40 @@ def test_damaged_records_are_named_and_the_others_are_shown(
     assert main(["watch", "--once", str(folder)]) == 0
     shown = capsys.readouterr().out
     assert message in " ".join(shown.split()) and "step 200 of 200" in shown, shown
+    assert main(["report", str(folder), "-o", str(tmp_path / "report.html")]) == 0
+    assert message in (tmp_path / "report.html").read_text(), "the report says it, too"
+
+
+def test_a_run_that_diverges_is_shown_in_any_terminal(tmp_path: Path) -> None:
+    slow = [step(i, losses={"lm loss": 3e38}, grad_norm=2e37, seconds=1e6, iterations=10**7) for i in (1, 2)]
+    folder = tmp_path / "run-\udcff"  # a name that is not UTF-8
+    write_start(folder / "start-0", slow, None)
+    log = folder / "start-0/ranks/rank-00000-n01.log"
+    log.write_bytes(b"\x1b[33mWARNING: in colour\x1b[0m\n\x1b[2J\x1b[HWARNING: \xff\n")
+    command = [sys.executable, "-m", "megatron.longseq.runlog", "watch", "--once", folder]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "TERM": "dumb", "COLUMNS": "120", "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(command, capture_output=True, env=environment, check=False)
+    shown = ran.stdout.decode("ascii")
+    assert ran.returncode == 0, ran.stderr
+    for words in ("3.000E+38", "2.000E+37", "more than 100 years left", "WARNING: in colour", "rank 0: WARNING: ?"):
+        assert words in shown, shown
+    assert "\x1b" not in shown
+    assert main(["report", str(folder), "-o", str(tmp_path / "report.html")]) == 0
+    assert "3.000E+38" in (tmp_path / "report.html").read_text()
+
+
+def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests may run as root, who may read everything."""
+    folder = write_run(tmp_path / "run")
+    (folder / f"start-1/{record.FILE}").unlink()
+    (folder / f"start-1/{record.FILE}").mkdir()  # opening it fails
+    run = RunFolder(folder)
+    run.refresh()
+    run.refresh()
+    assert run.damaged() == f"1 line of {record.FILE} cannot be read: {folder}/start-1/{record.FILE}: Is a directory"
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    (tmp_path / "other").mkdir()
+    assert RunFolder(tmp_path / "other").problem().endswith("this user may not read the folder")
 
 
 def test_watch_does_not_wait_for_what_never_comes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

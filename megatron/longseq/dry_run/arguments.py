@@ -11,6 +11,7 @@ MOST_RANKS = 4096
 NOT_IN_A_DRY_RUN: Refusals = {
     "--use-megatron-fsdp": (lambda a: a.use_megatron_fsdp, "it moves parameters between devices as it wraps the model"),
     "--use-torch-fsdp2": (lambda a: a.use_torch_fsdp2, "it creates a device mesh of its own"),
+    "--skip-train": (lambda a: a.skip_train, "it reports the memory of training; leave it out"),
     "--load": (lambda a: a.load is not None, "the meta device has no values; leave it out, its weights change no size"),
     "--pretrained-checkpoint": (
         lambda a: a.pretrained_checkpoint is not None,

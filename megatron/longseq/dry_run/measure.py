@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.optimizer.optimizer import FP32Optimizer
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
 from megatron.longseq.dry_run.report import RankMemory
 from megatron.longseq.pipeline.plan.from_args import plan_from_args
 from megatron.longseq.pipeline.plan.schedule import Action, ActionKind
 
-ADAM_STATES = 2  # of every main parameter, in float32
+NUMBERS = {"adam": 2, "lion": 1}  # that --optimizer keeps for every main parameter, in float32
 
 
 def measure(args: Namespace, model: Sequence[torch.nn.Module], optimizer: Any) -> RankMemory:
@@ -56,19 +57,29 @@ def _optimizer_bytes(optimizer: Any) -> int:
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
         copies = [p for name in ("shard_fp32_from_float16_groups", "fp32_from_float16_groups") for p in _of(one, name)]
         views = [p for name in ("shard_fp32_groups", "fp32_from_fp32_groups") for p in _of(one, name)]
+        if not copies and isinstance(one, FP32Optimizer):  # it steps the parameters themselves
+            views = [param for group in one.param_groups for param in group["params"]]
         total += sum(main.nbytes for main in copies)
-        total += sum(main.numel() * 4 * ADAM_STATES for main in (*copies, *views))
+        total += sum(main.numel() * 4 * _numbers_of_a_parameter(one.config) for main in (*copies, *views))
     return total
+
+
+def _numbers_of_a_parameter(config: Any) -> int:
+    """Return how many numbers the optimizer keeps for each parameter."""
+    return bool(config.sgd_momentum) if config.optimizer == "sgd" else NUMBERS.get(config.optimizer, 2)
 
 
 def _of(optimizer: Any, name: str) -> list[torch.Tensor]:
     return [main for group in getattr(optimizer, name, []) for main in group if main is not None]
 
 
-def _kept(args: Namespace, chunk: torch.nn.Module) -> int:
+def _kept(args: Namespace, chunk: Any) -> int:
     """Run the forward of one micro-batch, and return the bytes of the tensors that autograd keeps."""
     config = get_model_config(chunk)
     tokens = args.seq_length // args.context_parallel_size
+    if getattr(chunk, "use_forward_hook", False) and not hasattr(chunk, "sharding"):
+        # --overlap-param-gather gathers weights in it, for which torch's fake groups have no operation.
+        chunk.disable_forward_pre_hook(param_sync=False)
     inner = get_attr_wrapped_model(chunk, "pre_process", return_model_obj=True)
     ids = torch.zeros(args.micro_batch_size, tokens, dtype=torch.long)
     if not inner.pre_process:

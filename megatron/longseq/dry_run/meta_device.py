@@ -1,6 +1,6 @@
 """Create every tensor on the meta device: it has a size and a dtype, but no memory and no values."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,10 @@ FACTORIES = {"empty", "zeros", "ones", "full", "rand", "randn", "arange", "tenso
 
 
 class TensorsOnMeta(TorchFunctionMode):
-    """Create tensors on the meta device, and leave there those that are moved to a GPU."""
+    """Create tensors on the meta device, and leave there those that are moved to a GPU.
+
+    A tensor of one number, such as the kind of mask that upstream hands to recomputed attention, can be read again.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
@@ -21,9 +24,22 @@ class TensorsOnMeta(TorchFunctionMode):
             return args[0]
         if name == "type" and len(args) == 1 and not kwargs:  # upstream tells parameter types apart by it
             return f"torch.cuda.{func(*args).rpartition('.')[2]}"
+        if name == "item" and hasattr(args[0], "known_number"):
+            return args[0].known_number
         if name in FACTORIES or (kwargs.get("device") is not None and func is not torch.Generator):
             kwargs["device"] = torch.device("meta")
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if name == "tensor" and (number := _only_number(args)) is not None:
+            result.known_number = number
+        return result
+
+
+def _only_number(args: Sequence[Any]) -> int | float | None:
+    """Return the number of `torch.tensor(number)` or `torch.tensor([number])`, or None for other arguments."""
+    data = args[0] if args else None
+    if isinstance(data, list | tuple) and len(data) == 1:
+        data = data[0]
+    return data if isinstance(data, int | float) else None
 
 
 @contextmanager

@@ -90,12 +90,13 @@ def report(args: Namespace, place: Mapping[str, int], memory: RankMemory) -> str
     except ValueError as error:
         planned, why = {}, f"\n> the planner predicts nothing for these flags: {error}"
     rest = sum(size for kind, size in planned.items() if kind not in STATES)
+    in_all = sum(planned.values()) - (0 if memory.kept else rest)
     rows = [
         ("parameters", memory.params, planned.get("parameters")),
         ("gradients", memory.grads, planned.get("gradients")),
         ("optimizer states", memory.optimizer, planned.get("optimizer")),
         ("activations at the peak", memory.activations if memory.kept else None, rest if planned else None),
-        ("sum" if memory.kept else "sum without activations", memory.total, sum(planned.values()) if planned else None),
+        ("sum" if memory.kept else "sum without activations", memory.total, in_all if planned else None),
     ]
     kinds = [(kind, _in_gb(size), _in_gb(other)) for kind, size, other in rows]
     ranks = ", ".join(f"{name} {rank}" for name, rank in place.items())

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.datasets.utils import get_blend_from_list
 
 from megatron.longseq.data import LOSS_MASK
 
@@ -221,22 +222,19 @@ def _size(path: Path) -> int | str:
 
 
 def _prefixes(args: Namespace) -> list[str]:
-    """Return the prefixes of the data sets that the flags name. Weights between them are left out.
+    """Return the prefixes of the data sets that the flags name, as upstream reads them: weights are left out.
 
     Flags that name files with prefixes were read when they were validated.
     """
-    words: list[str] = []
-    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
-        words += getattr(args, name, None) or []
+    blends: list[list[str] | None] = [
+        getattr(args, name, None) for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+    ]
     if getattr(args, "data_args_path", None):
-        words += Path(args.data_args_path).read_text().split()
+        blends.append(Path(args.data_args_path).read_text().split())
     if getattr(args, "per_split_data_args_path", None):
         parts = json.loads(Path(args.per_split_data_args_path).read_text())
-        words += [word for part in parts.values() for word in part or []]
-    found = []
-    for word in words:
-        try:
-            float(word)
-        except ValueError:
-            found.append(word)
-    return sorted(set(found))
+        # A part is a list, or one text as on a command line.
+        blends += [
+            part.split() if isinstance(part, str) else part for part in map(parts.get, ("train", "valid", "test"))
+        ]
+    return sorted({prefix for words in blends if words for prefix in get_blend_from_list(words)[0]})

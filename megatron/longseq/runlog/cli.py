@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import io
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +14,9 @@ from megatron.longseq.runlog.folder import RunFolder
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status: 0, or 1 after an error."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal may not know the characters of a curve
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     return run_command(_parser(), argv)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ LOG_NAME = re.compile(r"rank-(\d+)-(.+)\.log")
 HELD_OUT = re.compile(r"(?:validation|test) loss at iteration (\d+)( on \S+ set)?.*? \| .*?loss value: ([\d.E+-]+)")
 WARNING = re.compile(r"^(> )?(WARNING|ERROR|CRITICAL|STALL)\b|^(\w+\.)*\w*(Error|Exception)\b: |^Look at ranks ")
 USUAL = re.compile(r"rerun_state_machine|one_logger|IS DEPRECATED")  # upstream prints these in every run
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0e-\x1f\x7f]")  # colours and movements of a terminal
 UNDECIDED_S = 60.0  # after which a job that has not said whether it is requeued was killed
 QUIET_S = 600.0  # after which a run that does not end and prints nothing is suspected
 
@@ -35,12 +37,16 @@ class LineReader:
         self._offset = 0
 
     def new_lines(self) -> list[str]:
-        """Return the new lines; one without an end is left for the next call."""
+        """Return the new lines; one without an end is left for the next call.
+
+        Raises:
+            OSError: the file exists, but cannot be read.
+        """
         try:
             with self.file.open("rb") as stream:
                 stream.seek(self._offset)
                 read = stream.read()
-        except OSError:
+        except FileNotFoundError:
             return []
         whole = read[: read.rfind(b"\n") + 1]
         self._offset += len(whole)
@@ -112,7 +118,12 @@ class Start:
 
     def refresh(self) -> None:
         """Read what has been written since the last call."""
-        for line in self._reader.new_lines():
+        try:
+            lines = self._reader.new_lines()
+        except OSError as error:  # nothing of it is known
+            self.unreadable, self.problem = max(self.unreadable, 1), f"{self._reader.file}: {error.strerror}"
+            return
+        for line in lines:
             try:
                 values = record.from_json(line)
             except ValueError as error:
@@ -226,10 +237,18 @@ class RunFolder:
             return f"{self.folder} is not a folder; give the run folder that scripts/launch.sh printed"
         if self.starts:
             return ""
+        if not os.access(self.folder, os.R_OK | os.X_OK):
+            return f"{self.folder}: this user may not read the folder"
         if any(self.folder.glob("code*")):
             return f"{self.folder}: the job has been submitted and has not begun"
         hint = "give the run folder that holds it" if self.folder.name.startswith("start-") else "give a run folder"
         return f"{self.folder} holds no start of scripts/launch.sh (start-0); {hint}"
+
+    def damaged(self) -> str:
+        """Return how many lines of the record cannot be read, and why not the last one, or an empty string."""
+        count = sum(start.unreadable for start in self.starts)
+        problem = next((start.problem for start in reversed(self.starts) if start.problem), "")
+        return f"{count} line{'s' if count > 1 else ''} of {record.FILE} cannot be read: {problem}" if count else ""
 
     def may_begin(self) -> bool:
         """Return whether a start may still appear: the folder is no file, and no start itself."""
@@ -339,4 +358,4 @@ def _tail(file: Path) -> list[str]:
             text = stream.read().decode(errors="replace")
     except OSError:
         return []
-    return [re.sub(r"^\[rank\d+\]: ?", "", line).rstrip() for line in text.splitlines()]
+    return [re.sub(r"^\[rank\d+\]: ?", "", CONTROL.sub("", line)).rstrip() for line in text.splitlines()]

@@ -50,6 +50,9 @@ FIELDS: tuple[tuple[str, str, str, str], ...] = (
 )  # fmt: skip
 
 GIB = 2**30
+# What a damaged line may hold beyond these would end in errors of the arithmetic behind it.
+MOST_RANKS, MOST_BYTES, LARGEST = 2**20, 2**62, 1e300
+FIXED_UP_TO = 1e6  # larger values are written with an exponent
 
 
 def record(kind: str, **fields: Any) -> dict[str, Any]:
@@ -87,16 +90,25 @@ def from_json(line: str) -> dict[str, Any]:
     return values
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_whole(value: object, most: int = MOST_BYTES) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
+
+
+def _is_count_of_ranks(value: object) -> bool:
+    return _is_whole(value, MOST_RANKS) and value != 0
 
 
 def _is_number(value: object) -> bool:
-    return value is None or isinstance(value, float) or _is_whole(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value is None or (is_number and abs(value) <= LARGEST)  # type: ignore[arg-type]  # false for NaN
 
 
 def _are_numbers_by_name(value: object) -> bool:
     return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
+def _are_counts_by_name(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_count_of_ranks, value.values()))
 
 
 _NEEDED = {
@@ -106,8 +118,10 @@ _NEEDED = {
 }
 _TYPES: dict[str, Callable[[object], bool]] = {
     **{name: _is_number for kind, name, *_ in FIELDS if kind == STEP},
-    **{name: _is_whole for name in ("iteration", "iterations", "steps", "world_size")},
-    **{name: _are_numbers_by_name for name in ("layout", "losses")},
+    **{name: _is_whole for name in ("iteration", "iterations", "steps")},
+    "world_size": _is_count_of_ranks,
+    "layout": _are_counts_by_name,
+    "losses": _are_numbers_by_name,
     "peak_bytes": lambda value: isinstance(value, list) and bool(value) and all(map(_is_whole, value)),
 }
 
@@ -124,11 +138,11 @@ def step_line(step: Mapping[str, Any]) -> str:
     """Return the line of the log for a record of kind `step`: always in this order, unknown figures left out."""
     total = f"/{step['iterations']:8d}" if step.get("iterations") else "/       ?"
     parts = [f"iteration {step['iteration']:8d}{total}"]
-    parts += [f"{name}: {_number(value, '.6E')}" for name, value in step.get("losses", {}).items()]
+    parts += [f"{name}: {number_text(value, '.6E')}" for name, value in step.get("losses", {}).items()]
     for name, title, form, unit in _SHOWN:
         if name in step:
             value = step[name]
-            parts.append(f"{title}: {_number(None if value is None else value / unit, form)}")
+            parts.append(f"{title}: {number_text(None if value is None else value / unit, form)}")
     if step.get("skipped"):
         parts.append(f"skipped: {step['skipped']}")
     return " " + " | ".join(parts) + " |"
@@ -147,5 +161,8 @@ _SHOWN = (
 )
 
 
-def _number(value: float | None, form: str) -> str:
-    return "not finite" if value is None or not math.isfinite(value) else format(value, form)
+def number_text(value: float | None, form: str) -> str:
+    """Return a figure as text: by a format specification, or with an exponent if it has too many digits for that."""
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    return format(value, ".3E" if form.endswith("f") and abs(value) >= FIXED_UP_TO else form)

@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Iterable, Sequence
-from datetime import timedelta
 from html import escape
 from pathlib import Path
 from statistics import median
@@ -11,7 +10,7 @@ from statistics import median
 from megatron.longseq.figures import complete_file
 from megatron.longseq.runlog import pictures, record
 from megatron.longseq.runlog.folder import Record, RunFolder, Start
-from megatron.longseq.runlog.screen import first_loss, layout_text, number, steps_text
+from megatron.longseq.runlog.screen import duration, first_loss, layout_text, number, steps_text
 
 WARNINGS = 30
 STYLE = """
@@ -42,6 +41,7 @@ def write_report(run: RunFolder, file: Path) -> None:
     parts = [
         f"<h1>{escape(name)}</h1>",
         f'<p class="sub">{_line(run, newest)}</p>',
+        _damaged(run),
         _tiles(run, steps),
         _training(run, steps),
         _speed(run, steps),
@@ -56,7 +56,7 @@ def write_report(run: RunFolder, file: Path) -> None:
         part for part in parts if part
     )
     with complete_file(file) as half:
-        half.write_text(page + "\n</body></html>\n", encoding="utf-8")
+        half.write_text(page + "\n</body></html>\n", encoding="utf-8", errors="replace")
 
 
 def _line(run: RunFolder, newest: Start) -> str:
@@ -69,6 +69,10 @@ def _line(run: RunFolder, newest: Start) -> str:
     return " &middot; ".join(escape(word) for word in words)
 
 
+def _damaged(run: RunFolder) -> str:
+    return f'<p class="note bad">{escape(run.damaged())}</p>' if run.damaged() else ""
+
+
 def _tiles(run: RunFolder, steps: Sequence[Record]) -> str:
     if not steps:
         return '<p class="note">No step has been logged yet.</p>'
@@ -78,9 +82,9 @@ def _tiles(run: RunFolder, steps: Sequence[Record]) -> str:
     seconds = sum(step["seconds"] * step["steps"] for step in steps)
     figures = [
         ("step", f"{last['iteration']} of {last.get('iterations', '?')}"),
-        (f"{next(iter(last['losses']), 'loss')}, last", f"{first_loss(last):.4f}"),
+        (f"{next(iter(last['losses']), 'loss')}, last", record.number_text(first_loss(last), ".4f")),
         ("tokens", f"{tokens:,.0f}"),
-        ("time in steps", str(timedelta(seconds=round(seconds)))),
+        ("time in steps", duration(seconds)),
         ("tokens/s/GPU, median", f"{_median(warm, 'tokens_per_second_per_gpu'):,.1f}"),
         ("TFLOP/s/GPU, median", f"{_median(warm, 'tflops_per_gpu'):.4g}"),
     ]
@@ -180,7 +184,7 @@ def _starts(starts: Sequence[Start]) -> str:
 
 def _duration(start: Start) -> str:
     ends = start.ends
-    return str(timedelta(seconds=round(max(end.at for end in ends) - start.began_at))) if ends else ""
+    return duration(max(end.at for end in ends) - start.began_at) if ends else ""
 
 
 def _repeated(before: Start | None, start: Start) -> str:

@@ -19,6 +19,7 @@ ROWS = 8
 STARTS = 6
 WARNINGS = 4
 CHART_HEIGHT = 6
+CENTURY_S = 100 * 365.25 * 86400
 
 # heading, field, format, the unit that it is divided by
 COLUMNS = (
@@ -51,7 +52,14 @@ def cell(step: Record, name: str, form: str, unit: float) -> str:
     if name not in step:
         return ""
     value = step[name]
-    return "not finite" if value is None else format(value if unit == 1 else value / unit, form)
+    return record.number_text(value if unit == 1 or value is None else value / unit, form)
+
+
+def duration(seconds: float) -> str:
+    """Return a time as days, hours, minutes and seconds."""
+    if not seconds < CENTURY_S:
+        return "more than 100 years"
+    return str(timedelta(seconds=round(max(0.0, seconds))))
 
 
 def first_loss(step: Record) -> float:
@@ -85,10 +93,8 @@ def render(run: RunFolder, width: int) -> RenderableType:
     if steps:
         parts += [_curves(steps, width), _table(steps[-ROWS:], width)]
     parts += [_memory(run.starts), _starts(run.starts), _ranks(run.starts[-1])]
-    unreadable = sum(start.unreadable for start in run.starts)
-    if unreadable:
-        problem = next(start.problem for start in reversed(run.starts) if start.problem)
-        parts.append(Text(f"{unreadable} lines of {record.FILE} cannot be read: {problem}", style="red"))
+    if damaged := run.damaged():
+        parts.append(Text(damaged, style="red"))
     warnings = run.warnings(WARNINGS)
     parts.append(
         Text("\n".join(["last warnings", *(f"  {line[: width - 4]}" for line in warnings)]) if warnings else "")
@@ -106,8 +112,8 @@ def _header(run: RunFolder, steps: Sequence[Record]) -> Text:
         last = steps[-1]
         text.append(f"\nstep {last['iteration']} of {last.get('iterations', '?')}", style="none")
         left = (last.get("iterations") or last["iteration"]) - last["iteration"]
-        if left and not start.has_ended():
-            text.append(f", {timedelta(seconds=round(left * last['seconds']))} left at this speed", style="none")
+        if left > 0 and not start.has_ended():
+            text.append(f", {duration(left * last['seconds'])} left at this speed", style="none")
     if start.run is not None:
         text.append(f"   {layout_text(start.run)} on {start.run.get('device', '?')}", style="none")
     if start.revision:
@@ -137,7 +143,7 @@ def _table(steps: Sequence[Record], width: int) -> Table:
         table.add_column(heading, justify="right")
     for step in steps:
         values = [step.get("losses", {}).get(name) for name in losses]
-        texts = ["not finite" if value is None else f"{value:.4f}" for value in values]
+        texts = [record.number_text(value, ".4f") for value in values]
         cells = [cell(step, *column[1:]) for column in shown]
         style = "yellow" if step.get("skipped") else None
         table.add_row(cells[0], *texts, *cells[1:], style=style)
