@@ -234,6 +234,34 @@ def test_other_learning_rates_are_refused_by_name(ranks: RankPool, saved: Path, 
         run_arm(ranks, "O", 2, [*flags(MORE, PARO, other), "--load", str(saved)])
 
 
+@pytest.fixture(scope="module")
+def saved_plainly(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a checkpoint of a plain optimizer, after the second step."""
+    folder = tmp_path_factory.mktemp("plain")
+    run_arm(ranks, "O", 2, flags(TINY, "--train-iters 3 --exit-interval 2"), folder)
+    return folder
+
+
+def test_a_plain_optimizer_is_explained_too(ranks: RankPool, saved: Path, saved_plainly: Path) -> None:
+    for own, folder, message in (
+        ("--lr 5e-3", saved_plainly, r"--lr is 0\.005, was 0\.01\. .*--no-load-optim"),
+        (
+            "",
+            saved,
+            r"it was saved with --use-distributed-optimizer .*, and this run is without it\. .*--no-load-optim",
+        ),
+        (
+            "--use-distributed-optimizer",
+            saved_plainly,
+            "it was saved without --use-distributed-optimizer .* is with it",
+        ),
+    ):
+        line = [*flags(MORE, own), "--load", str(folder)]
+        _fails(ranks, line, f"the optimizer cannot continue from the checkpoint: {message}", 2)
+    run = run_arm(ranks, "O", 2, [*flags(MORE, "--no-load-optim"), "--load", str(saved)])
+    assert [step["iteration"] for step in run.curve] == [3]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("other", "message"),
