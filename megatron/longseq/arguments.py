@@ -71,6 +71,7 @@ def validate_longseq_arguments(args: argparse.Namespace) -> None:
     _check_log_arguments(args)
     _check_save(args)
     _check_checkpoint_step(args)
+    _check_checkpoint_kinds(args)
     check_pipeline_numbers(args)
     check_context_numbers(args)
     check_sharding_numbers(args)
@@ -183,4 +184,24 @@ def _check_checkpoint_step(args: argparse.Namespace) -> None:
     if step is not None and step < 1:
         raise ValueError(
             f"--ckpt-step {step}: give the iteration of a checkpoint, 1 or more, or leave it out to load the latest."
+        )
+
+
+def _check_checkpoint_kinds(args: argparse.Namespace) -> None:
+    """Refuse values with which upstream would fail only at its first save, or after loading.
+
+    Raises:
+        ValueError: names the flag.
+    """
+    interval = getattr(args, "non_persistent_save_interval", None)
+    if interval and getattr(args, "non_persistent_ckpt_type", "") is None:
+        raise ValueError(
+            f"--non-persistent-save-interval {interval}: --non-persistent-ckpt-type is not given, so nothing can be "
+            "saved; give --non-persistent-ckpt-type global, or leave both out."
+        )
+    strictness = getattr(args, "dist_ckpt_strictness", None) or ""
+    if strictness.startswith("return_"):
+        raise ValueError(
+            f"--dist-ckpt-strictness {strictness}: upstream's training cannot use what it returns; give log_all to "
+            "list what differs."
         )

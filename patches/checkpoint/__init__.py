@@ -106,7 +106,10 @@ CALLBACKS = (
         id="checkpoint.latest",
         hook=READ_CHECKPOINT,
         impl="patches.checkpoint.latest:with_complete_checkpoint",
-        reads=("megatron.training.checkpointing:read_metadata",),
+        reads=(
+            "megatron.training.checkpointing:read_metadata",
+            "megatron.training.checkpointing:_get_non_persistent_iteration",
+        ),
         why="Upstream loads what the tracker file names. If that checkpoint is incomplete or damaged, or the file is "
         "missing, an older complete checkpoint is not found.",
         when="patches.conditions:always",
@@ -150,10 +153,11 @@ CALLBACKS = (
         reads=(
             "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",
             "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_parameter_state",
+            "megatron.core.optimizer.optimizer:MegatronOptimizer._filter_and_reorder_param_groups",
         ),
         why="If upstream cannot load a checkpoint, it exits with status 0, as if the run had finished. Its "
-        "distributed optimizer raises a bare KeyError if a setting of a parameter group has changed, and an "
-        "error without a file name if its own file (--ckpt-format torch) is truncated.",
+        "optimizers do not say which setting of a parameter group has changed, nor that the other kind of optimizer "
+        "saved it, and name no file if the distributed one's own (--ckpt-format torch) is truncated.",
         when="patches.conditions:always",
         test="tests/distributed/test_damaged_checkpoints.py::test_other_learning_rates_are_refused_by_name",
         remove_when="upstream exits with a non-zero status, names the setting and checks the files of a checkpoint",

@@ -7,8 +7,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron.longseq.checkpoints.changes import explain_group_mismatch
+from megatron.longseq.checkpoints.changes import explain_group_mismatch, explain_other_optimizer
 from megatron.longseq.checkpoints.faults import find_fault, find_file_fault
+
+LOAD, PLAIN, DISTRIBUTED = "checkpointing.py", "optimizer.py", "distrib_optimizer.py"  # files of upstream
+MATCH = "_filter_and_reorder_param_groups"
 
 
 def with_named_faults(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,8 +53,10 @@ def with_explained_failures(original: Callable[..., Any]) -> Callable[..., Any]:
             if end.code not in (None, 0):
                 raise
             raise ValueError(_not_loaded()) from end
-        except Exception as error:
-            found = _group_mismatch(error) or _file_fault(error)
+        except BaseException as error:  # PyTorch's CheckpointException is no Exception
+            if isinstance(error, KeyboardInterrupt) or (isinstance(error, ValueError) and error.__cause__ is not None):
+                raise  # the latter is one of our messages
+            found = _other_optimizer(error) or _group_mismatch(error) or _file_fault(error)
             if found is None:
                 raise
             raise ValueError(found) from error
@@ -68,27 +73,40 @@ def _not_loaded() -> str:
     return f"rank {args.rank}: no checkpoint was loaded from --load {args.load}. {why}."
 
 
-def _group_mismatch(error: Exception) -> str | None:
-    """Explain which settings differ if the distributed optimizer did not find a parameter group in the checkpoint."""
+def _other_optimizer(error: BaseException) -> str | None:
+    """Explain that a plain and the distributed optimizer cannot continue from each other's states."""
+    from megatron.training import get_args
+
+    saved = _argument(error.__traceback__, LOAD, "load_checkpoint", "ckpt_args")
+    return None if saved is None else explain_other_optimizer(saved, get_args())
+
+
+def _group_mismatch(error: BaseException) -> str | None:
+    """Explain which settings differ if the optimizer did not find a parameter group in the checkpoint."""
     from megatron.core.optimizer.optimizer import param_group_identifier_keys as keys
 
-    wanted = error.args[0] if isinstance(error, KeyError) and error.args else None
-    if not isinstance(wanted, tuple) or len(wanted) != len(keys):
+    trace = error.__traceback__
+    if isinstance(error, KeyError):
+        wanted = error.args[0] if error.args else None
+        state_dict = _argument(trace, DISTRIBUTED, "load_state_dict", "state_dict")
+        groups = None if state_dict is None else state_dict["optimizer"]["param_groups"]
+    else:
+        wanted, groups = (_argument(trace, PLAIN, MATCH, name) for name in ("key", "state_dict_groups"))
+    if groups is None or not isinstance(wanted, tuple) or len(wanted) != len(keys):
         return None
-    state_dict = _argument(error.__traceback__, "load_state_dict", "state_dict")
-    return None if state_dict is None else explain_group_mismatch(keys, wanted, state_dict["optimizer"]["param_groups"])
+    return explain_group_mismatch(keys, wanted, groups)
 
 
-def _file_fault(error: Exception) -> str | None:
+def _file_fault(error: BaseException) -> str | None:
     """Say what is wrong with the distributed optimizer's own file (--ckpt-format torch)."""
-    file = _argument(error.__traceback__, "load_parameter_state", "filename")
+    file = _argument(error.__traceback__, DISTRIBUTED, "load_parameter_state", "filename")
     return find_file_fault(Path(file)) if _is_local(file) else None
 
 
-def _argument(trace: TracebackType | None, function: str, name: str) -> Any:
-    """Return an argument of a method of upstream's distributed optimizer that the exception passed through, or None."""
+def _argument(trace: TracebackType | None, file: str, function: str, name: str) -> Any:
+    """Return a variable of a function of upstream's that the exception passed through, or None."""
     for frame, _ in traceback.walk_tb(trace):
         code = frame.f_code
-        if code.co_name == function and Path(code.co_filename).name == "distrib_optimizer.py":
+        if code.co_name == function and Path(code.co_filename).name == file:
             return frame.f_locals.get(name)
     return None

@@ -60,7 +60,7 @@ def with_refused_states(original: Callable[..., Any]) -> Callable[..., Any]:
             if getattr(run, "ckpt_non_finite", "stop") != "skip":
                 raise
             if run.rank == 0:
-                print(f"> WARNING: {refusal}", flush=True)
+                print(f"> WARNING: {refusal.found}", flush=True)
             return None
 
     return save_checkpoint

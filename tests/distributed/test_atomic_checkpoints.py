@@ -65,6 +65,8 @@ def test_a_state_that_is_not_finite_is_not_saved(ranks: RankPool, tmp_path: Path
     assert [path.name for path in sorted(tmp_path.glob("iter_*"))] == ["iter_0000001"]
     run = run_arm(ranks, "O", 2, flags(SAVES, "--ckpt-non-finite skip"), tmp_path / "skip", mutant=nan)
     assert [step["iteration"] for step in run.curve] == [1, 2, 3]
+    log = (ranks.logs / f"job{ranks.jobs:03d}-rank0.log").read_text()
+    assert "is nan. The checkpoints saved before are unchanged." in log and "--ckpt-non-finite skip to" not in log
     assert [path.name[-1] for path in sorted((tmp_path / "skip").glob("iter_*"))] == ["1", "3"]
 
 

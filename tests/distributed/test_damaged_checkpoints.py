@@ -1,10 +1,13 @@
 """A damaged checkpoint is named and skipped. If none can be loaded, a message says why; the status is not 0."""
 
+import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -12,6 +15,7 @@ import pytest
 from tests.distributed.flags import TINY, flags
 from tests.pool import RankFailure, RankPool
 from tests.regression.arm import run_arm
+from tests.regression.planted import Planted, wrapped
 
 PARO = "--paro NIG"
 ITERATION, TRACKER = "iter_0000002", "latest_checkpointed_iteration.txt"
@@ -26,8 +30,8 @@ def saved(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _largest(folder: Path) -> Path:
-    return max((folder / ITERATION).glob("*.distcp"), key=lambda path: path.stat().st_size)
+def _largest(folder: Path, name: str = ITERATION) -> Path:
+    return max((folder / name).glob("*.distcp"), key=lambda path: path.stat().st_size)
 
 
 def _halve(path: Path) -> None:
@@ -125,6 +129,94 @@ def test_a_step_that_is_asked_for_is_examined(ranks: RankPool, saved: Path, tmp_
     _fails(ranks, asked, r"rank \d: .*.distcp is damaged: .* Give another --ckpt-step", 2)
 
 
+PASSING = "--save-interval 2 --non-persistent-save-interval 1 --non-persistent-ckpt-type global"
+
+
+@pytest.fixture(scope="module")
+def saved_in_passing(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a checkpoint of the second step, and non-persistent ones of the first and the third."""
+    folder = tmp_path_factory.mktemp("passing")
+    run_arm(ranks, "O", 2, flags(TINY, PASSING, "--exit-interval 3"), folder)
+    return folder
+
+
+def _all_cut(folder: Path) -> None:
+    for file in folder.glob("iter_*/*.distcp"):
+        _halve(file)
+
+
+# name: damage to the folder of non-persistent checkpoints, flag, iteration that is loaded
+PASSED: dict[str, tuple[Callable[[Path], object], str, int]] = {
+    "flipped-bit": (lambda f: _flip(_largest(f, "iter_0000003")), "", 2),
+    "cut-tensors": (lambda f: _halve(_largest(f, "iter_0000003")), "", 2),
+    "empty-tracker": (lambda f: (f / TRACKER).write_bytes(b""), "", 3),
+    "others-cut": (lambda f: _all_cut(f.parent), "", 3),
+    "another-step": (lambda f: None, "--ckpt-step 2", 2),
+}
+
+
+@pytest.mark.parametrize("name", PASSED)
+def test_non_persistent_checkpoints_are_examined(
+    ranks: RankPool, saved_in_passing: Path, tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "passing"
+    shutil.copytree(saved_in_passing, folder)
+    harm, own, iteration = PASSED[name]
+    harm(folder / "non_persistent")
+    run = run_arm(ranks, "O", 2, [*flags(TINY, PASSING, own), "--load", str(folder)])
+    assert [step["iteration"] for step in run.curve] == list(range(iteration + 1, 5))
+    log = (ranks.logs / f"job{ranks.jobs:03d}-rank0.log").read_text()
+    assert ("iter_0000002 is loaded instead." in log) == (name in ("flipped-bit", "cut-tensors"))
+
+
+def test_what_a_killed_first_save_leaves_does_not_hide_the_pretrained_checkpoint(
+    ranks: RankPool, saved: Path, tmp_path: Path
+) -> None:
+    (tmp_path / ITERATION).mkdir()  # as upstream does ahead of a save
+    line = flags(TINY, PARO, "--train-iters 1 --lr 5e-3")
+    begun, random = (
+        run_arm(ranks, "O", 2, [*line, *own])
+        for own in (["--load", str(tmp_path), "--pretrained-checkpoint", str(saved)], [])
+    )
+    finetuned = run_arm(ranks, "O", 2, [*line, "--load", str(saved), "--finetune"])
+    assert begun.curve == finetuned.curve and begun.curve != random.curve
+
+
+def test_a_run_that_began_with_a_damaged_tracker_saves_and_deletes(
+    ranks: RankPool, saved: Path, tmp_path: Path
+) -> None:
+    """Upstream reads the tracker file again when it looks for the checkpoint to delete."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(saved, folder)
+    (folder / TRACKER).write_bytes(b"")
+    line = [*flags(MORE, PARO, "--save-interval 1 --save-retain-interval 10"), "--load", f"./{os.path.relpath(folder)}"]
+    run = run_arm(ranks, "O", 2, line, folder)
+    assert [step["iteration"] for step in run.curve] == [3]
+    assert (folder / TRACKER).read_text() == "3"
+
+
+@contextmanager
+def printed_reads() -> Iterator[Planted]:
+    """Print each comparison of tensors with their checksums."""
+    from megatron.longseq.checkpoints import manifest
+
+    def find_content_fault(original: Callable[..., Any], folder: Path, found: Any, part: int, parts: int) -> Any:
+        print(f"reads part {part} of {parts}", flush=True)
+        return original(folder, found, part, parts)
+
+    with wrapped(manifest, "find_content_fault", find_content_fault):
+        yield Planted()
+
+
+def test_each_rank_reads_its_share_once(ranks: RankPool, saved: Path) -> None:
+    """Before the ranks are connected, each of them needs the arguments of the checkpoint alone."""
+    line = [*flags(MORE, PARO, "--use-checkpoint-args"), "--load", str(saved)]
+    run_arm(ranks, "O", 2, line, mutant=f"{__name__}:printed_reads")
+    for rank in (0, 1):
+        log = (ranks.logs / f"job{ranks.jobs:03d}-rank{rank}.log").read_text()
+        assert re.findall(r"reads part (\d+ of \d+)", log) == [f"{rank} of 2"]
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [
@@ -140,6 +232,34 @@ def test_a_step_that_is_asked_for_is_examined(ranks: RankPool, saved: Path, tmp_
 def test_other_learning_rates_are_refused_by_name(ranks: RankPool, saved: Path, other: str, message: str) -> None:
     with pytest.raises(RankFailure, match=f"ValueError: the optimizer cannot continue from the checkpoint: {message}"):
         run_arm(ranks, "O", 2, [*flags(MORE, PARO, other), "--load", str(saved)])
+
+
+@pytest.fixture(scope="module")
+def saved_plainly(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a checkpoint of a plain optimizer, after the second step."""
+    folder = tmp_path_factory.mktemp("plain")
+    run_arm(ranks, "O", 2, flags(TINY, "--train-iters 3 --exit-interval 2"), folder)
+    return folder
+
+
+def test_a_plain_optimizer_is_explained_too(ranks: RankPool, saved: Path, saved_plainly: Path) -> None:
+    for own, folder, message in (
+        ("--lr 5e-3", saved_plainly, r"--lr is 0\.005, was 0\.01\. .*--no-load-optim"),
+        (
+            "",
+            saved,
+            r"it was saved with --use-distributed-optimizer .*, and this run is without it\. .*--no-load-optim",
+        ),
+        (
+            "--use-distributed-optimizer",
+            saved_plainly,
+            "it was saved without --use-distributed-optimizer .* is with it",
+        ),
+    ):
+        line = [*flags(MORE, own), "--load", str(folder)]
+        _fails(ranks, line, f"the optimizer cannot continue from the checkpoint: {message}", 2)
+    run = run_arm(ranks, "O", 2, [*flags(MORE, "--no-load-optim"), "--load", str(saved)])
+    assert [step["iteration"] for step in run.curve] == [3]
 
 
 @pytest.mark.slow

@@ -1,6 +1,10 @@
 """Guards on ranks: errors planted on one rank end the run, or the step, on all of them."""
 
+import os
 import re
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -193,3 +197,34 @@ def test_stall_is_reported_in_terms_of_the_schedule(ranks: RankPool, name: str) 
     else:
         assert re.search(r"rank 1 .*step 2, train_step, .*stage 1.*guard_variants", verdict), verdict[-4000:]
         assert "Look at ranks 1 first" in verdict
+
+
+@pytest.mark.parametrize("own", ["", pytest.param(OVERLAP, marks=pytest.mark.slow)])
+def test_a_rank_that_waits_for_gradients_is_not_to_blame(ranks: RankPool, own: str) -> None:
+    limits = "--stall-timeout-minutes 0.05 --first-step-timeout-minutes 3"
+    with pytest.raises(RankFailure, match=r"died without an error message|did not end in time"):
+        line = flags(TINY, SHALLOW, own, limits, "--global-batch-size 4")
+        run_arm(ranks, "O", 2, line, mutant=f"{VARIANTS}:hang_in_a_forward", timeout=120)
+    verdict = "\n".join(logs(ranks, 2))
+    assert re.search(r"rank 0 \(\S+, pid \d+\): step \d, train_step, .*waits (in|until)", verdict), verdict[-4000:]
+    assert "Look at ranks 1 first: they wait for no other rank." in verdict, verdict[-4000:]
+
+
+def marks_around_a_stop() -> int:
+    """Make progress, but be stopped for longer than the limit in between, as schedulers do."""
+    from megatron.longseq.guards.runtime.monitor import StallMonitor, StepProgress
+
+    progress = StepProgress()
+    monitor = StallMonitor(0, 1, store=None, progress=progress, in_steps=0.0, elsewhere=2.0)
+    monitor.start()
+    wake = subprocess.Popen(["sh", "-c", f"sleep 4; kill -CONT {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
+    for _ in range(4):
+        time.sleep(0.6)
+        progress.mark()
+    monitor.close()
+    return wake.wait()
+
+
+def test_a_suspended_process_is_no_stall(ranks: RankPool) -> None:
+    assert ranks.run(1, marks_around_a_stop) == [0]

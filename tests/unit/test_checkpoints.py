@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ from megatron.longseq.checkpoints.faults import TRACKER
 from megatron.longseq.checkpoints.manifest import Item
 from megatron.longseq.checkpoints.safe_reading import load_metadata
 from megatron.longseq.checkpoints.saving import FolderNotWritten, NonFiniteState, save_atomically
-from patches.checkpoint.latest import with_untracked_checkpoints
+from patches.checkpoint.latest import _is_owner, with_untracked_checkpoints
 from tests.pool import RankPool
 
 ROOT = Path(__file__).parents[2]
@@ -195,6 +196,12 @@ def moved(checkpoint: Path) -> None:
     checkpoint.symlink_to(place, target_is_directory=True)
 
 
+def with_manifest(checkpoint: Path, key: str, value: Any) -> None:
+    """Change one entry of a manifest, which stays valid JSON."""
+    file = checkpoint / manifest.NAME
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+
+
 CASES: dict[str, tuple[Callable[[Path], Any], str | None, list[str]]] = {
     "whole": (lambda f: None, "iter_0000003", []),
     "no tracker": (lambda f: (f / TRACKER).unlink(), "iter_0000003", []),
@@ -234,6 +241,35 @@ CASES: dict[str, tuple[Callable[[Path], Any], str | None, list[str]]] = {
     ),
     "files of others": (strays, "iter_0000003", []),
     "links": (lambda f: [moved(path) for path in f.glob("iter_*")], "iter_0000003", []),
+    "stopped before the first tracker after a release": (
+        lambda f: [
+            (f / "iter_0000001").rename(f / "release"),
+            (f / TRACKER).write_text("release"),
+            os.utime(f / "iter_0000003" / manifest.NAME, ns=(2**62, 2**62)),
+        ],
+        "iter_0000003",
+        [],
+    ),
+    **{
+        f"manifest with {key} {value}": (
+            lambda f, key=key, value=value: with_manifest(f / "iter_0000003", key, value),
+            "iter_0000002",
+            ["manifest.json cannot be read"],
+        )
+        for key, value in [
+            ("files", {manifest.DESCRIPTION: "2"}),
+            ("files", {manifest.DESCRIPTION: [2]}),
+            ("files", {manifest.DESCRIPTION: 2, "a\0b": 3}),
+            ("files", {}),
+            ("files", [["a", 1]]),
+            ("items", [["a", [[1]], "b"]]),
+        ]
+    },
+    "manifest of brackets": (
+        lambda f: (f / "iter_0000003" / manifest.NAME).write_text("[" * 100_000),
+        "iter_0000002",
+        ["manifest.json cannot be read"],
+    ),
     "upstream's, incomplete": (lambda f: (f / "iter_0000004").mkdir(), "iter_0000003", []),
 }
 
@@ -285,9 +321,15 @@ def test_the_first_value_that_is_not_finite_is_found() -> None:
 
 def test_a_checkpoint_without_tracker_exists(tmp_path: Path) -> None:
     exists = with_untracked_checkpoints(lambda path: (Path(path) / TRACKER).is_file())
+    owner, evaluation = (Namespace(save=str(tmp_path), skip_train=skips) for skips in (False, True))
+    (tmp_path / "iter_0000001").mkdir()  # as upstream does ahead of a save
     assert not exists(tmp_path)
     save(tmp_path / "iter_0000001", 1)
     assert exists(tmp_path)
+    (tmp_path / "iter_0000001").rename(commit.saving_folder(tmp_path / "iter_0000001"))  # stopped before its last name
+    assert not exists(tmp_path)
+    assert latest.has_checkpoint(tmp_path, is_owner=_is_owner(tmp_path, owner))
+    assert not latest.has_checkpoint(tmp_path, is_owner=_is_owner(tmp_path, evaluation))  # it leaves saves alone
 
 
 def test_a_list_that_names_other_classes_is_not_read(tmp_path: Path) -> None:
@@ -338,6 +380,11 @@ def test_a_background_save_has_the_state_of_its_step_and_is_committed_last(tmp_p
         state = {"layers.weight": torch.empty(60, 100)}
         dcp.load(state, checkpoint_id=folder, no_dist=True)
         assert state["layers.weight"].equal(WEIGHT)
+        at_work, place = Background(tmp_path, weight), tmp_path / "iter_0000004"
+        save_atomically(lambda place: at_work.async_save(), place, at_work, group, in_background=True)
+        commit.recover(tmp_path)  # by another run
+        with pytest.raises(FolderNotWritten, match=r"iter_0000004 is not saved: .*; another run has removed what"):
+            at_work.finalize_fns[-1]()
         weight[7, 3] = torch.inf
         with pytest.raises(NonFiniteState, match=r"iter_0000002 is not saved.* rank 0: layers.weight\[7, 3\] is inf"):
             second = Background(tmp_path, weight)

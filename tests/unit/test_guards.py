@@ -195,6 +195,37 @@ def test_a_stall_of_one_rank_is_reported_by_all_and_ends_them() -> None:
     assert "the stacks of this rank's threads follow" in said[1] and "STALL" not in said[1]
 
 
+def test_the_time_of_a_save_does_not_count_against_the_next_step() -> None:
+    store, ended = _Store(), threading.Event()
+    progress = StepProgress(steps=2, iteration=2)
+    monitor = StallMonitor(0, 1, store, progress, 50.0, 1000.0, say=lambda text: None, end=ended.set)
+    monitor.beat = 0.02
+
+    def seen_in(part: str) -> None:
+        _wait_for(lambda: json.loads(store.setdefault(f"{KEY}/beat/0", "{}")).get("part") == part)
+
+    def train(within: Callable[..., None]) -> None:
+        within("save_checkpoint", lambda: seen_in("save_checkpoint"))
+        seen_in("train")
+        assert not ended.wait(1.0), "a step that has just begun is no stall"
+        progress.at -= 60.0
+        assert ended.wait(60), "a step that takes too long is one"
+
+    def call(act: Callable[[], None]) -> None:
+        act()
+
+    def within(part: str, act: Callable[[], None]) -> None:
+        """Call a function in one of upstream's of that name."""
+        types.FunctionType(call.__code__.replace(co_name=part), {"__name__": "megatron.training.training"})(act)
+
+    progress.at -= 60.0
+    monitor.start()
+    try:
+        within("train", lambda: train(within))
+    finally:
+        monitor.close()
+
+
 def test_ranks_that_are_restarted_do_not_read_the_reports_of_those_before() -> None:
     """The store is torchrun's, which outlives the ranks."""
     server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

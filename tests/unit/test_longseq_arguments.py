@@ -48,6 +48,21 @@ def test_a_checkpoint_step_below_1_is_refused(step: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ({"non_persistent_save_interval": 5, "non_persistent_ckpt_type": None}, "-interval 5: --non-persistent-ckpt-"),
+        ({"dist_ckpt_strictness": "return_all"}, "--dist-ckpt-strictness return_all: upstream's training cannot use"),
+    ],
+)
+def test_what_would_fail_at_a_save_or_after_loading_is_refused(named: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        validate_longseq_arguments(Namespace(**named))
+    validate_longseq_arguments(
+        Namespace(non_persistent_save_interval=5, non_persistent_ckpt_type="global", dist_ckpt_strictness="log_all")
+    )
+
+
+@pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("log_interval", 0, "--log-interval 0: give at least 1"),

@@ -20,6 +20,7 @@ MODEL = (
     "position_embedding_type",
     "untie_embeddings_and_output_weights",
 )  # settings on which shapes and names of parameters depend
+WEIGHTS_ONLY = "give --no-load-optim to load the weights only and start with new optimizer states."
 FLAGS = {"max_lr": "--lr", "min_lr": "--min-lr"}  # by the name of the setting in a parameter group
 
 
@@ -41,10 +42,26 @@ def explain_group_mismatch(keys: Sequence[str], wanted: Sequence[Any], saved: Se
 
     nearest = min((differing(group) for group in saved), key=len, default=["the checkpoint has no parameter groups"])
     return (
-        f"the optimizer cannot continue from the checkpoint: {'; '.join(nearest)}. Upstream's distributed optimizer "
-        "(--use-distributed-optimizer, --paro) identifies the saved parameter groups by these values, even with "
-        "--override-opt-param-scheduler. Give the saved values, or --no-load-optim to load the weights only and start "
-        "with new optimizer states."
+        f"the optimizer cannot continue from the checkpoint: {'; '.join(nearest)}. Upstream identifies the saved "
+        "parameter groups by these values, even with --override-opt-param-scheduler. Give the saved values, or "
+        f"{WEIGHTS_ONLY}"
+    )
+
+
+def explain_other_optimizer(saved: Any, args: Namespace) -> str | None:
+    """Explain why optimizer states cannot be loaded if one run has a distributed optimizer and the other one has not.
+
+    Args:
+        saved: the arguments in the checkpoint.
+        args: upstream's arguments of this run, which could not load it.
+    """
+    before, now = (getattr(one, "use_distributed_optimizer", None) for one in (saved, args))
+    if before is None or before == now or args.finetune or args.no_load_optim or getattr(saved, "no_save_optim", False):
+        return None
+    flag = "--use-distributed-optimizer (which --paro sets)"
+    return (
+        f"the optimizer cannot continue from the checkpoint: it was saved {'with' if before else 'without'} {flag}, "
+        f"and this run is {'with' if now else 'without'} it. Do as that run did, or {WEIGHTS_ONLY}"
     )
 
 

@@ -15,9 +15,11 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron.longseq.checkpoints.faults import TRACKER, iteration_folder
 from megatron.longseq.checkpoints.manifest import Item, find_size_fault, read_manifest, write_manifest
 
-CHECKPOINT = re.compile(r"iter_\d+|release")
+RELEASE = "release"
+CHECKPOINT = re.compile(rf"iter_\d+|{RELEASE}")
 _SAVING, _REPLACED = "saving_", "replaced_"
 
 
@@ -66,8 +68,16 @@ def commit(folder: Path, items: Sequence[Item]) -> None:
         _remove(replaced)
         folder.rename(replaced)
     saving.rename(folder)
+    _remove_other_tracker(folder.parent / TRACKER)
     _flush(folder.parent)
     _remove(replaced)
+
+
+def _remove_other_tracker(tracker: Path) -> None:
+    """Remove a tracker file that names no iteration. Upstream writes it next, and would first read a number in it."""
+    with contextlib.suppress(FileNotFoundError):
+        if iteration_folder(tracker.read_bytes()) in (None, RELEASE):
+            tracker.unlink()
 
 
 def recover(parent: Path) -> list[str]:
@@ -115,6 +125,11 @@ def _remove(path: Path) -> None:
         path.unlink()
     elif path.exists():
         shutil.rmtree(path)
+
+
+def has_interrupted_commit(parent: Path) -> bool:
+    """Return whether `recover` would give a checkpoint its name."""
+    return any(_is_complete(path) for path in parent.glob(f"{_SAVING}*")) or any(parent.glob(f"{_REPLACED}*"))
 
 
 def _is_complete(folder: Path) -> bool:

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -10,11 +10,10 @@ from typing import Literal
 import torch.distributed as dist
 
 from megatron.longseq.checkpoints import manifest
-from megatron.longseq.checkpoints.commit import recover
+from megatron.longseq.checkpoints.commit import RELEASE, has_interrupted_commit, recover
 from megatron.longseq.checkpoints.faults import TRACKER, find_folder_fault, iteration_folder
 
 Check = Literal["digests", "sizes"]
-RELEASE = "release"
 _ITERATION = re.compile(r"iter_(\d+)")
 
 
@@ -39,9 +38,22 @@ class Choice:
         return int(found[1]) if found else 0
 
 
-def has_checkpoint(folder: Path) -> bool:
-    """Return whether a folder holds a checkpoint or names one; files are not examined."""
-    return (folder / TRACKER).is_file() or any(_iterations(folder))
+def has_checkpoint(folder: Path, *, is_owner: bool = False) -> bool:
+    """Return whether a folder names a checkpoint, or holds a complete one. What an interrupted save has left is none.
+
+    Args:
+        folder: upstream's --load.
+        is_owner: whether this run would complete an interrupted commit, see `choose_checkpoint`.
+    """
+    # Another rank may complete a commit in the meantime, so look for those first.
+    if (folder / TRACKER).is_file() or (is_owner and has_interrupted_commit(folder)):
+        return True
+    return any(find_folder_fault(folder / name) is None for name in _iterations(folder))
+
+
+def was_committed(folder: Path) -> bool:
+    """Return whether a save into a folder was ever finished."""
+    return (folder / TRACKER).is_file() or any(_committed(folder / name) for name in _iterations(folder))
 
 
 def choose_checkpoint(folder: Path, check: Check, group: dist.ProcessGroup | None, *, is_owner: bool = False) -> Choice:
@@ -85,6 +97,32 @@ def choose_checkpoint(folder: Path, check: Check, group: dist.ProcessGroup | Non
             choice.skipped.append(fault)
 
 
+def choose_newest(
+    folders: Sequence[Path], check: Check, choose: Callable[[Path, Check], Choice]
+) -> tuple[Path, Choice]:
+    """Choose the newest complete checkpoint of two folders, and read no more of the other one than sizes of files.
+
+    Args:
+        folders: the two folders. At the same iteration, the first one is taken.
+        check: see `choose_checkpoint`.
+        choose: `choose_checkpoint` with its other arguments.
+
+    Returns:
+        The folder that the checkpoint is in, and the choice.
+    """
+    likely = {folder: choose(folder, "sizes") for folder in folders}
+    first, second = sorted(folders, key=lambda folder: likely[folder].iteration, reverse=True)
+    taken = choose(first, check)
+    if taken.name is not None and taken.iteration >= likely[second].iteration:
+        other = likely[second]
+    else:
+        other = choose(second, check)
+    if taken.name is None or other.iteration > taken.iteration:
+        first, taken, other = second, other, taken
+    taken.skipped = [*other.skipped, *taken.skipped]
+    return first, taken
+
+
 def find_content_fault(checkpoint: Path, group: dist.ProcessGroup | None) -> str | None:
     """Compare one checkpoint with its checksums; the ranks share the reading and all return the same.
 
@@ -123,10 +161,10 @@ def _candidates(folder: Path) -> tuple[str | None, list[str]]:
         tracked, written = iteration_folder(tracker.read_bytes()), tracker.stat().st_mtime_ns
     if tracked is None:
         return None, names
-    if tracked == RELEASE:
-        return tracked, [RELEASE]
-    at = _number(tracked)
+    at = -1 if tracked == RELEASE else _number(tracked)
     newer = [name for name in names if _number(name) > at and _committed(folder / name) > written]
+    if tracked == RELEASE:
+        return tracked, [*newer, RELEASE]
     older = [name for name in names if _number(name) < at]
     others = [name for name in names if _number(name) > at and name not in newer]
     return tracked, [*newer, tracked, *older, *others]
@@ -143,7 +181,10 @@ def _undamaged(folder: Path, names: list[str], skipped: list[str]) -> Iterator[s
     """Yield the names of complete checkpoints, and note what is wrong with the others."""
     for name in names:
         checkpoint = folder / name
-        fault = find_folder_fault(checkpoint) if checkpoint.is_dir() else f"there is no checkpoint {checkpoint}."
+        try:
+            fault = find_folder_fault(checkpoint) if checkpoint.is_dir() else f"there is no checkpoint {checkpoint}."
+        except Exception as error:  # the other ranks wait for the choice
+            fault = _not_examined(checkpoint, error)
         if fault is None:
             yield name
         else:
@@ -156,4 +197,8 @@ def _content_fault(checkpoint: Path, rank: int, ranks: int) -> str | None:
         found = manifest.read_manifest(checkpoint)
         return None if found is None else manifest.find_content_fault(checkpoint, found, rank, ranks)
     except Exception as error:  # it must reach the other ranks, which wait for this one
-        return f"{checkpoint} cannot be examined ({type(error).__name__}: {error})."
+        return _not_examined(checkpoint, error)
+
+
+def _not_examined(checkpoint: Path, error: Exception) -> str:
+    return f"{checkpoint} cannot be examined ({type(error).__name__}: {error})."

@@ -103,12 +103,22 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         content = json.loads(file.read_text("utf-8"))
         return Manifest(
-            dict(content["files"]),
+            _sizes(content["files"]),
             dict(content["digests"]),
             {(name, tuple(offset)): digest for name, offset, digest in content["items"]},
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _sizes(listed: Any) -> dict[str, int]:
+    """Check the list of files: damage may leave valid JSON."""
+    for name, size in listed.items():
+        if not isinstance(size, int) or "\0" in name:
+            raise ValueError(f"{name!r} has {size!r} bytes")
+    if DESCRIPTION not in listed:
+        raise ValueError(f"it does not list {DESCRIPTION}")
+    return dict(listed)
 
 
 def find_size_fault(folder: Path, manifest: Manifest) -> str | None:

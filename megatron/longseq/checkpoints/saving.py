@@ -14,9 +14,22 @@ from megatron.longseq.checkpoints import commit
 from megatron.longseq.checkpoints.digest import first_not_finite
 from megatron.longseq.checkpoints.manifest import Item, items_of
 
+REMOVED = "; another run has removed what was written: only one run at a time may save into a folder"
+
 
 class NonFiniteState(RuntimeError):
-    """Parameters or optimizer states are not finite, so they are not saved. All ranks raise this together."""
+    """Parameters or optimizer states are not finite, so they are not saved. All ranks raise this together.
+
+    Args:
+        found: what is not finite, for a message with or without advice.
+    """
+
+    def __init__(self, found: str) -> None:
+        super().__init__(found)
+        self.found = found
+
+    def __str__(self) -> str:
+        return f"{self.found} Resume from the last one, or give --ckpt-non-finite skip to train on without saving this."
 
 
 class FolderNotWritten(RuntimeError):
@@ -71,7 +84,8 @@ def _on_first_rank(act: Callable[[], None], folder: Path, group: dist.ProcessGro
         try:
             act()
         except OSError as error:
-            failure = [f"{type(error).__name__}: {error}"]
+            is_gone = isinstance(error, FileNotFoundError) and not commit.saving_folder(folder).exists()
+            failure = [f"{type(error).__name__}: {error}{REMOVED if is_gone else ''}"]
     dist.broadcast_object_list(failure, group=group, group_src=0)
     if failure[0] is not None:
         raise _not_written(folder, failure[0])
@@ -129,7 +143,8 @@ def _reasons(error: CheckpointException, folder: Path) -> str:
     """Return what the ranks could not write. PyTorch's writers call a full disk "unexpected pos"."""
     failures = [f"rank {rank}: {type(one).__name__}: {one}" for rank, (one, _) in error.failures.items()]
     free = shutil.disk_usage(folder.parent).free / 1e9
-    return "; ".join([*failures, f"the disk of this folder has {free:.1f} GB free"])
+    removed = "" if commit.saving_folder(folder).exists() else REMOVED
+    return "; ".join([*failures, f"the disk of this folder has {free:.1f} GB free{removed}"])
 
 
 def _named_values(write_buckets: Any) -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
@@ -176,6 +191,5 @@ def refuse_non_finite(
         more = f", and {len(named) - 4} more tensors" if len(named) > 4 else ""
         raise NonFiniteState(
             f"{folder} is not saved, because parameters or optimizer states are not finite: {'; '.join(named[:4])}"
-            f"{more}. The checkpoints saved before are unchanged: resume from the last one, or give --ckpt-non-finite "
-            "skip to train on without saving this state."
+            f"{more}. The checkpoints saved before are unchanged."
         )

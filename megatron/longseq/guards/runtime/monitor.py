@@ -23,6 +23,7 @@ STATUS = 75  # of a process that the monitor ends
 COLLECT = 15.0  # seconds in which the other ranks report; less if all have done so
 RECORD = 30.0  # seconds in which a rank has written its record, or ends without
 SHORTEST_BEAT, LONGEST_BEAT = 0.2, 10.0  # seconds
+SUSPENDED = 4.0  # beats; a sleep of one beat that takes as long was no sleep: the process was stopped
 
 
 class Store(Protocol):
@@ -106,6 +107,7 @@ class StallMonitor:
         self._main = threading.main_thread().ident
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._part = waits.OUTSIDE
         shortest = min(limit for limit in (self.in_steps, self.elsewhere) if limit)
         self.beat = min(max(shortest / 20, SHORTEST_BEAT), LONGEST_BEAT)
 
@@ -140,12 +142,25 @@ class StallMonitor:
 
     def _run(self) -> None:
         self.prepare()
-        while not self._stop.wait(self.beat):
+        while not self._sleep():
             self._publish("beat", self.own_state(is_beat=True))
             self._guard_the_interpreter()
             if self.stalled_for() is not None or self._is_reported():
                 self.report_and_end()
                 return
+
+    def _sleep(self) -> bool:
+        """Sleep for a beat; return whether the monitor is closed. Leave out time that is no stall of this step."""
+        began = time.monotonic()
+        is_closed = self._stop.wait(self.beat)
+        now = time.monotonic()
+        part, before = waits.part_of_run(self._frame()), self._part
+        self._part = part
+        if part != before and before in waits.SLOW_PARTS:
+            self.progress.mark()  # a save may take longer than a step may, and the step after it has just begun
+        elif now - began > SUSPENDED * self.beat:  # the system had stopped this process, with all its threads
+            self.progress.at = min(now, self.progress.at + now - began)
+        return is_closed
 
     def _guard_the_interpreter(self) -> None:
         """If code that holds the interpreter's lock hangs, no Python thread runs; faulthandler's thread then acts."""

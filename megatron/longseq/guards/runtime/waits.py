@@ -4,6 +4,7 @@ A wait costs nothing while the run is healthy: nothing is recorded ahead of it. 
 name of their function, and their local variables hold the action, the process group and the peer.
 """
 
+import linecache
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -41,7 +42,9 @@ COLLECTIVES = (
     "reduce_scatter_tensor",
     "scatter",
     "send",
+    "_coalescing_manager",
 )
+NAMES = {"_coalescing_manager": "several collectives"}  # data-parallel gradients, and others that are started at once
 LIBRARIES = {"torch", *sys.stdlib_module_names}
 Describe = Callable[[dict[str, Any]], str | None]
 
@@ -67,10 +70,18 @@ def describe_wait(frame: FrameType | None) -> str:
     for one in frames_of(frame):
         for kind, text in _of_frame(one):
             found.setdefault(kind, text)
+    if frame is not None and not {"message", "collective"} & found.keys() and _waits_for_a_handle(frame):
+        found["message"] = "waits until messages between ranks have arrived"
     found.setdefault("line", describe_line(frame))
     if "action" in found.get("schedule", ""):  # it names the micro-batch itself
         found.pop("pass", None)
     return "; ".join(found[kind] for kind in ("schedule", "pass", "message", "collective", "line") if kind in found)
+
+
+def _waits_for_a_handle(frame: FrameType) -> bool:
+    """Return whether a thread is in `handle.wait()`. That is no function of Python, so only the line of code tells."""
+    is_between_ranks = _module(frame).startswith(("megatron.core.", "torch.distributed."))
+    return is_between_ranks and ".wait(" in linecache.getline(frame.f_code.co_filename, frame.f_lineno)
 
 
 def describe_line(frame: FrameType | None) -> str:
@@ -92,7 +103,7 @@ def _of_frame(frame: FrameType) -> Iterator[tuple[str, str]]:
     elif module == P2P and name.startswith(("recv", "send")):
         yield "message", _try(lambda local: _upstream_message(name, local), frame) or name
     elif module == "torch.distributed.distributed_c10d" and name in COLLECTIVES:
-        yield "collective", _try(lambda local: _collective(name, local), frame) or f"waits in {name}"
+        yield "collective", _try(lambda local: _collective(name, local), frame) or f"waits in {NAMES.get(name, name)}"
     elif module == SCHEDULES and name.startswith("forward_backward"):
         yield "schedule", _try(_upstream_schedule, frame) or f"in {name}"
 
@@ -166,7 +177,7 @@ def _collective(name: str, local: dict[str, Any]) -> str | None:
     where = f" (group {label})" if label and label != "undefined" else ""
     if name in ("send", "recv"):
         return f"waits in {name} with rank {peer}{where}"
-    return f"waits in {name} with ranks {_ranks(ranks)}{where}"
+    return f"waits in {NAMES.get(name, name)} with ranks {_ranks(ranks)}{where}"
 
 
 def _ranks(ranks: list[int]) -> str:
