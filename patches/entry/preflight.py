@@ -24,6 +24,7 @@ from patches.upstream.source import ImportPath
 REPORT = "LONGSEQ_PREFLIGHT_REPORT"  # the JSON file; its presence asks for the preflight
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "longseq/preflight"
+LATER_S = 2.0
 
 
 def wants_preflight(args: Namespace | None) -> bool:
@@ -50,16 +51,19 @@ def check_launch(initialize_megatron: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def finish_preflight(rank: int, findings: list[report.Finding]) -> None:
-    """Print and write the findings on rank 0, and exit: rank 0 with status 1 if a check failed.
+    """Print and write the findings on rank 0, and exit with status 1 if a check failed.
 
     Args:
         rank: global rank of this process.
-        findings: findings of all ranks; read on rank 0 only.
+        findings: findings of all ranks, the same on each.
     """
-    status = 0
+    status = 0 if report.is_good(findings) else 1
+    if rank and status:
+        # Each machine's launcher needs the status. The first rank to fail is blamed, which is to be the one with the table.
+        print("preflight: the launch is refused; rank 0 has printed the table", flush=True)
+        time.sleep(LATER_S)
     if rank == 0:
         print(report.table(findings), flush=True)
-        status = 0 if report.is_good(findings) else 1
         try:
             report.write(Path(os.environ[REPORT]), findings)
         except OSError as error:

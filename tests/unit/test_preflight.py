@@ -1,5 +1,8 @@
 """What the preflight makes of the facts of several nodes."""
 
+import os
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -154,3 +157,19 @@ def test_report(tmp_path: Path) -> None:
     assert lines[-1] == "preflight: 1 of 2 checks failed: the launch is refused" and not is_good(findings)
     write(tmp_path / "x.json", findings)
     assert '"passed": false' in (tmp_path / "x.json").read_text()
+
+
+@pytest.mark.parametrize(("result", "status"), [("ok", 0), ("FAILED", 1)])
+def test_every_rank_ends_with_the_status(tmp_path: Path, result: str, status: int) -> None:
+    """Without slurm, the launcher of each machine has the status of its own ranks."""
+    program = (
+        "import sys\n"
+        "from megatron.longseq.preflight.report import Finding\n"
+        "from patches.entry import preflight\n"
+        "preflight.LATER_S = 0.0\n"
+        "preflight.finish_preflight(int(sys.argv[1]), [Finding('clocks', sys.argv[2], '')])\n"
+    )
+    env = {**os.environ, "LONGSEQ_PREFLIGHT_REPORT": str(tmp_path / "preflight.json")}
+    for rank in ("0", "1"):
+        words = [sys.executable, "-c", program, rank, result]
+        assert subprocess.run(words, env=env, capture_output=True, check=False).returncode == status, rank
