@@ -59,7 +59,7 @@ def finish_preflight(rank: int, findings: list[report.Finding]) -> None:
     """
     status = 0 if report.is_good(findings) else 1
     if rank and status:
-        # Each machine's launcher needs the status. The first rank to fail is blamed: it is to be the one with the table.
+        # Each machine's launcher needs the status. Rank 0, which prints the table, ends first and is blamed.
         print("preflight: the launch is refused; rank 0 has printed the table", flush=True)
         time.sleep(LATER_S)
     if rank == 0:
