@@ -30,6 +30,7 @@ main() {
   [[ -z $SITE ]] || read_site "$SITE"
   check_settings
   choose_mode
+  [[ $MODE != srun ]] || trap 'LONGSEQ_ASKED=1' USR1 # a request to save and stop, which the training gets when it can
   choose_tools
   choose_ranks
   choose_run_dir
@@ -47,6 +48,10 @@ main() {
     return
   fi
   restore_caller
+  if [[ $MODE == srun ]]; then
+    trap '' USR1 # until job.py is ready for it
+    [[ -z ${LONGSEQ_ASKED:-} ]] || touch -- "$START_DIR/stop"
+  fi
   # exec, so that signals to this process reach the supervisor, the job or docker.
   exec env "${RESTORE[@]}" "${SET_ENV[@]}" "${COMMAND[@]}"
 }

@@ -124,8 +124,13 @@ check_time_limit() {
     die "$shown: slurm's forms are MINUTES, MINUTES:SECONDS, H:MM:SS, DAYS-H, DAYS-H:MM, DAYS-H:MM:SS, UNLIMITED" 2
   # For slurm, a time of zero is no limit.
   ((seconds == 0 || seconds > ${SIGNAL_SECONDS:-300})) ||
-    die "$shown: the time limit is $seconds s, but the ranks are asked to stop ${SIGNAL_SECONDS:-300} s before it: give a longer limit, or a \
-smaller --signal-seconds" 2
+    die "$(too_short "$shown" "$seconds")" 2
+}
+
+# too_short WHAT SECONDS: prints the message for a time limit that ends before the signal that comes ahead of it.
+too_short() {
+  printf '%s: the time limit is %s s, but the ranks are asked to stop %s s before it: give a longer limit (--slurm-arg
+  --time=...), or a smaller --signal-seconds' "$1" "$2" "${SIGNAL_SECONDS:-300}"
 }
 
 # limit_seconds TIME: prints a time limit of slurm in seconds, and fails if it is none.

@@ -41,6 +41,12 @@ set_environment() {
   fi
 }
 
+# Runs a command in an image, which may have a PYTHONPATH, such as that of the code it was built with. All nodes have the
+# same image, so the first one says what it lacks.
+# shellcheck disable=SC2016  # the inner bash expands it
+readonly IN_IMAGE='export PYTHONPATH="$0${PYTHONPATH:+:$PYTHONPATH}"; type -P "$1" >/dev/null || { '\
+'((${SLURM_NODEID:-0})) || echo "error: the image has no program $1 on its PATH" >&2; exit 127; }; exec "$@"'
+
 # node_command OPTION... -- RENDEZVOUS...: sets NODE, the command that runs once on each node, from the options of
 # supervise.py and those of torchrun.
 node_command() {
@@ -56,9 +62,7 @@ node_command() {
   NODE=("$python" "$ROOT/scripts/lib/supervise.py" --start-dir "$START_DIR" "${options[@]}" --
     "$TORCHRUN" "$@" --nproc-per-node "$PER_NODE" --max-restarts 0
     --no-python "$python" "$ROOT/scripts/lib/rank.py" "$START_DIR/ranks" "$python" -m patches "${action[@]}" "${SCRIPT[@]}")
-  # An image may have a PYTHONPATH, such as that of the code it was built with.
-  # shellcheck disable=SC2016  # the inner bash expands $0
-  [[ -z $CONTAINER ]] || NODE=(bash -c 'export PYTHONPATH="$0${PYTHONPATH:+:$PYTHONPATH}"; exec "$@"' "$ROOT" "${NODE[@]}")
+  [[ -z $CONTAINER ]] || NODE=(bash -c "$IN_IMAGE" "$ROOT" "${NODE[@]}")
   [[ $CONTAINER != apptainer ]] || wrap_apptainer
 }
 
@@ -133,7 +137,7 @@ meeting_host() {
 }
 
 compose_srun() {
-  local host save devices restrict=""
+  local host save devices inner=""
   if ((NODES == 1)); then
     node_command --quiet -- --standalone --nnodes 1 --local-addr 127.0.0.1
   else
@@ -144,19 +148,23 @@ compose_srun() {
     node_command --quiet --nodes "$NODES" --meeting "$host" -- --rdzv-backend static --rdzv-endpoint ''
   fi
   # One task per node may use all cores. By default srun binds a single task to one core.
-  # In a job submitted with --export=NONE, srun would pass no environment on.
+  # The job may have other steps, such as the shell of `srun --pty bash`: --overlap shares their cores, and --mem=0 the
+  # memory that slurm has given them. In a job submitted with --export=NONE, srun would pass no environment on.
   SRUN=(srun --nodes "$NODES" --ntasks "$NODES" --ntasks-per-node 1 --cpu-bind=none --kill-on-bad-exit=1 --overlap
-    --export=ALL)
+    --mem=0 --export=ALL)
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || SRUN+=(--cpus-per-task "$SLURM_CPUS_PER_TASK")
   [[ $CONTAINER != pyxis ]] || add_pyxis
-  COMMAND=("$PYTHON_BIN" "$ROOT/scripts/lib/job.py" --start-dir "$START_DIR" --max-requeues "${MAX_REQUEUES:-0}")
+  COMMAND=("$PYTHON_BIN" "$ROOT/scripts/lib/job.py" --start-dir "$START_DIR" --nodes "$NODES"
+    --max-requeues "${MAX_REQUEUES:-0}")
   if save=$(script_value --save) && [[ -n $save ]]; then COMMAND+=(--save "$(realpath -m -- "$save")"); fi
   # srun lets the ranks see all GPUs of the job again.
   # shellcheck disable=SC2016  # the inner bash expands $0
-  if devices=$(chosen_devices); then restrict='export CUDA_VISIBLE_DEVICES="$0"; '; else devices=launch; fi
-  # USR1 is ignored until the supervisor is ready for it.
+  if devices=$(chosen_devices); then inner='export CUDA_VISIBLE_DEVICES="$0"; '; else devices=launch; fi
+  # USR1 is ignored until the supervisor is ready for it. On a node without the current folder, slurm starts the task in
+  # /tmp, where relative paths of the training would mean other files.
   # shellcheck disable=SC2016  # the inner bash expands $@
-  COMMAND+=(-- "${SRUN[@]}" bash -c 'trap "" USR1; '"$restrict"'exec "$@"' "$devices" "${NODE[@]}")
+  inner='trap "" USR1; '"$inner"'cd -- '"${PWD@Q}"' || exit; exec "$@"'
+  COMMAND+=(-- "${SRUN[@]}" bash -c "$inner" "$devices" "${NODE[@]}")
 }
 
 add_pyxis() {

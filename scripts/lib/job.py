@@ -1,6 +1,6 @@
 """Run srun inside a slurm job, say in the end what happened, and requeue the job if that helps.
 
-    python job.py --start-dir DIR [--max-requeues N] [--save DIR] -- srun ARGS...
+    python job.py --start-dir DIR [--nodes N] [--max-requeues N] [--save DIR] -- srun ARGS...
 
 | what happens | what follows |
 |---|---|
@@ -66,6 +66,7 @@ class Job:
 
     def __init__(self, options: argparse.Namespace, command: list[str]) -> None:
         self.start_dir: Path = options.start_dir
+        self.nodes: int = options.nodes
         self.max_requeues: int = options.max_requeues
         self.save: Path | None = options.save
         self.before = checkpoints(self.save)
@@ -73,6 +74,7 @@ class Job:
         self.restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.term = 0
         self.is_asked = False  # by a signal; a file may say so, too
+        self.is_passed_on = False
         self.process: subprocess.Popen[bytes] | None = None
         self.write_outcome(RUNNING)
         signal.signal(signal.SIGUSR1, self.save_and_stop)
@@ -80,12 +82,10 @@ class Job:
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
 
     def save_and_stop(self, _signum: int, _frame: FrameType | None) -> None:
-        """Leave the word for the supervisors, and tell them at once through srun."""
+        """Leave the word for the supervisors. The loop tells them through srun, too."""
         self.is_asked = True
         with contextlib.suppress(OSError):
             (self.start_dir / STOP_FILE).touch()
-        if self.process is not None:
-            self.process.send_signal(signal.SIGUSR1)
         say(f"USR1: {self.job_id} is asked to save and stop")
 
     def stop(self, signum: int, _frame: FrameType | None) -> None:
@@ -94,10 +94,22 @@ class Job:
             self.process.send_signal(signal.SIGTERM)
         self.term = self.term or signum
 
+    def pass_on(self) -> None:
+        """Send the request through srun, once, when the supervisors of all nodes wait for it.
+
+        Before, the signal would end the program that creates the container of a node, and the job with it.
+        """
+        if not self.is_asked or self.is_passed_on or self.process is None:
+            return
+        if len(list((self.start_dir / "nodes").glob("*.log"))) >= self.nodes:
+            self.is_passed_on = True
+            self.process.send_signal(signal.SIGUSR1)
+
     def wait(self) -> int:
         """Wait until srun ends, and return its status."""
         assert self.process is not None
         while (status := self.process.poll()) is None:
+            self.pass_on()
             time.sleep(POLL_S)
         return status
 
@@ -112,7 +124,8 @@ class Job:
         is_asked = self.is_asked or (self.start_dir / STOP_FILE).exists()
         if not status and code:
             status = code if code > 0 else 128 - code
-            message = f"srun ended with status {code}" if code > 0 else f"srun was killed by signal {-code}"
+            silent = "" if ends else ", and no node has said how it ended; the lines above may say why"
+            message = f"srun ended with status {code}{silent}" if code > 0 else f"srun was killed by signal {-code}"
         is_stopped = status == 128 + signal.SIGTERM or (code == 128 + signal.SIGTERM and not message)
         if is_stopped and not self.term and not is_asked:
             time.sleep(TERM_WAIT_S)
@@ -163,7 +176,7 @@ class Job:
         self.write_outcome(REQUEUED)
         done = subprocess.run(["scontrol", "requeue", self.job_id], capture_output=True, text=True, check=False)
         if done.returncode:
-            say(f"scontrol requeue {self.job_id} failed: {done.stderr.strip()}")
+            say(f"not requeued: slurm refuses it ({done.stderr.strip()}); a batch script needs #SBATCH --requeue")
         return done.returncode == 0
 
     def write_outcome(self, outcome: str) -> None:
@@ -205,6 +218,7 @@ def main() -> int:
     """Run the command after `--` and return the exit status of the job."""
     parser = argparse.ArgumentParser(prog="job.py", allow_abbrev=False)
     parser.add_argument("--start-dir", type=Path, required=True)
+    parser.add_argument("--nodes", type=int, default=1, help="number of supervisors that srun starts")
     parser.add_argument("--max-requeues", type=int, default=0)
     parser.add_argument("--save", type=Path, help="folder of the checkpoints")
     split = sys.argv.index("--")

@@ -106,14 +106,42 @@ without_flag() {
 
 # submit: runs sbatch. If it fails, nothing is left of the run folder but what was there before.
 submit() {
-  local status=0
+  local status=0 said number
   restore_caller
-  env "${RESTORE[@]}" "${SET_ENV[@]}" "${COMMAND[@]}" || status=$?
-  if ((status)); then
-    rm -rf "$CODE_DIR"
-    rm -d "$RUN_DIR" 2>/dev/null || true # if it is empty
+  exec 3>&1
+  said=$(env "${RESTORE[@]}" "${SET_ENV[@]}" "${COMMAND[@]}" | shown_lines) || status=$?
+  number=$(grep -oE '^(Submitted batch job )?[0-9]+' <<<"$said" | grep -oE '[0-9]+$' | head -n 1 || true)
+  if ((status)) && [[ -n $number ]]; then
+    exit "$status" # that of the job, for which sbatch --wait has waited
+  elif ((status)); then
+    forget_submission
     die "sbatch failed with status $status; nothing was submitted" "$status"
   fi
+  [[ -z $number ]] || check_given_limit "$number"
+}
+
+# Copies lines to descriptor 3, which is the console, and to stdout.
+shown_lines() {
+  local line
+  while IFS= read -r line; do
+    printf '%s\n' "$line" >&3
+    printf '%s\n' "$line"
+  done
+}
+
+forget_submission() {
+  rm -rf "$CODE_DIR"
+  rm -d "$RUN_DIR" 2>/dev/null || true # if it is empty
+}
+
+# check_given_limit JOB: cancels a job that the partition gives too short a time. Each of its starts would stop at once.
+check_given_limit() {
+  local limit seconds
+  limit=$(squeue --noheader --jobs "$1" --format %l 2>/dev/null) && seconds=$(limit_seconds "$limit") || return 0
+  ((seconds != 0 && seconds <= ${SIGNAL_SECONDS:-300})) || return 0
+  scancel "$1" || return 0
+  forget_submission
+  die "job $1 was cancelled; $(too_short "slurm's default of $limit" "$seconds")" 2
 }
 
 # copy_code DIR: copies what a run needs of the checkout.

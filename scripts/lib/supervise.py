@@ -219,12 +219,6 @@ class Supervisor:
 
     def run(self) -> int:
         """Supervise torchrun, end what is left, print the final message and return the exit status."""
-        if (self.start_dir / STOP_FILE).exists():
-            self.note("asked to save and stop before the ranks had started")
-            self.is_asked = True
-            end = self.describe_end(0)
-            self.record(end)
-            return end.status
         process = self.start()
         assert process.stderr is not None
         reader = threading.Thread(target=self.read, args=(process.stderr,), daemon=True)

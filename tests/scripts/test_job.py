@@ -181,8 +181,9 @@ EARLY = AT_THE_END + "log('exiting program after receiving SIGTERM.'); end(is_as
         ("save(4); end(is_asked=False)", 0, "the training has ended", False),
         (AT_THE_END + "log('done'); end(is_asked=True)", 0, "the training has ended", False),
         (EARLY, 0, "requeued to continue at iteration 4", True),  # its last evaluation is left
+        ("sys.exit(3)", 3, "srun ended with status 3, and no node has said how it ended", False),
     ],
-    ids=["failed", "died-of-term", "saved", "never-asked", "at-the-end", "before-its-evaluation"],
+    ids=["failed", "died-of-term", "saved", "never-asked", "at-the-end", "before-its-evaluation", "no-node"],
 )
 def test_a_job_that_was_asked_is_requeued_only_if_something_is_left(
     job: Job, program: str, status: int, words: str, is_requeued: bool
@@ -193,11 +194,20 @@ def test_a_job_that_was_asked_is_requeued_only_if_something_is_left(
 
 def test_a_full_disk_does_not_keep_a_job_from_asking(job: Job) -> None:
     with open("/dev/full", "w") as full:
-        process = job.start("Path('start-0/stop').unlink(); Path('ready').touch(); time.sleep(60)", full.fileno())
+        begin = "Path('start-0/stop').unlink(); Path('ready').touch(); time.sleep(2)"
+        process = job.start(f"{begin}; Path('start-0/nodes/n1.log').touch(); time.sleep(60)", full.fileno())
     wait_for((job.folder / "ready").exists)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(timeout=60) == 128 + signal.SIGUSR1, "the end of the program in the place of srun"
     assert (job.folder / "start-0/stop").exists()
+    log = job.folder / "start-0/nodes/n1.log"
+    assert log.exists(), "srun gets the signal when the supervisor is there: it would end the creation of a container"
+
+
+def test_a_requeue_that_slurm_refuses_is_explained(job: Job) -> None:
+    (job.folder / "bin/scontrol").write_text("#!/bin/sh\necho disabled >&2\nexit 1\n")
+    status, said, _ = job.run("save(4); end(is_asked=True)")
+    assert status == 0 and "not requeued: slurm refuses it (disabled); a batch script needs #SBATCH --requeue" in said
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -260,9 +270,19 @@ def test_a_rank_writes_its_own_file_and_keeps_its_status(tmp_path: Path) -> None
     assert (tmp_path / "rank-00012-n9.log").read_text() == "hi\nno\n"
 
 
-def test_a_supervisor_that_was_asked_before_its_start_starts_nothing(tmp_path: Path) -> None:
+RANK = """
+import pathlib, signal, sys, time
+time.sleep(1)
+signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path("saved").touch(), sys.exit()))
+time.sleep(60)
+"""
+
+
+def test_ranks_that_were_asked_before_their_start_save(tmp_path: Path) -> None:
+    """Other nodes may have started theirs before the request, and would wait for them."""
     (tmp_path / "stop").touch()
-    command = [sys.executable, str(ROOT / "scripts/lib/supervise.py"), "--start-dir", str(tmp_path), "--"]
-    done = subprocess.run([*command, "sleep", "600"], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0
-    assert "asked to save and stop before the ranks had started" in done.stderr
+    torchrun = ["bash", "-c", 'LOCAL_RANK=0 "$@"', "torchrun", sys.executable, "-c", RANK, "--exit-signal-handler"]
+    command = [sys.executable, str(ROOT / "scripts/lib/supervise.py"), "--start-dir", str(tmp_path), "--", *torchrun]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0 and (tmp_path / "saved").exists(), done.stderr
+    assert "they are asked as soon as they can save" in done.stderr

@@ -254,6 +254,8 @@ def test_containers_of_slurm(launcher: Launcher) -> None:
         env = {"PATH": "/usr/bin:/bin", **own}
         said = subprocess.run([*inside[:3], *shown], env=env, capture_output=True, text=True, check=True)
         assert said.stdout == expected, "the code of this launch comes before the image's"
+    none = subprocess.run([*inside[:3], str(ROOT), "python0"], env=env, capture_output=True, text=True, check=False)
+    assert (none.returncode, none.stderr) == (127, "error: the image has no program python0 on its PATH\n")
     done = launcher.run("--apptainer=image.sif", "--", "train.py", env=JOB)
     assert done.returncode == 0, done.stderr
     srun = launcher.path.calls("srun")[1]

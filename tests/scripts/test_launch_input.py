@@ -278,6 +278,22 @@ def test_a_submission_that_fails_leaves_nothing(launcher: Launcher) -> None:
     done = launcher.run(*SLURM, "--run-dir", "out", *END)
     assert done.returncode == 3 and "sbatch failed with status 3; nothing was submitted" in done.stderr
     assert not (launcher.folder / "out").exists()
+    launcher.path.fake("sbatch", "print('Submitted batch job 5'); sys.exit(4)")  # with --wait, the job's status
+    done = launcher.run(*SLURM, "--slurm-arg=--wait", "--run-dir", "out", *END)
+    assert (done.returncode, done.stderr) == (4, "") and "Submitted batch job 5\n" in done.stdout
+    assert (launcher.folder / "out/code/scripts").is_dir(), "a job that was requeued needs it"
+
+
+def test_a_partition_with_too_short_a_default_limit(launcher: Launcher) -> None:
+    """The job would be asked to stop as soon as it starts, in each of its starts."""
+    launcher.path.fake("sbatch", "print('Submitted batch job 5')")
+    launcher.path.fake("scancel")
+    for limit, status in (("5:00", 2), ("5:01", 0), ("UNLIMITED", 0), ("INVALID", 0)):
+        launcher.path.fake("squeue", f"print({limit!r})")
+        done = launcher.run(*SLURM, "--run-dir", "out", *END)
+        assert done.returncode == status, (limit, done.stderr)
+        assert (launcher.folder / "out").exists() == (status == 0)
+    assert [call.argv for call in launcher.path.calls("scancel")] == [["5"]]
 
 
 def test_a_submission_that_fails_leaves_the_code_of_another_one(launcher: Launcher) -> None:

@@ -67,6 +67,34 @@ def test_a_requeued_job_runs_the_code_of_its_submission(launcher: Launcher) -> N
     assert (code / "megatron/longseq/pretrain_gpt.py").is_file()
 
 
+@pytest.mark.parametrize("program", ["scripts/launch.sh", "scripts/slurm/train.sbatch"])
+def test_a_request_to_stop_that_comes_while_a_job_starts_is_kept(launcher: Launcher, program: str) -> None:
+    launcher.path.fake("srun")
+    tool = shutil.which("mkdir")
+    send = "if '-p' not in sys.argv: os.kill(os.getppid(), 10)  # USR1 to the launcher, and not to a shell below it"
+    launcher.path.fake("mkdir", f"{send}\nos.execv({tool!r}, sys.argv)")
+    words = [] if program.endswith("launch.sh") else [str(ROOT)]
+    env = {**JOB, "SLURM_JOB_NUM_NODES": "1"}
+    done = launcher.bash(str(ROOT / program), *words, "--nproc=1", "--run-dir=out", "--", "train.py", env=env)
+    assert done.returncode == 0, done.stderr
+    assert launcher.path.calls("srun") and (launcher.folder / "out/start-0/stop").exists()
+
+
+def test_a_job_in_another_folder_than_its_submission_is_refused(launcher: Launcher) -> None:
+    """slurm starts it in /tmp if the folder is missing there; paths such as --save would be on the node's disk."""
+    launcher.path.fake("srun")
+    words = [str(ROOT / "scripts/slurm/train.sbatch"), str(ROOT), "--nproc=1", "--", str(launcher.folder / "train.py")]
+    env = {**JOB, "SLURM_JOB_NUM_NODES": "1", "SLURM_SUBMIT_DIR": "/gone"}
+    done = launcher.bash(*words, env=env)
+    assert done.returncode == 1 and "does not see the folder in which the job was submitted, /gone" in done.stderr
+    assert launcher.bash(*words, env={**env, "SLURM_SUBMIT_DIR": str(launcher.folder)}).returncode == 0
+    (srun,) = launcher.path.calls("srun")
+    inner = srun.argv[srun.argv.index("-c") + 1]
+    launcher.folder.rename(launcher.folder.with_name("moved"))
+    node = subprocess.run(["/bin/bash", "-c", inner, "x", "touch", "here"], cwd="/", capture_output=True, check=False)
+    assert node.returncode == 1 and str(launcher.folder).encode() in node.stderr, "nor does it run on another node"
+
+
 def test_a_plan_gives_nodes_gpus_and_flags(launcher: Launcher) -> None:
     (launcher.folder / "a.plan").write_text(PLAN)
     launcher.path.fake("sbatch")

@@ -42,7 +42,8 @@ AccountingStorageType=accounting_storage/none
 SwitchType=switch/none
 MpiDefault=none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
+SelectTypeParameters=CR_Core_Memory
+DefMemPerCPU=500
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1
 PreemptType=preempt/partition_prio

@@ -6,11 +6,12 @@ every process below it, as cgroups do. After every case no process of the job ma
 
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 
 import pytest
 
-from tests.slurm.bed import RESUMABLE, WORLD, SlurmRun
+from tests.slurm.bed import PER_NODE, RESUMABLE, ROOT, WORLD, SlurmRun
 from tests.slurm.cluster import NODES, ClusterKind, wait_until
 
 Prepare = Callable[..., SlurmRun]
@@ -226,3 +227,26 @@ def test_all_cores_of_the_nodes_are_asked_for(slurm_run: Prepare) -> None:
     run.cluster.call("scancel", str(run.id))
     some = slurm_run(ClusterKind()).submit(options=("--slurm-arg=--hold", "--slurm-arg=--cpus-per-task=3"))
     assert some.field("CPUs/Task") == "3" and some.field("OverSubscribe") != "NO"
+
+
+@pytest.mark.slow
+def test_another_step_of_the_job_keeps_neither_cores_nor_memory(slurm_run: Prepare) -> None:
+    """A step has taken all memory of the job, as the shell of `srun --pty bash` does. The script is the user's own."""
+    run = slurm_run(ClusterKind())
+    command = f"bash {ROOT}/scripts/launch.sh --nproc {PER_NODE} --run-dir run -- train.py --steps 3"
+    lines = ("#!/bin/bash", "srun --nodes=1 --ntasks=1 sleep 60 &", "sleep 2", command)
+    (run.folder / "job.sh").write_text("\n".join(lines))
+    words = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--output=run/slurm-%j.out", "job.sh"]
+    (run.folder / "run").mkdir()
+    done = subprocess.run(words, cwd=run.folder, env=run.env(), capture_output=True, text=True, check=True)
+    run.id = int(done.stdout)
+    run.wait_ranks()
+    wait_until(lambda: "the training has ended" in run.output(), "the training ends")
+
+
+@pytest.mark.slow
+def test_a_request_before_a_node_has_begun_is_kept(slurm_run: Prepare) -> None:
+    run = slurm_run(ClusterKind()).submit(*RESUMABLE)
+    wait_until((run.run_dir / "start-0").exists, "the job begins")
+    run.cluster.call("scancel", "--batch", "--signal=USR1", str(run.id))
+    wait_until(lambda: "requeued to continue at iteration" in run.output(), "it saves and is requeued")
