@@ -134,6 +134,19 @@ def request_during_a_save() -> Iterator[Planted]:
 
 
 @contextmanager
+def run_of_many_years() -> Iterator[Planted]:
+    """Let the run have begun long ago, so that its time limit is over."""
+    from megatron.training import training
+
+    start = training._TRAIN_START_TIME
+    training._TRAIN_START_TIME = 0.0
+    try:
+        yield Planted()
+    finally:
+        training._TRAIN_START_TIME = start
+
+
+@contextmanager
 def other_data_on_the_last_rank() -> Iterator[Planted]:
     """Let the script collect other data than losses in evaluations. Upstream does so on the last rank alone."""
     from megatron.longseq import pretrain_gpt
