@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.longseq.checkpoints.commit import is_checkpoint_folder
-from megatron.longseq.checkpoints.saving import NonFiniteState, save_atomically
+from megatron.longseq.checkpoints.saving import UNDER_WAY, NonFiniteState, save_atomically
 
 
 def with_commit(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -19,6 +19,7 @@ def with_commit(original: Callable[..., Any]) -> Callable[..., Any]:
     def save(*args: Any, **named: Any) -> Any:
         import torch.distributed as dist
         from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+        from megatron.training.async_utils import maybe_finalize_async_save
 
         call = signature.bind(*args, **named)
         call.apply_defaults()
@@ -27,6 +28,9 @@ def with_commit(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*args, **named)
         if call.arguments["sharded_strategy"] is None:
             call.arguments["sharded_strategy"] = TorchDistSaveShardedStrategy()
+
+        if folder in UNDER_WAY:  # upstream saves a step again, for example where the size of its batches changes
+            maybe_finalize_async_save(blocking=True)
 
         def save_into(place: str) -> Any:
             call.arguments["checkpoint_dir"] = place

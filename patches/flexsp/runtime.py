@@ -44,7 +44,8 @@ def _open(args: Namespace) -> tuple[Any, Any]:
 
     def count(batch: Any) -> None:
         add_step(list(batch.lengths))
-        args.flexsp_documents = batch.samples.stop  # upstream saves `args` in checkpoints
+        # Upstream saves `args` in checkpoints: after this step, or before it if it rejects the step's result.
+        args.flexsp_documents = {batch.step: batch.samples.start, batch.step + 1: batch.samples.stop}
 
     domain = parallel_state.get_data_parallel_group(with_context_parallel=True)
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
@@ -70,9 +71,11 @@ def with_documents_of_checkpoint(original: Callable[..., Any]) -> Callable[..., 
     def _load_base_checkpoint(load_dir: Any, args: Namespace, *rest: Any, **named: Any) -> Any:
         found = original(load_dir, args, *rest, **named)
         state = found[0] or {}
-        documents = getattr(state.get("args"), "flexsp_documents", None)
+        iteration, documents = state.get("iteration"), getattr(state.get("args"), "flexsp_documents", None)
+        if isinstance(documents, dict):
+            documents = documents.get(iteration)
         if documents is not None:
-            args.flexsp_saved = (state.get("iteration"), documents)
+            args.flexsp_saved = (iteration, documents)
         return found
 
     return _load_base_checkpoint

@@ -55,8 +55,9 @@ RECORDS = (
         target="megatron.training.training:evaluate",
         impl="patches.guards.stopping:ending_early",
         why="Upstream looks for a request to stop only after a training step. An evaluation may last longer than a "
-        "scheduler waits.",
-        when=f"{_CONDITIONS}:stops_early",
+        "scheduler waits. If its time limit cuts an evaluation off, the next one fails, and a run that resumes "
+        "evaluates other samples.",
+        when=f"{_CONDITIONS}:cuts_evaluations_off",
         test=_STOPS,
         remove_when="upstream looks for a request to stop in its evaluations",
     ),

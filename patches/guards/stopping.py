@@ -1,7 +1,10 @@
 """Look for requests to stop inside upstream's evaluations and after its saves."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
+
+from megatron.longseq.guards import arguments as conditions
 
 
 def interrupt_if_asked_to_stop() -> None:
@@ -23,32 +26,43 @@ def _is_asked_to_stop() -> bool:
 
 
 def ending_early(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `evaluate`: if a rank was asked to stop, end as upstream does at its time limit. It saves and exits next."""
+    """Wrap `evaluate`: if a rank was asked to stop, end as upstream does at its time limit. It saves and exits next.
+
+    Either way, the samples that were not evaluated count as read. Checkpoints hold the number, and a run that resumes
+    would otherwise evaluate other samples than an undisturbed one from then on.
+    """
+    signature = inspect.signature(original)
 
     def evaluate(forward_step_func: Any, data_iterator: Any, model: Any, *rest: Any, **named: Any) -> Any:
         from megatron.core.rerun_state_machine import get_rerun_state_machine
         from megatron.core.utils import get_model_config
-        from megatron.training import get_timers, print_rank_0
+        from megatron.training import get_args, get_timers, print_rank_0
 
         from megatron.longseq.guards.runtime.stopping import EvaluationInterrupted
         from patches.guards.runtime import current_guards
 
-        guards = current_guards()
+        args, guards = get_args(), current_guards()
         rerun, config, timers = get_rerun_state_machine(), get_model_config(model[0]), get_timers()
         mode = rerun.get_mode()
-        guards.may_interrupt = True
+        call = signature.bind(forward_step_func, data_iterator, model, *rest, **named).arguments
+        steps = args.eval_iters if call.get("eval_iters") is None else call["eval_iters"]
+        samples_read = args.consumed_valid_samples + steps * args.eval_global_batch_size
+        guards.may_interrupt = conditions.stops_early(args)
         try:
-            return original(forward_step_func, data_iterator, model, *rest, **named)
+            results = original(forward_step_func, data_iterator, model, *rest, **named)
         except EvaluationInterrupted:
             print_rank_0("> the evaluation ends early: a rank was asked to stop")
             config.timers = timers
             rerun.set_mode(mode)
+            results = None, None, True
+        finally:
+            guards.may_interrupt = False
+        if results[2]:
+            args.consumed_valid_samples = samples_read
             for chunk in model:
                 chunk.train()
             timers("evaluate").stop()
-            return None, None, True
-        finally:
-            guards.may_interrupt = False
+        return results
 
     return evaluate
 

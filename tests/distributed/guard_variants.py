@@ -66,6 +66,24 @@ def nan_loss_in_the_third_microbatch() -> Iterator[Planted]:
 
 
 @contextmanager
+def nan_loss_in_the_third_step() -> Iterator[Planted]:
+    """Make the losses of the third step NaN, also where upstream repeats it."""
+    from megatron.training import get_args
+
+    from megatron.longseq import pretrain_gpt
+
+    planted = Planted()
+
+    def loss_func(original: Any, loss_mask: Any, losses: torch.Tensor) -> Any:
+        is_planted = get_args().curr_iteration + 1 == 3
+        planted.times += is_planted
+        return original(loss_mask, losses * torch.nan if is_planted else losses)
+
+    with wrapped(pretrain_gpt, "loss_func", loss_func):
+        yield planted
+
+
+@contextmanager
 def spike() -> Iterator[Planted]:
     """Multiply the loss of one step."""
     from megatron.training import get_args
@@ -131,6 +149,19 @@ def request_during_a_save() -> Iterator[Planted]:
 
     with wrapped(training, "save_checkpoint_and_time", save):
         yield planted
+
+
+@contextmanager
+def run_of_many_years() -> Iterator[Planted]:
+    """Let the run have begun long ago, so that its time limit is over."""
+    from megatron.training import training
+
+    start = training._TRAIN_START_TIME
+    training._TRAIN_START_TIME = 0.0
+    try:
+        yield Planted()
+    finally:
+        training._TRAIN_START_TIME = start
 
 
 @contextmanager

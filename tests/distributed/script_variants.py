@@ -421,6 +421,23 @@ def killed_behind_the_second_save() -> Iterator[Planted]:
 
 
 @contextmanager
+def saves_that_end_late() -> Iterator[Planted]:
+    """Let saves in the background end only when the run waits for them; count those that wait together."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+    planted = Planted()
+
+    def finalize(original: Any, self: Any, blocking: bool = False, **named: Any) -> Any:
+        if not blocking:
+            return []
+        planted.times = max(planted.times, self.get_num_unfinalized_calls())
+        return original(self, blocking, **named)
+
+    with wrapped(AsyncCallsQueue, "maybe_finalize_async_calls", finalize):
+        yield planted
+
+
+@contextmanager
 def killed_background_writer() -> Iterator[Planted]:
     """Kill rank 1's process that writes checkpoints in the background before the second save."""
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller

@@ -107,6 +107,18 @@ def test_a_background_save_is_committed_when_it_is_written(ranks: RankPool, tmp_
 
 
 @pytest.mark.slow
+def test_a_second_save_of_a_step_waits_for_the_first(ranks: RankPool, tmp_path: Path) -> None:
+    """Upstream saves a step again where its schedule of batch sizes goes on, or where a result was not finite."""
+    schedule = "--train-iters 4 --save-interval 2 --step-batch-size-schedule 0:4,512:8"  # in tokens: after two steps
+    line = flags(SAVES.replace("--global-batch-size 8", ""), BACKGROUND, schedule)
+    run = run_arm(ranks, "O", 2, line, tmp_path / "saved", mutant=f"{VARIANTS}:saves_that_end_late")
+    assert len(run.curve) == 4 and run.planted
+    assert {path.name[:6] for path in (tmp_path / "saved").iterdir()} == {"iter_0", "latest"}
+    resumed = run_arm(ranks, "O", 2, [*line, "--load", str(tmp_path / "saved"), "--ckpt-step", "2"])
+    assert resumed.curve == run.curve[2:]
+
+
+@pytest.mark.slow
 def test_a_rank_killed_while_a_save_is_written_loses_nothing(ranks: RankPool, tmp_path: Path) -> None:
     line = [*flags(SAVES, BACKGROUND), "--load", str(tmp_path / "killed")]
     with pytest.raises(RankFailure, match=r"died without an error message|raised"):

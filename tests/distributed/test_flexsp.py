@@ -216,6 +216,22 @@ def test_a_run_resumes_with_another_batch_and_other_ranks(
     assert sum(counts[2:4]) < sum(counts[4:]) != 16
 
 
+@pytest.mark.slow
+def test_a_step_that_upstream_rejects_is_no_trained_one(
+    ranks: RankPool, base: Callable[[str], list[str]], tmp_path: Path
+) -> None:
+    """Upstream saves the state before it and asks to be started again. The step's documents are not lost."""
+    line = [*base(""), *flags(f"{TWO} --eval-iters 0 --train-iters 4")]
+    whole = run_arm(ranks, "O", 2, line)
+    with pytest.raises(RankFailure, match="upstream ended with status 16"):
+        run_arm(ranks, "O", 2, line, tmp_path, mutant="tests.distributed.guard_variants:nan_loss_in_the_third_step")
+    line = [*(flag for flag in line if flag not in LOAD), "--load", str(tmp_path)]
+    with pytest.raises(RankFailure, match="upstream ended with status 16"):
+        run_arm(ranks, "O", 2, line)  # upstream repeats the step, and never trains on from there
+    resumed = run_arm(ranks, "O", 2, [*line, "--rerun-mode", "disabled"])
+    assert resumed.curve == whole.curve[2:]
+
+
 def _log(ranks: RankPool) -> str:
     """Return what rank 0 has printed in the last job."""
     return max(Path(ranks.logs).glob("job*-rank0.log"), key=lambda path: path.name).read_text()

@@ -155,12 +155,27 @@ def test_a_run_that_is_asked_to_stop_loses_nothing(ranks: RankPool, tmp_path: Pa
     sharded = "--paro NIG --overlap-grad-reduce --overlap-param-gather"
     line = flags(TINY, SHALLOW, sharded, "--train-iters 4 --eval-interval 2 --exit-signal-handler", own)
     whole = run_arm(ranks, "O", 2, line, tmp_path / "whole")
+    validation = validations(ranks)
     stopped = run_arm(ranks, "O", 2, line, tmp_path / "stopped", mutant=f"{VARIANTS}:{mutant}")
     assert [step["iteration"] for step in stopped.curve] == [1, 2]
     assert stopped.planted == 2 * count
     assert (tmp_path / "stopped" / "latest_checkpointed_iteration.txt").read_text() == "2"
     resumed = run_arm(ranks, "O", 2, [*line, "--load", str(tmp_path / "stopped")], tmp_path / "resumed")
     assert resumed.curve == whole.curve[2:]
+    assert validations(ranks) == validation and len(validation) == (name == "evaluation")
+
+
+def validations(ranks: RankPool) -> list[str]:
+    """Return the losses of the evaluation after step 4, in the last job's logs."""
+    return re.findall(r"validation loss at iteration 4 \| lm loss value: (\S+)", "\n".join(logs(ranks, 2)))
+
+
+@pytest.mark.slow
+def test_evaluations_that_a_time_limit_cuts_off_end_the_run_well(ranks: RankPool) -> None:
+    """Upstream leaves a timer running, on which the evaluation of the test data fails."""
+    line = flags(TINY, SHALLOW, "--skip-train --eval-iters 3 --exit-duration-in-mins 600 --global-batch-size 2")
+    run_arm(ranks, "O", 2, line, mutant=f"{VARIANTS}:run_of_many_years")
+    assert "\n".join(logs(ranks, 2)).count("Exiting during evaluation, timelimit reached") == 2
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import io
 import json
 import os
 import pickle
@@ -24,13 +25,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.core.rerun_state_machine import Call, Caller
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron.longseq.checkpoints import commit, digest, latest, manifest
 from megatron.longseq.checkpoints.faults import TRACKER
 from megatron.longseq.checkpoints.manifest import Item
-from megatron.longseq.checkpoints.safe_reading import load_metadata
+from megatron.longseq.checkpoints.safe_reading import load_metadata, load_object
 from megatron.longseq.checkpoints.saving import FolderNotWritten, NonFiniteState, save_atomically
 from patches.checkpoint.latest import _is_owner, with_untracked_checkpoints
 from tests.pool import RankPool
@@ -465,3 +467,17 @@ def test_a_background_writer_ends_with_its_rank(tmp_path: Path, end: str) -> Non
         if writer.is_running():
             writer.kill()
             pytest.fail("the process that writes checkpoints is left")
+
+
+def test_the_state_of_a_step_that_is_to_be_repeated_is_loaded() -> None:
+    """Upstream saves it with its class of a call, where it exits with status 16 and asks to be started again."""
+    call = Call(Caller("a gradient is not finite", 1), 1)
+    state = {
+        "failed_validation_call": call,
+        "initial_result": torch.tensor(torch.inf),
+        "max_values": {call.caller: 1.0},
+    }
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    assert load_object(file, "rerun_state_machine_state") == state

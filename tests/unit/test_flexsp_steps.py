@@ -1,5 +1,7 @@
 """Documents of a step: pieces, order, batches in documents and in tokens, and plans that are made in the background."""
 
+import copy
+import io
 import itertools
 import sys
 import threading
@@ -16,8 +18,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.rerun_state_machine import RerunDataIterator
 
 from megatron.longseq.attention.runtime.document_attention import single_rank_strategy
+from megatron.longseq.checkpoints.safe_reading import load_object
 from megatron.longseq.flexsp.plan.plan import Kind, Microbatch, SequenceGroup, StepPlan
 from megatron.longseq.flexsp.runtime.data import training_start
 from megatron.longseq.flexsp.runtime.documents import (
@@ -28,7 +32,15 @@ from megatron.longseq.flexsp.runtime.documents import (
 )
 from megatron.longseq.flexsp.runtime.microbatch import pack_documents
 from megatron.longseq.flexsp.runtime.runner import StepRunner
-from megatron.longseq.flexsp.runtime.steps import GlobalBatches, Lookahead, PlannedBatch
+from megatron.longseq.flexsp.runtime.steps import (
+    STEP,
+    GlobalBatches,
+    Lookahead,
+    PlannedBatch,
+    PlannedStep,
+    StepIterator,
+    restored,
+)
 from tests.packed_corpus import EOD, write_documents
 
 COST: Any = "a cost model"
@@ -254,6 +266,22 @@ def test_a_process_that_exits_waits_for_one_plan_alone(monkeypatch: pytest.Monke
     go.set()
     planner.join()  # it ends in any case: its queue is finite
     assert made == [(1, 2), (3, 4)]
+
+
+def test_a_step_that_upstream_saves_to_repeat_it_is_planned_again() -> None:
+    """Upstream saves the steps of its iterator if a result was not finite, and copies each that it may repeat."""
+    batches = GlobalBatches(lambda sample: 10 + sample, documents=2)
+    steps = StepIterator(Lookahead(batches, lambda lengths, cost: one_group(lengths), COST, 1), None, 3)
+    rerun = RerunDataIterator(steps)
+    step = next(rerun)
+    assert copy.copy(step) is step
+    file = io.BytesIO()
+    torch.save([step], file)
+    file.seek(0)
+    loaded = load_object(file, "rerun_state_machine_state")
+    assert loaded == [{STEP: 3}]
+    again = restored(loaded[0], rerun)
+    assert isinstance(again, PlannedStep) and again.batch == step.batch and next(rerun).batch.step == 4
 
 
 def test_documents_are_counted_from_the_checkpoint() -> None:

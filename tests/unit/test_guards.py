@@ -94,6 +94,18 @@ def test_verdict_names_the_ranks_to_look_at() -> None:
     assert "rank 1: does not report: it is stopped, dead or cut off" in silent
 
 
+def test_verdict_on_a_pair_of_ranks_names_the_one_that_was_heard_before() -> None:
+    """A rank whose heartbeats came through is no rank that cannot be asked."""
+    store, state = _Store(), {"host": "n1", "pid": 4, "step": 5, "part": "train_step", "seconds": 9.0, "beside": []}
+    first, second = (
+        StallMonitor(rank, 2, store, progress=StepProgress(), in_steps=600.0, elsewhere=3600.0) for rank in (0, 1)
+    )
+    reports = {0: {**state, "wait": "waits in all_gather"}, 1: None}
+    assert "could not be asked" in first.verdict(reports)
+    second._publish("beat", {**state, "rank": 1, "wait": "in read (loader.py:3)"})
+    assert "Look at ranks 1 first: they do not answer." in first.verdict(reports)
+
+
 class _Store(dict[str, str]):
     """Stands for torchrun's store in one process."""
 

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import torch
+from megatron.core.rerun_state_machine import Call, Caller
 
 _CHECKPOINT = "torch.distributed.checkpoint"
 # What PyTorch and upstream write into the file `.metadata`.
@@ -65,7 +66,9 @@ def load_object(value: io.BytesIO, name: str) -> Any:
         ValueError: the object has a class that is not registered as safe. The message names it.
     """
     try:
-        return torch.load(value, map_location="cpu", weights_only=True)
+        # Upstream saves these where it asks to be started again, to repeat a step whose result was not finite.
+        with torch.serialization.safe_globals([Call, Caller]):
+            return torch.load(value, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         named = found[1] if found else "unknown"

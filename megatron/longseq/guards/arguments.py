@@ -148,3 +148,9 @@ def follows_steps(args: Namespace | None) -> bool:
 def stops_early(args: Namespace | None) -> bool:
     """Return whether requests to stop are looked for in evaluations and after saves."""
     return bool(getattr(args, "exit_signal_handler", False)) and not is_dry_run(args)
+
+
+def cuts_evaluations_off(args: Namespace | None) -> bool:
+    """Return whether an evaluation may end before its last step: on a request to stop, or at the time limit."""
+    has_limit = bool(getattr(args, "exit_duration_in_mins", None)) and not is_dry_run(args)
+    return stops_early(args) or has_limit

@@ -15,7 +15,7 @@ from megatron.longseq.flexsp.runtime.clock import StepClock
 from megatron.longseq.flexsp.runtime.groups import FlexibleGroups
 from megatron.longseq.flexsp.runtime.microbatch import GroupBatch, pack_documents
 from megatron.longseq.flexsp.runtime.report import StepReport
-from megatron.longseq.flexsp.runtime.steps import PlannedBatch, PlannedStep
+from megatron.longseq.flexsp.runtime.steps import PlannedBatch, PlannedStep, restored
 
 
 def device() -> torch.device:
@@ -88,7 +88,7 @@ class StepRunner:
 
     def _next(self, data_iterator: Any) -> PlannedStep:
         first = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
-        step = next(first)
+        step = restored(next(first), first)
         if not isinstance(step, PlannedStep):
             raise ValueError(
                 f"--flexsp: the script's data iterator yields {type(step).__name__}, not steps of whole documents. "

@@ -3,7 +3,7 @@
 import sys
 import threading
 import zlib
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from megatron.longseq.flexsp.plan.plan import StepPlan
 from megatron.longseq.flexsp.runtime.documents import Document, DocumentSource
 
 Plan = Callable[..., StepPlan]
+STEP = "flexsp_step"  # key of a step's number in a checkpoint
 SWITCH_SECONDS = 1e-4  # how long a planner may hold the interpreter's lock while the training waits for it
 
 
@@ -164,14 +165,21 @@ class StepIterator:
 
     def __next__(self) -> "PlannedStep":
         """Return the next step."""
-        batch = self.lookahead.batch(self.step)
-        self.step += 1
+        return self.seek(self.step)
+
+    def seek(self, step: int) -> "PlannedStep":
+        """Return a step, and continue after it."""
+        batch = self.lookahead.batch(step)
+        self.step = step + 1
         return PlannedStep(batch, self.source, self.lookahead)
 
 
 @dataclass(frozen=True)
 class PlannedStep:
     """A planned global batch, where its documents are read from, and who plans the next ones.
+
+    If a result is not finite, upstream saves what its iterators have yielded, and repeats the step when it is started
+    again. Of a step its number is saved, from which `restored` makes it again.
 
     Attributes:
         batch: documents of the global batch, and their plan.
@@ -183,9 +191,30 @@ class PlannedStep:
     source: DocumentSource
     lookahead: Lookahead
 
+    def __copy__(self) -> "PlannedStep":
+        """Return the step itself: nothing changes it."""
+        return self
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, int]]]:
+        """Describe the step as a dict, which is read from a checkpoint without running code."""
+        return OrderedDict, ({STEP: self.batch.step},)
+
     def documents(self, sequences: Sequence[int]) -> list[Document]:
         """Return documents by their indices in the global batch."""
         return [self.source[self.batch.samples[index]] for index in sequences]
+
+
+def restored(item: object, iterator: object) -> object:
+    """Return a planned step that a checkpoint describes; anything else as it is.
+
+    Args:
+        item: what a data iterator has yielded.
+        iterator: this one, which is upstream's around a `StepIterator`.
+    """
+    steps = getattr(iterator, "iterable", iterator)
+    if isinstance(item, dict) and STEP in item and isinstance(steps, StepIterator):
+        return steps.seek(item[STEP])
+    return item
 
 
 def check_iterator(iterator: object) -> None:

@@ -243,7 +243,8 @@ class StallMonitor:
             lines.append(f"  rank {rank}{_one(report)}" if report else self._silent(rank))
         silent = [rank for rank, report in reports.items() if report is None]
         idle = [rank for rank, report in reports.items() if report and "waits" not in report["wait"]]
-        if self.store is None or (silent and len(silent) == self.ranks - 1 and self.ranks > 1):
+        unheard = [rank for rank in silent if self._published("beat", rank) is None]
+        if self.store is None or 0 < self.ranks - 1 == len(unheard):
             lines.append("The other ranks could not be asked: look at the end of their logs.")
         elif silent:
             lines.append(f"Look at ranks {_list(silent)} first: they do not answer.")
