@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.longseq.checkpoints.commit import is_checkpoint_folder
-from megatron.longseq.checkpoints.saving import UNDER_WAY, NonFiniteState, save_atomically
+from megatron.longseq.checkpoints.saving import NonFiniteState, save_atomically
 
 
 def with_commit(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -15,6 +15,7 @@ def with_commit(original: Callable[..., Any]) -> Callable[..., Any]:
     Folders that are no checkpoints of a training, and paths of a storage service, are left to upstream.
     """
     signature = inspect.signature(original)
+    under_way: set[Path] = set()  # folders of saves in the background that are not committed
 
     def save(*args: Any, **named: Any) -> Any:
         import torch.distributed as dist
@@ -29,20 +30,24 @@ def with_commit(original: Callable[..., Any]) -> Callable[..., Any]:
         if call.arguments["sharded_strategy"] is None:
             call.arguments["sharded_strategy"] = TorchDistSaveShardedStrategy()
 
-        if folder in UNDER_WAY:  # upstream saves a step again, for example where the size of its batches changes
+        if folder in under_way:  # upstream saves a step again, for example where the size of its batches changes
             maybe_finalize_async_save(blocking=True)
 
         def save_into(place: str) -> Any:
             call.arguments["checkpoint_dir"] = place
             return original(*call.args, **call.kwargs)
 
-        return save_atomically(
+        request = save_atomically(
             save_into,
             folder,
             call.arguments["sharded_strategy"],
             dist.group.WORLD,
             in_background=call.arguments["async_sharded_save"],
         )
+        if request is not None:
+            under_way.add(folder)
+            request.add_finalize_fn(lambda: under_way.discard(folder))
+        return request
 
     return save
 

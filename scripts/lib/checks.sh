@@ -65,14 +65,15 @@ $(dirname -- "$script")" 2
     folder=$(script_value "$name") && [[ -n $folder && $folder != *://* ]] || continue
     # A link must be seen as well as what it points to.
     { is_mounted "$(realpath -ms -- "$folder")" && is_mounted "$(realpath -m -- "$folder")"; } ||
-      die "$name $folder is in a folder that containers do not see: what they write there is lost with them, and they
-  find nothing there. Give --mount FOLDER with a folder that holds it" 2
+      die "$name $folder is in a folder that containers do not see. What a run writes there would be lost with the
+  container, and the next run would find nothing: give --mount FOLDER with a folder that holds it" 2
   done
 }
 
 # Flags of a script with files that have to outlive a container, or be there when the next one starts.
 readonly KEPT_FOLDERS='--save --load --pretrained-checkpoint --non-persistent-global-ckpt-dir --non-persistent-local-ckpt-dir
-  --tensorboard-dir --wandb-save-dir --data-cache-path --pipeline-trace'
+  --tensorboard-dir --wandb-save-dir --data-cache-path --pipeline-trace --logits-save-dir --config-logger-dir
+  --memory-snapshot-path --flight-recorder-dump-path --moe-routing-trace-path'
 
 # is_mounted FILE: succeeds if containers see the file or folder.
 is_mounted() {

@@ -76,7 +76,12 @@ REFUSED: list[tuple[tuple[str, ...], dict[str, str], str]] = [
             f"{' '.join(words).replace('=', ' ')} is in a folder that containers",
         )
         for inside, env in ((("--docker", "image"), {}), (("--pyxis", "image", "--mount", "folder"), JOB))
-        for words in (("--save", "/elsewhere/checkpoints"), ("--load=../checkpoints",), ("--tensorboard-dir", "link"))
+        for words in (
+            ("--save", "/elsewhere/checkpoints"),
+            ("--load=../checkpoints",),
+            ("--tensorboard-dir", "link"),
+            ("--flight-recorder-dump-path=/x",),
+        )
     ),
     (("--docker", "-it", *END), {}, "--docker -it: the name of an image cannot begin with -"),
     # Files

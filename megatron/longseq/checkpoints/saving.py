@@ -14,7 +14,6 @@ from megatron.longseq.checkpoints import commit
 from megatron.longseq.checkpoints.digest import first_not_finite
 from megatron.longseq.checkpoints.manifest import Item, items_of
 
-UNDER_WAY: set[Path] = set()  # folders of this process's saves in the background that are not committed
 REMOVED = "; another run has removed what was written: only one run at a time may save into a folder"
 
 
@@ -63,7 +62,6 @@ def save_atomically(
         dist.gather_object(items, gathered, group=group, group_dst=0)
         found = [item for of_rank in gathered or () for item in of_rank]
         _on_first_rank(lambda: commit.commit(folder, found), folder, group)
-        UNDER_WAY.discard(folder)
 
     try:
         with _recording(strategy, folder, group, snapshot=in_background) as items:
@@ -75,7 +73,6 @@ def save_atomically(
     if request is None:
         finish()
     else:
-        UNDER_WAY.add(folder)
         request.add_finalize_fn(finish)
     return request
 
