@@ -22,7 +22,7 @@ from patches.engine.session import SESSION
 
 _STATE = "checkpoint.latest"  # tracker files, and what upstream is to read in them, while it loads a checkpoint
 NOTHING = -1  # upstream's iteration if there is no checkpoint
-PASSING = "non_persistent"  # upstream's folder in --load
+NON_PERSISTENT = "non_persistent"  # upstream's folder in --load
 
 
 def with_complete_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,28 +38,28 @@ def with_complete_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]
         if load_dir is None or "://" in str(load_dir):
             return original(load_dir, args, rank0, *rest, **named)
         folder = Path(load_dir)
-        passing = _passing_folder(folder, args)
-        if passing is None and not folder.is_dir():
+        non_persistent = _non_persistent_folder(folder, args)
+        if non_persistent is None and not folder.is_dir():
             return original(load_dir, args, rank0, *rest, **named)
         if args.ckpt_step:
             if rank0:
                 _refuse_damaged(folder / f"iter_{args.ckpt_step:07d}", args)
-            with _in_place_of(passing, None):
+            with _in_place_of(non_persistent, None):
                 return original(load_dir, args, rank0, *rest, **named)
         # Upstream reads the common part first, with rank0, and then the tensors of the same checkpoint.
         found = None if rank0 else chosen.pop(str(folder), None)
         if found is None:
-            found = _choose(folder, passing, args)
+            found = _choose(folder, non_persistent, args)
             if not _reads_before_the_ranks_are_connected(args):
                 chosen[str(folder)] = found
         place, choice = found
         if choice.name is None or (place == folder and choice.name in (choice.tracked, RELEASE)):
-            with _in_place_of(passing, None):
+            with _in_place_of(non_persistent, None):
                 return original(load_dir, args, rank0, *rest, **named)
         args.ckpt_step = choice.iteration  # for a folder without that file
         try:
             with (
-                _in_place_of(passing, choice.iteration if place == passing else None),
+                _in_place_of(non_persistent, choice.iteration if place == non_persistent else None),
                 _in_place_of(folder, choice.iteration),
             ):
                 return original(load_dir, args, rank0, *rest, **named)
@@ -83,28 +83,28 @@ def _in_place_of(folder: Path | None, iteration: int | None) -> Iterator[None]:
         del overrides[tracker]
 
 
-def _passing_folder(folder: Path, args: Namespace) -> Path | None:
+def _non_persistent_folder(folder: Path, args: Namespace) -> Path | None:
     """Return the folder of non-persistent checkpoints, which upstream prefers if they are newer; None: it has none."""
     if getattr(args, "non_persistent_ckpt_type", None) != "global":
         return None
-    place = args.non_persistent_global_ckpt_dir or folder / PASSING
+    place = args.non_persistent_global_ckpt_dir or folder / NON_PERSISTENT
     return Path(place) if "://" not in str(place) and (Path(place) / TRACKER).is_file() else None
 
 
-def _choose(folder: Path, passing: Path | None, args: Namespace) -> tuple[Path, Choice]:
+def _choose(folder: Path, non_persistent: Path | None, args: Namespace) -> tuple[Path, Choice]:
     """Choose the checkpoint to load, and say what was skipped. Returns the folder that it is in, and the choice."""
 
     def choose(place: Path, check: Check) -> Choice:
-        is_owner = _is_owner(folder, args) or (place == passing and bool(args.non_persistent_global_ckpt_dir))
+        is_owner = _is_owner(folder, args) or (place == non_persistent and bool(args.non_persistent_global_ckpt_dir))
         return choose_checkpoint(place, check, _group(), is_owner=is_owner)
 
     # Before the ranks are connected, for --use-checkpoint-args, each would read all tensors. They are compared later.
     check: Check = "sizes" if _reads_before_the_ranks_are_connected(args) else args.ckpt_verify
     place, choice = folder, Choice(None)
-    if passing is None:
+    if non_persistent is None:
         choice = choose(folder, check)
     else:
-        place, choice = choose_newest((passing, folder), check, choose)
+        place, choice = choose_newest((non_persistent, folder), check, choose)
     if place == folder:
         _refuse_other_file_format(folder, choice, args)
     _report(folder, place, choice, args)
